@@ -1,0 +1,46 @@
+"""TCT-ColBERT: distil a live late-interaction teacher into a single-vector retriever (arXiv 2010.11386)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0.dev0"
+
+# Public name -> module. Nothing here is imported until it is asked for: `import tct_hf` must not import torch.
+_PUBLIC = {
+    "build_student": "encoding",
+    "student_from_teacher": "encoding",
+    "build_colbert": "encoding",
+    "save_student": "encoding",
+    "finalise_checkpoint": "encoding",
+    "validate_checkpoint": "encoding",
+    "Teacher": "teachers",
+    "ColBERTTeacher": "teachers",
+    "coupled_loss": "losses",
+    "TightlyCoupledLoss": "losses",
+    "TeacherTargets": "losses",
+    "TCTTrainer": "trainer",
+    "TCTTrainingArguments": "arguments",
+    "TCTDataCollator": "trainer",
+    "builtin_corpus": "data",
+    "load_beir": "data",
+    "bm25_triples": "data",
+    "BM25Index": "retrieval",
+    "DenseIndex": "retrieval",
+    "read_run": "retrieval",
+    "write_run": "retrieval",
+    "evaluate_run": "evaluation",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tct_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tct_hf.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,257 @@
+"""The files of a saved student: the only writer of what its encoding depends on, and the only judge of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.files import write_json_atomic, write_text_atomic
+from tct_hf.tokenization import PROMPTS, tct_post_processor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers.base.modules.transformer import QueryExpansionConfig
+
+REQUIREMENTS = {"sentence-transformers": {"specifier": ">=6.0"}}
+
+
+def query_expansion(length: int) -> QueryExpansionConfig:
+    """Query augmentation as a setting of the stock Transformer module: [MASK]s up to `length` tokens, attended."""
+    return {"strategy": "fixed", "attend": True, "token": None, "length": length}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing: {path.parent} is not a whole student checkpoint. Save it again with save_student."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}): save the student again.") from None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a student's files say of its encoding."""
+
+    settings: dict[str, Any]  # of the Transformer module
+    query_length: int
+    document_length: int
+    augmented: bool
+    pooling: str
+    pooling_file: str
+
+
+def _read_layout(path: Path) -> _Layout:
+    """Read the parts of a student's encoding that only its builder can know.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the files describe something other than a student with the TCT encoding.
+    """
+    mend = "so this is not a student with the TCT encoding: build one with build_student or student_from_teacher."
+    modules = _read_json(path / "modules.json")
+    classes = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    if classes != ["Transformer", "Pooling"]:
+        raise ValueError(f"{path / 'modules.json'} has the modules {classes}, not Transformer and Pooling, {mend}")
+    settings_file = path / "sentence_bert_config.json"
+    settings = _read_json(settings_file)
+    expansion, document_length = settings.get("query_expansion"), settings.get("document_length")
+    query_length = (expansion or settings).get("length" if expansion else "query_length")
+    if document_length is None or query_length is None:
+        missing = "document_length" if document_length is None else "query length (query_expansion or query_length)"
+        raise ValueError(f"{settings_file} has no {missing}, {mend}")
+    pooling_file = f"{modules[1]['path']}/config.json"
+    pooling = _read_json(path / pooling_file).get("pooling_mode")
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"{path / pooling_file} has the pooling_mode {pooling!r}, not mean or cls, {mend}")
+    return _Layout(settings, query_length, document_length, bool(expansion), pooling, pooling_file)
+
+
+def _token(config: dict[str, Any], *names: str) -> str | None:
+    """The first of the special tokens that a tokenizer_config.json names, written as text or as an object."""
+    for name in names:
+        token = config.get(name)
+        if token is not None:
+            return str(token["content"] if isinstance(token, dict) else token)
+    return None
+
+
+def finalise_checkpoint(path: str | Path) -> None:
+    """Write what a saved student needs so that stock sentence-transformers loads it right, or fails loudly.
+
+    The only writer of the tokenizer's class and [SEP]-free template, the version requirement, prompts and whether they
+    are pooled, lengths and similarity. Idempotent: a second call changes no byte.
+
+    Args:
+        path: folder that a student was saved to.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing.
+        ValueError: the folder holds something other than a student with the TCT encoding.
+    """
+    path = Path(path)
+    layout = _read_layout(path)
+    settings = {key: value for key, value in layout.settings.items() if key != "max_seq_length"}
+    if layout.augmented:
+        settings["query_expansion"] = query_expansion(layout.query_length)
+    changes: dict[str, Any] = {
+        "sentence_bert_config.json": settings,
+        "config_sentence_transformers.json": _read_json(path / "config_sentence_transformers.json")
+        | {
+            "prompts": dict(PROMPTS),
+            "default_prompt_name": "document",
+            "similarity_fn_name": "dot",
+            "requirements": REQUIREMENTS,
+        },
+        # Plain encode() knows no document_length: the tokenizer's own limit has to be the same.
+        "tokenizer_config.json": _read_json(path / "tokenizer_config.json")
+        | {
+            "tokenizer_class": "TokenizersBackend",
+            "model_max_length": layout.document_length,
+            "padding_side": "right",
+            "truncation_side": "right",
+        },
+        layout.pooling_file: _read_json(path / layout.pooling_file) | {"include_prompt": layout.pooling == "cls"},
+    }
+    for name, wanted in changes.items():
+        if _read_json(path / name) != wanted:
+            write_json_atomic(path / name, wanted)
+    _finalise_tokenizer(path, changes["tokenizer_config.json"])
+
+
+def _finalise_tokenizer(path: Path, config: dict[str, Any]) -> None:
+    from tokenizers import Tokenizer
+
+    before = _read_json(path / "tokenizer.json")
+    start = _token(config, "cls_token", "bos_token")
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    start_id = None if start is None else tokenizer.token_to_id(start)
+    if start is None or start_id is None:
+        raise ValueError(
+            f"{path / 'tokenizer_config.json'} names no cls_token or bos_token that is in the vocabulary: save the "
+            "student again with save_student."
+        )
+    tokenizer.post_processor = tct_post_processor(start, start_id)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    after = tokenizer.to_str(pretty=True)
+    if json.loads(after) != before:
+        write_text_atomic(path / "tokenizer.json", after)
+
+
+# Texts on which encodings are known to go wrong: empty, longer than a query or a passage, special tokens as text.
+GOLDEN_TEXTS = (
+    "what is a tightly-coupled teacher",
+    "",
+    "Café naïve résumé",
+    "搜索 passage 検索",
+    "a literal [MASK] and [SEP] in the text",
+    " ".join(["retrieval"] * 40),
+    " ".join(["distillation of dense representations"] * 200),
+)
+
+_LOADER = """
+import json, sys
+sys.modules["tct_hf"] = None  # an import of this package would fail
+import numpy as np, torch
+from sentence_transformers import SentenceTransformer
+path, texts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+model = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": torch.float32})
+np.savez(out, query=model.encode_query(texts), document=model.encode_document(texts), plain=model.encode(texts))
+"""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """How far a checkpoint's vectors are from the rule, as largest absolute differences over the golden texts."""
+
+    query: float
+    document: float
+    plain: float
+
+
+def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> CheckpointReport:
+    """Load a student in a fresh interpreter that cannot import tct_hf and compare its vectors with the rule.
+
+    Args:
+        path: folder of the checkpoint.
+        tolerance: largest absolute difference of a vector's element, relative to the vectors' largest element where
+            that is above 1.
+
+    Returns:
+        The differences found.
+
+    Raises:
+        ValueError: it is no student, doesn't load without this package, or its vectors differ, with what to do.
+        FileNotFoundError: a file of the checkpoint is missing.
+    """
+    import numpy as np
+
+    path = Path(path)
+    layout = _read_layout(path)
+    texts = list(GOLDEN_TEXTS)
+    found = _fresh_vectors(path, texts)
+    rule = {side: _rule_vectors(path, texts, side, layout) for side in PROMPTS}
+    rule["plain"] = rule["document"]
+    differences = {}
+    for name, vectors in found.items():
+        differences[name] = float(np.abs(vectors - rule[name]).max())
+        if not differences[name] <= tolerance * max(1.0, float(np.abs(rule[name]).max())):
+            raise ValueError(
+                f"{path}: {name} vectors differ from the TCT encoding by {differences[name]:.2g}. Run "
+                "finalise_checkpoint on the folder; if that does not help, build the student again with build_student."
+            )
+    return CheckpointReport(**differences)
+
+
+def _fresh_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Vectors of encode_query, encode_document and encode, `(texts, dim)` each, from an interpreter without tct_hf."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "vectors.npz"
+        done = subprocess.run(
+            [sys.executable, "-c", _LOADER, str(path.resolve()), json.dumps(texts), str(out)],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+        )
+        if done.returncode != 0:
+            raise ValueError(f"{path} does not load as a plain SentenceTransformer:\n{done.stderr.strip()[-2000:]}")
+        with np.load(out) as vectors:
+            return {name: vectors[name] for name in ("query", "document", "plain")}
+
+
+def _rule_vectors(path: Path, texts: Sequence[str], side: str, layout: _Layout) -> np.ndarray:
+    """The rule of :mod:`tct_hf.encoding` with plain transformers, one text at a time, `(texts, dim)`."""
+    import torch
+    from transformers import AutoModel, PreTrainedTokenizerFast
+
+    config = _read_json(path / "tokenizer_config.json")
+    start, mask = _token(config, "cls_token", "bos_token"), _token(config, "mask_token")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), cls_token=start, mask_token=mask)
+    model = AutoModel.from_pretrained(str(path), dtype=torch.float32).eval()
+    augmented = side == "query" and layout.augmented
+    length = layout.query_length if side == "query" else layout.document_length
+    opening = f"{start}{PROMPTS[side]}"
+    prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    vectors = []
+    for text in texts:
+        whole = opening + text + (str(mask) * length if augmented else "")
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"][:length]
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # (tokens, dim)
+        if layout.pooling == "cls":
+            vectors.append(hidden[0])
+        else:
+            own = hidden[prompt:]
+            vectors.append(own.mean(0) if len(own) else torch.zeros_like(hidden[0]))
+    return torch.stack(vectors).numpy()

@@ -1,0 +1,31 @@
+"""Data in: collections with judgements, the built-in corpus, training triples."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tct_hf.data.beir import load_beir as load_beir
+    from tct_hf.data.builtin import builtin_corpus as builtin_corpus
+    from tct_hf.data.builtin import builtin_fingerprint as builtin_fingerprint
+    from tct_hf.data.negatives import bm25_triples as bm25_triples
+
+_PUBLIC = {
+    "builtin_corpus": "builtin",
+    "builtin_fingerprint": "builtin",
+    "load_beir": "beir",
+    "bm25_triples": "negatives",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tct_hf.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tct_hf.data.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,86 @@
+"""Collections in the BEIR layout: corpus.jsonl, queries.jsonl and qrels/<split>.tsv, in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tct_hf.data.beir_format import Qrels, check_passages, check_queries, prepare_corpus, read_qrels, read_records
+from tct_hf.data.cache import default_cache_dir
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_beir(
+    path_or_hub_id: str | Path, split: str, *, allow_empty: bool = False, cache_dir: str | Path | None = None
+) -> tuple[Dataset, dict[str, str], Qrels]:
+    """Load a collection in the BEIR layout.
+
+    Files may be plain or compressed (.gz). A passage's text is its title and text joined by a space. The corpus is
+    converted once, in constant memory, and kept in the cache under the file's path, size and time.
+
+    Args:
+        path_or_hub_id: a folder, or a Hub data set with configurations "corpus" and "queries" whose judgements are
+            in `<id>-qrels`, or in its own configuration "default" or "qrels".
+        split: the judgements to load, for instance "test".
+        allow_empty: keep passages without any text (some published collections have them) instead of refusing them.
+        cache_dir: where the prepared corpus is kept; by default `default_cache_dir()`.
+
+    Returns:
+        The corpus (memory-mapped, columns id and text), the queries judged in the split {query id: text} and the
+        judgements {query id: {passage id: relevance}}, both in the order of the judgements.
+
+    Raises:
+        FileNotFoundError: a missing folder, file or split; the message lists what there is.
+        ValueError: a malformed file, named with its line, or a split without positives.
+        OSError: the cache can't be written, or the Hub not be reached.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return _load_folder(folder, split, allow_empty, cache)
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the folder that holds corpus.jsonl, queries.jsonl and qrels/")
+    if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id):
+        from tct_hf.data.beir_hub import load_beir_from_hub
+
+        return load_beir_from_hub(path_or_hub_id, split, allow_empty=allow_empty, cache_dir=cache)
+    raise FileNotFoundError(f"{folder}: no such folder, and not a Hub id (owner/name) either; give the right path")
+
+
+def _load_folder(folder: Path, split: str, allow_empty: bool, cache: Path) -> tuple[Dataset, dict[str, str], Qrels]:
+    corpus_file = _find(folder, "corpus.jsonl")
+    queries_file = _find(folder, "queries.jsonl")
+    qrels, places = read_qrels(_find_split(folder, split))
+    queries = check_queries(read_records(queries_file, title=False), qrels, places, str(queries_file))
+    stat = corpus_file.stat()
+    corpus = prepare_corpus(
+        lambda: read_records(corpus_file, title=True, allow_empty=allow_empty),
+        str(corpus_file),
+        cache,
+        [str(corpus_file.resolve()), stat.st_size, stat.st_mtime_ns, allow_empty],
+    )
+    check_passages(corpus, qrels, places, str(corpus_file))
+    return corpus, queries, qrels
+
+
+def _find(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise FileNotFoundError(f"{folder}: neither {name} nor {name}.gz is there (there is: {there})")
+
+
+def _find_split(folder: Path, split: str) -> Path:
+    for path in (folder / "qrels" / f"{split}.tsv", folder / "qrels" / f"{split}.tsv.gz"):
+        if path.is_file():
+            return path
+    splits = sorted({path.name.split(".tsv")[0] for path in (folder / "qrels").glob("*.tsv*")})
+    raise FileNotFoundError(
+        f"{folder / 'qrels'}: no {split}.tsv or {split}.tsv.gz; splits there: {', '.join(splits) or 'none'}"
+    )

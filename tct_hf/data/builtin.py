@@ -1,0 +1,239 @@
+"""The embedded data set: known-item search in the documentation of installed packages.
+
+A query is the summary line of a docstring, its relevant passage is the rest of that docstring. Everyone who has
+installed the package has the text already: no network, no account, no licence to accept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.data.cache import build_once, default_cache_dir, read_corpus, write_corpus
+from tct_hf.data.docstrings import STDLIB, Docstring, package_roots, read_docstrings
+from tct_hf.data.near_duplicates import DisjointSets, near_duplicate_pairs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEFAULT_PACKAGES = ("numpy", "scipy", "pandas", "sklearn")
+SPLITS = ("train", "dev", "test")
+
+# Part of the cache key and the fingerprint: raise it with every change to what is extracted, grouped or split.
+EXTRACTION_VERSION = 2
+_SUMMARY_WORDS = (4, 40)
+_BODY_WORDS = 15
+# A name that so many docstrings of a package share (fit, transform, get) says nothing about likeness.
+_COMMON_NAME = 8
+# A group with more than this share of all passages trains: in dev or test it would outweigh everything else there.
+_LARGEST_HELD_OUT_GROUP = 0.01
+
+
+def builtin_corpus(
+    split: str, *, packages: Sequence[str] = DEFAULT_PACKAGES, cache_dir: str | Path | None = None
+) -> tuple[Dataset, dict[str, str], dict[str, dict[str, int]]]:
+    """Load the documentation of installed packages as a retrieval collection.
+
+    Docstrings are read from source files with `ast`; nothing is imported or run. The summary (4 to 40 words) is the
+    query and is not part of its passage, which is the rest (at least 15 words) under a title that says which
+    package, module and class it belongs to.
+    Identical summaries are one query with several positives. Near-duplicates (`Series.add` and `DataFrame.add`) are
+    grouped, and whole groups go to one split, by hash: about 70% train, 10% dev, 20% test. With other packages or
+    versions a group may gain members and change its split, so train and measure with the same `packages`.
+
+    Args:
+        split: "train", "dev" or "test".
+        packages: top-level import names; "stdlib" is the standard library.
+        cache_dir: where the prepared collection is kept; by default `default_cache_dir()`.
+
+    Returns:
+        The whole corpus, the same for every split (memory-mapped, columns id and text), the split's queries
+        {query id: text} and its judgements {query id: {passage id: 1}}.
+
+    Raises:
+        ValueError: an unknown split, a package that is not installed, or packages without usable docstrings.
+        OSError: the cache can't be written or read.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+    folder, _ = _prepared(packages, cache_dir)
+    part = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+    return read_corpus(folder / "corpus.arrow"), part["queries"], part["qrels"]
+
+
+def builtin_fingerprint(
+    *, packages: Sequence[str] = DEFAULT_PACKAGES, cache_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Say which built-in corpus a result was measured on; to be stored beside it.
+
+    Args:
+        packages: as in `builtin_corpus`.
+        cache_dir: as in `builtin_corpus`.
+
+    Returns:
+        JSON-ready: "sha256" over ids, texts, queries, judgements and versions; "packages" {name: version};
+        "extraction_version"; "passages"; "queries" {split: count}; "unparsed_files".
+
+    Raises:
+        ValueError: a package that is not installed.
+        OSError: the cache can't be written or read.
+    """
+    return _prepared(packages, cache_dir)[1]
+
+
+def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> tuple[Path, dict[str, Any]]:
+    if isinstance(packages, str):
+        raise ValueError(f"packages: {packages!r} is one string; pass a list of names, for instance ({packages!r},)")
+    if not packages:
+        raise ValueError("packages is empty; name at least one installed package, for instance numpy")
+    names = sorted(set(packages))
+    versions = {name: _version(name) for name in names}
+    key = hashlib.sha256(json.dumps([EXTRACTION_VERSION, versions]).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = build_once(folder / f"builtin-{key}", lambda staging: _build(staging, versions))
+    try:
+        return folder, json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{folder} is damaged ({error}); delete this folder and it is built again") from error
+
+
+def _version(package: str) -> str:
+    package_roots(package)
+    if package == STDLIB:
+        return platform.python_version()
+    # packages_distributions alone misses wheels without top_level.txt on Python 3.10 (scikit-learn's is one).
+    marks = tuple(f"{package}{ending}," for ending in ("/__init__.py", ".py"))
+    for distribution in metadata.distributions():
+        record = distribution.read_text("RECORD") or ""
+        if record.startswith(marks) or any(f"\n{mark}" in record for mark in marks):
+            return distribution.version
+    for owner in metadata.packages_distributions().get(package, []):
+        return metadata.version(owner)
+    raise ValueError(
+        f"packages: {package!r} has source here but no version, so its results couldn't be repeated; "
+        "install it with pip or leave it out of `packages`"
+    )
+
+
+def _build(staging: Path, versions: dict[str, str]) -> None:
+    docstrings: list[Docstring] = []
+    unparsed = 0
+    for name in versions:
+        found, bad = read_docstrings(name)
+        docstrings += found
+        unparsed += bad
+    passages, parts = make_collection(docstrings)
+    if not passages:
+        raise ValueError(
+            f"packages: {', '.join(versions)} hold no docstring with a summary of {_SUMMARY_WORDS[0]} to "
+            f"{_SUMMARY_WORDS[1]} words and at least {_BODY_WORDS} words after it; name other packages"
+        )
+    digest = hashlib.sha256()
+    digest.update(json.dumps([versions, passages, parts], sort_keys=True, ensure_ascii=True).encode())
+    write_corpus(staging / "corpus.arrow", passages.items())
+    for split, part in parts.items():
+        (staging / f"{split}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+    fingerprint = {
+        "sha256": digest.hexdigest(),
+        "packages": versions,
+        "extraction_version": EXTRACTION_VERSION,
+        "passages": len(passages),
+        "queries": {split: len(part["queries"]) for split, part in parts.items()},
+        "unparsed_files": unparsed,
+    }
+    (staging / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+def make_collection(
+    docstrings: Sequence[Docstring],
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Turn docstrings into passages, queries and judgements, split without near-duplicates across splits.
+
+    Args:
+        docstrings: in a fixed order; of several with one id the first keeps the short id.
+
+    Returns:
+        Passages {id: text}, and {split: {"queries": {id: text}, "qrels": {id: {passage id: 1}}}}.
+    """
+    usable = [
+        entry
+        for entry in docstrings
+        if _SUMMARY_WORDS[0] <= len(entry.summary.split()) <= _SUMMARY_WORDS[1]
+        and len(entry.body.split()) >= _BODY_WORDS
+    ]
+    chosen: dict[str, Docstring] = {}
+    id_of_text: dict[str, str] = {}
+    names: set[str] = set()
+    full_names: set[str] = set()
+    first_of: dict[str, tuple[str, str]] = {}
+    members: dict[str, list[str]] = defaultdict(list)
+    for entry in usable:
+        name = entry.name if entry.name not in names else entry.full_name
+        if entry.full_name in full_names or name in names:
+            # The same name defined twice in a file (overloads, a property and its setter): the first stands.
+            continue
+        names.add(name)
+        full_names.add(entry.full_name)
+        passage_id = id_of_text.setdefault(f"{_title(entry.name)}: {entry.body}", name)
+        chosen.setdefault(passage_id, entry)
+        summary = _normal(entry.summary)
+        if summary not in first_of:
+            first_of[summary] = (name, entry.summary)
+        if passage_id not in members[summary]:
+            members[summary].append(passage_id)
+    group_of = _group(chosen, members)
+    sizes = Counter(group_of.values())
+
+    parts: dict[str, dict[str, Any]] = {split: {"queries": {}, "qrels": {}} for split in SPLITS}
+    for summary, passage_ids in members.items():
+        group = group_of[passage_ids[0]]
+        large = sizes[group] > max(_COMMON_NAME, _LARGEST_HELD_OUT_GROUP * len(chosen))
+        part = parts["train" if large else _split_of(group)]
+        name, query = first_of[summary]
+        part["queries"][f"q-{name}"] = query
+        part["qrels"][f"q-{name}"] = dict.fromkeys(passage_ids, 1)
+    return {passage_id: text for text, passage_id in id_of_text.items()}, parts
+
+
+def _group(chosen: dict[str, Docstring], members: dict[str, list[str]]) -> dict[str, str]:
+    """Give each passage the id of its group of near-duplicates."""
+    ids = list(chosen)
+    row = {passage_id: at for at, passage_id in enumerate(ids)}
+    sets = DisjointSets(len(ids))
+    for passage_ids in members.values():
+        for other in passage_ids[1:]:
+            sets.join(row[passage_ids[0]], row[other])
+    short = [(name.split(".")[0], name.split(".")[-1].lower()) for name in (chosen[i].name for i in ids)]
+    common = Counter(short)
+    sets.join_equal(name if common[name] <= _COMMON_NAME else None for name in short)
+    for left, right in near_duplicate_pairs([chosen[i].body for i in ids], width=3, threshold=0.6):
+        sets.join(left, right)
+    for left, right in near_duplicate_pairs([chosen[i].summary for i in ids], width=1, threshold=0.8):
+        sets.join(left, right)
+    return {passage_id: ids[sets.find(at)] for passage_id, at in row.items()}
+
+
+def _split_of(group: str) -> str:
+    share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.7 else "dev" if share < 0.8 else "test"
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _title(name: str) -> str:
+    """Say in plain words where a name belongs: package, module and class, without the name itself.
+
+    It tells apart the `fit` of one class from that of another. The name itself is left out because it often repeats
+    the summary (`check_array_indexer`: "Check if indexer is a valid array indexer for array").
+    """
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[._]+", " ", name.rpartition(".")[0])
+    return " ".join(words.split())

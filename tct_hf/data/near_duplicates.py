@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import itertools
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+
+_WORD = re.compile(r"\w+")
+
+
+class DisjointSets:
+    """Groups of items 0 .. n-1 that grow by joining (union-find); a group's name is its smallest member."""
+
+    def __init__(self, size: int) -> None:
+        self._parent = list(range(size))
+
+    def find(self, item: int) -> int:
+        while self._parent[item] != item:
+            self._parent[item] = self._parent[self._parent[item]]
+            item = self._parent[item]
+        return item
+
+    def join(self, left: int, right: int) -> None:
+        left, right = self.find(left), self.find(right)
+        self._parent[max(left, right)] = min(left, right)
+
+    def join_equal(self, keys: Iterable[Hashable]) -> None:
+        """Join the items whose keys are equal; None joins nothing."""
+        first: dict[Hashable, int] = {}
+        for item, key in enumerate(keys):
+            if key is not None:
+                self.join(first.setdefault(key, item), item)
+
+
+def shingles(text: str, width: int) -> frozenset[int]:
+    """Hash every run of `width` lower-case words of a text; a shorter text is one shingle."""
+    words = _WORD.findall(text.lower())
+    return frozenset(
+        zlib.crc32(" ".join(words[at : at + width]).encode()) for at in range(max(1, len(words) - width + 1))
+    )
+
+
+def near_duplicate_pairs(
+    texts: Sequence[str], *, width: int = 3, threshold: float = 0.6, sketch: int = 24, max_bucket: int = 200
+) -> Iterable[tuple[int, int]]:
+    """Find pairs of texts that share most of their word shingles.
+
+    Candidates share at least one of their `sketch` smallest shingle hashes (bottom-k sketch; Broder, "On the
+    resemblance and containment of documents", 1997); each is then judged by the exact Jaccard index.
+
+    Args:
+        texts: the texts.
+        width: words a shingle.
+        threshold: the least Jaccard index, 0 to 1, of two near-duplicates.
+        sketch: hashes kept a text to find candidates by.
+        max_bucket: a shingle held by more texts than this is boilerplate and proposes only neighbours in order.
+
+    Returns:
+        Pairs of indexes (left < right), each once, in order.
+    """
+    sets = [shingles(text, width) for text in texts]
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for index, members in enumerate(sets):
+        for shingle in sorted(members)[:sketch]:
+            buckets[shingle].append(index)
+    candidates: set[tuple[int, int]] = set()
+    for bucket in buckets.values():
+        if len(bucket) > max_bucket:
+            candidates.update(itertools.pairwise(bucket))
+        else:
+            candidates.update((left, right) for at, left in enumerate(bucket) for right in bucket[at + 1 :])
+    pairs = []
+    for left, right in sorted(candidates):
+        a, b = sets[left], sets[right]
+        if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+            continue
+        shared = len(a & b)
+        if shared >= threshold * (len(a) + len(b) - shared):
+            pairs.append((left, right))
+    return pairs

@@ -1,0 +1,194 @@
+"""Training triples with lexical negatives: the first round of every first-stage retriever."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from tct_hf.retrieval.sparse import BM25Index
+
+_QUERIES_A_BATCH = 512
+
+
+def bm25_triples(
+    corpus: Dataset,
+    queries: Mapping[str, str],
+    qrels: Mapping[str, Mapping[str, int]],
+    *,
+    num_negatives: int = 1,
+    depth: int = 100,
+    seed: int,
+    index: BM25Index | None = None,
+) -> Dataset:
+    """Pair every query and positive with negatives sampled from BM25's best passages.
+
+    A negative is never a known positive of its query, nor the same text as one, and no two negatives of a row have
+    the same text. Where BM25 finds too few, random passages under the same rule fill up. Each row draws from its own
+    generator, made of seed, query id and positive id, so that a row does not depend on which others are asked for.
+
+    Args:
+        corpus: columns id and text.
+        queries: query id to text.
+        qrels: query id to passage id to relevance; 1 and more is positive. Queries without positives give no row.
+        num_negatives: negatives a row.
+        depth: how many of BM25's best passages to sample from. The paper's triples use the top 1000 (MS MARCO);
+            100 makes harder negatives of a small corpus.
+        seed: the seed.
+        index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
+
+    Returns:
+        One row a (query, positive): query, positive, negative, query_id, positive_id, negative_id,
+        known_positive_ids (all of the query). With several negatives, negative_1, negative_2, ... and negative_1_id,
+        negative_2_id, ... in place of negative and negative_id.
+
+    Raises:
+        ValueError: a setting out of range, a query or passage that judgements name and the data lack, an index over
+            another corpus, no positive at all, or a corpus too small for so many negatives.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from tct_hf.retrieval.sparse import BM25Index
+
+    if num_negatives < 1 or depth < 1:
+        raise ValueError(f"num_negatives={num_negatives}, depth={depth}: both must be 1 or more")
+    missing = [name for name in ("id", "text") if name not in corpus.column_names]
+    if missing:
+        raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
+    ids: list[str] = corpus["id"][:]
+    row_of = {passage_id: row for row, passage_id in enumerate(ids)}
+    positives = _positives(queries, qrels, row_of)
+    if index is None:
+        index = BM25Index.build((row["text"] for row in corpus.select_columns("text")), ids)
+    elif len(index) != len(ids) or any(passage_id not in row_of for passage_id in index.ids):
+        raise ValueError(
+            f"index: its {len(index)} passages are not the corpus's {len(ids)}; build it from this corpus"
+        )
+    names = column_names(num_negatives)
+    schema = pa.schema(
+        [(name, pa.list_(pa.string()) if name == "known_positive_ids" else pa.string()) for name in names]
+    )
+    sampler = _Sampler(corpus, ids, num_negatives, seed)
+    asked = list(positives)
+    batches = []
+    for start in range(0, len(asked), _QUERIES_A_BATCH):
+        part = asked[start : start + _QUERIES_A_BATCH]
+        found, _ = index.search_rows([queries[query_id] for query_id in part], depth)
+        rows: list[tuple[Any, ...]] = []
+        for query_id, hits in zip(part, found, strict=True):
+            candidates = [row_of[index.ids[hit]] for hit in hits]
+            rows.extend(sampler.rows(query_id, queries[query_id], positives[query_id], candidates))
+        columns = zip(*rows, strict=True)
+        batches.append(
+            pa.record_batch(
+                [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema
+            )
+        )
+    return Dataset(pa.Table.from_batches(batches, schema))
+
+
+def column_names(num_negatives: int) -> list[str]:
+    """Name the columns of triples with this many negatives a row.
+
+    Args:
+        num_negatives: negatives a row, at least one.
+
+    Returns:
+        The names, in the order of `bm25_triples`.
+    """
+    negatives = ["negative"] if num_negatives == 1 else [f"negative_{place + 1}" for place in range(num_negatives)]
+    return [
+        "query",
+        "positive",
+        *negatives,
+        "query_id",
+        "positive_id",
+        *(f"{name}_id" for name in negatives),
+        "known_positive_ids",
+    ]
+
+
+class _Sampler:
+    def __init__(self, corpus: Dataset, ids: Sequence[str], num_negatives: int, seed: int) -> None:
+        self._texts = corpus.select_columns("text")
+        self._ids = ids
+        self._num_negatives = num_negatives
+        self._seed = seed
+
+    def _text(self, row: int) -> str:
+        text: str = self._texts[row]["text"]
+        return text
+
+    def rows(
+        self, query_id: str, query: str, positive_rows: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[Any, ...]]:
+        positive_texts = {row: self._text(row) for row in positive_rows}
+        known = [self._ids[row] for row in positive_rows]
+        for row, text in positive_texts.items():
+            # A string seed goes through SHA-512: the same numbers on every platform and in every process.
+            draw = random.Random(f"{self._seed}\x1f{query_id}\x1f{self._ids[row]}")
+            negatives = self._negatives(draw, query_id, positive_texts, candidates)
+            yield (
+                query,
+                text,
+                *(negative_text for _, negative_text in negatives),
+                query_id,
+                self._ids[row],
+                *(self._ids[negative] for negative, _ in negatives),
+                known,
+            )
+
+    def _negatives(
+        self, draw: random.Random, query_id: str, positives: Mapping[int, str], candidates: Sequence[int]
+    ) -> list[tuple[int, str]]:
+        taken = {_normal(text) for text in positives.values()}
+        chosen: list[tuple[int, str]] = []
+        for row in self._order(draw, candidates):
+            text = self._text(row)
+            if row not in positives and _normal(text) not in taken:
+                taken.add(_normal(text))
+                chosen.append((row, text))
+                if len(chosen) == self._num_negatives:
+                    return chosen
+        raise ValueError(
+            f"corpus: query {query_id!r} has only {len(chosen)} passages that differ from its positives and from one "
+            f"another, and num_negatives is {self._num_negatives}; lower it or add passages"
+        )
+
+    def _order(self, draw: random.Random, candidates: Sequence[int]) -> Iterator[int]:
+        """BM25's candidates in random order, then random passages, in the end every passage."""
+        yield from draw.sample(list(candidates), len(candidates))
+        total = len(self._ids)
+        if total > 10_000:
+            for _ in range(100 * self._num_negatives):
+                yield draw.randrange(total)
+        yield from draw.sample(range(total), total)
+
+
+def _positives(
+    queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], row_of: Mapping[str, int]
+) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for query_id, grades in qrels.items():
+        wanted = [passage_id for passage_id, grade in grades.items() if grade >= 1]
+        if not wanted:
+            continue
+        if query_id not in queries:
+            raise ValueError(f"qrels: query {query_id!r} is not among the queries; load both from the same split")
+        for passage_id in wanted:
+            if passage_id not in row_of:
+                raise ValueError(
+                    f"qrels: passage {passage_id!r} (query {query_id!r}) is not in the corpus; load both together"
+                )
+        found[query_id] = [row_of[passage_id] for passage_id in wanted]
+    if not found:
+        raise ValueError("qrels: no positive judgement, so there is no triple to make; check the split")
+    return found
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())

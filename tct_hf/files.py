@@ -1,0 +1,117 @@
+"""Write files and directories so that nobody ever meets a half-written one: written aside, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a UTF-8 text file that appears whole or not at all.
+
+    Missing parent directories are made. An interrupted call leaves the previous file as it was.
+
+    Args:
+        path: The file to write; a symbolic link is followed.
+        text: Its content; line ends are written as they are.
+
+    Returns:
+        The path of the file written.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a file was to be written here, but this is a directory", str(final))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the final name: a rename is atomic only within one file system. O_EXCL by way of "x": two writers
+    # never share one name aside. Not mkstemp, whose 0600 would outlive the rename.
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "x", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, final)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return final
+
+
+def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
+    """Write an object as indented JSON that appears whole or not at all.
+
+    Args:
+        path: The file to write.
+        obj: What `json` can write; NaN and infinities are refused, since they are not JSON.
+
+    Returns:
+        The path of the file written.
+
+    Raises:
+        ValueError: The object holds something JSON cannot express.
+        OSError: The file cannot be written.
+    """
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: this cannot be written as JSON: {error}") from error
+    return write_text_atomic(path, text + "\n")
+
+
+def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) -> Path:
+    """Rename a finished directory to its final name, in place of the one that is there.
+
+    At no moment is a half-written directory at `final`. A directory already there is first moved aside, to
+    `.<name>.replaced` beside it, and deleted last; a process killed between the two renames leaves it under that
+    name, whole, and the next call for the same `final` clears it away once the new one is in place.
+
+    Args:
+        staging: The finished directory, on the same file system as `final`.
+        final: The name it takes; missing parent directories are made, a symbolic link is followed.
+
+    Returns:
+        The path of the directory in its final place.
+
+    Raises:
+        FileNotFoundError: There is no directory `staging`.
+        NotADirectoryError: `final` is a file.
+        ValueError: One of the two paths lies inside the other.
+        OSError: A rename fails, for instance across file systems; the old directory is then back at `final`.
+    """
+    source, target = Path(os.path.realpath(staging)), Path(os.path.realpath(final))
+    if not source.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no finished directory to move into place", str(source))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a directory was to be put here, but this is a file", str(target))
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise ValueError(f"{source} cannot replace {target}: one lies inside the other; stage beside it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.replaced")
+    if target.exists():
+        if aside.exists():  # left by a killed call; `target` is newer
+            shutil.rmtree(aside)
+        os.rename(target, aside)
+        moved = True
+    else:
+        moved = False
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if moved:
+            os.rename(aside, target)
+        if error.errno == errno.EXDEV:
+            raise OSError(
+                errno.EXDEV, "staging and final directory are on different file systems; stage beside it", str(target)
+            ) from error
+        raise
+    if aside.exists():
+        shutil.rmtree(aside)
+    return target

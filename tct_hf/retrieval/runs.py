@@ -1,0 +1,130 @@
+"""Runs, {query id: {passage id: score}}, and the TREC six-column file they are kept in."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import secrets
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+Run = dict[str, dict[str, float]]
+
+
+def rank(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Order one query's passages: score descending, equal scores by passage id ascending.
+
+    Args:
+        scores: passage id to score.
+
+    Returns:
+        (passage id, score), best first. The order does not depend on the order of `scores`.
+    """
+    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+
+
+def write_run(run: Mapping[str, Mapping[str, float]], path: str | Path, tag: str) -> None:
+    """Write a run as a TREC file: `query Q0 passage rank score tag`.
+
+    Queries keep their order; passages are ordered by `rank`. Scores are written so that reading gives the same
+    floats. The file appears whole or not at all.
+
+    Args:
+        run: query id to passage id to score; a query without passages leaves no line.
+        path: the file; compressed when its name ends in .gz.
+        tag: the run's name, last column.
+
+    Raises:
+        ValueError: an id or the tag is empty or has white space, or a score is not finite.
+        OSError: the file can't be written.
+    """
+    path = Path(path)
+    _check_word(tag, "tag", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with staging.open("xb") as raw:
+            if path.name.endswith(".gz"):
+                # Neither name nor time in the header: the same run gives the same bytes.
+                with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
+                    _write_lines(packed, run, tag, path)
+            else:
+                _write_lines(raw, run, tag, path)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _write_lines(out: IO[bytes] | gzip.GzipFile, run: Mapping[str, Mapping[str, float]], tag: str, path: Path) -> None:
+    for query_id, scores in run.items():
+        _check_word(query_id, "query id", path)
+        for passage_id, score in scores.items():
+            _check_word(passage_id, "passage id", path)
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"{path}: query {query_id!r}, passage {passage_id!r}: score {score!r} is not finite; "
+                    "look for NaN in the vectors or the scores that made this run"
+                )
+        for place, (passage_id, score) in enumerate(rank(scores), start=1):
+            out.write(f"{query_id} Q0 {passage_id} {place} {float(score)!r} {tag}\n".encode())
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a TREC run file; ranks are ignored, the scores decide.
+
+    Args:
+        path: the file, plain or .gz.
+
+    Returns:
+        Query id to passage id to score, in the order of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line has another number of columns, a score is not a finite number, a passage comes twice for
+            a query, or the file is truncated or not UTF-8; the message names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such run file; write one with write_run or give the right path")
+    run: Run = {}
+    number = 0
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                _read_line(line, f"{path}, line {number}", run)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, after line {number}: broken .gz ({error}); copy or write the file again") from error
+    return run
+
+
+def _read_line(line: bytes, place: str, run: Run) -> None:
+    try:
+        fields = line.decode("utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    if not fields:
+        return
+    if len(fields) != 6:
+        raise ValueError(
+            f"{place}: {len(fields)} columns instead of 6 (query Q0 passage rank score tag); mend or remove the line"
+        )
+    query_id, _, passage_id, _, text, _ = fields
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"{place}: score {text!r} (column 5) is not a finite number; mend or remove the line")
+    scores = run.setdefault(query_id, {})
+    if passage_id in scores:
+        raise ValueError(f"{place}: passage {passage_id!r} comes twice for query {query_id!r}; remove one line")
+    scores[passage_id] = score
+
+
+def _check_word(text: str, what: str, path: Path) -> None:
+    if not text or text.split() != [text]:
+        raise ValueError(
+            f"{path}: {what} {text!r} is empty or has white space, which a TREC run can't hold; rename it first"
+        )

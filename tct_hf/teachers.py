@@ -1,0 +1,339 @@
+"""What can score a batch. A teacher sees texts or tokens and returns one score matrix; it is never trained here."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.util.distributed import all_gather_padded
+from torch import Tensor
+
+from tct_hf.files import write_json_atomic
+
+Features = Mapping[str, Any]
+
+TRAINING_FILE = "tct_teacher.json"
+
+# Texts that tokenisers treat differently: markers, punctuation, special tokens, and more words than any limit.
+_TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [SEP]", "word " * 40, "word " * 20_000]
+
+# How many tokens of padding a pass may hold before it pays to start another. On the CPU measured with a 6-layer MiniLM
+# on 64 passages of up to 154 tokens (64 to 256 are alike, 15% faster than 1,024). Accelerators wait for the launch of
+# a pass's kernels, which costs some thousands of tokens: an estimate.
+CPU_PADDING = 256
+ACCELERATOR_PADDING = 4096
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16 (elsewhere it is emulated, and slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        if not hasattr(torch.cpu, "get_capabilities"):  # older torch does not tell
+            return False
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return False
+
+
+class Teacher(ABC):
+    """Scores every query of a batch against every candidate passage of it.
+
+    A trainer calls :meth:`attach` once, :meth:`collate` for every batch in the data loader's workers, and
+    :meth:`score_matrix` on the device. A teacher is no module of the student or of the loss, so its parameters are in
+    no optimizer, no checkpoint and no distributed wrapper.
+
+    Attributes:
+        training_scale: what the teacher's scores were multiplied by in its own training; a temperature of
+            1 / training_scale gives back the distribution it learned.
+    """
+
+    training_scale: float = 1.0
+
+    def attach(self, student: SentenceTransformer) -> None:  # noqa: B027
+        """Learn which student will be taught, before the first batch."""
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move to the device that scores."""
+        return self
+
+    @abstractmethod
+    def collate(
+        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Prepare what this teacher needs of a batch.
+
+        Args:
+            queries: `(queries,)` texts.
+            columns: candidate columns (positives, first negatives, ...), each `(queries,)` texts.
+            rows: `(queries,)` rows of the data set, for ids.
+
+        Returns:
+            Tensors (nested in dicts and lists) for :meth:`score_matrix`; None when the student's tokens will do.
+        """
+
+    @abstractmethod
+    def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        """Score the batch, without gradients and in evaluation mode.
+
+        Args:
+            inputs: what :meth:`collate` returned, on the device; where that was None, `{"query": features,
+                "columns": [features, ...]}` with the student's own tokens.
+            gather: score against the candidates of all devices.
+
+        Returns:
+            `(queries, candidates)` float32: this device's queries against all positives in rank order, then all
+            first negatives, and so on.
+        """
+
+
+class ColBERTTeacher(Teacher):
+    """A late-interaction teacher: MaxSim over token vectors.
+
+    Args:
+        model: a multi-vector model, or a path or Hub id of one (of this package, sentence-transformers, PyLate or the
+            Stanford code).
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always.
+        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
+        tokens_per_pass: at most this many tokens go through the encoder at once.
+        chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
+
+    Raises:
+        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no MultiVectorEncoder.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1; Khattab and Zaharia, arXiv 2004.12832.
+    """
+
+    def __init__(
+        self,
+        model: MultiVectorEncoder | str | Path,
+        *,
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        training_scale: float | None = None,
+        tokens_per_pass: int = 16_384,
+        chunk_elements: int = 1 << 24,
+    ) -> None:
+        if dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
+        for name, size in (("tokens_per_pass", tokens_per_pass), ("chunk_elements", chunk_elements)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        path = str(model) if isinstance(model, (str, Path)) else None
+        loaded = MultiVectorEncoder(path) if path is not None else model
+        if not isinstance(loaded, MultiVectorEncoder):
+            raise ValueError(
+                f"A ColBERTTeacher needs a MultiVectorEncoder, got {type(loaded).__name__}: load the model with "
+                "sentence_transformers.MultiVectorEncoder."
+            )
+        self.model = loaded
+        if training_scale is None:
+            training_scale = read_training_scale(path) if path is not None else 1.0
+        self.training_scale = _scale(training_scale)
+        self.dtype = dtype
+        self.tokens_per_pass = tokens_per_pass
+        self.chunk_elements = chunk_elements
+        self.shares_tokens = False
+        self.model.eval()
+
+    def attach(self, student: SentenceTransformer) -> None:
+        """Find out whether the student's tokens are this teacher's too."""
+        # The vocabulary too: two of one family may agree on the probes and differ in a few words.
+        self.shares_tokens = self.model.tokenizer.get_vocab() == student.tokenizer.get_vocab() and all(
+            self._same_tokens(
+                self._preprocess(_TOKEN_PROBES, side),
+                student.preprocess(_TOKEN_PROBES, prompt=student.prompts.get(side), task=side),
+            )
+            for side in ("query", "document")
+        )
+
+    @staticmethod
+    def _same_tokens(mine: Features, other: Features) -> bool:
+        keys = {key for key, value in mine.items() if isinstance(value, Tensor)}
+        return keys == {key for key, value in other.items() if isinstance(value, Tensor)} and all(
+            torch.equal(mine[key], other[key]) for key in keys
+        )
+
+    def to(self, device: torch.device) -> ColBERTTeacher:
+        """Move the model to the device that scores."""
+        self.model.to(device)
+        return self
+
+    def _preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
+        # The prompt that encode_query and encode_document would take.
+        names = ("query",) if side == "query" else ("document", "passage", "corpus")
+        prompts = self.model.prompts
+        name = next((name for name in names if name in prompts), self.model.default_prompt_name)
+        return dict(self.model.preprocess(list(texts), prompt=prompts[name] if name else None, task=side))
+
+    def collate(
+        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Tokenise the batch this teacher's way; None when the student tokenises alike."""
+        if self.shares_tokens:
+            return None
+        return {
+            "query": self._preprocess(queries, "query"),
+            "columns": [self._preprocess(column, "document") for column in columns],
+        }
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        if self.dtype == "bfloat16" or (self.dtype == "auto" and has_bfloat16(self.model.device)):
+            return torch.bfloat16
+        return torch.float32
+
+    def _forward(self, features: Features, side: str) -> tuple[Tensor, Tensor]:
+        # A shallow copy: the model's scoring mask overwrites attention_mask in the dict it is given.
+        out = self.model(dict(features), task=side)
+        return out["token_embeddings"].float(), out["attention_mask"].bool()
+
+    def _embed(self, columns: Sequence[Features], side: str) -> tuple[Tensor, Tensor]:
+        """`(columns * queries, tokens, dim)` float32 and its mask, all of the first column first.
+
+        Texts of like length go through the encoder together: padding is not computed.
+        """
+        merged = _stack_columns(columns)
+        if merged is None:  # not padded text (packed for flash attention, images): a pass a column
+            parts = [self._forward(column, side) for column in columns]
+            width = max(vectors.shape[1] for vectors, _ in parts)
+            return (
+                torch.cat([_pad_tokens(vectors, width) for vectors, _ in parts]),
+                torch.cat([_pad_tokens(mask, width) for _, mask in parts]),
+            )
+        lengths = _lengths(merged)
+        mask = torch.zeros_like(merged["attention_mask"], dtype=torch.bool)
+        embeddings: Tensor | None = None
+        padding = CPU_PADDING if mask.device.type == "cpu" else ACCELERATOR_PADDING
+        for rows in _passes(lengths, self.tokens_per_pass, padding):
+            width = max(lengths[row] for row in rows)
+            index = torch.tensor(rows, device=mask.device)
+            vectors, scored = self._forward({key: _take(value, index, width) for key, value in merged.items()}, side)
+            if embeddings is None:
+                embeddings = vectors.new_zeros(*mask.shape, vectors.shape[2])
+            embeddings[index, :width] = vectors
+            mask[index, :width] = scored
+        assert embeddings is not None
+        return embeddings, mask
+
+    @torch.no_grad()
+    def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        """MaxSim of every query with every candidate, in chunks."""
+        self.model.eval()
+        device, dtype = self.model.device.type, self._compute_dtype
+        # One context for all passes: weights are cast to bfloat16 once, not once a pass.
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            queries, query_mask = self._embed([inputs["query"]], "query")
+            passages, passage_mask = self._embed(inputs["columns"], "document")
+        if gather:
+            per_column = zip(
+                passages.chunk(len(inputs["columns"])), passage_mask.chunk(len(inputs["columns"])), strict=True
+            )
+            gathered = [all_gather_padded(vectors, mask) for vectors, mask in per_column]
+            passages = torch.cat([vectors for vectors, _ in gathered])
+            passage_mask = torch.cat([mask for _, mask in gathered])
+        # A trainer's own autocast would compare the tokens in half precision.
+        with torch.autocast(device, enabled=False):
+            return self.model.similarity(
+                queries, passages, a_mask=query_mask, b_mask=passage_mask, chunk_elements=self.chunk_elements
+            ).float()
+
+
+def _pad_tokens(tensor: Tensor, width: int) -> Tensor:
+    padding = [0, 0] * (tensor.ndim - 2) + [0, width - tensor.shape[1]]
+    return torch.nn.functional.pad(tensor, padding)
+
+
+def _take(value: Any, rows: Tensor, width: int) -> Any:
+    return value[rows, :width] if isinstance(value, Tensor) and value.ndim == 2 else value
+
+
+def _stack_columns(columns: Sequence[Features]) -> dict[str, Any] | None:
+    """One padded batch of all columns' rows, or None where a tensor is not `(rows, tokens)` like the others."""
+    merged = dict(columns[0])
+    # Says the same of every row, in whatever form it comes.
+    keys = [key for key, value in merged.items() if isinstance(value, Tensor) and key != "prompt_length"]
+    for column in columns:
+        tensors = [value for key, value in column.items() if isinstance(value, Tensor) and key != "prompt_length"]
+        shape = column["attention_mask"].shape if "attention_mask" in column else None
+        if len(tensors) != len(keys) or any(key not in column for key in keys):
+            return None
+        if any(tensor.shape != shape or tensor.ndim != 2 for tensor in tensors):
+            return None
+    width = max(column["attention_mask"].shape[1] for column in columns)
+    return merged | {key: torch.cat([_pad_tokens(column[key], width) for column in columns]) for key in keys}
+
+
+def _lengths(features: Features) -> list[int]:
+    """Up to where each row has tokens, at least 1. Padding on the left counts: cutting it would move positions."""
+    used = features["attention_mask"].bool()
+    if "query_expansion_positions" in features:  # scored, though the encoder may not attend to them
+        used = used | features["query_expansion_positions"].bool()
+    ends = used * torch.arange(1, used.shape[1] + 1, device=used.device)
+    return ends.amax(1).clamp(min=1).tolist()
+
+
+def _passes(lengths: Sequence[int], budget: int, padding: int) -> list[list[int]]:
+    """Rows sorted by length and cut into passes of at most `budget` tokens, `padding` of them padding.
+
+    A single row may be longer than the budget.
+    """
+    passes: list[list[int]] = []
+    real = 0  # tokens of the last pass without its padding
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        longest = lengths[row]  # of the pass, were this row in it
+        padded = (len(passes[-1]) + 1) * longest if passes else 0
+        if not passes or padded > budget or padded - real - longest > padding:
+            passes.append([])
+            real = 0
+        passes[-1].append(row)
+        real += longest
+    return passes
+
+
+def _scale(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < float("inf"):
+        raise ValueError(f"training_scale is {value!r}: it has to be a finite number greater than 0.")
+    return float(value)
+
+
+def read_training_scale(name_or_path: str) -> float:
+    """The scale a teacher was trained at, as its checkpoint records it; 1.0 where it records nothing.
+
+    Args:
+        name_or_path: folder or Hub id.
+
+    Raises:
+        ValueError: the record is there but is not JSON, or says no finite number greater than 0.
+    """
+    from sentence_transformers.util import load_file_path
+
+    path = load_file_path(name_or_path, TRAINING_FILE)
+    if path is None:
+        return 1.0
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _scale(record.get("training_scale") if isinstance(record, dict) else None)
+    except ValueError as error:  # not UTF-8, not JSON, or no scale
+        raise ValueError(
+            f'{path}: {error} Make it {{"training_scale": 1.0}} with the factor of the teacher\'s training, or remove '
+            "the file."
+        ) from None
+
+
+def write_training_scale(path: str | Path, scale: float) -> None:
+    """Record beside a teacher's checkpoint what its scores were multiplied by in training.
+
+    Args:
+        path: folder of the checkpoint.
+        scale: the factor.
+
+    Raises:
+        ValueError: a scale that is not a finite number greater than 0.
+        OSError: the file cannot be written.
+    """
+    write_json_atomic(Path(path) / TRAINING_FILE, {"training_scale": _scale(scale)})

@@ -1,0 +1,123 @@
+"""Tokenizers that make TCT input: `[CLS] $A`, no `[SEP]`, and a prompt whose tokens stand apart from the text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+QUERY_PROMPT = "[Q] "
+DOCUMENT_PROMPT = "[D] "
+PROMPTS = {"query": QUERY_PROMPT, "document": DOCUMENT_PROMPT}
+
+# Starts of texts that a tokenizer might join with the end of a prompt: letters, a digit, punctuation, an accent,
+# an ideograph, a space.
+_PROBES = ("a", "the", "word", "Word", "1", ".", "é", "中", " x", "")
+
+_SPECIAL = ("unk_token", "bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that opens every input: `[CLS]`, or `<s>` where the tokenizer has no `[CLS]`.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    token = tokenizer.cls_token or tokenizer.bos_token
+    if token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r} has neither a cls_token nor a bos_token, but "
+            "TCT input starts with one: use a BERT-like encoder, or set tokenizer.cls_token to one of its tokens."
+        )
+    return str(token)
+
+
+def tct_post_processor(token: str, token_id: int) -> TemplateProcessing:
+    """What adds special tokens to a text: the start token only, no `[SEP]`."""
+    return TemplateProcessing(single=f"{token} $A", pair=f"{token} $A $B:1", special_tokens=[(token, token_id)])
+
+
+def _without_added_tokens(backend: Tokenizer, markers: set[str]) -> Tokenizer:
+    """A copy in which the markers are ordinary text again, as they are to a tokenizer fresh from its base model."""
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"].strip() not in markers]
+    state["truncation"] = state["padding"] = None
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def tct_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, *, document_length: int, markers: Iterable[str] = ()
+) -> TokenizersBackend:
+    """A fresh tokenizer for TCT input, made from any fast tokenizer, which is left as it is.
+
+    Its class is `TokenizersBackend`, because model-specific classes (`BertTokenizer`) put `[SEP]` back on load.
+
+    Args:
+        tokenizer: of the encoder.
+        document_length: tokens a passage keeps; the tokenizer truncates there.
+        markers: added tokens to leave out, such as the `[unused0]` of a ColBERT.
+
+    Raises:
+        ValueError: the tokenizer has no start token, is not backed by the tokenizers library, joins a prompt with the
+            text after it, or ends a prompt with a special token, so that the prompt's tokens could not be left out of
+            the pooling.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not backed by the tokenizers library, which TCT input needs to leave out "
+            "[SEP]: load the encoder with a fast tokenizer (a tokenizer.json)."
+        )
+    start = start_token(tokenizer)
+    backend = _without_added_tokens(tokenizer.backend_tokenizer, {m.strip() for m in markers if m.strip()})
+    start_id = backend.token_to_id(start)
+    if start_id is None:
+        raise ValueError(
+            f"{start!r}, the token that opens every input of {tokenizer.name_or_path!r}, is not in the vocabulary: "
+            "set tokenizer.cls_token to a token that is."
+        )
+    backend.post_processor = tct_post_processor(start, start_id)
+    special = {name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None}
+    fresh = TokenizersBackend(
+        tokenizer_object=backend,
+        name_or_path=tokenizer.name_or_path,
+        model_max_length=document_length,
+        model_input_names=list(tokenizer.model_input_names),
+        padding_side="right",
+        truncation_side="right",
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    check_prompts_stand_apart(fresh)
+    return fresh
+
+
+def check_prompts_stand_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokens of a prompt are a prefix of the tokens of the prompt and any text, and end as text.
+
+    Raises:
+        ValueError: they are not, with the tokens that show it.
+    """
+    for prompt in (QUERY_PROMPT, DOCUMENT_PROMPT):
+        alone = tokenizer(prompt)["input_ids"]
+        # sentence-transformers takes a special token at the prompt's end for a [SEP] and counts one token less.
+        if alone[-1] in tokenizer.all_special_ids:
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path!r} ends the prompt {prompt!r} with a special token: "
+                f"{tokenizer.convert_ids_to_tokens(alone)}. The prompt's tokens would be miscounted and every vector "
+                "silently off: use an encoder whose vocabulary has '[' and ']'."
+            )
+        for probe in (*_PROBES, tokenizer.mask_token or "a"):
+            joined = tokenizer(prompt + probe)["input_ids"]
+            if joined[: len(alone)] != alone:
+                raise ValueError(
+                    f"The tokenizer of {tokenizer.name_or_path!r} joins the prompt {prompt!r} with the text after it: "
+                    f"alone it is {tokenizer.convert_ids_to_tokens(alone)}, before {probe!r} it is "
+                    f"{tokenizer.convert_ids_to_tokens(joined)}. The prompt's tokens could not be left out of the "
+                    "pooling, and every vector would be silently off. Byte-level BPE (RoBERTa, GPT) and SentencePiece "
+                    "(XLM-R) do this with the space: use an encoder with a WordPiece tokenizer, such as BERT, MiniLM "
+                    "or MPNet."
+                )

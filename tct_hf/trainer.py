@@ -1,0 +1,290 @@
+"""Train a student against a live teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.trainer import BaseTrainer
+from sentence_transformers.util.distributed import all_gather, get_rank
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from tct_hf.arguments import TCTTrainingArguments
+from tct_hf.collator import BATCH_KEY, TCTDataCollator, candidate_columns
+from tct_hf.encoding import finalise_checkpoint
+from tct_hf.files import replace_dir
+from tct_hf.losses import TeacherTargets, TightlyCoupledLoss, teacher_entropy
+from tct_hf.teachers import ColBERTTeacher, Teacher
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset
+    from sentence_transformers.base.evaluation import BaseEvaluator
+
+logger = logging.getLogger(__name__)
+
+# Checkpoints are written here and renamed when whole; its name matches no checkpoint's.
+UNFINISHED = ".unfinished"
+
+
+def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive_ids: Tensor | None = None) -> Tensor:
+    """Which candidates take part: all but those that are the row's positive once more, or another known positive.
+
+    Args:
+        candidate_ids: `(candidates,)` int64.
+        positive_index: `(queries,)` int64, the column of each row's own positive; -1 for a row without one.
+        known_positive_ids: `(queries, most)` int64, padded with an id that no candidate has.
+
+    Returns:
+        `(queries, candidates)` bool. A row's own positive always takes part.
+    """
+    rows = torch.arange(len(positive_index), device=positive_index.device)
+    labelled = positive_index >= 0
+    own = candidate_ids[positive_index.clamp(min=0)]  # (queries,)
+    positive = (candidate_ids[None, :] == own[:, None]) & labelled[:, None]
+    if known_positive_ids is not None:
+        positive = positive | (candidate_ids[None, None, :] == known_positive_ids[:, :, None]).any(dim=1)
+    mask = ~positive
+    mask[rows[labelled], positive_index[labelled]] = True
+    return mask
+
+
+class CoupledTrainerMixin(BaseTrainer):
+    """What every trainer with a live teacher shares: scoring, the loss, logging, saving whole checkpoints."""
+
+    teacher: Teacher
+    loss: Any
+    _warned: set[str]
+
+    def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> TCTDataCollator:
+        """The collator that also lets the teacher prepare a batch."""
+        return TCTDataCollator(preprocess_fn=model.preprocess, prompts=model.prompts, teacher=self.teacher)
+
+    def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
+        """Refuse a data set without the columns of training, before the first step."""
+        super().validate_column_names(dataset, dataset_name=dataset_name)
+        if not isinstance(dataset, dict):
+            candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+
+    def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
+        if dataset_kind == "train":
+            return super()._build_dataloader(dataset, batch_size, dataset_kind)
+        # Several devices need whole batches in training only: dropping the last one in evaluation can leave none.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super()._build_dataloader(dataset, batch_size, dataset_kind)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Let the teacher score the batch, then the loss compare it with the student's scores.
+
+        Args:
+            model: the student, wrapped or not.
+            inputs: a batch of :class:`TCTDataCollator`, on the device.
+            return_outputs: also return an (empty) dict of outputs.
+            num_items_in_batch: not used; the loss is a mean over the batch.
+
+        Returns:
+            The loss `()`.
+        """
+        inputs = dict(inputs)
+        batch = inputs.pop(BATCH_KEY)
+        dataset_name = inputs.pop("dataset_name", None)
+        features, _ = self.collect_features(inputs)
+        loss_fn = self.loss[dataset_name] if isinstance(self.loss, dict) else self.loss
+        if model is self.model_wrapped and getattr(loss_fn, "model", model) is not model:
+            loss_fn = self.override_model_in_loss(loss_fn, model)
+        targets = self.teacher_targets(features, batch, loss_fn)
+        loss = loss_fn(features, targets)
+        if isinstance(loss, dict):
+            loss = torch.stack(list(loss.values())).sum()
+        self.track_loss_components(targets.report)
+        return (loss, {}) if return_outputs else loss
+
+    def teacher_targets(self, features: list[dict[str, Any]], batch: dict[str, Any], loss: Any) -> TeacherTargets:
+        """What the teacher says of a batch.
+
+        Args:
+            features: the student's features of query, positive, negative_1, ..., negative_n.
+            batch: the collator's other part of the batch.
+            loss: that the targets are for.
+
+        Returns:
+            Scores, mask and positives of this device's queries against the candidates of the loss.
+
+        Raises:
+            ValueError: the teacher gave a score that is not finite.
+        """
+        gather = getattr(loss, "gathers", False)
+        prepared = batch.get("teacher") or {"query": features[0], "columns": features[1:]}
+        scores = self.teacher.score_matrix(prepared, gather=gather)
+        ids = batch["candidate_ids"]
+        queries, columns = ids.shape
+        ids = (all_gather(ids) if gather else ids).T.reshape(-1)  # all positives first, as in the score matrix
+        positive = torch.arange(queries, device=ids.device) + (get_rank() * queries if gather else 0)
+        mask = candidate_mask(ids, positive, batch.get("known_positive_ids"))
+        if getattr(loss, "candidates", "in-batch") == "own":
+            own = torch.eye(queries, dtype=torch.bool, device=ids.device).repeat(1, columns)
+            mask = mask & own
+        self._check_teacher(scores, mask, getattr(loss, "temperature", 1.0))
+        return TeacherTargets(scores=scores, mask=mask, positive_index=positive)
+
+    def _check_teacher(self, scores: Tensor, mask: Tensor, temperature: float) -> None:
+        choice = mask.sum(1) > 1  # a row with one candidate is one-hot by nature
+        finite = torch.isfinite(scores).all(1)
+        one_hot = (teacher_entropy(scores.nan_to_num(), mask, temperature) == 0) & choice
+        not_finite, peaked = torch.stack([(~finite).sum(), one_hot.sum()]).tolist()  # one wait for the device
+        if not_finite:
+            raise ValueError(
+                f"The teacher gave scores that are not finite for {not_finite} of {len(scores)} queries (first in row "
+                f"{int((~finite).nonzero()[0])}). Load it with dtype='float32', and check that its checkpoint scores "
+                "single texts finitely."
+            )
+        if peaked and "one-hot" not in self._warned:
+            self._warned.add("one-hot")
+            logger.warning(
+                f"The teacher's distribution is one-hot to float precision for {peaked} of {len(scores)} queries at "
+                f"temperature {temperature}: there it teaches no more than a hard label. Raise the temperature (1 / "
+                f"the scale the teacher was trained at is {1 / self.teacher.training_scale:.3g})."
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # training_args.bin is a pickle of the arguments: without this it holds the literal Hub token.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        self.finalise(output_dir or self.args.output_dir)
+
+    def finalise(self, path: str) -> None:
+        """Complete a saved checkpoint of the student's family."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its checkpoints are completed.")
+
+    @contextlib.contextmanager
+    def _saving_aside(self, folder: str) -> Iterator[None]:
+        self._aside: str | None = folder
+        try:
+            yield
+        finally:
+            self._aside = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return getattr(self, "_aside", None) or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if getattr(self, "_aside", None) is None:  # pushed after the rename
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint aside and rename it when it is whole: a kill never leaves half of one to resume from."""
+        run_dir = super()._get_output_dir(trial)
+        aside = os.path.join(run_dir, UNFINISHED)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        with self._saving_aside(aside):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = os.path.join(run_dir, name)
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
+            replace_dir(os.path.join(aside, name), os.path.join(run_dir, name))
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(run_dir, name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
+    """Distil a live teacher into a single-vector student.
+
+    Args:
+        model: the student, of :func:`~tct_hf.student_from_teacher` or :func:`~tct_hf.build_student`.
+        teacher: a :class:`~tct_hf.Teacher`, or a multi-vector model (or its path or Hub id) for a ColBERTTeacher.
+        args: of the run.
+        train_dataset: columns query, positive, negative (or negative_1 ... negative_n); where there are ids, also
+            positive_id, negative_id and known_positive_ids, so that known positives are no negatives.
+        eval_dataset: of the same columns, for the loss on held-out queries.
+        evaluator: such as an InformationRetrievalEvaluator on dev queries; models are chosen by it.
+        loss: a TightlyCoupledLoss of the student; by default one with the arguments' settings.
+        **kwargs: of :class:`sentence_transformers.SentenceTransformerTrainer`.
+
+    Raises:
+        ValueError: a data set without the columns, a student without the TCT encoding, a teacher that cannot score.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
+    """
+
+    model_class = SentenceTransformer
+    training_args_class = TCTTrainingArguments
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None = None,
+        teacher: Teacher | MultiVectorEncoder | str | None = None,
+        args: TCTTrainingArguments | None = None,
+        train_dataset: Dataset | DatasetDict | IterableDataset | None = None,
+        eval_dataset: Dataset | DatasetDict | IterableDataset | None = None,
+        evaluator: BaseEvaluator | list[BaseEvaluator] | None = None,
+        loss: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher is None:
+            raise ValueError("A TCTTrainer needs a teacher: a ColBERTTeacher, or a multi-vector model or its path.")
+        self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
+        self._warned = set()
+        if model is not None:
+            self.teacher.attach(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            evaluator=evaluator,
+            loss=loss,
+            **kwargs,
+        )
+        self.teacher.to(self.args.device)
+        # The loss is a mean over the batch: the base class divides it by the accumulation steps.
+        self.loss_is_scaled_for_ga = False
+
+    def get_default_loss(self, model: SentenceTransformer) -> TightlyCoupledLoss:
+        """The coupled loss with the arguments' settings and this teacher's temperature."""
+        args = self.args
+        temperature = args.temperature if args.temperature is not None else 1.0 / self.teacher.training_scale
+        return TightlyCoupledLoss(
+            model,
+            temperature=temperature,
+            student_temperature=args.student_temperature,
+            hard_label_weight=args.hard_label_weight,
+            candidates=args.candidates,
+            mini_batch_size=args.mini_batch_size,
+        )
+
+    def finalise(self, path: str) -> None:
+        """Complete a saved student."""
+        finalise_checkpoint(path)

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tct_hf.data import load_beir
+from tct_hf.data.beir_hub import load_beir_from_hub
+
+CORPUS = [
+    {"_id": "d1", "title": "Title", "text": "one"},
+    {"_id": "d2", "title": "", "text": "two"},
+    {"_id": "d3", "text": "three"},
+]
+QUERIES = [{"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"}, {"_id": "q3", "text": "unjudged"}]
+QRELS = "query-id\tcorpus-id\tscore\nq2\td1\t1\nq1\td2\t2\nq1\td3\t0\n"
+
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "set"
+    (root / "qrels").mkdir(parents=True)
+    (root / "corpus.jsonl").write_text(jsonl(CORPUS))
+    (root / "queries.jsonl").write_text(jsonl(QUERIES))
+    (root / "qrels" / "test.tsv").write_text(QRELS)
+    return root
+
+
+def load(folder: Path, split: str = "test", **options: bool) -> tuple:
+    return load_beir(folder, split, cache_dir=folder.parent / "cache", **options)
+
+
+def check(loaded: tuple) -> None:
+    corpus, queries, qrels = loaded
+    assert corpus.column_names == ["id", "text"]
+    assert corpus["id"][:] == ["d1", "d2", "d3"]
+    assert corpus["text"][:] == ["Title one", "two", "three"]
+    assert queries == {"q2": "second", "q1": "first"}
+    assert qrels == {"q2": {"d1": 1}, "q1": {"d2": 2, "d3": 0}}
+
+
+def test_plain_folder(folder: Path) -> None:
+    loaded = load(folder)
+    check(loaded)
+    assert loaded[0].cache_files
+
+
+def test_compressed_folder_without_header(folder: Path) -> None:
+    (folder / "qrels" / "test.tsv").write_text(QRELS.split("\n", 1)[1])
+    for path in (folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / "test.tsv"):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    check(load(folder))
+
+
+def test_changed_corpus_is_converted_again(folder: Path) -> None:
+    check(load(folder))
+    (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "text": "four"}]))
+    assert load(folder)[0]["id"][:] == ["d1", "d2", "d3", "d4"]
+
+
+def test_windows_line_ends_and_byte_order_mark_are_read(folder: Path) -> None:
+    (folder / "qrels" / "test.tsv").write_bytes(b"\xef\xbb\xbf" + QRELS.replace("\n", "\r\n").encode())
+    check(load(folder))
+
+
+def test_integer_ids_become_strings(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_text(jsonl([{"_id": 7, "text": "seven"}]))
+    (folder / "qrels" / "test.tsv").write_text("q1\t7\t1\n")
+    assert load(folder)[0]["id"][:] == ["7"]
+
+
+def test_empty_passages_are_kept_when_asked_for(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "title": "", "text": " "}]))
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the text of 'd4' is empty.*allow_empty=True"):
+        load(folder)
+    assert load(folder, allow_empty=True)[0]["text"][3] == ""
+
+
+BAD_FILES = {
+    "corpus not JSON": ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
+    "corpus not an object": ("corpus.jsonl", "[1]\n", r"corpus\.jsonl, line 1: a JSON list"),
+    "corpus without text": (
+        "corpus.jsonl",
+        '{"_id": "d1", "body": "x"}\n',
+        r"line 1: key 'text' is missing.*_id, body",
+    ),
+    "corpus id empty": ("corpus.jsonl", '{"_id": "", "text": "x"}\n', r"line 1: _id is ''"),
+    "corpus text a number": ("corpus.jsonl", '{"_id": "d1", "text": 3}\n', r"line 1: title and text must be strings"),
+    "corpus empty": ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),
+    "corpus id twice": (
+        "corpus.jsonl",
+        jsonl([*CORPUS, CORPUS[1]]),
+        r"line 4: passage id 'd2'.*corpus\.jsonl, line 2",
+    ),
+    "query without text": (
+        "queries.jsonl",
+        '{"_id": "q1", "text": ""}\n',
+        r"queries\.jsonl, line 1: the text of 'q1'",
+    ),
+    "query id twice": (
+        "queries.jsonl",
+        jsonl([*QUERIES, QUERIES[0]]),
+        r"line 4: query id 'q1'.*queries\.jsonl, line 1",
+    ),
+    "unknown query": (
+        "qrels/test.tsv",
+        "q1\td1\t1\nq9\td1\t1\n",
+        r"test\.tsv, line 2: query 'q9' is not in .*queries",
+    ),
+    "unknown passage": ("qrels/test.tsv", "q1\td1\t1\nq1\td9\t1\n", r"test\.tsv, line 1 and after: .*'d9'.*corpus"),
+    "two fields": ("qrels/test.tsv", "q1\td1\t1\nq1 d1 1\n", r"test\.tsv, line 2: 1 fields where 3"),
+    "score a fraction": ("qrels/test.tsv", "q1\td1\t0.5\n", r"test\.tsv, line 1: score '0\.5' is not an integer"),
+    "judged twice": ("qrels/test.tsv", "q1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 2: .*judged twice"),
+    "empty id": ("qrels/test.tsv", "\td1\t1\n", r"test\.tsv, line 1: empty query-id"),
+    "no positives": ("qrels/test.tsv", "q1\td1\t0\n", r"test\.tsv: no judgement with a score of 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_malformed_file_is_named_with_its_line(folder: Path, case: str) -> None:
+    name, content, message = BAD_FILES[case]
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+    assert not list((folder.parent).glob("cache/*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
+def test_text_that_is_not_utf8_is_named_with_its_line(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=rf"{path.name}, line \d+: not UTF-8"):
+        load(folder)
+
+
+def test_truncated_gz_is_named_with_the_last_good_line(folder: Path) -> None:
+    rows = jsonl([{"_id": f"d{at}", "text": os.urandom(40).hex()} for at in range(500)])
+    (folder / "corpus.jsonl").unlink()
+    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:-2000])
+    with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz, after line \d+: broken \.gz"):
+        load(folder)
+
+
+def test_plain_file_under_a_gz_name_is_refused(folder: Path) -> None:
+    (folder / "corpus.jsonl").rename(folder / "corpus.jsonl.gz")
+    with pytest.raises(ValueError, match=r"broken \.gz"):
+        load(folder)
+
+
+def test_missing_file_lists_what_is_there(folder: Path) -> None:
+    (folder / "queries.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"queries\.jsonl\.gz is there \(there is: corpus\.jsonl, qrels\)"):
+        load(folder)
+
+
+def test_missing_split_lists_the_splits(folder: Path) -> None:
+    (folder / "qrels" / "dev.tsv.gz").write_bytes(gzip.compress(QRELS.encode()))
+    with pytest.raises(FileNotFoundError, match="splits there: dev, test"):
+        load(folder, "train")
+
+
+def test_path_that_is_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_beir(tmp_path / "nothing", "test", cache_dir=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        load_beir(tmp_path / "file", "test", cache_dir=tmp_path)
+
+
+def hub_repository(root: Path) -> None:
+    """A data set in the Hub's layout on disk: `load_dataset` reads a local folder like a repository."""
+    root.mkdir(exist_ok=True)
+    (root / "corpus.jsonl").write_text(jsonl([{"title": "", **row} for row in CORPUS]))
+    (root / "queries.jsonl").write_text(jsonl([{"title": "", **row} for row in QUERIES]))
+
+
+CONFIGS = """---
+configs:
+- config_name: corpus
+  data_files: [{split: corpus, path: corpus.jsonl}]
+- config_name: queries
+  data_files: [{split: queries, path: queries.jsonl}]
+"""
+
+
+def test_hub_layout_with_a_repository_of_judgements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    root = tmp_path / "set"
+    hub_repository(root)
+    (tmp_path / "set-qrels").mkdir()
+    (tmp_path / "set-qrels" / "test.tsv").write_text(QRELS)
+    (root / "README.md").write_text(CONFIGS + "---\n")
+    check(load_beir_from_hub(str(root), "test", cache_dir=tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="set-qrels: no split 'dev'; splits there: test"):
+        load_beir_from_hub(str(root), "dev", cache_dir=tmp_path / "cache")
+
+
+def test_hub_layout_with_judgements_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    root = tmp_path / "set"
+    hub_repository(root)
+    names = ("query-id", "corpus-id", "score")
+    # Some published judgements hold their scores as floats.
+    rows = [("q2", "d1", 1.0), ("q1", "d2", 2.0), ("q1", "d3", 0.0)]
+    (root / "qrels.jsonl").write_text(jsonl([dict(zip(names, row, strict=True)) for row in rows]))
+    own = "- config_name: default\n  data_files: [{split: test, path: qrels.jsonl}]\n---\n"
+    (root / "README.md").write_text(CONFIGS + own)
+    check(load_beir_from_hub(str(root), "test", cache_dir=tmp_path / "cache"))
+
+
+def test_hub_id_out_of_reach_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nobody/nothing: not a folder here"):
+        load_beir("nobody/nothing", "test", cache_dir=tmp_path)
+
+
+def data_folder(name: str) -> Path:
+    root = Path(os.environ.get("TCT_HF_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
+    if not (root / name).is_dir():
+        pytest.skip(f"{name} is not here; set TCT_HF_DATA to the folder that holds it")
+    return root / name
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "passages", "queries"), [("scifact", 5183, 300), ("medquad", 15809, 1410)])
+def test_real_collections_load_whole(name: str, passages: int, queries: int, tmp_path: Path) -> None:
+    corpus, texts, qrels = load_beir(data_folder(name), "test", cache_dir=tmp_path)
+    assert (len(corpus), len(texts), len(qrels)) == (passages, queries, queries)

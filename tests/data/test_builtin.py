@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from tct_hf.data import builtin_corpus, builtin_fingerprint
+from tct_hf.data.builtin import SPLITS, make_collection
+from tct_hf.data.docstrings import Docstring
+
+
+def entry(name: str, summary: str, body: str) -> Docstring:
+    return Docstring(name, name, summary, body)
+
+
+def body(word: str, length: int = 20) -> str:
+    return " ".join(f"{word}{at}" for at in range(length))
+
+
+def every(parts: dict[str, dict[str, dict]], key: str) -> dict:
+    return {name: value for part in parts.values() for name, value in part[key].items()}
+
+
+def split_of(parts: dict[str, dict[str, dict]], query_id: str) -> str:
+    return next(split for split, part in parts.items() if query_id in part["queries"])
+
+
+def test_summary_is_the_query_and_not_part_of_the_passage() -> None:
+    passages, parts = make_collection([entry("pkg.sub.Thing.make", "Make a thing of parts", body("w"))])
+    assert every(parts, "queries") == {"q-pkg.sub.Thing.make": "Make a thing of parts"}
+    assert passages == {"pkg.sub.Thing.make": f"pkg sub Thing: {body('w')}"}
+    assert every(parts, "qrels") == {"q-pkg.sub.Thing.make": {"pkg.sub.Thing.make": 1}}
+
+
+@pytest.mark.parametrize(
+    ("summary", "rest"),
+    [("Only three words", body("w")), ("w " * 41, body("w")), ("A summary of five words", body("w", 14))],
+)
+def test_too_short_and_too_long_are_left_out(summary: str, rest: str) -> None:
+    passages, parts = make_collection([entry("p.a", summary, rest)])
+    assert passages == {} and every(parts, "queries") == {}
+
+
+def test_identical_summaries_are_one_query_with_several_positives() -> None:
+    _, parts = make_collection(
+        [entry("p.a", "Return the sum of it", body("x")), entry("q.b", "return the  sum of it", body("y"))]
+    )
+    assert every(parts, "qrels") == {"q-p.a": {"p.a": 1, "q.b": 1}}
+
+
+def test_identical_passages_are_one_passage_that_answers_both_queries() -> None:
+    passages, parts = make_collection(
+        [entry("p.a", "Return the sum of it", body("x")), entry("p.b", "Add up the whole thing", body("x"))]
+    )
+    assert list(passages) == ["p.a"]
+    assert every(parts, "qrels") == {"q-p.a": {"p.a": 1}, "q-p.b": {"p.a": 1}}
+
+
+def test_near_duplicates_go_to_one_split() -> None:
+    for number in range(40):
+        same_name = [
+            entry(f"p.Series.add{number}", f"Add a series to another {number}", body("x")),
+            entry(f"p.DataFrame.add{number}", f"Combine two frames by their sum {number}", body("y")),
+        ]
+        _, parts = make_collection(same_name)
+        assert len({split_of(parts, name) for name in every(parts, "queries")}) == 1
+        near_body = [
+            entry(f"p.a{number}", f"First words that differ much {number}", body("x")),
+            entry(f"p.b{number}", f"Other terms with no overlap {number}", body("x") + " more"),
+        ]
+        _, parts = make_collection(near_body)
+        assert len({split_of(parts, name) for name in every(parts, "queries")}) == 1
+
+
+def test_name_of_many_docstrings_does_not_group_them() -> None:
+    _, parts = make_collection(
+        [entry(f"p.Model{at}.fit", f"Fit model {at} {body(f's{at}-', 4)}", body(f"b{at}-")) for at in range(60)]
+    )
+    assert {len(part["queries"]) > 0 for part in parts.values()} == {True}
+
+
+def test_name_defined_twice_keeps_the_first_and_a_taken_short_name_becomes_the_full_one() -> None:
+    first = Docstring("p.f", "p._one.f", "Do the first thing here", body("x"))
+    again = Docstring("p.f", "p._one.f", "Do the very same again", body("y"))
+    third = Docstring("p.f", "p._two.f", "Do a third thing here", body("z"))
+    passages, _ = make_collection([first, third, again])
+    assert list(passages) == ["p.f", "p._two.f"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_installed_package_gives_disjoint_splits_over_one_corpus(cache: Path) -> None:
+    corpora, seen = [], set()
+    for split in SPLITS:
+        corpus, queries, qrels = builtin_corpus(split, packages=["numpy"], cache_dir=cache)
+        assert corpus.column_names == ["id", "text"] and corpus.cache_files
+        assert list(queries) == list(qrels) and not seen & set(queries)
+        seen |= set(queries)
+        assert {passage for grades in qrels.values() for passage in grades} <= set(corpus["id"])
+        corpora.append(corpus["id"][:])
+    assert corpora[0] == corpora[1] == corpora[2]
+    assert len(set(corpora[0])) == len(corpora[0])
+
+
+def test_fingerprint_counts_and_versions_what_was_built(cache: Path) -> None:
+    fingerprint = builtin_fingerprint(packages=["numpy"], cache_dir=cache)
+    corpus, queries, _ = builtin_corpus("dev", packages=["numpy"], cache_dir=cache)
+    assert fingerprint["passages"] == len(corpus)
+    assert fingerprint["queries"]["dev"] == len(queries)
+    assert list(fingerprint["packages"]) == ["numpy"] and len(fingerprint["sha256"]) == 64
+    json.dumps(fingerprint)
+
+
+def test_building_again_elsewhere_gives_the_same_fingerprint(cache: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool:
+        # Two fresh processes with their own hash seeds, at once, on one empty cache.
+        found = pool.map(_fingerprint, [str(tmp_path)] * 2, chunksize=1)
+    assert found[0] == found[1] == builtin_fingerprint(packages=["numpy"], cache_dir=cache)
+    assert [path.name.startswith("builtin-") for path in tmp_path.iterdir()] == [True]
+
+
+def _fingerprint(cache_dir: str) -> dict:
+    return builtin_fingerprint(packages=["numpy"], cache_dir=cache_dir)
+
+
+def test_damaged_cache_says_what_to_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builtin_fingerprint(packages=["numpy"], cache_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / "fingerprint.json").write_text("{")
+    with pytest.raises(OSError, match="delete this folder"):
+        builtin_corpus("dev", packages=["numpy"], cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("split", "packages", "message"),
+    [
+        ("validation", ["numpy"], "train, dev, test"),
+        ("dev", ["not_there_at_all"], "not_there_at_all"),
+        ("dev", "numpy", "one string"),
+        ("dev", [], "empty"),
+    ],
+)
+def test_wrong_arguments_are_named(split: str, packages: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        builtin_corpus(split, packages=packages, cache_dir=tmp_path)
+
+
+def test_package_without_a_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loose_demo.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="'loose_demo' has source here but no version"):
+        builtin_corpus("dev", packages=["loose_demo"], cache_dir=tmp_path / "cache")
+
+
+def test_package_without_usable_docstrings_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bare_demo").mkdir()
+    (tmp_path / "bare_demo" / "__init__.py").write_text("x = 1\n")
+    info = tmp_path / "bare_demo-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bare_demo\nVersion: 1.0\n")
+    (info / "RECORD").write_text("bare_demo/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="bare_demo hold no docstring"):
+        builtin_corpus("dev", packages=["bare_demo"], cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tct_hf.data.cache import build_once, default_cache_dir, read_corpus, write_corpus
+
+
+def test_folder_is_built_once(tmp_path: Path) -> None:
+    calls: list[Path] = []
+    for _ in range(2):
+        build_once(tmp_path / "a" / "done", calls.append)
+    assert len(calls) == 1
+
+
+def test_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(staging: Path) -> None:
+        (staging / "half").write_text("x")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        build_once(tmp_path / "done", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slower_of_two_builders_takes_what_the_faster_made(tmp_path: Path) -> None:
+    final = tmp_path / "done"
+
+    def overtaken(staging: Path) -> None:
+        (staging / "who").write_text("slow")
+        final.mkdir()
+        (final / "who").write_text("fast")
+
+    assert (build_once(final, overtaken) / "who").read_text() == "fast"
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_unwritable_place_names_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="TCT_HF_CACHE"):
+        build_once(tmp_path / "file" / "done", lambda staging: None)
+
+
+def test_corpus_of_several_batches_round_trips(tmp_path: Path) -> None:
+    passages = [(f"p{at}", f"text \u00e9 {at}") for at in range(2500)]
+    assert write_corpus(tmp_path / "c.arrow", passages) == 2500
+    corpus = read_corpus(tmp_path / "c.arrow")
+    assert list(zip(corpus["id"], corpus["text"], strict=True)) == passages
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TCT_HF_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "tct_hf"
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "own"))
+    assert default_cache_dir() == tmp_path / "own"

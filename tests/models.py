@@ -1,0 +1,252 @@
+"""Tiny models made on the spot: no download, a few thousand parameters each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from sentence_transformers import MultiVectorEncoder
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?()[]'\"-_/检索搜中文"
+WORDS = "the a what is of passage query retrieval dense teacher student distillation representations tokens".split()
+
+
+def wordpiece_vocabulary(special: list[str]) -> dict[str, int]:
+    pieces = [*special, "[unused0]", "[unused1]", *LETTERS, *(f"##{c}" for c in LETTERS), *WORDS]
+    return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+
+
+def _save_bert_tokenizer(path: Path) -> int:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = wordpiece_vocabulary(special)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "BertTokenizer",
+                "do_lower_case": True,
+                "model_max_length": 192,
+                "cls_token": "[CLS]",
+                "sep_token": "[SEP]",
+                "mask_token": "[MASK]",
+                "pad_token": "[PAD]",
+                "unk_token": "[UNK]",
+            }
+        )
+    )
+    (path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    return len(vocabulary)
+
+
+def tiny_bert(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 0, hidden: int = 32) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    size = _save_bert_tokenizer(path)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=192,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(path)
+    return path
+
+
+def tiny_mpnet(path: Path) -> Path:
+    """A WordPiece encoder with RoBERTa's special tokens and positions."""
+    path.mkdir(parents=True, exist_ok=True)
+    special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
+    vocabulary = wordpiece_vocabulary(special)
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="<s>",
+        bos_token="<s>",
+        sep_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="[UNK]",
+        mask_token="<mask>",
+        model_max_length=192,
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(1)
+    config = MPNetConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=194,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    MPNetModel(config).save_pretrained(path)
+    return path
+
+
+def tiny_roberta(path: Path) -> Path:
+    """An encoder with a byte-level BPE tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="<s>",
+        bos_token="<s>",
+        sep_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(2)
+    config = RobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=194,
+        pad_token_id=1,
+    )
+    RobertaModel(config).save_pretrained(path)
+    return path
+
+
+def tiny_colbert(path: Path, *, seed: int = 3, layers: int = 2, dropout: float = 0.0) -> Path:
+    """A ColBERT of this package: the students' own tokens."""
+    from tct_hf import build_colbert
+
+    base = tiny_bert(path / "base", seed=seed, layers=layers, dropout=dropout)
+    torch.manual_seed(seed)
+    build_colbert(str(base), dim=16, document_length=64).save_pretrained(str(path / "colbert"))
+    return path / "colbert"
+
+
+def stanford_colbert(path: Path) -> Path:
+    """A checkpoint as the Stanford code writes it: encoder and projection in one file, artifact.metadata."""
+    from safetensors.torch import save_file
+
+    base = tiny_bert(path, seed=4)
+    model = BertModel.from_pretrained(base)
+    torch.manual_seed(4)
+    weights = {f"bert.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights["linear.weight"] = torch.randn(16, 32) * 0.2
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["architectures"] = ["HF_ColBERT"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "artifact.metadata").write_text(
+        json.dumps(
+            {
+                "query_maxlen": 32,
+                "doc_maxlen": 60,
+                "dim": 16,
+                "mask_punctuation": True,
+                "attend_to_mask_tokens": False,
+                "query_token_id": "[unused0]",
+                "doc_token_id": "[unused1]",
+            }
+        )
+    )
+    return path
+
+
+def pylate_colbert(path: Path) -> Path:
+    """A checkpoint as PyLate 1 writes it: Transformer and Dense, markers as added tokens, its own model type."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    base = tiny_bert(path, seed=5)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    model = BertModel.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 59, "do_lower_case": False}))
+    (path / "modules.json").write_text(
+        json.dumps(
+            [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
+            ]
+        )
+    )
+    (path / "1_Dense").mkdir()
+    (path / "1_Dense" / "config.json").write_text(
+        json.dumps(
+            {
+                "in_features": 32,
+                "out_features": 16,
+                "bias": False,
+                "activation_function": "torch.nn.modules.linear.Identity",
+            }
+        )
+    )
+    torch.manual_seed(5)
+    save_file({"linear.weight": torch.randn(16, 32) * 0.2}, path / "1_Dense" / "model.safetensors")
+    (path / "config_sentence_transformers.json").write_text(
+        json.dumps(
+            {
+                "__version__": {"sentence_transformers": "4.0.2", "transformers": "4.48.2", "pytorch": "2.5.1"},
+                "prompts": {},
+                "default_prompt_name": None,
+                "similarity_fn_name": "MaxSim",
+                "query_prefix": "[Q] ",
+                "document_prefix": "[D] ",
+                "query_length": 32,
+                "document_length": 60,
+                "attend_to_expansion_tokens": False,
+                "skiplist_words": list("!?.,:;"),
+                "model_type": "ColBERT",
+            }
+        )
+    )
+    return path
+
+
+def load_colbert(path: Path) -> MultiVectorEncoder:
+    return MultiVectorEncoder(str(path), device="cpu")

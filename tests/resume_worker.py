@@ -1,0 +1,74 @@
+"""Train in a process of its own, so that a test can kill it; prints a digest of the final weights.
+
+python -m tests.resume_worker MODELS OUTPUT SETTINGS(json)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from sentence_transformers import SentenceTransformer
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from tct_hf import ColBERTTeacher
+    from tests.training import make_trainer, triples
+
+    kill_in_step = settings.pop("kill_in_step", None)
+    kill_in_save = settings.pop("kill_in_save", None)
+    rows = settings.pop("rows", 36)
+    teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
+    student = SentenceTransformer(str(models / "student"), device="cpu")
+    trainer = make_trainer(output, student, teacher, triples(rows), **settings)
+
+    if kill_in_step is not None:
+        score = teacher.score_matrix
+        calls = 0
+
+        def score_and_die(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == kill_in_step:
+                kill()
+            return score(*args, **kwargs)
+
+        teacher.score_matrix = score_and_die  # type: ignore[method-assign]
+    if kill_in_save is not None:
+        write = torch.save
+
+        def half_a_save(obj: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            write(obj, path, *args, **kwargs)
+            if str(path).endswith("optimizer.pt") and f"checkpoint-{kill_in_save}" in str(path):
+                with open(path, "r+b") as file:
+                    file.truncate(100)
+                kill()
+
+        torch.save = half_a_save
+
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    print("resumes", Path(last).name if last else "nothing", flush=True)
+    trainer.train(resume_from_checkpoint=last)
+    digest = hashlib.sha256()
+    for _, tensor in sorted(student.state_dict().items()):
+        digest.update(tensor.numpy().tobytes())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print("weights", digest.hexdigest(), flush=True)
+    print("losses", json.dumps(losses), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tct_hf.retrieval import read_run, write_run
+from tct_hf.retrieval.runs import rank
+
+ids = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=8).filter(
+    lambda text: text.split() == [text]
+)
+scores = st.floats(allow_nan=False, allow_infinity=False)
+runs = st.dictionaries(ids, st.dictionaries(ids, scores, min_size=1, max_size=5), max_size=4)
+
+
+@pytest.mark.parametrize("name", ["run.trec", "run.trec.gz"])
+@given(run=runs)
+def test_run_round_trips_exactly(tmp_path_factory: pytest.TempPathFactory, name: str, run: dict) -> None:
+    path = tmp_path_factory.mktemp("runs") / name
+    write_run(run, path, "tag")
+    assert read_run(path) == run
+    assert [item.name for item in path.parent.iterdir()] == [name]
+
+
+def test_lines_are_ordered_by_score_then_id(tmp_path: Path) -> None:
+    write_run({"q": {"b": 1.0, "c": 2.0, "a": 1.0}}, tmp_path / "run", "me")
+    assert (tmp_path / "run").read_text() == "q Q0 c 1 2.0 me\nq Q0 a 2 1.0 me\nq Q0 b 3 1.0 me\n"
+
+
+def test_same_run_in_another_order_gives_the_same_compressed_bytes(tmp_path: Path) -> None:
+    write_run({"q": {"b": 1.0, "a": 1.0}}, tmp_path / "1.gz", "t")
+    write_run({"q": {"a": 1.0, "b": 1.0}}, tmp_path / "2.gz", "t")
+    assert (tmp_path / "1.gz").read_bytes() == (tmp_path / "2.gz").read_bytes()
+
+
+def test_rank_orders_equal_scores_by_id() -> None:
+    assert [name for name, _ in rank({"d9": 1.0, "d10": 1.0, "x": 3.0})] == ["x", "d10", "d9"]
+
+
+@pytest.mark.parametrize(
+    ("run", "tag", "message"),
+    [
+        ({"q 1": {"a": 1.0}}, "t", "query id 'q 1'"),
+        ({"q": {"a\tb": 1.0}}, "t", "passage id"),
+        ({"q": {"": 1.0}}, "t", "passage id ''"),
+        ({"q": {"a": 1.0}}, "my run", "tag 'my run'"),
+        ({"q": {"a": float("nan")}}, "t", "score nan is not finite"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(
+    tmp_path: Path, run: dict, tag: str, message: str
+) -> None:
+    path = tmp_path / "run"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=message):
+        write_run(run, path, tag)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"q Q0 a 1 2.0 t\nq Q0 a 2\n", "run, line 2: 4 columns instead of 6"),
+        (b"q Q0 a 1 high t\n", "run, line 1: score 'high'"),
+        (b"q Q0 a 1 nan t\n", "run, line 1: score 'nan'"),
+        (b"q Q0 a 1 2 t\n\nq Q0 a 2 1 t\n", "run, line 3: passage 'a' comes twice"),
+        (b"q Q0 \xff 1 2 t\n", "run, line 1: not UTF-8"),
+    ],
+)
+def test_malformed_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "run").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "run")
+
+
+def test_truncated_gz_is_named(tmp_path: Path) -> None:
+    lines = "".join(f"q Q0 d{at} {at} {1 / (at + 1)!r} t\n" for at in range(2000))
+    (tmp_path / "run.gz").write_bytes(gzip.compress(lines.encode())[:-100])
+    with pytest.raises(ValueError, match=r"run\.gz, after line \d+: broken"):
+        read_run(tmp_path / "run.gz")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such run file"):
+        read_run(tmp_path / "run")

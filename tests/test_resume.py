@@ -1,0 +1,79 @@
+"""A run that is stopped, or killed, and started again ends with the same weights to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training import make_models
+
+# 36 rows in batches of 8 make 5 batches an epoch, the last one short: 3 updates an epoch when two are accumulated.
+BASE: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "lr_scheduler_type": "linear",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
+    student.save_pretrained(str(path / "student"))
+    return path
+
+
+def run(models: Path, output: Path, **settings: Any) -> tuple[int, dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.resume_worker", str(models), str(output), json.dumps({**BASE, **settings})],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in KEYS)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode, said
+
+
+KEYS = ("resumes", "weights", "losses")
+
+CASES = {
+    # name: settings of both runs, how the first one is stopped, the checkpoint that must be resumed from
+    "from epoch 2": ({}, {"kill_in_step": 7}, "checkpoint-6"),
+    "in mid-accumulation": ({"gradient_accumulation_steps": 2}, {"kill_in_step": 9}, "checkpoint-4"),
+    "with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_step": 12}, "checkpoint-11"),
+    "killed during a save": ({}, {"kill_in_save": 4}, "checkpoint-3"),
+    "killed during a save with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_save": 8}, "checkpoint-7"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_run_is_bit_equal(models: Path, tmp_path: Path, name: str) -> None:
+    settings, stop, checkpoint = CASES[name]
+
+    def interrupted() -> dict[str, str]:
+        code, said = run(models, tmp_path / "interrupted", **settings, **stop)
+        assert code == -signal.SIGKILL and said["resumes"] == "nothing"
+        code, said = run(models, tmp_path / "interrupted", **settings)
+        assert code == 0
+        return said
+
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(run, models, tmp_path / "whole", **settings)
+        again = pool.submit(interrupted)
+        code, undisturbed = whole.result()
+        resumed = again.result()
+    assert code == 0
+    assert resumed["resumes"] == checkpoint
+    assert resumed["losses"] == undisturbed["losses"]
+    assert resumed["weights"] == undisturbed["weights"]
+    assert not (tmp_path / "interrupted" / ".unfinished").exists()

@@ -1,0 +1,344 @@
+"""Settings come from defaults, YAML and command line, in that order, and every mistake is named with its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tct_hf.settings import (
+    DEPENDENCIES,
+    SettingsError,
+    load_settings,
+    resolved_yaml,
+    run_recipe,
+    save_resolved,
+)
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Arguments:
+    """Stands for the training arguments that a recipe passes on."""
+
+    learning_rate: float = 1e-5
+    bf16: bool = False
+    save_strategy: Literal["no", "steps"] = "steps"
+    report_to: str | list[str] | None = None
+    warmup: int | None = None
+
+
+@dataclass
+class Index:
+    factory: str = "auto"
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.probes < 1:
+            raise ValueError(f"probes must be at least 1, got {self.probes}")
+
+
+@dataclass
+class Settings:
+    output_dir: str
+    epochs: int = field(default=1, metadata={"help": "Passes over the data."})
+    temperature: float = 0.25
+    resume: bool = False
+    alpha: float | Literal["auto"] = "auto"
+    limit: int | None = None
+    revision: str | None = None
+    measures: list[str] = field(default_factory=lambda: ["RR@10"])
+    columns: dict[str, str] = field(default_factory=dict)
+    index: Index = field(default_factory=lambda: Index(probes=8))
+    training: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Passed on.", "keys_of": f"{__name__}:Arguments"}
+    )
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Lazy:
+    output_dir: str = "out"
+    training: dict[str, Any] = field(default_factory=dict, metadata={"keys_of": "no_such_module:Arguments"})
+
+
+def load(*argv: str, schema: type[Any] = Settings) -> Any:
+    return load_settings(schema, list(argv), description="Test.")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(*argv)
+    return str(caught.value)
+
+
+def yaml_error(tmp_path: Path, text: str) -> str:
+    message = error_of(write(tmp_path / "a.yaml", text), "--output_dir", "out")
+    assert str(tmp_path / "a.yaml") in message
+    return message.replace(str(tmp_path / "a.yaml"), "a.yaml")
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.yaml", "output_dir: out\nepochs: 2\ntemperature: 1\nindex: {factory: Flat}\n")
+    settings = load(config, "--epochs", "3", "--index.probes=4")
+    assert (settings.output_dir, settings.epochs, settings.temperature, settings.resume) == ("out", 3, 1.0, False)
+    assert settings.index == Index("Flat", 4) and type(settings.temperature) is float
+
+
+def test_a_section_keeps_what_the_schema_made_for_it(tmp_path: Path) -> None:
+    assert load("--output_dir", "o", "--index.factory", "Flat").index == Index("Flat", 8)
+
+
+def test_extends_merges_mappings_and_replaces_lists_along_the_chain(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(
+        tmp_path / "base" / "root.yaml", "output_dir: out\nepochs: 5\nmeasures: [AP, RR@10]\ncolumns: {a: x, b: y}\n"
+    )
+    write(tmp_path / "base" / "middle.yaml", "extends: root.yaml\nepochs: 6\ntraining: {bf16: true}\n")
+    leaf = write(
+        tmp_path / "leaf.yaml",
+        "extends: base/middle.yaml\nmeasures: [nDCG@10]\ncolumns: {b: z}\ntraining: {learning_rate: 1e-4}\n",
+    )
+    settings = load(leaf)
+    assert settings.epochs == 6 and settings.measures == ["nDCG@10"] and settings.columns == {"a": "x", "b": "z"}
+    assert settings.training == {"bf16": True, "learning_rate": 1e-4}
+
+
+def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    write(tmp_path / "b.yaml", "\nextends: a.yaml\n")
+    message = error_of(str(tmp_path / "a.yaml"))
+    assert "b.yaml, line 2" in message and "a.yaml -> b.yaml -> a.yaml" in message
+
+
+def test_missing_files_are_named_with_who_asked_for_them(tmp_path: Path) -> None:
+    assert "there is no settings file" in error_of(str(tmp_path / "none.yaml"))
+    assert "a.yaml, line 1: there is no settings file" in yaml_error(tmp_path, "extends: none.yaml\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epochs: 1\nepoch: 2\n", 'a.yaml, line 2: unknown setting "epoch": did you mean "epochs"?'),
+        ("output-dir: x\n", 'line 1: unknown setting "output-dir": did you mean "output_dir"?'),
+        ("index:\n  factory: x\n  probe: 3\n", 'line 3: unknown setting "index.probe": did you mean "index.probes"?'),
+        ("training:\n  bf61: true\n", 'line 2: unknown setting "training.bf61": did you mean "training.bf16"?'),
+        ("probes: 3\n", 'line 1: unknown setting "probes": did you mean "index.probes"?'),
+        ("zzz: 3\n", 'line 1: unknown setting "zzz": known here: output_dir, '),
+        ("epochs: three\n", "line 1: \"epochs\" must be int, got the text 'three'"),
+        ("epochs: 3.0\n", 'line 1: "epochs" must be int, got the float 3.0'),
+        ("epochs: true\n", 'line 1: "epochs" must be int, got the switch true'),
+        ("epochs:\n", 'line 1: "epochs" must be int, got nothing'),
+        ("epochs: null\n", 'line 1: "epochs" must be int, got null'),
+        ('temperature: "1e-4"\n', "take the quotes away"),
+        ("\nrevision: 2024\n", 'line 2: "revision" must be str or null, got the int 2024; write "2024" in quotes'),
+        ("resume: 1\n", 'line 1: "resume" must be true or false, got the int 1'),
+        ("alpha: most\n", "line 1: \"alpha\" must be float or auto, got the text 'most'"),
+        ("measures: AP\n", "line 1: \"measures\" must be list of str, got the text 'AP'; write [a, b, c]"),
+        ("measures:\n  - AP\n  - 3\n", 'line 3: "measures[1]" must be str, got the int 3'),
+        ("columns: {a: [1]}\n", 'line 1: "columns.a" must be str, got the list [1]'),
+        ("index: 3\n", 'line 1: "index" must be section, got the int 3'),
+        ("index: {probes: 0}\n", "line 1: index: probes must be at least 1, got 0"),
+        ("training: {learning_rate: fast}\n", '"training.learning_rate" must be float, got the text'),
+        ("epochs: 1\nepochs: 2\n", "line 2: 'epochs' is given twice, first at a.yaml, line 1"),
+        ("epochs: [1\n", "line 2: not valid YAML"),
+        ("- 1\n", "line 1: the file must hold settings"),
+        ("columns: &a\n  b: *a\n", "line 2: this alias refers to a value that holds it"),
+        ("columns:\n  <<: {a: b}\n", "line 2: merge keys (<<) are not used here"),
+        ("epochs: !!python/name:os.system x\n", "is not used here"),
+        ("extends: [a.yaml]\n", "line 1: extends must name one YAML file"),
+    ],
+)
+def test_yaml_mistakes_name_file_line_key_and_mend(tmp_path: Path, text: str, expected: str) -> None:
+    message = yaml_error(tmp_path, text)
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--epoch", "2"], 'command line, --epoch: unknown setting "epoch": did you mean "epochs"?'),
+        (["--epochs", "two"], "command line, --epochs: \"epochs\" must be int, got the text 'two'"),
+        (["--epochs"], "command line, --epochs: a value is missing"),
+        (["--epochs", "--resume"], "command line, --epochs: a value is missing"),
+        (["--epochs.x", "1"], '"epochs" is int, not a section'),
+        (["--training.bf61"], 'did you mean "training.bf16"?'),
+        (["--index.probe=1"], 'did you mean "index.probes"?'),
+        (["-e", "1"], "'-e' is no option"),
+        (["a.yaml", "b.yaml"], "'b.yaml' is a second settings file after 'a.yaml'"),
+        ([], '"output_dir" must be given: --output_dir VALUE, or output_dir: VALUE in the YAML'),
+    ],
+)
+def test_command_line_mistakes_name_the_option_and_mend(argv: list[str], expected: str) -> None:
+    assert expected in error_of(*argv)
+
+
+def test_yaml_is_read_without_the_traps_of_its_first_version(tmp_path: Path) -> None:
+    config = write(
+        tmp_path / "a.yaml",
+        "output_dir: no\nepochs: 1_000\ntemperature: 1e-4\nresume: yes\nrevision: 2024-01-01\n"
+        "training: {save_strategy: no, bf16: off, report_to: none}\n",
+    )
+    settings = load(config)
+    assert (settings.output_dir, settings.epochs, settings.temperature) == ("no", 1000, 1e-4)
+    assert (settings.resume, settings.revision) == (True, "2024-01-01")
+    assert settings.training == {"save_strategy": "no", "bf16": False, "report_to": "none"}
+
+
+@pytest.mark.parametrize("word", ["null", "none", "None", "~"])
+def test_optional_settings_take_null_and_none(tmp_path: Path, word: str) -> None:
+    config = write(tmp_path / "a.yaml", f"output_dir: o\nlimit: {word}\nrevision: {word}\n")
+    assert load(config).limit is None and load(config).revision is None
+    config = write(tmp_path / "b.yaml", "output_dir: o\nlimit: 3\nrevision: main\n")
+    settings = load(config, "--limit", word, f"--revision={word}")
+    assert settings.limit is None and settings.revision is None
+
+
+def test_quoted_text_stays_text(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "a.yaml", "output_dir: '3'\nrevision: 'none'\n")).revision == "none"
+
+
+def test_dashes_and_underscores_in_option_names_are_the_same() -> None:
+    settings = load("--output-dir=o", "--training.learning-rate", "1e-3", "--columns.my-key", "v")
+    assert settings.output_dir == "o" and settings.training == {"learning_rate": 1e-3}
+    assert settings.columns == {"my-key": "v"}
+
+
+def test_switches_may_stand_alone(tmp_path: Path) -> None:
+    config = write(tmp_path / "a.yaml", "output_dir: o\n")
+    assert load("--resume", config).resume is True
+    assert load(config, "--resume", "--training.bf16").training == {"bf16": True}
+    assert load(config, "--resume", "false").resume is False
+    assert load(config, "--resume=no").resume is False
+
+
+def test_command_line_values_are_yaml_except_where_text_is_wanted() -> None:
+    settings = load(
+        "--output_dir", "[Q] x: {", "--measures", "[RR@10, 2024]", "--columns", "{query: anchor}",
+        "--temperature", "-1", "--model_kwargs.a.b", "[1, x]", "--revision", "007",
+    )  # fmt: skip
+    assert settings.output_dir == "[Q] x: {" and settings.measures == ["RR@10", "2024"]
+    assert settings.columns == {"query": "anchor"} and settings.temperature == -1.0
+    assert settings.model_kwargs == {"a": {"b": [1, "x"]}} and settings.revision == "007"
+
+
+def test_the_last_of_repeated_options_wins() -> None:
+    assert load("--output_dir", "o", "--epochs", "2", "--epochs", "3").epochs == 3
+
+
+def test_unions_take_the_type_that_fits() -> None:
+    assert load("--output_dir", "o", "--alpha", "auto").alpha == "auto"
+    assert load("--output_dir", "o", "--alpha", "0.1").alpha == 0.1
+
+
+def test_the_class_behind_a_mapping_is_imported_only_when_a_key_is_given() -> None:
+    assert load(schema=Lazy).training == {}
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        load("--training.x", "1", schema=Lazy)
+
+
+def test_help_shows_every_setting_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load("--nonsense", "--help")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "--epochs  int (default 1)\n      Passes over the data." in shown
+    assert "--output_dir  str (must be given)" in shown and "--index.probes  int (default 8)" in shown
+    assert f"--training.KEY  any field of {__name__}:Arguments (default {{}})" in shown
+
+
+def test_importing_settings_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, tct_hf.settings, tct_hf.files, tct_hf.progress\n"
+        "sys.exit(' '.join({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+def test_resolved_settings_load_again_to_the_same(tmp_path: Path) -> None:
+    settings = load(
+        "--output_dir", "none", "--revision", "1e-4", "--training.learning_rate", "1e-7", "--columns.a", "~"
+    )
+    config = write(tmp_path / "a.yaml", resolved_yaml(settings))
+    assert load(config) == settings
+
+
+words = st.text(alphabet="aenoyslNE01289.-+:_~ #'\"\n[]{}é", max_size=8)
+
+
+@given(text=words, items=st.lists(words), number=st.floats(allow_nan=False), mapping=st.dictionaries(words, words))
+def test_any_resolved_settings_load_again_to_the_same(
+    tmp_path_factory: pytest.TempPathFactory, text: str, items: list[str], number: float, mapping: dict[str, str]
+) -> None:
+    settings = Settings(text, temperature=number, revision=text, measures=items, columns=mapping)
+    settings.model_kwargs = {"text": text, "number": number, "items": items}
+    config = write(tmp_path_factory.mktemp("settings") / "a.yaml", resolved_yaml(settings))
+    assert load(config) == settings
+
+
+def test_a_run_leaves_its_settings_and_what_it_ran_on(tmp_path: Path) -> None:
+    settings = load("--output_dir", "o")
+    save_resolved(settings, tmp_path / "out", extra={"corpus_fingerprint": "abc"})
+    assert load(str(tmp_path / "out" / "settings.yaml")) == settings
+    environment = json.loads((tmp_path / "out" / "environment.json").read_text())
+    assert environment["corpus_fingerprint"] == "abc" and environment["packages"]["pyyaml"]
+    assert {"python", "platform", "cpu_count", "torch_threads"} <= environment.keys()
+    with pytest.raises(ValueError, match=r"environment\.json has python already"):
+        save_resolved(settings, tmp_path / "out", extra={"python": "x"})
+
+
+def test_recorded_packages_are_those_the_project_declares() -> None:
+    section = re.search(r"^dependencies = \[(.*?)^\]", (PROJECT / "pyproject.toml").read_text(), re.S | re.M)
+    assert section
+    assert re.findall(r'"([\w-]+)', section[1]) == list(DEPENDENCIES)
+
+
+def raise_bug(settings: Settings) -> None:
+    raise ValueError("a bug")
+
+
+def raise_on_purpose(settings: Settings) -> None:
+    from tct_hf.files import replace_dir
+
+    replace_dir("/nonexistent/a", "/nonexistent/b")
+
+
+def interrupt(settings: Settings) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "status", "shown"),
+    [
+        (raise_bug, ["--epoch", "1"], 2, 'error: command line, --epoch: unknown setting "epoch"'),
+        (raise_on_purpose, ["--output_dir", "o"], 1, "there is no finished directory to move into place"),
+        (interrupt, ["--output_dir", "o"], 130, "interrupted"),
+    ],
+)
+def test_recipes_end_with_one_message_and_a_status(
+    capsys: pytest.CaptureFixture[str], main: Any, argv: list[str], status: int, shown: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(main, Settings, "Test.", argv)
+    message = capsys.readouterr().err
+    assert caught.value.code == status and shown in message and message.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback() -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        run_recipe(raise_bug, Settings, "Test.", ["--output_dir", "o"])

@@ -1,0 +1,126 @@
+"""What training tests share: a tiny student and teacher, triples, a trainer, an independent loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from tests.models import tiny_bert, tiny_colbert
+
+PASSAGES = [
+    "a passage of dense retrieval and the teacher",
+    "the student is distilled from a teacher of tokens",
+    "query representations of the passage",
+    "what is a dense representation",
+    "distillation of tokens: a passage, a query, the teacher and more words than the others have",
+    "retrieval",
+    "the teacher is dense",
+    "a student of representations",
+]
+QUERIES = [
+    "what is dense retrieval",
+    "the student",
+    "query tokens",
+    "distillation",
+    "a teacher of dense passages",
+    "representations of what",
+    "tokens",
+    "the passage",
+]
+
+
+def triples(rows: int = 16, *, ids: bool = True, negatives: int = 1) -> Dataset:
+    """Rows with repeated passages and, for every third query, a second known positive that is in the batch."""
+    data: dict[str, list[Any]] = {"query": [], "positive": [], "query_id": [], "positive_id": [], "known_positive_ids": []}
+    names = ["negative"] if negatives == 1 else [f"negative_{i + 1}" for i in range(negatives)]
+    for name in names:
+        data[name], data[f"{name}_id"] = [], []
+    for i in range(rows):
+        positive = i % 5  # fewer passages than rows: the same positive comes back in a batch
+        data["query"].append(f"{QUERIES[i % 8]} {i}")
+        data["query_id"].append(f"q{i}")
+        data["positive"].append(PASSAGES[positive])
+        data["positive_id"].append(f"p{positive}")
+        known = [f"p{positive}"] + ([f"p{(positive + 1) % 5}"] if i % 3 == 0 else [])
+        data["known_positive_ids"].append(known)
+        for k, name in enumerate(names):
+            negative = 5 + (i + k) % 3
+            data[name].append(PASSAGES[negative])
+            data[f"{name}_id"].append(f"p{negative}")
+    dataset = Dataset.from_dict(data)
+    order = ["query", "positive", *names]
+    kept = [*order, "query_id", *(f"{name}_id" for name in order[1:]), "known_positive_ids"] if ids else order
+    return dataset.select_columns(kept)
+
+
+def make_models(path: Path, *, dropout: float = 0.0, shared_tokens: bool = True) -> tuple[Any, Any]:
+    """A student and a float32 ColBERTTeacher of different weights."""
+    from tct_hf import ColBERTTeacher, build_student
+
+    colbert = tiny_colbert(path / "teacher")
+    teacher = ColBERTTeacher(str(colbert), dtype="float32")
+    base = tiny_bert(path / "base", dropout=dropout, seed=7)
+    return build_student(str(base), document_length=64 if shared_tokens else 48), teacher
+
+
+def make_trainer(path: Path, student: Any, teacher: Any, dataset: Any, **settings: Any) -> Any:
+    from tct_hf import TCTTrainer, TCTTrainingArguments
+
+    extra = {key: settings.pop(key) for key in ("eval_dataset", "evaluator", "callbacks", "loss") if key in settings}
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": 5,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "temperature": 1.0,
+    }
+    args = TCTTrainingArguments(output_dir=str(path), **{**defaults, **settings})
+    return TCTTrainer(student, teacher, args, train_dataset=dataset, **extra)
+
+
+def logged(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def reference_loss(
+    student_scores: np.ndarray,
+    teacher_scores: np.ndarray,
+    passage_ids: list[str],
+    own: list[int],
+    known: list[list[str]],
+    *,
+    temperature: float,
+    student_temperature: float = 1.0,
+    weight: float,
+    own_only: bool = False,
+) -> tuple[float, float]:
+    """Both parts of the loss in float64, row by row in plain loops: candidates are kept in a list, no mask."""
+    rows = len(own)
+    hard = soft = 0.0
+    for i, column in enumerate(own):
+        keep = [
+            c
+            for c, name in enumerate(passage_ids)
+            if (c == column or (name != passage_ids[column] and name not in known[i])) and (
+                not own_only or c % rows == i
+            )
+        ]
+
+        def log_softmax(values: np.ndarray) -> np.ndarray:
+            values = values.astype(np.float64)
+            return values - values.max() - np.log(np.exp(values - values.max()).sum())
+
+        log_student = log_softmax(student_scores[i, keep])
+        hard -= log_student[keep.index(column)]
+        log_student_soft = log_softmax(student_scores[i, keep] / student_temperature)
+        log_teacher = log_softmax(teacher_scores[i, keep] / temperature)
+        soft += float((np.exp(log_teacher) * (log_teacher - log_student_soft)).sum())
+    return weight * hard / len(own), (1 - weight) * soft / len(own)
