@@ -50,7 +50,7 @@ comma := ,
 
 # No --cpu: a GPU is used where there is one.
 quickstart: $(VENV)/.installed-quickstart
-	"$(RUN)" -m accelerate.commands.launch --num_processes=1 --num_machines=1 --mixed_precision=no \
+	"$(RUN)" -m accelerate.commands.launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no \
 		--dynamo_backend=no --num_cpu_threads_per_process=$(THREADS) \
 		recipes/train.py recipes/quickstart.yaml $(ARGS)
 

@@ -72,9 +72,10 @@ class TCTTrainingArguments(SentenceTransformerTrainingArguments):
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.per_device_train_batch_size
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
+        accelerator: Any = self.accelerator_config  # an AcceleratorConfig by now
+        if accelerator.dispatch_batches is None:
             # Dispatching would join the ranks' batches, whose token matrices differ in width.
-            self.accelerator_config.dispatch_batches = False
+            accelerator.dispatch_batches = False
 
 
 __all__ = ["BatchSamplers", "TCTTrainingArguments"]

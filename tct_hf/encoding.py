@@ -99,7 +99,7 @@ def _make_tct(
 
 def _student(transformer: Transformer, pooling: str) -> SentenceTransformer:
     # "cls" is the vector of the start token, which belongs to the prompt; all else leaves the prompt out.
-    pool = Pooling(transformer.get_embedding_dimension(), pooling, include_prompt=pooling == "cls")  # type: ignore[arg-type]
+    pool = Pooling(transformer.get_embedding_dimension(), pooling, include_prompt=pooling == "cls")
     return SentenceTransformer(
         modules=[transformer, pool],
         prompts=dict(PROMPTS),

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,51 @@ def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) 
     if aside.exists():
         shutil.rmtree(aside)
     return target
+
+
+# What a stage writes beside its result: the settings that made it, and the log of its training.
+CLAIM_FILE = "tct_settings.json"
+LOG_FILE = "training_log.json"
+
+
+def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Record which settings a folder's content belongs to, or refuse the folder if they are others.
+
+    Args:
+        folder: made when missing.
+        settings: JSON-ready, all that the content depends on.
+
+    Raises:
+        ValueError: the folder holds the work of other settings; names the first that differs, and the mend.
+    """
+    folder = Path(folder)
+    wanted = json.loads(json.dumps(settings))
+    file = folder / CLAIM_FILE
+    # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
+    if file.is_file() and any(entry.name != CLAIM_FILE for entry in folder.iterdir()):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(
+                    f"{folder} holds a run with {name} = {found.get(name)!r}, but now {name} = {wanted.get(name)!r}: "
+                    "choose another --output_dir, or delete the folder to begin again."
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(file, wanted)
+
+
+def is_claimed(folder: str | Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a finished result of these settings.
+
+    Args:
+        folder: may be missing.
+        settings: as for :func:`claim`.
+
+    Raises:
+        ValueError: it holds the work of other settings.
+    """
+    if not (Path(folder) / CLAIM_FILE).is_file():
+        return False
+    claim(folder, settings)
+    return True

@@ -53,6 +53,22 @@ DEPENDENCIES = (
 )
 
 
+def setting(default: Any, text: str, **more: Any) -> Any:
+    """A dataclass field of a schema: its default and its help.
+
+    Args:
+        default: Value where nothing is given; lists and dicts are copied for each instance.
+        text: One line for --help.
+        **more: Further metadata, such as `keys_of`.
+
+    Returns:
+        The field.
+    """
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": text, **more})
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
 def _resolve_option(schema: type, option: str) -> tuple[list[str], Any]:
     """Names along a dotted option (dashes made underscores where a field is named) and the hint of what it sets."""
     names: list[str] = []

@@ -20,12 +20,12 @@ Features = Mapping[str, Any]
 TRAINING_FILE = "tct_teacher.json"
 
 # Texts that tokenisers treat differently: markers, punctuation, special tokens, and more words than any limit.
-_TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [SEP]", "word " * 40, "word " * 20_000]
+_TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [SEP]", "word " * 40, "word " * 10_000]
 
-# How many tokens of padding a pass may hold before it pays to start another. On the CPU measured with a 6-layer MiniLM
-# on 64 passages of up to 154 tokens (64 to 256 are alike, 15% faster than 1,024). Accelerators wait for the launch of
-# a pass's kernels, which costs some thousands of tokens: an estimate.
-CPU_PADDING = 256
+# How many tokens of padding a pass may hold before it pays to start another. On the CPU: 64 to 256 are alike for a
+# 6-layer MiniLM on 64 passages of up to 154 tokens, and half the time of one padded pass. Accelerators wait for the
+# launch of a pass's kernels, which costs the time of some thousands of tokens: an estimate, not a measurement.
+CPU_PADDING = 128
 ACCELERATOR_PADDING = 4096
 
 

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.base.trainer import BaseTrainer
 from sentence_transformers.util.distributed import all_gather, get_rank
 from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tct_hf.arguments import TCTTrainingArguments
 from tct_hf.collator import BATCH_KEY, TCTDataCollator, candidate_columns
 from tct_hf.encoding import finalise_checkpoint
-from tct_hf.files import replace_dir
 from tct_hf.losses import TeacherTargets, TightlyCoupledLoss, teacher_entropy
+from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.teachers import ColBERTTeacher, Teacher
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset
     from sentence_transformers.base.evaluation import BaseEvaluator
+    from sentence_transformers.base.model import BaseModel
 
 logger = logging.getLogger(__name__)
-
-# Checkpoints are written here and renamed when whole; its name matches no checkpoint's.
-UNFINISHED = ".unfinished"
 
 
 def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive_ids: Tensor | None = None) -> Tensor:
@@ -56,7 +47,7 @@ def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive
     return mask
 
 
-class CoupledTrainerMixin(BaseTrainer):
+class CoupledTrainerMixin(WholeCheckpointsMixin):
     """What every trainer with a live teacher shares: scoring, the loss, logging, saving whole checkpoints."""
 
     teacher: Teacher
@@ -107,7 +98,7 @@ class CoupledTrainerMixin(BaseTrainer):
         features, _ = self.collect_features(inputs)
         loss_fn = self.loss[dataset_name] if isinstance(self.loss, dict) else self.loss
         if model is self.model_wrapped and getattr(loss_fn, "model", model) is not model:
-            loss_fn = self.override_model_in_loss(loss_fn, model)
+            loss_fn = self.override_model_in_loss(loss_fn, cast("BaseModel", model))
         targets = self.teacher_targets(features, batch, loss_fn)
         loss = loss_fn(features, targets)
         if isinstance(loss, dict):
@@ -160,62 +151,6 @@ class CoupledTrainerMixin(BaseTrainer):
                 f"The teacher's distribution is one-hot to float precision for {peaked} of {len(scores)} queries at "
                 f"temperature {temperature}: there it teaches no more than a hard label. Raise the temperature (1 / "
                 f"the scale the teacher was trained at is {1 / self.teacher.training_scale:.3g})."
-            )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # training_args.bin is a pickle of the arguments: without this it holds the literal Hub token.
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args.hub_token = token
-        self.finalise(output_dir or self.args.output_dir)
-
-    def finalise(self, path: str) -> None:
-        """Complete a saved checkpoint of the student's family."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its checkpoints are completed.")
-
-    @contextlib.contextmanager
-    def _saving_aside(self, folder: str) -> Iterator[None]:
-        self._aside: str | None = folder
-        try:
-            yield
-        finally:
-            self._aside = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return getattr(self, "_aside", None) or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if getattr(self, "_aside", None) is None:  # pushed after the rename
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint aside and rename it when it is whole: a kill never leaves half of one to resume from."""
-        run_dir = super()._get_output_dir(trial)
-        aside = os.path.join(run_dir, UNFINISHED)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        with self._saving_aside(aside):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = os.path.join(run_dir, name)
-        if self.args.should_save:
-            self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
-            replace_dir(os.path.join(aside, name), os.path.join(run_dir, name))
-            shutil.rmtree(aside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, name))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
             )
 
 
@@ -272,9 +207,9 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
 
-    def get_default_loss(self, model: SentenceTransformer) -> TightlyCoupledLoss:
+    def get_default_loss(self, model: Any) -> TightlyCoupledLoss:
         """The coupled loss with the arguments' settings and this teacher's temperature."""
-        args = self.args
+        args: Any = self.args
         temperature = args.temperature if args.temperature is not None else 1.0 / self.teacher.training_scale
         return TightlyCoupledLoss(
             model,

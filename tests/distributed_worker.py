@@ -24,7 +24,9 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     class KeepGradients(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                gradients = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+                gradients = {
+                    n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None
+                }
                 torch.save(gradients, output / "gradients.pt")
 
     output.mkdir(exist_ok=True)

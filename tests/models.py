@@ -19,7 +19,22 @@ from transformers import (
 )
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?()[]'\"-_/检索搜中文"
-WORDS = "the a what is of passage query retrieval dense teacher student distillation representations tokens".split()
+WORDS = [
+    "the",
+    "a",
+    "what",
+    "is",
+    "of",
+    "passage",
+    "query",
+    "retrieval",
+    "dense",
+    "teacher",
+    "student",
+    "distillation",
+    "representations",
+    "tokens",
+]
 
 
 def wordpiece_vocabulary(special: list[str]) -> dict[str, int]:

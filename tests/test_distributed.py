@@ -34,8 +34,14 @@ def free_port() -> int:
 def step(models: Path, output: Path, processes: int, **settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}", "--num_machines=1"]
-        launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
+        # accelerate starts several processes for --multi_gpu only; use_cpu in the arguments then keeps them on the CPU
+        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+        launch += [
+            "--num_machines=1",
+            "--mixed_precision=no",
+            "--dynamo_backend=no",
+            f"--main_process_port={free_port()}",
+        ]
         launch += ["--num_cpu_threads_per_process=1"]
     settings["per_device_train_batch_size"] = 8 // processes
     done = subprocess.run(

@@ -62,8 +62,10 @@ def test_loss_of_a_batch_equals_an_independent_numpy_version(
 
     # The sampler shuffles: find the rows by their queries, then do everything again from the texts.
     shuffled = student.tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
-    names = {student.tokenizer.decode(student.tokenizer("[Q] " + q)["input_ids"], skip_special_tokens=True): i
-             for i, q in enumerate(dataset["query"])}
+    names = {
+        student.tokenizer.decode(student.tokenizer("[Q] " + q)["input_ids"], skip_special_tokens=True): i
+        for i, q in enumerate(dataset["query"])
+    }
     rows = dataset.select([names[text] for text in shuffled])
     columns = ["positive"] + [name for name in rows.column_names if name.startswith("negative") and "_id" not in name]
     passages = [text for column in columns for text in rows[column]]
@@ -138,9 +140,7 @@ def test_gradient_checkpointing_changes_no_loss(models: Path, tmp_path: Path) ->
 
 
 def test_gradient_caching_changes_no_loss(models: Path, tmp_path: Path) -> None:
-    assert plain_losses(models, tmp_path, mini_batch_size=3) == pytest.approx(
-        plain_losses(models, tmp_path), abs=1e-5
-    )
+    assert plain_losses(models, tmp_path, mini_batch_size=3) == pytest.approx(plain_losses(models, tmp_path), abs=1e-5)
 
 
 def compiler_is_missing() -> str | None:
@@ -263,9 +263,7 @@ def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models
     trainer = make_trainer(
         tmp_path, student, teacher, triples(16), save_strategy="steps", save_steps=1, hub_token="hf_secret_token"
     )
-    optimizer_parameters = {
-        id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]
-    }
+    optimizer_parameters = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
     assert optimizer_parameters.isdisjoint(id(p) for p in teacher.model.parameters())
     assert optimizer_parameters == {id(p) for p in student.parameters()}
     trainer.train()
@@ -319,7 +317,7 @@ def test_teacher_scores_that_are_not_finite_stop_training_with_the_mend(models: 
     with torch.no_grad():
         teacher.model[1].linear.weight[0, 0] = float("nan")
     trainer = make_trainer(tmp_path, student, teacher, triples(16))
-    with pytest.raises(ValueError, match="not finite for 8 of 8 queries.*dtype='float32'"):
+    with pytest.raises(ValueError, match=r"not finite for 8 of 8 queries.*dtype='float32'"):
         trainer.train()
 
 

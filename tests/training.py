@@ -34,7 +34,13 @@ QUERIES = [
 
 def triples(rows: int = 16, *, ids: bool = True, negatives: int = 1) -> Dataset:
     """Rows with repeated passages and, for every third query, a second known positive that is in the batch."""
-    data: dict[str, list[Any]] = {"query": [], "positive": [], "query_id": [], "positive_id": [], "known_positive_ids": []}
+    data: dict[str, list[Any]] = {
+        "query": [],
+        "positive": [],
+        "query_id": [],
+        "positive_id": [],
+        "known_positive_ids": [],
+    }
     names = ["negative"] if negatives == 1 else [f"negative_{i + 1}" for i in range(negatives)]
     for name in names:
         data[name], data[f"{name}_id"] = [], []
@@ -109,9 +115,8 @@ def reference_loss(
         keep = [
             c
             for c, name in enumerate(passage_ids)
-            if (c == column or (name != passage_ids[column] and name not in known[i])) and (
-                not own_only or c % rows == i
-            )
+            if (c == column or (name != passage_ids[column] and name not in known[i]))
+            and (not own_only or c % rows == i)
         ]
 
         def log_softmax(values: np.ndarray) -> np.ndarray:

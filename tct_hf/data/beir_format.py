@@ -55,6 +55,17 @@ def read_qrels(path: str | Path) -> tuple[Qrels, dict[str, str]]:
 
 
 def add_judgement(fields: list[str], place: str, qrels: Qrels, lines: dict[str, str]) -> None:
+    """Check one judgement and add it.
+
+    Args:
+        fields: query id, passage id, score as text.
+        place: where it was read, for messages.
+        qrels: the judgements so far; gains this one.
+        lines: the place of each query's first judgement; gains this one's.
+
+    Raises:
+        ValueError: an empty id, a score that is not an integer, or a pair judged before.
+    """
     query_id, passage_id, text = fields
     if not query_id or not passage_id:
         raise ValueError(f"{place}: empty query-id or corpus-id; fill it in or remove the line")
@@ -70,6 +81,15 @@ def add_judgement(fields: list[str], place: str, qrels: Qrels, lines: dict[str, 
 
 
 def check_positives(qrels: Qrels, place: str) -> None:
+    """Refuse judgements without a positive.
+
+    Args:
+        qrels: the judgements of a split.
+        place: where they were read, for the message.
+
+    Raises:
+        ValueError: no score is 1 or more.
+    """
     if not any(grade >= 1 for grades in qrels.values() for grade in grades.values()):
         raise ValueError(
             f"{place}: no judgement with a score of 1 or more; this split can't train or measure anything"
@@ -77,7 +97,20 @@ def check_positives(qrels: Qrels, place: str) -> None:
 
 
 def check_queries(records: Records, qrels: Qrels, lines: Mapping[str, str], source: str | Path) -> dict[str, str]:
-    """Keep the judged queries, in the order of the judgements."""
+    """Keep the judged queries, in the order of the judgements.
+
+    Args:
+        records: all queries.
+        qrels: the judgements of a split.
+        lines: the place of each query's first judgement.
+        source: where the queries come from, for messages.
+
+    Returns:
+        Query id to text.
+
+    Raises:
+        ValueError: a malformed record, an id that comes twice, or a judged query that is not there.
+    """
     texts: dict[str, str] = {}
     places: dict[str, str] = {}
     for place, query_id, text in records:
@@ -95,8 +128,19 @@ def check_queries(records: Records, qrels: Qrels, lines: Mapping[str, str], sour
 
 
 def check_passages(corpus: Dataset, qrels: Qrels, lines: Mapping[str, str], source: str) -> None:
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    """Refuse judgements of passages that the corpus lacks.
+
+    Args:
+        corpus: the prepared corpus.
+        qrels: the judgements of a split.
+        lines: the place of each query's first judgement.
+        source: where the corpus comes from, for the message.
+
+    Raises:
+        ValueError: a judged passage is not in the corpus.
+    """
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
 
     wanted = {passage_id: query_id for query_id, grades in qrels.items() for passage_id in grades}
     # One batch of ids at a time: the corpus stays on disk.
@@ -167,6 +211,19 @@ def _hash(passage_id: str) -> int:
 
 
 def read_records(path: Path, *, title: bool, allow_empty: bool = False) -> Iterator[tuple[str, str, str]]:
+    """Read and check a JSONL file record by record.
+
+    Args:
+        path: the file, plain or .gz.
+        title: put a record's title before its text.
+        allow_empty: let records without text pass.
+
+    Yields:
+        ("file, line n", id, text).
+
+    Raises:
+        ValueError: see `check_record`; also a line that is no JSON object, not UTF-8, or a broken .gz.
+    """
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -181,6 +238,20 @@ def read_records(path: Path, *, title: bool, allow_empty: bool = False) -> Itera
 
 
 def check_record(record: Mapping[str, Any], place: str, *, title: bool, allow_empty: bool) -> tuple[str, str, str]:
+    """Check one record and join its texts.
+
+    Args:
+        record: a mapping with _id, text and maybe title.
+        place: where it was read, for messages.
+        title: put the title before the text.
+        allow_empty: let a record without text pass.
+
+    Returns:
+        The place, the id and the text.
+
+    Raises:
+        ValueError: a missing key, an id or text that is not a string, or no text.
+    """
     for key in ("_id", "text"):
         if key not in record:
             raise ValueError(f"{place}: key {key!r} is missing (there are: {', '.join(map(str, record))}); add it")

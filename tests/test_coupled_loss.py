@@ -1,0 +1,293 @@
+"""The loss as a function of two matrices, against plain numpy in float64 and by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tct_hf import coupled_loss
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    return values - values.max() - math.log(np.exp(values - values.max()).sum())
+
+
+def numpy_loss(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    *,
+    temperature: float,
+    student_temperature: float,
+    weight: float,
+    mask: np.ndarray | None = None,
+    positive: list[int] | None = None,
+) -> tuple[float, float]:
+    """Both parts, row by row over the candidates that are left: no mask, no -inf, float64 throughout."""
+    student, teacher = student.astype(np.float64), teacher.astype(np.float64)
+    positive = list(range(len(student))) if positive is None else positive
+    hard = soft = 0.0
+    for i, column in enumerate(positive):
+        kept = [c for c in range(student.shape[1]) if mask is None or mask[i, c]]
+        if not kept:
+            continue
+        p = log_softmax(teacher[i, kept] / temperature)
+        q = log_softmax(student[i, kept] / student_temperature)
+        soft += sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+        if column >= 0:
+            hard -= log_softmax(student[i, kept])[kept.index(column)]
+    labelled = sum(column >= 0 for column in positive)
+    return weight * hard / max(labelled, 1), (1 - weight) * soft / len(student)
+
+
+def case(
+    seed: int, queries: int, negatives: int, *, masked: bool, indexed: bool, empty: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[int] | None]:
+    rng = np.random.default_rng(seed)
+    candidates = queries * (1 + negatives)
+    student = rng.normal(0, 4, (queries, candidates))
+    teacher = rng.normal(10, 3, (queries, candidates))
+    positive = [int(c) for c in rng.integers(-1, candidates, queries)] if indexed else None
+    mask = None
+    if masked:
+        mask = rng.random((queries, candidates)) < 0.7
+        for i in range(queries):
+            mask[i, i if positive is None else max(positive[i], 0)] = True
+        if empty:
+            mask[int(rng.integers(queries))] = False
+    return student, teacher, mask, positive
+
+
+def tensors(mask: np.ndarray | None, positive: list[int] | None) -> dict[str, Any]:
+    return {
+        "candidate_mask": None if mask is None else torch.from_numpy(mask),
+        "positive_index": None if positive is None else torch.tensor(positive),
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    queries=st.integers(2, 17),
+    negatives=st.integers(1, 5),
+    masked=st.booleans(),
+    indexed=st.booleans(),
+    empty=st.booleans(),
+    temperature=st.floats(0.05, 20),
+    student_temperature=st.floats(0.05, 20),
+    weight=st.floats(0, 1),
+)
+def test_loss_equals_an_independent_numpy_version(
+    seed: int,
+    queries: int,
+    negatives: int,
+    masked: bool,
+    indexed: bool,
+    empty: bool,
+    temperature: float,
+    student_temperature: float,
+    weight: float,
+) -> None:
+    student, teacher, mask, positive = case(seed, queries, negatives, masked=masked, indexed=indexed, empty=empty)
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
+        s, t = student.astype(dtype), teacher.astype(dtype)
+        expected = numpy_loss(
+            s,
+            t,
+            temperature=temperature,
+            student_temperature=student_temperature,
+            weight=weight,
+            mask=mask,
+            positive=positive,
+        )
+        parts = coupled_loss(
+            torch.from_numpy(s),
+            torch.from_numpy(t),
+            temperature=temperature,
+            student_temperature=student_temperature,
+            hard_label_weight=weight,
+            **tensors(mask, positive),
+        )
+        found = (parts["hard_label"].item(), parts["distillation"].item())
+        assert list(parts) == ["hard_label", "distillation"]
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_gradient_equals_finite_differences(masked: bool, indexed: bool) -> None:
+    student, teacher, mask, positive = case(3, 4, 2, masked=masked, indexed=indexed, empty=masked)
+    if positive is not None:
+        positive[1] = -1
+    scores = torch.from_numpy(student / 4).requires_grad_()
+
+    def loss(scores: Tensor) -> tuple[Tensor, ...]:
+        parts = coupled_loss(
+            scores,
+            torch.from_numpy(teacher),
+            temperature=2.0,
+            student_temperature=1.5,
+            hard_label_weight=0.4,
+            **tensors(mask, positive),
+        )
+        return tuple(parts.values())
+
+    assert torch.autograd.gradcheck(loss, (scores,))
+
+
+def test_row_without_a_label_takes_part_in_the_distillation_only() -> None:
+    student, teacher, mask, _ = case(5, 6, 1, masked=True, indexed=False)
+    scores = torch.from_numpy(student).requires_grad_()
+    index = torch.tensor([0, 1, -1, 3, -1, 5])
+    parts = coupled_loss(
+        scores, torch.from_numpy(teacher), candidate_mask=torch.from_numpy(mask), positive_index=index
+    )
+    [hard] = torch.autograd.grad(parts["hard_label"], scores, retain_graph=True)
+    [soft] = torch.autograd.grad(parts["distillation"], scores)
+    assert (hard[index < 0] == 0).all() and (hard[index >= 0] != 0).any(dim=1).all()
+    assert (soft != 0).any(dim=1).all()
+    labelled = index >= 0
+    alone = coupled_loss(
+        torch.from_numpy(student)[labelled],
+        torch.from_numpy(teacher)[labelled],
+        candidate_mask=torch.from_numpy(mask)[labelled],
+        positive_index=index[labelled],
+    )
+    assert parts["hard_label"].item() == pytest.approx(alone["hard_label"].item(), rel=1e-12)
+
+
+def test_batch_without_any_label_has_no_hard_label_part() -> None:
+    student, teacher, _, _ = case(6, 3, 1, masked=False, indexed=False)
+    parts = coupled_loss(torch.from_numpy(student), torch.from_numpy(teacher), positive_index=torch.full((3,), -1))
+    assert parts["hard_label"].item() == 0 and parts["distillation"].item() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_extreme_scores_stay_finite(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = ((torch.rand(6, 12, generator=generator) - 0.5) * 2e4).to(dtype).requires_grad_()
+    teacher = ((torch.rand(6, 12, generator=generator) - 0.5) * 2e4).to(dtype)
+    mask = torch.rand(6, 12, generator=generator) < 0.6
+    mask.fill_diagonal_(True)
+    mask[4] = False
+    parts = coupled_loss(student, teacher, temperature=0.05, student_temperature=0.1, candidate_mask=mask)
+    torch.stack(list(parts.values())).sum().backward()
+    assert all(torch.isfinite(part) for part in parts.values())
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+
+
+def test_fully_masked_row_adds_nothing_and_has_no_gradient() -> None:
+    student, teacher, _, _ = case(8, 4, 1, masked=False, indexed=False)
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    mask[2] = False
+    scores = torch.from_numpy(student).requires_grad_()
+    parts = coupled_loss(scores, torch.from_numpy(teacher), candidate_mask=mask)
+    torch.stack(list(parts.values())).sum().backward()
+    assert scores.grad is not None and (scores.grad[2] == 0).all() and (scores.grad[:2] != 0).all()
+    rest = [0, 1, 3]
+    without = coupled_loss(
+        torch.from_numpy(student)[rest], torch.from_numpy(teacher)[rest], positive_index=torch.tensor(rest)
+    )
+    for name, value in parts.items():  # sums are the same, means are over four rows
+        assert value.item() * 4 == pytest.approx(without[name].item() * 3, rel=1e-12)
+
+
+def test_masked_candidate_has_no_influence_and_no_gradient() -> None:
+    student, teacher, mask, _ = case(9, 5, 2, masked=True, indexed=False)
+    keep = torch.from_numpy(mask)
+    first = torch.from_numpy(student).requires_grad_()
+    parts = coupled_loss(first, torch.from_numpy(teacher), candidate_mask=keep)
+    torch.stack(list(parts.values())).sum().backward()
+    assert first.grad is not None and (first.grad[~keep] == 0).all()
+    for wild in (1e6, float("inf"), float("nan")):
+        other = coupled_loss(
+            first.detach().masked_fill(~keep, wild),
+            torch.from_numpy(teacher).masked_fill(~keep, wild),
+            candidate_mask=keep,
+        )
+        assert {name: value.item() for name, value in other.items()} == {n: v.item() for n, v in parts.items()}
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    student = torch.randn(3, 6, requires_grad=True)
+    teacher = torch.randn(3, 6, requires_grad=True)
+    parts = coupled_loss(student, teacher)
+    torch.stack(list(parts.values())).sum().backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_half_precision_scores_are_compared_in_float32() -> None:
+    student, teacher = torch.randn(4, 8).bfloat16(), torch.randn(4, 8).bfloat16() * 10
+    half, full = coupled_loss(student, teacher), coupled_loss(student.float(), teacher.float())
+    assert all(part.dtype == torch.float32 for part in half.values())
+    assert {k: v.item() for k, v in half.items()} == {k: v.item() for k, v in full.items()}
+
+
+@pytest.mark.parametrize("student_temperature", [1.0, 7.0])
+def test_hard_labels_alone_are_cross_entropy_at_raw_scores(student_temperature: float) -> None:
+    student = torch.randn(5, 15, dtype=torch.float64)
+    index = torch.tensor([3, 0, 14, 7, 7])
+    parts = coupled_loss(
+        student,
+        torch.randn(5, 15),
+        hard_label_weight=1.0,
+        student_temperature=student_temperature,
+        positive_index=index,
+    )
+    expected = torch.nn.functional.cross_entropy(student, index)
+    assert parts["hard_label"].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert parts["distillation"].item() == 0
+
+
+def test_divergence_is_zero_where_both_distributions_agree() -> None:
+    student = torch.randn(4, 8, dtype=torch.float64)
+    teacher = (student / 2.0 + torch.arange(4).unsqueeze(1)) * 0.25  # softmax knows no shift
+    parts = coupled_loss(student, teacher, temperature=0.25, student_temperature=2.0, hard_label_weight=0.0)
+    assert parts["distillation"].item() == pytest.approx(0, abs=1e-14)
+    assert parts["hard_label"].item() == 0
+
+
+def test_loss_of_a_two_by_two_batch_by_hand() -> None:
+    # Student: odds 3:1 and 1:1. Teacher at temperature 0.5: odds 1:1 and 4:1.
+    student = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], dtype=torch.float64)
+    teacher = torch.tensor([[5.0, 5.0], [0.0, math.log(4) * -0.5]], dtype=torch.float64)
+    parts = coupled_loss(student, teacher, temperature=0.5, hard_label_weight=0.25)
+    hard = (math.log(4 / 3) + math.log(2)) / 2
+    soft = (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25) + 0.8 * math.log(1.6) + 0.2 * math.log(0.4)) / 2
+    assert parts["hard_label"].item() == pytest.approx(0.25 * hard, rel=1e-12)
+    assert parts["distillation"].item() == pytest.approx(0.75 * soft, rel=1e-12)
+
+
+SCORES = torch.zeros(3, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher_scores": torch.zeros(3, 5)}, r"one shape, got \(3, 6\) and \(3, 5\)"),
+        ({"student_scores": torch.zeros(6), "teacher_scores": torch.zeros(6)}, r"got \(6,\) and \(6,\)"),
+        ({"candidate_mask": torch.ones(3, 5, dtype=torch.bool)}, r"candidate_mask has shape \(3, 5\).*\(3, 6\)"),
+        ({"candidate_mask": torch.ones(3, 6)}, "candidate_mask is torch.float32: give bool"),
+        ({"candidate_mask": torch.eye(3, 6).bool().flip(1)}, r"leaves out the positive of rows \[0, 1, 2\]"),
+        ({"positive_index": torch.zeros(4, dtype=torch.int64)}, r"shape \(4,\).*\(3,\)"),
+        ({"positive_index": torch.zeros(3)}, "is torch.float32: give one int64"),
+        ({"positive_index": torch.tensor([0, 6, 1])}, r"holds \[0, 6, 1\]: columns are 0 to 5"),
+        ({"positive_index": torch.tensor([0, -2, 1])}, "-1 is no label"),
+        ({"student_scores": torch.zeros(3, 2), "teacher_scores": torch.zeros(3, 2)}, "pass positive_index"),
+        ({"temperature": 0.0}, r"^temperature=0.0"),
+        ({"temperature": float("nan")}, r"^temperature=nan"),
+        ({"student_temperature": -1.0}, "student_temperature=-1.0"),
+        ({"hard_label_weight": 1.01}, "hard_label_weight=1.01"),
+        ({"hard_label_weight": -0.1}, "hard_label_weight=-0.1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    given = {"student_scores": SCORES, "teacher_scores": SCORES, **arguments}
+    with pytest.raises(ValueError, match=message):
+        coupled_loss(given.pop("student_scores"), given.pop("teacher_scores"), **given)
