@@ -81,16 +81,14 @@ TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "repor
 
 
 def main(settings: Settings) -> None:
-    from accelerate import PartialState
-
     from tct_hf.data.collection import load_collection
     from tct_hf.quiet import quieten
-    from tct_hf.training import precision
+    from tct_hf.training import precision, process_state
 
     quieten()
-    state = PartialState()
+    state = process_state()
     output = Path(settings.output_dir)
-    weights = {"data": 1.0, "teacher": 8.0, "student": 6.0, "evaluate": 6.0}
+    weights = {"data": 0.5, "teacher": 6.0, "student": 6.0, "evaluate": 5.0}
     stages = Stages(
         {name: weights[name] for name in weights if name == "data" or name in settings.stages},
         enabled=state.is_main_process,

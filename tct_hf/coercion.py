@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, Union
 
-from tct_hf.located_yaml import Node, SettingsError
+from tct_hf.located_yaml import Node, SettingsError, parse_argument
 
 _SCALAR_ORDER = (bool, int, float)
 NULL_WORDS = ("null", "none", "~")
@@ -157,6 +157,8 @@ def _is_null(node: Node) -> bool:
 
 
 def _coerce_list(node: Node, member: Any, hint: Any, name: str) -> list[Any]:
+    if node.raw is not None and not isinstance(node.value, (list, dict)):  # --stages teacher,student in a shell
+        node = parse_argument(f"[{node.raw}]", node.where)
     if not isinstance(node.value, list):
         mend = "; write [a, b, c]" if not isinstance(node.value, dict) else ""
         raise _wrong(node, name, hint, mend)

@@ -273,6 +273,20 @@ def student_from_teacher(
     return _student(transformer, "mean")
 
 
+def has_tct_encoding(student: SentenceTransformer) -> bool:
+    """Whether a model reads its texts by the rule above.
+
+    Args:
+        student: any SentenceTransformer.
+    """
+    first = student[0]
+    return (
+        isinstance(first, Transformer)
+        and first.document_length is not None
+        and {name: student.prompts.get(name) for name in PROMPTS} == PROMPTS
+    )
+
+
 def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     """Save a student so that plain `SentenceTransformer(path)` gives the same vectors.
 

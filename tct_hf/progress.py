@@ -40,8 +40,12 @@ def _about(seconds: float) -> str:
     return "about " + human_duration(round(seconds / 600) * 600)
 
 
+# An estimate from less than this share of the work (reading the data, say) would mislead.
+_ENOUGH = 0.1
+
+
 class Stages:
-    """Prints one line when a stage begins, with an estimate of the time left once a stage has been measured.
+    """Prints one line when a stage begins, with an estimate of the time left once enough of the run is measured.
 
     The estimate is the time taken so far, scaled by the weights: no stage is assumed to be faster or slower than its
     weight says. Skipped stages count neither as done nor as time.
@@ -134,7 +138,7 @@ class Stages:
         return f"[{list(self._weights).index(name) + 1}/{len(self._weights)}] {name}"
 
     def _left(self) -> str:
-        if not self._done:
+        if self._done < _ENOUGH * sum(self._weights.values()):
             return ""
         remaining = sum(weight for name, weight in self._weights.items() if name not in self._ended)
         return f" ({_about(self._spent / self._done * remaining)} left in all)"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tct_hf.arguments import TCTTrainingArguments
 from tct_hf.collator import BATCH_KEY, TCTDataCollator, candidate_columns
-from tct_hf.encoding import finalise_checkpoint
+from tct_hf.encoding import finalise_checkpoint, has_tct_encoding
 from tct_hf.losses import TeacherTargets, TightlyCoupledLoss, teacher_entropy
 from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.teachers import ColBERTTeacher, Teacher
@@ -158,7 +158,8 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
     """Distil a live teacher into a single-vector student.
 
     Args:
-        model: the student, of :func:`~tct_hf.student_from_teacher` or :func:`~tct_hf.build_student`.
+        model: the student, of :func:`~tct_hf.student_from_teacher` or :func:`~tct_hf.build_student`. Any other
+            SentenceTransformer is trained with its own prompts and pooling, by dot product, and saved as it is.
         teacher: a :class:`~tct_hf.Teacher`, or a multi-vector model (or its path or Hub id) for a ColBERTTeacher.
         args: of the run.
         train_dataset: columns query, positive, negative (or negative_1 ... negative_n); where there are ids, also
@@ -169,7 +170,8 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
         **kwargs: of :class:`sentence_transformers.SentenceTransformerTrainer`.
 
     Raises:
-        ValueError: a data set without the columns, a student without the TCT encoding, a teacher that cannot score.
+        ValueError: a data set without the columns, no teacher, a collator that is no TCTDataCollator, teacher scores
+            that are not finite.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """
@@ -192,6 +194,12 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
             raise ValueError("A TCTTrainer needs a teacher: a ColBERTTeacher, or a multi-vector model or its path.")
         self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
         self._warned = set()
+        collator = kwargs.get("data_collator")
+        if collator is not None and not isinstance(collator, TCTDataCollator):
+            raise ValueError(
+                f"data_collator is a {type(collator).__name__}: a TCTTrainer needs a TCTDataCollator, which also lets "
+                "the teacher prepare a batch. Leave it out, or subclass TCTDataCollator."
+            )
         if model is not None:
             self.teacher.attach(model)
         super().__init__(
@@ -221,5 +229,6 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
         )
 
     def finalise(self, path: str) -> None:
-        """Complete a saved student."""
-        finalise_checkpoint(path)
+        """Complete a saved student with the TCT encoding; every other is right as it was saved."""
+        if has_tct_encoding(self.model):
+            finalise_checkpoint(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from sentence_transformers import (
     MultiVectorEncoder,
     MultiVectorEncoderTrainer,
@@ -67,6 +69,20 @@ class StepLines(TrainerCallback):
                 f"teacher {logs['top_agreement']:.0%})"
             )
         self.write(f"{line}   {human_duration(max(left, 0))} left")
+
+
+def process_state() -> PartialState:
+    """The processes of this run, as `accelerate launch` started them.
+
+    Returns:
+        accelerate's state, with every process counted. Its own default counts one where several are launched on a
+        machine without an accelerator, so that each would take itself for the main one.
+    """
+    state = PartialState()
+    if state.device.type == "cpu" and not state.use_distributed and "LOCAL_RANK" in os.environ:
+        PartialState._reset_state()
+        state = PartialState(cpu=True)
+    return state
 
 
 def precision(choice: str, device: torch.device) -> dict[str, bool]:

@@ -1,6 +1,6 @@
-"""One training step, in one process or under `accelerate launch`; rank 0 writes the loss and the gradients.
+"""One training step a case, in one process or under `accelerate launch`; rank 0 writes the loss and the gradients.
 
-python -m tests.distributed_worker MODELS OUTPUT SETTINGS(json)
+python -m tests.distributed_worker MODELS OUTPUT CASES(json: name to settings)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
                 }
                 torch.save(gradients, output / "gradients.pt")
 
-    output.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     streaming = settings.pop("streaming", False)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
     student = SentenceTransformer(str(models / settings.pop("student", "student")), device="cpu")
@@ -54,4 +54,5 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    for name, case in json.loads(sys.argv[3]).items():
+        main(Path(sys.argv[1]), Path(sys.argv[2]) / name, case)

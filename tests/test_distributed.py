@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -31,48 +32,50 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def step(models: Path, output: Path, processes: int, **settings: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    launch = [sys.executable]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradient cache": {"mini_batch_size": 3},
+    # The teacher has tokens of its own, of other widths on each process.
+    "separate tokens": {"student": "other"},
+    "streamed": {"streaming": True},
+}
+
+
+def launch(models: Path, output: Path, processes: int) -> None:
+    command = [sys.executable]
     if processes > 1:
         # accelerate starts several processes for --multi_gpu only; use_cpu in the arguments then keeps them on the CPU
-        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-        launch += [
-            "--num_machines=1",
-            "--mixed_precision=no",
-            "--dynamo_backend=no",
-            f"--main_process_port={free_port()}",
-        ]
-        launch += ["--num_cpu_threads_per_process=1"]
-    settings["per_device_train_batch_size"] = 8 // processes
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        command += [f"--main_process_port={free_port()}", "--num_cpu_threads_per_process=1", "-m"]
+    else:
+        command += ["-m"]
+    cases = {name: {**case, "per_device_train_batch_size": 8 // processes} for name, case in CASES.items()}
     done = subprocess.run(
-        [*launch, "-m", "tests.distributed_worker", str(models), str(output), json.dumps(settings)],
+        [*command, "tests.distributed_worker", str(models), str(output), json.dumps(cases)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    losses = json.loads((output / "losses.json").read_text())
-    return losses, torch.load(output / "gradients.pt", weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"mini_batch_size": 3},
-        {"student": "other"},  # the teacher has tokens of its own, of other widths on each process
-        {"streaming": True},
-    ],
-    ids=["plain", "gradient cache", "separate tokens", "streamed"],
-)
-def test_two_processes_give_the_loss_and_gradients_of_one(
-    models: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    ([one], _), whole = step(models, tmp_path / "one", 1, **settings)
-    ([two], evaluated), halves = step(models, tmp_path / "two", 2, **settings)
+@pytest.fixture(scope="module")
+def steps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("steps")
+    launch(models, output / "one", 1)
+    launch(models, output / "two", 2)
+    return output
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_loss_and_gradients_of_one(steps: Path, case: str) -> None:
+    [one], _ = json.loads((steps / "one" / case / "losses.json").read_text())
+    [two], evaluated = json.loads((steps / "two" / case / "losses.json").read_text())
     assert two == pytest.approx(one, abs=1e-5)
+    whole, halves = (torch.load(steps / side / case / "gradients.pt", weights_only=True) for side in ("one", "two"))
     assert halves.keys() == whole.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(halves[name], gradient, atol=1e-5, rtol=0)
-    assert evaluated == evaluated  # not nan: six rows in two halves still make a batch
-    assert (tmp_path / "two" / "checkpoint-1" / "rng_state_1.pth").is_file()
+    assert math.isfinite(evaluated)  # six rows in two halves still make a batch
+    assert (steps / "two" / case / "checkpoint-1" / "rng_state_1.pth").is_file()

@@ -209,6 +209,9 @@ def test_lora_student_trains_only_its_adapter_and_starts_at_the_plain_loss(model
     trainer = make_trainer(tmp_path, student, teacher, triples(16))
     trainer.train()
     assert logged(trainer)[0] == pytest.approx(plain_losses(models, tmp_path)[0], abs=1e-5)
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = SentenceTransformer(str(tmp_path / "adapter"), device="cpu")
+    assert np.abs(loaded.encode_query(QUERIES) - student.encode_query(QUERIES)).max() < 1e-5
     trained = {p for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {name for name, p in student.named_parameters() if p in trained} == {
         name for name, _ in student.named_parameters() if "lora_" in name
@@ -334,6 +337,27 @@ def test_a_data_set_without_the_columns_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, *load(models), change(triples(8, ids=False)))
+
+
+def test_any_other_student_is_trained_and_saved_as_it_is(models: Path, tmp_path: Path) -> None:
+    plain = SentenceTransformer(str(models / "base"), device="cpu")
+    _, teacher = load(models)
+    trainer = make_trainer(tmp_path, plain, teacher, triples(16))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "plain"))
+    loaded = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
+    assert loaded.prompts == plain.prompts != {"query": "[Q] ", "document": "[D] "}
+    assert np.abs(loaded.encode(PASSAGES) - plain.encode(PASSAGES)).max() < 1e-6
+
+
+def test_a_collator_of_another_kind_is_refused(models: Path, tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+    from tct_hf import TCTTrainer
+
+    student, teacher = load(models)
+    with pytest.raises(ValueError, match="needs a TCTDataCollator"):
+        TCTTrainer(student, teacher, data_collator=SentenceTransformerDataCollator(student.preprocess))
 
 
 def test_ids_for_some_columns_only_are_refused(models: Path, tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def check_passages(corpus: Dataset, qrels: Qrels, lines: Mapping[str, str], sour
         )
 
 
-def prepare_corpus(records: Callable[[], Records], source: str, cache_dir: Path, key: Sequence[Any]) -> Dataset:
+def prepare_corpus(
+    records: Callable[[], Records], source: str, cache_dir: Path, key: Sequence[Any], *, what: str = "passage"
+) -> Dataset:
     """Convert a corpus once, in constant memory, and open the converted form.
 
     Args:
@@ -163,6 +165,7 @@ def prepare_corpus(records: Callable[[], Records], source: str, cache_dir: Path,
         source: where they come from, for messages.
         cache_dir: where the converted corpus is kept.
         key: what the conversion depends on, JSON-ready.
+        what: the texts are, for messages.
 
     Returns:
         A memory-mapped data set with the columns id and text.
@@ -183,13 +186,13 @@ def prepare_corpus(records: Callable[[], Records], source: str, cache_dir: Path,
                 yield passage_id, text
 
         if not write_corpus(staging / "corpus.arrow", passages()):
-            raise ValueError(f"{source}: no passage in it; write one JSON object with _id, title and text a line")
-        _refuse_repeated(hashes, records)
+            raise ValueError(f"{source}: no {what} in it; write one JSON object with _id, title and text a line")
+        _refuse_repeated(hashes, records, what)
 
     return read_corpus(build_once(cache_dir / f"beir-{digest}", build) / "corpus.arrow")
 
 
-def _refuse_repeated(hashes: array[int], records: Callable[[], Records]) -> None:
+def _refuse_repeated(hashes: array[int], records: Callable[[], Records], what: str) -> None:
     import numpy as np
 
     values, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
@@ -201,7 +204,7 @@ def _refuse_repeated(hashes: array[int], records: Callable[[], Records]) -> None
         if _hash(passage_id) in suspects:
             if passage_id in places:
                 raise ValueError(
-                    f"{place}: passage id {passage_id!r} was used before, in {places[passage_id]}; make ids unique"
+                    f"{place}: {what} id {passage_id!r} was used before, in {places[passage_id]}; make ids unique"
                 )
             places[passage_id] = place
 

@@ -84,14 +84,15 @@ def table(rows: Sequence[tuple[str, Evaluation]], measures: Sequence[str]) -> st
     best = {measure: max(evaluation.mean[measure] for _, evaluation in rows) for measure in measures}
     width = max(len("system"), *(len(title) for title, _ in rows))
     lines = [
-        f"| {'system':{width}} | " + " | ".join(f"{measure:>8}" for measure in measures) + " |",
-        f"|{'-' * (width + 2)}|" + "|".join("-" * 9 + ":" for _ in measures) + "|",
+        f"| {'system':{width}} | " + " | ".join(f"{measure:>9}" for measure in measures) + " |",
+        f"|{'-' * (width + 2)}|" + "|".join("-" * max(10, len(measure) + 1) + ":" for measure in measures) + "|",
     ]
     for title, evaluation in rows:
         cells = []
         for measure in measures:
             value = f"{evaluation.mean[measure]:.3f}"
-            cells.append(f"{f'**{value}**' if evaluation.mean[measure] == best[measure] else value:>8}")
+            value = f"**{value}**" if evaluation.mean[measure] == best[measure] else value
+            cells.append(f"{value:>{max(9, len(measure))}}")
         lines.append(f"| {title:{width}} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

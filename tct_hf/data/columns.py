@@ -1,0 +1,430 @@
+"""Raw rows of any source to training rows: which column is what, and checks of every value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tct_hf.data.row_parsing import BadRow
+
+KNOWN = "known_positive_ids"
+# Names that mean something here, each to the form it has in the output; lists are spread over numbered columns.
+_TEXT = re.compile(r"query|positive|positives|negative|negatives|negative_[1-9][0-9]*")
+_ID = re.compile(r"query_id|positive_id|positive_ids|negative_id|negative_ids|negative_[1-9][0-9]*_id|" + KNOWN)
+_RECORD_IDS = ("docid", "_id", "id")
+# What the ids inside a column of passage objects are called once they are taken out of it.
+_IDS_OF = "[].id"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a column name has a meaning for training."""
+    return bool(_TEXT.fullmatch(name) or _ID.fullmatch(name))
+
+
+@dataclass(frozen=True)
+class _Field:
+    """Columns of the source that hold one thing; `listed`: a single column of lists."""
+
+    columns: tuple[str, ...]
+    listed: bool = False
+
+    def values(self, row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """(label for messages, value) of each item."""
+        if not self.listed:
+            return [(name, _get(row, name)) for name in self.columns]
+        name = self.columns[0]
+        value = _get(row, name)
+        if not isinstance(value, (list, tuple)):
+            raise BadRow("mixed types", f"holds {_shown(value)} where a list is needed, as in the first row", name)
+        return [(f"{name}[{place}]", item) for place, item in enumerate(value)]
+
+
+class RowReader:
+    """Turns the rows of one source into training rows; the first row decides which columns there are.
+
+    Args:
+        names: the columns of the source, or the keys of its first row.
+        first: the first row; shows which columns hold lists.
+        columns: our name to the source's name; None leaves a column out. Columns that go by our names need no entry.
+        num_negatives: take the first this many; None takes all, the same number in every row.
+        has_queries: query texts can be found by query_id.
+        has_passages: passage texts can be found by id.
+
+    Raises:
+        BadRow: a column is missing or doubled; the message lists what there is, and the mend.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        first: Mapping[str, Any],
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        num_negatives: int | None = None,
+        has_queries: bool = False,
+        has_passages: bool = False,
+    ) -> None:
+        self._names = frozenset(names)
+        self._columns = dict(columns or {})
+        check_mapping(self._columns)
+        self._source = self._mapped(names)
+        self._records = [
+            theirs for ours, theirs in self._source.items() if _TEXT.fullmatch(ours) and _is_records(first.get(theirs))
+        ]
+        first = self._flat(first)
+        self._add_record_ids(first)
+        self._query, self._query_id = self._single("query"), self._single("query_id")
+        self._positive, self._positive_id = self._several("positive", first), self._several("positive_id", first)
+        negative, negative_id = self._several("negative", first), self._several("negative_id", first)
+        self._known = _Field((self._source[KNOWN],), listed=True) if KNOWN in self._source else None
+        self._wanted = num_negatives
+        if num_negatives == 0:
+            negative = negative_id = None
+        self._negative, self._negative_id = negative, negative_id
+        present = self._negative_id if self._negative is None else self._negative
+        self.num_negatives = num_negatives if num_negatives is not None else self._count(present, first)
+        self._check_complete(has_queries, has_passages)
+        self._check_ids()
+        self._kinds: dict[str, tuple[str, str]] = {}
+
+    # What the output has -------------------------------------------------------------------------------------------
+
+    @property
+    def negatives(self) -> list[str]:
+        """The names of the negative columns."""
+        if self.num_negatives == 1:
+            return ["negative"]
+        return [f"negative_{place + 1}" for place in range(self.num_negatives)]
+
+    @property
+    def has_query_id(self) -> bool:
+        return self._query_id is not None
+
+    @property
+    def has_candidate_ids(self) -> bool:
+        return self._positive_id is not None
+
+    @property
+    def has_known(self) -> bool:
+        return self._known is not None
+
+    @property
+    def to_look_up(self) -> list[str]:
+        """The id columns whose texts are not in the source."""
+        found = ["query_id"] if self._query is None else []
+        if self._positive is None:
+            found.append("positive_id")
+        if self._negative is None:
+            found.extend(f"{name}_id" for name in self.negatives)
+        return found
+
+    @property
+    def left_out(self) -> list[str]:
+        """Columns of the source that training does not take."""
+        return sorted(self._names - {name for name in self._used() if name in self._names})
+
+    def source_columns(self) -> list[str]:
+        """The columns of the source that are read."""
+        return sorted({name.removesuffix(_IDS_OF) for name in self._used()})
+
+    def output_columns(self, known: bool) -> list[str]:
+        """The columns of the training rows, in order."""
+        names = ["query", "positive", *self.negatives]
+        if self.has_query_id:
+            names.append("query_id")
+        if self.has_candidate_ids:
+            names += ["positive_id", *(f"{name}_id" for name in self.negatives)]
+        return [*names, KNOWN] if known else names
+
+    # Reading -------------------------------------------------------------------------------------------------------
+
+    def read(self, row: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
+        """Check one row; give one training row for each of its positives.
+
+        Args:
+            row: the source's.
+            place: where it was read, remembered as the first row of its types.
+
+        Yields:
+            The training row, without the texts that are still to be looked up.
+
+        Raises:
+            BadRow: what is wrong with it.
+        """
+        if row.keys() != self._names:
+            self._check_names(row)
+        row = self._flat(row)
+        shared: dict[str, Any] = {}
+        if self._query is not None:
+            shared["query"] = self._text(*self._query.values(row)[0])
+        if self._query_id is not None:
+            shared["query_id"] = self._id(*self._query_id.values(row)[0], place)
+        if self._negative is not None:
+            for name, item in zip(self.negatives, self._cut(self._negative.values(row), self._negative), strict=True):
+                shared[name] = self._text(*item)
+        if self._negative_id is not None:
+            cut = self._cut(self._negative_id.values(row), self._negative_id)
+            for name, item in zip(self.negatives, cut, strict=True):
+                shared[f"{name}_id"] = self._id(*item, place)
+        if self._known is not None:
+            shared[KNOWN] = [self._id(label, value, place) for label, value in self._known.values(row)]
+        texts = None if self._positive is None else self._positive.values(row)
+        ids = None if self._positive_id is None else self._positive_id.values(row)
+        if texts is not None and ids is not None and len(texts) != len(ids):
+            raise BadRow("different lengths", f"{len(texts)} positives but {len(ids)} positive ids; match them")
+        count = len(texts if texts is not None else ids or ())
+        if not count:
+            raise BadRow("no positive", "the list is empty; add a positive or remove the row", self._name_of_positive())
+        if ids is not None and count > 1:
+            every = [self._id(label, value, place) for label, value in ids]
+            shared[KNOWN] = sorted({*shared.get(KNOWN, ()), *every}) if self._known else every
+        out = []
+        for at in range(count):
+            one = dict(shared)
+            if texts is not None:
+                one["positive"] = self._text(*texts[at])
+            if ids is not None:
+                one["positive_id"] = self._id(*ids[at], place)
+            out.append(one)
+        yield from out
+
+    def _name_of_positive(self) -> str:
+        found = self._positive or self._positive_id
+        return found.columns[0] if found is not None else "positive"
+
+    def _cut(self, values: list[tuple[str, Any]], source: _Field) -> list[tuple[str, Any]]:
+        wanted = self.num_negatives
+        if len(values) < wanted:
+            raise BadRow(
+                "too few negatives",
+                f"{len(values)} negatives where {wanted} are needed; lower num_negatives or add some",
+                source.columns[0],
+            )
+        if len(values) > wanted and self._wanted is None:
+            raise BadRow(
+                "too many negatives",
+                f"{len(values)} negatives where the first row has {wanted}; pass num_negatives={wanted} to take the "
+                "first ones",
+                source.columns[0],
+            )
+        return values[:wanted]
+
+    def _text(self, label: str, value: Any) -> str:
+        if value is None:
+            raise BadRow("empty text", "no text (null); fill it in or remove the row", label)
+        if not isinstance(value, str):
+            raise BadRow("mixed types", f"holds {_shown(value)} where text is needed; write it as text", label)
+        if not value or value.isspace():
+            raise BadRow("empty text", "the text is empty; fill it in or remove the row", label)
+        _check_encodable(value, label)
+        return value
+
+    def _id(self, label: str, value: Any, place: str) -> str:
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            if value is None:
+                raise BadRow("empty id", "no id (null); fill it in or remove the row", label)
+            raise BadRow(
+                "mixed types", f"holds {_shown(value)} where an id is needed; write ids as text or integers", label
+            )
+        column = label.split("[")[0]
+        kind = "text" if isinstance(value, str) else "a number"
+        first, where = self._kinds.setdefault(column, (kind, place))
+        if kind != first:
+            raise BadRow(
+                "mixed types",
+                f"holds {_shown(value)}, {kind}, but {first} in {where}; write all ids of a column alike",
+                label,
+            )
+        if kind == "text":
+            if not value or str(value).isspace():
+                raise BadRow("empty id", "the id is empty; fill it in or remove the row", label)
+            if "\0" in str(value):
+                raise BadRow("empty id", f"the id {value!r} holds a NUL character; remove it", label)
+            _check_encodable(str(value), label)
+        return str(value)
+
+    # Planning ------------------------------------------------------------------------------------------------------
+
+    def _mapped(self, names: Sequence[str]) -> dict[str, str]:
+        source = {}
+        for name in names:
+            if is_ours(name) and name not in self._columns:
+                source[name] = name
+        for ours, theirs in self._columns.items():
+            if theirs is None:
+                continue
+            if theirs not in self._names:
+                raise BadRow(
+                    "missing column",
+                    f"column {theirs!r}, which columns= maps to {ours!r}, is missing ({_there(names)})",
+                )
+            source[ours] = theirs
+        return source
+
+    def _single(self, ours: str) -> _Field | None:
+        return _Field((self._source[ours],)) if ours in self._source else None
+
+    def _several(self, ours: str, first: Mapping[str, Any]) -> _Field | None:
+        """Find one column, numbered columns or one column of lists."""
+        base, suffix = (ours[:-3], "_id") if ours.endswith("_id") else (ours, "")
+        plural = f"{base}_ids" if suffix else f"{base}s"
+        numbered = sorted(
+            int(match.group(1))
+            for name in self._source
+            if (match := re.fullmatch(rf"{base}_([1-9][0-9]*){suffix}", name))
+        )
+        forms = [name for name in (ours, plural) if name in self._source]
+        if len(forms) + bool(numbered) > 1:
+            there = forms + [f"{base}_{place}{suffix}" for place in numbered]
+            raise BadRow(
+                "doubled column",
+                f"both {there[0]!r} and {there[1]!r} are there; leave one out with columns={{{there[0]!r}: None}}",
+            )
+        if numbered:
+            for place, found in enumerate(numbered, start=1):
+                if place != found:
+                    raise BadRow("missing column", f"column {base}_{place}{suffix} is missing before {found}; add it")
+            return _Field(tuple(self._source[f"{base}_{place}{suffix}"] for place in numbered))
+        if not forms:
+            return None
+        theirs = self._source[forms[0]]
+        return _Field((theirs,), listed=isinstance(first.get(theirs), (list, tuple)) or forms[0] == plural)
+
+    def _count(self, negative: _Field | None, first: Mapping[str, Any]) -> int:
+        return 0 if negative is None else len(negative.values(first))
+
+    def _check_complete(self, has_queries: bool, has_passages: bool) -> None:
+        there = _there(sorted(name for name in self._names))
+        for text, by_id, name, can, setting in (
+            (self._query, self._query_id, "query", has_queries, "queries"),
+            (self._positive, self._positive_id, "positive", has_passages, "collection"),
+            (self._negative, self._negative_id, "negative", has_passages, "collection"),
+        ):
+            if text is not None:
+                continue
+            if by_id is None:
+                if name != "negative" or self._wanted:
+                    raise BadRow(
+                        "missing column",
+                        f"column {name!r} is missing ({there}); name it with columns={{{name!r}: ...}}",
+                    )
+            elif not can:
+                raise BadRow(
+                    "missing column",
+                    f"column {name!r} is missing, though its ids are there ({there}); pass {setting}= with the texts",
+                )
+
+    def _check_ids(self) -> None:
+        if self.num_negatives and (self._positive_id is None) != (self._negative_id is None):
+            has, lacks = ("positive", "negative") if self._positive_id else ("negative", "positive")
+            kept = self._positive_id or self._negative_id
+            assert kept is not None
+            raise BadRow(
+                "missing column",
+                f"there are ids of the {has}s but none of the {lacks}s; map them with columns=, or leave "
+                f"{kept.columns[0]!r} out with columns={{'{has}_id': None}}",
+            )
+        if self._known is not None and self._positive_id is None:
+            raise BadRow(
+                "missing column",
+                f"there is {KNOWN} but no positive_id it could be compared with; map it with columns=, or leave it out "
+                f"with columns={{{KNOWN!r}: None}}",
+            )
+
+    def _used(self) -> set[str]:
+        fields = (
+            self._query, self._query_id, self._positive, self._positive_id, self._negative, self._negative_id,
+            self._known,
+        )  # fmt: skip
+        return {name for found in fields if found is not None for name in found.columns}
+
+    def _check_names(self, row: Mapping[str, Any]) -> None:
+        """Refuse what would be read otherwise, had it come first."""
+        new = [name for name in row if name not in self._names and is_ours(name) and name not in self._columns]
+        if new:
+            raise BadRow(
+                "other columns",
+                f"the first row has no {new[0]!r}; write the same keys in every row, or leave it out with "
+                f"columns={{{new[0]!r}: None}}",
+            )
+
+    # Lists of passages as objects ----------------------------------------------------------------------------------
+
+    def _flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Split lists of {docid, title, text} into texts and ids."""
+        if not self._records:
+            return row
+        flat = dict(row)
+        for name in self._records:
+            value = _get(row, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
+                raise BadRow("mixed types", f"holds {_shown(value)} where a list of objects is needed", name)
+            for item in value:
+                if "text" not in item:
+                    raise BadRow("missing column", "a passage without the key 'text'; add it", name)
+            flat[name] = [_joined(item) for item in value]
+            flat[name + _IDS_OF] = [next((item[key] for key in _RECORD_IDS if key in item), None) for item in value]
+        return flat
+
+    def _add_record_ids(self, first: Mapping[str, Any]) -> None:
+        for ours, theirs in list(self._source.items()):
+            name = theirs + _IDS_OF
+            if theirs not in self._records or any(value is None for value in first[name]):
+                continue
+            id_name = "positive_ids" if ours.startswith("positive") else "negative_ids"
+            if id_name not in self._source and self._columns.get(id_name, "") is not None:
+                self._source[id_name] = name
+
+
+def check_mapping(columns: Mapping[str, str | None]) -> None:
+    """Refuse a mapping to names that training does not know.
+
+    Args:
+        columns: our name to the source's.
+
+    Raises:
+        ValueError: with the names there are.
+    """
+    for name in columns:
+        if not is_ours(name):
+            raise ValueError(
+                f"columns: {name!r} is no column of training; write {{ours: theirs}} with query, positive, negative, "
+                f"negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, {KNOWN}"
+            )
+
+
+def _joined(item: Mapping[str, Any]) -> Any:
+    title, text = item.get("title"), item["text"]
+    if isinstance(title, str) and isinstance(text, str):
+        return " ".join(part.strip() for part in (title, text) if part.strip())
+    return text
+
+
+def _is_records(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _get(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise BadRow("missing column", f"column {name!r} is missing ({_there(list(row))}); add it or remove the row")
+    return row[name]
+
+
+def _there(names: Sequence[str]) -> str:
+    return f"there are: {', '.join(map(str, names)) or 'none'}"
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _check_encodable(value: str, label: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            "not UTF-8", f"half a surrogate pair at character {error.start}; it is not text in any encoding", label
+        ) from None

@@ -1,0 +1,269 @@
+"""The training recipe from end to end on a tiny encoder: whole, in parts, interrupted, refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.models import tiny_colbert
+from tests.recipe import RECIPE, STEPS, killed_at, launch, run, write_material
+from tests.test_distributed import free_port
+
+SYSTEMS = ["bm25", "base-native", "base-tct", "student", "teacher"]
+TITLES = ["BM25", "base encoder, its own encoding", "base encoder, TCT encoding", "student", "ColBERT teacher"]
+KILLED = {  # where the interrupted run is killed: the line it has just printed
+    "teacher": f"step     3 of {STEPS}   loss",
+    "student": f"step     5 of {STEPS}   loss",
+    "evaluate": "student (one vector a passage)",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="module")
+def runs(settings: Path) -> dict[str, Any]:
+    """What the recipe printed in each way of running it; the outputs are in folders of these names."""
+    folder = settings.parent
+
+    def interrupted() -> list[str]:
+        output = folder / "interrupted"
+        said = [killed_at(KILLED[stage], settings, output) for stage in KILLED]
+        early = output / "runs" / "base-tct.test.trec"
+        os.utime(early, ns=(1, 1))
+        said.append(run(settings, output).stdout)
+        assert early.stat().st_mtime_ns == 1  # runs that were there are not made again
+        return said
+
+    def alone() -> list[str]:
+        return [
+            run(settings, folder / "alone", "--stages", stage).stdout for stage in ("teacher", "student", "evaluate")
+        ]
+
+    def ready() -> str:
+        colbert = tiny_colbert(folder / "ready-teacher")
+        return run(settings, folder / "ready", "--teacher.model", str(colbert), "--stages=[teacher, student]").stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs: dict[str, Any] = {
+            "interrupted": pool.submit(interrupted),
+            "whole": pool.submit(run, settings, folder / "whole", before=launch()),
+            "alone": pool.submit(alone),
+            "ready": pool.submit(ready),
+        }
+        return {name: job.result() for name, job in jobs.items()}
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, settings: Path) -> Callable[..., int]:
+    """Runs the recipe in this process; the exit status."""
+    spec = importlib.util.spec_from_file_location("train_recipe", RECIPE)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_recipe", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr("tct_hf.quiet.quieten", lambda: None)  # it changes what later tests would see
+    monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
+
+    def call(output: Path, *options: str) -> int:
+        try:
+            module.run_recipe(module.main, module.Settings, "", [str(settings), f"--output_dir={output}", *options])
+        except SystemExit as end:
+            return int(str(end.code))
+        return 0
+
+    return call
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What must not depend on how a run went: runs, weights, metrics."""
+    files = [*folder.glob("runs/*.trec"), *folder.glob("*/model.safetensors"), folder / "metrics.json"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_a_whole_run_leaves_models_that_load_without_this_package(runs: dict[str, Any], settings: Path) -> None:
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+    from tct_hf import validate_checkpoint
+
+    output = settings.parent / "whole"
+    student = SentenceTransformer(str(output / "student"), device="cpu")
+    assert student.encode_query("dense tokens").shape == (32,)
+    assert student[0].model.config.num_hidden_layers == 1
+    validate_checkpoint(output / "student")
+    teacher = MultiVectorEncoder(str(output / "teacher"), device="cpu")
+    assert teacher.encode_query("dense tokens").shape == (16, 16)
+    assert not list(output.glob("training/*/checkpoint-*"))
+
+
+def test_a_whole_run_leaves_complete_runs_of_all_systems(runs: dict[str, Any], settings: Path) -> None:
+    from tct_hf.retrieval import read_run
+
+    folder = settings.parent / "whole" / "runs"
+    assert {file.name for file in folder.glob("*.trec")} == {f"{s}.{x}.trec" for s in SYSTEMS for x in ("dev", "test")}
+    for system in SYSTEMS:
+        for split, count in (("dev", 10), ("test", 12)):
+            found = read_run(folder / f"{system}.{split}.trec")
+            assert set(found) == {f"{split}{number}" for number in range(count)}
+            if system != "bm25":  # which leaves out passages without a word of the query
+                assert all(len(hits) == 20 for hits in found.values())
+
+
+def test_a_whole_run_reports_one_row_a_system_and_the_same_figures_as_json(
+    runs: dict[str, Any], settings: Path
+) -> None:
+    output = settings.parent / "whole"
+    report = (output / "report.md").read_text()
+    rows = [line for line in report.splitlines() if line.startswith("| ")][1:]
+    assert [row[2:].startswith(title) for row, title in zip(rows, TITLES, strict=True)] == [True] * 5
+    metrics = json.loads((output / "metrics.json").read_text())
+    for row, system in zip(rows, SYSTEMS, strict=True):
+        shown = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        measured = metrics["measured"]["test"][system]
+        assert shown == [f"{measured[name]['mean']:.3f}" for name in ("RR@10", "nDCG@10", "R@100")]
+    assert set(metrics["measured"]) == {"dev", "test"}
+    assert report.count("Question: ") == 3
+    assert report in runs["whole"].stdout
+    assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_whole_run_records_its_settings_and_the_corpus(runs: dict[str, Any], settings: Path) -> None:
+    output = settings.parent / "whole"
+    environment = json.loads((output / "environment.json").read_text())
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert environment["corpus"] == metrics["corpus"]
+    assert len(environment["corpus"]["sha256"]) == 64 and environment["corpus"]["passages"] == 60
+    resolved = (output / "settings.yaml").read_text()
+    assert f"max_steps: {STEPS}" in resolved and "learning_rate" in resolved
+
+
+def test_nothing_but_the_recipes_own_lines_reaches_the_terminal(runs: dict[str, Any]) -> None:
+    # Some queries of the collection are longer than 16 tokens, and a user can mend that: this warning stays.
+    lines = runs["whole"].stderr.splitlines()
+    assert all("queries filled the entire query_expansion length of 16 tokens" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("way", ["alone", "interrupted"])
+def test_a_run_in_parts_gives_the_bytes_of_a_whole_one(runs: dict[str, Any], settings: Path, way: str) -> None:
+    whole = results(settings.parent / "whole")
+    assert len(whole) == 13
+    assert results(settings.parent / way) == whole
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(runs: dict[str, Any]) -> None:
+    in_teacher, in_student, in_evaluate, last = runs["interrupted"]
+    assert "goes on" not in in_teacher
+    assert "goes on after step 2 of 6" in in_student
+    assert "goes on after step 4 of 6" in in_evaluate
+    assert "step" not in last.partition("# ")[0] and "BM25" not in last.partition("# ")[0]
+    assert "ColBERT teacher" in last.partition("# ")[0]
+
+
+def test_a_ready_teacher_is_not_trained(runs: dict[str, Any], settings: Path) -> None:
+    output = settings.parent / "ready"
+    assert "teacher: skipped" in runs["ready"] and "ready-teacher" in runs["ready"]
+    assert (output / "student" / "model.safetensors").is_file()
+    assert not (output / "teacher").exists() and not (output / "training" / "teacher").exists()
+
+
+def test_a_finished_run_called_again_redoes_nothing_and_prints_the_report(
+    runs: dict[str, Any], settings: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = settings.parent / "whole"
+
+    def made() -> dict[Path, tuple[int, bytes]]:
+        return {
+            file: (file.stat().st_mtime_ns if file.parent != output else 0, file.read_bytes())
+            for file in output.rglob("*")
+            if file.is_file()
+        }
+
+    before = made()
+    assert recipe(output) == 0
+    assert made() == before
+    said = capsys.readouterr().out
+    assert "  step " not in said and (output / "report.md").read_text() in said
+
+
+def test_the_student_without_a_teacher_is_refused_with_the_mend(
+    settings: Path, tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(tmp_path / "new", "--stages=student") == 2
+    [message] = capsys.readouterr().err.splitlines()
+    assert "which is not there. Add the stage teacher, or name a trained ColBERT with --teacher.model" in message
+    assert recipe(tmp_path / "new", "--stages=evaluate") == 2
+    assert "Add the stage student" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--data.num_negatives=2", "data"),
+        ("--encoder.document_length=40", "encoder"),
+        ("--teacher.training.learning_rate=0.1", "teacher"),
+        ("--student.training.temperature=2", "student"),
+        ("--seed=14", "seed"),
+        ("--evaluation.depth=10", "depth"),
+    ],
+)
+def test_other_settings_in_the_same_output_are_refused_by_name_with_the_mend(
+    runs: dict[str, Any],
+    settings: Path,
+    recipe: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    name: str,
+) -> None:
+    output = settings.parent / "whole"
+    before = results(output)
+    settings_before = (output / "settings.yaml").read_text()
+    assert recipe(output, option) == 1
+    [message] = capsys.readouterr().err.splitlines()
+    assert f"holds a run with {name} = " in message
+    assert "choose another --output_dir, or delete the folder" in message
+    setting, _, value = option.removeprefix("--").rpartition(".")[2].partition("=")
+    assert setting in message and value in message
+    assert results(output) == before
+    assert (output / "settings.yaml").read_text() == settings_before
+
+
+@pytest.mark.parametrize(
+    ("option", "mend"),
+    [
+        ("--encoder.base_modle=x", 'did you mean "encoder.base_model"?'),
+        ("--student.training.temprature=2", 'did you mean "student.training.temperature"?'),
+        ("--stages=train", "teacher or student or evaluate"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_before_anything_runs(
+    tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str, mend: str
+) -> None:
+    assert recipe(tmp_path / "new", option) == 2
+    [message] = capsys.readouterr().err.splitlines()
+    assert message.startswith("error: command line") and mend in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(settings: Path, tmp_path: Path) -> None:
+    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
+    done = run(settings, tmp_path / "two", before=before)
+    for line in ("[1/4] data", "[4/4] evaluate", "# ", f"step     6 of {STEPS}   loss 2."):
+        assert sum(said.strip().startswith(line) for said in done.stdout.splitlines()) == 1
+    assert len(results(tmp_path / "two")) == 13
+    shutil.rmtree(tmp_path / "two" / "runs")
+    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
+    again = run(settings, tmp_path / "two", before=before)
+    assert again.stdout.count("base encoder, TCT encoding\n") == 1  # of both, one evaluates
