@@ -82,6 +82,7 @@ TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "repor
 
 def main(settings: Settings) -> None:
     from tct_hf.data.collection import load_collection
+    from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
     from tct_hf.training import precision, process_state
 
@@ -103,29 +104,37 @@ def main(settings: Settings) -> None:
         )
         if state.is_main_process:
             print(f"  {collection.summary()}", flush=True)
-            save_resolved(settings, output, extra={"corpus": collection.fingerprint})
-    # All that a stage's result depends on: its folder refuses to go on with anything else.
-    depends = {
+    # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
+    # settings are written beside it.
+    of_teacher = {
         **base,
-        "corpus": collection.fingerprint["sha256"],
         "data": asdict(data),
         "encoder": asdict(settings.encoder),
         "teacher": asdict(settings.teacher),
+        "corpus": collection.fingerprint["sha256"],
     }
+    of_student = {**of_teacher, "student": asdict(settings.student)}
+    of_runs = {**of_student, "evaluation": {"depth": settings.evaluation.depth}}
+    folders = {"training/student": of_student, "student": of_student, "runs": of_runs}
+    if settings.teacher.model is None:
+        folders = {"training/teacher": of_teacher, "teacher": of_teacher, **folders}
+    for name, depends in folders.items():
+        is_claimed(output / name, depends)
+    if state.is_main_process:
+        save_resolved(settings, output, extra={"corpus": collection.fingerprint})
     if "teacher" in settings.stages:
         if settings.teacher.model is not None:
             stages.skip("teacher", f"{settings.teacher.model} is used as it is")
         else:
             with stages.stage("teacher"):
-                train_teacher(settings, collection, output, base, depends)
-    depends["student"] = asdict(settings.student)
+                train_teacher(settings, collection, output, base, of_teacher)
     if "student" in settings.stages:
         with stages.stage("student"):
-            train_student(settings, collection, output, base, depends, teacher)
+            train_student(settings, collection, output, base, of_student, teacher)
     if "evaluate" in settings.stages:
         with stages.stage("evaluate"):
             if state.is_main_process:
-                evaluate(settings, collection, output, depends, teacher)
+                evaluate(settings, collection, output, of_runs, teacher)
             state.wait_for_everyone()
     stages.finish()
     if "evaluate" in settings.stages and state.is_main_process:

@@ -26,6 +26,8 @@ _PUBLIC = {
     "builtin_corpus": "data",
     "load_beir": "data",
     "bm25_triples": "data",
+    "load_triples": "data",
+    "SkippedRows": "data",
     "BM25Index": "retrieval",
     "DenseIndex": "retrieval",
     "read_run": "retrieval",

@@ -139,15 +139,27 @@ def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
     if file.is_file() and any(entry.name != CLAIM_FILE for entry in folder.iterdir()):
         found = json.loads(file.read_text(encoding="utf-8"))
-        for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                raise ValueError(
-                    f"{folder} holds a run with {name} = {found.get(name)!r}, but now {name} = {wanted.get(name)!r}: "
-                    "choose another --output_dir, or delete the folder to begin again."
-                )
+        if difference := _first_difference(found, wanted):
+            name, before, now = difference
+            raise ValueError(
+                f"{folder} holds a run with {name} = {before!r}, but now {name} = {now!r}: "
+                "choose another --output_dir, or delete the folder to begin again."
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(file, wanted)
+
+
+def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Where settings first differ, in the order of `now`: dotted name and both values; missing is as good as None."""
+    if before == now:
+        return None
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return name, before, now
+    for key in [*now, *(key for key in before if key not in now)]:
+        if found := _first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key):
+            return found
+    return None
 
 
 def is_claimed(folder: str | Path, settings: Mapping[str, Any]) -> bool:

@@ -32,6 +32,10 @@ class WholeCheckpointsMixin(BaseTrainer):
         """Complete what was saved to a folder; nothing to do unless a family says so."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Recent transformers call this in every process and leave the check to it; sentence-transformers has none:
+        # processes would write into one another's files.
+        if not self.args.should_save:
+            return
         # training_args.bin is a pickle of the arguments: without this it holds the literal Hub token.
         token, self.args.hub_token = self.args.hub_token, None
         try:

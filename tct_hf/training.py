@@ -18,7 +18,8 @@ from sentence_transformers import (
     SentenceTransformer,
 )
 from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from tct_hf.arguments import TCTTrainingArguments
@@ -104,7 +105,15 @@ def precision(choice: str, device: torch.device) -> dict[str, bool]:
 def _run(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLines(write))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    last = get_last_checkpoint(str(work))
+    reached = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None
+    if last and reached and reached.global_step >= reached.max_steps:
+        # Stopped between its last step and publishing: transformers would train one step more.
+        best = reached.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or last)
+        trainer.state = reached
+    else:
+        trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         write_json_atomic(work / LOG_FILE, trainer.state.log_history)
 

@@ -81,7 +81,13 @@ def environment(folder: Path) -> dict[str, str]:
 def launch(processes: int = 1, *more: str) -> list[str]:
     """The words before the recipe's name."""
     words = [sys.executable, "-m", "accelerate.commands.launch", *more, f"--num_processes={processes}"]
-    return [*words, "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    return [
+        *words,
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        "--num_cpu_threads_per_process=1",
+    ]
 
 
 def run(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.files import replace_dir, write_json_atomic, write_text_atomic
+from tct_hf.files import claim, is_claimed, replace_dir, write_json_atomic, write_text_atomic
 
 
 def names(directory: Path) -> list[str]:
@@ -116,3 +116,27 @@ def test_impossible_replacements_are_refused_and_change_nothing(tmp_path: Path) 
         with pytest.raises(ValueError, match="inside the other"):
             replace_dir(staging, inside)
     assert names(tmp_path) == ["file", "staging"]
+
+
+SETTINGS = {"seed": 1, "data": {"source": "a", "depth": 5}, "corpus": "123"}
+
+
+def test_a_folder_with_the_work_of_other_settings_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
+    claim(tmp_path / "work", SETTINGS)
+    assert is_claimed(tmp_path / "work", SETTINGS)
+    (tmp_path / "work" / "weights").write_text("x")
+    other = {"seed": 1, "data": {"source": "b", "depth": 6}, "corpus": "456"}
+    for refuse in (claim, is_claimed):
+        with pytest.raises(ValueError, match=r"work holds a run with data.source = 'a', but now data.source = 'b'"):
+            refuse(tmp_path / "work", other)
+    with pytest.raises(ValueError, match=r"data.depth = 5, but now data.depth = None"):
+        claim(tmp_path / "work", {**SETTINGS, "data": {"source": "a"}})
+    claim(tmp_path / "work", {**SETTINGS, "new": None, "data": {**SETTINGS["data"], "new": None}})  # type: ignore[dict-item]
+
+
+def test_a_folder_without_work_takes_new_settings(tmp_path: Path) -> None:
+    assert not is_claimed(tmp_path / "work", SETTINGS)
+    claim(tmp_path / "work", SETTINGS)
+    claim(tmp_path / "work", {"seed": 2})
+    (tmp_path / "work" / "weights").write_text("x")
+    assert is_claimed(tmp_path / "work", {"seed": 2})

@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from tct_hf.data.builtin import builtin_corpus as builtin_corpus
     from tct_hf.data.builtin import builtin_fingerprint as builtin_fingerprint
     from tct_hf.data.negatives import bm25_triples as bm25_triples
+    from tct_hf.data.row_parsing import SkippedRows as SkippedRows
+    from tct_hf.data.triples import load_triples as load_triples
 
 _PUBLIC = {
     "builtin_corpus": "builtin",
     "builtin_fingerprint": "builtin",
     "load_beir": "beir",
     "bm25_triples": "negatives",
+    "load_triples": "triples",
+    "SkippedRows": "row_parsing",
 }
 
 __all__ = sorted(_PUBLIC)

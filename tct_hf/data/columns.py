@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.data.row_parsing import BadRow
+from tct_hf.data.passage_objects import IDS_OF, is_passages, split_passages
+from tct_hf.data.row_parsing import BadRow, get, shown, there_are
 
 KNOWN = "known_positive_ids"
 # Names that mean something here, each to the form it has in the output; lists are spread over numbered columns.
 _TEXT = re.compile(r"query|positive|positives|negative|negatives|negative_[1-9][0-9]*")
 _ID = re.compile(r"query_id|positive_id|positive_ids|negative_id|negative_ids|negative_[1-9][0-9]*_id|" + KNOWN)
-_RECORD_IDS = ("docid", "_id", "id")
-# What the ids inside a column of passage objects are called once they are taken out of it.
-_IDS_OF = "[].id"
 
 
 def is_ours(name: str) -> bool:
@@ -33,11 +31,11 @@ class _Field:
     def values(self, row: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """(label for messages, value) of each item."""
         if not self.listed:
-            return [(name, _get(row, name)) for name in self.columns]
+            return [(name, get(row, name)) for name in self.columns]
         name = self.columns[0]
-        value = _get(row, name)
+        value = get(row, name)
         if not isinstance(value, (list, tuple)):
-            raise BadRow("mixed types", f"holds {_shown(value)} where a list is needed, as in the first row", name)
+            raise BadRow("mixed types", f"holds {shown(value)} where a list is needed, as in the first row", name)
         return [(f"{name}[{place}]", item) for place, item in enumerate(value)]
 
 
@@ -70,11 +68,11 @@ class RowReader:
         self._columns = dict(columns or {})
         check_mapping(self._columns)
         self._source = self._mapped(names)
-        self._records = [
-            theirs for ours, theirs in self._source.items() if _TEXT.fullmatch(ours) and _is_records(first.get(theirs))
+        self._objects = [
+            theirs for ours, theirs in self._source.items() if _TEXT.fullmatch(ours) and is_passages(first.get(theirs))
         ]
         first = self._flat(first)
-        self._add_record_ids(first)
+        self._add_object_ids(first)
         self._query, self._query_id = self._single("query"), self._single("query_id")
         self._positive, self._positive_id = self._several("positive", first), self._several("positive_id", first)
         negative, negative_id = self._several("negative", first), self._several("negative_id", first)
@@ -108,7 +106,7 @@ class RowReader:
 
     @property
     def has_known(self) -> bool:
-        return self._known is not None
+        return self._known is not None or (self._positive_id is not None and self._positive_id.listed)
 
     @property
     def to_look_up(self) -> list[str]:
@@ -127,7 +125,7 @@ class RowReader:
 
     def source_columns(self) -> list[str]:
         """The columns of the source that are read."""
-        return sorted({name.removesuffix(_IDS_OF) for name in self._used()})
+        return sorted({name.removesuffix(IDS_OF) for name in self._used()})
 
     def output_columns(self, known: bool) -> list[str]:
         """The columns of the training rows, in order."""
@@ -153,7 +151,7 @@ class RowReader:
         Raises:
             BadRow: what is wrong with it.
         """
-        if row.keys() != self._names:
+        if not row.keys() <= self._names:
             self._check_names(row)
         row = self._flat(row)
         shared: dict[str, Any] = {}
@@ -176,10 +174,12 @@ class RowReader:
             raise BadRow("different lengths", f"{len(texts)} positives but {len(ids)} positive ids; match them")
         count = len(texts if texts is not None else ids or ())
         if not count:
-            raise BadRow("no positive", "the list is empty; add a positive or remove the row", self._name_of_positive())
-        if ids is not None and count > 1:
+            raise BadRow(
+                "no positive", "the list is empty; add a positive or remove the row", self._name_of_positive()
+            )
+        if ids is not None and self.has_known:
             every = [self._id(label, value, place) for label, value in ids]
-            shared[KNOWN] = sorted({*shared.get(KNOWN, ()), *every}) if self._known else every
+            shared[KNOWN] = list(dict.fromkeys([*every, *shared.get(KNOWN, ())]))
         out = []
         for at in range(count):
             one = dict(shared)
@@ -215,7 +215,7 @@ class RowReader:
         if value is None:
             raise BadRow("empty text", "no text (null); fill it in or remove the row", label)
         if not isinstance(value, str):
-            raise BadRow("mixed types", f"holds {_shown(value)} where text is needed; write it as text", label)
+            raise BadRow("mixed types", f"holds {shown(value)} where text is needed; write it as text", label)
         if not value or value.isspace():
             raise BadRow("empty text", "the text is empty; fill it in or remove the row", label)
         _check_encodable(value, label)
@@ -226,7 +226,7 @@ class RowReader:
             if value is None:
                 raise BadRow("empty id", "no id (null); fill it in or remove the row", label)
             raise BadRow(
-                "mixed types", f"holds {_shown(value)} where an id is needed; write ids as text or integers", label
+                "mixed types", f"holds {shown(value)} where an id is needed; write ids as text or integers", label
             )
         column = label.split("[")[0]
         kind = "text" if isinstance(value, str) else "a number"
@@ -234,7 +234,7 @@ class RowReader:
         if kind != first:
             raise BadRow(
                 "mixed types",
-                f"holds {_shown(value)}, {kind}, but {first} in {where}; write all ids of a column alike",
+                f"holds {shown(value)}, {kind}, but {first} in {where}; write all ids of a column alike",
                 label,
             )
         if kind == "text":
@@ -258,7 +258,7 @@ class RowReader:
             if theirs not in self._names:
                 raise BadRow(
                     "missing column",
-                    f"column {theirs!r}, which columns= maps to {ours!r}, is missing ({_there(names)})",
+                    f"column {theirs!r}, which columns= maps to {ours!r}, is missing ({there_are(names)})",
                 )
             source[ours] = theirs
         return source
@@ -296,7 +296,7 @@ class RowReader:
         return 0 if negative is None else len(negative.values(first))
 
     def _check_complete(self, has_queries: bool, has_passages: bool) -> None:
-        there = _there(sorted(name for name in self._names))
+        there = there_are(sorted(name for name in self._names))
         for text, by_id, name, can, setting in (
             (self._query, self._query_id, "query", has_queries, "queries"),
             (self._positive, self._positive_id, "positive", has_passages, "collection"),
@@ -329,8 +329,8 @@ class RowReader:
         if self._known is not None and self._positive_id is None:
             raise BadRow(
                 "missing column",
-                f"there is {KNOWN} but no positive_id it could be compared with; map it with columns=, or leave it out "
-                f"with columns={{{KNOWN!r}: None}}",
+                f"there is {KNOWN} but no positive_id it could be compared with; map it with columns=, or leave it "
+                f"out with columns={{{KNOWN!r}: None}}",
             )
 
     def _used(self) -> set[str]:
@@ -350,28 +350,13 @@ class RowReader:
                 f"columns={{{new[0]!r}: None}}",
             )
 
-    # Lists of passages as objects ----------------------------------------------------------------------------------
-
     def _flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Split lists of {docid, title, text} into texts and ids."""
-        if not self._records:
-            return row
-        flat = dict(row)
-        for name in self._records:
-            value = _get(row, name)
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
-                raise BadRow("mixed types", f"holds {_shown(value)} where a list of objects is needed", name)
-            for item in value:
-                if "text" not in item:
-                    raise BadRow("missing column", "a passage without the key 'text'; add it", name)
-            flat[name] = [_joined(item) for item in value]
-            flat[name + _IDS_OF] = [next((item[key] for key in _RECORD_IDS if key in item), None) for item in value]
-        return flat
+        return split_passages(row, self._objects) if self._objects else row
 
-    def _add_record_ids(self, first: Mapping[str, Any]) -> None:
+    def _add_object_ids(self, first: Mapping[str, Any]) -> None:
         for ours, theirs in list(self._source.items()):
-            name = theirs + _IDS_OF
-            if theirs not in self._records or any(value is None for value in first[name]):
+            name = theirs + IDS_OF
+            if theirs not in self._objects or any(value is None for value in first[name]):
                 continue
             id_name = "positive_ids" if ours.startswith("positive") else "negative_ids"
             if id_name not in self._source and self._columns.get(id_name, "") is not None:
@@ -393,32 +378,6 @@ def check_mapping(columns: Mapping[str, str | None]) -> None:
                 f"columns: {name!r} is no column of training; write {{ours: theirs}} with query, positive, negative, "
                 f"negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, {KNOWN}"
             )
-
-
-def _joined(item: Mapping[str, Any]) -> Any:
-    title, text = item.get("title"), item["text"]
-    if isinstance(title, str) and isinstance(text, str):
-        return " ".join(part.strip() for part in (title, text) if part.strip())
-    return text
-
-
-def _is_records(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
-def _get(row: Mapping[str, Any], name: str) -> Any:
-    if name not in row:
-        raise BadRow("missing column", f"column {name!r} is missing ({_there(list(row))}); add it or remove the row")
-    return row[name]
-
-
-def _there(names: Sequence[str]) -> str:
-    return f"there are: {', '.join(map(str, names)) or 'none'}"
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _check_encodable(value: str, label: str) -> None:

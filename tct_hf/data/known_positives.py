@@ -89,8 +89,8 @@ def read_any_qrels(path: Path) -> Qrels:
             fields = text.split()
         if len(fields) not in (3, 4) or len(fields) != (width or len(fields)):
             raise ValueError(
-                f"{place}: {len(fields)} fields where {width or '3 or 4'} are needed (query, passage, score; or query, "
-                "0, passage, score)"
+                f"{place}: {len(fields)} fields where {width or '3 or 4'} are needed (query, passage, score; or "
+                "query, 0, passage, score)"
             )
         width = len(fields)
         add_judgement([fields[0], *fields[-2:]], place, qrels, places)
@@ -116,7 +116,7 @@ class SeenPositives:
         at = self._number.setdefault(query, len(self._of_query))
         if at == len(self._of_query):
             self._of_query.append({})
-        self._of_query[at][row["positive_id"]] = None
+        self._of_query[at].update(dict.fromkeys((row["positive_id"], *row.get(KNOWN, ()))))
         self._rows.append(at)
 
     def write(self, path: Path) -> Dataset:

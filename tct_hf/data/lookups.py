@@ -92,7 +92,7 @@ def open_texts(source: TextSource, what: str, setting: str, cache_dir: Path) -> 
         from tct_hf.data.sources import ParquetSource
 
         parquet = ParquetSource(path)
-        names = _text_columns(parquet.names, str(path), setting)
+        names = _text_columns(parquet.names or [], str(path), setting)
         rows = lambda: _rows_to_records(parquet.rows(list(names)), parquet.place, names)  # noqa: E731
         return _prepare(rows, str(path), key, what, cache_dir)
     raise ValueError(
@@ -133,9 +133,7 @@ def _pairs(texts: Mapping[str, str], name: str) -> Iterator[tuple[str, str, str]
         yield f"{name}, {text_id!r}", text_id, text
 
 
-def _prepare(
-    records: Callable[[], Records], name: str, key: Sequence[Any], what: str, cache_dir: Path
-) -> Texts:
+def _prepare(records: Callable[[], Records], name: str, key: Sequence[Any], what: str, cache_dir: Path) -> Texts:
     dataset = prepare_corpus(records, name, cache_dir, ["texts", *key], what=what)
     return Texts(name, dataset, list(key))
 
@@ -161,9 +159,13 @@ def _from_dataset(dataset: Any, name: str, what: str, setting: str, cache_dir: P
             "with id and text, or a mapping"
         )
     source = DatasetSource(dataset, name)
-    names = _text_columns(source.names, name, setting)
+    names = _text_columns(dataset.column_names, name, setting)
     return _prepare(
-        lambda: _rows_to_records(source.rows(list(names)), source.place, names), name, source.key, what, cache_dir
+        lambda: _rows_to_records(source.rows(list(names)), source.place, names),
+        name,
+        source.key or [],
+        what,
+        cache_dir,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,26 @@ class SkippedRows:
         for kind in sorted(self.counts, key=lambda kind: (-self.counts[kind], kind)):
             lines.append(f"  {kind}: {self.counts[kind]:,}; the first: {self.examples[kind]}")
         return "\n".join(lines)
+
+
+def get(row: Mapping[str, Any], name: str) -> Any:
+    """A row's value of a column that must be there."""
+    if name not in row:
+        raise BadRow(
+            "missing column", f"column {name!r} is missing ({there_are(list(row))}); add it or remove the row"
+        )
+    return row[name]
+
+
+def there_are(names: Sequence[str]) -> str:
+    """The columns there are, for messages."""
+    return f"there are: {', '.join(map(str, names)) or 'none'}"
+
+
+def shown(value: Any) -> str:
+    """A value for messages, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:

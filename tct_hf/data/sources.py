@@ -100,7 +100,7 @@ class ParquetSource:
         self.path = path
         self.name = str(path)
         try:
-            self.names: list[str] = list(pq.read_schema(path).names)
+            self.names: list[str] | None = list(pq.read_schema(path).names)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a whole parquet file ({error}); copy or download it again") from error
         self.key: list[Any] | None = ["parquet", *file_key(path)]
@@ -117,7 +117,9 @@ class ParquetSource:
                         yield number, row
                         number += 1
         except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"{self.path}, after row {number}: {error}; write, copy or download the file again") from error
+            raise ValueError(
+                f"{self.path}, after row {number}: {error}; write, copy or download the file again"
+            ) from error
 
     def place(self, number: int) -> str:
         return f"{self.path}, row {number}"
@@ -182,7 +184,15 @@ def load_from_hub(
     from tct_hf.data.beir_hub import _reach
 
     options: dict[str, Any] = {"revision": revision} if revision else {}
-    parts = _reach(hub_id, lambda: load_dataset(hub_id, config, streaming=streaming, **options))
+    try:
+        parts = _reach(hub_id, lambda: load_dataset(hub_id, config, streaming=streaming, **options))
+    except FileNotFoundError as error:
+        if not Path(hub_id).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{hub_id}: no data files that can be read ({error.__cause__}); a folder holds parquet or JSONL files in "
+            "the Hub's layout, or corpus.jsonl, queries.jsonl and qrels/"
+        ) from error
     source = f"{hub_id} ({config})" if config else hub_id
     there = ", ".join(map(str, parts))
     if split is None:

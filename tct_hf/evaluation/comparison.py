@@ -54,10 +54,10 @@ def run_systems(
     folder.mkdir(parents=True, exist_ok=True)
     merged = {f"{name}\0{query}": text for name, part in queries.items() for query, text in part.items()}
     runs: dict[tuple[str, str], Run] = {}
-    for system in systems:
+    for place, system in enumerate(systems, 1):
         files = {name: folder / f"{system.key}.{name}.trec" for name in queries}
         if not all(file.is_file() for file in files.values()):
-            write(f"  {system.title}")
+            write(f"  {place} of {len(systems)}: {system.title}")
             found = system.search(merged)  # the corpus is encoded once, for all sets
             for name, file in files.items():
                 prefix = f"{name}\0"
@@ -82,18 +82,20 @@ def table(rows: Sequence[tuple[str, Evaluation]], measures: Sequence[str]) -> st
         measures: columns.
     """
     best = {measure: max(evaluation.mean[measure] for _, evaluation in rows) for measure in measures}
-    width = max(len("system"), *(len(title) for title, _ in rows))
+    widths = [max(len("**0.000**"), len(measure)) for measure in measures]
+    first = max(len("system"), *(len(title) for title, _ in rows))
+    heads = [f"{measure:>{width}}" for measure, width in zip(measures, widths, strict=True)]
     lines = [
-        f"| {'system':{width}} | " + " | ".join(f"{measure:>9}" for measure in measures) + " |",
-        f"|{'-' * (width + 2)}|" + "|".join("-" * max(10, len(measure) + 1) + ":" for measure in measures) + "|",
+        f"| {'system':{first}} | " + " | ".join(heads) + " |",
+        f"|{'-' * (first + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|",
     ]
     for title, evaluation in rows:
         cells = []
-        for measure in measures:
+        for measure, width in zip(measures, widths, strict=True):
             value = f"{evaluation.mean[measure]:.3f}"
             value = f"**{value}**" if evaluation.mean[measure] == best[measure] else value
-            cells.append(f"{value:>{max(9, len(measure))}}")
-        lines.append(f"| {title:{width}} | " + " | ".join(cells) + " |")
+            cells.append(f"{value:>{width}}")
+        lines.append(f"| {title:{first}} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -110,7 +112,8 @@ def show_examples(collection: Collection, run: Run, *, count: int, depth: int = 
     """
     test = collection.splits["test"]
     names = sorted(test.queries)
-    chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(min(count, len(names)))]
+    count = min(count, len(names))
+    chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
     hits = {query: rank(run.get(query, {}))[:depth] for query in chosen}
     wanted = {passage for found in hits.values() for passage, _ in found}
     texts = {

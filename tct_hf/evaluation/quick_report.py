@@ -105,7 +105,7 @@ def quick_report(
         base_model: as in :func:`training_systems`.
         student: likewise.
         teacher: likewise.
-        settings: that the models were made with; runs of others are refused.
+        settings: JSON-ready, all that the runs depend on; runs of others are refused.
         bf16: likewise.
         query_length: likewise.
         document_length: likewise.
@@ -120,7 +120,7 @@ def quick_report(
     from tct_hf.plots import plot_losses
 
     runs_folder = output / "runs"
-    claim(runs_folder, {**settings, "depth": depth})
+    claim(runs_folder, settings)
     systems = training_systems(
         collection,
         base_model=base_model,

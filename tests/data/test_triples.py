@@ -1,0 +1,467 @@
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import pickle
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from tct_hf.collator import TCTDataCollator
+from tct_hf.data import SkippedRows, bm25_triples, load_beir, load_triples
+
+ROWS = [
+    {"query": "first query", "positive": "right one", "negative": "wrong one"},
+    {"query": "second query", "positive": "right two", "negative": "wrong two"},
+]
+QUERIES = {"1": "query one", "2": "query two"}
+PASSAGES = {f"d{place}": f"passage {place}" for place in range(1, 7)}
+ID_LINES = "1\td1\td2\n1\td3\td4\n2\td5\td1\n"
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    data = text.encode() if isinstance(text, str) else text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def tsv(rows: dict[str, str]) -> str:
+    return "".join(f"{key}\t{text}\n" for key, text in rows.items())
+
+
+def rows_of(dataset: Any) -> list[dict[str, Any]]:
+    return [dict(row) for row in dataset]
+
+
+# Text triples ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t.tsv", "t.tsv.gz", "t.txt"])
+@pytest.mark.parametrize("header", ["", "query\tpositive\tnegative\n", "qid\tpid+\tpid-\r\n"])
+def test_text_triples_are_read_with_and_without_header(tmp_path: Path, name: str, header: str) -> None:
+    path = write(tmp_path / name, header + "".join("\t".join(row.values()) + "\n" for row in ROWS))
+    loaded = load_triples(path)
+    assert rows_of(loaded) == ROWS
+    assert loaded.cache_files  # memory-mapped
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.json", "t.ndjson"])
+def test_jsonl_is_read(tmp_path: Path, name: str) -> None:
+    rows = [{**row, "score": 0.5, "meta": {"any": [1]}} for row in ROWS]
+    assert rows_of(load_triples(write(tmp_path / name, jsonl(rows) + "\n"))) == ROWS
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    Dataset.from_list([{**row, "embedding": [0.0]} for row in ROWS]).to_parquet(tmp_path / "t.parquet")
+    assert rows_of(load_triples(tmp_path / "t.parquet")) == ROWS
+
+
+def test_data_set_in_memory_is_read_whatever_its_format() -> None:
+    dataset = Dataset.from_list(ROWS)
+    assert rows_of(load_triples(dataset)) == ROWS
+    assert rows_of(load_triples(dataset.with_format("numpy"))) == ROWS
+    assert rows_of(load_triples(DatasetDict({"train": dataset, "dev": dataset.select([0])}), split="dev")) == ROWS[:1]
+
+
+def test_data_set_with_a_transform_gives_what_the_transform_gives() -> None:
+    dataset = Dataset.from_dict({"at": [1, 0]})
+    dataset.set_transform(lambda batch: {name: [ROWS[at][name] for at in batch["at"]] for name in ROWS[0]})
+    assert rows_of(load_triples(dataset)) == ROWS[::-1]
+
+
+def test_columns_are_mapped_or_left_out(tmp_path: Path) -> None:
+    rows = [{"anchor": "a", "pos": "b", "neg": "c", "query": "another", "positive_id": "x"}]
+    path = write(tmp_path / "t.jsonl", jsonl(rows))
+    mapping = {"query": "anchor", "positive": "pos", "negative": "neg", "positive_id": None}
+    assert rows_of(load_triples(path, columns=mapping)) == [{"query": "a", "positive": "b", "negative": "c"}]
+
+
+def test_columns_of_tsv_are_mapped_by_its_header(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tsv", "score\tneg\tanchor\tpos\n1\tc\ta\tb\n")
+    mapping = {"query": "anchor", "positive": "pos", "negative": "neg"}
+    assert rows_of(load_triples(path, columns=mapping)) == [{"query": "a", "positive": "b", "negative": "c"}]
+
+
+def test_lists_of_negatives_are_spread(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", jsonl([{"query": "q", "positive": "p", "negative": ["a", "b", "c"]}]))
+    loaded = load_triples(path)
+    assert loaded.column_names == ["query", "positive", "negative_1", "negative_2", "negative_3"]
+    assert load_triples(path, num_negatives=2).column_names == ["query", "positive", "negative_1", "negative_2"]
+    assert rows_of(load_triples(path, num_negatives=1)) == [{"query": "q", "positive": "p", "negative": "a"}]
+    assert load_triples(path, num_negatives=0).column_names == ["query", "positive"]
+
+
+def test_numbered_negatives_are_kept_in_order() -> None:
+    row = {"query": "q", "positive": "p", **{f"negative_{place}": f"n{place}" for place in range(11, 0, -1)}}
+    loaded = load_triples(Dataset.from_list([row]))
+    assert loaded.column_names[2:] == [f"negative_{place}" for place in range(1, 12)]
+    assert [loaded[0][f"negative_{place}"] for place in range(1, 12)] == [f"n{place}" for place in range(1, 12)]
+    assert load_triples(Dataset.from_list([row]), num_negatives=2).column_names[2:] == ["negative_1", "negative_2"]
+
+
+def test_tsv_of_several_negatives_needs_their_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tsv", "q\tp\ta\tb\n")
+    assert load_triples(path, num_negatives=2)[0] == {
+        "query": "q",
+        "positive": "p",
+        "negative_1": "a",
+        "negative_2": "b",
+    }
+    with pytest.raises(ValueError, match="4 fields where 3"):
+        load_triples(path)
+    assert rows_of(load_triples(write(tmp_path / "p.tsv", "q\tp\n"), num_negatives=0)) == [
+        {"query": "q", "positive": "p"}
+    ]
+
+
+def test_list_of_positives_makes_a_row_of_each(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", jsonl([{"query": "q", "pos": ["p1", "p2"], "neg": ["n"]}]))
+    loaded = load_triples(path, columns={"positive": "pos", "negatives": "neg"})
+    assert rows_of(loaded) == [{"query": "q", "positive": text, "negative": "n"} for text in ("p1", "p2")]
+
+
+def test_lists_of_passage_objects_give_texts_and_ids() -> None:
+    row = {
+        "query_id": 3,
+        "query": "q",
+        "positive_passages": [{"docid": "1", "title": "T", "text": "p1"}, {"docid": "2", "title": "", "text": "p2"}],
+        "negative_passages": [{"docid": "9", "title": "N", "text": "n"}],
+    }
+    mapping = {"positives": "positive_passages", "negatives": "negative_passages"}
+    expected = [
+        {
+            "query": "q", "positive": text, "negative": "N n", "query_id": "3", "positive_id": key,
+            "negative_id": "9", "known_positive_ids": ["1", "2"],
+        }
+        for key, text in (("1", "T p1"), ("2", "p2"))
+    ]  # fmt: skip
+    assert rows_of(load_triples(Dataset.from_list([row]), columns=mapping)) == expected
+    streamed = load_triples(Dataset.from_list([row]).to_iterable_dataset(), columns=mapping, streaming=True)
+    assert rows_of(streamed) == expected
+
+
+# Ids ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_id_triples_are_resolved_and_keep_their_ids(tmp_path: Path, suffix: str) -> None:
+    loaded = load_triples(
+        write(tmp_path / f"ids.tsv{suffix}", ID_LINES),
+        collection=write(tmp_path / f"collection.tsv{suffix}", tsv(PASSAGES)),
+        queries=write(tmp_path / f"queries.tsv{suffix}", tsv(QUERIES)),
+    )
+    assert loaded[1] == {
+        "query": "query one", "positive": "passage 3", "negative": "passage 4",
+        "query_id": "1", "positive_id": "d3", "negative_id": "d4", "known_positive_ids": ["d1", "d3"],
+    }  # fmt: skip
+    assert loaded["known_positive_ids"][:] == [["d1", "d3"], ["d1", "d3"], ["d5"]]
+    assert loaded.cache_files
+
+
+def test_texts_come_from_any_kind_of_collection(tmp_path: Path) -> None:
+    expected = rows_of(load_triples(write(tmp_path / "i.tsv", ID_LINES), collection=PASSAGES, queries=QUERIES))
+    table = Dataset.from_dict({"passage_id": list(PASSAGES), "content": list(PASSAGES.values())})
+    table.to_parquet(tmp_path / "c.parquet")
+    numbers = Dataset.from_dict({"id": [1, 2], "text": list(QUERIES.values())})
+    beir = [{"_id": key, "title": text.split()[0], "text": text.split()[1]} for key, text in PASSAGES.items()]
+    for collection in (table, tmp_path / "c.parquet", write(tmp_path / "c.jsonl.gz", jsonl(beir))):
+        loaded = load_triples(tmp_path / "i.tsv", collection=collection, queries=numbers)
+        assert rows_of(loaded) == expected
+
+
+def test_id_only_distillation_set_is_resolved() -> None:
+    rows = [
+        {"query_id": 1, "positive_id": "d1", "negative_ids": ["d2", "d3", "d4"], "scores": [1.0, 0.1, 0.2, 0.3]},
+        {"query_id": 2, "positive_id": "d2", "negative_ids": ["d1", "d5"], "scores": [1.0, 0.1, 0.2]},
+    ]
+    loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES, queries=QUERIES, num_negatives=2)
+    assert loaded[1] == {
+        "query": "query two", "positive": "passage 2", "negative_1": "passage 1", "negative_2": "passage 5",
+        "query_id": "2", "positive_id": "d2", "negative_1_id": "d1", "negative_2_id": "d5",
+        "known_positive_ids": ["d2"],
+    }  # fmt: skip
+
+
+def test_query_texts_beside_passage_ids_need_a_collection_only() -> None:
+    rows = [{"query": "own words", "positive_id": "d1", "negative_id": "d2"}] * 2 + [
+        {"query": "own words", "positive_id": "d3", "negative_id": "d2"}
+    ]
+    loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES)
+    assert loaded[0]["positive"] == "passage 1"
+    assert loaded["known_positive_ids"][:] == [["d1", "d3"]] * 3
+
+
+QRELS_FILES = {
+    "beir.tsv": "query-id\tcorpus-id\tscore\n1\td1\t1\n1\td6\t2\n1\td2\t0\n",
+    "plain.tsv": "1\td1\t1\n1\td6\t2\n1\td2\t0\n",
+    "trec.txt": "1 0 d1 1\n1 0 d6 2\n1 0 d2 0\n",
+    "trec.tsv.gz": "1\t0\td1\t1\n1\t0\td6\t2\n1\t0\td2\t0\n",
+}
+
+
+@pytest.mark.parametrize("name", QRELS_FILES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_known_positives_come_from_qrels(tmp_path: Path, name: str, streaming: bool) -> None:
+    loaded = load_triples(
+        write(tmp_path / "ids.tsv", ID_LINES),
+        collection=PASSAGES,
+        queries=QUERIES,
+        qrels=write(tmp_path / name, QRELS_FILES[name]),
+        streaming=streaming,
+    )
+    # The row's own positive is known even where it is not judged.
+    assert [row["known_positive_ids"] for row in loaded] == [["d1", "d6"], ["d1", "d6", "d3"], ["d5"]]
+
+
+def test_given_known_positives_are_kept_and_joined_over_the_rows_of_a_query() -> None:
+    rows = [
+        {**ROWS[0], "query_id": "1", "positive_id": 1, "negative_id": 5, "known_positive_ids": [7]},
+        {**ROWS[0], "query_id": "1", "positive_id": 2, "negative_id": 5, "known_positive_ids": []},
+    ]
+    assert load_triples(Dataset.from_list(rows))["known_positive_ids"][:] == [["1", "7", "2"]] * 2
+
+
+def test_rows_are_what_the_collator_takes() -> None:
+    class Base(TCTDataCollator):
+        def __init__(self) -> None:
+            super().__init__(preprocess_fn=lambda texts, **kwargs: {})
+
+    rows = [
+        {"query_id": 1, "positive_id": "d1", "negative_id": "d2"},
+        {"query_id": 2, "positive_id": "d2", "negative_id": "d1"},
+    ]
+    loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES, queries=QUERIES)
+    batch = Base()(rows_of(loaded))["tct"]
+    assert batch["candidate_ids"].shape == (2, 2)
+    assert batch["candidate_ids"][:, 0].tolist() == batch["known_positive_ids"][:, 0].tolist()
+
+
+# Folders and the Hub -----------------------------------------------------------------------------------------------
+
+
+def beir_folder(root: Path) -> Path:
+    passages = [{"_id": f"d{at}", "title": "", "text": f"word{at} of {at}"} for at in range(8)]
+    write(root / "corpus.jsonl", jsonl(passages))
+    write(root / "queries.jsonl", jsonl([{"_id": "q1", "text": "word1"}, {"_id": "q2", "text": "word2"}]))
+    write(root / "qrels" / "train.tsv", "q1\td1\t1\nq1\td3\t1\nq2\td2\t1\n")
+    return root
+
+
+def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
+    folder = beir_folder(tmp_path / "set")
+    loaded = load_triples(folder, num_negatives=2, seed=3)
+    expected = bm25_triples(*load_beir(folder, "train"), num_negatives=2, seed=3)
+    assert rows_of(loaded) == rows_of(expected)
+    assert loaded.cache_files
+    assert rows_of(load_triples(folder, num_negatives=2, seed=4)) != rows_of(expected)
+    with pytest.raises(ValueError, match="qrels= does not go with a BEIR collection"):
+        load_triples(folder, qrels={})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_in_the_hubs_layout_is_read(tmp_path: Path, streaming: bool) -> None:
+    for at, row in enumerate(ROWS):
+        write(tmp_path / "set" / "data" / f"train-0000{at}-of-00002.jsonl", jsonl([row]))
+    write(tmp_path / "set" / "data" / "dev-00000-of-00001.jsonl", jsonl(ROWS[:1]))
+    assert rows_of(load_triples(tmp_path / "set", streaming=streaming)) == ROWS
+    assert rows_of(load_triples(tmp_path / "set", split="dev", streaming=streaming)) == ROWS[:1]
+    with pytest.raises(FileNotFoundError, match=r"no split 'test'; splits there: .*train"):
+        load_triples(tmp_path / "set", split="test", streaming=streaming)
+
+
+def test_configurations_of_a_folder_are_told_apart(tmp_path: Path) -> None:
+    card = "".join(f"- config_name: {name}\n  data_files: {name[0]}.jsonl\n" for name in ("train", "collection"))
+    write(tmp_path / "set" / "README.md", f"---\nconfigs:\n{card}---\n")
+    write(tmp_path / "set" / "t.jsonl", jsonl([{"query": "q", "positive_id": "d1", "negative_id": "d2"}]))
+    write(tmp_path / "set" / "c.jsonl", jsonl([{"id": key, "text": text} for key, text in PASSAGES.items()]))
+    texts = datasets.load_dataset(str(tmp_path / "set"), "collection", split="train")
+    loaded = load_triples(tmp_path / "set", config="train", collection=texts)
+    assert (loaded[0]["positive"], loaded[0]["negative_id"]) == ("passage 1", "d2")
+    with pytest.raises(ValueError, match=r"train.*collection"):
+        load_triples(tmp_path / "set")
+
+
+def test_hub_data_set_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, config: str | None = None, **options: Any) -> DatasetDict:
+        asked.append((name, config, options.get("revision")))
+        if config == "texts":
+            return DatasetDict({"train": Dataset.from_dict({"id": list(PASSAGES), "text": list(PASSAGES.values())})})
+        return DatasetDict({"train": Dataset.from_list([{"query": "q", "positive_id": "d1", "negative_id": "d2"}])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_triples("owner/name", config="ids", revision="v1", collection="owner/name:texts")
+    assert loaded[0]["positive"] == "passage 1"
+    assert asked == [("owner/name", "ids", "v1"), ("owner/name", "texts", None)]
+
+
+def test_hub_data_set_in_the_beir_layout_gives_bm25_triples(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {
+        "corpus": [{"_id": f"d{at}", "title": "", "text": f"word{at}"} for at in range(4)],
+        "queries": [{"_id": "q1", "text": "word1"}],
+        "default": [{"query-id": "q1", "corpus-id": "d1", "score": 1}],
+    }
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: list(parts))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, config: DatasetDict(
+            {"train" if config == "default" else config: Dataset.from_list(parts[config])}
+        ),
+    )
+    loaded = load_triples("owner/name")
+    assert loaded[0]["positive_id"] == "d1" and loaded[0]["negative_id"] != "d1"
+
+
+def test_offline_hub_error_says_the_mend() -> None:
+    with pytest.raises(OSError, match=r"owner/name.*can't be reached.*check the path or the network"):
+        load_triples("owner/name", config="any")
+
+
+# Streaming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.tsv"])
+def test_streaming_gives_the_same_rows_again_and_again(tmp_path: Path, name: str) -> None:
+    text = jsonl(ROWS) if "json" in name else "".join("\t".join(row.values()) + "\n" for row in ROWS)
+    loaded = load_triples(write(tmp_path / name, text), streaming=True)
+    assert isinstance(loaded, IterableDataset)
+    assert loaded.column_names == ["query", "positive", "negative"]
+    assert rows_of(loaded) == rows_of(loaded) == ROWS
+    assert not (tmp_path / "cache").exists()
+
+
+def test_streaming_resolves_ids_and_can_be_sent_to_a_worker(tmp_path: Path) -> None:
+    path = write(tmp_path / "ids.tsv", ID_LINES)
+    loaded = load_triples(path, collection=PASSAGES, queries=QUERIES, streaming=True)
+    first = rows_of(loaded)
+    assert first[2]["negative"] == "passage 1"
+    assert rows_of(pickle.loads(pickle.dumps(loaded))) == first
+
+
+def test_streaming_goes_on_from_a_saved_state(tmp_path: Path) -> None:
+    loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(ROWS)), streaming=True)
+    next(iter(loaded))
+    state = loaded.state_dict()
+    loaded.load_state_dict(state)
+    assert rows_of(loaded) == ROWS[1:]
+
+
+def test_streaming_checks_the_first_rows_at_once_and_later_ones_as_they_pass(tmp_path: Path) -> None:
+    bad = {**ROWS[0], "positive": " "}
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 3, column 'positive'"):
+        load_triples(write(tmp_path / "t.jsonl", jsonl([*ROWS, bad])), streaming=True)
+    loaded = load_triples(write(tmp_path / "u.jsonl", jsonl([*ROWS * 1000, bad])), streaming=True)
+    with pytest.raises(ValueError, match=r"u\.jsonl, line 2001, column 'positive'"):
+        for _ in loaded:
+            pass
+
+
+def test_streaming_counts_what_it_skips(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", jsonl([ROWS[0], {**ROWS[0], "query": ""}, ROWS[1]]))
+    skipped = SkippedRows()
+    loaded = load_triples(path, streaming=True, skip_bad_rows=True, skipped=skipped)
+    for _ in range(2):
+        assert rows_of(loaded) == ROWS
+        assert skipped.counts == {"empty text": 1}
+
+
+def test_memory_of_streaming_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    def peak(rows: int) -> int:
+        line = jsonl([{**ROWS[0], "positive": "long text " * 50}])
+        loaded = load_triples(write(tmp_path / f"{rows}.jsonl", line * rows), streaming=True)
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in loaded) == rows
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    small, large = peak(2000), peak(12_000)
+    assert large < 1.3 * small
+
+
+# The cache ---------------------------------------------------------------------------------------------------------
+
+
+def prepared(tmp_path: Path) -> int:
+    return len(list((tmp_path / "cache").glob("triples-*")))
+
+
+def test_same_source_and_settings_are_prepared_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", jsonl([{**row, "negative": [row["negative"]] * 2} for row in ROWS]))
+    for _ in range(2):
+        load_triples(path)
+    assert prepared(tmp_path) == 1
+    load_triples(path, num_negatives=1)
+    assert prepared(tmp_path) == 2
+    write(path, path.read_bytes() * 2)
+    assert len(load_triples(path)) == 4
+
+
+def test_changed_collection_is_looked_up_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "ids.tsv", ID_LINES)
+    load_triples(path, collection=PASSAGES, queries=QUERIES)
+    loaded = load_triples(path, collection={**PASSAGES, "d1": "new text"}, queries=QUERIES)
+    assert loaded[0]["positive"] == "new text"
+
+
+def test_failed_load_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", jsonl([*ROWS, {}]))
+    with pytest.raises(ValueError, match="line 3"):
+        load_triples(path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_skipped_rows_are_reported_each_time_and_logged_when_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [{**ROWS[0], "query": ""}, {**ROWS[0], "positive": 3}, {**ROWS[0], "query": None}]
+    path = write(tmp_path / "t.jsonl", jsonl([*ROWS, *bad]) + "{oops\n")
+    with caplog.at_level(logging.WARNING):
+        first = load_triples(path, skip_bad_rows=True)
+    assert "4 bad rows were left out" in caplog.text
+    skipped = SkippedRows()
+    again = load_triples(path, skip_bad_rows=True, skipped=skipped)
+    assert rows_of(first) == rows_of(again) == ROWS
+    assert skipped.counts == {"empty text": 2, "mixed types": 1, "not JSON": 1}
+    assert f"{path}, line 3, column 'query'" in skipped.examples["empty text"]
+    assert first.info.description == again.info.description == skipped.summary()
+    assert skipped.summary().splitlines()[0] == "4 bad rows were left out"
+
+
+def test_bad_first_row_does_not_decide_the_columns_when_skipped(tmp_path: Path) -> None:
+    rows = [{"query": "q", "positive_id": 7, "other": 1}, {**ROWS[0], "negative": None}, *ROWS]
+    skipped = SkippedRows()
+    loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(rows)), skip_bad_rows=True, skipped=skipped)
+    assert rows_of(loaded) == ROWS
+    assert skipped.total == 2
+
+
+def test_importing_the_loader_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom tct_hf.data import SkippedRows, load_triples\n"
+        "heavy = {'torch', 'datasets', 'numpy', 'pyarrow', 'sentence_transformers', 'bm25s'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import codecs
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tct_hf.data import SkippedRows, load_triples
+from tct_hf.data.columns import RowReader
+from tct_hf.data.row_parsing import BadRow, byte_lines, parse_json_line, parse_tsv_line
+
+NAMES = ("query", "positive", "negative")
+
+# Parsers of the tests' own, written apart from the package's: what they read is the right reading ------------------
+
+
+def simple_decode(line: bytes) -> str | None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        return "".join(decoder.decode(line[at : at + 1]) for at in range(len(line))) + decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return None
+
+
+def simple_tsv(line: bytes) -> list[str] | None:
+    """Three fields that are not blank, or None."""
+    query, tab, rest = line.partition(b"\t")
+    positive, second, negative = rest.partition(b"\t")
+    if not tab or not second or b"\t" in negative:
+        return None
+    fields = [simple_decode(part) for part in (query, positive, negative)]
+    return [part for part in fields if part is not None and part.strip()] if all(fields) else None
+
+
+TOKEN = re.compile(
+    r'[ \t\n\r]*(?:(?P<mark>[{}\[\]:,])|(?P<string>"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*")'
+    r"|(?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)|(?P<word>true|false|null))[ \t\n\r]*"
+)
+ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "/": "/"}
+
+
+class NotJson(Exception):
+    pass
+
+
+def simple_string(token: str) -> str:
+    def unescape(match: re.Match[str]) -> str:
+        body = match.group()[1:]
+        return chr(int(body[1:], 16)) if body[0] == "u" else ESCAPES[body]
+
+    text = re.sub(r'\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])', unescape, token[1:-1])
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+def simple_json(text: str) -> Any:
+    """RFC 8259 by recursive descent; keys must be unique."""
+    at = 0
+
+    def token() -> tuple[str, str]:
+        nonlocal at
+        match = TOKEN.match(text, at)
+        if match is None or match.lastgroup is None:
+            raise NotJson
+        at = match.end()
+        return match.lastgroup, match.group(match.lastgroup)
+
+    def value(kind: str, word: str) -> Any:
+        if kind == "string":
+            return simple_string(word)
+        if kind == "number":
+            return float(word) if set(word) & set(".eE") else int(word)
+        if kind == "word":
+            return {"true": True, "false": False, "null": None}[word]
+        if word == "[":
+            return items()
+        if word == "{":
+            return members()
+        raise NotJson
+
+    def items() -> list[Any]:
+        found: list[Any] = []
+        kind, word = token()
+        while word != "]" or kind == "string":
+            found.append(value(kind, word))
+            kind, word = token()
+            if (kind, word) == ("mark", "]"):
+                break
+            if (kind, word) != ("mark", ","):
+                raise NotJson
+            kind, word = token()
+            if (kind, word) == ("mark", "]"):
+                raise NotJson
+        return found
+
+    def members() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        kind, word = token()
+        if (kind, word) == ("mark", "}"):
+            return found
+        while True:
+            if kind != "string":
+                raise NotJson
+            key = simple_string(word)
+            if key in found or token() != ("mark", ":"):
+                raise NotJson
+            found[key] = value(*token())
+            kind, word = token()
+            if (kind, word) == ("mark", "}"):
+                return found
+            if (kind, word) != ("mark", ","):
+                raise NotJson
+            kind, word = token()
+
+    row = value(*token())
+    if at != len(text):
+        raise NotJson
+    return row
+
+
+def simple_json_row(line: bytes) -> list[str] | None:
+    """query, positive and negative of one object, or None."""
+    text = simple_decode(line)
+    try:
+        row = simple_json(text) if text is not None else None
+    except NotJson:
+        return None
+    if not isinstance(row, dict) or any(name not in row for name in NAMES):
+        return None
+    if any(
+        re.fullmatch(r"negative_[1-9][0-9]*|negatives|positives|(query|positive|negative)_ids?", key) for key in row
+    ):
+        return None
+    fields = [row[name] for name in NAMES]
+    good = all(isinstance(part, str) and part.strip() and not re.search("[\ud800-\udfff]", part) for part in fields)
+    return fields if good else None
+
+
+def simple_lines(data: bytes) -> list[bytes]:
+    return [line[:-1] if line.endswith(b"\r") else line for line in data.split(b"\n")]
+
+
+# Mutations ---------------------------------------------------------------------------------------------------------
+
+PIECES = [b"\t", b"\n", b"\r", b"\r\n", b"\0", b"\xff", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80", b'"', b"\\", b"{", b"}",
+          b",", b":", b" ", b"\\ud800", b"\\u0000", b"3", b"null", b"NaN", b"[", b"]", b"\xef\xbb\xbf", b"\xc2\x85",
+          b'"negative": "x", ', b'"negative_1": 1, ', b"-", b"0", b"1e5", b"\x0b", b"\xe2\x80\xa8", b""]  # fmt: skip
+
+
+def mutate(line: bytes, draw: random.Random) -> bytes:
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        at = draw.randrange(len(line) + 1)
+        action = draw.randrange(5)
+        if action == 0:
+            line = line[:at] + draw.choice(PIECES) + line[at:]
+        elif action == 1:
+            line = line[:at] + line[at + draw.randint(1, 4) :]
+        elif action == 2:
+            line = line[:at] + bytes([draw.randrange(256)]) + line[at + 1 :]
+        elif action == 3:
+            line = line[:at] + line[draw.randrange(len(line) + 1) :]
+        else:
+            line = line[:at] + draw.choice(PIECES) + line[at + 1 :]
+    return line
+
+
+WORDS = [
+    "what",
+    "is",
+    "the",
+    "näive",
+    "東京",
+    "\U0001f600",
+    "tower,",
+    '"quoted"',
+    "back\\slash",
+    "12",
+    "a/b",
+    "o'clock",
+    "null",
+]
+
+
+def texts(draw: random.Random) -> list[str]:
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 4))) for _ in range(3)]
+
+
+def mutated_file(valid: Iterator[bytes], count: int, draw: random.Random) -> bytes:
+    first = next(valid)
+    return b"\n".join([first, *(mutate(next(valid), draw) for _ in range(count))]) + b"\n"
+
+
+def compare(path: Path, data: bytes, right: list[list[str]], wrong: int, **options: Any) -> None:
+    path.write_bytes(data)
+    skipped = SkippedRows()
+    loaded = load_triples(path, skip_bad_rows=True, skipped=skipped, cache_dir=path.parent / "cache", **options)
+    read = list(zip(*(loaded[name][:] for name in loaded.column_names if name in NAMES), strict=True))
+    assert read == [tuple(row) for row in right]
+    assert skipped.total == wrong
+
+
+def test_60000_mutated_lines_of_text_triples_are_read_right_or_refused(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    data = mutated_file(("\t".join(texts(draw)).encode() for _ in range(60_001)), 60_000, draw)
+    rows = [simple_tsv(line) for line in simple_lines(data) if line]
+    right = [row for row in rows if row is not None and len(row) == 3]
+    assert 10_000 < len(right) < 55_000  # both happen, or the test would show nothing
+    compare(tmp_path / "triples.tsv", data, right, len(rows) - len(right))
+
+
+def test_25000_mutated_lines_of_jsonl_are_read_right_or_refused(tmp_path: Path) -> None:
+    draw = random.Random(2)
+
+    def lines() -> Iterator[bytes]:
+        while True:
+            row = dict(zip(NAMES, texts(draw), strict=True))
+            yield json.dumps(row, ensure_ascii=draw.random() < 0.5).encode()
+
+    data = mutated_file(lines(), 25_000, draw)
+    rows = [simple_json_row(line) for line in simple_lines(data) if line.strip()]
+    right = [row for row in rows if row is not None]
+    assert 3_000 < len(right) < 22_000
+    compare(tmp_path / "triples.jsonl", data, right, len(rows) - len(right))
+
+
+def test_15000_mutated_lines_of_id_triples_are_resolved_right_or_refused(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    queries = {str(place): f"query {place}" for place in range(200)}
+    passages = {f"d{place}": f"passage {place}" for place in range(2000)}
+
+    def lines() -> Iterator[bytes]:
+        while True:
+            ids = (draw.choice(list(queries)), *draw.sample(sorted(passages), 2))
+            yield "\t".join(ids).encode()
+
+    data = mutated_file(lines(), 15_000, draw)
+    right, wrong = [], 0
+    for line in simple_lines(data):
+        fields = simple_tsv(line) or []
+        if len(fields) == 3 and fields[0] in queries and fields[1] in passages and fields[2] in passages:
+            right.append([queries[fields[0]], passages[fields[1]], passages[fields[2]]])
+        elif line:
+            wrong += 1
+    assert 1_000 < len(right) < 14_000
+    compare(tmp_path / "ids.tsv", data, right, wrong, queries=queries, collection=passages)
+
+
+# Properties --------------------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r"), min_size=1)
+NOT_BLANK = TEXT.filter(str.strip)
+
+
+@given(st.lists(TEXT, min_size=1, max_size=6))
+def test_tsv_fields_round_trip(fields: list[str]) -> None:
+    names = [f"column {place}" for place in range(len(fields))]
+    assert list(parse_tsv_line("\t".join(fields).encode(), names).values()) == fields
+
+
+JSON_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON_VALUE), st.booleans())
+def test_json_objects_round_trip(row: dict[str, Any], ascii_only: bool) -> None:
+    try:
+        line = json.dumps(row, ensure_ascii=ascii_only).encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row).encode()
+    assert parse_json_line(line) == row
+
+
+@given(st.binary())
+@settings(max_examples=300)
+def test_any_bytes_as_tsv_are_read_as_the_simple_parser_reads_them_or_refused(line: bytes) -> None:
+    right = simple_tsv(line)
+    try:
+        row = next(RowReader(NAMES, {}).read(parse_tsv_line(line, NAMES), "line 1"))
+    except BadRow:
+        assert right is None or len(right) < 3
+    else:
+        assert list(row.values()) == [row[name] for name in ("query", "negative", "positive")]
+        assert [row[name] for name in NAMES] == right
+
+
+@given(st.text(alphabet='{}[]:," \\ntu0d8c1e-+.5\t\x00aé') | st.text())
+@settings(max_examples=500)
+def test_any_text_as_json_is_read_as_the_simple_parser_reads_it_or_refused(text: str) -> None:
+    line = text.encode("utf-8", "replace")
+    try:
+        right = simple_json(line.decode())
+    except NotJson:
+        right = None
+    try:
+        row = parse_json_line(line)
+    except BadRow:
+        assert not isinstance(right, dict)
+    else:
+        assert row == right
+
+
+@given(st.lists(st.tuples(NOT_BLANK, NOT_BLANK, st.lists(NOT_BLANK, min_size=2, max_size=2)), min_size=1))
+def test_rows_with_lists_of_negatives_round_trip(rows: list[tuple[str, str, list[str]]]) -> None:
+    raw = [{"query": query, "positive": positive, "negatives": negatives} for query, positive, negatives in rows]
+    reader = RowReader(list(raw[0]), raw[0])
+    for row, (query, positive, negatives) in zip(raw, rows, strict=True):
+        (read,) = reader.read(row, "row")
+        assert read == {
+            "query": query, "positive": positive, "negative_1": negatives[0], "negative_2": negatives[1]
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (b'{"a": 1, "a": 2}', "repeated key"),
+        (b'{"a": NaN}', "not JSON"),
+        (b'{"a": -Infinity}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b'"text"', "not a JSON object"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"", "not JSON"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_by_kind(line: bytes, kind: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        parse_json_line(line)
+    assert caught.value.kind == kind
+
+
+def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    path = tmp_path / "lines.tsv"
+    path.write_bytes("\ufeffa\r\nb\rc\x0b\u2028d\n\ne".encode())
+    assert [line.decode() for _, line in byte_lines(path)] == ["a", "b\rc\x0b\u2028d", "", "e"]

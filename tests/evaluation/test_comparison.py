@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from tct_hf.data.collection import Collection, Split
+from tct_hf.evaluation import evaluate_run
+from tct_hf.evaluation.comparison import (
+    System,
+    evaluate_all,
+    read_log,
+    run_systems,
+    shorten,
+    show_examples,
+    standard_error,
+    table,
+    write_metrics,
+)
+from tct_hf.evaluation.effectiveness import Evaluation
+
+QRELS = {f"q{row}": {f"p{row}": 1} for row in range(8)}
+QUERIES = {name: f"what is {name}" for name in reversed(QRELS)}
+COLLECTION = Collection(
+    "tiny",
+    Dataset.from_dict({"id": [f"p{row}" for row in range(8)], "text": [f"text  of\np{row}" for row in range(8)]}),
+    {"train": Split({}, {}), "test": Split(QUERIES, QRELS)},
+    {},
+)
+
+
+def found(rank_of_answer: int) -> dict[str, dict[str, float]]:
+    """Every query's answer at this rank, of three."""
+    run: dict[str, dict[str, float]] = {}
+    for row in range(8):
+        names = [f"p{(row + 1) % 8}", f"p{(row + 2) % 8}"]
+        names.insert(rank_of_answer - 1, f"p{row}")
+        run[f"q{row}"] = {name: float(3 - place) for place, name in enumerate(names)}
+    return run
+
+
+def test_standard_error_equals_the_one_worked_out_by_hand() -> None:
+    # mean 2, squares of differences 4 + 1 + 0 + 1 + 4 = 10, variance 10 / 4, of the mean 10 / 4 / 5
+    assert standard_error([0, 1, 2, 3, 4]) == pytest.approx((10 / 4 / 5) ** 0.5)
+    assert standard_error([0.5]) == 0
+
+
+def test_table_marks_the_best_of_each_column_and_lines_up() -> None:
+    rows = [
+        ("first", evaluate_run(found(1), QRELS, ["RR@10", "R@3"])),
+        ("a longer second", evaluate_run(found(2), QRELS, ["RR@10", "R@3"])),
+    ]
+    lines = table(rows, ["RR@10", "R@3"]).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])] == [
+        ["system", "RR@10", "R@3"],
+        ["first", "**1.000**", "**1.000**"],
+        ["a longer second", "0.500", "**1.000**"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].count("|") == 4 and set(lines[1]) == {"|", "-", ":"}
+
+
+def test_a_measure_with_a_long_name_keeps_the_table_in_line() -> None:
+    measure = "nDCG(dcg='exp-log2')@10"
+    lines = table([("x", Evaluation({measure: 0.5}, {}))], [measure]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_examples_are_evenly_spaced_in_the_order_of_ids() -> None:
+    shown = show_examples(COLLECTION, found(2), count=2, depth=2)
+    assert shown.splitlines() == [
+        'Question: "what is q2"',
+        "  1. p3 (3.0)",
+        "     text of p3",
+        "  2. p2 (2.0)  <- the answer",
+        "     text of p2",
+        "",
+        'Question: "what is q6"',
+        "  1. p7 (3.0)",
+        "     text of p7",
+        "  2. p6 (2.0)  <- the answer",
+        "     text of p6",
+    ]
+    assert [line for line in show_examples(COLLECTION, found(1), count=99).splitlines() if "Question" in line] == [
+        f'Question: "what is q{row}"' for row in range(8)
+    ]
+
+
+def test_an_answer_that_is_not_found_is_named() -> None:
+    assert "  the answer is p4" in show_examples(COLLECTION, found(3), count=1, depth=2).splitlines()
+    assert show_examples(COLLECTION, {}, count=1).splitlines() == ['Question: "what is q4"', "  the answer is p4"]
+
+
+def test_shortened_text_is_one_line_of_at_most_its_width() -> None:
+    assert shorten(" a\n b ", 10) == "a b"
+    assert shorten("one two three", 10) == "one two..."
+    assert len(shorten("x" * 50, 10)) == 10
+
+
+def test_a_system_searches_once_for_all_sets_and_not_again_where_its_runs_are(tmp_path: Path) -> None:
+    asked: list[dict[str, str]] = []
+
+    def search(queries: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        asked.append(dict(queries))
+        return {query: {text: 1.0} for query, text in queries.items()}
+
+    systems = [System("one", "System one", search), System("two", "System two", search)]
+    queries = {"dev": {"q": "dev-text"}, "test": {"q": "test-text"}}  # the same id in both
+    said: list[str] = []
+    first = run_systems(systems, queries, tmp_path / "runs", write=said.append)
+    assert first["one", "dev"] == {"q": {"dev-text": 1.0}} and first["two", "test"] == {"q": {"test-text": 1.0}}
+    assert len(asked) == 2 and [line[-10:] for line in said] == ["System one", "System two"]
+    (tmp_path / "runs" / "two.dev.trec").unlink()  # as after a kill between two files
+    assert run_systems(systems, queries, tmp_path / "runs", write=said.append) == first
+    assert len(asked) == 3 and [line[-10:] for line in said[2:]] == ["System two"]
+
+
+def test_metrics_hold_mean_and_standard_error_of_each_split_and_system(tmp_path: Path) -> None:
+    half = {query: hits for query, hits in found(1).items() if query < "q4"}
+    evaluations = evaluate_all({("x", "test"): half}, COLLECTION, ["RR@10"])
+    write_metrics(tmp_path / "metrics.json", evaluations, corpus={"sha256": "1"})
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["measured"]["test"]["x"]["RR@10"] == {
+        "mean": 0.5,
+        "standard_error": pytest.approx((8 * 0.25 / 7 / 8) ** 0.5),
+    }
+    assert written["corpus"] == {"sha256": "1"}
+
+
+def test_a_model_without_a_log_has_an_empty_one(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == [] and read_log("owner/name") == []

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tct_hf import training
+from tct_hf.training import StepLines, precision, process_state, train_colbert, train_student
+from tests.models import tiny_bert, tiny_colbert
+from tests.training import make_models, triples
+
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "max_steps": 3,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "use_cpu": True,
+    "seed": 3,
+}
+
+
+def never() -> Any:
+    raise AssertionError("made although there is nothing to train")
+
+
+def colbert(path: Path, base: Path, *, make_triples: Any = triples, **options: Any) -> Path:
+    def make() -> Any:
+        from tct_hf import build_colbert
+
+        torch.manual_seed(0)
+        return build_colbert(str(base), dim=8, query_length=16, document_length=64)
+
+    defaults: dict[str, Any] = {"arguments": ARGUMENTS, "settings": {"seed": 3}, "write": lambda line: None}
+    return train_colbert(
+        options.pop("make", make), make_triples, path / "teacher", work=path / "work", **{**defaults, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("base"), dropout=0.1)
+
+
+def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(base: Path, tmp_path: Path) -> None:
+    from tct_hf import ColBERTTeacher
+
+    said: list[str] = []
+    final = colbert(tmp_path, base, scale=4.0, write=said.append)
+    assert final == tmp_path / "teacher"
+    assert ColBERTTeacher(str(final), dtype="float32").training_scale == 4.0
+    log = json.loads((final / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert json.loads((final / "tct_settings.json").read_text()) == {"seed": 3}
+    assert len(said) == 3 and "step     3 of 3" in said[2]
+    assert sorted(entry.name for entry in (tmp_path / "work").iterdir()) == ["tct_settings.json", "training_log.json"]
+
+
+def test_the_scale_multiplies_the_scores_in_the_softmax(base: Path, tmp_path: Path) -> None:
+    first = []
+    for scale in (1.0, 4.0):
+        final = colbert(tmp_path / str(scale), base, scale=scale, arguments={**ARGUMENTS, "learning_rate": 0.0})
+        first.append(json.loads((final / "training_log.json").read_text())[0]["loss"])
+    assert first[0] != pytest.approx(first[1], rel=0.05)
+
+
+def test_a_finished_stage_makes_neither_model_nor_triples(base: Path, tmp_path: Path) -> None:
+    final = colbert(tmp_path, base)
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    assert colbert(tmp_path, base, make=never, make_triples=never) == final
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds a run with seed = 3, but now seed = 4"):
+        colbert(tmp_path, base, make=never, make_triples=never, settings={"seed": 4})
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
+    whole = colbert(tmp_path / "whole", base)
+
+    def stop(line: str) -> None:
+        if "step     2 of" in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        colbert(tmp_path / "stopped", base, write=stop)
+    assert not (tmp_path / "stopped" / "teacher").exists()
+    with pytest.raises(ValueError, match="work holds a run with seed = 3, but now seed = 4"):
+        colbert(tmp_path / "stopped", base, make=never, make_triples=never, settings={"seed": 4})
+    said: list[str] = []
+    again = colbert(tmp_path / "stopped", base, write=said.append)
+    assert said[0] == "  goes on after step 1 of 3"
+    for file in ("model.safetensors", "1_Dense/model.safetensors"):
+        assert (again / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_kill_between_training_and_publishing_costs_no_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "replace_dir", stop)
+        with pytest.raises(Stop):
+            colbert(tmp_path, base)
+    assert not (tmp_path / "teacher").exists()
+    said: list[str] = []
+    final = colbert(tmp_path, base, write=said.append)
+    assert said == []
+    whole = colbert(tmp_path / "whole", base)
+    assert (final / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    log = json.loads((final / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+def test_a_student_is_distilled_published_and_not_made_again(tmp_path: Path) -> None:
+    from tct_hf import validate_checkpoint
+
+    student, teacher = make_models(tmp_path)
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    options: dict[str, Any] = {
+        "work": tmp_path / "work",
+        "arguments": {**ARGUMENTS, "temperature": 1.0},
+        "settings": {"seed": 3},
+        "write": lambda line: None,
+    }
+    final = train_student(lambda: student, lambda: teacher, triples, tmp_path / "student", **options)
+    validate_checkpoint(final)
+    weights = load_file(final / "model.safetensors")
+    assert any(not torch.equal(weights[name.split("model.", 1)[1]], tensor) for name, tensor in start.items())
+    log = json.loads((final / "training_log.json").read_text())
+    assert {"hard_label", "distillation", "top_agreement"} <= log[0].keys()
+    assert train_student(never, never, never, tmp_path / "student", **options) == final
+
+
+def test_the_teacher_of_a_student_is_not_changed(tmp_path: Path) -> None:
+    from tct_hf import ColBERTTeacher, student_from_teacher
+
+    path = tiny_colbert(tmp_path / "teacher")
+    before = (path / "model.safetensors").read_bytes()
+    train_student(
+        lambda: student_from_teacher(str(path), layers=[1], query_length=16, document_length=64),
+        lambda: ColBERTTeacher(str(path), dtype="float32"),
+        triples,
+        tmp_path / "student",
+        work=tmp_path / "work",
+        arguments=ARGUMENTS,
+        settings={},
+        write=lambda line: None,
+    )
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_step_lines_tell_loss_parts_and_time_left() -> None:
+    said: list[str] = []
+    now = [0.0]
+    lines = StepLines(said.append, clock=lambda: now[0])
+    state = SimpleNamespace(global_step=20, max_steps=100, is_world_process_zero=True)
+    lines.on_train_begin(None, state, None)
+    now[0], state.global_step = 60.0, 40  # 20 steps a minute since the start
+    lines.on_log(None, state, None, logs={"loss": 1.5})
+    parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.3, "top_agreement": 0.256}
+    lines.on_log(None, state, None, logs=parts)
+    lines.on_log(None, state, None, logs={"eval_loss": 1.0})
+    lines.on_log(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": False}), None, logs=parts)
+    assert said == [
+        "  goes on after step 20 of 100",
+        "  step    40 of 100   loss 1.500   3 min left",
+        "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.300, agreement with the teacher 26%)"
+        "   3 min left",
+    ]
+
+
+def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert precision("bf16", cpu) == {"bf16": True, "use_cpu": True}
+    assert precision("fp32", torch.device("cuda")) == {"bf16": False, "use_cpu": False}
+    for has in (True, False):
+        monkeypatch.setattr(training, "has_bfloat16", lambda device, has=has: has)
+        assert precision("auto", cpu) == {"bf16": has, "use_cpu": True}
+    with pytest.raises(ValueError, match=r"precision='half' is not known: use \"auto\", \"bf16\" or \"fp32\""):
+        precision("half", cpu)
+
+
+def test_one_process_is_the_main_one() -> None:
+    state = process_state()
+    assert state.is_main_process and state.num_processes == 1
