@@ -24,7 +24,7 @@ class DataSettings:
     source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     test_split: str = setting("test", "split that is reported")
-    dev_split: str | None = setting("dev", "split that models are compared on; none where there is none")
+    dev_split: str | None = setting("auto", "split that models are compared on; auto: dev where there is one")
     num_negatives: int = setting(1, "BM25 negatives a query")
     negative_depth: int = setting(100, "BM25 ranks that negatives are sampled from")
 
@@ -82,6 +82,7 @@ TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "repor
 
 def main(settings: Settings) -> None:
     from tct_hf.data.collection import load_collection
+    from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
     from tct_hf.training import precision, process_state
@@ -104,6 +105,8 @@ def main(settings: Settings) -> None:
         )
         if state.is_main_process:
             print(f"  {collection.summary()}", flush=True)
+        if "evaluate" in settings.stages:
+            check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
     of_teacher = {
@@ -114,31 +117,40 @@ def main(settings: Settings) -> None:
         "corpus": collection.fingerprint["sha256"],
     }
     of_student = {**of_teacher, "student": asdict(settings.student)}
-    of_runs = {**of_student, "evaluation": {"depth": settings.evaluation.depth}}
-    folders = {"training/student": of_student, "student": of_student, "runs": of_runs}
+    folders = {"training/student": of_student, "student": of_student, "runs": of_runs(settings, of_student, teacher)}
     if settings.teacher.model is None:
         folders = {"training/teacher": of_teacher, "teacher": of_teacher, **folders}
-    for name, depends in folders.items():
-        is_claimed(output / name, depends)
+    finished = {name: is_claimed(output / name, depends) for name, depends in folders.items()}
     if state.is_main_process:
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
     if "teacher" in settings.stages:
         if settings.teacher.model is not None:
             stages.skip("teacher", f"{settings.teacher.model} is used as it is")
+        elif finished["teacher"]:
+            stages.skip("teacher", "it is trained")
         else:
             with stages.stage("teacher"):
                 train_teacher(settings, collection, output, base, of_teacher)
     if "student" in settings.stages:
-        with stages.stage("student"):
-            train_student(settings, collection, output, base, of_student, teacher)
-    if "evaluate" in settings.stages:
-        with stages.stage("evaluate"):
-            if state.is_main_process:
-                evaluate(settings, collection, output, of_runs, teacher)
-            state.wait_for_everyone()
-    stages.finish()
+        if finished["student"]:
+            stages.skip("student", "it is trained")
+        else:
+            with stages.stage("student"):
+                train_student(settings, collection, output, base, of_student, teacher)
+    # One process searches; the others are done, and wait at no barrier that could time out.
     if "evaluate" in settings.stages and state.is_main_process:
+        with stages.stage("evaluate"):
+            evaluate(settings, collection, output, of_runs(settings, of_student, teacher), teacher)
         print("\n" + (output / "report.md").read_text(encoding="utf-8"))
+    stages.finish()
+
+
+def of_runs(settings: Settings, of_student: dict[str, Any], teacher: str) -> dict[str, Any]:
+    from tct_hf.files import file_digest
+
+    models = {"student": Path(settings.output_dir) / "student", "teacher": Path(teacher)}
+    weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
+    return {**of_student, "evaluation": {"depth": settings.evaluation.depth}, "weights": weights}
 
 
 def triples(settings: Settings, collection: Collection) -> Any:
@@ -171,6 +183,7 @@ def train_teacher(
         work=output / "training" / "teacher",
         arguments={**TRAINING, **base, **settings.teacher.training},
         settings=depends,
+        evaluator=training.dev_evaluator(collection, settings.teacher.training, late_interaction=True),
     )
 
 
@@ -210,6 +223,7 @@ def train_student(
         work=output / "training" / "student",
         arguments={**TRAINING, **base, **settings.student.training},
         settings=depends,
+        evaluator=training.dev_evaluator(collection, settings.student.training, late_interaction=False),
     )
 
 
@@ -222,7 +236,8 @@ def evaluate(settings: Settings, collection: Collection, output: Path, depends: 
     quick_report(
         collection,
         output,
-        base_model=settings.encoder.base_model,
+        # A ColBERT from elsewhere has a base of its own, which nobody has named.
+        base_model=settings.encoder.base_model if settings.teacher.model is None else None,
         student=str(student),
         teacher=teacher,
         settings=depends,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainingArguments
-from sentence_transformers.base.training_args import BatchSamplers
 
 # What the paper says, and what its released code does where that differs.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -76,6 +75,3 @@ class TCTTrainingArguments(SentenceTransformerTrainingArguments):
         if accelerator.dispatch_batches is None:
             # Dispatching would join the ranks' batches, whose token matrices differ in width.
             accelerator.dispatch_batches = False
-
-
-__all__ = ["BatchSamplers", "TCTTrainingArguments"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+
+from tct_hf.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,10 @@ def resolve_model(name_or_path: str) -> str:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing: install the package {name_or_path} again.")
-    with weights.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != model.sha256:
+    digest = file_digest(weights)
+    if digest != model.sha256:
         raise ValueError(
-            f"{weights} has sha256 {digest.hexdigest()}, not {model.sha256}: the package {name_or_path} holds other "
+            f"{weights} has sha256 {digest}, not {model.sha256}: the package {name_or_path} holds other "
             "weights than the ones measured. Install it again, or name another model."
         )
     return str(folder)

@@ -279,9 +279,10 @@ def has_tct_encoding(student: SentenceTransformer) -> bool:
     Args:
         student: any SentenceTransformer.
     """
-    first = student[0]
+    first, *rest = student
     return (
         isinstance(first, Transformer)
+        and [type(module) for module in rest] == [Pooling]
         and first.document_length is not None
         and {name: student.prompts.get(name) for name in PROMPTS} == PROMPTS
     )

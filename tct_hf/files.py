@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -137,7 +138,9 @@ def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     file = folder / CLAIM_FILE
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
-    if file.is_file() and any(entry.name != CLAIM_FILE for entry in folder.iterdir()):
+    if file.is_file() and any(
+        entry.name != CLAIM_FILE and not entry.name.startswith(".") for entry in folder.iterdir()
+    ):
         found = json.loads(file.read_text(encoding="utf-8"))
         if difference := _first_difference(found, wanted):
             name, before, now = difference
@@ -176,3 +179,15 @@ def is_claimed(folder: str | Path, settings: Mapping[str, Any]) -> bool:
         return False
     claim(folder, settings)
     return True
+
+
+def file_digest(path: str | Path) -> str | None:
+    """SHA-256 of a file's content; None where there is no such file."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,17 +6,23 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from huggingface_hub import HfApi
 from sentence_transformers.base.trainer import BaseTrainer
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
 
 from tct_hf.files import replace_dir
 
 # Checkpoints are written here and renamed when whole; its name matches no checkpoint's.
 UNFINISHED = ".unfinished"
+
+# Files of a checkpoint that are the run's and not the model's.
+OF_THE_RUN = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
 
 
 class WholeCheckpointsMixin(BaseTrainer):
@@ -56,8 +62,36 @@ class WholeCheckpointsMixin(BaseTrainer):
         return self._aside or super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:  # pushed after the rename
-            super()._push_from_checkpoint(checkpoint_folder)
+        """Upload the whole, finalised checkpoint without what belongs to the training run.
+
+        transformers pickles the arguments, Hub token included, into what it uploads, and takes a part of the files.
+        """
+        args = self.args
+        if self._aside is not None:  # pushed after the rename
+            return
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        upload = partial(
+            HfApi().upload_folder,
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            run_as_future=True,
+        )
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [upload(commit_message=message, ignore_patterns=list(OF_THE_RUN))]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # asked for, to resume from
+            last = args.hub_strategy == HubStrategy.CHECKPOINT
+            folder = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
+            jobs.append(upload(commit_message=f"{message}, checkpoint", path_in_repo=folder))
+        if busy:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)

@@ -219,7 +219,8 @@ def resolved_yaml(settings: Any) -> str:
     return dump(plain(settings))
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions of the packages and the machine, JSON-ready, to be stored beside a result."""
     versions: dict[str, str | None] = {}
     for name in ("tct_hf", *DEPENDENCIES):
         try:
@@ -248,12 +249,12 @@ def save_resolved(settings: Any, output_dir: str | os.PathLike[str], *, extra: d
         ValueError: `extra` has a key that `environment.json` has already, or holds what JSON cannot express.
         OSError: A file cannot be written.
     """
-    environment = _environment()
-    taken = sorted(environment.keys() & extra.keys())
+    here = environment()
+    taken = sorted(here.keys() & extra.keys())
     if taken:
         raise ValueError(f"extra: environment.json has {', '.join(taken)} already; choose another name")
     write_text_atomic(Path(output_dir) / "settings.yaml", resolved_yaml(settings))
-    write_json_atomic(Path(output_dir) / "environment.json", environment | extra)
+    write_json_atomic(Path(output_dir) / "environment.json", here | extra)
 
 
 def _raised_on_purpose(error: BaseException) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tct_hf.arguments import TCTTrainingArguments
 from tct_hf.collator import BATCH_KEY, TCTDataCollator, candidate_columns
 from tct_hf.encoding import finalise_checkpoint, has_tct_encoding
-from tct_hf.losses import TeacherTargets, TightlyCoupledLoss, teacher_entropy
+from tct_hf.losses import TeacherTargets, TightlyCoupledLoss
+from tct_hf.sampling import SameDatasetBatchSampler
 from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.teachers import ColBERTTeacher, Teacher
 
@@ -41,7 +42,8 @@ def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive
     own = candidate_ids[positive_index.clamp(min=0)]  # (queries,)
     positive = (candidate_ids[None, :] == own[:, None]) & labelled[:, None]
     if known_positive_ids is not None:
-        positive = positive | (candidate_ids[None, None, :] == known_positive_ids[:, :, None]).any(dim=1)
+        for column in known_positive_ids.T:  # one at a time: a query may have hundreds
+            positive = positive | (candidate_ids[None, :] == column[:, None])
     mask = ~positive
     mask[rows[labelled], positive_index[labelled]] = True
     return mask
@@ -63,6 +65,12 @@ class CoupledTrainerMixin(WholeCheckpointsMixin):
         super().validate_column_names(dataset, dataset_name=dataset_name)
         if not isinstance(dataset, dict):
             candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+
+    def get_multi_dataset_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Batches of one data set at a time, on all devices at once: their passages become one set of candidates."""
+        sampler = super().get_multi_dataset_batch_sampler(dataset, *args, **kwargs)
+        world = self.accelerator.num_processes
+        return SameDatasetBatchSampler(sampler, dataset.cumulative_sizes, world) if world > 1 else sampler
 
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
         if dataset_kind == "train":
@@ -121,7 +129,7 @@ class CoupledTrainerMixin(WholeCheckpointsMixin):
             ValueError: the teacher gave a score that is not finite.
         """
         gather = getattr(loss, "gathers", False)
-        prepared = batch.get("teacher") or {"query": features[0], "columns": features[1:]}
+        prepared = batch["teacher"] if "teacher" in batch else {"query": features[0], "columns": features[1:]}
         scores = self.teacher.score_matrix(prepared, gather=gather)
         ids = batch["candidate_ids"]
         queries, columns = ids.shape
@@ -137,13 +145,15 @@ class CoupledTrainerMixin(WholeCheckpointsMixin):
     def _check_teacher(self, scores: Tensor, mask: Tensor, temperature: float) -> None:
         choice = mask.sum(1) > 1  # a row with one candidate is one-hot by nature
         finite = torch.isfinite(scores).all(1)
-        one_hot = (teacher_entropy(scores.nan_to_num(), mask, temperature) == 0) & choice
+        logits = (scores.nan_to_num() / temperature).masked_fill(~mask, float("-inf"))
+        # Everything but the top candidate is lost in the rounding of the top one.
+        one_hot = (torch.softmax(logits, dim=1).amax(1) == 1) & choice
         not_finite, peaked = torch.stack([(~finite).sum(), one_hot.sum()]).tolist()  # one wait for the device
         if not_finite:
             raise ValueError(
                 f"The teacher gave scores that are not finite for {not_finite} of {len(scores)} queries (first in row "
-                f"{int((~finite).nonzero()[0])}). Load it with dtype='float32', and check that its checkpoint scores "
-                "single texts finitely."
+                f"{int((~finite).nonzero()[0])}). Load it with dtype='float32' if it is not, and check that its "
+                "checkpoint scores single texts finitely."
             )
         if peaked and "one-hot" not in self._warned:
             self._warned.add("one-hot")
@@ -166,7 +176,8 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
             positive_id, negative_id and known_positive_ids, so that known positives are no negatives.
         eval_dataset: of the same columns, for the loss on held-out queries.
         evaluator: such as an InformationRetrievalEvaluator on dev queries; models are chosen by it.
-        loss: a TightlyCoupledLoss of the student; by default one with the arguments' settings.
+        loss: a TightlyCoupledLoss of the student; by default one with the arguments' settings, which a loss that is
+            given here takes none of.
         **kwargs: of :class:`sentence_transformers.SentenceTransformerTrainer`.
 
     Raises:
@@ -195,6 +206,11 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
         self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
         self._warned = set()
         collator = kwargs.get("data_collator")
+        if isinstance(collator, TCTDataCollator) and (collator.teacher is not self.teacher or not collator.prompts):
+            raise ValueError(
+                "data_collator has another teacher than the trainer, or no prompts: make it with teacher= the same "
+                "Teacher and prompts=model.prompts, or leave it out."
+            )
         if collator is not None and not isinstance(collator, TCTDataCollator):
             raise ValueError(
                 f"data_collator is a {type(collator).__name__}: a TCTTrainer needs a TCTDataCollator, which also lets "

@@ -28,12 +28,15 @@ from tct_hf.encoding import save_student
 from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, is_claimed, replace_dir, write_json_atomic
 from tct_hf.progress import human_duration
 from tct_hf.saving import WholeCheckpointsMixin
+from tct_hf.settings import environment
 from tct_hf.teachers import Teacher, has_bfloat16, write_training_scale
 from tct_hf.trainer import TCTTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers.base.evaluation import BaseEvaluator
+
+    from tct_hf.data.collection import Collection
 
 
 class ColBERTTrainer(WholeCheckpointsMixin, MultiVectorEncoderTrainer):
@@ -102,6 +105,58 @@ def precision(choice: str, device: torch.device) -> dict[str, bool]:
     return {"bf16": bf16, "use_cpu": device.type == "cpu"}  # transformers takes bf16 on a CPU only with use_cpu
 
 
+def dev_evaluator(collection: Collection, arguments: Mapping[str, Any], *, late_interaction: bool) -> Any:
+    """An evaluator on the dev queries where the arguments ask for evaluation, None where they do not.
+
+    Args:
+        collection: with a dev split.
+        arguments: of the training; eval_strategy says whether there is evaluation.
+        late_interaction: for a multi-vector model.
+
+    Returns:
+        Its measures are named eval_dev_dot_mrr@10 and so on (eval_dev_maxsim_mrr@10 for a multi-vector model).
+
+    Raises:
+        ValueError: evaluation is asked for and there is no dev split.
+    """
+    if arguments.get("eval_strategy", "no") in ("no", False):
+        return None
+    if "dev" not in collection.splits:
+        raise ValueError(
+            f"training.eval_strategy is {arguments['eval_strategy']!r}, but {collection.name} has no dev split: name "
+            "one with data.dev_split, or leave eval_strategy out."
+        )
+    if late_interaction:
+        from sentence_transformers.multi_vector_encoder.evaluation import (
+            MultiVectorInformationRetrievalEvaluator as Evaluator,
+        )
+    else:
+        from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator as Evaluator
+    dev = collection.splits["dev"]
+    return Evaluator(
+        queries=dev.queries,
+        corpus=dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True)),
+        relevant_docs={query: {p for p, grade in grades.items() if grade > 0} for query, grades in dev.qrels.items()},
+        mrr_at_k=[10],
+        ndcg_at_k=[10],
+        precision_recall_at_k=[100],
+        name="dev",
+    )
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
+        if name in arguments:
+            raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
+
+
+def _claim(work: Path, settings: Mapping[str, Any]) -> None:
+    state = PartialState()
+    if state.is_main_process:
+        claim(work, settings)
+    state.wait_for_everyone()
+
+
 def _run(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLines(write))
@@ -125,6 +180,7 @@ def _publish(work: Path, final: Path, save: Callable[[Path], object]) -> None:
     save(staging)
     shutil.copyfile(work / LOG_FILE, staging / LOG_FILE)
     shutil.copyfile(work / CLAIM_FILE, staging / CLAIM_FILE)
+    write_json_atomic(staging / "environment.json", environment())  # of this stage: others may run elsewhere
     replace_dir(staging, final)
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -165,19 +221,24 @@ def train_colbert(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
+    _check(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
-    claim(work, settings)
+    _claim(work, settings)
     model = make_model()
     triples = make_triples()
     columns = ["query", *candidate_columns(triples.column_names)]
+    # A query with several positives has several rows: in one batch each would be the others' negative.
+    arguments = {"batch_sampler": "no_duplicates", **arguments}
     args = MultiVectorEncoderTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
     trainer = ColBERTTrainer(
         model=model,
         args=args,
         train_dataset=triples.select_columns(columns),
-        loss=MultiVectorMultipleNegativesRankingLoss(model, scale=scale),
+        loss=MultiVectorMultipleNegativesRankingLoss(
+            model, scale=scale, gather_across_devices=PartialState().num_processes > 1
+        ),
         evaluator=evaluator,
     )
     trainer.data_collator.prompts = {
@@ -230,10 +291,11 @@ def train_student(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """
+    _check(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
-    claim(work, settings)
+    _claim(work, settings)
     student = make_student()
     args = TCTTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
     trainer = TCTTrainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)

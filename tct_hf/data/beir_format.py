@@ -267,6 +267,12 @@ def check_record(record: Mapping[str, Any], place: str, *, title: bool, allow_em
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"{place}: title and text must be strings")
     text = " ".join(part.strip() for part in parts if part.strip())
+    try:
+        f"{record_id}{text}".encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{place}: half a surrogate pair (\\ud800 to \\udfff) in the id or text; it is not text in any encoding"
+        ) from None
     if not text and not allow_empty:
         mend = (
             "; fill it in, remove the line, or pass allow_empty=True" if title else "; fill it in or remove the line"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.sparse import BM25Index
 
 BUILTIN = "builtin"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,12 @@ class Collection:
     def summary(self) -> str:
         """One line for people."""
         parts = [f"{len(split.queries):,} {name}" for name, split in self.splits.items()]
-        return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}"
+        without = "" if "dev" in self.splits else " (no dev split)"
+        return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}"
 
 
 def load_collection(
-    source: str, *, packages: Sequence[str] = (), test_split: str = "test", dev_split: str | None = "dev"
+    source: str, *, packages: Sequence[str] = (), test_split: str = "test", dev_split: str | None = AUTO
 ) -> Collection:
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
@@ -79,7 +82,8 @@ def load_collection(
         source: "builtin", a folder or a Hub id.
         packages: of the built-in corpus.
         test_split: the split to report.
-        dev_split: the split to compare models on, or None.
+        dev_split: the split to compare models on; "auto": "dev" where the built-in corpus or the folder has it; or
+            None.
 
     Returns:
         The collection.
@@ -87,6 +91,9 @@ def load_collection(
     Raises:
         ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or dev and test are one split.
     """
+    if dev_split == AUTO:
+        there = source == BUILTIN or any((Path(source) / "qrels").glob("dev.tsv*"))
+        dev_split = "dev" if there else None
     names = {"train": "train", "dev": dev_split, "test": test_split}
     if dev_split == test_split:
         raise ValueError(

@@ -119,8 +119,8 @@ def read_tsv_texts(path: Path) -> Iterator[tuple[str, str, str]]:
         place = f"{path}, line {number}"
         try:
             row = parse_tsv_line(line, ("id", "text"))
-            if not row["id"].strip() or "\0" in row["id"]:
-                raise BadRow("empty id", f"the id is {row['id']!r}; it must be text without NUL that is not empty")
+            if not row["id"].strip():
+                raise BadRow("empty id", "the id is empty; fill it in or remove the line")
         except BadRow as error:
             raise ValueError(error.at(place)) from None
         yield place, row["id"], row["text"]
@@ -128,13 +128,20 @@ def read_tsv_texts(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def _pairs(texts: Mapping[str, str], name: str) -> Iterator[tuple[str, str, str]]:
     for text_id, text in texts.items():
-        if not isinstance(text_id, str) or not isinstance(text, str) or not text_id or "\0" in text_id:
+        if not isinstance(text_id, str) or not isinstance(text, str) or not text_id:
             raise ValueError(f"{name}: {text_id!r}: {text!r}; ids and texts must be strings, and ids not empty")
         yield f"{name}, {text_id!r}", text_id, text
 
 
 def _prepare(records: Callable[[], Records], name: str, key: Sequence[Any], what: str, cache_dir: Path) -> Texts:
-    dataset = prepare_corpus(records, name, cache_dir, ["texts", *key], what=what)
+    def without_nul() -> Records:
+        # The index of ids is a numpy array of fixed width, which drops NULs at the end of an id.
+        for place, text_id, text in records():
+            if "\0" in text_id:
+                raise ValueError(f"{place}: the id {text_id!r} holds a NUL character; remove it")
+            yield place, text_id, text
+
+    dataset = prepare_corpus(without_nul, name, cache_dir, ["texts", *key], what=what)
     return Texts(name, dataset, list(key))
 
 
@@ -191,10 +198,7 @@ def _rows_to_records(
     for number, row in rows:
         record = dict(zip(("_id", "text", "title"), (row[name] for name in names), strict=False))
         where = place(number)
-        checked = check_record(record, where, title=len(names) == 3, allow_empty=True)
-        if "\0" in checked[1]:
-            raise ValueError(f"{where}: the id {checked[1]!r} holds a NUL character; remove it")
-        yield checked
+        yield check_record(record, where, title=len(names) == 3, allow_empty=True)
 
 
 class TextJoin:

@@ -85,7 +85,8 @@ def load_triples(
         depth: of BEIR folders: how many of BM25's best passages to sample from.
         seed: of BEIR folders: of the sample.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
-        skip_bad_rows: leave bad rows out instead of refusing the source.
+        skip_bad_rows: leave bad rows out instead of refusing the source. A bad line of a collection, of queries or of
+            judgements is always refused, and so is one of a BEIR folder.
         skipped: takes what was left out, per kind, with the first of each. It is also logged, and stands in the
             description of the result's `info`. When streaming, it belongs to the pass under way in this process.
         cache_dir: where prepared data are kept; by default `default_cache_dir()`.
@@ -93,7 +94,8 @@ def load_triples(
     Returns:
         Columns query, positive, negative (or negative_1 ... negative_n), all text; query_id, positive_id,
         negative_id (or negative_1_id ...) and known_positive_ids where there are ids. Memory-mapped, prepared once
-        for each source and setting; an `IterableDataset` with streaming=True.
+        for each source and setting. With streaming=True an `IterableDataset` in the order of the source, which
+        trainers do not shuffle: use its `shuffle(seed=..., buffer_size=...)`.
 
     Raises:
         FileNotFoundError: no such file, folder, data set or split.

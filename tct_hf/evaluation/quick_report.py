@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from tct_hf.evaluation.comparison import (
     table,
     write_metrics,
 )
+from tct_hf.evaluation.effectiveness import evaluate_run
 from tct_hf.files import claim, write_text_atomic
 from tct_hf.retrieval.runs import Run
 
@@ -27,7 +30,7 @@ BM25, BASE_NATIVE, BASE_TCT, STUDENT, TEACHER = "bm25", "base-native", "base-tct
 def training_systems(
     collection: Collection,
     *,
-    base_model: str,
+    base_model: str | None,
     student: str,
     teacher: str,
     query_length: int,
@@ -39,7 +42,7 @@ def training_systems(
 
     Args:
         collection: to search.
-        base_model: encoder that teacher and student come from: bundled, folder or Hub id.
+        base_model: encoder that teacher and student come from: bundled, folder or Hub id; None where it is not known.
         student: folder or Hub id.
         teacher: folder or Hub id.
         query_length: of the base encoder in TCT encoding.
@@ -61,17 +64,16 @@ def training_systems(
     def dense(load: Callable[[], SentenceTransformer]) -> Callable[[Mapping[str, str]], Run]:
         return lambda queries: dense_run(load(), ids, texts, queries, k=depth, bf16=bf16)
 
-    def base_tct() -> SentenceTransformer:
-        return build_student(resolve_model(base_model), query_length=query_length, document_length=document_length)
-
+    systems = [System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth))]
+    if base_model is not None:
+        base = resolve_model(base_model)
+        tct = partial(build_student, base, query_length=query_length, document_length=document_length)
+        systems += [
+            System(BASE_NATIVE, "base encoder, its own encoding", dense(lambda: SentenceTransformer(base))),
+            System(BASE_TCT, "base encoder, TCT encoding, untrained", dense(tct)),
+        ]
     return [
-        System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth)),
-        System(
-            BASE_NATIVE,
-            "base encoder, its own encoding",
-            dense(lambda: SentenceTransformer(resolve_model(base_model))),
-        ),
-        System(BASE_TCT, "base encoder, TCT encoding", dense(base_tct)),
+        *systems,
         System(STUDENT, "student (one vector a passage)", dense(lambda: SentenceTransformer(student))),
         System(
             TEACHER,
@@ -81,11 +83,36 @@ def training_systems(
     ]
 
 
+def check_evaluation(collection: Collection, measures: Sequence[str], depth: int) -> None:
+    """Find out before any training what would stop the evaluation after it.
+
+    Args:
+        collection: to search.
+        measures: ir-measures names.
+        depth: passages a query in the runs.
+
+    Raises:
+        ValueError: an unknown measure, one with a cut-off below the depth of the runs, or an id with white space, which
+            a TREC run can't hold.
+    """
+    evaluate_run({}, {"query": {"passage": 1}}, measures)
+    for measure in measures:
+        cutoff = re.search(r"@(\d+)$", measure)
+        if cutoff and int(cutoff.group(1)) > depth:
+            raise ValueError(
+                f"evaluation.depth is {depth}, too little for {measure}: make it {cutoff.group(1)} or more."
+            )
+    for ids in (collection.corpus["id"], *(split.queries for split in collection.splits.values())):
+        for name in ids:
+            if not name or name.split() != [name]:
+                raise ValueError(f"The id {name!r} has white space, which a TREC run can't hold: rename it.")
+
+
 def quick_report(
     collection: Collection,
     output: Path,
     *,
-    base_model: str,
+    base_model: str | None,
     student: str,
     teacher: str,
     settings: Mapping[str, Any],
@@ -142,6 +169,7 @@ def quick_report(
         "",
         table([(system.title, evaluations["test"][system.key]) for system in systems], measures),
         "",
+        f"Encoded in {'bfloat16' if bf16 else 'float32'}. The TCT encodings keep {document_length} tokens of a passage.",
         *_remarks(evaluations, measures[0], base_model),
         "",
         "## What the student finds",
@@ -155,15 +183,18 @@ def quick_report(
         "",
     ]
     logs = {"teacher: in-batch softmax": read_log(output / "teacher"), "student: distillation": read_log(student)}
-    if any(logs.values()):
-        plot_losses(logs, output / "losses.png")
     write_text_atomic(output / "report.md", "\n".join(lines))
+    if any(logs.values()):
+        try:
+            plot_losses(logs, output / "losses.png")
+        except ImportError as error:
+            write(f"  no losses.png: {error}")
 
 
-def _remarks(evaluations: Mapping[str, Mapping[str, Any]], measure: str, base_model: str) -> list[str]:
+def _remarks(evaluations: Mapping[str, Mapping[str, Any]], measure: str, base_model: str | None) -> list[str]:
     """What a reader of the table must know: who is better on dev, and what the base has seen."""
     remarks = []
-    if "dev" in evaluations:
+    if "dev" in evaluations and base_model is not None:
         teacher, base = (evaluations["dev"][key].mean[measure] for key in (TEACHER, BASE_NATIVE))
         verdict = "beats" if teacher > base else "does NOT beat"
         remarks.append(

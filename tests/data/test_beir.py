@@ -94,6 +94,11 @@ BAD_FILES = {
     ),
     "corpus id empty": ("corpus.jsonl", '{"_id": "", "text": "x"}\n', r"line 1: _id is ''"),
     "corpus text a number": ("corpus.jsonl", '{"_id": "d1", "text": 3}\n', r"line 1: title and text must be strings"),
+    "corpus with half a surrogate pair": (
+        "corpus.jsonl",
+        '{"_id": "d1", "text": "\\ud800"}\n',
+        r"corpus\.jsonl, line 1: half a surrogate pair",
+    ),
     "corpus empty": ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),
     "corpus id twice": (
         "corpus.jsonl",

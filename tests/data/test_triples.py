@@ -358,6 +358,13 @@ def test_streaming_resolves_ids_and_can_be_sent_to_a_worker(tmp_path: Path) -> N
     assert rows_of(pickle.loads(pickle.dumps(loaded))) == first
 
 
+def test_streaming_can_be_shuffled(tmp_path: Path) -> None:
+    rows = [{**ROWS[0], "query": f"query {place}"} for place in range(50)]
+    loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(rows)), streaming=True)
+    shuffled = rows_of(loaded.shuffle(seed=1, buffer_size=50))
+    assert shuffled != rows and sorted(shuffled, key=str) == sorted(rows, key=str)
+
+
 def test_streaming_goes_on_from_a_saved_state(tmp_path: Path) -> None:
     loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(ROWS)), streaming=True)
     next(iter(loaded))

@@ -282,6 +282,12 @@ BAD_FILES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         {**TEXTS, "collection": b"d1\ta\nd2\t\xe9\n"},
         r"texts\.tsv, line 2: not UTF-8",
     ),
+    "collection with a NUL in an id": (
+        "t.tsv",
+        b"1\td1\td2\n",
+        {**TEXTS, "collection": b"d1\ta\nd2\0\tb\n"},
+        r"texts\.tsv, line 2: the id 'd2\\x00' holds a NUL character; remove it",
+    ),
     "collection without ids": (
         "t.tsv",
         b"1\td1\td2\n",
