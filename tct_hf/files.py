@@ -138,9 +138,7 @@ def claim(folder: str | Path, settings: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(settings))
     file = folder / CLAIM_FILE
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
-    if file.is_file() and any(
-        entry.name != CLAIM_FILE and not entry.name.startswith(".") for entry in folder.iterdir()
-    ):
+    if file.is_file() and any(p.name != CLAIM_FILE and not p.name.startswith(".") for p in folder.iterdir()):
         found = json.loads(file.read_text(encoding="utf-8"))
         if difference := _first_difference(found, wanted):
             name, before, now = difference

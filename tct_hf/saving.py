@@ -71,7 +71,8 @@ class WholeCheckpointsMixin(BaseTrainer):
             return
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        running: Any = self.push_in_progress
+        busy = running is not None and not running.is_done()
         if busy and not args.hub_always_push:
             return
         upload = partial(
@@ -89,9 +90,10 @@ class WholeCheckpointsMixin(BaseTrainer):
             folder = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
             jobs.append(upload(commit_message=f"{message}, checkpoint", path_in_repo=folder))
         if busy:
-            self.push_in_progress.jobs.extend(jobs)
+            running.jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            pushes: Any = PushInProgress
+            self.push_in_progress = pushes(jobs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)

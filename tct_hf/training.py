@@ -126,14 +126,12 @@ def dev_evaluator(collection: Collection, arguments: Mapping[str, Any], *, late_
             f"training.eval_strategy is {arguments['eval_strategy']!r}, but {collection.name} has no dev split: name "
             "one with data.dev_split, or leave eval_strategy out."
         )
-    if late_interaction:
-        from sentence_transformers.multi_vector_encoder.evaluation import (
-            MultiVectorInformationRetrievalEvaluator as Evaluator,
-        )
-    else:
-        from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator as Evaluator
+    from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    make: Any = MultiVectorInformationRetrievalEvaluator if late_interaction else InformationRetrievalEvaluator
     dev = collection.splits["dev"]
-    return Evaluator(
+    return make(
         queries=dev.queries,
         corpus=dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True)),
         relevant_docs={query: {p for p, grade in grades.items() if grade > 0} for query, grades in dev.qrels.items()},

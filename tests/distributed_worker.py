@@ -15,6 +15,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from datasets import DatasetDict
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
@@ -34,6 +35,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
     student = SentenceTransformer(str(models / settings.pop("student", "student")), device="cpu")
     rows: Any = triples(8, negatives=2)
+    if settings.pop("two", False):  # of different widths: gathering across data sets would not even fit
+        rows = DatasetDict(a=rows, b=triples(8, negatives=1).map(lambda row: {"query": "other " + row["query"]}))
     trainer = make_trainer(
         output,
         student,

@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     # The teacher has tokens of its own, of other widths on each process.
     "separate tokens": {"student": "other"},
     "streamed": {"streaming": True},
+    "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time
 }
 
 

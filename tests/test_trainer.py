@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import Future
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from datasets import DatasetDict, IterableDataset
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from transformers import EarlyStoppingCallback
 
@@ -131,12 +134,17 @@ def test_gradient_accumulation_takes_the_mean_of_its_batches(models: Path, tmp_p
 
 
 def test_bfloat16_loss_is_within_two_percent(models: Path, tmp_path: Path) -> None:
-    assert plain_losses(models, tmp_path, bf16=True) == pytest.approx(plain_losses(models, tmp_path), rel=0.02)
+    half, plain = plain_losses(models, tmp_path, bf16=True), plain_losses(models, tmp_path)
+    assert half == pytest.approx(plain, rel=0.02)
+    assert half != plain
 
 
 def test_gradient_checkpointing_changes_no_loss(models: Path, tmp_path: Path) -> None:
-    losses = plain_losses(models, tmp_path, gradient_checkpointing=True)
-    assert losses == pytest.approx(plain_losses(models, tmp_path), abs=1e-5)
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_checkpointing=True)
+    trainer.train()
+    assert student[0].model.is_gradient_checkpointing
+    assert logged(trainer) == pytest.approx(plain_losses(models, tmp_path), abs=1e-5)
 
 
 def test_gradient_caching_changes_no_loss(models: Path, tmp_path: Path) -> None:
@@ -155,7 +163,6 @@ def compiler_is_missing() -> str | None:
     return None
 
 
-@pytest.mark.slow
 def test_torch_compile_changes_no_loss(models: Path, tmp_path: Path) -> None:
     if reason := compiler_is_missing():
         pytest.skip(f"no C++ compiler: {reason}")
@@ -229,34 +236,116 @@ def evaluator() -> InformationRetrievalEvaluator:
     )
 
 
-def test_best_model_by_an_evaluator_and_early_stopping(models: Path, tmp_path: Path) -> None:
+class Scripted(BaseEvaluator):
+    """Says what the scores are, and keeps the weights it was asked about."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = scores
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.seen.append(model.encode_query(QUERIES))
+        return {"score": self.scores[len(self.seen) - 1]}
+
+
+SELECTION: dict[str, Any] = {
+    "num_train_epochs": 20,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+}
+
+
+def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    scripted = Scripted([0.1, 0.7, 0.3, 0.2, 0.9])
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        triples(16),
+        evaluator=scripted,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
+        **SELECTION,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4  # two steps without a better score
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2" and best.parent == tmp_path
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    for vectors in (student.encode_query(QUERIES), SentenceTransformer(str(best), device="cpu").encode_query(QUERIES)):
+        assert np.abs(vectors - scripted.seen[1]).max() < 1e-6
+        assert np.abs(vectors - scripted.seen[3]).max() > 1e-3
+
+
+def test_models_can_be_chosen_by_an_evaluator_on_dev_queries(models: Path, tmp_path: Path) -> None:
+    settings = {**SELECTION, "num_train_epochs": 2, "metric_for_best_model": "eval_dev_dot_mrr@10"}
+    trainer = make_trainer(tmp_path, *load(models), triples(16), evaluator=evaluator(), **settings)
+    trainer.train()
+    measured = logged(trainer, "eval_dev_dot_mrr@10")
+    assert len(measured) == 4
+    assert trainer.state.best_metric == max(measured)
+
+
+class Hub:
+    """Stands for the Hub's client: keeps what would be uploaded."""
+
+    uploads: ClassVar[list[dict[str, Any]]] = []
+
+    def upload_folder(self, **request: Any) -> Future[Any]:
+        folder, ignored = Path(request["folder_path"]), request.get("ignore_patterns", [])
+        kept = {
+            str(p.relative_to(folder)): p.read_bytes()
+            for p in folder.rglob("*")
+            if p.is_file() and not any(fnmatch(p.name, pattern) for pattern in ignored)
+        }
+        self.uploads.append({**request, "files": kept})
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_a_push_in_training_holds_the_whole_student_and_no_token(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tct_hf import saving
+
+    monkeypatch.setattr(saving, "HfApi", Hub)
+    monkeypatch.setattr(
+        "transformers.Trainer.init_hf_repo", lambda self, *a, **k: setattr(self, "hub_model_id", "me/it")
+    )
+    Hub.uploads.clear()
     student, teacher = load(models)
     trainer = make_trainer(
         tmp_path,
         student,
         teacher,
         triples(16),
-        evaluator=evaluator(),
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
-        num_train_epochs=20,
-        learning_rate=0.0,  # never better than the first: stops after two more
-        eval_strategy="steps",
-        eval_steps=1,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_dev_dot_mrr@10",
+        push_to_hub=True,
+        hub_model_id="me/it",
+        hub_token="hf_secret_token",
+        hub_always_push=True,
+        hub_strategy="checkpoint",
     )
     trainer.train()
-    assert trainer.state.global_step == 3
-    best = Path(trainer.state.best_model_checkpoint)
-    assert best.name == "checkpoint-1" and best.parent == tmp_path
-    saved = json.loads((best / "trainer_state.json").read_text())
-    assert saved["best_model_checkpoint"] == str(best)
-    assert np.abs(
-        SentenceTransformer(str(best), device="cpu").encode_query(QUERIES) - student.encode_query(QUERIES)
-    ).max() == pytest.approx(0, abs=1e-6)
+    model, checkpoint = Hub.uploads[:2]
+    assert model["repo_id"] == "me/it" and model["token"] == "hf_secret_token"
+    assert {"modules.json", "model.safetensors", "1_Pooling/config.json", "README.md"} <= model["files"].keys()
+    assert not {"optimizer.pt", "training_args.bin", "trainer_state.json"} & model["files"].keys()
+    config = json.loads(model["files"]["tokenizer_config.json"])
+    assert config["tokenizer_class"] == "TokenizersBackend"
+    assert checkpoint["path_in_repo"] == "last-checkpoint" and "optimizer.pt" in checkpoint["files"]
+    for upload in Hub.uploads:
+        assert not any(b"hf_secret_token" in content for content in upload["files"].values())
+    assert not any(b"hf_secret_token" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models: Path, tmp_path: Path) -> None:
@@ -302,6 +391,19 @@ def test_tokens_are_made_once_when_teacher_and_student_tokenise_alike(
             assert len([n for n in calls if n == 8]) == expected  # query, positive, negative
             assert ("teacher" in batch["tct"]) is not shared
             assert torch.isfinite(trainer.compute_loss(student, batch))
+
+
+@pytest.mark.parametrize(("gap", "reported"), [(8.0, False), (30.0, True), (200.0, True)])
+def test_one_hot_means_that_float32_rounds_everything_else_away(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, gap: float, reported: bool
+) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(8))
+    scores = torch.tensor([[gap, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [False, True, False]])  # one candidate is no choice
+    with caplog.at_level(logging.WARNING, logger="tct_hf.trainer"):
+        trainer._check_teacher(scores, mask, 1.0)
+    assert any("one-hot" in r.message for r in caplog.records) is reported
 
 
 def test_one_hot_teacher_is_reported_with_the_temperature(

@@ -92,16 +92,14 @@ def check_evaluation(collection: Collection, measures: Sequence[str], depth: int
         depth: passages a query in the runs.
 
     Raises:
-        ValueError: an unknown measure, one with a cut-off below the depth of the runs, or an id with white space, which
-            a TREC run can't hold.
+        ValueError: an unknown measure, one with a cut-off below the depth of the runs, or an id with white space,
+            which a TREC run can't hold.
     """
     evaluate_run({}, {"query": {"passage": 1}}, measures)
     for measure in measures:
         cutoff = re.search(r"@(\d+)$", measure)
         if cutoff and int(cutoff.group(1)) > depth:
-            raise ValueError(
-                f"evaluation.depth is {depth}, too little for {measure}: make it {cutoff.group(1)} or more."
-            )
+            raise ValueError(f"evaluation.depth is {depth}, too little for {measure}: {cutoff.group(1)} or more.")
     for ids in (collection.corpus["id"], *(split.queries for split in collection.splits.values())):
         for name in ids:
             if not name or name.split() != [name]:
@@ -169,7 +167,7 @@ def quick_report(
         "",
         table([(system.title, evaluations["test"][system.key]) for system in systems], measures),
         "",
-        f"Encoded in {'bfloat16' if bf16 else 'float32'}. The TCT encodings keep {document_length} tokens of a passage.",
+        f"Encoded in {'bfloat16' if bf16 else 'float32'}; in TCT encoding a passage keeps {document_length} tokens.",
         *_remarks(evaluations, measures[0], base_model),
         "",
         "## What the student finds",
