@@ -13,6 +13,8 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util.distributed import all_gather_with_grad, get_world_size
 from torch import Tensor, nn
 
+from tct_hf.batching import padding_of, passes, stack_columns, take, token_lengths
+
 
 @dataclass
 class TeacherTargets:
@@ -283,8 +285,24 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         features = list(sentence_features)
         if self.mini_batch_size is not None:
             return self.forward_cached(features, labels)  # type: ignore[arg-type]
-        embeddings = [self.model(column)["sentence_embedding"] for column in features]
-        return self.compute_loss_from_embeddings(embeddings, labels)
+        queries = self.model(features[0])["sentence_embedding"]
+        return self.compute_loss_from_embeddings([queries, *self._embed_passages(features[1:])], labels)
+
+    def _embed_passages(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+        """`(queries, dim)` of each candidate column, passages of like length in one forward pass."""
+        merged = None if hasattr(self.model, "_orig_mod") else stack_columns(columns)
+        if merged is None:  # compiled for a few shapes, or not padded text: a pass a column
+            return [self.model(column)["sentence_embedding"] for column in columns]
+        lengths = token_lengths(merged)
+        groups = passes(lengths, len(lengths) * max(lengths), padding_of(merged["attention_mask"].device))
+        parts = []
+        for rows in groups:
+            index = torch.tensor(rows, device=merged["attention_mask"].device)
+            width = max(lengths[row] for row in rows)
+            part = {key: take(value, index, width) for key, value in merged.items()}
+            parts.append(self.model(part)["sentence_embedding"])
+        order = torch.tensor([row for rows in groups for row in rows], device=parts[0].device)
+        return list(torch.cat(parts)[order.argsort()].chunk(len(columns)))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

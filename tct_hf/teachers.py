@@ -13,6 +13,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.util.distributed import all_gather_padded
 from torch import Tensor
 
+from tct_hf.batching import pad_tokens, padding_of, passes, stack_columns, take, token_lengths
 from tct_hf.files import write_json_atomic
 
 Features = Mapping[str, Any]
@@ -21,12 +22,6 @@ TRAINING_FILE = "tct_teacher.json"
 
 # Texts that tokenisers treat differently: markers, punctuation, special tokens, and more words than any limit.
 _TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [SEP]", "word " * 40, "word " * 10_000]
-
-# How many tokens of padding a pass may hold before it pays to start another. On the CPU: 64 to 256 are alike for a
-# 6-layer MiniLM on 64 passages of up to 154 tokens, and half the time of one padded pass. Accelerators wait for the
-# launch of a pass's kernels, which costs the time of some thousands of tokens: an estimate, not a measurement.
-CPU_PADDING = 128
-ACCELERATOR_PADDING = 4096
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -197,22 +192,21 @@ class ColBERTTeacher(Teacher):
 
         Texts of like length go through the encoder together: padding is not computed.
         """
-        merged = _stack_columns(columns)
+        merged = stack_columns(columns)
         if merged is None:  # not padded text (packed for flash attention, images): a pass a column
             parts = [self._forward(column, side) for column in columns]
             width = max(vectors.shape[1] for vectors, _ in parts)
             return (
-                torch.cat([_pad_tokens(vectors, width) for vectors, _ in parts]),
-                torch.cat([_pad_tokens(mask, width) for _, mask in parts]),
+                torch.cat([pad_tokens(vectors, width) for vectors, _ in parts]),
+                torch.cat([pad_tokens(mask, width) for _, mask in parts]),
             )
-        lengths = _lengths(merged)
+        lengths = token_lengths(merged)
         mask = torch.zeros_like(merged["attention_mask"], dtype=torch.bool)
         embeddings: Tensor | None = None
-        padding = CPU_PADDING if mask.device.type == "cpu" else ACCELERATOR_PADDING
-        for rows in _passes(lengths, self.tokens_per_pass, padding):
+        for rows in passes(lengths, self.tokens_per_pass, padding_of(mask.device)):
             width = max(lengths[row] for row in rows)
             index = torch.tensor(rows, device=mask.device)
-            vectors, scored = self._forward({key: _take(value, index, width) for key, value in merged.items()}, side)
+            vectors, scored = self._forward({key: take(value, index, width) for key, value in merged.items()}, side)
             if embeddings is None:
                 embeddings = vectors.new_zeros(*mask.shape, vectors.shape[2])
             embeddings[index, :width] = vectors
@@ -241,58 +235,6 @@ class ColBERTTeacher(Teacher):
             return self.model.similarity(
                 queries, passages, a_mask=query_mask, b_mask=passage_mask, chunk_elements=self.chunk_elements
             ).float()
-
-
-def _pad_tokens(tensor: Tensor, width: int) -> Tensor:
-    padding = [0, 0] * (tensor.ndim - 2) + [0, width - tensor.shape[1]]
-    return torch.nn.functional.pad(tensor, padding)
-
-
-def _take(value: Any, rows: Tensor, width: int) -> Any:
-    return value[rows, :width] if isinstance(value, Tensor) and value.ndim == 2 else value
-
-
-def _stack_columns(columns: Sequence[Features]) -> dict[str, Any] | None:
-    """One padded batch of all columns' rows, or None where a tensor is not `(rows, tokens)` like the others."""
-    merged = dict(columns[0])
-    # Says the same of every row, in whatever form it comes.
-    keys = [key for key, value in merged.items() if isinstance(value, Tensor) and key != "prompt_length"]
-    for column in columns:
-        tensors = [value for key, value in column.items() if isinstance(value, Tensor) and key != "prompt_length"]
-        shape = column["attention_mask"].shape if "attention_mask" in column else None
-        if len(tensors) != len(keys) or any(key not in column for key in keys):
-            return None
-        if any(tensor.shape != shape or tensor.ndim != 2 for tensor in tensors):
-            return None
-    width = max(column["attention_mask"].shape[1] for column in columns)
-    return merged | {key: torch.cat([_pad_tokens(column[key], width) for column in columns]) for key in keys}
-
-
-def _lengths(features: Features) -> list[int]:
-    """Up to where each row has tokens, at least 1. Padding on the left counts: cutting it would move positions."""
-    used = features["attention_mask"].bool()
-    if "query_expansion_positions" in features:  # scored, though the encoder may not attend to them
-        used = used | features["query_expansion_positions"].bool()
-    ends = used * torch.arange(1, used.shape[1] + 1, device=used.device)
-    return ends.amax(1).clamp(min=1).tolist()
-
-
-def _passes(lengths: Sequence[int], budget: int, padding: int) -> list[list[int]]:
-    """Rows sorted by length and cut into passes of at most `budget` tokens, `padding` of them padding.
-
-    A single row may be longer than the budget.
-    """
-    passes: list[list[int]] = []
-    real = 0  # tokens of the last pass without its padding
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        longest = lengths[row]  # of the pass, were this row in it
-        padded = (len(passes[-1]) + 1) * longest if passes else 0
-        if not passes or padded > budget or padded - real - longest > padding:
-            passes.append([])
-            real = 0
-        passes[-1].append(row)
-        real += longest
-    return passes
 
 
 def _scale(value: Any) -> float:

@@ -19,7 +19,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
 
-    from tct_hf import ColBERTTeacher
+    from tct_hf import ColBERTTeacher, batching
     from tests.training import logged, make_trainer, triples
 
     class KeepGradients(TrainerCallback):
@@ -34,6 +34,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     streaming = settings.pop("streaming", False)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
     student = SentenceTransformer(str(models / settings.pop("student", "student")), device="cpu")
+    batching.CPU_PADDING = settings.pop("padding", batching.CPU_PADDING)
     rows: Any = triples(8, negatives=2)
     if settings.pop("two", False):  # of different widths: gathering across data sets would not even fit
         rows = DatasetDict(a=rows, b=triples(8, negatives=1).map(lambda row: {"query": "other " + row["query"]}))

@@ -34,6 +34,7 @@ def free_port() -> int:
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "many passes": {"padding": 3},  # another number of forward passes on each process
     "gradient cache": {"mini_batch_size": 3},
     # The teacher has tokens of its own, of other widths on each process.
     "separate tokens": {"student": "other"},

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tct_hf import ColBERTTeacher, build_student, student_from_teacher
-from tct_hf.teachers import TRAINING_FILE, _passes, has_bfloat16, read_training_scale, write_training_scale
+from tct_hf.batching import passes as cut_into_passes
+from tct_hf.teachers import TRAINING_FILE, has_bfloat16, read_training_scale, write_training_scale
 from tests.models import load_colbert, pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert, tiny_mpnet
 
 FORMATS = ["tct", "stanford", "pylate"]
@@ -475,7 +476,7 @@ def test_a_training_scale_that_is_none_is_not_written(tmp_path: Path, scale: Any
 def test_passes_hold_every_row_once_within_both_limits(budget: int, padding: int) -> None:
     generator = torch.Generator().manual_seed(budget + padding)
     lengths = torch.randint(1, 155, (100,), generator=generator).tolist()
-    passes = _passes(lengths, budget, padding)
+    passes = cut_into_passes(lengths, budget, padding)
     assert sorted(row for rows in passes for row in rows) == list(range(100))
     for rows in passes:
         tokens = len(rows) * max(lengths[row] for row in rows)
@@ -484,5 +485,5 @@ def test_passes_hold_every_row_once_within_both_limits(budget: int, padding: int
 
 
 def test_rows_of_one_length_are_one_pass_and_no_rows_are_none() -> None:
-    assert _passes([7] * 5, 100, 0) == [[0, 1, 2, 3, 4]]
-    assert _passes([], 100, 0) == []
+    assert cut_into_passes([7] * 5, 100, 0) == [[0, 1, 2, 3, 4]]
+    assert cut_into_passes([], 100, 0) == []

@@ -317,9 +317,11 @@ def test_a_push_in_training_holds_the_whole_student_and_no_token(
     from tct_hf import saving
 
     monkeypatch.setattr(saving, "HfApi", Hub)
-    monkeypatch.setattr(
-        "transformers.Trainer.init_hf_repo", lambda self, *a, **k: setattr(self, "hub_model_id", "me/it")
-    )
+
+    def no_network(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.hub_model_id, self.push_in_progress = "me/it", None
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", no_network)
     Hub.uploads.clear()
     student, teacher = load(models)
     trainer = make_trainer(
