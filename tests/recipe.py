@@ -68,6 +68,7 @@ student:
   training:{training}
 evaluation:
   depth: 20
+  measures: [RR@10, nDCG@10, R@20]
 """
     )
     return folder / "tiny.yaml"

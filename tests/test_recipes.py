@@ -121,7 +121,7 @@ def test_a_whole_run_reports_one_row_a_system_and_the_same_figures_as_json(
     for row, system in zip(rows, SYSTEMS, strict=True):
         shown = [cell.strip(" *") for cell in row.split("|")[2:-1]]
         measured = metrics["measured"]["test"][system]
-        assert shown == [f"{measured[name]['mean']:.3f}" for name in ("RR@10", "nDCG@10", "R@100")]
+        assert shown == [f"{measured[name]['mean']:.3f}" for name in ("RR@10", "nDCG@10", "R@20")]
     assert set(metrics["measured"]) == {"dev", "test"}
     assert report.count("Question: ") == 3
     assert report in runs["whole"].stdout
@@ -214,7 +214,7 @@ def test_the_student_without_a_teacher_is_refused_with_the_mend(
         ("--teacher.training.learning_rate=0.1", "teacher.training.learning_rate"),
         ("--student.training.temperature=2.0", "student.training.temperature"),
         ("--seed=14", "seed"),
-        ("--evaluation.depth=10", "evaluation.depth"),
+        ("--evaluation.depth=30", "evaluation.depth"),
     ],
 )
 def test_other_settings_in_the_same_output_are_refused_by_name_with_the_mend(
