@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from tct_hf import TeacherTargets, TightlyCoupledLoss, build_student
+from tct_hf import TeacherTargets, TightlyCoupledLoss, batching, build_student
 from tct_hf.losses import teacher_entropy
 from tests.models import tiny_bert
 from tests.test_coupled_loss import numpy_loss
@@ -70,6 +70,27 @@ def gradients(student: SentenceTransformer, loss: Tensor) -> dict[str, Tensor]:
 def embeddings(student: SentenceTransformer, negatives: int) -> list[np.ndarray]:
     encoded = [student.encode_query(QUERIES)]
     return encoded + [student.encode_document(passages(column)) for column in range(1 + negatives)]
+
+
+@pytest.mark.parametrize("padding", [0, 6, 40])
+def test_passes_of_like_length_change_neither_loss_nor_gradients(
+    student: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, padding: int
+) -> None:
+    loss = TightlyCoupledLoss(student, temperature=0.7)
+    widths: list[int] = []
+    hook = student.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0]["input_ids"].shape[1]))
+    results = []
+    for limit in (10**9, padding):
+        monkeypatch.setattr(batching, "CPU_PADDING", limit)
+        widths.clear()
+        value = total(loss(features(student, 2), targets(2)))
+        results.append((value.item(), gradients(student, value), len(widths)))
+    hook.remove()
+    (whole, whole_gradients, one_pass), (value, found, many) = results
+    assert one_pass == 2 < many  # queries, passages
+    assert value == pytest.approx(whole, abs=1e-6)
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("negatives", [0, 1, 3])
