@@ -138,6 +138,7 @@ def main(settings: Settings) -> None:
             with stages.stage("student"):
                 train_student(settings, collection, output, base, of_student, teacher)
     # One process searches; the others are done, and wait at no barrier that could time out.
+    state.destroy_process_group()
     if "evaluate" in settings.stages and state.is_main_process:
         with stages.stage("evaluate"):
             evaluate(settings, collection, output, of_runs(settings, of_student, teacher), teacher)

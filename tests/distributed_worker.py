@@ -60,3 +60,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for name, case in json.loads(sys.argv[3]).items():
         main(Path(sys.argv[1]), Path(sys.argv[2]) / name, case)
+    from accelerate import PartialState
+
+    # Left to the interpreter's end, the group's threads may abort the process.
+    PartialState().destroy_process_group()
