@@ -119,6 +119,8 @@ class ColBERTTeacher(Teacher):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         path = str(model) if isinstance(model, (str, Path)) else None
+        if path is not None:
+            _refuse_single_vectors(path)
         loaded = MultiVectorEncoder(path) if path is not None else model
         if not isinstance(loaded, MultiVectorEncoder):
             raise ValueError(
@@ -140,11 +142,17 @@ class ColBERTTeacher(Teacher):
         # The vocabulary too: two of one family may agree on the probes and differ in a few words.
         self.shares_tokens = self.model.tokenizer.get_vocab() == student.tokenizer.get_vocab() and all(
             self._same_tokens(
-                self._preprocess(_TOKEN_PROBES, side),
-                student.preprocess(_TOKEN_PROBES, prompt=student.prompts.get(side), task=side),
+                self._preprocess(probes, side),
+                student.preprocess(probes, prompt=student.prompts.get(side), task=side),
             )
-            for side in ("query", "document")
+            for side, probes in (("query", self._query_probes(student)), ("document", _TOKEN_PROBES))
         )
+
+    def _query_probes(self, student: SentenceTransformer) -> list[str]:
+        # Expanded queries show their length without a text that fills it, of which sentence-transformers warns once.
+        expanded = [getattr(model[0], "query_expansion", None) for model in (self.model, student)]
+        fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
+        return _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES
 
     @staticmethod
     def _same_tokens(mine: Features, other: Features) -> bool:
@@ -235,6 +243,20 @@ class ColBERTTeacher(Teacher):
             return self.model.similarity(
                 queries, passages, a_mask=query_mask, b_mask=passage_mask, chunk_elements=self.chunk_elements
             ).float()
+
+
+def _refuse_single_vectors(name_or_path: str) -> None:
+    """sentence-transformers would make an untrained ColBERT of a SentenceTransformer, a student for instance."""
+    from sentence_transformers.util import load_file_path
+
+    config = load_file_path(name_or_path, "config_sentence_transformers.json")
+    if config is None:
+        return
+    if json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == "SentenceTransformer":
+        raise ValueError(
+            f"{name_or_path} is a SentenceTransformer, one vector a text, and no ColBERT: name the folder or Hub id "
+            "of a multi-vector model (beside a student of the recipe that is the folder teacher)."
+        )
 
 
 def _scale(value: Any) -> float:

