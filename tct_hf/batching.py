@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,3 +74,21 @@ def passes(lengths: Sequence[int], budget: int, padding: int) -> list[list[int]]
         made[-1].append(row)
         real += longest
     return made
+
+
+def parts_of_like_length(merged: Features, budget: int | None = None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Cut a padded batch into passes.
+
+    Args:
+        merged: of :func:`stack_columns`.
+        budget: tokens a pass may hold; None for no limit but padding.
+
+    Yields:
+        Row numbers `(rows,)` and the features of these rows, cut to the longest of them.
+    """
+    lengths = token_lengths(merged)
+    device = merged["attention_mask"].device
+    for rows in passes(lengths, budget or len(lengths) * max(lengths), padding_of(device)):
+        index = torch.tensor(rows, device=device)
+        width = max(lengths[row] for row in rows)
+        yield index, {key: take(value, index, width) for key, value in merged.items()}

@@ -13,7 +13,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util.distributed import all_gather_with_grad, get_world_size
 from torch import Tensor, nn
 
-from tct_hf.batching import padding_of, passes, stack_columns, take, token_lengths
+from tct_hf.batching import parts_of_like_length, stack_columns
 
 
 @dataclass
@@ -293,16 +293,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         merged = None if hasattr(self.model, "_orig_mod") else stack_columns(columns)
         if merged is None:  # compiled for a few shapes, or not padded text: a pass a column
             return [self.model(column)["sentence_embedding"] for column in columns]
-        lengths = token_lengths(merged)
-        groups = passes(lengths, len(lengths) * max(lengths), padding_of(merged["attention_mask"].device))
-        parts = []
-        for rows in groups:
-            index = torch.tensor(rows, device=merged["attention_mask"].device)
-            width = max(lengths[row] for row in rows)
-            part = {key: take(value, index, width) for key, value in merged.items()}
-            parts.append(self.model(part)["sentence_embedding"])
-        order = torch.tensor([row for rows in groups for row in rows], device=parts[0].device)
-        return list(torch.cat(parts)[order.argsort()].chunk(len(columns)))
+        parts = [(rows, self.model(part)["sentence_embedding"]) for rows, part in parts_of_like_length(merged)]
+        order = torch.cat([rows for rows, _ in parts])
+        return list(torch.cat([vectors for _, vectors in parts])[order.argsort()].chunk(len(columns)))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

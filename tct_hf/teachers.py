@@ -13,7 +13,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.util.distributed import all_gather_padded
 from torch import Tensor
 
-from tct_hf.batching import pad_tokens, padding_of, passes, stack_columns, take, token_lengths
+from tct_hf.batching import pad_tokens, parts_of_like_length, stack_columns
 from tct_hf.files import write_json_atomic
 
 Features = Mapping[str, Any]
@@ -208,13 +208,11 @@ class ColBERTTeacher(Teacher):
                 torch.cat([pad_tokens(vectors, width) for vectors, _ in parts]),
                 torch.cat([pad_tokens(mask, width) for _, mask in parts]),
             )
-        lengths = token_lengths(merged)
         mask = torch.zeros_like(merged["attention_mask"], dtype=torch.bool)
         embeddings: Tensor | None = None
-        for rows in passes(lengths, self.tokens_per_pass, padding_of(mask.device)):
-            width = max(lengths[row] for row in rows)
-            index = torch.tensor(rows, device=mask.device)
-            vectors, scored = self._forward({key: take(value, index, width) for key, value in merged.items()}, side)
+        for index, part in parts_of_like_length(merged, self.tokens_per_pass):
+            vectors, scored = self._forward(part, side)
+            width = scored.shape[1]
             if embeddings is None:
                 embeddings = vectors.new_zeros(*mask.shape, vectors.shape[2])
             embeddings[index, :width] = vectors
