@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import DatasetCard
+
+from tct_hf import BM25Index, DenseIndex, build_student, release, save_student
+from tct_hf.hub import CardFacts, HubError
+from tct_hf.retrieval.encode import describe_model
+from tests.loopback_hub import LoopbackHub
+from tests.models import tiny_bert
+from tests.training import PASSAGES, QUERIES
+
+FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
+IDS = [f"p{row}" for row in range(len(PASSAGES))]
+
+
+@pytest.fixture
+def index(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenseIndex:
+    """An index of a student that is on the Hub."""
+    monkeypatch.setattr("tct_hf.checkpoints.validate_checkpoint", lambda path: None)
+    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64)
+    release(save_student(student, tmp_path / "student"), "tester/student", facts=FACTS)
+    built_by = describe_model(student, "tester/student")["model"]
+    return DenseIndex.build(student.encode_document(PASSAGES), IDS, built_by=built_by)
+
+
+def test_a_dense_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub, index: DenseIndex) -> None:
+    pushed = index.push_to_hub("tester/index", license="mit", tag="v1.0", passages="tester/passages")
+    commit = hub.repo("tester/student").branches["main"]
+    back = DenseIndex.from_hub("tester/index", revision="v1.0")
+    assert back.built_by is not None and back.built_by["revision"] == commit
+    queries = back.load_model(device="cpu").encode_query(QUERIES)
+    (ids, scores), (expected, values) = back.search(queries, 5), index.search(queries, 5)
+    assert ids == expected and all(np.array_equal(a, b) for a, b in zip(scores, values, strict=True))
+    card = hub.files("tester/index", kind="datasets")["README.md"].decode()
+    DatasetCard(card).validate(repo_type="dataset")
+    assert commit in card and 'DenseIndex.from_hub("tester/index", revision="v1.0")' in card
+    assert pushed.url.endswith("/datasets/tester/index") and "index.faiss" in pushed.sent
+    assert index.built_by is not None and "revision" not in index.built_by  # the one in memory is as it was
+
+
+def test_the_model_is_pinned_where_it_moves_on(hub: LoopbackHub, index: DenseIndex, tmp_path: Path) -> None:
+    index.push_to_hub("tester/index", license="mit")
+    other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), document_length=64)
+    release(save_student(other, tmp_path / "next"), "tester/student", facts=FACTS)
+    model = DenseIndex.from_hub("tester/index").load_model(device="cpu")
+    assert describe_model(model)["model"]["weights_sha256"] == (index.built_by or {})["weights_sha256"]
+    with pytest.raises(ValueError, match="but the index was built by"):
+        index.push_to_hub("tester/index", license="mit")
+    with pytest.raises(ValueError, match="their vectors don't compare"):
+        DenseIndex.from_hub("tester/index", model=other)
+
+
+def test_an_index_of_passages_encoded_otherwise_is_not_pinned_to_the_model(index: DenseIndex) -> None:
+    assert index.built_by is not None
+    index.built_by = {**index.built_by, "encoding": {**index.built_by["encoding"], "prompt": "another"}}
+    with pytest.raises(
+        ValueError, match=r"model_revision .*: the index: built by 'tester/student' with another prompt"
+    ):
+        index.push_to_hub("tester/index", license="mit")
+
+
+def test_an_index_pushed_again_sends_what_has_changed(hub: LoopbackHub, index: DenseIndex) -> None:
+    first = index.push_to_hub("tester/index", license="mit")
+    again = index.push_to_hub("tester/index", license="mit")
+    assert again.sent == [] and again.commit == first.commit
+    index.add(index._engine.reconstruct_n(0, 1) * 0.5, ["new"])
+    changed = index.push_to_hub("tester/index", license="mit")
+    assert "index.faiss" in changed.sent and len(DenseIndex.from_hub("tester/index")) == len(PASSAGES) + 1
+
+
+def test_an_index_nobody_could_search_is_refused(hub: LoopbackHub, index: DenseIndex) -> None:
+    index.built_by = {"id": "/tmp/student", "weights_sha256": "0" * 64}
+    with pytest.raises(ValueError, match="push that model first"):
+        index.push_to_hub("tester/index", license="mit")
+    with pytest.raises(HubError, match="no such repository"):
+        index.push_to_hub("tester/index", license="mit", model_id="tester/none")
+    index.built_by = None
+    with pytest.raises(ValueError, match="does not say which model built it"):
+        index.load_model()
+    with pytest.raises(ValueError, match="license: an index on the Hub needs one"):
+        index.push_to_hub("tester/index", license="", model_id="tester/student")
+    assert ("datasets", "tester/index") not in hub.repos
+
+
+def test_a_revision_that_can_not_be_checked_has_to_be_given(hub: LoopbackHub, index: DenseIndex) -> None:
+    index.built_by = {"id": "tester/student"}
+    with pytest.raises(ValueError, match=r"model_revision: the index does not record .*name the commit"):
+        index.push_to_hub("tester/index", license="mit")
+    commit = hub.repo("tester/student").branches["main"]
+    index.push_to_hub("tester/index", license="mit", model_revision=commit)
+    card = hub.files("tester/index", kind="datasets")["README.md"].decode()
+    assert f"`{commit}` (given by who pushed the index, not checked)" in card
+
+
+def test_a_bm25_index_comes_back(hub: LoopbackHub, tmp_path: Path) -> None:
+    index = BM25Index.build(PASSAGES, IDS, k1=1.2)
+    index.push_to_hub("tester/words", license="mit", private=True)
+    back = BM25Index.from_hub("tester/words", mmap=True)
+    assert back.settings["k1"] == 1.2
+    assert back.run({"q": QUERIES[0]}, 5) == index.run({"q": QUERIES[0]}, 5)
+    assert hub.repo("tester/words", "datasets").private
+    with pytest.raises(FileNotFoundError, match="no dense index here"):
+        DenseIndex.from_hub("tester/words")
+
+
+def test_an_altered_download_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
+    from tests.loopback_hub import Blob
+
+    BM25Index.build(PASSAGES, IDS).push_to_hub("tester/words", license="mit")
+    repo = hub.repo("tester/words", "datasets")
+    files = repo.commits[repo.branches["main"]].files
+    files["ids.json"] = Blob(files["ids.json"].content.replace(b"p0", b"p9"), False)
+    with pytest.raises(ValueError, match=r"ids\.json: altered since it was saved"):
+        BM25Index.from_hub("tester/words")
+
+
+def test_an_index_of_another_encoder_comes_back_with_it(hub: LoopbackHub, tmp_path: Path) -> None:
+    from huggingface_hub import HfApi
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf.retrieval.encode import describe_model
+    from tests.hub.models import dual_encoder
+
+    HfApi().create_repo("tester/dual")
+    HfApi().upload_folder(repo_id="tester/dual", folder_path=dual_encoder(tmp_path / "dual"))
+    model = SentenceTransformer("tester/dual", device="cpu")
+    vectors = model.encode(["a passage", "another"])
+    built = DenseIndex.build(vectors, ["a", "b"], built_by=describe_model(model, "tester/dual")["model"])
+    built.push_to_hub("tester/dual-index", license="mit")
+    back = DenseIndex.from_hub("tester/dual-index").load_model(device="cpu")
+    assert (back.encode(["a passage", "another"]) == vectors).all()

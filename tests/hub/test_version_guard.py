@@ -1,0 +1,73 @@
+"""A checkpoint of ours in older versions of sentence-transformers, installed for real: an error or right vectors."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tct_hf import build_student, save_student
+from tests.models import tiny_bert
+
+TEXTS = ["what is a dense teacher", "the student of a query: tokens!", "retrieval " * 60]
+
+SCRIPT = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], device="cpu")
+texts = json.loads(sys.argv[2])
+queries = model.encode_query(texts) if hasattr(model, "encode_query") else model.encode(texts, prompt_name="query")
+print(json.dumps([queries.tolist(), model.encode(texts).tolist()]))
+"""
+
+# A model of that version's own making: what fails for a student must not fail for everything.
+CONTROL = """
+import sys
+from pathlib import Path
+from sentence_transformers import SentenceTransformer, models
+from transformers import BertConfig, BertModel, BertTokenizerFast
+path = Path(sys.argv[1])
+path.mkdir()
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "text"]
+(path / "vocab.txt").write_text("\\n".join(words))
+BertTokenizerFast(str(path / "vocab.txt")).save_pretrained(path / "base")
+small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+BertModel(BertConfig(vocab_size=len(words), **small)).save_pretrained(path / "base")
+transformer = models.Transformer(str(path / "base"))
+pooling = models.Pooling(transformer.get_word_embedding_dimension())
+SentenceTransformer(modules=[transformer, pooling], device="cpu").save(str(path / "model"))
+assert SentenceTransformer(str(path / "model"), device="cpu").encode(["a text"]).shape == (1, 8)
+"""
+# A tokenizer class or modules that it has not got, or the requirement that it reads.
+REASON = r"TokenizersBackend|No module named 'sentence_transformers\.|sentence[-_]transformers.*>=\s*6"
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("version", ["3.4.1", "5.1.2"])
+@pytest.mark.parametrize("augmented", [True, False])
+def test_an_old_version_fails_loudly_or_gives_the_right_vectors(tmp_path: Path, version: str, augmented: bool) -> None:
+    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64, query_augmentation=augmented)
+    path = save_student(student, tmp_path / "student")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "old")], check=True)
+    python = tmp_path / "old" / "bin" / "python"
+    wanted = [f"sentence-transformers=={version}", "transformers<5", "torch==2.13.0", "numpy"]
+    installed = subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True
+    )
+    if installed.returncode:
+        pytest.skip(f"the wheels can't be had here: {installed.stderr.strip().splitlines()[-1]}")
+    control = subprocess.run([str(python), "-c", CONTROL, str(tmp_path / "control")], capture_output=True, text=True)
+    assert control.returncode == 0, control.stderr
+    done = subprocess.run([str(python), "-c", SCRIPT, str(path), json.dumps(TEXTS)], capture_output=True, text=True)
+    if done.returncode:
+        assert re.search(REASON, done.stderr), done.stderr
+        return
+    queries, passages = (np.array(vectors) for vectors in json.loads(done.stdout.splitlines()[-1]))
+    assert np.abs(queries - student.encode_query(TEXTS)).max() < 1e-4
+    assert np.abs(passages - student.encode_document(TEXTS)).max() < 1e-4
