@@ -28,6 +28,14 @@ class SettingField:
     default: Any  # dataclasses.MISSING when the setting must be given
 
 
+# Settings are written beside every result and released with it.
+SECRETS = ("hub_token",)
+NO_SECRETS = (
+    "is a secret, and settings are written into every result: leave it out, and set HF_TOKEN or log in with "
+    "`hf auth login`."
+)
+
+
 def fields_of(schema: type) -> dict[str, SettingField]:
     """Return the settable fields of a dataclass by name."""
     hints = typing.get_type_hints(schema)
@@ -253,6 +261,8 @@ def _coerce_keys_of(node: Node, field: SettingField, name: str) -> Any:
     for key, item in node.value.items():
         if key not in allowed:
             raise unknown_setting(item.where, key, name + ".", allowed)
+        if key in SECRETS:
+            raise SettingsError(f'{item.where}: "{name}.{key}" {NO_SECRETS}')
         values[key] = _coerce(item, allowed[key], f"{name}.{key}")
     return values
 

@@ -8,7 +8,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,31 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
         aside.unlink(missing_ok=True)
         raise
     return final
+
+
+@contextmanager
+def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name to write a file under that takes its own when the block ends well; otherwise nothing is left.
+
+    Args:
+        path: the file; missing parent directories are made, a file already there is replaced.
+
+    Yields:
+        A path in the same folder.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    final = Path(os.path.realpath(path))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, final)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
@@ -117,6 +143,25 @@ def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) 
     if aside.exists():
         shutil.rmtree(aside)
     return target
+
+
+@contextmanager
+def staging_beside(final: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside a folder to write its new content under; what is still there at the end is removed.
+
+    Args:
+        final: the folder that :func:`replace_dir` will put in place; missing parent directories are made.
+
+    Yields:
+        A path at which there is nothing yet.
+    """
+    target = Path(os.path.realpath(final))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # What a stage writes beside its result: the settings that made it, and the log of its training.

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from tct_hf.data.beir import load_beir as load_beir
     from tct_hf.data.builtin import builtin_corpus as builtin_corpus
     from tct_hf.data.builtin import builtin_fingerprint as builtin_fingerprint
+    from tct_hf.data.mining import MiningCounts as MiningCounts
+    from tct_hf.data.mining import mine_triples as mine_triples
     from tct_hf.data.negatives import bm25_triples as bm25_triples
     from tct_hf.data.row_parsing import SkippedRows as SkippedRows
     from tct_hf.data.triples import load_triples as load_triples
@@ -18,6 +20,8 @@ _PUBLIC = {
     "builtin_fingerprint": "builtin",
     "load_beir": "beir",
     "bm25_triples": "negatives",
+    "mine_triples": "mining",
+    "MiningCounts": "mining",
     "load_triples": "triples",
     "SkippedRows": "row_parsing",
 }

@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tct_hf.data.beir_format import Qrels, check_passages, check_queries, prepare_corpus, read_qrels, read_records
+from tct_hf.data.beir_format import (
+    MissingSplitError,
+    Qrels,
+    check_passages,
+    check_queries,
+    prepare_corpus,
+    read_qrels,
+    read_records,
+)
 from tct_hf.data.cache import default_cache_dir
 
 if TYPE_CHECKING:
@@ -35,7 +43,8 @@ def load_beir(
         judgements {query id: {passage id: relevance}}, both in the order of the judgements.
 
     Raises:
-        FileNotFoundError: a missing folder, file or split; the message lists what there is.
+        FileNotFoundError: a missing folder or file, and `MissingSplitError` for a split; the message lists what
+            there is.
         ValueError: a malformed file, named with its line, or a split without positives.
         OSError: the cache can't be written, or the Hub not be reached.
     """
@@ -52,20 +61,54 @@ def load_beir(
     raise FileNotFoundError(f"{folder}: no such folder, and not a Hub id (owner/name) either; give the right path")
 
 
+def load_beir_corpus(
+    path_or_hub_id: str | Path, *, allow_empty: bool = False, cache_dir: str | Path | None = None
+) -> Dataset:
+    """Load the passages alone of a collection in the BEIR layout: queries and judgements may be missing.
+
+    Args:
+        path_or_hub_id: as in `load_beir`.
+        allow_empty: likewise.
+        cache_dir: likewise.
+
+    Returns:
+        The corpus (memory-mapped, columns id and text).
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `load_beir`.
+    """
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = Path(path_or_hub_id)
+    if folder.is_dir():
+        return _load_corpus(_find(folder, "corpus.jsonl"), allow_empty, cache)
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the folder that holds corpus.jsonl")
+    if isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id):
+        from tct_hf.data.beir_hub import load_corpus_from_hub
+
+        return load_corpus_from_hub(path_or_hub_id, allow_empty=allow_empty, cache_dir=cache)
+    raise FileNotFoundError(f"{folder}: no such folder, and not a Hub id (owner/name) either; give the right path")
+
+
 def _load_folder(folder: Path, split: str, allow_empty: bool, cache: Path) -> tuple[Dataset, dict[str, str], Qrels]:
     corpus_file = _find(folder, "corpus.jsonl")
+    qrels_file = _find_split(folder, split)
     queries_file = _find(folder, "queries.jsonl")
-    qrels, places = read_qrels(_find_split(folder, split))
+    qrels, places = read_qrels(qrels_file)
     queries = check_queries(read_records(queries_file, title=False), qrels, places, str(queries_file))
-    stat = corpus_file.stat()
-    corpus = prepare_corpus(
-        lambda: read_records(corpus_file, title=True, allow_empty=allow_empty),
-        str(corpus_file),
-        cache,
-        [str(corpus_file.resolve()), stat.st_size, stat.st_mtime_ns, allow_empty],
-    )
+    corpus = _load_corpus(corpus_file, allow_empty, cache)
     check_passages(corpus, qrels, places, str(corpus_file))
     return corpus, queries, qrels
+
+
+def _load_corpus(file: Path, allow_empty: bool, cache: Path) -> Dataset:
+    stat = file.stat()
+    return prepare_corpus(
+        lambda: read_records(file, title=True, allow_empty=allow_empty),
+        str(file),
+        cache,
+        [str(file.resolve()), stat.st_size, stat.st_mtime_ns, allow_empty],
+    )
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -81,6 +124,6 @@ def _find_split(folder: Path, split: str) -> Path:
         if path.is_file():
             return path
     splits = sorted({path.name.split(".tsv")[0] for path in (folder / "qrels").glob("*.tsv*")})
-    raise FileNotFoundError(
+    raise MissingSplitError(
         f"{folder / 'qrels'}: no {split}.tsv or {split}.tsv.gz; splits there: {', '.join(splits) or 'none'}"
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.cache import build_once, read_corpus, write_corpus
+from tct_hf.data.row_parsing import BadRow, byte_lines, decode, parse_json_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +22,10 @@ Records = Iterable[tuple[str, str, str]]
 # Part of the cache key: raise it when the prepared form of the same source changes.
 _FORMAT = 1
 HEADER = ["query-id", "corpus-id", "score"]
+
+
+class MissingSplitError(FileNotFoundError):
+    """A collection is there, but has no judgements of the split that was asked for."""
 
 
 def read_qrels(path: str | Path) -> tuple[Qrels, dict[str, str]]:
@@ -40,11 +43,14 @@ def read_qrels(path: str | Path) -> tuple[Qrels, dict[str, str]]:
     path = Path(path)
     qrels: Qrels = {}
     lines: dict[str, str] = {}
-    for number, line in _lines(path):
-        fields = line.rstrip("\r\n").split("\t")
+    for number, line in byte_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            fields = decode(line).split("\t")
+        except BadRow as error:
+            raise ValueError(error.at(place)) from None
         if (number == 1 and fields == HEADER) or fields == [""]:
             continue
-        place = f"{path}, line {number}"
         if len(fields) != 3:
             raise ValueError(
                 f"{place}: {len(fields)} fields where 3 separated by tabs are needed (query-id, corpus-id, score)"
@@ -225,18 +231,17 @@ def read_records(path: Path, *, title: bool, allow_empty: bool = False) -> Itera
         ("file, line n", id, text).
 
     Raises:
-        ValueError: see `check_record`; also a line that is no JSON object, not UTF-8, or a broken .gz.
+        ValueError: see `check_record`; also a line that is no JSON object or has a key twice, not UTF-8, or a broken
+            .gz.
     """
-    for number, line in _lines(path):
+    for number, line in byte_lines(path):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: not JSON ({error}); each line must be one JSON object") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{place}: a JSON {type(record).__name__} where an object with _id and text is needed")
+            record = parse_json_line(line)
+        except BadRow as error:
+            raise ValueError(error.at(place)) from None
         yield check_record(record, place, title=title, allow_empty=allow_empty)
 
 
@@ -263,7 +268,9 @@ def check_record(record: Mapping[str, Any], place: str, *, title: bool, allow_em
         record_id = str(record_id)
     if not isinstance(record_id, str) or not record_id:
         raise ValueError(f"{place}: _id is {record_id!r}; it must be a string that is not empty")
-    parts = [record.get("title") or "", record["text"]] if title else [record["text"]]
+    # A title may be null, as in data sets where only some have one.
+    titles = [record["title"]] if title and record.get("title") is not None else []
+    parts = [*titles, record["text"]]
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"{place}: title and text must be strings")
     text = " ".join(part.strip() for part in parts if part.strip())
@@ -279,21 +286,3 @@ def check_record(record: Mapping[str, Any], place: str, *, title: bool, allow_em
         )
         raise ValueError(f"{place}: the text of {record_id!r} is empty{mend}")
     return place, record_id, text
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as raw:
-            for number, line in enumerate(raw, start=1):
-                try:
-                    # Some editors put a byte order mark at the start.
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-                    ) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}, after line {number}: broken .gz ({error}); copy or download the file again"
-        ) from error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tct_hf.data.beir_format import (
     HEADER,
+    MissingSplitError,
     Qrels,
     add_judgement,
     check_passages,
@@ -39,7 +40,7 @@ def load_beir_from_hub(
         As `load_beir`.
 
     Raises:
-        FileNotFoundError: the data set, a configuration or the split is not there.
+        FileNotFoundError: the data set or a configuration is not there; `MissingSplitError`: the split is not.
         ValueError: malformed rows.
         OSError: the Hub can't be reached.
     """
@@ -62,13 +63,18 @@ def load_beir_from_hub(
     check_positives(qrels, source)
     source = f"{hub_id} (queries)"
     queries = check_queries(_records(_load_part(hub_id, "queries"), source, False, False), qrels, places, source)
+    corpus = load_corpus_from_hub(hub_id, allow_empty=allow_empty, cache_dir=cache)
+    check_passages(corpus, qrels, places, f"{hub_id} (corpus)")
+    return corpus, queries, qrels
+
+
+def load_corpus_from_hub(hub_id: str, *, allow_empty: bool, cache_dir: Path) -> Dataset:
+    """Load the passages alone; see `load_beir_from_hub`."""
     source = f"{hub_id} (corpus)"
     rows = _load_part(hub_id, "corpus")
-    corpus = prepare_corpus(
-        lambda: _records(rows, source, True, allow_empty), source, cache, [hub_id, rows._fingerprint, allow_empty]
+    return prepare_corpus(
+        lambda: _records(rows, source, True, allow_empty), source, cache_dir, [hub_id, rows._fingerprint, allow_empty]
     )
-    check_passages(corpus, qrels, places, source)
-    return corpus, queries, qrels
 
 
 def _records(rows: Dataset, source: str, title: bool, allow_empty: bool) -> Iterator[tuple[str, str, str]]:
@@ -96,9 +102,12 @@ def _load_qrels(hub_id: str, split: str) -> tuple[Dataset, str]:
         parts = _reach(hub_id, lambda: load_dataset(hub_id, own[0]))
     else:
         source = f"{hub_id}-qrels"
-        parts = _reach(source, lambda: load_dataset(source))
+        try:
+            parts = _reach(source, lambda: load_dataset(source))
+        except FileNotFoundError as error:
+            raise MissingSplitError(str(error)) from error
     if split not in parts:
-        raise FileNotFoundError(f"{source}: no split {split!r}; splits there: {', '.join(parts)}")
+        raise MissingSplitError(f"{source}: no split {split!r}; splits there: {', '.join(parts)}")
     return parts[split], source
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tct_hf.data.near_duplicates import folded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,12 +38,14 @@ class Collection:
         corpus: columns id and text.
         splits: by the name of their use: "train", "test" and, where there is one, "dev".
         fingerprint: JSON-ready, says which texts and judgements results belong to.
+        questions: query id to text, of questions that nobody has judged.
     """
 
     name: str
     corpus: Dataset
     splits: dict[str, Split]
     fingerprint: dict[str, Any]
+    questions: dict[str, str] = field(default_factory=dict)
     _index: BM25Index | None = None
 
     def bm25(self) -> BM25Index:
@@ -51,30 +56,210 @@ class Collection:
             self._index = BM25Index.build(self.corpus["text"], self.corpus["id"])
         return self._index
 
-    def triples(self, *, num_negatives: int, depth: int, seed: int) -> Dataset:
-        """Training triples with BM25 negatives that are no known positives; see `bm25_triples`."""
+    def triples(
+        self, *, num_negatives: int, depth: int, seed: int, labels: float = 1.0, unlabelled: bool = False
+    ) -> Dataset:
+        """Training triples with BM25 negatives that are no known positives; see `bm25_triples`.
+
+        Args:
+            num_negatives: negatives a row.
+            depth: BM25 ranks they are sampled from.
+            seed: of the sample.
+            labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
+            unlabelled: also give rows of the other train queries and of `questions`, without labels.
+
+        Raises:
+            ValueError: there is nothing to train on.
+        """
         from tct_hf.data.negatives import bm25_triples
 
-        train = self.splits["train"]
+        train = self.splits.get("train", Split({}, {}))
+        labelled = set(_share(train.queries, labels))
+        others: dict[str, str] = {}
+        if unlabelled:
+            others = {name: text for name, text in train.queries.items() if name not in labelled}
+            others.update(self.questions)
+        if not labelled and not others:
+            raise ValueError(
+                f"{self.name}: no train query has a label (data.labels is {labels}), and "
+                + (
+                    "there is no question without one either: give a file of them as data.questions."
+                    if unlabelled
+                    else "unlabelled questions are not asked for: set data.unlabelled, or raise data.labels."
+                )
+            )
         return bm25_triples(
             self.corpus,
             train.queries,
-            train.qrels,
+            self.labelled(labels),
             num_negatives=num_negatives,
             depth=depth,
             seed=seed,
             index=self.bm25(),
+            unlabelled=others,
         )
+
+    def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
+        """Judgements of the train queries, query id to passage id to grade.
+
+        Args:
+            labels: share of the queries whose judgements are used, 0 to 1; the same ones whatever the seed.
+        """
+        train = self.splits.get("train", Split({}, {}))
+        kept = set(_share(train.queries, labels))
+        return {name: grades for name, grades in train.qrels.items() if name in kept}
+
+    def part(self, *, passages: int | None = None, queries: int | None = None) -> Collection:
+        """A smaller collection, for a quick comparison: easier to search, so its figures stand for itself alone.
+
+        Args:
+            passages: keep this many: all that are judged relevant to a query that is kept, the rest drawn by a hash
+                of the id. All when None.
+            queries: keep at most this many of each split, drawn likewise. All when None.
+
+        Raises:
+            ValueError: the relevant passages alone are more.
+        """
+        if passages is None and queries is None:
+            return self
+        splits = {}
+        for use, split in self.splits.items():
+            kept = set(sorted(split.queries, key=_place)[:queries])
+            splits[use] = Split(
+                {name: text for name, text in split.queries.items() if name in kept},
+                {name: grades for name, grades in split.qrels.items() if name in kept},
+            )
+        corpus = self.corpus
+        if passages is not None and passages < len(corpus):
+            ids = corpus["id"][:]
+            judged = [grades for split in splits.values() for grades in split.qrels.values()]
+            positives = {name for grades in judged for name, grade in grades.items() if grade > 0}
+            if len(positives) > passages:
+                raise ValueError(
+                    f"A part of {passages} passages can't hold the {len(positives)} that are relevant to the queries "
+                    "kept: raise data.max_passages (curve.passages for the figures on dev during training), or lower "
+                    "data.max_queries (curve.queries)."
+                )
+            kept = set(sorted(ids, key=lambda name: (name not in positives, _place(name)))[:passages])
+            corpus = corpus.select([row for row, name in enumerate(ids) if name in kept])
+            splits = {use: Split(split.queries, _within(split.qrels, kept)) for use, split in splits.items()}
+        name = f"{self.name}, a part"
+        return Collection(name, corpus, splits, _fingerprint(corpus, splits), self.questions)
+
+    def hold_out_dev(self, share: float) -> None:
+        """Take a share of the train queries, drawn by a hash of the id, for dev where there is no dev split.
+
+        Args:
+            share: 0 to 1.
+        """
+        if "dev" in self.splits or not share:
+            return
+        train = self.splits["train"]
+        held_out = set(_share(train.queries, share))
+        for use, inside in (("dev", True), ("train", False)):
+            self.splits[use] = Split(
+                {name: text for name, text in train.queries.items() if (name in held_out) is inside},
+                {name: grades for name, grades in train.qrels.items() if (name in held_out) is inside},
+            )
+        if "test" in self.splits:
+            self.splits["test"] = self.splits.pop("test")  # shown in the order train, dev, test
+        self.fingerprint = {**self.fingerprint, "dev_share": share}
+
+    def add_questions(self, path: str | Path) -> None:
+        """Read a file of questions without judgements, one a line (plain text, UTF-8); they join the fingerprint.
+
+        Args:
+            path: the file. Blank lines, repeated questions and the queries of the splits are left out, whatever their
+                case and punctuation: those of dev and test must not be trained on, judged or not, and those of train
+                add nothing.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not UTF-8, or no question at all that is not left out.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file of questions; give data.questions the right path")
+        content = path.read_bytes()
+        try:
+            lines = content.decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        there = {folded(text) for split in self.splits.values() for text in split.queries.values()}
+        # Of questions that differ in case and punctuation alone, the first.
+        first: dict[str, str] = {}
+        for question in lines:
+            if text := " ".join(question.split()):
+                first.setdefault(folded(text), text)
+        if not first:
+            raise ValueError(f"{path}: no question in it; write one a line")
+        questions = [text for key, text in first.items() if key not in there]
+        if not questions:
+            raise ValueError(
+                f"{path}: every question in it is a query of {self.name} already, case and punctuation apart; "
+                "add others"
+            )
+        self.questions = {f"question-{number}": text for number, text in enumerate(questions, 1)}
+        self.fingerprint = {
+            **self.fingerprint,
+            "questions": {"sha256": sha256(content).hexdigest(), "count": len(questions)},
+        }
+
+    def hold_out_questions(self, share: float, *, most: int) -> None:
+        """Take a share of the questions, drawn by a hash of the id, for test where there are no judgements at all.
+
+        Args:
+            share: 0 to 1.
+            most: at most so many.
+
+        Raises:
+            ValueError: the share of so few questions is none.
+        """
+        held_out = _share(self.questions, share)[:most]
+        if not held_out:
+            raise ValueError(
+                f"{self.name}: {len(self.questions)} questions are too few to hold out {share:.0%} of them for test: "
+                "add questions to data.questions, or a test split with judgements to the collection."
+            )
+        self.splits["test"] = Split({name: self.questions[name] for name in held_out}, {})
+        self.questions = {
+            name: text for name, text in self.questions.items() if name not in self.splits["test"].queries
+        }
 
     def summary(self) -> str:
         """One line for people."""
         parts = [f"{len(split.queries):,} {name}" for name, split in self.splits.items()]
+        if self.questions:
+            parts.append(f"{len(self.questions):,} without judgements")
         without = "" if "dev" in self.splits else " (no dev split)"
         return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}"
 
 
+def _place(name: str) -> int:
+    """Where an id comes in an order that depends on nothing else."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def _share(names: Iterable[str], share: float) -> list[str]:
+    """The first `share` (0 to 1) of the ids in the order of :func:`_place`."""
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"A share of {share} of the queries: give a number from 0 to 1.")
+    ordered = sorted(names, key=_place)
+    return ordered[: round(share * len(ordered))]
+
+
+def _within(qrels: dict[str, dict[str, int]], kept: set[str]) -> dict[str, dict[str, int]]:
+    return {query: {p: grade for p, grade in grades.items() if p in kept} for query, grades in qrels.items()}
+
+
 def load_collection(
-    source: str, *, packages: Sequence[str] = (), test_split: str = "test", dev_split: str | None = AUTO
+    source: str,
+    *,
+    packages: Sequence[str] = (),
+    test_split: str = "test",
+    dev_split: str | None = AUTO,
+    required: Sequence[str] = ("train", "dev", "test"),
 ) -> Collection:
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
@@ -84,6 +269,8 @@ def load_collection(
         test_split: the split to report.
         dev_split: the split to compare models on; "auto": "dev" where the built-in corpus or the folder has it; or
             None.
+        required: of "train", "dev" and "test", the uses without whose split there is no run. Another is left out
+            where the source has no judgements of it, unless it was named: then it was mistyped.
 
     Returns:
         The collection.
@@ -91,6 +278,7 @@ def load_collection(
     Raises:
         ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or dev and test are one split.
     """
+    defaults = {"train": True, "dev": dev_split == AUTO, "test": test_split == "test"}
     if dev_split == AUTO:
         there = source == BUILTIN or any((Path(source) / "qrels").glob("dev.tsv*"))
         dev_split = "dev" if there else None
@@ -100,9 +288,24 @@ def load_collection(
             f"dev_split and test_split are both {test_split!r}: models must not be chosen on the queries that are "
             "reported. Name another dev_split, or none."
         )
-    loaded = {use: _load(source, packages, split) for use, split in names.items() if split is not None}
-    corpus = loaded["train"][0]
-    splits = {use: Split(queries, qrels) for use, (_, queries, qrels) in loaded.items()}
+    from tct_hf.data.beir_format import MissingSplitError
+
+    corpus = None
+    splits = {}
+    for use, split in names.items():
+        if split is None:
+            continue
+        try:
+            corpus, queries, qrels = _load(source, packages, split)
+        except MissingSplitError:
+            if use in required or not defaults[use]:
+                raise
+        else:
+            splits[use] = Split(queries, qrels)
+    if corpus is None:
+        from tct_hf.data.beir import load_beir_corpus
+
+        corpus = load_beir_corpus(source)
     if source == BUILTIN:
         from tct_hf.data.builtin import builtin_fingerprint
 

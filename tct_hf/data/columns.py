@@ -7,18 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tct_hf.data.column_names import KNOWN, LABELLED, TEXT, check_mapping, is_ours
 from tct_hf.data.passage_objects import IDS_OF, is_passages, split_passages
 from tct_hf.data.row_parsing import BadRow, get, shown, there_are
-
-KNOWN = "known_positive_ids"
-# Names that mean something here, each to the form it has in the output; lists are spread over numbered columns.
-_TEXT = re.compile(r"query|positive|positives|negative|negatives|negative_[1-9][0-9]*")
-_ID = re.compile(r"query_id|positive_id|positive_ids|negative_id|negative_ids|negative_[1-9][0-9]*_id|" + KNOWN)
-
-
-def is_ours(name: str) -> bool:
-    """Whether a column name has a meaning for training."""
-    return bool(_TEXT.fullmatch(name) or _ID.fullmatch(name))
 
 
 @dataclass(frozen=True)
@@ -69,11 +60,12 @@ class RowReader:
         check_mapping(self._columns)
         self._source = self._mapped(names)
         self._objects = [
-            theirs for ours, theirs in self._source.items() if _TEXT.fullmatch(ours) and is_passages(first.get(theirs))
+            theirs for ours, theirs in self._source.items() if TEXT.fullmatch(ours) and is_passages(first.get(theirs))
         ]
         first = self._flat(first)
         self._add_object_ids(first)
         self._query, self._query_id = self._single("query"), self._single("query_id")
+        self._labelled = self._single(LABELLED)
         self._positive, self._positive_id = self._several("positive", first), self._several("positive_id", first)
         negative, negative_id = self._several("negative", first), self._several("negative_id", first)
         self._known = _Field((self._source[KNOWN],), listed=True) if KNOWN in self._source else None
@@ -109,6 +101,12 @@ class RowReader:
         return self._known is not None or (self._positive_id is not None and self._positive_id.listed)
 
     @property
+    def one_positive(self) -> bool:
+        """Each row of the source makes one training row."""
+        found = [field for field in (self._positive, self._positive_id) if field is not None]
+        return not any(field.listed or len(field.columns) > 1 for field in found)
+
+    @property
     def to_look_up(self) -> list[str]:
         """The id columns whose texts are not in the source."""
         found = ["query_id"] if self._query is None else []
@@ -123,6 +121,14 @@ class RowReader:
         """Columns of the source that training does not take."""
         return sorted(self._names - {name for name in self._used() if name in self._names})
 
+    def text_columns(self, what: str) -> dict[str, str]:
+        """Our names of the text columns of "query" or "passage", each to the source's name."""
+        return {
+            ours: theirs
+            for ours, theirs in self._source.items()
+            if TEXT.fullmatch(ours) and (ours == "query") == (what == "query")
+        }
+
     def source_columns(self) -> list[str]:
         """The columns of the source that are read."""
         return sorted({name.removesuffix(IDS_OF) for name in self._used()})
@@ -134,7 +140,9 @@ class RowReader:
             names.append("query_id")
         if self.has_candidate_ids:
             names += ["positive_id", *(f"{name}_id" for name in self.negatives)]
-        return [*names, KNOWN] if known else names
+        if known:
+            names.append(KNOWN)
+        return [*names, LABELLED] if self._labelled is not None else names
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -168,6 +176,8 @@ class RowReader:
                 shared[f"{name}_id"] = self._id(*item, place)
         if self._known is not None:
             shared[KNOWN] = [self._id(label, value, place) for label, value in self._known.values(row)]
+        if self._labelled is not None:
+            shared[LABELLED] = _flag(*self._labelled.values(row)[0])
         texts = None if self._positive is None else self._positive.values(row)
         ids = None if self._positive_id is None else self._positive_id.values(row)
         if texts is not None and ids is not None and len(texts) != len(ids):
@@ -178,7 +188,8 @@ class RowReader:
                 "no positive", "the list is empty; add a positive or remove the row", self._name_of_positive()
             )
         if ids is not None and self.has_known:
-            every = [self._id(label, value, place) for label, value in ids]
+            judged = shared.get(LABELLED, True)
+            every = [self._id(label, value, place) for label, value in ids] if judged else []
             shared[KNOWN] = list(dict.fromkeys([*every, *shared.get(KNOWN, ())]))
         out = []
         for at in range(count):
@@ -249,8 +260,9 @@ class RowReader:
 
     def _mapped(self, names: Sequence[str]) -> dict[str, str]:
         source = {}
+        taken = set(self._columns.values())
         for name in names:
-            if is_ours(name) and name not in self._columns:
+            if is_ours(name) and name not in self._columns and name not in taken:
                 source[name] = name
         for ours, theirs in self._columns.items():
             if theirs is None:
@@ -336,7 +348,7 @@ class RowReader:
     def _used(self) -> set[str]:
         fields = (
             self._query, self._query_id, self._positive, self._positive_id, self._negative, self._negative_id,
-            self._known,
+            self._known, self._labelled,
         )  # fmt: skip
         return {name for found in fields if found is not None for name in found.columns}
 
@@ -363,21 +375,15 @@ class RowReader:
                 self._source[id_name] = name
 
 
-def check_mapping(columns: Mapping[str, str | None]) -> None:
-    """Refuse a mapping to names that training does not know.
-
-    Args:
-        columns: our name to the source's.
-
-    Raises:
-        ValueError: with the names there are.
-    """
-    for name in columns:
-        if not is_ours(name):
-            raise ValueError(
-                f"columns: {name!r} is no column of training; write {{ours: theirs}} with query, positive, negative, "
-                f"negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, {KNOWN}"
-            )
+def _flag(label: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise BadRow(
+            "mixed types",
+            f"holds {shown(value)} where true is needed, or false for a row that nobody has judged; write one of them "
+            f"(not as text), or leave the column out with columns={{{LABELLED!r}: None}}",
+            label,
+        )
+    return value
 
 
 def _check_encodable(value: str, label: str) -> None:

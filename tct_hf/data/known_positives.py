@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.beir_format import HEADER, Qrels, add_judgement, check_positives
-from tct_hf.data.columns import KNOWN
+from tct_hf.data.column_names import KNOWN, LABELLED
 from tct_hf.data.lookups import file_key
 from tct_hf.data.row_parsing import BadRow, byte_lines, decode
 
@@ -54,13 +54,13 @@ class KnownPositives:
         }
 
     def add(self, row: dict[str, Any]) -> bool:
-        """Set a row's known positives; its own is one of them.
+        """Set a row's known positives; its own is one of them, unless the row is not labelled.
 
         Returns:
             Whether the query is judged.
         """
         judged = self.positives.get(row["query_id"])
-        row[KNOWN] = list(dict.fromkeys([*(judged or ()), *row.get(KNOWN, ()), row["positive_id"]]))
+        row[KNOWN] = list(dict.fromkeys([*(judged or ()), *row.get(KNOWN, ()), *_own(row)]))
         return judged is not None
 
 
@@ -97,6 +97,10 @@ def read_any_qrels(path: Path) -> Qrels:
     return qrels
 
 
+def _own(row: Mapping[str, Any]) -> list[str]:
+    return [row["positive_id"]] if row.get(LABELLED, True) else []
+
+
 class SeenPositives:
     """Positives by query, gathered from the triples themselves.
 
@@ -116,7 +120,7 @@ class SeenPositives:
         at = self._number.setdefault(query, len(self._of_query))
         if at == len(self._of_query):
             self._of_query.append({})
-        self._of_query[at].update(dict.fromkeys((row["positive_id"], *row.get(KNOWN, ()))))
+        self._of_query[at].update(dict.fromkeys((*_own(row), *row.get(KNOWN, ()))))
         self._rows.append(at)
 
     def write(self, path: Path) -> Dataset:

@@ -50,6 +50,14 @@ class Texts:
     dataset: Dataset
     key: list[Any]
 
+    def has_any(self, ids: Sequence[str]) -> bool:
+        """Whether there is a text of one of these ids."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+        wanted = pa.array(ids, pa.string())
+        return any(pc.any(pc.is_in(part, value_set=wanted)).as_py() for part in self.dataset.data.column("id").chunks)
+
 
 def open_texts(source: TextSource, what: str, setting: str, cache_dir: Path) -> Texts:
     """Open texts by id: checked and converted once, then memory-mapped.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
 _WORD = re.compile(r"\w+")
+_MARK = re.compile(r"[^\w\s]|_")
 
 
 class DisjointSets:
@@ -35,12 +37,32 @@ class DisjointSets:
                 self.join(first.setdefault(key, item), item)
 
 
+def folded(text: str) -> str:
+    """Fold case, punctuation and white space away: texts that differ in nothing else are equal.
+
+    Args:
+        text: any; one of nothing but punctuation keeps it.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    # Symbols stay, "C" and "C++" differ; so do the marks that some scripts write vowels with.
+    bare = _MARK.sub(lambda mark: " " if unicodedata.category(mark.group())[0] == "P" else mark.group(), text)
+    return " ".join(bare.split()) or " ".join(text.split())
+
+
 def shingles(text: str, width: int) -> frozenset[int]:
     """Hash every run of `width` lower-case words of a text; a shorter text is one shingle."""
     words = _WORD.findall(text.lower())
     return frozenset(
         zlib.crc32(" ".join(words[at : at + width]).encode()) for at in range(max(1, len(words) - width + 1))
     )
+
+
+def share_most(a: frozenset[int], b: frozenset[int], threshold: float) -> bool:
+    """Whether the Jaccard index of two sets of :func:`shingles` reaches a threshold, 0 to 1."""
+    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+        return False
+    shared = len(a & b)
+    return shared >= threshold * (len(a) + len(b) - shared)
 
 
 def near_duplicate_pairs(
@@ -72,12 +94,4 @@ def near_duplicate_pairs(
             candidates.update(itertools.pairwise(bucket))
         else:
             candidates.update((left, right) for at, left in enumerate(bucket) for right in bucket[at + 1 :])
-    pairs = []
-    for left, right in sorted(candidates):
-        a, b = sets[left], sets[right]
-        if min(len(a), len(b)) < threshold * max(len(a), len(b)):
-            continue
-        shared = len(a & b)
-        if shared >= threshold * (len(a) + len(b) - shared):
-            pairs.append((left, right))
-    return pairs
+    return [(left, right) for left, right in sorted(candidates) if share_most(sets[left], sets[right], threshold)]

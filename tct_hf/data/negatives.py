@@ -23,12 +23,16 @@ def bm25_triples(
     depth: int = 100,
     seed: int,
     index: BM25Index | None = None,
+    unlabelled: Mapping[str, str] | None = None,
 ) -> Dataset:
     """Pair every query and positive with negatives sampled from BM25's best passages.
 
     A negative is never a known positive of its query, nor the same text as one, and no two negatives of a row have
     the same text. Where BM25 finds too few, random passages under the same rule fill up. Each row draws from its own
     generator, made of seed, query id and positive id, so that a row does not depend on which others are asked for.
+
+    Questions that nobody has judged give rows too, for a teacher to say what their passages are worth: BM25's best
+    passage stands in column positive, and the negatives are sampled from its next best.
 
     Args:
         corpus: columns id and text.
@@ -39,15 +43,18 @@ def bm25_triples(
             100 makes harder negatives of a small corpus.
         seed: the seed.
         index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
+        unlabelled: query id to text of questions without judgements.
 
     Returns:
         One row a (query, positive): query, positive, negative, query_id, positive_id, negative_id,
         known_positive_ids (all of the query). With several negatives, negative_1, negative_2, ... and negative_1_id,
-        negative_2_id, ... in place of negative and negative_id.
+        negative_2_id, ... in place of negative and negative_id. With unlabelled questions there is also a column
+        labelled, false in their rows.
 
     Raises:
         ValueError: a setting out of range, a query or passage that judgements name and the data lack, an index over
-            another corpus, no positive at all, or a corpus too small for so many negatives.
+            another corpus, neither a positive nor an unlabelled question, a query id in both, or a corpus too small
+            for so many negatives.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset
@@ -56,32 +63,36 @@ def bm25_triples(
 
     if num_negatives < 1 or depth < 1:
         raise ValueError(f"num_negatives={num_negatives}, depth={depth}: both must be 1 or more")
-    missing = [name for name in ("id", "text") if name not in corpus.column_names]
-    if missing:
-        raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
-    ids: list[str] = corpus["id"][:]
+    ids = passage_ids(corpus)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
-    positives = _positives(queries, qrels, row_of)
+    unlabelled = unlabelled or {}
+    positives = positive_rows(queries, qrels, row_of) if qrels or not unlabelled else {}
+    if both := [query_id for query_id in unlabelled if query_id in positives]:
+        raise ValueError(f"unlabelled: query {both[0]!r} has positives in qrels; leave it out of one of them")
     if index is None:
         index = BM25Index.build((row["text"] for row in corpus.select_columns("text")), ids)
     elif len(index) != len(ids) or any(passage_id not in row_of for passage_id in index.ids):
         raise ValueError(
             f"index: its {len(index)} passages are not the corpus's {len(ids)}; build it from this corpus"
         )
-    names = column_names(num_negatives)
-    schema = pa.schema(
-        [(name, pa.list_(pa.string()) if name == "known_positive_ids" else pa.string()) for name in names]
-    )
+    types = {"known_positive_ids": pa.list_(pa.string()), "labelled": pa.bool_()}
+    names = [*column_names(num_negatives), *(["labelled"] if unlabelled else [])]
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
     sampler = _Sampler(corpus, ids, num_negatives, seed)
-    asked = list(positives)
+    texts = {**{query_id: queries[query_id] for query_id in positives}, **unlabelled}
+    asked = list(texts)
     batches = []
     for start in range(0, len(asked), _QUERIES_A_BATCH):
         part = asked[start : start + _QUERIES_A_BATCH]
-        found, _ = index.search_rows([queries[query_id] for query_id in part], depth)
+        found, _ = index.search_rows([texts[query_id] for query_id in part], depth)
         rows: list[tuple[Any, ...]] = []
         for query_id, hits in zip(part, found, strict=True):
             candidates = [row_of[index.ids[hit]] for hit in hits]
-            rows.extend(sampler.rows(query_id, queries[query_id], positives[query_id], candidates))
+            if query_id in unlabelled:
+                rows.append((*sampler.unlabelled_row(query_id, texts[query_id], candidates), False))
+            else:
+                made = sampler.rows(query_id, texts[query_id], positives[query_id], candidates)
+                rows.extend((*row, True) if unlabelled else row for row in made)
         columns = zip(*rows, strict=True)
         batches.append(
             pa.record_batch(
@@ -128,19 +139,34 @@ class _Sampler:
     ) -> Iterator[tuple[Any, ...]]:
         positive_texts = {row: self._text(row) for row in positive_rows}
         known = [self._ids[row] for row in positive_rows]
-        for row, text in positive_texts.items():
-            # A string seed goes through SHA-512: the same numbers on every platform and in every process.
-            draw = random.Random(f"{self._seed}\x1f{query_id}\x1f{self._ids[row]}")
-            negatives = self._negatives(draw, query_id, positive_texts, candidates)
-            yield (
-                query,
-                text,
-                *(negative_text for _, negative_text in negatives),
-                query_id,
-                self._ids[row],
-                *(self._ids[negative] for negative, _ in negatives),
-                known,
-            )
+        for row in positive_texts:
+            yield self._row(query_id, query, row, positive_texts, candidates, known)
+
+    def unlabelled_row(self, query_id: str, query: str, candidates: Sequence[int]) -> tuple[Any, ...]:
+        # A question of which BM25 knows no word gets random passages: the teacher scores those as well.
+        best = candidates[0] if candidates else random.Random(f"{self._seed}\x1f{query_id}").randrange(len(self._ids))
+        return self._row(query_id, query, best, {best: self._text(best)}, candidates, [])
+
+    def _row(
+        self,
+        query_id: str,
+        query: str,
+        positive: int,
+        positives: Mapping[int, str],
+        candidates: Sequence[int],
+        known: list[str],
+    ) -> tuple[Any, ...]:
+        draw = row_generator(self._seed, query_id, self._ids[positive])
+        negatives = self._negatives(draw, query_id, positives, candidates)
+        return (
+            query,
+            positives[positive],
+            *(text for _, text in negatives),
+            query_id,
+            self._ids[positive],
+            *(self._ids[negative] for negative, _ in negatives),
+            known,
+        )
 
     def _negatives(
         self, draw: random.Random, query_id: str, positives: Mapping[int, str], candidates: Sequence[int]
@@ -162,16 +188,58 @@ class _Sampler:
     def _order(self, draw: random.Random, candidates: Sequence[int]) -> Iterator[int]:
         """BM25's candidates in random order, then random passages, in the end every passage."""
         yield from draw.sample(list(candidates), len(candidates))
-        total = len(self._ids)
-        if total > 10_000:
-            for _ in range(100 * self._num_negatives):
-                yield draw.randrange(total)
-        yield from draw.sample(range(total), total)
+        yield from random_rows(draw, len(self._ids), 100 * self._num_negatives)
 
 
-def _positives(
+def passage_ids(corpus: Dataset) -> list[str]:
+    """The ids of a corpus.
+
+    Args:
+        corpus: columns id and text.
+
+    Raises:
+        ValueError: one of the columns is missing.
+    """
+    missing = [name for name in ("id", "text") if name not in corpus.column_names]
+    if missing:
+        raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
+    ids: list[str] = corpus["id"][:]
+    return ids
+
+
+def row_generator(seed: int, query_id: str, positive_id: str) -> random.Random:
+    """The generator of one row's negatives, so that a row does not depend on which others are asked for."""
+    # A string seed goes through SHA-512: the same numbers on every platform and in every process.
+    return random.Random(f"{seed}\x1f{query_id}\x1f{positive_id}")
+
+
+def random_rows(draw: random.Random, total: int, tries: int) -> Iterator[int]:
+    """Random rows of a corpus, in the end every one; a row may come more than once.
+
+    Args:
+        draw: the generator.
+        total: passages in the corpus.
+        tries: of a large corpus, draws before all of its rows are put in order.
+    """
+    if total > 10_000:
+        for _ in range(tries):
+            yield draw.randrange(total)
+    yield from draw.sample(range(total), total)
+
+
+def positive_rows(
     queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], row_of: Mapping[str, int]
 ) -> dict[str, list[int]]:
+    """The positives of each query that has any, as rows of the corpus.
+
+    Args:
+        queries: query id to text.
+        qrels: query id to passage id to relevance; 1 and more is positive.
+        row_of: passage id to row.
+
+    Raises:
+        ValueError: a query or passage that judgements name and the data lack, or no positive at all.
+    """
     found: dict[str, list[int]] = {}
     for query_id, grades in qrels.items():
         wanted = [passage_id for passage_id, grade in grades.items() if grade >= 1]

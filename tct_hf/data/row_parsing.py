@@ -104,7 +104,7 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """
     number = 0
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as raw:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as raw:
             for number, line in enumerate(raw, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")

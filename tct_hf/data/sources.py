@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 from tct_hf.data.lookups import file_key
 from tct_hf.data.row_parsing import BadRow, byte_lines, parse_json_line, parse_tsv_line
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 _ROWS_A_BATCH = 1000
 
 
-class Source(Protocol):
-    """Raw rows, read from the start each time `rows` is called.
+class Source(ABC):
+    """Raw rows, read from the start each time they are asked for.
 
     Attributes:
         name: for messages.
@@ -25,42 +26,53 @@ class Source(Protocol):
     """
 
     name: str
-    names: list[str] | None
-    key: list[Any] | None
+    names: list[str] | None = None
+    key: list[Any] | None = None
+
+    @abstractmethod
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
+        """The number of each row, and the row as it is stored; `columns` names those that are needed."""
+
+    def parse(self, raw: Any) -> Mapping[str, Any]:
+        """The content of a row as it is stored.
+
+        Raises:
+            BadRow: it can't be read.
+        """
+        return cast("Mapping[str, Any]", raw)
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
         """The number and the content of each row; `columns` names those that are needed."""
-        ...
+        for number, raw in self.raw(columns):
+            try:
+                yield number, self.parse(raw)
+            except BadRow as error:
+                yield number, error
 
+    @abstractmethod
     def place(self, number: int) -> str:
         """ "file, line 3"."""
-        ...
 
 
-class JsonSource:
+class JsonSource(Source):
     """JSONL, plain or .gz."""
-
-    names: list[str] | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
-        self.key: list[Any] | None = ["jsonl", *file_key(path)]
+        self.key = ["jsonl", *file_key(path)]
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
-        for number, line in byte_lines(self.path):
-            if not line.strip():
-                continue
-            try:
-                yield number, parse_json_line(line)
-            except BadRow as error:
-                yield number, error
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, bytes]]:
+        return ((number, line) for number, line in byte_lines(self.path) if line.strip())
+
+    def parse(self, raw: bytes) -> Mapping[str, Any]:
+        return parse_json_line(raw)
 
     def place(self, number: int) -> str:
         return f"{self.path}, line {number}"
 
 
-class TsvSource:
+class TsvSource(Source):
     """Fields separated by tabs, plain or .gz.
 
     Args:
@@ -72,25 +84,22 @@ class TsvSource:
     def __init__(self, path: Path, names: Sequence[str], *, header: bool) -> None:
         self.path = path
         self.name = str(path)
-        self.names: list[str] | None = list(names)
+        self.names = self.fields = list(names)
         self.header = header
-        self.key: list[Any] | None = ["tsv", header, *file_key(path)]
+        self.key = ["tsv", header, *file_key(path)]
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
-        assert self.names is not None
-        for number, line in byte_lines(self.path):
-            if not line or (self.header and number == 1):
-                continue
-            try:
-                yield number, parse_tsv_line(line, self.names)
-            except BadRow as error:
-                yield number, error
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, bytes]]:
+        header = int(self.header)
+        return ((number, line) for number, line in byte_lines(self.path) if line and number > header)
+
+    def parse(self, raw: bytes) -> Mapping[str, Any]:
+        return parse_tsv_line(raw, self.fields)
 
     def place(self, number: int) -> str:
         return f"{self.path}, line {number}"
 
 
-class ParquetSource:
+class ParquetSource(Source):
     """A parquet file, read a row group's part at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -100,12 +109,12 @@ class ParquetSource:
         self.path = path
         self.name = str(path)
         try:
-            self.names: list[str] | None = list(pq.read_schema(path).names)
+            self.names = list(pq.read_schema(path).names)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a whole parquet file ({error}); copy or download it again") from error
-        self.key: list[Any] | None = ["parquet", *file_key(path)]
+        self.key = ["parquet", *file_key(path)]
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -125,7 +134,7 @@ class ParquetSource:
         return f"{self.path}, row {number}"
 
 
-class DatasetSource:
+class DatasetSource(Source):
     """A `datasets.Dataset` or `IterableDataset`."""
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -136,17 +145,15 @@ class DatasetSource:
         self._custom = self._map_style and dataset.format["type"] == "custom"
         # A format such as "torch" would give arrays for lists; a transform of the user's own makes the columns.
         self.dataset = dataset if self._custom or not self._map_style else dataset.with_format(None)
-        self.names: list[str] | None = None if self._custom else dataset.column_names
-        self.key: list[Any] | None = ["dataset", dataset._fingerprint] if self._map_style else None
+        self.names = None if self._custom else dataset.column_names
+        self.key = ["dataset", dataset._fingerprint] if self._map_style else None
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         dataset = self.dataset
         if columns is not None and self.names is not None:
             dataset = dataset.select_columns(list(columns))
-        if not self._map_style:
-            yield from enumerate(dataset)
-            return
         number = 0
+        # A streamed data set would give its own iterator only a part of the rows in a data loader's worker.
         for batch in dataset.iter(_ROWS_A_BATCH):
             names = list(batch)
             for values in zip(*batch.values(), strict=True):

@@ -11,12 +11,14 @@ from typing import Any
 from tct_hf.data.columns import RowReader
 from tct_hf.data.known_positives import KnownPositives
 from tct_hf.data.lookups import TextJoin, Texts
-from tct_hf.data.row_parsing import BadRow, SkippedRows
+from tct_hf.data.row_parsing import BadRow, SkippedRows, shown
 from tct_hf.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
 ROWS_A_BATCH = 1000
+# Bad rows of this kind show that a setting does not fit the source.
+_NOTHING = "nothing to look up"
 
 
 @dataclass
@@ -63,10 +65,11 @@ class TripleStream:
                     raise raw
                 names = self.source.names
                 reader = self._reader(list(raw) if names is None else names, raw)
-                list(reader.read(raw, self.source.place(number)))
+                self._refuse_numbers(reader, next(reader.read(raw, self.source.place(number))))
             except BadRow as error:
                 # Where the columns are known apart from the rows, one that is missing is missing in all of them.
-                whole = self.source.names is not None and error.kind in ("missing column", "doubled column")
+                known = self.source.names is not None and error.kind in ("missing column", "doubled column")
+                whole = known or error.kind == _NOTHING
                 message = error.at(self.source.name if whole else self.source.place(number))
                 if whole or not self.skip_bad_rows:
                     raise ValueError(message) from None
@@ -137,11 +140,14 @@ class TripleStream:
                 "split it belongs to"
             )
 
+    def join(self) -> TextJoin:
+        """What fills in the texts of ids."""
+        sources = {name: self.queries if name == "query_id" else self.passages for name in self.plan().to_look_up}
+        return TextJoin({name: texts for name, texts in sources.items() if texts is not None})
+
     def _joined(self) -> Iterator[dict[str, Any]]:
-        reader = self.plan()
-        sources = {name: self.queries if name == "query_id" else self.passages for name in reader.to_look_up}
-        join = TextJoin({name: texts for name, texts in sources.items() if texts is not None})
-        rows = self._read(reader)
+        join = self.join()
+        rows = self._read(self.plan())
         while batch := list(islice(rows, ROWS_A_BATCH)):
             for (number, row), error in zip(batch, join([row for _, row in batch]), strict=True):
                 if error is None:
@@ -166,11 +172,66 @@ class TripleStream:
         self.skipped.add(error.kind, message)
 
     def _reader(self, names: list[str], first: Mapping[str, Any]) -> RowReader:
+        columns = dict(self.columns or {})
+        reader = self._reader_of(names, first, columns)
+        to_look_up = reader.to_look_up
+        for what, texts, setting in (("query", self.queries, "queries"), ("passage", self.passages, "collection")):
+            if texts is not None and not any((name == "query_id") == (what == "query") for name in to_look_up):
+                columns |= _as_ids(reader, what, first, texts, setting)
+        return reader if columns == (self.columns or {}) else self._reader_of(names, first, columns)
+
+    def _reader_of(self, names: list[str], first: Mapping[str, Any], columns: Mapping[str, str | None]) -> RowReader:
         return RowReader(
             names,
             first,
-            columns=self.columns,
+            columns=columns,
             num_negatives=self.num_negatives,
             has_queries=self.queries is not None,
             has_passages=self.passages is not None,
         )
+
+    def _refuse_numbers(self, reader: RowReader, row: Mapping[str, Any]) -> None:
+        texts = [row[name] for name in ("query", "positive", *reader.negatives) if name in row]
+        if not reader.to_look_up and all(map(str.isdigit, texts)):
+            raise BadRow(_NOTHING, f"{texts} look like ids, not texts; pass queries= and collection= with their texts")
+
+
+def _as_ids(
+    reader: RowReader, what: str, first: Mapping[str, Any], texts: Texts, setting: str
+) -> dict[str, str | None]:
+    """Take text columns that hold ids of `texts`, as data sets of id triples name them, for columns of ids.
+
+    Args:
+        reader: which finds nothing to look up in `texts`.
+        what: "query" or "passage".
+        first: the first row.
+        texts: by id.
+        setting: that gave them, for the message.
+
+    Returns:
+        What the mapping of columns gains; nothing where the row is bad in itself.
+
+    Raises:
+        BadRow: the columns do not hold ids.
+    """
+    columns = reader.text_columns(what)
+    values = [
+        value
+        for name in columns.values()
+        for value in (first[name] if isinstance(first[name], (list, tuple)) else [first[name]])
+        if not isinstance(value, dict)
+    ]
+    if any(isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip() for value in values):
+        return {}
+    there = reader.has_query_id if what == "query" else reader.has_candidate_ids
+    if not there and texts.has_any([str(value).encode(errors="replace").decode() for value in values]):
+        ids = {name: f"{name[:-1]}_ids" if name.endswith("s") else f"{name}_id" for name in columns}
+        return {**dict.fromkeys(columns), **{ids[ours]: theirs for ours, theirs in columns.items()}}
+    ours, theirs = next(iter(columns.items()))
+    mend = f"{ours!r}: None" if there else f"'{what if what == 'query' else 'positive'}_id': ..."
+    raise BadRow(
+        _NOTHING,
+        f"{setting}= has nothing to look up: this holds texts, such as {shown(first[theirs])}, and no id of "
+        f"{texts.source}; leave {setting}= out, or look ids up with columns={{{mend}}}",
+        theirs,
+    )

@@ -9,28 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.cache import build_once, default_cache_dir
-from tct_hf.data.columns import KNOWN, check_mapping
+from tct_hf.data.column_names import KNOWN, LABELLED, check_mapping
 from tct_hf.data.known_positives import KnownPositives, SeenPositives
 from tct_hf.data.lookups import HUB_ID, JSON_SUFFIXES, TSV_SUFFIXES, TextSource, format_of, open_texts
-from tct_hf.data.row_parsing import BadRow, SkippedRows, byte_lines, decode
-from tct_hf.data.sources import DatasetSource, JsonSource, ParquetSource, Source, TsvSource, load_from_hub
+from tct_hf.data.row_parsing import SkippedRows
+from tct_hf.data.sources import DatasetSource, JsonSource, ParquetSource, Source, load_from_hub
 from tct_hf.data.triple_stream import ROWS_A_BATCH, TripleStream
+from tct_hf.data.tsv_fields import open_tsv
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIXES = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
-# First lines that are recognised as a header of a TSV file, whatever its columns are used for.
-_HEADERS = (
-    ("query", "positive", "negative"),
-    ("anchor", "positive", "negative"),
-    ("query", "pos", "neg"),
-    ("qid", "pid+", "pid-"),
-    ("qid", "pos_id", "neg_id"),
-    ("query_id", "positive_id", "negative_id"),
-)
 
 
 def load_triples(
@@ -66,14 +58,17 @@ def load_triples(
     Columns read: query, positive, negative; or negative_1 ... negative_n; or a list, negatives (or negative).
     Ids: query_id, positive_id, negative_id, or negative_1_id ... negative_n_id, or a list, negative_ids. A list of
     positives makes one row of each. Lists may hold passages as objects {docid, title, text}. Ids stand in for texts
-    when `queries` or `collection` have them. Other columns are left out.
+    when `queries` or `collection` have them, under a text's name too (query, positive, negative that hold ids). A
+    column labelled is true, or false in rows that nobody has judged: their positive is a mere candidate. Other columns
+    are left out.
 
     Args:
         path_or_hub_id: the source.
         split: of a Hub data set, a folder or a BEIR folder; a single file has none.
         config: configuration of a Hub data set.
-        revision: branch, tag or commit of a Hub data set.
-        columns: our name to the source's, {"query": "anchor"}; None leaves a column out, {"positive_id": None}.
+        revision: branch, tag or commit of a Hub data set; not of a BEIR collection.
+        columns: our name to the source's, {"query": "anchor"}; None leaves a column out, {"positive_id": None}. A
+            column that is named here has no other use under its own name.
         collection: passage texts by id: a TSV (id, text), JSONL (_id, title, text) or parquet file, a Hub id
             ("owner/name:configuration:split"), a data set or a mapping.
         queries: query texts by id, likewise.
@@ -93,14 +88,15 @@ def load_triples(
 
     Returns:
         Columns query, positive, negative (or negative_1 ... negative_n), all text; query_id, positive_id,
-        negative_id (or negative_1_id ...) and known_positive_ids where there are ids. Memory-mapped, prepared once
-        for each source and setting. With streaming=True an `IterableDataset` in the order of the source, which
-        trainers do not shuffle: use its `shuffle(seed=..., buffer_size=...)`.
+        negative_id (or negative_1_id ...) and known_positive_ids where there are ids; labelled where the source has
+        it. Memory-mapped, prepared once for each source and setting. With streaming=True an `IterableDataset` in the
+        order of the source, which trainers do not shuffle: use its `shuffle(seed=..., buffer_size=...)`.
 
     Raises:
         FileNotFoundError: no such file, folder, data set or split.
         ValueError: a bad row (missing column, empty text, unknown id, wrong number of fields, not UTF-8, mixed
-            types), an id that comes twice, a broken .gz, nothing to train on, or settings that do not fit the source.
+            types), an id that comes twice, a broken .gz, nothing to train on, texts where ids are to be looked up, or
+            settings that do not fit the source.
             The message names file, line, column and the mend.
         OSError: the cache can't be written, or the Hub not be reached.
     """
@@ -114,6 +110,11 @@ def load_triples(
         _refuse_for_beir(
             columns=columns, collection=collection, queries=queries, qrels=qrels, streaming=streaming or None
         )
+        if revision is not None:
+            raise ValueError(
+                f"revision= does not go with a BEIR collection, whose judgements may be in another repository; "
+                f"download revision {revision!r} and give its folder"
+            )
         skipped.replace(SkippedRows())
         return _from_beir(path_or_hub_id, split, num_negatives, depth, seed, cache)
     source = _open_source(
@@ -156,7 +157,9 @@ def _open_source(
     if path.is_file():
         return _open_file(path, columns, collection, queries, num_negatives)
     name = str(given)
-    if not path.is_dir() and (not HUB_ID.fullmatch(name) or format_of(path) in _SUFFIXES or path.suffix == ".gz"):
+    if not path.is_dir() and (
+        not HUB_ID.fullmatch(name) or format_of(path) in _SUFFIXES or path.suffix.lower() == ".gz"
+    ):
         raise FileNotFoundError(
             f"{given}: no such file or folder, and not a Hub id (owner/name) either; check the path"
         )
@@ -194,51 +197,17 @@ def _open_file(
     if suffix == ".parquet":
         return ParquetSource(path)
     if suffix in TSV_SUFFIXES:
-        return _open_tsv(path, columns, collection is not None, queries is not None, num_negatives)
+        return open_tsv(
+            path,
+            columns,
+            has_queries=queries is not None,
+            has_passages=collection is not None,
+            num_negatives=num_negatives,
+        )
     raise ValueError(
         f"{path}: ends in {suffix or 'nothing'}; known are {', '.join(_SUFFIXES[:-1])} (plain or .gz) and .parquet. "
         "Unpack archives first."
     )
-
-
-def _open_tsv(
-    path: Path,
-    columns: Mapping[str, str | None] | None,
-    passages_by_id: bool,
-    queries_by_id: bool,
-    num_negatives: int | None,
-) -> Source:
-    """Fields go by position; with `columns`, by the header that the file then must have."""
-    first = _first_fields(path)
-    if any(theirs is not None for theirs in (columns or {}).values()):
-        if len(set(first)) != len(first):
-            raise ValueError(f"{path}, line 1: columns= needs a header, and this one has equal names: {first}")
-        return TsvSource(path, first, header=True)
-    count = 1 if num_negatives is None else num_negatives
-    numbered = ["negative"] if count == 1 else [f"negative_{place + 1}" for place in range(count)]
-    suffix = "_id" if passages_by_id else ""
-    names = ["query_id" if queries_by_id else "query", *(f"{name}{suffix}" for name in ("positive", *numbered))]
-    header = tuple(field.strip().lower() for field in first) in _HEADERS or first == names
-    if not header and len(first) == len(names) and all(field.isdigit() for field in first):
-        lacks = [
-            setting for setting, there in (("queries", queries_by_id), ("collection", passages_by_id)) if not there
-        ]
-        if lacks:
-            raise ValueError(
-                f"{path}, line 1: {first} look like ids, not texts; pass {' and '.join(f'{name}=' for name in lacks)} "
-                "with their texts"
-            )
-    return TsvSource(path, names, header=header)
-
-
-def _first_fields(path: Path) -> list[str]:
-    for number, line in byte_lines(path):
-        if number == 1:
-            try:
-                return decode(line).split("\t")
-            except BadRow:
-                return []  # said with its place when the row is read
-    raise ValueError(f"{path}: no row to train on; it is empty")
 
 
 # BEIR --------------------------------------------------------------------------------------------------------------
@@ -343,7 +312,8 @@ def _prepared(stream: TripleStream, cache: Path) -> Dataset:
 def _write_arrow(path: Path, names: Sequence[str], rows: Any) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    schema = pa.schema([(name, pa.list_(pa.string()) if name == KNOWN else pa.string()) for name in names])
+    types = {KNOWN: pa.list_(pa.string()), LABELLED: pa.bool_()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         batch: list[dict[str, Any]] = []
 
@@ -363,6 +333,8 @@ def _streamed(stream: TripleStream) -> IterableDataset:
     from datasets import Features, IterableDataset, Value
     from datasets import List as ListOf
 
+    from tct_hf.data.streamed import RowsAsStored, RowsRead, StreamedTriples
+
     head = TripleStream(
         stream.source,
         stream.columns,
@@ -379,8 +351,7 @@ def _streamed(stream: TripleStream) -> IterableDataset:
         if number == ROWS_A_BATCH:
             head.check_judged(judged)
             break
-    stream.plan()
-    features = Features(
-        {name: ListOf(Value("string")) if name == KNOWN else Value("string") for name in stream.output_columns()}
-    )
-    return IterableDataset.from_generator(stream, features=features)
+    types = {KNOWN: ListOf(Value("string")), LABELLED: Value("bool")}
+    names = stream.output_columns()
+    features = Features({name: types.get(name, Value("string")) for name in names})
+    return StreamedTriples.of(IterableDataset.from_generator(RowsAsStored(stream)), RowsRead(stream, names), features)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tct_hf.data import load_beir
-from tct_hf.data.beir_hub import load_beir_from_hub
+from tct_hf.data.beir import load_beir_corpus
+from tct_hf.data.beir_format import MissingSplitError
+from tct_hf.data.beir_hub import load_beir_from_hub, load_corpus_from_hub
 
 CORPUS = [
     {"_id": "d1", "title": "Title", "text": "one"},
@@ -87,6 +89,17 @@ def test_empty_passages_are_kept_when_asked_for(folder: Path) -> None:
 BAD_FILES = {
     "corpus not JSON": ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
     "corpus not an object": ("corpus.jsonl", "[1]\n", r"corpus\.jsonl, line 1: a JSON list"),
+    "key twice": (
+        "corpus.jsonl",
+        '{"_id": "d1", "text": "x", "text": "y"}\n',
+        r"corpus\.jsonl, line 1: the key 'text' comes twice",
+    ),
+    "query with a key twice": (
+        "queries.jsonl",
+        '{"_id": "q1", "_id": "q2", "text": "x"}\n',
+        r"queries\.jsonl, line 1: the key '_id' comes twice",
+    ),
+    "title a number": ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1: title and text must be"),
     "corpus without text": (
         "corpus.jsonl",
         '{"_id": "d1", "body": "x"}\n',
@@ -166,6 +179,15 @@ def test_missing_file_lists_what_is_there(folder: Path) -> None:
         load(folder)
 
 
+def test_missing_queries_are_told_from_a_missing_split(folder: Path) -> None:
+    (folder / "queries.jsonl").unlink()
+    with pytest.raises(MissingSplitError, match="splits there: test"):
+        load(folder, "train")
+    with pytest.raises(FileNotFoundError) as caught:
+        load(folder)
+    assert not isinstance(caught.value, MissingSplitError)
+
+
 def test_missing_split_lists_the_splits(folder: Path) -> None:
     (folder / "qrels" / "dev.tsv.gz").write_bytes(gzip.compress(QRELS.encode()))
     with pytest.raises(FileNotFoundError, match="splits there: dev, test"):
@@ -178,6 +200,34 @@ def test_path_that_is_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         load_beir(tmp_path / "file", "test", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_passages_load_alone_from_a_folder_that_holds_nothing_else(folder: Path, compressed: bool) -> None:
+    whole, _, _ = load(folder)
+    file = folder / "corpus.jsonl"
+    alone = folder.parent / "alone"
+    alone.mkdir()
+    content = file.read_bytes()
+    (alone / f"{file.name}{'.gz' * compressed}").write_bytes(gzip.compress(content) if compressed else content)
+    corpus = load_beir_corpus(alone, cache_dir=folder.parent / "cache")
+    assert corpus.column_names == ["id", "text"] and list(corpus) == list(whole)
+    assert corpus.cache_files
+
+
+def test_passages_alone_are_checked_as_in_a_whole_collection(folder: Path) -> None:
+    cache = folder.parent / "cache"
+    (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "title": "", "text": " "}]))
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the text of 'd4' is empty"):
+        load_beir_corpus(folder, cache_dir=cache)
+    assert load_beir_corpus(folder, allow_empty=True, cache_dir=cache)["text"][3] == ""
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl"):
+        load_beir_corpus(folder, cache_dir=cache)
+    with pytest.raises(ValueError, match=r"queries\.jsonl is a file; give the folder that holds corpus\.jsonl"):
+        load_beir_corpus(folder / "queries.jsonl", cache_dir=cache)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_beir_corpus(folder / "nothing", cache_dir=cache)
 
 
 def hub_repository(root: Path) -> None:
@@ -219,6 +269,29 @@ def test_hub_layout_with_judgements_of_its_own(tmp_path: Path, monkeypatch: pyte
     own = "- config_name: default\n  data_files: [{split: test, path: qrels.jsonl}]\n---\n"
     (root / "README.md").write_text(CONFIGS + own)
     check(load_beir_from_hub(str(root), "test", cache_dir=tmp_path / "cache"))
+
+
+def test_split_missing_from_the_hub_layout_is_told_from_a_missing_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    root = tmp_path / "set"
+    hub_repository(root)
+    with pytest.raises(MissingSplitError):
+        load_beir_from_hub(str(root), "test", cache_dir=tmp_path / "cache")
+    with pytest.raises(FileNotFoundError) as caught:
+        load_beir_from_hub(str(tmp_path / "gone"), "test", cache_dir=tmp_path / "cache")
+    assert not isinstance(caught.value, MissingSplitError)
+
+
+def test_hub_layout_with_passages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    root = tmp_path / "set"
+    hub_repository(root)
+    (root / "queries.jsonl").unlink()
+    (root / "README.md").write_text(CONFIGS.partition("- config_name: queries")[0] + "---\n")
+    corpus = load_corpus_from_hub(str(root), allow_empty=False, cache_dir=tmp_path / "cache")
+    assert corpus["id"][:] == ["d1", "d2", "d3"] and corpus["text"][0] == "Title one"
 
 
 def test_hub_id_out_of_reach_says_so(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tct_hf.data.near_duplicates import DisjointSets, near_duplicate_pairs, shingles
+from tct_hf.data.near_duplicates import DisjointSets, folded, near_duplicate_pairs, shingles
 
 LONG = "return the sum of the values over the requested axis and skip missing values unless told otherwise"
 
@@ -38,3 +38,11 @@ def test_group_is_named_by_its_smallest_member() -> None:
     sets.join(2, 3)
     sets.join_equal(["x", None, None, "x", None])
     assert [sets.find(item) for item in range(5)] == [0, 1, 0, 0, 0]
+
+
+def test_case_punctuation_and_white_space_are_folded_away_and_nothing_else() -> None:
+    assert (
+        len({folded(text) for text in ("What is\u00a0it?", "what IS (it)", "\u00bfWhat -- is it\u3002", "what_is it")})
+        == 1
+    )
+    assert len({folded(text) for text in ("c", "c++", "\u0915\u093f", "\u0915\u0940", "?", "!")}) == 6

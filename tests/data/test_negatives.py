@@ -129,3 +129,72 @@ def test_wrong_arguments_are_named() -> None:
         triples(index=index({"apple": "apple"}))
     with pytest.raises(ValueError, match="column 'text' is missing"):
         bm25_triples(corpus().rename_column("text", "body"), QUERIES, QRELS, seed=1)
+
+
+QUESTIONS = {"u1": "plum jam on a tree", "u2": "quagga", "q4": "pear orchard"}
+
+
+def with_questions(questions: dict[str, str] = QUESTIONS, **options: object) -> list[dict]:
+    return triples(unlabelled=questions, **options)
+
+
+def test_a_question_without_judgements_has_bm25s_best_passage_as_its_positive() -> None:
+    rows = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
+    assert list(rows) == list(QUESTIONS)
+    assert {name: rows[name]["positive_id"] for name in ("u1", "q4")} == {"u1": "plum", "q4": "pear"}
+    for name, row in rows.items():
+        assert row["query"] == QUESTIONS[name] and row["known_positive_ids"] == []
+        assert row["positive"] == TEXTS[row["positive_id"]] and row["negative"] == TEXTS[row["negative_id"]]
+
+
+@pytest.mark.parametrize("depth", [3, 100])
+def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positive(depth: int) -> None:
+    ranked = list(index().run({"u1": QUESTIONS["u1"]}, 100)["u1"])
+    assert ranked[0] == "plum" and len(ranked) == 4
+    rows = [row for seed in range(20) for row in with_questions(seed=seed, depth=depth) if row["query_id"] == "u1"]
+    assert {row["negative_id"] for row in rows} == set(ranked[1:depth])
+
+
+def test_a_copy_of_the_best_passage_is_no_negative_of_an_unlabelled_question() -> None:
+    for seed in range(8):
+        [row] = bm25_triples(
+            corpus(), {}, {}, seed=seed, num_negatives=3, index=index(), unlabelled={"u": "apple tree fruit garden"}
+        )
+        assert row["positive_id"] in ("apple", "copy")
+        assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"apple", "copy"}
+
+
+def test_a_question_of_unknown_words_gets_passages_all_the_same_and_the_same_ones_again() -> None:
+    [first] = [row for row in with_questions() if row["query_id"] == "u2"]
+    assert first["positive_id"] != first["negative_id"] and {first["positive_id"], first["negative_id"]} <= set(TEXTS)
+    assert first in with_questions({"u2": QUESTIONS["u2"]})
+    rows = [row for seed in range(30) for row in with_questions(seed=seed) if row["query_id"] == "u2"]
+    assert len({row["positive_id"] for row in rows}) > 3
+
+
+def test_labelled_rows_are_those_of_a_call_without_questions() -> None:
+    labelled = [{key: row[key] for key in row if key != "labelled"} for row in with_questions() if row["labelled"]]
+    assert labelled == triples()
+    assert "labelled" not in triples()[0]
+
+
+def test_an_unlabelled_row_does_not_depend_on_which_others_are_asked_for() -> None:
+    whole = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
+    for name, text in QUESTIONS.items():
+        [alone] = bm25_triples(corpus(), {}, {}, seed=1, index=index(), unlabelled={name: text})
+        assert alone == whole[name]
+    assert with_questions() == with_questions()
+
+
+def test_questions_alone_need_no_queries_and_no_judgements() -> None:
+    rows = bm25_triples(corpus(), {}, {}, seed=1, num_negatives=2, index=index(), unlabelled=QUESTIONS)
+    assert rows.column_names[-2:] == ["known_positive_ids", "labelled"]
+    assert rows["labelled"][:] == [False] * 3
+    assert rows.features["labelled"].dtype == "bool"
+
+
+def test_a_query_with_positives_is_no_question_without_judgements() -> None:
+    with pytest.raises(ValueError, match=r"unlabelled: query 'q1' has positives in qrels; leave it out of one"):
+        with_questions({"u1": "apple", "q1": "apple fruit"})
+    with pytest.raises(ValueError, match="no positive judgement"):
+        bm25_triples(corpus(), QUERIES, {}, seed=1, index=index(), unlabelled={})

@@ -35,7 +35,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write(path: Path, text: str | bytes) -> Path:
     data = text.encode() if isinstance(text, str) else text
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
     return path
 
 
@@ -54,8 +54,8 @@ def rows_of(dataset: Any) -> list[dict[str, Any]]:
 # Text triples ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["t.tsv", "t.tsv.gz", "t.txt"])
-@pytest.mark.parametrize("header", ["", "query\tpositive\tnegative\n", "qid\tpid+\tpid-\r\n"])
+@pytest.mark.parametrize("name", ["t.tsv", "t.tsv.gz", "T.TSV.GZ", "t.txt"])
+@pytest.mark.parametrize("header", ["", "query\tpositive\tnegative\n", "Anchor\tpositive\tnegative\r\n"])
 def test_text_triples_are_read_with_and_without_header(tmp_path: Path, name: str, header: str) -> None:
     path = write(tmp_path / name, header + "".join("\t".join(row.values()) + "\n" for row in ROWS))
     loaded = load_triples(path)
@@ -209,6 +209,88 @@ def test_query_texts_beside_passage_ids_need_a_collection_only() -> None:
     assert loaded["known_positive_ids"][:] == [["d1", "d3"]] * 3
 
 
+@pytest.mark.parametrize("header", ["qid\tpid+\tpid-\r\n", "query_id\tpositive_id\tnegative_id\n"])
+def test_header_of_id_triples_is_no_row(tmp_path: Path, header: str) -> None:
+    plain = load_triples(write(tmp_path / "plain.tsv", ID_LINES), collection=PASSAGES, queries=QUERIES)
+    loaded = load_triples(write(tmp_path / "t.tsv", header + ID_LINES), collection=PASSAGES, queries=QUERIES)
+    assert rows_of(loaded) == rows_of(plain)
+
+
+ID_ROW = {
+    "query": "query one", "positive": "passage 1", "negative": "passage 2",
+    "query_id": "1", "positive_id": "d1", "negative_id": "d2", "known_positive_ids": ["d1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"query": 1, "positive": "d1", "negative": "d2"}, {}),
+        ({"query": "1", "positive": ["d1"], "negatives": ["d2"]}, {}),
+        ({"query": "1", "positive": "d1", "negative_1": "d2", "negative_2": "d9"}, {"num_negatives": 1}),
+        ({"anchor": "1", "positive": "d1", "neg": "d2"}, {"columns": {"query": "anchor", "negative": "neg"}}),
+        (
+            {"query": "1", "positive": "d1", "negative": "d2"},
+            {"columns": {"query_id": "query", "positive_id": "positive", "negative_id": "negative"}},
+        ),
+    ],
+    ids=["numbers", "lists", "numbered", "mapped texts", "mapped ids"],
+)
+def test_ids_under_the_names_of_texts_are_looked_up(
+    row: dict[str, Any], options: dict[str, Any], streaming: bool
+) -> None:
+    source: Any = Dataset.from_list([row])
+    if streaming:
+        source = source.to_iterable_dataset()
+        options = {**options, "qrels": {"1": {"d1": 1}}}
+    loaded = load_triples(source, collection=PASSAGES, queries=QUERIES, streaming=streaming, **options)
+    assert rows_of(loaded) == [ID_ROW]
+
+
+def test_query_ids_are_looked_up_beside_texts_of_passages(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", jsonl([{"query": "2", "positive": "p", "negative": "n"}]))
+    assert rows_of(load_triples(path, queries=QUERIES)) == [
+        {"query": "query two", "positive": "p", "negative": "n", "query_id": "2"}
+    ]
+
+
+def test_unknown_id_under_the_name_of_a_text_is_skipped_like_any_other(tmp_path: Path) -> None:
+    rows = [
+        {"query": "1", "positive": "gone", "negative": "d2"},
+        {"query": None, "positive": "d1", "negative": "d2"},
+        {"query": "1", "positive": "d1", "negative": "d2"},
+    ]
+    path = write(tmp_path / "t.jsonl", jsonl(rows))
+    skipped = SkippedRows()
+    for given in (rows, rows[1:]):
+        write(path, jsonl(given))
+        loaded = load_triples(path, collection=PASSAGES, queries=QUERIES, skip_bad_rows=True, skipped=skipped)
+        assert rows_of(loaded) == [ID_ROW] and skipped.total == len(given) - 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_nobody_has_judged_stay_marked(tmp_path: Path, streaming: bool) -> None:
+    judged = {**ROWS[0], "query_id": "1", "positive_id": "d1", "negative_id": "d2", "labelled": True}
+    rows = [judged, {**judged, "positive_id": "d3", "labelled": False}]
+    path = write(tmp_path / "t.jsonl", jsonl(rows))
+    loaded = load_triples(path, streaming=streaming, qrels={"1": {"d1": 1}} if streaming else None)
+    known = [["d1"], ["d1"]]  # the candidate of a row without a label is not known to be positive
+    assert rows_of(loaded) == [{**row, "known_positive_ids": ids} for row, ids in zip(rows, known, strict=True)]
+    assert loaded.features is not None and loaded.features["labelled"] == datasets.Value("bool")
+    (first, _) = rows_of(load_triples(path, columns={"labelled": None}))
+    assert "labelled" not in first
+
+
+def test_triples_of_a_collection_come_back_as_they_were(tmp_path: Path) -> None:
+    corpus = Dataset.from_dict({"id": [f"d{at}" for at in range(8)], "text": [f"word{at} of" for at in range(8)]})
+    made = bm25_triples(corpus, {"q1": "word1"}, {"q1": {"d1": 1}}, seed=1, unlabelled={"q2": "word2"})
+    made.to_parquet(tmp_path / "t.parquet")
+    assert set(made["labelled"]) == {True, False}
+    loaded = load_triples(tmp_path / "t.parquet")
+    assert [dict(row) for row in loaded.select_columns(made.column_names)] == rows_of(made)
+
+
 QRELS_FILES = {
     "beir.tsv": "query-id\tcorpus-id\tscore\n1\td1\t1\n1\td6\t2\n1\td2\t0\n",
     "plain.tsv": "1\td1\t1\n1\td6\t2\n1\td2\t0\n",
@@ -274,6 +356,8 @@ def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
     assert rows_of(load_triples(folder, num_negatives=2, seed=4)) != rows_of(expected)
     with pytest.raises(ValueError, match="qrels= does not go with a BEIR collection"):
         load_triples(folder, qrels={})
+    with pytest.raises(ValueError, match=r"revision= does not go with a BEIR.*download revision 'v1' and give its"):
+        load_triples(folder, revision="v1")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -175,6 +175,28 @@ BAD_ROWS: dict[str, tuple[str, bytes, dict[str, Any], str, str]] = {
         "empty id",
         r"no id \(null\)",
     ),
+    "label as text": (
+        "t.jsonl",
+        jsonl({**GOOD, "labelled": True}, {**GOOD, "labelled": "false"}),
+        {},
+        "mixed types",
+        r"t\.jsonl, line 2, column 'labelled': holds 'false' where true is needed, or false for a row that nobody.*"
+        r"columns=\{'labelled': None\}",
+    ),
+    "label a number": (
+        "t.jsonl",
+        jsonl({**GOOD, "labelled": True}, {**GOOD, "labelled": 0}),
+        {},
+        "mixed types",
+        "line 2, column 'labelled': holds 0",
+    ),
+    "label left out": (
+        "t.jsonl",
+        jsonl({**GOOD, "labelled": True}, GOOD),
+        {},
+        "missing column",
+        "line 2: column 'labelled' is missing",
+    ),
     "too few negatives": (
         "t.jsonl",
         jsonl(LISTS, {**LISTS, "negatives": ["a"]}),
@@ -257,6 +279,50 @@ BAD_FILES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         b"1\t2\t3\n",
         {"collection": {"2": "a", "3": "b"}},
         r"look like ids, not texts; pass queries= with",
+    ),
+    "ids without texts under a header": (
+        "t.tsv",
+        b"query\tpositive\tnegative\n1\t2\t3\n",
+        {},
+        r"line 2: \['1', '2', '3'\] look like ids, not texts; pass queries= and collection=",
+    ),
+    "header of ids without texts": (
+        "t.tsv",
+        b"qid\tpid+\tpid-\nq\tp\tn\n",
+        {},
+        r"line 1: \['qid', 'pid\+', 'pid-'\] are names of ids, not texts; pass queries= and collection= with their",
+    ),
+    "header of ids without queries": (
+        "t.tsv",
+        b"query_id\tpositive_id\tnegative_1_id\tnegative_2_id\nq\td1\td2\td3\n",
+        {"collection": TEXTS["collection"], "num_negatives": 2},
+        r"line 1: .* are names of ids, not texts; pass queries= with their texts",
+    ),
+    "ids without texts in columns of texts": (
+        "t.jsonl",
+        jsonl({"query": "1", "positive": "2", "negatives": ["3", "4"]}),
+        {},
+        r"\['1', '2', '3', '4'\] look like ids, not texts; pass queries= and collection= with their texts",
+    ),
+    "texts and superfluous queries": (
+        "t.jsonl",
+        jsonl(GOOD),
+        {"queries": TEXTS["queries"]},
+        r"t\.jsonl, column 'query': queries= has nothing to look up: this holds texts, such as 'q', and no id of "
+        r"queries \(a mapping\); leave queries= out, or look ids up with columns=\{'query_id': ...\}",
+    ),
+    "texts and a superfluous collection": (
+        "t.jsonl",
+        jsonl({**GOOD, "query": "1"}),
+        TEXTS,
+        r"t\.jsonl, column 'positive': collection= has nothing to look up: .*columns=\{'positive_id': ...\}",
+    ),
+    "texts beside ids and a superfluous collection": (
+        "t.jsonl",
+        jsonl({**GOOD, **IDS}),
+        {"collection": TEXTS["collection"]},
+        r"collection= has nothing to look up: .*leave collection= out, or look ids up with "
+        r"columns=\{'positive': None\}",
     ),
     "id twice in the collection": (
         "t.tsv",

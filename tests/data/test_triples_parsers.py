@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tct_hf.data import SkippedRows, load_triples
+from tct_hf.data.beir_format import read_records
 from tct_hf.data.columns import RowReader
+from tct_hf.data.lookups import read_tsv_texts
 from tct_hf.data.row_parsing import BadRow, byte_lines, parse_json_line, parse_tsv_line
 
 NAMES = ("query", "positive", "negative")
@@ -249,6 +251,64 @@ def test_15000_mutated_lines_of_id_triples_are_resolved_right_or_refused(tmp_pat
             wrong += 1
     assert 1_000 < len(right) < 14_000
     compare(tmp_path / "ids.tsv", data, right, wrong, queries=queries, collection=passages)
+
+
+def simple_record(line: bytes) -> tuple[str, str] | None:
+    """Id and text (the title before it) of one object, or None."""
+    text = simple_decode(line)
+    try:
+        row = simple_json(text) if text is not None else None
+    except NotJson:
+        return None
+    if not isinstance(row, dict) or "_id" not in row or type(row["_id"]) not in (str, int) or row["_id"] == "":
+        return None
+    parts = [part for part in (row.get("title"), row.get("text", 0)) if part is not None]
+    if row.get("text") is None or not all(isinstance(part, str) for part in parts):
+        return None
+    found = str(row["_id"]), " ".join(part.strip() for part in parts if part.strip())
+    return None if re.search("[\ud800-\udfff]", "".join(found)) else found
+
+
+def simple_id_and_text(line: bytes) -> tuple[str, str] | None:
+    key, tab, rest = line.partition(b"\t")
+    found, text = simple_decode(key), simple_decode(rest)
+    if not tab or b"\t" in rest or found is None or text is None or not found.strip():
+        return None
+    return found, text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tsv"])
+def test_4000_mutated_lines_of_collections_are_read_right_or_refused_with_their_place(
+    tmp_path: Path, kind: str
+) -> None:
+    draw = random.Random(4)
+    path = tmp_path / f"collection.{kind}"
+    good = 0
+    for number in range(4000):
+        title, text, _ = texts(draw)
+        if kind == "jsonl":
+            record = {"_id": draw.choice((number, f"d{number}")), "title": title, "text": text}
+            valid = json.dumps(record, ensure_ascii=draw.random() < 0.5).encode()
+        else:
+            valid = f"d{number}\t{text}".encode()
+        data = mutate(valid, draw)
+        path.write_bytes(data)
+        lines = simple_lines(data.removeprefix(codecs.BOM_UTF8))
+        wanted = [line for line in lines if (line.strip() if kind == "jsonl" else line)]
+        right = [(simple_record if kind == "jsonl" else simple_id_and_text)(line) for line in wanted]
+        try:
+            read = [(key, text) for _, key, text in records(path)]
+        except ValueError as error:
+            assert None in right, data
+            assert str(error).startswith(f"{path}, line "), data
+        else:
+            assert read == right, data
+            good += 1
+    assert 500 < good < 3500  # both happen
+
+
+def records(path: Path) -> Iterator[tuple[str, str, str]]:
+    return read_tsv_texts(path) if path.suffix == ".tsv" else read_records(path, title=True, allow_empty=True)
 
 
 # Properties --------------------------------------------------------------------------------------------------------

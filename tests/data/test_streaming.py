@@ -1,0 +1,244 @@
+"""Streamed triples shared out by rows: none lost or repeated, only one's own read, resumed without reading it all."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset, load_dataset
+from torch.utils.data import DataLoader
+
+from tct_hf import load_triples
+from tct_hf.data.sources import TsvSource
+from tct_hf.data.streamed import StreamedTriples
+from tct_hf.streaming import StreamedBatches
+
+ROWS = 36
+
+
+def row(number: int) -> dict[str, Any]:
+    return {"query": f"query {number}", "positive": f"positive {number}", "negative": f"negative {number}"}
+
+
+def tsv(path: Path, rows: int = ROWS) -> Path:
+    path.write_text("".join("\t".join(row(number).values()) + "\n" for number in range(rows)))
+    return path
+
+
+def of_tsv(path: Path) -> Any:
+    return load_triples(tsv(path / "t.tsv"), streaming=True)
+
+
+def of_jsonl(path: Path) -> Any:
+    with gzip.open(path / "t.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row(number)) + "\n" for number in range(ROWS))
+    return load_triples(path / "t.jsonl.gz", streaming=True)
+
+
+def of_parquet(path: Path) -> Any:
+    Dataset.from_list([row(number) for number in range(ROWS)]).to_parquet(path / "t.parquet")
+    return load_triples(path / "t.parquet", streaming=True)
+
+
+def several_files(path: Path) -> Path:
+    (path / "set").mkdir()
+    for part, rows in enumerate((range(5), range(5, 25), range(25, ROWS))):  # of different lengths
+        Dataset.from_list([row(number) for number in rows]).to_parquet(path / "set" / f"train-{part}.parquet")
+    return path / "set"
+
+
+def of_folder(path: Path) -> Any:
+    return load_triples(several_files(path), streaming=True)
+
+
+def of_stream(path: Path) -> Any:
+    files = sorted(map(str, several_files(path).iterdir()))
+    return load_triples(load_dataset("parquet", data_files=files, split="train", streaming=True), streaming=True)
+
+
+def of_ids(path: Path) -> Any:
+    (path / "i.tsv").write_text("".join(f"{number}\tp{number}\tn{number}\n" for number in range(ROWS)))
+    passages = {f"{kind[0]}{n}": f"{kind} {n}" for n in range(ROWS) for kind in ("positive", "negative")}
+    queries = {str(number): f"query {number}" for number in range(ROWS)}
+    return load_triples(path / "i.tsv", collection=passages, queries=queries, streaming=True, cache_dir=path / "cache")
+
+
+def of_bad_rows(path: Path) -> Any:
+    text = tsv(path / "t.tsv").read_text().splitlines()
+    (path / "t.tsv").write_text("\n".join([*text[:7], "bad", *text[7:20], "bad", "bad", *text[20:]]) + "\n")
+    return load_triples(path / "t.tsv", streaming=True, skip_bad_rows=True)
+
+
+def of_lists(path: Path) -> Any:
+    """Twelve rows of three positives each."""
+    rows = []
+    for number in range(0, ROWS, 3):
+        rows.append({"query": f"query {number}", "positives": [f"positive {number + k}" for k in range(3)]})
+    (path / "t.jsonl").write_text("".join(json.dumps({**one, "negative": "negative"}) + "\n" for one in rows))
+    return load_triples(path / "t.jsonl", streaming=True)
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "tsv": of_tsv,
+    "jsonl.gz": of_jsonl,
+    "parquet": of_parquet,
+    "folder of files": of_folder,
+    "data set of files": of_stream,
+    "ids": of_ids,
+    "bad rows left out": of_bad_rows,
+    "lists of positives": of_lists,
+}
+
+
+def numbers(batch: Any) -> list[int]:
+    return [int(one["positive"].split()[1]) for one in batch]
+
+
+def of_process(
+    rows: IterableDataset, batch_size: int, process: int, processes: int, workers: int, trained: int = 0
+) -> Any:
+    batches = StreamedBatches(rows, batch_size, process=process, processes=processes)
+    batches.trained = trained
+    return iter(DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: str, shuffled: bool) -> None:
+    rows = SOURCES[source](tmp_path)
+    rows = rows.shuffle(seed=3, buffer_size=10) if shuffled else rows
+    for processes, workers in ((1, 0), (1, 2), (3, 0), (2, 2)):
+        size = 12 // processes
+        loaders = [of_process(rows, size, process, processes, workers) for process in range(processes)]
+        steps = [[number for loader in loaders for number in numbers(next(loader))] for _ in range(6)]
+        once, again = [*chain(*steps[:3])], [*chain(*steps[3:])]
+        assert sorted(once) == sorted(again) == list(range(ROWS))
+        assert (once == list(range(ROWS))) == (not shuffled)
+        assert (once == again) == (not shuffled)  # each pass has its own order
+
+
+def test_a_process_parses_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_triples(tsv(tmp_path / "t.tsv"), streaming=True).shuffle(seed=0, buffer_size=10)
+    parsed: list[bytes] = []
+    parse = TsvSource.parse
+    monkeypatch.setattr(TsvSource, "parse", lambda self, raw: parsed.append(raw) or parse(self, raw))
+    given = [numbers(batch) for batch in islice(of_process(rows, 4, 1, 3, 0), 3)]
+    assert [int(line.split(b"\t")[0].split()[1]) for line in parsed] == [*chain(*given)]
+
+
+@pytest.mark.parametrize("rows", [36, 31])  # 31: batches run over the ends of passes
+@pytest.mark.parametrize("trained", [0, 2, 3, 4, 9, 20, 21])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restart_gives_the_rows_that_follow(tmp_path: Path, rows: int, trained: int, workers: int) -> None:
+    stream = load_triples(tsv(tmp_path / "t.tsv", rows), streaming=True).shuffle(seed=1, buffer_size=10)
+    for process in (0, 1):
+        whole = [numbers(batch) for batch in islice(of_process(stream, 6, process, 2, 0), 24)]
+        again = list(islice(of_process(stream, 6, process, 2, workers, trained), 24))
+        assert again[:trained] == [None] * trained
+        assert [numbers(batch) for batch in again[trained:]] == whole[trained:]
+
+
+def test_a_restart_reads_no_more_than_two_passes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = load_triples(tsv(tmp_path / "t.tsv"), streaming=True).shuffle(seed=1, buffer_size=10)
+    lines = 0
+    raw = TsvSource.raw
+
+    def counted(self: TsvSource, columns: Any = None) -> Any:
+        nonlocal lines
+        for one in raw(self, columns):
+            lines += 1
+            yield one
+
+    monkeypatch.setattr(TsvSource, "raw", counted)
+    loader = of_process(stream, 6, 0, 1, 0, trained=1000)  # in the 167th pass
+    assert next(batch for batch in loader if batch)
+    assert lines <= 2 * ROWS
+
+
+def test_shuffling_without_a_seed_is_the_same_in_every_process(tmp_path: Path) -> None:
+    orders = [numbers(of_tsv(tmp_path).shuffle(buffer_size=10)) for _ in range(2)]
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
+def test_another_epoch_is_another_order(tmp_path: Path) -> None:
+    rows = of_tsv(tmp_path).shuffle(seed=5, buffer_size=10)
+    first = numbers(rows)
+    rows.set_epoch(1)
+    second = numbers(rows)
+    rows.set_epoch(0)
+    assert sorted(first) == sorted(second) and first != second
+    assert numbers(rows) == first
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_in_mid_stream_is_named(tmp_path: Path, workers: int) -> None:
+    path = tsv(tmp_path / "t.tsv", 3000)
+    path.write_text(path.read_text().replace("\tpositive 2000\t", "\t \t"))
+    rows = load_triples(path, streaming=True)
+    loader = of_process(rows, 100, 0, 1, workers)
+    assert sum(len(next(loader)) for _ in range(20)) == 2000
+    with pytest.raises(ValueError, match=r"t\.tsv, line 2001, column 'positive': the text is empty; fill it in"):
+        next(loader)
+
+
+def test_an_unknown_id_in_mid_stream_is_named(tmp_path: Path) -> None:
+    (tmp_path / "i.tsv").write_text("1\ta\tb\n" * 1500 + "1\ta\tc\n")
+    rows = load_triples(
+        tmp_path / "i.tsv", collection={"a": "x", "b": "y"}, queries={"1": "q"}, streaming=True, cache_dir=tmp_path
+    )
+    with pytest.raises(ValueError, match=r"i\.tsv, line 1501, column 'negative_id': 'c' is not in collection"):
+        list(of_process(rows, 500, 0, 1, 0))
+
+
+def test_fewer_rows_than_processes_take_are_refused(tmp_path: Path) -> None:
+    rows = load_triples(tsv(tmp_path / "t.tsv", 5), streaming=True)
+    with pytest.raises(ValueError, match="has 5 rows, fewer than one batch of 2 rows on each of 3 processes"):
+        next(of_process(rows, 2, 0, 3, 0))
+
+
+def test_columns_and_checks_leave_rows_unread(tmp_path: Path) -> None:
+    def refuse(text: str) -> None:
+        if text == "query 7":
+            raise ValueError("seven")
+
+    rows = of_tsv(tmp_path).checked(refuse, "query").select_columns(["positive", "query"])
+    assert isinstance(rows, StreamedTriples) and rows.column_names == ["positive", "query"]
+    taken: list[Any] = []
+    with pytest.raises(ValueError, match="seven"):
+        taken.extend(batch for batch in of_process(rows, 2, 0, 1, 0) if taken.append(batch))  # type: ignore[func-returns-value]
+    assert taken[0] == [{"positive": f"positive {n}", "query": f"query {n}"} for n in range(2)]
+    assert len(taken) == 3
+    with pytest.raises(ValueError, match="no column 'title'; there are positive, query"):
+        rows.select_columns("title")
+
+
+MEMORY = """
+import sys, resource
+from pathlib import Path
+from tct_hf import load_triples
+rows = load_triples(sys.argv[1], streaming=True).shuffle(seed=0, buffer_size=2000)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+for number, row in enumerate(rows):
+    if number == 30_000:
+        begun = resident()
+print(number + 1, resident() - begun)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_once_the_buffer_is_full(tmp_path: Path) -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads /proc")
+    path = tsv(tmp_path / "t.tsv", 300_000)
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    rows, growth = done.stdout.split()
+    assert int(rows) == 300_000
+    assert float(growth) < 20
