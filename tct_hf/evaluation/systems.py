@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.retrieval.dense import DenseIndex
+from tct_hf.retrieval.encode import encode_texts
 from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
-    import numpy as np
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 # Token vectors of this many passages are scored at a time: about 40 MB of them, whatever the corpus.
@@ -20,27 +20,6 @@ def _autocast(model: Any, bf16: bool) -> Any:
     import torch
 
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
-
-
-def encode_texts(
-    model: SentenceTransformer, texts: Sequence[str], *, task: str, bf16: bool = False, batch_size: int = 32
-) -> np.ndarray:
-    """Encode texts with the model's own prompt of a task.
-
-    Args:
-        model: of one vector a text.
-        texts: queries or passages.
-        task: "query" or "document".
-        bf16: compute in bfloat16.
-        batch_size: texts a forward pass.
-
-    Returns:
-        `(texts, dim)` float32.
-    """
-    encode = model.encode_query if task == "query" else model.encode_document
-    with _autocast(model, bf16):
-        vectors = encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-    return vectors.float().cpu().numpy()
 
 
 def dense_run(
@@ -106,6 +85,7 @@ def late_interaction_run(
     Returns:
         The run.
     """
+    import numpy as np
     import torch
 
     query_ids = list(queries)
@@ -113,16 +93,19 @@ def late_interaction_run(
         encoded = model.encode_query(list(queries.values()), batch_size=batch_size, show_progress_bar=False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     query_vectors = [vectors.to(dtype) for vectors in encoded]
-    best_scores = torch.full((len(query_ids), 0), float("-inf"))
-    best_rows = torch.zeros((len(query_ids), 0), dtype=torch.int64)
+    # Of equal scores the first id in order comes first, and stays where the list is cut.
+    places = np.empty(len(corpus_ids), np.int64)
+    places[sorted(range(len(corpus_ids)), key=corpus_ids.__getitem__)] = np.arange(len(corpus_ids))
+    best_scores = np.empty((len(query_ids), 0), np.float32)
+    best_rows = np.empty((len(query_ids), 0), np.int64)
     for part in _by_length(corpus_texts):
         with _autocast(model, bf16):
             vectors = model.encode_document([corpus_texts[row] for row in part], batch_size=batch_size)
-        scores = model.similarity(query_vectors, [v.to(dtype) for v in vectors], chunk_elements=1 << 24).cpu()
-        rows = torch.tensor(part).expand(len(query_ids), -1)
-        scores, rows = torch.cat([best_scores, scores], 1), torch.cat([best_rows, rows], 1)
-        best_scores, chosen = scores.topk(min(k, scores.shape[1]), dim=1)
-        best_rows = rows.gather(1, chosen)
+        scored = model.similarity(query_vectors, [v.to(dtype) for v in vectors], chunk_elements=1 << 24)
+        scores = np.hstack([best_scores, scored.float().cpu().numpy()])
+        rows = np.hstack([best_rows, np.broadcast_to(np.array(part), (len(query_ids), len(part)))])
+        chosen = np.lexsort((places[rows], -scores))[:, :k]
+        best_scores, best_rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
     return {
         query: {corpus_ids[row]: score for row, score in zip(rows, scores, strict=True)}
         for query, rows, scores in zip(query_ids, best_rows.tolist(), best_scores.tolist(), strict=True)

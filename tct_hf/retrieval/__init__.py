@@ -7,11 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tct_hf.retrieval.dense import DenseIndex as DenseIndex
+    from tct_hf.retrieval.encode import encode_corpus as encode_corpus
+    from tct_hf.retrieval.encode import encode_texts as encode_texts
+    from tct_hf.retrieval.hybrid import check_tuning_queries as check_tuning_queries
+    from tct_hf.retrieval.hybrid import fuse as fuse
+    from tct_hf.retrieval.hybrid import reciprocal_rank_fusion as reciprocal_rank_fusion
+    from tct_hf.retrieval.hybrid import tune_alpha as tune_alpha
     from tct_hf.retrieval.runs import read_run as read_run
     from tct_hf.retrieval.runs import write_run as write_run
     from tct_hf.retrieval.sparse import BM25Index as BM25Index
+    from tct_hf.retrieval.vectors import load_vectors as load_vectors
 
-_PUBLIC = {"BM25Index": "sparse", "DenseIndex": "dense", "read_run": "runs", "write_run": "runs"}
+_PUBLIC = {
+    "BM25Index": "sparse",
+    "DenseIndex": "dense",
+    "encode_corpus": "encode",
+    "encode_texts": "encode",
+    "load_vectors": "vectors",
+    "check_tuning_queries": "hybrid",
+    "fuse": "hybrid",
+    "read_run": "runs",
+    "reciprocal_rank_fusion": "hybrid",
+    "tune_alpha": "hybrid",
+    "write_run": "runs",
+}
 
 __all__ = sorted(_PUBLIC)
 

@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.retrieval.built_by import check_model, described
+from tct_hf.retrieval.dense_engine import (
+    clipped_rows,
+    factory_for,
+    faiss_threads,
+    is_flat,
+    make_engine,
+    parameter_names,
+    search_engine,
+    search_flat,
+    set_parameters,
+    train_engine,
+    training_rows,
+)
+from tct_hf.retrieval.dense_tuning import SLICE, choose_parameters, exact_neighbours, stand_ins
+from tct_hf.retrieval.ids import IdTable
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import check_ids
+from tct_hf.retrieval.vector_blocks import BLOCK, as_matrix, as_rows, blocks, choose_rows, draw, ranges
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf.hub.indexes import PushedIndex
 
 _SETTINGS_FILE = "tct_dense.json"
 _INDEX_FILE = "index.faiss"
-_IDS_FILE = "ids.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class DenseIndex:
     """A Faiss inner product index that answers query vectors with passage ids; make one with `build` or `load`.
 
-    Equal scores among the passages found are ordered by passage id.
+    Equal scores are ordered by passage id: among all passages with exact search ("Flat"), otherwise among those found.
+    Scores are exact inner products, except where the
+    factory compresses what it scores last: with Refine(SQ8), one byte a component, they are off by about 0.1%.
+
+    Attributes:
+        ids: passage ids, one a row.
+        factory: the Faiss factory string it was made with.
+        parameters: the search parameters set, such as {"nprobe": 24, "k_factor": 3.0}; empty for exact search.
+        tuning: how they were chosen: recall wanted and measured, k, what stood for queries; None if they were not.
+        built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, where it was given; from
+            the Hub also "revision".
     """
 
-    def __init__(self, engine: Any, ids: list[str], factory: str) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        ids: Sequence[str],
+        factory: str,
+        *,
+        parameters: Mapping[str, float] | None = None,
+        tuning: dict[str, Any] | None = None,
+        built_by: Mapping[str, Any] | None = None,
+        mapped: bool = False,
+    ) -> None:
         self._engine = engine
-        self.ids = ids
+        self._mapped = mapped
+        self.ids: Sequence[str] = ids
         self.factory = factory
+        self.parameters = dict(parameters or {})
+        self.tuning = tuning
+        self.built_by = dict(built_by) if built_by else None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,81 +83,205 @@ class DenseIndex:
         return int(self._engine.d)
 
     @classmethod
-    def build(cls, vectors: npt.ArrayLike, ids: Iterable[str], factory: str = "auto") -> DenseIndex:
-        """Index passage vectors.
+    def build(
+        cls,
+        vectors: npt.ArrayLike,
+        ids: Iterable[str],
+        factory: str = "auto",
+        *,
+        recall: float | None = 0.97,
+        k: int = 100,
+        query_vectors: npt.ArrayLike | None = None,
+        parameters: Mapping[str, float] | None = None,
+        built_by: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> DenseIndex:
+        """Index passage vectors, as they are: nothing is normalised.
+
+        "auto" is exact search up to 50,000 vectors, a graph (HNSW) up to 500,000, and beyond that inverted lists with
+        codes of one bit a component (RaBitQ, read by fast scan) whose best are scored again with a byte a component.
+
+        The search parameters of an index that is not exact are the cheapest that reach `recall` on a held-out slice.
+        Give `query_vectors` for it when there are any (of training queries, say). Without, vectors made of held-out
+        passages stand for queries: they are easier to find than queries are, so that the recall measured on them is
+        too good. Part of the misses allowed is kept back for that, but that is no promise for queries unlike any
+        passage.
 
         Args:
-            vectors: (passages, dimension), converted to float32.
+            vectors: (passages, dimension), any floating type; read in blocks, so that `np.load(path, mmap_mode="r")`
+                needs no memory of its own.
             ids: passage ids, one a row, each once.
-            factory: "auto" (exact search, `Flat`), or any Faiss factory string, for instance "HNSW32" or
-                "IVF256,Flat"; an index that needs training is trained on these vectors.
+            factory: "auto", or any Faiss factory string, for instance "HNSW32" or "IVF256,Flat".
+            recall: wanted mean Recall@k against exact search; None leaves the parameters as Faiss sets them.
+            k: passages a query that `recall` speaks of.
+            query_vectors: (queries, dimension) to choose the parameters with; not the queries that are reported.
+            parameters: search parameters to set instead: nprobe, efSearch, k_factor.
+            built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, kept with the index:
+                "model" in the manifest of `encode_corpus`.
+            seed: of the training sample, the clustering and the held-out slice.
+            threads: for building; None leaves Faiss's own setting. One thread makes the same bytes of the same
+                vectors; several make a graph that differs from one time to the next.
 
         Returns:
             The index.
 
         Raises:
-            ValueError: a wrong shape, NaN or infinite components, ids that don't fit, or a factory string that Faiss
-                refuses.
+            ValueError: a wrong shape, NaN or infinite components, ids that don't fit, a setting out of range, or a
+                factory string that Faiss refuses.
         """
-        import faiss
-
-        matrix = _matrix(vectors, "vectors")
+        matrix = as_rows(vectors, "vectors")
         id_list = list(ids)
         check_ids(id_list, len(matrix), "vectors")
-        description = "Flat" if factory == "auto" else factory
+        if recall is not None and not 0 < recall < 1:
+            raise ValueError(f'recall: {recall} is not between 0 and 1; for exact search pass factory="Flat"')
+        _check_k(k)
+        queries = None if query_vectors is None else as_matrix(query_vectors, "query_vectors")
+        if queries is not None and (queries.shape[1] != matrix.shape[1] or not len(queries)):
+            raise ValueError(
+                f"query_vectors: shape {queries.shape} for passages of dimension {matrix.shape[1]}; "
+                "encode queries with the model that encoded the passages"
+            )
+        description = factory_for(len(matrix)) if factory == "auto" else factory
+        with faiss_threads(threads):
+            try:
+                engine = make_engine(matrix.shape[1], description)
+                low, high = ranges(matrix)
+                held_out, training = draw(len(matrix), SLICE, training_rows(engine, len(matrix)), seed)
+                if not engine.is_trained:
+                    train_engine(engine, as_matrix(matrix[training], "vectors"), low, high, seed)
+                for block in blocks(matrix):
+                    engine.add(block)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"factory: Faiss can't make {description!r} of {len(matrix)} vectors of dimension "
+                    f'{matrix.shape[1]} ({_faiss_reason(error)}); use "auto"'
+                ) from error
+            tuning = None
+            if parameters is not None:
+                set_parameters(engine, parameters)
+            elif recall is not None and parameter_names(engine):
+                source = "passages" if queries is None else "queries"
+                queries = (
+                    stand_ins(as_matrix(matrix[held_out], "vectors"), seed)
+                    if queries is None
+                    else queries[choose_rows(len(queries), SLICE, seed)]
+                )
+                exact = exact_neighbours(queries, matrix, min(k, len(matrix)))
+                tuning = choose_parameters(engine, exact, recall, source, k)
+                parameters = tuning.pop("parameters")
+        return cls(engine, IdTable.of(id_list), description, parameters=parameters, tuning=tuning, built_by=built_by)
+
+    def add(self, vectors: npt.ArrayLike, ids: Iterable[str]) -> None:
+        """Add passages.
+
+        What was learned from the first vectors (clusters, ranges, search parameters) stays: build anew when the
+        collection has become another. Codes of some bits a component (SQ8, Refine(SQ8), as in "auto" from 500,000
+        vectors) reach no further than the greatest and least value they were trained on: what lies beyond is stored
+        as if it lay there, which is warned of.
+
+        Args:
+            vectors: (passages, dimension).
+            ids: their ids, none of them in the index yet.
+
+        Raises:
+            ValueError: vectors or ids that don't fit, an index that was loaded with `mmap`, or one of a kind that
+                can't grow (NSG).
+        """
+        if self._mapped:
+            raise ValueError("add: this index is mapped from its files; load it with mmap=False to add passages")
+        matrix = as_rows(vectors, "vectors")
+        if matrix.shape[1] != self.dimension:
+            raise ValueError(f"vectors: dimension {matrix.shape[1]} where the index has {self.dimension}")
+        new = list(ids)
+        check_ids(new, len(matrix), "vectors")
+        everything = [*self.ids, *new]
+        check_ids(everything, len(everything), "vectors")
+        # All blocks are looked at before the first is added: a refused call leaves the index as it was.
+        outside: list[int] = []
+        for number, block in enumerate(blocks(matrix)):
+            outside += (number * BLOCK + clipped_rows(self._engine, block)).tolist()
+        if outside:
+            warnings.warn(
+                f"vectors: row {outside[0]} (passage {new[outside[0]]!r}) lies outside the range that the codes of "
+                f"{self.factory} were trained on, as {len(outside)} of {len(new)} rows do, and is clipped to it: its "
+                "scores will be off; build the index anew from all vectors",
+                stacklevel=2,
+            )
         try:
-            engine = faiss.index_factory(matrix.shape[1], description, faiss.METRIC_INNER_PRODUCT)
-            if not engine.is_trained:
-                engine.train(matrix)
-            engine.add(matrix)
+            for block in blocks(matrix):
+                self._engine.add(block)
         except RuntimeError as error:
             raise ValueError(
-                f"factory: Faiss can't make {description!r} of {len(matrix)} vectors of dimension {matrix.shape[1]} "
-                f'({_faiss_reason(error)}); use "auto" for exact search'
+                f"add: Faiss can't add to {self.factory} ({_faiss_reason(error)}); build the index anew from all "
+                "vectors, or as another kind, such as HNSW32"
             ) from error
-        return cls(engine, id_list, description)
+        self.ids = IdTable.of(everything)
 
-    def search(self, query_vectors: npt.ArrayLike, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
+    def search(
+        self, query_vectors: npt.ArrayLike, k: int = 100, *, threads: int | None = None
+    ) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the passages with the greatest inner product.
 
         Args:
             query_vectors: (queries, dimension), converted to float32.
             k: passages a query, at most.
+            threads: of Faiss, for this call; None leaves its own setting.
 
         Returns:
             Ids and float32 scores, one list and one array a query, best first.
 
         Raises:
-            ValueError: k is below 1, a wrong shape, or NaN or infinite components.
+            ValueError: k is below 1, a wrong shape, NaN or infinite components, or a score that float32 can't hold.
         """
         import numpy as np
 
-        if k < 1:
-            raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-        matrix = _matrix(query_vectors, "query_vectors")
+        _check_k(k)
+        matrix = as_matrix(query_vectors, "query_vectors")
         if matrix.shape[1] != self.dimension:
             raise ValueError(
                 f"query_vectors: dimension {matrix.shape[1]} where the index has {self.dimension}; "
                 "encode queries with the model that encoded the passages"
             )
-        all_scores, all_rows = self._engine.search(matrix, min(k, len(self.ids)))
+        depth = min(k, len(self.ids))
+        if "k_factor" in self.parameters:
+            # The best few are found by scoring as many candidates again as for the k that was tuned.
+            tuned = min((self.tuning or {}).get("k", depth), len(self.ids))
+            factor = self.parameters["k_factor"] * max(1.0, tuned / depth)
+            set_parameters(self._engine, {"k_factor": factor})
+        exact = is_flat(self._engine)
+        with faiss_threads(threads):
+            found_by: Any = search_flat if exact else search_engine
+            all_scores, all_rows = found_by(self._engine, matrix, depth)
         ids: list[list[str]] = []
         scores: list[np.ndarray] = []
         for values, rows in zip(all_scores, all_rows, strict=True):
-            # Approximate indexes mark with -1 the places they could not fill.
-            found = [(float(value), self.ids[row]) for value, row in zip(values, rows, strict=True) if row >= 0]
-            found.sort(key=lambda item: (-item[0], item[1]))
-            ids.append([passage_id for _, passage_id in found])
-            scores.append(np.array([value for value, _ in found], dtype=np.float32))
+            if len(rows) < depth or (exact and rows[-1] < 0) or not np.isfinite(values[rows >= 0]).all():
+                raise ValueError(
+                    f"query_vectors: row {len(ids)} has a score that is NaN or infinite: its products with passages "
+                    "leave the range of float32; check the model, or scale its vectors down"
+                )
+            if rows[-1] < 0:
+                # Approximate indexes mark with -1 the places they could not fill.
+                values, rows = values[rows >= 0], rows[rows >= 0]
+            found = [self.ids[row] for row in rows.tolist()]
+            if (values[1:] >= values[:-1]).any():
+                order = sorted(range(len(found)), key=lambda at: (-values[at], found[at]))
+                found, values = [found[at] for at in order], values[order]
+            ids.append(found[:depth])
+            scores.append(np.array(values[:depth]))
         return ids, scores
 
-    def run(self, query_ids: Sequence[str], query_vectors: npt.ArrayLike, k: int = 100) -> Run:
+    def run(
+        self, query_ids: Sequence[str], query_vectors: npt.ArrayLike, k: int = 100, *, threads: int | None = None
+    ) -> Run:
         """Search and return a run.
 
         Args:
             query_ids: query ids, one a row of `query_vectors`, each once.
             query_vectors: (queries, dimension).
             k: passages a query, at most.
+            threads: of Faiss, for this call; None leaves its own setting.
 
         Returns:
             Query id to passage id to score.
@@ -122,14 +289,14 @@ class DenseIndex:
         Raises:
             ValueError: ids that don't fit the vectors; see `search` for the rest.
         """
-        matrix = _matrix(query_vectors, "query_vectors")
+        matrix = as_matrix(query_vectors, "query_vectors")
         names = list(query_ids)
         if len(names) != len(matrix) or len(set(names)) != len(names):
             raise ValueError(
                 f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {len(matrix)} vectors; "
                 "pass one id for each, each once"
             )
-        ids, scores = self.search(matrix, k)
+        ids, scores = self.search(matrix, k, threads=threads)
         return {
             name: dict(zip(found, values.tolist(), strict=True))
             for name, found, values in zip(names, ids, scores, strict=True)
@@ -148,42 +315,68 @@ class DenseIndex:
 
         from tct_hf.retrieval.storage import write_directory
 
-        def fill(staging: Path) -> None:
-            faiss.write_index(self._engine, str(staging / _INDEX_FILE))
-            (staging / _IDS_FILE).write_text(json.dumps(self.ids, ensure_ascii=False), encoding="utf-8")
-            settings = {
-                "format": _FORMAT,
-                "factory": self.factory,
-                "passages": len(self.ids),
-                "dimension": self.dimension,
-            }
-            (staging / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        ids = self.ids if isinstance(self.ids, IdTable) else IdTable.of(self.ids)
 
-        write_directory(directory, fill, _SETTINGS_FILE)
+        def fill(staging: Path) -> None:
+            # As set, not as the last search left it: saving depends on nothing but the index.
+            set_parameters(self._engine, self.parameters)
+            faiss.write_index(self._engine, str(staging / _INDEX_FILE))
+            ids.save(staging)
+
+        settings = {
+            "format": _FORMAT,
+            "factory": self.factory,
+            "parameters": self.parameters,
+            "tuning": self.tuning,
+            "passages": len(self.ids),
+            "dimension": self.dimension,
+            "built_by": self.built_by,
+        }
+        write_directory(directory, fill, _SETTINGS_FILE, settings)
 
     @classmethod
-    def load(cls, directory: str | Path) -> DenseIndex:
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        mmap: bool = False,
+        verify: bool = True,
+        model: SentenceTransformer | Mapping[str, Any] | None = None,
+    ) -> DenseIndex:
         """Open an index that `save` wrote.
 
         Args:
             directory: the folder.
+            mmap: leave vectors, codes and ids on disk and map them, where Faiss can; nothing can be added then.
+            verify: compare the files' checksums, which reads each once; their sizes are always compared.
+            model: that will encode queries, or its {"id", "weights_sha256", "encoding"}, to be compared with the one
+                that built the index: by weights where both are known, otherwise by id; and by the digests of prompt,
+                tokenizer, lengths and modules where both are known.
 
         Returns:
             The index.
 
         Raises:
             FileNotFoundError: there is no such index.
-            ValueError: it was written by another version or is damaged.
+            ValueError: it was written by another version or built by another model, or a file is missing, truncated or
+                altered.
         """
         import faiss
 
         from tct_hf.retrieval.storage import read_settings
 
         directory = Path(directory)
-        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "dense index")
+        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "dense index", verify=verify)
+        if model is not None:
+            check_model(directory, settings["built_by"], model if isinstance(model, Mapping) else described(model))
+        factory = settings["factory"]
+        flags = 0
+        if mmap:
+            lists = factory.startswith("IVF") and "Refine" not in factory
+            flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if lists else faiss.IO_FLAG_MMAP_IFC
         try:
-            engine = faiss.read_index(str(directory / _INDEX_FILE))
-            ids = json.loads((directory / _IDS_FILE).read_text(encoding="utf-8"))
+            engine = faiss.read_index(str(directory / _INDEX_FILE), flags)
+            ids = IdTable.load(directory, mmap=mmap)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"{directory}: damaged dense index ({error}); build and save it again") from error
         if not len(ids) == engine.ntotal == settings["passages"] or engine.d != settings["dimension"]:
@@ -191,22 +384,124 @@ class DenseIndex:
                 f"{directory}: {len(ids)} ids, {engine.ntotal} vectors of dimension {engine.d} where "
                 f"{settings['passages']} of {settings['dimension']} are announced; build and save the index again"
             )
-        return cls(engine, ids, settings["factory"])
+        set_parameters(engine, settings["parameters"])
+        return cls(
+            engine,
+            ids,
+            factory,
+            parameters=settings["parameters"],
+            tuning=settings["tuning"],
+            built_by=settings["built_by"],
+            mapped=mmap,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str,
+        model_id: str | None = None,
+        model_revision: str | None = None,
+        license_note: str | None = None,
+        passages: str | None = None,
+        private: bool | None = None,
+        revision: str = "main",
+        tag: str | None = None,
+        token: str | None = None,
+    ) -> PushedIndex:
+        """Push the index to a dataset repository: files, manifest and a card that pins the model's revision.
+
+        The model at that revision is loaded first and its weights are compared with those that built the index. Where
+        the index does not record these, a revision has to be named, and the card says that it was not checked.
+
+        Args:
+            repo_id: owner/name; made when missing.
+            model_id: Hub id of the model that built the index; by default as `built_by` names it.
+            model_revision: its branch, tag or commit; by default as `built_by` names it, or its main branch.
+            license: identifier of the Hub's list; that of the passages.
+            license_note: what a reader must know of it.
+            passages: where the texts are, for the card, such as the Hub id of a data set.
+            private: of a repository that is made; None: the account's setting. True of a public one is refused.
+            revision: branch to push to; made when missing.
+            tag: name for the commit; a tag never moves.
+            token: of the Hub; the one logged in with when None.
+
+        Returns:
+            Repository, URL, commit and what was sent.
+
+        Raises:
+            ValueError: no Hub id of the model, another model's weights, or no revision where the index records no
+                weights; no licence; a tag that is taken; a public repository where a private one is asked for.
+            HubError: the Hub refused or could not be reached.
+        """
+        from tct_hf.hub.indexes import push_dense
+
+        return push_dense(
+            self,
+            repo_id,
+            model_id=model_id,
+            model_revision=model_revision,
+            license=license,
+            license_note=license_note,
+            passages=passages,
+            private=private,
+            revision=revision,
+            tag=tag,
+            token=token,
+        )
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        mmap: bool = False,
+        verify: bool = True,
+        model: SentenceTransformer | Mapping[str, Any] | None = None,
+    ) -> DenseIndex:
+        """Download and open an index that `push_to_hub` pushed.
+
+        Args:
+            repo_id: the dataset repository.
+            revision: branch, tag or commit.
+            token: of the Hub; the one logged in with when None.
+            mmap: as in `load`.
+            verify: as in `load`.
+            model: as in `load`.
+
+        Returns:
+            The index; `load_model` gives the model to encode queries with.
+
+        Raises:
+            HubError: the repository can't be had.
+            ValueError: as `load`.
+            FileNotFoundError: the repository holds no dense index.
+        """
+        from tct_hf.hub.indexes import fetch_index
+
+        return cls.load(fetch_index(repo_id, revision=revision, token=token), mmap=mmap, verify=verify, model=model)
+
+    def load_model(self, *, token: str | None = None, device: str | None = None) -> SentenceTransformer:
+        """Load the model that built the index, at the revision that built it, to encode queries with.
+
+        Args:
+            token: of the Hub; the one logged in with when None.
+            device: to load to; sentence-transformers' choice when None.
+
+        Raises:
+            ValueError: the index names no model, or its weights are others now.
+            HubError: the model can't be had.
+        """
+        from tct_hf.hub.indexes import load_model_of
+
+        return load_model_of(self, token=token, device=device)
 
 
-def _matrix(vectors: npt.ArrayLike, what: str) -> np.ndarray:
-    import numpy as np
-
-    matrix = np.ascontiguousarray(vectors, dtype=np.float32)
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ValueError(f"{what}: shape {matrix.shape} where (rows, dimension) is needed; stack vectors as rows")
-    # By blocks: a mask of the whole matrix would add a quarter to its memory.
-    for start in range(0, len(matrix), 65536):
-        finite = np.isfinite(matrix[start : start + 65536]).all(axis=1)
-        if not finite.all():
-            row = start + int(np.flatnonzero(~finite)[0])
-            raise ValueError(f"{what}: row {row} has a NaN or infinite component; check the model and its dtype")
-    return matrix
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k: {k} is below 1; ask for at least one passage")
 
 
 def _faiss_reason(error: RuntimeError) -> str:

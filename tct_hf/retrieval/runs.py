@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import secrets
@@ -9,6 +10,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
+
+from tct_hf.retrieval.ids import is_utf8
 
 Run = dict[str, dict[str, float]]
 
@@ -37,7 +40,7 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | Path, tag: str
         tag: the run's name, last column.
 
     Raises:
-        ValueError: an id or the tag is empty or has white space, or a score is not finite.
+        ValueError: an id or the tag is empty, has white space or can't be written as UTF-8, or a score is not finite.
         OSError: the file can't be written.
     """
     path = Path(path)
@@ -72,7 +75,7 @@ def _write_lines(out: IO[bytes] | gzip.GzipFile, run: Mapping[str, Mapping[str, 
 
 
 def read_run(path: str | Path) -> Run:
-    """Read a TREC run file; ranks are ignored, the scores decide.
+    """Read a TREC run file of any system; ranks are ignored, the scores decide, as for trec_eval.
 
     Args:
         path: the file, plain or .gz.
@@ -93,10 +96,27 @@ def read_run(path: str | Path) -> Run:
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    # Else the mark that some editors put first would become part of the first query's id.
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 _read_line(line, f"{path}, line {number}", run)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}, after line {number}: broken .gz ({error}); copy or write the file again") from error
     return run
+
+
+def read_tag(path: str | Path) -> str | None:
+    """The name that a run file gives its run (last column of the first line); None where there is none.
+
+    Args:
+        path: the file, plain or .gz, of which :func:`read_run` has found no fault.
+    """
+    path = Path(path)
+    with gzip.open(path, "rt") if path.name.endswith(".gz") else path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if fields := line.split():
+                return fields[-1]
+    return None
 
 
 def _read_line(line: bytes, place: str, run: Run) -> None:
@@ -112,7 +132,8 @@ def _read_line(line: bytes, place: str, run: Run) -> None:
         )
     query_id, _, passage_id, _, text, _ = fields
     try:
-        score = float(text)
+        # Python takes 1_0 and digits of other scripts for numbers; no other reader of runs does.
+        score = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
@@ -128,3 +149,5 @@ def _check_word(text: str, what: str, path: Path) -> None:
         raise ValueError(
             f"{path}: {what} {text!r} is empty or has white space, which a TREC run can't hold; rename it first"
         )
+    if not is_utf8(text):
+        raise ValueError(f"{path}: {what} {text!r} has a lone surrogate, which UTF-8 can't hold; rename it first")

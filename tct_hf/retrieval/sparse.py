@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.retrieval.ids import is_utf8
 from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from tct_hf.hub.indexes import PushedIndex
+
 METHODS = ("lucene", "robertson", "atire")
 _TOKEN = re.compile(r"(?u)\b\w\w+\b")
 _SETTINGS_FILE = "tct_bm25.json"
 _IDS_FILE = "ids.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class BM25Index:
@@ -56,7 +61,9 @@ class BM25Index:
             ids: their ids, as many, each once.
             k1: term frequency saturation. 0.82 with b 0.68 is the tuned setting for MS MARCO passages.
             b: length normalisation, 0 to 1.
-            method: "lucene", "robertson" or "atire", the variants of Kamphuis et al., ECIR 2020.
+            method: "lucene", "robertson" or "atire", the variants of Kamphuis et al., ECIR 2020. A word in half of
+                the passages or more counts nothing under "robertson", a word in all of them nothing under "atire":
+                in a small or narrow collection they find less than "lucene".
             language: stop word list, a language bm25s knows, or "none".
             stemmer: Snowball language of PyStemmer, or None for whole words.
             backend: "numba", or "numpy" (about 100 times slower, needs no compiler).
@@ -72,8 +79,8 @@ class BM25Index:
 
         if method not in METHODS:
             raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-        if not k1 >= 0 or not 0 <= b <= 1:
-            raise ValueError(f"k1={k1}, b={b}: k1 must be 0 or more and b between 0 and 1")
+        if not 0 <= k1 < math.inf or not 0 <= b <= 1:
+            raise ValueError(f"k1={k1}, b={b}: k1 must be finite and 0 or more, and b between 0 and 1")
         _check_backend(backend)
         settings = {"k1": k1, "b": b, "method": method, "language": language, "stemmer": stemmer, "backend": backend}
         analyse = _analyser(language, stemmer)
@@ -180,18 +187,20 @@ class BM25Index:
         def fill(staging: Path) -> None:
             self._engine.save(staging, show_progress=False)
             (staging / _IDS_FILE).write_text(json.dumps(self.ids, ensure_ascii=False), encoding="utf-8")
-            settings = {"format": _FORMAT, "passages": len(self.ids), **self.settings}
-            (staging / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
-        write_directory(directory, fill, _SETTINGS_FILE)
+        settings = {"format": _FORMAT, "passages": len(self.ids), **self.settings}
+        write_directory(directory, fill, _SETTINGS_FILE, settings)
 
     @classmethod
-    def load(cls, directory: str | Path, *, mmap: bool = False, backend: str | None = None) -> BM25Index:
+    def load(
+        cls, directory: str | Path, *, mmap: bool = False, verify: bool = True, backend: str | None = None
+    ) -> BM25Index:
         """Open an index that `save` wrote.
 
         Args:
             directory: the folder.
             mmap: leave the posting lists on disk and map them.
+            verify: compare the files' checksums, which reads each once; their sizes are always compared.
             backend: "numba" or "numpy" in place of the saved one.
 
         Returns:
@@ -199,14 +208,14 @@ class BM25Index:
 
         Raises:
             FileNotFoundError: there is no such index.
-            ValueError: it was written by another version or is damaged.
+            ValueError: it was written by another version, or a file is missing, truncated or altered.
         """
         import bm25s
 
         from tct_hf.retrieval.storage import read_settings
 
         directory = Path(directory)
-        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "BM25 index")
+        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "BM25 index", verify=verify)
         passages = settings.pop("passages")
         settings["backend"] = backend or settings["backend"]
         _check_backend(settings["backend"])
@@ -222,6 +231,82 @@ class BM25Index:
             )
         return cls(engine, ids, settings)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str,
+        license_note: str | None = None,
+        passages: str | None = None,
+        private: bool | None = None,
+        revision: str = "main",
+        tag: str | None = None,
+        token: str | None = None,
+    ) -> PushedIndex:
+        """Push the index to a dataset repository: files, manifest and a card.
+
+        Args:
+            repo_id: owner/name; made when missing.
+            license: identifier of the Hub's list; that of the passages.
+            license_note: what a reader must know of it.
+            passages: where the texts are, for the card, such as the Hub id of a data set.
+            private: of a repository that is made; None: the account's setting.
+            revision: branch to push to; made when missing.
+            tag: name for the commit; a tag never moves.
+            token: of the Hub; the one logged in with when None.
+
+        Returns:
+            Repository, URL, commit and what was sent.
+
+        Raises:
+            ValueError: no licence, or a tag that is taken.
+            HubError: the Hub refused or could not be reached.
+        """
+        from tct_hf.hub.indexes import push_sparse
+
+        return push_sparse(
+            self,
+            repo_id,
+            license=license,
+            license_note=license_note,
+            passages=passages,
+            private=private,
+            revision=revision,
+            tag=tag,
+            token=token,
+        )
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        mmap: bool = False,
+        verify: bool = True,
+        backend: str | None = None,
+    ) -> BM25Index:
+        """Download and open an index that `push_to_hub` pushed.
+
+        Args:
+            repo_id: the dataset repository.
+            revision: branch, tag or commit.
+            token: of the Hub; the one logged in with when None.
+            mmap: as in `load`.
+            verify: as in `load`.
+            backend: as in `load`.
+
+        Raises:
+            HubError: the repository can't be had.
+            ValueError: as `load`.
+            FileNotFoundError: the repository holds no BM25 index.
+        """
+        from tct_hf.hub.indexes import fetch_index
+
+        folder = fetch_index(repo_id, revision=revision, token=token)
+        return cls.load(folder, mmap=mmap, verify=verify, backend=backend)
+
 
 def check_ids(ids: Sequence[str], count: int, what: str) -> None:
     """Refuse ids that do not name `count` things one by one.
@@ -232,7 +317,8 @@ def check_ids(ids: Sequence[str], count: int, what: str) -> None:
         what: the argument they name, for the message.
 
     Raises:
-        ValueError: another count, no id, one that is not a string, or one that comes twice.
+        ValueError: another count, no id, one that is not a string or can't be written as UTF-8, or one that comes
+            twice.
     """
     if len(ids) != count:
         raise ValueError(f"ids: {len(ids)} ids for {count} {what}; pass one id for each")
@@ -242,6 +328,10 @@ def check_ids(ids: Sequence[str], count: int, what: str) -> None:
     for at, passage_id in enumerate(ids):
         if not isinstance(passage_id, str):
             raise ValueError(f"ids: number {at} is {passage_id!r}, not a string; convert ids with str")
+        if not is_utf8(passage_id):
+            raise ValueError(
+                f"ids: {passage_id!r} (number {at}) has a lone surrogate, which no file can hold as UTF-8; rename it"
+            )
         if passage_id in seen:
             raise ValueError(f"ids: {passage_id!r} comes twice (again at number {at}); make ids unique")
         seen.add(passage_id)
@@ -258,6 +348,21 @@ def _check_backend(backend: str) -> None:
                 f"backend: numba can't be imported ({error}); install it with `pip install numba`, "
                 'or pass backend="numpy" (about 100 times slower)'
             ) from error
+        _keep_compiled()
+
+
+@cache
+def _keep_compiled() -> None:
+    """Have numba keep what it compiles on disk: bm25s's search takes 10 s to compile, in every process anew."""
+    from bm25s.numba import retrieve_utils
+    from numba.core.dispatcher import Dispatcher
+
+    for function in vars(retrieve_utils).values():
+        if isinstance(function, Dispatcher):
+            try:
+                function.enable_caching()
+            except RuntimeError:  # no folder that numba may write to: compiled in this process alone
+                return
 
 
 def _analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:

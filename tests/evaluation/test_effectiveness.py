@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -52,6 +53,68 @@ def test_empty_run_scores_zero() -> None:
     assert evaluate_run({"q1": {}}, QRELS).mean["RR@10"] == 0.0
 
 
+def random_case(seed: int) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
+    """Forty queries over sixty passages, graded -1 to 3, scores without ties; some queries lack in the run."""
+    draw = random.Random(seed)
+    names = [f"d{at}" for at in range(60)]
+    qrels = {f"q{at}": {name: draw.randint(-1, 3) for name in draw.sample(names, 20)} for at in range(40)}
+    run = {
+        query: {name: float(place) for place, name in enumerate(draw.sample(names, draw.randint(1, 60)))}
+        for query in list(qrels)[:35]
+    }
+    return run, qrels
+
+
+@pytest.mark.parametrize("relevance", [1, 2, 3])
+def test_values_are_those_of_trec_eval(relevance: int) -> None:
+    import pytrec_eval
+
+    run, qrels = random_case(relevance)
+    names = {
+        "AP": "map",
+        "RR": "recip_rank",
+        "nDCG@10": "ndcg_cut_10",
+        "R@20": "recall_20",
+        "P@5": "P_5",
+        "Rprec": "Rprec",
+    }
+    found = evaluate_run(run, qrels, [*names, "RR@10"], relevance=relevance)
+    measures = {"map", "recip_rank", "ndcg_cut.10", "recall.20", "P.5", "Rprec"}
+    expected = pytrec_eval.RelevanceEvaluator(qrels, measures, relevance_level=relevance).evaluate(run)
+    top = {query: dict(sorted(scores.items(), key=lambda item: -item[1])[:10]) for query, scores in run.items()}
+    cut = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}, relevance_level=relevance).evaluate(top)
+    for query in qrels:
+        for ours, theirs in names.items():
+            assert found.per_query[ours][query] == pytest.approx(expected.get(query, {}).get(theirs, 0.0)), ours
+        assert found.per_query["RR@10"][query] == pytest.approx(cut.get(query, {}).get("recip_rank", 0.0))
+
+
+def test_relevance_cut_off_as_worked_out_by_hand() -> None:
+    qrels = {"q": {"a": 1, "b": 2, "c": 3}, "none": {"a": 1}}
+    run = {"q": {"a": 3.0, "b": 2.0, "x": 1.0}, "none": {"a": 1.0}}
+    names = ["RR@10", "R@10", "AP", "RR(rel=1)@10", "R(rel=3)@10"]
+    found = evaluate_run(run, qrels, names, relevance=2)
+    assert [found.per_query[name]["q"] for name in names] == pytest.approx([1 / 2, 1 / 2, 1 / 4, 1.0, 0.0])
+    assert [found.per_query[name]["none"] for name in names] == pytest.approx([0.0, 0.0, 0.0, 1.0, 0.0])
+    assert list(found.mean) == names
+    assert evaluate_run(run, qrels, ["R(rel=2)@10"]).mean["R(rel=2)@10"] == found.mean["R@10"] == 0.25
+
+
+def test_ndcg_does_not_depend_on_the_relevance_cut_off() -> None:
+    run, qrels = random_case(5)
+    low, high = (evaluate_run(run, qrels, ["nDCG@10", "R@10"], relevance=grade) for grade in (1, 3))
+    assert low.per_query["nDCG@10"] == high.per_query["nDCG@10"]
+    assert low.mean["R@10"] != high.mean["R@10"]
+
+
+def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
+    qrels = {"q": {"a": 1, "b": 3, "c": -1, "d": 0}}
+    run = {"q": {"c": 4.0, "a": 3.0, "b": 2.0, "d": 1.0}}
+    gain = 1 / math.log2(3) + 7 / math.log2(4)
+    name = "nDCG(dcg='exp-log2')@10"
+    assert evaluate_run(run, qrels, [name]).mean[name] == pytest.approx(gain / (7 + 1 / math.log2(3)))
+
+
 def test_two_names_of_one_measure_both_get_values() -> None:
     found = evaluate_run(RUN, QRELS, ["P@2", "Precision@2"])
     assert found.mean["P@2"] == found.mean["Precision@2"] > 0
@@ -67,6 +130,10 @@ def test_judgements_below_one_are_not_relevant() -> None:
     [
         ({}, QRELS, ["MRR@ten"], "'MRR@ten' is not an ir-measures name"),
         ({}, QRELS, ["nothing@10"], "'nothing@10' is not an ir-measures name"),
+        ({}, QRELS, ["R"], "'R' is not an ir-measures name"),
+        ({}, QRELS, ["P(rank=3)@10"], "not an ir-measures name"),
+        ({}, QRELS, ["RR@10", "ERR@10"], "no installed engine computes 'ERR@10'; use"),
+        ({}, QRELS, ["alpha_nDCG@10"], r"computes 'alpha_nDCG@10' \(pip install ir-measures\[pyndeval\] adds one"),
         ({}, QRELS, [], "measures is empty"),
         ({}, QRELS, "RR@10", "one string"),
         ({}, {}, ["RR@10"], "no judged query"),
@@ -76,3 +143,48 @@ def test_judgements_below_one_are_not_relevant() -> None:
 def test_wrong_arguments_are_named(run: dict, qrels: dict, measures: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_run(run, qrels, measures)
+
+
+@pytest.mark.parametrize("relevance", [0, -1, 1.5, True])
+def test_a_relevance_that_is_no_grade_is_refused(relevance: int) -> None:
+    with pytest.raises(ValueError, match="is no grade of 1 or more"):
+        evaluate_run(RUN, QRELS, relevance=relevance)
+
+
+def test_variants_of_a_measure_in_one_call_keep_their_own_values() -> None:
+    qrels, run = {"q": {"a": 3, "b": 1, "c": 2}}, {"q": {"b": 3.0, "a": 2.0, "c": 1.0}}
+    names = ["nDCG@10", "nDCG(dcg='exp-log2')@10", "nDCG(judged_only=True)@10", "R(rel=2)@1", "R@1", "R(rel=3)@1"]
+    alone = {name: evaluate_run(run, qrels, [name]).mean[name] for name in names}
+    assert alone["nDCG@10"] != alone["nDCG(dcg='exp-log2')@10"]
+    assert evaluate_run(run, qrels, names).mean == evaluate_run(run, qrels, names[::-1]).mean == alone
+
+
+@pytest.mark.parametrize("grades", [{"a": -2}, {"a": -2, "b": -5}, {"a": -1, "b": 0}])
+def test_a_query_of_negative_grades_alone_scores_zero(grades: dict[str, int]) -> None:
+    qrels = {"first": {"a": 1}, "junk": grades, "last": {"b": 2}}
+    run = {query: {"a": 2.0, "b": 1.0, "c": 0.5} for query in qrels}
+    found = evaluate_run(run, qrels, ["AP", "RR@10", "nDCG@10", "R@5", "nDCG(dcg='exp-log2')@10"])
+    for values in found.per_query.values():
+        assert values["junk"] == 0 and values["first"] == 1 and values["last"] > 0
+
+
+def test_a_query_without_passages_scores_zero_by_every_measure() -> None:
+    measures = ["Judged@10", "P@2", "RR@10"]
+    found = evaluate_run({"q1": {}, "q2": {"c": 1.0, "x": 0.5}}, QRELS | {"empty": {}}, measures)
+    assert found.per_query["Judged@10"] == {"q1": 0.0, "q2": 0.5, "q3": 0.0, "empty": 0.0}
+    assert evaluate_run({}, QRELS, measures).mean == dict.fromkeys(measures, 0.0)
+
+
+def test_a_value_that_the_engine_leaves_out_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ir_measures.providers.base import Evaluator
+
+    monkeypatch.setattr(Evaluator, "iter_calc", lambda self, run: iter(list(self._iter_calc(run))[1:]))
+    with pytest.raises(ValueError, match="the engine of RR@10 gave no value for query 'q"):
+        evaluate_run(RUN, QRELS, ["RR@10"])
+
+
+def test_a_weight_is_tuned_for_a_measure_that_empty_lists_have_not() -> None:
+    from tct_hf.retrieval import tune_alpha
+
+    tuned = tune_alpha({"q1": {"a": 1.0}}, {"q1": {"x": 1.0}, "q2": {"c": 1.0}}, QRELS, "Judged@1")
+    assert tuned.value == pytest.approx(2 / 3)

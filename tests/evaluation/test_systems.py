@@ -86,6 +86,13 @@ def test_late_interaction_run_is_max_sim_whatever_the_chunks(
     check(late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=k), max_sim(colbert), k)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_equal_scores_at_the_cut_are_chosen_by_id(colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(systems, "_PASSAGES_PER_CHUNK", chunk)
+    run = late_interaction_run(colbert, ["e", "d", "c", "b", "a"], [PASSAGES[0]] * 5, {"q": QUERIES[0]}, k=2)
+    assert list(run["q"]) == ["a", "b"]
+
+
 def test_late_interaction_in_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
     run = late_interaction_run(colbert, IDS, PASSAGES, ASKED, bf16=True)
     found = np.array([[hits[name] for name in IDS] for hits in run.values()])

@@ -77,6 +77,13 @@ def test_malformed_line_is_named(tmp_path: Path, content: bytes, message: str) -
         read_run(tmp_path / "run")
 
 
+def test_run_of_another_system_is_read(tmp_path: Path) -> None:
+    """Tabs, Windows line ends, a byte order mark, scores as integers and powers, ranks from 0, wrong ranks."""
+    lines = "\ufeffq1\tQ0\td1\t0\t12\tlucene\r\n\r\nq1 0 d2 7 1.5e1 lucene\r\nq2 Q0 d1 1 -.5 lucene"
+    (tmp_path / "run").write_bytes(lines.encode())
+    assert read_run(tmp_path / "run") == {"q1": {"d1": 12.0, "d2": 15.0}, "q2": {"d1": -0.5}}
+
+
 def test_truncated_gz_is_named(tmp_path: Path) -> None:
     lines = "".join(f"q Q0 d{at} {at} {1 / (at + 1)!r} t\n" for at in range(2000))
     (tmp_path / "run.gz").write_bytes(gzip.compress(lines.encode())[:-100])
@@ -87,3 +94,17 @@ def test_truncated_gz_is_named(tmp_path: Path) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such run file"):
         read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("score", ["1_0", "1_0.5e3", "\u0661", "\uff11.0", "0x10", "1,5"])
+def test_a_number_that_only_python_reads_is_refused_with_its_line(tmp_path: Path, score: str) -> None:
+    (tmp_path / "run").write_text(f"q Q0 a 1 2.0 t\nq Q0 b 2 {score} t\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 2: score .* is not a finite number"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("run", [{"q\ud800": {"a": 1.0}}, {"q": {"a\udfff": 1.0}}])
+def test_an_id_that_utf8_cannot_hold_is_refused_by_name(tmp_path: Path, run: dict) -> None:
+    with pytest.raises(ValueError, match=r"id '[qa]\\ud[f8].*' has a lone surrogate"):
+        write_run(run, tmp_path / "run", "t")
+    assert not (tmp_path / "run").exists()

@@ -112,15 +112,20 @@ def test_damaged_or_foreign_index_is_refused(tmp_path: Path) -> None:
         BM25Index.load(tmp_path)
     build().save(tmp_path / "index")
     settings = tmp_path / "index" / "tct_bm25.json"
-    (tmp_path / "index" / "ids.json").write_text('["a"]')
-    with pytest.raises(ValueError, match="1 ids and 4 indexed"):
-        BM25Index.load(tmp_path / "index")
-    (tmp_path / "index" / "ids.json").write_text('["a"')
-    with pytest.raises(ValueError, match="damaged BM25 index"):
-        BM25Index.load(tmp_path / "index")
     settings.write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         BM25Index.load(tmp_path / "index")
+
+
+@pytest.mark.parametrize("name", ["ids.json", "data.csc.index.npy", "vocab.index.json"])
+def test_truncated_or_altered_file_is_named(tmp_path: Path, name: str) -> None:
+    build().save(tmp_path / "index")
+    file = tmp_path / "index" / name
+    whole = file.read_bytes()
+    for broken, message in ((whole[:-1], "truncated or altered"), (whole[:-1] + bytes([whole[-1] ^ 1]), "checksum")):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            BM25Index.load(tmp_path / "index", mmap=True)
 
 
 @pytest.mark.parametrize(
@@ -170,3 +175,10 @@ def test_scifact_comes_out_as_published(tmp_path: Path) -> None:
     index = BM25Index.build(corpus["text"], corpus["id"], k1=0.9, b=0.4)
     found = evaluate_run(index.run(queries, 100), qrels, ["nDCG@10"])
     assert found.mean["nDCG@10"] == pytest.approx(0.676, abs=0.005)
+
+
+def test_settings_and_ids_that_no_index_can_keep_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"k1=inf, b=0\.5: k1 must be finite"):
+        BM25Index.build(["dense"], ["a"], k1=float("inf"), b=0.5)
+    with pytest.raises(ValueError, match=r"ids: 'a\\ud800' \(number 0\) has a lone surrogate"):
+        BM25Index.build(["dense"], ["a\ud800"], backend="numpy")

@@ -1,0 +1,279 @@
+"""The index that "auto" chooses against exact search: latency, recall, bytes a vector.
+
+    python benchmarks/search.py [--count 1000000] [--queries 500] [--work DIR] [--factory auto] [--train-queries 0]
+
+One thread, one query at a time through `DenseIndex.search`, both indexes saved, loaded from disk and searched in turn
+in one run. Recall@100 is counted against exact search over all queries. Bytes a vector on disk are all files of the
+index folder, passage ids and settings too; in memory, the private memory that loading takes.
+
+The vectors are made up, but after a real student: a 6-layer, 384-dimension student in TCT encoding, trained by the
+quickstart, over the 13,447 single-sentence passages of a question-answering collection and 3,000 of its questions.
+What was measured there, and what `World` gives for as many vectors (`--compare` prints it):
+
+                                                     student          World
+    length of passages, mean and deviation           6.19, 0.54       6.19, 0.54
+    length of queries                                5.31, 0.38       5.31, 0.38
+    length of the mean passage, of the mean query    2.91, 2.98       2.93, 3.51
+    cosine of those two                              0.70             0.70
+    dimensions that count, (sum l)^2 / sum l^2,
+      of passages, of queries                        100, 66          80, 66
+    distance from 64 k-means centres, squared,
+      relative to the variance; from 256             0.76, 0.68       0.75, 0.58
+    exact top 100 of a query in the nearest
+      8, 16, 32, 64 of 256 clusters                  .68 .79 .88 .95  .67 .78 .88 .95
+
+Queries are no passages: another mean, other directions, other noise. The index is tuned on what `DenseIndex` makes of
+held-out passages; with --train-queries N on N queries whose mean is another than that of the queries searched with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DIMENSION = 384
+K = 100
+BLOCK = 65_536
+
+
+class World:
+    """Topics and subtopics in a space whose axes count unequally, away from the origin; queries elsewhere."""
+
+    topics, subtopics = 100, 2200
+    shares = (0.31, 0.34, 0.35)  # of the variance: between topics, between subtopics, within
+    passage_length, query_length = (6.19, 0.54), (5.31, 0.38)  # mean, deviation
+    passage_mean, query_mean, cosine_of_means = 2.91, 2.98, 0.70
+    relevance, query_noise = 0.53, 0.33  # how much of a passage is in its query, and what else is
+
+    def __init__(self, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        self.axes = np.linalg.qr(draw.standard_normal((DIMENSION, DIMENSION)))[0].astype(np.float32)
+        variance = (np.arange(DIMENSION) + 14.0) ** -1.38
+        self.deviation = np.sqrt(variance / variance.sum()).astype(np.float32)
+        self.query_deviation = self.deviation**1.35
+        self.query_deviation /= np.linalg.norm(self.query_deviation)
+        between, among, self.within = (np.float32(np.sqrt(share)) for share in self.shares)
+        topics = self._normal(draw, self.topics) * between
+        self.centres = topics[draw.integers(self.topics, size=self.subtopics)]
+        self.centres += self._normal(draw, self.subtopics) * among
+        self.sizes = draw.dirichlet(np.full(self.subtopics, 0.7))
+        self.mean, other = np.linalg.qr(draw.standard_normal((DIMENSION, 2)))[0].T.astype(np.float32)
+        self.away = self.cosine_of_means * self.mean + np.float32(np.sqrt(1 - self.cosine_of_means**2)) * other
+        self.spread = np.float32(np.sqrt(self.passage_length[0] ** 2 - self.passage_mean**2))
+
+    def _normal(self, draw: np.random.Generator, rows: int) -> np.ndarray:
+        return draw.standard_normal((rows, DIMENSION), dtype=np.float32) * self.deviation
+
+    @staticmethod
+    def _with_lengths(draw: np.random.Generator, rows: np.ndarray, length: tuple[float, float]) -> np.ndarray:
+        mean, deviation = length
+        wanted = draw.normal(mean, deviation, len(rows)).clip(mean - 4 * deviation, mean + 6 * deviation)
+        return (rows * (wanted / np.linalg.norm(rows, axis=1))[:, None]).astype(np.float32)
+
+    def passages(self, rows: int, draw: np.random.Generator) -> np.ndarray:
+        chosen = self.centres[draw.choice(self.subtopics, rows, p=self.sizes)]
+        deviations = (chosen + self._normal(draw, rows) * self.within) @ self.axes
+        return self._with_lengths(draw, self.passage_mean * self.mean + self.spread * deviations, self.passage_length)
+
+    def queries(
+        self, relevant: np.ndarray, draw: np.random.Generator, *, mean: np.ndarray | None = None
+    ) -> np.ndarray:
+        noise = draw.standard_normal(relevant.shape, dtype=np.float32) * self.query_deviation
+        rows = self.query_mean * (self.away if mean is None else mean)
+        rows = rows + self.relevance * (relevant - self.passage_mean * self.mean)
+        return self._with_lengths(draw, rows + self.query_noise * self.spread * (noise @ self.axes), self.query_length)
+
+
+def private_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon: memory is measured on Linux only.")
+
+
+def make_vectors(path: Path, count: int, world: World) -> None:
+    """Write the passage vectors block by block, aside and renamed."""
+    aside = path.with_suffix(".tmp.npy")
+    out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(count, DIMENSION))
+    for number, start in enumerate(range(0, count, BLOCK)):
+        rows = min(BLOCK, count - start)
+        out[start : start + rows] = world.passages(rows, np.random.default_rng([1, number]))
+    out.flush()
+    del out
+    aside.replace(path)
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{at}_ms": round(float(np.percentile(seconds, at)) * 1e3, 3) for at in (50, 95)}
+
+
+def take_turns(
+    sides: dict[str, Any], queries: np.ndarray, steps: dict[str, int]
+) -> tuple[dict[str, list[float]], float]:
+    """Time single queries, a few of one side and then a few of the other, until each of the first side's is done.
+
+    Also returns the part of the time for which this process had a core: below 1 on a busy machine, which delays long
+    searches and leaves short ones alone.
+    """
+    import faiss
+
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    started, used = time.perf_counter(), time.process_time()
+    at = dict.fromkeys(sides, 0)
+    first = next(iter(sides))
+    while at[first] < len(queries):
+        for name, index in sides.items():
+            for turn in range(steps[name] + 1):
+                query = queries[at[name] % len(queries)][None]
+                begun = time.perf_counter()
+                index.search(query, K)
+                taken = time.perf_counter() - begun
+                if turn:  # the first after a change of sides finds the other's data in the caches
+                    times[name].append(taken)
+                    at[name] += 1
+            assert faiss.omp_get_max_threads() == 1, "more than one thread"
+    return times, (time.process_time() - used) / (time.perf_counter() - started)
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    import faiss
+
+    from tct_hf.retrieval import DenseIndex
+    from tct_hf.retrieval.dense_tuning import recall_at_k
+    from tct_hf.retrieval.storage import folder_bytes
+
+    faiss.omp_set_num_threads(1)
+    world = World()
+    path = work / f"vectors-{args.count}.npy"
+    if not path.is_file():
+        make_vectors(path, args.count, world)
+    vectors = np.load(path, mmap_mode="r")
+    ids = [str(row) for row in range(args.count)]
+    draw = np.random.default_rng(2)
+    queries = world.queries(vectors[np.sort(draw.choice(args.count, args.queries, replace=False))], draw)
+    tuned_on = None
+    if args.train_queries:
+        # A third of the way back to the passages' mean, and another draw: training questions are not test questions.
+        mean = (2 * world.away + world.mean) / np.linalg.norm(2 * world.away + world.mean)
+        draw = np.random.default_rng(3)
+        relevant = vectors[np.sort(draw.choice(args.count, args.train_queries, replace=False))]
+        tuned_on = world.queries(relevant, draw, mean=mean)
+
+    built: dict[str, dict[str, Any]] = {}
+    sides: dict[str, Any] = {}
+    for name, factory in (("auto", args.factory), ("Flat", "Flat")):
+        begun = time.perf_counter()
+        index = DenseIndex.build(vectors, ids, factory, query_vectors=tuned_on, threads=1)
+        index.save(work / f"{name}-{args.count}")
+        built[name] = {"factory": index.factory, "parameters": index.parameters, "tuning": index.tuning}
+        built[name]["build_s"] = round(time.perf_counter() - begun, 1)
+        print(f"{name}: {built[name]}", flush=True)
+        del index
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building leaves unused goes back, so that loading can't take it
+        begun, before = time.perf_counter(), private_bytes()
+        sides[name] = DenseIndex.load(work / f"{name}-{args.count}")
+        built[name]["load_s"] = round(time.perf_counter() - begun, 2)
+        built[name]["memory_bytes_a_vector"] = round((private_bytes() - before) / args.count, 1)
+        built[name]["disk_bytes_a_vector"] = round(folder_bytes(work / f"{name}-{args.count}") / args.count, 1)
+
+    exact = np.array([[int(name) for name in found] for found in sides["Flat"].search(queries, K)[0]])
+    found = [[int(name) for name in sides["auto"].search(query[None], K)[0][0]] for query in queries]
+    recall = np.array([recall_at_k(np.array([mine]), best[None])[0] for mine, best in zip(found, exact, strict=True)])
+    times, share = take_turns(sides, queries, {"auto": 50, "Flat": 5})
+    for name in sides:
+        built[name] |= {**percentiles(times[name]), "timed": len(times[name])}
+    return {
+        "machine": f"{platform.machine()}, Faiss {faiss.__version__} {faiss.get_compile_options().strip()}, 1 thread",
+        "share_of_a_core": round(share, 3),
+        "count": args.count,
+        "queries": args.queries,
+        "auto": built["auto"],
+        "Flat": built["Flat"],
+        "recall": {
+            "mean": round(float(recall.mean()), 4),
+            "p5": round(float(np.percentile(recall, 5)), 4),
+            "least": float(recall.min()),
+        },
+        "times_faster": round(built["Flat"]["p50_ms"] / built["auto"]["p50_ms"], 1),
+        "times_faster_p95": round(built["Flat"]["p95_ms"] / built["auto"]["p95_ms"], 1),
+    }
+
+
+def compare(count: int = 13_447) -> None:
+    """Print of the made-up vectors what the head of this file states."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    world, draw = World(), np.random.default_rng(1)
+    passages = world.passages(count, draw)
+    queries = world.queries(passages[draw.choice(count, 1000)], draw)
+    for name, rows in (("passages", passages), ("queries", queries)):
+        lengths, values = np.linalg.norm(rows, axis=1), np.linalg.eigvalsh(np.cov(rows.T))
+        print(f"{name}: length {lengths.mean():.2f}, {lengths.std():.2f}; mean {np.linalg.norm(rows.mean(0)):.2f}")
+        print(f"  dimensions that count {values.sum() ** 2 / (values**2).sum():.0f}")
+    means = passages.mean(0), queries.mean(0)
+    print(f"cosine of means {means[0] @ means[1] / np.linalg.norm(means[0]) / np.linalg.norm(means[1]):.2f}")
+    variance = ((passages - means[0]) ** 2).sum(1).mean()
+    for centres in (64, 256):
+        plain = faiss.Kmeans(DIMENSION, centres, niter=15, seed=1)
+        plain.train(passages)
+        print(f"distance from {centres} centres {plain.index.search(passages, 1)[0].mean() / variance:.2f}")
+    clusters = faiss.Kmeans(DIMENSION, 256, niter=10, seed=7, spherical=True)
+    clusters.train(passages)
+    _, exact = faiss.knn(queries, passages, K, metric=faiss.METRIC_INNER_PRODUCT)
+    home = clusters.index.search(passages, 1)[1][:, 0][exact]
+    for probes in (8, 16, 32, 64):
+        probed = clusters.index.search(queries, probes)[1]
+        share = np.mean([np.isin(mine, near).mean() for mine, near in zip(home, probed, strict=True)])
+        print(f"top {K} in the nearest {probes} of 256: {share:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1_000_000, help="passage vectors")
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--train-queries", type=int, default=0, help="tune on so many queries instead of passages")
+    parser.add_argument("--factory", default="auto", help="Faiss factory string of the index compared with Flat")
+    parser.add_argument("--work", type=Path, help="folder for vectors and indexes; a temporary one when left out")
+    parser.add_argument("--compare", action="store_true", help="only show what the vectors are like")
+    args = parser.parse_args()
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"  # read when Faiss is loaded
+    if args.compare:
+        compare()
+        return
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
+        figures = measure(args, args.work)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            figures = measure(args, Path(folder))
+    print(json.dumps(figures, indent=1))
+    print(
+        "| vectors | index | Recall@100 (5th percentile) | p50 / p95 ms | B a vector on disk / in memory | build s |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, recall in (("Flat", "1"), ("auto", f"{figures['recall']['mean']} ({figures['recall']['p5']})")):
+        side = figures[name]
+        print(
+            f"| {args.count:,} | {side['factory']} {json.dumps(side['parameters'])} | {recall} | {side['p50_ms']} / "
+            f"{side['p95_ms']} | {side['disk_bytes_a_vector']} / {side['memory_bytes_a_vector']} | {side['build_s']} |"
+        )
+    print(f"p50 {figures['times_faster']}x faster, p95 {figures['times_faster_p95']}x")
+    if figures["share_of_a_core"] < 0.97:
+        print(f"NOT TO BE USED: the machine was busy, {figures['share_of_a_core']:.0%} of a core was left for this.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Encode the passages of a collection with a single-vector model, into a folder of vectors to build an index from.
+
+accelerate launch recipes/encode.py [settings.yaml] --model PATH --source PATH --output_dir DIR [--setting value ...]
+
+Stopped at any point, the same command goes on after the last whole shard. Several processes share the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tct_hf.settings import SettingsError, run_recipe, setting
+
+
+@dataclass
+class Settings:
+    model: str | None = setting(None, "folder or Hub id of a SentenceTransformer, or a bundled model")
+    source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
+    packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
+    output_dir: str = setting("outputs/encode", "where vectors and their manifest are written")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "to compute in; auto: bf16 where the hardware has it and the vectors stay the same"
+    )
+    dtype: Literal["float32", "float16"] = setting("float32", "to store vectors in")
+    shard_size: int = setting(4096, "passages a shard, which is what a kill loses at most")
+    tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when none")
+    allow_empty: bool = setting(False, "encode passages without words instead of refusing them")
+    progress_every: float = setting(10.0, "seconds between lines of progress")
+
+
+def main(settings: Settings) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf.bundled import resolve_model
+    from tct_hf.quiet import quieten
+    from tct_hf.retrieval import encode_corpus
+    from tct_hf.training import process_state
+
+    if settings.model is None:
+        raise SettingsError("model: name the folder or Hub id of the model to encode with, --model PATH")
+    quieten()
+    state = process_state()
+    with state.main_process_first():
+        corpus = load_corpus(settings)
+    model = SentenceTransformer(resolve_model(settings.model), device=str(state.device))
+    if state.is_main_process:
+        print(f"{settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}", flush=True)
+    manifest = encode_corpus(
+        model,
+        corpus,
+        settings.output_dir,
+        model_id=settings.model,
+        precision=settings.precision,
+        dtype=settings.dtype,
+        shard_size=settings.shard_size,
+        tokens_per_pass=settings.tokens_per_pass,
+        allow_empty=settings.allow_empty,
+        state=state,
+        write_every=settings.progress_every,
+    )
+    if state.is_main_process:
+        print("\n" + summary(manifest, Path(settings.output_dir)))
+    state.destroy_process_group()
+
+
+def load_corpus(settings: Settings) -> Any:
+    if settings.source == "builtin":
+        from tct_hf.data import builtin_corpus
+
+        return builtin_corpus("test", packages=settings.packages)[0]
+    from tct_hf.data.beir import load_beir_corpus
+
+    return load_beir_corpus(settings.source, allow_empty=settings.allow_empty)
+
+
+def summary(manifest: dict[str, Any], folder: Path) -> str:
+    size = sum((folder / shard["file"]).stat().st_size for shard in manifest["shards"])
+    cells = {
+        "passages": f"{manifest['count']:,}",
+        "dim": str(manifest["dim"]),
+        "computed in": manifest["precision"],
+        "stored in": manifest["dtype"],
+        "shards": str(len(manifest["shards"])),
+        "bytes a passage": f"{size / manifest['count']:,.0f}",
+        "folder": str(folder),
+    }
+    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+
+
+if __name__ == "__main__":
+    run_recipe(main, Settings, __doc__)

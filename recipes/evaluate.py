@@ -1,0 +1,83 @@
+"""Compare sparse, dense, hybrid and late-interaction retrieval on one collection: effectiveness, latency, storage.
+
+accelerate launch recipes/evaluate.py recipes/evaluate.yaml [--setting value ...]
+accelerate launch recipes/evaluate.py --data.source FOLDER --student PATH [--teacher PATH] --output_dir DIR
+
+Writes report.md, report.json, latency.png, storage.png and runs/. --runs.NAME FILE adds another system's TREC run.
+Stopped at any point, the same command goes on where it stopped; with several processes, they share the encoding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+from tct_hf import pipeline
+from tct_hf.evaluation.report_settings import ReportSettings
+from tct_hf.pipeline import DataSettings
+from tct_hf.progress import Stages
+from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+
+
+@dataclass
+class Settings(ReportSettings):
+    output_dir: str = setting("outputs/evaluate", "where everything is written")
+    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text")
+    teacher: str | None = setting(None, "folder or Hub id of a ColBERT; the report does without when none")
+    runs: dict[str, str] = setting({}, "name to TREC file of another system's run on the reported queries")
+    data: DataSettings = field(default_factory=DataSettings)
+
+
+def main(settings: Settings) -> None:
+    from tct_hf.evaluation.reporting import build_report, check_report
+    from tct_hf.evaluation.stores import Stores, open_student
+    from tct_hf.quiet import quieten
+    from tct_hf.training import process_state
+
+    if settings.student is None:
+        raise SettingsError("student: name the folder or Hub id of the model to evaluate, for instance --student PATH")
+    quieten()
+    state = process_state()
+    output = Path(settings.output_dir)
+    # One process alone encodes as part of the report.
+    weights = {"data": 0.5, "encode": 5.0, "report": 5.0} if state.num_processes > 1 else {"data": 0.5, "report": 5.0}
+    stages = Stages(weights, enabled=state.is_main_process)
+    with stages.stage("data"), state.main_process_first():
+        collection = pipeline.read_collection(settings.data, train=False)
+        if state.is_main_process:
+            print(f"  {collection.summary()}", flush=True)
+        check_report(collection, settings, settings.runs)
+    if state.num_processes > 1:
+        with stages.stage("encode"):
+            stores = Stores(
+                collection,
+                open_student(settings.student, str(state.device)),
+                settings.student,
+                output,
+                precision=settings.precision,
+                write=partial(print, flush=True),
+            )
+            stores.encode(state)
+            del stores
+    # One process searches and measures; the others are done, and wait at no barrier that could time out.
+    state.destroy_process_group()
+    if state.is_main_process:
+        with stages.stage("report"):
+            report = build_report(
+                collection,
+                settings.student,
+                output,
+                teacher=settings.teacher,
+                settings=settings,
+                runs=settings.runs,
+                record=asdict(settings),
+                write=partial(print, flush=True),
+            )
+        save_resolved(settings, output, extra={"corpus": collection.fingerprint})
+        print("\n" + report.markdown())
+    stages.finish()
+
+
+if __name__ == "__main__":
+    run_recipe(main, Settings, __doc__)

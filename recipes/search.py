@@ -1,0 +1,121 @@
+"""Type a question and see the passages that are found, with the scores of BM25, the student and the two fused.
+
+python recipes/search.py --student outputs/quickstart/student --data.source builtin [--teacher PATH] [--k 5]
+
+The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
+one a line, where it is no terminal; --json prints one line of JSON a question.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tct_hf import pipeline
+from tct_hf.evaluation.report_settings import HybridSettings
+from tct_hf.pipeline import DataSettings
+from tct_hf.settings import SettingsError, run_recipe, setting
+
+if TYPE_CHECKING:
+    from tct_hf.evaluation.searcher import Hit
+
+
+@dataclass
+class Settings:
+    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text")
+    teacher: str | None = setting(None, "folder or Hub id of a ColBERT, to score the passages shown")
+    k: int = setting(5, "passages to show")
+    depth: int = setting(100, "passages that BM25 and the student find each, to be fused")
+    rank_by: Literal["fused", "dense", "bm25"] = setting("fused", "the system that orders the passages")
+    json: bool = setting(False, "one line of JSON a question")
+    width: int = setting(160, "characters of a passage to show; JSON has all")
+    index_dir: str | None = setting(None, "where vectors and indexes are kept; in the cache when none")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
+    hybrid: HybridSettings = field(default_factory=HybridSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+
+
+def main(settings: Settings) -> None:
+    from tct_hf.evaluation.searcher import Searcher
+    from tct_hf.evaluation.stores import Stores, open_student, open_teacher
+    from tct_hf.quiet import quieten
+
+    if settings.student is None:
+        raise SettingsError("student: name the folder or Hub id of the model to search with, --student PATH")
+    for name, number in (("k", settings.k), ("depth", settings.depth), ("width", settings.width)):
+        if number < 1:
+            raise SettingsError(f"{name}: {number} is below 1")
+    quieten()
+    # Progress goes where it can't be taken for an answer.
+    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    # Searching needs no judgements.
+    collection = pipeline.read_collection(replace(settings.data, labels=0.0), train=False)
+    stores = Stores(
+        collection,
+        open_student(settings.student),
+        settings.student,
+        Path(settings.index_dir) if settings.index_dir is not None else None,
+        precision=settings.precision,
+        write=tell,
+    )
+    tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {stores.folder}")
+    teacher = open_teacher(settings.teacher) if settings.teacher is not None else None
+    searcher = Searcher(stores, teacher=teacher, depth=max(settings.depth, settings.k), hybrid=settings.hybrid)
+    tell(
+        f"fused: {searcher.fusion}; -: not among the first {max(settings.depth, settings.k)} of that system, or, for "
+        "BM25, without a word of the question; counts as the lowest score of that list"
+    )
+    for question in questions(answers_alone=settings.json or not sys.stdout.isatty()):
+        hits = searcher.ask(question, settings.k, rank_by=settings.rank_by)
+        if settings.json:
+            passages = [asdict(hit) for hit in hits]
+            print(json.dumps({"question": question, "passages": passages}, ensure_ascii=False), flush=True)
+        else:
+            print(shown(question, hits, settings.width, teacher=teacher is not None), flush=True)
+
+
+def questions(*, answers_alone: bool) -> Iterator[str]:
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  # arrow keys and history at the prompt
+
+        while True:
+            # input() prompts on standard output, where a reader of the answers would take it for one.
+            with redirect_stdout(sys.stderr) if answers_alone else nullcontext():
+                try:
+                    line = input("question: ")
+                except EOFError:
+                    print()
+                    return
+            if not line.strip():
+                return
+            yield line.strip()
+    asked = 0
+    for number, line in enumerate(sys.stdin, 1):
+        if line.strip():
+            asked += 1
+            yield line.strip()
+        else:
+            print(f"standard input, line {number}: blank, left out", file=sys.stderr)
+    if not asked:
+        raise SettingsError("standard input: there is no question in it; write one a line")
+
+
+def shown(question: str, hits: list[Hit], width: int, *, teacher: bool) -> str:
+    from tct_hf.evaluation.comparison import shorten
+    from tct_hf.evaluation.searcher import SYSTEMS
+
+    lines = ["", question]
+    for hit in hits:
+        scores = {name: getattr(hit, key) for key, name in SYSTEMS.items() if key != "maxsim" or teacher}
+        figures = "   ".join(f"{name} {'-' if score is None else f'{score:.2f}'}" for name, score in scores.items())
+        lines += [f"{hit.rank:3}. {hit.id}   {figures}", f"     {shorten(hit.text, width)}"]
+    return "\n".join(lines if hits else [*lines, "     nothing found"])
+
+
+if __name__ == "__main__":
+    run_recipe(main, Settings, __doc__)

@@ -1,0 +1,281 @@
+"""What a system costs: milliseconds a query, stage by stage, queries a second, bytes a passage, seconds to build."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tct_hf.settings import environment
+
+TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for one query at a time: percentiles (interpolated), mean, and how many were timed."""
+
+    p50: float
+    p95: float
+    p99: float
+    mean: float
+    queries: int
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What `measure_efficiency` found; `str()` of it is a Markdown table.
+
+    Args:
+        latency: stage to its latency, and under "total" that of all stages of a query together.
+        queries_per_second: in batches, None where no batch was measured.
+        batch_size: queries a batch, None alike.
+        passages: searched.
+        disk_bytes: of the index on disk, None where unknown.
+        memory_bytes: of the index in memory, None where unknown.
+        build_seconds: that making the index took, None where unknown.
+        threads: library to the threads it was set to.
+        machine: versions of packages and the machine (`tct_hf.settings.environment`), processor and memory.
+    """
+
+    latency: dict[str, Latency]
+    queries_per_second: float | None
+    batch_size: int | None
+    passages: int
+    disk_bytes: int | None
+    memory_bytes: int | None
+    build_seconds: float | None
+    threads: dict[str, int]
+    machine: dict[str, Any]
+
+    @property
+    def disk_bytes_per_passage(self) -> float | None:
+        """Bytes on disk over passages."""
+        return None if self.disk_bytes is None else self.disk_bytes / self.passages
+
+    @property
+    def memory_bytes_per_passage(self) -> float | None:
+        """Bytes in memory over passages."""
+        return None if self.memory_bytes is None else self.memory_bytes / self.passages
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain JSON-ready values."""
+        return asdict(self) | {
+            "disk_bytes_per_passage": self.disk_bytes_per_passage,
+            "memory_bytes_per_passage": self.memory_bytes_per_passage,
+        }
+
+    def table(self) -> str:
+        """A Markdown table of the latencies, and a line of each other figure that is known."""
+        width = max(len("stage"), *map(len, self.latency))
+        lines = [
+            f"| {'stage':{width}} |  p50 ms |  p95 ms |  p99 ms | mean ms |",
+            f"|{'-' * (width + 2)}|" + "--------:|" * 4,
+        ]
+        for stage, found in self.latency.items():
+            cells = " | ".join(f"{value:7.2f}" for value in (found.p50, found.p95, found.p99, found.mean))
+            lines.append(f"| {stage:{width}} | {cells} |")
+        lines.append("")
+        if self.queries_per_second is not None:
+            lines.append(f"Throughput: {self.queries_per_second:,.1f} queries/s in batches of {self.batch_size}.")
+        for where, size, each in (
+            ("On disk", self.disk_bytes, self.disk_bytes_per_passage),
+            ("In memory", self.memory_bytes, self.memory_bytes_per_passage),
+        ):
+            if size is not None:
+                lines.append(f"{where}: {size:,} bytes, {each:,.1f} a passage ({self.passages:,} passages).")
+        if self.build_seconds is not None:
+            lines.append(f"Build: {self.build_seconds:,.1f} s.")
+        threads = ", ".join(f"{name} {count}" for name, count in self.threads.items()) or "not known"
+        timed = self.latency[TOTAL].queries
+        lines.append(f"{timed} queries timed one at a time; threads: {threads}; {self.machine['processor']}.")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def measure_efficiency(
+    stages: Mapping[str, Callable[[Any], Any]],
+    queries: Sequence[Any],
+    *,
+    passages: int,
+    batch: Callable[[Sequence[Any]], Any] | None = None,
+    batch_size: int = 32,
+    disk: int | str | Path | Sequence[str | Path] | None = None,
+    memory: int | None = None,
+    build_seconds: float | None = None,
+    warm_up: int = 10,
+    repeats: int = 1,
+    clock: Callable[[], float] = perf_counter,
+) -> Efficiency:
+    """Time a system one query at a time, stage by stage, then in batches, and put its size beside.
+
+    A stage takes what the one before it returned, the first takes the query:
+    `{"encode": lambda text: encode([text]), "search": lambda vector: index.search(vector, 100)}`. A system that needs
+    two searches at the end (a hybrid) hands both on from stage to stage as a tuple. A stage on an accelerator must
+    wait for its result, or the next one is charged for it.
+
+    Args:
+        stages: name to function, in order.
+        queries: what the first stage takes, one by one.
+        passages: how many are searched, for bytes a passage.
+        batch: answers a list of queries through all stages; throughput is left out without it.
+        batch_size: queries a batch; the last one may be smaller.
+        disk: bytes of the index on disk, or the file or folder it is in, or several.
+        memory: bytes of the index in memory; `resident_bytes` before and after loading gives them.
+        build_seconds: that making the index took.
+        warm_up: queries, and one batch, put through before any is timed; the queries begin again when there are fewer.
+        repeats: times that every query is timed, and that the batches are.
+        clock: seconds from any fixed moment.
+
+    Returns:
+        The figures, with the threads and the machine they were taken on.
+
+    Raises:
+        ValueError: no stage, no query, a stage called "total", or a number out of range.
+        FileNotFoundError: `disk` names what is not there.
+    """
+    if not stages:
+        raise ValueError('stages: none; name at least one, for instance {"search": lambda query: ...}')
+    if TOTAL in stages:
+        raise ValueError(f'stages: "{TOTAL}" is the name of the sum; call the stage something else')
+    if isinstance(queries, str) or not len(queries):
+        raise ValueError("queries: pass a list of one or more queries")
+    for name, number, least in (
+        ("passages", passages, 1),
+        ("batch_size", batch_size, 1),
+        ("repeats", repeats, 1),
+        ("warm_up", warm_up, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name}: {number} is below {least}")
+    if isinstance(disk, (str, Path, Sequence)):
+        disk = bytes_on_disk(disk)
+
+    for turn in range(warm_up):
+        _timed(stages, queries[turn % len(queries)], clock)
+    times: list[list[float]] = []
+    for _ in range(repeats):
+        for query in queries:
+            times.append(_timed(stages, query, clock))
+    columns = dict(zip((*stages, TOTAL), zip(*times, strict=True), strict=True))
+    return Efficiency(
+        latency={name: _latency(seconds) for name, seconds in columns.items()},
+        queries_per_second=_throughput(batch, queries, batch_size, warm_up, repeats, clock) if batch else None,
+        batch_size=min(batch_size, len(queries)) if batch else None,
+        passages=passages,
+        disk_bytes=None if disk is None else int(disk),
+        memory_bytes=None if memory is None else int(memory),
+        build_seconds=build_seconds,
+        threads=threads_in_use(),
+        machine=environment() | {"processor": _processor(), "memory_bytes": _installed_memory()},
+    )
+
+
+def bytes_on_disk(paths: str | Path | Sequence[str | Path]) -> int:
+    """The size of files, and of all files under folders.
+
+    Args:
+        paths: one or several.
+
+    Returns:
+        Bytes, as the files' lengths say.
+
+    Raises:
+        FileNotFoundError: one is not there.
+    """
+    total = 0
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder to measure; save the index there first")
+        files = path.rglob("*") if path.is_dir() else [path]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return total
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM now; None where the system has no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None  # not Linux: there is nothing to read, and the caller shows "unknown"
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def threads_in_use() -> dict[str, int]:
+    """Library to the threads it is set to, of those that are loaded and compute."""
+    found: dict[str, int] = {}
+    # Only what is loaded already: what is not took no part in the measurement.
+    for name, ask in (
+        ("torch", lambda torch: torch.get_num_threads()),
+        ("faiss", lambda faiss: faiss.omp_get_max_threads()),
+        ("numba", lambda numba: numba.config.NUMBA_NUM_THREADS),
+    ):
+        module = sys.modules.get(name)
+        if module is not None:
+            found[name] = int(ask(module))
+    return found
+
+
+def _timed(stages: Mapping[str, Callable[[Any], Any]], query: Any, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each stage for one query, and of all together."""
+    moments = [clock()]
+    value = query
+    for stage in stages.values():
+        value = stage(value)
+        moments.append(clock())
+    parts = [after - before for before, after in pairwise(moments)]
+    return [*parts, moments[-1] - moments[0]]
+
+
+def _latency(seconds: Sequence[float]) -> Latency:
+    import numpy as np
+
+    milliseconds = 1000 * np.asarray(seconds)
+    p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99]).tolist()
+    return Latency(p50, p95, p99, float(milliseconds.mean()), len(seconds))
+
+
+def _throughput(
+    batch: Callable[[Sequence[Any]], Any],
+    queries: Sequence[Any],
+    batch_size: int,
+    warm_up: int,
+    repeats: int,
+    clock: Callable[[], float],
+) -> float:
+    parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
+    if warm_up:
+        batch(parts[0])
+    begun = clock()
+    for _ in range(repeats):
+        for part in parts:
+            batch(part)
+    seconds = clock() - begun
+    if seconds <= 0:
+        raise ValueError("clock: no time passed over the batches; pass a finer clock, or raise repeats")
+    return repeats * len(queries) / seconds
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the platform module knows less, but something
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def _installed_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None  # no such question on this system

@@ -1,0 +1,70 @@
+"""What a report can be asked for: the sections of its settings, shared by the recipe and the function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tct_hf.settings import setting
+
+
+@dataclass
+class MeasureSettings:
+    """What is measured, how deep, and against which system."""
+
+    names: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first is plotted and tuned for")
+    relevance: int = setting(1, "grade from which a passage is relevant, but for nDCG (TREC Deep Learning: 2)")
+    depth: int = setting(100, "passages a query in the runs, and of each list that is fused")
+    baseline: Literal["dense-exact", "bm25"] = setting("dense-exact", "what the others are tested against")
+
+
+@dataclass
+class HybridSettings:
+    """How BM25 and the student's lists are fused, and what the weight is tuned on."""
+
+    alpha: float | None = setting(None, "weight of BM25 in alpha * BM25 + dense; tuned when none")
+    tune_on: Literal["auto", "dev", "train"] = setting("auto", "split alpha is tuned on; auto: dev, else train")
+    tune_queries: int = setting(500, "at most so many queries of it")
+    normalize: bool = setting(False, "bring the scores of both lists to one range first")
+
+
+@dataclass
+class AnnSettings:
+    """The approximate index that is measured beside exact search."""
+
+    factory: str = setting("auto", "Faiss factory; auto: by size, and HNSW32 where that would be exact search")
+    recall: float = setting(0.97, "Recall@100 against exact search that its parameters are tuned for")
+
+
+@dataclass
+class LateInteractionSettings:
+    """The teacher's part: reranking, and search over all token vectors where they fit."""
+
+    rerank: int = setting(100, "passages of the student that the teacher scores again")
+    max_passages: int = setting(
+        50_000, "up to here token vectors are kept and searched; beyond, passages are only reranked, encoded anew"
+    )
+
+
+@dataclass
+class CostSettings:
+    """How latency and throughput are timed."""
+
+    queries: int = setting(100, "queries timed, one at a time")
+    teacher_queries: int = setting(30, "queries timed where the teacher takes part")
+    warm_up: int = setting(10, "queries put through before")
+    batch_size: int = setting(32, "queries a batch, for throughput")
+    threads: int | None = setting(1, "CPU threads while timing, as they are when none")
+
+
+@dataclass
+class ReportSettings:
+    """All sections of a report."""
+
+    measures: MeasureSettings = field(default_factory=MeasureSettings)
+    hybrid: HybridSettings = field(default_factory=HybridSettings)
+    ann: AnnSettings = field(default_factory=AnnSettings)
+    late_interaction: LateInteractionSettings = field(default_factory=LateInteractionSettings)
+    cost: CostSettings = field(default_factory=CostSettings)
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
+    build_threads: int = setting(1, "CPU threads of building indexes; one makes the same index every time")

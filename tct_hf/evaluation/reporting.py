@@ -1,0 +1,238 @@
+"""From a collection, a student and a teacher to a report; stopped at any point, it goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.evaluation.report import Report, SystemResult
+from tct_hf.evaluation.report_checks import check_report
+from tct_hf.evaluation.report_settings import ReportSettings
+from tct_hf.evaluation.report_systems import BM25, ReportSystem
+from tct_hf.evaluation.report_work import Work
+from tct_hf.evaluation.significance import compare_runs
+from tct_hf.evaluation.stores import Stores, open_student, open_teacher
+from tct_hf.files import file_digest
+from tct_hf.retrieval.runs import Run
+
+if TYPE_CHECKING:
+    from tct_hf.data.collection import Collection
+
+
+def build_report(
+    collection: Collection,
+    student: str,
+    output: str | Path,
+    *,
+    teacher: str | None = None,
+    settings: ReportSettings | None = None,
+    runs: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
+    write: Callable[[str], None] = print,
+) -> Report:
+    """Search a collection with every system, measure what each finds and costs, and write the report to a folder.
+
+    What is there from an earlier call with the same settings is used again: the encoded corpus, indexes, runs, and
+    times. What belongs to other settings is refused.
+
+    Args:
+        collection: its split "test" is reported; dev, or train where there is no dev, is tuned on.
+        student: folder, Hub id or bundled name of a model of one vector a text.
+        output: folder of everything.
+        teacher: folder or Hub id of a model of one vector a token; the report does without when None.
+        settings: what to measure and how.
+        runs: name to TREC file of other systems' runs on the reported queries.
+        record: settings to keep in the report, JSON-ready; those of `settings` when None.
+        write: takes lines of progress.
+
+    Returns:
+        The report; it is saved in `output`.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `check_report`, as loading the models; or the folder holds the work
+            of other settings.
+    """
+    settings = settings or ReportSettings()
+    runs = runs or {}
+    output = Path(output)
+    foreign = check_report(collection, settings, runs)
+    stores = Stores(
+        collection,
+        open_student(student),
+        student,
+        output,
+        precision=settings.precision,
+        threads=settings.build_threads,
+        write=write,
+    )
+    loaded = open_teacher(teacher) if teacher is not None else None
+    work = Work(collection, stores, loaded, teacher, output, settings, write)
+    systems = work.systems()
+    found = {system.key: work.run(system, place, len(systems)) for place, system in enumerate(systems, 1)}
+    costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}
+    files = {key: output / "runs" / f"{key}.test.trec" for key in found} | {n: Path(file) for n, file in runs.items()}
+    report = _assemble(work, systems, found, costs, foreign, files, record or asdict(settings))
+    for problem in report.save(output):
+        write(f"  {problem}")
+    return report
+
+
+def _assemble(
+    work: Work,
+    systems: list[ReportSystem],
+    found: dict[str, Run],
+    costs: dict[str, dict[str, Any]],
+    foreign: dict[str, Run],
+    files: Mapping[str, Path],
+    record: Mapping[str, Any],
+) -> Report:
+    """Put all figures together."""
+    measures = work.settings.measures
+    everything = {**found, **foreign}
+    qrels = work.test.qrels
+    evaluations = {
+        name: evaluate_run(run, qrels, measures.names, relevance=measures.relevance)
+        for name, run in everything.items()
+    }
+    tests: dict[str, dict[str, Any]] = {name: {} for name in everything}
+    if len(qrels) > 1:
+        for measure in measures.names:
+            compared = compare_runs(
+                everything, qrels, baseline=measures.baseline, measure=measure, relevance=measures.relevance
+            )
+            for name, difference in compared.systems.items():
+                tests[name][measure] = asdict(difference)
+    else:
+        work.notes.append("One query: no test can tell systems apart.")
+    own = {system.key: system for system in systems}
+    results = []
+    for name, evaluation in evaluations.items():
+        system, file = own.get(name), files[name]
+        cost = costs.get(name)
+        missing = len(qrels.keys() - everything[name].keys())
+        if system is None:
+            _note_on(work, name, file, everything[name], missing)
+        results.append(
+            SystemResult(
+                key=name,
+                title=system.title if system is not None else name,
+                kind=system.kind if system is not None else "other",
+                effectiveness=_effectiveness(evaluation),
+                significance=tests[name] or None,
+                cost=None if cost is None else {k: v for k, v in cost.items() if k not in ("machine", "threads")},
+                run={
+                    "file": str(file.relative_to(work.output)) if system is not None else str(file),
+                    "sha256": file_digest(file),
+                    "missing_queries": missing,
+                },
+            )
+        )
+    machine = costs[BM25]["machine"]
+    threads: dict[str, int] = {}
+    for cost in costs.values():
+        threads.update(cost["threads"])
+    # What numba may use says nothing: bm25s searches on one thread unless it is asked for more.
+    threads.pop("numba", None)
+    threads["bm25s"] = 1
+    _note_on_timing(work, costs)
+    return Report(
+        collection={
+            "name": work.collection.name,
+            "passages": len(work.collection.corpus),
+            "split": "test",
+            "queries": len(qrels),
+            "fingerprint": work.collection.fingerprint,
+        },
+        models=_models(work),
+        measures=list(measures.names),
+        relevance=measures.relevance,
+        depth=measures.depth,
+        baseline=measures.baseline,
+        tuning=_tuning_record(work),
+        systems=results,
+        machine={
+            "processor": machine["processor"],
+            "memory_bytes": machine["memory_bytes"],
+            "cpu_count": machine["cpu_count"],
+            "platform": machine["platform"],
+            "device": str(work.stores.student.device),
+        },
+        threads=threads,
+        environment={"packages": machine["packages"], "python": machine["python"]},
+        settings=dict(record),
+        notes=list(work.notes),
+    )
+
+
+def _note_on(work: Work, name: str, file: Path, run: Run, missing: int) -> None:
+    deepest = max((len(hits) for hits in run.values()), default=0)
+    lacks = f"; it lacks {missing:,} of the reported queries, which count as 0" if missing else ""
+    work.notes.append(f"{name}: run from {file}, at most {deepest:,} passages a query{lacks}.")
+
+
+def _note_on_timing(work: Work, costs: Mapping[str, Mapping[str, Any]]) -> None:
+    timed = [cost["latency"]["total"]["queries"] for cost in costs.values()]
+    if min(timed) < 100:
+        work.notes.append(f"Of {min(timed)} timed queries p99 is little more than the slowest one: read it as that.")
+    busiest = max((cost.get("load_average") or 0.0) for cost in costs.values())
+    cores = costs[BM25]["machine"]["cpu_count"] or 1
+    if busiest > cores:
+        work.notes.append(
+            f"The machine was busy while timing (load {busiest:.1f} on {cores} cores): times are too long, and those "
+            "of two systems may not compare. Delete the folder costs and run again when it is idle."
+        )
+
+
+def _models(work: Work) -> dict[str, Any]:
+    student = work.stores.student
+    manifest = work.stores.manifest()
+    models: dict[str, Any] = {
+        "student": {
+            "name": work.stores.name,
+            "weights_sha256": work.stores.built_by["weights_sha256"],
+            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "dimension": manifest["dim"],
+            "similarity": student.similarity_fn_name,
+            "encoded_in": manifest["precision"],
+        },
+        "teacher": None,
+    }
+    if work.teacher is not None:
+        measured = work.models["teacher"] or {"dimension": None, "tokens_per_passage": None}
+        models["teacher"] = {
+            "name": work.teacher_name,
+            "weights_sha256": work.depends["teacher"]["weights"],
+            "parameters": sum(parameter.numel() for parameter in work.teacher.parameters()),
+            **measured,
+            "encoded_in": "bf16" if work.bf16 else "fp32",
+        }
+    return models
+
+
+def _tuning_record(work: Work) -> dict[str, Any]:
+    from tct_hf.retrieval.hybrid import TunedAlpha
+
+    hybrid: dict[str, Any] = {
+        "fusion": "ranks" if work.alpha is None else "alpha",
+        "alpha": None if work.alpha is None else float(work.alpha),
+        "split": None,
+        "normalize": work.settings.hybrid.normalize,
+    }
+    if isinstance(work.alpha, TunedAlpha) and work.tuning is not None:
+        hybrid |= {**work.alpha.to_dict(), "split": work.tuning.split, "left_out": work.tuning.left_out}
+    index = work.ann.index
+    split = work.tuning.split if work.tuning is not None else None
+    ann = {"factory": index.factory, "parameters": index.parameters, **(index.tuning or {}), "split": split}
+    return {"hybrid": hybrid, "ann": ann}
+
+
+def _effectiveness(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    from tct_hf.evaluation.comparison import standard_error
+
+    return {
+        measure: {"mean": mean, "standard_error": standard_error(list(evaluation.per_query[measure].values()))}
+        for measure, mean in evaluation.mean.items()
+    }

@@ -1,0 +1,240 @@
+"""What hard-negative rounds came to: every round's student searched, one table, what mining refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, table, write_metrics
+from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.quick_report import (
+    BASE_TCT,
+    BM25,
+    STUDENT,
+    TEACHER,
+    placed,
+    reference_systems,
+    teacher_system,
+)
+from tct_hf.files import claim, file_digest, write_text_atomic
+
+if TYPE_CHECKING:
+    from tct_hf.data.collection import Collection
+    from tct_hf.data.mining import MiningCounts
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """A round as it is to be reported.
+
+    Args:
+        folder: of the round; its runs and the encoded corpus go there.
+        student: folder of its student.
+        teacher: folder of the teacher trained in it; None where it took the one before.
+        mined: what its mining did; None for the base.
+    """
+
+    folder: Path
+    student: Path
+    teacher: Path | None
+    mined: MiningCounts | None
+
+
+def round_name(number: int) -> str:
+    """What a round is called: "base", then "round 1" and so on."""
+    return "base" if number == 0 else f"round {number}"
+
+
+def report_rounds(
+    rounds: Sequence[RoundResult],
+    collection: Collection,
+    output: Path,
+    *,
+    base_model: str | None,
+    teacher: str,
+    query_length: int,
+    document_length: int,
+    measures: Sequence[str],
+    depth: int,
+    precision: str,
+    bf16: bool,
+    settings: Mapping[str, Any],
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Search with every round's student and write report.md, metrics.json and the runs.
+
+    What an earlier call has searched is read.
+
+    Args:
+        rounds: the base first.
+        collection: with its test split and, where there is one, dev.
+        output: folder.
+        base_model: encoder that teacher and student come from; None where it is not known.
+        teacher: folder or Hub id of the base's ColBERT.
+        query_length: of the base encoder in TCT encoding.
+        document_length: likewise.
+        measures: ir-measures names; the first decides on dev which round is best.
+        depth: passages a query in the runs.
+        precision: the students encode in: "auto", "bf16" or "fp32".
+        bf16: the others encode in bfloat16.
+        settings: JSON-ready, all that the last round depends on.
+        write: takes lines of progress.
+
+    Returns:
+        The report, Markdown.
+
+    Raises:
+        ValueError: a folder of runs belongs to other models or settings.
+    """
+    queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
+    corpus = collection.fingerprint["sha256"]
+    weights = file_digest(Path(teacher) / "model.safetensors")
+    claim(
+        output / "runs",
+        {
+            "corpus": corpus,
+            "teacher": teacher if weights is None else weights,
+            "base": [base_model, query_length, document_length],
+            "depth": depth,
+            "bf16": bf16,
+        },
+    )
+    systems = reference_systems(
+        collection,
+        base_model=base_model,
+        teacher=teacher,
+        query_length=query_length,
+        document_length=document_length,
+        depth=depth,
+        bf16=bf16,
+    )
+    systems = [system for system in systems if system.key != BASE_TCT]
+    runs = run_systems(systems, queries, output / "runs", write=write)
+    titles = {system.key: system.title for system in systems}
+    teachers = {0: TEACHER}
+    for number, result in enumerate(rounds):
+        name = round_name(number)
+        key = f"{STUDENT}-{number}"
+        own = [_student_system(result, key, f"student, {name}", collection, depth, precision, write)]
+        models = {"student": result.student, "teacher": result.teacher}
+        if number and result.teacher is not None:
+            teachers[number] = f"{TEACHER}-{number}"
+            title = f"ColBERT teacher, {name}"
+            own.append(
+                teacher_system(collection, teachers[number], title, str(result.teacher), depth=depth, bf16=bf16)
+            )
+        digests = {role: path and file_digest(path / "model.safetensors") for role, path in models.items()}
+        depends = {"corpus": corpus, "depth": depth, "bf16": bf16, "precision": precision}
+        claim(result.folder / "runs", {**digests, **depends})
+        runs |= run_systems(own, queries, result.folder / "runs", write=write)
+        titles |= {system.key: system.title for system in own}
+    evaluations = evaluate_all(runs, collection, measures)
+    write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))
+
+    students = [f"{STUDENT}-{number}" for number in range(len(rounds))]
+    order = [key for key in titles if key not in (*students, *teachers.values())]
+    order += [*students, *teachers.values()]
+    report = "\n".join(
+        [
+            f"# {collection.summary()}",
+            "",
+            f"Exact search; {' and '.join(evaluations)} queries.",
+            "",
+            _table([(titles[key], key) for key in order], evaluations, measures),
+            "",
+            *_remarks(rounds, students, teachers, evaluations, measures[0]),
+            "",
+            *_mined(rounds),
+        ]
+    )
+    path = output / "report.md"
+    write_text_atomic(path, report)
+    return path
+
+
+def _student_system(
+    result: RoundResult,
+    key: str,
+    title: str,
+    collection: Collection,
+    depth: int,
+    precision: str,
+    write: Callable[[str], None],
+) -> System:
+    """Exact search with a round's student, in the vectors that the next round has mined with."""
+
+    def search(queries: Mapping[str, str]) -> Any:
+        stores = open_stores(collection, str(result.student), result.folder, precision=precision, write=write)
+        return stores.dense("Flat").index.run(list(queries), stores.encode_queries(queries), depth)
+
+    return System(key, title, search)
+
+
+def open_stores(
+    collection: Collection,
+    student: str,
+    folder: Path,
+    *,
+    precision: str,
+    device: str | None = None,
+    write: Callable[[str], None] = print,
+) -> Any:
+    """The encoded corpus and index of a round's student, in `folder/search`; see `Stores`."""
+    from tct_hf.evaluation.stores import Stores, open_student
+
+    model = open_student(student, device)
+    # Named without its folder, so that a run that is moved stays the same run.
+    return Stores(collection, model, "student", folder / "search", precision=precision, write=write)
+
+
+def _table(
+    rows: Sequence[tuple[str, str]],
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
+    measures: Sequence[str],
+) -> str:
+    columns = [(split, measure) for split in evaluations for measure in measures]
+    return table(
+        [
+            (title, Evaluation({f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns}, {}))
+            for title, key in rows
+        ],
+        [f"{split} {measure}" for split, measure in columns],
+    )
+
+
+def _remarks(
+    rounds: Sequence[RoundResult],
+    students: Sequence[str],
+    teachers: Mapping[int, str],
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
+    measure: str,
+) -> list[str]:
+    """Which round is best on dev, and which differences on test may be chance."""
+    lines = []
+    compare = partial(placed, measure=measure)
+    if "dev" in evaluations:
+        best = max(range(len(students)), key=lambda number: evaluations["dev"][students[number]].mean[measure])
+        lines.append(
+            f"On the dev queries the student of {round_name(best)} is best in {measure}: {rounds[best].student}"
+        )
+    test = evaluations["test"]
+    for number in range(1, len(students)):
+        before, own = test[students[number - 1]], test[students[number]]
+        teacher = test[teachers[max(at for at in teachers if at <= number)]]
+        lines.append(
+            f"On the test queries the student of {round_name(number)} is, in {measure}, {compare(own, before)} the "
+            f"one before it, {compare(own, test[BM25])} BM25, {compare(own, teacher)} its teacher."
+        )
+    lines.append("p: paired randomisation test, above 0.05 it may be chance.")
+    return lines
+
+
+def _mined(rounds: Sequence[RoundResult]) -> list[str]:
+    lines = []
+    for number, result in enumerate(rounds):
+        if result.mined is not None:
+            lines += [f"Mined for {round_name(number)}: {result.mined.summary().replace(chr(10), '; ')}.", ""]
+    return lines

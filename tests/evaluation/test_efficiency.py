@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tct_hf import measure_efficiency
+from tct_hf.evaluation.efficiency import bytes_on_disk, resident_bytes, threads_in_use
+
+
+class Clock:
+    """Time passes only where a stage says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def stage(self, seconds: Callable[[Any], float], result: Callable[[Any], Any] = lambda value: value) -> Any:
+        def run(value: Any) -> Any:
+            self.now += seconds(value)
+            return result(value)
+
+        return run
+
+
+def test_each_stage_is_timed_and_takes_what_the_one_before_returned() -> None:
+    clock = Clock()
+    seen: list[Any] = []
+    stages = {
+        "encode": clock.stage(lambda query: 0.001 * query, lambda query: (query, 2 * query)),
+        "search": clock.stage(lambda pair: 0.010 * pair[1], lambda pair: seen.append(pair) or sum(pair)),
+        "fusion": clock.stage(lambda total: 0.5),
+    }
+    queries = list(range(1, 101))
+    found = measure_efficiency(stages, queries, passages=10, warm_up=0, clock=clock)
+    assert seen == [(query, 2 * query) for query in queries]
+    assert list(found.latency) == ["encode", "search", "fusion", "total"]
+    for stage, of_one in (("encode", 1), ("search", 20)):
+        expected = of_one * np.arange(1, 101)
+        latency = found.latency[stage]
+        percentiles = [latency.p50, latency.p95, latency.p99, latency.mean]
+        assert percentiles == pytest.approx([*np.percentile(expected, [50, 95, 99]), expected.mean()])
+        assert latency.queries == 100
+    assert found.latency["fusion"].p99 == pytest.approx(500)
+    assert found.latency["total"].p50 == pytest.approx(21 * 50.5 + 500)
+
+
+def test_what_warms_up_is_not_timed() -> None:
+    clock = Clock()
+    calls: list[str] = []
+
+    def slow_at_first(query: str) -> str:
+        calls.append(query)
+        clock.now += 9.0 if len(calls) <= 5 else 0.002
+        return query
+
+    found = measure_efficiency({"search": slow_at_first}, ["a", "b"], passages=1, warm_up=5, repeats=3, clock=clock)
+    assert calls == ["a", "b", "a", "b", "a"] + ["a", "b"] * 3
+    assert found.latency["search"].p99 == pytest.approx(2) and found.latency["search"].queries == 6
+    assert found.queries_per_second is None and found.batch_size is None
+
+
+def test_throughput_counts_all_queries_of_all_batches() -> None:
+    clock = Clock()
+    sizes: list[int] = []
+
+    def answer(batch: list[str]) -> None:
+        sizes.append(len(batch))
+        clock.now += 0.1
+
+    found = measure_efficiency(
+        {"search": clock.stage(lambda _: 1.0)},
+        [str(number) for number in range(10)],
+        passages=1,
+        batch=answer,
+        batch_size=4,
+        repeats=2,
+        clock=clock,
+    )
+    assert sizes == [4] + [4, 4, 2] * 2
+    assert found.queries_per_second == pytest.approx(20 / 0.6) and found.batch_size == 4
+
+
+def test_sizes_come_from_paths_or_numbers(tmp_path: Path) -> None:
+    (tmp_path / "index" / "deep").mkdir(parents=True)
+    (tmp_path / "index" / "a.bin").write_bytes(b"x" * 1000)
+    (tmp_path / "index" / "deep" / "b.bin").write_bytes(b"x" * 500)
+    (tmp_path / "other.json").write_bytes(b"x" * 20)
+    common: Any = {"stages": {"search": str}, "queries": ["q"], "passages": 30}
+    found = measure_efficiency(**common, disk=tmp_path / "index", memory=600, build_seconds=2.5)
+    assert (found.disk_bytes, found.disk_bytes_per_passage) == (1500, 50.0)
+    assert (found.memory_bytes_per_passage, found.build_seconds) == (20.0, 2.5)
+    assert measure_efficiency(**common, disk=[tmp_path / "index", str(tmp_path / "other.json")]).disk_bytes == 1520
+    assert measure_efficiency(**common, disk=90).disk_bytes_per_passage == 3.0
+    nothing = measure_efficiency(**common)
+    assert nothing.disk_bytes_per_passage is None and nothing.memory_bytes_per_passage is None
+    with pytest.raises(FileNotFoundError, match="absent: no such file or folder"):
+        bytes_on_disk(tmp_path / "absent")
+
+
+def test_figures_are_json_and_name_threads_and_machine() -> None:
+    import torch
+
+    found = measure_efficiency({"search": str}, ["q"], passages=3, batch=list, disk=30, memory=60, build_seconds=1.0)
+    back = json.loads(json.dumps(found.to_dict()))
+    assert back["latency"]["search"].keys() == {"p50", "p95", "p99", "mean", "queries"}
+    assert back["disk_bytes_per_passage"] == 10.0 and back["memory_bytes_per_passage"] == 20.0
+    assert back["threads"]["torch"] == torch.get_num_threads()
+    assert back["machine"]["processor"] and back["machine"]["packages"]["numpy"]
+
+
+def test_only_loaded_libraries_are_asked_for_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "faiss", "numba"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert threads_in_use() == {}
+
+
+def test_the_table_shows_what_is_known() -> None:
+    clock = Clock()
+    found = measure_efficiency(
+        {"encode": clock.stage(lambda _: 0.004), "search": clock.stage(lambda _: 0.001)},
+        ["a", "b"],
+        passages=2000,
+        batch=clock.stage(lambda _: 0.5),
+        disk=3_072_000,
+        build_seconds=12.0,
+        clock=clock,
+    )
+    lines = str(found).splitlines()
+    assert lines[:5] == [
+        "| stage  |  p50 ms |  p95 ms |  p99 ms | mean ms |",
+        "|--------|--------:|--------:|--------:|--------:|",
+        "| encode |    4.00 |    4.00 |    4.00 |    4.00 |",
+        "| search |    1.00 |    1.00 |    1.00 |    1.00 |",
+        "| total  |    5.00 |    5.00 |    5.00 |    5.00 |",
+    ]
+    assert lines[6:9] == [
+        "Throughput: 4.0 queries/s in batches of 2.",
+        "On disk: 3,072,000 bytes, 1,536.0 a passage (2,000 passages).",
+        "Build: 12.0 s.",
+    ]
+    assert lines[9].startswith("2 queries timed one at a time; threads: ")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_resident_memory_grows_by_what_is_filled() -> None:
+    before = resident_bytes()
+    block = np.ones(8_000_000)
+    after = resident_bytes()
+    assert before is not None and after is not None
+    assert after - before > 0.8 * block.nbytes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"stages": {}}, "stages: none"),
+        ({"stages": {"total": str}}, "name of the sum"),
+        ({"queries": []}, "one or more queries"),
+        ({"queries": "one"}, "one or more queries"),
+        ({"passages": 0}, "passages: 0 is below 1"),
+        ({"repeats": 0}, "repeats: 0"),
+        ({"warm_up": -1}, "warm_up: -1"),
+        ({"batch": list, "batch_size": 0}, "batch_size: 0"),
+        ({"batch": list, "clock": lambda: 1.0}, "clock: no time passed"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(changed: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"stages": {"search": str}, "queries": ["q"], "passages": 1} | changed
+    with pytest.raises(ValueError, match=message):
+        measure_efficiency(**arguments)

@@ -1,0 +1,462 @@
+"""A report of a small collection: every system, what it says, what it reuses, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf.data.collection import Collection, Split
+from tct_hf.evaluation import Report, build_report
+from tct_hf.evaluation.report_settings import (
+    AnnSettings,
+    CostSettings,
+    HybridSettings,
+    LateInteractionSettings,
+    MeasureSettings,
+    ReportSettings,
+)
+from tct_hf.retrieval import read_run, write_run
+from tests.searching import Material, write_material
+
+KEYS = ["bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"]
+
+
+def tiny_settings(**changes: Any) -> ReportSettings:
+    made = ReportSettings(
+        measures=MeasureSettings(names=["RR@10", "nDCG@10", "R@20"], depth=20),
+        cost=CostSettings(queries=4, teacher_queries=3, warm_up=1, batch_size=2),
+        precision="fp32",
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, material: Material) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(material.folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def output(material: Material) -> Path:
+    return material.folder / "output"
+
+
+@pytest.fixture(scope="module")
+def report(material: Material, output: Path) -> Report:
+    return make(material, output)
+
+
+def make(material: Material, output: Path, collection: Collection | None = None, **options: Any) -> Report:
+    options = {"teacher": str(material.teacher), "settings": tiny_settings(), "write": lambda line: None, **options}
+    return build_report(collection or material.collection(), str(material.student), output, **options)
+
+
+def without_times(report: Report) -> dict[str, Any]:
+    content = report.to_dict()
+    for system in content["systems"]:
+        system["cost"] = None
+    return content
+
+
+def test_every_system_has_effectiveness_latency_bytes_and_a_run(report: Report, output: Path) -> None:
+    assert [system.key for system in report.systems] == KEYS
+    for system in report.systems:
+        assert set(system.effectiveness) == {"RR@10", "nDCG@10", "R@20"}
+        assert system.cost is not None
+        total = system.cost["latency"]["total"]
+        assert total["queries"] == (3 if system.key in ("teacher", "reranked") else 4)
+        assert 0 < total["p50"] <= total["p95"] <= total["p99"]
+        assert system.cost["queries_per_second"] > 0 and system.cost["build_seconds"] > 0
+        assert system.cost["disk_bytes_per_passage"] > 0 and system.cost["memory_bytes_per_passage"] > 0
+        assert read_run(output / system.run["file"])
+    stages = list(report.system("hybrid").cost["latency"])  # type: ignore[index]
+    assert stages == ["query encoding", "dense search", "BM25 search", "fusion", "total"]
+
+
+def test_the_teachers_bytes_are_those_of_its_token_vectors(report: Report) -> None:
+    teacher = report.models["teacher"]
+    assert teacher["dimension"] == 16
+    cost = report.system("teacher").cost
+    assert cost is not None
+    vectors = teacher["tokens_per_passage"] * 16 * 2
+    assert vectors < cost["disk_bytes_per_passage"] < vectors + 20  # lengths and headers of the files
+
+
+def test_a_saved_report_is_loaded_as_it_was(report: Report, output: Path) -> None:
+    assert Report.load(output) == report == Report.load(output / "report.json")
+    assert json.loads((output / "report.json").read_text()) == report.to_dict()
+
+
+def test_the_table_says_what_the_json_says(report: Report, output: Path) -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.table().splitlines()]
+    assert rows[0] == ["system", "RR@10", "nDCG@10", "R@20", "p50 ms", "bytes a passage"]
+    for row, system in zip(rows[2:], report.systems, strict=True):
+        assert row[0] == system.title
+        for shown, measure in zip(row[1:4], report.measures, strict=True):
+            assert shown.strip("* †") == f"{system.effectiveness[measure]['mean']:.3f}"
+            assert ("†" in shown) == system.differs(measure)
+        assert system.cost is not None
+        assert row[5] == f"{system.cost['disk_bytes_per_passage']:,.0f}"
+    text = (output / "report.md").read_text()
+    assert report.table() in text and report.cost_table() in text
+    assert all(report.significance_table(measure) in text for measure in report.measures)
+
+
+def test_both_plots_are_png_files(report: Report, output: Path) -> None:
+    for name in ("latency.png", "storage.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_systems_are_tested_against_the_baseline_with_holms_correction(report: Report, material: Material) -> None:
+    from tct_hf.evaluation import compare_runs
+
+    runs = {system.key: read_run(material.folder / "output" / system.run["file"]) for system in report.systems}
+    qrels = material.collection().splits["test"].qrels
+    compared = compare_runs(runs, qrels, baseline="dense-exact", measure="RR@10")
+    assert report.system("dense-exact").significance is None
+    for key, difference in compared.systems.items():
+        found = report.system(key).significance
+        assert found is not None
+        assert found["RR@10"] == json.loads(json.dumps(difference.__dict__))
+
+
+def test_bm25_can_be_the_baseline(material: Material, tmp_path: Path) -> None:
+    measures = MeasureSettings(names=["RR@10"], depth=20, baseline="bm25")
+    found = make(material, tmp_path, teacher=None, settings=tiny_settings(measures=measures))
+    assert found.system("bm25").significance is None and found.system("dense-exact").significance is not None
+    assert "(baseline)" in found.significance_table().splitlines()[2] and "BM25" in found.significance_table()
+
+
+def test_the_report_does_without_a_teacher(material: Material, tmp_path: Path) -> None:
+    found = make(material, tmp_path, teacher=None)
+    assert [system.key for system in found.systems] == KEYS[:4]
+    assert found.models["teacher"] is None
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_alpha_is_tuned_on_dev_and_the_report_says_so(report: Report, output: Path) -> None:
+    hybrid = report.tuning["hybrid"]
+    assert hybrid["split"] == report.tuning["ann"]["split"] == "dev" and hybrid["queries"] == 10
+    assert report.tuning["ann"]["source"] == "queries"
+    assert f"alpha {hybrid['alpha']:.3g} tuned for RR@10 on 10 dev queries" in report.markdown()
+    assert set(read_run(output / "runs" / "dense-exact.dev.trec")) == {f"dev{number}" for number in range(10)}
+
+
+@pytest.mark.parametrize("tune_on", ["auto", "dev", "train"])
+def test_alpha_is_never_tuned_on_the_reported_queries(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune_on: Any
+) -> None:
+    from tct_hf.retrieval import hybrid
+
+    collection = material.collection()
+    test, dev = collection.splits["test"], collection.splits["dev"]
+    # A reported question is also among those of dev, in other words of the same letters.
+    dev.queries["dev0"] = f"  {test.queries['test0'].upper()} "
+    seen: list[set[str]] = []
+    tune = hybrid.tune_alpha
+
+    def watched(sparse: Any, dense: Any, qrels: Any, *more: Any, **options: Any) -> Any:
+        seen.append({*sparse, *dense, *qrels})
+        return tune(sparse, dense, qrels, *more, **options)
+
+    monkeypatch.setattr(hybrid, "tune_alpha", watched)
+    settings = tiny_settings(hybrid=HybridSettings(tune_on=tune_on))
+    found = make(material, tmp_path, collection, teacher=None, settings=settings)
+    [tuned] = seen
+    assert tuned and tuned.isdisjoint(test.queries) and "dev0" not in tuned
+    assert found.tuning["hybrid"]["left_out"] == (0 if tune_on == "train" else 1)
+
+
+def test_a_split_that_shares_queries_with_the_reported_one_is_refused(material: Material, tmp_path: Path) -> None:
+    collection = material.collection()
+    collection.splits["dev"] = collection.splits["test"]
+    with pytest.raises(ValueError, match=r"hybrid\.tune_on: alpha would be tuned on 12 of the queries .* reported"):
+        make(material, tmp_path, collection)
+    assert not tmp_path.joinpath("vectors").exists()
+
+
+def test_without_other_queries_lists_are_fused_by_rank(material: Material, tmp_path: Path) -> None:
+    collection = material.collection()
+    del collection.splits["dev"], collection.splits["train"]
+    found = make(material, tmp_path, collection, teacher=None)
+    assert found.tuning["hybrid"]["fusion"] == "ranks" and found.tuning["hybrid"]["alpha"] is None
+    assert found.tuning["ann"]["source"] == "passages"
+    assert "fused by reciprocal ranks" in found.markdown()
+    settings = tiny_settings(hybrid=HybridSettings(tune_on="train"))
+    with pytest.raises(ValueError, match=r"hybrid\.tune_on: .* no train query to tune on .* set hybrid\.alpha"):
+        make(material, tmp_path / "other", collection, settings=settings)
+
+
+def test_a_given_alpha_is_used_as_it_is(material: Material, tmp_path: Path) -> None:
+    from tct_hf.retrieval import fuse
+
+    found = make(material, tmp_path, teacher=None, settings=tiny_settings(hybrid=HybridSettings(alpha=0.5)))
+    assert found.tuning["hybrid"]["alpha"] == 0.5 and found.tuning["hybrid"]["split"] is None
+    runs = {key: read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("bm25", "dense-exact", "hybrid")}
+    assert runs["hybrid"] == fuse(runs["bm25"], runs["dense-exact"], 0.5, k=20)
+
+
+def test_the_teachers_runs_are_those_of_exhaustive_search_and_of_reranking(
+    report: Report, material: Material, output: Path
+) -> None:
+    from tct_hf.evaluation import rerank_run
+    from tct_hf.evaluation.systems import late_interaction_run
+    from tests.models import load_colbert
+
+    collection, model = material.collection(), load_colbert(material.teacher)
+    queries, corpus = collection.splits["test"].queries, collection.corpus
+    exhaustive = late_interaction_run(model, corpus["id"][:], corpus["text"][:], queries, k=20)
+    first = read_run(output / "runs" / "dense-exact.test.trec")
+    for key, expected in (("teacher", exhaustive), ("reranked", rerank_run(model, first, corpus, queries))):
+        found = read_run(output / "runs" / f"{key}.test.trec")
+        for query, hits in expected.items():
+            common = [name for name in hits if name in found[query]]
+            assert len(common) >= 19  # float16 may exchange two at the cut
+            assert [found[query][name] for name in common] == pytest.approx([hits[name] for name in common], abs=0.02)
+
+
+def test_too_many_passages_for_token_vectors_are_only_reranked(
+    report: Report, material: Material, tmp_path: Path
+) -> None:
+    settings = tiny_settings(late_interaction=LateInteractionSettings(max_passages=59, rerank=5))
+    found = make(material, tmp_path, settings=settings)
+    assert [system.key for system in found.systems] == [*KEYS[:4], "reranked"]
+    assert "max_passages" in found.markdown() and "top 5" in found.system("reranked").title
+    first, again = (read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("dense-exact", "reranked"))
+    for query, hits in again.items():
+        assert list(hits)[5:] == list(first[query])[5:] and set(hits) == set(first[query])
+
+
+def test_a_second_call_makes_nothing_again(report: Report, material: Material, output: Path) -> None:
+    def made() -> dict[Path, int]:
+        # The report itself, and the vectors' manifest, are written again with the same content.
+        files = (file for file in output.rglob("*") if file.is_file() and file.parent != output)
+        return {file: file.stat().st_mtime_ns for file in files if file.name != "manifest.json"}
+
+    before, lines = made(), []
+    assert make(material, output, write=lines.append) == report
+    assert made() == before
+    assert not [line for line in lines if "search" in line or "time" in line]
+
+
+def test_what_is_lost_is_made_again_as_it_was(report: Report, material: Material, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(material.folder / "output", tmp_path / "copy")
+    for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/vectors/00000.lengths.npy"):
+        (tmp_path / "copy" / lost).unlink()
+    for lost in ("indexes/dense-flat/index", "indexes/dense-hnsw32/index"):
+        shutil.rmtree(tmp_path / "copy" / lost)
+    assert without_times(make(material, tmp_path / "copy")) == without_times(report)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"measures": MeasureSettings(names=["RR@10"], depth=30)}, "settings.depth = 20, but now settings.depth = 30"),
+        ({"hybrid": HybridSettings(alpha=1.0)}, "settings.hybrid.alpha = None, but now settings.hybrid.alpha = 1.0"),
+        ({"cost": CostSettings(queries=5)}, "cost.queries = 4, but now cost.queries = 5"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused_by_name(
+    report: Report, material: Material, output: Path, changes: dict[str, Any], named: str
+) -> None:
+    before = (output / "report.json").read_bytes()
+    with pytest.raises(ValueError, match=named.replace(".", r"\.")) as refused:
+        make(material, output, settings=tiny_settings(**changes))
+    assert "choose another --output_dir" in str(refused.value)
+    assert (output / "report.json").read_bytes() == before
+
+
+def test_another_student_in_the_same_folder_is_refused(report: Report, material: Material, output: Path) -> None:
+    from tct_hf import build_student, save_student
+    from tests.models import tiny_bert
+
+    other = build_student(str(tiny_bert(material.folder / "other-base", seed=9)), query_length=16, document_length=48)
+    save_student(other, material.folder / "other")
+    with pytest.raises(ValueError, match=r"holds a run with student\.weights"):
+        build_report(
+            material.collection(),
+            str(material.folder / "other"),
+            output,
+            teacher=str(material.teacher),
+            settings=tiny_settings(),
+        )
+
+
+def test_a_run_from_elsewhere_stands_in_the_table_without_a_cost(material: Material, tmp_path: Path) -> None:
+    collection = material.collection()
+    perfect = {query: dict.fromkeys(grades, 1.0) for query, grades in collection.splits["test"].qrels.items()}
+    perfect.pop("test3")
+    write_run(perfect, tmp_path / "ideal.trec", "ideal")
+    found = make(material, tmp_path / "out", teacher=None, runs={"ideal system": str(tmp_path / "ideal.trec")})
+    system = found.systems[-1]
+    assert (system.title, system.kind, system.cost) == ("ideal system", "other", None)
+    assert system.effectiveness["RR@10"]["mean"] == pytest.approx(11 / 12)
+    assert system.significance is not None and system.run["missing_queries"] == 1
+    assert "lacks 1 of the reported queries" in found.markdown()
+    assert Report.load(tmp_path / "out") == found
+
+
+def blank(collection: Collection, tmp_path: Path) -> dict[str, Any]:
+    collection.splits["test"].queries["test1"] = " \t"
+    return {}
+
+
+def no_query(collection: Collection, tmp_path: Path) -> dict[str, Any]:
+    collection.splits["test"] = Split({}, {})
+    return {}
+
+
+def foreign_passage(collection: Collection, tmp_path: Path) -> dict[str, Any]:
+    write_run({"test0": {"p1": 2.0, "nowhere": 1.0}}, tmp_path / "other.trec", "other")
+    return {"runs": {"other": str(tmp_path / "other.trec")}}
+
+
+def foreign_queries(collection: Collection, tmp_path: Path) -> dict[str, Any]:
+    write_run({"q": {"p1": 2.0}}, tmp_path / "other.trec", "other")
+    return {"runs": {"other": str(tmp_path / "other.trec")}}
+
+
+def taken_name(collection: Collection, tmp_path: Path) -> dict[str, Any]:
+    return {"runs": {"bm25": "other.trec"}}
+
+
+def shallow(collection: Collection, tmp_path: Path) -> dict[str, Any]:
+    return {"settings": tiny_settings(measures=MeasureSettings(names=["R@1000"]))}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (blank, "query 'test1' is blank"),
+        (no_query, "no judged query to report on"),
+        (foreign_passage, "passage 'nowhere' for query 'test0', which is not in the corpus"),
+        (foreign_queries, "none of the 12 reported queries"),
+        (taken_name, r"runs\.bm25: a system of the report has this name"),
+        (shallow, r"measures\.depth is 100, too little for R@1000"),
+    ],
+)
+def test_what_would_stop_the_report_is_said_before_any_model_is_loaded(
+    material: Material, tmp_path: Path, spoil: Callable[[Collection, Path], dict[str, Any]], said: str
+) -> None:
+    collection = material.collection()
+    options = spoil(collection, tmp_path)
+    with pytest.raises(ValueError, match=said):
+        build_report(collection, "no-such-model", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cost": CostSettings(batch_size=0)}, r"cost\.batch_size: 0 is below 1"),
+        ({"cost": CostSettings(threads=0)}, r"cost\.threads: 0 is below 1"),
+        ({"cost": CostSettings(warm_up=-1)}, r"cost\.warm_up: -1 is below 0"),
+        ({"ann": AnnSettings(recall=1.5)}, r"ann\.recall: 1\.5 is not between"),
+        ({"ann": AnnSettings(recall=1.0)}, r"ann\.recall: 1\.0 is not between"),
+        ({"ann": AnnSettings(factory="nonsense")}, r"ann\.factory: Faiss knows no index 'nonsense'"),
+        ({"ann": AnnSettings(factory="IVF64,Flat")}, r"ann\.factory: 'IVF64,Flat' has 64 lists for 60 passages"),
+        ({"hybrid": HybridSettings(alpha=-3.0)}, r"hybrid\.alpha: -3\.0 must be finite"),
+        ({"hybrid": HybridSettings(alpha=float("inf"))}, r"hybrid\.alpha: inf must be finite"),
+    ],
+)
+def test_a_setting_out_of_range_is_said_before_any_model_is_loaded(
+    material: Material, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(material, tmp_path / "out", settings=tiny_settings(**changes), teacher="no-such-model")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "factory", ["auto", "Flat", "IVF32,PQ28", "OPQ16_64,IVF8,PQ16x4fs,RFlat", "HNSW32_SQ8", "PQ48"]
+)
+def test_factories_of_any_dimension_pass_the_check(material: Material, factory: str) -> None:
+    from tct_hf.evaluation.report_checks import check_report
+
+    measures = MeasureSettings(names=["RR@10", "Judged@10"], depth=20)
+    settings = tiny_settings(ann=AnnSettings(factory=factory), measures=measures, cost=CostSettings(threads=None))
+    assert check_report(material.collection(), settings, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "said"),
+    [
+        ("no/such/folder", None, FileNotFoundError, "student: there is no folder no/such/folder"),
+        ("teacher", None, ValueError, "one vector a token, and no student is"),
+        ("student", "student", ValueError, "is a SentenceTransformer, one vector a text, and no ColBERT"),
+    ],
+)
+def test_a_wrong_model_is_refused_with_the_mend(
+    material: Material, tmp_path: Path, student: str, teacher: str | None, error: type[Exception], said: str
+) -> None:
+    places = {"teacher": str(material.teacher), "student": str(material.student)}
+    with pytest.raises(error, match=said):
+        build_report(
+            material.collection(),
+            places.get(student, student),
+            tmp_path,
+            teacher=places.get(teacher or "", teacher),
+            settings=tiny_settings(),
+        )
+
+
+@pytest.mark.parametrize(("side", "said"), [("student", "passage 'p0'"), ("teacher", "passage 'p0' has a NaN")])
+def test_a_model_that_gives_nan_is_named_with_the_passage(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str, said: str
+) -> None:
+    import torch
+
+    from tct_hf.evaluation import reporting as module
+
+    load = getattr(module, f"open_{side}")
+
+    def spoilt(name: str) -> Any:
+        model = load(name)
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(module, f"open_{side}", spoilt)
+    with pytest.raises(ValueError, match=said):
+        make(material, tmp_path)
+
+
+def test_a_damaged_or_foreign_report_is_refused(report: Report, output: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such report"):
+        Report.load(tmp_path / "report.json")
+    content = json.loads((output / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(ValueError, match="format 99 where this version reads 1"):
+        Report.load(tmp_path)
+    (tmp_path / "report.json").write_text('{"format": 1}')
+    with pytest.raises(ValueError, match="damaged"):
+        Report.load(tmp_path)
+    with pytest.raises(KeyError, match="there are bm25"):
+        report.system("splade")
+
+
+def test_ties_of_token_vectors_are_ordered_by_id() -> None:
+    import numpy as np
+    import torch
+
+    from tct_hf.evaluation.token_vectors import TokenVectors
+
+    vectors = np.array([[1, 0], [0, 1], [1, 0], [1, 0], [0, 1]], np.float16)
+    stored = TokenVectors(["b", "c", "a"], vectors, np.array([2, 1, 2]))
+    query = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    assert stored.search([query], 2) == [{"a": 5.0, "b": 5.0}]
+    assert list(stored.search([query], 2)[0]) == ["a", "b"]
+    assert stored.search([query], 9) == [{"a": 5.0, "b": 5.0, "c": 2.0}]
+    assert stored.rerank(query, np.array([1, 0])) == {"b": 5.0, "c": 2.0}
+    assert stored.nbytes == 5 * 2 * 2

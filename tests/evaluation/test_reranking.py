@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from tct_hf.evaluation import reranking
+from tct_hf.evaluation.reranking import rerank_run
+from tct_hf.evaluation.systems import late_interaction_run
+from tct_hf.retrieval.runs import rank
+from tests.models import load_colbert, tiny_colbert
+from tests.training import PASSAGES, QUERIES
+
+IDS = [f"p{row}" for row in range(len(PASSAGES))]
+CORPUS = dict(zip(IDS, PASSAGES, strict=True))
+ASKED = {f"q{row}": text for row, text in enumerate(QUERIES)}
+# Every query has another order of all passages; p0 is among the first three of some queries only.
+RUN = {
+    query: {name: float((place * 3 + row) % len(IDS)) for place, name in enumerate(IDS)}
+    for row, query in enumerate(ASKED)
+}
+
+
+@pytest.fixture(scope="module")
+def colbert(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_colbert(tiny_colbert(tmp_path_factory.mktemp("colbert")))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_top_k_is_ordered_by_max_sim_and_the_rest_stays_below_in_its_order(
+    colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, k: int
+) -> None:
+    monkeypatch.setattr(reranking, "_PASSAGES_PER_CHUNK", chunk)
+    exhaustive = late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=len(IDS))
+    found = rerank_run(colbert, RUN, CORPUS, ASKED, k)
+    assert list(found) == list(ASKED)
+    for query, hits in found.items():
+        before = [name for name, _ in rank(RUN[query])]
+        top = sorted(before[:k], key=lambda name: -exhaustive[query][name])
+        assert list(hits) == [name for name, _ in rank(hits)] == top + before[k:]
+        assert [hits[name] for name in top] == pytest.approx([exhaustive[query][name] for name in top], abs=1e-4)
+
+
+def test_corpus_may_be_a_data_set_and_hold_more(colbert: Any) -> None:
+    data = Dataset.from_dict({"id": ["x", *reversed(IDS)], "text": ["never read", *reversed(PASSAGES)]})
+    expected = rerank_run(colbert, RUN, CORPUS, ASKED, 3)
+    for query, hits in rerank_run(colbert, RUN, data, ASKED, 3).items():
+        assert list(hits) == list(expected[query])
+
+
+def test_only_the_top_k_need_texts_and_each_is_encoded_once(colbert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = colbert.encode_document
+    monkeypatch.setattr(colbert, "encode_document", lambda texts, **more: seen.extend(texts) or encode(texts, **more))
+    run = {"q0": {"p1": 3.0, "p2": 2.0, "gone": 1.0}, "q1": {"p2": 2.0, "p1": 1.0}}
+    rerank_run(colbert, run, CORPUS, ASKED, 2)
+    assert sorted(seen) == sorted([CORPUS["p1"], CORPUS["p2"]])
+
+
+def test_query_that_the_run_lacks_is_empty(colbert: Any) -> None:
+    found = rerank_run(colbert, {"q1": {"p0": 1.0}, "q2": {}}, CORPUS, ASKED, 5)
+    assert {query: len(hits) for query, hits in found.items()} == dict.fromkeys(ASKED, 0) | {"q1": 1}
+    assert rerank_run(colbert, {}, CORPUS, ASKED) == {query: {} for query in ASKED}
+
+
+def test_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
+    full, half = (rerank_run(colbert, RUN, CORPUS, ASKED, 8, bf16=bf16) for bf16 in (False, True))
+    for query in ASKED:
+        np.testing.assert_allclose([half[query][n] for n in IDS], [full[query][n] for n in IDS], rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("run", "k", "message"),
+    [
+        ({"other": {"p0": 1.0}}, 3, "'other' has no text"),
+        ({"q0": {"gone": 1.0}}, 3, "passage 'gone', which the run has for query 'q0'"),
+        (RUN, 0, "k: 0"),
+    ],
+)
+@pytest.mark.parametrize("corpus", [CORPUS, Dataset.from_dict({"id": IDS, "text": PASSAGES})])
+def test_what_cannot_be_reranked_is_named(colbert: Any, run: Any, k: int, message: str, corpus: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        rerank_run(colbert, run, corpus, ASKED, k)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tct_hf.evaluation import significance
+from tct_hf.evaluation.significance import (
+    compare_runs,
+    holm,
+    paired_randomisation_test,
+    paired_t_test,
+    t_two_sided,
+)
+from tct_hf.retrieval import read_run, write_run
+
+# q0's passage is found first by "good" on all twelve, by "poor" on the even ones; "same" is "poor" again.
+QRELS = {f"q{at}": {"d": 1} for at in range(12)}
+GOOD = {query: {"d": 2.0, "x": 1.0} for query in QRELS}
+POOR = {query: {"d": 2.0 if at % 2 == 0 else 0.0, "x": 1.0} for at, query in enumerate(QRELS)}
+values = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=9)
+
+
+def draw(count: int, shift: float, seed: int) -> tuple[list[float], list[float]]:
+    generator = np.random.default_rng(seed)
+    a = generator.normal(size=count)
+    return a.tolist(), (a + generator.normal(shift, 1, count)).tolist()
+
+
+@given(pairs=values)
+def test_few_pairs_are_enumerated(pairs: list[tuple[int, int]]) -> None:
+    a, b = [list(side) for side in zip(*pairs, strict=True)]
+    differences = [x - y for x, y in pairs]
+    sums = [
+        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(pairs))
+    ]
+    expected = sum(value >= abs(sum(differences)) for value in sums) / len(sums)
+    assert paired_randomisation_test(a, b) == pytest.approx(expected)
+
+
+def test_sums_that_differ_by_rounding_only_count_as_equal() -> None:
+    # Signs + + - give 0.1 + 0.2 - 0.3, which is not 0 in floating point; every sum is at least as far from 0.
+    assert paired_randomisation_test([0.1, 0.2, 0.0], [0.0, 0.0, 0.3]) == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.2, 0.5])
+def test_sampled_p_value_is_near_the_exact_one(shift: float) -> None:
+    from scipy.stats import permutation_test
+
+    a, b = draw(14, shift, 7)
+    exact = permutation_test(
+        (np.array(a), np.array(b)),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=True,
+    ).pvalue
+    assert paired_randomisation_test(a, b, samples=2**14) == pytest.approx(exact, abs=1e-9)
+    error = 4 * math.sqrt(exact * (1 - exact) / 10_000)
+    assert paired_randomisation_test(a, b, samples=10_000) == pytest.approx(exact, abs=error + 1e-4)
+
+
+def test_sampled_p_value_is_never_zero_and_two_sided() -> None:
+    a, b = [1.0] * 40, [0.0] * 40
+    assert paired_randomisation_test(a, b, samples=99) == paired_randomisation_test(b, a, samples=99) == 1 / 100
+
+
+def test_p_value_does_not_depend_on_the_blocks_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = draw(50, 0.3, 1)
+    whole = paired_randomisation_test(a, b, samples=500, seed=3)
+    monkeypatch.setattr(significance, "_FLIPS_PER_BLOCK", 350)
+    assert paired_randomisation_test(a, b, samples=500, seed=3) == whole
+    assert paired_randomisation_test(a, b, samples=500, seed=4) != whole
+
+
+def test_queries_without_a_difference_change_nothing() -> None:
+    a, b = draw(20, 0.3, 2)
+    assert paired_randomisation_test(a + [1.0] * 30, b + [1.0] * 30, seed=5) == paired_randomisation_test(a, b, seed=5)
+
+
+@pytest.mark.parametrize(("count", "shift"), [(2, 0.5), (3, 0.0), (10, 1.0), (200, 0.1), (200, 2.0), (7000, 0.02)])
+def test_t_test_agrees_with_scipy(count: int, shift: float) -> None:
+    from scipy.stats import ttest_rel
+
+    a, b = draw(count, shift, count)
+    assert paired_t_test(a, b) == pytest.approx(ttest_rel(a, b).pvalue, rel=1e-9)
+    assert paired_t_test(a, b) == pytest.approx(paired_t_test(b, a))
+
+
+@settings(max_examples=300)
+@given(t=st.floats(-1e4, 1e4), degrees=st.integers(1, 20_000))
+def test_t_distribution_agrees_with_scipy(t: float, degrees: int) -> None:
+    from scipy.stats import t as student
+
+    assert t_two_sided(t, degrees) == pytest.approx(2 * student.sf(abs(t), degrees), rel=1e-8, abs=1e-300)
+
+
+def test_equal_values_have_p_value_one_and_a_constant_difference_zero() -> None:
+    assert paired_t_test([0.5, 0.25], [0.5, 0.25]) == paired_randomisation_test([0.5, 0.25], [0.5, 0.25]) == 1.0
+    assert paired_t_test([1.0, 2.0, 3.0], [0.0, 1.0, 2.0]) == 0.0
+
+
+def test_holm_as_worked_out_by_hand() -> None:
+    # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04, and the last may not be below .06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.2]) == [0.2] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_keeps_the_order_and_never_lowers(p: list[float]) -> None:
+    corrected = holm(p)
+    assert all(low <= high <= min(1.0, len(p) * low + 1e-12) for low, high in zip(p, corrected, strict=True))
+    order = sorted(range(len(p)), key=lambda at: p[at])
+    assert [corrected[at] for at in order] == sorted(corrected)
+
+
+def test_several_systems_are_compared_with_the_baseline() -> None:
+    found = compare_runs({"poor": POOR, "good": GOOD, "same": POOR}, QRELS, baseline="poor", measure="RR@10")
+    assert (found.measure, found.queries, found.baseline, found.baseline_mean) == ("RR@10", 12, "poor", 0.75)
+    good, same = found.systems["good"], found.systems["same"]
+    assert list(found.systems) == ["good", "same"]
+    assert (good.mean, good.difference, good.better, good.worse) == (1.0, 0.25, 6, 0)
+    assert (same.difference, same.better, same.worse) == (0.0, 0, 0)
+    # Six differences of one sign: 2 of 64 sign patterns reach their sum.
+    assert good.p_randomisation == 2 / 64 and good.p_randomisation_holm == 4 / 64
+    assert good.p_t_test_holm == pytest.approx(2 * good.p_t_test) and same.p_t_test_holm == 1.0
+
+
+def test_two_runs_are_compared_with_the_first_as_the_baseline() -> None:
+    found = compare_runs(POOR, GOOD, QRELS, measure="P@1")
+    assert (found.baseline, list(found.systems)) == ("a", ["b"])
+    assert found.systems["b"].difference == 0.5
+    assert found.systems["b"].p_randomisation_holm == found.systems["b"].p_randomisation == 2 / 64
+    assert compare_runs(GOOD, POOR, QRELS, measure="P@1").systems["b"].difference == -0.5
+
+
+def test_a_p_value_does_not_depend_on_the_other_systems() -> None:
+    alone = compare_runs({"poor": POOR, "good": GOOD}, QRELS, baseline="poor", samples=20)
+    among = compare_runs({"same": POOR, "good": GOOD, "poor": POOR}, QRELS, baseline="poor", samples=20)
+    assert alone.systems["good"].p_randomisation == among.systems["good"].p_randomisation
+
+
+def test_runs_of_other_systems_are_compared_from_their_files(tmp_path: Any) -> None:
+    (tmp_path / "other.trec").write_text("".join(f"{query} Q0 d 1 17.5 lucene\n" for query in QRELS))
+    write_run(POOR, tmp_path / "ours.trec", "ours")
+    found = compare_runs(
+        {name: read_run(tmp_path / f"{name}.trec") for name in ("ours", "other")}, QRELS, baseline="ours"
+    )
+    assert found.systems["other"].difference == 0.25
+
+
+def test_a_query_that_a_run_lacks_counts_zero() -> None:
+    part = {query: GOOD[query] for query in list(QRELS)[:3]}
+    assert compare_runs(GOOD, part, QRELS).systems["b"].difference == -0.75
+
+
+def test_the_table_reads_as_markdown_and_the_rest_as_json() -> None:
+    found = compare_runs({"poor": POOR, "good": GOOD, "same": POOR}, QRELS, baseline="poor")
+    assert str(found).splitlines() == [
+        "| system          |  RR@10 | difference | better/worse | p (randomisation) | p (t-test) |",
+        "|-----------------|-------:|-----------:|-------------:|------------------:|-----------:|",
+        "| poor (baseline) | 0.7500 |            |              |                   |            |",
+        "| good            | 1.0000 |    +0.2500 |          6/0 |            0.0625 |     0.0137 |",
+        "| same            | 0.7500 |    +0.0000 |          0/0 |            1.0000 |     1.0000 |",
+        "",
+        "12 queries; two-sided paired tests against poor, Holm-corrected over 2 systems.",
+    ]
+    assert json.loads(json.dumps(found.to_dict()))["systems"]["good"]["better"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "message"),
+    [
+        (({"x": POOR}, QRELS), {"baseline": "y"}, "'y' is not among the runs"),
+        (({"x": POOR}, QRELS), {"baseline": "x"}, "only 'x'"),
+        (({"x": POOR, "y": POOR}, QRELS), {}, "baseline: name the system"),
+        ((POOR, GOOD, QRELS), {"baseline": "a"}, "the first is the baseline"),
+        ((POOR, GOOD, {"q0": {"d": 1}}), {}, "1 judged queries"),
+        ((POOR, {"1": {"d": 1.0}}, QRELS), {}, "'b' has none of the judged queries"),
+        ((POOR, GOOD, QRELS), {"measure": "MRR@ten"}, "not an ir-measures name"),
+        ((POOR, GOOD, QRELS), {"samples": 0}, "samples: 0"),
+    ],
+)
+def test_wrong_comparisons_are_named(arguments: tuple, named: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_runs(*arguments, **named)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [([1.0], [1.0, 2.0], "shapes"), ([], [], "0 values"), ([1.0, math.nan], [1.0, 2.0], "not finite")],
+)
+def test_wrong_values_are_named(a: list[float], b: list[float], message: str) -> None:
+    for test in (paired_randomisation_test, paired_t_test):
+        with pytest.raises(ValueError, match=message):
+            test(a, b)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, 1.5])

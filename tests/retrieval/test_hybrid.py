@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tct_hf.evaluation import evaluate_run
+from tct_hf.retrieval.hybrid import check_tuning_queries, fuse, reciprocal_rank_fusion, tune_alpha
+from tct_hf.retrieval.runs import rank
+
+# Few names and few values, so that lists overlap and scores tie.
+names = st.sampled_from([f"d{at}" for at in range(12)])
+scores = st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6))
+runs = st.dictionaries(st.sampled_from(["q0", "q1"]), st.dictionaries(names, scores, max_size=12), max_size=2)
+common = st.tuples(runs, runs).filter(lambda pair: not pair[0] or not pair[1] or pair[0].keys() & pair[1].keys())
+
+SPARSE = {"q": {"a": 10.0, "b": 6.0, "c": 2.0}}
+DENSE = {"q": {"b": 3.0, "d": 2.5, "a": 1.0}}
+
+
+def naive(sparse_run: dict, dense_run: dict, alpha: float, normalize: bool = False) -> dict:
+    """The rule passage by passage."""
+    fused: dict[str, dict[str, float]] = {}
+    for query in set(sparse_run) | set(dense_run):
+        fused[query] = {}
+        lists = [sparse_run.get(query, {}), dense_run.get(query, {})]
+        for passage in set(lists[0]) | set(lists[1]):
+            total = 0.0
+            for weight, found in zip((alpha, 1.0), lists, strict=True):
+                if not found:
+                    continue
+                score = found.get(passage, min(found.values()))
+                if normalize:
+                    low, high = min(found.values()), max(found.values())
+                    score = 0.0 if low == high else (score - (low + high) / 2) / (high - low)
+                total = total + weight * score
+            fused[query][passage] = total
+    return fused
+
+
+def test_fused_scores_as_worked_out_by_hand() -> None:
+    # c lacks in the dense list, whose lowest score is 1; d in the sparse list, whose lowest score is 2.
+    expected = {"b": 0.5 * 6 + 3, "a": 0.5 * 10 + 1, "d": 0.5 * 2 + 2.5, "c": 0.5 * 2 + 1}
+    found = fuse(SPARSE, DENSE, 0.5)
+    assert found == {"q": expected}
+    assert list(found["q"]) == ["a", "b", "d", "c"]  # a and b are equal
+    # Sparse 10 6 2 become .5 0 -.5; dense 3 2.5 1 become .5 .25 -.5.
+    normalized = {"b": 0.0 + 0.5, "a": 0.5 * 0.5 - 0.5, "d": -0.25 + 0.25, "c": -0.25 - 0.5}
+    assert fuse(SPARSE, DENSE, 0.5, normalize=True)["q"] == pytest.approx(normalized)
+
+
+@given(pair=common, alpha=st.floats(0, 100), normalize=st.booleans())
+def test_fusion_is_the_rule_passage_by_passage(pair: tuple[dict, dict], alpha: float, normalize: bool) -> None:
+    found, expected = fuse(*pair, alpha, normalize=normalize), naive(*pair, alpha, normalize)
+    assert found.keys() == expected.keys()
+    for query, hits in found.items():
+        assert hits == expected[query]
+        assert list(hits.items()) == rank(hits)
+
+
+@given(pair=common, alpha=st.floats(0, 100), k=st.integers(1, 14))
+def test_cut_keeps_the_best_whatever_the_order_of_the_lists(pair: tuple[dict, dict], alpha: float, k: int) -> None:
+    turned = [{query: dict(reversed(hits.items())) for query, hits in run.items()} for run in pair]
+    whole = fuse(*pair, alpha)
+    expected = {query: rank(hits)[:k] for query, hits in whole.items()}
+    for sides in (pair, turned):
+        assert {query: list(hits.items()) for query, hits in fuse(*sides, alpha, k=k).items()} == expected
+
+
+@given(pair=common)
+def test_sum_of_two_normalised_lists_stays_within_one(pair: tuple[dict, dict]) -> None:
+    for hits in fuse(*pair, 1.0, normalize=True).values():
+        assert all(abs(score) <= 1 + 1e-9 for score in hits.values())
+
+
+def test_equal_scores_and_empty_lists_survive_normalisation() -> None:
+    assert fuse({"q": {"a": 7.0, "b": 7.0}}, {"q": {"a": 1.0}}, 0.3, normalize=True) == {"q": {"a": 0.0, "b": 0.0}}
+    assert fuse({"q": {}}, {"q": {"a": 1.0, "b": 3.0}}, 0.3, normalize=True) == {"q": {"b": 0.5, "a": -0.5}}
+    assert fuse({"q": {}}, {"q": {}}, 0.3, normalize=True) == {"q": {}}
+
+
+def test_a_query_that_one_run_lacks_keeps_the_other_list() -> None:
+    found = fuse({"q1": {"a": 4.0}, "q2": {"b": 2.0}}, {"q2": {"c": 5.0}, "q3": {"d": 3.0}}, 0.5)
+    assert found == {"q1": {"a": 2.0}, "q2": {"c": 6.0, "b": 6.0}, "q3": {"d": 3.0}}
+    assert list(found) == ["q1", "q2", "q3"]
+    assert fuse({}, DENSE, 0.5) == DENSE and fuse(SPARSE, {}, 1.0) == SPARSE
+
+
+def test_alpha_zero_keeps_the_dense_order() -> None:
+    assert list(fuse(SPARSE, DENSE, 0.0)["q"])[:2] == ["b", "d"]
+    assert list(fuse(SPARSE, DENSE, 1000.0)["q"])[:2] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense", "alpha", "more", "message"),
+    [
+        (SPARSE, DENSE, -0.1, {}, "alpha: -0.1"),
+        (SPARSE, DENSE, math.nan, {}, "alpha: nan"),
+        (SPARSE, DENSE, 0.1, {"k": 0}, "k: 0"),
+        (SPARSE, {"other": {"a": 1.0}}, 0.1, {}, "no query in common"),
+        ({"q": {"a": math.nan}}, DENSE, 0.1, {}, "query 'q', passage 'a': score nan"),
+        (SPARSE, {"q": {"z": 1.0, "y": math.inf}}, 0.1, {"normalize": True}, "passage 'y': score inf"),
+    ],
+)
+def test_what_cannot_be_fused_is_named(sparse: Any, dense: Any, alpha: float, more: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fuse(sparse, dense, alpha, **more)
+
+
+def test_reciprocal_ranks_as_worked_out_by_hand() -> None:
+    found = reciprocal_rank_fusion([SPARSE, DENSE])
+    expected = {"a": 1 / 61 + 1 / 63, "b": 1 / 62 + 1 / 61, "c": 1 / 63, "d": 1 / 62}
+    assert found["q"] == pytest.approx(expected)
+    assert list(found["q"]) == ["b", "a", "d", "c"]
+    assert reciprocal_rank_fusion([SPARSE], k=0)["q"] == {"a": 1.0, "b": 1 / 2, "c": 1 / 3}
+    assert list(reciprocal_rank_fusion([SPARSE, DENSE], depth=2)["q"]) == ["b", "a"]
+
+
+@given(several=st.lists(runs, min_size=1, max_size=3), k=st.integers(0, 100))
+def test_reciprocal_rank_fusion_is_the_sum_over_lists(several: list[dict], k: int) -> None:
+    found = reciprocal_rank_fusion(several, k)
+    assert set(found) == {query for run in several for query in run}
+    for query, hits in found.items():
+        assert list(hits.items()) == rank(hits)
+        ordered = [[name for name, _ in rank(run.get(query, {}))] for run in several]
+        for passage, score in hits.items():
+            assert score == pytest.approx(sum(1 / (k + 1 + o.index(passage)) for o in ordered if passage in o))
+        assert set(hits) == {passage for order in ordered for passage in order}
+
+
+@pytest.mark.parametrize(
+    ("several", "more", "message"),
+    [
+        ([], {}, "one or more runs"),
+        (SPARSE, {}, "one or more runs"),
+        ([SPARSE], {"k": -1}, "k: -1"),
+        ([SPARSE], {"depth": 0}, "depth: 0"),
+        ([{"q": {"a": math.nan}}], {}, "passage 'a': score nan"),
+    ],
+)
+def test_what_cannot_be_fused_by_rank_is_named(several: Any, more: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reciprocal_rank_fusion(several, **more)
+
+
+def case(queries: int, at: float) -> tuple[dict, dict, dict]:
+    """The relevant passage is first where alpha is between 0.9 and 1.1 of `at`."""
+    sparse, dense, qrels = {}, {}, {}
+    for number in range(queries):
+        query = f"q{number}"
+        sparse[query] = {"right": 10.0, "sparse": 20.0, "neither": 0.0}
+        # right beats dense from alpha 0.9 at on, sparse beats right from 1.1 at on.
+        dense[query] = {"right": 11.0 * at, "sparse": 0.0, "dense": 20.0 * at}
+        qrels[query] = {"right": 1}
+    return sparse, dense, qrels
+
+
+@pytest.mark.parametrize("at", [0.1, 1.0, 37.0])
+def test_alpha_is_found_on_any_scale(at: float) -> None:
+    tuned = tune_alpha(*case(3, at))
+    assert 0.9 * at <= tuned <= 1.1 * at
+    assert tuned.value == 1.0 and (float(tuned), 1.0) in tuned.curve
+    assert tuned.queries == ["q0", "q1", "q2"] and tuned.measure == "RR@10"
+    assert [alpha for alpha, _ in tuned.curve] == sorted({float(f"{alpha:.3g}") for alpha, _ in tuned.curve})
+    assert tuned.curve[0][0] == 0.0
+    assert json.loads(json.dumps(tuned.to_dict()))["queries"] == 3
+
+
+@settings(max_examples=25)
+@given(
+    pair=common.filter(lambda pair: bool(pair[0] or pair[1])),
+    measure=st.sampled_from(["RR@10", "RR@1", "AP", "nDCG@3", "R(rel=2)@2"]),
+    normalize=st.booleans(),
+)
+def test_curve_is_what_fused_runs_measure(pair: tuple[dict, dict], measure: str, normalize: bool) -> None:
+    qrels = {query: {"d1": 1, "d2": 2, "d5": 1} for query in {**pair[0], **pair[1]}}
+    alphas = [0.0, 0.3, 1.0, 12.5]
+    tuned = tune_alpha(*pair, qrels, measure, normalize=normalize, alphas=alphas)
+    for alpha, value in tuned.curve:
+        fused = fuse(*pair, alpha, normalize=normalize)
+        assert value == pytest.approx(evaluate_run(fused, qrels, [measure]).mean[measure])
+    assert [alpha for alpha, _ in tuned.curve] == alphas
+    assert tuned.value == max(value for _, value in tuned.curve)
+
+
+def test_best_weight_at_the_edge_of_the_grid_is_refined_too() -> None:
+    sparse = {"q": {"wrong": 1.0, "right": 0.0}}
+    tuned = tune_alpha(sparse, {"q": {"right": 1.0, "wrong": 0.0}}, {"q": {"right": 1}}, "P@1")
+    assert tuned < 1 and tuned.value == 1.0 and len(tuned.curve) > 18
+
+
+def test_alpha_fuses_as_the_float_it_is() -> None:
+    sparse, dense, qrels = case(2, 0.5)
+    tuned = tune_alpha(sparse, dense, qrels, alphas=[0.1, 0.5, 2.0])
+    assert isinstance(tuned, float) and tuned == 0.5
+    assert fuse(sparse, dense, tuned) == fuse(sparse, dense, 0.5)
+
+
+def test_the_middle_one_of_equally_good_weights_is_taken() -> None:
+    sparse, dense, qrels = case(1, 1.0)
+    assert tune_alpha(sparse, dense, qrels, alphas=[5.0, 1.08, 0.95, 1.0, 0.1]) == 1.0
+    assert tune_alpha(sparse, dense, {"q0": {"absent": 1}}, alphas=[3.0, 1.0, 2.0, 4.0]) == 2.0
+
+
+def test_relevance_is_passed_on() -> None:
+    sparse, dense, _ = case(1, 1.0)
+    qrels = {"q0": {"dense": 1, "sparse": 2}}
+    assert tune_alpha(sparse, dense, qrels, alphas=[0.0, 50.0], relevance=2) == 50.0
+    assert tune_alpha(sparse, dense, {"q0": {"dense": 1}}, alphas=[0.0, 50.0]) == 0.0
+
+
+def test_queries_that_are_not_judged_play_no_part() -> None:
+    sparse, dense, qrels = case(2, 1.0)
+    sparse["more"], dense["more"] = {"x": 1.0}, {"x": math.nan}
+    assert tune_alpha(sparse, dense, qrels).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("qrels", "more", "message"),
+    [
+        ({}, {}, "no judged query"),
+        ({"other": {"a": 1}}, {}, "none of the judged queries"),
+        ({"q": {"a": 1}}, {"alphas": []}, "no weight to try"),
+        ({"q": {"a": 1}}, {"alphas": [-1.0]}, "alpha: -1.0"),
+        ({"q": {"a": 1}}, {"measure": "MRR@ten"}, "not an ir-measures name"),
+    ],
+)
+def test_what_cannot_be_tuned_on_is_named(qrels: dict, more: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune_alpha(SPARSE, DENSE, qrels, **more)
+
+
+def test_tuning_on_reported_queries_is_refused() -> None:
+    check_tuning_queries(["q1", "q2"], ["q3"])
+    check_tuning_queries({"q1": "what is it"}, {"q2": "what was it"})
+    with pytest.raises(ValueError, match=r"2 of the queries that are reported \('q1', 'q2'\); tune on dev or train"):
+        check_tuning_queries(["q2", "q1"], ["q1", "q2", "q3"])
+    with pytest.raises(ValueError, match=r"^tune_on: the texts of 1 reported queries \('q2'\) are among"):
+        check_tuning_queries({"q1": "What is  it"}, {"q2": "what is it"})
+
+
+def test_weights_to_try_may_be_an_array() -> None:
+    import numpy as np
+
+    run = {"q": {"a": 2.0, "b": 1.0}}
+    assert tune_alpha(run, run, {"q": {"a": 1}}, alphas=np.array([0.5, 1.0, 2.0])) == 1.0
+    with pytest.raises(ValueError, match="alphas: no weight to try"):
+        tune_alpha(run, run, {"q": {"a": 1}}, alphas=np.array([]))

@@ -1,0 +1,97 @@
+"""The encoding recipe: whole, interrupted, refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import tiny_bert
+from tests.recipe import ROOT, environment, launch, write_beir
+
+RECIPE = ROOT / "recipes" / "encode.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tct_hf import build_student, save_student
+
+    folder = tmp_path_factory.mktemp("encode")
+    save_student(build_student(str(tiny_bert(folder / "base")), document_length=24), folder / "student")
+    write_beir(folder / "collection")
+    return folder
+
+
+def run(folder: Path, output: str, *options: str, before: list[str] | None = None, code: int = 0) -> tuple[str, str]:
+    done = subprocess.run(
+        [
+            *(before or [sys.executable]),
+            str(RECIPE),
+            f"--model={folder / 'student'}",
+            f"--source={folder / 'collection'}",
+            f"--output_dir={folder / output}",
+            "--shard_size=8",
+            "--precision=fp32",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(folder),
+    )
+    assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[str, str]:
+    return run(folder, "whole", before=launch())
+
+
+def test_a_collection_becomes_vectors_and_one_table(folder: Path, whole: tuple[str, str]) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf import load_vectors
+    from tct_hf.data.beir import load_beir_corpus
+
+    ids, vectors, manifest = load_vectors(folder / "whole")
+    corpus = load_beir_corpus(folder / "collection", cache_dir=folder / "cache")
+    assert ids == list(corpus["id"]) and manifest["model"]["id"] == str(folder / "student")
+    model = SentenceTransformer(str(folder / "student"), device="cpu")
+    np.testing.assert_allclose(vectors, model.encode_document(list(corpus["text"])), atol=1e-5)
+    said, errors = whole
+    assert errors == ""
+    assert said.splitlines()[-1] == f"| 60 | 32 | fp32 | float32 | 8 | 145 | {folder / 'whole'} |"
+
+
+def test_a_killed_recipe_goes_on_to_the_bytes_of_an_undisturbed_one(folder: Path, whole: tuple[str, str]) -> None:
+    before = [sys.executable, "-m", "tests.recipe_worker", "24 of 60 passages"]
+    run(folder, "killed", "--progress_every=0", before=before, code=-signal.SIGKILL)
+    assert not (folder / "killed" / "manifest.json").exists()
+    said, _ = run(folder, "killed")
+    assert "60 passages (16 were there)" in said
+    files = [{file.name: file.read_bytes() for file in (folder / name).iterdir()} for name in ("killed", "whole")]
+    assert files[0] == files[1]
+
+
+def test_a_folder_of_another_setting_is_one_message(folder: Path, whole: tuple[str, str]) -> None:
+    _, errors = run(folder, "whole", "--dtype=float16", code=1)
+    [line] = errors.splitlines()
+    assert "dtype = 'float32', but now dtype = 'float16'" in line
+
+
+def test_help_is_instant_and_names_every_setting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(RECIPE), "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+        check=True,
+    )
+    assert "--shard_size" in done.stdout and "--source" in done.stdout
+    assert "torch" not in done.stderr
