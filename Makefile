@@ -5,7 +5,7 @@
 # make clean        delete caches and build outputs (make clean-venv: the environment too)
 #
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS="..." goes to every pip install (for instance an index that has
-# torch's CPU build), THREADS=4 sets the CPU threads of training.
+# torch's CPU build), THREADS=4 sets the CPU threads of training, and the processes of the tests.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -55,7 +55,7 @@ quickstart: $(VENV)/.installed-quickstart
 		recipes/train.py recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
-	"$(RUN)" -m pytest $(ARGS)
+	"$(RUN)" -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	"$(RUN)" -m ruff check .

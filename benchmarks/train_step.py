@@ -11,8 +11,6 @@ optimizer are loaded and one step has made the optimizer's state.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import platform
 import statistics
@@ -21,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from memory import peak_memory
 
 DOCUMENT_LENGTH = 96
 
@@ -43,13 +42,30 @@ def triples(count: int, seed: int) -> Any:
 
 
 def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Callable[[], float]:
-    """A function that takes one training step of a side and returns its loss."""
+    """A function that takes one training step of a side and returns its loss.
+
+    Args:
+        side: "stock", hard labels in sentence-transformers' trainer; in ours "hard", hard labels, "tct", a live
+            teacher, and "cached", one whose token vectors are kept under `folder`.
+        mode: of MODES.
+        rows: to train on.
+        batch: queries a step.
+        folder: for output.
+    """
     import torch
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.util import dot_score
 
-    from tct_hf import ColBERTTeacher, TCTTrainer, TCTTrainingArguments, build_colbert, build_student
+    from tct_hf import (
+        CachedTeacher,
+        ColBERTTeacher,
+        NoTeacher,
+        TCTTrainer,
+        TCTTrainingArguments,
+        build_colbert,
+        build_student,
+    )
     from tct_hf.bundled import resolve_model
 
     bf16, dtype = MODES[mode]
@@ -73,8 +89,14 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         loss = MultipleNegativesRankingLoss(student, scale=1.0, similarity_fct=dot_score)
         trainer: Any = SentenceTransformerTrainer(student, args, train_dataset=rows.select_columns(texts), loss=loss)
     else:
-        teacher = ColBERTTeacher(build_colbert(base, document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
-        trainer = TCTTrainer(student, teacher, TCTTrainingArguments(**common, temperature=1.0), train_dataset=rows)
+        teacher: Any = NoTeacher()
+        if side != "hard":
+            teacher = ColBERTTeacher(build_colbert(base, document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
+        if side == "cached":
+            teacher = CachedTeacher(teacher, folder)
+        weight = 1.0 if side == "hard" else 0.1
+        args = TCTTrainingArguments(**common, temperature=1.0, hard_label_weight=weight)
+        trainer = TCTTrainer(student, teacher, args, train_dataset=rows)
     loader = trainer.get_train_dataloader()
     trainer.create_optimizer_and_scheduler(1000)
     model, optimizer = trainer.accelerator.prepare(student, trainer.optimizer)
@@ -97,14 +119,6 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     return step
 
 
-def resident(field: str) -> float:
-    """MiB of a field of /proc/self/status: VmRSS now, VmHWM at its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}: memory is measured on Linux only.")
-
-
 def memory(side: str, mode: str, steps: int, batch: int, threads: int) -> None:
     import torch
 
@@ -113,13 +127,7 @@ def memory(side: str, mode: str, steps: int, batch: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(side, mode, rows, batch, folder)
         step()  # the optimizer's state is made by its first step; what that step leaves unused goes back
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        for _ in range(steps):
-            step()
-    print(json.dumps({"before": before, "peak": resident("VmHWM")}))
+        print(json.dumps(peak_memory(lambda: [step() for _ in range(steps)])))
 
 
 def measure_memory(side: str, mode: str, args: argparse.Namespace) -> float:
@@ -128,16 +136,21 @@ def measure_memory(side: str, mode: str, args: argparse.Namespace) -> float:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    figures = json.loads(done.stdout.splitlines()[-1])
-    return figures["peak"] - figures["before"]
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def step_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of training steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mode", choices=MODES, help="one of the modes; all when left out")
+    return parser
+
+
+def main() -> None:
+    parser = step_options(__doc__)
     parser.add_argument("--memory", choices=("stock", "tct"), help="measure the memory of one side in this process")
     args = parser.parse_args()
 

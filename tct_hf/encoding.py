@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import nn
 
 from tct_hf.checkpoints import finalise_checkpoint, query_expansion, validate_checkpoint
-from tct_hf.files import replace_dir
+from tct_hf.files import replace_dir, staging_beside
 from tct_hf.tokenization import PROMPTS, start_token, tct_tokenizer
 
 if TYPE_CHECKING:
@@ -307,9 +305,7 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     """
     path = Path(path)
     final = Path(os.path.realpath(path))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    staging = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with staging_beside(final) as staging:
         student.save_pretrained(str(staging))
         finalise_checkpoint(staging)
         if not final.exists():
@@ -319,6 +315,4 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
                 target = final / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return path

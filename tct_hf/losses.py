@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.util.distributed import all_gather_with_grad, get_world_size
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from tct_hf.batching import parts_of_like_length, stack_columns
+from tct_hf.batching import parts_of_like_length, stack_columns, take, token_lengths
+from tct_hf.distributed import gather_rows, sizes_of_all
+
+NO_LABEL = -1  # of a row's positive_index
 
 
 @dataclass
@@ -39,8 +42,22 @@ class TeacherTargets:
     report: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class _Cached:
+    """What the gradient cache hands back to the loss: the targets, and how the passages were sorted."""
+
+    targets: TeacherTargets
+    columns: int = 0
+    order: Tensor | None = None
+
+
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    # bfloat16 keeps 8 bits: score differences that matter are lost in a softmax over it.
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _check_matrices(
@@ -135,10 +152,7 @@ def coupled_loss(
     _check_matrices(student_scores, teacher_scores, candidate_mask, positive_index)
     _check_settings(temperature, student_temperature, hard_label_weight)
 
-    # bfloat16 keeps 8 bits: score differences that matter are lost in a softmax over it.
-    if student_scores.dtype in (torch.float16, torch.bfloat16):
-        student_scores = student_scores.float()
-    student_scores = _masked(student_scores, candidate_mask)
+    student_scores = _masked(_at_least_float32(student_scores), candidate_mask)
     teacher_scores = _masked(teacher_scores.detach().to(student_scores.dtype), candidate_mask)
     counts = torch.ones(len(student_scores), dtype=torch.bool, device=student_scores.device)
     if candidate_mask is not None:
@@ -263,6 +277,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.uses_gradient_cache = mini_batch_size is not None
         self.gather_across_devices = gather_across_devices
         self.matryoshka_dims = matryoshka_dims
+        self.reported_settings: tuple[str, ...] = ()  # those that change over training
 
     @property
     def gathers(self) -> bool:
@@ -284,9 +299,22 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         """
         features = list(sentence_features)
         if self.mini_batch_size is not None:
-            return self.forward_cached(features, labels)  # type: ignore[arg-type]
+            return self._forward_in_mini_batches(features, labels)
         queries = self.model(features[0])["sentence_embedding"]
         return self.compute_loss_from_embeddings([queries, *self._embed_passages(features[1:])], labels)
+
+    def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
+        """The loss with gradients cached: passages of like length share a mini-batch, whatever their column."""
+        merged = None if hasattr(self.model, "_orig_mod") else stack_columns(features[1:])
+        if merged is None:
+            return self.forward_cached(features, _Cached(labels))  # type: ignore[arg-type]
+        order = torch.tensor(token_lengths(merged), device=merged["attention_mask"].device).argsort(stable=True)
+        width = merged["attention_mask"].shape[1]
+        passages = {key: take(value, order, width) for key, value in merged.items()}
+        if isinstance(passages.get("prompt_length"), Tensor):  # of the first column alone, and to be cut like the rows
+            passages["prompt_length"] = int(passages["prompt_length"].flatten()[0])
+        cached = _Cached(labels, columns=len(features) - 1, order=order)
+        return self.forward_cached([features[0], passages], cached)  # type: ignore[arg-type]
 
     def _embed_passages(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
         """`(queries, dim)` of each candidate column, passages of like length in one forward pass."""
@@ -301,7 +329,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The loss over the embeddings of all mini-batches; called by the gradient cache."""
-        parts = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)  # type: ignore[arg-type]
+        cached = cast("_Cached", labels)
+        embeddings = [torch.cat(column) for column in reps]
+        if cached.order is not None:
+            embeddings = [embeddings[0], *embeddings[1][cached.order.argsort()].chunk(cached.columns)]
+        parts = self.compute_loss_from_embeddings(embeddings, cached.targets)
         loss = torch.stack(list(parts.values())).sum()
         if with_backward:
             loss.backward()
@@ -323,7 +355,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         """
         queries, columns = embeddings[0], embeddings[1:]
         if self.gathers:
-            columns = [all_gather_with_grad(column) for column in columns]
+            sizes = sizes_of_all(len(queries), queries.device)
+            columns = [gather_rows(column, sizes, with_grad=True) for column in columns]
         passages = torch.cat(columns)  # (candidates, dim)
         if labels.scores.shape != (len(queries), len(passages)):
             raise ValueError(
@@ -336,7 +369,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         for d in dims:
             # Under autocast a matmul would come out in half precision: scores need all of float32.
             with torch.autocast(queries.device.type, enabled=False):
-                scores = queries[:, :d].float() @ passages[:, :d].float().T
+                scores = _at_least_float32(queries[:, :d]) @ _at_least_float32(passages[:, :d]).T
             parts = coupled_loss(
                 scores,
                 labels.scores,
@@ -348,22 +381,32 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             )
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(dims)
-        totals["hard_label"] = totals["hard_label"] * self._labelled_share(labels.positive_index)
+        labelled, rows = self._shares(labels.positive_index)
+        totals["hard_label"] = totals["hard_label"] * labelled
+        totals["distillation"] = totals["distillation"] * rows
         with torch.no_grad():
-            agree = _masked(scores, labels.mask).argmax(1) == _masked(labels.scores, labels.mask).argmax(1)
             labels.report.update({name: value.detach() for name, value in totals.items()})
-            counts = labels.mask.any(dim=1)
-            rows = counts.sum().clamp(min=1)
-            entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 for a row without candidates
-            labels.report["teacher_entropy"] = entropy.sum() / rows
-            labels.report["top_agreement"] = (agree & counts).sum() / rows
+            labels.report.update({name: scores.new_tensor(getattr(self, name)) for name in self.reported_settings})
+            if self.hard_label_weight < 1.0:  # else nobody has asked the teacher
+                labels.report.update(self._against_teacher(scores, labels))
         return totals
 
-    def _labelled_share(self, positive_index: Tensor) -> Tensor | float:
-        """What turns this device's mean over its labelled rows into its part of the mean over all devices' rows."""
-        if not self.gathers:
-            return 1.0
-        local = (positive_index >= 0).sum()
+    def _against_teacher(self, scores: Tensor, labels: TeacherTargets) -> dict[str, Tensor]:
+        """The teacher's entropy and how often the student's top candidate is the teacher's, for the log."""
+        agree = _masked(scores, labels.mask).argmax(1) == _masked(labels.scores, labels.mask).argmax(1)
+        counts = labels.mask.any(dim=1)
+        rows = counts.sum().clamp(min=1)
+        entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 for a row without candidates
+        return {"teacher_entropy": entropy.sum() / rows, "top_agreement": (agree & counts).sum() / rows}
+
+    def _shares(self, positive_index: Tensor) -> Tensor:
+        """`(2,)`: what turns this device's means over its labelled rows, and over its rows, into its part of the means
+        over all devices' rows. A distributed wrapper averages over the devices, whatever each of them holds."""
+        local = torch.stack(
+            [(positive_index >= 0).sum(), torch.tensor(len(positive_index), device=positive_index.device)]
+        )
+        if get_world_size() == 1:
+            return torch.ones_like(local)
         total = local.clone()
         dist.all_reduce(total)
         return local * get_world_size() / total.clamp(min=1)

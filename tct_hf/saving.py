@@ -6,26 +6,20 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-from huggingface_hub import HfApi
-from sentence_transformers.base.trainer import BaseTrainer
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from tct_hf.files import replace_dir
+from tct_hf.pushing import PushingMixin
 
 # Checkpoints are written here and renamed when whole; its name matches no checkpoint's.
 UNFINISHED = ".unfinished"
 
-# Files of a checkpoint that are the run's and not the model's.
-OF_THE_RUN = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
 
-
-class WholeCheckpointsMixin(BaseTrainer):
+class WholeCheckpointsMixin(PushingMixin):
     """Writes each checkpoint aside and renames it when it is whole, and never writes the Hub token.
 
     transformers writes straight into `checkpoint-N` and resumes from the highest number, so that a kill during a save
@@ -50,6 +44,9 @@ class WholeCheckpointsMixin(BaseTrainer):
             self.args.hub_token = token
         self.finalise(output_dir or str(self.args.output_dir))
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: it is pushed when it has its name."""
+
     @contextlib.contextmanager
     def _saving_aside(self, folder: str) -> Iterator[None]:
         self._aside = folder
@@ -60,40 +57,6 @@ class WholeCheckpointsMixin(BaseTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._aside or super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the whole, finalised checkpoint without what belongs to the training run.
-
-        transformers pickles the arguments, Hub token included, into what it uploads, and takes a part of the files.
-        """
-        args = self.args
-        if self._aside is not None:  # pushed after the rename
-            return
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        running: Any = self.push_in_progress
-        busy = running is not None and not running.is_done()
-        if busy and not args.hub_always_push:
-            return
-        upload = partial(
-            HfApi().upload_folder,
-            repo_id=self.hub_model_id,
-            folder_path=checkpoint_folder,
-            token=args.hub_token,
-            revision=args.hub_revision,
-            run_as_future=True,
-        )
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = [upload(commit_message=message, ignore_patterns=list(OF_THE_RUN))]
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # asked for, to resume from
-            last = args.hub_strategy == HubStrategy.CHECKPOINT
-            folder = "last-checkpoint" if last else os.path.basename(checkpoint_folder)
-            jobs.append(upload(commit_message=f"{message}, checkpoint", path_in_repo=folder))
-        if busy:
-            running.jobs.extend(jobs)
-        else:
-            pushes: Any = PushInProgress
-            self.push_in_progress = pushes(jobs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)
@@ -113,7 +76,7 @@ class WholeCheckpointsMixin(BaseTrainer):
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, name))
+            self.push_checkpoint(os.path.join(run_dir, name))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=run_dir,

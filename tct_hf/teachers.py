@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,11 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-from sentence_transformers.util.distributed import all_gather_padded
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batching import pad_tokens, parts_of_like_length, stack_columns
+from tct_hf.distributed import score_where_the_passages_are, sizes_of_all
 from tct_hf.files import write_json_atomic
 
 Features = Mapping[str, Any]
@@ -77,14 +79,34 @@ class Teacher(ABC):
         """Score the batch, without gradients and in evaluation mode.
 
         Args:
-            inputs: what :meth:`collate` returned, on the device; where that was None, `{"query": features,
-                "columns": [features, ...]}` with the student's own tokens.
+            inputs: on the device, `{"query": features, "columns": [features, ...]}` with the student's own tokens, and
+                what :meth:`collate` returned, which goes before these.
             gather: score against the candidates of all devices.
 
         Returns:
             `(queries, candidates)` float32: this device's queries against all positives in rank order, then all
             first negatives, and so on.
         """
+
+
+class NoTeacher(Teacher):
+    """Stands where a teacher would when only hard labels count (`hard_label_weight=1`): costs nothing, says nothing.
+
+    The baseline of every distillation, by the same trainer, candidates and masks.
+    """
+
+    def collate(
+        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The shape of the batch is all there is to prepare."""
+        return {"shape": torch.zeros(len(queries), len(columns))}
+
+    def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        """Zeros, `(queries, candidates)`."""
+        shape = inputs["shape"]
+        queries, columns = shape.shape
+        everyones = sum(sizes_of_all(queries, shape.device)) if gather else queries
+        return shape.new_zeros(queries, columns * everyones)
 
 
 class ColBERTTeacher(Teacher):
@@ -193,10 +215,11 @@ class ColBERTTeacher(Teacher):
     def _forward(self, features: Features, side: str) -> tuple[Tensor, Tensor]:
         # A shallow copy: the model's scoring mask overwrites attention_mask in the dict it is given.
         out = self.model(dict(features), task=side)
-        return out["token_embeddings"].float(), out["attention_mask"].bool()
+        # Rounded to what the encoder computes in, however many devices there are: they exchange vectors in it.
+        return out["token_embeddings"].to(self._compute_dtype), out["attention_mask"].bool()
 
     def _embed(self, columns: Sequence[Features], side: str) -> tuple[Tensor, Tensor]:
-        """`(columns * queries, tokens, dim)` float32 and its mask, all of the first column first.
+        """`(columns * queries, tokens, dim)` of the compute type and its mask, all of the first column first.
 
         Texts of like length go through the encoder together: padding is not computed.
         """
@@ -220,27 +243,68 @@ class ColBERTTeacher(Teacher):
         assert embeddings is not None
         return embeddings, mask
 
-    @torch.no_grad()
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """MaxSim of every query with every candidate, in chunks."""
+        """MaxSim of every query with every candidate, in chunks.
+
+        Passages of all columns go through the encoder sorted by length; token vectors and what devices exchange are of
+        the type that the encoder computes in, scores are compared in float32. With several devices queries travel to
+        the passages, see :func:`tct_hf.distributed.score_where_the_passages_are`.
+        """
         self.model.eval()
-        device, dtype = self.model.device.type, self._compute_dtype
+        with torch.inference_mode():
+            scores = self._compare(*self._token_vectors(inputs), len(inputs["columns"]), gather=gather)
+        return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
+
+    def _token_vectors(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Vectors and mask of the queries, then of the passages, all positives first."""
+        return (*self._encode([inputs["query"]], "query"), *self._encode(inputs["columns"], "document"))
+
+    def _encode(self, columns: Sequence[Features], side: str) -> tuple[Tensor, Tensor]:
         # One context for all passes: weights are cast to bfloat16 once, not once a pass.
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            queries, query_mask = self._embed([inputs["query"]], "query")
-            passages, passage_mask = self._embed(inputs["columns"], "document")
-        if gather:
-            per_column = zip(
-                passages.chunk(len(inputs["columns"])), passage_mask.chunk(len(inputs["columns"])), strict=True
-            )
-            gathered = [all_gather_padded(vectors, mask) for vectors, mask in per_column]
-            passages = torch.cat([vectors for vectors, _ in gathered])
-            passage_mask = torch.cat([mask for _, mask in gathered])
+        with torch.autocast(
+            self.model.device.type, dtype=torch.bfloat16, enabled=self._compute_dtype == torch.bfloat16
+        ):
+            return self._embed(columns, side)
+
+    def _compare(
+        self,
+        queries: Tensor,
+        query_mask: Tensor,
+        passages: Tensor,
+        passage_mask: Tensor,
+        columns: int,
+        *,
+        gather: bool,
+    ) -> Tensor:
         # A trainer's own autocast would compare the tokens in half precision.
-        with torch.autocast(device, enabled=False):
-            return self.model.similarity(
-                queries, passages, a_mask=query_mask, b_mask=passage_mask, chunk_elements=self.chunk_elements
-            ).float()
+        with torch.autocast(self.model.device.type, enabled=False):
+            if gather and get_world_size() > 1:
+                return score_where_the_passages_are(
+                    queries, query_mask, passages, passage_mask, columns, self._max_sim
+                )
+            return self._max_sim(queries, passages, query_mask, passage_mask)
+
+    def _max_sim(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+        return self.model.similarity(
+            queries.float(),
+            passages.float(),
+            a_mask=query_mask,
+            b_mask=passage_mask,
+            chunk_elements=self.chunk_elements,
+        ).float()
+
+
+def describe_teacher(model: MultiVectorEncoder) -> dict[str, Any]:
+    """What token vectors depend on, JSON-ready: "weights", over names and values of all, and "encoding"."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    modules = [{"type": type(module).__name__, **getattr(module, "get_config_dict", dict)()} for module in model]
+    return {
+        "weights": weights.hexdigest(),
+        "encoding": {"prompts": dict(model.prompts), "modules": json.loads(json.dumps(modules, default=str))},
+    }
 
 
 def _refuse_single_vectors(name_or_path: str) -> None:

@@ -6,20 +6,22 @@ import logging
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.util.distributed import all_gather, get_rank
 from torch import Tensor, nn
 
 from tct_hf.arguments import TCTTrainingArguments
 from tct_hf.collator import BATCH_KEY, TCTDataCollator, candidate_columns
+from tct_hf.distributed import first_row, gather_rows, sizes_of_all
 from tct_hf.encoding import finalise_checkpoint, has_tct_encoding
-from tct_hf.losses import TeacherTargets, TightlyCoupledLoss
+from tct_hf.losses import NO_LABEL, TeacherTargets, TightlyCoupledLoss
 from tct_hf.sampling import SameDatasetBatchSampler
 from tct_hf.saving import WholeCheckpointsMixin
-from tct_hf.teachers import ColBERTTeacher, Teacher
+from tct_hf.streaming import StreamedTrainingMixin
+from tct_hf.teachers import ColBERTTeacher, NoTeacher, Teacher
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
+    from datasets import DatasetDict, IterableDataset
     from sentence_transformers.base.evaluation import BaseEvaluator
     from sentence_transformers.base.model import BaseModel
 
@@ -35,21 +37,22 @@ def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive
         known_positive_ids: `(queries, most)` int64, padded with an id that no candidate has.
 
     Returns:
-        `(queries, candidates)` bool. A row's own positive always takes part.
+        `(queries, candidates)` bool. A row's own positive always takes part, and so does every candidate of a row
+        without one: there the teacher alone judges.
     """
     rows = torch.arange(len(positive_index), device=positive_index.device)
     labelled = positive_index >= 0
     own = candidate_ids[positive_index.clamp(min=0)]  # (queries,)
-    positive = (candidate_ids[None, :] == own[:, None]) & labelled[:, None]
+    positive = candidate_ids[None, :] == own[:, None]
     if known_positive_ids is not None:
         for column in known_positive_ids.T:  # one at a time: a query may have hundreds
             positive = positive | (candidate_ids[None, :] == column[:, None])
-    mask = ~positive
+    mask = ~(positive & labelled[:, None])
     mask[rows[labelled], positive_index[labelled]] = True
     return mask
 
 
-class CoupledTrainerMixin(WholeCheckpointsMixin):
+class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
     """What every trainer with a live teacher shares: scoring, the loss, logging, saving whole checkpoints."""
 
     teacher: Teacher
@@ -65,6 +68,13 @@ class CoupledTrainerMixin(WholeCheckpointsMixin):
         super().validate_column_names(dataset, dataset_name=dataset_name)
         if not isinstance(dataset, dict):
             candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """sentence-transformers' sampler, shown the texts alone: equal labels make no duplicates."""
+        if isinstance(dataset, Dataset) and "query" in dataset.column_names:
+            texts = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+            dataset = dataset.select_columns(["query", *texts])
+        return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def get_multi_dataset_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Batches of one data set at a time, on all devices at once: their passages become one set of candidates."""
@@ -129,16 +139,19 @@ class CoupledTrainerMixin(WholeCheckpointsMixin):
             ValueError: the teacher gave a score that is not finite.
         """
         gather = getattr(loss, "gathers", False)
-        prepared = batch["teacher"] if "teacher" in batch else {"query": features[0], "columns": features[1:]}
+        prepared = {"query": features[0], "columns": features[1:], **batch.get("teacher", {})}
         scores = self.teacher.score_matrix(prepared, gather=gather)
         ids = batch["candidate_ids"]
         queries, columns = ids.shape
-        ids = (all_gather(ids) if gather else ids).T.reshape(-1)  # all positives first, as in the score matrix
-        positive = torch.arange(queries, device=ids.device) + (get_rank() * queries if gather else 0)
+        sizes = sizes_of_all(queries, ids.device) if gather else [queries]
+        everyones = gather_rows(ids, sizes) if gather else ids
+        ids = everyones.T.reshape(-1)  # all positives first, as in the score matrix
+        positive = torch.arange(queries, device=ids.device) + (first_row(sizes) if gather else 0)
+        if "labelled" in batch:  # the other rows learn from the teacher alone
+            positive = positive.masked_fill(~batch["labelled"], NO_LABEL)
         mask = candidate_mask(ids, positive, batch.get("known_positive_ids"))
         if getattr(loss, "candidates", "in-batch") == "own":
-            own = torch.eye(queries, dtype=torch.bool, device=ids.device).repeat(1, columns)
-            mask = mask & own
+            mask = mask & torch.eye(queries, dtype=torch.bool, device=ids.device).repeat(1, columns)
         self._check_teacher(scores, mask, getattr(loss, "temperature", 1.0))
         return TeacherTargets(scores=scores, mask=mask, positive_index=positive)
 
@@ -173,7 +186,8 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
         teacher: a :class:`~tct_hf.Teacher`, or a multi-vector model (or its path or Hub id) for a ColBERTTeacher.
         args: of the run.
         train_dataset: columns query, positive, negative (or negative_1 ... negative_n); where there are ids, also
-            positive_id, negative_id and known_positive_ids, so that known positives are no negatives.
+            positive_id, negative_id and known_positive_ids, so that known positives are no negatives. Rows with
+            false in a column labelled learn from the teacher alone: their passages are candidates that nobody judged.
         eval_dataset: of the same columns, for the loss on held-out queries.
         evaluator: such as an InformationRetrievalEvaluator on dev queries; models are chosen by it.
         loss: a TightlyCoupledLoss of the student; by default one with the arguments' settings, which a loss that is
@@ -228,6 +242,12 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
             **kwargs,
         )
         self.teacher.to(self.args.device)
+        for one in self.loss.values() if isinstance(self.loss, dict) else [self.loss]:
+            if isinstance(self.teacher, NoTeacher) and getattr(one, "hard_label_weight", 1.0) < 1.0:
+                raise ValueError(
+                    f"There is no teacher to distil, but hard_label_weight is {one.hard_label_weight}: set it to 1, "
+                    "or give a teacher."
+                )
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +19,25 @@ from sentence_transformers import (
     MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
 )
-from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
+from sentence_transformers.multi_vector_encoder.losses import (
+    CachedMultiVectorMultipleNegativesRankingLoss,
+    MultiVectorMultipleNegativesRankingLoss,
+)
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from tct_hf.arguments import TCTTrainingArguments
+from tct_hf.coercion import NO_SECRETS, SECRETS
 from tct_hf.collator import candidate_columns
 from tct_hf.encoding import save_student
 from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, is_claimed, replace_dir, write_json_atomic
 from tct_hf.progress import human_duration
 from tct_hf.saving import WholeCheckpointsMixin
+from tct_hf.schedules import LossSchedule, Schedule
 from tct_hf.settings import environment
+from tct_hf.stalls import StallWatch
+from tct_hf.streaming import StreamedTrainingMixin
 from tct_hf.teachers import Teacher, has_bfloat16, write_training_scale
 from tct_hf.trainer import TCTTrainer
 
@@ -39,8 +48,18 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
 
 
-class ColBERTTrainer(WholeCheckpointsMixin, MultiVectorEncoderTrainer):
+_SECONDS_FILE = "seconds.json"
+
+
+class ColBERTTrainer(StreamedTrainingMixin, WholeCheckpointsMixin, MultiVectorEncoderTrainer):
     """sentence-transformers' trainer of multi-vector models, with checkpoints that are whole or not there."""
+
+    def finalise(self, path: str) -> None:
+        """Record what the scores are multiplied by, so that every saved or pushed teacher says it."""
+        if isinstance(
+            self.loss, (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss)
+        ):
+            write_training_scale(path, self.loss.scale)
 
 
 class StepLines(TrainerCallback):
@@ -67,12 +86,42 @@ class StepLines(TrainerCallback):
         since, first = self.begun
         left = (self.clock() - since) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
         line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
-        if "distillation" in logs:
+        if "top_agreement" in logs:
             line += (
                 f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, agreement with the "
                 f"teacher {logs['top_agreement']:.0%})"
             )
         self.write(f"{line}   {human_duration(max(left, 0))} left")
+
+
+class Stopwatch(TrainerCallback):
+    """Keeps the seconds that training has taken, over all interruptions, in a file.
+
+    Args:
+        file: JSON, brought up to date with every checkpoint.
+        clock: seconds.
+    """
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.file = file
+        self.clock = clock
+        self.since = 0.0
+
+    def seconds(self) -> float:
+        """What the file says."""
+        return float(json.loads(self.file.read_text(encoding="utf-8"))) if self.file.is_file() else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since = self.clock()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            now = self.clock()
+            write_json_atomic(self.file, self.seconds() + now - self.since)
+            self.since = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_save(args, state, control)
 
 
 def process_state() -> PartialState:
@@ -105,13 +154,28 @@ def precision(choice: str, device: torch.device) -> dict[str, bool]:
     return {"bf16": bf16, "use_cpu": device.type == "cpu"}  # transformers takes bf16 on a CPU only with use_cpu
 
 
-def dev_evaluator(collection: Collection, arguments: Mapping[str, Any], *, late_interaction: bool) -> Any:
+class _HalfPrecisionEncoding:
+    """Of an evaluator: encodes in bfloat16 when training does, and compares in float32."""
+
+    bf16 = False
+
+    def embed_inputs(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            vectors = super().embed_inputs(model, *args, **kwargs)  # type: ignore[misc]
+        return vectors.float() if isinstance(vectors, torch.Tensor) else [one.float() for one in vectors]
+
+
+def dev_evaluator(
+    collection: Collection, arguments: Mapping[str, Any], *, late_interaction: bool, **part: int | None
+) -> Any:
     """An evaluator on the dev queries where the arguments ask for evaluation, None where they do not.
 
     Args:
         collection: with a dev split.
-        arguments: of the training; eval_strategy says whether there is evaluation.
+        arguments: of the training; eval_strategy says whether there is evaluation, bf16 what it encodes in.
         late_interaction: for a multi-vector model.
+        **part: `queries` and `passages` of :meth:`Collection.part`: quick, and too easy to be compared with
+            anything but itself.
 
     Returns:
         Its measures are named eval_dev_dot_mrr@10 and so on (eval_dev_maxsim_mrr@10 for a multi-vector model).
@@ -129,11 +193,18 @@ def dev_evaluator(collection: Collection, arguments: Mapping[str, Any], *, late_
     from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-    make: Any = MultiVectorInformationRetrievalEvaluator if late_interaction else InformationRetrievalEvaluator
-    dev = collection.splits["dev"]
+    class Dense(_HalfPrecisionEncoding, InformationRetrievalEvaluator):
+        bf16 = bool(arguments.get("bf16"))
+
+    class LateInteraction(_HalfPrecisionEncoding, MultiVectorInformationRetrievalEvaluator):
+        bf16 = bool(arguments.get("bf16"))
+
+    make: Any = LateInteraction if late_interaction else Dense
+    searched = replace(collection, splits={"dev": collection.splits["dev"]}).part(**part)
+    dev = searched.splits["dev"]
     return make(
         queries=dev.queries,
-        corpus=dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True)),
+        corpus=dict(zip(searched.corpus["id"], searched.corpus["text"], strict=True)),
         relevant_docs={query: {p for p, grade in grades.items() if grade > 0} for query, grades in dev.qrels.items()},
         mrr_at_k=[10],
         ndcg_at_k=[10],
@@ -146,6 +217,9 @@ def _check(arguments: Mapping[str, Any]) -> None:
     for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
         if name in arguments:
             raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
+    for name in SECRETS:
+        if name in arguments:
+            raise ValueError(f"training.{name} {NO_SECRETS}")
 
 
 def _claim(work: Path, settings: Mapping[str, Any]) -> None:
@@ -158,6 +232,9 @@ def _claim(work: Path, settings: Mapping[str, Any]) -> None:
 def _run(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLines(write))
+    trainer.add_callback(StallWatch())
+    stopwatch = Stopwatch(work / _SECONDS_FILE)
+    trainer.add_callback(stopwatch)
     last = get_last_checkpoint(str(work))
     reached = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None
     if last and reached and reached.global_step >= reached.max_steps:
@@ -168,7 +245,10 @@ def _run(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
     else:
         trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
-        write_json_atomic(work / LOG_FILE, trainer.state.log_history)
+        step = trainer.state.global_step
+        write_json_atomic(
+            work / LOG_FILE, [*trainer.state.log_history, {"step": step, "seconds": stopwatch.seconds()}]
+        )
 
 
 def _publish(work: Path, final: Path, save: Callable[[Path], object]) -> None:
@@ -182,6 +262,17 @@ def _publish(work: Path, final: Path, save: Callable[[Path], object]) -> None:
     replace_dir(staging, final)
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    (work / _SECONDS_FILE).unlink(missing_ok=True)
+
+
+def _push_finished(trainer: Any, write: Callable[[str], None]) -> None:
+    """Push the finished model where that was asked for; it is saved by now, and a failure loses nothing."""
+    if not trainer.args.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub()
+    except OSError as error:
+        write(f"  not pushed: {error} The model is saved; push it with recipes/release.py.")
 
 
 def train_colbert(
@@ -227,6 +318,8 @@ def train_colbert(
     model = make_model()
     triples = make_triples()
     columns = ["query", *candidate_columns(triples.column_names)]
+    if "labelled" in triples.column_names:  # the others have no positive to train on
+        triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
     # A query with several positives has several rows: in one batch each would be the others' negative.
     arguments = {"batch_sampler": "no_duplicates", **arguments}
     args = MultiVectorEncoderTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
@@ -251,6 +344,7 @@ def train_colbert(
     if trainer.is_world_process_zero():
         _publish(work, final, save)
     trainer.accelerator.wait_for_everyone()
+    _push_finished(trainer, write)
     return final
 
 
@@ -264,6 +358,7 @@ def train_student(
     arguments: Mapping[str, Any],
     settings: Mapping[str, Any],
     evaluator: BaseEvaluator | None = None,
+    schedules: Mapping[str, Schedule] | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
     """Distil a live teacher into a student, and save it.
@@ -279,6 +374,7 @@ def train_student(
         arguments: of TCTTrainingArguments, without output_dir.
         settings: JSON-ready, all that the student depends on: a folder with others is refused.
         evaluator: on dev queries.
+        schedules: of the loss's settings over training, for :class:`LossSchedule`.
         write: takes lines of progress.
 
     Returns:
@@ -297,8 +393,11 @@ def train_student(
     student = make_student()
     args = TCTTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
     trainer = TCTTrainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)
+    if schedules:
+        trainer.add_callback(LossSchedule(trainer.loss, **schedules))
     _run(trainer, work, write)
     if trainer.is_world_process_zero():
         _publish(work, final, lambda folder: save_student(student, folder))
     trainer.accelerator.wait_for_everyone()
+    _push_finished(trainer, write)
     return final

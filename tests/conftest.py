@@ -1,9 +1,50 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.loopback_hub import WRITER, LoopbackHub
 
 # Set before torch or a Hub client is imported: two threads slow each other down, and no test may reach the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# The client takes its Hub's address when it is imported. Nothing listens there until a test asks for `hub`.
+_HUB = LoopbackHub()
+os.environ["HF_ENDPOINT"] = _HUB.url
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_TOKEN_PATH"] = os.path.join(tempfile.gettempdir(), "tct_hf-tests-have-no-token")
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    """As `monkeypatch`, for what a whole module shares."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="session")
+def _listening() -> None:
+    _HUB.start()
+
+
+@pytest.fixture
+def hub(_listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """An empty Hub on the loopback interface, its writer's token in HF_TOKEN, and an empty cache."""
+    import huggingface_hub.constants
+
+    _HUB.forget()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "tct-cache"))
+    yield _HUB
+    _HUB.forget()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from tests.models import WORDS, tiny_bert
+from tests.warm_process import run_warm
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "train.py"
@@ -92,9 +98,14 @@ def launch(processes: int = 1, *more: str) -> list[str]:
 
 
 def run(
-    settings: Path, output: Path, *options: str, before: list[str] | None = None, code: int = 0
+    settings: Path,
+    output: Path,
+    *options: str,
+    before: list[str] | None = None,
+    code: int = 0,
+    recipe: Path = RECIPE,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the recipe in a process of its own and expect its exit status.
+    """Run a recipe in a process of its own and expect its exit status.
 
     Args:
         settings: of :func:`write_material`.
@@ -102,19 +113,40 @@ def run(
         *options: more for the command line.
         before: the words before the recipe's name, python alone when None.
         code: the status.
+        recipe: the script.
     """
-    done = subprocess.run(
-        [*(before or [sys.executable]), str(RECIPE), str(settings), f"--output_dir={output}", *options],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(settings.parent),
-    )
+    words = [*(before or [sys.executable]), str(recipe), str(settings), f"--output_dir={output}", *options]
+    env = environment(settings.parent)
+    if before is None or "tests.recipe_worker" in before:
+        done = run_warm(words[1:], env=env)
+    else:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
 
 
-def killed_at(line: str, settings: Path, output: Path) -> str:
-    """Run the recipe until it has printed a line that holds `line`; what it printed."""
+def killed_at(line: str, settings: Path, output: Path, recipe: Path = RECIPE) -> str:
+    """Run a recipe until it has printed a line that holds `line`; what it printed."""
     before = [sys.executable, "-m", "tests.recipe_worker", line]
-    return run(settings, output, before=before, code=-signal.SIGKILL).stdout
+    return run(settings, output, before=before, code=-signal.SIGKILL, recipe=recipe).stdout
+
+
+def in_this_process(recipe: Path, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """A function of output_dir and options that runs a recipe in this process and returns the exit status."""
+    name = f"{recipe.stem}_recipe"
+    spec = importlib.util.spec_from_file_location(name, recipe)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr("tct_hf.quiet.quieten", lambda: None)  # it changes what later tests would see
+    monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
+
+    def call(output: Path, *options: str) -> int:
+        try:
+            module.run_recipe(module.main, module.Settings, "", [str(settings), f"--output_dir={output}", *options])
+        except SystemExit as end:
+            return int(str(end.code))
+        return 0
+
+    return call

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,22 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer
     from transformers.trainer_utils import get_last_checkpoint
 
-    from tct_hf import ColBERTTeacher
+    from tct_hf import ColBERTTeacher, StallWatch
     from tests.training import make_trainer, triples
 
     kill_in_step = settings.pop("kill_in_step", None)
     kill_in_save = settings.pop("kill_in_save", None)
+    stall_in_step = settings.pop("stall_in_step", None)
+    watch = settings.pop("watch", None)  # seconds
+    stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed, or stalls
     rows = settings.pop("rows", 36)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
     student = SentenceTransformer(str(models / "student"), device="cpu")
     trainer = make_trainer(output, student, teacher, triples(rows), **settings)
 
-    if kill_in_step is not None:
+    if watch is not None:
+        trainer.add_callback(StallWatch(watch))
+    if stops and (kill_in_step or stall_in_step):
         score = teacher.score_matrix
         calls = 0
 
@@ -44,6 +50,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
             calls += 1
             if calls == kill_in_step:
                 kill()
+            if calls == stall_in_step:
+                time.sleep(600)
             return score(*args, **kwargs)
 
         teacher.score_matrix = score_and_die  # type: ignore[method-assign]
@@ -60,8 +68,11 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
         torch.save = half_a_save
 
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    print("resumes", Path(last).name if last else "nothing", flush=True)
+    if trainer.is_world_process_zero():
+        print("resumes", Path(last).name if last else "nothing", flush=True)
     trainer.train(resume_from_checkpoint=last)
+    if not trainer.is_world_process_zero():
+        return
     digest = hashlib.sha256()
     for _, tensor in sorted(student.state_dict().items()):
         digest.update(tensor.numpy().tobytes())
@@ -72,3 +83,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    from accelerate import PartialState
+
+    # Left to the interpreter's end, a group's threads may abort the process.
+    PartialState().destroy_process_group()

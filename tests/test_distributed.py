@@ -1,4 +1,4 @@
-"""Two processes with half a batch each do what one process does with the whole."""
+"""Two and three processes with a part of a batch each do what one process does with the whole."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ CASES: dict[str, dict[str, Any]] = {
     # The teacher has tokens of its own, of other widths on each process.
     "separate tokens": {"student": "other"},
     "streamed": {"streaming": True},
+    # With three labels the processes hold different numbers of them, with one a process holds none.
+    "few labels": {
+        "labelled": [True, False, True, False, False, False, True, False, False, False, True, True],
+        "hard_label_weight": 0.5,
+    },
+    "one label, gradient cache": {"labelled": [True, *[False] * 11], "hard_label_weight": 0.5, "mini_batch_size": 3},
+    "few labels, own candidates": {
+        "labelled": [True, False, True, False, False, False, True, False, False, False, True, True],
+        "hard_label_weight": 0.5,
+        "candidates": "own",
+    },
+    "fewer rows": {"uneven": True},
+    "fewer rows, few labels, gradient cache": {
+        "uneven": True,
+        "labelled": [True, *[False] * 10, True],
+        "hard_label_weight": 0.5,
+        "mini_batch_size": 2,
+    },
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time
 }
 
@@ -52,7 +70,7 @@ def launch(models: Path, output: Path, processes: int) -> None:
         command += [f"--main_process_port={free_port()}", "--num_cpu_threads_per_process=1", "-m"]
     else:
         command += ["-m"]
-    cases = {name: {**case, "per_device_train_batch_size": 8 // processes} for name, case in CASES.items()}
+    cases = {name: {**case, "per_device_train_batch_size": 12 // processes} for name, case in CASES.items()}
     done = subprocess.run(
         [*command, "tests.distributed_worker", str(models), str(output), json.dumps(cases)],
         capture_output=True,
@@ -65,19 +83,23 @@ def launch(models: Path, output: Path, processes: int) -> None:
 @pytest.fixture(scope="module")
 def steps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("steps")
-    launch(models, output / "one", 1)
-    launch(models, output / "two", 2)
+    for processes in (1, 2, 3):
+        launch(models, output / str(processes), processes)
     return output
 
 
+@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_loss_and_gradients_of_one(steps: Path, case: str) -> None:
-    [one], _ = json.loads((steps / "one" / case / "losses.json").read_text())
-    [two], evaluated = json.loads((steps / "two" / case / "losses.json").read_text())
-    assert two == pytest.approx(one, abs=1e-5)
-    whole, halves = (torch.load(steps / side / case / "gradients.pt", weights_only=True) for side in ("one", "two"))
-    assert halves.keys() == whole.keys()
-    for name, gradient in whole.items():
-        torch.testing.assert_close(halves[name], gradient, atol=1e-5, rtol=0)
-    assert math.isfinite(evaluated)  # six rows in two halves still make a batch
-    assert (steps / "two" / case / "checkpoint-1" / "rng_state_1.pth").is_file()
+def test_processes_give_the_loss_gradients_and_weights_of_one(steps: Path, case: str, processes: int) -> None:
+    alone, together = steps / "1" / case, steps / str(processes) / case
+    one, _ = json.loads((alone / "losses.json").read_text())
+    several, evaluated = json.loads((together / "losses.json").read_text())
+    assert several == pytest.approx(one, abs=1e-5)
+    for name in ("gradients.pt",) if "uneven" in CASES[case] else ("gradients.pt", "weights.pt"):
+        expected, found = (torch.load(side / name, weights_only=True) for side in (alone, together))
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5)
+    assert math.isfinite(evaluated)  # six rows in parts still make a batch
+    if "uneven" not in CASES[case]:
+        assert (together / "checkpoint-2" / f"rng_state_{processes - 1}.pth").is_file()

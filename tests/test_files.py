@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.files import claim, is_claimed, replace_dir, write_json_atomic, write_text_atomic
+from tct_hf.files import claim, is_claimed, replace_dir, write_aside, write_json_atomic, write_text_atomic
 
 
 def names(directory: Path) -> list[str]:
@@ -140,3 +140,16 @@ def test_a_folder_without_work_takes_new_settings(tmp_path: Path) -> None:
     claim(tmp_path / "work", {"seed": 2})
     (tmp_path / "work" / "weights").write_text("x")
     assert is_claimed(tmp_path / "work", {"seed": 2})
+
+
+def test_a_file_written_aside_takes_its_name_when_the_block_ends_well_and_leaves_nothing_otherwise(
+    tmp_path: Path,
+) -> None:
+    final = tmp_path / "new" / "rows.bin"
+    with write_aside(final) as aside:
+        aside.write_bytes(b"first")
+        assert aside.parent == final.parent and not final.exists()
+    with pytest.raises(RuntimeError), write_aside(final) as aside:
+        aside.write_bytes(b"half of the sec")
+        raise RuntimeError
+    assert final.read_bytes() == b"first" and [file.name for file in final.parent.iterdir()] == ["rows.bin"]

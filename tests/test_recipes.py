@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tct_hf.files import LOG_FILE
 from tests.models import tiny_colbert
-from tests.recipe import RECIPE, STEPS, killed_at, launch, run, write_material
+from tests.recipe import RECIPE, STEPS, in_this_process, killed_at, launch, run, write_material
 from tests.test_distributed import free_port
 
 SYSTEMS = ["bm25", "base-native", "base-tct", "student", "teacher"]
@@ -58,22 +56,7 @@ def runs(settings: Path) -> dict[str, Any]:
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, settings: Path) -> Callable[..., int]:
     """Runs the recipe in this process; the exit status."""
-    spec = importlib.util.spec_from_file_location("train_recipe", RECIPE)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "train_recipe", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr("tct_hf.quiet.quieten", lambda: None)  # it changes what later tests would see
-    monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
-
-    def call(output: Path, *options: str) -> int:
-        try:
-            module.run_recipe(module.main, module.Settings, "", [str(settings), f"--output_dir={output}", *options])
-        except SystemExit as end:
-            return int(str(end.code))
-        return 0
-
-    return call
+    return in_this_process(RECIPE, settings, monkeypatch)
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -264,3 +247,24 @@ def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(setti
     before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
     again = run(settings, tmp_path / "two", before=before)
     assert again.stdout.count("base encoder, TCT encoding, untrained\n") == 1  # of both, one evaluates
+
+
+def test_a_cached_teacher_and_schedules_are_settings_of_the_student(
+    recipe: Callable[..., int], runs: dict[str, Any], tmp_path: Path, settings: Path
+) -> None:
+    options = ["--stages=[student]", f"--teacher.model={settings.parent / 'whole' / 'teacher'}"]
+    options += [f"--student.teacher_cache={tmp_path / 'cache'}"]
+    options += ["--student.schedules={temperature: {start: 2.0, end: 0.5}}"]
+    assert recipe(tmp_path / "run", *options) == 0
+    log = json.loads((tmp_path / "run" / "student" / LOG_FILE).read_text())
+    assert [entry["temperature"] for entry in log if "temperature" in entry] == pytest.approx(
+        [2.0 - 0.3 * step for step in range(STEPS)], abs=1e-3
+    )
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.f16")) > 10_000
+
+
+def test_a_schedule_that_is_none_is_refused_before_anything(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(tmp_path / "run", "--student.schedules={temprature: {start: 2.0}}") == 2
+    assert "student.schedules: 'temprature' has no schedule" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tct_hf import ColBERTTeacher, build_student, student_from_teacher
+from tct_hf import ColBERTTeacher, NoTeacher, build_student, student_from_teacher
 from tct_hf.batching import passes as cut_into_passes
 from tct_hf.teachers import TRAINING_FILE, has_bfloat16, read_training_scale, write_training_scale
 from tests.models import load_colbert, pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert, tiny_mpnet
@@ -495,3 +495,12 @@ def test_a_student_in_place_of_a_teacher_is_refused(tmp_path: Path) -> None:
     save_student(build_student(str(tiny_bert(tmp_path / "base")), document_length=64), tmp_path / "student")
     with pytest.raises(ValueError, match="is a SentenceTransformer, one vector a text, and no ColBERT"):
         ColBERTTeacher(str(tmp_path / "student"))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3)])
+def test_no_teacher_gives_zeros_of_the_shape_of_the_batch(rows: int, columns: int) -> None:
+    teacher = NoTeacher()
+    inputs = teacher.collate(TEXTS[:rows], columns_of(rows, columns), [{}] * rows)
+    scores = teacher.score_matrix(inputs, gather=True)
+    assert scores.dtype == torch.float32 and scores.shape == (rows, rows * columns) and not scores.any()
+    assert teacher.training_scale == 1.0 and teacher.to(torch.device("cpu")) is teacher

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from concurrent.futures import Future
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from transformers import EarlyStoppingCallback
 
-from tests.training import PASSAGES, QUERIES, logged, make_models, make_trainer, reference_loss, triples
+from tests.training import PASSAGES, QUERIES, logged, make_models, make_trainer, reference_of_batch, triples
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +61,11 @@ def test_loss_of_a_batch_equals_an_independent_numpy_version(
     student.eval()
     loss = trainer.compute_loss(student, batch).item()
 
-    # The sampler shuffles: find the rows by their queries, then do everything again from the texts.
-    shuffled = student.tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
-    names = {
-        student.tokenizer.decode(student.tokenizer("[Q] " + q)["input_ids"], skip_special_tokens=True): i
-        for i, q in enumerate(dataset["query"])
-    }
-    rows = dataset.select([names[text] for text in shuffled])
-    columns = ["positive"] + [name for name in rows.column_names if name.startswith("negative") and "_id" not in name]
-    passages = [text for column in columns for text in rows[column]]
-    ids = [key for column in columns for key in rows[f"{column}_id"]]
-    student_scores = student.encode_query(rows["query"]) @ student.encode_document(passages).T
-    colbert = teacher.model
-    teacher_scores = colbert.similarity(
-        colbert.encode_query(list(rows["query"])), colbert.encode_document(passages)
-    ).numpy()
-    known = [list(keys) for keys in rows["known_positive_ids"]]
-    expected = reference_loss(
-        student_scores,
-        teacher_scores,
-        ids,
-        list(range(8)),
-        known,
+    expected = reference_of_batch(
+        student,
+        teacher,
+        dataset,
+        batch,
         temperature=0.5,
         student_temperature=2.0,
         weight=0.3,
@@ -291,63 +272,6 @@ def test_models_can_be_chosen_by_an_evaluator_on_dev_queries(models: Path, tmp_p
     measured = logged(trainer, "eval_dev_dot_mrr@10")
     assert len(measured) == 4
     assert trainer.state.best_metric == max(measured)
-
-
-class Hub:
-    """Stands for the Hub's client: keeps what would be uploaded."""
-
-    uploads: ClassVar[list[dict[str, Any]]] = []
-
-    def upload_folder(self, **request: Any) -> Future[Any]:
-        folder, ignored = Path(request["folder_path"]), request.get("ignore_patterns", [])
-        kept = {
-            str(p.relative_to(folder)): p.read_bytes()
-            for p in folder.rglob("*")
-            if p.is_file() and not any(fnmatch(p.name, pattern) for pattern in ignored)
-        }
-        self.uploads.append({**request, "files": kept})
-        done: Future[Any] = Future()
-        done.set_result(None)
-        return done
-
-
-def test_a_push_in_training_holds_the_whole_student_and_no_token(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tct_hf import saving
-
-    monkeypatch.setattr(saving, "HfApi", Hub)
-
-    def no_network(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.hub_model_id, self.push_in_progress = "me/it", None
-
-    monkeypatch.setattr("transformers.Trainer.init_hf_repo", no_network)
-    Hub.uploads.clear()
-    student, teacher = load(models)
-    trainer = make_trainer(
-        tmp_path,
-        student,
-        teacher,
-        triples(16),
-        save_strategy="steps",
-        save_steps=1,
-        push_to_hub=True,
-        hub_model_id="me/it",
-        hub_token="hf_secret_token",
-        hub_always_push=True,
-        hub_strategy="checkpoint",
-    )
-    trainer.train()
-    model, checkpoint = Hub.uploads[:2]
-    assert model["repo_id"] == "me/it" and model["token"] == "hf_secret_token"
-    assert {"modules.json", "model.safetensors", "1_Pooling/config.json", "README.md"} <= model["files"].keys()
-    assert not {"optimizer.pt", "training_args.bin", "trainer_state.json"} & model["files"].keys()
-    config = json.loads(model["files"]["tokenizer_config.json"])
-    assert config["tokenizer_class"] == "TokenizersBackend"
-    assert checkpoint["path_in_repo"] == "last-checkpoint" and "optimizer.pt" in checkpoint["files"]
-    for upload in Hub.uploads:
-        assert not any(b"hf_secret_token" in content for content in upload["files"].values())
-    assert not any(b"hf_secret_token" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 
 def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models: Path, tmp_path: Path) -> None:

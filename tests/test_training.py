@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from tct_hf import training
-from tct_hf.training import StepLines, precision, process_state, train_colbert, train_student
-from tests.models import tiny_bert, tiny_colbert
+from tct_hf.data.collection import Collection, load_collection
+from tct_hf.training import StepLines, Stopwatch, dev_evaluator, precision, process_state, train_colbert, train_student
+from tests.models import load_colbert, tiny_bert, tiny_colbert
+from tests.recipe import write_beir
 from tests.training import make_models, triples
 
 ARGUMENTS: dict[str, Any] = {
@@ -57,6 +59,7 @@ def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(ba
     assert ColBERTTeacher(str(final), dtype="float32").training_scale == 4.0
     log = json.loads((final / "training_log.json").read_text())
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert log[-1].keys() == {"step", "seconds"} and log[-1]["step"] == 3 and log[-1]["seconds"] > 0
     assert json.loads((final / "tct_settings.json").read_text()) == {"seed": 3}
     assert len(said) == 3 and "step     3 of 3" in said[2]
     assert sorted(entry.name for entry in (tmp_path / "work").iterdir()) == ["tct_settings.json", "training_log.json"]
@@ -194,3 +197,83 @@ def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.Monke
 def test_one_process_is_the_main_one() -> None:
     state = process_state()
     assert state.is_main_process and state.num_processes == 1
+
+
+def test_the_stopwatch_adds_up_what_each_start_took_until_its_last_checkpoint(tmp_path: Path) -> None:
+    now = [100.0]
+    state = SimpleNamespace(is_world_process_zero=True)
+    first = Stopwatch(tmp_path / "seconds.json", clock=lambda: now[0])
+    assert first.seconds() == 0
+    first.on_train_begin(None, state, None)
+    now[0] = 110.0
+    first.on_save(None, state, None)
+    now[0] = 117.0  # killed: the seven seconds since the checkpoint are done again
+    second = Stopwatch(tmp_path / "seconds.json", clock=lambda: now[0])
+    now[0] = 1000.0
+    second.on_train_begin(None, state, None)
+    now[0] = 1002.0
+    second.on_save(None, state, None)
+    now[0] = 1005.0
+    second.on_save(None, SimpleNamespace(is_world_process_zero=False), None)
+    second.on_train_end(None, state, None)
+    assert second.seconds() == 15.0
+    assert [file.name for file in tmp_path.iterdir()] == ["seconds.json"]
+
+
+@pytest.fixture
+def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    return load_collection(str(write_beir(tmp_path / "beir", passages=20, train=2, dev=6, test=4)))
+
+
+def test_there_is_a_dev_evaluator_only_where_evaluation_is_asked_for(collection: Collection) -> None:
+    for arguments in ({}, {"eval_strategy": "no"}):
+        assert dev_evaluator(collection, arguments, late_interaction=False) is None
+    del collection.splits["dev"]
+    with pytest.raises(ValueError, match=r"eval_strategy is 'steps', but .* has no dev split: name one"):
+        dev_evaluator(collection, {"eval_strategy": "steps"}, late_interaction=False)
+
+
+def test_a_dev_evaluator_takes_the_dev_queries_or_a_part_of_them_with_their_answers(collection: Collection) -> None:
+    asked = {"eval_strategy": "steps"}
+    whole = dev_evaluator(collection, asked, late_interaction=False)
+    assert whole.queries == list(collection.splits["dev"].queries.values()) and len(whole.corpus) == 20
+    part = dev_evaluator(collection, asked, late_interaction=False, queries=2, passages=7)
+    assert len(part.queries) == 2 and len(part.corpus) == 7
+    answers = {passage for query in part.queries_ids for passage in part.relevant_docs[query]}
+    assert answers <= set(part.corpus_ids)
+    with pytest.raises(ValueError, match=r"curve\.passages"):
+        dev_evaluator(collection, asked, late_interaction=False, passages=1)
+
+
+@pytest.mark.parametrize("late_interaction", [False, True])
+def test_dev_is_encoded_in_the_precision_of_training_and_compared_in_float32(
+    collection: Collection, tmp_path: Path, late_interaction: bool
+) -> None:
+    model = load_colbert(tiny_colbert(tmp_path)) if late_interaction else make_models(tmp_path)[0]
+    vectors, measured = [], []
+    for bf16 in (False, True):
+        arguments = {"eval_strategy": "steps", "bf16": bf16}
+        evaluator = dev_evaluator(collection, arguments, late_interaction=late_interaction)
+        found = evaluator.embed_inputs(model, ["dense tokens"], encode_fn_name="query")
+        vectors.append(torch.as_tensor(found[0]))
+        measured.append(evaluator(model)[f"dev_{'maxsim' if late_interaction else 'dot'}_mrr@10"])
+    assert vectors[0].dtype == vectors[1].dtype == torch.float32
+    assert not torch.equal(vectors[0], vectors[1])
+    torch.testing.assert_close(vectors[0], vectors[1], atol=0.05, rtol=0.05)
+    assert all(0 < value <= 1 for value in measured)
+
+
+def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> None:
+    losses = []
+    flagged = triples(16).add_column("labelled", [True] * 8 + [False] * 8)  # type: ignore[call-arg]
+    for name, rows in (("all", flagged), ("labelled", triples(8))):
+        final = colbert(
+            tmp_path / name,
+            base,
+            make_triples=lambda rows=rows: rows,
+            arguments={**ARGUMENTS, "batch_sampler": "batch_sampler"},
+        )
+        log = json.loads((final / "training_log.json").read_text())
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 3

@@ -107,15 +107,17 @@ def reference_loss(
     student_temperature: float = 1.0,
     weight: float,
     own_only: bool = False,
+    labelled: list[bool] | None = None,
 ) -> tuple[float, float]:
     """Both parts of the loss in float64, row by row in plain loops: candidates are kept in a list, no mask."""
     rows = len(own)
+    labelled = labelled or [True] * rows
     hard = soft = 0.0
     for i, column in enumerate(own):
         keep = [
             c
             for c, name in enumerate(passage_ids)
-            if (c == column or (name != passage_ids[column] and name not in known[i]))
+            if (c == column or not labelled[i] or (name != passage_ids[column] and name not in known[i]))
             and (not own_only or c % rows == i)
         ]
 
@@ -124,8 +126,39 @@ def reference_loss(
             return values - values.max() - np.log(np.exp(values - values.max()).sum())
 
         log_student = log_softmax(student_scores[i, keep])
-        hard -= log_student[keep.index(column)]
+        if labelled[i]:
+            hard -= log_student[keep.index(column)]
         log_student_soft = log_softmax(student_scores[i, keep] / student_temperature)
         log_teacher = log_softmax(teacher_scores[i, keep] / temperature)
         soft += float((np.exp(log_teacher) * (log_teacher - log_student_soft)).sum())
-    return weight * hard / len(own), (1 - weight) * soft / len(own)
+    return weight * hard / max(sum(labelled), 1), (1 - weight) * soft / len(own)
+
+
+def reference_of_batch(
+    student: Any, teacher: Any, dataset: Dataset, batch: Any, **settings: Any
+) -> tuple[float, float]:
+    """The :func:`reference_loss` of a batch whose rows are found by their queries and done again from the texts."""
+    shuffled = student.tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
+    names = {
+        student.tokenizer.decode(student.tokenizer("[Q] " + q)["input_ids"], skip_special_tokens=True): i
+        for i, q in enumerate(dataset["query"])
+    }
+    rows = dataset.select([names[text] for text in shuffled])
+    columns = ["positive"] + [name for name in rows.column_names if name.startswith("negative") and "_id" not in name]
+    passages = [text for column in columns for text in rows[column]]
+    ids = [key for column in columns for key in rows[f"{column}_id"]]
+    student_scores = student.encode_query(rows["query"]) @ student.encode_document(passages).T
+    teacher_scores = np.zeros_like(student_scores)
+    if teacher is not None:
+        colbert = teacher.model
+        queries, documents = colbert.encode_query(list(rows["query"])), colbert.encode_document(passages)
+        teacher_scores = colbert.similarity(queries, documents).numpy()
+    return reference_loss(
+        student_scores,
+        teacher_scores,
+        ids,
+        list(range(len(rows))),
+        [list(keys) for keys in rows["known_positive_ids"]],
+        labelled=list(rows["labelled"]) if "labelled" in rows.column_names else None,
+        **settings,
+    )

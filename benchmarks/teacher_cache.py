@@ -1,0 +1,59 @@
+"""What a cached teacher costs: a training step with hard labels alone, with a live teacher, and with a cached one.
+
+    python benchmarks/teacher_cache.py [--steps 20] [--batch 32] [--threads 2]
+
+Same texts, same student (the bundled 6-layer encoder in TCT encoding), one trainer, steps of the three in turn. The
+cached teacher has met every text of the timed steps once before: the figures are those of the second epoch on.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from train_step import MODES, make_step, step_options, triples
+
+SIDES = ("hard", "tct", "cached")
+
+
+def main() -> None:
+    args = step_options(__doc__).parse_args()
+
+    import torch
+
+    from tct_hf.quiet import quieten
+
+    quieten()
+    torch.set_num_threads(args.threads)
+    rows = triples(args.batch * args.steps, seed=1)
+    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, batch {args.batch}")
+    print("| mode | hard labels s/step | live | cached | live / hard (quartiles) | cached / hard (quartiles) | GB |")
+    print("|---|---:|---:|---:|---|---|---:|")
+    for mode in [args.mode] if args.mode else MODES:
+        with tempfile.TemporaryDirectory() as folder:
+            steps = {side: make_step(side, mode, rows, args.batch, f"{folder}/{side}") for side in SIDES}
+            for _ in range(args.steps):  # an epoch, in which the cache is filled
+                steps["cached"]()
+            for side in ("hard", "tct"):
+                steps[side]()
+            times: dict[str, list[float]] = {side: [] for side in SIDES}
+            for turn in range(args.steps):
+                for side in SIDES[turn % 3 :] + SIDES[: turn % 3]:
+                    begun = time.perf_counter()
+                    steps[side]()
+                    times[side].append(time.perf_counter() - begun)
+            used = sum(file.stat().st_size for file in Path(folder).rglob("*.f16")) / 1e9
+        cells = [f"{statistics.median(times[side]):.3f}" for side in SIDES]
+        for side in ("tct", "cached"):
+            low, middle, high = statistics.quantiles(
+                [mine / hard for mine, hard in zip(times[side], times["hard"], strict=True)], n=4
+            )
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        print(f"| {mode} | {' | '.join(cells)} | {used:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Batches of data sets that are read while they train: every row once a pass, and the same ones after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from datasets import IterableDataset
+from torch.utils import data
+from transformers import TrainerCallback
+
+from tct_hf.data.streamed import StreamedTriples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+Row = dict[str, Any]
+_ROWS_AT_ONCE = 100
+
+
+class StreamedBatches(data.IterableDataset[list[Row] | None]):
+    """One process's batches of a stream of rows, pass after pass.
+
+    All processes, and all data-loader workers of each, go through the rows in the same order. Of every
+    `processes * batch_size` rows each process has its part, and its workers take turns, so that a step trains on the
+    same rows however many processes and workers share them. Each of them goes through the whole source for that, but
+    parses and looks up only its own rows of `load_triples`: files need neither be many nor equally long.
+
+    A batch that a pass ends in is filled up from the next pass: no row is left out, whatever the batch size.
+
+    Args:
+        rows: in an order that is the same in every process: shuffled with a seed, or not at all. (Without a seed,
+            `shuffle` draws another one in each process, and rows are then lost and repeated.)
+        batch_size: rows of a batch of one process.
+        process: number of this process, from 0.
+        processes: how many there are.
+        passes: over the rows; None for no end. After the last one, what is left over makes a last, shorter batch on a
+            single process; several processes leave it out, because their batches must be equal.
+
+    Raises:
+        ValueError: while it is read: there are fewer rows than all processes need for one batch each.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        batch_size: int,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        passes: int | None = None,
+    ) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.process = process
+        self.processes = processes
+        self.passes = passes
+        self.first_pass = 0
+        self.trained = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin with this pass, from 0: each has its own order where the rows are shuffled."""
+        self.first_pass = epoch
+
+    def __iter__(self) -> Iterator[list[Row] | None]:
+        """Read from the start of the first pass.
+
+        Yields:
+            Batches; None in place of each of the first `trained` ones of this process, which are not wanted again.
+        """
+        info = data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        start = self.process * self.batch_size
+        for number, batch in enumerate(self._filled(self.batch_size * self.processes)):
+            if number % workers == worker:  # the data loader takes one batch of each worker in turn
+                yield None if number < self.trained else self._read(batch[start : start + self.batch_size])
+
+    def _read(self, rows: list[Row]) -> list[Row]:
+        return self.rows.reader.rows(rows) if isinstance(self.rows, StreamedTriples) else rows
+
+    def _filled(self, size: int) -> Iterator[list[Row]]:
+        """Batches of `size` rows, filled up from the next pass; of the first `trained` ones the content is void."""
+        batch: list[Row] = []
+        number = self.first_pass
+        given = 0
+        while self.passes is None or number < self.first_pass + self.passes:
+            count = 0
+            for row in _one_pass(self.rows, number):
+                count += 1
+                batch.append(row)
+                if len(batch) == size:
+                    yield batch
+                    given += 1
+                    batch = []
+            if count < size:
+                self._check_few(count, size)
+                if batch:
+                    yield batch  # filled up, it would hold a row twice
+                    given += 1
+                batch = []
+            elif given < self.trained:
+                # Whole passes that are trained on need not be read: every pass has as many rows.
+                passed = (self.trained * size - given * size - len(batch)) // count
+                ends = given * size + len(batch) + passed * count
+                while given < ends // size:
+                    yield batch
+                    given += 1
+                batch = [{} for _ in range(ends % size)]
+                number += passed
+            number += 1
+        if batch and self.processes == 1:
+            yield batch
+
+    def _check_few(self, count: int, size: int) -> None:
+        if count and self.processes == 1:
+            return
+        share = f" of {self.batch_size} rows on each of {self.processes} processes ({size})"
+        raise ValueError(
+            f"The streamed data set has {count:,} rows, fewer than one batch{share if self.processes > 1 else ''}: "
+            "give it more rows, or train with a smaller per_device_train_batch_size or on fewer processes."
+        )
+
+
+def _one_pass(rows: IterableDataset, number: int) -> Iterator[Row]:
+    # Each process and worker goes through all rows, but reads only its own.
+    rows = rows.ordered if isinstance(rows, StreamedTriples) else rows
+    # An IterableDataset's epoch is in memory that all workers share: each of them has to have one of its own.
+    own = rows.with_format(None)
+    own.set_epoch(number)
+    # Iterated plainly in a worker, it would be divided among the workers once more.
+    for batch in own.iter(_ROWS_AT_ONCE):
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+class _Collate:
+    """Gives the collator the batches that are wanted."""
+
+    def __init__(self, collate: Callable[[list[Row]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, batch: list[Row] | None) -> dict[str, Any]:
+        return {} if batch is None else self.collate(batch)
+
+
+class _PassOver(TrainerCallback):
+    """A run that goes on skips the batches it has trained on: these are read, but not tokenised again."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        if isinstance(batches, StreamedBatches) and not args.ignore_data_skip:
+            batches.trained = state.global_step * args.gradient_accumulation_steps
+
+
+class StreamedTrainingMixin:
+    """Training on an `IterableDataset`, by :class:`StreamedBatches`; other data sets are left to the base class.
+
+    To the trainer, all passes together are one epoch of `max_steps` steps. Where a run goes on is a number of batches
+    from its start, over the ends of passes. `dataloader_drop_last` has no say: nothing is left over.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = kwargs.get("args")
+        if isinstance(kwargs.get("train_dataset"), IterableDataset) and (settings is None or settings.max_steps <= 0):
+            raise ValueError(
+                "max_steps is not set, and train_dataset is streamed: it has no length, so num_train_epochs can't say "
+                "when training ends. Set max_steps (for e passes over n rows: e * n / (per_device_train_batch_size * "
+                "processes * gradient_accumulation_steps))."
+            )
+        super().__init__(*args, **kwargs)
+        self.add_callback(_PassOver())  # type: ignore[attr-defined]
+
+    def get_train_dataloader(self) -> data.DataLoader[Any]:
+        """The batches of training, without end for a streamed data set; of one pass where nothing is being trained."""
+        trainer: Any = self
+        if not isinstance(trainer.train_dataset, IterableDataset):
+            return super().get_train_dataloader()  # type: ignore[misc]
+        from accelerate.data_loader import prepare_data_loader
+
+        args, accelerator = trainer.args, trainer.accelerator
+        batches = StreamedBatches(
+            trainer.train_dataset,
+            args.train_batch_size,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+            passes=None if trainer.is_in_train else 1,
+        )
+        loader = data.DataLoader(
+            batches,
+            batch_size=None,
+            collate_fn=_Collate(trainer.data_collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # The batches are this process's own already.
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            rng_types=accelerator.rng_types.copy(),
+            dispatch_batches=False,
+        )
+        trainer._train_dataloader = prepared
+        return prepared

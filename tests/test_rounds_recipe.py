@@ -1,0 +1,224 @@
+"""The rounds recipe from end to end on a tiny encoder: whole, killed in each kind of stage, prolonged, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import tiny_colbert
+from tests.recipe import ROOT, STEPS, in_this_process, killed_at, run, write_material
+
+RECIPE = ROOT / "recipes" / "rounds.py"
+KILLED = ["round 1: mine", f"step     3 of {STEPS}", "round 1: student", "ColBERT teacher, round 1"]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rounds")
+    write_material(folder)
+    (folder / "rounds.yaml").write_text(
+        """
+extends: tiny.yaml
+rounds: 1
+variant: HN+
+mining: {depth: 10, margin: 5.0}
+later:
+  student: {learning_rate: 5.0e-4}
+  teacher: {learning_rate: 5.0e-4}
+"""
+    )
+    return folder / "rounds.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe(settings: Path, patch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return in_this_process(RECIPE, settings, patch)
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Path, recipe: Callable[..., int]) -> Path:
+    assert recipe(settings.parent / "whole") == 0
+    return settings.parent / "whole"
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What must not depend on how a run went: runs, weights, triples, metrics."""
+    kinds = ("*.trec", "model.safetensors", "triples.parquet", "metrics.json")
+    files = [file for kind in kinds for file in folder.rglob(kind)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def weights(folder: Path, number: int, role: str) -> bytes:
+    return (folder / f"round-{number}" / role / "model.safetensors").read_bytes()
+
+
+def test_each_round_leaves_its_models_triples_and_runs(whole: Path) -> None:
+    import pyarrow.parquet as pq
+    from sentence_transformers import MultiVectorEncoder
+
+    from tct_hf import validate_checkpoint
+
+    for number in (0, 1):
+        folder = whole / f"round-{number}"
+        assert MultiVectorEncoder(str(folder / "teacher"), device="cpu").encode_query("dense").shape == (16, 16)
+        assert not list(folder.glob("training/*/checkpoint-*"))
+    validate_checkpoint(whole / "round-1" / "student")
+    assert weights(whole, 0, "student") != weights(whole, 1, "student")
+    assert weights(whole, 0, "teacher") != weights(whole, 1, "teacher")
+    rows = pq.read_table(whole / "round-1" / "mined" / "triples.parquet").to_pylist()
+    assert len(rows) == 40 and {row["origin"] for row in rows} == {"student base"}
+    for row in rows:
+        assert row["negative_id"] not in row["known_positive_ids"]
+    runs = {str(file.relative_to(whole)) for file in whole.rglob("*.test.trec")}
+    assert runs == {
+        *(f"runs/{key}.test.trec" for key in ("bm25", "base-native", "teacher")),
+        "round-0/runs/student-0.test.trec",
+        "round-1/runs/student-1.test.trec",
+        "round-1/runs/teacher-1.test.trec",
+    }
+
+
+def test_the_rounds_start_from_the_last_states(whole: Path) -> None:
+    # Six small steps from the last round's weights stay near them; from the base encoder's they would not.
+    from safetensors.torch import load
+
+    for role in ("student", "teacher"):
+        before, after = (load(weights(whole, number, role)) for number in (0, 1))
+        assert before.keys() == after.keys()
+        assert max(float((before[name] - after[name]).abs().max()) for name in before) < 0.02
+
+
+def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -> None:
+    report = (whole / "report.md").read_text()
+    measured = json.loads((whole / "metrics.json").read_text())["measured"]
+    lines = [line for line in report.splitlines() if line.startswith("| ")]
+    names = [f"{split} {name}" for split in ("dev", "test") for name in ("RR@10", "nDCG@10", "R@20")]
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == names
+    keys = ["bm25", "base-native", "student-0", "student-1", "teacher", "teacher-1"]
+    titles = [
+        "BM25",
+        "base encoder",
+        "student, base",
+        "student, round 1",
+        "ColBERT teacher",
+        "ColBERT teacher, round 1",
+    ]
+    for line, key, title in zip(lines[1:], keys, titles, strict=True):
+        assert line[2:].startswith(title)
+        shown = [cell.strip(" *") for cell in line.split("|")[2:-1]]
+        assert shown == [f"{measured[s][key][m]['mean']:.3f}" for s, m in (name.split() for name in names)]
+    best = max((0, 1), key=lambda number: measured["dev"][f"student-{number}"]["RR@10"]["mean"])
+    assert f"{whole / f'round-{best}' / 'student'}" in report
+    assert "Mined for round 1: 40 triples of 40 queries" in report and "p: paired randomisation" in report
+
+
+def test_a_run_killed_in_the_training_of_a_round_ends_with_the_bytes_of_an_undisturbed_one(
+    whole: Path, settings: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole / "round-0", tmp_path / "round-0", ignore=shutil.ignore_patterns("search", "runs"))
+    said = killed_at(f"step     3 of {STEPS}", settings, tmp_path, RECIPE)
+    assert "base: student: skipped, it is trained" in said and "base: teacher: skipped" in said
+    assert not (tmp_path / "round-1" / "teacher").exists()
+    capsys.readouterr()
+    assert recipe(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "round 1: mine: skipped, they are mined" in said and f"goes on after step 2 of {STEPS}" in said
+    assert results(tmp_path) == results(whole) and len(results(whole)) == 12 + 6 + 1 + 1
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_every_kind_of_stage_ends_with_the_bytes_of_an_undisturbed_one(
+    whole: Path, settings: Path
+) -> None:
+    output = settings.parent / "killed"
+    shutil.copytree(whole / "round-0", output / "round-0", ignore=shutil.ignore_patterns("search", "runs"))
+    said = [killed_at(line, settings, output, RECIPE) for line in KILLED]
+    assert "base: student: skipped, it is trained" in said[0] and "base: teacher: skipped" in said[0]
+    last = run(settings, output, recipe=RECIPE).stdout
+    assert "round 1: mine: skipped, they are mined" in last and "  step " not in last
+    assert results(output) == results(whole)
+
+
+def test_a_finished_run_does_nothing_again_and_goes_on_with_another_round(
+    whole: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = results(whole)
+    capsys.readouterr()
+    assert recipe(whole) == 0
+    said = capsys.readouterr().out
+    assert "  step " not in said and results(whole) == before
+    output = shutil.copytree(whole, tmp_path / "longer")
+    assert recipe(output, "--rounds=2") == 0
+    said = capsys.readouterr().out
+    assert "round 1: student: skipped" in said and "student, round 2" in said
+    after = results(output)
+    assert {name: after[name] for name in before if name != "metrics.json"} == {
+        name: content for name, content in before.items() if name != "metrics.json"
+    }
+    assert weights(output, 2, "student") != weights(output, 1, "student")
+
+
+def test_hn_trains_the_student_alone_and_may_begin_anew(
+    settings: Path, recipe: Callable[..., int], whole: Path, tmp_path: Path
+) -> None:
+    colbert = tiny_colbert(tmp_path / "ready")
+    options = [f"--teacher.model={colbert}", "--variant=HN", "--start_from=new"]
+    assert recipe(tmp_path / "hn", *options) == 0
+    assert not list((tmp_path / "hn").glob("round-*/teacher"))
+    report = (tmp_path / "hn" / "report.md").read_text()
+    assert "student, round 1" in report and "ColBERT teacher, round 1" not in report and "base encoder" not in report
+    log = json.loads((tmp_path / "hn" / "round-1" / "student" / "training_log.json").read_text())
+    assert next(entry["learning_rate"] for entry in log if "learning_rate" in entry) <= 5.0e-4
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--mining.depth=11", "mining.depth"),
+        ("--variant=HN", "variant"),
+        ("--later.student.learning_rate=0.1", "later.student.learning_rate"),
+        ("--student.training.temperature=2.0", "student.training.temperature"),
+        ("--evaluation.depth=30", "depth"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused_by_name(
+    whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str, name: str
+) -> None:
+    before = results(whole)
+    assert recipe(whole, option) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"holds a run with {name} = " in message and "choose another --output_dir" in message
+    assert results(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds=-1"], "rounds: -1 is below 0"),
+        (["--data.unlabelled=true"], "negatives are mined for judged queries"),
+        (["--variant=HN++"], "variant"),
+        (["--teacher.model=./nowhere"], "teacher.model: ./nowhere is not there"),
+        (["--mining.depht=3"], 'did you mean "mining.depth"?'),
+    ],
+)
+def test_wrong_settings_are_one_message_before_anything_runs(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert recipe(tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_rounds_that_come_along_are_valid_settings(recipe: Callable[..., int]) -> None:
+    import sys
+
+    from tct_hf.settings import load_settings
+
+    schema: Any = sys.modules["rounds_recipe"].Settings
+    loaded = load_settings(schema, [str(ROOT / "recipes" / "rounds.yaml")], description="")
+    assert loaded.mining.depth == 50 and loaded.later.student["learning_rate"] < 2.0e-4
