@@ -213,6 +213,7 @@ def evaluate(
         measures=settings.measures,
         name=settings.report + ("" if settings.only is None else ".part"),
         curve=f"dev RR@10 (among {settings.curve.passages:,} passages)",
+        columns=1 + settings.data.num_negatives,
         settings=asdict(settings),
     )
 

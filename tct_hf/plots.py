@@ -81,6 +81,53 @@ def plot_dev_curves(
     return _save(figure, path)
 
 
+def plot_sweep(
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    path: str | Path,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    doubling: bool = False,
+) -> Path:
+    """Plot a measure against something that was varied, one line a series.
+
+    Args:
+        lines: name to (what was varied, value, half the length of the error bar); a line of one point is drawn across.
+        path: PNG file to write.
+        xlabel: what was varied.
+        ylabel: what is measured, and what the bars are.
+        title: of the plot.
+        doubling: each point of the axis is about twice the one before it.
+
+    Returns:
+        The file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no line has two points.
+    """
+    if not any(len(points) > 1 for points in lines.values()):
+        raise ValueError("There is nothing to plot: a sweep needs two points.")
+    figure = _figure(5.6, 3.8)
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        xs, ys, bars = (list(values) for values in zip(*sorted(points), strict=True))
+        if len(xs) == 1:
+            axes.axhline(ys[0], linestyle="--", linewidth=1, color="gray", label=name)
+        else:
+            axes.errorbar(xs, ys, yerr=bars, marker="o", markersize=3, capsize=3, label=name)
+    ticks = sorted({x for points in lines.values() if len(points) > 1 for x, _, _ in points})
+    if doubling:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return _save(figure, path)
+
+
 @dataclass(frozen=True)
 class TradeOff:
     """A system in a plot of effectiveness against cost.

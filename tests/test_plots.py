@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tct_hf import plots
-from tct_hf.plots import plot_dev_curves, plot_losses
+from tct_hf.plots import plot_dev_curves, plot_losses, plot_sweep
 
 TEACHER = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "train_loss": 1.7}]
 STUDENT = [{"step": 1, "loss": 0.9, "hard_label": 0.4, "distillation": 0.5}]
@@ -79,3 +79,23 @@ def test_no_dev_figure_is_refused_with_the_mend(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set curve\.steps, and have a dev split"):
         plot_dev_curves({"without figures": PANELS["without figures"]}, tmp_path / "x.png", ylabel="y")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_draws_a_line_a_series_and_single_points_across(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    lines = {"in-batch": [(64, 0.5, 0.01), (16, 0.4, 0.02), (512, 0.6, 0.01)], "BM25": [(0, 0.3, 0.0)]}
+    plot_sweep(lines, tmp_path / "x.png", xlabel="candidates", ylabel="RR@10", title="t", doubling=True)
+    [axes] = drawn[0].axes
+    found = [line.get_xydata().tolist() for line in axes.lines]
+    assert [[0, 0.3], [1, 0.3]] in found  # from edge to edge
+    assert [[16, 0.4], [64, 0.5], [512, 0.6]] in found
+    assert sorted(axes.get_legend_handles_labels()[1]) == ["BM25", "in-batch"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "64", "512"]
+
+
+def test_a_sweep_of_single_points_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs two points"):
+        plot_sweep({"BM25": [(0, 0.3, 0.0)]}, tmp_path / "x.png", xlabel="x", ylabel="y", title="t")

@@ -114,6 +114,7 @@ def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -
         assert shown == [f"{measured[s][key][m]['mean']:.3f}" for s, m in (name.split() for name in names)]
     best = max((0, 1), key=lambda number: measured["dev"][f"student-{number}"]["RR@10"]["mean"])
     assert f"{whole / f'round-{best}' / 'student'}" in report
+    assert "Plot: rounds.png" in report and (whole / "rounds.png").read_bytes().startswith(b"\x89PNG")
     assert "Mined for round 1: 40 triples of 40 queries" in report and "p: paired randomisation" in report
 
 

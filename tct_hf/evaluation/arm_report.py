@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.arm_table import ArmResult, against_table, arm_table, write_students
-from tct_hf.evaluation.comparison import System, evaluate_all, read_log, run_systems, write_metrics
+from tct_hf.evaluation.comparison import System, evaluate_all, read_log, run_systems, standard_error, write_metrics
+from tct_hf.evaluation.effectiveness import Evaluation
 from tct_hf.files import claim, file_digest, write_text_atomic
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def report_arms(
     measures: Sequence[str],
     name: str,
     curve: str,
+    columns: int,
     settings: Mapping[str, Any],
     write: Callable[[str], None] = print,
 ) -> Path:
@@ -82,6 +84,7 @@ def report_arms(
         measures: ir-measures names.
         name: of the report, in the names of all its files.
         curve: what the plot shows over the steps.
+        columns: passages of a triple, the positive and its negatives.
         settings: JSON-ready, of the comparison.
         write: takes lines of progress.
 
@@ -110,6 +113,8 @@ def report_arms(
             "",
         ]
     lines += _plot(results, output / f"curves.{name}.png", curve)
+    swept = output / f"candidates.{name}.png"
+    lines += plot_candidates(results, dict(references.values()), swept, split, measures[0], columns)
     path = output / f"report.{name}.md"
     write_text_atomic(path, "\n".join(lines))
     write_students(output / f"students.{name}.csv", results, splits, collection.name)
@@ -136,3 +141,53 @@ def _plot(results: Mapping[str, ArmResult], path: Path, ylabel: str) -> list[str
     except (ImportError, ValueError) as error:
         return [f"No plot: {error}", ""]
     return [f"Plot: {path.name}", ""]
+
+
+def plot_candidates(
+    results: Mapping[str, ArmResult],
+    references: Mapping[str, Evaluation],
+    path: Path,
+    split: str,
+    measure: str,
+    columns: int,
+) -> list[str]:
+    """Plot effectiveness against the passages of a batch where arms differ in them.
+
+    Args:
+        results: name to result of each arm; those of own candidates stay out.
+        references: title to evaluation of what no arm trained, drawn across.
+        path: PNG file.
+        split: that is shown.
+        measure: likewise.
+        columns: passages of a triple.
+
+    Returns:
+        What to say in the report: nothing where fewer than three arms of a signal differ in their batch alone.
+    """
+    from tct_hf.arms import OWN
+    from tct_hf.plots import plot_sweep
+
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for result in results.values():
+        if result.arm.signal == OWN:
+            continue
+        first = next(iter(result.evaluations.values()))[split]
+        bar = standard_error(list(first.per_query[measure].values()))
+        point = (columns * int(result.arguments["per_device_train_batch_size"]), result.mean(split, measure), bar)
+        lines.setdefault(result.arm.signal, []).append(point)
+    lines = {signal: points for signal, points in lines.items() if len({x for x, _, _ in points}) == len(points) > 2}
+    if not lines:
+        return []
+    across = {title: [(0.0, evaluation.mean[measure], 0.0)] for title, evaluation in references.items()}
+    try:
+        plot_sweep(
+            {**lines, **across},
+            path,
+            xlabel="candidates of a query, on one device",
+            ylabel=f"{split} {measure} (bar: its standard error)",
+            title="Passages that a query is scored against in training",
+            doubling=True,
+        )
+    except ImportError as error:
+        return [f"No plot: {error}", ""]
+    return [f"{measure} against the candidates of a query: {path.name}", ""]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, table, write_metrics
+from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, standard_error, table, write_metrics
 from tct_hf.evaluation.effectiveness import Evaluation
 from tct_hf.evaluation.quick_report import (
     BASE_TCT,
@@ -148,6 +148,7 @@ def report_rounds(
             *_remarks(rounds, students, teachers, evaluations, measures[0]),
             "",
             *_mined(rounds),
+            *_plot(output / "rounds.png", evaluations["test"], students, teachers, measures[0]),
         ]
     )
     path = output / "report.md"
@@ -238,3 +239,33 @@ def _mined(rounds: Sequence[RoundResult]) -> list[str]:
         if result.mined is not None:
             lines += [f"Mined for {round_name(number)}: {result.mined.summary().replace(chr(10), '; ')}.", ""]
     return lines
+
+
+def _plot(
+    path: Path, test: Mapping[str, Evaluation], students: Sequence[str], teachers: Mapping[int, str], measure: str
+) -> list[str]:
+    """Plot the rounds' students, and teachers where each has its own; what to say in the report."""
+    from tct_hf.plots import plot_sweep
+
+    if len(students) < 2:
+        return []
+
+    def point(number: int, key: str) -> tuple[float, float, float]:
+        return (number, test[key].mean[measure], standard_error(list(test[key].per_query[measure].values())))
+
+    lines = {
+        "student": [point(number, key) for number, key in enumerate(students)],
+        "ColBERT teacher": [point(number, key) for number, key in teachers.items()],
+        "BM25": [point(0, BM25)],
+    }
+    try:
+        plot_sweep(
+            lines,
+            path,
+            xlabel="rounds of hard negatives",
+            ylabel=f"test {measure} (bar: its standard error)",
+            title="Hard-negative rounds",
+        )
+    except ImportError as error:
+        return [f"No plot: {error}", ""]
+    return [f"Plot: {path.name}", ""]
