@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tct_hf.batching import parts_of_like_length, stack_columns, take, token_lengths
 from tct_hf.distributed import gather_rows, sizes_of_all
 from tct_hf.score_losses import KLDirection, at_least_float32, check_settings, coupled_loss, masked, teacher_entropy
+from tct_hf.sparsity import active_dims
 
-__all__ = ["NO_LABEL", "TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "teacher_entropy"]
+__all__ = ["NO_LABEL", "TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part", "teacher_entropy"]
 
 NO_LABEL = -1  # of a row's positive_index
 
@@ -36,7 +37,8 @@ class TeacherTargets:
         mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
         positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
         report: figures of this batch that the loss leaves for the log: each part of the loss, the teacher's entropy
-            in nats and the share of rows where student and teacher agree on the top candidate.
+            in nats and the share of rows where student and teacher agree on the top candidate; of a sparse student
+            also the mean active dimensions of queries and passages, and the share of all dimensions that are not.
     """
 
     scores: Tensor
@@ -55,10 +57,11 @@ class _Cached:
 
 
 class TightlyCoupledLoss(CachedLossMixin, nn.Module):
-    """Distil a teacher's in-batch score matrix into a single-vector student, together with the hard labels.
+    """Distil a teacher's in-batch score matrix into a student of one vector a text, together with the hard labels.
 
     Args:
-        model: the student. Its embeddings are compared by plain dot product.
+        model: the student, dense or sparse. Its embeddings are compared by plain dot product. A sparse one needs a
+            SpladeLoss around this loss, so that it stays sparse: :class:`~tct_hf.SparseTCTTrainer` makes it.
         temperature: divides the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
         student_temperature: divides the student's scores in the distillation part.
         hard_label_weight: weight of the hard labels, from 0 to 1.
@@ -106,7 +109,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: SentenceTransformer | SparseEncoder,
         *,
         temperature: float = 0.25,
         student_temperature: float = 1.0,
@@ -139,6 +142,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             if not 0 < d <= (dimension or d):
                 raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
         self.model = model
+        self.is_sparse = isinstance(model, SparseEncoder)
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
@@ -268,6 +272,10 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         with torch.no_grad():
             labels.report.update({name: value.detach() for name, value in totals.items()})
             labels.report.update({name: scores.new_tensor(getattr(self, name)) for name in self.reported_settings})
+            if self.is_sparse:
+                for side, vectors in (("query", queries), ("document", torch.cat(embeddings[1:]))):
+                    labels.report[f"{side}_active_dims"] = active_dims(vectors)
+                    labels.report[f"{side}_sparsity"] = 1.0 - labels.report[f"{side}_active_dims"] / vectors.shape[1]
             if self.asks_teacher:
                 labels.report.update(self._against_teacher(scores, labels))
         return totals
@@ -320,3 +328,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     primaryClass={cs.IR}
 }
 """
+
+
+def coupled_part(loss: Any) -> Any:
+    """The coupled loss that a loss is, or holds: a sparse student's stands inside a SpladeLoss."""
+    inner = getattr(loss, "loss", None)
+    return inner if isinstance(inner, TightlyCoupledLoss) else loss
