@@ -69,7 +69,7 @@ def main(settings: Settings) -> None:
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     pipeline.check_teacher(settings.teacher)
-    pipeline.schedules_of(settings.student)
+    pipeline.check_student(settings.encoder, settings.student, base)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
