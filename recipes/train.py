@@ -52,6 +52,7 @@ def main(settings: Settings) -> None:
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
     from tct_hf.training import precision, process_state
+    from tct_hf.training_checks import check_training
 
     quieten()
     state = process_state()
@@ -69,7 +70,8 @@ def main(settings: Settings) -> None:
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     pipeline.check_teacher(settings.teacher)
-    pipeline.check_student(settings.encoder, settings.student, base)
+    pipeline.schedules_of(settings.student)
+    check_training(settings.encoder, settings.student, base)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)

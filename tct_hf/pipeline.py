@@ -396,35 +396,6 @@ def train_student(
     )
 
 
-def check_student(encoder: EncoderSettings, student: StudentSettings, base: Mapping[str, Any]) -> None:
-    """Find out before a teacher is trained what would stop the student's training after it.
-
-    Args:
-        encoder: what a sparse student starts from.
-        student: the settings.
-        base: training arguments that every stage shares.
-
-    Raises:
-        SettingsError: a setting out of its range or of the other kind, or a base without what a sparse student needs.
-    """
-    from tct_hf.bundled import resolve_model
-    from tct_hf.splade import check_head
-    from tct_hf.training import check_student_arguments
-
-    schedules_of(student)
-    sparse = student.kind == "splade"
-    try:
-        check_student_arguments({**TRAINING, **base, **student.training}, sparse=sparse)
-        if sparse:
-            check_head(resolve_model(encoder.base_model))
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    if sparse and student.layers is not None:
-        raise SettingsError(
-            "student.layers: a sparse student keeps its base's layers, whose last its head was made for"
-        )
-
-
 def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
     """The schedules of `student.schedules`.
 

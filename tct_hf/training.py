@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,7 +226,15 @@ def dev_evaluator(
     )
 
 
-def _check(arguments: Mapping[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse training arguments that a stage sets itself, and secrets.
+
+    Args:
+        arguments: of a stage.
+
+    Raises:
+        ValueError: the argument, as training.NAME, and why.
+    """
     for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
         if name in arguments:
             raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
@@ -323,7 +331,7 @@ def train_colbert(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
-    _check(arguments)
+    check_arguments(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
@@ -359,28 +367,6 @@ def train_colbert(
     trainer.accelerator.wait_for_everyone()
     _push_finished(trainer, write)
     return final
-
-
-def check_student_arguments(arguments: Mapping[str, Any], *, sparse: bool) -> None:
-    """Find out before the teacher is trained what would stop the student's training after it.
-
-    Args:
-        arguments: as of :func:`train_student`.
-        sparse: of a sparse student.
-
-    Raises:
-        ValueError: an argument out of its range, or one that this kind of student has not.
-    """
-    _check(arguments)
-    make: Any = SparseTCTTrainingArguments if sparse else TCTTrainingArguments
-    unknown = sorted(arguments.keys() - {field.name for field in fields(make)})
-    if unknown:
-        kind = "dense student: such settings are of sparse ones (student.kind: splade)" if not sparse else "student"
-        raise ValueError(f"student.training.{unknown[0]} is no setting of a {kind}.")
-    try:
-        make(output_dir="unused", **arguments)
-    except ValueError as error:
-        raise ValueError(f"student.training: {error}") from error
 
 
 def train_student(
@@ -421,7 +407,7 @@ def train_student(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """
-    _check(arguments)
+    check_arguments(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
