@@ -52,6 +52,7 @@ def main(settings: Settings) -> None:
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
     from tct_hf.training import precision, process_state
+    from tct_hf.training_checks import check_training
 
     quieten()
     state = process_state()
@@ -70,6 +71,7 @@ def main(settings: Settings) -> None:
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     pipeline.check_teacher(settings.teacher)
     pipeline.schedules_of(settings.student)
+    check_training(settings.encoder, settings.student, base)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)

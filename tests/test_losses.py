@@ -15,7 +15,7 @@ from torch import Tensor
 from tct_hf import TeacherTargets, TightlyCoupledLoss, batching, build_student
 from tct_hf.losses import teacher_entropy
 from tests.models import tiny_bert
-from tests.test_coupled_loss import numpy_loss
+from tests.test_score_losses import numpy_loss
 
 QUERIES = [
     "what is dense",
@@ -253,6 +253,9 @@ def test_settings_and_citation_feed_the_model_card(student: SentenceTransformer)
         "temperature": 0.5,
         "student_temperature": 2.0,
         "hard_label_weight": 0.2,
+        "margin_mse_weight": 0.3,
+        "student_divisor": 30.0,
+        "kl_direction": "reverse",
         "candidates": "own",
         "mini_batch_size": 4,
         "gather_across_devices": False,

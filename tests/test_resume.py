@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.training import make_models
+from tests.training import make_models, make_splade
 from tests.warm_process import run_warm
 
 # 36 rows in batches of 8 make 5 batches an epoch, the last one short: 3 updates an epoch when two are accumulated.
@@ -29,6 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
     student.save_pretrained(str(path / "student"))
+    make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
     return path
 
 
@@ -51,6 +52,18 @@ CASES = {
     "from epoch 2": ({}, {"kill_in_step": 7}, "checkpoint-6"),
     "in mid-accumulation": ({"gradient_accumulation_steps": 2}, {"kill_in_step": 9}, "checkpoint-4"),
     "with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_step": 12}, "checkpoint-11"),
+    # Stopped in the regularisers' warm-up.
+    "sparse student": (
+        {
+            "student": "sparse",
+            "document_regularizer_weight": 0.02,
+            "query_regularizer_weight": 0.02,
+            "regularizer_warmup": 0.8,
+            "margin_mse_weight": 0.01,
+        },
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
     "killed during a save": ({}, {"kill_in_save": 4}, "checkpoint-3"),
     "killed during a save with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_save": 8}, "checkpoint-7"),
 }
