@@ -8,13 +8,17 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from tct_hf.batching import parts_of_like_length, stack_columns, take, token_lengths
 from tct_hf.distributed import gather_rows, sizes_of_all
+from tct_hf.score_losses import KLDirection, at_least_float32, check_settings, coupled_loss, masked, teacher_entropy
+from tct_hf.sparsity import active_dims
+
+__all__ = ["NO_LABEL", "TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part", "teacher_entropy"]
 
 NO_LABEL = -1  # of a row's positive_index
 
@@ -33,7 +37,8 @@ class TeacherTargets:
         mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
         positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
         report: figures of this batch that the loss leaves for the log: each part of the loss, the teacher's entropy
-            in nats and the share of rows where student and teacher agree on the top candidate.
+            in nats and the share of rows where student and teacher agree on the top candidate; of a sparse student
+            also the mean active dimensions of queries and passages, and the share of all dimensions that are not.
     """
 
     scores: Tensor
@@ -51,160 +56,18 @@ class _Cached:
     order: Tensor | None = None
 
 
-def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
-    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    # bfloat16 keeps 8 bits: score differences that matter are lost in a softmax over it.
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _check_matrices(
-    student_scores: Tensor, teacher_scores: Tensor, candidate_mask: Tensor | None, positive_index: Tensor | None
-) -> None:
-    if student_scores.ndim != 2 or student_scores.shape != teacher_scores.shape:
-        raise ValueError(
-            "student_scores and teacher_scores must be two (queries, candidates) matrices of one shape, got "
-            f"{tuple(student_scores.shape)} and {tuple(teacher_scores.shape)}."
-        )
-    if candidate_mask is not None and candidate_mask.shape != student_scores.shape:
-        raise ValueError(
-            f"candidate_mask has shape {tuple(candidate_mask.shape)}, the score matrices "
-            f"{tuple(student_scores.shape)}: give one bool per query and candidate."
-        )
-    if candidate_mask is not None and candidate_mask.dtype != torch.bool:
-        raise ValueError(f"candidate_mask is {candidate_mask.dtype}: give bool, True for what counts.")
-    queries, candidates = student_scores.shape
-    if positive_index is None:
-        if queries > candidates:
-            raise ValueError(
-                f"Without positive_index row i's positive is column i, but there are {queries} queries and only "
-                f"{candidates} candidates: pass positive_index."
-            )
-        positive_index = torch.arange(queries, device=student_scores.device)
-    if positive_index.shape != (queries,) or positive_index.dtype != torch.int64:
-        raise ValueError(
-            f"positive_index has shape {tuple(positive_index.shape)} and is {positive_index.dtype}: give one int64 "
-            f"column per query, {(queries,)}, and -1 for a query without a label."
-        )
-    if positive_index.device.type != "cpu":
-        return  # reading values would make the host wait for the device at every step
-    if bool(((positive_index < -1) | (positive_index >= candidates)).any()):
-        raise ValueError(
-            f"positive_index holds {positive_index.tolist()}: columns are 0 to {candidates - 1}, and -1 is no label."
-        )
-    if candidate_mask is not None:
-        kept = candidate_mask.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
-        lost = ((positive_index >= 0) & ~kept & candidate_mask.any(dim=1)).nonzero().flatten().tolist()
-        if lost:
-            raise ValueError(
-                f"candidate_mask leaves out the positive of rows {lost[:10]}, so that their loss is infinite: keep "
-                "each row's positive, or give -1 as its positive_index."
-            )
-
-
-def _check_settings(temperature: float, student_temperature: float, hard_label_weight: float) -> None:
-    for name, value in (("temperature", temperature), ("student_temperature", student_temperature)):
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"{name}={value} is no temperature: give a finite number greater than 0.")
-    if not 0.0 <= hard_label_weight <= 1.0:
-        raise ValueError(f"hard_label_weight={hard_label_weight} is no weight: give a number from 0 to 1.")
-
-
-def coupled_loss(
-    student_scores: Tensor,
-    teacher_scores: Tensor,
-    *,
-    temperature: float = 0.25,
-    student_temperature: float = 1.0,
-    hard_label_weight: float = 0.1,
-    candidate_mask: Tensor | None = None,
-    positive_index: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The loss of tightly-coupled distillation as a pure function of two score matrices.
-
-    `hard_label_weight * -log P_student(positive) + (1 - hard_label_weight) * KL(P_teacher || P_student)`, the first
-    averaged over the rows that have a label, the second over all rows. `P_teacher = softmax(teacher / temperature)`;
-    the student's temperature divides its scores in the distillation part only, and there is no temperature-squared
-    factor.
-
-    Args:
-        student_scores: `(queries, candidates)`, the student's raw scores (dot products).
-        teacher_scores: `(queries, candidates)`, the teacher's raw scores; no gradient flows into them.
-        temperature: divides the teacher's scores. The paper's 0.25 belongs to its own teacher.
-        student_temperature: divides the student's scores in the distillation part.
-        hard_label_weight: weight of the hard labels, from 0 to 1 (gamma of the paper).
-        candidate_mask: `(queries, candidates)` bool, False for candidates that count in neither softmax. A row's
-            positive must not be masked out: its loss is infinite (on the CPU, where looking costs nothing, an
-            error). A row without any candidate adds 0 to both sums.
-        positive_index: `(queries,)` int64, the column of each row's positive; row i's is column i when None; -1 marks
-            a row without a label, which takes part in the distillation only.
-
-    Returns:
-        `{"hard_label": (), "distillation": ()}`, each already weighted, so that their sum is the loss.
-
-    Raises:
-        ValueError: shapes or types that do not fit, a temperature that is not positive, a weight outside 0 to 1.
-
-    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2, equations 4 and 5.
-    """
-    _check_matrices(student_scores, teacher_scores, candidate_mask, positive_index)
-    _check_settings(temperature, student_temperature, hard_label_weight)
-
-    student_scores = _masked(_at_least_float32(student_scores), candidate_mask)
-    teacher_scores = _masked(teacher_scores.detach().to(student_scores.dtype), candidate_mask)
-    counts = torch.ones(len(student_scores), dtype=torch.bool, device=student_scores.device)
-    if candidate_mask is not None:
-        # A softmax over no candidate at all is nan: such rows keep finite scores here and are left out below.
-        counts = candidate_mask.any(dim=1)
-        student_scores = student_scores.masked_fill(~counts.unsqueeze(1), 0.0)
-        teacher_scores = teacher_scores.masked_fill(~counts.unsqueeze(1), 0.0)
-
-    teacher_log_p = torch.log_softmax(teacher_scores / temperature, dim=1)
-    student_log_p = torch.log_softmax(student_scores / student_temperature, dim=1)
-    teacher_p = teacher_log_p.exp()
-    # Where the teacher gives nothing (masked, or underflow) both logs may be -inf: 0 * (-inf - -inf) is nan.
-    divergence = torch.where(teacher_p > 0, teacher_p * (teacher_log_p - student_log_p), 0.0)
-    distillation = divergence.sum(dim=1).masked_fill(~counts, 0.0).mean()
-
-    if positive_index is None:
-        positive_index = torch.arange(len(student_scores), device=student_scores.device)
-    labelled = positive_index >= 0
-    log_p = torch.log_softmax(student_scores, dim=1)
-    positive_log_p = log_p.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
-    # torch.where, not a product: an unlabelled row may hold -inf, and 0 * -inf is nan.
-    hard_label = -torch.where(labelled & counts, positive_log_p, 0.0).sum() / labelled.sum().clamp(min=1)
-    return {
-        "hard_label": hard_label_weight * hard_label,
-        "distillation": (1.0 - hard_label_weight) * distillation,
-    }
-
-
-def teacher_entropy(teacher_scores: Tensor, candidate_mask: Tensor, temperature: float) -> Tensor:
-    """Entropy of the teacher's distribution over each row's candidates.
-
-    Args:
-        teacher_scores: `(queries, candidates)`.
-        candidate_mask: `(queries, candidates)` bool.
-        temperature: divides the teacher's scores.
-
-    Returns:
-        `(queries,)` in nats; 0 where the softmax has underflowed to a single candidate.
-    """
-    log_p = torch.log_softmax(_masked(teacher_scores, candidate_mask) / temperature, dim=1)
-    p = log_p.exp()
-    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
-
-
 class TightlyCoupledLoss(CachedLossMixin, nn.Module):
-    """Distil a teacher's in-batch score matrix into a single-vector student, together with the hard labels.
+    """Distil a teacher's in-batch score matrix into a student of one vector a text, together with the hard labels.
 
     Args:
-        model: the student. Its embeddings are compared by plain dot product.
+        model: the student, dense or sparse. Its embeddings are compared by plain dot product. A sparse one needs a
+            SpladeLoss around this loss, so that it stays sparse: :class:`~tct_hf.SparseTCTTrainer` makes it.
         temperature: divides the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
         student_temperature: divides the student's scores in the distillation part.
         hard_label_weight: weight of the hard labels, from 0 to 1.
+        margin_mse_weight: weight of MarginMSE beside these, over the same candidates; see :func:`coupled_loss`.
+        student_divisor: divides the student's scores before anything else.
+        kl_direction: "forward", KL(teacher || student), the paper's, or "reverse".
         candidates: "in-batch", every passage of the batch is a candidate of every query (the paper's method), or
             "own", only a query's own positive and negatives (its baseline).
         mini_batch_size: rows a forward pass when gradients are cached (large batches in little memory); None runs
@@ -246,11 +109,14 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: SentenceTransformer | SparseEncoder,
         *,
         temperature: float = 0.25,
         student_temperature: float = 1.0,
         hard_label_weight: float = 0.1,
+        margin_mse_weight: float = 0.0,
+        student_divisor: float = 1.0,
+        kl_direction: KLDirection = "forward",
         candidates: Literal["in-batch", "own"] = "in-batch",
         mini_batch_size: int | None = None,
         gather_across_devices: bool = True,
@@ -263,21 +129,37 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             raise ValueError(
                 f"mini_batch_size must be at least 1, or None for no gradient caching; got {mini_batch_size}."
             )
-        _check_settings(temperature, student_temperature, hard_label_weight)
+        check_settings(
+            temperature=temperature,
+            student_temperature=student_temperature,
+            hard_label_weight=hard_label_weight,
+            margin_mse_weight=margin_mse_weight,
+            student_divisor=student_divisor,
+            kl_direction=kl_direction,
+        )
         dimension = model.get_embedding_dimension()
         for d in matryoshka_dims or []:
             if not 0 < d <= (dimension or d):
                 raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
         self.model = model
+        self.is_sparse = isinstance(model, SparseEncoder)
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
+        self.margin_mse_weight = margin_mse_weight
+        self.student_divisor = student_divisor
+        self.kl_direction: KLDirection = kl_direction
         self.candidates = candidates
         self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
         self.uses_gradient_cache = mini_batch_size is not None
         self.gather_across_devices = gather_across_devices
         self.matryoshka_dims = matryoshka_dims
         self.reported_settings: tuple[str, ...] = ()  # those that change over training
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's scores count at all."""
+        return self.hard_label_weight < 1.0 or self.margin_mse_weight > 0.0
 
     @property
     def gathers(self) -> bool:
@@ -294,7 +176,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             labels: what the teacher says of the batch.
 
         Returns:
-            The two parts of the loss, each `()`; with gradient caching their sum, one tensor. Both ways
+            The parts of the loss, each `()`; with gradient caching their sum, one tensor. Both ways
             `labels.report` then holds the parts and what else is worth logging.
         """
         features = list(sentence_features)
@@ -348,7 +230,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             labels: what the teacher says of the batch.
 
         Returns:
-            `{"hard_label": (), "distillation": ()}`, each already weighted.
+            The parts as :func:`coupled_loss` returns them, each already weighted.
 
         Raises:
             ValueError: the teacher scored other candidates than the student.
@@ -369,31 +251,38 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         for d in dims:
             # Under autocast a matmul would come out in half precision: scores need all of float32.
             with torch.autocast(queries.device.type, enabled=False):
-                scores = _at_least_float32(queries[:, :d]) @ _at_least_float32(passages[:, :d]).T
+                scores = at_least_float32(queries[:, :d]) @ at_least_float32(passages[:, :d]).T
             parts = coupled_loss(
                 scores,
                 labels.scores,
                 temperature=self.temperature,
                 student_temperature=self.student_temperature,
                 hard_label_weight=self.hard_label_weight,
+                margin_mse_weight=self.margin_mse_weight,
+                student_divisor=self.student_divisor,
+                kl_direction=self.kl_direction,
                 candidate_mask=labels.mask,
                 positive_index=labels.positive_index,
             )
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(dims)
         labelled, rows = self._shares(labels.positive_index)
-        totals["hard_label"] = totals["hard_label"] * labelled
-        totals["distillation"] = totals["distillation"] * rows
+        # Means over rows become this device's part of the means over all; all but the divergence ask for a label.
+        totals = {name: value * (rows if name == "distillation" else labelled) for name, value in totals.items()}
         with torch.no_grad():
             labels.report.update({name: value.detach() for name, value in totals.items()})
             labels.report.update({name: scores.new_tensor(getattr(self, name)) for name in self.reported_settings})
-            if self.hard_label_weight < 1.0:  # else nobody has asked the teacher
+            if self.is_sparse:
+                for side, vectors in (("query", queries), ("document", torch.cat(embeddings[1:]))):
+                    labels.report[f"{side}_active_dims"] = active_dims(vectors)
+                    labels.report[f"{side}_sparsity"] = 1.0 - labels.report[f"{side}_active_dims"] / vectors.shape[1]
+            if self.asks_teacher:
                 labels.report.update(self._against_teacher(scores, labels))
         return totals
 
     def _against_teacher(self, scores: Tensor, labels: TeacherTargets) -> dict[str, Tensor]:
         """The teacher's entropy and how often the student's top candidate is the teacher's, for the log."""
-        agree = _masked(scores, labels.mask).argmax(1) == _masked(labels.scores, labels.mask).argmax(1)
+        agree = masked(scores, labels.mask).argmax(1) == masked(labels.scores, labels.mask).argmax(1)
         counts = labels.mask.any(dim=1)
         rows = counts.sum().clamp(min=1)
         entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 for a row without candidates
@@ -417,6 +306,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             "temperature": self.temperature,
             "student_temperature": self.student_temperature,
             "hard_label_weight": self.hard_label_weight,
+            "margin_mse_weight": self.margin_mse_weight,
+            "student_divisor": self.student_divisor,
+            "kl_direction": self.kl_direction,
             "candidates": self.candidates,
             "mini_batch_size": self.mini_batch_size,
             "gather_across_devices": self.gather_across_devices,
@@ -436,3 +328,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     primaryClass={cs.IR}
 }
 """
+
+
+def coupled_part(loss: Any) -> Any:
+    """The coupled loss that a loss is, or holds: a sparse student's stands inside a SpladeLoss."""
+    inner = getattr(loss, "loss", None)
+    return inner if isinstance(inner, TightlyCoupledLoss) else loss

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainerCallback
 
+from tct_hf.losses import coupled_part
+
 Shape = Literal["constant", "linear", "cosine"]
 
 
@@ -71,7 +73,7 @@ class LossSchedule(TrainerCallback):
     """
 
     def __init__(self, loss: Any, **schedules: Schedule | None) -> None:
-        self.losses = list(loss.values()) if isinstance(loss, dict) else [loss]
+        self.losses = [coupled_part(one) for one in (loss.values() if isinstance(loss, dict) else [loss])]
         self.schedules = {name: schedule for name, schedule in schedules.items() if schedule is not None}
         known = ("temperature", "student_temperature", "hard_label_weight")
         if not self.schedules or (unknown := [name for name in self.schedules if name not in known]):

@@ -1,23 +1,33 @@
-"""Train a student against a live teacher."""
+"""Train a student, dense or sparse, against a live teacher."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import (
+    MultiVectorEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SparseEncoder,
+    SparseEncoderTrainer,
+)
+from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SpladeLoss
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from tct_hf.arguments import TCTTrainingArguments
+from tct_hf.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.collator import BATCH_KEY, TCTDataCollator, candidate_columns
 from tct_hf.distributed import first_row, gather_rows, sizes_of_all
 from tct_hf.encoding import finalise_checkpoint, has_tct_encoding
-from tct_hf.losses import NO_LABEL, TeacherTargets, TightlyCoupledLoss
+from tct_hf.losses import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part
 from tct_hf.sampling import SameDatasetBatchSampler
 from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.scaling import LearnedScaleMixin
+from tct_hf.sparsity import CollapseWatch, FlopsOfAllDevices, RegularizerWarmup
 from tct_hf.streaming import StreamedTrainingMixin
 from tct_hf.teachers import ColBERTTeacher, NoTeacher, Teacher
 
@@ -58,7 +68,64 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
 
     teacher: Teacher
     loss: Any
+    other_model: ClassVar[str]  # what to do with a model of another kind
     _warned: set[str]
+
+    def __init__(
+        self,
+        model: Any = None,
+        teacher: Teacher | MultiVectorEncoder | str | None = None,
+        args: Any = None,
+        train_dataset: Dataset | DatasetDict | IterableDataset | None = None,
+        eval_dataset: Dataset | DatasetDict | IterableDataset | None = None,
+        evaluator: BaseEvaluator | list[BaseEvaluator] | None = None,
+        loss: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if teacher is None:
+            raise ValueError(
+                f"A {type(self).__name__} needs a teacher: a ColBERTTeacher, or a multi-vector model or its path."
+            )
+        kind: Any = self.model_class
+        if model is not None and not isinstance(model, kind):
+            raise ValueError(
+                f"A {type(self).__name__} trains a {kind.__name__}, got {type(model).__name__}: {self.other_model}"
+            )
+        self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
+        self._warned = set()
+        collator = kwargs.get("data_collator")
+        lacks_prompts = model is not None and any(model.prompts.values()) and not getattr(collator, "prompts", None)
+        if isinstance(collator, TCTDataCollator) and (collator.teacher is not self.teacher or lacks_prompts):
+            raise ValueError(
+                "data_collator has another teacher than the trainer, or no prompts: make it with teacher= the same "
+                "Teacher and prompts=model.prompts, or leave it out."
+            )
+        if collator is not None and not isinstance(collator, TCTDataCollator):
+            raise ValueError(
+                f"data_collator is a {type(collator).__name__}: a {type(self).__name__} needs a TCTDataCollator, "
+                "which also lets the teacher prepare a batch. Leave it out, or subclass TCTDataCollator."
+            )
+        if model is not None:
+            self.teacher.attach(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            evaluator=evaluator,
+            loss=loss,
+            **kwargs,
+        )
+        self.teacher.to(self.args.device)
+        for one in self.loss.values() if isinstance(self.loss, dict) else [self.loss]:
+            part = coupled_part(one)
+            if isinstance(self.teacher, NoTeacher) and getattr(part, "asks_teacher", False):
+                raise ValueError(
+                    f"There is no teacher to distil, but hard_label_weight is {part.hard_label_weight} and "
+                    f"margin_mse_weight {part.margin_mse_weight}: set them to 1 and 0, or give a teacher."
+                )
+        # The loss is a mean over the batch: the base class divides it by the accumulation steps.
+        self.loss_is_scaled_for_ga = False
 
     def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> TCTDataCollator:
         """The collator that also lets the teacher prepare a batch."""
@@ -118,11 +185,14 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         loss_fn = self.loss[dataset_name] if isinstance(self.loss, dict) else self.loss
         if model is self.model_wrapped and getattr(loss_fn, "model", model) is not model:
             loss_fn = self.override_model_in_loss(loss_fn, cast("BaseModel", model))
-        targets = self.teacher_targets(features, batch, loss_fn)
+        targets = self.teacher_targets(features, batch, coupled_part(loss_fn))
         loss = loss_fn(features, targets)
+        report = targets.report
         if isinstance(loss, dict):
+            # A cached loss puts its whole gradient into its first part, which the report has as it is.
+            report = {**loss, **report}
             loss = torch.stack(list(loss.values())).sum()
-        self.track_loss_components(targets.report)
+        self.track_loss_components(report)
         return (loss, {}) if return_outputs else loss
 
     def teacher_targets(self, features: list[dict[str, Any]], batch: dict[str, Any], loss: Any) -> TeacherTargets:
@@ -204,68 +274,106 @@ class TCTTrainer(LearnedScaleMixin, CoupledTrainerMixin, SentenceTransformerTrai
 
     model_class = SentenceTransformer
     training_args_class = TCTTrainingArguments
-
-    def __init__(
-        self,
-        model: SentenceTransformer | None = None,
-        teacher: Teacher | MultiVectorEncoder | str | None = None,
-        args: TCTTrainingArguments | None = None,
-        train_dataset: Dataset | DatasetDict | IterableDataset | None = None,
-        eval_dataset: Dataset | DatasetDict | IterableDataset | None = None,
-        evaluator: BaseEvaluator | list[BaseEvaluator] | None = None,
-        loss: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if teacher is None:
-            raise ValueError("A TCTTrainer needs a teacher: a ColBERTTeacher, or a multi-vector model or its path.")
-        self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
-        self._warned = set()
-        collator = kwargs.get("data_collator")
-        if isinstance(collator, TCTDataCollator) and (collator.teacher is not self.teacher or not collator.prompts):
-            raise ValueError(
-                "data_collator has another teacher than the trainer, or no prompts: make it with teacher= the same "
-                "Teacher and prompts=model.prompts, or leave it out."
-            )
-        if collator is not None and not isinstance(collator, TCTDataCollator):
-            raise ValueError(
-                f"data_collator is a {type(collator).__name__}: a TCTTrainer needs a TCTDataCollator, which also lets "
-                "the teacher prepare a batch. Leave it out, or subclass TCTDataCollator."
-            )
-        if model is not None:
-            self.teacher.attach(model)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            evaluator=evaluator,
-            loss=loss,
-            **kwargs,
-        )
-        self.teacher.to(self.args.device)
-        for one in self.loss.values() if isinstance(self.loss, dict) else [self.loss]:
-            if isinstance(self.teacher, NoTeacher) and getattr(one, "hard_label_weight", 1.0) < 1.0:
-                raise ValueError(
-                    f"There is no teacher to distil, but hard_label_weight is {one.hard_label_weight}: set it to 1, "
-                    "or give a teacher."
-                )
-        # The loss is a mean over the batch: the base class divides it by the accumulation steps.
-        self.loss_is_scaled_for_ga = False
+    other_model = "build one with build_student or student_from_teacher; a SparseEncoder takes a SparseTCTTrainer."
+    args: TCTTrainingArguments
 
     def get_default_loss(self, model: Any) -> TightlyCoupledLoss:
         """The coupled loss with the arguments' settings and this teacher's temperature."""
-        args: Any = self.args
-        temperature = args.temperature if args.temperature is not None else 1.0 / self.teacher.training_scale
-        return TightlyCoupledLoss(
-            model,
-            temperature=temperature,
-            student_temperature=args.student_temperature,
-            hard_label_weight=args.hard_label_weight,
-            candidates=args.candidates,
-            mini_batch_size=args.mini_batch_size,
-        )
+        return TightlyCoupledLoss(model, **self.args.loss_settings(self.teacher.training_scale))
 
     def finalise(self, path: str) -> None:
         """Complete a saved student with the TCT encoding; every other is right as it was saved."""
         if has_tct_encoding(self.model):
             finalise_checkpoint(path)
+
+
+class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
+    """Distil a live teacher into a sparse student.
+
+    The loss is the coupled loss inside sentence-transformers' SpladeLoss (CachedSpladeLoss with a `mini_batch_size`),
+    whose regularisers keep queries and passages sparse. Mean active dimensions of both are logged, as
+    `query_active_dims` and `document_active_dims`, and the training stops when they head for zero.
+
+    Args:
+        model: the student, of :func:`~tct_hf.build_splade` or any SparseEncoder, compared by dot product; with a
+            Router, columns go to its routes "query" and "document".
+        teacher: as of :class:`TCTTrainer`.
+        args: of the run.
+        train_dataset: as of :class:`TCTTrainer`.
+        eval_dataset: likewise.
+        evaluator: such as a SparseInformationRetrievalEvaluator on dev queries; models are chosen by it.
+        loss: a SpladeLoss of a TightlyCoupledLoss of the student; by default one with the arguments' settings, which
+            a loss that is given here takes none of but the warm-up.
+        **kwargs: of :class:`sentence_transformers.SparseEncoderTrainer`.
+
+    Raises:
+        ValueError: as :class:`TCTTrainer`.
+        CollapsedStudent: in training, when the student is about to be empty.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2; Formal et al., arXiv 2205.04733.
+    """
+
+    model_class = SparseEncoder
+    training_args_class = SparseTCTTrainingArguments
+    other_model = "build one with build_splade; a SentenceTransformer takes a TCTTrainer."
+    args: SparseTCTTrainingArguments
+    _watch: CollapseWatch | None = None
+
+    def get_default_loss(self, model: Any) -> SpladeLoss:
+        """The coupled loss with the arguments' settings, this teacher's temperature and the regularisers."""
+        settings = self.args.loss_settings(self.teacher.training_scale)
+        # The gradient cache is the outer loss's: it holds the embeddings that all parts of the loss take.
+        mini_batch_size = settings.pop("mini_batch_size")
+        cached: dict[str, Any] = {} if mini_batch_size is None else {"mini_batch_size": mini_batch_size}
+        kind = SpladeLoss if mini_batch_size is None else CachedSpladeLoss
+        return kind(
+            model,
+            TightlyCoupledLoss(model, **settings),
+            document_regularizer_weight=self.args.document_regularizer_weight,
+            query_regularizer_weight=self.args.query_regularizer_weight,
+            document_regularizer=FlopsOfAllDevices(model, self.args.document_regularizer_threshold),
+            query_regularizer=FlopsOfAllDevices(model, self.args.query_regularizer_threshold),
+            **cached,
+        )
+
+    def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
+        """The loss on the model's device, and the regularisers' warm-up as the arguments say."""
+        loss = loss if isinstance(loss, nn.Module) else loss(model)
+        if not isinstance(loss, SpladeLoss):
+            raise ValueError(
+                f"The loss is a {type(loss).__name__}: a SparseTCTTrainer needs a SpladeLoss or CachedSpladeLoss of a "
+                "TightlyCoupledLoss, or none for one with the arguments' settings."
+            )
+        if not any(isinstance(one, RegularizerWarmup) and one.loss is loss for one in self.callback_handler.callbacks):
+            shape, warmup = self.args.regularizer_warmup_shape, self.args.regularizer_warmup
+            # After the first callback, where sentence-transformers looks for it: it would add its own.
+            self.callback_handler.callbacks.insert(1, RegularizerWarmup(loss, warmup=warmup, shape=shape))
+        return super().prepare_loss(loss, model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers' trainer; stops when the student is about to be empty."""
+        self._watch = CollapseWatch()
+        return super().train(*args, **kwargs)
+
+    def track_loss_components(self, loss: dict[str, Tensor]) -> None:
+        """Keep a batch's figures for the log, and look whether the student still has active dimensions."""
+        super().track_loss_components(loss)
+        if self._watch is None or not self.model.training or "document_active_dims" not in loss:
+            return
+        dims = torch.stack([loss["query_active_dims"], loss["document_active_dims"]])
+        if get_world_size() > 1:  # all processes decide alike
+            dist.all_reduce(dims)
+            dims = dims / get_world_size()
+        queries, passages = dims.tolist()
+        part = coupled_part(self.loss if not isinstance(self.loss, dict) else next(iter(self.loss.values())))
+        self._watch.step(
+            {"queries": queries, "passages": passages},
+            {
+                "temperature": getattr(part, "temperature", None),
+                "student_temperature": getattr(part, "student_temperature", None),
+                "document_regularizer_weight": self.args.document_regularizer_weight,
+                "query_regularizer_weight": self.args.query_regularizer_weight,
+                "regularizer_warmup": self.args.regularizer_warmup,
+                "learning_rate": self.args.learning_rate,
+            },
+        )

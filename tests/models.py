@@ -10,6 +10,7 @@ from sentence_transformers import MultiVectorEncoder
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     MPNetConfig,
     MPNetModel,
@@ -72,11 +73,8 @@ def _save_bert_tokenizer(path: Path) -> int:
     return len(vocabulary)
 
 
-def tiny_bert(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 0, hidden: int = 32) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    size = _save_bert_tokenizer(path)
-    torch.manual_seed(seed)
-    config = BertConfig(
+def _tiny_bert_config(size: int, layers: int, dropout: float, hidden: int) -> BertConfig:
+    return BertConfig(
         vocab_size=size,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -87,7 +85,22 @@ def tiny_bert(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 
         attention_probs_dropout_prob=dropout,
         initializer_range=0.2,
     )
-    BertModel(config).save_pretrained(path)
+
+
+def tiny_bert(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 0, hidden: int = 32) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    size = _save_bert_tokenizer(path)
+    torch.manual_seed(seed)
+    BertModel(_tiny_bert_config(size, layers, dropout, hidden)).save_pretrained(path)
+    return path
+
+
+def tiny_mlm(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 6, hidden: int = 32) -> Path:
+    """An encoder with its masked-language-model head, for sparse students."""
+    path.mkdir(parents=True, exist_ok=True)
+    size = _save_bert_tokenizer(path)
+    torch.manual_seed(seed)
+    BertForMaskedLM(_tiny_bert_config(size, layers, dropout, hidden)).save_pretrained(path)
     return path
 
 

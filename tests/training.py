@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from tests.models import tiny_bert, tiny_colbert
+from tests.models import tiny_bert, tiny_colbert, tiny_mlm
 
 PASSAGES = [
     "a passage of dense retrieval and the teacher",
@@ -72,8 +72,18 @@ def make_models(path: Path, *, dropout: float = 0.0, shared_tokens: bool = True)
     return build_student(str(base), document_length=64 if shared_tokens else 48), teacher
 
 
+def make_splade(path: Path, *, dropout: float = 0.0) -> Any:
+    """A sparse student of a vocabulary of about a hundred words."""
+    from tct_hf import build_splade
+
+    return build_splade(str(tiny_mlm(path / "mlm", dropout=dropout)), query_length=24, document_length=48)
+
+
 def make_trainer(path: Path, student: Any, teacher: Any, dataset: Any, **settings: Any) -> Any:
-    from tct_hf import TCTTrainer, TCTTrainingArguments
+    """Of the kind that the student takes."""
+    from sentence_transformers import SparseEncoder
+
+    from tct_hf import SparseTCTTrainer, SparseTCTTrainingArguments, TCTTrainer, TCTTrainingArguments
 
     extra = {key: settings.pop(key) for key in ("eval_dataset", "evaluator", "callbacks", "loss") if key in settings}
     defaults: dict[str, Any] = {
@@ -88,8 +98,11 @@ def make_trainer(path: Path, student: Any, teacher: Any, dataset: Any, **setting
         "disable_tqdm": True,
         "temperature": 1.0,
     }
-    args = TCTTrainingArguments(output_dir=str(path), **{**defaults, **settings})
-    return TCTTrainer(student, teacher, args, train_dataset=dataset, **extra)
+    sparse = isinstance(student, SparseEncoder)
+    make_args: Any = SparseTCTTrainingArguments if sparse else TCTTrainingArguments
+    make: Any = SparseTCTTrainer if sparse else TCTTrainer
+    args = make_args(output_dir=str(path), **{**defaults, **settings})
+    return make(student, teacher, args, train_dataset=dataset, **extra)
 
 
 def logged(trainer: Any, name: str = "loss") -> list[float]:

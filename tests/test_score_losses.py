@@ -26,24 +26,36 @@ def numpy_loss(
     temperature: float,
     student_temperature: float,
     weight: float,
+    margin_weight: float = 0.0,
+    divisor: float = 1.0,
+    reverse: bool = False,
     mask: np.ndarray | None = None,
     positive: list[int] | None = None,
-) -> tuple[float, float]:
-    """Both parts, row by row over the candidates that are left: no mask, no -inf, float64 throughout."""
-    student, teacher = student.astype(np.float64), teacher.astype(np.float64)
+) -> tuple[float, ...]:
+    """All parts, row by row over the candidates that are left: no mask, no -inf, float64 throughout."""
+    student, teacher = student.astype(np.float64) / divisor, teacher.astype(np.float64)
     positive = list(range(len(student))) if positive is None else positive
-    hard = soft = 0.0
+    hard = soft = margins = 0.0
     for i, column in enumerate(positive):
         kept = [c for c in range(student.shape[1]) if mask is None or mask[i, c]]
         if not kept:
             continue
         p = log_softmax(teacher[i, kept] / temperature)
         q = log_softmax(student[i, kept] / student_temperature)
+        if reverse:
+            p, q = q, p
         soft += sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
         if column >= 0:
             hard -= log_softmax(student[i, kept])[kept.index(column)]
+            squares = [
+                ((student[i, column] - student[i, c]) - (teacher[i, column] - teacher[i, c])) ** 2
+                for c in kept
+                if c != column
+            ]
+            margins += sum(squares) / max(len(squares), 1)
     labelled = sum(column >= 0 for column in positive)
-    return weight * hard / max(labelled, 1), (1 - weight) * soft / len(student)
+    parts = weight * hard / max(labelled, 1), (1 - weight) * soft / len(student)
+    return (*parts, margin_weight * margins / max(labelled, 1)) if margin_weight else parts
 
 
 def case(
@@ -82,6 +94,9 @@ def tensors(mask: np.ndarray | None, positive: list[int] | None) -> dict[str, An
     temperature=st.floats(0.05, 20),
     student_temperature=st.floats(0.05, 20),
     weight=st.floats(0, 1),
+    margin_weight=st.just(0.0) | st.floats(0.01, 10),
+    divisor=st.just(1.0) | st.floats(0.1, 30),
+    reverse=st.booleans(),
 )
 def test_loss_equals_an_independent_numpy_version(
     seed: int,
@@ -93,6 +108,9 @@ def test_loss_equals_an_independent_numpy_version(
     temperature: float,
     student_temperature: float,
     weight: float,
+    margin_weight: float,
+    divisor: float,
+    reverse: bool,
 ) -> None:
     student, teacher, mask, positive = case(seed, queries, negatives, masked=masked, indexed=indexed, empty=empty)
     for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
@@ -103,6 +121,9 @@ def test_loss_equals_an_independent_numpy_version(
             temperature=temperature,
             student_temperature=student_temperature,
             weight=weight,
+            margin_weight=margin_weight,
+            divisor=divisor,
+            reverse=reverse,
             mask=mask,
             positive=positive,
         )
@@ -112,16 +133,22 @@ def test_loss_equals_an_independent_numpy_version(
             temperature=temperature,
             student_temperature=student_temperature,
             hard_label_weight=weight,
+            margin_mse_weight=margin_weight,
+            student_divisor=divisor,
+            kl_direction="reverse" if reverse else "forward",
             **tensors(mask, positive),
         )
-        found = (parts["hard_label"].item(), parts["distillation"].item())
-        assert list(parts) == ["hard_label", "distillation"]
-        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+        assert list(parts) == ["hard_label", "distillation", "margin_mse"][: len(expected)]
+        assert [part.item() for part in parts.values()] == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+MORE: dict[str, Any] = {"margin_mse_weight": 0.5, "student_divisor": 3.0, "kl_direction": "reverse"}
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("indexed", [False, True])
-def test_gradient_equals_finite_differences(masked: bool, indexed: bool) -> None:
+@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+def test_gradient_equals_finite_differences(masked: bool, indexed: bool, more: dict[str, Any]) -> None:
     student, teacher, mask, positive = case(3, 4, 2, masked=masked, indexed=indexed, empty=masked)
     if positive is not None:
         positive[1] = -1
@@ -134,6 +161,7 @@ def test_gradient_equals_finite_differences(masked: bool, indexed: bool) -> None
             temperature=2.0,
             student_temperature=1.5,
             hard_label_weight=0.4,
+            **more,
             **tensors(mask, positive),
         )
         return tuple(parts.values())
@@ -169,49 +197,51 @@ def test_batch_without_any_label_has_no_hard_label_part() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_extreme_scores_stay_finite(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+def test_extreme_scores_stay_finite(dtype: torch.dtype, more: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     student = ((torch.rand(6, 12, generator=generator) - 0.5) * 2e4).to(dtype).requires_grad_()
     teacher = ((torch.rand(6, 12, generator=generator) - 0.5) * 2e4).to(dtype)
     mask = torch.rand(6, 12, generator=generator) < 0.6
     mask.fill_diagonal_(True)
     mask[4] = False
-    parts = coupled_loss(student, teacher, temperature=0.05, student_temperature=0.1, candidate_mask=mask)
+    parts = coupled_loss(student, teacher, temperature=0.05, student_temperature=0.1, candidate_mask=mask, **more)
     torch.stack(list(parts.values())).sum().backward()
     assert all(torch.isfinite(part) for part in parts.values())
     assert student.grad is not None and torch.isfinite(student.grad).all()
 
 
-def test_fully_masked_row_adds_nothing_and_has_no_gradient() -> None:
+@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+def test_fully_masked_row_adds_nothing_and_has_no_gradient(more: dict[str, Any]) -> None:
     student, teacher, _, _ = case(8, 4, 1, masked=False, indexed=False)
     mask = torch.ones(4, 8, dtype=torch.bool)
     mask[2] = False
     scores = torch.from_numpy(student).requires_grad_()
-    parts = coupled_loss(scores, torch.from_numpy(teacher), candidate_mask=mask)
+    parts = coupled_loss(scores, torch.from_numpy(teacher), candidate_mask=mask, **more)
     torch.stack(list(parts.values())).sum().backward()
     assert scores.grad is not None and (scores.grad[2] == 0).all() and (scores.grad[:2] != 0).all()
     rest = [0, 1, 3]
     without = coupled_loss(
-        torch.from_numpy(student)[rest], torch.from_numpy(teacher)[rest], positive_index=torch.tensor(rest)
+        torch.from_numpy(student)[rest], torch.from_numpy(teacher)[rest], positive_index=torch.tensor(rest), **more
     )
     for name, value in parts.items():  # sums are the same, means are over four rows
         assert value.item() * 4 == pytest.approx(without[name].item() * 3, rel=1e-12)
 
 
-def test_masked_candidate_has_no_influence_and_no_gradient() -> None:
+@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+def test_masked_candidate_has_no_influence_and_no_gradient(more: dict[str, Any]) -> None:
     student, teacher, mask, _ = case(9, 5, 2, masked=True, indexed=False)
     keep = torch.from_numpy(mask)
     first = torch.from_numpy(student).requires_grad_()
-    parts = coupled_loss(first, torch.from_numpy(teacher), candidate_mask=keep)
+    parts = coupled_loss(first, torch.from_numpy(teacher), candidate_mask=keep, **more)
     torch.stack(list(parts.values())).sum().backward()
     assert first.grad is not None and (first.grad[~keep] == 0).all()
     for wild in (1e6, float("inf"), float("nan")):
-        other = coupled_loss(
-            first.detach().masked_fill(~keep, wild),
-            torch.from_numpy(teacher).masked_fill(~keep, wild),
-            candidate_mask=keep,
-        )
+        second = first.detach().masked_fill(~keep, wild).requires_grad_()
+        other = coupled_loss(second, torch.from_numpy(teacher).masked_fill(~keep, wild), candidate_mask=keep, **more)
         assert {name: value.item() for name, value in other.items()} == {n: v.item() for n, v in parts.items()}
+        torch.stack(list(other.values())).sum().backward()
+        assert second.grad is not None and torch.equal(second.grad, first.grad)
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
@@ -264,6 +294,33 @@ def test_loss_of_a_two_by_two_batch_by_hand() -> None:
     assert parts["distillation"].item() == pytest.approx(0.75 * soft, rel=1e-12)
 
 
+def test_reverse_divergence_by_hand() -> None:
+    # Student: odds 3:1. Teacher: odds 1:1.
+    student = torch.tensor([[math.log(3), 0.0]], dtype=torch.float64)
+    parts = coupled_loss(student, torch.zeros(1, 2), temperature=1.0, hard_label_weight=0.0, kl_direction="reverse")
+    assert parts["distillation"].item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
+
+
+def test_margins_of_a_row_by_hand_and_other_parts_unchanged() -> None:
+    student = torch.tensor([[5.0, 3.0, 1.0, 9.0]], dtype=torch.float64)
+    teacher = torch.tensor([[20.0, 19.0, 10.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False]])
+    parts = coupled_loss(student, teacher, margin_mse_weight=0.5, candidate_mask=mask)
+    assert parts["margin_mse"].item() == 0.5 * ((2 - 1) ** 2 + (4 - 10) ** 2) / 2
+    without = coupled_loss(student, teacher, candidate_mask=mask)
+    assert without == {name: parts[name] for name in ("hard_label", "distillation")}
+
+
+def test_divisor_is_the_same_as_smaller_scores_in_every_part() -> None:
+    student, teacher, mask, _ = case(11, 4, 2, masked=True, indexed=False)
+    keep, scores = torch.from_numpy(mask), torch.from_numpy(student)
+    divided = coupled_loss(
+        scores, torch.from_numpy(teacher), margin_mse_weight=1.0, student_divisor=30.0, candidate_mask=keep
+    )
+    smaller = coupled_loss(scores / 30.0, torch.from_numpy(teacher), margin_mse_weight=1.0, candidate_mask=keep)
+    assert divided == smaller
+
+
 SCORES = torch.zeros(3, 6)
 
 
@@ -285,6 +342,10 @@ SCORES = torch.zeros(3, 6)
         ({"student_temperature": -1.0}, "student_temperature=-1.0"),
         ({"hard_label_weight": 1.01}, "hard_label_weight=1.01"),
         ({"hard_label_weight": -0.1}, "hard_label_weight=-0.1"),
+        ({"margin_mse_weight": -0.1}, "margin_mse_weight=-0.1"),
+        ({"margin_mse_weight": math.inf}, "margin_mse_weight=inf"),
+        ({"student_divisor": 0.0}, "student_divisor=0.0"),
+        ({"kl_direction": "backward"}, "kl_direction='backward' is not known: use one of forward, reverse"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

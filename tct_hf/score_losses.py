@@ -1,0 +1,222 @@
+"""The arithmetic of the coupled loss, as pure functions of a student's and a teacher's score matrix."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+KLDirection = Literal["forward", "reverse"]
+
+
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    # bfloat16 keeps 8 bits: score differences that matter are lost in a softmax over it.
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _check_matrices(
+    student_scores: Tensor, teacher_scores: Tensor, candidate_mask: Tensor | None, positive_index: Tensor | None
+) -> None:
+    if student_scores.ndim != 2 or student_scores.shape != teacher_scores.shape:
+        raise ValueError(
+            "student_scores and teacher_scores must be two (queries, candidates) matrices of one shape, got "
+            f"{tuple(student_scores.shape)} and {tuple(teacher_scores.shape)}."
+        )
+    if candidate_mask is not None and candidate_mask.shape != student_scores.shape:
+        raise ValueError(
+            f"candidate_mask has shape {tuple(candidate_mask.shape)}, the score matrices "
+            f"{tuple(student_scores.shape)}: give one bool per query and candidate."
+        )
+    if candidate_mask is not None and candidate_mask.dtype != torch.bool:
+        raise ValueError(f"candidate_mask is {candidate_mask.dtype}: give bool, True for what counts.")
+    queries, candidates = student_scores.shape
+    if positive_index is None:
+        if queries > candidates:
+            raise ValueError(
+                f"Without positive_index row i's positive is column i, but there are {queries} queries and only "
+                f"{candidates} candidates: pass positive_index."
+            )
+        positive_index = torch.arange(queries, device=student_scores.device)
+    if positive_index.shape != (queries,) or positive_index.dtype != torch.int64:
+        raise ValueError(
+            f"positive_index has shape {tuple(positive_index.shape)} and is {positive_index.dtype}: give one int64 "
+            f"column per query, {(queries,)}, and -1 for a query without a label."
+        )
+    if positive_index.device.type != "cpu":
+        return  # reading values would make the host wait for the device at every step
+    if bool(((positive_index < -1) | (positive_index >= candidates)).any()):
+        raise ValueError(
+            f"positive_index holds {positive_index.tolist()}: columns are 0 to {candidates - 1}, and -1 is no label."
+        )
+    if candidate_mask is not None:
+        kept = candidate_mask.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
+        lost = ((positive_index >= 0) & ~kept & candidate_mask.any(dim=1)).nonzero().flatten().tolist()
+        if lost:
+            raise ValueError(
+                f"candidate_mask leaves out the positive of rows {lost[:10]}, so that their loss is infinite: keep "
+                "each row's positive, or give -1 as its positive_index."
+            )
+
+
+def check_settings(
+    *,
+    temperature: float | None,
+    student_temperature: float,
+    hard_label_weight: float,
+    margin_mse_weight: float,
+    student_divisor: float,
+    kl_direction: str,
+) -> None:
+    """Refuse a setting of the coupled loss that is no such thing, by name; a temperature of None is not set yet."""
+    for name, value in (("temperature", temperature), ("student_temperature", student_temperature)):
+        if value is not None and not 0.0 < value < float("inf"):
+            raise ValueError(f"{name}={value} is no temperature: give a finite number greater than 0.")
+    if not 0.0 <= hard_label_weight <= 1.0:
+        raise ValueError(f"hard_label_weight={hard_label_weight} is no weight: give a number from 0 to 1.")
+    if not 0.0 <= margin_mse_weight < float("inf"):
+        raise ValueError(f"margin_mse_weight={margin_mse_weight} is no weight: give a finite number, 0 or greater.")
+    if not 0.0 < student_divisor < float("inf"):
+        raise ValueError(f"student_divisor={student_divisor} divides scores: give a finite number greater than 0.")
+    if kl_direction not in get_args(KLDirection):
+        raise ValueError(f"kl_direction={kl_direction!r} is not known: use one of {', '.join(get_args(KLDirection))}.")
+
+
+def coupled_loss(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    *,
+    temperature: float = 0.25,
+    student_temperature: float = 1.0,
+    hard_label_weight: float = 0.1,
+    margin_mse_weight: float = 0.0,
+    student_divisor: float = 1.0,
+    kl_direction: KLDirection = "forward",
+    candidate_mask: Tensor | None = None,
+    positive_index: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The loss of tightly-coupled distillation as a pure function of two score matrices.
+
+    `hard_label_weight * -log P_student(positive) + (1 - hard_label_weight) * KL(P_teacher || P_student)`, the first
+    averaged over the rows that have a label, the second over all rows. `P_teacher = softmax(teacher / temperature)`;
+    the student's temperature divides its scores in the distillation part only, and there is no temperature-squared
+    factor. Beside these two, `margin_mse_weight * MarginMSE`: for each labelled row the mean, over its candidates
+    that count other than the positive, of `((s_positive - s_c) - (t_positive - t_c))^2`, averaged over the rows that
+    have a label. The candidates are those of the softmaxes: a query's own negatives, or all of the batch where these
+    count. Its weight stands beside the other two and takes nothing from them.
+
+    Args:
+        student_scores: `(queries, candidates)`, the student's raw scores (dot products).
+        teacher_scores: `(queries, candidates)`, the teacher's raw scores; no gradient flows into them.
+        temperature: divides the teacher's scores. The paper's 0.25 belongs to its own teacher.
+        student_temperature: divides the student's scores in the distillation part.
+        hard_label_weight: weight of the hard labels, from 0 to 1 (gamma of the paper).
+        margin_mse_weight: weight of MarginMSE, which compares raw scores: no temperature divides the teacher's, and
+            only `student_divisor` the student's.
+        student_divisor: divides the student's scores before anything else, hard labels and margins included: for a
+            student whose scores are on another scale than the teacher's.
+        kl_direction: "forward", KL(teacher || student), the paper's: the student covers all that the teacher finds
+            likely; or "reverse", KL(student || teacher): it keeps to what the teacher finds likely.
+        candidate_mask: `(queries, candidates)` bool, False for candidates that count in neither softmax. A row's
+            positive must not be masked out: its loss is infinite (on the CPU, where looking costs nothing, an
+            error). A row without any candidate adds 0 to both sums.
+        positive_index: `(queries,)` int64, the column of each row's positive; row i's is column i when None; -1 marks
+            a row without a label, which takes part in the distillation only.
+
+    Returns:
+        `{"hard_label": (), "distillation": ()}`, each already weighted, so that their sum is the loss; with a
+        `margin_mse_weight` above 0 also "margin_mse".
+
+    Raises:
+        ValueError: shapes or types that do not fit, a setting outside its range.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2, equations 4 and 5. MarginMSE: Hofstätter et al., arXiv
+    2010.02666, equation 8.
+    """
+    _check_matrices(student_scores, teacher_scores, candidate_mask, positive_index)
+    check_settings(
+        temperature=temperature,
+        student_temperature=student_temperature,
+        hard_label_weight=hard_label_weight,
+        margin_mse_weight=margin_mse_weight,
+        student_divisor=student_divisor,
+        kl_direction=kl_direction,
+    )
+    if positive_index is None:
+        positive_index = torch.arange(len(student_scores), device=student_scores.device)
+    student_scores = at_least_float32(student_scores) / student_divisor
+    teacher_scores = teacher_scores.detach().to(student_scores.dtype)
+    margins = (
+        _margin_mse(student_scores, teacher_scores, candidate_mask, positive_index) if margin_mse_weight > 0 else None
+    )
+
+    student_scores = masked(student_scores, candidate_mask)
+    teacher_scores = masked(teacher_scores, candidate_mask)
+    counts = torch.ones(len(student_scores), dtype=torch.bool, device=student_scores.device)
+    if candidate_mask is not None:
+        # A softmax over no candidate at all is nan: such rows keep finite scores here and are left out below.
+        counts = candidate_mask.any(dim=1)
+        student_scores = student_scores.masked_fill(~counts.unsqueeze(1), 0.0)
+        teacher_scores = teacher_scores.masked_fill(~counts.unsqueeze(1), 0.0)
+
+    teacher_log_p = torch.log_softmax(teacher_scores / temperature, dim=1)
+    student_log_p = torch.log_softmax(student_scores / student_temperature, dim=1)
+    if kl_direction == "forward":
+        teacher_p = teacher_log_p.exp()
+        # Where the teacher gives nothing (masked, or underflow) both logs may be -inf: 0 * (-inf - -inf) is nan.
+        divergence = torch.where(teacher_p > 0, teacher_p * (teacher_log_p - student_log_p), 0.0)
+    else:
+        # Here the gradient flows through both factors: what is masked has to be gone before they meet.
+        difference = student_log_p - teacher_log_p
+        if candidate_mask is not None:
+            difference = difference.masked_fill(~candidate_mask, 0.0)
+        divergence = student_log_p.exp() * difference
+    distillation = divergence.sum(dim=1).masked_fill(~counts, 0.0).mean()
+
+    labelled = positive_index >= 0
+    log_p = torch.log_softmax(student_scores, dim=1)
+    positive_log_p = log_p.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
+    # torch.where, not a product: an unlabelled row may hold -inf, and 0 * -inf is nan.
+    hard_label = -torch.where(labelled & counts, positive_log_p, 0.0).sum() / labelled.sum().clamp(min=1)
+    parts = {
+        "hard_label": hard_label_weight * hard_label,
+        "distillation": (1.0 - hard_label_weight) * distillation,
+    }
+    if margins is not None:
+        parts["margin_mse"] = margin_mse_weight * margins
+    return parts
+
+
+def _margin_mse(
+    student_scores: Tensor, teacher_scores: Tensor, candidate_mask: Tensor | None, positive_index: Tensor
+) -> Tensor:
+    """`()`, the mean over labelled rows of each row's mean squared difference of margins."""
+    positive = positive_index.clamp(min=0).unsqueeze(1)
+    counts = torch.ones_like(student_scores, dtype=torch.bool) if candidate_mask is None else candidate_mask
+    labelled = (positive_index >= 0) & counts.gather(1, positive).squeeze(1)  # a row without candidates has no margins
+    others = (counts & labelled.unsqueeze(1)).scatter(1, positive, False)
+    # The difference of margins is that of the differences. Masked scores may be anything, nan too: filled, not
+    # multiplied by 0.
+    difference = (student_scores - teacher_scores).masked_fill(~counts, 0.0)
+    squares = (difference.gather(1, positive) - difference).square().masked_fill(~others, 0.0)
+    return (squares.sum(1) / others.sum(1).clamp(min=1)).sum() / (positive_index >= 0).sum().clamp(min=1)
+
+
+def teacher_entropy(teacher_scores: Tensor, candidate_mask: Tensor, temperature: float) -> Tensor:
+    """Entropy of the teacher's distribution over each row's candidates.
+
+    Args:
+        teacher_scores: `(queries, candidates)`.
+        candidate_mask: `(queries, candidates)` bool.
+        temperature: divides the teacher's scores.
+
+    Returns:
+        `(queries,)` in nats; 0 where the softmax has underflowed to a single candidate.
+    """
+    log_p = torch.log_softmax(masked(teacher_scores, candidate_mask) / temperature, dim=1)
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
