@@ -36,7 +36,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed, or stalls
     rows = settings.pop("rows", 36)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
-    student = SentenceTransformer(str(models / "student"), device="cpu")
+    student = SentenceTransformer(str(models / settings.pop("student", "student")), device="cpu")
     trainer = make_trainer(output, student, teacher, triples(rows), **settings)
 
     if watch is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tct_hf import build_student
 from tests.training import make_models
 from tests.warm_process import run_warm
 
@@ -29,6 +30,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
     student.save_pretrained(str(path / "student"))
+    scaled = build_student(str(path / "base"), document_length=64, pooling="cls", scale=20.0)
+    scaled.save_pretrained(str(path / "scaled"))
     return path
 
 
@@ -51,6 +54,11 @@ CASES = {
     "from epoch 2": ({}, {"kill_in_step": 7}, "checkpoint-6"),
     "in mid-accumulation": ({"gradient_accumulation_steps": 2}, {"kill_in_step": 9}, "checkpoint-4"),
     "with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_step": 12}, "checkpoint-11"),
+    "with a learned scale and Matryoshka sizes": (
+        {"student": "scaled", "matryoshka_dims": [8, 16, 32], "learning_rate_mapping": {r"\.3\.linear": 0.1}},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
     "killed during a save": ({}, {"kill_in_save": 4}, "checkpoint-3"),
     "killed during a save with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_save": 8}, "checkpoint-7"),
 }
