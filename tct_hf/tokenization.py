@@ -96,9 +96,19 @@ def plain_tokenizer(
         markers: added tokens to leave out, such as those of a ColBERT.
 
     Raises:
-        ValueError: the tokenizer is not backed by the tokenizers library.
+        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input by itself, as that of a
+            TCT student or its teacher does: nothing would tell the two encodings apart.
     """
     tokenizer = _fast(tokenizer)
+    start = tokenizer.cls_token or tokenizer.bos_token
+    if (
+        start is not None
+        and tokenizer("a")["input_ids"] == tokenizer(f"{start}a", add_special_tokens=False)["input_ids"]
+    ):
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} adds {start!r} and no more, which is the TCT encoding's "
+            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="plain").'
+        )
     backend = _without_added_tokens(tokenizer.backend_tokenizer, {m.strip() for m in markers if m.strip()})
     return _made_of(backend, tokenizer, document_length)
 

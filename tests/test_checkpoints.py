@@ -250,7 +250,7 @@ def test_a_scale_that_is_no_single_number_is_refused(students: dict[str, Path], 
 def test_an_activation_after_the_scale_is_refused(students: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(students["scaled"], tmp_path / "student"))
     edit(path / "3_Dense" / "config.json", lambda c: c.update(activation_function="torch.nn.modules.activation.Tanh"))
-    with pytest.raises(ValueError, match="has the activation .*Tanh"):
+    with pytest.raises(ValueError, match=r"has the activation .*Tanh"):
         finalise_checkpoint(path)
 
 
