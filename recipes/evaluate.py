@@ -25,6 +25,9 @@ class Settings(ReportSettings):
     output_dir: str = setting("outputs/evaluate", "where everything is written")
     student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text")
     teacher: str | None = setting(None, "folder or Hub id of a ColBERT; the report does without when none")
+    dims: list[int] | None = setting(
+        None, "first dimensions of the student to measure alone too; those it was trained at when none"
+    )
     runs: dict[str, str] = setting({}, "name to TREC file of another system's run on the reported queries")
     data: DataSettings = field(default_factory=DataSettings)
 
@@ -72,6 +75,7 @@ def main(settings: Settings) -> None:
                 settings=settings,
                 runs=settings.runs,
                 record=asdict(settings),
+                dims=settings.dims,
                 write=partial(print, flush=True),
             )
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})

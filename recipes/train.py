@@ -51,6 +51,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
+    from tct_hf.student_checks import check_student
     from tct_hf.training import precision, process_state
     from tct_hf.training_checks import check_training
 
@@ -70,6 +71,7 @@ def main(settings: Settings) -> None:
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     pipeline.check_teacher(settings.teacher)
+    check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
     check_training(settings.encoder, settings.student, base)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
@@ -189,6 +191,9 @@ def evaluate(settings: Settings, collection: Collection, output: Path, depends: 
         bf16=depends["bf16"],
         query_length=settings.encoder.query_length,
         document_length=settings.encoder.document_length,
+        encoding=settings.encoder.encoding,
+        prompts=settings.encoder.prompts,
+        dims=settings.student.training.get("matryoshka_dims"),
         **asdict(settings.evaluation),
     )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers.base.modules.transformer import QueryExpansionConfig
 
+_AGAIN = "Save it again with save_student."
 REQUIREMENTS = {"sentence-transformers": {"specifier": ">=6.0"}}
 
 
@@ -31,7 +32,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} is missing: {path.parent} is not a whole student checkpoint. Save it again with save_student."
+            f"{path} is missing: {path.parent} is not a whole student checkpoint. {_AGAIN}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}): save the student again.") from None
@@ -39,14 +40,27 @@ def _read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a student's files say of its encoding."""
+    """What a student's files say of its encoding.
 
-    settings: dict[str, Any]  # of the Transformer module
+    Args:
+        settings: of the Transformer module.
+        query_length: tokens of a query.
+        document_length: tokens a passage keeps.
+        augmented: queries are filled with [MASK]s.
+        pooling: "mean" or "cls".
+        pooling_file: that says so.
+        prompts: of the plain encoding; None of TCT's.
+        length: of all vectors, where they are normalised; None: vectors as pooled.
+    """
+
+    settings: dict[str, Any]
     query_length: int
     document_length: int
     augmented: bool
     pooling: str
     pooling_file: str
+    prompts: dict[str, str] | None
+    length: float | None
 
 
 def _read_layout(path: Path) -> _Layout:
@@ -54,13 +68,16 @@ def _read_layout(path: Path) -> _Layout:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the files describe something other than a student with the TCT encoding.
+        ValueError: the files describe something other than a student.
     """
-    mend = "so this is not a student with the TCT encoding: build one with build_student or student_from_teacher."
+    mend = "so this is not a student of this package: build one with build_student or student_from_teacher."
     modules = _read_json(path / "modules.json")
     classes = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if classes != ["Transformer", "Pooling"]:
-        raise ValueError(f"{path / 'modules.json'} has the modules {classes}, not Transformer and Pooling, {mend}")
+    if classes not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"]):
+        raise ValueError(
+            f"{path / 'modules.json'} has the modules {classes}, not Transformer and Pooling (and Normalize and Dense "
+            f"of a learned scale), {mend}"
+        )
     settings_file = path / "sentence_bert_config.json"
     settings = _read_json(settings_file)
     expansion, document_length = settings.get("query_expansion"), settings.get("document_length")
@@ -72,7 +89,48 @@ def _read_layout(path: Path) -> _Layout:
     pooling = _read_json(path / pooling_file).get("pooling_mode")
     if pooling not in ("mean", "cls"):
         raise ValueError(f"{path / pooling_file} has the pooling_mode {pooling!r}, not mean or cls, {mend}")
-    return _Layout(settings, query_length, document_length, bool(expansion), pooling, pooling_file)
+    return _Layout(
+        settings,
+        query_length,
+        document_length,
+        bool(expansion),
+        pooling,
+        pooling_file,
+        None if expansion else _plain_prompts(path),
+        _read_length(path / modules[3]["path"], mend) if len(modules) > 2 else None,
+    )
+
+
+def _plain_prompts(path: Path) -> dict[str, str] | None:
+    """The prompts of a checkpoint whose queries have no [MASK]s, where it is one of the plain encoding."""
+    found = _read_json(path / "config_sentence_transformers.json").get("prompts") or {}
+    prompts = {side: found.get(side) or "" for side in PROMPTS}
+    if any(prompts[side] == PROMPTS[side] for side in PROMPTS):
+        return None
+    if not any(prompts.values()):
+        # A student of either encoding, whose prompts were lost or never there: TCT's template has one special token.
+        template = _read_json(path / "tokenizer.json").get("post_processor") or {}
+        tokens = [next(iter(part)) for part in template.get("single", [])]
+        return None if tokens == ["SpecialToken", "Sequence"] else prompts
+    return prompts
+
+
+def _read_length(folder: Path, mend: str) -> float:
+    """The learned length of a student's vectors: the number that its last module's matrix is, times the identity."""
+    from safetensors.torch import load_file
+
+    from tct_hf.scaling import is_multiple_of_identity
+
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {folder.parent} is not a whole student checkpoint. {_AGAIN}")
+    config, weights = _read_json(folder / "config.json"), load_file(file)
+    weight = weights.get("linear.weight")
+    if set(weights) != {"linear.weight"} or weight is None or not is_multiple_of_identity(weight):
+        raise ValueError(f"{file} holds something other than one number times the identity, {mend}")
+    if not str(config.get("activation_function")).endswith(".Identity"):
+        raise ValueError(f"{folder / 'config.json'} has the activation {config.get('activation_function')}, {mend}")
+    return float(weight[0, 0])
 
 
 def _token(config: dict[str, Any], *names: str) -> str | None:
@@ -88,29 +146,29 @@ def finalise_checkpoint(path: str | Path) -> None:
     """Write what a saved student needs so that stock sentence-transformers loads it right, or fails loudly.
 
     The only writer of the tokenizer's class and [SEP]-free template, the version requirement, prompts and whether they
-    are pooled, lengths and similarity. Idempotent: a second call changes no byte.
+    are pooled, lengths and similarity. Idempotent: a second call changes no byte. A student of the plain encoding is
+    right as sentence-transformers saves it: it gets the version requirement alone.
 
     Args:
         path: folder that a student was saved to.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
-        ValueError: the folder holds something other than a student with the TCT encoding.
+        ValueError: the folder holds something other than a student.
     """
     path = Path(path)
     layout = _read_layout(path)
+    own = _read_json(path / "config_sentence_transformers.json") | {"requirements": REQUIREMENTS}
+    if layout.prompts is not None:
+        _write(path, {"config_sentence_transformers.json": own})
+        return
     settings = {key: value for key, value in layout.settings.items() if key != "max_seq_length"}
     if layout.augmented:
         settings["query_expansion"] = query_expansion(layout.query_length)
     changes: dict[str, Any] = {
         "sentence_bert_config.json": settings,
-        "config_sentence_transformers.json": _read_json(path / "config_sentence_transformers.json")
-        | {
-            "prompts": dict(PROMPTS),
-            "default_prompt_name": "document",
-            "similarity_fn_name": "dot",
-            "requirements": REQUIREMENTS,
-        },
+        "config_sentence_transformers.json": own
+        | {"prompts": dict(PROMPTS), "default_prompt_name": "document", "similarity_fn_name": "dot"},
         # Plain encode() knows no document_length: the tokenizer's own limit has to be the same.
         "tokenizer_config.json": _read_json(path / "tokenizer_config.json")
         | {
@@ -121,10 +179,14 @@ def finalise_checkpoint(path: str | Path) -> None:
         },
         layout.pooling_file: _read_json(path / layout.pooling_file) | {"include_prompt": layout.pooling == "cls"},
     }
+    _write(path, changes)
+    _finalise_tokenizer(path, changes["tokenizer_config.json"])
+
+
+def _write(path: Path, changes: dict[str, Any]) -> None:
     for name, wanted in changes.items():
         if _read_json(path / name) != wanted:
             write_json_atomic(path / name, wanted)
-    _finalise_tokenizer(path, changes["tokenizer_config.json"])
 
 
 def _finalise_tokenizer(path: Path, config: dict[str, Any]) -> None:
@@ -201,12 +263,13 @@ def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> Checkpo
     found = _fresh_vectors(path, texts)
     rule = {side: _rule_vectors(path, texts, side, layout) for side in PROMPTS}
     rule["plain"] = rule["document"]
+    encoding = "TCT" if layout.prompts is None else "plain"
     differences = {}
     for name, vectors in found.items():
         differences[name] = float(np.abs(vectors - rule[name]).max())
         if not differences[name] <= tolerance * max(1.0, float(np.abs(rule[name]).max())):
             raise ValueError(
-                f"{path}: {name} vectors differ from the TCT encoding by {differences[name]:.2g}. Run "
+                f"{path}: {name} vectors differ from the {encoding} encoding by {differences[name]:.2g}. Run "
                 "finalise_checkpoint on the folder; if that does not help, build the student again with build_student."
             )
     return CheckpointReport(**differences)
@@ -235,23 +298,33 @@ def _rule_vectors(path: Path, texts: Sequence[str], side: str, layout: _Layout) 
     import torch
     from transformers import AutoModel, PreTrainedTokenizerFast
 
-    config = _read_json(path / "tokenizer_config.json")
-    start, mask = _token(config, "cls_token", "bos_token"), _token(config, "mask_token")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), cls_token=start, mask_token=mask)
     model = AutoModel.from_pretrained(str(path), dtype=torch.float32).eval()
-    augmented = side == "query" and layout.augmented
     length = layout.query_length if side == "query" else layout.document_length
-    opening = f"{start}{PROMPTS[side]}"
-    prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    if layout.prompts is not None:
+        own = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
+        prompt = 0  # pooled with the text
+        inputs = [own(layout.prompts[side] + text, truncation=True, max_length=length)["input_ids"] for text in texts]
+    else:
+        config = _read_json(path / "tokenizer_config.json")
+        start, mask = _token(config, "cls_token", "bos_token"), _token(config, "mask_token")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(path / "tokenizer.json"), cls_token=start, mask_token=mask
+        )
+        augmented = side == "query" and layout.augmented
+        opening = f"{start}{PROMPTS[side]}"
+        prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+        wholes = [opening + text + (str(mask) * length if augmented else "") for text in texts]
+        inputs = [tokenizer(whole, add_special_tokens=False)["input_ids"][:length] for whole in wholes]
     vectors = []
-    for text in texts:
-        whole = opening + text + (str(mask) * length if augmented else "")
-        ids = tokenizer(whole, add_special_tokens=False)["input_ids"][:length]
+    for ids in inputs:
         with torch.no_grad():
             hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # (tokens, dim)
         if layout.pooling == "cls":
-            vectors.append(hidden[0])
+            pooled = hidden[0]
         else:
-            own = hidden[prompt:]
-            vectors.append(own.mean(0) if len(own) else torch.zeros_like(hidden[0]))
+            own_tokens = hidden[prompt:]
+            pooled = own_tokens.mean(0) if len(own_tokens) else torch.zeros_like(hidden[0])
+        if layout.length is not None:
+            pooled = pooled / pooled.norm().clamp(min=1e-12) * layout.length
+        vectors.append(pooled)
     return torch.stack(vectors).numpy()

@@ -7,13 +7,16 @@ The rule (Pyserini's, for the released checkpoints; `[Q]` and `[D]` are three Wo
 
 No [SEP], no projection, no normalisation, compared by dot product. Without query augmentation a query has no [MASK]s
 and is pooled like a passage. A text with no token of its own (the empty passage) is the zero vector.
+
+Beyond the paper a student may take the start token's vector, normalise with a learned scale, keep some layers of the
+encoder, or read texts as its tokenizer does by itself ("plain").
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,9 +27,11 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import nn
 
-from tct_hf.checkpoints import finalise_checkpoint, query_expansion, validate_checkpoint
+from tct_hf.checkpoints import finalise_checkpoint, validate_checkpoint
+from tct_hf.encoders import keep_layers, load_transformer, make_plain, make_tct, plain_prompts
 from tct_hf.files import replace_dir, staging_beside
-from tct_hf.tokenization import PROMPTS, start_token, tct_tokenizer
+from tct_hf.scaling import length_of, scale_modules
+from tct_hf.tokenization import PROMPTS
 
 if TYPE_CHECKING:
     from tct_hf.teachers import ColBERTTeacher
@@ -44,66 +49,52 @@ QUERY_LENGTH = 36
 DOCUMENT_LENGTH = 154
 
 
-def _load_transformer(model_name_or_path: str, dtype: torch.dtype | str | None) -> Transformer:
-    # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-    return Transformer(model_name_or_path, model_kwargs={"dtype": dtype or torch.float32})
-
-
-def _positions(config: Any) -> int | None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        return positions - config.pad_token_id - 1  # these count positions from the padding index on
-    return positions
-
-
-def _make_tct(
+def _prepare(
     transformer: Transformer,
+    encoding: str,
+    prompts: Mapping[str, str] | None,
     *,
     query_length: int,
     document_length: int,
     query_augmentation: bool,
     markers: Sequence[str] = (),
-) -> Transformer:
-    """Give a Transformer module, in place, the TCT tokenizer, lengths and query expansion."""
-    positions = _positions(transformer.config)
-    for name, length in (("query_length", query_length), ("document_length", document_length)):
-        if length < 5:
-            raise ValueError(f"{name}={length} leaves no token for the text: the start token and the prompt take 4.")
-        if positions is not None and length > positions:
-            raise ValueError(f"{name}={length}, but the encoder has {positions} positions: choose at most that.")
-    tokenizer = tct_tokenizer(transformer.tokenizer, document_length=document_length, markers=markers)
-    if query_augmentation and tokenizer.mask_token is None:
+) -> dict[str, str]:
+    """Give a Transformer module, in place, an encoding of texts; its prompts."""
+    if encoding not in ("tct", "plain"):
         raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no mask token for query augmentation: use another "
-            "encoder, or query_augmentation=False."
+            f'encoding={encoding!r} is not known: use "tct" (the paper\'s), or "plain" for the tokenizer\'s own input.'
         )
-    encoder: Any = transformer.model
-    rows = encoder.get_input_embeddings().num_embeddings
-    for token in (start_token(tokenizer), *((str(tokenizer.mask_token),) if query_augmentation else ())):
-        if tokenizer.backend_tokenizer.token_to_id(token) >= rows:
-            raise ValueError(
-                f"The token {token!r} of {tokenizer.name_or_path!r} has no embedding: the encoder has {rows}. Use the "
-                "tokenizer that the encoder was trained with, or resize its embeddings and train them."
-            )
-    transformer.processor = tokenizer
-    transformer.processing_kwargs = {}
-    transformer._prompt_length_mapping = {}
-    transformer.query_expansion = None  # before the lengths: the setter compares them
-    transformer.document_length = document_length
-    transformer.query_length = None if query_augmentation else query_length
-    transformer.query_expansion = query_expansion(query_length) if query_augmentation else None
-    return transformer
+    lengths = {"query_length": query_length, "document_length": document_length}
+    if encoding == "plain":
+        checked = plain_prompts(prompts)
+        make_plain(transformer, **lengths, prompts=checked, markers=markers)
+        return checked
+    if prompts:
+        raise ValueError(
+            f'prompts={dict(prompts)}: the TCT encoding has its own; leave them out, or use encoding="plain".'
+        )
+    make_tct(transformer, **lengths, query_augmentation=query_augmentation, markers=markers)
+    return dict(PROMPTS)
 
 
-def _student(transformer: Transformer, pooling: str) -> SentenceTransformer:
-    # "cls" is the vector of the start token, which belongs to the prompt; all else leaves the prompt out.
-    pool = Pooling(transformer.get_embedding_dimension(), pooling, include_prompt=pooling == "cls")
+def _student(
+    transformer: Transformer, prompts: dict[str, str], encoding: str, pooling: str, scale: float | None
+) -> SentenceTransformer:
+    dim = transformer.get_embedding_dimension()
+    # "cls" is the vector of the start token, which belongs to the prompt; else TCT leaves the prompt out. A tokenizer
+    # that joins prompt and text has no prompt to leave out.
+    pool = Pooling(dim, pooling, include_prompt=pooling == "cls" or encoding == "plain")
     return SentenceTransformer(
-        modules=[transformer, pool],
-        prompts=dict(PROMPTS),
+        modules=[transformer, pool, *([] if scale is None else scale_modules(dim, scale))],
+        prompts=prompts,
         default_prompt_name="document",
         similarity_fn_name="dot",
     )
+
+
+def _check_pooling(pooling: str) -> None:
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f'pooling={pooling!r} is not part of the TCT encoding: use "mean" (the paper\'s) or "cls".')
 
 
 def build_student(
@@ -115,8 +106,11 @@ def build_student(
     query_augmentation: bool = True,
     dtype: torch.dtype | str | None = None,
     layers: Sequence[int] | None = None,
+    encoding: Literal["tct", "plain"] = "tct",
+    prompts: Mapping[str, str] | None = None,
+    scale: float | None = None,
 ) -> SentenceTransformer:
-    """Build a student with the TCT encoding from any BERT-like encoder.
+    """Build a student from any encoder, by default with the TCT encoding, which takes a BERT-like one.
 
     `encode_query` and `encode_document` apply the encoding, plain `encode` takes its texts for passages.
 
@@ -129,28 +123,34 @@ def build_student(
             can run the student.
         dtype: of the weights; float32 when None.
         layers: keep only these layers of the encoder, counted from 0.
+        encoding: "tct"; or "plain" for an encoder whose tokenizer can't make TCT input (byte-level BPE, SentencePiece:
+            RoBERTa, ModernBERT, XLM-R): its own special tokens, no [MASK]s, prompts pooled with the text.
+        prompts: of the plain encoding, `{"query": "query: ", "document": "passage: "}` for instance; none when None.
+        scale: normalise the vectors, and learn what cosines are multiplied by from this number on (20.0, say); it is
+            kept in a stock module, see :mod:`tct_hf.scaling`. None (the paper's): vectors as pooled.
 
     Returns:
         A SentenceTransformer of stock modules.
 
     Raises:
         ValueError: a tokenizer that can't make TCT input, lengths that don't fit the encoder, layers it doesn't have,
-            an unknown pooling.
+            an unknown pooling or encoding, prompts of the TCT encoding, a scale that is none.
 
     Source: Pyserini's query and passage encoders for castorini/tct_colbert-msmarco.
     """
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f'pooling={pooling!r} is not part of the TCT encoding: use "mean" (the paper\'s) or "cls".')
-    transformer = _load_transformer(model_name_or_path, dtype)
+    _check_pooling(pooling)
+    transformer = load_transformer(model_name_or_path, dtype)
     if layers is not None:
-        _keep_layers(transformer, layers)
-    _make_tct(
+        keep_layers(transformer, layers)
+    prompts = _prepare(
         transformer,
+        encoding,
+        prompts,
         query_length=query_length,
         document_length=document_length,
         query_augmentation=query_augmentation,
     )
-    return _student(transformer, pooling)
+    return _student(transformer, prompts, encoding, pooling, scale)
 
 
 def build_colbert(
@@ -160,6 +160,8 @@ def build_colbert(
     query_length: int = QUERY_LENGTH,
     document_length: int = DOCUMENT_LENGTH,
     dtype: torch.dtype | str | None = None,
+    encoding: Literal["tct", "plain"] = "tct",
+    prompts: Mapping[str, str] | None = None,
 ) -> MultiVectorEncoder:
     """Build an untrained ColBERT that reads the same TCT input as its students, so that a batch is tokenised once.
 
@@ -169,14 +171,19 @@ def build_colbert(
         query_length: tokens of a query, prompt and [MASK]s included.
         document_length: tokens a passage keeps, prompt included.
         dtype: of the weights; float32 when None.
+        encoding: as in :func:`build_student`.
+        prompts: likewise.
 
     Returns:
         A MultiVectorEncoder: encoder, linear projection, scoring mask, L2 normalisation of every token vector.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1.
     """
-    transformer = _make_tct(
-        _load_transformer(model_name_or_path, dtype),
+    transformer = load_transformer(model_name_or_path, dtype)
+    prompts = _prepare(
+        transformer,
+        encoding,
+        prompts,
         query_length=query_length,
         document_length=document_length,
         query_augmentation=True,
@@ -190,66 +197,47 @@ def build_colbert(
     )
     return MultiVectorEncoder(
         modules=[transformer, projection, MultiVectorMask(), Normalize(module_input_name="token_embeddings")],
-        prompts=dict(PROMPTS),
+        prompts=prompts,
     )
-
-
-def _keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
-    config = transformer.model.config
-    count = config.num_hidden_layers
-    if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
-        raise ValueError(f"layers={list(layers)}: name distinct layers of the encoder, 0 to {count - 1}.")
-    stacks = [
-        (parent, name, child)
-        for parent in transformer.model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    if len(stacks) != 1:
-        raise ValueError(
-            f"{type(transformer.model).__name__} has {len(stacks)} stacks of {count} layers, so that which layers to "
-            "keep is unclear: use an encoder with one stack (BERT, MiniLM, MPNet), or layers=None."
-        )
-    parent, name, stack = stacks[0]
-    setattr(parent, name, nn.ModuleList([stack[layer] for layer in layers]))
-    config.num_hidden_layers = len(layers)
-    for key, value in vars(config).items():  # per-layer settings, such as ModernBERT's layer_types
-        if key.startswith("layer") and isinstance(value, list) and len(value) == count:
-            setattr(config, key, [value[layer] for layer in layers])
 
 
 def student_from_teacher(
     teacher: MultiVectorEncoder | ColBERTTeacher | str | Path,
     *,
     layers: Sequence[int] | None = None,
-    encoding: Literal["tct"] = "tct",
+    encoding: Literal["tct", "plain"] = "tct",
     query_length: int = QUERY_LENGTH,
     document_length: int = DOCUMENT_LENGTH,
     query_augmentation: bool = True,
+    pooling: str = "mean",
+    prompts: Mapping[str, str] | None = None,
+    scale: float | None = None,
 ) -> SentenceTransformer:
     """Initialise a student from a ColBERT teacher's encoder: the paper's initialisation.
 
-    The encoder is copied without the projection. The tokenizer is made afresh, with the TCT encoding and never the
-    teacher's own markers ([unused0], an added "[Q] " token).
+    The encoder is copied without the projection. The tokenizer is made afresh, with the student's encoding and never
+    the teacher's own markers ([unused0], an added "[Q] " token).
 
     Args:
         teacher: a multi-vector model, a ColBERTTeacher, or a path or Hub id of one.
         layers: for a smaller student, the layers of the teacher's encoder to keep, counted from 0.
-        encoding: "tct".
+        encoding: as in :func:`build_student`.
         query_length: as in :func:`build_student`.
         document_length: as in :func:`build_student`.
         query_augmentation: as in :func:`build_student`.
+        pooling: as in :func:`build_student`.
+        prompts: as in :func:`build_student`.
+        scale: as in :func:`build_student`.
 
     Returns:
         A SentenceTransformer that shares no memory with the teacher.
 
     Raises:
-        ValueError: as :func:`build_student`, an unknown encoding, or a teacher that is no multi-vector model.
+        ValueError: as :func:`build_student`, or a teacher that is no multi-vector model.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1.
     """
-    if encoding != "tct":
-        raise ValueError(f'encoding={encoding!r} is not known: use "tct".')
+    _check_pooling(pooling)
     model: Any = getattr(teacher, "model", teacher)
     if isinstance(teacher, (str, Path)):
         model = MultiVectorEncoder(str(teacher), device="cpu")
@@ -260,15 +248,17 @@ def student_from_teacher(
         )
     transformer: Any = copy.deepcopy(model[0]).float().requires_grad_(True)
     if layers is not None:
-        _keep_layers(transformer, layers)
-    _make_tct(
+        keep_layers(transformer, layers)
+    prompts = _prepare(
         transformer,
+        encoding,
+        prompts,
         query_length=query_length,
         document_length=document_length,
         query_augmentation=query_augmentation,
         markers=[prompt for prompt in model.prompts.values() if prompt],
     )
-    return _student(transformer, "mean")
+    return _student(transformer, prompts, encoding, pooling, scale)
 
 
 def has_tct_encoding(student: SentenceTransformer) -> bool:
@@ -280,7 +270,8 @@ def has_tct_encoding(student: SentenceTransformer) -> bool:
     first, *rest = student
     return (
         isinstance(first, Transformer)
-        and [type(module) for module in rest] == [Pooling]
+        and [type(module) for module in rest[:1]] == [Pooling]
+        and (len(rest) == 1 or (len(rest) == 3 and length_of(rest) is not None))
         and first.document_length is not None
         and {name: student.prompts.get(name) for name in PROMPTS} == PROMPTS
     )
@@ -300,7 +291,7 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model is something other than a student with the TCT encoding.
+        ValueError: the model is something other than a student.
         OSError: the folder can't be written.
     """
     path = Path(path)

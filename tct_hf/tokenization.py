@@ -1,9 +1,13 @@
-"""Tokenizers that make TCT input: `[CLS] $A`, no `[SEP]`, and a prompt whose tokens stand apart from the text."""
+"""Tokenizers that make TCT input: `[CLS] $A`, no `[SEP]`, and a prompt whose tokens stand apart from the text.
+
+And, for encoders whose tokenizers can't, the tokenizer's own input.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -66,11 +70,7 @@ def tct_tokenizer(
             text after it, or ends a prompt with a special token, so that the prompt's tokens could not be left out of
             the pooling.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(tokenizer, "backend_tokenizer"):
-        raise ValueError(
-            f"{type(tokenizer).__name__} is not backed by the tokenizers library, which TCT input needs to leave out "
-            "[SEP]: load the encoder with a fast tokenizer (a tokenizer.json)."
-        )
+    tokenizer = _fast(tokenizer)
     start = start_token(tokenizer)
     backend = _without_added_tokens(tokenizer.backend_tokenizer, {m.strip() for m in markers if m.strip()})
     start_id = backend.token_to_id(start)
@@ -80,8 +80,51 @@ def tct_tokenizer(
             "set tokenizer.cls_token to a token that is."
         )
     backend.post_processor = tct_post_processor(start, start_id)
+    fresh = _made_of(backend, tokenizer, document_length)
+    check_prompts_stand_apart(fresh)
+    return fresh
+
+
+def plain_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, *, document_length: int, markers: Iterable[str] = ()
+) -> TokenizersBackend:
+    """A fresh tokenizer that adds the encoder's own special tokens, made from any fast tokenizer, left as it is.
+
+    Args:
+        tokenizer: of the encoder.
+        document_length: tokens a passage keeps; the tokenizer truncates there.
+        markers: added tokens to leave out, such as those of a ColBERT.
+
+    Raises:
+        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input by itself, as that of a
+            TCT student or its teacher does: nothing would tell the two encodings apart.
+    """
+    tokenizer = _fast(tokenizer)
+    start = tokenizer.cls_token or tokenizer.bos_token
+    if (
+        start is not None
+        and tokenizer("a")["input_ids"] == tokenizer(f"{start}a", add_special_tokens=False)["input_ids"]
+    ):
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} adds {start!r} and no more, which is the TCT encoding's "
+            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="plain").'
+        )
+    backend = _without_added_tokens(tokenizer.backend_tokenizer, {m.strip() for m in markers if m.strip()})
+    return _made_of(backend, tokenizer, document_length)
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is not backed by the tokenizers library, which TCT input needs to leave out "
+            "[SEP]: load the encoder with a fast tokenizer (a tokenizer.json)."
+        )
+    return tokenizer
+
+
+def _made_of(backend: Tokenizer, tokenizer: PreTrainedTokenizerBase, document_length: int) -> TokenizersBackend:
     special = {name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name) is not None}
-    fresh = TokenizersBackend(
+    return TokenizersBackend(
         tokenizer_object=backend,
         name_or_path=tokenizer.name_or_path,
         model_max_length=document_length,
@@ -91,8 +134,6 @@ def tct_tokenizer(
         clean_up_tokenization_spaces=False,
         **special,
     )
-    check_prompts_stand_apart(fresh)
-    return fresh
 
 
 def check_prompts_stand_apart(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,5 +160,5 @@ def check_prompts_stand_apart(tokenizer: PreTrainedTokenizerBase) -> None:
                     f"{tokenizer.convert_ids_to_tokens(joined)}. The prompt's tokens could not be left out of the "
                     "pooling, and every vector would be silently off. Byte-level BPE (RoBERTa, GPT) and SentencePiece "
                     "(XLM-R) do this with the space: use an encoder with a WordPiece tokenizer, such as BERT, MiniLM "
-                    "or MPNet."
+                    'or MPNet, or encoding="plain".'
                 )

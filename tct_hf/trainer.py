@@ -26,6 +26,7 @@ from tct_hf.encoding import finalise_checkpoint, has_tct_encoding
 from tct_hf.losses import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part
 from tct_hf.sampling import SameDatasetBatchSampler
 from tct_hf.saving import WholeCheckpointsMixin
+from tct_hf.scaling import LearnedScaleMixin
 from tct_hf.sparsity import CollapseWatch, FlopsOfAllDevices, RegularizerWarmup
 from tct_hf.streaming import StreamedTrainingMixin
 from tct_hf.teachers import ColBERTTeacher, NoTeacher, Teacher
@@ -247,7 +248,7 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
             )
 
 
-class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
+class TCTTrainer(LearnedScaleMixin, CoupledTrainerMixin, SentenceTransformerTrainer):
     """Distil a live teacher into a single-vector student.
 
     Args:

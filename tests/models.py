@@ -12,6 +12,10 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    ModernBertConfig,
+    ModernBertModel,
     MPNetConfig,
     MPNetModel,
     PreTrainedTokenizerFast,
@@ -144,6 +148,24 @@ def tiny_mpnet(path: Path) -> Path:
     return path
 
 
+def tiny_distilbert(path: Path) -> Path:
+    """An encoder of another family with BERT's tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    size = _save_bert_tokenizer(path)
+    torch.manual_seed(8)
+    config = DistilBertConfig(
+        vocab_size=size,
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=64,
+        max_position_embeddings=192,
+        initializer_range=0.2,
+    )
+    DistilBertModel(config).save_pretrained(path)
+    return path
+
+
 def tiny_roberta(path: Path) -> Path:
     """An encoder with a byte-level BPE tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
@@ -180,6 +202,53 @@ def tiny_roberta(path: Path) -> Path:
         pad_token_id=1,
     )
     RobertaModel(config).save_pretrained(path)
+    return path
+
+
+def tiny_modernbert(path: Path, *, dropout: float = 0.0) -> Path:
+    """An encoder of another family, its tokenizer byte-level BPE with BERT's special tokens."""
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
+    )
+    names = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        **dict(zip(names, special, strict=True)),
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(6)
+    config = ModernBertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=192,
+        initializer_range=0.2,
+        embedding_dropout=dropout,
+        mlp_dropout=dropout,
+        attention_dropout=dropout,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        pad_token_id=1,
+        bos_token_id=0,
+        cls_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+    )
+    ModernBertModel(config).save_pretrained(path)
     return path
 
 

@@ -17,19 +17,39 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
 from tct_hf import build_student, checkpoints, finalise_checkpoint, save_student, validate_checkpoint
-from tests.models import pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert, tiny_mpnet
+from tests.models import (
+    pylate_colbert,
+    stanford_colbert,
+    tiny_bert,
+    tiny_colbert,
+    tiny_distilbert,
+    tiny_modernbert,
+    tiny_mpnet,
+    tiny_roberta,
+)
+
+PROMPTS = {"query": "query: ", "document": "passage: "}
+KINDS = ["mpnet", "plain", "cls", "bf16", "scaled", "distilbert", "modernbert", "prompted", "roberta"]
 
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("students")
     bert, mpnet = str(tiny_bert(root / "bert-base")), str(tiny_mpnet(root / "mpnet-base"))
+    modern = str(tiny_modernbert(root / "modernbert-base"))
     built = {
         "bert": build_student(bert, document_length=40),
         "mpnet": build_student(mpnet, document_length=40),
         "plain": build_student(bert, document_length=40, query_augmentation=False),
         "cls": build_student(bert, document_length=40, pooling="cls"),
         "bf16": build_student(bert, document_length=40, dtype="bfloat16"),
+        "scaled": build_student(bert, document_length=40, scale=20.0),
+        "distilbert": build_student(str(tiny_distilbert(root / "distilbert-base")), document_length=40, layers=[1]),
+        "modernbert": build_student(modern, document_length=40, encoding="plain"),
+        "prompted": build_student(
+            modern, document_length=40, encoding="plain", prompts=PROMPTS, pooling="cls", scale=5.0, layers=[0, 2]
+        ),
+        "roberta": build_student(str(tiny_roberta(root / "roberta-base")), document_length=40, encoding="plain"),
     }
     for name, student in built.items():
         save_student(student, root / name)
@@ -144,7 +164,7 @@ UNKNOWABLE = {
 # --- finalise_checkpoint ---
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet", "plain", "cls", "bf16"])
+@pytest.mark.parametrize("name", ["bert", *KINDS])
 def test_finalise_changes_no_byte_of_a_finalised_checkpoint(students: dict[str, Path], name: str) -> None:
     before = digests(students[name])
     finalise_checkpoint(students[name])
@@ -184,6 +204,54 @@ def test_finalise_mends_everything_at_once(student: Path, students: dict[str, Pa
         name = file.relative_to(students["bert"])
         assert json.loads((student / name).read_text()) == json.loads(file.read_text()), name
     assert "TokenizersBackend" in type(AutoTokenizer.from_pretrained(student)).__name__
+
+
+@pytest.mark.parametrize("name", ["modernbert", "prompted"])
+def test_a_student_of_the_plain_encoding_gets_the_version_it_needs_and_nothing_else(
+    students: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    SentenceTransformer(str(students[name]), device="cpu").save_pretrained(str(tmp_path / "stock"))
+    before = digests(tmp_path / "stock")
+    finalise_checkpoint(tmp_path / "stock")
+    after = digests(tmp_path / "stock")
+    assert [file for file in before if after[file] != before[file]] == ["config_sentence_transformers.json"]
+    assert after.keys() == before.keys()
+    config = json.loads((tmp_path / "stock" / "config_sentence_transformers.json").read_text())
+    assert config["requirements"] == {"sentence-transformers": {"specifier": ">=6.0"}}
+    assert config["prompts"] == (PROMPTS if name == "prompted" else {"query": "", "document": ""})
+
+
+def test_a_tct_student_that_lost_its_prompts_is_told_from_a_plain_one_by_its_tokenizer(
+    students: dict[str, Path], tmp_path: Path, in_this_interpreter: None
+) -> None:
+    path = Path(shutil.copytree(students["plain"], tmp_path / "student"))
+    edit(path / "config_sentence_transformers.json", lambda c: c.update(prompts={}, default_prompt_name=None))
+    finalise_checkpoint(path)
+    assert digests(path) == digests(students["plain"])
+
+
+def _not_a_scale(path: Path) -> None:
+    weights = load_file(path / "3_Dense" / "model.safetensors")
+    weights["linear.weight"][0, 1] = 1e-6
+    save_file(weights, path / "3_Dense" / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_scale_that_is_no_single_number_is_refused(students: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(students["scaled"], tmp_path / "student"))
+    _not_a_scale(path)
+    for judge in (finalise_checkpoint, validate_checkpoint):
+        with pytest.raises(ValueError, match=r"3_Dense/model\.safetensors holds something other than one number"):
+            judge(path)
+    (path / "3_Dense" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"3_Dense/model\.safetensors is missing"):
+        finalise_checkpoint(path)
+
+
+def test_an_activation_after_the_scale_is_refused(students: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(students["scaled"], tmp_path / "student"))
+    edit(path / "3_Dense" / "config.json", lambda c: c.update(activation_function="torch.nn.modules.activation.Tanh"))
+    with pytest.raises(ValueError, match=r"has the activation .*Tanh"):
+        finalise_checkpoint(path)
 
 
 def test_finalise_takes_a_start_token_written_as_an_object(student: Path) -> None:
@@ -270,7 +338,7 @@ def test_a_checkpoint_that_needs_this_package_is_refused(student: Path) -> None:
         validate_checkpoint(student)
 
 
-@pytest.mark.parametrize("name", ["mpnet", "plain", "cls", "bf16"])
+@pytest.mark.parametrize("name", KINDS)
 def test_good_checkpoints_of_every_kind_pass(students: dict[str, Path], name: str, in_this_interpreter: None) -> None:
     report = validate_checkpoint(str(students[name]))
     assert 0 <= max(report.query, report.document, report.plain) <= 1e-5
@@ -289,6 +357,23 @@ def test_what_is_no_student_is_an_error(student: Path, broken: str) -> None:
     break_it(student)
     with pytest.raises(ValueError, match=message):
         validate_checkpoint(student)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        editing("tokenizer_config.json", lambda c: c.update(model_max_length=512)),
+        editing("config_sentence_transformers.json", lambda c: c.update(default_prompt_name="query")),
+        editing("1_Pooling/config.json", lambda c: c.update(include_prompt=False, pooling_mode="mean")),
+    ],
+)
+def test_silently_wrong_vectors_of_a_plain_student_are_an_error(
+    students: dict[str, Path], tmp_path: Path, in_this_interpreter: None, break_it: Callable[[Path], None]
+) -> None:
+    path = Path(shutil.copytree(students["prompted"], tmp_path / "student"))
+    break_it(path)
+    with pytest.raises(ValueError, match=r"(query|document|plain) vectors differ from the plain encoding"):
+        validate_checkpoint(path)
 
 
 def test_altered_weights_are_no_error(student: Path, in_this_interpreter: None) -> None:

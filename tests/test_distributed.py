@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from tct_hf import build_student
+from tests.models import tiny_modernbert
 from tests.training import make_models, make_splade
 
 
@@ -24,6 +26,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         student, _ = make_models(path, shared_tokens=shared)
         student.save_pretrained(str(path / name))
     make_splade(path).save_pretrained(str(path / "sparse"))
+    base, modern = str(path / "base"), str(tiny_modernbert(path / "modernbert"))
+    build_student(base, document_length=64, scale=20.0).save_pretrained(str(path / "scaled"))
+    plain = build_student(modern, document_length=64, encoding="plain", pooling="cls")
+    plain.save_pretrained(str(path / "plain"))
     return path
 
 
@@ -47,6 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
     # The teacher has tokens of its own, of other widths on each process.
     "separate tokens": {"student": "other"},
     "streamed": {"streaming": True},
+    "learned scale, Matryoshka sizes": {"student": "scaled", "matryoshka_dims": [8, 16, 32]},
+    "learned scale, gradient cache": {"student": "scaled", "mini_batch_size": 3},
+    "plain encoding": {"student": "plain"},
     # With three labels the processes hold different numbers of them, with one a process holds none.
     "few labels": {
         "labelled": [True, False, True, False, False, False, True, False, False, False, True, True],

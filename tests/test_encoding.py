@@ -24,6 +24,8 @@ from tests.models import (
     stanford_colbert,
     tiny_bert,
     tiny_colbert,
+    tiny_distilbert,
+    tiny_modernbert,
     tiny_mpnet,
     tiny_roberta,
 )
@@ -93,6 +95,53 @@ def encoder(model: Any) -> Any:
 def close(found: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
     assert found.shape == wanted.shape
     assert np.abs(np.asarray(found, dtype=np.float32) - wanted).max() <= tolerance
+
+
+class PlainRule(Rule):
+    """The tokenizer's own input, prompt and special tokens pooled with the text."""
+
+    def __init__(self, model: Any, base: Path, prompts: dict[str, str], pooling: str) -> None:
+        super().__init__(model, base)
+        self.prompts, self.pooling = prompts, pooling
+
+    def vectors(self, texts: list[str], side: str, length: int) -> np.ndarray:
+        made = []
+        for text in texts:
+            ids = self.tokenizer(self.prompts[side] + text, truncation=True, max_length=length)["input_ids"]
+            with torch.no_grad():
+                hidden = self.model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+            made.append(hidden[0] if self.pooling == "cls" else hidden.mean(0))
+        return np.stack(made)
+
+    def queries(self, texts: list[str]) -> np.ndarray:
+        return self.vectors(texts, "query", self.query_length)
+
+    def documents(self, texts: list[str]) -> np.ndarray:
+        return self.vectors(texts, "document", self.document_length)
+
+
+class ClsRule(Rule):
+    """The start token's vector."""
+
+    def pooled(self, ids: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return self.model(input_ids=torch.tensor([ids])).last_hidden_state[0, 0].numpy()
+
+
+class ScaledRule:
+    """Another rule's vectors, all of one length but for zero."""
+
+    def __init__(self, rule: Rule, length: float) -> None:
+        self.rule, self.length = rule, length
+
+    def scaled(self, vectors: np.ndarray) -> np.ndarray:
+        return self.length * vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
+
+    def queries(self, texts: list[str]) -> np.ndarray:
+        return self.scaled(self.rule.queries(texts))
+
+    def documents(self, texts: list[str]) -> np.ndarray:
+        return self.scaled(self.rule.documents(texts))
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +247,85 @@ def test_defaults_are_36_and_154_tokens_mean_pooling_and_dot_product(bases: dict
     assert student.prompts == {"query": "[Q] ", "document": "[D] "}
 
 
-def test_cls_pooling_is_the_start_tokens_vector(
-    bases: dict[str, Path], rules: dict[str, Rule], tmp_path: Path
+PROMPTS = {"query": "query: ", "document": "passage: "}
+
+
+@pytest.fixture(scope="module")
+def beyond(
+    bases: dict[str, Path], rules: dict[str, Rule], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Any]]:
+    """Saved students beyond the paper's, each with its rule."""
+    root = tmp_path_factory.mktemp("beyond")
+    bert, modern = bases["bert"], tiny_modernbert(root / "modernbert-base")
+    distil, roberta = tiny_distilbert(root / "distilbert-base"), tiny_roberta(root / "roberta-base")
+    models = {path: AutoModel.from_pretrained(path) for path in (bert, modern, distil, roberta)}
+    none = {"query": "", "document": ""}
+    plain: dict[str, Any] = {"encoding": "plain", "prompts": PROMPTS}
+    made: dict[str, tuple[Path, dict[str, Any], Any]] = {
+        "cls": (bert, {"pooling": "cls"}, ClsRule(models[bert], bert)),
+        "scaled": (bert, {"scale": 9.0}, ScaledRule(rules["bert"], 3.0)),
+        "cls, scaled": (bert, {"pooling": "cls", "scale": 9.0}, ScaledRule(ClsRule(models[bert], bert), 3.0)),
+        "distilbert": (distil, {}, Rule(models[distil], distil)),
+        "modernbert": (modern, {"encoding": "plain"}, PlainRule(models[modern], modern, none, "mean")),
+        "modernbert, prompts, cls, scaled": (
+            modern,
+            {**plain, "pooling": "cls", "scale": 9.0},
+            ScaledRule(PlainRule(models[modern], modern, PROMPTS, "cls"), 3.0),
+        ),
+        "roberta, prompts": (roberta, plain, PlainRule(models[roberta], roberta, PROMPTS, "mean")),
+        "bert, plain": (bert, plain, PlainRule(models[bert], bert, PROMPTS, "mean")),
+    }
+    students = {}
+    for name, (base, settings, rule) in made.items():
+        built = build_student(str(base), document_length=DOCUMENT_LENGTH, **settings)
+        close(built.encode_query(TEXTS), rule.queries(TEXTS))
+        students[name] = save_student(built, root / name), rule
+    return students
+
+
+BEYOND = [
+    "cls",
+    "scaled",
+    "cls, scaled",
+    "distilbert",
+    "modernbert",
+    "modernbert, prompts, cls, scaled",
+    "roberta, prompts",
+    "bert, plain",
+]
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_student_beyond_the_papers_encodes_by_its_rule(
+    beyond: dict[str, tuple[Path, Any]], tmp_path: Path, name: str
 ) -> None:
-    student = build_student(str(bases["bert"]), pooling="cls", document_length=DOCUMENT_LENGTH)
-    student = load(save_student(student, tmp_path / "student"))
-    rule = rules["bert"]
-    with torch.no_grad():
-        wanted = [rule.model(input_ids=torch.tensor([rule.query_ids(text)])).last_hidden_state[0, 0] for text in TEXTS]
-    close(student.encode_query(TEXTS), torch.stack(wanted).numpy())
+    path, rule = beyond[name]
+    for place in (path, save_student(load(path), tmp_path / "again")):
+        student = load(place)
+        close(student.encode_query(TEXTS, batch_size=7), rule.queries(TEXTS))
+        close(student.encode_document(TEXTS), rule.documents(TEXTS))
+        close(student.encode(TEXTS, batch_size=1), rule.documents(TEXTS))
+    assert student.similarity_fn_name == "dot"
+
+
+def test_the_first_dimensions_are_stocks_truncate_dim(beyond: dict[str, tuple[Path, Any]]) -> None:
+    path, rule = beyond["scaled"]
+    student = load(path, truncate_dim=8)
+    close(student.encode_query(TEXTS), rule.queries(TEXTS)[:, :8])
+
+
+def test_prompts_of_the_plain_encoding_are_checked(bases: dict[str, Path]) -> None:
+    base = str(bases["bert"])
+    with pytest.raises(ValueError, match="TCT encoding has its own"):
+        build_student(base, prompts=PROMPTS)
+    with pytest.raises(ValueError, match=r"prompts has \['document', 'passage', 'query'\]"):
+        build_student(base, encoding="plain", prompts={"passage": "passage: "})
+    with pytest.raises(ValueError, match=r"'\[Q\] ' marks the TCT encoding"):
+        build_student(base, encoding="plain", prompts={"query": "[Q] "})
+    with pytest.raises(ValueError, match=r"query_length=4 leaves no token for the text: .* take 4"):
+        build_student(base, encoding="plain", prompts=PROMPTS, query_length=4)
+    with pytest.raises(ValueError, match="encoding='e5' is not known"):
+        build_student(base, encoding="e5")  # type: ignore[arg-type]
 
 
 _FRESH = """
@@ -233,9 +352,9 @@ np.savez(out, **vectors)
 
 
 def test_students_encode_by_the_rule_in_an_interpreter_without_this_package(
-    students: dict[str, Path], rules: dict[str, Rule], tmp_path: Path
+    students: dict[str, Path], rules: dict[str, Rule], beyond: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    paths = {name: str(path) for name, path in students.items()}
+    paths = {name: str(path) for name, path in students.items()} | {n: str(path) for n, (path, _) in beyond.items()}
     subprocess.run(
         [sys.executable, "-c", _FRESH, json.dumps(paths), json.dumps(TEXTS), str(tmp_path / "vectors.npz")],
         check=True,
@@ -244,7 +363,7 @@ def test_students_encode_by_the_rule_in_an_interpreter_without_this_package(
     )
     with np.load(tmp_path / "vectors.npz") as found:
         for name in paths:
-            rule = rules[name.split(",")[0]]
+            rule = beyond[name][1] if name in beyond else rules[name.split(",")[0]]
             queries = rule.plain_queries if "no augmentation" in name else rule.queries
             close(found[f"{name}/query"], queries(TEXTS))
             close(found[f"{name}/document"], rule.documents(TEXTS))
@@ -252,7 +371,7 @@ def test_students_encode_by_the_rule_in_an_interpreter_without_this_package(
 
 
 def test_byte_level_bpe_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Byte-level BPE"):
+    with pytest.raises(ValueError, match=r'Byte-level BPE .* or encoding="plain"'):
         build_student(str(tiny_roberta(tmp_path / "roberta")))
 
 
@@ -401,6 +520,37 @@ def test_student_from_teacher_without_query_augmentation(teachers: dict[str, Pat
     teacher = load_colbert(teachers["pylate"])
     student = student_from_teacher(teacher, query_augmentation=False, document_length=DOCUMENT_LENGTH)
     close(student.encode_query(MARKED), Rule(encoder(teacher), bases["bert"]).plain_queries(MARKED))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_student_beyond_the_papers_starts_from_a_teacher_too(
+    teachers: dict[str, Path], bases: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    teacher = load_colbert(teachers[name])
+    cls = student_from_teacher(teacher, pooling="cls", scale=9.0, document_length=DOCUMENT_LENGTH)
+    rule = ScaledRule(ClsRule(encoder(teacher), bases["bert"]), 3.0)
+    close(load(save_student(cls, tmp_path / "cls")).encode_query(MARKED), rule.queries(MARKED))
+    if name == "ours":
+        with pytest.raises(ValueError, match=r"adds '\[CLS\]' and no more, which is the TCT encoding's input"):
+            student_from_teacher(teacher, encoding="plain", prompts=PROMPTS)
+        return
+    plain = student_from_teacher(teacher, encoding="plain", prompts=PROMPTS, document_length=DOCUMENT_LENGTH)
+    wanted = PlainRule(encoder(teacher), bases["bert"], PROMPTS, "mean")  # never the teacher's own markers
+    loaded = load(save_student(plain, tmp_path / "plain"))
+    close(loaded.encode_query(MARKED), wanted.queries(MARKED))
+    close(loaded.encode(MARKED), wanted.documents(MARKED))
+
+
+def test_a_colbert_of_the_plain_encoding_shares_tokens_with_its_student(tmp_path: Path) -> None:
+    base = str(tiny_modernbert(tmp_path / "base"))
+    lengths: dict[str, Any] = {"query_length": 16, "document_length": DOCUMENT_LENGTH, "encoding": "plain"}
+    for prompts in (None, PROMPTS):
+        build_colbert(base, dim=16, prompts=prompts, **lengths).save_pretrained(str(tmp_path / "colbert"))
+        teacher = ColBERTTeacher(str(tmp_path / "colbert"), dtype="float32")
+        teacher.attach(student_from_teacher(teacher, prompts=prompts, **lengths))
+        assert teacher.shares_tokens
+        teacher.attach(student_from_teacher(teacher, prompts={"query": "other: "}, **lengths))
+        assert not teacher.shares_tokens
 
 
 def test_what_is_no_colbert_and_an_unknown_encoding_are_refused(

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
 
+from tct_hf import validate_checkpoint
 from tct_hf.files import LOG_FILE
-from tests.models import tiny_colbert
+from tests.models import tiny_colbert, tiny_modernbert
 from tests.recipe import RECIPE, STEPS, in_this_process, killed_at, launch, run, write_material
 from tests.test_distributed import free_port
 
@@ -66,9 +69,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_whole_run_leaves_models_that_load_without_this_package(runs: dict[str, Any], settings: Path) -> None:
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-
-    from tct_hf import validate_checkpoint
+    from sentence_transformers import MultiVectorEncoder
 
     output = settings.parent / "whole"
     student = SentenceTransformer(str(output / "student"), device="cpu")
@@ -268,3 +269,55 @@ def test_a_schedule_that_is_none_is_refused_before_anything(
 ) -> None:
     assert recipe(tmp_path / "run", "--student.schedules={temprature: {start: 2.0}}") == 2
     assert "student.schedules: 'temprature' has no schedule" in capsys.readouterr().err
+
+
+def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--encoder.base_model={tiny_modernbert(tmp_path / 'base')}", "--encoder.encoding=plain"]
+    options += ['--encoder.prompts={query: "query: ", document: "passage: "}', "--student.layers=[0, 2]"]
+    options += ["--student.pooling=cls", "--student.scale=20", "--student.training.matryoshka_dims=[8, 16, 32]"]
+    output = tmp_path / "output"
+    assert recipe(output, *options) == 0
+    said = capsys.readouterr().out
+    for title in ("base encoder, plain encoding, untrained", "student, first 16 dimensions", "student, first 8 dim"):
+        assert f"\n| {title}" in said
+    assert "first 32" not in said and "in plain encoding a passage keeps 48 tokens" in said
+    student = SentenceTransformer(str(output / "student"), device="cpu")
+    assert [type(module).__name__ for module in student] == ["Transformer", "Pooling", "Normalize", "Dense"]
+    assert student.prompts == {"query": "query: ", "document": "passage: "} and student[1].pooling_mode == "cls"
+    weight = student[3].linear.weight.detach()
+    assert torch.equal(weight, weight[0, 0] * torch.eye(32)) and float(weight[0, 0]) != 20.0**0.5
+    assert len(student[0].model.layers) == student[0].model.config.num_hidden_layers == 2
+    validate_checkpoint(output / "student")
+    assert {file.name for file in (output / "runs").glob("student*")} == {
+        f"student{size}.{split}.trec" for size in ("", "-16", "-8") for split in ("dev", "test")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student.scale=0"], "student.scale=0.0: give a finite number greater than 0"),
+        (["--student.layers=[2]"], "student.layers: there is no layer 2 in an encoder with the layers 0 to 1"),
+        (
+            ["--student.training.matryoshka_dims=[16, 33]"],
+            "student.training.matryoshka_dims: 33 is not between 1 and the 32 dimensions of the encoder",
+        ),
+        (['--encoder.prompts={query: "query: "}'], "encoder.prompts: the TCT encoding has its own"),
+        (
+            ["--encoder.encoding=plain", '--encoder.prompts={passage: "passage: "}'],
+            "encoder.prompts has ['document', 'passage', 'query']",
+        ),
+    ],
+)
+def test_an_impossible_student_is_refused_before_its_teacher_is_trained(
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert recipe(tmp_path / "run", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tct_hf import build_student
 from tests.training import make_models, make_splade
 from tests.warm_process import run_warm
 
@@ -30,6 +31,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
     student.save_pretrained(str(path / "student"))
     make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
+    scaled = build_student(str(path / "base"), document_length=64, pooling="cls", scale=20.0)
+    scaled.save_pretrained(str(path / "scaled"))
     return path
 
 
@@ -61,6 +64,11 @@ CASES = {
             "regularizer_warmup": 0.8,
             "margin_mse_weight": 0.01,
         },
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    "with a learned scale and Matryoshka sizes": (
+        {"student": "scaled", "matryoshka_dims": [8, 16, 32], "learning_rate_mapping": {r"\.3\.linear": 0.1}},
         {"kill_in_step": 7},
         "checkpoint-6",
     ),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf.data.collection import Split
 from tct_hf.evaluation.comparison import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
 
 BM25, BASE_NATIVE, BASE_TCT, STUDENT, TEACHER = "bm25", "base-native", "base-tct", "student", "teacher"
+_NAMES = {"tct": "TCT", "plain": "plain"}
 
 
 def reference_systems(
@@ -41,6 +42,8 @@ def reference_systems(
     document_length: int,
     depth: int,
     bf16: bool,
+    encoding: Literal["tct", "plain"] = "tct",
+    prompts: Mapping[str, str] | None = None,
 ) -> list[System]:
     """The systems that students are measured against: sparse, the base encoder both ways, the teacher.
 
@@ -48,10 +51,12 @@ def reference_systems(
         collection: to search.
         base_model: encoder that teacher and student come from: bundled, folder or Hub id; None where it is not known.
         teacher: folder or Hub id.
-        query_length: of the base encoder in TCT encoding.
+        query_length: of the base encoder in the student's encoding.
         document_length: likewise.
         depth: passages a query.
         bf16: encode in bfloat16.
+        encoding: the student's.
+        prompts: likewise.
 
     Returns:
         In the order of the table, the teacher last. Models are loaded when they are searched with.
@@ -64,11 +69,18 @@ def reference_systems(
     systems = [System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth))]
     if base_model is not None:
         base = resolve_model(base_model)
-        tct = partial(build_student, base, query_length=query_length, document_length=document_length)
+        tct = partial(
+            build_student,
+            base,
+            query_length=query_length,
+            document_length=document_length,
+            encoding=encoding,
+            prompts=prompts,
+        )
         dense = partial(dense_system, collection, depth=depth, bf16=bf16)
         systems += [
             dense(BASE_NATIVE, "base encoder, its own encoding", lambda: SentenceTransformer(base)),
-            dense(BASE_TCT, "base encoder, TCT encoding, untrained", tct),
+            dense(BASE_TCT, f"base encoder, {_NAMES[encoding]} encoding, untrained", tct),
         ]
     title = "ColBERT teacher (one vector a token)"
     return [*systems, teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16)]
@@ -104,8 +116,56 @@ def dense_system(
     return System(key, title, lambda queries: dense_run(load(), ids, texts, queries, k=depth, bf16=bf16))
 
 
+def student_systems(
+    collection: Collection,
+    load: Callable[[], SentenceTransformer],
+    *,
+    dims: Sequence[int] | None,
+    depth: int,
+    bf16: bool,
+) -> list[System]:
+    """Exact search with a student, whole and with its first dimensions alone, its texts encoded once for all.
+
+    Args:
+        collection: to search.
+        load: loads the student; called when there is something to search.
+        dims: sizes that it was also trained at, `matryoshka_dims`; None or empty: its vectors are searched whole.
+        depth: passages a query.
+        bf16: encode in bfloat16.
+
+    Returns:
+        The whole student, then the sizes below it, the largest first.
+    """
+    from tct_hf.evaluation.systems import dense_runs
+
+    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    sizes: list[int | None] = [None, *sorted(set(dims or []), reverse=True)]
+    made: dict[int | None, Run] = {}
+
+    def search(size: int | None, queries: Mapping[str, str]) -> Run:
+        if size not in made:
+            found = dense_runs(load(), ids, texts, queries, dims=sizes, k=depth, bf16=bf16)
+            made.update(zip(sizes, found, strict=True))
+        return made[size]
+
+    return [
+        System(
+            STUDENT if size is None else f"{STUDENT}-{size}",
+            "student (one vector a passage)" if size is None else f"student, first {size} dimensions",
+            partial(search, size),
+        )
+        for size in sizes
+    ]
+
+
 def training_systems(
-    collection: Collection, *, student: str, depth: int, bf16: bool, **reference: Any
+    collection: Collection,
+    *,
+    student: str,
+    depth: int,
+    bf16: bool,
+    dims: Sequence[int] | None = None,
+    **reference: Any,
 ) -> list[System]:
     """The :func:`reference_systems` of a training run, and its student before the teacher.
 
@@ -114,16 +174,20 @@ def training_systems(
         student: folder or Hub id.
         depth: passages a query.
         bf16: encode in bfloat16.
+        dims: sizes that the student was also trained at; a system each.
         **reference: the rest of the arguments of :func:`reference_systems`.
     """
     from sentence_transformers import SentenceTransformer
+    from transformers import AutoConfig
 
     *others, teacher = reference_systems(collection, depth=depth, bf16=bf16, **reference)
     if is_sparse(student):
         return [*others, sparse_system(collection, STUDENT, student, depth=depth, bf16=bf16), teacher]
-    title = "student (one vector a passage)"
-    own = dense_system(collection, STUDENT, title, lambda: SentenceTransformer(student), depth=depth, bf16=bf16)
-    return [*others, own, teacher]
+    if dims:  # the largest size is often the whole vector
+        whole = AutoConfig.from_pretrained(student).hidden_size
+        dims = [size for size in dims if size != whole]
+    own = student_systems(collection, lambda: SentenceTransformer(student), dims=dims, depth=depth, bf16=bf16)
+    return [*others, *own, teacher]
 
 
 def is_sparse(model: str) -> bool:
@@ -187,6 +251,9 @@ def quick_report(
     measures: Sequence[str],
     depth: int,
     examples: int,
+    encoding: Literal["tct", "plain"] = "tct",
+    prompts: Mapping[str, str] | None = None,
+    dims: Sequence[int] | None = None,
     write: Callable[[str], None] = print,
 ) -> None:
     """Search with every system, and write runs, metrics.json, report.md and losses.png.
@@ -204,6 +271,9 @@ def quick_report(
         measures: ir-measures names; the first one decides on dev whether the teacher beats the base.
         depth: passages a query in the runs.
         examples: questions to show.
+        encoding: as in :func:`training_systems`.
+        prompts: likewise.
+        dims: likewise.
         write: takes lines of progress.
 
     Raises:
@@ -222,6 +292,9 @@ def quick_report(
         document_length=document_length,
         depth=depth,
         bf16=bf16,
+        encoding=encoding,
+        prompts=prompts,
+        dims=dims,
     )
     queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
     runs = run_systems(systems, queries, runs_folder, write=write)
@@ -246,7 +319,8 @@ def quick_report(
         "",
         table([(system.title, evaluations["test"][system.key]) for system in systems], measures),
         "",
-        f"Encoded in {'bfloat16' if bf16 else 'float32'}; in TCT encoding a passage keeps {document_length} tokens.",
+        f"Encoded in {'bfloat16' if bf16 else 'float32'}; in {_NAMES[encoding]} encoding a passage keeps "
+        f"{document_length} tokens.",
         *([] if judged else [_UNJUDGED]),
         *_remarks(evaluations, measures[0], base_model),
         "",

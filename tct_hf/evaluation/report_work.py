@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
+from tct_hf.evaluation.first_dims import first_dims_system
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
@@ -47,6 +48,7 @@ class Work:
         output: folder of everything.
         settings: of the report.
         write: takes lines of progress.
+        dims: first dimensions of the student that are searched alone too.
 
     Raises:
         ValueError: the folder holds runs or times of other settings.
@@ -61,6 +63,7 @@ class Work:
         output: Path,
         settings: ReportSettings,
         write: Callable[[str], None],
+        dims: Sequence[int] = (),
     ) -> None:
         from tct_hf.teachers import has_bfloat16
 
@@ -70,6 +73,7 @@ class Work:
         self.tuning: TuningQueries | None = tuning_queries(collection, settings.hybrid)
         self.depends: dict[str, Any] = {**stores.depends, "teacher": None}
         self.models: dict[str, Any] = {"student": None, "teacher": None}
+        self.dims = list(dims)
         self.bf16 = False
         if teacher is not None:
             self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bfloat16(teacher.device))
@@ -100,6 +104,7 @@ class Work:
         auto = factory_for(len(self.collection.corpus))
         self.ann = ann = self._ann(auto)
         systems.append(dense_system(ANN, f"dense, ANN ({ann.index.factory})", self.stores, ann, depth))
+        systems += [first_dims_system(self.stores, size, depth) for size in self.dims]
         first, first_key = (exact, EXACT) if auto == "Flat" else (ann, ANN)
         name = "dense" if auto == "Flat" else f"dense ({ann.index.factory})"
         first_system = next(system for system in systems if system.key == first_key)

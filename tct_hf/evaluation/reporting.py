@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.evaluation.first_dims import key_of, sizes_to_measure
 from tct_hf.evaluation.report import Report, SystemResult
 from tct_hf.evaluation.report_checks import check_report
 from tct_hf.evaluation.report_settings import ReportSettings
@@ -31,6 +32,7 @@ def build_report(
     settings: ReportSettings | None = None,
     runs: Mapping[str, str] | None = None,
     record: Mapping[str, Any] | None = None,
+    dims: Sequence[int] | None = None,
     write: Callable[[str], None] = print,
 ) -> Report:
     """Search a collection with every system, measure what each finds and costs, and write the report to a folder.
@@ -46,6 +48,7 @@ def build_report(
         settings: what to measure and how.
         runs: name to TREC file of other systems' runs on the reported queries.
         record: settings to keep in the report, JSON-ready; those of `settings` when None.
+        dims: first dimensions of the student to measure alone too; None: those that its training recorded.
         write: takes lines of progress.
 
     Returns:
@@ -68,8 +71,11 @@ def build_report(
         threads=settings.build_threads,
         write=write,
     )
+    sizes = sizes_to_measure(student, dims, stores.student.get_embedding_dimension())
+    if taken := [key for key in map(key_of, sizes) if key in runs]:
+        raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")
     loaded = open_teacher(teacher) if teacher is not None else None
-    work = Work(collection, stores, loaded, teacher, output, settings, write)
+    work = Work(collection, stores, loaded, teacher, output, settings, write, sizes)
     systems = work.systems()
     found = {system.key: work.run(system, place, len(systems)) for place, system in enumerate(systems, 1)}
     costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}

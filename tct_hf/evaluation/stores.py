@@ -16,7 +16,7 @@ from tct_hf.data.cache import default_cache_dir
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.sparse import BM25Index
-from tct_hf.retrieval.vector_blocks import UnitRows
+from tct_hf.retrieval.vector_blocks import FirstColumns, UnitRows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -241,6 +241,35 @@ class Stores:
                 name, build, lambda place: DenseIndex.load(place, model=self.built_by), _dense_memory, settings
             )
         return self._dense[factory]
+
+    def first_dims(self, size: int) -> Stored[DenseIndex]:
+        """The first dimensions of the student's vectors, searched exactly: what `truncate_dim` gives.
+
+        Args:
+            size: how many.
+        """
+        from tct_hf.retrieval.encode import describe_model
+
+        with self.student.truncate_embeddings(size):
+            model = describe_model(self.student, self.name)["model"]
+        built_by = {**model, "id": str(model["id"])}
+
+        def build() -> DenseIndex:
+            ids, vectors = self.vectors()
+            return DenseIndex.build(self.sliced(vectors, size), ids, "Flat", built_by=built_by, threads=self._threads)
+
+        return self._stored(
+            f"dense-first-{size}",
+            build,
+            lambda place: DenseIndex.load(place, model=built_by),
+            _dense_memory,
+            {"first_dims": size},
+        )
+
+    def sliced(self, vectors: Any, size: int) -> Any:
+        """The first `size` dimensions of vectors `(rows, dim)`, as the student's similarity compares them."""
+        first = FirstColumns(vectors, size)
+        return first if self.student.similarity_fn_name == "dot" else UnitRows(first)
 
     def _comparable(self, vectors: np.ndarray) -> np.ndarray:
         """Vectors whose inner product is the student's similarity."""

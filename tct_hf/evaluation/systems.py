@@ -47,16 +47,66 @@ def dense_run(
     Raises:
         ValueError: a model whose similarity is neither dot product nor cosine.
     """
+    [run] = dense_runs(model, corpus_ids, corpus_texts, queries, dims=[None], k=k, bf16=bf16)
+    return run
+
+
+def dense_runs(
+    model: SentenceTransformer,
+    corpus_ids: Sequence[str],
+    corpus_texts: Sequence[str],
+    queries: Mapping[str, str],
+    *,
+    dims: Sequence[int | None],
+    k: int = 100,
+    bf16: bool = False,
+) -> list[Run]:
+    """As :func:`dense_run`, once with each number of first dimensions: texts are encoded once, and vectors sliced.
+
+    Args:
+        model: of one vector a text.
+        corpus_ids: passage ids.
+        corpus_texts: their texts.
+        queries: query id to text.
+        dims: how many of the first dimensions count, all where None. Dot products are of the slices as they are.
+        k: passages a query.
+        bf16: encode in bfloat16.
+
+    Returns:
+        A run for each of `dims`.
+
+    Raises:
+        ValueError: a model whose similarity is neither dot product nor cosine, or more dimensions than it has.
+    """
     import numpy as np
 
     if model.similarity_fn_name not in ("dot", "cosine"):
         raise ValueError(f"The model compares by {model.similarity_fn_name!r}: only dot and cosine can be searched.")
+    check_dims(dims, model.get_embedding_dimension())
     passages = encode_texts(model, corpus_texts, task="document", bf16=bf16)
     vectors = encode_texts(model, list(queries.values()), task="query", bf16=bf16)
-    if model.similarity_fn_name == "cosine":
-        passages = passages / np.linalg.norm(passages, axis=1, keepdims=True).clip(1e-12)
-        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-    return DenseIndex.build(passages, list(corpus_ids)).run(list(queries), vectors, k)
+
+    def compared(whole: Any, size: int | None) -> Any:
+        sliced = np.ascontiguousarray(whole[:, :size])
+        if model.similarity_fn_name == "cosine":
+            return sliced / np.linalg.norm(sliced, axis=1, keepdims=True).clip(1e-12)
+        return sliced
+
+    return [
+        DenseIndex.build(compared(passages, size), list(corpus_ids)).run(list(queries), compared(vectors, size), k)
+        for size in dims
+    ]
+
+
+def check_dims(dims: Sequence[int | None], dimension: int | None) -> None:
+    """Refuse sizes that a student's vectors can't be cut to.
+
+    Raises:
+        ValueError: one that is not between 1 and the dimensions of the vectors.
+    """
+    for size in dims:
+        if size is not None and dimension is not None and not 0 < size <= dimension:
+            raise ValueError(f"dims: {size} is not between 1 and the {dimension} dimensions of the vectors.")
 
 
 def late_interaction_run(

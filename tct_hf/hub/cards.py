@@ -34,6 +34,11 @@ _SIMILARITIES = {
     "euclidean": "negative Euclidean distance",
     "manhattan": "negative Manhattan distance",
 }
+# Settings of recipes/train.py beside those of the training.
+_OF_STUDENT = {
+    "layers": "layers kept of the encoder it began with, counted from 0",
+    "scale": "factor of the cosines before training",
+}
 _HARD = "hard labels"  # the signal of an arm that no teacher takes part in
 _PIPELINE = {
     "student": "sentence-similarity",
@@ -165,8 +170,12 @@ def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         "temperature": "temperature",
         "hard_label_weight": "weight of the hard labels",
         "candidates": "candidates",
+        "matryoshka_dims": "first dimensions that were trained alone too",
     }
-    return tuple((title, str(training[name])) for name, title in shown.items() if training.get(name) is not None)
+    made = [(title, training[name]) for name, title in shown.items() if training.get(name) is not None]
+    own = student or {}
+    made += [(title, own[name]) for name, title in _OF_STUDENT.items() if own.get(name) is not None]
+    return tuple((title, str(value)) for title, value in made)
 
 
 def template(name: str) -> str:
@@ -318,12 +327,15 @@ def _shape(folder: Path) -> dict[str, Any]:
     own = read_json(folder / "config_sentence_transformers.json") or {}
     expansion = settings.get("query_expansion") or {}
     pooled: dict[str, Any] = {}
+    normalised = False
     dimension = config.get("hidden_size")
     for module in modules[1:]:
         of_module = read_json(folder / module["path"] / "config.json") or {}
         dimension = of_module.get("out_features", dimension)
         if str(module["type"]).endswith("Pooling"):
             pooled = of_module
+        if str(module["type"]).endswith("Normalize"):
+            normalised = True
     splade = any(str(module["type"]).endswith("SpladePooling") for module in modules)
     cls = pooled.get("pooling_mode") == "cls"
     query_length: Any = expansion.get("length") or settings.get("query_length")
@@ -332,6 +344,7 @@ def _shape(folder: Path) -> dict[str, Any]:
         "tct": recognise(str(folder), folder).kind == "student",
         "dimension": config.get("vocab_size", dimension) if splade else dimension,
         "augmented": bool(expansion),
+        "normalised": normalised,
         "query_length": query_length,
         "document_length": settings.get("document_length"),
         "query_pooling": f"mean over positions 4 to {query_length - 1}" if expansion and not cls else mean,

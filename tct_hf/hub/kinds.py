@@ -103,7 +103,8 @@ def _of_modules(folder: Path, classes: list[str], modules: list[Any], own: dict[
     pooling = read_json(folder / modules[1]["path"] / "config.json") or {}
     mode = pooling.get("pooling_mode") or _old_pooling_mode(pooling)
     settings = read_json(folder / "sentence_bert_config.json") or {}
-    if classes == ["Transformer", "Pooling"] and own.get("prompts") == PROMPTS and "document_length" in settings:
+    ours = classes in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"])
+    if ours and own.get("prompts") == PROMPTS and "document_length" in settings:
         return Recognised("student", "the TCT encoding in its files", mode)
     return Recognised("dual-encoder", f"a SentenceTransformer of {classes} with {mode} pooling", mode)
 

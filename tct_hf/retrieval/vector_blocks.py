@@ -65,6 +65,35 @@ class UnitRows:
         return self[:].astype(dtype or self.dtype, copy=False)
 
 
+class FirstColumns:
+    """The first components of the rows of an array, as they are read.
+
+    Args:
+        vectors: (rows, dimension), of any kind that gives rows by slice or number.
+        size: components to keep.
+    """
+
+    ndim = 2
+
+    def __init__(self, vectors: Any, size: int) -> None:
+        import numpy as np
+
+        self._vectors, self._size = vectors, size
+        self.shape: tuple[int, int] = (vectors.shape[0], size)
+        self.dtype = np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        import numpy as np
+
+        return np.asarray(self._vectors[rows], dtype=np.float32)[..., : self._size]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
 def as_matrix(vectors: npt.ArrayLike, what: str) -> np.ndarray:
     """Vectors as one contiguous float32 array, checked."""
     matrix = as_rows(vectors, what)

@@ -108,3 +108,28 @@ def test_systems_stand_in_the_order_of_the_table_and_load_no_model_yet(collectio
         bf16=False,
     )
     assert [system.key for system in systems] == KEYS
+
+
+def test_a_student_of_several_sizes_has_a_system_each_of_one_encoding(collection: Collection, tmp_path: Path) -> None:
+    import numpy as np
+
+    from tct_hf import build_student
+    from tct_hf.evaluation.quick_report import student_systems
+    from tests.models import tiny_bert
+
+    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=48).to("cpu")
+    loads = []
+    whole, *parts = student_systems(collection, lambda: loads.append(1) or student, dims=[8, 16], depth=5, bf16=False)
+    assert [(system.key, system.title) for system in (whole, *parts)] == [
+        ("student", "student (one vector a passage)"),
+        ("student-16", "student, first 16 dimensions"),
+        ("student-8", "student, first 8 dimensions"),
+    ]
+    queries = collection.splits["test"].queries
+    vectors = student.encode_query(list(queries.values())), student.encode_document(collection.corpus["text"])
+    for system, size in ((whole, 32), *zip(parts, (16, 8), strict=True)):
+        scores = vectors[0][:, :size] @ vectors[1][:, :size].T
+        for hits, row in zip(system.search(queries).values(), scores, strict=True):
+            wanted = np.sort(row)[::-1][:5]
+            assert sorted(hits.values(), reverse=True) == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert len(loads) == 1

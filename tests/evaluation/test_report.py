@@ -460,3 +460,57 @@ def test_ties_of_token_vectors_are_ordered_by_id() -> None:
     assert stored.search([query], 9) == [{"a": 5.0, "b": 5.0, "c": 2.0}]
     assert stored.rerank(query, np.array([1, 0])) == {"b": 5.0, "c": 2.0}
     assert stored.nbytes == 5 * 2 * 2
+
+
+def test_first_dimensions_are_measured_as_trained_or_as_asked(
+    material: Material, report: Report, output: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf import DenseIndex
+    from tct_hf.files import CLAIM_FILE, write_json_atomic
+
+    shutil.copytree(material.student, tmp_path / "student")
+    record = {"student": {"training": {"matryoshka_dims": [8, 16, 32]}}}
+    write_json_atomic(tmp_path / "student" / CLAIM_FILE, record)
+    shutil.copytree(output, tmp_path / "output")
+    options: dict[str, Any] = {"settings": tiny_settings(), "write": lambda line: None}
+    trained = build_report(material.collection(), str(tmp_path / "student"), tmp_path / "trained", **options)
+    sizes = ["dense-first-16", "dense-first-8"]
+    assert [system.key for system in trained.systems] == [*KEYS[:3], *sizes, "hybrid"]
+    whole, first = trained.system("dense-exact"), trained.system("dense-first-8")
+    assert first.title == "dense, first 8 dimensions" and whole.cost is not None and first.cost is not None
+    saved = whole.cost["disk_bytes_per_passage"] - first.cost["disk_bytes_per_passage"]
+    assert saved == pytest.approx((32 - 8) * 4, abs=3)
+    student = SentenceTransformer(str(tmp_path / "student"), device="cpu", truncate_dim=8)
+    queries = material.collection().splits["test"].queries
+    scores = (
+        student.encode_query(list(queries.values())) @ student.encode_document(material.collection().corpus["text"]).T
+    )
+    run = read_run(tmp_path / "trained" / first.run["file"])
+    for row, query in enumerate(queries):
+        assert sorted(run[query].values(), reverse=True) == pytest.approx(np.sort(scores[row])[::-1][:20], abs=1e-4)
+    folder = tmp_path / "trained" / "indexes" / "dense-first-8" / "index"
+    assert DenseIndex.load(folder, model=student).dimension == 8
+    with pytest.raises(ValueError, match="with another truncate_dim than"):
+        DenseIndex.load(folder, model=SentenceTransformer(str(tmp_path / "student"), device="cpu"))
+    # Asked for, in a folder that has all the rest; and not at all.
+    asked = make(material, tmp_path / "output", dims=[4])
+    assert [system.key for system in asked.systems] == [*KEYS[:3], "dense-first-4", *KEYS[3:]]
+    assert [system.effectiveness for system in asked.systems if system.key in KEYS] == [
+        system.effectiveness for system in report.systems
+    ]
+    none = build_report(material.collection(), str(tmp_path / "student"), tmp_path / "trained", dims=[], **options)
+    assert [system.key for system in none.systems] == [*KEYS[:3], "hybrid"]
+
+
+def test_sizes_that_the_student_does_not_have_are_refused(material: Material, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dims: 33 is not between 1 and the 32 dimensions"):
+        make(material, tmp_path, dims=[33])
+    taken = tmp_path / "run.trec"
+    write_run({"test0": {"p0": 1.0}}, taken, "run")
+    with pytest.raises(ValueError, match=r"runs\.dense-first-8: the report has a system of that name"):
+        make(material, tmp_path, dims=[8], runs={"dense-first-8": str(taken)})

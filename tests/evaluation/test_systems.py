@@ -7,7 +7,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tct_hf.evaluation import systems
-from tct_hf.evaluation.systems import dense_run, encode_texts, late_interaction_run
+from tct_hf.evaluation.systems import dense_run, dense_runs, encode_texts, late_interaction_run
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.training import PASSAGES, QUERIES
 
@@ -48,6 +48,36 @@ def test_dense_run_is_the_sorted_product_of_the_vectors(student: Any, similarity
     finally:
         student.similarity_fn_name = "dot"
     check(run, queries @ passages.T, k)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_dense_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
+    student: Any, similarity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+
+    def counted(model: Any, texts: Any, **options: Any) -> Any:
+        encoded.append(list(texts))
+        return encode_texts(model, texts, **options)
+
+    monkeypatch.setattr(systems, "encode_texts", counted)
+    monkeypatch.setattr(student, "similarity_fn_name", similarity)
+    runs = dense_runs(student, IDS, PASSAGES, ASKED, dims=[8, None, 1], k=5)
+    assert encoded == [PASSAGES, QUERIES]
+    for run, size in zip(runs, [8, 32, 1], strict=True):
+        queries, passages = student.encode_query(QUERIES)[:, :size], student.encode_document(PASSAGES)[:, :size]
+        if similarity == "cosine":
+            queries, passages = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, passages))
+        if size > 1 or similarity == "dot":
+            check(run, queries @ passages.T, 5)
+        stock = SentenceTransformer(modules=list(student), truncate_dim=size, prompts=student.prompts, device="cpu")
+        assert np.array_equal(stock.encode_query(QUERIES), student.encode_query(QUERIES)[:, :size])
+
+
+@pytest.mark.parametrize("size", [0, 33])
+def test_more_dimensions_than_there_are_is_refused(student: Any, size: int) -> None:
+    with pytest.raises(ValueError, match=f"dims: {size} is not between 1 and the 32 dimensions"):
+        dense_runs(student, IDS, PASSAGES, ASKED, dims=[size])
 
 
 def test_a_similarity_that_no_index_can_search_is_refused(student: Any) -> None:

@@ -1,0 +1,63 @@
+"""What no student could be built or trained with, found before its teacher is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.settings import SettingsError
+
+if TYPE_CHECKING:
+    from tct_hf.pipeline import EncoderSettings, StudentSettings, TeacherSettings
+
+
+def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: TeacherSettings) -> None:
+    """Find out before a teacher is trained what no student could be built with.
+
+    Args:
+        encoder: the settings; its base is looked at.
+        student: its settings.
+        teacher: whose encoder the student may start from.
+
+    Raises:
+        SettingsError: prompts of the TCT encoding, a scale that is none, layers or Matryoshka sizes that the encoder
+            does not have.
+    """
+    from tct_hf.encoders import plain_prompts
+    from tct_hf.scaling import scale_modules
+
+    if encoder.prompts and encoder.encoding == "tct":
+        raise SettingsError(
+            "encoder.prompts: the TCT encoding has its own; leave them out, or set encoder.encoding to plain"
+        )
+    try:
+        plain_prompts(encoder.prompts)
+        if student.scale is not None:
+            scale_modules(1, student.scale)
+    except ValueError as error:
+        raise SettingsError(f"{'student' if str(error).startswith('scale') else 'encoder'}.{error}") from error
+    config = _config_of(
+        encoder.base_model if student.initialise_from == "base" else teacher.model or encoder.base_model
+    )
+    layers, dim = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    for layer in student.layers or []:
+        if layers is not None and not 0 <= layer < layers:
+            raise SettingsError(
+                f"student.layers: there is no layer {layer} in an encoder with the layers 0 to {layers - 1}"
+            )
+    for size in student.training.get("matryoshka_dims") or []:
+        if dim is not None and isinstance(size, int) and not 0 < size <= dim:
+            raise SettingsError(
+                f"student.training.matryoshka_dims: {size} is not between 1 and the {dim} dimensions of the encoder"
+            )
+
+
+def _config_of(model: str) -> Any:
+    """The configuration of an encoder; None where it can't be read: loading the model will say why."""
+    from transformers import AutoConfig
+
+    from tct_hf.bundled import resolve_model
+
+    try:
+        return AutoConfig.from_pretrained(resolve_model(model))
+    except (OSError, ValueError):
+        return None
