@@ -92,6 +92,25 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def prepare_teacher(self) -> None:
+        """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
+        losses = list(self.loss.values()) if isinstance(self.loss, dict) else [self.loss]
+        every: list[Any] = [self.train_dataset, self.eval_dataset]
+        for given in every:
+            for dataset in given.values() if isinstance(given, dict) else [given] if given is not None else []:
+                if not dataset.column_names:  # a stream that does not say
+                    continue
+                for loss in losses:
+                    self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
+        train: Any = self.train_dataset
+        dataset = next(iter(train.values())) if isinstance(train, dict) else train
+        if dataset is None or not dataset.column_names or not self.is_world_process_zero():
+            return
+        rows = [dataset[row] for row in range(min(4, len(dataset)))] if isinstance(dataset, Dataset) else []
+        columns = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+        batches = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
+        self.teacher.announce(rows, columns, queries=self.args.per_device_train_batch_size, batches=batches)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -248,6 +267,7 @@ class TCTTrainer(CoupledTrainerMixin, SentenceTransformerTrainer):
                     f"There is no teacher to distil, but hard_label_weight is {one.hard_label_weight}: set it to 1, "
                     "or give a teacher."
                 )
+        self.prepare_teacher()
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
 
