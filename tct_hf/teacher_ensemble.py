@@ -29,8 +29,8 @@ class TeacherEnsemble(Teacher):
     Args:
         teachers: each to its weight, as a mapping or as pairs; weights are made to sum to 1.
         normalize: "standard", scores of a query get zero mean and unit spread, a constant row gets zeros: scales do
-            not matter, but of two candidates only the order is left; "softmax", scores times the teacher's training scale
-            become log-probabilities: the margins stay, for teachers that are calibrated.
+            not matter, but of two candidates only the order is left; "softmax", scores times the teacher's training
+            scale become log-probabilities: the margins stay, for teachers that are calibrated.
 
     Raises:
         ValueError: no teacher, a weight that is not above 0, an unknown normalisation, or an ensemble within another.

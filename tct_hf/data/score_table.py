@@ -24,6 +24,7 @@ ScoreSource: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Mapping[str, f
 # Part of the cache key: raise it when the prepared form of the same source changes.
 _FORMAT = 1
 _BUCKETS = 256
+_FLOAT32_MAX = 3.4028234663852886e38
 _ROWS_A_BLOCK = 100_000
 _FIELDS = ("query_id", "passage_id", "score")
 # What published sets call them.
@@ -46,7 +47,7 @@ def is_score_file(name: str) -> bool:
 
 def pair_key(query_id: str, passage_id: str) -> int:
     """What a pair of ids is known by: 64 bits. Two pairs of 100 million share one with a probability of 1 in 3,700."""
-    named = f"{query_id}\x1f{passage_id}".encode("utf-8", "surrogatepass")
+    named = f"{len(query_id)} {query_id}{passage_id}".encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(named, digest_size=8).digest(), "big")
 
 
@@ -143,7 +144,7 @@ def check_score(value: Any, what: str, place: str, mend: str) -> float:
         raise ValueError(f"{place}: {what} has no score (null): {mend}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{place}: the score of {what} is {shown(value)}, which is no number: {mend}")
-    if not math.isfinite(value) or abs(value) > 3.4e38:
+    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
         raise ValueError(f"{place}: the score of {what} is {value}, which is not finite: {mend}")
     return float(value)
 
