@@ -128,10 +128,12 @@ class TeacherEnsemble(Teacher):
 def standard(scores: Tensor) -> Tensor:
     """Zero mean and unit spread of each row `(queries, candidates)`; zeros for a row that is constant."""
     centred = scores - scores.mean(1, keepdim=True)
-    spread = centred.square().mean(1, keepdim=True).sqrt()
-    # What rounding leaves of a constant row is no spread.
-    constant = spread <= 1e-6 * scores.abs().amax(1, keepdim=True)
-    return torch.where(constant, 0.0, centred / spread.masked_fill(constant, 1.0))
+    largest = centred.abs().amax(1, keepdim=True)
+    # What rounding leaves of a constant row is no spread. Squares are of numbers up to 1, which can't run over.
+    constant = largest <= 1e-6 * scores.abs().amax(1, keepdim=True)
+    scaled = centred / largest.masked_fill(constant, 1.0)
+    spread = scaled.square().mean(1, keepdim=True).sqrt()
+    return torch.where(constant, 0.0, scaled / spread.masked_fill(constant, 1.0))
 
 
 def _log_p(scores: Tensor, scale: float) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models import tiny_cross_encoder
 from tests.training import make_models
 
 
@@ -23,6 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shared in (("student", True), ("other", False)):
         student, _ = make_models(path, shared_tokens=shared)
         student.save_pretrained(str(path / name))
+    tiny_cross_encoder(path / "cross-encoder")
     return path
 
 
@@ -57,6 +59,11 @@ CASES: dict[str, dict[str, Any]] = {
         "hard_label_weight": 0.5,
         "mini_batch_size": 2,
     },
+    "cross-encoder": {"teacher": "cross-encoder", "candidates": "own"},
+    "cross-encoder, in-batch": {"teacher": "cross-encoder in-batch"},  # of passages that others have read
+    "stored scores": {"teacher": "stored", "candidates": "own"},
+    "mixture": {"teacher": "mixture", "mini_batch_size": 3},
+    "mixture, fewer rows": {"teacher": "mixture", "uneven": True},
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time
 }
 

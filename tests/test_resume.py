@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.models import tiny_cross_encoder
 from tests.training import make_models
 from tests.warm_process import run_warm
 
@@ -29,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
     student.save_pretrained(str(path / "student"))
+    tiny_cross_encoder(path / "cross-encoder")
     return path
 
 
@@ -52,6 +54,9 @@ CASES = {
     "in mid-accumulation": ({"gradient_accumulation_steps": 2}, {"kill_in_step": 9}, "checkpoint-4"),
     "with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_step": 12}, "checkpoint-11"),
     "killed during a save": ({}, {"kill_in_save": 4}, "checkpoint-3"),
+    "cross-encoder": ({"teacher": "cross-encoder", "candidates": "own"}, {"kill_in_step": 7}, "checkpoint-6"),
+    "stored scores": ({"teacher": "stored", "candidates": "own"}, {"kill_in_step": 7}, "checkpoint-6"),
+    "mixture": ({"teacher": "mixture"}, {"kill_in_step": 7}, "checkpoint-6"),
     "killed during a save with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_save": 8}, "checkpoint-7"),
 }
 

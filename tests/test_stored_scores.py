@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 from tct_hf import StoredScores
-from tests.training import logged, make_models, make_trainer, reference_loss, triples
+from tests.training import logged, make_models, make_trainer, reference_loss, triples, with_scores
 
 ROW = {"query": "a query", "positive": "one", "negative": "two", "query_id": "q1", "positive_id": "p1"}
 ROW |= {"negative_id": "p2"}
@@ -60,7 +59,7 @@ def test_a_table_is_looked_up_by_ids_and_goes_to_workers(tmp_path: Path) -> None
     assert torch.equal(of(teacher, rows), EXPECTED)
     again = pickle.loads(pickle.dumps(teacher))
     assert torch.equal(of(again, rows), EXPECTED)
-    with pytest.raises(ValueError, match="query 'q3', column 'positive_id': .* has no score of passage 'p1'"):
+    with pytest.raises(ValueError, match=r"query 'q3', column 'positive_id': .* has no score of passage 'p1'"):
         of(teacher, [ROW | {"query_id": "q3"}])
 
 
@@ -84,12 +83,6 @@ def test_a_table_is_looked_up_by_ids_and_goes_to_workers(tmp_path: Path) -> None
 def test_scores_that_are_not_right_are_named(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         of(StoredScores(), [ROW | more])
-
-
-def with_scores(rows: int) -> Dataset:
-    dataset = triples(rows)
-    generator = torch.Generator().manual_seed(1)
-    return dataset.add_column("scores", torch.randn(rows, 2, generator=generator).tolist())
 
 
 def test_the_loss_is_that_of_own_candidates(tmp_path: Path) -> None:
