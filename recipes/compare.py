@@ -17,6 +17,7 @@ from tct_hf.arms import REFERENCES, Arm, check_arms, train_arm
 from tct_hf.pipeline import DataSettings, EncoderSettings, TeacherSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.teacher_settings import check_colbert
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -54,6 +55,7 @@ def main(settings: Settings) -> None:
     from tct_hf.quiet import quieten
     from tct_hf.training import precision, process_state
 
+    check_colbert(settings.teacher)
     quieten()
     state = process_state()
     arms = chosen_arms(settings)

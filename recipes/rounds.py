@@ -19,6 +19,7 @@ from tct_hf.pipeline import DataSettings, EncoderSettings, EvaluationSettings, S
 from tct_hf.progress import Stages
 from tct_hf.rounds import MiningSettings
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.teacher_settings import check_colbert, check_teacher
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -116,7 +117,8 @@ def check(settings: Settings) -> None:
         raise SettingsError(
             "student.kind: negatives are mined with a dense student; train a sparse one on its triples"
         )
-    pipeline.check_teacher(settings.teacher)
+    check_teacher(settings.teacher)
+    check_colbert(settings.teacher)
 
 
 def weights(settings: Settings) -> dict[str, float]:
@@ -249,7 +251,7 @@ def run_round(
             student,
             folder,
             teacher=teacher,
-            dtype=settings.teacher.dtype,
+            teaching=settings.teacher,
             base=base,
             settings=of_student,
             start=str(earlier[-1].student) if number and settings.start_from == "previous" else None,

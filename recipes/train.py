@@ -24,6 +24,7 @@ from tct_hf.pipeline import (
 )
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.teacher_settings import check_teacher, check_teaching
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,14 +64,15 @@ def main(settings: Settings) -> None:
         {name: weights[name] for name in weights if name == "data" or name in settings.stages},
         enabled=state.is_main_process,
     )
-    teacher = settings.teacher.model or str(output / "teacher")
+    teacher = str(output / "teacher") if settings.teacher.is_trained_here else settings.teacher.model
     base: dict[str, Any] = {"seed": settings.seed, **precision(settings.precision, state.device)}
 
     if settings.data.questions is not None and not settings.data.unlabelled:
         raise SettingsError("data.questions: these have no labels; set data.unlabelled for the teacher to judge them")
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
-    pipeline.check_teacher(settings.teacher)
+    check_teacher(settings.teacher)
+    check_teaching(settings.teacher, settings.student, triples=settings.triples.path)
     check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
     check_training(settings.encoder, settings.student, base)
@@ -78,7 +80,9 @@ def main(settings: Settings) -> None:
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
         write(f"  {collection.summary()}")
-        rows = pipeline.read_triples(settings.triples, seed=settings.seed, write=write)
+        rows = pipeline.read_triples(
+            settings.triples, seed=settings.seed, write=write, scores=settings.teacher.score_columns
+        )
         if rows is not None:
             rows = pipeline.refuse_reported_queries(rows, collection)
         if "evaluate" in settings.stages:
@@ -88,6 +92,11 @@ def main(settings: Settings) -> None:
                     "data.questions to hold some out: give one of them, or leave the stage evaluate out."
                 )
             check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
+            if settings.teacher.kind != "colbert" and not collection.splits["test"].qrels:
+                raise SettingsError(
+                    "data.test_split: without judgements the best passage of a ColBERT counts as the answer, and "
+                    "there is none to search with; give judged queries, or leave the stage evaluate out."
+                )
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
     of_teacher = pipeline.teacher_depends(settings.data, settings.encoder, settings.teacher, collection, base)
@@ -110,14 +119,14 @@ def main(settings: Settings) -> None:
         "questions": collection.fingerprint.get("questions"),
     }
     folders = {"training/student": of_student, "student": of_student, "runs": of_runs(settings, of_student, teacher)}
-    if settings.teacher.model is None:
+    if settings.teacher.is_trained_here:
         folders = {"training/teacher": of_teacher, "teacher": of_teacher, **folders}
     finished = {name: is_claimed(output / name, depends) for name, depends in folders.items()}
     if state.is_main_process:
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
     if "teacher" in settings.stages:
-        if settings.teacher.model is not None:
-            stages.skip("teacher", f"{settings.teacher.model} is used as it is")
+        if not settings.teacher.is_trained_here:
+            stages.skip("teacher", f"{settings.teacher.model or settings.teacher.scores} is used as it is")
         elif finished["teacher"]:
             stages.skip("teacher", "it is trained")
         else:
@@ -145,7 +154,7 @@ def main(settings: Settings) -> None:
                     settings.student,
                     output,
                     teacher=teacher,
-                    dtype=settings.teacher.dtype,
+                    teaching=settings.teacher,
                     base=base,
                     settings=of_student,
                 )
@@ -158,23 +167,25 @@ def main(settings: Settings) -> None:
     stages.finish()
 
 
-def of_runs(settings: Settings, of_student: dict[str, Any], teacher: str) -> dict[str, Any]:
+def of_runs(settings: Settings, of_student: dict[str, Any], teacher: str | None) -> dict[str, Any]:
     from tct_hf.files import file_digest
 
-    models = {"student": Path(settings.output_dir) / "student", "teacher": Path(teacher)}
+    models = {"student": Path(settings.output_dir) / "student"} | ({"teacher": Path(teacher)} if teacher else {})
     weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
     return {**of_student, "evaluation": {"depth": settings.evaluation.depth}, "weights": weights}
 
 
-def check_trained_teacher(settings: Settings, teacher: str) -> None:
-    if settings.teacher.model is None and not Path(teacher).is_dir():
+def check_trained_teacher(settings: Settings, teacher: str | None) -> None:
+    if settings.teacher.is_trained_here and not Path(str(teacher)).is_dir():
         raise SettingsError(
             f"stages: the student learns from {teacher}, which is not there. Add the stage teacher, or name a trained "
             "ColBERT with --teacher.model."
         )
 
 
-def evaluate(settings: Settings, collection: Collection, output: Path, depends: dict[str, Any], teacher: str) -> None:
+def evaluate(
+    settings: Settings, collection: Collection, output: Path, depends: dict[str, Any], teacher: str | None
+) -> None:
     from tct_hf.evaluation.quick_report import quick_report
 
     student = output / "student"
@@ -186,7 +197,7 @@ def evaluate(settings: Settings, collection: Collection, output: Path, depends: 
         # A ColBERT from elsewhere has a base of its own, which nobody has named.
         base_model=settings.encoder.base_model if settings.teacher.model is None else None,
         student=str(student),
-        teacher=teacher,
+        teacher=teacher if settings.teacher.kind == "colbert" else None,
         settings=depends,
         bf16=depends["bf16"],
         query_length=settings.encoder.query_length,

@@ -19,8 +19,8 @@ BATCH_KEY = "tct"
 
 _CANDIDATE = re.compile(r"positive|negative|negative_[1-9][0-9]*")
 _IDENTIFIER = re.compile(r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled")
-# What mining records of a row; training leaves it alone.
-_RECORD = re.compile(r"origin|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
+# Scores that a teacher may read (a list, or one a candidate), and what mining records of a row.
+_RECORD = re.compile(r"origin|scores|label|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
 NO_ID = -1
 
 

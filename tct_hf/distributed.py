@@ -92,3 +92,35 @@ def score_where_the_passages_are(
 def first_row(sizes: list[int]) -> int:
     """Where this process's rows begin among those of all."""
     return sum(sizes[: get_rank()])
+
+
+def own_places(queries: int, columns: int, device: torch.device, *, gather: bool) -> tuple[Tensor, int]:
+    """Where the candidates of this process's own rows stand in the score matrix.
+
+    Args:
+        queries: rows of this process.
+        columns: candidate columns.
+        device: of the result.
+        gather: the matrix has the candidates of all processes.
+
+    Returns:
+        `(queries, columns)` int64, and how many candidates there are in all.
+    """
+    sizes = sizes_of_all(queries, device) if gather else [queries]
+    rows = torch.arange(queries, device=device) + (first_row(sizes) if gather else 0)
+    return rows[:, None] + sum(sizes) * torch.arange(columns, device=device), sum(sizes) * columns
+
+
+def spread_own(scores: Tensor, *, gather: bool) -> Tensor:
+    """The score matrix of a teacher that knows a query's own candidates only.
+
+    Args:
+        scores: `(queries, columns)`.
+        gather: the matrix has the candidates of all processes.
+
+    Returns:
+        `(queries, candidates)`: the scores in their places, zeros elsewhere.
+    """
+    queries, columns = scores.shape
+    places, candidates = own_places(queries, columns, scores.device, gather=gather)
+    return scores.new_zeros(queries, candidates).scatter_(1, places, scores)

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf.files import file_digest
 from tct_hf.settings import SettingsError, setting
+from tct_hf.teacher_settings import TeacherSettings, make_teacher, weights_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from tct_hf.data.collection import Collection
     from tct_hf.schedules import Schedule
-    from tct_hf.teachers import Teacher
 
 # Where nothing else is said. Checkpoints are small and frequent: a run is made to be interrupted.
 TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "report_to": "none"}
@@ -71,18 +70,6 @@ class EncoderSettings:
     prompts: dict[str, str] = setting({}, 'of the plain encoding, such as {query: "query: ", document: "passage: "}')
     query_length: int = setting(36, "tokens of a query, [MASK]s included")
     document_length: int = setting(154, "tokens a passage keeps")
-
-
-@dataclass
-class TeacherSettings:
-    """A teacher to use, or how one is trained."""
-
-    model: str | None = setting(None, "folder or Hub id of a ColBERT to use as it is; one is trained when none")
-    dim: int = setting(128, "dimensions of a token vector")
-    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what the teacher computes in")
-    training: dict[str, Any] = setting(
-        {}, "arguments of its training", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"
-    )
 
 
 @dataclass
@@ -151,7 +138,7 @@ def read_collection(data: DataSettings, *, train: bool = True) -> Collection:
 
 
 def read_triples(
-    triples: TriplesSettings, *, seed: int, write: Callable[[str], None]
+    triples: TriplesSettings, *, seed: int, write: Callable[[str], None], scores: str | None = None
 ) -> Dataset | IterableDataset | None:
     """Load and check the triples that are named, None where none are.
 
@@ -159,6 +146,7 @@ def read_triples(
         triples: the settings; see `load_triples`.
         seed: of the order of streamed rows.
         write: takes a line of how many there are, and what was left out.
+        scores: of a teacher that are kept, as in `load_triples`.
 
     Raises:
         ValueError, FileNotFoundError: as `load_triples`.
@@ -178,6 +166,7 @@ def read_triples(
         queries=triples.queries,
         qrels=triples.qrels,
         num_negatives=triples.num_negatives,
+        scores=scores,
         skip_bad_rows=triples.skip_bad_rows,
         skipped=skipped,
         streaming=triples.streaming,
@@ -312,23 +301,6 @@ def train_teacher(
     )
 
 
-def check_teacher(teacher: TeacherSettings) -> None:
-    """Refuse a `teacher.model` that is neither a folder nor looks like a Hub id.
-
-    Args:
-        teacher: the settings. A path is told from a Hub id, owner/name, by its many or leading parts.
-
-    Raises:
-        SettingsError: with the mend.
-    """
-    model = teacher.model
-    if model is not None and not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
-        raise SettingsError(
-            f"teacher.model: {model} is not there, and no Hub id (owner/name) either. Train one with recipes/train.py "
-            "recipes/quickstart.yaml (make quickstart), or name the folder of a ColBERT."
-        )
-
-
 def train_student(
     collection: Collection,
     make_triples: Callable[[], Dataset],
@@ -336,8 +308,8 @@ def train_student(
     student: StudentSettings,
     output: Path,
     *,
-    teacher: str,
-    dtype: Literal["auto", "bfloat16", "float32"],
+    teacher: str | None,
+    teaching: TeacherSettings,
     base: Mapping[str, Any],
     settings: Mapping[str, Any],
     start: str | None = None,
@@ -350,8 +322,8 @@ def train_student(
         encoder: lengths, and the base.
         student: what it starts from, how it is trained.
         output: folder of the run.
-        teacher: folder or Hub id of a ColBERT.
-        dtype: the teacher computes in.
+        teacher: folder or Hub id of the model that teaches, None where stored scores do.
+        teaching: what it is, what it computes in, and what it is mixed with.
         base: training arguments that every stage shares.
         settings: JSON-ready, all that the student depends on.
         start: folder of a student to train further; a new one is made when None.
@@ -361,16 +333,10 @@ def train_student(
     """
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    from tct_hf import CachedTeacher, ColBERTTeacher, build_splade, training
+    from tct_hf import build_splade, training
     from tct_hf.bundled import resolve_model
 
     sparse = student.kind == "splade"
-
-    def make_teacher() -> Teacher:
-        live = ColBERTTeacher(teacher, dtype=dtype)
-        if student.teacher_cache is None:
-            return live
-        return CachedTeacher(live, student.teacher_cache, max_gigabytes=student.teacher_cache_gigabytes)
 
     def new() -> SentenceTransformer | SparseEncoder:
         if start is not None:
@@ -393,7 +359,13 @@ def train_student(
 
     return training.train_student(
         new,
-        make_teacher,
+        partial(
+            make_teacher,
+            teaching,
+            teacher,
+            cache=student.teacher_cache,
+            cache_gigabytes=student.teacher_cache_gigabytes,
+        ),
         make_triples,
         output / "student",
         work=output / "training" / "student",
@@ -425,7 +397,7 @@ def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
 
 def new_student(
     encoder: EncoderSettings,
-    teacher: str,
+    teacher: str | None,
     *,
     initialise_from: str,
     layers: list[int] | None,
@@ -437,7 +409,7 @@ def new_student(
 
     Args:
         encoder: encoding, lengths, and the base.
-        teacher: folder or Hub id.
+        teacher: folder or Hub id; needed to initialise from.
         initialise_from: "teacher" or "base".
         layers: of that encoder to keep; all when None.
         query_augmentation: as in `build_student`.
@@ -469,11 +441,10 @@ def teacher_depends(
     base: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that a teacher depends on, JSON-ready; of one used as it is, the weights too where they are a file here."""
-    ready = None if teacher.model is None else file_digest(Path(teacher.model) / "model.safetensors")
     return {
         **base,
         "data": asdict(data),
         "encoder": asdict(encoder),
-        "teacher": asdict(teacher) if ready is None else {**asdict(teacher), "weights": ready},
+        "teacher": weights_of(teacher),
         "corpus": collection.fingerprint["sha256"],
     }

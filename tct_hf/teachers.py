@@ -38,6 +38,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse a setting that says nothing of what to compute in."""
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """What a setting of "auto", "bfloat16" or "float32" comes to on a device."""
+    wanted = dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(device))
+    return torch.bfloat16 if wanted else torch.float32
+
+
 class Teacher(ABC):
     """Scores every query of a batch against every candidate passage of it.
 
@@ -48,9 +60,41 @@ class Teacher(ABC):
     Attributes:
         training_scale: what the teacher's scores were multiplied by in its own training; a temperature of
             1 / training_scale gives back the distribution it learned.
+        covers: "in-batch", every passage of the batch is scored for every query; or "own", only a query's own positive
+            and negatives. The rest of the matrix then holds zeros, which the mask of `candidates="own"` leaves out.
     """
 
     training_scale: float = 1.0
+    covers: Literal["in-batch", "own"] = "in-batch"
+
+    def check(self, columns: Sequence[str], *, candidates: str) -> None:
+        """Refuse what can't be taught, before the first batch.
+
+        Args:
+            columns: of a data set that will be trained or evaluated on.
+            candidates: of the loss, "in-batch" or "own".
+
+        Raises:
+            ValueError: the loss asks for candidates that this teacher does not score, or a column is missing.
+        """
+        if candidates == "in-batch" and self.covers == "own":
+            raise ValueError(
+                f"A {type(self).__name__} here scores a query's own candidates only, but the loss has "
+                'candidates="in-batch": set candidates="own", mix it with a teacher of the whole batch in a '
+                'TeacherEnsemble, or, if it is a CrossEncoderTeacher, accept the cost with its candidates="in-batch".'
+            )
+
+    def announce(  # noqa: B027
+        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
+    ) -> None:
+        """Log what a step will cost, where that is worth a word; called once, before the first step.
+
+        Args:
+            rows: a few of the training set, to be timed with; none where the rows are streamed.
+            columns: its candidate columns.
+            queries: of a process's batch.
+            batches: whose candidates are scored together, one of each process.
+        """
 
     def attach(self, student: SentenceTransformer) -> None:  # noqa: B027
         """Learn which student will be taught, before the first batch."""
@@ -135,8 +179,7 @@ class ColBERTTeacher(Teacher):
         tokens_per_pass: int = 16_384,
         chunk_elements: int = 1 << 24,
     ) -> None:
-        if dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
+        check_dtype(dtype)
         for name, size in (("tokens_per_pass", tokens_per_pass), ("chunk_elements", chunk_elements)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
@@ -152,7 +195,7 @@ class ColBERTTeacher(Teacher):
         self.model = loaded
         if training_scale is None:
             training_scale = read_training_scale(path) if path is not None else 1.0
-        self.training_scale = _scale(training_scale)
+        self.training_scale = check_scale(training_scale)
         self.dtype = dtype
         self.tokens_per_pass = tokens_per_pass
         self.chunk_elements = chunk_elements
@@ -208,9 +251,7 @@ class ColBERTTeacher(Teacher):
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        if self.dtype == "bfloat16" or (self.dtype == "auto" and has_bfloat16(self.model.device)):
-            return torch.bfloat16
-        return torch.float32
+        return compute_dtype(self.dtype, self.model.device)
 
     def _forward(self, features: Features, side: str) -> tuple[Tensor, Tensor]:
         # A shallow copy: the model's scoring mask overwrites attention_mask in the dict it is given.
@@ -321,7 +362,8 @@ def _refuse_single_vectors(name_or_path: str) -> None:
         )
 
 
-def _scale(value: Any) -> float:
+def check_scale(value: Any) -> float:
+    """A training scale as a float, refused where it is no finite number greater than 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < float("inf"):
         raise ValueError(f"training_scale is {value!r}: it has to be a finite number greater than 0.")
     return float(value)
@@ -343,7 +385,7 @@ def read_training_scale(name_or_path: str) -> float:
         return 1.0
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        return _scale(record.get("training_scale") if isinstance(record, dict) else None)
+        return check_scale(record.get("training_scale") if isinstance(record, dict) else None)
     except ValueError as error:  # not UTF-8, not JSON, or no scale
         raise ValueError(
             f'{path}: {error} Make it {{"training_scale": 1.0}} with the factor of the teacher\'s training, or remove '
@@ -362,4 +404,4 @@ def write_training_scale(path: str | Path, scale: float) -> None:
         ValueError: a scale that is not a finite number greater than 0.
         OSError: the file cannot be written.
     """
-    write_json_atomic(Path(path) / TRAINING_FILE, {"training_scale": _scale(scale)})
+    write_json_atomic(Path(path) / TRAINING_FILE, {"training_scale": check_scale(scale)})

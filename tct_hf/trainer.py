@@ -124,6 +124,7 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
                     f"There is no teacher to distil, but hard_label_weight is {part.hard_label_weight} and "
                     f"margin_mse_weight {part.margin_mse_weight}: set them to 1 and 0, or give a teacher."
                 )
+        self.prepare_teacher()
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
 
@@ -159,6 +160,25 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
             return super()._build_dataloader(dataset, batch_size, dataset_kind)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def prepare_teacher(self) -> None:
+        """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
+        losses = [coupled_part(one) for one in (self.loss.values() if isinstance(self.loss, dict) else [self.loss])]
+        every: list[Any] = [self.train_dataset, self.eval_dataset]
+        for given in every:
+            for dataset in given.values() if isinstance(given, dict) else [given] if given is not None else []:
+                if not dataset.column_names:  # a stream that does not say
+                    continue
+                for loss in losses:
+                    self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
+        train: Any = self.train_dataset
+        dataset = next(iter(train.values())) if isinstance(train, dict) else train
+        if dataset is None or not dataset.column_names or not self.is_world_process_zero():
+            return
+        rows = [dataset[row] for row in range(min(4, len(dataset)))] if isinstance(dataset, Dataset) else []
+        columns = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+        batches = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
+        self.teacher.announce(rows, columns, queries=self.args.per_device_train_batch_size, batches=batches)
 
     def compute_loss(
         self,

@@ -19,8 +19,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers import TrainerCallback
 
-    from tct_hf import ColBERTTeacher, batching
-    from tests.training import logged, make_trainer, triples
+    from tct_hf import batching
+    from tests.training import logged, make_teacher, make_trainer, triples, with_scores
 
     class KeepGradients(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -32,11 +32,11 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
 
     output.mkdir(parents=True, exist_ok=True)
     streaming = settings.pop("streaming", False)
-    teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
+    teacher = make_teacher(models, settings.pop("teacher", "colbert"))
     name = settings.pop("student", "student")
     student: Any = (SparseEncoder if name == "sparse" else SentenceTransformer)(str(models / name), device="cpu")
     batching.CPU_PADDING = settings.pop("padding", batching.CPU_PADDING)
-    rows: Any = triples(12, negatives=2)
+    rows: Any = with_scores(12, negatives=2)
     uneven = settings.pop("uneven", False)
     if labelled := settings.pop("labelled", None):
         rows = rows.add_column("labelled", labelled)
@@ -47,7 +47,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
         student,
         teacher,
         rows.to_iterable_dataset() if streaming else rows,
-        eval_dataset=triples(6, negatives=2),
+        eval_dataset=with_scores(6, negatives=2),
         callbacks=[KeepGradients()],
         max_steps=2,
         optim="sgd",  # Adam makes steps of the rounding noise in gradients that are zero

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
     DistilBertModel,
@@ -260,6 +261,17 @@ def tiny_colbert(path: Path, *, seed: int = 3, layers: int = 2, dropout: float =
     torch.manual_seed(seed)
     build_colbert(str(base), dim=16, document_length=64).save_pretrained(str(path / "colbert"))
     return path / "colbert"
+
+
+def tiny_cross_encoder(path: Path, *, seed: int = 9, labels: int = 1) -> Path:
+    """A cross-encoder as transformers saves one."""
+    base = tiny_bert(path, seed=seed)
+    torch.manual_seed(seed)
+    config = BertConfig.from_pretrained(base, num_labels=labels)
+    model = BertForSequenceClassification.from_pretrained(base, config=config)
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    model.save_pretrained(base)
+    return base
 
 
 def stanford_colbert(path: Path) -> Path:

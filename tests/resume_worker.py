@@ -26,8 +26,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers.trainer_utils import get_last_checkpoint
 
-    from tct_hf import ColBERTTeacher, StallWatch
-    from tests.training import make_trainer, triples
+    from tct_hf import StallWatch
+    from tests.training import make_teacher, make_trainer, with_scores
 
     kill_in_step = settings.pop("kill_in_step", None)
     kill_in_save = settings.pop("kill_in_save", None)
@@ -35,10 +35,10 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     watch = settings.pop("watch", None)  # seconds
     stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed, or stalls
     rows = settings.pop("rows", 36)
-    teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
+    teacher = make_teacher(models, settings.pop("teacher", "colbert"))
     name = settings.pop("student", "student")
     student: Any = (SparseEncoder if name == "sparse" else SentenceTransformer)(str(models / name), device="cpu")
-    trainer = make_trainer(output, student, teacher, triples(rows), **settings)
+    trainer = make_trainer(output, student, teacher, with_scores(rows), **settings)
 
     if watch is not None:
         trainer.add_callback(StallWatch(watch))

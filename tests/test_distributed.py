@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tct_hf import build_student
-from tests.models import tiny_modernbert
+from tests.models import tiny_cross_encoder, tiny_modernbert
 from tests.training import make_models, make_splade
 
 
@@ -30,6 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_student(base, document_length=64, scale=20.0).save_pretrained(str(path / "scaled"))
     plain = build_student(modern, document_length=64, encoding="plain", pooling="cls")
     plain.save_pretrained(str(path / "plain"))
+    tiny_cross_encoder(path / "cross-encoder")
     return path
 
 
@@ -88,6 +89,11 @@ CASES: dict[str, dict[str, Any]] = {
         "labelled": [True, *[False] * 10, True],
         "margin_mse_weight": 0.1,
     },
+    "cross-encoder": {"teacher": "cross-encoder", "candidates": "own"},
+    "cross-encoder, in-batch": {"teacher": "cross-encoder in-batch"},  # of passages that others have read
+    "stored scores": {"teacher": "stored", "candidates": "own"},
+    "mixture": {"teacher": "mixture", "mini_batch_size": 3},
+    "mixture, fewer rows": {"teacher": "mixture", "uneven": True},
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time
 }
 

@@ -62,6 +62,26 @@ def triples(rows: int = 16, *, ids: bool = True, negatives: int = 1) -> Dataset:
     return dataset.select_columns(kept)
 
 
+def with_scores(rows: int = 16, *, negatives: int = 1) -> Dataset:
+    """As :func:`triples`, with a column of stored scores."""
+    drawn = np.random.default_rng(1).normal(0, 2, (rows, 1 + negatives))
+    return triples(rows, negatives=negatives).add_column("scores", drawn.tolist())
+
+
+def make_teacher(models: Path, kind: str) -> Any:
+    """A teacher of a kind, of the models that tests with processes of their own keep in a folder."""
+    from tct_hf import ColBERTTeacher, CrossEncoderTeacher, StoredScores, TeacherEnsemble
+
+    colbert = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
+    if kind == "colbert":
+        return colbert
+    if kind == "stored":
+        return StoredScores()
+    candidates: Any = "own" if kind == "cross-encoder" else "in-batch"
+    live = CrossEncoderTeacher(str(models / "cross-encoder"), candidates=candidates, dtype="float32")
+    return TeacherEnsemble({StoredScores(): 2.0, live: 1.0, colbert: 1.0}) if kind == "mixture" else live
+
+
 def make_models(path: Path, *, dropout: float = 0.0, shared_tokens: bool = True) -> tuple[Any, Any]:
     """A student and a float32 ColBERTTeacher of different weights."""
     from tct_hf import ColBERTTeacher, build_student

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 KNOWN = "known_positive_ids"
 # False in rows that nobody has judged: a teacher says what their passages are worth.
 LABELLED = "labelled"
+# A teacher's scores of a row's candidates, positive first.
+SCORES = "scores"
 # Names that mean something here, each to the form it has in the output; lists are spread over numbered columns.
 TEXT = re.compile(r"query|positive|positives|negative|negatives|negative_[1-9][0-9]*")
 _ID = re.compile(r"query_id|positive_id|positive_ids|negative_id|negative_ids|negative_[1-9][0-9]*_id|" + KNOWN)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.data.column_names import KNOWN, LABELLED, TEXT, check_mapping, is_ours
+from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, TEXT, check_mapping, is_ours
 from tct_hf.data.passage_objects import IDS_OF, is_passages, split_passages
 from tct_hf.data.row_parsing import BadRow, get, shown, there_are
+from tct_hf.data.row_scores import RowScores
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RowReader:
         num_negatives: take the first this many; None takes all, the same number in every row.
         has_queries: query texts can be found by query_id.
         has_passages: passage texts can be found by id.
+        scores: the name of a teacher's scores, see `load_triples`; they are left out when None.
 
     Raises:
         BadRow: a column is missing or doubled; the message lists what there is, and the mend.
@@ -54,6 +56,7 @@ class RowReader:
         num_negatives: int | None = None,
         has_queries: bool = False,
         has_passages: bool = False,
+        scores: str | None = None,
     ) -> None:
         self._names = frozenset(names)
         self._columns = dict(columns or {})
@@ -70,6 +73,7 @@ class RowReader:
         negative, negative_id = self._several("negative", first), self._several("negative_id", first)
         self._known = _Field((self._source[KNOWN],), listed=True) if KNOWN in self._source else None
         self._wanted = num_negatives
+        self._every_negative = negative or negative_id  # also where none of them is taken
         if num_negatives == 0:
             negative = negative_id = None
         self._negative, self._negative_id = negative, negative_id
@@ -78,6 +82,7 @@ class RowReader:
         self._check_complete(has_queries, has_passages)
         self._check_ids()
         self._kinds: dict[str, tuple[str, str]] = {}
+        self._scores = None if scores is None else RowScores(scores, names, self._in_source(first))
 
     # What the output has -------------------------------------------------------------------------------------------
 
@@ -142,7 +147,9 @@ class RowReader:
             names += ["positive_id", *(f"{name}_id" for name in self.negatives)]
         if known:
             names.append(KNOWN)
-        return [*names, LABELLED] if self._labelled is not None else names
+        if self._labelled is not None:
+            names.append(LABELLED)
+        return [*names, SCORES] if self._scores is not None else names
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -178,6 +185,8 @@ class RowReader:
             shared[KNOWN] = [self._id(label, value, place) for label, value in self._known.values(row)]
         if self._labelled is not None:
             shared[LABELLED] = _flag(*self._labelled.values(row)[0])
+        if self._scores is not None:
+            shared[SCORES] = self._scores.read(row, self._in_source(row), 1 + self.num_negatives)
         texts = None if self._positive is None else self._positive.values(row)
         ids = None if self._positive_id is None else self._positive_id.values(row)
         if texts is not None and ids is not None and len(texts) != len(ids):
@@ -200,6 +209,14 @@ class RowReader:
                 one["positive_id"] = self._id(*ids[at], place)
             out.append(one)
         yield from out
+
+    def _in_source(self, row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The source's names of a row's positives and of its negatives, more than one of which may be a list's."""
+        positives, negatives = self._positive or self._positive_id, self._every_negative
+        return (
+            [label for label, _ in positives.values(row)] if positives is not None else [],
+            [label for label, _ in negatives.values(row)] if negatives is not None else [],
+        )
 
     def _name_of_positive(self) -> str:
         found = self._positive or self._positive_id
@@ -350,7 +367,8 @@ class RowReader:
             self._query, self._query_id, self._positive, self._positive_id, self._negative, self._negative_id,
             self._known, self._labelled,
         )  # fmt: skip
-        return {name for found in fields if found is not None for name in found.columns}
+        scores = set() if self._scores is None else set(self._scores.columns)
+        return scores | {name for found in fields if found is not None for name in found.columns}
 
     def _check_names(self, row: Mapping[str, Any]) -> None:
         """Refuse what would be read otherwise, had it come first."""

@@ -34,6 +34,7 @@ class TripleStream:
         known: positives from judgements.
         skip_bad_rows: leave bad rows out and count them.
         skipped: takes the counts, anew in each pass.
+        scores: the name of a teacher's scores, see `load_triples`.
     """
 
     source: Source
@@ -44,6 +45,7 @@ class TripleStream:
     known: KnownPositives | None = None
     skip_bad_rows: bool = False
     skipped: SkippedRows = field(default_factory=SkippedRows)
+    scores: str | None = None
     reader: RowReader | None = field(default=None, init=False)
 
     def plan(self) -> RowReader:
@@ -188,6 +190,7 @@ class TripleStream:
             num_negatives=self.num_negatives,
             has_queries=self.queries is not None,
             has_passages=self.passages is not None,
+            scores=self.scores,
         )
 
     def _refuse_numbers(self, reader: RowReader, row: Mapping[str, Any]) -> None:

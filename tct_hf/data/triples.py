@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.cache import build_once, default_cache_dir
-from tct_hf.data.column_names import KNOWN, LABELLED, check_mapping
+from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, check_mapping
 from tct_hf.data.known_positives import KnownPositives, SeenPositives
 from tct_hf.data.lookups import HUB_ID, JSON_SUFFIXES, TSV_SUFFIXES, TextSource, format_of, open_texts
 from tct_hf.data.row_parsing import SkippedRows
@@ -36,6 +36,7 @@ def load_triples(
     queries: TextSource | None = None,
     qrels: str | Path | Mapping[str, Mapping[str, int]] | None = None,
     num_negatives: int | None = None,
+    scores: str | None = None,
     depth: int = 100,
     seed: int = 0,
     streaming: bool = False,
@@ -77,6 +78,9 @@ def load_triples(
             streaming: that would take a whole pass).
         num_negatives: take the first this many of each row; None takes all, the same number in every row. Of BEIR
             folders: how many to sample, 1 by default.
+        scores: keep a teacher's scores too, for `StoredScores`: the name of a column of lists (one score a candidate,
+            positive first), or what follows positive_ and negative_ (or negative_1_ ...), such as "teacher_score" of
+            mined and of scored triples. Every row is checked to have a finite score of each candidate.
         depth: of BEIR folders: how many of BM25's best passages to sample from.
         seed: of BEIR folders: of the sample.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
@@ -89,8 +93,9 @@ def load_triples(
     Returns:
         Columns query, positive, negative (or negative_1 ... negative_n), all text; query_id, positive_id,
         negative_id (or negative_1_id ...) and known_positive_ids where there are ids; labelled where the source has
-        it. Memory-mapped, prepared once for each source and setting. With streaming=True an `IterableDataset` in the
-        order of the source, which trainers do not shuffle: use its `shuffle(seed=..., buffer_size=...)`.
+        it; scores, a list of floats, where they are asked for. Memory-mapped, prepared once for
+        each source and setting. With streaming=True an `IterableDataset` in the order of the source, which trainers do
+        not shuffle: use its `shuffle(seed=..., buffer_size=...)`.
 
     Raises:
         FileNotFoundError: no such file, folder, data set or split.
@@ -108,7 +113,12 @@ def load_triples(
     # BEIR first: its folder would also pass for one in the Hub's layout.
     if _is_beir(path_or_hub_id, config):
         _refuse_for_beir(
-            columns=columns, collection=collection, queries=queries, qrels=qrels, streaming=streaming or None
+            columns=columns,
+            collection=collection,
+            queries=queries,
+            qrels=qrels,
+            scores=scores,
+            streaming=streaming or None,
         )
         if revision is not None:
             raise ValueError(
@@ -129,6 +139,7 @@ def load_triples(
         None if qrels is None else KnownPositives(qrels),
         skip_bad_rows,
         skipped,
+        scores,
     )
     if streaming:
         return _streamed(stream)
@@ -272,6 +283,7 @@ def _key_of(stream: TripleStream) -> list[Any]:
         texts,
         None if stream.known is None else stream.known.key,
         stream.skip_bad_rows,
+        *([] if stream.scores is None else [["scores", stream.scores]]),
     ]
 
 
@@ -312,7 +324,7 @@ def _prepared(stream: TripleStream, cache: Path) -> Dataset:
 def _write_arrow(path: Path, names: Sequence[str], rows: Any) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
 
-    types = {KNOWN: pa.list_(pa.string()), LABELLED: pa.bool_()}
+    types = {KNOWN: pa.list_(pa.string()), LABELLED: pa.bool_(), SCORES: pa.list_(pa.float64())}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         batch: list[dict[str, Any]] = []
@@ -343,6 +355,7 @@ def _streamed(stream: TripleStream) -> IterableDataset:
         stream.passages,
         stream.known,
         stream.skip_bad_rows,
+        scores=stream.scores,
     )
     # The first rows are checked now: what is wrong with all of them should not wait for the first step.
     judged = 0
@@ -351,7 +364,7 @@ def _streamed(stream: TripleStream) -> IterableDataset:
         if number == ROWS_A_BATCH:
             head.check_judged(judged)
             break
-    types = {KNOWN: ListOf(Value("string")), LABELLED: Value("bool")}
+    types = {KNOWN: ListOf(Value("string")), LABELLED: Value("bool"), SCORES: ListOf(Value("float64"))}
     names = stream.output_columns()
     features = Features({name: types.get(name, Value("string")) for name in names})
     return StreamedTriples.of(IterableDataset.from_generator(RowsAsStored(stream)), RowsRead(stream, names), features)

@@ -37,7 +37,7 @@ def reference_systems(
     collection: Collection,
     *,
     base_model: str | None,
-    teacher: str,
+    teacher: str | None,
     query_length: int,
     document_length: int,
     depth: int,
@@ -50,7 +50,7 @@ def reference_systems(
     Args:
         collection: to search.
         base_model: encoder that teacher and student come from: bundled, folder or Hub id; None where it is not known.
-        teacher: folder or Hub id.
+        teacher: folder or Hub id of a ColBERT; None where the teacher is none, and can't search.
         query_length: of the base encoder in the student's encoding.
         document_length: likewise.
         depth: passages a query.
@@ -82,6 +82,8 @@ def reference_systems(
             dense(BASE_NATIVE, "base encoder, its own encoding", lambda: SentenceTransformer(base)),
             dense(BASE_TCT, f"base encoder, {_NAMES[encoding]} encoding, untrained", tct),
         ]
+    if teacher is None:
+        return systems
     title = "ColBERT teacher (one vector a token)"
     return [*systems, teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16)]
 
@@ -180,14 +182,15 @@ def training_systems(
     from sentence_transformers import SentenceTransformer
     from transformers import AutoConfig
 
-    *others, teacher = reference_systems(collection, depth=depth, bf16=bf16, **reference)
+    others = reference_systems(collection, depth=depth, bf16=bf16, **reference)
+    last = [others.pop()] if others[-1].key == TEACHER else []
     if is_sparse(student):
-        return [*others, sparse_system(collection, STUDENT, student, depth=depth, bf16=bf16), teacher]
+        return [*others, sparse_system(collection, STUDENT, student, depth=depth, bf16=bf16), *last]
     if dims:  # the largest size is often the whole vector
         whole = AutoConfig.from_pretrained(student).hidden_size
         dims = [size for size in dims if size != whole]
     own = student_systems(collection, lambda: SentenceTransformer(student), dims=dims, depth=depth, bf16=bf16)
-    return [*others, *own, teacher]
+    return [*others, *own, *last]
 
 
 def is_sparse(model: str) -> bool:
@@ -243,7 +246,7 @@ def quick_report(
     *,
     base_model: str | None,
     student: str,
-    teacher: str,
+    teacher: str | None,
     settings: Mapping[str, Any],
     bf16: bool,
     query_length: int,
@@ -363,7 +366,7 @@ def placed(one: Evaluation, other: Evaluation, measure: str) -> str:
 def _remarks(evaluations: Mapping[str, Mapping[str, Evaluation]], measure: str, base_model: str | None) -> list[str]:
     """What a reader of the table must know: who is better, by more than chance or not, and what the base has seen."""
     remarks = []
-    if "dev" in evaluations and base_model is not None:
+    if "dev" in evaluations and base_model is not None and TEACHER in evaluations["dev"]:
         teacher, base = evaluations["dev"][TEACHER], evaluations["dev"][BASE_NATIVE]
         remarks.append(
             f"On the dev queries the teacher is {placed(teacher, base, measure)} the base encoder in {measure}."

@@ -1,0 +1,90 @@
+"""Write a teacher's scores of a set of triples, each query's own candidates, to distil them without the teacher.
+
+accelerate launch recipes/score.py [settings.yaml] --triples.path PATH --teacher PATH [--kind cross-encoder]
+    --output_dir DIR [--setting value ...]
+
+Writes parquet shards in DIR/triples (recipes/train.py takes them as --triples.path, with --teacher.kind stored) and
+summary.json. Stopped at any point, the same command goes on after the last whole shard. Several processes share the
+work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tct_hf import pipeline
+from tct_hf.pipeline import TriplesSettings
+from tct_hf.progress import Stages
+from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+
+
+@dataclass
+class Settings:
+    output_dir: str = setting("outputs/score", "where everything is written")
+    teacher: str | None = setting(None, "folder or Hub id of the model that scores")
+    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "what it is")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what it computes in")
+    rows_a_shard: int = setting(4096, "what a kill loses at most")
+    batch_size: int = setting(32, "rows that are scored together")
+    triples: TriplesSettings = field(default_factory=TriplesSettings)
+
+
+def main(settings: Settings) -> None:
+    from tct_hf.quiet import quieten
+    from tct_hf.scoring import score_triples
+    from tct_hf.teacher_settings import OneTeacher, check_part, make_part
+    from tct_hf.teachers import describe_teacher
+    from tct_hf.training import process_state
+
+    if settings.teacher is None:
+        raise SettingsError("teacher: name the folder or Hub id of the model that scores, --teacher PATH")
+    if settings.triples.path is None:
+        raise SettingsError("triples.path: name the triples that are scored, --triples.path PATH")
+    if settings.triples.streaming:
+        raise SettingsError("triples.streaming: shards are parts of a whole that is read first; leave it out")
+    part = OneTeacher(kind=settings.kind, model=settings.teacher)
+    check_part(part, "", model="teacher")
+    quieten()
+    state = process_state()
+    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+    stages = Stages({"data": 0.5, "score": 5.0}, enabled=state.is_main_process)
+    with stages.stage("data"), state.main_process_first():
+        rows = pipeline.read_triples(settings.triples, seed=0, write=write)
+    with stages.stage("score"):
+        teacher: Any = make_part(part, settings.teacher, dtype=settings.dtype)
+        summary = score_triples(
+            teacher,
+            rows,  # type: ignore[arg-type]
+            settings.output_dir,
+            depends={"teacher": describe_teacher(teacher.model), "kind": settings.kind, "dtype": settings.dtype},
+            rows_a_shard=settings.rows_a_shard,
+            batch_size=settings.batch_size,
+            state=state,
+            write=write,
+        )
+    if state.is_main_process:
+        save_resolved(settings, settings.output_dir, extra={})
+        print(f"\n{table(summary, settings.teacher)}\n\n{Path(settings.output_dir) / 'triples'}", flush=True)
+    stages.finish()
+    state.destroy_process_group()
+
+
+def table(summary: dict[str, Any], teacher: str) -> str:
+    on_top, margin = summary["positive_on_top"], summary["margin"]
+    cells = {
+        "teacher": teacher,
+        "rows": f"{summary['rows']:,}",
+        "candidates a row": f"{summary['candidates']:,}",
+        "positive on top": "" if on_top is None else f"{on_top:.1%}",
+        "mean margin": "" if margin is None else f"{margin:.2f}",
+        "shards": f"{summary['shards']:,}",
+    }
+    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+
+
+if __name__ == "__main__":
+    run_recipe(main, Settings, __doc__)

@@ -1,0 +1,324 @@
+"""Scores of (query, passage) pairs by id, as distillation sets hold them: read once, then looked up on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from tct_hf.data.cache import build_once, default_cache_dir
+from tct_hf.data.lookups import JSON_SUFFIXES, TSV_SUFFIXES, format_of
+from tct_hf.data.row_parsing import BadRow, byte_lines, shown, there_are
+from tct_hf.data.sources import DatasetSource, JsonSource, ParquetSource, Source, TsvSource
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+
+# What `ScoreTable.open` takes.
+ScoreSource: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Mapping[str, float]]]
+
+# Part of the cache key: raise it when the prepared form of the same source changes.
+_FORMAT = 1
+_BUCKETS = 256
+_FLOAT32_MAX = 3.4028234663852886e38
+_ROWS_A_BLOCK = 100_000
+_FIELDS = ("query_id", "passage_id", "score")
+# What published sets call them.
+_NAMES = {
+    "query_id": ("query_id", "query-id", "qid", "query"),
+    "passage_id": (
+        *("passage_id", "corpus_id", "corpus-id", "doc_id", "document_id", "docid", "pid", "passage"),
+        *("passage_ids", "corpus_ids", "doc_ids", "document_ids", "docids", "pids"),
+    ),
+    "score": ("score", "scores", "label"),
+}
+SCORE_SUFFIXES = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+
+
+def is_score_file(name: str) -> bool:
+    """Whether a setting names a file of scores, there or not, rather than columns of the triples."""
+    path = Path(name)
+    return path.is_file() or format_of(path) in SCORE_SUFFIXES or path.suffix in (".gz", ".pkl", ".pickle")
+
+
+def pair_key(query_id: str, passage_id: str) -> int:
+    """What a pair of ids is known by: 64 bits. Two pairs of 100 million share one with a probability of 1 in 3,700."""
+    named = f"{len(query_id)} {query_id}{passage_id}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(named, digest_size=8).digest(), "big")
+
+
+class ScoreTable:
+    """Scores by query and passage id: 12 bytes a pair, memory-mapped.
+
+    Args:
+        name: for messages.
+        folder: the prepared form, `keys.npy` (sorted, unsigned 64 bits) and `scores.npy` (float32).
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        source: ScoreSource,
+        *,
+        columns: Mapping[str, str] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> ScoreTable:
+        """Read and check a table once for each content, in constant memory; later calls find it prepared.
+
+        Args:
+            source: a file of rows (query id, passage id, score): .parquet, JSONL, or TSV with or without a header
+                (the last two plain or .gz); a data set; or {query id: {passage id: score}}. A row may also hold lists
+                of passage ids and their scores.
+            columns: query_id, passage_id and score to the source's names, where it has others than the usual ones.
+            cache_dir: where the prepared form is kept; by default `default_cache_dir()`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a pickle, a row with a missing, misaligned or not finite score, a pair that comes twice with
+                different scores, or no score at all; with the row, the query id and the mend.
+            OSError: the cache can't be written.
+        """
+        cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        if isinstance(source, Mapping):
+            digest = sha256()
+            for query_id, scores in source.items():
+                digest.update(json.dumps([query_id, scores]).encode())
+            name, key = "scores (a mapping)", list[Any](["mapping", digest.hexdigest()])
+            rows: Any = lambda: _mapped(source, name)  # noqa: E731
+        else:
+            opened = _open(source)
+            if opened.key is None:
+                raise ValueError(f"{opened.name}: an IterableDataset, which can't be looked up by id: give a Dataset.")
+            name, key = opened.name, [opened.key, sorted((columns or {}).items())]
+            rows = lambda: _read(opened, columns or {})  # noqa: E731
+        place = cache / f"scores-{sha256(json.dumps([_FORMAT, *key]).encode()).hexdigest()[:16]}"
+        return cls(name, build_once(place, lambda staging: _build(staging, rows(), name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}  # a memory map would be copied into every worker
+
+    def __len__(self) -> int:
+        return len(self._open_arrays()[0])
+
+    def _open_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
+        if self._arrays is None:
+            keys, scores = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("keys", "scores"))
+            self._arrays = keys, scores
+        return self._arrays
+
+    def get(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """The score of each (query id, passage id); None where there is none."""
+        import numpy as np
+
+        keys, scores = self._open_arrays()
+        wanted = np.array([pair_key(*pair) for pair in pairs], dtype=np.uint64)
+        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        found = keys[at] == wanted
+        return [float(score) if there else None for score, there in zip(scores[at], found, strict=True)]
+
+
+def check_score(value: Any, what: str, place: str, mend: str) -> float:
+    """A finite number that float32 can hold.
+
+    Args:
+        value: of any type.
+        what: whose score it is, for the message.
+        place: where it stands, likewise.
+        mend: what to do about it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value is None:
+        raise ValueError(f"{place}: {what} has no score (null): {mend}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{place}: the score of {what} is {shown(value)}, which is no number: {mend}")
+    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
+        raise ValueError(f"{place}: the score of {what} is {value}, which is not finite: {mend}")
+    return float(value)
+
+
+def _open(source: Any) -> Source:
+    if not isinstance(source, (str, Path)):
+        return DatasetSource(source, "scores (a data set)")
+    path = Path(source)
+    suffix = format_of(path)
+    if suffix in (".pkl", ".pickle", ".pt", ".bin", ".joblib"):
+        raise ValueError(
+            f"{path}: a pickle, which may run code when it is read. Convert it where you trust it, to a parquet or "
+            "JSONL file with the columns query_id, passage_id and score, one row a pair."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of scores; give the right path")
+    if suffix in JSON_SUFFIXES:
+        return JsonSource(path)
+    if suffix == ".parquet":
+        return ParquetSource(path)
+    if suffix in TSV_SUFFIXES:
+        return TsvSource(path, _FIELDS, header=_has_header(path))
+    raise ValueError(
+        f"{path}: ends in {suffix or 'nothing'}; known are {', '.join(SCORE_SUFFIXES)} (all but parquet plain or .gz)"
+    )
+
+
+def _has_header(path: Path) -> bool:
+    """The first line's last field is no number."""
+    for _, line in byte_lines(path):
+        try:
+            float(line.split(b"\t")[-1])
+        except ValueError:
+            return True
+        return False
+    return False
+
+
+def _read(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str, str, float]]:
+    unknown = sorted(columns.keys() - set(_FIELDS))
+    if unknown:
+        raise ValueError(f"columns: {unknown[0]!r} is no field of a score table: name {', '.join(_FIELDS)}")
+    names: list[str] | None = None
+    for number, row in source.rows():
+        place = source.place(number)
+        if isinstance(row, BadRow):
+            raise ValueError(row.at(place))
+        if names is None:
+            names = [_name(list(row), ours, columns, source.name) for ours in _FIELDS]
+        if missing := [name for name in names if name not in row]:
+            raise ValueError(f"{place}: column {missing[0]!r} is missing ({there_are(list(row))}); add it")
+        query, passage, score = (row[name] for name in names)
+        query_id = _id(query, names[0], place)
+        place = f"{place} (query {query_id!r})"
+        if isinstance(passage, (list, tuple)) or isinstance(score, (list, tuple)):
+            yield from _listed(query_id, passage, score, names, place)
+            continue
+        passage_id = _id(passage, names[1], place)
+        if isinstance(source, TsvSource):
+            try:
+                score = float(score)
+            except ValueError:
+                raise ValueError(f"{place}: {score!r} is no score; write a number") from None
+        yield query_id, passage_id, _checked(score, passage_id, names[2], place)
+
+
+def _listed(
+    query_id: str, passages: Any, scores: Any, names: Sequence[str], place: str
+) -> Iterator[tuple[str, str, float]]:
+    if not isinstance(passages, (list, tuple)) or not isinstance(scores, (list, tuple)):
+        raise ValueError(f"{place}: {names[1]!r} and {names[2]!r} must both be lists, or both single values")
+    if len(passages) != len(scores):
+        raise ValueError(
+            f"{place}: {len(passages)} passages in {names[1]!r} but {len(scores)} scores in {names[2]!r}: give "
+            "one each"
+        )
+    for passage, score in zip(passages, scores, strict=True):
+        passage_id = _id(passage, names[1], place)
+        yield query_id, passage_id, _checked(score, passage_id, names[2], place)
+
+
+def _checked(score: Any, passage_id: str, column: str, place: str) -> float:
+    mend = "score the pair again, or remove it"
+    return check_score(score, f"passage {passage_id!r}", f"{place}, column {column!r}", mend)
+
+
+def _mapped(scores: Mapping[str, Mapping[str, float]], name: str) -> Iterator[tuple[str, str, float]]:
+    for query_id, of_query in scores.items():
+        for passage_id, score in of_query.items():
+            place = f"{name} (query {query_id!r})"
+            yield (
+                _id(query_id, "query", place),
+                _id(passage_id, "passage", place),
+                check_score(score, f"passage {passage_id!r}", place, "score the pair again, or remove it"),
+            )
+
+
+def _name(there: Sequence[str], ours: str, columns: Mapping[str, str], source: str) -> str:
+    wanted = (columns[ours],) if ours in columns else _NAMES[ours]
+    for name in wanted:
+        if name in there:
+            return name
+    raise ValueError(
+        f"{source}: column {wanted[0]!r} is missing ({there_are(there)}); name it with columns={{{ours!r}: ...}}"
+    )
+
+
+def _id(value: Any, column: str, place: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise ValueError(
+            f"{place}, column {column!r}: holds {shown(value)} where an id is needed: write text or integers"
+        )
+    return str(value)
+
+
+def _build(staging: Path, rows: Iterator[tuple[str, str, float]], name: str) -> None:
+    """Sort by key without holding it all: pairs go to files by the first byte of their key, which are sorted alone."""
+    import numpy as np
+
+    kind = np.dtype([("key", "<u8"), ("score", "<f4")])
+    aside = staging / "buckets"
+    aside.mkdir(parents=True)
+    block: list[tuple[int, float]] = []
+
+    def flush() -> None:
+        pairs = np.array(block, dtype=kind)
+        of = (pairs["key"] >> np.uint64(56)).astype(np.int64)
+        for bucket in np.unique(of):
+            with open(aside / f"{bucket:03d}", "ab") as file:
+                pairs[of == bucket].tofile(file)
+        block.clear()
+
+    count = 0
+    for query_id, passage_id, score in rows:
+        block.append((pair_key(query_id, passage_id), score))
+        count += 1
+        if len(block) == _ROWS_A_BLOCK:
+            flush()
+    if block:
+        flush()
+    if not count:
+        raise ValueError(f"{name}: it holds no score; check the file")
+    kept = 0
+    for bucket in range(_BUCKETS):
+        file = aside / f"{bucket:03d}"
+        if not file.is_file():
+            continue
+        pairs = np.fromfile(file, dtype=kind)
+        keys, first = np.unique(pairs["key"], return_index=True)
+        scores = pairs["score"][first]
+        at = np.searchsorted(keys, pairs["key"])
+        if (scores[at] != pairs["score"]).any():
+            raise ValueError(
+                f"{name}: a pair of query and passage comes twice with different scores, such as "
+                f"{_twice(scores[at], pairs['score'])}; keep one of them"
+            )
+        keys.tofile(file)
+        scores.tofile(aside / f"{bucket:03d}.scores")
+        kept += len(keys)
+    for part, suffix, dtype in (("keys", "", "<u8"), ("scores", ".scores", "<f4")):
+        whole = np.lib.format.open_memmap(staging / f"{part}.npy", mode="w+", dtype=np.dtype(dtype), shape=(kept,))
+        start = 0
+        for bucket in range(_BUCKETS):
+            file = aside / f"{bucket:03d}{suffix}"
+            if file.is_file():
+                values = np.fromfile(file, dtype=dtype)
+                whole[start : start + len(values)] = values
+                start += len(values)
+        whole.flush()
+    for file in aside.iterdir():
+        file.unlink()
+    aside.rmdir()
+
+
+def _twice(one: np.ndarray, other: np.ndarray) -> str:
+    at = int((one != other).argmax())
+    return f"{float(one[at]):g} and {float(other[at]):g}"
