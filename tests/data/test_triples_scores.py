@@ -82,7 +82,9 @@ def test_bad_scores_are_named_and_can_be_skipped(
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
 def test_scores_that_are_not_finite_are_named(bad: float) -> None:
     rows = Dataset.from_list([LISTED, {**LISTED, "label": [1.0, 0.0, bad]}])
-    with pytest.raises(ValueError, match=r"row 1: column 'label', query 'first query': the score of negatives\[1\] is"):
+    with pytest.raises(
+        ValueError, match=r"row 1: column 'label', query 'first query': the score of negatives\[1\] is"
+    ):
         load_triples(rows, scores="label")
 
 
