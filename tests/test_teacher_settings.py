@@ -1,0 +1,126 @@
+"""The training recipe with every kind of teacher, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.models import tiny_colbert, tiny_cross_encoder
+from tests.recipe import RECIPE, in_this_process, write_material
+from tests.training import with_scores
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    settings = write_material(folder)
+    tiny_cross_encoder(folder / "cross-encoder")
+    tiny_colbert(folder / "ready")
+    with_scores(24).to_parquet(folder / "triples.parquet")
+    return settings
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, settings: Path) -> Callable[..., int]:
+    monkeypatch.chdir(settings.parent)
+    return in_this_process(RECIPE, settings, monkeypatch)
+
+
+STUDENT = ["--student.initialise_from=base", "--student.training.max_steps=2"]
+OWN = [*STUDENT, "--student.training.candidates=own"]
+TRIPLES = "--triples.path=triples.parquet"
+STORED = [TRIPLES, "--teacher.kind=stored", "--teacher.scores=scores"]
+
+
+def test_a_cross_encoder_teaches_and_the_report_has_no_teacher_to_search_with(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.dtype=float32", *OWN]
+    assert recipe(tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out
+    assert "teacher: skipped, cross-encoder is used as it is" in said
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| student (one vector a passage)" in report and "ColBERT teacher" not in report
+    assert "its teacher" not in report
+    assert recipe(tmp_path / "out", *options) == 0  # finished: nothing is done again
+
+
+def test_stored_scores_teach_from_columns_and_files(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset
+
+    stages = "--stages=[student]"
+    assert recipe(tmp_path / "columns", *STORED, *OWN, stages) == 0
+    rows = with_scores(24)
+    pairs = {
+        (row["query_id"], row[f"{name}_id"]): score
+        for row in rows
+        for name, score in zip(("positive", "negative"), row["scores"], strict=True)
+    }
+    file = tmp_path / "scores.parquet"
+    Dataset.from_list([{"query_id": q, "passage_id": p, "score": s} for (q, p), s in pairs.items()]).to_parquet(file)
+    options = [TRIPLES, "--teacher.kind=stored", f"--teacher.scores={file}", *OWN, stages]
+    assert recipe(tmp_path / "file", *options) == 0
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("columns", "file")]
+    assert weights[0] == weights[1]
+    Dataset.from_list([{"query_id": "x", "passage_id": "y", "score": 1.0}]).to_parquet(file)
+    assert recipe(tmp_path / "file", *options) == 1
+    assert "holds a run with teacher.weights = " in capsys.readouterr().err
+
+
+def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
+    recipe: Callable[..., int], tmp_path: Path
+) -> None:
+    mixed = "--teacher.mixed_with=[{kind: stored, scores: scores, weight: 2.0}]"
+    assert recipe(tmp_path / "out", TRIPLES, "--teacher.model=ready", mixed, *STUDENT, "--stages=[student]") == 0
+    environment = (tmp_path / "out" / "settings.yaml").read_text()
+    assert "mixed_with" in environment and "weight: 2.0" in environment
+    log = json.loads((tmp_path / "out" / "student" / "training_log.json").read_text())
+    assert any("distillation" in entry for entry in log)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--teacher.kind=cross-encoder"], "teacher.model: name the folder or Hub id of a cross-encoder"),
+        (["--teacher.kind=cross-encoder", "--teacher.model=./no"], "teacher.model: ./no is not there"),
+        (
+            ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", *STUDENT],
+            "accept the cost with teacher.cand",
+        ),
+        (["--teacher.kind=stored"], "teacher.scores: name the stored scores"),
+        (["--teacher.kind=stored", "--teacher.scores=no.parquet"], "no.parquet: no such file"),
+        (["--teacher.kind=stored", "--teacher.scores=scores", "--teacher.model=ready"], "need no model"),
+        ([*STORED, *STUDENT], "set student.training.candidates to own"),
+        ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
+        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: it keeps a ColBERT's"),
+        ([*STORED, *OWN, "--triples.path=none"], "name the triples with triples.path"),
+        (["--teacher.scores=scores"], 'set teacher.kind to "stored"'),
+        (["--teacher.candidates=in-batch"], "a ColBERT scores the whole batch always"),
+        (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
+        (["--teacher.mixed_with=[{kind: stored, scroes: x}]"], "scroes"),
+        (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
+        (["--teacher.kind=colbret"], "colbret"),
+    ],
+)
+def test_wrong_teachers_are_one_message_before_anything_runs(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert recipe(tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["compare.py", "rounds.py"])
+def test_recipes_that_need_a_colbert_refuse_others(
+    name: str, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("teacher: {kind: stored, scores: scores}\n")
+    monkeypatch.setattr("tct_hf.data.cache.default_cache_dir", lambda: tmp_path)
+    assert in_this_process(RECIPE.parent / name, empty, monkeypatch)(tmp_path / "new") == 2
+    assert "this recipe works with a ColBERT alone" in capsys.readouterr().err
