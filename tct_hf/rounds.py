@@ -32,6 +32,7 @@ class MiningSettings:
         0.6, "refuse candidates that share so much of their word triples with a positive (0 to 1)"
     )
     too_few: Literal["fill", "skip"] = setting("fill", "rows with too few candidates: random passages, or left out")
+    queries_a_part: int = setting(2048, "queries that a process mines and writes at a time")
 
 
 @dataclass(frozen=True)

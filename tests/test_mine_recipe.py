@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.models import tiny_bert
-from tests.recipe import ROOT, in_this_process, killed_at, write_beir
+from tests.recipe import ROOT, in_this_process, killed_at, launch, run, write_beir
+from tests.test_distributed import free_port
 
 RECIPE = ROOT / "recipes" / "mine.py"
 
@@ -55,6 +56,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["30", "30", str(counts["drawn"])]
     rows = load_triples(tmp_path / "whole" / "mined" / "triples.parquet", cache_dir=tmp_path / "cache")
     assert rows.column_names == tables[0].column_names[:7]
+
+
+def test_two_processes_mine_the_rows_of_one(settings: Path, recipe: Callable[..., int], tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
+    done = run(settings, tmp_path / "two", "--queries_a_part=4", before=before, recipe=RECIPE)
+    assert "part 1 of 8" in done.stdout and "part 3 of 8" in done.stdout  # the other process mines those between
+    assert "part 2 of 8" not in done.stdout and done.stdout.count("[3/3] mine") == 1
+    assert recipe(tmp_path / "one") == 0
+    tables = [pq.read_table(tmp_path / name / "mined" / "triples.parquet") for name in ("two", "one")]
+    assert tables[0].equals(tables[1]) and len(tables[0]) == 30
+    counts = [json.loads((tmp_path / n / "mined" / "summary.json").read_text())["counts"] for n in ("two", "one")]
+    assert counts[0] == counts[1]
 
 
 def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
