@@ -70,6 +70,7 @@ def main(settings: Settings) -> None:
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     pipeline.check_teacher(settings.teacher)
     pipeline.schedules_of(settings.student)
+    pipeline.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -176,6 +176,40 @@ def read_triples(
     if skipped.total:
         write("  " + skipped.summary().replace("\n", "\n  "))
     return rows
+
+
+def check_streaming(
+    triples: TriplesSettings, teacher: TeacherSettings, student: StudentSettings, stages: Sequence[str]
+) -> None:
+    """Refuse streamed triples that are not there, or whose training would have no end.
+
+    Args:
+        triples: the settings.
+        teacher: likewise; one that is used as it is needs no end.
+        student: likewise.
+        stages: that are to run.
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    if not triples.streaming:
+        return
+    if triples.path is None:
+        raise SettingsError("triples.streaming: there is nothing to stream; name a file or data set with triples.path")
+    if triples.shuffle_buffer < 1:
+        raise SettingsError(f"triples.shuffle_buffer: {triples.shuffle_buffer} is below 1")
+    training = (
+        {"student": student.training}
+        if teacher.model is not None
+        else {"teacher": teacher.training, "student": student.training}
+    )
+    for name, arguments in training.items():
+        if name in stages and not arguments.get("max_steps", -1) > 0:
+            raise SettingsError(
+                f"{name}.training.max_steps: it is not set, and triples.streaming is: streamed triples have no "
+                "length, so that num_train_epochs can't say when training ends. Set it (for e passes over n rows: "
+                "e * n / (per_device_train_batch_size * processes * gradient_accumulation_steps))."
+            )
 
 
 def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collection) -> Dataset | IterableDataset:

@@ -268,3 +268,21 @@ def test_a_schedule_that_is_none_is_refused_before_anything(
 ) -> None:
     assert recipe(tmp_path / "run", "--student.schedules={temprature: {start: 2.0}}") == 2
     assert "student.schedules: 'temprature' has no schedule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student.training.max_steps=-1"], "student.training.max_steps: it is not set, and triples.streaming is"),
+        (["--teacher.training.max_steps=-1"], "teacher.training.max_steps: it is not set, and triples.streaming is"),
+        (["--triples.shuffle_buffer=0"], "triples.shuffle_buffer: 0 is below 1"),
+        (["--triples.path=none"], "triples.streaming: there is nothing to stream"),
+    ],
+)
+def test_streamed_triples_without_an_end_are_refused_before_anything(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    options = ["--triples.streaming=true", f"--triples.path={tmp_path / 'triples.tsv'}", *options]
+    assert recipe(tmp_path / "run", *options) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert message in said and not (tmp_path / "run").exists()
