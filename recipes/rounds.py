@@ -51,6 +51,7 @@ def main(settings: Settings) -> None:
         collection = pipeline.read_collection(settings.data)
         write(f"  {collection.summary()}")
         check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
+        training_rounds.check_rounds_training(settings, collection, base)
     # A folder of other settings is refused before these are written beside it.
     training_rounds.refuse_other_rounds(settings, collection, base, output, settings.rounds)
     if state.is_main_process:

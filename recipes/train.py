@@ -85,6 +85,7 @@ def main(settings: Settings) -> None:
                     "data.questions to hold some out: give one of them, or leave the stage evaluate out."
                 )
             check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
+        pipeline.check_training(collection, settings.teacher, settings.student, base)
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
     of_teacher = pipeline.teacher_depends(settings.data, settings.encoder, settings.teacher, collection, base)

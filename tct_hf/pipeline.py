@@ -349,6 +349,33 @@ def check_teacher(teacher: TeacherSettings) -> None:
         )
 
 
+def check_training(
+    collection: Collection, teacher: TeacherSettings, student: StudentSettings, base: Mapping[str, Any]
+) -> None:
+    """Find out before any training what is wrong with the training arguments of teacher and student.
+
+    Args:
+        collection: with a dev split, where they ask for evaluation.
+        teacher: the settings; one that is used as it is has no training.
+        student: likewise.
+        base: training arguments that every stage shares.
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    from tct_hf.training import check_arguments
+
+    for name, training in (("teacher", teacher.training), ("student", student.training)):
+        if name == "teacher" and teacher.model is not None:
+            continue
+        try:
+            check_arguments({**TRAINING, **base, **training}, collection, teacher=name == "teacher")
+        except (ValueError, TypeError) as error:
+            said = str(error)
+            where = "." if said.startswith("training.") else ".training: "
+            raise SettingsError(f"{name}{where}{said}") from error
+
+
 def train_student(
     collection: Collection,
     make_triples: Callable[[], Dataset],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import IterableDataset
 from torch.utils import data
 from transformers import TrainerCallback
 
 from tct_hf.data.streamed import StreamedTriples
+from tct_hf.distributed import sizes_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +34,8 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
     A batch that a pass ends in is filled up from the next pass: no row is left out, whatever the batch size.
 
     Args:
-        rows: in an order that is the same in every process: shuffled with a seed, or not at all. (Without a seed,
-            `shuffle` draws another one in each process, and rows are then lost and repeated.)
+        rows: in an order that is the same in every process and after a restart: shuffled with a seed, or not at all.
+            (Without a seed, `shuffle` draws another one each time, and rows are then lost and repeated.)
         batch_size: rows of a batch of one process.
         process: number of this process, from 0.
         processes: how many there are.
@@ -158,6 +161,17 @@ class _PassOver(TrainerCallback):
             batches.trained = state.global_step * args.gradient_accumulation_steps
 
 
+def _order(rows: IterableDataset) -> int:
+    """A number for what rows are shuffled by, as far as `datasets` shows it."""
+    digest, step = blake2b(digest_size=7), getattr(rows, "_ex_iterable", None)
+    while step is not None:
+        generator = getattr(step, "generator", None)
+        if isinstance(generator, np.random.Generator):
+            digest.update(repr(generator.bit_generator.state).encode())
+        step = getattr(step, "ex_iterable", None)
+    return int.from_bytes(digest.digest(), "big")
+
+
 class StreamedTrainingMixin:
     """Training and evaluation on an `IterableDataset`, by :class:`StreamedBatches`; others are left to the base class.
 
@@ -182,6 +196,12 @@ class StreamedTrainingMixin:
         trainer: Any = self
         if not isinstance(trainer.train_dataset, IterableDataset):
             return super().get_train_dataloader()  # type: ignore[misc]
+        orders = sizes_of_all(_order(trainer.train_dataset), trainer.accelerator.device)
+        if len(set(orders)) > 1:
+            raise ValueError(
+                "train_dataset is shuffled in another order in each process: rows would be lost and repeated. Shuffle "
+                "it with a seed, .shuffle(seed=...), the same one everywhere."
+            )
         passes = None if trainer.is_in_train else 1
         prepared = self._streamed(trainer.train_dataset, trainer.args.train_batch_size, passes)
         trainer._train_dataloader = prepared

@@ -183,13 +183,8 @@ def dev_evaluator(
     Raises:
         ValueError: evaluation is asked for and there is no dev split.
     """
-    if arguments.get("eval_strategy", "no") in ("no", False):
+    if not _evaluates(collection, arguments):
         return None
-    if "dev" not in collection.splits:
-        raise ValueError(
-            f"training.eval_strategy is {arguments['eval_strategy']!r}, but {collection.name} has no dev split: name "
-            "one with data.dev_split, or leave eval_strategy out."
-        )
     from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
@@ -211,6 +206,34 @@ def dev_evaluator(
         precision_recall_at_k=[100],
         name="dev",
     )
+
+
+def _evaluates(collection: Collection, arguments: Mapping[str, Any]) -> bool:
+    if arguments.get("eval_strategy", "no") in ("no", False):
+        return False
+    if "dev" not in collection.splits:
+        raise ValueError(
+            f"training.eval_strategy is {arguments['eval_strategy']!r}, but {collection.name} has no dev split: name "
+            "one with data.dev_split, or leave eval_strategy out."
+        )
+    return True
+
+
+def check_arguments(arguments: Mapping[str, Any], collection: Collection, *, teacher: bool) -> None:
+    """Find out before any training what is wrong with training arguments.
+
+    Args:
+        arguments: as for :func:`train_colbert` or :func:`train_student`.
+        collection: with a dev split, where they ask for evaluation.
+        teacher: whether they are a ColBERT's.
+
+    Raises:
+        ValueError, TypeError: with the mend.
+    """
+    _check(arguments)
+    _evaluates(collection, arguments)
+    kind: Any = MultiVectorEncoderTrainingArguments if teacher else TCTTrainingArguments
+    kind(output_dir="unused", **arguments)
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tct_hf import pipeline
 from tct_hf.files import claim, is_claimed
 from tct_hf.pipeline import DataSettings, EncoderSettings, StudentSettings, TeacherSettings
-from tct_hf.rounds import MiningSettings
+from tct_hf.rounds import MiningSettings, check_judged, check_mining
 from tct_hf.settings import SettingsError, setting
 
 if TYPE_CHECKING:
@@ -71,6 +71,38 @@ def check_rounds(settings: RoundsSettings, rounds: int) -> None:
             "recipes/train.py"
         )
     pipeline.check_teacher(settings.teacher)
+    pipeline.schedules_of(settings.student)
+    check_mining(settings.mining, "mining.")
+
+
+def check_rounds_training(settings: RoundsSettings, collection: Collection, base: Mapping[str, Any]) -> None:
+    """Likewise, once the data are there: what is wrong with the training arguments, and the queries to mine for.
+
+    Args:
+        settings: of all rounds.
+        collection: to be trained on.
+        base: training arguments that every stage shares.
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    check_judged(collection, settings.data.labels)
+    pipeline.check_training(collection, settings.teacher, settings.student, base)
+    teacher, student = _later(settings, settings.later)
+    if settings.variant == "HN+":
+        teacher = replace(teacher, model=None)  # trained further, even where the base takes it as it is
+    try:
+        pipeline.check_training(collection, teacher, student, base)
+    except SettingsError as error:
+        raise SettingsError(f"later: {error}") from error
+
+
+def _later(settings: RoundsSettings, later: LaterSettings) -> tuple[TeacherSettings, StudentSettings]:
+    """Teacher and student with what differs in a round."""
+    return (
+        replace(settings.teacher, training={**settings.teacher.training, **later.teacher}),
+        replace(settings.student, training={**settings.student.training, **later.student}),
+    )
 
 
 def round_stages(rounds: int, variant: str) -> dict[str, float]:
@@ -176,7 +208,7 @@ def train_round(
         claim(folder, of_student)
     trained = [str(result.teacher) for result in earlier if result.teacher is not None]
     teacher = trained[-1] if trained else settings.teacher.model
-    later = settings.later if number else LaterSettings()
+    of_round, student = _later(settings, settings.later if number else LaterSettings())
     if number == 0:
         mined = None
         make_triples: Callable[[], Any] = partial(
@@ -197,7 +229,7 @@ def train_round(
                 collection,
                 make_triples,
                 settings.encoder,
-                replace(settings.teacher, training={**settings.teacher.training, **later.teacher}),
+                of_round,
                 folder,
                 seed=settings.seed,
                 base=base,
@@ -218,7 +250,7 @@ def train_round(
             collection,
             make_triples,
             settings.encoder,
-            replace(settings.student, training={**settings.student.training, **later.student}),
+            student,
             folder,
             teacher=teacher,
             dtype=settings.teacher.dtype,

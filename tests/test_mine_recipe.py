@@ -99,6 +99,10 @@ def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
     [
         (["--run=x.trec"], "model, run: candidates come from one of them"),
         (["--margin=1.0"], "name the ColBERT that judges by it with --teacher PATH"),
+        (["--teacher=my/colbert"], "teacher: it judges by the margin, and there is none"),
+        (["--depth=1", "--num_negatives=2"], "depth=1: too few candidates"),
+        (["--near_duplicate=2"], "near_duplicate=2"),
+        (["--queries_a_part=0"], "queries_a_part=0: it must be 1 or more"),
         (["--data.labels=0.0"], "has no judged train queries"),
         (["--depht=3"], 'did you mean "depth"?'),
         (["--too_few=drop"], "too_few"),

@@ -155,6 +155,24 @@ def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(tmp_path: P
     assert streamed == again == pytest.approx(expected, rel=1e-5)
 
 
+def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tct_hf import streaming
+
+    plain = Dataset.from_dict({name: [f"{name} {i}" for i in range(24)] for name in COLUMNS}).to_iterable_dataset(3)
+    streamed = load_triples(write_rows(tmp_path / "t.tsv", 24), streaming=True)
+    for rows in (plain, streamed, plain.map(lambda row: row), streamed.select_columns(["query", "positive"])):
+        one, other = (streaming._order(rows.shuffle(seed=seed)) for seed in (1, 2))
+        assert one == streaming._order(rows.shuffle(seed=1)) != other
+        assert one == streaming._order(rows.shuffle(seed=1).map(lambda row: row))
+    assert streaming._order(plain.shuffle()) != streaming._order(plain.shuffle())
+    assert streaming._order(streamed.shuffle()) == streaming._order(streamed.shuffle())
+    student, teacher = make_models(tmp_path)
+    trainer = make_trainer(tmp_path, student, teacher, plain.shuffle(), max_steps=1)
+    monkeypatch.setattr(streaming, "sizes_of_all", lambda own, device: [own, streaming._order(plain.shuffle())])
+    with pytest.raises(ValueError, match=r"in another order in each process.*\.shuffle\(seed=\.\.\.\)"):
+        trainer.get_train_dataloader()
+
+
 @pytest.mark.slow
 def test_memory_is_flat() -> None:
     """Own memory at 1 % and at the end of 300,000 rows, measured by the benchmark."""
