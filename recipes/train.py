@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf import pipeline
+from tct_hf import pipeline, run_checks
 from tct_hf.pipeline import (
     DataSettings,
     EncoderSettings,
@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     pipeline.check_teacher(settings.teacher)
     pipeline.schedules_of(settings.student)
-    pipeline.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)
+    run_checks.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
                     "data.questions to hold some out: give one of them, or leave the stage evaluate out."
                 )
             check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
-        pipeline.check_training(collection, settings.teacher, settings.student, base)
+        run_checks.check_training(collection, settings.teacher, settings.student, base)
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
     of_teacher = pipeline.teacher_depends(settings.data, settings.encoder, settings.teacher, collection, base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -178,40 +178,6 @@ def read_triples(
     return rows
 
 
-def check_streaming(
-    triples: TriplesSettings, teacher: TeacherSettings, student: StudentSettings, stages: Sequence[str]
-) -> None:
-    """Refuse streamed triples that are not there, or whose training would have no end.
-
-    Args:
-        triples: the settings.
-        teacher: likewise; one that is used as it is needs no end.
-        student: likewise.
-        stages: that are to run.
-
-    Raises:
-        SettingsError: with the mend.
-    """
-    if not triples.streaming:
-        return
-    if triples.path is None:
-        raise SettingsError("triples.streaming: there is nothing to stream; name a file or data set with triples.path")
-    if triples.shuffle_buffer < 1:
-        raise SettingsError(f"triples.shuffle_buffer: {triples.shuffle_buffer} is below 1")
-    training = (
-        {"student": student.training}
-        if teacher.model is not None
-        else {"teacher": teacher.training, "student": student.training}
-    )
-    for name, arguments in training.items():
-        if name in stages and not arguments.get("max_steps", -1) > 0:
-            raise SettingsError(
-                f"{name}.training.max_steps: it is not set, and triples.streaming is: streamed triples have no "
-                "length, so that num_train_epochs can't say when training ends. Set it (for e passes over n rows: "
-                "e * n / (per_device_train_batch_size * processes * gradient_accumulation_steps))."
-            )
-
-
 def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collection) -> Dataset | IterableDataset:
     """Refuse triples that hold queries of dev or test: figures on these would say nothing.
 
@@ -347,33 +313,6 @@ def check_teacher(teacher: TeacherSettings) -> None:
             f"teacher.model: {model} is not there, and no Hub id (owner/name) either. Train one with recipes/train.py "
             "recipes/quickstart.yaml (make quickstart), or name the folder of a ColBERT."
         )
-
-
-def check_training(
-    collection: Collection, teacher: TeacherSettings, student: StudentSettings, base: Mapping[str, Any]
-) -> None:
-    """Find out before any training what is wrong with the training arguments of teacher and student.
-
-    Args:
-        collection: with a dev split, where they ask for evaluation.
-        teacher: the settings; one that is used as it is has no training.
-        student: likewise.
-        base: training arguments that every stage shares.
-
-    Raises:
-        SettingsError: with the mend.
-    """
-    from tct_hf.training import check_arguments
-
-    for name, training in (("teacher", teacher.training), ("student", student.training)):
-        if name == "teacher" and teacher.model is not None:
-            continue
-        try:
-            check_arguments({**TRAINING, **base, **training}, collection, teacher=name == "teacher")
-        except (ValueError, TypeError) as error:
-            said = str(error)
-            where = "." if said.startswith("training.") else ".training: "
-            raise SettingsError(f"{name}{where}{said}") from error
 
 
 def train_student(

@@ -1,4 +1,4 @@
-"""Mining for a collection: where candidates come from, the ColBERT that judges by the margin, the rules as settings."""
+"""Mining for a collection: sources of candidates, the ColBERT that judges by the margin, the rules as settings."""
 
 from __future__ import annotations
 

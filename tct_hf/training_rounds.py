@@ -12,6 +12,7 @@ from tct_hf import pipeline
 from tct_hf.files import claim, is_claimed
 from tct_hf.pipeline import DataSettings, EncoderSettings, StudentSettings, TeacherSettings
 from tct_hf.rounds import MiningSettings, check_judged, check_mining
+from tct_hf.run_checks import check_training
 from tct_hf.settings import SettingsError, setting
 
 if TYPE_CHECKING:
@@ -87,12 +88,12 @@ def check_rounds_training(settings: RoundsSettings, collection: Collection, base
         SettingsError: with the mend.
     """
     check_judged(collection, settings.data.labels)
-    pipeline.check_training(collection, settings.teacher, settings.student, base)
+    check_training(collection, settings.teacher, settings.student, base)
     teacher, student = _later(settings, settings.later)
     if settings.variant == "HN+":
         teacher = replace(teacher, model=None)  # trained further, even where the base takes it as it is
     try:
-        pipeline.check_training(collection, teacher, student, base)
+        check_training(collection, teacher, student, base)
     except SettingsError as error:
         raise SettingsError(f"later: {error}") from error
 

@@ -1,0 +1,73 @@
+"""What would stop a run after its teacher has been trained for hours, found before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tct_hf.pipeline import TRAINING, StudentSettings, TeacherSettings, TriplesSettings
+from tct_hf.settings import SettingsError
+
+if TYPE_CHECKING:
+    from tct_hf.data.collection import Collection
+
+
+def check_streaming(
+    triples: TriplesSettings, teacher: TeacherSettings, student: StudentSettings, stages: Sequence[str]
+) -> None:
+    """Refuse streamed triples that are not there, or whose training would have no end.
+
+    Args:
+        triples: the settings.
+        teacher: likewise; one that is used as it is needs no end.
+        student: likewise.
+        stages: that are to run.
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    if not triples.streaming:
+        return
+    if triples.path is None:
+        raise SettingsError("triples.streaming: there is nothing to stream; name a file or data set with triples.path")
+    if triples.shuffle_buffer < 1:
+        raise SettingsError(f"triples.shuffle_buffer: {triples.shuffle_buffer} is below 1")
+    training = (
+        {"student": student.training}
+        if teacher.model is not None
+        else {"teacher": teacher.training, "student": student.training}
+    )
+    for name, arguments in training.items():
+        if name in stages and not arguments.get("max_steps", -1) > 0:
+            raise SettingsError(
+                f"{name}.training.max_steps: it is not set, and triples.streaming is: streamed triples have no "
+                "length, so that num_train_epochs can't say when training ends. Set it (for e passes over n rows: "
+                "e * n / (per_device_train_batch_size * processes * gradient_accumulation_steps))."
+            )
+
+
+def check_training(
+    collection: Collection, teacher: TeacherSettings, student: StudentSettings, base: Mapping[str, Any]
+) -> None:
+    """Find out before any training what is wrong with the training arguments of teacher and student.
+
+    Args:
+        collection: with a dev split, where they ask for evaluation.
+        teacher: the settings; one that is used as it is has no training.
+        student: likewise.
+        base: training arguments that every stage shares.
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    from tct_hf.training import check_arguments
+
+    for name, training in (("teacher", teacher.training), ("student", student.training)):
+        if name == "teacher" and teacher.model is not None:
+            continue
+        try:
+            check_arguments({**TRAINING, **base, **training}, collection, teacher=name == "teacher")
+        except (ValueError, TypeError) as error:
+            said = str(error)
+            where = "." if said.startswith("training.") else ".training: "
+            raise SettingsError(f"{name}{where}{said}") from error
