@@ -47,6 +47,10 @@ def main(settings: Settings) -> None:
         raise SettingsError("model, run: candidates come from one of them; leave the other out")
     if settings.margin is not None and settings.teacher is None:
         raise SettingsError(f"margin is {settings.margin}: name the ColBERT that judges by it with --teacher PATH")
+    if settings.teacher is not None and settings.margin is None:
+        raise SettingsError("teacher: it judges by the margin, and there is none; set --margin, or leave it out")
+    rules = MiningSettings(**{one.name: getattr(settings, one.name) for one in fields(MiningSettings)})
+    rounds.check_mining(rules)
     quieten()
     state = process_state()
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
@@ -54,8 +58,7 @@ def main(settings: Settings) -> None:
     output = Path(settings.output_dir)
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=True)
-        if "train" not in collection.splits or not collection.labelled(settings.data.labels):
-            raise SettingsError(f"data: {collection.name} has no judged train queries to mine for; raise data.labels")
+        rounds.check_judged(collection, settings.data.labels)
         write(f"  {collection.summary()}")
     with stages.stage("candidates"):
         source = source_of(settings, collection, output, state, write)
@@ -63,7 +66,7 @@ def main(settings: Settings) -> None:
         counts = rounds.mine(
             collection,
             source,
-            MiningSettings(**{one.name: getattr(settings, one.name) for one in fields(MiningSettings)}),
+            rules,
             output / "mined",
             seed=settings.seed,
             labels=settings.data.labels,

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf import pipeline
+from tct_hf import pipeline, run_checks
 from tct_hf.pipeline import (
     DataSettings,
     EncoderSettings,
@@ -54,7 +54,6 @@ def main(settings: Settings) -> None:
     from tct_hf.quiet import quieten
     from tct_hf.student_checks import check_student
     from tct_hf.training import precision, process_state
-    from tct_hf.training_checks import check_training
 
     quieten()
     state = process_state()
@@ -75,7 +74,8 @@ def main(settings: Settings) -> None:
     check_teaching(settings.teacher, settings.student, triples=settings.triples.path)
     check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
-    check_training(settings.encoder, settings.student, base)
+    run_checks.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)
+    run_checks.check_splade(settings.encoder, settings.student)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
@@ -97,6 +97,7 @@ def main(settings: Settings) -> None:
                     "data.test_split: without judgements the best passage of a ColBERT counts as the answer, and "
                     "there is none to search with; give judged queries, or leave the stage evaluate out."
                 )
+        run_checks.check_training(collection, settings.teacher, settings.student, base)
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
     of_teacher = pipeline.teacher_depends(settings.data, settings.encoder, settings.teacher, collection, base)

@@ -1,4 +1,4 @@
-"""Hard-negative rounds: mine with a student, BM25 or any run, and train on what was found."""
+"""Mining for a collection: sources of candidates, the ColBERT that judges by the margin, the rules as settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf.settings import setting
+from tct_hf.settings import SettingsError, setting
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from tct_hf.data.mining_rules import PairScorer, Scores
     from tct_hf.evaluation.stores import Stores
 
-__all__ = ["MiningSettings", "Source", "bm25_source", "mine", "pair_scorer", "run_source", "student_source"]
+__all__ = [
+    "MiningSettings",
+    "Source",
+    "bm25_source",
+    "check_judged",
+    "check_mining",
+    "mine",
+    "pair_scorer",
+    "run_source",
+    "student_source",
+]
 
 
 @dataclass
@@ -26,12 +36,48 @@ class MiningSettings:
     depth: int = setting(200, "ranks that negatives are sampled from")
     num_negatives: int = setting(1, "negatives a (query, positive)")
     margin: float | None = setting(
-        None, "refuse candidates that the teacher scores above the positive by more than this; none are when none"
+        None, "refuse candidates that the teacher scores above the positive by more than this; none: keep them"
     )
     near_duplicate: float | None = setting(
         0.6, "refuse candidates that share so much of their word triples with a positive (0 to 1)"
     )
     too_few: Literal["fill", "skip"] = setting("fill", "rows with too few candidates: random passages, or left out")
+    queries_a_part: int = setting(2048, "queries that a process mines and writes at a time")
+
+
+def check_mining(settings: MiningSettings, section: str = "") -> None:
+    """Refuse settings that nothing could be mined with, before there are candidates.
+
+    Args:
+        settings: how negatives are chosen.
+        section: that they have in a recipe, such as "mining.".
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    from tct_hf.data.mining_rules import Rules
+
+    given = asdict(settings)
+    if given.pop("queries_a_part") < 1:
+        raise SettingsError(f"{section}queries_a_part={settings.queries_a_part}: it must be 1 or more")
+    try:
+        Rules(**given, seed=0)
+    except ValueError as error:
+        raise SettingsError(f"{section}{error}") from error
+
+
+def check_judged(collection: Collection, labels: float) -> None:
+    """Refuse a collection without queries to mine for.
+
+    Args:
+        collection: to be mined.
+        labels: share of the train queries whose judgements are used.
+
+    Raises:
+        SettingsError: with the mend.
+    """
+    if not collection.labelled(labels):
+        raise SettingsError(f"data: {collection.name} has no judged train queries to mine for; raise data.labels")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Schedule:
         until: share of the steps at which `end` is reached, above 0 and at most 1.
 
     Raises:
-        ValueError: an unknown shape, a constant with another end, or a share out of range.
+        ValueError: no number, an unknown shape, a constant with another end, or a share out of range.
     """
 
     start: float
@@ -33,6 +33,11 @@ class Schedule:
     until: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("end", self.start if self.end is None else self.end)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name}={value!r} is no number.")
+        if isinstance(self.until, bool) or not isinstance(self.until, (int, float)):
+            raise ValueError(f"until={self.until!r} is no number.")
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape={self.shape!r} is not known: use one of {', '.join(get_args(Shape))}.")
         if self.shape == "constant" and self.end not in (None, self.start):

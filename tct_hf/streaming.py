@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import IterableDataset
 from torch.utils import data
 from transformers import TrainerCallback
 
 from tct_hf.data.streamed import StreamedTriples
+from tct_hf.distributed import sizes_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,16 +34,17 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
     A batch that a pass ends in is filled up from the next pass: no row is left out, whatever the batch size.
 
     Args:
-        rows: in an order that is the same in every process: shuffled with a seed, or not at all. (Without a seed,
-            `shuffle` draws another one in each process, and rows are then lost and repeated.)
+        rows: in an order that is the same in every process and after a restart: shuffled with a seed, or not at all.
+            (Without a seed, `shuffle` draws another one each time, and rows are then lost and repeated.)
         batch_size: rows of a batch of one process.
         process: number of this process, from 0.
         processes: how many there are.
-        passes: over the rows; None for no end. After the last one, what is left over makes a last, shorter batch on a
-            single process; several processes leave it out, because their batches must be equal.
+        passes: over the rows; None for no end. After the last one, the processes share what is left over as a last,
+            shorter batch; rows that do not make one for each of them are left out.
 
     Raises:
-        ValueError: while it is read: there are fewer rows than all processes need for one batch each.
+        ValueError: while it is read: there are fewer rows than all processes need for one batch each, or, where passes
+            have an end, for one row each.
     """
 
     def __init__(
@@ -72,10 +76,10 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
         """
         info = data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        start = self.process * self.batch_size
         for number, batch in enumerate(self._filled(self.batch_size * self.processes)):
             if number % workers == worker:  # the data loader takes one batch of each worker in turn
-                yield None if number < self.trained else self._read(batch[start : start + self.batch_size])
+                start, end = (len(batch) * part // self.processes for part in (self.process, self.process + 1))
+                yield None if number < self.trained else self._read(batch[start:end])
 
     def _read(self, rows: list[Row]) -> list[Row]:
         return self.rows.reader.rows(rows) if isinstance(self.rows, StreamedTriples) else rows
@@ -96,7 +100,7 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
                     batch = []
             if count < size:
                 self._check_few(count, size)
-                if batch:
+                if len(batch) >= self.processes:
                     yield batch  # filled up, it would hold a row twice
                     given += 1
                 batch = []
@@ -110,16 +114,16 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
                 batch = [{} for _ in range(ends % size)]
                 number += passed
             number += 1
-        if batch and self.processes == 1:
+        if len(batch) >= self.processes:
             yield batch
 
     def _check_few(self, count: int, size: int) -> None:
-        if count and self.processes == 1:
+        if count and (self.processes == 1 or (self.passes is not None and count >= self.processes)):
             return
         share = f" of {self.batch_size} rows on each of {self.processes} processes ({size})"
         raise ValueError(
             f"The streamed data set has {count:,} rows, fewer than one batch{share if self.processes > 1 else ''}: "
-            "give it more rows, or train with a smaller per_device_train_batch_size or on fewer processes."
+            "give it more rows, smaller batches or fewer processes."
         )
 
 
@@ -157,11 +161,23 @@ class _PassOver(TrainerCallback):
             batches.trained = state.global_step * args.gradient_accumulation_steps
 
 
-class StreamedTrainingMixin:
-    """Training on an `IterableDataset`, by :class:`StreamedBatches`; other data sets are left to the base class.
+def _order(rows: IterableDataset) -> int:
+    """A number for what rows are shuffled by, as far as `datasets` shows it."""
+    digest, step = blake2b(digest_size=7), getattr(rows, "_ex_iterable", None)
+    while step is not None:
+        generator = getattr(step, "generator", None)
+        if isinstance(generator, np.random.Generator):
+            digest.update(repr(generator.bit_generator.state).encode())
+        step = getattr(step, "ex_iterable", None)
+    return int.from_bytes(digest.digest(), "big")
 
-    To the trainer, all passes together are one epoch of `max_steps` steps. Where a run goes on is a number of batches
-    from its start, over the ends of passes. `dataloader_drop_last` has no say: nothing is left over.
+
+class StreamedTrainingMixin:
+    """Training and evaluation on an `IterableDataset`, by :class:`StreamedBatches`; others are left to the base class.
+
+    To the trainer, all passes of training together are one epoch of `max_steps` steps. Where a run goes on is a number
+    of batches from its start, over the ends of passes. `dataloader_drop_last` has no say: nothing is left over. An
+    evaluation is one pass, in the same batches each time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -180,15 +196,45 @@ class StreamedTrainingMixin:
         trainer: Any = self
         if not isinstance(trainer.train_dataset, IterableDataset):
             return super().get_train_dataloader()  # type: ignore[misc]
+        orders = sizes_of_all(_order(trainer.train_dataset), trainer.accelerator.device)
+        if len(set(orders)) > 1:
+            raise ValueError(
+                "train_dataset is shuffled in another order in each process: rows would be lost and repeated. Shuffle "
+                "it with a seed, .shuffle(seed=...), the same one everywhere."
+            )
+        passes = None if trainer.is_in_train else 1
+        prepared = self._streamed(trainer.train_dataset, trainer.args.train_batch_size, passes)
+        trainer._train_dataloader = prepared
+        return prepared
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> data.DataLoader[Any]:
+        """The batches of evaluation, one pass.
+
+        Without a length, the base class counts a last, shorter batch of streamed rows like a whole one.
+
+        Args:
+            eval_dataset: the data set, or its name among several; the trainer's own when None.
+        """
+        trainer: Any = self
+        rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = trainer.eval_dataset[rows]
+        if not isinstance(rows, IterableDataset):
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        # By default one process reads for all: it joins their batches, and fails where these are of unequal width.
+        return self._streamed(rows, trainer.args.eval_batch_size, 1)
+
+    def _streamed(self, rows: IterableDataset, batch_size: int, passes: int | None) -> data.DataLoader[Any]:
         from accelerate.data_loader import prepare_data_loader
 
+        trainer: Any = self
         args, accelerator = trainer.args, trainer.accelerator
         batches = StreamedBatches(
-            trainer.train_dataset,
-            args.train_batch_size,
+            rows,
+            batch_size,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
-            passes=None if trainer.is_in_train else 1,
+            passes=passes,
         )
         loader = data.DataLoader(
             batches,
@@ -196,11 +242,11 @@ class StreamedTrainingMixin:
             collate_fn=_Collate(trainer.data_collator),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=args.dataloader_persistent_workers and passes is None,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         # The batches are this process's own already.
-        prepared = prepare_data_loader(
+        return prepare_data_loader(
             loader,
             accelerator.device,
             num_processes=1,
@@ -209,5 +255,3 @@ class StreamedTrainingMixin:
             rng_types=accelerator.rng_types.copy(),
             dispatch_batches=False,
         )
-        trainer._train_dataloader = prepared
-        return prepared

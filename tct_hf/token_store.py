@@ -85,9 +85,13 @@ class TokenStore:
         if place is None:
             return None
         name, offset, tokens, checksum = place
-        if name not in self._files:
-            self._files[name] = (self.folder / f"{name}.f16").open("rb")
-        content = os.pread(self._files[name].fileno(), tokens * self.dim * 2, offset)
+        content = b""
+        try:
+            if name not in self._files:
+                self._files[name] = (self.folder / f"{name}.f16").open("rb")
+            content = os.pread(self._files[name].fileno(), tokens * self.dim * 2, offset)
+        except FileNotFoundError:  # deleted, and its index left: as good as damaged
+            pass
         if len(content) != tokens * self.dim * 2 or zlib.crc32(content) != checksum:
             del self._places[key]
             if not self._warned:

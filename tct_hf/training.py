@@ -192,13 +192,8 @@ def dev_evaluator(
     Raises:
         ValueError: evaluation is asked for and there is no dev split.
     """
-    if arguments.get("eval_strategy", "no") in ("no", False):
+    if not _evaluates(collection, arguments):
         return None
-    if "dev" not in collection.splits:
-        raise ValueError(
-            f"training.eval_strategy is {arguments['eval_strategy']!r}, but {collection.name} has no dev split: name "
-            "one with data.dev_split, or leave eval_strategy out."
-        )
     from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
@@ -226,15 +221,41 @@ def dev_evaluator(
     )
 
 
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse training arguments that a stage sets itself, and secrets.
+def _evaluates(collection: Collection, arguments: Mapping[str, Any]) -> bool:
+    if arguments.get("eval_strategy", "no") in ("no", False):
+        return False
+    if "dev" not in collection.splits:
+        raise ValueError(
+            f"training.eval_strategy is {arguments['eval_strategy']!r}, but {collection.name} has no dev split: name "
+            "one with data.dev_split, or leave eval_strategy out."
+        )
+    return True
+
+
+def check_arguments(
+    arguments: Mapping[str, Any], collection: Collection, *, of: Literal["colbert", "dense", "splade"]
+) -> None:
+    """Find out before any training what is wrong with training arguments.
 
     Args:
-        arguments: of a stage.
+        arguments: as for :func:`train_colbert` or :func:`train_student`.
+        collection: with a dev split, where they ask for evaluation.
+        of: what they train.
 
     Raises:
-        ValueError: the argument, as training.NAME, and why.
+        ValueError, TypeError: with the mend.
     """
+    _check(arguments)
+    _evaluates(collection, arguments)
+    kinds: dict[str, Any] = {
+        "colbert": MultiVectorEncoderTrainingArguments,
+        "dense": TCTTrainingArguments,
+        "splade": SparseTCTTrainingArguments,
+    }
+    kinds[of](output_dir="unused", **arguments)
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
     for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
         if name in arguments:
             raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
@@ -331,7 +352,7 @@ def train_colbert(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
-    check_arguments(arguments)
+    _check(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
@@ -407,7 +428,7 @@ def train_student(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """
-    check_arguments(arguments)
+    _check(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final

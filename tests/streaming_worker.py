@@ -1,5 +1,7 @@
 """Train on streamed rows in a process of its own; each process writes the rows of every step it has trained on.
 
+Where there are rows to evaluate, it also writes those of every evaluated batch.
+
 python -m tests.streaming_worker MODELS OUTPUT SETTINGS(json)
 """
 
@@ -31,21 +33,29 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
         rows = rows.shuffle(seed=3, buffer_size=buffer_size)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
     student = SentenceTransformer(str(models / "student"), device="cpu")
-    trainer = make_trainer(output, student, teacher, rows, **settings)
+    evaluated = load_triples(settings.pop("evaluated"), streaming=True) if "evaluated" in settings else None
+    trainer = make_trainer(output, student, teacher, rows, eval_dataset=evaluated, **settings)
     rank = trainer.accelerator.process_index
     tokenizer = student.tokenizer
     step = trainer.training_step
-    seen = output / f"rows-{rank}.txt"
+    predict = trainer.prediction_step
+
+    def saw(inputs: Any, file_name: str) -> None:
+        texts = tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
+        with (output / file_name).open("a") as file:
+            file.write(json.dumps([int(text.split()[-1]) for text in texts]) + "\n")
+
+    def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        saw(inputs, f"evaluated-{rank}.txt")
+        return predict(model, inputs, *args, **kwargs)
 
     def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step + 1 == kill_in_step:
             os.kill(os.getpid(), signal.SIGKILL)
-        texts = tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
-        with seen.open("a") as file:
-            file.write(json.dumps([int(text.split()[-1]) for text in texts]) + "\n")
+        saw(inputs, f"rows-{rank}.txt")
         return step(model, inputs, *args, **kwargs)
 
-    trainer.training_step = training_step
+    trainer.training_step, trainer.prediction_step = training_step, prediction_step
     output.mkdir(parents=True, exist_ok=True)
     last = get_last_checkpoint(str(output))
     trainer.train(resume_from_checkpoint=last)
@@ -53,7 +63,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     for _, tensor in sorted(student.state_dict().items()):
         digest.update(tensor.numpy().tobytes())
     if rank == 0:
-        said = {"resumes": Path(last).name if last else None, "weights": digest.hexdigest()}
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        said = {"resumes": Path(last).name if last else None, "weights": digest.hexdigest(), "eval_losses": losses}
         (output / "said.json").write_text(json.dumps(said))
 
 

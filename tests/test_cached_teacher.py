@@ -119,6 +119,16 @@ def test_a_damaged_vector_counts_as_missing_and_is_told_once(tmp_path: Path, cap
     assert np.array_equal(after.get(1), text(1))
 
 
+def test_vectors_whose_file_is_gone_are_computed_again(tmp_path: Path) -> None:
+    store(tmp_path).put([1], [text(1)])
+    [file] = tmp_path.glob("*.f16")
+    file.unlink()
+    after = store(tmp_path)
+    assert after.get(1) is None
+    after.put([1], [text(1)])
+    assert np.array_equal(after.get(1), text(1))
+
+
 def test_a_full_store_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     size = text(1).nbytes + 24
     bounded = store(tmp_path, max_bytes=2 * size)

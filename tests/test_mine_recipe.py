@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.models import tiny_bert
-from tests.recipe import ROOT, in_this_process, killed_at, write_beir
+from tests.recipe import ROOT, in_this_process, killed_at, launch, run, write_beir
+from tests.test_distributed import free_port
 
 RECIPE = ROOT / "recipes" / "mine.py"
 
@@ -57,6 +58,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
     assert rows.column_names == tables[0].column_names[:7]
 
 
+def test_two_processes_mine_the_rows_of_one(settings: Path, recipe: Callable[..., int], tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
+    done = run(settings, tmp_path / "two", "--queries_a_part=4", before=before, recipe=RECIPE)
+    assert "part 1 of 8" in done.stdout and "part 3 of 8" in done.stdout  # the other process mines those between
+    assert "part 2 of 8" not in done.stdout and done.stdout.count("[3/3] mine") == 1
+    assert recipe(tmp_path / "one") == 0
+    tables = [pq.read_table(tmp_path / name / "mined" / "triples.parquet") for name in ("two", "one")]
+    assert tables[0].equals(tables[1]) and len(tables[0]) == 30
+    counts = [json.loads((tmp_path / n / "mined" / "summary.json").read_text())["counts"] for n in ("two", "one")]
+    assert counts[0] == counts[1]
+
+
 def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: Path
 ) -> None:
@@ -84,6 +99,10 @@ def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
     [
         (["--run=x.trec"], "model, run: candidates come from one of them"),
         (["--margin=1.0"], "name the ColBERT that judges by it with --teacher PATH"),
+        (["--teacher=my/colbert"], "teacher: it judges by the margin, and there is none"),
+        (["--depth=1", "--num_negatives=2"], "depth=1: too few candidates"),
+        (["--near_duplicate=2"], "near_duplicate=2"),
+        (["--queries_a_part=0"], "queries_a_part=0: it must be 1 or more"),
         (["--data.labels=0.0"], "has no judged train queries"),
         (["--depht=3"], 'did you mean "depth"?'),
         (["--too_few=drop"], "too_few"),

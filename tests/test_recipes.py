@@ -321,3 +321,32 @@ def test_an_impossible_student_is_refused_before_its_teacher_is_trained(
     assert recipe(tmp_path / "run", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student.training.max_steps=-1"], "student.training.max_steps: it is not set, and triples.streaming is"),
+        (["--teacher.training.max_steps=-1"], "teacher.training.max_steps: it is not set, and triples.streaming is"),
+        (["--triples.shuffle_buffer=0"], "triples.shuffle_buffer: 0 is below 1"),
+        (["--triples.path=none"], "triples.streaming: there is nothing to stream"),
+    ],
+)
+def test_streamed_triples_without_an_end_are_refused_before_anything(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    options = ["--triples.streaming=true", f"--triples.path={tmp_path / 'triples.tsv'}", *options]
+    assert recipe(tmp_path / "run", *options) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert message in said and not (tmp_path / "run").exists()
+
+
+def test_wrong_training_arguments_of_the_student_are_refused_before_the_teacher_is_trained(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, message in (
+        ("--student.training.hard_label_weight=2", "student.training: hard_label_weight must be between 0 and 1"),
+        ("--student.training.output_dir=x", "student.training.output_dir is set by the stage itself"),
+    ):
+        assert recipe(tmp_path / "run", option) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()

@@ -205,6 +205,12 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
         (["--variant=HN++"], "variant"),
         (["--teacher.model=./nowhere"], "teacher.model: ./nowhere is not there"),
         (["--mining.depht=3"], 'did you mean "mining.depth"?'),
+        (["--mining.depth=0"], "mining.depth=0: too few candidates"),
+        (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
+        (["--data.labels=0"], "has no judged train queries to mine for"),
+        (["--student.training.temperature=-1"], "student.training: temperature must be"),
+        (["--later.student.temperature=-1"], "later: student.training: temperature must be"),
+        (["--later.teacher.eval_strategy=steps", "--data.dev_split=none"], "later: teacher.training.eval_strategy is"),
     ],
 )
 def test_wrong_settings_are_one_message_before_anything_runs(

@@ -69,6 +69,8 @@ def test_a_resumed_run_has_the_values_of_its_steps(tmp_path: Path) -> None:
         (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' is not known: use one of constant"),
         (lambda: Schedule(1.0, 2.0, "constant"), "A constant of 1.0 has no end of 2.0"),
         (lambda: Schedule(1.0, until=0.0), "until=0.0 is no share"),
+        (lambda: Schedule("2"), "start='2' is no number"),  # type: ignore[arg-type]
+        (lambda: Schedule(1.0, until=True), "until=True is no number"),
         (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),
         (lambda: LossSchedule({}, candidates=Schedule(1.0)), "'candidates' has no schedule"),
         (lambda: LossSchedule({}, hard_label_weight=Schedule(0.5, 1.5)), "hard_label_weight goes to 1.5"),

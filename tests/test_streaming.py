@@ -102,7 +102,9 @@ def test_one_pass_ends_with_what_is_left(tmp_path: Path) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True)
     assert [numbers(batch) for batch in StreamedBatches(rows, 4, passes=1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     halves = [[*map(numbers, StreamedBatches(rows, 2, process=p, processes=2, passes=1))] for p in range(2)]
-    assert halves == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]  # two rows are left, one batch of each process needs four
+    assert halves == [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]
+    thirds = [[*map(numbers, StreamedBatches(rows, 3, process=p, processes=3, passes=1))] for p in range(3)]
+    assert thirds == [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]  # the row that is left is no batch for each of them
 
 
 def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) -> None:
@@ -135,6 +137,40 @@ def test_loader_outside_of_training_gives_one_pass(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, student, teacher, rows, max_steps=1)
     widths = [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()]
     assert widths == [8, 8, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(tmp_path: Path, workers: int) -> None:
+    student, teacher = make_models(tmp_path)
+    path = write_rows(tmp_path / "t.tsv", 24)
+    # One batch of all rows: those in memory are shuffled, and the candidates are those of a batch.
+    settings = {"per_device_eval_batch_size": 24, "dataloader_num_workers": workers, "max_steps": 1}
+    settings["dataloader_persistent_workers"] = workers > 0
+    held = load_triples(path, cache_dir=tmp_path)
+    trainers = [
+        make_trainer(tmp_path, student, teacher, held, eval_dataset=rows, **settings)
+        for rows in (load_triples(path, streaming=True), held)
+    ]
+    streamed, again, expected = (one.evaluate()["eval_loss"] for one in (trainers[0], *trainers))
+    assert streamed == again == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tct_hf import streaming
+
+    plain = Dataset.from_dict({name: [f"{name} {i}" for i in range(24)] for name in COLUMNS}).to_iterable_dataset(3)
+    streamed = load_triples(write_rows(tmp_path / "t.tsv", 24), streaming=True)
+    for rows in (plain, streamed, plain.map(lambda row: row), streamed.select_columns(["query", "positive"])):
+        one, other = (streaming._order(rows.shuffle(seed=seed)) for seed in (1, 2))
+        assert one == streaming._order(rows.shuffle(seed=1)) != other
+        assert one == streaming._order(rows.shuffle(seed=1).map(lambda row: row))
+    assert streaming._order(plain.shuffle()) != streaming._order(plain.shuffle())
+    assert streaming._order(streamed.shuffle()) == streaming._order(streamed.shuffle())
+    student, teacher = make_models(tmp_path)
+    trainer = make_trainer(tmp_path, student, teacher, plain.shuffle(), max_steps=1)
+    monkeypatch.setattr(streaming, "sizes_of_all", lambda own, device: [own, streaming._order(plain.shuffle())])
+    with pytest.raises(ValueError, match=r"in another order in each process.*\.shuffle\(seed=\.\.\.\)"):
+        trainer.get_train_dataloader()
 
 
 @pytest.mark.slow

@@ -23,7 +23,9 @@ CASES: dict[str, dict[str, Any]] = {
     "shuffled, one worker": {"step": 12, "shuffle_buffer": 7, "dataloader_num_workers": 1},
     "shuffled, two workers": {"step": 12, "shuffle_buffer": 7, "dataloader_num_workers": 2},
     "over the end of a pass": {"step": 18, "shuffle_buffer": 7},
+    "evaluated": {"step": 12, "eval_strategy": "steps", "eval_steps": 2, "evaluated": "e.tsv"},
 }
+EVALUATED = 18  # one step of 12, and half of one
 
 
 def launch(models: Path, output: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
@@ -41,6 +43,7 @@ def launch(models: Path, output: Path, processes: int, cases: dict[str, dict[str
             "path": str(models / "t.tsv"),
             "per_device_train_batch_size": batch,
             **rest,
+            **({"evaluated": str(models / case["evaluated"])} if "evaluated" in case else {}),
         }
     done = subprocess.run(
         [*command, "tests.streaming_worker", str(models), str(output), json.dumps(given)],
@@ -51,10 +54,10 @@ def launch(models: Path, output: Path, processes: int, cases: dict[str, dict[str
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def steps_of(folder: Path, processes: int) -> list[list[int]]:
+def steps_of(folder: Path, processes: int, file_name: str = "rows") -> list[list[int]]:
     """The rows of each step, of all processes together, in the order of the processes."""
     read = [
-        [json.loads(line) for line in (folder / f"rows-{process}.txt").read_text().splitlines()]
+        [json.loads(line) for line in (folder / f"{file_name}-{process}.txt").read_text().splitlines()]
         for process in range(processes)
     ]
     return [[*chain(*parts)] for parts in zip(*read, strict=True)]
@@ -66,6 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student, _ = make_models(path)
     student.save_pretrained(str(path / "student"))
     (path / "t.tsv").write_text("".join(f"query {i}\tpositive {i}\tnegative {i}\n" for i in range(ROWS)))
+    wide = [f"query {i}\t{'positive ' * (i + 1)}{i}\tnegative {i}\n" for i in range(EVALUATED)]  # no two batches alike
+    (path / "e.tsv").write_text("".join(wide))
     return path
 
 
@@ -88,3 +93,9 @@ def test_processes_train_on_the_rows_of_one(models: Path, alone: Path, tmp_path:
             assert sorted(taken[start : start + ROWS]) == list(range(ROWS)), name
         if "shuffle_buffer" in case:
             assert taken[:ROWS] != taken[ROWS : 2 * ROWS], name  # another order in each pass
+    seen = steps_of(tmp_path / "evaluated", processes, "evaluated")
+    assert seen == 2 * [[*range(12)], [*range(12, EVALUATED)]] == steps_of(alone / "evaluated", 1, "evaluated")
+    losses = [
+        json.loads((folder / "evaluated" / "said.json").read_text())["eval_losses"] for folder in (tmp_path, alone)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS_A_BATCH = 1000
+_BYTES_AT_ONCE = 1 << 20  # of each column of a parquet file
 
 
 class Source(ABC):
@@ -120,7 +121,8 @@ class ParquetSource(Source):
 
         number = 0
         try:
-            with pq.ParquetFile(self.path) as file:
+            # By default all that has been read of the file stays in memory until its end.
+            with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_BYTES_AT_ONCE) as file:
                 for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns):
                     for row in batch.to_pylist():
                         yield number, row

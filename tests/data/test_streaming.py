@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from torch.utils.data import DataLoader
@@ -233,11 +236,23 @@ print(number + 1, resident() - begun)
 """
 
 
+def parquet(path: Path, rows: int) -> Path:
+    """Many row groups of texts that can't be packed."""
+    draw = random.Random(0)
+    with pq.ParquetWriter(path, pa.schema([(name, pa.string()) for name in row(0)]), compression="none") as writer:
+        for _ in range(0, rows, 10_000):
+            writer.write_table(
+                pa.table({name: [f"{draw.getrandbits(200):x}" for _ in range(10_000)] for name in row(0)})
+            )
+    return path
+
+
 @pytest.mark.slow
-def test_memory_is_flat_once_the_buffer_is_full(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [tsv, parquet])
+def test_memory_is_flat_once_the_buffer_is_full(tmp_path: Path, write: Callable[[Path, int], Path]) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("reads /proc")
-    path = tsv(tmp_path / "t.tsv", 300_000)
+    path = write(tmp_path / f"t.{write.__name__}", 300_000)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
     rows, growth = done.stdout.split()
     assert int(rows) == 300_000
