@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tct_hf.data.hub_tables import is_hub_table
 from tct_hf.files import file_digest
 from tct_hf.settings import SettingsError, setting
 
@@ -21,7 +22,9 @@ class OneTeacher:
     kind: Literal["colbert", "cross-encoder", "stored"] = setting("colbert", "what it is")
     model: str | None = setting(None, "folder or Hub id of the model; a ColBERT is trained when none")
     scores: str | None = setting(
-        None, "stored: scores or teacher_score, columns of the triples, or a file of query_id, passage_id, score"
+        None,
+        "stored: scores or teacher_score, columns of the triples; or query_id, passage_id, score: a file, or a Hub id "
+        "(owner/name:configuration:split)",
     )
     candidates: Literal["own", "in-batch"] = setting(
         "own", "that a cross-encoder scores; in-batch is every query with every passage: dear"
@@ -89,7 +92,7 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         if one.model is not None:
             raise SettingsError(f"{prefix}{model}: stored scores need no model; leave it out, or choose another kind")
         path = Path(one.scores)
-        if one.column is None and not path.is_file():
+        if one.column is None and not path.is_file() and not is_hub_table(one.scores):
             raise SettingsError(f"{prefix}scores: {path}: no such file of scores; give the right path")
         return
     if one.scores is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from tct_hf.data.cache import build_once, default_cache_dir
+from tct_hf.data.hub_tables import is_hub_table, load_hub_table
 from tct_hf.data.lookups import JSON_SUFFIXES, TSV_SUFFIXES, format_of
 from tct_hf.data.row_parsing import BadRow, byte_lines, shown, there_are
 from tct_hf.data.sources import DatasetSource, JsonSource, ParquetSource, Source, TsvSource
@@ -40,9 +41,10 @@ SCORE_SUFFIXES = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
 
 def is_score_file(name: str) -> bool:
-    """Whether a setting names a file of scores, there or not, rather than columns of the triples."""
+    """Whether a setting names a file of scores, there or not, or a Hub table, rather than columns of the triples."""
     path = Path(name)
-    return path.is_file() or format_of(path) in SCORE_SUFFIXES or path.suffix in (".gz", ".pkl", ".pickle")
+    known = format_of(path) in SCORE_SUFFIXES or path.suffix in (".gz", ".pkl", ".pickle")
+    return path.is_file() or known or is_hub_table(name)
 
 
 def pair_key(query_id: str, passage_id: str) -> int:
@@ -76,16 +78,17 @@ class ScoreTable:
 
         Args:
             source: a file of rows (query id, passage id, score): .parquet, JSONL, or TSV with or without a header
-                (the last two plain or .gz); a data set; or {query id: {passage id: score}}. A row may also hold lists
-                of passage ids and their scores.
+                (the last two plain or .gz); a Hub id "owner/name", "owner/name:configuration" or
+                "owner/name:configuration:split"; a data set; or {query id: {passage id: score}}. A row may also hold
+                lists of passage ids and their scores.
             columns: query_id, passage_id and score to the source's names, where it has others than the usual ones.
             cache_dir: where the prepared form is kept; by default `default_cache_dir()`.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file or Hub data set.
             ValueError: a pickle, a row with a missing, misaligned or not finite score, a pair that comes twice with
                 different scores, or no score at all; with the row, the query id and the mend.
-            OSError: the cache can't be written.
+            OSError: the cache can't be written, or the Hub not be reached.
         """
         cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         if isinstance(source, Mapping):
@@ -152,6 +155,8 @@ def check_score(value: Any, what: str, place: str, mend: str) -> float:
 def _open(source: Any) -> Source:
     if not isinstance(source, (str, Path)):
         return DatasetSource(source, "scores (a data set)")
+    if is_hub_table(str(source)):
+        return DatasetSource(load_hub_table(str(source)), str(source))
     path = Path(source)
     suffix = format_of(path)
     if suffix in (".pkl", ".pickle", ".pt", ".bin", ".joblib"):
