@@ -23,8 +23,9 @@ class StoredScores(Teacher):
     """Scores that are there before training: cheap, of whatever teacher, for a query's own candidates.
 
     Args:
-        table: rows of query id, passage id and score (see :meth:`ScoreTable.open`) in a file, Hub or other data set,
-            found by the triples' query_id, positive_id, negative_id ...; None: the scores are in the triples' own columns.
+        table: rows of query id, passage id and score (see :meth:`ScoreTable.open`) in a file, on the Hub or in a data
+            set, found by the triples' query_id, positive_id, negative_id ...; None: the scores are in the triples' own
+            columns.
         column: of the triples: a list of one score a candidate, positive first; or what follows a candidate's name,
             "teacher_score" for positive_teacher_score and negative_teacher_score (or negative_1_teacher_score ...).
             None looks for scores, then _teacher_score, label, and _score.
