@@ -21,7 +21,7 @@ from tct_hf.retrieval.vector_blocks import UnitRows
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import PartialState
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
     from tct_hf.data.collection import Collection
 
@@ -270,8 +270,8 @@ class Stores:
         return Stored(opened, folder, memory(opened, folder), taken)
 
 
-def open_student(name: str, device: str | None = None) -> SentenceTransformer:
-    """Load a model of one vector a text.
+def open_student(name: str, device: str | None = None) -> SentenceTransformer | SparseEncoder:
+    """Load a model of one vector a text, a sparse one where its configuration says so.
 
     Args:
         name: folder, Hub id or bundled model.
@@ -282,16 +282,21 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer:
         ValueError: it is a multi-vector model.
         OSError: it can't be loaded.
     """
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
     place = _place(name, "student")
-    if _model_type(place) == "MultiVectorEncoder":
+    kind = _model_type(place)
+    if kind == "MultiVectorEncoder":
         raise ValueError(
             f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of one "
             "vector a text (beside a teacher of recipes/train.py that is the folder student)."
         )
     try:
-        return SentenceTransformer(place, device=device)
+        return (
+            SparseEncoder(place, device=device)
+            if kind == "SparseEncoder"
+            else SentenceTransformer(place, device=device)
+        )
     except OSError as error:
         raise _not_loaded("student", name, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 BLOCK = 16_384  # rows
+_PAIR = [("term", "<u4"), ("weight", "<f4")]
 _KINDS = "a scipy sparse matrix, a torch sparse tensor (as SparseEncoder.encode_document returns), or blocks of these"
 
 
@@ -86,11 +88,33 @@ def joined(pairs: Sequence[np.ndarray], lengths: Sequence[np.ndarray], dim: int)
     return csr_matrix((weights, terms, np.cumsum(counts)), shape=(len(counts) - 1, dim))
 
 
+def open_pairs(file: Path, lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Map the (term, weight) pairs of a shard.
+
+    Args:
+        file: that holds what :func:`as_pairs` made.
+        lengths: pairs a row.
+
+    Returns:
+        The pairs, and where rows begin, `(rows + 1,)` int64.
+
+    Raises:
+        OSError, ValueError: it is damaged, or holds another number of pairs.
+    """
+    import numpy as np
+
+    pairs = np.load(file, mmap_mode="r", allow_pickle=False)
+    begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+    if pairs.dtype != np.dtype(_PAIR) or pairs.shape != (begins[-1],):
+        raise ValueError(f"{pairs.dtype} of shape {pairs.shape} where {begins[-1]} pairs are announced")
+    return pairs, begins
+
+
 def as_pairs(rows: csr_matrix) -> np.ndarray:
     """The non-zeros of CSR rows as one array of (term uint32, weight float32)."""
     import numpy as np
 
-    pairs = np.empty(rows.nnz, dtype=[("term", "<u4"), ("weight", "<f4")])
+    pairs = np.empty(rows.nnz, dtype=_PAIR)
     pairs["term"], pairs["weight"] = rows.indices, rows.data
     return pairs
 
@@ -126,7 +150,7 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
     elif issparse(vectors):
         rows = csr_matrix(vectors, dtype=np.float32)
     else:
-        rows = _of_torch(vectors)
+        rows = of_torch(vectors)
     if not rows.has_canonical_format:
         rows = rows.copy()
         rows.sum_duplicates()
@@ -143,7 +167,8 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
     return rows
 
 
-def _of_torch(tensor: Any) -> csr_matrix:
+def of_torch(tensor: Any) -> csr_matrix:
+    """A sparse tensor of torch, `(rows, dim)` or one vector `(dim,)`, as float32 CSR; nothing is checked."""
     import numpy as np
     import torch
     from scipy.sparse import coo_matrix, csr_matrix
