@@ -15,6 +15,7 @@ from tct_hf.retrieval.text_vectors import (
     choose_precision,
     encode,
     encode_texts,
+    finite_rows,
     is_sparse_encoder,
     prompt_of,
 )
@@ -259,15 +260,9 @@ def _shards(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:
 
 
 def _refuse_not_finite(vectors: Any, shard: Sequence[Passage], plan: Mapping[str, Any]) -> None:
-    import numpy as np
-
-    if isinstance(vectors, np.ndarray):
-        finite = np.isfinite(vectors).all(axis=1)
-    else:
-        finite = np.ones(vectors.shape[0], bool)
-        finite[np.repeat(np.arange(len(finite)), np.diff(vectors.indptr))[~np.isfinite(vectors.data)]] = False
+    finite = finite_rows(vectors)
     if not finite.all():
-        passage_id, _ = shard[int(np.flatnonzero(~finite)[0])]
+        passage_id, _ = shard[int(finite.argmin())]
         raise ValueError(
             f"corpus: passage {passage_id!r} has a NaN or infinite vector (model {plan['model']['id']}, computed in "
             f'{plan["precision"]}, stored in {plan["dtype"]}): check the weights, or encode with precision="fp32" and '

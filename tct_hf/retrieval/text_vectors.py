@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from scipy.sparse import csr_matrix
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from torch import Tensor
@@ -139,6 +140,17 @@ def _in_order(pending: Sequence[tuple[list[int], Tensor]]) -> csr_matrix:
 
     found = stacked([of_torch(vectors) for _, vectors in pending], pending[0][1].shape[1])
     return found[np.argsort(np.concatenate([rows for rows, _ in pending]))]
+
+
+def finite_rows(vectors: Any) -> np.ndarray:
+    """Whether all of a row is finite, `(rows,)` bool, of an array or CSR rows."""
+    import numpy as np
+
+    if isinstance(vectors, np.ndarray):
+        return np.isfinite(vectors).all(axis=1)
+    finite = np.ones(vectors.shape[0], bool)
+    finite[np.repeat(np.arange(len(finite)), np.diff(vectors.indptr))[~np.isfinite(vectors.data)]] = False
+    return finite
 
 
 def stacked(parts: Sequence[csr_matrix], dim: int) -> csr_matrix:

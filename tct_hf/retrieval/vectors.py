@@ -1,7 +1,7 @@
 """A folder of encoded passages: shards of vectors with their ids, and the manifest that says what they are.
 
 encoding.json     what is being encoded: model, encoding, precision; written first
-00000.npy         vectors of a shard, (passages, dim); of a sparse encoder its non-zeros, (term, weight) pairs row by row
+00000.npy         vectors of a shard, (passages, dim); of a sparse encoder their non-zeros as (term, weight) pairs
 00000.json        its ids, checksums of vectors and passages; written after the vectors, so that it announces them
 manifest.json     written last: all of encoding.json, and each shard's files by checksum
 """
