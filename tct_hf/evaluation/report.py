@@ -53,6 +53,8 @@ from tct_hf.files import write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
 FORMAT = 1
+# Keys of the systems of a sparse student: alone, fused with BM25, fused with a dense student.
+LEARNED, LEARNED_BM25, DENSE_LEARNED = "learned-sparse", "learned-sparse-bm25", "dense-learned-sparse"
 SIGNIFICANT = 0.05
 
 

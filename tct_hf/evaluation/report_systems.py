@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import Efficiency, bytes_on_disk, measure_efficiency
+from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
 from tct_hf.evaluation.reranking import rerank_run
 from tct_hf.retrieval.hybrid import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import Run
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from tct_hf.evaluation.token_vectors import TokenVectors
 
 BM25, EXACT, ANN, HYBRID, TEACHER, RERANKED = "bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"
-LEARNED, LEARNED_BM25, DENSE_LEARNED = "learned-sparse", "learned-sparse-bm25", "dense-learned-sparse"
 KEYS = (BM25, EXACT, ANN, HYBRID, LEARNED, LEARNED_BM25, DENSE_LEARNED, TEACHER, RERANKED)
 _ONE = "query"
 

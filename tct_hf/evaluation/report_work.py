@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
+from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
-    DENSE_LEARNED,
     EXACT,
     HYBRID,
-    LEARNED,
-    LEARNED_BM25,
     LateInteraction,
     Part,
     ReportSystem,

@@ -408,7 +408,8 @@ class SparseIndex:
         """
         from tct_hf.hub.indexes import load_model_of
 
-        return load_model_of(self, token=token, device=device)
+        model: SparseEncoder = load_model_of(self, token=token, device=device)
+        return model
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
