@@ -9,6 +9,8 @@ import numpy as np
 
 # Scores of this many passages are added up at a time: 256 KB of them, which stays in a core's own cache.
 _BLOCK = 65_536
+_GROUP = 64
+_TINY = np.nextafter(np.float32(0), np.float32(1))
 
 
 def _compiled(function: Any) -> Any:
@@ -104,28 +106,37 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
             for at in range(begin, end):
                 sums[np.int64(list_rows[at]) - first] += weight * list_weights[at]
             places[number] = end
-        for row in range(size):
-            score = sums[row]
-            if score < heap[0] or score <= 0:
+        for near in range(0, size, _GROUP):
+            far = min(near + _GROUP, size)
+            least = max(heap[0], _TINY)
+            # A comparison of many at a time, which most groups don't pass.
+            reached = 0
+            for row in range(near, far):
+                reached |= sums[row] >= least
+            if not reached:
                 continue
-            if score > heap[0]:
-                _replace_least(heap, score)
-            if found == len(rows):
-                kept = 0
-                for at in range(found):
-                    if scores[at] >= heap[0]:
-                        rows[kept] = rows[at]
-                        scores[kept] = scores[at]
-                        kept += 1
-                found = kept
-                if 2 * found > len(rows):  # equals of the last, which the ids decide among
-                    more_rows = np.empty(2 * len(rows), np.int64)
-                    more_scores = np.empty(2 * len(rows), np.float32)
-                    more_rows[:found] = rows[:found]
-                    more_scores[:found] = scores[:found]
-                    rows, scores = more_rows, more_scores
-            rows[found] = first + row
-            scores[found] = score
-            found += 1
+            for row in range(near, far):
+                score = sums[row]
+                if score < heap[0] or score <= 0:
+                    continue
+                if score > heap[0]:
+                    _replace_least(heap, score)
+                if found == len(rows):
+                    kept = 0
+                    for at in range(found):
+                        if scores[at] >= heap[0]:
+                            rows[kept] = rows[at]
+                            scores[kept] = scores[at]
+                            kept += 1
+                    found = kept
+                    if 2 * found > len(rows):  # equals of the last, which the ids decide among
+                        more_rows = np.empty(2 * len(rows), np.int64)
+                        more_scores = np.empty(2 * len(rows), np.float32)
+                        more_rows[:found] = rows[:found]
+                        more_scores[:found] = scores[:found]
+                        rows, scores = more_rows, more_scores
+                rows[found] = first + row
+                scores[found] = score
+                found += 1
     chosen = scores[:found] >= heap[0]
     return rows[:found][chosen], scores[:found][chosen]
