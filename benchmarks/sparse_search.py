@@ -6,8 +6,8 @@ Two draws of terms over a vocabulary of 30,522: every term alike, and by Zipf's 
 to 1 / (r + 10)), where the commonest are in three quarters of the passages and queries ask for them as often. Weights
 are gamma distributed. The index is saved, loaded from disk mapped, and searched through `SparseIndex.search`, ids
 included; scipy multiplies the query by the transposed passages (CSR by term, its fastest way) and numpy picks and
-sorts the best 100. Both take every query in turn; every answer is compared, scores bit by bit. Wall and CPU time of each query: on a
-busy machine they part.
+sorts the best 100. Both take every query in turn; every answer is compared, scores bit by bit. Wall and CPU time of
+each query: on a busy machine they part.
 """
 
 from __future__ import annotations
