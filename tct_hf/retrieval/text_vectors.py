@@ -147,7 +147,8 @@ def finite_rows(vectors: Any) -> np.ndarray:
     import numpy as np
 
     if isinstance(vectors, np.ndarray):
-        return np.isfinite(vectors).all(axis=1)
+        whole: np.ndarray = np.asarray(np.isfinite(vectors).all(axis=1))
+        return whole
     finite = np.ones(vectors.shape[0], bool)
     finite[np.repeat(np.arange(len(finite)), np.diff(vectors.indptr))[~np.isfinite(vectors.data)]] = False
     return finite
