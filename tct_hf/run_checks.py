@@ -98,6 +98,11 @@ def check_splade(encoder: EncoderSettings, student: StudentSettings) -> None:
     from tct_hf.bundled import resolve_model
     from tct_hf.splade import check_head
 
+    if student.initialise_from != "base":
+        raise SettingsError(
+            "student.initialise_from: a ColBERT has no masked-language-model head, and a sparse student starts with "
+            "one; set it to base"
+        )
     if student.layers is not None:
         raise SettingsError(
             "student.layers: a sparse student keeps all layers of its base, whose head was trained on the last; leave "
