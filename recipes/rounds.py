@@ -112,6 +112,10 @@ def check(settings: Settings) -> None:
             "data.unlabelled, data.questions: negatives are mined for judged queries; leave them out, or train with "
             "recipes/train.py"
         )
+    if settings.student.kind != "dense":
+        raise SettingsError(
+            "student.kind: negatives are mined with a dense student; train a sparse one on its triples"
+        )
     pipeline.check_teacher(settings.teacher)
 
 

@@ -53,6 +53,7 @@ def main(settings: Settings) -> None:
     from tct_hf.quiet import quieten
     from tct_hf.student_checks import check_student
     from tct_hf.training import precision, process_state
+    from tct_hf.training_checks import check_training
 
     quieten()
     state = process_state()
@@ -72,6 +73,7 @@ def main(settings: Settings) -> None:
     pipeline.check_teacher(settings.teacher)
     check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
+    check_training(settings.encoder, settings.student, base)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)

@@ -86,7 +86,7 @@ def check_arms(
         arguments = arm.arguments(training)
         try:
             TCTTrainingArguments(output_dir="unused", **arguments)
-            dev_evaluator(collection, arguments, late_interaction=False, **curve)
+            dev_evaluator(collection, arguments, kind="dense", **curve)
         except (ValueError, TypeError) as error:
             raise ValueError(f"arms.{name}: {error}") from error
 
@@ -138,5 +138,5 @@ def train_arm(
         work=folder / "training",
         arguments=arguments,
         settings=arm.depends(seed, settings),
-        evaluator=stages.dev_evaluator(collection, arguments, late_interaction=False, **curve),
+        evaluator=stages.dev_evaluator(collection, arguments, kind="dense", **curve),
     )

@@ -13,7 +13,7 @@ from tct_hf.settings import SettingsError, setting
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
     from tct_hf.data.collection import Collection
     from tct_hf.schedules import Schedule
@@ -89,7 +89,10 @@ class TeacherSettings:
 class StudentSettings:
     """What the student starts from, and how it is distilled."""
 
-    initialise_from: Literal["teacher", "base"] = setting("teacher", "whose encoder the student starts from")
+    kind: Literal["dense", "splade"] = setting("dense", "one vector a text, or weights of words (sparse)")
+    initialise_from: Literal["teacher", "base"] = setting(
+        "teacher", "whose encoder the student starts from; a sparse one always from the base"
+    )
     layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
     query_augmentation: bool = setting(True, "pad queries with attended [MASK]s; never in the plain encoding")
     pooling: Literal["mean", "cls"] = setting("mean", "of token vectors; cls: the start token's")
@@ -101,7 +104,10 @@ class StudentSettings:
     schedules: dict[str, Any] = setting(
         {}, "loss settings over training, such as {temperature: {start: 2.0, end: 0.5, shape: cosine}}"
     )
-    training: dict[str, Any] = setting({}, "arguments of the distillation", keys_of="tct_hf:TCTTrainingArguments")
+    # The sparse student's arguments are the dense one's and its regularisers'.
+    training: dict[str, Any] = setting(
+        {}, "arguments of the distillation", keys_of="tct_hf:SparseTCTTrainingArguments"
+    )
 
 
 @dataclass
@@ -302,7 +308,7 @@ def train_teacher(
         arguments={**TRAINING, **base, **teacher.training},
         settings=settings,
         scale=1.0 if start is None else read_training_scale(start),
-        evaluator=training.dev_evaluator(collection, {**base, **teacher.training}, late_interaction=True),
+        evaluator=training.dev_evaluator(collection, {**base, **teacher.training}, kind="late interaction"),
     )
 
 
@@ -353,9 +359,12 @@ def train_student(
     Returns:
         Its folder.
     """
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    from tct_hf import CachedTeacher, ColBERTTeacher, training
+    from tct_hf import CachedTeacher, ColBERTTeacher, build_splade, training
+    from tct_hf.bundled import resolve_model
+
+    sparse = student.kind == "splade"
 
     def make_teacher() -> Teacher:
         live = ColBERTTeacher(teacher, dtype=dtype)
@@ -363,9 +372,15 @@ def train_student(
             return live
         return CachedTeacher(live, student.teacher_cache, max_gigabytes=student.teacher_cache_gigabytes)
 
-    def new() -> SentenceTransformer:
+    def new() -> SentenceTransformer | SparseEncoder:
         if start is not None:
-            return SentenceTransformer(start)
+            return SparseEncoder(start) if sparse else SentenceTransformer(start)
+        if sparse:
+            return build_splade(
+                resolve_model(encoder.base_model),
+                query_length=encoder.query_length,
+                document_length=encoder.document_length,
+            )
         return new_student(
             encoder,
             teacher,
@@ -384,7 +399,9 @@ def train_student(
         work=output / "training" / "student",
         arguments={**TRAINING, **base, **student.training},
         settings=settings,
-        evaluator=training.dev_evaluator(collection, {**base, **student.training}, late_interaction=False),
+        evaluator=training.dev_evaluator(
+            collection, {**base, **student.training}, kind="sparse" if sparse else "dense"
+        ),
         schedules=schedules_of(student),
     )
 

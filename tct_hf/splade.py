@@ -45,7 +45,7 @@ def build_splade(
 
     Source: Formal et al., arXiv 2107.05720, section 3, and arXiv 2109.10086 (max pooling).
     """
-    _check_head(model_name_or_path)
+    check_head(model_name_or_path)
     # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
     transformer = Transformer(
         model_name_or_path, transformer_task="fill-mask", model_kwargs={"dtype": dtype or torch.float32}
@@ -66,8 +66,15 @@ def build_splade(
     return SparseEncoder(modules=[transformer, pool], similarity_fn_name="dot")
 
 
-def _check_head(model_name_or_path: str) -> None:
-    """Refuse an encoder whose checkpoint lacks weights of the head: transformers would draw them at random."""
+def check_head(model_name_or_path: str) -> None:
+    """Refuse an encoder whose checkpoint lacks weights of the head: transformers would draw them at random.
+
+    Args:
+        model_name_or_path: folder or Hub id.
+
+    Raises:
+        ValueError: what is missing, and the mend.
+    """
     mend = (
         "A SPLADE student needs a checkpoint with its masked-language-model head (an architecture *ForMaskedLM, such "
         "as Luyu/co-condenser-marco, bert-base-uncased or distilbert-base-uncased), or a trained SPLADE."

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,7 @@ from sentence_transformers import (
     MultiVectorEncoderTrainer,
     MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
+    SparseEncoder,
 )
 from sentence_transformers.multi_vector_encoder.losses import (
     CachedMultiVectorMultipleNegativesRankingLoss,
@@ -27,7 +28,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from tct_hf.arguments import TCTTrainingArguments
+from tct_hf.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.coercion import NO_SECRETS, SECRETS
 from tct_hf.collator import candidate_columns
 from tct_hf.encoding import save_student
@@ -39,7 +40,7 @@ from tct_hf.settings import environment
 from tct_hf.stalls import StallWatch
 from tct_hf.streaming import StreamedTrainingMixin
 from tct_hf.teachers import Teacher, has_bfloat16, write_training_scale
-from tct_hf.trainer import TCTTrainer
+from tct_hf.trainer import SparseTCTTrainer, TCTTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,6 +91,10 @@ class StepLines(TrainerCallback):
             line += (
                 f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, agreement with the "
                 f"teacher {logs['top_agreement']:.0%})"
+            )
+        if "document_active_dims" in logs:
+            line += (
+                f"   active dimensions: {logs['query_active_dims']:.0f} of queries, {logs['document_active_dims']:.0f}"
             )
         self.write(f"{line}   {human_duration(max(left, 0))} left")
 
@@ -166,14 +171,18 @@ class _HalfPrecisionEncoding:
 
 
 def dev_evaluator(
-    collection: Collection, arguments: Mapping[str, Any], *, late_interaction: bool, **part: int | None
+    collection: Collection,
+    arguments: Mapping[str, Any],
+    *,
+    kind: Literal["dense", "late interaction", "sparse"],
+    **part: int | None,
 ) -> Any:
     """An evaluator on the dev queries where the arguments ask for evaluation, None where they do not.
 
     Args:
         collection: with a dev split.
         arguments: of the training; eval_strategy says whether there is evaluation, bf16 what it encodes in.
-        late_interaction: for a multi-vector model.
+        kind: of model; the evaluator of a sparse one also tells the active dimensions.
         **part: `queries` and `passages` of :meth:`Collection.part`: quick, and too easy to be compared with
             anything but itself.
 
@@ -192,6 +201,7 @@ def dev_evaluator(
         )
     from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
     class Dense(_HalfPrecisionEncoding, InformationRetrievalEvaluator):
         bf16 = bool(arguments.get("bf16"))
@@ -199,7 +209,10 @@ def dev_evaluator(
     class LateInteraction(_HalfPrecisionEncoding, MultiVectorInformationRetrievalEvaluator):
         bf16 = bool(arguments.get("bf16"))
 
-    make: Any = LateInteraction if late_interaction else Dense
+    class Sparse(_HalfPrecisionEncoding, SparseInformationRetrievalEvaluator):
+        bf16 = bool(arguments.get("bf16"))
+
+    make: Any = {"dense": Dense, "late interaction": LateInteraction, "sparse": Sparse}[kind]
     searched = replace(collection, splits={"dev": collection.splits["dev"]}).part(**part)
     dev = searched.splits["dev"]
     return make(
@@ -213,7 +226,15 @@ def dev_evaluator(
     )
 
 
-def _check(arguments: Mapping[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse training arguments that a stage sets itself, and secrets.
+
+    Args:
+        arguments: of a stage.
+
+    Raises:
+        ValueError: the argument, as training.NAME, and why.
+    """
     for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
         if name in arguments:
             raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
@@ -310,7 +331,7 @@ def train_colbert(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
-    _check(arguments)
+    check_arguments(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
@@ -349,7 +370,7 @@ def train_colbert(
 
 
 def train_student(
-    make_student: Callable[[], SentenceTransformer],
+    make_student: Callable[[], SentenceTransformer | SparseEncoder],
     make_teacher: Callable[[], Teacher],
     make_triples: Callable[[], Dataset],
     final: str | Path,
@@ -366,12 +387,12 @@ def train_student(
     Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
 
     Args:
-        make_student: the untrained student; called when there is something to train.
+        make_student: the untrained student, dense or sparse; called when there is something to train.
         make_teacher: the teacher; likewise.
         make_triples: the data set, columns query, positive, negative ... and ids; likewise.
         final: folder for the trained student.
         work: folder for checkpoints.
-        arguments: of TCTTrainingArguments, without output_dir.
+        arguments: of TCTTrainingArguments, or SparseTCTTrainingArguments for a sparse student; without output_dir.
         settings: JSON-ready, all that the student depends on: a folder with others is refused.
         evaluator: on dev queries.
         schedules: of the loss's settings over training, for :class:`LossSchedule`.
@@ -382,22 +403,34 @@ def train_student(
 
     Raises:
         ValueError: a folder that belongs to other settings, or a data set without the columns.
+        CollapsedStudent: a sparse student is about to lose all active dimensions.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """
-    _check(arguments)
+    check_arguments(arguments)
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
     _claim(work, settings)
     student = make_student()
-    args = TCTTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
-    trainer = TCTTrainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)
+    sparse = isinstance(student, SparseEncoder)
+    make_args: Any = SparseTCTTrainingArguments if sparse else TCTTrainingArguments
+    make_trainer: Any = SparseTCTTrainer if sparse else TCTTrainer
+    args = make_args(output_dir=str(work), disable_tqdm=True, **arguments)
+    trainer = make_trainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)
     if schedules:
         trainer.add_callback(LossSchedule(trainer.loss, **schedules))
     _run(trainer, work, write)
     if trainer.is_world_process_zero():
-        _publish(work, final, lambda folder: save_student(student, folder))
+        _publish(
+            work,
+            final,
+            lambda folder: (
+                student.save_pretrained(str(folder))
+                if isinstance(student, SparseEncoder)
+                else save_student(student, folder)
+            ),
+        )
     trainer.accelerator.wait_for_everyone()
     _push_finished(trainer, write)
     return final

@@ -16,7 +16,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     from datasets import DatasetDict
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers import TrainerCallback
 
     from tct_hf import ColBERTTeacher, batching
@@ -33,7 +33,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     streaming = settings.pop("streaming", False)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
-    student = SentenceTransformer(str(models / settings.pop("student", "student")), device="cpu")
+    name = settings.pop("student", "student")
+    student: Any = (SparseEncoder if name == "sparse" else SentenceTransformer)(str(models / name), device="cpu")
     batching.CPU_PADDING = settings.pop("padding", batching.CPU_PADDING)
     rows: Any = triples(12, negatives=2)
     uneven = settings.pop("uneven", False)

@@ -23,7 +23,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers.trainer_utils import get_last_checkpoint
 
     from tct_hf import ColBERTTeacher, StallWatch
@@ -36,7 +36,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed, or stalls
     rows = settings.pop("rows", 36)
     teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
-    student = SentenceTransformer(str(models / settings.pop("student", "student")), device="cpu")
+    name = settings.pop("student", "student")
+    student: Any = (SparseEncoder if name == "sparse" else SentenceTransformer)(str(models / name), device="cpu")
     trainer = make_trainer(output, student, teacher, triples(rows), **settings)
 
     if watch is not None:

@@ -16,7 +16,7 @@ import torch
 
 from tct_hf import build_student
 from tests.models import tiny_modernbert
-from tests.training import make_models
+from tests.training import make_models, make_splade
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_student(base, document_length=64, scale=20.0).save_pretrained(str(path / "scaled"))
     plain = build_student(modern, document_length=64, encoding="plain", pooling="cls")
     plain.save_pretrained(str(path / "plain"))
+    make_splade(path).save_pretrained(str(path / "sparse"))
     return path
 
 
@@ -38,6 +39,13 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+SPARSE: dict[str, Any] = {
+    "student": "sparse",
+    "document_regularizer_weight": 0.05,
+    "query_regularizer_weight": 0.05,
+    "document_regularizer_threshold": 100,  # which some passages of the batch are below
+    "regularizer_warmup": 0,
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "many passes": {"padding": 3},  # another number of forward passes on each process
@@ -65,6 +73,20 @@ CASES: dict[str, dict[str, Any]] = {
         "labelled": [True, *[False] * 10, True],
         "hard_label_weight": 0.5,
         "mini_batch_size": 2,
+    },
+    "all parts, few labels": {
+        "labelled": [True, False, True, False, False, False, True, False, False, False, True, True],
+        "margin_mse_weight": 0.1,
+        "student_divisor": 2.0,
+        "kl_direction": "reverse",
+    },
+    "sparse student": SPARSE,
+    "sparse student, gradient cache": {**SPARSE, "mini_batch_size": 3},
+    "sparse student, fewer rows, few labels": {
+        **SPARSE,
+        "uneven": True,
+        "labelled": [True, *[False] * 10, True],
+        "margin_mse_weight": 0.1,
     },
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from tct_hf import TeacherTargets, TightlyCoupledLoss, batching, build_student
 from tct_hf.losses import teacher_entropy
 from tests.models import tiny_bert
-from tests.test_coupled_loss import numpy_loss
+from tests.test_score_losses import numpy_loss
 
 QUERIES = [
     "what is dense",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tct_hf import build_student
-from tests.training import make_models
+from tests.training import make_models, make_splade
 from tests.warm_process import run_warm
 
 # 36 rows in batches of 8 make 5 batches an epoch, the last one short: 3 updates an epoch when two are accumulated.
@@ -32,6 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student.save_pretrained(str(path / "student"))
     scaled = build_student(str(path / "base"), document_length=64, pooling="cls", scale=20.0)
     scaled.save_pretrained(str(path / "scaled"))
+    make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
     return path
 
 
@@ -56,6 +57,18 @@ CASES = {
     "with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_step": 12}, "checkpoint-11"),
     "with a learned scale and Matryoshka sizes": (
         {"student": "scaled", "matryoshka_dims": [8, 16, 32], "learning_rate_mapping": {r"\.3\.linear": 0.1}},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    # Stopped in the regularisers' warm-up.
+    "sparse student": (
+        {
+            "student": "sparse",
+            "document_regularizer_weight": 0.02,
+            "query_regularizer_weight": 0.02,
+            "regularizer_warmup": 0.8,
+            "margin_mse_weight": 0.01,
+        },
         {"kill_in_step": 7},
         "checkpoint-6",
     ),

@@ -417,6 +417,34 @@ def test_presets_keep_the_published_numbers_and_give_way_to_explicit_ones(tmp_pa
             TCTTrainingArguments(output_dir=str(tmp_path), **wrong)
 
 
+def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "temperature": 0.5,
+        "student_temperature": 3.0,
+        "hard_label_weight": 0.2,
+        "margin_mse_weight": 0.3,
+        "student_divisor": 30.0,
+        "kl_direction": "reverse",
+        "candidates": "own",
+        "mini_batch_size": 3,
+        "matryoshka_dims": [8, 32],
+    }
+    trainer = make_trainer(tmp_path, *load(models), triples(8), **settings)
+    assert trainer.loss.get_config_dict() == {**settings, "gather_across_devices": True}
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    parts = ("hard_label", "distillation", "margin_mse")
+    assert entry["loss"] == pytest.approx(sum(entry[name] for name in parts), abs=1e-3)
+
+
+@pytest.mark.parametrize("dims", ["32", [8, 0], [], [8.0]])
+def test_matryoshka_dims_that_are_no_sizes_are_refused(tmp_path: Path, dims: Any) -> None:
+    from tct_hf import TCTTrainingArguments
+
+    with pytest.raises(ValueError, match="matryoshka_dims="):
+        TCTTrainingArguments(output_dir=str(tmp_path), matryoshka_dims=dims)
+
+
 def test_default_temperature_is_relative_to_the_teachers_own_training(models: Path, tmp_path: Path) -> None:
     student, teacher = load(models)
     teacher.training_scale = 4.0

@@ -14,7 +14,7 @@ from tct_hf.data.collection import Collection, load_collection
 from tct_hf.training import StepLines, Stopwatch, dev_evaluator, precision, process_state, train_colbert, train_student
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.recipe import write_beir
-from tests.training import make_models, triples
+from tests.training import make_models, make_splade, triples
 
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -228,36 +228,40 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
 
 def test_there_is_a_dev_evaluator_only_where_evaluation_is_asked_for(collection: Collection) -> None:
     for arguments in ({}, {"eval_strategy": "no"}):
-        assert dev_evaluator(collection, arguments, late_interaction=False) is None
+        assert dev_evaluator(collection, arguments, kind="dense") is None
     del collection.splits["dev"]
     with pytest.raises(ValueError, match=r"eval_strategy is 'steps', but .* has no dev split: name one"):
-        dev_evaluator(collection, {"eval_strategy": "steps"}, late_interaction=False)
+        dev_evaluator(collection, {"eval_strategy": "steps"}, kind="dense")
 
 
 def test_a_dev_evaluator_takes_the_dev_queries_or_a_part_of_them_with_their_answers(collection: Collection) -> None:
     asked = {"eval_strategy": "steps"}
-    whole = dev_evaluator(collection, asked, late_interaction=False)
+    whole = dev_evaluator(collection, asked, kind="dense")
     assert whole.queries == list(collection.splits["dev"].queries.values()) and len(whole.corpus) == 20
-    part = dev_evaluator(collection, asked, late_interaction=False, queries=2, passages=7)
+    part = dev_evaluator(collection, asked, kind="dense", queries=2, passages=7)
     assert len(part.queries) == 2 and len(part.corpus) == 7
     answers = {passage for query in part.queries_ids for passage in part.relevant_docs[query]}
     assert answers <= set(part.corpus_ids)
     with pytest.raises(ValueError, match=r"curve\.passages"):
-        dev_evaluator(collection, asked, late_interaction=False, passages=1)
+        dev_evaluator(collection, asked, kind="dense", passages=1)
 
 
-@pytest.mark.parametrize("late_interaction", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "late interaction", "sparse"])
 def test_dev_is_encoded_in_the_precision_of_training_and_compared_in_float32(
-    collection: Collection, tmp_path: Path, late_interaction: bool
+    collection: Collection, tmp_path: Path, kind: Any
 ) -> None:
-    model = load_colbert(tiny_colbert(tmp_path)) if late_interaction else make_models(tmp_path)[0]
+    model: Any
+    if kind == "late interaction":
+        model = load_colbert(tiny_colbert(tmp_path))
+    else:
+        model = make_splade(tmp_path) if kind == "sparse" else make_models(tmp_path)[0]
     vectors, measured = [], []
     for bf16 in (False, True):
         arguments = {"eval_strategy": "steps", "bf16": bf16}
-        evaluator = dev_evaluator(collection, arguments, late_interaction=late_interaction)
+        evaluator = dev_evaluator(collection, arguments, kind=kind)
         found = evaluator.embed_inputs(model, ["dense tokens"], encode_fn_name="query")
-        vectors.append(torch.as_tensor(found[0]))
-        measured.append(evaluator(model)[f"dev_{'maxsim' if late_interaction else 'dot'}_mrr@10"])
+        vectors.append(torch.as_tensor(found[0].to_dense() if kind == "sparse" else found[0]))
+        measured.append(evaluator(model)[f"dev_{'maxsim' if kind == 'late interaction' else 'dot'}_mrr@10"])
     assert vectors[0].dtype == vectors[1].dtype == torch.float32
     assert not torch.equal(vectors[0], vectors[1])
     torch.testing.assert_close(vectors[0], vectors[1], atol=0.05, rtol=0.05)

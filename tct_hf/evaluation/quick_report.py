@@ -181,11 +181,34 @@ def training_systems(
     from transformers import AutoConfig
 
     *others, teacher = reference_systems(collection, depth=depth, bf16=bf16, **reference)
+    if is_sparse(student):
+        return [*others, sparse_system(collection, STUDENT, student, depth=depth, bf16=bf16), teacher]
     if dims:  # the largest size is often the whole vector
         whole = AutoConfig.from_pretrained(student).hidden_size
         dims = [size for size in dims if size != whole]
     own = student_systems(collection, lambda: SentenceTransformer(student), dims=dims, depth=depth, bf16=bf16)
     return [*others, *own, teacher]
+
+
+def is_sparse(model: str) -> bool:
+    """Whether a folder holds a sparse student."""
+    from tct_hf.hub.kinds import recognise
+
+    return Path(model).is_dir() and recognise(model, Path(model)).kind == "sparse"
+
+
+def sparse_system(collection: Collection, key: str, model: str, *, depth: int, bf16: bool) -> System:
+    """Exact search of a collection with a sparse student (folder), loaded when it is searched with."""
+    from sentence_transformers import SparseEncoder
+
+    from tct_hf.evaluation.sparse_run import sparse_run
+
+    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    return System(
+        key,
+        "sparse student (weights of words)",
+        lambda queries: sparse_run(SparseEncoder(model), ids, texts, queries, k=depth, bf16=bf16),
+    )
 
 
 def check_evaluation(
@@ -290,6 +313,7 @@ def quick_report(
     except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
         plotted = False
         write(f"  no losses.png: {error}")
+    loader = "SparseEncoder" if is_sparse(student) else "SentenceTransformer"
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",
@@ -306,7 +330,7 @@ def quick_report(
         show_examples(collection, runs[STUDENT, "test"], count=examples),
         "```",
         "",
-        f"Search with it: SentenceTransformer({student!r}), encode_query, encode_document, dot product.",
+        f"Search with it: {loader}({student!r}), encode_query, encode_document, dot product.",
         f"In {output}: runs (TREC format), metrics.json{', losses.png' if plotted else ''}.",
         "",
     ]
