@@ -20,11 +20,15 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
 
     Raises:
         SettingsError: prompts of the TCT encoding, a scale that is none, layers or Matryoshka sizes that the encoder
-            does not have.
+            does not have, settings of dense students for a sparse one.
     """
     from tct_hf.encoders import plain_prompts
     from tct_hf.scaling import scale_modules
 
+    if student.kind == "splade":
+        for name, given in (("pooling", student.pooling != "mean"), ("scale", student.scale is not None)):
+            if given:
+                raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
     if encoder.prompts and encoder.encoding == "tct":
         raise SettingsError(
             "encoder.prompts: the TCT encoding has its own; leave them out, or set encoder.encoding to plain"

@@ -204,14 +204,16 @@ def sparse_system(collection: Collection, key: str, model: str, *, depth: int, b
     """Exact search of a collection with a sparse student (folder), loaded when it is searched with."""
     from sentence_transformers import SparseEncoder
 
-    from tct_hf.evaluation.sparse_run import sparse_run
+    from tct_hf.retrieval.learned_sparse import SparseIndex
+    from tct_hf.retrieval.text_vectors import encode_texts
 
-    ids, texts = collection.corpus["id"], collection.corpus["text"]
-    return System(
-        key,
-        "sparse student (weights of words)",
-        lambda queries: sparse_run(SparseEncoder(model), ids, texts, queries, k=depth, bf16=bf16),
-    )
+    def search(queries: Mapping[str, str]) -> Run:
+        encoder = SparseEncoder(model)
+        passages = encode_texts(encoder, collection.corpus["text"], task="document", bf16=bf16)
+        vectors = encode_texts(encoder, list(queries.values()), task="query", bf16=bf16)
+        return SparseIndex.build(passages, collection.corpus["id"]).run(list(queries), vectors, depth)
+
+    return System(key, "sparse student (weights of words)", search)
 
 
 def check_evaluation(

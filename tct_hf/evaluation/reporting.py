@@ -76,7 +76,9 @@ def build_report(
         model = open_beside(stores, sparse_student)
         sparse_stores = Stores(collection, model, sparse_student, output / SPARSE_FOLDER, **options)
     if stores.is_sparse and dims:
-        raise ValueError("dims: a sparse student's dimensions are words, its first are no smaller student; leave it out.")
+        raise ValueError(
+            "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
+        )
     sizes = [] if stores.is_sparse else sizes_to_measure(student, dims, stores.student.get_embedding_dimension())
     if taken := [key for key in map(key_of, sizes) if key in runs]:
         raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")

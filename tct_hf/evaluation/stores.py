@@ -252,8 +252,9 @@ class Stores:
         """
         from tct_hf.retrieval.encode import describe_model
 
-        with self.student.truncate_embeddings(size):
-            model = describe_model(self.student, self.name)["model"]
+        student: Any = self.student  # a dense one
+        with student.truncate_embeddings(size):
+            model = describe_model(student, self.name)["model"]
         built_by = {**model, "id": str(model["id"])}
 
         def build() -> DenseIndex:
