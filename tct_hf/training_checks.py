@@ -44,6 +44,11 @@ def check_training(encoder: EncoderSettings, student: StudentSettings, base: Map
         raise SettingsError(f"student.{'' if str(error).startswith('training.') else 'training: '}{error}") from error
     if not sparse:
         return
+    if student.initialise_from != "base":
+        raise SettingsError(
+            "student.initialise_from: a ColBERT has no masked-language-model head, and a sparse student starts with "
+            "one; set it to base"
+        )
     if student.layers is not None:
         raise SettingsError(
             "student.layers: a sparse student keeps all layers of its base, whose head was trained on the last; leave "

@@ -17,7 +17,8 @@ from tests.models import tiny_bert, tiny_mlm
 from tests.recipe import RECIPE, STEPS, in_this_process, write_material
 from tests.training import PASSAGES, QUERIES, make_splade
 
-SPLADE = ["--student.kind=splade", "--student.layers=null", "--student.training.document_regularizer_weight=0.003"]
+SPLADE = ["--student.kind=splade", "--student.initialise_from=base", "--student.layers=null"]
+SPLADE += ["--student.training.document_regularizer_weight=0.003"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def test_of_equal_scores_the_first_id_comes_first_and_strangers_are_left_out(tmp
             ["--student.training.document_regularizer_weight=1"],
             "student.training.document_regularizer_weight is of",
         ),
+        ([*SPLADE, "--student.initialise_from=teacher"], "student.initialise_from: a ColBERT has no masked-language"),
         ([*SPLADE, "--student.layers=[1]"], "student.layers: a sparse student keeps all layers"),
         ([*SPLADE, "--student.training.regularizer_warmup=-1"], "student.training: regularizer_warmup must be"),
         ([*SPLADE, "--student.training.matryoshka_dims=[8]"], "student.training: matryoshka_dims are for dense"),
