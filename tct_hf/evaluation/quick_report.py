@@ -197,7 +197,7 @@ def is_sparse(model: str) -> bool:
     """Whether a folder holds a sparse student."""
     from tct_hf.hub.kinds import recognise
 
-    return Path(model).is_dir() and recognise(model, Path(model)).kind == "sparse"
+    return (Path(model) / "modules.json").is_file() and recognise(model, Path(model)).kind == "sparse"
 
 
 def sparse_system(collection: Collection, key: str, model: str, *, depth: int, bf16: bool) -> System:
