@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--source", default="builtin", help="BEIR folder, Hub id or builtin")
     parser.add_argument("--splade", type=Path, help="folder of the small SPLADE's files; without, no sparse students")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/family"))
-    parser.add_argument("--steps", type=int, default=60, help="of each student")
+    parser.add_argument("--steps", type=int, default=40, help="of each student")
     parser.add_argument("--batch", type=int, default=16, help="queries a step")
     parser.add_argument("--document_length", type=int, default=64)
     parser.add_argument("--max_passages", type=int, default=3000)
@@ -172,7 +172,7 @@ def main() -> None:
     if not cross.is_dir():
         from tct_hf import load_triples
 
-        train_cross_encoder(load_triples(triples), cross, length=args.document_length + 36, steps=100)
+        train_cross_encoder(load_triples(triples), cross, length=args.document_length + 36, steps=60)
     scored = output / "scored"
     recipe("score.py", {"triples.path": triples, "teacher": cross, "kind": "cross-encoder", "output_dir": scored})
     splade = prepare_splade(args.splade, output / "splade-tiny") if args.splade else None
@@ -188,7 +188,8 @@ def main() -> None:
                 **common,
                 **(DENSE if kind == "dense" else {**SPARSE, "encoder.base_model": splade}),
                 **learns,
-                **({"teacher.model": colbert} if with_colbert else {}),
+                # Its token vectors are made once for all students.
+                **({"teacher.model": colbert, "student.teacher_cache": output / "tokens"} if with_colbert else {}),
                 "output_dir": folder,
                 "stages": '["student"]',
                 "triples.path": scored / "triples",
