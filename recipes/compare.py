@@ -40,6 +40,9 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    teacher_cache: str | None = setting(
+        None, "folder where all arms keep the teacher's token vectors, in half precision; none: encode every time"
+    )
     training: dict[str, Any] = setting(
         {}, "training arguments that all arms share", keys_of="tct_hf:TCTTrainingArguments"
     )
@@ -80,6 +83,7 @@ def main(settings: Settings) -> None:
     of_students = {
         **of_teacher,
         "training": settings.training,
+        **({} if settings.teacher_cache is None else {"teacher_tokens": "in half precision"}),
         "curve": asdict(settings.curve),
         "questions": collection.fingerprint.get("questions"),
     }
@@ -117,6 +121,7 @@ def main(settings: Settings) -> None:
                 encoder=settings.encoder,
                 teacher=teacher,
                 dtype=settings.teacher.dtype,
+                cache=settings.teacher_cache,
                 training=shared_training(settings, base),
                 curve=curve_of(settings),
                 settings=of_students,

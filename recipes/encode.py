@@ -1,4 +1,4 @@
-"""Encode the passages of a collection with a single-vector model, into a folder of vectors to build an index from.
+"""Encode the passages of a collection with a dense or sparse student, into a folder of vectors to build an index from.
 
 accelerate launch recipes/encode.py [settings.yaml] --model PATH --source PATH --output_dir DIR [--setting value ...]
 
@@ -16,7 +16,7 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 
 @dataclass
 class Settings:
-    model: str | None = setting(None, "folder or Hub id of a SentenceTransformer, or a bundled model")
+    model: str | None = setting(None, "folder or Hub id of a SentenceTransformer or SparseEncoder, or a bundled model")
     source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     output_dir: str = setting("outputs/encode", "where vectors and their manifest are written")
@@ -31,9 +31,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    from tct_hf.bundled import resolve_model
+    from tct_hf.evaluation.stores import open_student
     from tct_hf.quiet import quieten
     from tct_hf.retrieval import encode_corpus
     from tct_hf.training import process_state
@@ -44,7 +42,7 @@ def main(settings: Settings) -> None:
     state = process_state()
     with state.main_process_first():
         corpus = load_corpus(settings)
-    model = SentenceTransformer(resolve_model(settings.model), device=str(state.device))
+    model = open_student(settings.model, str(state.device))
     if state.is_main_process:
         print(f"{settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}", flush=True)
     manifest = encode_corpus(
@@ -82,6 +80,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> str:
         "dim": str(manifest["dim"]),
         "computed in": manifest["precision"],
         "stored in": manifest["dtype"],
+        **({"active dims": f"{manifest['nonzeros'] / manifest['count']:,.1f}"} if "nonzeros" in manifest else {}),
         "shards": str(len(manifest["shards"])),
         "bytes a passage": f"{size / manifest['count']:,.0f}",
         "folder": str(folder),

@@ -2,6 +2,7 @@
 
 accelerate launch recipes/evaluate.py recipes/evaluate.yaml [--setting value ...]
 accelerate launch recipes/evaluate.py --data.source FOLDER --student PATH [--teacher PATH] --output_dir DIR
+    [--sparse_student PATH]
 
 Writes report.md, report.json, latency.png, storage.png and runs/. --runs.NAME FILE adds another system's TREC run.
 Stopped at any point, the same command goes on where it stopped; with several processes, they share the encoding.
@@ -23,7 +24,8 @@ from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 @dataclass
 class Settings(ReportSettings):
     output_dir: str = setting("outputs/evaluate", "where everything is written")
-    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text")
+    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text, or a sparse one")
+    sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
     teacher: str | None = setting(None, "folder or Hub id of a ColBERT; the report does without when none")
     dims: list[int] | None = setting(
         None, "first dimensions of the student to measure alone too; those it was trained at when none"
@@ -34,7 +36,7 @@ class Settings(ReportSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report
-    from tct_hf.evaluation.stores import Stores, open_student
+    from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student
     from tct_hf.quiet import quieten
     from tct_hf.training import process_state
 
@@ -53,16 +55,16 @@ def main(settings: Settings) -> None:
         check_report(collection, settings, settings.runs)
     if state.num_processes > 1:
         with stages.stage("encode"):
-            stores = Stores(
-                collection,
-                open_student(settings.student, str(state.device)),
-                settings.student,
-                output,
-                precision=settings.precision,
-                write=partial(print, flush=True),
-            )
+            device, write = str(state.device), partial(print, flush=True)
+            opened = open_student(settings.student, device)
+            stores = Stores(collection, opened, settings.student, output, precision=settings.precision, write=write)
             stores.encode(state)
-            del stores
+            if (name := settings.sparse_student) is not None:
+                beside, place = open_beside(stores, name, device), output / SPARSE_FOLDER
+                stores = Stores(collection, beside, name, place, precision=settings.precision, write=write)
+                stores.encode(state)
+                del beside
+            del stores, opened
     # One process searches and measures; the others are done, and wait at no barrier that could time out.
     state.destroy_process_group()
     if state.is_main_process:
@@ -72,6 +74,7 @@ def main(settings: Settings) -> None:
                 settings.student,
                 output,
                 teacher=settings.teacher,
+                sparse_student=settings.sparse_student,
                 settings=settings,
                 runs=settings.runs,
                 record=asdict(settings),

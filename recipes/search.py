@@ -2,6 +2,8 @@
 
 python recipes/search.py --student outputs/quickstart/student --data.source builtin [--teacher PATH] [--k 5]
 
+The student is dense or sparse. With --sparse_student PATH beside a dense student, these two are fused.
+
 The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
 one a line, where it is no terminal; --json prints one line of JSON a question.
 """
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Settings:
-    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text")
+    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text, or a sparse one")
+    sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
     teacher: str | None = setting(None, "folder or Hub id of a ColBERT, to score the passages shown")
     k: int = setting(5, "passages to show")
-    depth: int = setting(100, "passages that BM25 and the student find each, to be fused")
-    rank_by: Literal["fused", "dense", "bm25"] = setting("fused", "the system that orders the passages")
+    depth: int = setting(100, "passages that BM25 and each student find, to be fused")
+    rank_by: Literal["fused", "dense", "sparse", "bm25"] = setting("fused", "the system that orders the passages")
     json: bool = setting(False, "one line of JSON a question")
     width: int = setting(160, "characters of a passage to show; JSON has all")
     index_dir: str | None = setting(None, "where vectors and indexes are kept; in the cache when none")
@@ -42,7 +45,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.searcher import Searcher
-    from tct_hf.evaluation.stores import Stores, open_student, open_teacher
+    from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
     from tct_hf.quiet import quieten
 
     if settings.student is None:
@@ -55,19 +58,23 @@ def main(settings: Settings) -> None:
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     # Searching needs no judgements.
     collection = pipeline.read_collection(replace(settings.data, labels=0.0), train=False)
-    stores = Stores(
-        collection,
-        open_student(settings.student),
-        settings.student,
-        Path(settings.index_dir) if settings.index_dir is not None else None,
-        precision=settings.precision,
-        write=tell,
-    )
+    folder = Path(settings.index_dir) if settings.index_dir is not None else None
+    student = open_student(settings.student)
+    stores = Stores(collection, student, settings.student, folder, precision=settings.precision, write=tell)
+    beside = None
+    if (name := settings.sparse_student) is not None:
+        place = folder / SPARSE_FOLDER if folder is not None else None
+        model = open_beside(stores, name)
+        beside = Stores(collection, model, name, place, precision=settings.precision, write=tell)
+    there = {"sparse" if stores.is_sparse or beside is not None else "", "" if stores.is_sparse else "dense"}
+    if settings.rank_by in {"dense", "sparse"} - there:
+        raise SettingsError(f"rank_by: there is no {settings.rank_by} student to order by; name one, or use fused")
     tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {stores.folder}")
     teacher = open_teacher(settings.teacher) if settings.teacher is not None else None
-    searcher = Searcher(stores, teacher=teacher, depth=max(settings.depth, settings.k), hybrid=settings.hybrid)
+    depth = max(settings.depth, settings.k)
+    searcher = Searcher(stores, teacher=teacher, depth=depth, hybrid=settings.hybrid, sparse_stores=beside)
     tell(
-        f"fused: {searcher.fusion}; -: not among the first {max(settings.depth, settings.k)} of that system, or, for "
+        f"fused: {searcher.fusion}; -: not among the first {depth} of that system, or, for "
         "BM25, without a word of the question; counts as the lowest score of that list"
     )
     for question in questions(answers_alone=settings.json or not sys.stdout.isatty()):
@@ -76,7 +83,7 @@ def main(settings: Settings) -> None:
             passages = [asdict(hit) for hit in hits]
             print(json.dumps({"question": question, "passages": passages}, ensure_ascii=False), flush=True)
         else:
-            print(shown(question, hits, settings.width, teacher=teacher is not None), flush=True)
+            print(shown(question, hits, settings.width, searcher.systems), flush=True)
 
 
 def questions(*, answers_alone: bool) -> Iterator[str]:
@@ -105,13 +112,13 @@ def questions(*, answers_alone: bool) -> Iterator[str]:
         raise SettingsError("standard input: there is no question in it; write one a line")
 
 
-def shown(question: str, hits: list[Hit], width: int, *, teacher: bool) -> str:
+def shown(question: str, hits: list[Hit], width: int, systems: list[str]) -> str:
     from tct_hf.evaluation.comparison import shorten
     from tct_hf.evaluation.searcher import SYSTEMS
 
     lines = ["", question]
     for hit in hits:
-        scores = {name: getattr(hit, key) for key, name in SYSTEMS.items() if key != "maxsim" or teacher}
+        scores = {SYSTEMS[key]: getattr(hit, key) for key in systems}
         figures = "   ".join(f"{name} {'-' if score is None else f'{score:.2f}'}" for name, score in scores.items())
         lines += [f"{hit.rank:3}. {hit.id}   {figures}", f"     {shorten(hit.text, width)}"]
     return "\n".join(lines if hits else [*lines, "     nothing found"])

@@ -75,7 +75,6 @@ def main(settings: Settings) -> None:
     check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
     run_checks.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)
-    run_checks.check_splade(settings.encoder, settings.student)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)

@@ -45,6 +45,7 @@ _PUBLIC = {
     "SkippedRows": "data",
     "BM25Index": "retrieval",
     "DenseIndex": "retrieval",
+    "SparseIndex": "retrieval",
     "encode_corpus": "retrieval",
     "load_vectors": "retrieval",
     "read_run": "retrieval",

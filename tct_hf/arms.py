@@ -101,6 +101,7 @@ def train_arm(
     encoder: EncoderSettings,
     teacher: str,
     dtype: str,
+    cache: str | None = None,
     training: Mapping[str, Any],
     curve: Mapping[str, int],
     settings: Mapping[str, Any],
@@ -116,6 +117,7 @@ def train_arm(
         encoder: lengths, and the base.
         teacher: folder or Hub id.
         dtype: the teacher computes in.
+        cache: folder for its token vectors; none: encode every time.
         training: arguments that all arms share; the arm's own win.
         curve: how many dev `queries` are searched among how many `passages` during training.
         settings: JSON-ready, all that the students of all arms depend on.
@@ -126,13 +128,19 @@ def train_arm(
     Raises:
         ValueError: the folder holds another arm's work.
     """
-    from tct_hf import ColBERTTeacher, NoTeacher
+    from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher, Teacher
     from tct_hf import training as stages
+
+    def make_teacher() -> Teacher:
+        if arm.signal == HARD:
+            return NoTeacher()
+        live = ColBERTTeacher(teacher, dtype=dtype)  # type: ignore[arg-type]
+        return live if cache is None else CachedTeacher(live, cache)
 
     arguments = {**arm.arguments(training), "seed": seed}
     return stages.train_student(
         lambda: pipeline.new_student(encoder, teacher, initialise_from=arm.initialise_from, layers=arm.layers),
-        lambda: NoTeacher() if arm.signal == HARD else ColBERTTeacher(teacher, dtype=dtype),
+        make_teacher,
         lambda: pipeline.training_triples(collection, data, seed=seed, unlabelled=arm.unlabelled),
         folder / "student",
         work=folder / "training",

@@ -78,7 +78,7 @@ class StudentSettings:
 
     kind: Literal["dense", "splade"] = setting("dense", "one vector a text, or weights of words (sparse)")
     initialise_from: Literal["teacher", "base"] = setting(
-        "teacher", "whose encoder the student starts from; a sparse one always from the base"
+        "teacher", "whose encoder the student starts from; a sparse one: base"
     )
     layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
     query_augmentation: bool = setting(True, "pad queries with attended [MASK]s; never in the plain encoding")

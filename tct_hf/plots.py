@@ -147,7 +147,7 @@ class TradeOff:
     kind: str
 
 
-_MARKS = {"sparse": "s", "dense": "o", "hybrid": "D", "late interaction": "^"}
+_MARKS = {"sparse": "s", "learned sparse": "v", "dense": "o", "hybrid": "D", "late interaction": "^"}
 
 
 def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str, ylabel: str, title: str) -> Path:

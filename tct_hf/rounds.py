@@ -105,11 +105,11 @@ def student_source(stores: Stores, origin: str, *, depth: int, state: PartialSta
         state: the processes that share the encoding.
     """
     if state is None:
-        index = stores.dense("Flat").index
+        index = stores.exact().index
     else:
         stores.encode(state)
         with state.main_process_first():  # one writes the index, the others open it
-            index = stores.dense("Flat").index
+            index = stores.exact().index
 
     def search(queries: Mapping[str, str]) -> Scores:
         return index.run(list(queries), stores.encode_queries(queries), depth)

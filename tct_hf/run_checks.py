@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.pipeline import TRAINING, EncoderSettings, StudentSettings, TeacherSettings, TriplesSettings
+from tct_hf.pipeline import TRAINING, StudentSettings, TeacherSettings, TriplesSettings
 from tct_hf.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -81,29 +81,3 @@ def check_training(
             said = str(error)
             where = "." if said.startswith("training.") else ".training: "
             raise SettingsError(f"{name}{where}{said}") from error
-
-
-def check_splade(encoder: EncoderSettings, student: StudentSettings) -> None:
-    """Refuse a base that a sparse student can't start from.
-
-    Args:
-        encoder: the settings.
-        student: likewise; a dense one is not looked at.
-
-    Raises:
-        SettingsError: a base without what a sparse student needs, or a part of its layers.
-    """
-    if student.kind != "splade":
-        return
-    from tct_hf.bundled import resolve_model
-    from tct_hf.splade import check_head
-
-    if student.layers is not None:
-        raise SettingsError(
-            "student.layers: a sparse student keeps all layers of its base, whose head was trained on the last; leave "
-            "it out"
-        )
-    try:
-        check_head(resolve_model(encoder.base_model))
-    except ValueError as error:
-        raise SettingsError(f"encoder.base_model: {error}") from error

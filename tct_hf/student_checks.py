@@ -20,11 +20,16 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
 
     Raises:
         SettingsError: prompts of the TCT encoding, a scale that is none, layers or Matryoshka sizes that the encoder
-            does not have.
+            does not have, settings of dense students for a sparse one, or a base that it can't start from.
     """
     from tct_hf.encoders import plain_prompts
     from tct_hf.scaling import scale_modules
 
+    if student.kind == "splade":
+        for name, given in (("pooling", student.pooling != "mean"), ("scale", student.scale is not None)):
+            if given:
+                raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
+        _check_splade(encoder, student)
     if encoder.prompts and encoder.encoding == "tct":
         raise SettingsError(
             "encoder.prompts: the TCT encoding has its own; leave them out, or set encoder.encoding to plain"
@@ -61,3 +66,24 @@ def _config_of(model: str) -> Any:
         return AutoConfig.from_pretrained(resolve_model(model))
     except (OSError, ValueError):
         return None
+
+
+def _check_splade(encoder: EncoderSettings, student: StudentSettings) -> None:
+    """Refuse a base without what a sparse student needs, or a part of its layers."""
+    from tct_hf.bundled import resolve_model
+    from tct_hf.splade import check_head
+
+    if student.initialise_from != "base":
+        raise SettingsError(
+            "student.initialise_from: a ColBERT has no masked-language-model head, and a sparse student starts with "
+            "one; set it to base"
+        )
+    if student.layers is not None:
+        raise SettingsError(
+            "student.layers: a sparse student keeps all layers of its base, whose head was trained on the last; leave "
+            "it out"
+        )
+    try:
+        check_head(resolve_model(encoder.base_model))
+    except ValueError as error:
+        raise SettingsError(f"encoder.base_model: {error}") from error

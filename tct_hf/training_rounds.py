@@ -14,6 +14,7 @@ from tct_hf.pipeline import DataSettings, EncoderSettings, StudentSettings, Teac
 from tct_hf.rounds import MiningSettings, check_judged, check_mining
 from tct_hf.run_checks import check_training
 from tct_hf.settings import SettingsError, setting
+from tct_hf.student_checks import check_student
 from tct_hf.teacher_settings import check_colbert, check_teacher
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def check_rounds(settings: RoundsSettings, rounds: int) -> None:
         )
     check_teacher(settings.teacher)
     check_colbert(settings.teacher)
+    check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
     check_mining(settings.mining, "mining.")
 

@@ -33,6 +33,7 @@ teacher:
   dim: 16
   training: {training}
 training: {training}
+teacher_cache: {folder / "tokens"}
 curve: {{steps: 2, queries: 5, passages: 20}}
 arms:
   plain, hard: {{signal: hard labels, layers: [1], seeds: [13, 14]}}
@@ -95,6 +96,7 @@ def test_a_whole_comparison_leaves_a_student_a_seed_and_its_runs(whole: Path) ->
     assert len(weights) == 3
     systems = {file.name.partition(".")[0] for file in (whole / "runs").glob("*.trec")}
     assert systems == {"bm25", "base-native", "teacher"}
+    assert any((whole.parent / "tokens").rglob("*.f16"))  # the teacher's, for all arms
 
 
 def test_the_lines_of_the_table_are_the_figures_of_metrics_json(whole: Path) -> None:

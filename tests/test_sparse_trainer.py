@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SpladeLoss
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from transformers import TrainerCallback
 
 from tct_hf import (
@@ -285,6 +288,25 @@ def test_a_teacher_with_tokens_of_its_own_teaches_a_sparse_student(student: Any,
         other.model.encode_query(dataset["query"]), other.model.encode_document(passages)
     )
     torch.testing.assert_close(targets.scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_queries_without_inference_are_trained_and_saved(
+    student: Any, teacher: Any, tmp_path: Path, size: int | None
+) -> None:
+    table = SparseStaticEmbedding(tokenizer=student.tokenizer)
+    torch.nn.init.ones_(table.weight)
+    router = Router.for_query_document(query_modules=[table], document_modules=list(student))
+    free = SparseEncoder(modules=[router], similarity_fn_name="dot")
+    settings = {"save_strategy": "steps", "save_steps": 2, "query_regularizer_weight": None, "mini_batch_size": size}
+    trainer = make_trainer(tmp_path / "run", free, teacher, triples(16), **settings)
+    trainer.train()
+    assert logged(trainer, "query_active_dims")[0] < 10 < logged(trainer, "document_active_dims")[0]
+    assert not torch.equal(table.weight, torch.ones_like(table.weight))
+    loaded = SparseEncoder(str(tmp_path / "run" / "checkpoint-2"), device="cpu")
+    for side in ("encode_query", "encode_document"):
+        found, expected = (getattr(model, side)(["the teacher"]).to_dense() for model in (loaded, free))
+        assert torch.equal(found, expected)
 
 
 def test_hard_labels_alone_train_a_sparse_student_without_a_teacher(student: Any, tmp_path: Path) -> None:

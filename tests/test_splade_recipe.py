@@ -7,17 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from sentence_transformers import SparseEncoder
 
-from tct_hf.evaluation.sparse_run import sparse_run
 from tct_hf.files import LOG_FILE
 from tct_hf.retrieval import read_run
 from tests.models import tiny_bert, tiny_mlm
 from tests.recipe import RECIPE, STEPS, in_this_process, write_material
-from tests.training import PASSAGES, QUERIES, make_splade
 
-SPLADE = ["--student.kind=splade", "--student.layers=null", "--student.training.document_regularizer_weight=0.003"]
+SPLADE = ["--student.kind=splade", "--student.initialise_from=base", "--student.layers=null"]
+SPLADE += ["--student.training.document_regularizer_weight=0.003"]
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +53,6 @@ def test_a_sparse_student_is_trained_saved_and_measured(
     assert "student: skipped, it is trained" in capsys.readouterr().out
 
 
-def test_a_sparse_run_is_the_dense_product_of_the_same_vectors(tmp_path: Path) -> None:
-    model = make_splade(tmp_path)
-    ids = [f"p{8 - number}" for number in range(8)]
-    queries = {f"q{number}": text for number, text in enumerate(QUERIES)}
-    run = sparse_run(model, ids, PASSAGES, queries, k=3)
-    vectors = (model.encode_query(QUERIES).to_dense(), model.encode_document(PASSAGES).to_dense())
-    scores = vectors[0] @ vectors[1].T
-    for row, query in enumerate(queries):
-        best = torch.topk(scores[row], 3)
-        assert list(run[query]) == [ids[column] for column in best.indices.tolist()]
-        assert list(run[query].values()) == pytest.approx(best.values.tolist(), rel=1e-5)
-
-
-def test_of_equal_scores_the_first_id_comes_first_and_strangers_are_left_out(tmp_path: Path) -> None:
-    class Words:
-        device = torch.device("cpu")
-
-        def encode_query(self, texts: list[str], **kwargs: object) -> torch.Tensor:
-            return torch.tensor([[1.0, 0.0]] * len(texts)).to_sparse()
-
-        def encode_document(self, texts: list[str], **kwargs: object) -> torch.Tensor:
-            return torch.tensor([[1.0, 0.0] if "a" in text else [0.0, 1.0] for text in texts]).to_sparse()
-
-    run = sparse_run(Words(), ["c", "b", "a", "d"], ["a", "a", "a", "x"], {"q": "a"}, k=9)  # type: ignore[arg-type]
-    assert list(run["q"].items()) == [("a", 1.0), ("b", 1.0), ("c", 1.0)]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -89,6 +60,7 @@ def test_of_equal_scores_the_first_id_comes_first_and_strangers_are_left_out(tmp
             ["--student.training.document_regularizer_weight=1"],
             "student.training.document_regularizer_weight is of",
         ),
+        ([*SPLADE, "--student.initialise_from=teacher"], "student.initialise_from: a ColBERT has no masked-language"),
         ([*SPLADE, "--student.layers=[1]"], "student.layers: a sparse student keeps all layers"),
         ([*SPLADE, "--student.training.regularizer_warmup=-1"], "student.training: regularizer_warmup must be"),
         ([*SPLADE, "--student.training.matryoshka_dims=[8]"], "student.training: matryoshka_dims are for dense"),

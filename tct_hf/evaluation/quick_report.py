@@ -197,21 +197,23 @@ def is_sparse(model: str) -> bool:
     """Whether a folder holds a sparse student."""
     from tct_hf.hub.kinds import recognise
 
-    return Path(model).is_dir() and recognise(model, Path(model)).kind == "sparse"
+    return (Path(model) / "modules.json").is_file() and recognise(model, Path(model)).kind == "sparse"
 
 
 def sparse_system(collection: Collection, key: str, model: str, *, depth: int, bf16: bool) -> System:
     """Exact search of a collection with a sparse student (folder), loaded when it is searched with."""
     from sentence_transformers import SparseEncoder
 
-    from tct_hf.evaluation.sparse_run import sparse_run
+    from tct_hf.retrieval.learned_sparse import SparseIndex
+    from tct_hf.retrieval.text_vectors import encode_texts
 
-    ids, texts = collection.corpus["id"], collection.corpus["text"]
-    return System(
-        key,
-        "sparse student (weights of words)",
-        lambda queries: sparse_run(SparseEncoder(model), ids, texts, queries, k=depth, bf16=bf16),
-    )
+    def search(queries: Mapping[str, str]) -> Run:
+        encoder = SparseEncoder(model)
+        passages = encode_texts(encoder, collection.corpus["text"], task="document", bf16=bf16)
+        vectors = encode_texts(encoder, list(queries.values()), task="query", bf16=bf16)
+        return SparseIndex.build(passages, collection.corpus["id"]).run(list(queries), vectors, depth)
+
+    return System(key, "sparse student (weights of words)", search)
 
 
 def check_evaluation(

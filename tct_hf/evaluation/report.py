@@ -12,16 +12,20 @@ report.json, format 1; a figure that is not known is null:
 
 format          1
 collection      name, passages, split, queries, fingerprint (sha256 of texts and judgements, and more)
-models          student: name, weights_sha256, parameters, dimension, similarity, encoded_in ("bf16" or "fp32");
+models          student: name, weights_sha256, parameters, dimension, similarity, encoded_in ("bf16" or "fp32"), and of
+                a sparse one query_active_dims, document_active_dims (means);
+                sparse_student: alike, of one beside a dense student, where there is one;
                 teacher: name, weights_sha256, parameters, dimension, tokens_per_passage, encoded_in; or null
 measures        ir-measures names, the first one plotted
 relevance       grade from which a passage is relevant
 depth           passages a query in the runs
 baseline        key of the system that the others are tested against
 tuning          hybrid: fusion ("alpha" or "ranks"), alpha, split, queries, left_out, measure, value, curve, normalize;
-                ann: factory, parameters, recall wanted ("recall") and measured, k, source, slice, split
+                hybrids: alike, by the key of each hybrid's system, where there are several;
+                ann: factory, parameters, recall wanted ("recall") and measured, k, source, slice, split; null of a
+                sparse student
 systems         list, in the order of the table:
-  key, title, kind ("sparse", "dense", "hybrid", "late interaction", "other")
+  key, title, kind ("sparse", "learned sparse", "dense", "hybrid", "late interaction", "other")
   effectiveness   measure: mean, standard_error
   significance    measure: mean, difference, better, worse, p_randomisation, p_t_test, and both Holm-corrected
                   (..._holm); null for the baseline, and where a single query is judged
@@ -49,6 +53,8 @@ from tct_hf.files import write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
 FORMAT = 1
+# Keys of the systems of a sparse student: alone, fused with BM25, fused with a dense student.
+LEARNED, LEARNED_BM25, DENSE_LEARNED = "learned-sparse", "learned-sparse-bm25", "dense-learned-sparse"
 SIGNIFICANT = 0.05
 
 

@@ -15,7 +15,9 @@ class MeasureSettings:
     names: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first is plotted and tuned for")
     relevance: int = setting(1, "grade from which a passage is relevant, but for nDCG (TREC Deep Learning: 2)")
     depth: int = setting(100, "passages a query in the runs, and of each list that is fused")
-    baseline: Literal["dense-exact", "bm25"] = setting("dense-exact", "what the others are tested against")
+    baseline: Literal["dense-exact", "learned-sparse", "bm25"] | None = setting(
+        None, "what the others are tested against; the student's exact search when none"
+    )
 
 
 @dataclass

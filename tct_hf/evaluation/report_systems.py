@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import Efficiency, bytes_on_disk, measure_efficiency
+from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
 from tct_hf.evaluation.reranking import rerank_run
 from tct_hf.retrieval.hybrid import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import Run
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tct_hf.evaluation.token_vectors import TokenVectors
 
 BM25, EXACT, ANN, HYBRID, TEACHER, RERANKED = "bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"
-KEYS = (BM25, EXACT, ANN, HYBRID, TEACHER, RERANKED)
+KEYS = (BM25, EXACT, ANN, HYBRID, LEARNED, LEARNED_BM25, DENSE_LEARNED, TEACHER, RERANKED)
 _ONE = "query"
 
 
@@ -33,7 +34,7 @@ class ReportSystem:
     Args:
         key: of its run's file and in the JSON.
         title: in tables and plots.
-        kind: "sparse", "dense", "hybrid" or "late interaction".
+        kind: "sparse", "learned sparse", "dense", "hybrid" or "late interaction".
         run: from queries, id to text, to a run.
         stages: of one query, for `measure_efficiency`.
         batch: answers several queries through all stages.
@@ -71,16 +72,18 @@ def sparse_system(stores: Stores, depth: int) -> ReportSystem:
     )
 
 
-def dense_system(key: str, title: str, stores: Stores, stored: Stored[Any], depth: int) -> ReportSystem:
-    """The student's vectors in one Faiss index."""
+def student_system(
+    key: str, title: str, stores: Stores, stored: Stored[Any], depth: int, *, kind: str = "dense"
+) -> ReportSystem:
+    """A student's vectors in one index, of Faiss or of inverted lists."""
     return ReportSystem(
         key=key,
         title=title,
-        kind="dense",
+        kind=kind,
         run=lambda queries: stored.index.run(list(queries), stores.encode_queries(queries), depth),
         stages={
             "query encoding": lambda text: stores.encode_texts([text]),
-            "dense search": lambda vector: stored.index.search(vector, depth),
+            search_name(stores): lambda vector: stored.index.search(vector, depth),
         },
         batch=lambda texts: stored.index.search(stores.encode_texts(texts), depth),
         disk=[stored.folder],
@@ -89,61 +92,110 @@ def dense_system(key: str, title: str, stores: Stores, stored: Stored[Any], dept
     )
 
 
+def search_name(stores: Stores) -> str:
+    """The stage of searching with a student's vectors."""
+    return "sparse search" if stores.is_sparse else "dense search"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the two lists of a hybrid.
+
+    Args:
+        stored: its index.
+        stores: of the student that searches it; None of BM25, which searches with the texts.
+    """
+
+    stored: Stored[Any]
+    stores: Stores | None = None
+
+    def stages(self, depth: int, *, alone: bool) -> dict[str, Callable[[Any], Any]]:
+        """Of texts and the runs so far, with which the run of this part is put."""
+        if self.stores is None:
+
+            def words(found: tuple[list[str], list[Run]]) -> tuple[list[str], list[Run]]:
+                texts, runs = found
+                run = self.stored.index.run(dict(zip(_names(texts), texts, strict=True)), depth)
+                return texts, [*runs, run]
+
+            return {"BM25 search": words}
+        stores = self.stores
+
+        def encode(found: tuple[list[str], list[Run]]) -> tuple[list[str], list[Run], Any]:
+            texts, runs = found
+            return texts, runs, stores.encode_texts(texts)
+
+        def search(encoded: tuple[list[str], list[Run], Any]) -> tuple[list[str], list[Run]]:
+            texts, runs, vectors = encoded
+            return texts, [*runs, self.stored.index.run(_names(texts), vectors, depth)]
+
+        encoding = "query encoding" if alone else f"{'sparse' if stores.is_sparse else 'dense'} query encoding"
+        return {encoding: encode, search_name(stores): search}
+
+    def build_seconds(self) -> float | None:
+        """Of index and vectors; None where a part is not known."""
+        encoding = 0.0 if self.stores is None else self.stores.encoding_seconds
+        return added(encoding, self.stored.build_seconds)
+
+
 def hybrid_system(
-    stores: Stores,
-    dense: Stored[Any],
+    key: str,
+    title: str,
+    first: Part,
+    weighted: Part,
     runs: Callable[[], tuple[Run, Run]],
     *,
-    title: str,
     alpha: float | None,
     normalize: bool,
     depth: int,
 ) -> ReportSystem:
-    """BM25 and the student fused.
+    """Two lists fused: `alpha * weighted + first`.
 
     Args:
-        stores: of both.
-        dense: the student's index.
-        runs: the sparse and the dense run of the reported queries.
+        key: of the system.
         title: in tables.
-        alpha: weight of the sparse scores; None fuses by ranks.
+        first: a student.
+        weighted: BM25 or a sparse student, whose scores alpha multiplies.
+        runs: of the reported queries, those of `weighted` and of `first`.
+        alpha: None fuses by ranks.
         normalize: as in `fuse`.
         depth: passages a query of each list, and of the result.
     """
-    sparse = stores.bm25()
 
     def join(both: tuple[Run, Run]) -> Run:
         if alpha is None:
             return reciprocal_rank_fusion(list(both), depth=depth)
         return fuse(*both, alpha, normalize=normalize, k=depth)
 
-    def search_dense(encoded: tuple[list[str], Any]) -> tuple[list[str], Run]:
-        texts, vectors = encoded
-        return texts, dense.index.run(_names(texts), vectors, depth)
-
-    def search_sparse(found: tuple[list[str], Run]) -> tuple[Run, Run]:
-        texts, dense_run = found
-        return sparse.index.run(dict(zip(_names(texts), texts, strict=True)), depth), dense_run
+    alone = weighted.stores is None
+    stages = {**first.stages(depth, alone=alone), **weighted.stages(depth, alone=alone)}
 
     def batch(texts: Sequence[str]) -> Run:
-        names = list(texts)
-        return join(search_sparse(search_dense((names, stores.encode_texts(names)))))
+        found: Any = (list(texts), [])
+        for stage in stages.values():
+            found = stage(found)
+        return last(found)
 
+    def last(found: tuple[list[str], list[Run]]) -> Run:
+        _, (of_first, of_weighted) = found
+        return join((of_weighted, of_first))
+
+    begin, search = list(stages)[:2]
     return ReportSystem(
-        key=HYBRID,
+        key=key,
         title=title,
         kind="hybrid",
         run=lambda queries: join(runs()),
         stages={
-            "query encoding": lambda text: ([text], stores.encode_texts([text])),
-            "dense search": search_dense,
-            "BM25 search": search_sparse,
-            "fusion": join,
+            begin: lambda text: stages[begin](([text], [])),
+            search: stages[search],
+            **{name: stage for name, stage in stages.items() if name not in (begin, search)},
+            "fusion": last,
         },
         batch=batch,
-        disk=[sparse.folder, dense.folder],
-        memory=lambda: sparse.memory_bytes + dense.memory_bytes,
-        build_seconds=added(stores.encoding_seconds, sparse.build_seconds, dense.build_seconds),
+        disk=[weighted.stored.folder, first.stored.folder],
+        memory=lambda: weighted.stored.memory_bytes + first.stored.memory_bytes,
+        build_seconds=added(first.build_seconds(), weighted.build_seconds()),
     )
 
 
@@ -258,7 +310,7 @@ class LateInteraction:
             run=lambda queries: again((dict(queries), first_run())),
             stages={
                 "query encoding": lambda text: encode([text]),
-                "dense search": search,
+                search_name(stores): search,
                 **last,
             },
             batch=lambda texts: again(search(encode(texts))),

@@ -7,22 +7,25 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
 from tct_hf.evaluation.first_dims import first_dims_system
+from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
     EXACT,
+    HYBRID,
     LateInteraction,
+    Part,
     ReportSystem,
-    dense_system,
     hybrid_system,
     measure_cost,
     sparse_system,
+    student_system,
 )
 from tct_hf.evaluation.stores import Stored, Stores
 from tct_hf.evaluation.tuning import TuningQueries, tuning_queries
@@ -37,21 +40,31 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.dense import DenseIndex
 
 
+@dataclass(frozen=True)
+class _Searched:
+    """A system of one list, what a hybrid makes of it, and its name in a hybrid's title."""
+
+    system: ReportSystem
+    part: Part
+    name: str
+
+
 class Work:
     """The steps of a report and what they share: indexes and runs and times, each made or read.
 
     Args:
         collection: to search.
-        stores: of its student.
+        stores: of its student, dense or sparse.
         teacher: of one vector a token, or None.
         teacher_name: as it was given.
         output: folder of everything.
         settings: of the report.
         write: takes lines of progress.
+        sparse_stores: of a sparse student beside a dense one.
         dims: first dimensions of the student that are searched alone too.
 
     Raises:
-        ValueError: the folder holds runs or times of other settings.
+        ValueError: the baseline is a student that is not there, or the folder holds runs or times of other settings.
     """
 
     def __init__(
@@ -63,15 +76,20 @@ class Work:
         output: Path,
         settings: ReportSettings,
         write: Callable[[str], None],
+        sparse_stores: Stores | None = None,
         dims: Sequence[int] = (),
     ) -> None:
         from tct_hf.teachers import has_bfloat16
 
         self.collection, self.stores, self.output, self.settings = collection, stores, output, settings
         self.teacher, self.teacher_name, self.write = teacher, teacher_name, write
+        self.sparse_stores = stores if stores.is_sparse else sparse_stores
+        self.baseline = _baseline(settings, stores, self.sparse_stores)
         self.test = collection.splits["test"]
         self.tuning: TuningQueries | None = tuning_queries(collection, settings.hybrid)
         self.depends: dict[str, Any] = {**stores.depends, "teacher": None}
+        if sparse_stores is not None:
+            self.depends["sparse_student"] = sparse_stores.depends["student"]
         self.models: dict[str, Any] = {"student": None, "teacher": None}
         self.dims = list(dims)
         self.bf16 = False
@@ -88,40 +106,32 @@ class Work:
         }
         claim(output / "runs", self.depends)
         claim(output / "costs", {**self.depends, "cost": asdict(settings.cost), "machine": machine_key()})
-        self.alpha: Any = settings.hybrid.alpha
+        # Of each hybrid, by its key: the weight, or None where ranks are fused.
+        self.alphas: dict[str, Any] = {}
+        self.ann: Stored[DenseIndex] | None = None
         self.notes: list[str] = []
 
     def systems(self) -> list[ReportSystem]:
         """Make the indexes and all that searching needs, in the order of the table."""
-        from tct_hf.retrieval.dense_engine import factory_for
-
         depth = self.settings.measures.depth
         self.stores.encode()
-        sparse = sparse_system(self.stores, depth)
-        exact = self.stores.dense("Flat")
-        systems = [sparse, dense_system(EXACT, "dense, exact", self.stores, exact, depth)]
-        # What "auto" stands for is what one would deploy: the hybrid and the reranker begin with it.
-        auto = factory_for(len(self.collection.corpus))
-        self.ann = ann = self._ann(auto)
-        systems.append(dense_system(ANN, f"dense, ANN ({ann.index.factory})", self.stores, ann, depth))
-        systems += [first_dims_system(self.stores, size, depth) for size in self.dims]
-        first, first_key = (exact, EXACT) if auto == "Flat" else (ann, ANN)
-        name = "dense" if auto == "Flat" else f"dense ({ann.index.factory})"
-        first_system = next(system for system in systems if system.key == first_key)
-        self._tune(sparse, first_system)
-        systems.append(
-            hybrid_system(
-                self.stores,
-                first,
-                lambda: (self._stored(sparse, "test"), self._stored(first_system, "test")),
-                title=f"{name} + BM25, alpha {self.alpha:.3g}"
-                if self.alpha is not None
-                else f"{name} + BM25, by rank",
-                alpha=None if self.alpha is None else float(self.alpha),
-                normalize=self.settings.hybrid.normalize,
-                depth=depth,
-            )
-        )
+        bm25 = _Searched(sparse_system(self.stores, depth), Part(self.stores.bm25()), "BM25")
+        systems = [bm25.system]
+        if self.stores.is_sparse:
+            student = self._sparse_student(self.stores)
+            systems.append(student.system)
+        else:
+            found, student = self._dense_student()
+            systems += found
+        key = LEARNED_BM25 if self.stores.is_sparse else HYBRID
+        systems.append(self._hybrid(key, student, bm25, self.settings.hybrid.alpha))
+        if self.sparse_stores is not None and self.sparse_stores is not self.stores:
+            learned = self._sparse_student(self.sparse_stores)
+            systems += [
+                learned.system,
+                self._hybrid(LEARNED_BM25, learned, bm25, None),
+                self._hybrid(DENSE_LEARNED, student, learned, None),
+            ]
         if self.teacher is not None:
             late = self._late_interaction(self.teacher)
             if late.tokens is not None:
@@ -129,13 +139,60 @@ class Work:
             systems.append(
                 late.reranking_system(
                     self.stores,
-                    first,
-                    lambda: self._stored(first_system, "test"),
+                    student.part.stored,
+                    lambda: self._stored(student.system, "test"),
                     depth=depth,
                     rerank=self.settings.late_interaction.rerank,
                 )
             )
         return systems
+
+    def _dense_student(self) -> tuple[list[ReportSystem], _Searched]:
+        """Exact and approximate search, and which of them "auto" stands for: the one that would be deployed."""
+        from tct_hf.retrieval.dense_engine import factory_for
+
+        depth = self.settings.measures.depth
+        exact = self.stores.dense("Flat")
+        auto = factory_for(len(self.collection.corpus))
+        self.ann = ann = self._ann(auto)
+        systems = [
+            student_system(EXACT, "dense, exact", self.stores, exact, depth),
+            student_system(ANN, f"dense, ANN ({ann.index.factory})", self.stores, ann, depth),
+            *(first_dims_system(self.stores, size, depth) for size in self.dims),
+        ]
+        if auto == "Flat":
+            return systems, _Searched(systems[0], Part(exact, self.stores), "dense")
+        return systems, _Searched(systems[1], Part(ann, self.stores), f"dense ({ann.index.factory})")
+
+    def _sparse_student(self, stores: Stores) -> _Searched:
+        stores.encode()
+        stored = stores.sparse()
+        index = stored.index
+        queries = stores.encode_queries(self.test.queries)
+        active = queries.nnz / queries.shape[0]
+        self.active_dims = {"query_active_dims": active, "document_active_dims": index.active_dims}
+        self.notes.append(
+            f"Sparse student: {active:.1f} active dims a query, {index.active_dims:.1f} a passage, of "
+            f"{index.dimension:,}; exact search of inverted lists, 8 bytes an active dim of a passage."
+        )
+        title, depth = "sparse student (learned)", self.settings.measures.depth
+        system = student_system(LEARNED, title, stores, stored, depth, kind="learned sparse")
+        return _Searched(system, Part(stored, stores), "sparse student")
+
+    def _hybrid(self, key: str, first: _Searched, weighted: _Searched, alpha: float | None) -> ReportSystem:
+        """`alpha * weighted + first`, alpha tuned where it is not given."""
+        title = f"{first.name} + {weighted.name}"
+        self.alphas[key] = alpha = self._tuned(title, weighted, first, alpha)
+        return hybrid_system(
+            key,
+            f"{title}, alpha {alpha:.3g}" if alpha is not None else f"{title}, by rank",
+            first.part,
+            weighted.part,
+            lambda: (self._stored(weighted.system, "test"), self._stored(first.system, "test")),
+            alpha=None if alpha is None else float(alpha),
+            normalize=self.settings.hybrid.normalize,
+            depth=self.settings.measures.depth,
+        )
 
     def _ann(self, auto: str) -> Stored[DenseIndex]:
         settings = self.settings.ann
@@ -164,33 +221,37 @@ class Work:
             )
         return stored
 
-    def _tune(self, sparse: ReportSystem, dense: ReportSystem) -> None:
-        hybrid, measures = self.settings.hybrid, self.settings.measures
-        if self.alpha is not None:
-            self.notes.append(f"Hybrid: alpha {self.alpha:g} as it was given, tuned nowhere in this report.")
-            return
-        if self.tuning is None:
-            self.notes.append(
-                "Hybrid: there is no dev or train query to tune alpha on, so that the two lists are fused by "
-                "reciprocal ranks."
-            )
-            return
+    def _tuned(self, title: str, weighted: _Searched, first: _Searched, alpha: float | None) -> Any:
+        """The weight of a hybrid, as it was given or tuned; None where there is nothing to tune it on."""
         from tct_hf.retrieval.hybrid import tune_alpha
 
-        tuning = self.tuning
-        self.alpha = tune_alpha(
-            self._stored(sparse, tuning.split),
-            self._stored(dense, tuning.split),
+        hybrid, measures, tuning = self.settings.hybrid, self.settings.measures, self.tuning
+        # With one hybrid there is nothing to tell apart.
+        which = "Hybrid" if self.sparse_stores in (None, self.stores) else f"Hybrid {title}"
+        if alpha is not None:
+            self.notes.append(f"{which}: alpha {alpha:g} as it was given, tuned nowhere in this report.")
+            return alpha
+        if tuning is None:
+            self.notes.append(
+                f"{which}: there is no dev or train query to tune alpha on, so that the two lists are fused by "
+                "reciprocal ranks."
+            )
+            return None
+        found = tune_alpha(
+            self._stored(weighted.system, tuning.split),
+            self._stored(first.system, tuning.split),
             tuning.qrels,
             measures.names[0],
             normalize=hybrid.normalize,
             relevance=measures.relevance,
         )
         left = f"; {tuning.left_out} with the text of a reported query left out" if tuning.left_out else ""
+        kind = "dense" if first.name.startswith("dense") else first.name
         self.notes.append(
-            f"Hybrid: alpha * BM25 + dense, alpha {self.alpha:.3g} tuned for {self.alpha.measure} on "
+            f"{which}: alpha * {weighted.name} + {kind}, alpha {found:.3g} tuned for {found.measure} on "
             f"{len(tuning.queries):,} {tuning.split} queries (none of them reported{left})."
         )
+        return found
 
     def _late_interaction(self, model: MultiVectorEncoder) -> LateInteraction:
         from tct_hf.evaluation.token_vectors import encode_tokens
@@ -243,6 +304,17 @@ class Work:
             measured = measure_cost(system, self.test.queries, len(self.collection.corpus), self.settings.cost)
             write_json_atomic(file, {**measured.to_dict(), "load_average": load})
         return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _baseline(settings: ReportSettings, stores: Stores, sparse_stores: Stores | None) -> str:
+    """The key of the system that the others are tested against."""
+    asked = settings.measures.baseline
+    if asked is None:
+        return LEARNED if stores.is_sparse else EXACT
+    if (asked == EXACT and stores.is_sparse) or (asked == LEARNED and sparse_stores is None):
+        kind = "dense" if asked == EXACT else "sparse"
+        raise ValueError(f"measures.baseline: {asked} is search with a {kind} student, and none was given")
+    return asked
 
 
 def machine_key() -> dict[str, Any]:

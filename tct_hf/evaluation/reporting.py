@@ -15,7 +15,7 @@ from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import BM25, ReportSystem
 from tct_hf.evaluation.report_work import Work
 from tct_hf.evaluation.significance import compare_runs
-from tct_hf.evaluation.stores import Stores, open_student, open_teacher
+from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
 from tct_hf.files import file_digest
 from tct_hf.retrieval.runs import Run
 
@@ -29,6 +29,7 @@ def build_report(
     output: str | Path,
     *,
     teacher: str | None = None,
+    sparse_student: str | None = None,
     settings: ReportSettings | None = None,
     runs: Mapping[str, str] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -42,9 +43,11 @@ def build_report(
 
     Args:
         collection: its split "test" is reported; dev, or train where there is no dev, is tuned on.
-        student: folder, Hub id or bundled name of a model of one vector a text.
+        student: folder, Hub id or bundled name of a model of one vector a text, dense or sparse.
         output: folder of everything.
         teacher: folder or Hub id of a model of one vector a token; the report does without when None.
+        sparse_student: folder or Hub id of a sparse student, to be reported beside the dense `student` and fused with
+            it.
         settings: what to measure and how.
         runs: name to TREC file of other systems' runs on the reported queries.
         record: settings to keep in the report, JSON-ready; those of `settings` when None.
@@ -62,20 +65,25 @@ def build_report(
     runs = runs or {}
     output = Path(output)
     foreign = check_report(collection, settings, runs)
-    stores = Stores(
-        collection,
-        open_student(student),
-        student,
-        output,
-        precision=settings.precision,
-        threads=settings.build_threads,
-        write=write,
-    )
-    sizes = sizes_to_measure(student, dims, stores.student.get_embedding_dimension())
+    options: dict[str, Any] = {
+        "precision": settings.precision,
+        "threads": settings.build_threads,
+        "write": write,
+    }
+    stores = Stores(collection, open_student(student), student, output, **options)
+    sparse_stores = None
+    if sparse_student is not None:
+        model = open_beside(stores, sparse_student)
+        sparse_stores = Stores(collection, model, sparse_student, output / SPARSE_FOLDER, **options)
+    if stores.is_sparse and dims:
+        raise ValueError(
+            "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
+        )
+    sizes = [] if stores.is_sparse else sizes_to_measure(student, dims, stores.student.get_embedding_dimension())
     if taken := [key for key in map(key_of, sizes) if key in runs]:
         raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")
     loaded = open_teacher(teacher) if teacher is not None else None
-    work = Work(collection, stores, loaded, teacher, output, settings, write, sizes)
+    work = Work(collection, stores, loaded, teacher, output, settings, write, sparse_stores, sizes)
     systems = work.systems()
     found = {system.key: work.run(system, place, len(systems)) for place, system in enumerate(systems, 1)}
     costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}
@@ -107,7 +115,7 @@ def _assemble(
     if len(qrels) > 1:
         for measure in measures.names:
             compared = compare_runs(
-                everything, qrels, baseline=measures.baseline, measure=measure, relevance=measures.relevance
+                everything, qrels, baseline=work.baseline, measure=measure, relevance=measures.relevance
             )
             for name, difference in compared.systems.items():
                 tests[name][measure] = asdict(difference)
@@ -156,7 +164,7 @@ def _assemble(
         measures=list(measures.names),
         relevance=measures.relevance,
         depth=measures.depth,
-        baseline=measures.baseline,
+        baseline=work.baseline,
         tuning=_tuning_record(work),
         systems=results,
         machine={
@@ -193,19 +201,9 @@ def _note_on_timing(work: Work, costs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _models(work: Work) -> dict[str, Any]:
-    student = work.stores.student
-    manifest = work.stores.manifest()
-    models: dict[str, Any] = {
-        "student": {
-            "name": work.stores.name,
-            "weights_sha256": work.stores.built_by["weights_sha256"],
-            "parameters": sum(parameter.numel() for parameter in student.parameters()),
-            "dimension": manifest["dim"],
-            "similarity": student.similarity_fn_name,
-            "encoded_in": manifest["precision"],
-        },
-        "teacher": None,
-    }
+    models: dict[str, Any] = {"student": _student(work, work.stores), "teacher": None}
+    if work.sparse_stores not in (None, work.stores):
+        models["sparse_student"] = _student(work, work.sparse_stores)
     if work.teacher is not None:
         measured = work.models["teacher"] or {"dimension": None, "tokens_per_passage": None}
         models["teacher"] = {
@@ -218,21 +216,47 @@ def _models(work: Work) -> dict[str, Any]:
     return models
 
 
+def _student(work: Work, stores: Any) -> dict[str, Any]:
+    manifest = stores.manifest()
+    return {
+        "name": stores.name,
+        "weights_sha256": stores.built_by["weights_sha256"],
+        "parameters": sum(parameter.numel() for parameter in stores.student.parameters()),
+        "dimension": manifest["dim"],
+        "similarity": stores.student.similarity_fn_name,
+        "encoded_in": manifest["precision"],
+        **(work.active_dims if stores.is_sparse else {}),
+    }
+
+
 def _tuning_record(work: Work) -> dict[str, Any]:
     from tct_hf.retrieval.hybrid import TunedAlpha
 
-    hybrid: dict[str, Any] = {
-        "fusion": "ranks" if work.alpha is None else "alpha",
-        "alpha": None if work.alpha is None else float(work.alpha),
-        "split": None,
-        "normalize": work.settings.hybrid.normalize,
-    }
-    if isinstance(work.alpha, TunedAlpha) and work.tuning is not None:
-        hybrid |= {**work.alpha.to_dict(), "split": work.tuning.split, "left_out": work.tuning.left_out}
-    index = work.ann.index
-    split = work.tuning.split if work.tuning is not None else None
-    ann = {"factory": index.factory, "parameters": index.parameters, **(index.tuning or {}), "split": split}
-    return {"hybrid": hybrid, "ann": ann}
+    hybrids = {}
+    for key, alpha in work.alphas.items():
+        hybrid: dict[str, Any] = {
+            "fusion": "ranks" if alpha is None else "alpha",
+            "alpha": None if alpha is None else float(alpha),
+            "split": None,
+            "normalize": work.settings.hybrid.normalize,
+        }
+        if isinstance(alpha, TunedAlpha) and work.tuning is not None:
+            hybrid |= {**alpha.to_dict(), "split": work.tuning.split, "left_out": work.tuning.left_out}
+        hybrids[key] = hybrid
+    # The first is that of the student and BM25.
+    record: dict[str, Any] = {"hybrid": next(iter(hybrids.values())), "ann": None}
+    if len(hybrids) > 1:
+        record["hybrids"] = hybrids
+    if work.ann is not None:
+        index = work.ann.index
+        split = work.tuning.split if work.tuning is not None else None
+        record["ann"] = {
+            "factory": index.factory,
+            "parameters": index.parameters,
+            **(index.tuning or {}),
+            "split": split,
+        }
+    return record
 
 
 def _effectiveness(evaluation: Evaluation) -> dict[str, dict[str, float]]:

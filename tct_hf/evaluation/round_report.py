@@ -169,7 +169,7 @@ def _student_system(
 
     def search(queries: Mapping[str, str]) -> Any:
         stores = open_stores(collection, str(result.student), result.folder, precision=precision, write=write)
-        return stores.dense("Flat").index.run(list(queries), stores.encode_queries(queries), depth)
+        return stores.exact().index.run(list(queries), stores.encode_queries(queries), depth)
 
     return System(key, title, search)
 

@@ -1,4 +1,4 @@
-"""Answer single questions with BM25, a student and the two fused, and show what each makes of a passage."""
+"""Answer single questions with BM25, students and two of them fused, and show what each makes of a passage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tct_hf.retrieval.runs import Run, rank
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
 
-SYSTEMS = {"bm25": "BM25", "dense": "dense", "fused": "fused", "maxsim": "MaxSim"}
+SYSTEMS = {"bm25": "BM25", "sparse": "sparse student", "dense": "dense", "fused": "fused", "maxsim": "MaxSim"}
 _QUESTION = "question"
 
 
@@ -31,29 +31,57 @@ class Hit:
     id: str
     text: str
     bm25: float | None
-    dense: float | None
-    fused: float | None
-    maxsim: float | None
+    dense: float | None = None
+    fused: float | None = None
+    maxsim: float | None = None
+    sparse: float | None = None
 
 
 class Searcher:
-    """BM25, a student and their fusion over one collection.
+    """BM25, one or two students, and two of these fused, over one collection.
+
+    A student is fused with BM25; of a dense and a sparse student, the two are fused.
 
     Args:
-        stores: their indexes; made now where they are not there.
+        stores: indexes of BM25 and of the student, dense or sparse; made now where they are not there.
         teacher: scores the passages shown, too; None leaves it out.
         depth: passages that each system finds.
-        hybrid: the weight of BM25, or where it is tuned; where there is nothing to tune it on, ranks are fused.
+        hybrid: the weight of BM25 (of the sparse student, where there are two), or where it is tuned; where there is
+            nothing to tune it on, ranks are fused.
+        sparse_stores: of a sparse student beside a dense one.
+
+    Attributes:
+        systems: what there is to show, keys of SYSTEMS.
     """
 
     def __init__(
-        self, stores: Stores, *, teacher: MultiVectorEncoder | None, depth: int, hybrid: HybridSettings
+        self,
+        stores: Stores,
+        *,
+        teacher: MultiVectorEncoder | None,
+        depth: int,
+        hybrid: HybridSettings,
+        sparse_stores: Stores | None = None,
     ) -> None:
         check_weight(hybrid)
         self._stores, self._teacher, self._depth, self._hybrid = stores, teacher, depth, hybrid
-        # Tuned for a k of its own, so that another depth finds the same index.
-        self._dense = stores.dense(factory_for(len(stores.collection.corpus))).index
-        self._sparse = stores.bm25().index
+        self._students: dict[str, tuple[Stores, Any]] = {}
+        if not stores.is_sparse:
+            # Tuned for a k of its own, so that another depth finds the same index.
+            dense = stores.dense(factory_for(len(stores.collection.corpus))).index
+            self._students["dense"] = (stores, dense)
+        else:
+            sparse_stores = stores
+        if sparse_stores is not None:
+            self._students["sparse"] = (sparse_stores, sparse_stores.sparse().index)
+        self._bm25 = stores.bm25().index
+        # The first is multiplied by alpha.
+        self._fused = ("sparse", "dense") if len(self._students) > 1 else ("bm25", next(iter(self._students)))
+        self.systems = [
+            name
+            for name in SYSTEMS
+            if name in (*self._students, "bm25", "fused") or (name == "maxsim" and teacher is not None)
+        ]
         self._rows = {name: row for row, name in enumerate(stores.collection.corpus["id"])}
         self.alpha, self.fusion = self._choose_alpha()
 
@@ -63,39 +91,44 @@ class Searcher:
         Args:
             question: its text.
             k: passages, at most.
-            rank_by: the system that orders them: "fused", "dense" or "bm25".
+            rank_by: the system that orders them: "fused", "dense", "sparse" or "bm25".
 
         Returns:
             Best first; fewer than k where BM25 orders and fewer passages have a word of the question.
 
         Raises:
-            ValueError: the question is blank, k is below 1, or `rank_by` is none of the three.
+            ValueError: the question is blank, k is below 1, or `rank_by` is no system of this searcher.
         """
         if not question.strip():
             raise ValueError("question: it is blank; write some words")
         if k < 1:
             raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-        if rank_by not in ("fused", "dense", "bm25"):
-            raise ValueError(f'rank_by: {rank_by!r} is not one of "fused", "dense", "bm25"')
-        sparse, dense = self._runs({_QUESTION: question})
-        found = {"bm25": sparse, "dense": dense, "fused": self._join(sparse, dense)}
+        known = ["fused", *self._students, "bm25"]
+        if rank_by not in known:
+            raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, known))}")
+        asked = {_QUESTION: question}
+        found = {name: self._run(name, asked) for name in known[1:]}
+        found["fused"] = self._join(*(found[name] for name in self._fused))
         scores = {name: run.get(_QUESTION, {}) for name, run in found.items()}
         shown = [name for name, _ in rank(scores[rank_by])[:k]]
         texts = {name: self._stores.collection.corpus[self._rows[name]]["text"] for name in shown}
         scores["maxsim"] = self._maxsim(question, texts)
         return [
-            Hit(place, name, texts[name], **{system: scores[system].get(name) for system in SYSTEMS})
+            Hit(place, name, texts[name], **{system: found_by.get(name) for system, found_by in scores.items()})
             for place, name in enumerate(shown, 1)
         ]
 
-    def _runs(self, queries: Mapping[str, str]) -> tuple[Run, Run]:
-        vectors = self._stores.encode_queries(queries)
-        return self._sparse.run(queries, self._depth), self._dense.run(list(queries), vectors, self._depth)
+    def _run(self, system: str, queries: Mapping[str, str]) -> Run:
+        if system == "bm25":
+            return self._bm25.run(queries, self._depth)
+        stores, index = self._students[system]
+        run: Run = index.run(list(queries), stores.encode_queries(queries), self._depth)
+        return run
 
-    def _join(self, sparse: Run, dense: Run) -> Run:
+    def _join(self, weighted: Run, first: Run) -> Run:
         if self.alpha is None:
-            return reciprocal_rank_fusion([sparse, dense])
-        return fuse(sparse, dense, self.alpha, normalize=self._hybrid.normalize)
+            return reciprocal_rank_fusion([weighted, first])
+        return fuse(weighted, first, self.alpha, normalize=self._hybrid.normalize)
 
     def _maxsim(self, question: str, texts: Mapping[str, str]) -> dict[str, float]:
         from tct_hf.evaluation.reranking import rerank_run
@@ -106,10 +139,13 @@ class Searcher:
         return rerank_run(self._teacher, run, texts, {_QUESTION: question}, len(texts))[_QUESTION]
 
     def _choose_alpha(self) -> tuple[float | None, str]:
-        """The weight of BM25, tuned once and kept, and how lists are fused, for people."""
+        """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""
+        weighted, first = (SYSTEMS[name] for name in self._fused)
         if self._hybrid.alpha is not None:
-            return self._hybrid.alpha, f"{self._hybrid.alpha:g} * BM25 + dense"
-        tuned_by = {"hybrid": asdict(self._hybrid), "depth": self._depth}
+            return self._hybrid.alpha, f"{self._hybrid.alpha:g} * {weighted} + {first}"
+        tuned_by: dict[str, Any] = {"hybrid": asdict(self._hybrid), "depth": self._depth}
+        if len(self._students) > 1:
+            tuned_by["sparse_student"] = self._students["sparse"][0].depends["student"]
         digest = hashlib.sha256(json.dumps(tuned_by, sort_keys=True).encode()).hexdigest()
         folder = self._stores.folder / "fusion" / digest[:16]
         claim(folder, {**self._stores.depends, **tuned_by})
@@ -120,12 +156,13 @@ class Searcher:
         if kept["alpha"] is None:
             return None, "by reciprocal ranks (there is no judged dev or train query to tune a weight on)"
         return kept["alpha"], (
-            f"{kept['alpha']:.3g} * BM25 + dense (tuned on {kept['queries']} {kept['split']} queries)"
+            f"{kept['alpha']:.3g} * {weighted} + {first} (tuned on {kept['queries']} {kept['split']} queries)"
         )
 
     def _tuned(self) -> dict[str, Any]:
         tuning = tuning_queries(self._stores.collection, self._hybrid)
         if tuning is None:
             return {"alpha": None}
-        found = tune_alpha(*self._runs(tuning.queries), tuning.qrels, normalize=self._hybrid.normalize)
+        weighted, first = (self._run(name, tuning.queries) for name in self._fused)
+        found = tune_alpha(weighted, first, tuning.qrels, normalize=self._hybrid.normalize)
         return {**found.to_dict(), "split": tuning.split}

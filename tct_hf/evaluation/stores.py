@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from tct_hf.data.cache import default_cache_dir
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.dense import DenseIndex
+from tct_hf.retrieval.learned_sparse import SparseIndex
 from tct_hf.retrieval.sparse import BM25Index
+from tct_hf.retrieval.text_vectors import finite_rows, is_sparse_encoder
 from tct_hf.retrieval.vector_blocks import FirstColumns, UnitRows
 
 if TYPE_CHECKING:
-    import numpy as np
     from accelerate import PartialState
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
     from tct_hf.data.collection import Collection
 
-Index = TypeVar("Index", BM25Index, DenseIndex)
+Index = TypeVar("Index", BM25Index, DenseIndex, SparseIndex)
+# Of the vectors and index of a sparse student beside a dense one, in the folder of the dense one's.
+SPARSE_FOLDER = "sparse_student"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -51,7 +54,7 @@ class Stores:
 
     Args:
         collection: to search.
-        student: of one vector a text, compared by dot product or cosine.
+        student: of one vector a text, compared by dot product or cosine; or a sparse one, compared by dot product.
         name: the student's, as it was given.
         folder: of `vectors` and `indexes`; None takes one of the cache, named by all that they depend on.
         precision: of encoding: "auto", "bf16" or "fp32".
@@ -65,7 +68,7 @@ class Stores:
     def __init__(
         self,
         collection: Collection,
-        student: SentenceTransformer,
+        student: SentenceTransformer | SparseEncoder,
         name: str,
         folder: Path | None,
         *,
@@ -75,10 +78,10 @@ class Stores:
     ) -> None:
         from tct_hf.retrieval.encode import describe_model
 
-        if student.similarity_fn_name not in ("dot", "cosine"):
-            raise ValueError(
-                f"student: {name} compares by {student.similarity_fn_name!r}: only dot and cosine can be searched."
-            )
+        self.is_sparse = is_sparse_encoder(student)
+        if student.similarity_fn_name not in (("dot",) if self.is_sparse else ("dot", "cosine")):
+            can = "of a sparse student only dot" if self.is_sparse else "only dot and cosine"
+            raise ValueError(f"student: {name} compares by {student.similarity_fn_name!r}: {can} can be searched.")
         self.collection, self.student, self.name = collection, student, name
         self.description = describe_model(student, name)
         self._precision, self._threads, self._write = precision, threads, write
@@ -91,6 +94,7 @@ class Stores:
         self._vectors: tuple[list[str], Any] | None = None
         self._bm25: Stored[BM25Index] | None = None
         self._dense: dict[str, Stored[DenseIndex]] = {}
+        self._learned: Stored[SparseIndex] | None = None
 
     @property
     def built_by(self) -> dict[str, Any]:
@@ -166,25 +170,23 @@ class Stores:
             self._vectors = ids, vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)
         return self._vectors
 
-    def encode_queries(self, queries: Mapping[str, str]) -> np.ndarray:
-        """Vectors of queries, id to text, as the indexes compare them: `(queries, dim)` float32.
+    def encode_queries(self, queries: Mapping[str, str]) -> Any:
+        """Vectors of queries, id to text, as the index compares them: `(queries, dim)` float32, CSR if sparse.
 
         Raises:
             ValueError: a vector is NaN or infinite; names the query.
         """
-        import numpy as np
-
         vectors = self.encode_texts(list(queries.values()))
-        finite = np.isfinite(vectors).all(axis=1)
+        finite = finite_rows(vectors)
         if not finite.all():
-            name = list(queries)[int(np.flatnonzero(~finite)[0])]
+            name = list(queries)[int(finite.argmin())]
             raise ValueError(
                 f"query {name!r} has a NaN or infinite vector: check the weights of {self.name}, or set precision to "
                 "fp32 in another folder."
             )
         return vectors
 
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_texts(self, texts: Sequence[str]) -> Any:
         """Vectors of query texts, computed in the precision of the corpus; nothing is checked."""
         from tct_hf.retrieval.encode import encode_texts
 
@@ -250,8 +252,9 @@ class Stores:
         """
         from tct_hf.retrieval.encode import describe_model
 
-        with self.student.truncate_embeddings(size):
-            model = describe_model(self.student, self.name)["model"]
+        student: Any = self.student  # a dense one
+        with student.truncate_embeddings(size):
+            model = describe_model(student, self.name)["model"]
         built_by = {**model, "id": str(model["id"])}
 
         def build() -> DenseIndex:
@@ -271,7 +274,27 @@ class Stores:
         first = FirstColumns(vectors, size)
         return first if self.student.similarity_fn_name == "dot" else UnitRows(first)
 
-    def _comparable(self, vectors: np.ndarray) -> np.ndarray:
+    def sparse(self) -> Stored[SparseIndex]:
+        """The sparse student's vectors in inverted lists."""
+        if self._learned is None:
+
+            def build() -> SparseIndex:
+                ids, vectors = self.vectors()
+                return SparseIndex.build(vectors, ids, built_by=self.built_by)
+
+            self._learned = self._stored(
+                "learned-sparse",
+                build,
+                lambda place: SparseIndex.load(place, model=self.built_by),
+                lambda index, folder: index.nbytes,
+            )
+        return self._learned
+
+    def exact(self) -> Stored[Any]:
+        """The index by which the student is searched exactly."""
+        return self.sparse() if self.is_sparse else self.dense("Flat")
+
+    def _comparable(self, vectors: Any) -> Any:
         """Vectors whose inner product is the student's similarity."""
         return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)[:]
 
@@ -299,8 +322,8 @@ class Stores:
         return Stored(opened, folder, memory(opened, folder), taken)
 
 
-def open_student(name: str, device: str | None = None) -> SentenceTransformer:
-    """Load a model of one vector a text.
+def open_student(name: str, device: str | None = None) -> SentenceTransformer | SparseEncoder:
+    """Load a model of one vector a text, a sparse one where its configuration says so.
 
     Args:
         name: folder, Hub id or bundled model.
@@ -311,18 +334,45 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer:
         ValueError: it is a multi-vector model.
         OSError: it can't be loaded.
     """
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
     place = _place(name, "student")
-    if _model_type(place) == "MultiVectorEncoder":
+    kind = _model_type(place)
+    if kind == "MultiVectorEncoder":
         raise ValueError(
             f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of one "
             "vector a text (beside a teacher of recipes/train.py that is the folder student)."
         )
     try:
-        return SentenceTransformer(place, device=device)
+        return (
+            SparseEncoder(place, device=device)
+            if kind == "SparseEncoder"
+            else SentenceTransformer(place, device=device)
+        )
     except OSError as error:
         raise _not_loaded("student", name, error) from error
+
+
+def open_beside(stores: Stores, name: str, device: str | None = None) -> SparseEncoder:
+    """Load the sparse student that is to be searched beside a dense one.
+
+    Args:
+        stores: of the dense one.
+        name: folder or Hub id of the sparse one.
+        device: to put it on; the library chooses when None.
+
+    Raises:
+        ValueError: the first is sparse too, or the second is not; and as `open_student`.
+    """
+    if stores.is_sparse:
+        raise ValueError(
+            f"sparse_student: {name} beside the student {stores.name}, which is sparse itself; name one sparse "
+            "student, alone as student or beside a dense one"
+        )
+    model = open_student(name, device)
+    if not is_sparse_encoder(model):
+        raise ValueError(f"sparse_student: {name} is no SparseEncoder; name it as student, or name a sparse student")
+    return model  # type: ignore[return-value]
 
 
 def open_teacher(name: str) -> MultiVectorEncoder:

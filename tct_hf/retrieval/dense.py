@@ -496,7 +496,8 @@ class DenseIndex:
         """
         from tct_hf.hub.indexes import load_model_of
 
-        return load_model_of(self, token=token, device=device)
+        model: SentenceTransformer = load_model_of(self, token=token, device=device)
+        return model
 
 
 def _check_k(k: int) -> None:

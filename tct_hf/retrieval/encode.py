@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf.retrieval import vectors as stored
 from tct_hf.retrieval.ids import SeenIds, is_utf8
-from tct_hf.retrieval.text_vectors import POOL, budget_of, choose_precision, encode, encode_texts, prompt_of
+from tct_hf.retrieval.text_vectors import (
+    POOL,
+    budget_of,
+    choose_precision,
+    encode,
+    encode_texts,
+    finite_rows,
+    is_sparse_encoder,
+    prompt_of,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     from accelerate import PartialState
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
 __all__ = ["describe_model", "encode_corpus", "encode_texts"]
 
@@ -23,7 +31,7 @@ Passage = tuple[str, str]
 
 
 def encode_corpus(
-    model: SentenceTransformer,
+    model: SentenceTransformer | SparseEncoder,
     corpus: Iterable[Mapping[str, Any]],
     out_dir: str | Path,
     *,
@@ -50,13 +58,13 @@ def encode_corpus(
     neither on the number of processes nor on interruptions, as long as hardware, threads and libraries are the same.
 
     Args:
-        model: of one vector a text, on the device that encodes.
+        model: of one vector a text, dense or sparse, on the device that encodes.
         corpus: passages with "id" and "text"; a data set, or any iterable, read once.
         out_dir: the folder; made when missing.
         model_id: name or path of the model, recorded and shown; by default what the encoder was loaded from.
         precision: to compute in. "auto": bfloat16 where the hardware has it and a few dozen passages of the first
             shard keep a cosine of 0.9999 to float32; a folder that was begun keeps its precision.
-        dtype: to store vectors in.
+        dtype: to store vectors in; those of a sparse encoder only in float32.
         shard_size: passages a shard: what is lost at most when a process is killed, and what memory holds.
         tokens_per_pass: as `encode_texts`; recorded, since the last bits of a vector depend on it.
         allow_empty: encode passages without words instead of refusing them (a student's vector of one is zero).
@@ -81,6 +89,9 @@ def encode_corpus(
         raise ValueError(f'precision={precision!r} is not known: use "auto", "bf16" or "fp32".')
     if dtype not in ("float32", "float16"):
         raise ValueError(f'dtype={dtype!r} is not known: use "float32" or "float16".')
+    sparse = is_sparse_encoder(model)
+    if sparse and dtype != "float32":
+        raise ValueError(f'dtype={dtype!r}: the weights of sparse vectors are stored as they are: use "float32".')
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     if tokens_per_pass is not None and tokens_per_pass < 1:
@@ -97,6 +108,8 @@ def encode_corpus(
         "device": model.device.type,
         "tokens_per_pass": budget_of(model, tokens_per_pass),
     }
+    if sparse:
+        settings["layout"] = "sparse"
     if rank == 0:
         stored.begin(folder, settings, precision, lambda: choose_precision(model, [text for _, text in first]))
     if state is not None:
@@ -143,11 +156,11 @@ def encode_corpus(
     return stored.read_manifest(folder)
 
 
-def describe_model(model: SentenceTransformer, model_id: str | None = None) -> dict[str, Any]:
+def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:
     """What the vectors of a model depend on, JSON-ready.
 
     Args:
-        model: of one vector a text.
+        model: of one vector a text, dense or sparse.
         model_id: its name or path; by default what its encoder was loaded from.
 
     Returns:
@@ -174,14 +187,18 @@ def describe_model(model: SentenceTransformer, model_id: str | None = None) -> d
         tokenizer = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if model_id is None:
         model_id = getattr(getattr(getattr(model[0], "model", None), "config", None), "_name_or_path", None)
+    sparse = is_sparse_encoder(model)
     modules = [{"type": type(module).__name__, **getattr(module, "get_config_dict", dict)()} for module in model]
+    for module in modules:
+        if module["type"] == "SpladePooling":
+            module.pop("embedding_dimension", None)  # set by the first text that is encoded
     longest = model.max_seq_length
     encoding = {
         "task": "document",
         "prompt": prompt_of(model, "document"),
         # Infinite where nothing is cut, as with static embeddings, which JSON can't say.
         "max_length": None if longest is None or math.isinf(longest) else longest,
-        "truncate_dim": model.truncate_dim,
+        **({"max_active_dims": model.max_active_dims} if sparse else {"truncate_dim": model.truncate_dim}),
         "tokenizer_sha256": tokenizer,
         "modules": json.loads(json.dumps(modules, default=str)),
     }
@@ -242,12 +259,10 @@ def _shards(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:
         yield shard
 
 
-def _refuse_not_finite(vectors: np.ndarray, shard: Sequence[Passage], plan: Mapping[str, Any]) -> None:
-    import numpy as np
-
-    finite = np.isfinite(vectors).all(axis=1)
+def _refuse_not_finite(vectors: Any, shard: Sequence[Passage], plan: Mapping[str, Any]) -> None:
+    finite = finite_rows(vectors)
     if not finite.all():
-        passage_id, _ = shard[int(np.flatnonzero(~finite)[0])]
+        passage_id, _ = shard[int(finite.argmin())]
         raise ValueError(
             f"corpus: passage {passage_id!r} has a NaN or infinite vector (model {plan['model']['id']}, computed in "
             f'{plan["precision"]}, stored in {plan["dtype"]}): check the weights, or encode with precision="fp32" and '

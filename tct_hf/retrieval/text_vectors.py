@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-    from sentence_transformers import SentenceTransformer
+    from scipy.sparse import csr_matrix
+    from sentence_transformers import SentenceTransformer, SparseEncoder
     from torch import Tensor
 
 # bfloat16 is good enough where the worst of the probed texts keeps this cosine to its float32 vector.
@@ -22,24 +23,28 @@ _TOKENISED_TOGETHER = 256
 # Accelerators are filled by tens of thousands: an estimate, not a measurement.
 CPU_TOKENS = 2048
 ACCELERATOR_TOKENS = 32_768
+# A sparse student computes a score of every term for every token, of which pooling makes a copy: with 30,522 terms,
+# 125 MB each of 1,024 tokens, and 1 GB of 8,192.
+SPARSE_CPU_TOKENS = 1024
+SPARSE_ACCELERATOR_TOKENS = 8192
 
 
 def encode_texts(
-    model: SentenceTransformer,
+    model: SentenceTransformer | SparseEncoder,
     texts: Sequence[str],
     *,
     task: str,
     bf16: bool = False,
     batch_size: int | None = None,
     tokens_per_pass: int | None = None,
-) -> np.ndarray:
+) -> Any:
     """Encode texts with the model's own prompt of a task: the vectors of `encode_query` or `encode_document`.
 
     Texts are tokenised once, sorted by their number of tokens and encoded in passes of like length, so that hardly
     any padding is computed. A text without words is encoded like any other.
 
     Args:
-        model: of one vector a text.
+        model: of one vector a text, dense or sparse.
         texts: queries or passages.
         task: "query" or "document".
         bf16: compute in bfloat16.
@@ -48,7 +53,7 @@ def encode_texts(
             the model's device when None.
 
     Returns:
-        `(texts, dim)` float32, in the order of `texts`.
+        `(texts, dim)` float32, in the order of `texts`: an array, or of a sparse encoder a scipy CSR matrix.
 
     Raises:
         ValueError: an unknown task, or a limit below 1.
@@ -57,7 +62,7 @@ def encode_texts(
 
 
 def encode(
-    model: SentenceTransformer,
+    model: Any,
     texts: Sequence[str],
     *,
     task: str,
@@ -65,7 +70,7 @@ def encode(
     batch_size: int | None = None,
     tokens_per_pass: int | None = None,
     done: Callable[[int], None] | None = None,
-) -> np.ndarray:
+) -> Any:
     """As :func:`encode_texts`; `done` is told after every pass how many texts it held."""
     import numpy as np
     import torch
@@ -78,7 +83,10 @@ def encode(
     device = model.device
     budget = budget_of(model, tokens_per_pass)
     model.eval()
-    pools: list[np.ndarray] = []
+    sparse = is_sparse_encoder(model)
+    active = model.max_active_dims if sparse else None
+    options = {} if active is None else {"max_active_dims": active}
+    pools: list[Any] = []
     # One context for all passes: weights are cast to bfloat16 once, not once a pass.
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         for start in range(0, len(texts), POOL):
@@ -86,28 +94,86 @@ def encode(
             pending: list[tuple[list[int], Tensor]] = []
             for rows, features in _passes(model, pool, task, budget, batch_size):
                 inputs = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in features.items()}
-                embeddings = model(inputs, task=task)["sentence_embedding"]
-                if model.truncate_dim is not None:
+                embeddings = model(inputs, task=task, **options)["sentence_embedding"]
+                if sparse:
+                    # At once: a pool of vectors with their zeros would take 500 MB.
+                    embeddings = _sparsified(embeddings, active)
+                elif model.truncate_dim is not None:
                     embeddings = embeddings[..., : model.truncate_dim]
                 # Copied to the host after the pool: a copy a pass would have an accelerator wait for each.
                 pending.append((rows, embeddings.float()))
                 if done is not None:
                     done(len(rows))
+            if sparse:
+                pools.append(_in_order(pending))
+                continue
             found = np.empty((len(pool), pending[0][1].shape[1]), dtype=np.float32)
             for rows, embeddings in pending:
                 found[rows] = embeddings.cpu().numpy()
             pools.append(found)
+    if sparse:
+        return stacked(pools, int(model.get_embedding_dimension() or 0))
     if not pools:
         return np.empty((0, int(model.get_embedding_dimension() or 0)), dtype=np.float32)
     return np.concatenate(pools) if len(pools) > 1 else pools[0]
 
 
-def budget_of(model: SentenceTransformer, tokens_per_pass: int | None) -> int:
-    """Tokens a forward pass: as asked for, or by the model's device."""
-    return tokens_per_pass or (CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS)
+def is_sparse_encoder(model: Any) -> bool:
+    """Whether a model gives sparse vectors over a vocabulary."""
+    from sentence_transformers import SparseEncoder
+
+    return isinstance(model, SparseEncoder)
 
 
-def prompt_of(model: SentenceTransformer, task: str) -> str | None:
+def _sparsified(embeddings: Tensor, active: int | None) -> Tensor:
+    """Vectors without their zeros, at most `active` of their weights kept, on the device they are on."""
+    from sentence_transformers.util import select_max_active_dims
+
+    return select_max_active_dims(embeddings, max_active_dims=active).to_sparse()
+
+
+def _in_order(pending: Sequence[tuple[list[int], Tensor]]) -> csr_matrix:
+    """The sparse vectors of all passes over a pool, by row."""
+    import numpy as np
+
+    from tct_hf.retrieval.sparse_rows import of_torch
+
+    found = stacked([of_torch(vectors) for _, vectors in pending], pending[0][1].shape[1])
+    return found[np.argsort(np.concatenate([rows for rows, _ in pending]))]
+
+
+def finite_rows(vectors: Any) -> np.ndarray:
+    """Whether all of a row is finite, `(rows,)` bool, of an array or CSR rows."""
+    import numpy as np
+
+    if isinstance(vectors, np.ndarray):
+        whole: np.ndarray = np.asarray(np.isfinite(vectors).all(axis=1))
+        return whole
+    finite = np.ones(vectors.shape[0], bool)
+    finite[np.repeat(np.arange(len(finite)), np.diff(vectors.indptr))[~np.isfinite(vectors.data)]] = False
+    return finite
+
+
+def stacked(parts: Sequence[csr_matrix], dim: int) -> csr_matrix:
+    """CSR matrices one upon the other; one without rows, of `dim` columns, where there is none."""
+    import numpy as np
+    from scipy.sparse import csr_matrix, vstack
+
+    if not parts:
+        return csr_matrix((0, dim), dtype=np.float32)
+    return vstack(parts, format="csr") if len(parts) > 1 else parts[0]
+
+
+def budget_of(model: Any, tokens_per_pass: int | None) -> int:
+    """Tokens a forward pass: as asked for, or by the model's device and kind."""
+    if tokens_per_pass:
+        return tokens_per_pass
+    if is_sparse_encoder(model):
+        return SPARSE_CPU_TOKENS if model.device.type == "cpu" else SPARSE_ACCELERATOR_TOKENS
+    return CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
+
+
+def prompt_of(model: Any, task: str) -> str | None:
     """The prompt that `encode_query` and `encode_document` would take."""
     names = ("query",) if task == "query" else ("document", "passage", "corpus")
     name = next((name for name in names if name in model.prompts), model.default_prompt_name)
@@ -115,7 +181,7 @@ def prompt_of(model: SentenceTransformer, task: str) -> str | None:
 
 
 def _passes(
-    model: SentenceTransformer, texts: Sequence[str], task: str, budget: int, batch_size: int | None
+    model: Any, texts: Sequence[str], task: str, budget: int, batch_size: int | None
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Row numbers and features of each forward pass over some texts."""
     from tct_hf.batching import padding_of, passes, token_lengths
@@ -181,12 +247,12 @@ def _assemble(rows: Sequence[tuple[Mapping[str, Tensor], int, int]], filler: int
 
 
 def choose_precision(
-    model: SentenceTransformer, texts: Sequence[str], *, task: str = "document"
+    model: SentenceTransformer | SparseEncoder, texts: Sequence[str], *, task: str = "document"
 ) -> tuple[bool, dict[str, Any]]:
     """Decide whether to encode in bfloat16: where the hardware has it and the vectors stay the same.
 
     Args:
-        model: of one vector a text.
+        model: of one vector a text, dense or sparse.
         texts: some of the texts to encode; at most 48 of them are probed.
         task: "query" or "document".
 
@@ -205,6 +271,8 @@ def choose_precision(
     if not probed:
         return False, {"hardware": True, "texts": 0}
     full, half = (encode_texts(model, probed, task=task, bf16=bf16).astype(np.float64) for bf16 in (False, True))
+    if is_sparse_encoder(model):
+        full, half = full.toarray(), half.toarray()  # of some dozen texts
     lengths = np.linalg.norm(full, axis=1) * np.linalg.norm(half, axis=1)
     same = (full == half).all(axis=1)  # the zero vector of a text without words has no cosine
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,7 +1,7 @@
 """A folder of encoded passages: shards of vectors with their ids, and the manifest that says what they are.
 
 encoding.json     what is being encoded: model, encoding, precision; written first
-00000.npy         vectors of a shard, (passages, dim)
+00000.npy         vectors of a shard, (passages, dim); of a sparse encoder their non-zeros as (term, weight) pairs
 00000.json        its ids, checksums of vectors and passages; written after the vectors, so that it announces them
 manifest.json     written last: all of encoding.json, and each shard's files by checksum
 """
@@ -84,7 +84,7 @@ class ShardedVectors:
 
 def load_vectors(
     directory: str | Path, *, mmap: bool = False, verify: bool = True
-) -> tuple[list[str], np.ndarray | ShardedVectors, dict[str, Any]]:
+) -> tuple[list[str], Any, dict[str, Any]]:
     """Read what `encode_corpus` wrote.
 
     Args:
@@ -94,8 +94,10 @@ def load_vectors(
             dimensions are checked.
 
     Returns:
-        Passage ids in the corpus's order; their vectors, `(passages, dim)` float32; the manifest: "model" ("id",
-        "weights_sha256"), "encoding", "precision", "dtype", "count", "dim", "shards".
+        Passage ids in the corpus's order; their vectors, `(passages, dim)` float32, an array, or `ShardedVectors` with
+        `mmap`; of a sparse encoder a scipy CSR matrix, or `ShardedRows`, which gives rows as CSR; the manifest:
+        "model" ("id", "weights_sha256"), "encoding", "precision", "dtype", "count", "dim", "shards", and of a sparse
+        encoder "layout" ("sparse") and "nonzeros".
 
     Raises:
         FileNotFoundError: there is no finished folder, or a shard is missing.
@@ -106,7 +108,7 @@ def load_vectors(
     folder = Path(directory)
     manifest = read_manifest(folder)
     ids: list[str] = []
-    parts: list[np.ndarray] = []
+    parts: list[Any] = []
     for number, announced in enumerate(manifest["shards"]):
         part, part_ids = _read_shard(folder, number, announced, manifest, verify)
         parts.append(part)
@@ -117,6 +119,11 @@ def load_vectors(
         seen: set[str] = set()
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
         raise ValueError(f"{folder}: two passages have the id {twice!r}: give each its own id, and encode again")
+    if _is_sparse(manifest):
+        from tct_hf.retrieval.sparse_rows import ShardedRows
+
+        rows = ShardedRows(parts, manifest["dim"])
+        return ids, rows if mmap else rows.tocsr(), manifest
     if mmap:
         return ids, ShardedVectors(parts, manifest["dim"]), manifest
     vectors = np.empty((len(ids), manifest["dim"]), dtype=np.float32)
@@ -129,7 +136,7 @@ def load_vectors(
 
 def _read_shard(
     folder: Path, number: int, announced: Mapping[str, Any], manifest: Mapping[str, Any], verify: bool
-) -> tuple[np.ndarray, list[str]]:
+) -> tuple[Any, list[str]]:
     import numpy as np
 
     vectors_file, record_file = _files(folder, number)
@@ -140,8 +147,11 @@ def _read_shard(
         if verify and file_digest(file) != digest:
             raise ValueError(f"{file} is damaged or was altered (its checksum differs): {mend}")
     try:
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+        ids = record["ids"]
+        if _is_sparse(manifest):
+            return _read_sparse(vectors_file, record, announced["count"], manifest["dim"], verify), ids
         part = np.load(vectors_file, mmap_mode="r", allow_pickle=False)
-        ids = json.loads(record_file.read_text(encoding="utf-8"))["ids"]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{vectors_file}: damaged shard ({error}): {mend}") from error
     wanted = (announced["count"], manifest["dim"])
@@ -160,6 +170,26 @@ def _read_shard(
                     f"model, then {mend}"
                 )
     return part, ids
+
+
+def _is_sparse(settings: Mapping[str, Any]) -> bool:
+    return settings.get("layout") == "sparse"
+
+
+def _read_sparse(
+    file: Path, record: Mapping[str, Any], count: int, dim: int, verify: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of a shard and where rows begin."""
+    import numpy as np
+
+    from tct_hf.retrieval.sparse_rows import open_pairs
+
+    if not len(record["ids"]) == len(record["nonzeros"]) == count:
+        raise ValueError(f"{len(record['ids'])} ids and {len(record['nonzeros'])} vectors where {count} are announced")
+    pairs, begins = open_pairs(file, record["nonzeros"])
+    if verify and not (np.isfinite(pairs["weight"]).all() and pairs["term"].max(initial=0) < dim):
+        raise ValueError(f"a weight is NaN or infinite, or a term is beyond the {dim} of a vector")
+    return pairs, begins
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -298,8 +328,9 @@ def check_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], 
         if file_digest(vectors_file) != record["vectors_sha256"]:
             raise _altered(vectors_file, record_file, "its checksum differs")
         shape = np.load(vectors_file, mmap_mode="r", allow_pickle=False).shape
-        if shape != (record["count"], record["dim"]):
-            raise _altered(record_file, vectors_file, f"it announces {record['count']} x {record['dim']} of {shape}")
+        wanted = (sum(record["nonzeros"]),) if "nonzeros" in record else (record["count"], record["dim"])
+        if shape != wanted:
+            raise _altered(record_file, vectors_file, f"it announces {' x '.join(map(str, wanted))} of {shape}")
 
 
 def _altered(file: Path, beside: Path, why: str) -> ValueError:
@@ -315,25 +346,28 @@ def _passages_digest(passages: Sequence[tuple[str, str]]) -> str:
     return digest.hexdigest()
 
 
-def write_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], vectors: np.ndarray) -> None:
+def write_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], vectors: Any) -> None:
     """Write a shard, vectors first, each file aside and renamed.
 
     Args:
         folder: the folder.
         number: of the shard.
         passages: ids and texts.
-        vectors: `(passages, dim)`.
+        vectors: `(passages, dim)`, an array or CSR rows.
 
     Raises:
         OSError: it can't be written.
     """
     import numpy as np
 
+    from tct_hf.retrieval.sparse_rows import as_pairs, is_sparse
+
+    sparse = is_sparse(vectors)
     vectors_file, record_file = _files(folder, number)
     aside = vectors_file.with_name(f".{vectors_file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with aside.open("xb") as file:
-            np.save(file, np.ascontiguousarray(vectors), allow_pickle=False)
+            np.save(file, as_pairs(vectors) if sparse else np.ascontiguousarray(vectors), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         digest = file_digest(aside)
@@ -348,6 +382,8 @@ def write_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], 
         "passages_sha256": _passages_digest(passages),
         "ids": [passage_id for passage_id, _ in passages],
     }
+    if sparse:
+        record["nonzeros"] = np.diff(vectors.indptr).tolist()
     write_json_atomic(record_file, record)
 
 
@@ -376,11 +412,12 @@ def finish(folder: Path, shards: int, count: int, *, kept: Collection[int] = ())
         )
     announced = _announced(folder)
     entries: list[dict[str, Any]] = []
-    dims = set()
+    dims, nonzeros = set(), 0
     for number in range(shards):
         vectors_file, record_file = _files(folder, number)
         record = _read(record_file, ("count", "dim", "vectors_sha256"))
         dims.add(record["dim"])
+        nonzeros += sum(record.get("nonzeros", ()))
         entries.append(
             {
                 "file": vectors_file.name,
@@ -402,5 +439,8 @@ def finish(folder: Path, shards: int, count: int, *, kept: Collection[int] = ())
         )
     if len(dims) != 1:
         raise ValueError(f"{folder}: shards of {sorted(dims)} dimensions: {_BEGIN_AGAIN}")
-    manifest = {**read_plan(folder), "count": count, "dim": dims.pop(), "shards": entries}
+    plan = read_plan(folder)
+    manifest = {**plan, "count": count, "dim": dims.pop(), "shards": entries}
+    if _is_sparse(plan):
+        manifest["nonzeros"] = nonzeros
     write_json_atomic(folder / MANIFEST_FILE, manifest)

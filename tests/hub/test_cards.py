@@ -200,6 +200,23 @@ def test_a_card_claims_what_files_and_record_say(student: Path, facts: Any, said
     assert "queries @ passages.T" in card and "compared by dot product" in card
 
 
+def test_a_card_says_what_is_beyond_the_papers_student(student: Path, tmp_path: Path) -> None:
+    assert "No `[SEP]`, no normalisation." in write_card(student, "student", "me/it", FACTS)
+    base = str(tiny_bert(tmp_path / "base"))
+    scaled = save_student(build_student(base, document_length=64, layers=[1], scale=20.0), tmp_path / "scaled")
+    training = {"max_steps": 5, "matryoshka_dims": [8, 32]}
+    write_json_atomic(scaled / CLAIM_FILE, {"student": {"layers": [1], "scale": 20.0, "training": training}})
+    card = write_card(scaled, "student", "me/it", FACTS.completed_by(scaled))
+    for said in (
+        "No `[SEP]`; vectors are normalised and multiplied by a learned number, which the last module holds.",
+        "- layers kept of the encoder it began with, counted from 0: [1]",
+        "- factor of the cosines before training: 20.0",
+        "- first dimensions that were trained alone too: [8, 32]",
+        "# How texts are encoded",
+    ):
+        assert said in card, said
+
+
 def test_a_conversion_says_what_it_was_made_from(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "tct_origin.json", {"source": "castorini/tct_colbert-msmarco", "made": "student"})
     facts = CardFacts().completed_by(tmp_path)

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from tct_hf import SparseIndex
+from tct_hf.retrieval import inverted_lists
+
+
+def drawn(rows: int, dim: int, density: float, seed: int) -> sparse.csr_matrix:
+    generator = np.random.default_rng(seed)
+    found = sparse.random(rows, dim, density, format="csr", dtype=np.float32, random_state=generator)
+    return sparse.csr_matrix(found)
+
+
+def names(count: int) -> list[str]:
+    """Ids whose order is not that of the rows."""
+    return [f"p{(7 * row) % count if count % 7 else count - row:04d}" for row in range(count)]
+
+
+def by_hand(passages: Any, query: Any, ids: list[str], k: int) -> list[tuple[str, float]]:
+    """scipy's product, all of it, and Python's sort."""
+    scores = np.asarray((query @ passages.T).todense(), np.float32)[0].tolist()
+    ranked = sorted(((ids[row], score) for row, score in enumerate(scores) if score > 0), key=lambda x: (-x[1], x[0]))
+    return ranked[:k]
+
+
+def test_search_finds_what_the_whole_product_finds() -> None:
+    passages, queries, ids = drawn(500, 60, 0.1, 0), drawn(20, 60, 0.1, 1), names(500)
+    index = SparseIndex.build(passages, ids, built_by={"id": "a/model"})
+    assert (len(index), index.dimension, index.postings) == (500, 60, passages.nnz)
+    assert index.active_dims == passages.nnz / 500
+    for k in (1, 10, 600):
+        found, scores = index.search(queries, k)
+        for row in range(20):
+            expected = by_hand(passages, queries[row], ids, k)
+            assert list(zip(found[row], scores[row].tolist(), strict=True)) == expected
+            assert scores[row].dtype == np.float32
+    threaded, _ = index.search(queries, 10, threads=3)
+    assert threaded == index.search(queries, 10)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_any_matrix_is_searched_exactly_ties_by_id(seed: int, rows: int, dim: int, k: int, whole: bool) -> None:
+    generator = np.random.default_rng(seed)
+    draw = [generator.integers(0, 3, (count, dim)) if whole else generator.random((count, dim)) for count in (rows, 4)]
+    kept = [matrix * (generator.random(matrix.shape) < 0.5) for matrix in draw]
+    if not kept[0].any():
+        kept[0][0, 0] = 1
+    passages, queries = (sparse.csr_matrix(matrix.astype(np.float32)) for matrix in kept)
+    ids = generator.permutation([f"d{row}" for row in range(rows)]).tolist()
+    found, scores = SparseIndex.build(passages, ids).search(queries, k)
+    exact = kept[1].astype(np.float32).astype(np.float64) @ kept[0].astype(np.float32).astype(np.float64).T
+    for row in range(4):
+        expected = by_hand(passages, queries[row], ids, k)
+        assert list(zip(found[row], scores[row].tolist(), strict=True)) == expected
+        np.testing.assert_allclose(scores[row], np.sort(exact[row])[::-1][: len(scores[row])], rtol=1e-5)
+
+
+def test_lists_longer_than_a_block_of_scores_and_ties_by_the_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 150_000  # three blocks
+    terms = np.arange(count) % 3
+    passages = sparse.csr_matrix((np.ones(count, np.float32), terms, np.arange(count + 1)), shape=(count, 4))
+    ids = [f"{(row * 7919) % count:06d}" for row in range(count)]
+    index = SparseIndex.build(passages, ids)
+    query = sparse.csr_matrix(np.array([[0, 2, 1, 5]], np.float32))
+    (found,), (scores,) = index.search(query, 100)
+    assert found == sorted(ids[1::3])[:100] and set(scores.tolist()) == {2.0}
+    # Scores that rise with the row make every passage a candidate for a while.
+    rising = sparse.csr_matrix((np.arange(1, count + 1, dtype=np.float32), terms * 0, np.arange(count + 1)))
+    (found,), _ = SparseIndex.build(rising, ids).search(sparse.csr_matrix([[1.0]]), 10)
+    assert found == ids[:-11:-1]
+
+
+def test_every_kind_of_vectors_makes_the_same_index() -> None:
+    passages, query, ids = drawn(70, 30, 0.2, 3), drawn(1, 30, 0.3, 4), names(70)
+    expected = SparseIndex.build(passages, ids).search(query, 20)
+    coo = torch.from_numpy(passages.toarray()).to_sparse()
+    kinds: list[Any] = [
+        passages.tocoo(),
+        sparse.csc_array(passages),
+        passages.astype(np.float64),
+        coo,
+        coo.to_sparse_csr(),
+        [passages[:30], passages[30:]],
+        (passages[start : start + 7] for start in range(0, 70, 7)),
+        list(coo),  # one vector each
+    ]
+    for vectors in kinds:
+        found = SparseIndex.build(vectors, ids).search(query, 20)
+        assert found[0] == expected[0] and np.array_equal(found[1][0], expected[1][0])
+    index = SparseIndex.build(passages, ids)
+    assert index.search(torch.from_numpy(query.toarray()[0]).to_sparse(), 20)[0] == expected[0]
+    # Repeated entries are summed, as scipy means them; zeros are no postings.
+    twice = sparse.csr_matrix(([1.0, 2.0, 0.0], [1, 1, 0], [0, 3]), shape=(1, 2))
+    assert SparseIndex.build(twice, ["p"]).postings == 1
+    assert SparseIndex.build(twice, ["p"]).run(["q"], twice) == {"q": {"p": 9.0}}
+
+
+def test_a_query_without_a_known_term_finds_nothing() -> None:
+    index = SparseIndex.build(sparse.csr_matrix([[1.0, 0, 0], [0, 0, 2.0]]), ["a", "b"])
+    queries = sparse.csr_matrix([[0, 3.0, 0], [0, 0, 0], [0, 0, 1.0]])
+    assert index.run(["x", "y", "z"], queries, 5) == {"x": {}, "y": {}, "z": {"b": 2.0}}
+
+
+def is_mapped(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_an_index_comes_back_from_disk(tmp_path: Path, mapped: bool) -> None:
+    passages, queries = drawn(90, 25, 0.2, 5), drawn(5, 25, 0.3, 6)
+    index = SparseIndex.build(passages, names(90), built_by={"id": "a/model", "weights_sha256": "0" * 64})
+    index.save(tmp_path / "index")
+    back = SparseIndex.load(tmp_path / "index", mmap=mapped, model={"id": "b", "weights_sha256": "0" * 64})
+    assert is_mapped(back._weights) == mapped and back.built_by == index.built_by
+    assert list(back.ids) == names(90) and back.nbytes == index.nbytes
+    found, again = back.search(queries, 7), index.search(queries, 7)
+    assert found[0] == again[0] and all(np.array_equal(a, b) for a, b in zip(found[1], again[1], strict=True))
+    back.save(tmp_path / "copy")  # from its own mapped files
+    assert {f.name: f.read_bytes() for f in (tmp_path / "copy").iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "index").iterdir()
+    }
+    with pytest.raises(ValueError, match="their vectors don't compare"):
+        SparseIndex.load(tmp_path / "index", model={"id": "a/model", "weights_sha256": "1" * 64})
+
+
+def test_one_compiled_function_searches_mapped_and_unmapped_lists(tmp_path: Path) -> None:
+    index = SparseIndex.build(drawn(9, 5, 0.5, 0), names(9))
+    index.save(tmp_path / "index")
+    for opened in (index, SparseIndex.load(tmp_path / "index"), SparseIndex.load(tmp_path / "index", mmap=True)):
+        opened.search(drawn(1, 5, 0.9, 1))
+    assert len(inverted_lists.best_rows.signatures) == 1
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    from tct_hf.retrieval.storage import _digest
+
+    file = folder / "tct_sparse.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    change(content)
+    file.write_text(json.dumps({**content, "sha256": _digest(content)}))
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
+    with pytest.raises(FileNotFoundError, match="no sparse index here"):
+        SparseIndex.load(folder)
+
+    index.save(folder)
+    content = (folder / "weights.npy").read_bytes()
+    (folder / "weights.npy").write_bytes(content[:-4] + b"abcd")
+    with pytest.raises(ValueError, match=r"weights\.npy: altered since it was saved"):
+        SparseIndex.load(folder)
+    (folder / "weights.npy").write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="truncated or altered"):
+        SparseIndex.load(folder, verify=False)
+
+    for key, value in (("passages", 29), ("dimension", 21), ("postings", 3)):
+        index.save(folder)
+        rewrite(folder, lambda announced, key=key, value=value: announced.__setitem__(key, value))  # type: ignore[misc]
+        with pytest.raises(ValueError, match="its arrays are not those of"):
+            SparseIndex.load(folder)
+
+    index.save(folder)
+    starts = np.load(folder / "starts.npy")
+    starts[1] = starts[-1] + 1
+    np.save(folder / "starts.npy", starts)
+    with pytest.raises(ValueError, match="its arrays are not those of"):
+        SparseIndex.load(folder, verify=False)
+
+
+def with_weight(value: float) -> sparse.csr_matrix:
+    return sparse.csr_matrix((np.array([1.0, value], np.float32), [0, 1], [0, 1, 2]), shape=(2, 3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])
+def test_weights_that_no_sparse_student_gives_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"vectors: row 1 has the weight .* for term 1"):
+        SparseIndex.build(with_weight(value), ["a", "b"])
+    with pytest.raises(ValueError, match=r"vectors: row 3 has the weight"):
+        SparseIndex.build([with_weight(1.0), with_weight(value)], ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match=r"query_vectors: row 1 has the weight"):
+        SparseIndex.build(with_weight(1.0), ["a", "b"]).search(with_weight(value))
+
+
+def test_what_can_not_be_indexed_or_searched_says_why() -> None:
+    passages = drawn(4, 6, 0.5, 0)
+    index = SparseIndex.build(passages, list("abcd"))
+    dense: Any = passages.toarray()
+    with pytest.raises(ValueError, match="vectors: ndarray where sparse vectors are needed"):
+        SparseIndex.build(dense, list("abcd"))
+    with pytest.raises(ValueError, match="vectors: Tensor where sparse vectors are needed"):
+        SparseIndex.build(torch.from_numpy(dense), list("abcd"))
+    with pytest.raises(ValueError, match="query_vectors: ndarray where sparse"):
+        index.search(dense)
+    with pytest.raises(ValueError, match="3 ids for 4 vectors"):
+        SparseIndex.build(passages, list("abc"))
+    with pytest.raises(ValueError, match="'a' comes twice"):
+        SparseIndex.build(passages, list("abca"))
+    with pytest.raises(ValueError, match="dimension 5 from row 4 on where it was 6"):
+        SparseIndex.build([passages, drawn(1, 5, 0.9, 0)], list("abcde"))
+    with pytest.raises(ValueError, match="every passage is zero in all dimensions"):
+        SparseIndex.build(sparse.csr_matrix((2, 3)), ["a", "b"])
+    with pytest.raises(ValueError, match="nothing to index"):
+        SparseIndex.build([], [])
+    with pytest.raises(ValueError, match="dimension 5 where the index has 6"):
+        index.search(drawn(1, 5, 0.9, 0))
+    with pytest.raises(ValueError, match="k: 0 is below 1"):
+        index.search(passages, 0)
+    with pytest.raises(ValueError, match="threads: 0 is below 1"):
+        index.search(passages, threads=0)
+    with pytest.raises(ValueError, match="query_ids: 1 ids, 1 of them distinct, for 4 vectors"):
+        index.run(["q"], passages)
+    huge = sparse.csr_matrix(np.full((1, 6), 3e38, np.float32))
+    with pytest.raises(ValueError, match="query_vectors: row 0 has a score that is infinite"):
+        SparseIndex.build(huge, ["p"]).search(huge)
