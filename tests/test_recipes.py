@@ -346,7 +346,7 @@ def test_wrong_training_arguments_of_the_student_are_refused_before_the_teacher_
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for option, message in (
-        ("--student.training.hard_label_weight=2", "student.training: hard_label_weight must be between 0 and 1"),
+        ("--student.training.hard_label_weight=2", "student.training: hard_label_weight=2.0 is no weight"),
         ("--student.training.output_dir=x", "student.training.output_dir is set by the stage itself"),
     ):
         assert recipe(tmp_path / "run", option) == 2
