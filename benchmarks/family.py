@@ -69,6 +69,7 @@ def prepare_splade(source: Path, folder: Path) -> str:
 
 def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) -> None:
     """A cross-encoder on the bundled encoder: each passage of the triples relevant or not, binary cross-entropy."""
+    import torch
     from datasets import Dataset
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
@@ -76,6 +77,7 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
     from transformers import set_seed
 
     from tct_hf.bundled import resolve_model
+    from tct_hf.teachers import has_bfloat16
 
     columns = [name for name in triples.column_names if name == "positive" or name.startswith("negative")]
     columns = [name for name in columns if not name.endswith(("_id", "_score"))]
@@ -87,14 +89,14 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
     args = CrossEncoderTrainingArguments(
         str(folder.with_name("cross-encoder.training")),
         max_steps=steps,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         learning_rate=1e-4,
         warmup_steps=steps // 10,
         report_to="none",
         save_strategy="no",
         logging_steps=20,
         use_cpu=True,
-        bf16=True,
+        bf16=has_bfloat16(torch.device("cpu")),
         seed=13,
     )
     rows = Dataset.from_dict(
@@ -172,7 +174,7 @@ def main() -> None:
     if not cross.is_dir():
         from tct_hf import load_triples
 
-        train_cross_encoder(load_triples(triples), cross, length=args.document_length + 36, steps=60)
+        train_cross_encoder(load_triples(triples), cross, length=args.document_length + 36, steps=40)
     scored = output / "scored"
     recipe("score.py", {"triples.path": triples, "teacher": cross, "kind": "cross-encoder", "output_dir": scored})
     splade = prepare_splade(args.splade, output / "splade-tiny") if args.splade else None
@@ -212,14 +214,16 @@ def main() -> None:
 
 
 def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str | None, students: Any) -> None:
+    import torch
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    from tct_hf import build_splade, evaluate_run  # noqa: F401
+    from tct_hf import build_splade
     from tct_hf.evaluation.comparison import evaluate_all, run_systems
     from tct_hf.evaluation.quick_report import BASE_TCT, reference_systems, sparse_system, student_systems
     from tct_hf.evaluation.significance import paired_randomisation_test
+    from tct_hf.teachers import has_bfloat16
 
-    precise = {"depth": 100, "bf16": True}
+    precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}
     queries = {args.split: collection.splits[args.split].queries}
     systems = [
         system
