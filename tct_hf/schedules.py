@@ -36,6 +36,8 @@ class Schedule:
         for name, value in (("start", self.start), ("end", self.start if self.end is None else self.end)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}={value!r} is no number.")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value} leaves no value between start and end: give a finite number.")
         if isinstance(self.until, bool) or not isinstance(self.until, (int, float)):
             raise ValueError(f"until={self.until!r} is no number.")
         if self.shape not in get_args(Shape):
