@@ -60,7 +60,7 @@ class Schedule:
         # The last step that is taken has the last value.
         done = min(1.0, step / max(1.0, self.until * steps - 1.0))
         share = done if self.shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
-        return self.start + (end - self.start) * share
+        return (1.0 - share) * self.start + share * end  # exact at both ends
 
 
 class LossSchedule(TrainerCallback):

@@ -373,6 +373,10 @@ def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
         ({"run": lambda queries: {}}, "run: it has no passage for any of the queries"),
         ({"run": {"q1": {"quince": 1.0}}}, "run: passage 'quince' .query 'q1'. is not in the corpus"),
         ({"run": {"q1": {"car": float("nan")}}}, "run: the score of query 'q1' and passage 'car' is nan"),
+        # Wherever it stands: the others could not be put in order.
+        ({"run": {"q1": {"bus": 1.0, "car": float("nan"), "train": 3.0}}, "depth": 1}, "passage 'car' is nan; leave"),
+        ({"num_negatives": 1.5}, "num_negatives=1.5: give a whole number"),
+        ({"seed": None}, "seed=None: give a whole number"),
         ({"teacher": {"q1": {"apple": 1.0}}}, "teacher: it has no score of query 'q1' and passage"),
         ({"teacher": lambda pairs: [1.0]}, r"teacher: it gave 1 scores for \d+ pairs"),
         ({"teacher": lambda pairs: [float("inf")] * len(pairs)}, "teacher: its score of query 'q1'.*is inf"),
