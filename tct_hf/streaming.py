@@ -189,7 +189,8 @@ class _PassOver(TrainerCallback, ExportableState):
 
 def _steps_before(state: TrainerState) -> dict[str, int] | None:
     """What a checkpoint says of its steps; None where it does not."""
-    kept: Any = (state.stateful_callbacks or {}).get(_PassOver.__name__)
+    callbacks: Any = state.stateful_callbacks or {}
+    kept = callbacks.get(_PassOver.__name__)
     kept = kept[0] if isinstance(kept, list) and kept else kept
     return kept.get("attributes", {}).get("steps") if isinstance(kept, dict) else None
 
