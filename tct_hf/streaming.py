@@ -44,8 +44,8 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
             shorter batch; rows that do not make one for each of them are left out.
 
     Raises:
-        ValueError: while it is read: there are fewer rows than all processes need for one batch each, or, where passes
-            have an end, for one row each.
+        ValueError: a batch size below 1; while it is read: there are fewer rows than all processes need for one batch
+            each, or, where passes have an end, for one row each.
     """
 
     def __init__(
@@ -57,6 +57,8 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
         processes: int = 1,
         passes: int | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}: such batches would never be full.")
         self.rows = rows
         self.batch_size = batch_size
         self.process = process

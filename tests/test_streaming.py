@@ -83,6 +83,12 @@ def test_data_set_of_several_shards_is_shared_by_rows(workers: int) -> None:
     assert steps == passes(rows, 8, 1, 0, steps=3)
 
 
+def test_batches_of_no_rows_are_refused(tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 4), streaming=True)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        StreamedBatches(rows, 0)
+
+
 def test_pass_is_filled_up_from_the_next(tmp_path: Path) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
     steps = passes(rows, 2, 2, 1, steps=5)  # 20 rows in steps of 4

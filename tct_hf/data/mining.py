@@ -159,7 +159,7 @@ def mine_triples(
         claim(folder, settings)
     if state is not None:
         state.wait_for_everyone()
-    if not (folder / SUMMARY_FILE).is_file():
+    if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
         _write_parts(folder, parts, mine, state, write)
         if state is not None:
             state.wait_for_everyone()
@@ -319,13 +319,18 @@ def _write_parts(
 
 def _join_parts(folder: Path, parts: int, settings: Mapping[str, Any]) -> None:
     """One file of all parts, in their order, with what they counted beside it."""
+    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     done = MiningCounts()
 
     def tables() -> Iterator[Any]:
         for number in range(parts):
-            table = pq.read_table(_part_file(folder, number))
+            file = _part_file(folder, number)
+            try:
+                table = pq.read_table(file)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{file}: damaged ({error}); delete it and start again") from error
             done.add(MiningCounts(**json.loads(table.schema.metadata[_COUNTS])))
             yield table.replace_schema_metadata(None)
 
