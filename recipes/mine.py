@@ -57,7 +57,7 @@ def main(settings: Settings) -> None:
     stages = Stages({"data": 0.5, "candidates": 5.0, "mine": 2.0}, enabled=state.is_main_process)
     output = Path(settings.output_dir)
     with stages.stage("data"), state.main_process_first():
-        collection = pipeline.read_collection(settings.data, train=True)
+        collection = pipeline.read_collection(settings.data, test=False)  # nothing is reported
         rounds.check_judged(collection, settings.data.labels)
         write(f"  {collection.summary()}")
     with stages.stage("candidates"):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
 
+from tct_hf.batching import check_mini_batch_size
 from tct_hf.score_losses import check_settings
 
 # What the paper says, and what its released code does where that differs.
@@ -85,6 +86,7 @@ class CoupledArguments:
         )
         if self.candidates not in ("in-batch", "own"):
             raise ValueError(f'candidates must be "in-batch" or "own", got {self.candidates!r}.')
+        check_mini_batch_size(self.mini_batch_size)
         dims = self.matryoshka_dims
         if dims is not None and not (isinstance(dims, list) and dims and all(type(d) is int and d > 0 for d in dims)):
             raise ValueError(

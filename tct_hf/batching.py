@@ -17,6 +17,14 @@ CPU_PADDING = 128
 ACCELERATOR_PADDING = 4096
 
 
+def check_mini_batch_size(size: object) -> None:
+    """Refuse a number of rows that no batch can be cut into; None cuts nothing."""
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(
+            f"mini_batch_size must be a whole number, at least 1, or None for no gradient caching; got {size!r}."
+        )
+
+
 def padding_of(device: torch.device) -> int:
     """Tokens of padding that a pass may hold on a device."""
     return CPU_PADDING if device.type == "cpu" else ACCELERATOR_PADDING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ from tct_hf.token_store import TokenStore
 def _key(side: str, text: str) -> int:
     named = f"{side}\x1f{text}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "big")
+
+
+def _described_tokenizer(tokenizer: Any) -> str:
+    """All that turns a text into tokens: two of one vocabulary may fold case or cut words differently."""
+    words = repr(sorted(tokenizer.get_vocab().items()))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return words
+    rules = json.loads(backend.to_str())
+    for name in ("padding", "truncation"):  # of the last batch
+        rules.pop(name, None)
+    rules["model"].pop("vocab", None)  # in `words`, whatever its order
+    return words + json.dumps(rules, sort_keys=True)
 
 
 class CachedTeacher(Teacher):
@@ -47,8 +61,8 @@ class CachedTeacher(Teacher):
             raise ValueError(
                 f"A CachedTeacher keeps token vectors, and a {type(teacher).__name__} has none: give a ColBERTTeacher."
             )
-        if not max_gigabytes > 0:
-            raise ValueError(f"max_gigabytes must be greater than 0, got {max_gigabytes}.")
+        if not 0 < max_gigabytes < float("inf"):
+            raise ValueError(f"max_gigabytes must be a finite number greater than 0, got {max_gigabytes}.")
         self.teacher = teacher
         self.training_scale = teacher.training_scale
         self.cache_dir = Path(cache_dir).expanduser()
@@ -61,7 +75,7 @@ class CachedTeacher(Teacher):
         """Where the vectors are; opened when it is first needed, when the teacher's type of numbers is settled."""
         if self._store is None:
             model = self.teacher.model
-            words = hashlib.sha256(repr(sorted(model.tokenizer.get_vocab().items())).encode()).hexdigest()
+            words = hashlib.sha256(_described_tokenizer(model.tokenizer).encode()).hexdigest()
             described = {**describe_teacher(model), "words": words, "computed_in": str(self.teacher._compute_dtype)}
             name = hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()[:16]
             dim = model.get_embedding_dimension()

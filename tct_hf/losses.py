@@ -13,7 +13,7 @@ from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from tct_hf.batching import parts_of_like_length, stack_columns, take, token_lengths
+from tct_hf.batching import check_mini_batch_size, parts_of_like_length, stack_columns, take, token_lengths
 from tct_hf.distributed import gather_rows, sizes_of_all
 from tct_hf.score_losses import KLDirection, at_least_float32, check_settings, coupled_loss, masked, teacher_entropy
 from tct_hf.sparsity import active_dims
@@ -125,10 +125,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         super().__init__()
         if candidates not in ("in-batch", "own"):
             raise ValueError(f'candidates must be "in-batch" or "own", got {candidates!r}.')
-        if mini_batch_size is not None and mini_batch_size < 1:
-            raise ValueError(
-                f"mini_batch_size must be at least 1, or None for no gradient caching; got {mini_batch_size}."
-            )
+        check_mini_batch_size(mini_batch_size)
         check_settings(
             temperature=temperature,
             student_temperature=student_temperature,

@@ -106,12 +106,13 @@ class EvaluationSettings:
     examples: int = setting(3, "questions to show with what the student finds")
 
 
-def read_collection(data: DataSettings, *, train: bool = True) -> Collection:
+def read_collection(data: DataSettings, *, train: bool = True, test: bool = True) -> Collection:
     """Load what `data` names: the splits, a part of them, questions without judgements.
 
     Args:
         data: the settings.
         train: the train split must be there where `labels` asks for it.
+        test: likewise the split to report.
 
     Returns:
         The collection. Without labels (`labels` 0, or questions alone) it may lack train and test.
@@ -121,7 +122,7 @@ def read_collection(data: DataSettings, *, train: bool = True) -> Collection:
     """
     from tct_hf.data.collection import load_collection
 
-    required = [use for use, needed in (("train", train), ("test", True)) if needed and data.labels > 0]
+    required = [use for use, needed in (("train", train), ("test", test)) if needed and data.labels > 0]
     if data.dev_split not in ("auto", None):
         required.append("dev")
     collection = load_collection(

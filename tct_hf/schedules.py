@@ -36,6 +36,8 @@ class Schedule:
         for name, value in (("start", self.start), ("end", self.start if self.end is None else self.end)):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{name}={value!r} is no number.")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value} leaves no value between start and end: give a finite number.")
         if isinstance(self.until, bool) or not isinstance(self.until, (int, float)):
             raise ValueError(f"until={self.until!r} is no number.")
         if self.shape not in get_args(Shape):
@@ -58,7 +60,7 @@ class Schedule:
         # The last step that is taken has the last value.
         done = min(1.0, step / max(1.0, self.until * steps - 1.0))
         share = done if self.shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
-        return self.start + (end - self.start) * share
+        return (1.0 - share) * self.start + share * end  # exact at both ends
 
 
 class LossSchedule(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -42,18 +43,27 @@ class StallWatch(TrainerCallback):
     A run of one process is not watched.
 
     Args:
-        seconds: without a step, an evaluated batch or a saved checkpoint, on any process, until the run ends. Longer
-            than the longest of these takes.
+        seconds: without a step, on any process, until the run ends. Longer than the longest step takes.
+        evaluation_seconds: likewise between a step and the next where there is an evaluation or a checkpoint: an
+            evaluator that encodes a corpus tells nothing until its end.
         end: takes the message; ends the process with status 75 when None.
 
     Raises:
         ValueError: no positive number of seconds.
     """
 
-    def __init__(self, seconds: float = 600.0, *, end: Callable[[str], None] | None = None) -> None:
-        if not seconds > 0:
-            raise ValueError(f"seconds must be greater than 0, got {seconds}.")
-        self.seconds = seconds
+    def __init__(
+        self,
+        seconds: float = 600.0,
+        *,
+        evaluation_seconds: float = 3600.0,
+        end: Callable[[str], None] | None = None,
+    ) -> None:
+        for name, value in (("seconds", seconds), ("evaluation_seconds", evaluation_seconds)):
+            if not value > 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}.")
+        self.seconds = self._limit = seconds
+        self.evaluation_seconds = max(seconds, evaluation_seconds)
         self.end = end or _end
         self._store: Any = None
         self._rank = self._world = self._step = self._main = 0
@@ -65,9 +75,13 @@ class StallWatch(TrainerCallback):
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         # The store of the group itself: with a launcher it is kept by the launcher, which outlives any process.
-        self._store = dist.PrefixStore("tct_hf/stalls", dist.distributed_c10d._get_default_store())
+        store = dist.distributed_c10d._get_default_store()
+        # A connection of its own: the main thread holds the other while it waits for a key (where a group is set up).
+        store = store.clone() if hasattr(store, "clone") else store
+        self._store = dist.PrefixStore("tct_hf/stalls", store)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._stopped.clear()
+        self._limit = self.evaluation_seconds if getattr(args, "eval_on_start", False) else self.seconds
         self._moves(state.global_step)
         self._main = threading.get_ident()
         self._tell()
@@ -84,9 +98,22 @@ class StallWatch(TrainerCallback):
         self._store.set(str(self._rank), json.dumps(asdict(told)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._limit = self.seconds
         self._moves(state.global_step)
 
-    on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_save = on_step_begin
+    on_substep_end = on_step_begin
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            self._limit = self.evaluation_seconds
+        self._moves(state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._moves(state.global_step)
+
+    on_evaluate = on_save = on_prediction_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stopped.set()
@@ -97,8 +124,9 @@ class StallWatch(TrainerCallback):
     def _watch(self) -> None:
         every = min(1.0, self.seconds / 4)
         while not self._stopped.wait(every):
-            self._tell()
-            if time.monotonic() - self._moved > self.seconds:
+            with contextlib.suppress(RuntimeError):  # who keeps the store is gone: the message finds that out, too
+                self._tell()
+            if time.monotonic() - self._moved > self._limit:
                 self._stopped.wait(2 * every)  # the others may tell once more, too
                 self.end(self._message(every))
                 return
@@ -122,7 +150,7 @@ class StallWatch(TrainerCallback):
                 busy.append(f"{name}, stands at {told.place}")
         to_blame = silent or busy or [text for _, text in sorted(waiting)]
         return (
-            f"Training stands still: no step for {self.seconds:.0f} s. {'; '.join(to_blame)}. Look there first. The "
+            f"Training stands still: no step for {self._limit:.0f} s. {'; '.join(to_blame)}. Look there first. The "
             "run ends; the same command goes on from the last checkpoint. If steps take that long, give StallWatch "
             "more seconds."
         )

@@ -10,6 +10,7 @@ import numpy as np
 from datasets import IterableDataset
 from torch.utils import data
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.distributed import sizes_of_all
@@ -43,8 +44,8 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
             shorter batch; rows that do not make one for each of them are left out.
 
     Raises:
-        ValueError: while it is read: there are fewer rows than all processes need for one batch each, or, where passes
-            have an end, for one row each.
+        ValueError: a batch size below 1; while it is read: there are fewer rows than all processes need for one batch
+            each, or, where passes have an end, for one row each.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
         processes: int = 1,
         passes: int | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}: such batches would never be full.")
         self.rows = rows
         self.batch_size = batch_size
         self.process = process
@@ -150,15 +153,48 @@ class _Collate:
         return {} if batch is None else self.collate(batch)
 
 
-class _PassOver(TrainerCallback):
-    """A run that goes on skips the batches it has trained on: these are read, but not tokenised again."""
+class _PassOver(TrainerCallback, ExportableState):
+    """A run that goes on skips the batches it has trained on: these are read, but not tokenised again.
+
+    Every checkpoint says what a step was made of: where steps are others now, the rows that follow are not known.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer's state keeps of this callback."""
+        return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         batches = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        if isinstance(batches, StreamedBatches) and not args.ignore_data_skip:
-            batches.trained = state.global_step * args.gradient_accumulation_steps
+        if not isinstance(batches, StreamedBatches):
+            return
+        rows = batches.batch_size * batches.processes * args.gradient_accumulation_steps
+        now = {"rows a step": rows, "order of the rows": _order(batches.rows)}
+        if state.global_step and not args.ignore_data_skip:
+            before = _steps_before(state)
+            if before is not None and before != now:
+                name = next(name for name in now if before.get(name) != now[name])
+                raise ValueError(
+                    f"train_dataset is streamed, and the checkpoint has another number for the {name} "
+                    f"({before.get(name)}, now {now[name]}), so that rows would be lost or repeated. Go on with as "
+                    "many rows a step (per_device_train_batch_size * processes * gradient_accumulation_steps), "
+                    "shuffled with the same seed, or begin with the first row: ignore_data_skip=True."
+                )
+            # As the trainer counts: a run that goes on after its last step begins anew.
+            batches.trained = state.global_step % state.max_steps * args.gradient_accumulation_steps
+        self.steps = now
+
+
+def _steps_before(state: TrainerState) -> dict[str, int] | None:
+    """What a checkpoint says of its steps; None where it does not."""
+    callbacks: Any = state.stateful_callbacks or {}
+    kept = callbacks.get(_PassOver.__name__)
+    kept = kept[0] if isinstance(kept, list) and kept else kept
+    return kept.get("attributes", {}).get("steps") if isinstance(kept, dict) else None
 
 
 def _order(rows: IterableDataset) -> int:
@@ -176,12 +212,21 @@ class StreamedTrainingMixin:
     """Training and evaluation on an `IterableDataset`, by :class:`StreamedBatches`; others are left to the base class.
 
     To the trainer, all passes of training together are one epoch of `max_steps` steps. Where a run goes on is a number
-    of batches from its start, over the ends of passes. `dataloader_drop_last` has no say: nothing is left over. An
-    evaluation is one pass, in the same batches each time.
+    of batches from its start, over the ends of passes; steps of another size, or rows in another order, than those of
+    the checkpoint are refused. `dataloader_drop_last` has no say: nothing is left over. An evaluation is one pass, in
+    the same batches each time.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = kwargs.get("args")
+        several = kwargs.get("train_dataset")
+        for name, rows in several.items() if isinstance(several, dict) else ():
+            if isinstance(rows, IterableDataset):
+                raise ValueError(
+                    f"train_dataset: {name!r} is streamed, and one of several: which comes next is drawn by their "
+                    "lengths. Join the streams with datasets.interleave_datasets or concatenate_datasets, or load "
+                    "them whole."
+                )
         if isinstance(kwargs.get("train_dataset"), IterableDataset) and (settings is None or settings.max_steps <= 0):
             raise ValueError(
                 "max_steps is not set, and train_dataset is streamed: it has no length, so num_train_epochs can't say "

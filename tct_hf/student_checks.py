@@ -19,8 +19,9 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
         teacher: whose encoder the student may start from.
 
     Raises:
-        SettingsError: prompts of the TCT encoding, a scale that is none, layers or Matryoshka sizes that the encoder
-            does not have, settings of dense students for a sparse one, or a base that it can't start from.
+        SettingsError: no room for a teacher's vectors, prompts of the TCT encoding, a scale that is none, layers or
+            Matryoshka sizes that the encoder does not have, settings of dense students for a sparse one, or a base
+            that it can't start from.
     """
     from tct_hf.encoders import plain_prompts
     from tct_hf.scaling import scale_modules
@@ -30,6 +31,10 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
             if given:
                 raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
         _check_splade(encoder, student)
+    if not 0 < student.teacher_cache_gigabytes < float("inf"):
+        raise SettingsError(
+            f"student.teacher_cache_gigabytes={student.teacher_cache_gigabytes}: give a finite number greater than 0"
+        )
     if encoder.prompts and encoder.encoding == "tct":
         raise SettingsError(
             "encoder.prompts: the TCT encoding has its own; leave them out, or set encoder.encoding to plain"

@@ -7,6 +7,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,7 @@ class TokenStore:
     up to its last whole record, and every vector is checked as it is read: one that is damaged counts as missing.
 
     Full, it keeps what it has and takes no more. Training goes through its texts in rounds: of a store for half of
-    them, half would be found; with the oldest thrown out for the newest, none would.
+    them, half would be found; with the oldest thrown out for the newest, none would. A full disk is a full store.
 
     Args:
         folder: made when missing.
@@ -51,7 +52,7 @@ class TokenStore:
         self._read: dict[str, int] = {}  # bytes of each index that are known
         self._files: dict[str, BinaryIO] = {}
         self._name = uuid.uuid4().hex
-        self._own: tuple[BinaryIO, BinaryIO] | None = None
+        self._own: tuple[FileIO, FileIO] | None = None
         self._warned = False
         self.refresh()
 
@@ -115,20 +116,34 @@ class TokenStore:
             self.full = True
             logger.warning(f"{self.folder}: full at {self.bytes / 1e9:.2f} GB; the texts that are not in it stay out.")
             return
-        if self._own is None:
-            self._own = (
-                (self.folder / f"{self._name}.f16").open("ab"),
-                (self.folder / f"{self._name}.index").open("ab"),
-            )
-        data, index = self._own
         records = np.empty(len(new), dtype=_RECORD)
-        offset = data.tell()
-        for row, (key, text) in enumerate(new.items()):
-            content = np.ascontiguousarray(text, dtype=np.float16).tobytes()
-            data.write(content)
-            records[row] = (key, offset, len(text), zlib.crc32(content))
-            self._places[key] = (self._name, offset, len(text), zlib.crc32(content))
-            offset += len(content)
-        data.flush()
-        index.write(records.tobytes())
-        index.flush()
+        contents = [np.ascontiguousarray(text, dtype=np.float16).tobytes() for text in new.values()]
+        try:
+            if self._own is None:
+                self._own = (
+                    (self.folder / f"{self._name}.f16").open("ab", buffering=0),
+                    (self.folder / f"{self._name}.index").open("ab", buffering=0),
+                )
+            data, index = self._own
+            offset = data.tell()
+            for row, (key, text, content) in enumerate(zip(new, new.values(), contents, strict=True)):
+                records[row] = (key, offset, len(text), zlib.crc32(content))
+                offset += len(content)
+            _write(data, b"".join(contents))
+            _write(index, records.tobytes())
+        except OSError as error:  # what is cached can be computed: no reason to lose a training
+            self.full = True
+            logger.warning(
+                f"{self.folder}: no more can be written ({error}); the texts that are not in it stay out. Make room "
+                "for the next run, or name another folder."
+            )
+            return
+        for key, offset, tokens, checksum in records.tolist():
+            self._places[key] = (self._name, offset, tokens, checksum)
+
+
+def _write(file: FileIO, content: bytes) -> None:
+    """All of it: a single call may write a part."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]

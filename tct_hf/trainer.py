@@ -118,15 +118,17 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         )
         self.teacher.to(self.args.device)
         for one in self.loss.values() if isinstance(self.loss, dict) else [self.loss]:
-            part = coupled_part(one)
-            if isinstance(self.teacher, NoTeacher) and getattr(part, "asks_teacher", False):
-                raise ValueError(
-                    f"There is no teacher to distil, but hard_label_weight is {part.hard_label_weight} and "
-                    f"margin_mse_weight {part.margin_mse_weight}: set them to 1 and 0, or give a teacher."
-                )
+            self._refuse_no_teacher(coupled_part(one))
         self.prepare_teacher()
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
+
+    def _refuse_no_teacher(self, loss: Any) -> None:
+        if isinstance(self.teacher, NoTeacher) and getattr(loss, "asks_teacher", False):
+            raise ValueError(
+                f"There is no teacher to distil, but hard_label_weight is {loss.hard_label_weight} and "
+                f"margin_mse_weight {loss.margin_mse_weight}: set them to 1 and 0, or give a teacher."
+            )
 
     def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> TCTDataCollator:
         """The collator that also lets the teacher prepare a batch."""
@@ -227,8 +229,9 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
             Scores, mask and positives of this device's queries against the candidates of the loss.
 
         Raises:
-            ValueError: the teacher gave a score that is not finite.
+            ValueError: the teacher gave a score that is not finite, or there is none and the loss asks for it.
         """
+        self._refuse_no_teacher(loss)  # a schedule may have changed the weights
         gather = getattr(loss, "gathers", False)
         prepared = {"query": features[0], "columns": features[1:], **batch.get("teacher", {})}
         scores = self.teacher.score_matrix(prepared, gather=gather)

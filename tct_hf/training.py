@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
 
 
 _SECONDS_FILE = "seconds.json"
+
+# How long processes wait for one another. One prepares the data of all, which NCCL's ten minutes may not be enough
+# for; and in training StallWatch, which names who is behind, has to come first.
+_PATIENCE = timedelta(hours=3)
 
 
 class ColBERTTrainer(StreamedTrainingMixin, WholeCheckpointsMixin, MultiVectorEncoderTrainer):
@@ -136,10 +141,10 @@ def process_state() -> PartialState:
         accelerate's state, with every process counted. Its own default counts one where several are launched on a
         machine without an accelerator, so that each would take itself for the main one.
     """
-    state = PartialState()
+    state = PartialState(timeout=_PATIENCE)
     if state.device.type == "cpu" and not state.use_distributed and "LOCAL_RANK" in os.environ:
         PartialState._reset_state()
-        state = PartialState(cpu=True)
+        state = PartialState(cpu=True, timeout=_PATIENCE)
     return state
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import normalizers
 
-from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher
+from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher, token_store
 from tct_hf.token_store import TokenStore
 from tests.models import tiny_colbert
 from tests.training import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
@@ -56,6 +57,18 @@ def test_another_teacher_has_another_folder(colbert: ColBERTTeacher, tmp_path: P
         live = teacher.score_matrix(inputs(teacher, QUERIES[:2], [PASSAGES[:2]]), gather=False)
         torch.testing.assert_close(scores, live, atol=5e-3, rtol=0)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_another_tokenizer_over_the_same_words_has_another_folder(colbert: ColBERTTeacher, tmp_path: Path) -> None:
+    def folder() -> Path:
+        return CachedTeacher(colbert, tmp_path / "cache").store.folder
+
+    before = folder()
+    colbert.score_matrix(inputs(colbert, QUERIES[:2], [PASSAGES[:2]]), gather=False)
+    assert folder() == before  # whatever the last batch was padded to
+    backend = colbert.model.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("dense", "sparse"), backend.normalizer])
+    assert folder() != before
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -140,11 +153,32 @@ def test_a_full_store_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptur
     assert caplog.text.count("full at") == 1
 
 
+def test_where_the_disk_is_full_training_goes_on_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounded = store(tmp_path)
+    bounded.put([1], [text(1)])
+
+    def no_room(file: Any, content: bytes) -> None:
+        file.write(content[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_store, "_write", no_room)
+    with caplog.at_level(logging.WARNING):
+        bounded.put([2], [text(2)])
+        bounded.put([3], [text(3)])
+    assert caplog.text.count("No space left on device") == 1 and str(tmp_path) in caplog.text
+    for reader in (bounded, store(tmp_path)):
+        assert np.array_equal(reader.get(1), text(1)) and reader.get(2) is None and reader.get(3) is None
+
+
 def test_what_can_not_be_cached_is_refused(colbert: ColBERTTeacher, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NoTeacher has none: give a ColBERTTeacher"):
         CachedTeacher(NoTeacher(), tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_gigabytes must be greater than 0"):
+    with pytest.raises(ValueError, match="max_gigabytes must be a finite number greater than 0"):
         CachedTeacher(colbert, tmp_path, max_gigabytes=0)
+    with pytest.raises(ValueError, match="max_gigabytes must be a finite number"):
+        CachedTeacher(colbert, tmp_path, max_gigabytes=float("inf"))
     store(tmp_path / "a").put([1], [text(1)])
     with pytest.raises(ValueError, match="dim"):
         TokenStore(tmp_path / "a", SETTINGS, dim=4, max_bytes=10)

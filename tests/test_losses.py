@@ -233,7 +233,7 @@ def test_teacher_matrix_of_another_shape_is_refused_with_both_shapes(
     ("setting", "message"),
     [
         ({"candidates": "all"}, "candidates must be"),
-        ({"mini_batch_size": 0}, "mini_batch_size must be at least 1"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be a whole number, at least 1"),
         ({"matryoshka_dims": [16, 33]}, "33 is not between 1 and the embedding's 32"),
         ({"matryoshka_dims": [0]}, "matryoshka_dims: 0"),
         ({"temperature": 0.0}, "temperature=0.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
     capsys.readouterr()
     assert recipe(tmp_path / "bm25", "--model=none", "--num_negatives=1") == 1
     assert "holds a run with num_negatives = 2, but now num_negatives = 1" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_test_split_is_mined(recipe: Callable[..., int], tmp_path: Path, settings: Path) -> None:
+    folder = tmp_path / "collection"
+    shutil.copytree(settings.parent / "collection", folder)
+    for file in (folder / "qrels").glob("test.tsv*"):
+        file.unlink()
+    assert recipe(tmp_path / "out", "--model=none", f"--data.source={folder}") == 0
+    assert (tmp_path / "out" / "mined" / "triples.parquet").is_file()
 
 
 @pytest.mark.parametrize(

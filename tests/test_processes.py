@@ -93,3 +93,33 @@ def test_a_run_of_one_process_is_not_watched() -> None:
     assert watch._thread is None
     with pytest.raises(ValueError, match="seconds must be greater than 0"):
         StallWatch(0)
+    with pytest.raises(ValueError, match="evaluation_seconds must be greater than 0"):
+        StallWatch(evaluation_seconds=-1)
+
+
+def test_an_evaluation_and_a_save_may_take_longer_than_a_step() -> None:
+    watch = StallWatch(60, evaluation_seconds=900)
+    state = type("State", (), {"global_step": 1})
+
+    def limit(evaluates: bool, saves: bool) -> float:
+        watch.on_step_begin(None, state, None)
+        watch.on_step_end(None, state, type("Control", (), {"should_evaluate": evaluates, "should_save": saves}))
+        return watch._limit
+
+    assert [limit(False, False), limit(True, False), limit(False, True)] == [60, 900, 900]
+    watch.on_step_begin(None, state, None)
+    assert watch._limit == 60
+
+
+def test_a_watch_whose_store_is_gone_still_ends_its_process() -> None:
+    class Gone:
+        def wait(self, *args: Any) -> None:
+            raise RuntimeError("connection reset")
+
+        set = get = wait
+
+    said: list[str] = []
+    watch = StallWatch(0.02, end=said.append)
+    watch._store, watch._world = Gone(), 2
+    watch._watch()
+    assert len(said) == 1 and "process 0 has told nothing, or keeps what the others tell" in said[0]

@@ -208,8 +208,10 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
         (["--mining.depth=0"], "mining.depth=0: too few candidates"),
         (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
         (["--data.labels=0"], "has no judged train queries to mine for"),
-        (["--student.training.temperature=-1"], "student.training: temperature must be"),
-        (["--later.student.temperature=-1"], "later: student.training: temperature must be"),
+        (["--student.training.temperature=-1"], "student.training: temperature=-1.0 is no temperature"),
+        (["--student.training.mini_batch_size=0"], "student.training: mini_batch_size must be a whole number"),
+        (["--student.teacher_cache_gigabytes=0"], "student.teacher_cache_gigabytes=0.0: give a finite number"),
+        (["--later.student.temperature=-1"], "later: student.training: temperature=-1.0 is no temperature"),
         (["--later.teacher.eval_strategy=steps", "--data.dev_split=none"], "later: teacher.training.eval_strategy is"),
     ],
 )

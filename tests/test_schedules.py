@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tct_hf import LossSchedule, Schedule
+from tct_hf import LossSchedule, NoTeacher, Schedule
 from tests.training import logged, make_models, make_trainer, triples
 
 
@@ -63,6 +63,14 @@ def test_a_resumed_run_has_the_values_of_its_steps(tmp_path: Path) -> None:
         assert logged(resumed, name) == pytest.approx(logged(whole, name), abs=1e-6)
 
 
+def test_without_a_teacher_no_schedule_may_ask_for_one(tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path)
+    trainer = make_trainer(tmp_path / "run", student, NoTeacher(), triples(16), hard_label_weight=1.0, max_steps=2)
+    trainer.add_callback(LossSchedule(trainer.loss, hard_label_weight=Schedule(1.0, 0.1)))
+    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1 "):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -71,6 +79,8 @@ def test_a_resumed_run_has_the_values_of_its_steps(tmp_path: Path) -> None:
         (lambda: Schedule(1.0, until=0.0), "until=0.0 is no share"),
         (lambda: Schedule("2"), "start='2' is no number"),  # type: ignore[arg-type]
         (lambda: Schedule(1.0, until=True), "until=True is no number"),
+        (lambda: Schedule(1.0, float("inf")), "end=inf leaves no value between"),
+        (lambda: Schedule(float("nan")), "start=nan leaves no value between"),
         (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),
         (lambda: LossSchedule({}, candidates=Schedule(1.0)), "'candidates' has no schedule"),
         (lambda: LossSchedule({}, hard_label_weight=Schedule(0.5, 1.5)), "hard_label_weight goes to 1.5"),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tct_hf import load_triples
 from tct_hf.streaming import StreamedBatches
-from tests.training import make_models, make_trainer
+from tests.training import make_models, make_trainer, triples
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("query", "positive", "negative")
@@ -83,6 +83,12 @@ def test_data_set_of_several_shards_is_shared_by_rows(workers: int) -> None:
     assert steps == passes(rows, 8, 1, 0, steps=3)
 
 
+def test_batches_of_no_rows_are_refused(tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 4), streaming=True)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        StreamedBatches(rows, 0)
+
+
 def test_pass_is_filled_up_from_the_next(tmp_path: Path) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
     steps = passes(rows, 2, 2, 1, steps=5)  # 20 rows in steps of 4
@@ -129,6 +135,45 @@ def test_trainer_wants_a_number_of_steps(tmp_path: Path) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 8), streaming=True)
     with pytest.raises(ValueError, match="max_steps is not set, and train_dataset is streamed"):
         make_trainer(tmp_path, student, teacher, rows, num_train_epochs=3)
+
+
+def test_a_stream_among_several_data_sets_is_refused_with_the_mend(tmp_path: Path) -> None:
+    student, teacher = make_models(tmp_path)
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 8), streaming=True)
+    with pytest.raises(ValueError, match=r"train_dataset: 'b' is streamed, and one of several.*interleave_datasets"):
+        make_trainer(tmp_path, student, teacher, {"a": triples(8), "b": rows}, max_steps=1)
+
+
+def test_a_run_goes_on_with_steps_of_as_many_rows_in_the_same_order_or_not_at_all(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    path = write_rows(tmp_path / "t.tsv", 40)
+    taken: list[int] = []
+
+    def train(steps: int, batch: int, *, seed: int = 1, resume: bool = True, **settings: Any) -> None:
+        rows = load_triples(path, streaming=True).shuffle(seed=seed, buffer_size=10)
+        settings |= {"max_steps": steps, "per_device_train_batch_size": batch, "save_steps": 2}
+        trainer = make_trainer(tmp_path / "run", *models, rows, save_strategy="steps", save_total_limit=1, **settings)
+        loss = trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            texts = models[0].tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
+            taken.extend(int(text.split()[-1]) for text in texts)
+            return loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = compute_loss
+        trainer.train(resume_from_checkpoint=resume)
+
+    train(2, 4, resume=False)
+    with pytest.raises(ValueError, match=r"for the rows a step \(4, now 8\).*ignore_data_skip=True"):
+        train(4, 8)
+    with pytest.raises(ValueError, match=r"for the order of the rows"):
+        train(4, 4, seed=2)
+    assert len(taken) == 8
+    train(10, 2, gradient_accumulation_steps=2)
+    assert sorted(taken) == [*range(40)]
+    before = len(taken)
+    train(10, 4)  # there is nothing left: the trainer takes one step more
+    assert len(taken) == before + 4
 
 
 def test_loader_outside_of_training_gives_one_pass(tmp_path: Path) -> None:

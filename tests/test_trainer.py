@@ -437,6 +437,14 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_
     assert entry["loss"] == pytest.approx(sum(entry[name] for name in parts), abs=1e-3)
 
 
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", True])
+def test_a_mini_batch_size_that_is_none_is_refused_with_the_arguments(tmp_path: Path, size: Any) -> None:
+    from tct_hf import TCTTrainingArguments
+
+    with pytest.raises(ValueError, match="mini_batch_size must be a whole number"):
+        TCTTrainingArguments(str(tmp_path), mini_batch_size=size, use_cpu=True)
+
+
 @pytest.mark.parametrize("dims", ["32", [8, 0], [], [8.0]])
 def test_matryoshka_dims_that_are_no_sizes_are_refused(tmp_path: Path, dims: Any) -> None:
     from tct_hf import TCTTrainingArguments

@@ -94,9 +94,10 @@ def mine_triples(
         `load_triples` opens the file.
 
     Raises:
-        ValueError: an argument out of range, a query or passage that run or judgements name and the data lack, a run
-            without any of the queries, a score that is missing or not finite, a corpus too small to fill a row up, no
-            row at all, or an output_dir of other arguments.
+        ValueError: an argument out of range, a query or passage that judgements name and the data lack, a passage that
+            the run names (of a judged query: others are not looked at) and the corpus lacks, a run without any of
+            the queries, a score that is missing or not finite, a corpus too small to fill a row up, no row at all, or
+            an output_dir of other arguments.
         OSError: output_dir can't be written.
 
     Source: Lin, Yang, Lin, "In-Batch Negatives for Knowledge Distillation with Tightly-Coupled Teachers for Dense
@@ -158,7 +159,7 @@ def mine_triples(
         claim(folder, settings)
     if state is not None:
         state.wait_for_everyone()
-    if not (folder / SUMMARY_FILE).is_file():
+    if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
         _write_parts(folder, parts, mine, state, write)
         if state is not None:
             state.wait_for_everyone()
@@ -227,15 +228,19 @@ def _check(
 def _candidates(scores: Mapping[str, float], query_id: str, depth: int, row_of: Mapping[str, int]) -> dict[int, float]:
     """The best passages of a query as rows of the corpus, best first."""
     # As `tct_hf.retrieval.runs.rank`, which data does not know.
+    for passage_id, score in scores.items():  # all of them: one that is nan leaves the others in no order
+        if not math.isfinite(score):
+            raise ValueError(
+                f"run: the score of query {query_id!r} and passage {passage_id!r} is {score}; leave the passage out, "
+                "or score it again"
+            )
     best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:depth]
-    for passage_id, score in best:
+    for passage_id, _ in best:
         if passage_id not in row_of:
             raise ValueError(
                 f"run: passage {passage_id!r} (query {query_id!r}) is not in the corpus; give the corpus that the run "
                 "was made on"
             )
-        if not math.isfinite(score):
-            raise ValueError(f"run: the score of query {query_id!r} and passage {passage_id!r} is {score}")
     return {row_of[passage_id]: float(score) for passage_id, score in best}
 
 
@@ -314,13 +319,18 @@ def _write_parts(
 
 def _join_parts(folder: Path, parts: int, settings: Mapping[str, Any]) -> None:
     """One file of all parts, in their order, with what they counted beside it."""
+    import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     done = MiningCounts()
 
     def tables() -> Iterator[Any]:
         for number in range(parts):
-            table = pq.read_table(_part_file(folder, number))
+            file = _part_file(folder, number)
+            try:
+                table = pq.read_table(file)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{file}: damaged ({error}); delete it and start again") from error
             done.add(MiningCounts(**json.loads(table.schema.metadata[_COUNTS])))
             yield table.replace_schema_metadata(None)
 

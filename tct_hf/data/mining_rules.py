@@ -100,6 +100,10 @@ class Rules:
     too_few: str
 
     def __post_init__(self) -> None:
+        for name in ("num_negatives", "depth", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}={value!r}: give a whole number")
         if self.num_negatives < 1:
             raise ValueError(f"num_negatives={self.num_negatives}: it must be 1 or more")
         if self.depth < self.num_negatives:

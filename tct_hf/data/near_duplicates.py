@@ -9,7 +9,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
-_WORD = re.compile(r"\w+")
+# Thai, Lao, Burmese, Khmer, kana and Han are written without blanks: there each letter is a word.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _MARK = re.compile(r"[^\w\s]|_")
 
 
@@ -50,7 +54,8 @@ def folded(text: str) -> str:
 
 
 def shingles(text: str, width: int) -> frozenset[int]:
-    """Hash every run of `width` lower-case words of a text; a shorter text is one shingle."""
+    """Hash every run of `width` lower-case words of a text (letters, in scripts without blanks); a shorter text is one
+    shingle."""
     words = _WORD.findall(text.lower())
     return frozenset(
         zlib.crc32(" ".join(words[at : at + width]).encode()) for at in range(max(1, len(words) - width + 1))

@@ -166,6 +166,30 @@ def test_no_known_positive_and_no_near_duplicate_of_one_comes_out(seed: int) -> 
             assert negatives <= {"plum", "apple", "copy", "boat"}
 
 
+def test_near_duplicates_are_found_where_words_have_no_blanks_between_them() -> None:
+    texts = [
+        "密集检索的老师和学生模型的蒸馏方法在这里被描述",
+        "密集检索的老师和学生模型的蒸馏方法在这里被描述了",
+        "今天天气很好我们去公园散步",
+    ]
+    passages = Dataset.from_dict({"id": ["a", "b", "c"], "text": texts})
+    run = {"q1": {"b": 2.0, "c": 1.0}}
+    [row] = mine_triples(run, passages, {"q1": "蒸馏"}, {"q1": {"a": 1}}, origin="x", seed=1)
+    assert row["negative_id"] == "c"
+
+
+def test_a_damaged_part_is_named_and_a_lost_file_is_mined_again(tmp_path: Path) -> None:
+    rows = mined(output_dir=tmp_path / "out", queries_a_part=1)
+    (tmp_path / "out" / "triples.parquet").unlink()
+    assert mined(output_dir=tmp_path / "out", queries_a_part=1) == rows
+    (tmp_path / "out" / "triples.parquet").unlink()
+    part = tmp_path / "out" / "parts" / "00000.parquet"
+    part.parent.mkdir()
+    part.write_bytes(b"PAR1 cut off")
+    with pytest.raises(ValueError, match=r"00000\.parquet: damaged .*delete it and start again"):
+        mined(output_dir=tmp_path / "out", queries_a_part=1)
+
+
 def test_without_a_threshold_only_equal_texts_are_refused() -> None:
     found = {row["negative_id"] for seed in range(25) for row in mined(seed=seed, near_duplicate=None)[:2]}
     assert found == {"near", "plum", "pear", "car"}
@@ -373,6 +397,10 @@ def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
         ({"run": lambda queries: {}}, "run: it has no passage for any of the queries"),
         ({"run": {"q1": {"quince": 1.0}}}, "run: passage 'quince' .query 'q1'. is not in the corpus"),
         ({"run": {"q1": {"car": float("nan")}}}, "run: the score of query 'q1' and passage 'car' is nan"),
+        # Wherever it stands: the others could not be put in order.
+        ({"run": {"q1": {"bus": 1.0, "car": float("nan"), "train": 3.0}}, "depth": 1}, "passage 'car' is nan; leave"),
+        ({"num_negatives": 1.5}, "num_negatives=1.5: give a whole number"),
+        ({"seed": None}, "seed=None: give a whole number"),
         ({"teacher": {"q1": {"apple": 1.0}}}, "teacher: it has no score of query 'q1' and passage"),
         ({"teacher": lambda pairs: [1.0]}, r"teacher: it gave 1 scores for \d+ pairs"),
         ({"teacher": lambda pairs: [float("inf")] * len(pairs)}, "teacher: its score of query 'q1'.*is inf"),
