@@ -50,6 +50,15 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted else torch.float32
 
 
+def unpack_half(model: torch.nn.Module, dtype: str, device: torch.device) -> None:
+    """Make half-precision weights float32 where a teacher computes in it.
+
+    Autocast only goes down, and transformers keeps the half precision that a checkpoint was saved in.
+    """
+    if compute_dtype(dtype, device) == torch.float32:
+        model.float()
+
+
 class Teacher(ABC):
     """Scores every query of a batch against every candidate passage of it.
 
@@ -87,7 +96,7 @@ class Teacher(ABC):
     def announce(  # noqa: B027
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
     ) -> None:
-        """Log what a step will cost, where that is worth a word; called once, before the first step.
+        """Log what a batch will cost, where that is worth a word; called once, before the first step.
 
         Args:
             rows: a few of the training set, to be timed with; none where the rows are streamed.
@@ -159,7 +168,8 @@ class ColBERTTeacher(Teacher):
     Args:
         model: a multi-vector model, or a path or Hub id of one (of this package, sentence-transformers, PyLate or the
             Stanford code).
-        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always.
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the encoder computes in it.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
         tokens_per_pass: at most this many tokens go through the encoder at once.
         chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
@@ -200,6 +210,7 @@ class ColBERTTeacher(Teacher):
         self.tokens_per_pass = tokens_per_pass
         self.chunk_elements = chunk_elements
         self.shares_tokens = False
+        unpack_half(self.model, dtype, self.model.device)
         self.model.eval()
 
     def attach(self, student: SentenceTransformer) -> None:
@@ -229,6 +240,7 @@ class ColBERTTeacher(Teacher):
     def to(self, device: torch.device) -> ColBERTTeacher:
         """Move the model to the device that scores."""
         self.model.to(device)
+        unpack_half(self.model, self.dtype, device)
         return self
 
     def _preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:

@@ -352,6 +352,15 @@ def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEnc
     assert all(parameter.dtype == torch.float32 for parameter in encoders[format].parameters())
 
 
+def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = load_colbert(tiny_colbert(tmp_path / "whole")).half()
+    model.save_pretrained(str(tmp_path / "half"))
+    teacher = ColBERTTeacher(str(tmp_path / "half"), dtype="float32")
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+    expected = score(ColBERTTeacher(model.float(), dtype="float32"), TEXTS, columns_of(13, 2))  # of rounded weights
+    torch.testing.assert_close(score(teacher, TEXTS, columns_of(13, 2)), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_trainers_autocast_changes_no_score(encoders: dict[str, MultiVectorEncoder], dtype: Any) -> None:
     teacher = ColBERTTeacher(encoders["tct"], dtype=dtype)
