@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tct_hf.collator import candidate_columns
 from tct_hf.data.row_parsing import shown
-from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score
+from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
 from tct_hf.distributed import spread_own
 from tct_hf.teachers import Teacher, check_scale
 
@@ -62,7 +62,7 @@ class StoredScores(Teacher):
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
         """Also refuse a data set without the scores, or without the ids to find them by."""
         super().check(columns, candidates=candidates)
-        names = candidate_columns([name for name in columns if name != "dataset_name"])
+        names = candidate_columns(columns, read=columns)
         if self.table is None:
             self._score_columns(columns, names)
             return
@@ -72,6 +72,13 @@ class StoredScores(Teacher):
                 f"The scores of {self.table.name} are found by ids, but the data set has no {', '.join(missing)}: use "
                 "triples with ids (load_triples keeps them), or scores in columns."
             )
+
+    def columns_read(self, names: Sequence[str]) -> list[str]:
+        """The columns of the scores; none of a table's."""
+        if self.table is not None:
+            return []
+        found = self._score_columns(names, candidate_columns(names, read=names))
+        return [found] if isinstance(found, str) else found
 
     def _score_columns(self, there: Sequence[str], names: Sequence[str]) -> list[str] | str:
         """The columns of one score a candidate, or the column that lists them."""
@@ -101,8 +108,8 @@ class StoredScores(Teacher):
         self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """Read and check the scores of the rows, `(queries, columns)`."""
-        there = [name for name in rows[0] if name != "dataset_name"]
-        names = candidate_columns(there)
+        there = list(rows[0])
+        names = candidate_columns(there, read=there)
         if self.table is not None:
             self.check(there, candidates="own")
             return {"scores": torch.tensor(self._looked_up(rows, names), dtype=torch.float32)}
@@ -138,8 +145,8 @@ def _values(
 ) -> list[tuple[str, Any]]:
     """(column, score) of each candidate of a row."""
     if not isinstance(columns, str):
-        return [(column, _plain(row[column])) for column in columns]
-    listed = _plain(row[columns])
+        return [(column, plain(row[column])) for column in columns]
+    listed = plain(row[columns])
     if not isinstance(listed, (list, tuple)):
         raise ValueError(
             f"{place}, column {columns!r}: holds {shown(listed)}, where a list of {len(names)} scores is needed, "
@@ -151,8 +158,3 @@ def _values(
             "give one each, positive first."
         )
     return [(columns, value) for value in listed]
-
-
-def _plain(value: Any) -> Any:
-    # A format such as "torch" or "numpy" gives tensors and arrays.
-    return value.tolist() if hasattr(value, "tolist") else value

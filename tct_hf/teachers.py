@@ -93,6 +93,14 @@ class Teacher(ABC):
                 'TeacherEnsemble, or, if it is a CrossEncoderTeacher, accept the cost with its candidates="in-batch".'
             )
 
+    def columns_read(self, names: Sequence[str]) -> list[str]:
+        """The columns that this teacher reads beside texts and ids, whatever they are called.
+
+        Args:
+            names: all columns of a data set.
+        """
+        return []
+
     def announce(  # noqa: B027
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
     ) -> None:

@@ -132,17 +132,19 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         """The collator that also lets the teacher prepare a batch."""
         return TCTDataCollator(preprocess_fn=model.preprocess, prompts=model.prompts, teacher=self.teacher)
 
+    def _candidates(self, names: list[str]) -> list[str]:
+        return candidate_columns(names, read=self.teacher.columns_read(names))
+
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
         """Refuse a data set without the columns of training, before the first step."""
         super().validate_column_names(dataset, dataset_name=dataset_name)
         if not isinstance(dataset, dict):
-            candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+            self._candidates(dataset.column_names)
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """sentence-transformers' sampler, shown the texts alone: equal labels make no duplicates."""
         if isinstance(dataset, Dataset) and "query" in dataset.column_names:
-            texts = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
-            dataset = dataset.select_columns(["query", *texts])
+            dataset = dataset.select_columns(["query", *self._candidates(dataset.column_names)])
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def get_multi_dataset_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +178,7 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         if dataset is None or not dataset.column_names or not self.is_world_process_zero():
             return
         rows = [dataset[row] for row in range(min(4, len(dataset)))] if isinstance(dataset, Dataset) else []
-        columns = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+        columns = self._candidates(dataset.column_names)
         batches = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
         self.teacher.announce(rows, columns, queries=self.args.per_device_train_batch_size, batches=batches)
 
