@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from tct_hf.data.row_parsing import shown
 from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
 from tct_hf.distributed import spread_own
 from tct_hf.teachers import Teacher, check_scale
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # What is looked for where no column is named: a list of this name, or columns of candidates' names and this.
 _SEARCHED = ("scores", "teacher_score", "label", "score")
@@ -72,6 +75,19 @@ class StoredScores(Teacher):
                 f"The scores of {self.table.name} are found by ids, but the data set has no {', '.join(missing)}: use "
                 "triples with ids (load_triples keeps them), or scores in columns."
             )
+
+    def check_rows(self, rows: Dataset) -> None:
+        """Look all rows up in the table, which training would do as it comes to them.
+
+        Args:
+            rows: with ids.
+
+        Raises:
+            ValueError: the first row without a score, and the mend.
+        """
+        names = candidate_columns(rows.column_names, read=rows.column_names)
+        for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
+            self._looked_up([dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)], names)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns of the scores; none of a table's."""
