@@ -183,7 +183,7 @@ class ColBERTTeacher(Teacher):
         chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
 
     Raises:
-        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no MultiVectorEncoder.
+        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no trained ColBERT.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1; Khattab and Zaharia, arXiv 2004.12832.
     """
@@ -203,7 +203,7 @@ class ColBERTTeacher(Teacher):
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         path = str(model) if isinstance(model, (str, Path)) else None
         if path is not None:
-            _refuse_single_vectors(path)
+            _refuse_untrained(path)
         loaded = MultiVectorEncoder(path) if path is not None else model
         if not isinstance(loaded, MultiVectorEncoder):
             raise ValueError(
@@ -368,17 +368,30 @@ def describe_teacher(model: MultiVectorEncoder) -> dict[str, Any]:
     }
 
 
-def _refuse_single_vectors(name_or_path: str) -> None:
-    """sentence-transformers would make an untrained ColBERT of a SentenceTransformer, a student for instance."""
+def _refuse_untrained(name_or_path: str) -> None:
+    """sentence-transformers would make a ColBERT with a random projection of any other model."""
     from sentence_transformers.util import load_file_path
 
-    config = load_file_path(name_or_path, "config_sentence_transformers.json")
-    if config is None:
-        return
-    if json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == "SentenceTransformer":
+    def read(file: str) -> dict[str, Any] | None:
+        path = load_file_path(name_or_path, file)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+    kind = (read("config_sentence_transformers.json") or {}).get("model_type")
+    if kind in ("SentenceTransformer", "SparseEncoder", "CrossEncoder"):
+        what = {"CrossEncoder": "one score a pair"}.get(kind, "one vector a text")
         raise ValueError(
-            f"{name_or_path} is a SentenceTransformer, one vector a text, and no ColBERT: name the folder or Hub id "
+            f"{name_or_path} is a {kind}, {what}, and no ColBERT: name the folder or Hub id "
             "of a multi-vector model (beside a student of the recipe that is the folder teacher)."
+        )
+    config = read("config.json")
+    if config is None or load_file_path(name_or_path, "modules.json") is not None:
+        return
+    architectures = config.get("architectures") or []
+    if not any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
+        raise ValueError(
+            f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection would "
+            "be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or train one "
+            "from it (build_colbert, recipes/train.py)."
         )
 
 
