@@ -24,7 +24,7 @@ from tct_hf.pipeline import (
 )
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
-from tct_hf.teacher_settings import check_teacher, check_teaching
+from tct_hf.teacher_settings import check_scores, check_teacher, check_teaching
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -84,6 +84,8 @@ def main(settings: Settings) -> None:
         )
         if rows is not None:
             rows = pipeline.refuse_reported_queries(rows, collection)
+        if "student" in settings.stages and not (output / "student").is_dir():
+            check_scores(settings.teacher, rows)
         if "evaluate" in settings.stages:
             if "test" not in collection.splits:
                 raise SettingsError(

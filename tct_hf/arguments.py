@@ -180,12 +180,16 @@ class SparseTCTTrainingArguments(CoupledArguments, SparseEncoderTrainingArgument
     def __post_init__(self) -> None:
         for name in ("document_regularizer_weight", "query_regularizer_weight", "regularizer_warmup"):
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
+            if value is None and name == "query_regularizer_weight":
+                continue
+            if value is None or not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or greater, got {value}.")
         for name in ("document_regularizer_threshold", "query_regularizer_threshold"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} counts active dimensions: 0 or more, or None for none, got {value}.")
+            if value is not None and (value < 0 or value != int(value)):
+                raise ValueError(
+                    f"{name} counts active dimensions: a whole number, 0 or more, or None for none, got {value}."
+                )
         if self.regularizer_warmup >= 1.0 and self.regularizer_warmup != int(self.regularizer_warmup):
             raise ValueError(
                 f"regularizer_warmup={self.regularizer_warmup} is neither a share of the steps, below 1, nor a whole "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -29,11 +29,12 @@ def stable_id(key: str) -> int:
     return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
-def candidate_columns(names: Sequence[str]) -> list[str]:
+def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> list[str]:
     """The candidate columns of a data set in the order of the score matrix: positive, then the negatives.
 
     Args:
         names: all columns of the data set.
+        read: those of other names that the teacher reads.
 
     Returns:
         `["positive", "negative"]`, or `["positive", "negative_1", ..., "negative_n"]`, n >= 0.
@@ -42,16 +43,18 @@ def candidate_columns(names: Sequence[str]) -> list[str]:
         ValueError: a column is missing, unknown or numbered with a gap, with the mend.
     """
     known = {name for name in names if name == "query" or _CANDIDATE.fullmatch(name)}
+    others = {*read, "dataset_name"}
     unknown = [
-        name for name in names if name not in known and not _IDENTIFIER.fullmatch(name) and not _RECORD.fullmatch(name)
+        name
+        for name in names
+        if name not in known | others and not _IDENTIFIER.fullmatch(name) and not _RECORD.fullmatch(name)
     ]
     missing = [name for name in ("query", "positive") if name not in known]
     if missing or unknown:
         raise ValueError(
             f"The data set has the columns {list(names)}, but "
             + " and ".join(
-                [f"{name!r} is missing" for name in missing]
-                + [f"{name!r} is not known" for name in unknown if name != "dataset_name"]
+                [f"{name!r} is missing" for name in missing] + [f"{name!r} is not known" for name in unknown]
             )
             + ". Training takes query, positive, negative (or negative_1 to negative_n), and ids as query_id, "
             "positive_id, negative_id (or negative_1_id ...), known_positive_ids and labelled: rename_column or "
@@ -95,7 +98,8 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         if not features:
             return {}
         dataset = features[0].get("dataset_name")
-        columns = candidate_columns([name for name in features[0] if name != "dataset_name"])
+        there = list(features[0])
+        columns = candidate_columns(there, read=self.teacher.columns_read(there) if self.teacher is not None else ())
         texts = {name: [row[name] for row in features] for name in ("query", *columns)}
         for name, values in texts.items():
             if not all(isinstance(value, str) for value in values):

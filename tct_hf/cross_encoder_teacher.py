@@ -17,7 +17,15 @@ from torch import Tensor
 from tct_hf.batching import parts_of_like_length, stack_columns
 from tct_hf.distributed import gather_rows, sizes_of_all, spread_own
 from tct_hf.progress import human_duration
-from tct_hf.teachers import Features, Teacher, check_dtype, check_scale, compute_dtype, read_training_scale
+from tct_hf.teachers import (
+    Features,
+    Teacher,
+    check_dtype,
+    check_scale,
+    compute_dtype,
+    read_training_scale,
+    unpack_half,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +42,9 @@ class CrossEncoderTeacher(Teacher):
         model: a cross-encoder of one label, or a path or Hub id of one.
         candidates: "own", a query's own positive and negatives are scored, for `candidates="own"` of the loss; or
             "in-batch", every query with every passage of the batch (of all devices): a batch of 32 with one negative
-            is 2,048 pairs in place of 64. What a step will take is logged before training.
-        dtype: what the model computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always.
+            is 2,048 pairs in place of 64. What a batch will take is logged before training.
+        dtype: what the model computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the model computes in it.
         max_length: tokens that a pair keeps; the model's own limit when None.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
         tokens_per_pass: at most this many tokens go through the model at once.
@@ -84,33 +93,35 @@ class CrossEncoderTeacher(Teacher):
         self.dtype = dtype
         self.tokens_per_pass = tokens_per_pass
         self._travels = False
+        unpack_half(self.model, dtype, self.model.device)
         self.model.eval()
 
     def announce(
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
     ) -> None:
-        """Log the pairs of a step, and how long they take by the time of a few."""
+        """Log the pairs of a batch, and how long they take by the time of a few."""
         own = queries * len(columns)
         pairs = own if self.covers == "own" else own * queries * batches
-        said = f"The cross-encoder scores {pairs:,} pairs a step on each device"
+        said = f"The cross-encoder scores {pairs:,} pairs a batch on each device"
         if self.covers == "in-batch":
             said += f" (every passage of the batch), where own candidates would be {own:,}"
         timed = [(row["query"], row[name]) for row in rows for name in columns]
         if timed:
             chunks = send_to_device(self._tokenise(timed), self.model.device)
-            self._score(chunks)  # the first pass also loads kernels
+            self._score(chunks).cpu()  # the first pass also loads kernels
             begun = time.perf_counter()
             self._score(chunks).cpu()
             each = (time.perf_counter() - begun) / len(timed)
             said += f": about {human_duration(pairs * each)}"
             if self.covers == "in-batch":
-                said += f" a step, own candidates {human_duration(own * each)}"
+                said += f" a batch, own candidates {human_duration(own * each)}"
             said += f", by {len(timed)} pairs that were timed"
         logger.log(logging.WARNING if self.covers == "in-batch" else logging.INFO, f"{said}.")
 
     def to(self, device: torch.device) -> CrossEncoderTeacher:
         """Move the model to the device that scores."""
         self.model.to(device)
+        unpack_half(self.model, self.dtype, device)
         # Workers know nothing of other processes' passages: then the texts travel, and pairs are made where they meet.
         self._travels = self.covers == "in-batch" and get_world_size() > 1
         return self

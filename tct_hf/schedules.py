@@ -9,8 +9,17 @@ from typing import Any, Literal, get_args
 from transformers import TrainerCallback
 
 from tct_hf.losses import coupled_part
+from tct_hf.score_losses import check_settings
 
 Shape = Literal["constant", "linear", "cosine"]
+# The loss's settings that may change, each with a value that is in its range.
+NUMBERS: dict[str, float] = {
+    "temperature": 1.0,
+    "student_temperature": 1.0,
+    "hard_label_weight": 0.1,
+    "margin_mse_weight": 0.0,
+    "student_divisor": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Schedule:
 
 
 class LossSchedule(TrainerCallback):
-    """Sets a loss's temperature, student temperature and hard-label weight before every step, and logs them.
+    """Sets those of a loss's settings that are numbers before every step, and logs them.
 
     The values depend on `global_step` alone, so that a run that resumes goes on where it was::
 
@@ -73,7 +82,8 @@ class LossSchedule(TrainerCallback):
 
     Args:
         loss: the trainer's :class:`TightlyCoupledLoss`, or its dict of losses by data set.
-        **schedules: a :class:`Schedule` each for `temperature`, `student_temperature`, `hard_label_weight`.
+        **schedules: a :class:`Schedule` each for `temperature`, `student_temperature`, `hard_label_weight`,
+            `margin_mse_weight`, `student_divisor`.
 
     Raises:
         ValueError: no schedule, one of another setting, or one that leaves the setting's range.
@@ -82,16 +92,15 @@ class LossSchedule(TrainerCallback):
     def __init__(self, loss: Any, **schedules: Schedule | None) -> None:
         self.losses = [coupled_part(one) for one in (loss.values() if isinstance(loss, dict) else [loss])]
         self.schedules = {name: schedule for name, schedule in schedules.items() if schedule is not None}
-        known = ("temperature", "student_temperature", "hard_label_weight")
-        if not self.schedules or (unknown := [name for name in self.schedules if name not in known]):
+        if not self.schedules or (unknown := [name for name in self.schedules if name not in NUMBERS]):
             what = f"{unknown[0]!r} has no schedule" if self.schedules else "there is no schedule"
-            raise ValueError(f"{what}: give one of {', '.join(known)}.")
+            raise ValueError(f"{what}: give one of {', '.join(NUMBERS)}.")
         for name, schedule in self.schedules.items():
             for value in (schedule.start, schedule.start if schedule.end is None else schedule.end):
-                if name == "hard_label_weight" and not 0.0 <= value <= 1.0:
-                    raise ValueError(f"hard_label_weight goes to {value}: a weight is a number from 0 to 1.")
-                if name != "hard_label_weight" and not 0.0 < value < float("inf"):
-                    raise ValueError(f"{name} goes to {value}: a temperature is a finite number greater than 0.")
+                try:
+                    check_settings(**{**NUMBERS, name: value}, kl_direction="forward")
+                except ValueError as error:
+                    raise ValueError(f"{name} goes to {value}: {error}") from None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for loss in self.losses:

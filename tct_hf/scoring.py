@@ -38,7 +38,7 @@ def score_triples(
     Stopped and called again, it goes on after the last whole shard; finished, it returns at once.
 
     Args:
-        teacher: of any kind.
+        teacher: of any kind but an ensemble for the whole batch, whose scores depend on the other rows of a batch.
         triples: as `load_triples` gives them.
         output_dir: a folder of other arguments is refused.
         depends: JSON-ready, all that the scores depend on beside the triples, for instance `describe_teacher`.
@@ -54,18 +54,29 @@ def score_triples(
         ...): `load_triples(output_dir / "triples", scores="teacher_score")` reads them for `StoredScores`.
 
     Raises:
-        ValueError: sizes below 1, no row, scores that are there already or are not finite, a folder of other
-            arguments.
+        ValueError: sizes below 1, no row, scores that are there already or are not finite, a teacher that is not for
+            a query's own candidates alone, a folder of other arguments.
         OSError: output_dir can't be written.
     """
     from tct_hf.collator import candidate_columns
+    from tct_hf.cross_encoder_teacher import CrossEncoderTeacher
+    from tct_hf.teacher_ensemble import TeacherEnsemble
 
     for name, size in (("rows_a_shard", rows_a_shard), ("batch_size", batch_size)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
+    if isinstance(teacher, TeacherEnsemble) and teacher.covers == "in-batch":
+        raise ValueError(
+            "A TeacherEnsemble of teachers for the whole batch normalises over it, so that its scores depend on the "
+            "rows beside a row: score with each teacher alone, and mix StoredScores."
+        )
+    if isinstance(teacher, CrossEncoderTeacher) and teacher.covers == "in-batch":
+        raise ValueError(
+            'The cross-encoder would score every query with every passage: load it with candidates="own".'
+        )
     if not len(triples):
         raise ValueError("triples: there is no row to score.")
-    names = candidate_columns([name for name in triples.column_names if name != "dataset_name"])
+    names = candidate_columns(triples.column_names)
     taken = [f"{name}_{SCORE_NAME}" for name in names if f"{name}_{SCORE_NAME}" in triples.column_names]
     if taken:
         raise ValueError(f"triples: they have a column {taken[0]!r} already; remove it, or train on it as it is.")

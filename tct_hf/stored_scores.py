@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tct_hf.collator import candidate_columns
 from tct_hf.data.row_parsing import shown
-from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score
+from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
 from tct_hf.distributed import spread_own
 from tct_hf.teachers import Teacher, check_scale
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # What is looked for where no column is named: a list of this name, or columns of candidates' names and this.
 _SEARCHED = ("scores", "teacher_score", "label", "score")
@@ -63,7 +66,7 @@ class StoredScores(Teacher):
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
         """Also refuse a data set without the scores, or without the ids to find them by."""
         super().check(columns, candidates=candidates)
-        names = candidate_columns([name for name in columns if name != "dataset_name"])
+        names = candidate_columns(columns, read=columns)
         if self.table is None:
             self._score_columns(columns, names)
             return
@@ -73,6 +76,26 @@ class StoredScores(Teacher):
                 f"The scores of {self.table.name} are found by ids, but the data set has no {', '.join(missing)}: use "
                 "triples with ids (load_triples keeps them), or scores in columns."
             )
+
+    def check_rows(self, rows: Dataset) -> None:
+        """Look all rows up in the table, which training would do as it comes to them.
+
+        Args:
+            rows: with ids.
+
+        Raises:
+            ValueError: the first row without a score, and the mend.
+        """
+        names = candidate_columns(rows.column_names, read=rows.column_names)
+        for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
+            self._looked_up([dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)], names)
+
+    def columns_read(self, names: Sequence[str]) -> list[str]:
+        """The columns of the scores; none of a table's."""
+        if self.table is not None:
+            return []
+        found = self._score_columns(names, candidate_columns(names, read=names))
+        return [found] if isinstance(found, str) else found
 
     def _score_columns(self, there: Sequence[str], names: Sequence[str]) -> list[str] | str:
         """The columns of one score a candidate, or the column that lists them."""
@@ -102,8 +125,8 @@ class StoredScores(Teacher):
         self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """Read and check the scores of the rows, `(queries, columns)`."""
-        there = [name for name in rows[0] if name != "dataset_name"]
-        names = candidate_columns(there)
+        there = list(rows[0])
+        names = candidate_columns(there, read=there)
         if self.table is not None:
             self.check(there, candidates="own")
             return {"scores": torch.tensor(self._looked_up(rows, names), dtype=torch.float32)}
@@ -139,8 +162,8 @@ def _values(
 ) -> list[tuple[str, Any]]:
     """(column, score) of each candidate of a row."""
     if not isinstance(columns, str):
-        return [(column, _plain(row[column])) for column in columns]
-    listed = _plain(row[columns])
+        return [(column, plain(row[column])) for column in columns]
+    listed = plain(row[columns])
     if not isinstance(listed, (list, tuple)):
         raise ValueError(
             f"{place}, column {columns!r}: holds {shown(listed)}, where a list of {len(names)} scores is needed, "
@@ -152,8 +175,3 @@ def _values(
             "give one each, positive first."
         )
     return [(columns, value) for value in listed]
-
-
-def _plain(value: Any) -> Any:
-    # A format such as "torch" or "numpy" gives tensors and arrays.
-    return value.tolist() if hasattr(value, "tolist") else value

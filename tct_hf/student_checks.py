@@ -30,6 +30,10 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
         for name, given in (("pooling", student.pooling != "mean"), ("scale", student.scale is not None)):
             if given:
                 raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
+        if encoder.prompts and not teacher.is_trained_here:
+            raise SettingsError(
+                "encoder.prompts: a sparse student reads texts without any; leave them out, or make it a dense one"
+            )
         _check_splade(encoder, student)
     if not 0 < student.teacher_cache_gigabytes < float("inf"):
         raise SettingsError(

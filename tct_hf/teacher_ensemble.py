@@ -67,6 +67,10 @@ class TeacherEnsemble(Teacher):
         for teacher in self.teachers:
             teacher.check(columns, candidates="own" if teacher.covers == "own" else candidates)
 
+    def columns_read(self, names: Sequence[str]) -> list[str]:
+        """Those of all teachers."""
+        return [name for teacher in self.teachers for name in teacher.columns_read(names)]
+
     def announce(
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
     ) -> None:

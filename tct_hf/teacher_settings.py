@@ -12,6 +12,8 @@ from tct_hf.files import file_digest
 from tct_hf.settings import SettingsError, setting
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
     from tct_hf.teachers import Teacher
 
 
@@ -91,6 +93,8 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
             )
         if one.model is not None:
             raise SettingsError(f"{prefix}{model}: stored scores need no model; leave it out, or choose another kind")
+        if one.candidates == "in-batch":
+            raise SettingsError(f"{prefix}candidates: stored scores are of a query's own candidates; leave it out")
         path = Path(one.scores)
         if one.column is None and not path.is_file() and not is_hub_table(one.scores):
             raise SettingsError(f"{prefix}scores: {path}: no such file of scores; give the right path")
@@ -159,6 +163,31 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
             f"teacher.scores: {teacher.score_columns} are columns of triples, or a file that is not there; name the "
             "triples with triples.path (recipes/score.py writes them), or give the right path of a file"
         )
+
+
+def check_scores(teacher: TeacherSettings, rows: Dataset | IterableDataset | None) -> None:
+    """Read the files of stored scores before anything is trained, and look every row up in them.
+
+    Args:
+        teacher: checked by :func:`check_teacher`.
+        rows: to be trained on; streamed ones are looked up as they come, and those still to be made (None) then too.
+
+    Raises:
+        ValueError, FileNotFoundError: as `StoredScores`; a row's score is missing.
+    """
+    from datasets import Dataset
+
+    from tct_hf import StoredScores
+
+    for one in teacher.parts:
+        if one.kind != "stored" or one.column is not None:
+            continue
+        stored = StoredScores(one.scores)
+        if rows is None or not rows.column_names:
+            continue
+        stored.check(rows.column_names, candidates="own")
+        if isinstance(rows, Dataset):
+            stored.check_rows(rows)
 
 
 def check_colbert(teacher: TeacherSettings) -> None:

@@ -50,6 +50,15 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted else torch.float32
 
 
+def unpack_half(model: torch.nn.Module, dtype: str, device: torch.device) -> None:
+    """Make half-precision weights float32 where a teacher computes in it.
+
+    Autocast only goes down, and transformers keeps the half precision that a checkpoint was saved in.
+    """
+    if compute_dtype(dtype, device) == torch.float32:
+        model.float()
+
+
 class Teacher(ABC):
     """Scores every query of a batch against every candidate passage of it.
 
@@ -84,10 +93,18 @@ class Teacher(ABC):
                 'TeacherEnsemble, or, if it is a CrossEncoderTeacher, accept the cost with its candidates="in-batch".'
             )
 
+    def columns_read(self, names: Sequence[str]) -> list[str]:
+        """The columns that this teacher reads beside texts and ids, whatever they are called.
+
+        Args:
+            names: all columns of a data set.
+        """
+        return []
+
     def announce(  # noqa: B027
         self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
     ) -> None:
-        """Log what a step will cost, where that is worth a word; called once, before the first step.
+        """Log what a batch will cost, where that is worth a word; called once, before the first step.
 
         Args:
             rows: a few of the training set, to be timed with; none where the rows are streamed.
@@ -159,13 +176,14 @@ class ColBERTTeacher(Teacher):
     Args:
         model: a multi-vector model, or a path or Hub id of one (of this package, sentence-transformers, PyLate or the
             Stanford code).
-        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always.
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the encoder computes in it.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
         tokens_per_pass: at most this many tokens go through the encoder at once.
         chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
 
     Raises:
-        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no MultiVectorEncoder.
+        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no trained ColBERT.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1; Khattab and Zaharia, arXiv 2004.12832.
     """
@@ -185,7 +203,7 @@ class ColBERTTeacher(Teacher):
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         path = str(model) if isinstance(model, (str, Path)) else None
         if path is not None:
-            _refuse_single_vectors(path)
+            _refuse_untrained(path)
         loaded = MultiVectorEncoder(path) if path is not None else model
         if not isinstance(loaded, MultiVectorEncoder):
             raise ValueError(
@@ -200,6 +218,7 @@ class ColBERTTeacher(Teacher):
         self.tokens_per_pass = tokens_per_pass
         self.chunk_elements = chunk_elements
         self.shares_tokens = False
+        unpack_half(self.model, dtype, self.model.device)
         self.model.eval()
 
     def attach(self, student: SentenceTransformer) -> None:
@@ -229,6 +248,7 @@ class ColBERTTeacher(Teacher):
     def to(self, device: torch.device) -> ColBERTTeacher:
         """Move the model to the device that scores."""
         self.model.to(device)
+        unpack_half(self.model, self.dtype, device)
         return self
 
     def _preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
@@ -348,17 +368,30 @@ def describe_teacher(model: MultiVectorEncoder) -> dict[str, Any]:
     }
 
 
-def _refuse_single_vectors(name_or_path: str) -> None:
-    """sentence-transformers would make an untrained ColBERT of a SentenceTransformer, a student for instance."""
+def _refuse_untrained(name_or_path: str) -> None:
+    """sentence-transformers would make a ColBERT with a random projection of any other model."""
     from sentence_transformers.util import load_file_path
 
-    config = load_file_path(name_or_path, "config_sentence_transformers.json")
-    if config is None:
-        return
-    if json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") == "SentenceTransformer":
+    def read(file: str) -> dict[str, Any] | None:
+        path = load_file_path(name_or_path, file)
+        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+    kind = (read("config_sentence_transformers.json") or {}).get("model_type")
+    if kind in ("SentenceTransformer", "SparseEncoder", "CrossEncoder"):
+        what = {"CrossEncoder": "one score a pair"}.get(kind, "one vector a text")
         raise ValueError(
-            f"{name_or_path} is a SentenceTransformer, one vector a text, and no ColBERT: name the folder or Hub id "
+            f"{name_or_path} is a {kind}, {what}, and no ColBERT: name the folder or Hub id "
             "of a multi-vector model (beside a student of the recipe that is the folder teacher)."
+        )
+    config = read("config.json")
+    if config is None or load_file_path(name_or_path, "modules.json") is not None:
+        return
+    architectures = config.get("architectures") or []
+    if not any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
+        raise ValueError(
+            f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection would "
+            "be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or train one "
+            "from it (build_colbert, recipes/train.py)."
         )
 
 

@@ -134,17 +134,19 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         """The collator that also lets the teacher prepare a batch."""
         return TCTDataCollator(preprocess_fn=model.preprocess, prompts=model.prompts, teacher=self.teacher)
 
+    def _candidates(self, names: list[str]) -> list[str]:
+        return candidate_columns(names, read=self.teacher.columns_read(names))
+
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
         """Refuse a data set without the columns of training, before the first step."""
         super().validate_column_names(dataset, dataset_name=dataset_name)
         if not isinstance(dataset, dict):
-            candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+            self._candidates(dataset.column_names)
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """sentence-transformers' sampler, shown the texts alone: equal labels make no duplicates."""
         if isinstance(dataset, Dataset) and "query" in dataset.column_names:
-            texts = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
-            dataset = dataset.select_columns(["query", *texts])
+            dataset = dataset.select_columns(["query", *self._candidates(dataset.column_names)])
         return super().get_batch_sampler(dataset, *args, **kwargs)
 
     def get_multi_dataset_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +180,7 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         if dataset is None or not dataset.column_names or not self.is_world_process_zero():
             return
         rows = [dataset[row] for row in range(min(4, len(dataset)))] if isinstance(dataset, Dataset) else []
-        columns = candidate_columns([name for name in dataset.column_names if name != "dataset_name"])
+        columns = self._candidates(dataset.column_names)
         batches = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
         self.teacher.announce(rows, columns, queries=self.args.per_device_train_batch_size, batches=batches)
 
@@ -341,6 +343,7 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
     other_model = "build one with build_splade; a SentenceTransformer takes a TCTTrainer."
     args: SparseTCTTrainingArguments
     _watch: CollapseWatch | None = None
+    _dims: list[Tensor]
 
     def get_default_loss(self, model: Any) -> SpladeLoss:
         """The coupled loss with the arguments' settings, this teacher's temperature and the regularisers."""
@@ -367,6 +370,16 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
                 f"The loss is a {type(loss).__name__}: a SparseTCTTrainer needs a SpladeLoss or CachedSpladeLoss of a "
                 "TightlyCoupledLoss, or none for one with the arguments' settings."
             )
+        if not isinstance(loss.loss, TightlyCoupledLoss):
+            raise ValueError(
+                f"The loss is a {type(loss).__name__} of a {type(loss.loss).__name__}, which asks no teacher: put a "
+                "TightlyCoupledLoss into it, or train it with sentence-transformers' SparseEncoderTrainer."
+            )
+        if loss.loss.mini_batch_size is not None:
+            raise ValueError(
+                "mini_batch_size of the TightlyCoupledLoss has no effect inside another loss: leave it out there, and "
+                "make the outer one a CachedSpladeLoss(..., mini_batch_size=...)."
+            )
         if not any(isinstance(one, RegularizerWarmup) and one.loss is loss for one in self.callback_handler.callbacks):
             shape, warmup = self.args.regularizer_warmup_shape, self.args.regularizer_warmup
             # After the first callback, where sentence-transformers looks for it: it would add its own.
@@ -375,7 +388,7 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of transformers' trainer; stops when the student is about to be empty."""
-        self._watch = CollapseWatch()
+        self._watch, self._dims = CollapseWatch(), []
         return super().train(*args, **kwargs)
 
     def track_loss_components(self, loss: dict[str, Tensor]) -> None:
@@ -383,7 +396,11 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
         super().track_loss_components(loss)
         if self._watch is None or not self.model.training or "document_active_dims" not in loss:
             return
-        dims = torch.stack([loss["query_active_dims"], loss["document_active_dims"]])
+        self._dims.append(torch.stack([loss["query_active_dims"], loss["document_active_dims"]]))
+        if not self.accelerator.sync_gradients:  # more batches of this step are to come
+            return
+        dims = torch.stack(self._dims).mean(0)
+        self._dims.clear()
         if get_world_size() > 1:  # all processes decide alike
             dist.all_reduce(dims)
             dims = dims / get_world_size()

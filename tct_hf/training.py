@@ -94,12 +94,14 @@ class StepLines(TrainerCallback):
         line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
         if "top_agreement" in logs:
             line += (
-                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, agreement with the "
-                f"teacher {logs['top_agreement']:.0%})"
+                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, "
+                + (f"MarginMSE {logs['margin_mse']:.3f}, " if "margin_mse" in logs else "")
+                + f"agreement with the teacher {logs['top_agreement']:.0%})"
             )
         if "document_active_dims" in logs:
             line += (
-                f"   active dimensions: {logs['query_active_dims']:.0f} of queries, {logs['document_active_dims']:.0f}"
+                f"   active dimensions: {logs['query_active_dims']:.0f} of queries, "
+                f"{logs['document_active_dims']:.0f} of passages"
             )
         self.write(f"{line}   {human_duration(max(left, 0))} left")
 

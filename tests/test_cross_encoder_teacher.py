@@ -77,6 +77,17 @@ def test_long_pairs_are_cut_and_half_precision_is_near(path: Path) -> None:
     torch.testing.assert_close(half, longer, atol=0.1, rtol=0.1)
 
 
+def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(
+    path: Path, tmp_path: Path
+) -> None:
+    model = CrossEncoder(str(path), device="cpu")
+    model.half().save_pretrained(str(tmp_path / "half"))
+    expected = score(CrossEncoderTeacher(model.float(), dtype="float32"))  # of the rounded weights
+    teacher = CrossEncoderTeacher(str(tmp_path / "half"), dtype="float32")
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+    torch.testing.assert_close(score(teacher), expected, atol=1e-6, rtol=1e-6)
+
+
 def test_texts_that_travelled_give_the_same_scores(path: Path) -> None:
     teacher = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
     columns = [["", "Ünïcode 検索"], ["a passage", "\x00"]]
@@ -119,12 +130,12 @@ def test_the_cost_is_stated_before_training(path: Path, tmp_path: Path, caplog: 
     student, _ = make_models(tmp_path)
     with caplog.at_level(logging.INFO):
         make_trainer(tmp_path / "run", student, CrossEncoderTeacher(str(path)), triples(16), candidates="own")
-        assert "scores 16 pairs a step on each device: about" in caplog.text
+        assert "scores 16 pairs a batch on each device: about" in caplog.text
         assert caplog.records[-1].levelno == logging.INFO
         teacher = CrossEncoderTeacher(str(path), candidates="in-batch")
         make_trainer(tmp_path / "run", student, teacher, triples(16))
     [warned] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "128 pairs a step on each device (every passage of the batch), where own candidates would be 16" in warned
+    assert "128 pairs a batch on each device (every passage of the batch), where own candidates would be 16" in warned
 
 
 def test_in_batch_candidates_are_refused_of_a_teacher_of_own_ones(path: Path, tmp_path: Path) -> None:

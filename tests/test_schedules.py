@@ -32,7 +32,12 @@ def test_a_constant_and_a_training_of_one_step() -> None:
     assert Schedule(1.0, 0.0).value(0, 1) == 1.0
 
 
-SCHEDULES = {"temperature": Schedule(4.0, 0.5, "cosine"), "hard_label_weight": Schedule(1.0, 0.0)}
+SCHEDULES = {
+    "temperature": Schedule(4.0, 0.5, "cosine"),
+    "hard_label_weight": Schedule(1.0, 0.0),
+    "margin_mse_weight": Schedule(0.0, 0.05, until=0.5),
+    "student_divisor": Schedule(3.0, 1.0),
+}
 
 
 def scheduled(path: Path, output: Path, *, resume: bool | None = None, steps: int = 6, **settings: Any) -> Any:
@@ -85,6 +90,11 @@ def test_without_a_teacher_no_schedule_may_ask_for_one(tmp_path: Path) -> None:
         (lambda: LossSchedule({}, candidates=Schedule(1.0)), "'candidates' has no schedule"),
         (lambda: LossSchedule({}, hard_label_weight=Schedule(0.5, 1.5)), "hard_label_weight goes to 1.5"),
         (lambda: LossSchedule({}, temperature=Schedule(1.0, 0.0)), "temperature goes to 0.0"),
+        (
+            lambda: LossSchedule({}, margin_mse_weight=Schedule(0.0, -1.0)),
+            "margin_mse_weight goes to -1.0: .*0 or gre",
+        ),
+        (lambda: LossSchedule({}, student_divisor=Schedule(30.0, 0.0)), "student_divisor goes to 0.0"),
     ],
 )
 def test_what_is_no_schedule_is_refused(make: Any, message: str) -> None:

@@ -81,6 +81,20 @@ def test_a_colbert_scores_too_and_other_settings_are_refused(
     assert "choose another --output_dir" in capsys.readouterr().err
 
 
+def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(settings: Path, tmp_path: Path) -> None:
+    from tct_hf import ColBERTTeacher, CrossEncoderTeacher, TeacherEnsemble, score_triples
+
+    colbert = ColBERTTeacher(str(tiny_colbert(tmp_path / "colbert")))
+    every = CrossEncoderTeacher(str(settings.parent / "cross-encoder"), candidates="in-batch")
+    for teacher, message in (
+        (TeacherEnsemble({colbert: 1.0}), "depend on the rows beside a row: score with each teacher alone"),
+        (every, 'load it with candidates="own"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_triples(teacher, triples(4), tmp_path / "out", depends={})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,7 +12,11 @@ import pytest
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router
-from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SpladeLoss
+from sentence_transformers.sparse_encoder.losses import (
+    CachedSpladeLoss,
+    SparseMultipleNegativesRankingLoss,
+    SpladeLoss,
+)
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
 from transformers import TrainerCallback
 
@@ -29,6 +33,7 @@ from tct_hf import (
     build_student,
 )
 from tct_hf.collator import BATCH_KEY
+from tct_hf.sparsity import CollapseWatch
 from tests.models import stanford_colbert, tiny_bert
 from tests.test_score_losses import numpy_loss
 from tests.training import logged, make_models, make_splade, make_trainer, triples
@@ -331,6 +336,29 @@ def test_a_model_or_a_loss_of_the_other_kind_is_refused(student: Any, teacher: A
         SparseTCTTrainer(student, teacher, args, train_dataset=triples(8), loss=TightlyCoupledLoss(student))
 
 
+def test_a_splade_loss_whose_inner_loss_would_ignore_the_teacher_or_the_cache_is_refused(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    other = SpladeLoss(student, SparseMultipleNegativesRankingLoss(student), document_regularizer_weight=0.1)
+    with pytest.raises(
+        ValueError, match="of a SparseMultipleNegativesRankingLoss, which asks no teacher: put a Tight"
+    ):
+        make_trainer(tmp_path, student, teacher, triples(8), loss=other)
+    inner = SpladeLoss(student, TightlyCoupledLoss(student, mini_batch_size=2), document_regularizer_weight=0.1)
+    with pytest.raises(ValueError, match=r"no effect inside another loss.*CachedSpladeLoss"):
+        make_trainer(tmp_path, student, teacher, triples(8), loss=inner)
+
+
+def test_the_watch_takes_one_figure_a_step_of_accumulated_batches(
+    student: Any, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(CollapseWatch, "step", lambda self, dims, settings: seen.append(dims["passages"]))
+    trainer = make_trainer(tmp_path, student, teacher, triples(32), gradient_accumulation_steps=2)
+    trainer.train()
+    assert seen == pytest.approx(logged(trainer, "document_active_dims"), abs=1e-3) and len(seen) == 2
+
+
 def test_a_splade_loss_of_ones_own_is_taken_with_the_warm_up_of_the_arguments(
     student: Any, teacher: Any, tmp_path: Path
 ) -> None:
@@ -347,6 +375,9 @@ def test_a_splade_loss_of_ones_own_is_taken_with_the_warm_up_of_the_arguments(
     ("setting", "message"),
     [
         ({"document_regularizer_weight": -1.0}, "document_regularizer_weight must be"),
+        ({"document_regularizer_weight": None}, "document_regularizer_weight must be a finite number"),
+        ({"regularizer_warmup": None}, "regularizer_warmup must be a finite number"),
+        ({"document_regularizer_threshold": 1.5}, "a whole number, 0 or more"),
         ({"query_regularizer_threshold": -1}, "query_regularizer_threshold counts active dimensions"),
         ({"regularizer_warmup": 1.5}, "regularizer_warmup=1.5 is neither"),
         ({"regularizer_warmup_shape": "cubic"}, "regularizer_warmup_shape='cubic'"),

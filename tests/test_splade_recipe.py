@@ -64,6 +64,10 @@ def test_a_sparse_student_is_trained_saved_and_measured(
         ([*SPLADE, "--student.layers=[1]"], "student.layers: a sparse student keeps all layers"),
         ([*SPLADE, "--student.training.regularizer_warmup=-1"], "student.training: regularizer_warmup must be"),
         ([*SPLADE, "--student.training.matryoshka_dims=[8]"], "student.training: matryoshka_dims are for dense"),
+        (
+            [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=plain", "--encoder.prompts={query: 'q: '}"],
+            "encoder.prompts: a sparse student reads texts without any",
+        ),
         (["--student.training.kl_direction=both"], "student.training: kl_direction='both' is not known"),
         (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
     ],

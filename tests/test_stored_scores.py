@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tct_hf import StoredScores
+from tct_hf import StoredScores, TeacherEnsemble
 from tests.training import logged, make_models, make_trainer, reference_loss, triples, with_scores
 
 ROW = {"query": "a query", "positive": "one", "negative": "two", "query_id": "q1", "positive_id": "p1"}
@@ -41,6 +41,30 @@ def test_columns_give_own_scores_in_their_places(column: str | None, names: tupl
     for values in ([2.0, -1.0], [4, 3]):
         rows.append(ROW | (dict(zip(names, values, strict=True)) if len(names) > 1 else {names[0]: values}))
     assert torch.equal(of(StoredScores(column=column), rows), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        ("minilm", ["minilm"]),
+        (None, ["teacher_score"]),
+        ("minilm", ["positive_minilm", "negative_minilm"]),
+    ],
+)
+def test_columns_of_any_name_train(column: str | None, names: list[str], tmp_path: Path) -> None:
+    dataset = with_scores(16)
+    scores = list(dataset["scores"])
+    values = [scores] if len(names) == 1 else [list(part) for part in zip(*scores, strict=True)]
+    dataset = dataset.remove_columns("scores")
+    for name, column_values in zip(names, values, strict=True):
+        dataset = dataset.add_column(name, column_values)
+    student, colbert = make_models(tmp_path)
+    stored = StoredScores(column=column)
+    for teacher in (stored, TeacherEnsemble({stored: 1.0, colbert: 1.0})):
+        settings: Any = {"candidates": "own", "batch_sampler": "no_duplicates", "max_steps": 1}
+        make_trainer(tmp_path / "run", student, teacher, dataset, eval_dataset=dataset, **settings).train()
+    with pytest.raises(ValueError, match="'other' is not known"):
+        make_trainer(tmp_path / "run", student, stored, dataset.add_column("other", [0] * 16), candidates="own")
 
 
 def test_what_a_teacher_said_goes_before_what_a_miner_found() -> None:

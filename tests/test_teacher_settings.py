@@ -103,6 +103,7 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         ([*STORED, *OWN, "--triples.path=none"], "name the triples with triples.path"),
         (["--teacher.scores=scores"], 'set teacher.kind to "stored"'),
         (["--teacher.candidates=in-batch"], "a ColBERT scores the whole batch always"),
+        ([*STORED, *OWN, "--teacher.candidates=in-batch"], "teacher.candidates: stored scores are of a query's own"),
         (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
         (["--teacher.mixed_with=[{kind: stored, scroes: x}]"], "scroes"),
         (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
@@ -113,6 +114,29 @@ def test_wrong_teachers_are_one_message_before_anything_runs(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert recipe(tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.parquet", "nonsense", "s.parquet: not a whole parquet file"),
+        ("s.csv", "query_id,passage_id,score", "s.csv: ends in .csv"),
+        ("s.jsonl", '{"query_id": "q0", "passage_id": "p0", "score": 1.0}', "has no score of passage 'p5'"),
+    ],
+)
+def test_a_file_of_scores_is_read_and_looked_up_before_a_teacher_is_trained(
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: str,
+    message: str,
+) -> None:
+    (tmp_path / name).write_text(content + "\n")
+    mixed = f"--teacher.mixed_with=[{{kind: stored, scores: {tmp_path / name}}}]"
+    assert recipe(tmp_path / "new", TRIPLES, mixed) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
 

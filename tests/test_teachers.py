@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,15 @@ from torch.utils._pytree import tree_leaves
 from tct_hf import ColBERTTeacher, NoTeacher, build_student, student_from_teacher
 from tct_hf.batching import passes as cut_into_passes
 from tct_hf.teachers import TRAINING_FILE, has_bfloat16, read_training_scale, write_training_scale
-from tests.models import load_colbert, pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert, tiny_mpnet
+from tests.models import (
+    load_colbert,
+    pylate_colbert,
+    stanford_colbert,
+    tiny_bert,
+    tiny_colbert,
+    tiny_cross_encoder,
+    tiny_mpnet,
+)
 
 FORMATS = ["tct", "stanford", "pylate"]
 TEXTS = [
@@ -352,6 +360,15 @@ def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEnc
     assert all(parameter.dtype == torch.float32 for parameter in encoders[format].parameters())
 
 
+def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = load_colbert(tiny_colbert(tmp_path / "whole")).half()
+    model.save_pretrained(str(tmp_path / "half"))
+    teacher = ColBERTTeacher(str(tmp_path / "half"), dtype="float32")
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+    expected = score(ColBERTTeacher(model.float(), dtype="float32"), TEXTS, columns_of(13, 2))  # of rounded weights
+    torch.testing.assert_close(score(teacher, TEXTS, columns_of(13, 2)), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_trainers_autocast_changes_no_score(encoders: dict[str, MultiVectorEncoder], dtype: Any) -> None:
     teacher = ColBERTTeacher(encoders["tct"], dtype=dtype)
@@ -495,6 +512,16 @@ def test_a_student_in_place_of_a_teacher_is_refused(tmp_path: Path) -> None:
     save_student(build_student(str(tiny_bert(tmp_path / "base")), document_length=64), tmp_path / "student")
     with pytest.raises(ValueError, match="is a SentenceTransformer, one vector a text, and no ColBERT"):
         ColBERTTeacher(str(tmp_path / "student"))
+
+
+def test_a_model_that_would_get_a_random_projection_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a BertModel and no ColBERT: its projection would be random"):
+        ColBERTTeacher(str(tiny_bert(tmp_path / "base")))
+    with pytest.raises(ValueError, match="is a BertForSequenceClassification and no ColBERT"):
+        ColBERTTeacher(str(tiny_cross_encoder(tmp_path / "cross-encoder")))
+    CrossEncoder(str(tmp_path / "cross-encoder"), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="is a CrossEncoder, one score a pair, and no ColBERT"):
+        ColBERTTeacher(str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3)])

@@ -92,10 +92,10 @@ class ScoreTable:
         """
         cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         if isinstance(source, Mapping):
-            digest = sha256()
-            for query_id, scores in source.items():
-                digest.update(json.dumps([query_id, scores]).encode())
-            name, key = "scores (a mapping)", list[Any](["mapping", digest.hexdigest()])
+            name, digest = "scores (a mapping)", sha256()
+            for row in _mapped(source, name):
+                digest.update(json.dumps(row).encode())
+            key = list[Any](["mapping", digest.hexdigest()])
             rows: Any = lambda: _mapped(source, name)  # noqa: E731
         else:
             opened = _open(source)
@@ -129,6 +129,11 @@ class ScoreTable:
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         found = keys[at] == wanted
         return [float(score) if there else None for score, there in zip(scores[at], found, strict=True)]
+
+
+def plain(value: Any) -> Any:
+    """A number or a list in place of what numpy and torch hold them in."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_score(value: Any, what: str, place: str, mend: str) -> float:
@@ -238,12 +243,14 @@ def _checked(score: Any, passage_id: str, column: str, place: str) -> float:
 
 def _mapped(scores: Mapping[str, Mapping[str, float]], name: str) -> Iterator[tuple[str, str, float]]:
     for query_id, of_query in scores.items():
+        place = f"{name} (query {query_id!r})"
+        if not isinstance(of_query, Mapping):
+            raise ValueError(f"{place}: holds {shown(of_query)} where {{passage id: score}} is needed")
         for passage_id, score in of_query.items():
-            place = f"{name} (query {query_id!r})"
             yield (
                 _id(query_id, "query", place),
                 _id(passage_id, "passage", place),
-                check_score(score, f"passage {passage_id!r}", place, "score the pair again, or remove it"),
+                check_score(plain(score), f"passage {passage_id!r}", place, "score the pair again, or remove it"),
             )
 
 

@@ -113,7 +113,7 @@ def load_triples(
     # BEIR first: its folder would also pass for one in the Hub's layout.
     if _is_beir(path_or_hub_id, config):
         _refuse_for_beir(
-            columns=columns,
+            columns=columns or None,
             collection=collection,
             queries=queries,
             qrels=qrels,

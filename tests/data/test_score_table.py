@@ -70,6 +70,17 @@ def test_any_pairs_are_found_again(
     assert table.get([("nobody", "none")]) == [None]
 
 
+def test_a_mapping_may_hold_what_models_give(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    given: Any = {1: {7: np.float32(0.5), 8: torch.tensor(-2.25)}, 2: {7: np.float64(3.0)}}
+    assert ScoreTable.open(given, cache_dir=tmp_path).get([("1", "7"), ("1", "8"), ("2", "7")]) == [0.5, -2.25, 3.0]
+    for wrong, message in (({"1": 0.5}, "query '1'.: holds 0.5 where"), ({"1": {"7": "x"}}, "passage '7' is 'x'")):
+        with pytest.raises(ValueError, match=message):
+            ScoreTable.open(wrong, cache_dir=tmp_path)  # type: ignore[arg-type]
+
+
 def test_the_prepared_form_is_made_once_a_content(tmp_path: Path) -> None:
     path = write(tmp_path, "tsv")
     first = ScoreTable.open(path, cache_dir=tmp_path / "cache")
