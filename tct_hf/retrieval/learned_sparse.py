@@ -268,7 +268,8 @@ class SparseIndex:
             directory: the folder.
             mmap: leave lists and ids on disk and map them: what is searched with stays in memory as long as there is
                 room.
-            verify: compare the files' checksums, which reads each once; their sizes are always compared.
+            verify: compare the files' checksums and look at every posting, which reads each file once or twice; sizes
+                are always compared. Leave it on for an index from elsewhere: search trusts its lists.
             model: that will encode queries, or its {"id", "weights_sha256", "encoding"}, to be compared with the one
                 that built the index, as `DenseIndex.load` does.
 
@@ -305,6 +306,7 @@ class SparseIndex:
             or starts[0] != 0
             or starts[-1] != settings["postings"]
             or (np.diff(starts) < 0).any()
+            or (verify and not _searchable(starts, rows, weights, len(ids)))
         ):
             raise ValueError(
                 f"{directory}: its arrays are not those of {settings['passages']} passages of dimension "
@@ -419,3 +421,16 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
+
+
+def _searchable(starts: np.ndarray, rows: np.ndarray, weights: np.ndarray, passages: int) -> bool:
+    """Whether lists name passages that are there, rising, with weights that are finite and above 0."""
+    import numpy as np
+
+    from tct_hf.retrieval.inverted_lists import are_lists
+
+    step = 1 << 20  # weights that are looked at together
+    parts = (weights[first : first + step] for first in range(0, len(weights), step))
+    return bool(are_lists(*map(_read_only, (starts, rows)), passages)) and all(
+        bool((np.isfinite(part) & (part > 0)).all()) for part in parts
+    )
