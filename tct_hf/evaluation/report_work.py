@@ -165,7 +165,8 @@ class Work:
         return systems, _Searched(systems[1], Part(ann, self.stores), f"dense ({ann.index.factory})")
 
     def _sparse_student(self, stores: Stores) -> _Searched:
-        stores.encode()
+        if stores is not self.stores:
+            stores.encode()
         stored = stores.sparse()
         index = stored.index
         queries = stores.encode_queries(self.test.queries)
