@@ -91,7 +91,8 @@ def _push_pinned(
             f"model_id: {name or None!r} is no Hub id, but whoever loads the index has to encode queries with the "
             "model that built it: push that model first (tct_hf.release), then pass model_id=."
         )
-    built_by |= {"id": name, "revision": _pinned(name, model_revision or built_by.get("revision"), built_by, options)}
+    asked = model_revision or built_by.get("revision")
+    built_by |= {"id": name, "revision": _pinned(name, asked, built_by, index.dimension, options)}
     checked = "" if built_by.get("weights_sha256") else " (given by who pushed the index, not checked)"
     pinned = ("model", f"[{name}](https://huggingface.co/{name}) at `{built_by['revision']}`{checked}")
     shown = [("passages", f"{len(index):,}"), *(pinned if row is _MODEL else row for row in rows)]
@@ -106,11 +107,12 @@ def _push_pinned(
         index.built_by = before
 
 
-def _pinned(name: str, revision: str | None, built_by: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _pinned(
+    name: str, revision: str | None, built_by: Mapping[str, Any], dimension: int, options: Mapping[str, Any]
+) -> str:
     """The commit of the model, whose weights are those that built the index."""
     from huggingface_hub import HfApi
 
-    from tct_hf.hub.convert import load_encoder
     from tct_hf.retrieval.built_by import check_model
     from tct_hf.retrieval.encode import describe_model
 
@@ -125,7 +127,8 @@ def _pinned(name: str, revision: str | None, built_by: Mapping[str, Any], option
     with hub_errors(name, "looking up the index's model"):
         commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
     if wanted:
-        found = describe_model(load_encoder(name, revision=commit, token=token, device="cpu"))["model"]
+        model = _encoder(name, built_by, dimension, revision=commit, token=token, device="cpu")
+        found = describe_model(model)["model"]
         if found["weights_sha256"] != wanted:
             raise ValueError(
                 f"model_revision: {name} at {commit[:12]} has the weights {found['weights_sha256'][:12]}, but the "
@@ -230,13 +233,24 @@ def fetch_index(repo_id: str, *, revision: str | None = None, token: str | None 
 
 def load_model_of(index: DenseIndex | SparseIndex, *, token: str | None = None, device: str | None = None) -> Any:
     """The model that built an index, at the revision that built it; see `DenseIndex.load_model`."""
-    from tct_hf.hub.convert import load_encoder
     from tct_hf.retrieval.built_by import check_model
     from tct_hf.retrieval.encode import describe_model
 
     built_by = index.built_by or {}
     if not built_by.get("id"):
         raise ValueError("load_model: this index does not say which model built it; build it again with built_by=.")
-    model = load_encoder(built_by["id"], revision=built_by.get("revision"), token=token, device=device)
+    revision = built_by.get("revision")
+    model = _encoder(built_by["id"], built_by, index.dimension, revision=revision, token=token, device=device)
     check_model("this index", built_by, describe_model(model, built_by["id"])["model"])
+    return model
+
+
+def _encoder(name: str, built_by: Mapping[str, Any], dimension: int, **options: Any) -> Any:
+    """A model, cut to the first dimensions where an index is of those, as of a Matryoshka student."""
+    from tct_hf.hub.convert import load_encoder
+
+    model = load_encoder(name, **options)
+    # Only where the index says what it was cut to, which is compared after this: other ways make small vectors too.
+    if "truncate_dim" in (built_by.get("encoding") or {}) and dimension < (model.get_embedding_dimension() or 0):
+        model.truncate_dim = dimension
     return model
