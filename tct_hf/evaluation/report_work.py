@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
 from tct_hf.evaluation.first_dims import first_dims_system
+from tct_hf.evaluation.late_interaction import LateInteraction
 from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
     EXACT,
     HYBRID,
-    LateInteraction,
     Part,
     ReportSystem,
     hybrid_system,
