@@ -45,8 +45,14 @@ class PushedIndex:
     sent: list[str]
 
 
-def push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
-    """Push a dense index, pinned to the revision of the model that built it; see `DenseIndex.push_to_hub`."""
+def push_pinned(index: Any, repo_id: str, **options: Any) -> PushedIndex:
+    """Push an index pinned to the revision of the model that built it; see `DenseIndex.push_to_hub`."""
+    from tct_hf.retrieval.learned_sparse import SparseIndex
+
+    return (_push_learned_sparse if isinstance(index, SparseIndex) else _push_dense)(index, repo_id, **options)
+
+
+def _push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
     tuned = index.tuning or {}
     rows = [
         ("dimension", str(index.dimension)),
@@ -59,8 +65,7 @@ def push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
     return _push_pinned(index, "DenseIndex", repo_id, rows, "A Faiss index", "tct_dense.json", **options)
 
 
-def push_learned_sparse(index: SparseIndex, repo_id: str, **options: Any) -> PushedIndex:
-    """Push a sparse index, pinned to the revision of the model that built it; see `SparseIndex.push_to_hub`."""
+def _push_learned_sparse(index: SparseIndex, repo_id: str, **options: Any) -> PushedIndex:
     rows = [
         ("dimension", f"{index.dimension:,}"),
         ("active dims a passage", f"{index.active_dims:,.1f}"),
@@ -231,7 +236,7 @@ def fetch_index(repo_id: str, *, revision: str | None = None, token: str | None 
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
 
 
-def load_model_of(index: DenseIndex | SparseIndex, *, token: str | None = None, device: str | None = None) -> Any:
+def load_model_of(index: Any, *, token: str | None = None, device: str | None = None) -> Any:
     """The model that built an index, at the revision that built it; see `DenseIndex.load_model`."""
     from tct_hf.retrieval.built_by import check_model
     from tct_hf.retrieval.encode import describe_model

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.retrieval.built_by import check_model, described
 from tct_hf.retrieval.ids import IdTable
+from tct_hf.retrieval.pinned import PinnedIndex
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import check_ids
 from tct_hf.retrieval.sparse_rows import as_csr, row_blocks
@@ -16,14 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SparseEncoder
 
-    from tct_hf.hub.indexes import PushedIndex
-
 _SETTINGS_FILE = "tct_sparse.json"
 _ARRAYS = {"starts": "int64", "rows": "uint32", "weights": "float32"}
 _FORMAT = 1
 
 
-class SparseIndex:
+class SparseIndex(PinnedIndex):
     """Inverted lists that answer sparse query vectors with passage ids; make one with `build` or `load`.
 
     Search is exact: scores are the inner products, added up in float32 term after term. Equal scores are ordered by
@@ -313,105 +312,6 @@ class SparseIndex:
                 f"{settings['dimension']} with {settings['postings']} non-zeros; build and save the index again"
             )
         return cls(starts, rows, weights, ids, built_by=settings["built_by"])
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str,
-        model_id: str | None = None,
-        model_revision: str | None = None,
-        license_note: str | None = None,
-        passages: str | None = None,
-        private: bool | None = None,
-        revision: str = "main",
-        tag: str | None = None,
-        token: str | None = None,
-    ) -> PushedIndex:
-        """Push the index to a dataset repository, pinned to its model's revision; as `DenseIndex.push_to_hub`.
-
-        Args:
-            repo_id: owner/name; made when missing.
-            model_id: Hub id of the model that built the index; by default as `built_by` names it.
-            model_revision: its branch, tag or commit; by default as `built_by` names it, or its main branch.
-            license: identifier of the Hub's list; that of the passages.
-            license_note: what a reader must know of it.
-            passages: where the texts are, for the card, such as the Hub id of a data set.
-            private: of a repository that is made; None: the account's setting. True of a public one is refused.
-            revision: branch to push to; made when missing.
-            tag: name for the commit; a tag never moves.
-            token: of the Hub; the one logged in with when None.
-
-        Returns:
-            Repository, URL, commit and what was sent.
-
-        Raises:
-            ValueError, HubError: as `DenseIndex.push_to_hub`.
-        """
-        from tct_hf.hub.indexes import push_learned_sparse
-
-        return push_learned_sparse(
-            self,
-            repo_id,
-            model_id=model_id,
-            model_revision=model_revision,
-            license=license,
-            license_note=license_note,
-            passages=passages,
-            private=private,
-            revision=revision,
-            tag=tag,
-            token=token,
-        )
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        mmap: bool = False,
-        verify: bool = True,
-        model: SparseEncoder | Mapping[str, Any] | None = None,
-    ) -> SparseIndex:
-        """Download and open an index that `push_to_hub` pushed.
-
-        Args:
-            repo_id: the dataset repository.
-            revision: branch, tag or commit.
-            token: of the Hub; the one logged in with when None.
-            mmap: as in `load`.
-            verify: as in `load`.
-            model: as in `load`.
-
-        Returns:
-            The index; `load_model` gives the model to encode queries with.
-
-        Raises:
-            HubError: the repository can't be had.
-            ValueError: as `load`.
-            FileNotFoundError: the repository holds no sparse index.
-        """
-        from tct_hf.hub.indexes import fetch_index
-
-        return cls.load(fetch_index(repo_id, revision=revision, token=token), mmap=mmap, verify=verify, model=model)
-
-    def load_model(self, *, token: str | None = None, device: str | None = None) -> SparseEncoder:
-        """Load the model that built the index, at the revision that built it, to encode queries with.
-
-        Args:
-            token: of the Hub; the one logged in with when None.
-            device: to load to; sentence-transformers' choice when None.
-
-        Raises:
-            ValueError: the index names no model, or its weights are others now.
-            HubError: the model can't be had.
-        """
-        from tct_hf.hub.indexes import load_model_of
-
-        model: SparseEncoder = load_model_of(self, token=token, device=device)
-        return model
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
