@@ -23,6 +23,7 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "to compute in; auto: bf16 where the hardware has it and the vectors stay the same"
     )
+    truncate_dim: int | None = setting(None, "keep so many first dimensions, of a Matryoshka student; all when none")
     dtype: Literal["float32", "float16"] = setting("float32", "to store vectors in")
     shard_size: int = setting(4096, "passages a shard, which is what a kill loses at most")
     tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when none")
@@ -43,6 +44,8 @@ def main(settings: Settings) -> None:
     with state.main_process_first():
         corpus = load_corpus(settings)
     model = open_student(settings.model, str(state.device))
+    if settings.truncate_dim is not None:
+        cut(model, settings.truncate_dim)
     if state.is_main_process:
         print(f"{settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}", flush=True)
     manifest = encode_corpus(
@@ -61,6 +64,17 @@ def main(settings: Settings) -> None:
     if state.is_main_process:
         print("\n" + summary(manifest, Path(settings.output_dir)))
     state.destroy_process_group()
+
+
+def cut(model: Any, size: int) -> None:
+    from sentence_transformers import SparseEncoder
+
+    if isinstance(model, SparseEncoder):
+        raise SettingsError("truncate_dim: a sparse student's dimensions are words, its first are no smaller student")
+    whole = model.get_embedding_dimension()
+    if not 0 < size <= whole:
+        raise SettingsError(f"truncate_dim: {size} is not between 1 and the {whole} dimensions of the vectors")
+    model.truncate_dim = size
 
 
 def load_corpus(settings: Settings) -> Any:

@@ -35,7 +35,7 @@ class Settings(ReportSettings):
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.evaluation.reporting import build_report, check_report
+    from tct_hf.evaluation.reporting import build_report, check_report, check_student
     from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student
     from tct_hf.quiet import quieten
     from tct_hf.training import process_state
@@ -58,6 +58,7 @@ def main(settings: Settings) -> None:
             device, write = str(state.device), partial(print, flush=True)
             opened = open_student(settings.student, device)
             stores = Stores(collection, opened, settings.student, output, precision=settings.precision, write=write)
+            check_student(stores, settings, settings.runs, settings.dims, beside=settings.sparse_student is not None)
             stores.encode(state)
             if (name := settings.sparse_student) is not None:
                 beside, place = open_beside(stores, name, device), output / SPARSE_FOLDER

@@ -51,6 +51,7 @@ class _Layout:
         pooling_file: that says so.
         prompts: of the plain encoding; None of TCT's.
         length: of all vectors, where they are normalised; None: vectors as pooled.
+        truncate_dim: first dimensions that are kept; None: all.
     """
 
     settings: dict[str, Any]
@@ -61,6 +62,7 @@ class _Layout:
     pooling_file: str
     prompts: dict[str, str] | None
     length: float | None
+    truncate_dim: int | None
 
 
 def _read_layout(path: Path) -> _Layout:
@@ -98,6 +100,7 @@ def _read_layout(path: Path) -> _Layout:
         pooling_file,
         None if expansion else _plain_prompts(path),
         _read_length(path / modules[3]["path"], mend) if len(modules) > 2 else None,
+        _read_json(path / "config_sentence_transformers.json").get("truncate_dim"),
     )
 
 
@@ -326,5 +329,5 @@ def _rule_vectors(path: Path, texts: Sequence[str], side: str, layout: _Layout) 
             pooled = own_tokens.mean(0) if len(own_tokens) else torch.zeros_like(hidden[0])
         if layout.length is not None:
             pooled = pooled / pooled.norm().clamp(min=1e-12) * layout.length
-        vectors.append(pooled)
+        vectors.append(pooled[: layout.truncate_dim])
     return torch.stack(vectors).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,26 +126,63 @@ def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:
     """Leave an encoder, in place, with some of its layers, counted from 0.
 
     Raises:
-        ValueError: layers that it doesn't have, or an encoder whose layers are not one stack.
+        ValueError: as :func:`check_layers`.
     """
     config = transformer.model.config
+    path, kept = check_layers(transformer.model, layers)
+    stack: Any = transformer.model.get_submodule(path)
+    transformer.model.set_submodule(path, nn.ModuleList([stack[layer] for layer in layers]))
+    for key, value in vars(kept).items():
+        if vars(config).get(key) != value:
+            setattr(config, key, value)
+
+
+def check_layers(model: Any, layers: Sequence[int]) -> tuple[str, Any]:
+    """Refuse layers that would not come back from a checkpoint as they were.
+
+    Args:
+        model: the encoder; its weights are not looked at, and may lie on the device "meta".
+        layers: to keep, counted from 0.
+
+    Returns:
+        Where the stack of layers is in it, and the configuration of an encoder of these layers.
+
+    Raises:
+        ValueError: layers that it doesn't have, an encoder whose layers are not one stack, or a layer with weights
+            that its new place has not, or without some that it has.
+    """
+    config = model.config
     count = config.num_hidden_layers
     if not layers or len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
         raise ValueError(f"layers={list(layers)}: name distinct layers of the encoder, 0 to {count - 1}.")
     stacks = [
-        (parent, name, child)
-        for parent in transformer.model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
+        path for path, stack in model.named_modules() if isinstance(stack, nn.ModuleList) and len(stack) == count
     ]
     if len(stacks) != 1:
         raise ValueError(
-            f"{type(transformer.model).__name__} has {len(stacks)} stacks of {count} layers, so that which layers to "
-            "keep is unclear: use an encoder with one stack (BERT, MiniLM, MPNet), or layers=None."
+            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers, so that which layers to keep is "
+            "unclear: use an encoder with one stack (BERT, MiniLM, MPNet), or layers=None."
         )
-    parent, name, stack = stacks[0]
-    setattr(parent, name, nn.ModuleList([stack[layer] for layer in layers]))
-    config.num_hidden_layers = len(layers)
-    for key, value in vars(config).items():  # per-layer settings, such as ModernBERT's layer_types
+    [path] = stacks
+    kept = copy.deepcopy(config)
+    kept.num_hidden_layers = len(layers)
+    for key, value in vars(kept).items():  # per-layer settings, such as ModernBERT's layer_types
         if key.startswith("layer") and isinstance(value, list) and len(value) == count:
-            setattr(config, key, [value[layer] for layer in layers])
+            setattr(kept, key, [value[layer] for layer in layers])
+    before, after = (_weights_of_layers(type(model), made, path) for made in (config, kept))
+    for layer, loaded in zip(layers, after, strict=True):
+        if before[layer] != loaded:
+            differs = min(name for name, _ in before[layer].items() ^ loaded.items())
+            raise ValueError(
+                f"layers={list(layers)}: the layers of {type(model).__name__} are not alike, and of layer {layer} at "
+                f"its new place {differs} would be lost, or random, in a saved student: keep it at its place "
+                "(the first one first, of ModernBERT and T5), or layers=None."
+            )
+    return path, kept
+
+
+def _weights_of_layers(encoder: type, config: Any, path: str) -> list[dict[str, torch.Size]]:
+    """Names and shapes of each layer's weights in an encoder made of a configuration."""
+    with torch.device("meta"):  # no memory
+        stack = encoder(config).get_submodule(path)
+    return [{name: weight.shape for name, weight in layer.named_parameters()} for layer in stack]

@@ -23,7 +23,7 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
             Matryoshka sizes that the encoder does not have, settings of dense students for a sparse one, or a base
             that it can't start from.
     """
-    from tct_hf.encoders import plain_prompts
+    from tct_hf.encoders import check_layers, plain_prompts
     from tct_hf.scaling import scale_modules
 
     if student.kind == "splade":
@@ -53,11 +53,23 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
         encoder.base_model if student.initialise_from == "base" else teacher.model or encoder.base_model
     )
     layers, dim = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+    if student.layers is not None and (not student.layers or len(set(student.layers)) != len(student.layers)):
+        raise SettingsError(f"student.layers: {student.layers}: name distinct layers of the encoder, or leave it out")
     for layer in student.layers or []:
         if layers is not None and not 0 <= layer < layers:
             raise SettingsError(
                 f"student.layers: there is no layer {layer} in an encoder with the layers 0 to {layers - 1}"
             )
+    if student.layers is not None and config is not None and not config.is_encoder_decoder:
+        import torch
+        from transformers import AutoModel
+
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        try:
+            check_layers(model, student.layers)
+        except ValueError as error:
+            raise SettingsError(f"student.{error}") from error
     for size in student.training.get("matryoshka_dims") or []:
         if dim is not None and isinstance(size, int) and not 0 < size <= dim:
             raise SettingsError(

@@ -95,3 +95,14 @@ def test_help_is_instant_and_names_every_setting() -> None:
     )
     assert "--shard_size" in done.stdout and "--source" in done.stdout
     assert "torch" not in done.stderr
+
+
+def test_first_dimensions_are_encoded_alone(folder: Path, whole: tuple[str, str]) -> None:
+    from tct_hf import load_vectors
+
+    said, _ = run(folder, "first", "--truncate_dim=8")
+    assert "| 8 |" in said
+    (ids, first, _), (others, vectors, _) = load_vectors(folder / "first"), load_vectors(folder / "whole")
+    assert ids == others and np.array_equal(first, vectors[:, :8])
+    _, refused = run(folder, "none", "--truncate_dim=33", code=2)
+    assert "truncate_dim: 33 is not between 1 and the 32 dimensions of the vectors" in refused

@@ -501,6 +501,28 @@ def test_build_student_keeps_the_layers_named(bases: dict[str, Path]) -> None:
     assert torch.equal(layer.output.dense.weight, base.encoder.layer[1].output.dense.weight)
 
 
+def test_a_layer_that_holds_what_others_lack_is_not_moved(tmp_path: Path) -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    path = tmp_path / "t5"
+    T5EncoderModel(T5Config(vocab_size=3000, d_model=32, d_kv=8, num_layers=3, num_heads=4, d_ff=64)).save_pretrained(
+        path
+    )
+    AutoTokenizer.from_pretrained(tiny_roberta(tmp_path / "roberta")).save_pretrained(path)
+    lengths: dict[str, Any] = {"query_length": 16, "document_length": 32, "encoding": "plain"}
+    with pytest.raises(
+        ValueError, match=r"of layer 1 at its new place .*relative_attention_bias\.weight would be lost"
+    ):
+        build_student(str(path), layers=[1, 2], **lengths)
+    modern = str(tiny_modernbert(tmp_path / "modernbert"))
+    with pytest.raises(ValueError, match=r"of layer 1 at its new place attn_norm\.weight would be lost"):
+        build_student(modern, layers=[1, 2], **lengths)
+    student = build_student(str(path), layers=[0, 2], **lengths)
+    save_student(student, tmp_path / "student")
+    loaded = SentenceTransformer(str(tmp_path / "student"), device="cpu")
+    np.testing.assert_array_equal(loaded.encode(["some words"]), student.encode(["some words"]))
+
+
 @pytest.mark.parametrize("wrap", [str, Path, lambda path: ColBERTTeacher(str(path), dtype="float32")])
 def test_a_teacher_is_a_path_or_a_colbert_teacher_too(teachers: dict[str, Path], wrap: Callable[[Path], Any]) -> None:
     wanted = student_from_teacher(load_colbert(teachers["stanford"]), document_length=DOCUMENT_LENGTH)

@@ -300,6 +300,8 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     [
         (["--student.kind=splade", "--student.scale=20"], "student.scale is of dense students"),
         (["--student.scale=0"], "student.scale=0.0: give a finite number greater than 0"),
+        (["--student.layers=[]"], "student.layers: []: name distinct layers"),
+        (["--student.layers=[1, 1]"], "student.layers: [1, 1]: name distinct layers"),
         (["--student.layers=[2]"], "student.layers: there is no layer 2 in an encoder with the layers 0 to 1"),
         (
             ["--student.training.matryoshka_dims=[16, 33]"],

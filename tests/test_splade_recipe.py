@@ -41,6 +41,7 @@ def test_a_sparse_student_is_trained_saved_and_measured(
     said = capsys.readouterr().out
     assert "active dimensions: " in said and "| sparse student (weights of words)" in said
     assert f"SparseEncoder('{output / 'student'}')" in (output / "report.md").read_text()
+    assert f"in the last batches of its training (step {STEPS}): " in (output / "report.md").read_text()
     log = json.loads((output / "student" / LOG_FILE).read_text())
     assert len([entry for entry in log if "document_active_dims" in entry]) == STEPS
     assert any("eval_dev_dot_mrr@10" in entry for entry in log)

@@ -59,7 +59,11 @@ def sizes_to_measure(student: str, dims: Sequence[int] | None, dimension: int | 
     """
     from tct_hf.evaluation.systems import check_dims
 
-    sizes = _trained_dims(Path(student)) if dims is None else list(dims)
+    if dims is None:
+        # Of a student that was cut after its training, those that are left.
+        sizes = [size for size in _trained_dims(Path(student)) if dimension is None or size < dimension]
+    else:
+        sizes = list(dims)
     check_dims(sizes, dimension)
     return sorted({size for size in sizes if size != dimension}, reverse=True)
 

@@ -318,14 +318,16 @@ def quick_report(
     except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
         plotted = False
         write(f"  no losses.png: {error}")
-    loader = "SparseEncoder" if is_sparse(student) else "SentenceTransformer"
+    sparse = is_sparse(student)
+    loader = "SparseEncoder" if sparse else "SentenceTransformer"
+    kept = f"in {_NAMES[encoding]} encoding a passage keeps {document_length} tokens."
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",
         table([(system.title, evaluations["test"][system.key]) for system in systems], measures),
         "",
-        f"Encoded in {'bfloat16' if bf16 else 'float32'}; in {_NAMES[encoding]} encoding a passage keeps "
-        f"{document_length} tokens.",
+        f"Encoded in {'bfloat16' if bf16 else 'float32'}; {kept}",
+        *(_active_dims(logs["student: distillation"]) if sparse else []),
         *([] if judged else [_UNJUDGED]),
         *_remarks(evaluations, measures[0], base_model),
         "",
@@ -340,6 +342,17 @@ def quick_report(
         "",
     ]
     write_text_atomic(output / "report.md", "\n".join(lines))
+
+
+def _active_dims(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How sparse a sparse student was at the end of its training, in a line; none where nothing was logged."""
+    last = next((entry for entry in reversed(log) if "document_active_dims" in entry), None)
+    if last is None:
+        return []
+    return [
+        f"Active dims of the sparse student, in the last batches of its training (step {last['step']}): "
+        f"{last['query_active_dims']:.1f} a query, {last['document_active_dims']:.1f} a passage."
+    ]
 
 
 _UNJUDGED = (

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
 from tct_hf.evaluation.first_dims import first_dims_system
+from tct_hf.evaluation.late_interaction import LateInteraction
 from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
     EXACT,
     HYBRID,
-    LateInteraction,
     Part,
     ReportSystem,
     hybrid_system,
@@ -84,7 +84,7 @@ class Work:
         self.collection, self.stores, self.output, self.settings = collection, stores, output, settings
         self.teacher, self.teacher_name, self.write = teacher, teacher_name, write
         self.sparse_stores = stores if stores.is_sparse else sparse_stores
-        self.baseline = _baseline(settings, stores, self.sparse_stores)
+        self.baseline = baseline_of(settings, stores, sparse=self.sparse_stores is not None)
         self.test = collection.splits["test"]
         self.tuning: TuningQueries | None = tuning_queries(collection, settings.hybrid)
         self.depends: dict[str, Any] = {**stores.depends, "teacher": None}
@@ -165,7 +165,8 @@ class Work:
         return systems, _Searched(systems[1], Part(ann, self.stores), f"dense ({ann.index.factory})")
 
     def _sparse_student(self, stores: Stores) -> _Searched:
-        stores.encode()
+        if stores is not self.stores:
+            stores.encode()
         stored = stores.sparse()
         index = stored.index
         queries = stores.encode_queries(self.test.queries)
@@ -306,12 +307,21 @@ class Work:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _baseline(settings: ReportSettings, stores: Stores, sparse_stores: Stores | None) -> str:
-    """The key of the system that the others are tested against."""
+def baseline_of(settings: ReportSettings, stores: Stores, *, sparse: bool) -> str:
+    """The key of the system that the others are tested against.
+
+    Args:
+        settings: of the report.
+        stores: of its student.
+        sparse: there is a sparse student, this one or another.
+
+    Raises:
+        ValueError: it is search with a student that is not there.
+    """
     asked = settings.measures.baseline
     if asked is None:
         return LEARNED if stores.is_sparse else EXACT
-    if (asked == EXACT and stores.is_sparse) or (asked == LEARNED and sparse_stores is None):
+    if (asked == EXACT and stores.is_sparse) or (asked == LEARNED and not sparse):
         kind = "dense" if asked == EXACT else "sparse"
         raise ValueError(f"measures.baseline: {asked} is search with a {kind} student, and none was given")
     return asked

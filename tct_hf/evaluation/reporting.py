@@ -13,7 +13,7 @@ from tct_hf.evaluation.report import Report, SystemResult
 from tct_hf.evaluation.report_checks import check_report
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import BM25, ReportSystem
-from tct_hf.evaluation.report_work import Work
+from tct_hf.evaluation.report_work import Work, baseline_of
 from tct_hf.evaluation.significance import compare_runs
 from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
 from tct_hf.files import file_digest
@@ -75,13 +75,7 @@ def build_report(
     if sparse_student is not None:
         model = open_beside(stores, sparse_student)
         sparse_stores = Stores(collection, model, sparse_student, output / SPARSE_FOLDER, **options)
-    if stores.is_sparse and dims:
-        raise ValueError(
-            "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
-        )
-    sizes = [] if stores.is_sparse else sizes_to_measure(student, dims, stores.student.get_embedding_dimension())
-    if taken := [key for key in map(key_of, sizes) if key in runs]:
-        raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")
+    sizes = check_student(stores, settings, runs, dims, beside=sparse_student is not None)
     loaded = open_teacher(teacher) if teacher is not None else None
     work = Work(collection, stores, loaded, teacher, output, settings, write, sparse_stores, sizes)
     systems = work.systems()
@@ -92,6 +86,43 @@ def build_report(
     for problem in report.save(output):
         write(f"  {problem}")
     return report
+
+
+def check_student(
+    stores: Stores,
+    settings: ReportSettings,
+    runs: Mapping[str, str],
+    dims: Sequence[int] | None,
+    *,
+    beside: bool,
+) -> list[int]:
+    """Find out before anything is encoded what can't be reported of a student.
+
+    Args:
+        stores: of the student.
+        settings: of the report.
+        runs: as in :func:`build_report`.
+        dims: likewise.
+        beside: a sparse student is reported beside it.
+
+    Returns:
+        The first dimensions that are measured alone too.
+
+    Raises:
+        ValueError: a baseline that is not there, `dims` of a sparse student or beyond those of a dense one, or a run
+            of their name.
+    """
+    baseline_of(settings, stores, sparse=stores.is_sparse or beside)
+    if stores.is_sparse:
+        if dims:
+            raise ValueError(
+                "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
+            )
+        return []
+    sizes = sizes_to_measure(stores.name, dims, stores.student.get_embedding_dimension())
+    if taken := [key for key in map(key_of, sizes) if key in runs]:
+        raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")
+    return sizes
 
 
 def _assemble(

@@ -325,6 +325,8 @@ class Stores:
 def open_student(name: str, device: str | None = None) -> SentenceTransformer | SparseEncoder:
     """Load a model of one vector a text, a sparse one where its configuration says so.
 
+    A bare TCT checkpoint, of which sentence-transformers would give wrong vectors without a word, is converted first.
+
     Args:
         name: folder, Hub id or bundled model.
         device: to put it on; the library chooses when None.
@@ -336,7 +338,14 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
     """
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
+    from tct_hf.hub.kinds import TCT_CHECKPOINTS, recognise
+
     place = _place(name, "student")
+    folder = Path(place)
+    if place in TCT_CHECKPOINTS or ((folder / "config.json").is_file() and recognise(place, folder).kind == "tct"):
+        from tct_hf.hub.convert import load_student
+
+        return load_student(place, device=device)
     kind = _model_type(place)
     if kind == "MultiVectorEncoder":
         raise ValueError(

@@ -64,6 +64,7 @@ class CardFacts:
         steps: settings of the training, as pairs of name and value.
         distilled: whether tct_hf trained it with a teacher, as TCT-ColBERT does; None: what the training recorded.
         converted_from: what tct_hf converted it from; None: what the conversion recorded.
+        dims: first dimensions of the vectors that can be used alone; none: what the training recorded.
     """
 
     license: str | None = None
@@ -77,6 +78,7 @@ class CardFacts:
     steps: Sequence[tuple[str, str]] = ()
     distilled: bool | None = None
     converted_from: str | None = None
+    dims: Sequence[int] = ()
 
     def completed_by(self, folder: Path) -> CardFacts:
         """These facts, and for what they leave open what the training recorded beside the checkpoint."""
@@ -93,6 +95,7 @@ class CardFacts:
             steps=tuple(self.steps) or _of_training(record),
             distilled=_is_distilled(record) if self.distilled is None else self.distilled,
             converted_from=converted,
+            dims=tuple(self.dims) or tuple(_trained_with(record).get("matryoshka_dims") or ()),
         )
 
     def missing(self) -> list[str]:
@@ -135,8 +138,15 @@ def _base_model(record: dict[str, Any]) -> str | None:
 def _teacher(record: dict[str, Any]) -> str | None:
     if not _is_distilled(record) or not record.get("teacher"):
         return None
-    if ready := record["teacher"].get("model"):
-        return _name(str(ready))
+    parts = [record["teacher"], *(record["teacher"].get("mixed_with") or [])]
+    return " and ".join(_one_teacher(part, record) for part in parts)
+
+
+def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
+    if part.get("kind") == "stored":
+        return f"of stored scores ({_name(str(part['scores']))})"
+    if ready := part.get("model"):
+        return _name(str(ready)) + (" (cross-encoder)" if part.get("kind") == "cross-encoder" else "")
     base = str((record.get("encoder") or {}).get("base_model"))
     return f"trained in the same run from {_name(_ON_THE_HUB.get(base, base))}"
 
@@ -157,12 +167,17 @@ def _of_data(record: dict[str, Any]) -> str | None:
     return _name(str(source)) if source else None
 
 
-def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def _trained_with(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the training that a record is of."""
     student = _student(record)
     if student is None:
-        training = (record.get("teacher") or {}).get("training") or {}
-    else:  # what an arm's student shares with the other arms' stands outside of it
-        training = {**(record.get("training") or {}), **(student.get("training") or {})}
+        return (record.get("teacher") or {}).get("training") or {}
+    # What an arm's student shares with the other arms' stands outside of it.
+    return {**(record.get("training") or {}), **(student.get("training") or {})}
+
+
+def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    training = _trained_with(record)
     shown = {
         "max_steps": "steps",
         "num_train_epochs": "epochs",
@@ -171,10 +186,18 @@ def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         "temperature": "temperature",
         "hard_label_weight": "weight of the hard labels",
         "candidates": "candidates",
+        "margin_mse_weight": "weight of MarginMSE",
+        "student_divisor": "divisor of the student's scores",
+        "kl_direction": "direction of the divergence",
+        "document_regularizer_weight": "weight of the passages' regulariser",
+        "query_regularizer_weight": "weight of the queries' regulariser",
+        "document_regularizer_threshold": "active dims up to which passages are not regularised",
+        "query_regularizer_threshold": "active dims up to which queries are not regularised",
+        "regularizer_warmup": "warm-up of the regularisers, a share of the steps or steps",
         "matryoshka_dims": "first dimensions that were trained alone too",
     }
     made = [(title, training[name]) for name, title in shown.items() if training.get(name) is not None]
-    own = student or {}
+    own = _student(record) or {}
     made += [(title, own[name]) for name, title in _OF_STUDENT.items() if own.get(name) is not None]
     return tuple((title, str(value)) for title, value in made)
 
@@ -259,6 +282,7 @@ def write_card(
         **_hybrid(report, family),
         "active_dims": _active_dims(report) if family == "sparse_student" else None,
         **shape,
+        "dims": sorted(size for size in facts.dims if family == "student" and size < (shape["dimension"] or 0)),
     }
     card = str(ModelCard.from_template(data, template_str=template(family), **words))
     return re.sub(r"\n{3,}", "\n\n", card)  # where a section of the template is left out
@@ -360,6 +384,8 @@ def _shape(folder: Path) -> dict[str, Any]:
             pooled = of_module
         if str(module["type"]).endswith("Normalize"):
             normalised = True
+    if truncated := own.get("truncate_dim"):
+        dimension = min(dimension or truncated, truncated)
     splade = any(str(module["type"]).endswith("SpladePooling") for module in modules)
     cls = pooled.get("pooling_mode") == "cls"
     query_length: Any = expansion.get("length") or settings.get("query_length")
@@ -368,6 +394,7 @@ def _shape(folder: Path) -> dict[str, Any]:
         "tct": recognise(str(folder), folder).kind == "student",
         "dimension": config.get("vocab_size", dimension) if splade else dimension,
         "augmented": bool(expansion),
+        "needs_6": "sentence-transformers" in (own.get("requirements") or {}),
         "normalised": normalised,
         "query_length": query_length,
         "document_length": settings.get("document_length") or (_longest(folder) if splade else None),

@@ -45,8 +45,14 @@ class PushedIndex:
     sent: list[str]
 
 
-def push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
-    """Push a dense index, pinned to the revision of the model that built it; see `DenseIndex.push_to_hub`."""
+def push_pinned(index: Any, repo_id: str, **options: Any) -> PushedIndex:
+    """Push an index pinned to the revision of the model that built it; see `DenseIndex.push_to_hub`."""
+    from tct_hf.retrieval.learned_sparse import SparseIndex
+
+    return (_push_learned_sparse if isinstance(index, SparseIndex) else _push_dense)(index, repo_id, **options)
+
+
+def _push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
     tuned = index.tuning or {}
     rows = [
         ("dimension", str(index.dimension)),
@@ -59,8 +65,7 @@ def push_dense(index: DenseIndex, repo_id: str, **options: Any) -> PushedIndex:
     return _push_pinned(index, "DenseIndex", repo_id, rows, "A Faiss index", "tct_dense.json", **options)
 
 
-def push_learned_sparse(index: SparseIndex, repo_id: str, **options: Any) -> PushedIndex:
-    """Push a sparse index, pinned to the revision of the model that built it; see `SparseIndex.push_to_hub`."""
+def _push_learned_sparse(index: SparseIndex, repo_id: str, **options: Any) -> PushedIndex:
     rows = [
         ("dimension", f"{index.dimension:,}"),
         ("active dims a passage", f"{index.active_dims:,.1f}"),
@@ -91,7 +96,8 @@ def _push_pinned(
             f"model_id: {name or None!r} is no Hub id, but whoever loads the index has to encode queries with the "
             "model that built it: push that model first (tct_hf.release), then pass model_id=."
         )
-    built_by |= {"id": name, "revision": _pinned(name, model_revision or built_by.get("revision"), built_by, options)}
+    asked = model_revision or built_by.get("revision")
+    built_by |= {"id": name, "revision": _pinned(name, asked, built_by, index.dimension, options)}
     checked = "" if built_by.get("weights_sha256") else " (given by who pushed the index, not checked)"
     pinned = ("model", f"[{name}](https://huggingface.co/{name}) at `{built_by['revision']}`{checked}")
     shown = [("passages", f"{len(index):,}"), *(pinned if row is _MODEL else row for row in rows)]
@@ -106,11 +112,12 @@ def _push_pinned(
         index.built_by = before
 
 
-def _pinned(name: str, revision: str | None, built_by: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def _pinned(
+    name: str, revision: str | None, built_by: Mapping[str, Any], dimension: int, options: Mapping[str, Any]
+) -> str:
     """The commit of the model, whose weights are those that built the index."""
     from huggingface_hub import HfApi
 
-    from tct_hf.hub.convert import load_encoder
     from tct_hf.retrieval.built_by import check_model
     from tct_hf.retrieval.encode import describe_model
 
@@ -125,7 +132,8 @@ def _pinned(name: str, revision: str | None, built_by: Mapping[str, Any], option
     with hub_errors(name, "looking up the index's model"):
         commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
     if wanted:
-        found = describe_model(load_encoder(name, revision=commit, token=token, device="cpu"))["model"]
+        model = _encoder(name, built_by, dimension, revision=commit, token=token, device="cpu")
+        found = describe_model(model)["model"]
         if found["weights_sha256"] != wanted:
             raise ValueError(
                 f"model_revision: {name} at {commit[:12]} has the weights {found['weights_sha256'][:12]}, but the "
@@ -228,15 +236,26 @@ def fetch_index(repo_id: str, *, revision: str | None = None, token: str | None 
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token))
 
 
-def load_model_of(index: DenseIndex | SparseIndex, *, token: str | None = None, device: str | None = None) -> Any:
+def load_model_of(index: Any, *, token: str | None = None, device: str | None = None) -> Any:
     """The model that built an index, at the revision that built it; see `DenseIndex.load_model`."""
-    from tct_hf.hub.convert import load_encoder
     from tct_hf.retrieval.built_by import check_model
     from tct_hf.retrieval.encode import describe_model
 
     built_by = index.built_by or {}
     if not built_by.get("id"):
         raise ValueError("load_model: this index does not say which model built it; build it again with built_by=.")
-    model = load_encoder(built_by["id"], revision=built_by.get("revision"), token=token, device=device)
+    revision = built_by.get("revision")
+    model = _encoder(built_by["id"], built_by, index.dimension, revision=revision, token=token, device=device)
     check_model("this index", built_by, describe_model(model, built_by["id"])["model"])
+    return model
+
+
+def _encoder(name: str, built_by: Mapping[str, Any], dimension: int, **options: Any) -> Any:
+    """A model, cut to the first dimensions where an index is of those, as of a Matryoshka student."""
+    from tct_hf.hub.convert import load_encoder
+
+    model = load_encoder(name, **options)
+    # Only where the index says what it was cut to, which is compared after this: other ways make small vectors too.
+    if "truncate_dim" in (built_by.get("encoding") or {}) and dimension < (model.get_embedding_dimension() or 0):
+        model.truncate_dim = dimension
     return model

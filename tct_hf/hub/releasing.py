@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tct_hf.files import replace_dir, staging_beside, write_text_atomic
 from tct_hf.hub.cards import CardFacts, Family, write_card
@@ -102,8 +102,8 @@ def release(
     """Check a checkpoint, write its card, and push it with evaluation results and recipe.
 
     Before anything is sent: a student's vectors are compared with the rule in a fresh interpreter
-    (:func:`tct_hf.validate_checkpoint`), those of a sparse student with what the checkpoint gives here, other models
-    are loaded there; no module may be of a class from elsewhere;
+    (:func:`tct_hf.validate_checkpoint`), those of a sparse student or a dense one of another encoding with what the
+    checkpoint gives here, a teacher is loaded there; no module may be of a class from elsewhere;
     no file may hold a Hub token; the card must be complete. Only the parts of a checkpoint are copied, so that no
     pickle and no code is pushed, and paths of this machine are cut to their last name in what goes along.
 
@@ -251,25 +251,26 @@ def _check(staging: Path, family: Family, source: Path) -> None:
             raise ValueError(
                 f"the checkpoint does not load as a plain {loader[family]}:\n{done.stderr.strip()[-2000:]}"
             )
-        if family == "sparse_student":
-            _check_sparse(source, Path(found))
+        if family != "teacher":
+            _check_vectors(source, Path(found), sparse=family == "sparse_student")
 
 
-def _check_sparse(source: Path, found: Path) -> None:
-    """Refuse a sparse student that gives other vectors in a fresh interpreter than here, or none."""
+def _check_vectors(source: Path, found: Path, *, sparse: bool) -> None:
+    """Refuse a student that gives other vectors in a fresh interpreter than here, or none."""
     import numpy as np
-    from sentence_transformers import SparseEncoder
+    from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    model = SparseEncoder(str(source), device="cpu")
+    model: Any = (SparseEncoder if sparse else SentenceTransformer)(str(source), device="cpu")
     for number, (task, encode) in enumerate((("query", model.encode_query), ("passage", model.encode_document))):
         text = ("a question", "a passage of some words")[number]
-        here, there = encode([text]).to_dense().numpy(), np.load(found / f"{number}.npy")
+        here, there = encode([text]), np.load(found / f"{number}.npy")
+        here = here.to_dense().numpy() if sparse else here[0]
         if here.shape != there.shape or not np.allclose(here, there, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"the {task} vector of {text!r} is another in a fresh interpreter than that of {source}: a file of "
                 "the checkpoint is not one that a release carries; save it anew with stock modules."
             )
-        if not here.any():
+        if sparse and not here.any():
             raise ValueError(
                 f"the {task} vector of {text!r} is zero in all dimensions: the student has collapsed; train it with "
                 "a weaker regulariser or a longer warm-up of it."

@@ -42,6 +42,19 @@ def append_rows(row_starts, terms, weights, first_row, ends, list_rows, list_wei
 
 
 @_compiled
+def are_lists(starts, list_rows, passages):  # type: ignore[no-untyped-def]
+    """Whether the rows of every list rise and are below `passages`: `best_rows` writes where they say."""
+    for term in range(len(starts) - 1):
+        before = np.int64(-1)
+        for at in range(starts[term], starts[term + 1]):
+            row = np.int64(list_rows[at])
+            if row <= before or row >= passages:
+                return False
+            before = row
+    return True
+
+
+@_compiled
 def _replace_least(heap, value):  # type: ignore[no-untyped-def]
     """Put `value` in place of the least of a heap, its first."""
     at = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.retrieval.built_by import check_model, described
 from tct_hf.retrieval.ids import IdTable
+from tct_hf.retrieval.pinned import PinnedIndex
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import check_ids
 from tct_hf.retrieval.sparse_rows import as_csr, row_blocks
@@ -16,14 +17,12 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SparseEncoder
 
-    from tct_hf.hub.indexes import PushedIndex
-
 _SETTINGS_FILE = "tct_sparse.json"
 _ARRAYS = {"starts": "int64", "rows": "uint32", "weights": "float32"}
 _FORMAT = 1
 
 
-class SparseIndex:
+class SparseIndex(PinnedIndex):
     """Inverted lists that answer sparse query vectors with passage ids; make one with `build` or `load`.
 
     Search is exact: scores are the inner products, added up in float32 term after term. Equal scores are ordered by
@@ -268,7 +267,8 @@ class SparseIndex:
             directory: the folder.
             mmap: leave lists and ids on disk and map them: what is searched with stays in memory as long as there is
                 room.
-            verify: compare the files' checksums, which reads each once; their sizes are always compared.
+            verify: compare the files' checksums and look at every posting, which reads each file once or twice; sizes
+                are always compared. Leave it on for an index from elsewhere: search trusts its lists.
             model: that will encode queries, or its {"id", "weights_sha256", "encoding"}, to be compared with the one
                 that built the index, as `DenseIndex.load` does.
 
@@ -305,111 +305,13 @@ class SparseIndex:
             or starts[0] != 0
             or starts[-1] != settings["postings"]
             or (np.diff(starts) < 0).any()
+            or (verify and not _searchable(starts, rows, weights, len(ids)))
         ):
             raise ValueError(
                 f"{directory}: its arrays are not those of {settings['passages']} passages of dimension "
                 f"{settings['dimension']} with {settings['postings']} non-zeros; build and save the index again"
             )
         return cls(starts, rows, weights, ids, built_by=settings["built_by"])
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str,
-        model_id: str | None = None,
-        model_revision: str | None = None,
-        license_note: str | None = None,
-        passages: str | None = None,
-        private: bool | None = None,
-        revision: str = "main",
-        tag: str | None = None,
-        token: str | None = None,
-    ) -> PushedIndex:
-        """Push the index to a dataset repository, pinned to its model's revision; as `DenseIndex.push_to_hub`.
-
-        Args:
-            repo_id: owner/name; made when missing.
-            model_id: Hub id of the model that built the index; by default as `built_by` names it.
-            model_revision: its branch, tag or commit; by default as `built_by` names it, or its main branch.
-            license: identifier of the Hub's list; that of the passages.
-            license_note: what a reader must know of it.
-            passages: where the texts are, for the card, such as the Hub id of a data set.
-            private: of a repository that is made; None: the account's setting. True of a public one is refused.
-            revision: branch to push to; made when missing.
-            tag: name for the commit; a tag never moves.
-            token: of the Hub; the one logged in with when None.
-
-        Returns:
-            Repository, URL, commit and what was sent.
-
-        Raises:
-            ValueError, HubError: as `DenseIndex.push_to_hub`.
-        """
-        from tct_hf.hub.indexes import push_learned_sparse
-
-        return push_learned_sparse(
-            self,
-            repo_id,
-            model_id=model_id,
-            model_revision=model_revision,
-            license=license,
-            license_note=license_note,
-            passages=passages,
-            private=private,
-            revision=revision,
-            tag=tag,
-            token=token,
-        )
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        mmap: bool = False,
-        verify: bool = True,
-        model: SparseEncoder | Mapping[str, Any] | None = None,
-    ) -> SparseIndex:
-        """Download and open an index that `push_to_hub` pushed.
-
-        Args:
-            repo_id: the dataset repository.
-            revision: branch, tag or commit.
-            token: of the Hub; the one logged in with when None.
-            mmap: as in `load`.
-            verify: as in `load`.
-            model: as in `load`.
-
-        Returns:
-            The index; `load_model` gives the model to encode queries with.
-
-        Raises:
-            HubError: the repository can't be had.
-            ValueError: as `load`.
-            FileNotFoundError: the repository holds no sparse index.
-        """
-        from tct_hf.hub.indexes import fetch_index
-
-        return cls.load(fetch_index(repo_id, revision=revision, token=token), mmap=mmap, verify=verify, model=model)
-
-    def load_model(self, *, token: str | None = None, device: str | None = None) -> SparseEncoder:
-        """Load the model that built the index, at the revision that built it, to encode queries with.
-
-        Args:
-            token: of the Hub; the one logged in with when None.
-            device: to load to; sentence-transformers' choice when None.
-
-        Raises:
-            ValueError: the index names no model, or its weights are others now.
-            HubError: the model can't be had.
-        """
-        from tct_hf.hub.indexes import load_model_of
-
-        model: SparseEncoder = load_model_of(self, token=token, device=device)
-        return model
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
@@ -419,3 +321,16 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
+
+
+def _searchable(starts: np.ndarray, rows: np.ndarray, weights: np.ndarray, passages: int) -> bool:
+    """Whether lists name passages that are there, rising, with weights that are finite and above 0."""
+    import numpy as np
+
+    from tct_hf.retrieval.inverted_lists import are_lists
+
+    step = 1 << 20  # weights that are looked at together
+    parts = (weights[first : first + step] for first in range(0, len(weights), step))
+    return bool(are_lists(*map(_read_only, (starts, rows)), passages)) and all(
+        bool((np.isfinite(part) & (part > 0)).all()) for part in parts
+    )

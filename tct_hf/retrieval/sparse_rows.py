@@ -138,7 +138,8 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
         first_row: number of the first row, for the message.
 
     Raises:
-        ValueError: of another kind, or a weight is NaN, infinite or negative; names the row.
+        ValueError: of another kind, a term beyond the dimensions, or a weight that is NaN, infinite or negative; names
+            the row.
     """
     import numpy as np
     from scipy.sparse import csr_matrix, issparse
@@ -151,6 +152,11 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
         rows = csr_matrix(vectors, dtype=np.float32)
     else:
         rows = of_torch(vectors)
+    if rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < rows.shape[1]:  # compiled search trusts these
+        raise ValueError(
+            f"{what}: terms from {rows.indices.min()} to {rows.indices.max()} in vectors of {rows.shape[1]} "
+            "dimensions: the matrix is damaged; encode again"
+        )
     if not rows.has_canonical_format:
         rows = rows.copy()
         rows.sum_duplicates()

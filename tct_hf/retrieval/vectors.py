@@ -17,69 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.files import _first_difference, file_digest, write_json_atomic
+from tct_hf.retrieval.vector_blocks import ShardedVectors
 
 if TYPE_CHECKING:
     import numpy as np
-    import numpy.typing as npt
 
 PLAN_FILE = "encoding.json"
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
-
-
-class ShardedVectors:
-    """The vectors of several shards as one `(passages, dim)` array, memory-mapped, read as float32.
-
-    Rows are taken by slice, number or array of numbers; `numpy.asarray` reads all of them.
-
-    Args:
-        parts: one array a shard, `(passages, dim)`.
-        dim: of a vector.
-    """
-
-    ndim = 2
-
-    def __init__(self, parts: Sequence[np.ndarray], dim: int) -> None:
-        import numpy as np
-
-        self._parts = list(parts)
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
-        self.shape = (int(self._starts[-1]), dim)
-        self.dtype = np.dtype(np.float32)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        import numpy as np
-
-        if isinstance(rows, slice):
-            wanted = np.arange(*rows.indices(len(self)))
-        else:
-            wanted = np.asarray(rows)
-            if wanted.dtype == bool:
-                wanted = np.arange(len(self))[wanted]
-            wanted = np.where(wanted < 0, wanted + len(self), wanted).astype(np.int64)
-            if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-                raise IndexError(f"row {rows!r} of {len(self)} vectors")
-        if wanted.ndim == 0:
-            return self[wanted[None]][0]
-        found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
-        owners = np.searchsorted(self._starts, wanted, side="right") - 1
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            local = wanted[places] - self._starts[owner]
-            # Neighbours are read as one block, not row by row.
-            one_run = len(local) == local[-1] - local[0] + 1 and bool((np.diff(local) == 1).all())
-            part = self._parts[owner]
-            found[places] = part[local[0] : local[-1] + 1] if one_run else part[local]
-        return found
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False:
-            raise ValueError("ShardedVectors are read from several files: an array of them is always a copy")
-        return self[:].astype(dtype or self.dtype, copy=False)
 
 
 def load_vectors(

@@ -15,6 +15,7 @@ from tct_hf.evaluation import Report, build_report
 from tct_hf.evaluation.report_settings import CostSettings, HybridSettings, MeasureSettings, ReportSettings
 from tct_hf.evaluation.stores import Stores, open_student
 from tct_hf.retrieval import read_run
+from tests.hub.models import TEXTS, published_tct, pyserini_vectors
 from tests.searching import Material, write_material
 from tests.splade import tiny_splade
 
@@ -158,3 +159,12 @@ def test_a_sparse_student_that_compares_by_cosine_is_refused(material: Material,
     student.similarity_fn_name = "cosine"
     with pytest.raises(ValueError, match="of a sparse student only dot can be searched"):
         Stores(material.collection(), student, "student", tmp_path)
+
+
+def test_a_bare_tct_checkpoint_is_searched_with_its_own_vectors(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    published = published_tct(tmp_path / "tct_colbert-msmarco")
+    student = open_student(str(published), "cpu")
+    np.testing.assert_allclose(
+        student.encode_query(TEXTS[:3]), pyserini_vectors(published, TEXTS[:3], "query"), atol=1e-5
+    )

@@ -42,7 +42,7 @@ def test_a_card_says_what_was_measured_and_how_to_use_it(student: Path, report: 
         report.table(),
         "a processor, 2 cores",
         "teacher: the ColBERT",
-        "distilled from\nthe late-interaction teacher the ColBERT",
+        "distilled from\nthe teacher the ColBERT",
         "text-embeddings-inference",
         "query_augmentation=False",
         "32-dimensional",
@@ -212,9 +212,42 @@ def test_a_card_says_what_is_beyond_the_papers_student(student: Path, tmp_path: 
         "- layers kept of the encoder it began with, counted from 0: [1]",
         "- factor of the cosines before training: 20.0",
         "- first dimensions that were trained alone too: [8, 32]",
+        "The first 8 dimensions were trained to be vectors of their own",
+        'SentenceTransformer("me/it", truncate_dim=8)',
         "# How texts are encoded",
     ):
         assert said in card, said
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"kind": "stored", "scores": "teacher_score"}, "of stored scores (teacher_score)"),
+        ({"kind": "stored", "scores": "/data/of/me/scores.parquet"}, "of stored scores (scores.parquet)"),
+        ({"kind": "cross-encoder", "model": "me/judge"}, "me/judge (cross-encoder)"),
+        (
+            {"kind": "colbert", "model": "me/colbert", "mixed_with": [{"kind": "stored", "scores": "scores"}]},
+            "me/colbert and of stored scores (scores)",
+        ),
+    ],
+)
+def test_a_card_names_the_teachers_of_the_record_and_no_other(tmp_path: Path, teacher: Any, said: str) -> None:
+    training = {"margin_mse_weight": 0.5, "document_regularizer_weight": 1e-4}
+    student = {"initialise_from": "base", "training": training}
+    facts = facts_of(tmp_path / "a", {"encoder": ENCODER, "teacher": teacher, "student": student})
+    assert facts.teacher == said
+    assert facts.steps == (("weight of MarginMSE", "0.5"), ("weight of the passages' regulariser", "0.0001"))
+
+
+def test_the_card_of_a_plain_student_says_what_it_needs(tmp_path: Path) -> None:
+    prompts = {"query": "query: "}
+    student = build_student(
+        str(tiny_bert(tmp_path / "base")), encoding="plain", prompts=prompts, query_length=16, document_length=24
+    )
+    student.truncate_dim = 8
+    card = write_card(save_student(student, tmp_path / "student"), "student", "me/it", FACTS)
+    assert "sentence-transformers 6 or newer" in card and "Passages are cut at 24 tokens" in card
+    assert "one 8-dimensional vector" in card and "[Q]" not in card
 
 
 def test_a_conversion_says_what_it_was_made_from(tmp_path: Path) -> None:
@@ -241,7 +274,7 @@ def test_a_sparse_card_says_what_it_was_trained_with(tmp_path: Path) -> None:
     assert "one 99-dimensional" in card and "compared by dot product.\n" in card
     assert "formal2021splade" in card and "- splade" in card
     card = write_card(tmp_path, "sparse_student", "me/it", CardFacts(**{**asdict(FACTS), "distilled": True}))
-    for word in ("distilled from the ColBERT. Trained as", "- tct-colbert", "lin2020", "formal2021splade"):
+    for word in ("distilled from the teacher the ColBERT. Trained as", "- tct-colbert", "lin2020", "formal2021splade"):
         assert word in card, word
     assert card.count("```bibtex") == 1 and card.rstrip().endswith("```")
     write_json_atomic(tmp_path / "modules.json", [{"type": "sentence_transformers.x.SparseStatic", "path": ""}])

@@ -42,6 +42,20 @@ def test_a_dense_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub,
     assert index.built_by is not None and "revision" not in index.built_by  # the one in memory is as it was
 
 
+def test_an_index_of_first_dimensions_comes_back_with_the_model_cut_to_them(
+    hub: LoopbackHub, index: DenseIndex
+) -> None:
+    student = index.load_model(device="cpu")
+    student.truncate_dim = 8
+    built_by = describe_model(student, "tester/student")["model"]
+    small = DenseIndex.build(student.encode_document(PASSAGES), IDS, built_by=built_by)
+    small.push_to_hub("tester/small", license="mit")
+    back = DenseIndex.from_hub("tester/small")
+    queries = back.load_model(device="cpu").encode_query(QUERIES)
+    assert queries.shape == (len(QUERIES), 8)
+    assert back.search(queries, 5)[0] == small.search(student.encode_query(QUERIES), 5)[0]
+
+
 def test_the_model_is_pinned_where_it_moves_on(hub: LoopbackHub, index: DenseIndex, tmp_path: Path) -> None:
     index.push_to_hub("tester/index", license="mit")
     other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), document_length=64)

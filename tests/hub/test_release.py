@@ -60,6 +60,35 @@ def test_a_student_comes_back_with_equal_weights_and_vectors(hub: LoopbackHub, s
     assert done.url == f"{hub.url}/tester/student" and 'revision="v1.0"' in done.loading()
 
 
+def test_a_student_cut_to_its_first_dimensions_is_one_of_them_alone(student: Path, tmp_path: Path) -> None:
+    small = SentenceTransformer(str(student), device="cpu", truncate_dim=8)
+    done = release(
+        save_student(small, tmp_path / "small"), "tester/small", facts=FACTS, dry_run=True, folder=tmp_path / "r"
+    )
+    assert "one 8-dimensional vector" in (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
+    assert done.family == "student" and SentenceTransformer(str(tmp_path / "r")).encode("x").shape == (8,)
+
+
+def test_a_plain_student_that_is_another_in_a_fresh_interpreter_is_not_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tct_hf.hub import releasing
+
+    base = str(tiny_bert(tmp_path / "base"))
+    made = build_student(base, encoding="plain", query_length=16, document_length=24, scale=20.0)
+    save_student(made, tmp_path / "plain")
+    release(tmp_path / "plain", "tester/plain", facts=FACTS, dry_run=True)
+
+    def other(command: list[str], **options: Any) -> Any:
+        for number in range(2):
+            np.save(Path(command[-1]) / f"{number}.npy", np.ones(32, np.float32))
+        return type("Done", (), {"returncode": 0, "stderr": ""})
+
+    monkeypatch.setattr(releasing.subprocess, "run", other)
+    with pytest.raises(ValueError, match="the query vector of 'a question' is another in a fresh interpreter"):
+        release(tmp_path / "plain", "tester/plain", facts=FACTS, dry_run=True)
+
+
 def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_path: Path) -> None:
     from tct_hf import ColBERTTeacher
     from tct_hf.teachers import write_training_scale

@@ -185,6 +185,30 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
         SparseIndex.load(folder, verify=False)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("rows", 30), ("rows", 2**32 - 1), ("rows", "as before"), ("weights", -1.0), ("weights", np.nan)],
+)
+def test_lists_that_search_would_write_beyond_are_refused_whatever_their_checksums(
+    tmp_path: Path, part: str, value: Any
+) -> None:
+    index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
+    array = np.array(getattr(index, f"_{part}"))
+    array[1] = array[0] if value == "as before" else value
+    setattr(index, f"_{part}", array)
+    index.save(tmp_path / "index")
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match="its arrays are not those of 30 passages"):
+            SparseIndex.load(tmp_path / "index", mmap=mapped)
+
+
+def test_a_term_beyond_the_dimensions_is_refused() -> None:
+    passages = drawn(4, 6, 0.5, 0)
+    passages.indices[1] = 6
+    with pytest.raises(ValueError, match="vectors: terms from 0 to 6 in vectors of 6 dimensions"):
+        SparseIndex.build(passages, list("abcd"))
+
+
 def with_weight(value: float) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.array([1.0, value], np.float32), [0, 1], [0, 1, 2]), shape=(2, 3))
 
