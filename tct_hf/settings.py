@@ -50,6 +50,7 @@ DEPENDENCIES = (
     "pytrec_eval-terrier",
     "pyyaml",
     "numpy",
+    "scipy",
 )
 
 

@@ -125,10 +125,12 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
 
     def _refuse_no_teacher(self, loss: Any) -> None:
         if isinstance(self.teacher, NoTeacher) and getattr(loss, "asks_teacher", False):
-            raise ValueError(
-                f"There is no teacher to distil, but hard_label_weight is {loss.hard_label_weight} and "
-                f"margin_mse_weight {loss.margin_mse_weight}: set them to 1 and 0, or give a teacher."
+            wanted = {"hard_label_weight": 1.0, "margin_mse_weight": 0.0}
+            asks = {name: value for name, value in wanted.items() if getattr(loss, name) != value}
+            said = " and ".join(
+                f"{name} is {getattr(loss, name)}: set it to {value:g}" for name, value in asks.items()
             )
+            raise ValueError(f"There is no teacher to distil, but {said}, or give a teacher.")
 
     def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> TCTDataCollator:
         """The collator that also lets the teacher prepare a batch."""

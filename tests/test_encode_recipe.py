@@ -97,6 +97,7 @@ def test_help_is_instant_and_names_every_setting() -> None:
     assert "torch" not in done.stderr
 
 
+@pytest.mark.slow
 def test_first_dimensions_are_encoded_alone(folder: Path, whole: tuple[str, str]) -> None:
     from tct_hf import load_vectors
 
