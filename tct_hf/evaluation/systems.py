@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Token vectors of this many passages are scored at a time: about 40 MB of them, whatever the corpus.
 _PASSAGES_PER_CHUNK = 1024
+_QUERIES_PER_BLOCK = 64
 
 
 def _autocast(model: Any, bf16: bool) -> Any:
@@ -151,8 +152,14 @@ def late_interaction_run(
     for part in _by_length(corpus_texts):
         with _autocast(model, bf16):
             vectors = model.encode_document([corpus_texts[row] for row in part], batch_size=batch_size)
-        scored = model.similarity(query_vectors, [v.to(dtype) for v in vectors], chunk_elements=1 << 24)
-        scores = np.hstack([best_scores, scored.float().cpu().numpy()])
+        passages = [v.to(dtype) for v in vectors]
+        # A few queries at a time: against thousands the passages would be compared one by one, and the small results
+        # between blocks of ever other sizes keep the memory of them all from going back.
+        scored = [
+            model.similarity(query_vectors[at : at + _QUERIES_PER_BLOCK], passages, chunk_elements=1 << 24)
+            for at in range(0, len(query_vectors), _QUERIES_PER_BLOCK)
+        ]
+        scores = np.hstack([best_scores, torch.cat(scored).float().cpu().numpy()])
         rows = np.hstack([best_rows, np.broadcast_to(np.array(part), (len(query_ids), len(part)))])
         chosen = np.lexsort((places[rows], -scores))[:, :k]
         best_scores, best_rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
