@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,11 @@ def plot_sweep(
         raise ValueError("There is nothing to plot: a sweep needs two points.")
     figure = _figure(5.6, 3.8)
     axes = figure.add_subplot()
+    styles = cycle(("--", ":", "-."))
     for name, points in lines.items():
         xs, ys, bars = (list(values) for values in zip(*sorted(points), strict=True))
         if len(xs) == 1:
-            axes.axhline(ys[0], linestyle="--", linewidth=1, color="gray", label=name)
+            axes.axhline(ys[0], linestyle=next(styles), linewidth=1.2, color="gray", label=name)
         else:
             axes.errorbar(xs, ys, yerr=bars, marker="o", markersize=3, capsize=3, label=name)
     ticks = sorted({x for points in lines.values() if len(points) > 1 for x, _, _ in points})

@@ -175,8 +175,8 @@ def plot_candidates(
         bar = standard_error(list(first.per_query[measure].values()))
         point = (columns * int(result.arguments["per_device_train_batch_size"]), result.mean(split, measure), bar)
         lines.setdefault(result.arm.signal, []).append(point)
-    lines = {signal: points for signal, points in lines.items() if len({x for x, _, _ in points}) == len(points) > 2}
-    if not lines:
+    lines = {signal: points for signal, points in lines.items() if len({x for x, _, _ in points}) == len(points) > 1}
+    if not any(len(points) > 2 for points in lines.values()):
         return []
     across = {title: [(0.0, evaluation.mean[measure], 0.0)] for title, evaluation in references.items()}
     try:

@@ -34,6 +34,11 @@ def test_arms_of_one_signal_and_several_batches_are_a_line(tmp_path: Path, monke
         "d": arm("hard labels", 8, 1.0, 1.0),  # alone: no line
         "e": arm("own candidates", 8, 1.0, 1.0),
     }
+    results["f"] = arm("hard labels", 16, 1.0, 1.0)
+    several = dict(results)
+    del results["f"]
+    plot_candidates(several, {}, tmp_path / "c.png", "test", "RR@10", columns=3)
+    assert [(x, y) for x, y, _ in drawn.pop("hard labels")] == [(24, 1.0), (48, 1.0)]
     said = plot_candidates(results, {"BM25": found(0.25)}, tmp_path / "c.png", "test", "RR@10", columns=3)
     assert said[0] == "RR@10 against the candidates of a query: c.png"
     assert [(x, y) for x, y, _ in drawn["in-batch"]] == [(24, 0.5), (48, 0.75), (12, 0.25)]
