@@ -72,7 +72,7 @@ def test_without_a_teacher_no_schedule_may_ask_for_one(tmp_path: Path) -> None:
     student, _ = make_models(tmp_path)
     trainer = make_trainer(tmp_path / "run", student, NoTeacher(), triples(16), hard_label_weight=1.0, max_steps=2)
     trainer.add_callback(LossSchedule(trainer.loss, hard_label_weight=Schedule(1.0, 0.1)))
-    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1 "):
+    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1: set it to 1"):
         trainer.train()
 
 
