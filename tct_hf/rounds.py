@@ -33,6 +33,8 @@ __all__ = [
 
 @dataclass
 class MiningSettings:
+    """How negatives are mined, as :func:`tct_hf.mine_triples` takes it."""
+
     depth: int = setting(200, "ranks that negatives are sampled from")
     num_negatives: int = setting(1, "negatives a (query, positive)")
     margin: float | None = setting(

@@ -11,10 +11,12 @@ KLDirection = Literal["forward", "reverse"]
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores `(queries, candidates)` with -inf where the bool mask is False; as they are without a mask."""
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it is of half precision, else as it is."""
     # bfloat16 keeps 8 bits: score differences that matter are lost in a softmax over it.
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

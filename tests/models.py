@@ -167,12 +167,10 @@ def tiny_distilbert(path: Path) -> Path:
     return path
 
 
-def tiny_roberta(path: Path) -> Path:
-    """An encoder with a byte-level BPE tokenizer."""
-    path.mkdir(parents=True, exist_ok=True)
+def byte_level(special: list[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer, trained on a few words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=special,
@@ -180,6 +178,14 @@ def tiny_roberta(path: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    return tokenizer
+
+
+def tiny_roberta(path: Path) -> Path:
+    """An encoder with a byte-level BPE tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = byte_level(special)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -209,16 +215,8 @@ def tiny_roberta(path: Path) -> Path:
 def tiny_modernbert(path: Path, *, dropout: float = 0.0) -> Path:
     """An encoder of another family, its tokenizer byte-level BPE with BERT's special tokens."""
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    tokenizer = byte_level(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )

@@ -24,7 +24,7 @@ from tct_hf.retrieval.dense_engine import (
 from tct_hf.retrieval.dense_tuning import SLICE, choose_parameters, exact_neighbours, stand_ins
 from tct_hf.retrieval.ids import IdTable
 from tct_hf.retrieval.pinned import PinnedIndex
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, one_id_a_vector, run_of
 from tct_hf.retrieval.sparse import check_ids
 from tct_hf.retrieval.vector_blocks import BLOCK, as_matrix, as_rows, blocks, choose_rows, draw, ranges
 
@@ -289,17 +289,8 @@ class DenseIndex(PinnedIndex):
             ValueError: ids that don't fit the vectors; see `search` for the rest.
         """
         matrix = as_matrix(query_vectors, "query_vectors")
-        names = list(query_ids)
-        if len(names) != len(matrix) or len(set(names)) != len(names):
-            raise ValueError(
-                f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {len(matrix)} vectors; "
-                "pass one id for each, each once"
-            )
-        ids, scores = self.search(matrix, k, threads=threads)
-        return {
-            name: dict(zip(found, values.tolist(), strict=True))
-            for name, found, values in zip(names, ids, scores, strict=True)
-        }
+        names = one_id_a_vector(query_ids, len(matrix))
+        return run_of(names, *self.search(matrix, k, threads=threads))
 
     def save(self, directory: str | Path) -> None:
         """Write the index to a folder; an index that is there is replaced whole.

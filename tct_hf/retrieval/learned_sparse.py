@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tct_hf.retrieval.built_by import check_model, described
 from tct_hf.retrieval.ids import IdTable
 from tct_hf.retrieval.pinned import PinnedIndex
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, one_id_a_vector, run_of
 from tct_hf.retrieval.sparse import check_ids
 from tct_hf.retrieval.sparse_rows import as_csr, row_blocks
 
@@ -211,17 +211,8 @@ class SparseIndex(PinnedIndex):
             ValueError: ids that don't fit the vectors; see `search` for the rest.
         """
         queries = as_csr(query_vectors, "query_vectors")
-        names = list(query_ids)
-        if len(names) != queries.shape[0] or len(set(names)) != len(names):
-            raise ValueError(
-                f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {queries.shape[0]} vectors; "
-                "pass one id for each, each once"
-            )
-        ids, scores = self.search(queries, k, threads=threads)
-        return {
-            name: dict(zip(found, values.tolist(), strict=True))
-            for name, found, values in zip(names, ids, scores, strict=True)
-        }
+        names = one_id_a_vector(query_ids, queries.shape[0])
+        return run_of(names, *self.search(queries, k, threads=threads))
 
     def save(self, directory: str | Path) -> None:
         """Write the index to a folder; an index that is there is replaced whole.

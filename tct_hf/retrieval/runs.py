@@ -7,9 +7,9 @@ import gzip
 import math
 import secrets
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tct_hf.retrieval.ids import is_utf8
 
@@ -151,3 +151,32 @@ def _check_word(text: str, what: str, path: Path) -> None:
         )
     if not is_utf8(text):
         raise ValueError(f"{path}: {what} {text!r} has a lone surrogate, which UTF-8 can't hold; rename it first")
+
+
+def one_id_a_vector(query_ids: Sequence[str], count: int) -> list[str]:
+    """The ids as a list, refused where they are not one for each of `count` vectors, each once.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    names = list(query_ids)
+    if len(names) != count or len(set(names)) != len(names):
+        raise ValueError(
+            f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {count} vectors; pass one id for "
+            "each, each once"
+        )
+    return names
+
+
+def run_of(query_ids: Sequence[str], ids: Sequence[Sequence[str]], scores: Sequence[Any]) -> Run:
+    """A run of what an index's search returned.
+
+    Args:
+        query_ids: one for each query that was searched.
+        ids: passage ids of each query, best first.
+        scores: their scores, an array a query.
+    """
+    return {
+        name: dict(zip(found, values.tolist(), strict=True))
+        for name, found, values in zip(query_ids, ids, scores, strict=True)
+    }
