@@ -32,6 +32,9 @@ DENSE = {"student.initialise_from": "base", "student.layers": "[0, 2, 5]"}
 SPARSE = {"student.initialise_from": "base", "student.kind": "splade"}
 HARD = {"student.training.hard_label_weight": "1.0"}
 STORED = {"teacher.kind": "stored", "teacher.scores": "teacher_score", "student.training.candidates": "own"}
+# A sparse student's scores spread ten times as wide as the cross-encoder's of a query's own candidates: undivided, its
+# vectors shrink until nothing is left of them.
+DIVIDED = {**STORED, "student.training.student_divisor": "10"}
 MIXED = {"teacher.mixed_with": "[{kind: stored, scores: teacher_score}]", "teacher.normalize": "softmax"}
 # name: kind, what it learns from, whether the ColBERT teaches
 ARMS: dict[str, tuple[str, dict[str, str], bool]] = {
@@ -42,7 +45,7 @@ ARMS: dict[str, tuple[str, dict[str, str], bool]] = {
     "ColBERT, in-batch, Matryoshka": ("dense", {"student.training.matryoshka_dims": json.dumps(DIMS)}, True),
     "hard labels ": ("sparse", HARD, True),
     "ColBERT, in-batch ": ("sparse", {}, True),
-    "cross-encoder, own candidates ": ("sparse", STORED, False),
+    "cross-encoder, own candidates ": ("sparse", DIVIDED, False),
     "both mixed ": ("sparse", MIXED, True),
 }
 
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--splade", type=Path, help="folder of the small SPLADE's files; without, no sparse students")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/family"))
     parser.add_argument("--steps", type=int, default=40, help="of each student")
+    parser.add_argument("--cross_steps", type=int, default=200, help="of the cross-encoder, 32 pairs each")
     parser.add_argument("--batch", type=int, default=16, help="queries a step")
     parser.add_argument("--document_length", type=int, default=64)
     parser.add_argument("--max_passages", type=int, default=3000)
@@ -174,7 +178,7 @@ def main() -> None:
     if not cross.is_dir():
         from tct_hf import load_triples
 
-        train_cross_encoder(load_triples(triples), cross, length=args.document_length + 36, steps=40)
+        train_cross_encoder(load_triples(triples), cross, length=args.document_length + 36, steps=args.cross_steps)
     scored = output / "scored"
     recipe("score.py", {"triples.path": triples, "teacher": cross, "kind": "cross-encoder", "output_dir": scored})
     splade = prepare_splade(args.splade, output / "splade-tiny") if args.splade else None
