@@ -40,14 +40,14 @@ def plot_curves(results: Mapping[str, ArmResult], path: Path, ylabel: str) -> li
 _SWEPT = {
     "candidates": (
         "per_device_train_batch_size",
-        "candidates of a query, on one device",
+        "the candidates of a query, on one device",
         "Passages that a query is scored against in training",
         True,
     ),
     "temperature": ("temperature", "what the teacher's scores are divided by", "Temperature of the teacher", True),
     "hard-labels": (
         "hard_label_weight",
-        "weight of the hard labels",
+        "the weight of the hard labels",
         "Hard labels beside the teacher's scores",
         False,
     ),
@@ -98,10 +98,7 @@ def plot_swept(
             )
         except ImportError as error:
             return [f"No plot: {error}", ""]
-        said += [
-            f"{measure} against {'the ' if what == 'candidates' else ''}{xlabel.partition(',')[0]}: {path.name}",
-            "",
-        ]
+        said += [f"{measure} against {xlabel.partition(',')[0]}: {path.name}", ""]
     return said
 
 
