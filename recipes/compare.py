@@ -2,8 +2,8 @@
 
 accelerate launch recipes/compare.py recipes/compare/builtin.yaml [--setting value ...]
 
-Stopped at any point, the same command goes on with the arm where it stopped. --only trains and shows some of the arms;
---report dev never searches for the test queries, for tuning.
+Stopped at any point, the same command goes on with the arm where it stopped. --only trains and shows some of the arms
+or tables; --report dev never searches for the test queries, for tuning.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf import pipeline
-from tct_hf.arms import REFERENCES, Arm, check_arms, train_arm
+from tct_hf.arms import REFERENCES, Arm, ArmTable, check_arms, check_students, slug_of, train_arm
 from tct_hf.pipeline import DataSettings, EncoderSettings, TeacherSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
@@ -34,7 +34,9 @@ class CurveSettings:
 class Settings:
     output_dir: str = setting("outputs/compare", "where everything is written")
     seeds: list[int] = setting([13], "one student an arm and seed; the first is also the teacher's")
-    only: list[str] | None = setting(None, """arms to train and show, as '["half, in-batch"]'; all when none""")
+    only: list[str] | None = setting(
+        None, """arms or tables to train and show, as '["half, in-batch"]'; all when none"""
+    )
     report: Literal["test", "dev"] = setting("test", "split of the table; dev for tuning")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of training; auto: bf16 where the hardware has it")
     data: DataSettings = field(default_factory=DataSettings)
@@ -48,6 +50,10 @@ class Settings:
     )
     curve: CurveSettings = field(default_factory=CurveSettings)
     arms: dict[str, Arm] = setting({}, "name to arm")
+    tables: dict[str, ArmTable] = setting({}, "heading to arms; one table of all arms when there is none")
+    reranking: int | None = setting(
+        None, "also measure the order that a student gives BM25's first so many passages; not when none"
+    )
     measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names")
     depth: int = setting(100, "passages a query in the runs")
 
@@ -61,7 +67,8 @@ def main(settings: Settings) -> None:
     check_colbert(settings.teacher)
     quieten()
     state = process_state()
-    arms = chosen_arms(settings)
+    arms, tables = chosen_arms(settings)
+    check_students(arms, settings.encoder, settings.teacher)
     output = Path(settings.output_dir)
     base: dict[str, Any] = {"seed": settings.seeds[0], **precision(settings.precision, state.device)}
     students = {
@@ -129,40 +136,53 @@ def main(settings: Settings) -> None:
     state.destroy_process_group()
     if state.is_main_process:
         with stages.stage("evaluate"):
-            report = evaluate(settings, arms, collection, output, teacher, base)
+            report = evaluate(settings, arms, tables, collection, output, teacher, base)
         print("\n" + report.read_text(encoding="utf-8"))
         print(f"{report}, and metrics, students and curves of that name beside it", flush=True)
     stages.finish()
 
 
-def chosen_arms(settings: Settings) -> dict[str, Arm]:
+def chosen_arms(settings: Settings) -> tuple[dict[str, Arm], dict[str, ArmTable]]:
     if not settings.arms or not settings.seeds:
         raise SettingsError("arms, seeds: there is nothing to compare; recipes/compare/builtin.yaml is an example")
-    named = {"only": (settings.only or [], [*settings.arms])}
-    named |= {
-        f"arms.{name}.against": (arm.against, [*settings.arms, *REFERENCES]) for name, arm in settings.arms.items()
-    }
+    if settings.reranking is not None and settings.reranking < 1:
+        raise SettingsError(f"reranking: {settings.reranking} passages are nothing to put in order; leave it out")
+    others = [*settings.arms, *REFERENCES]
+    named = {"only": (settings.only or [], [*settings.arms, *settings.tables])}
+    named |= {f"arms.{name}.against": (arm.against, others) for name, arm in settings.arms.items()}
+    for name, table in settings.tables.items():
+        named[f"tables.{name}.arms"] = (table.arms, [*settings.arms])
+        named[f"tables.{name}.against"] = (table.against, others)
     for setting_name, (names, known) in named.items():
         if unknown := [name for name in names if name not in known]:
             raise SettingsError(
                 f"{setting_name}: {unknown[0]!r} is not one of {', '.join(map(repr, known))}. On the command line "
                 """names with a comma are written --only '["half, in-batch"]'."""
             )
-    folders = [folder_of(Path(), name, 0) for name in settings.arms]
-    if alike := [name for name in settings.arms if folders.count(folder_of(Path(), name, 0)) > 1]:
-        raise SettingsError(f"arms: {' and '.join(map(repr, alike))} would share a folder; rename one")
-    arms = {name: arm for name, arm in settings.arms.items() if settings.only is None or name in settings.only}
+    shown = {arm for table in settings.tables.values() for arm in table.arms}
+    if settings.tables and (lost := [name for name in settings.arms if name not in shown]):
+        raise SettingsError(f"tables: no table has the arm {lost[0]!r}; add it to the arms of one")
+    for kind, all_of in (("arms", settings.arms), ("tables", settings.tables)):
+        slugs = [slug_of(name) for name in all_of]
+        if alike := [name for name in all_of if slugs.count(slug_of(name)) > 1]:
+            raise SettingsError(f"{kind}: {' and '.join(map(repr, alike))} would share a folder; rename one")
+    arms, tables = settings.arms, settings.tables
+    if settings.only is not None:
+        only = set(settings.only)
+        tables = {name: table for name, table in tables.items() if name in only or only & {*table.arms}}
+        wanted = only | {arm for name, table in tables.items() if name in only for arm in table.arms}
+        arms = {name: arm for name, arm in arms.items() if name in wanted}
     used = any(arm.unlabelled for arm in settings.arms.values())
     if settings.data.unlabelled or (settings.data.questions and not used):
         raise SettingsError(
             "data.unlabelled, data.questions: an arm says itself that it learns from what nobody has judged: set "
             "arms.NAME.unlabelled"
         )
-    return arms
+    return arms, tables
 
 
 def folder_of(output: Path, name: str, seed: int) -> Path:
-    return output / "arms" / name.replace(" ", "-").replace(",", "").replace("/", "-") / f"seed-{seed}"
+    return output / "arms" / slug_of(name) / f"seed-{seed}"
 
 
 def curve_of(settings: Settings) -> dict[str, int]:
@@ -176,15 +196,21 @@ def shared_training(settings: Settings, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    settings: Settings, arms: dict[str, Arm], collection: Collection, output: Path, teacher: str, base: dict[str, Any]
+    settings: Settings,
+    arms: dict[str, Arm],
+    tables: dict[str, ArmTable],
+    collection: Collection,
+    output: Path,
+    teacher: str,
+    base: dict[str, Any],
 ) -> Path:
-    from tct_hf.evaluation.arm_report import report_arms, search_arm
-    from tct_hf.evaluation.quick_report import BASE_TCT, reference_systems
+    from tct_hf.evaluation.arm_report import report_arms, reranking_teacher, search_arm
+    from tct_hf.evaluation.quick_report import BASE_TCT, TEACHER, reference_systems
     from tct_hf.files import claim, file_digest
 
     # Tuning never searches for the test queries.
     splits = [split for split in ("dev", "test") if split in collection.splits and split in ("dev", settings.report)]
-    queries = {split: collection.splits[split].queries for split in splits}
+    queries: dict[str, dict[str, str]] = {split: collection.splits[split].queries for split in splits}
     results = {
         name: search_arm(
             name,
@@ -196,6 +222,7 @@ def evaluate(
             depth=settings.depth,
             bf16=base["bf16"],
             arguments=arm.arguments(shared_training(settings, base)),
+            reranking=settings.reranking,
         )
         for name, arm in arms.items()
     }
@@ -210,9 +237,12 @@ def evaluate(
         depth=settings.depth,
         bf16=base["bf16"],
     )
+    systems = [system for system in systems if system.key != BASE_TCT]  # where students begin: the plot shows it
+    if settings.reranking is not None:
+        systems.append(reranking_teacher(collection, TEACHER, teacher, settings.reranking, bf16=base["bf16"]))
     return report_arms(
         results,
-        [system for system in systems if system.key != BASE_TCT],  # where students begin: the plot shows it
+        systems,
         collection,
         output,
         split=settings.report,
@@ -222,6 +252,8 @@ def evaluate(
         curve=f"dev RR@10 (among {settings.curve.passages:,} passages)",
         columns=1 + settings.data.num_negatives,
         settings=asdict(settings),
+        tables=tables,
+        reranking=settings.reranking,
     )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf import pipeline
 from tct_hf.pipeline import TRAINING, DataSettings, EncoderSettings
-from tct_hf.settings import setting
+from tct_hf.recipe_settings import StudentSettings
+from tct_hf.settings import SettingsError, setting
+from tct_hf.student_checks import check_student
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
+    from tct_hf.teacher_settings import TeacherSettings
 
 HARD, OWN, IN_BATCH = "hard labels", "own candidates", "in-batch"
 # What a student learns from. The paper's ablation: no distillation, triplet distillation, in-batch distillation.
@@ -25,14 +28,25 @@ SIGNALS: dict[str, dict[str, Any]] = {
 # Systems that no arm trains, by their keys: an arm can be tested against them too.
 REFERENCES = ("bm25", "base-native", "teacher")
 
+# Later than students that are there already, which were made with what these are when nothing is said.
+_LATER = ("query_augmentation", "pooling", "scale", "encoder")
+
 
 @dataclass
 class Arm:
-    """One kind of student in a comparison: what it learns from, what it starts from, its own settings."""
+    """One kind of student in a comparison: what it learns from, starts from, how it reads texts, its own settings."""
 
     signal: Literal["hard labels", "own candidates", "in-batch"] = setting("in-batch", "what the student learns from")
     initialise_from: Literal["teacher", "base"] = setting("teacher", "whose encoder it starts from")
     layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
+    query_augmentation: bool = setting(True, "pad its queries with attended [MASK]s")
+    pooling: Literal["mean", "cls"] = setting("mean", "of its token vectors; cls: the start token's")
+    scale: float | None = setting(
+        None, "normalise its vectors and learn the factor of cosines from here on; not when none"
+    )
+    encoder: dict[str, Any] = setting(
+        {}, "its own lengths, encoding or base", keys_of="tct_hf.recipe_settings:EncoderSettings"
+    )
     unlabelled: bool = setting(False, "also learn from train queries without labels, and questions")
     against: list[str] = setting([], "what it is tested against: arms, bm25, base-native, teacher")
     seeds: list[int] | None = setting(None, "its own seeds; those of the comparison when none")
@@ -49,6 +63,8 @@ class Arm:
         for name, by in fixed.items():
             if name in self.training:
                 raise ValueError(f"training: {name} is what {by} says; leave it out")
+        if "base_model" in self.encoder and self.initialise_from == "teacher":
+            raise ValueError("encoder: base_model is not what it starts from; set initialise_from to base")
 
     def arguments(self, shared: Mapping[str, Any]) -> dict[str, Any]:
         """Its training arguments: those that all arms share, what its signal means, its own."""
@@ -56,8 +72,77 @@ class Arm:
 
     def depends(self, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """All that its student of a seed depends on, JSON-ready; `settings` are what every arm's depend on."""
-        own = {name: value for name, value in asdict(self).items() if name not in ("against", "seeds")}
+        silent = {name: value for name, value in asdict(Arm()).items() if name in _LATER}
+        own = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("against", "seeds") and not (name in silent and value == silent[name])
+        }
         return {**settings, "arm": own, "seed": seed}
+
+    def encoder_settings(self, shared: EncoderSettings) -> EncoderSettings:
+        """How it reads texts: as all arms do, but for what it says itself."""
+        return replace(shared, **self.encoder)
+
+    def reads(self) -> str:
+        """How it reads texts otherwise than most students do, in a few words; empty where it does not."""
+        words = [
+            *([] if self.query_augmentation else ["no [MASK]s"]),
+            *([] if self.pooling == "mean" else ["start token's vector"]),
+            *([] if self.scale is None else ["normalised"]),
+            *(f"{name} {value}" for name, value in self.encoder.items()),
+        ]
+        return ", ".join(words)
+
+
+@dataclass
+class ArmTable:
+    """Some arms of a comparison, in a table of their own; an arm may stand in several, and is trained once."""
+
+    arms: list[str] = setting([], "its lines")
+    against: list[str] = setting([], "what each is tested against, in place of what the arms say themselves")
+
+    def pairs(self, results: Mapping[str, Arm], there: Iterable[str]) -> list[tuple[str, str]]:
+        """Who is tested against whom.
+
+        Args:
+            results: the arms there are, by name.
+            there: names of all that can be tested against: arms, and keys of REFERENCES.
+        """
+        known = set(there)
+        return [
+            (name, other)
+            for name in self.arms
+            if name in results
+            for other in (self.against or results[name].against)
+            if other in known and other != name
+        ]
+
+
+def slug_of(name: str) -> str:
+    """An arm's or a table's name in the name of a folder or a file."""
+    return name.replace(" ", "-").replace(",", "").replace("/", "-")
+
+
+def check_students(arms: Mapping[str, Arm], encoder: EncoderSettings, teacher: TeacherSettings) -> None:
+    """Find out before any training which arm's student could not be built.
+
+    Args:
+        arms: by name.
+        encoder: the settings that they share.
+        teacher: whose encoder they may start from.
+
+    Raises:
+        SettingsError: as :func:`~tct_hf.student_checks.check_student`, of an arm.
+    """
+    same = {field.name for field in fields(StudentSettings)} & {field.name for field in fields(Arm)}
+    for name, arm in arms.items():
+        student = StudentSettings(**{setting: getattr(arm, setting) for setting in same})
+        try:
+            check_student(arm.encoder_settings(encoder), student, teacher)
+        except SettingsError as error:
+            message = str(error)
+            raise SettingsError(f"arms.{name}.{message.removeprefix('student.')}") from error
 
 
 def check_arms(
@@ -139,7 +224,15 @@ def train_arm(
 
     arguments = {**arm.arguments(training), "seed": seed}
     return stages.train_student(
-        lambda: pipeline.new_student(encoder, teacher, initialise_from=arm.initialise_from, layers=arm.layers),
+        lambda: pipeline.new_student(
+            arm.encoder_settings(encoder),
+            teacher,
+            initialise_from=arm.initialise_from,
+            layers=arm.layers,
+            query_augmentation=arm.query_augmentation,
+            pooling=arm.pooling,
+            scale=arm.scale,
+        ),
         make_teacher,
         lambda: pipeline.training_triples(collection, data, seed=seed, unlabelled=arm.unlabelled),
         folder / "student",

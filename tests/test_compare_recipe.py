@@ -189,6 +189,78 @@ def test_some_arms_alone_have_a_report_of_their_own(
     assert [row["arm"] for row in rows] == ["in-batch, few labels"]
 
 
+TABLES = """{
+  One: {arms: ["in-batch, few labels", "plain, hard"]},
+  Two: {arms: ["in-batch, few labels", "plain, hard"], against: ["plain, hard", teacher]},
+  Three: {arms: ["plain, hard"]},
+}"""
+
+
+def test_trained_arms_stand_in_several_tables_and_rerank_without_another_training(
+    whole: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+    from tct_hf.data.collection import load_collection
+    from tct_hf.evaluation import evaluate_run
+    from tct_hf.retrieval import read_run
+
+    output = shutil.copytree(whole, tmp_path / "copy")
+    assert recipe(output, "--reranking=10", f"--tables={TABLES}") == 0
+    said = capsys.readouterr().out
+    assert "  step " not in said and "reranking" in said
+    assert {name: content for name, content in results(output).items() if "reranking" not in name} == results(whole)
+
+    report = (output / "report.test.md").read_text()
+    parts = report.split("\n## ")[1:]
+    assert [part.partition("\n")[0] for part in parts] == ["One", "Two", "Three"]
+    first = [lines_of(part) for part in parts]
+    assert [list(lines)[-2:] for lines in first[:2]] == [["in-batch, few labels", "plain, hard"]] * 2
+    assert "in-batch, few labels" not in first[2] and first[0]["plain, hard"] == first[2]["plain, hard"]
+    assert first[0]["system"][3:5] == ["RR@10 reranking", "RR@10"]
+    pairs = [[row[:2] for row in rows_of(part, "arm")[1:]] for part in parts[:2]]
+    few, hard = "in-batch, few labels", "plain, hard"
+    assert pairs == [[[few, hard], [few, "bm25"]], [[few, hard], [few, "teacher"], [hard, "teacher"]]]
+    assert rows_of(parts[0], "arm")[2][3] == "" != rows_of(parts[1], "arm")[2][3]  # BM25 reranks nothing
+    assert "| arm" not in parts[2]
+    for name in ("curves.test.One.png", "curves.test.Two.png", "curves.test.Three.png"):
+        assert (output / name).is_file()
+
+    # The student's order of BM25's ten, by its vectors; the teacher's by its own scores.
+    collection = load_collection(str(whole.parent / "collection"))
+    texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
+    test = collection.splits["test"]
+    bm25 = read_run(output / "runs" / "bm25.test.trec")
+    student_folder = output / "arms" / "plain-hard" / "seed-13"
+    student = SentenceTransformer(str(student_folder / "student"), device="cpu")
+    teacher = MultiVectorEncoder(str(output / "teacher"), device="cpu")
+    measured = json.loads((output / "metrics.test.json").read_text())["measured"]["test"]
+    for model, runs, key in (
+        (student, student_folder / "runs" / "student-reranking-10.test.trec", "plain, hard, seed 13"),
+        (teacher, output / "runs" / "teacher-reranking-10.test.trec", "teacher"),
+    ):
+        run = read_run(runs)
+        for query, hits in run.items():
+            ten = sorted(bm25[query], key=lambda name: (-bm25[query][name], name))[:10]
+            assert set(hits) == set(ten)
+            vectors = model.encode_query([test.queries[query]]), model.encode_document([texts[name] for name in hits])
+            scores = model.similarity(*vectors)[0].tolist()
+            assert list(hits.values()) == pytest.approx(scores, abs=1e-4)
+        found = evaluate_run(run, test.qrels, ["RR@10"]).mean["RR@10"]
+        assert measured[key]["RR@10 reranking"]["mean"] == pytest.approx(found)
+        assert "RR@10 reranking" not in measured["bm25"]
+    [row] = [
+        row
+        for row in csv.DictReader((output / "students.test.csv").read_text().splitlines())
+        if (row["arm"], row["seed"]) == ("plain, hard", "13")
+    ]
+    assert row["test RR@10 reranking"] == f"{measured['plain, hard, seed 13']['RR@10 reranking']['mean']:.4f}"
+
+    assert recipe(output, "--reranking=10", f"--tables={TABLES}", "--only=[Three]") == 0
+    alone = (output / "report.test.part.md").read_text()
+    assert "## Three" in alone and "## Two" not in alone and "few labels" not in alone
+
+
 def test_a_report_on_dev_never_searches_for_the_test_queries(
     whole: Path, settings: Path, recipe: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -228,6 +300,17 @@ def test_other_settings_in_the_same_folder_are_refused_by_name_before_anything_i
         (["--only=[plian]"], "only: 'plian' is not one of 'plain, hard', 'in-batch, few labels'"),
         (["--arms={plain hard: {layers: [0]}}"], "'plain, hard' and 'plain hard' would share a folder; rename one"),
         (["--arms={x: {against: [y]}}"], "arms.x.against: 'y' is not one of 'plain, hard',"),
+        (["--tables={A: {arms: [y]}}"], "tables.A.arms: 'y' is not one of 'plain, hard',"),
+        (['--tables={A: {arms: ["plain, hard"], against: [y]}}'], "tables.A.against: 'y' is not one of"),
+        (['--tables={A: {arms: ["plain, hard"]}}'], "no table has the arm 'in-batch, few labels'; add it"),
+        (
+            ['--tables={"A, b": {arms: ["plain, hard", "in-batch, few labels"]}, A b: {}}'],
+            "tables: 'A, b' and 'A b' would",
+        ),
+        (["--reranking=0"], "reranking: 0 passages are nothing to put in order"),
+        (["--arms={x: {layers: [7]}}"], "arms.x.layers: there is no layer 7 in an encoder"),
+        (["--arms={x: {encoder: {base_model: y}}}"], "base_model is not what it starts from"),
+        (["--arms={x: {encoder: {prompts: {query: 'q '}}}}"], "arms.x.encoder.prompts: the TCT encoding has its own"),
         (["--arms={x: {signal: all}}"], "arms.x.signal"),
         (["--arms={x: {signl: in-batch}}"], 'did you mean "arms.x.signal"?'),
         (["--arms={x: {unlabelled: true, signal: hard labels}}"], "rows without one teach nothing"),
@@ -274,6 +357,7 @@ def test_the_comparisons_that_come_along_are_valid_settings(name: str, recipe: C
 
     module = sys.modules["compare_recipe"]
     loaded = load_settings(module.Settings, [str(ROOT / "recipes" / "compare" / name)], description="")
-    assert module.chosen_arms(loaded)
+    arms, tables = module.chosen_arms(loaded)
+    assert arms == loaded.arms and tables == loaded.tables
     folders = {module.folder_of(Path("x"), arm, 13) for arm in loaded.arms}
     assert len(folders) == len(loaded.arms)

@@ -1,19 +1,33 @@
-"""What a comparison of training arms writes: every student searched, the tables, the plot, the log of students."""
+"""What a comparison of training arms writes: every student searched, the tables, the plots, the log of students."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.evaluation.arm_plots import plot_curves, plot_swept
 from tct_hf.evaluation.arm_table import ArmResult, against_table, arm_table, write_students
-from tct_hf.evaluation.comparison import System, evaluate_all, read_log, run_systems, standard_error, write_metrics
+from tct_hf.evaluation.comparison import System, evaluate_all, read_log, run_systems, write_metrics
 from tct_hf.evaluation.effectiveness import Evaluation
 from tct_hf.files import claim, file_digest, write_text_atomic
+from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
-    from tct_hf.arms import Arm
+    from tct_hf.arms import Arm, ArmTable
     from tct_hf.data.collection import Collection
+
+STUDENT = "student"
+
+
+def reranked_name(measure: str) -> str:
+    """What a measure is called where a system has put another's passages in order, and has not searched itself."""
+    return f"{measure} reranking"
+
+
+def _reranked_key(system: str, count: int) -> str:
+    return f"{system}-reranking-{count}"
 
 
 def search_arm(
@@ -27,6 +41,7 @@ def search_arm(
     depth: int,
     bf16: bool,
     arguments: Mapping[str, Any],
+    reranking: int | None = None,
 ) -> ArmResult:
     """Search with every student of an arm, or read the runs that an earlier call has left.
 
@@ -40,21 +55,95 @@ def search_arm(
         depth: passages a query.
         bf16: encode in bfloat16.
         arguments: of the training.
+        reranking: also put so many of BM25's passages a query in order, and measure that by the first measure.
     """
-    from sentence_transformers import SentenceTransformer
-
-    from tct_hf.evaluation.quick_report import dense_system
-
     evaluations, logs = {}, {}
     for seed, student in students.items():
         runs = student.parent / "runs"
         claim(runs, {"weights": file_digest(student / "model.safetensors"), "depth": depth})
-        load: Callable[[], SentenceTransformer] = lambda student=student: SentenceTransformer(str(student))  # type: ignore[misc]  # noqa: E731
-        system = dense_system(collection, "student", f"{name}, seed {seed}", load, depth=depth, bf16=bf16)
-        found = evaluate_all(run_systems([system], queries, runs), collection, measures)
-        evaluations[seed] = {split: parts["student"] for split, parts in found.items()}
+        systems = _student_systems(
+            collection, student, f"{name}, seed {seed}", depth=depth, bf16=bf16, reranking=reranking
+        )
+        found = evaluate_all(run_systems(systems, queries, runs), collection, measures)
+        evaluations[seed] = {
+            split: with_reranking(parts, STUDENT, measures[0], reranking)[STUDENT] for split, parts in found.items()
+        }
         logs[seed] = read_log(student)
     return ArmResult(arm, evaluations, logs, arguments)
+
+
+def _student_systems(
+    collection: Collection, student: Path, title: str, *, depth: int, bf16: bool, reranking: int | None
+) -> list[System]:
+    """A student that searches, and one that orders BM25's passages, which encode the texts once for both."""
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf.evaluation.quick_report import dense_system
+    from tct_hf.evaluation.systems import dense_and_reranked_run
+
+    if reranking is None:
+        return [
+            dense_system(collection, STUDENT, title, lambda: SentenceTransformer(str(student)), depth=depth, bf16=bf16)
+        ]
+    made: list[tuple[Run, Run]] = []
+
+    def search(part: int, queries: Mapping[str, str]) -> Run:
+        if not made:
+            first = collection.bm25().run(queries, reranking)
+            model = SentenceTransformer(str(student))
+            ids, texts = collection.corpus["id"], collection.corpus["text"]
+            made.append(dense_and_reranked_run(model, ids, texts, queries, first, k=depth, bf16=bf16))
+        return made[0][part]
+
+    return [
+        System(STUDENT, title, partial(search, 0)),
+        System(_reranked_key(STUDENT, reranking), f"{title}, reranking", partial(search, 1)),
+    ]
+
+
+def reranking_teacher(collection: Collection, key: str, teacher: str, count: int, *, bf16: bool) -> System:
+    """MaxSim of BM25's first passages, by a ColBERT (folder or Hub id), loaded when it is asked.
+
+    Args:
+        collection: to search.
+        key: of the teacher's own search.
+        teacher: folder or Hub id.
+        count: of BM25's passages a query.
+        bf16: encode in bfloat16.
+    """
+    from sentence_transformers import MultiVectorEncoder
+
+    from tct_hf.evaluation.reranking import rerank_run
+
+    def search(queries: Mapping[str, str]) -> Run:
+        first = collection.bm25().run(queries, count)
+        return rerank_run(MultiVectorEncoder(teacher), first, collection.corpus, queries, count, bf16=bf16)
+
+    return System(_reranked_key(key, count), f"ColBERT teacher over BM25's first {count:,}", search)
+
+
+def with_reranking(
+    evaluations: Mapping[str, Evaluation], key: str, measure: str, count: int | None
+) -> dict[str, Evaluation]:
+    """Put what a system reached by reranking beside what it reached by searching, as one more measure.
+
+    Args:
+        evaluations: system key to evaluation.
+        key: of the system.
+        measure: that is taken over from the reranked run.
+        count: passages that were reranked; None: there is nothing to add.
+
+    Returns:
+        The evaluations, the reranked run's own left out.
+    """
+    if count is None:
+        return dict(evaluations)
+    kept = dict(evaluations)
+    other, own, name = kept.pop(_reranked_key(key, count)), kept[key], reranked_name(measure)
+    kept[key] = Evaluation(
+        own.mean | {name: other.mean[measure]}, own.per_query | {name: dict(other.per_query[measure])}
+    )
+    return kept
 
 
 def report_arms(
@@ -70,51 +159,62 @@ def report_arms(
     curve: str,
     columns: int,
     settings: Mapping[str, Any],
+    tables: Mapping[str, ArmTable] | None = None,
+    reranking: int | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
-    """Search with the reference systems, and write report, metrics, students and plot of a comparison.
+    """Search with the reference systems, and write report, metrics, students and plots of a comparison.
 
     Args:
         results: name to result of each arm.
-        systems: that no arm trained, the teacher last.
+        systems: that no arm trained, the teacher last, then, where there is `reranking`, the teacher that reranks.
         collection: to search.
         output: folder.
         split: of the tables.
         splits: that were searched.
         measures: ir-measures names.
         name: of the report, in the names of all its files.
-        curve: what the plot shows over the steps.
+        curve: what the plots show over the steps.
         columns: passages of a triple, the positive and its negatives.
         settings: JSON-ready, of the comparison.
+        tables: heading to arms; one table of all arms when None or empty.
+        reranking: as for :func:`search_arm`.
         write: takes lines of progress.
 
     Returns:
         The report, Markdown.
     """
+    from tct_hf.arms import ArmTable, slug_of
+
     queries = {part: collection.splits[part].queries for part in splits}
     evaluations = evaluate_all(run_systems(systems, queries, output / "runs", write=write), collection, measures)
-    references = {system.key: (system.title, evaluations[split][system.key]) for system in systems}
+    titles = {system.key: system.title for system in systems}
+    shown = list(measures)
+    if reranking is not None:
+        shown.insert(0, reranked_name(measures[0]))
+        teacher = systems[-2].key
+        for part in splits:
+            evaluations[part] = with_reranking(evaluations[part], teacher, measures[0], reranking)
+    references = {key: (titles[key], found) for key, found in evaluations[split].items()}
     lines = [
         f"# {collection.summary()}",
         "",
         f"{split} queries, exact search. Mean over seeds ± their standard deviation; minutes: of a training, dev "
         "figures during it included.",
-        "",
-        arm_table(results, dict(references.values()), split, measures),
+        *(
+            []
+            if reranking is None
+            else [f"Reranking: of BM25's first {reranking:,} passages of each query, put in order by the system."]
+        ),
         "",
     ]
-    if against := against_table(results, {key: found for key, (_, found) in references.items()}, split, measures):
-        lines += [
-            "Differences (p of the paired randomisation test over the queries; the same after Holm's correction over "
-            "the lines). A query counts with its mean over the seeds that both have; with one seed, p says nothing "
-            "about another seed.",
-            "",
-            against,
-            "",
-        ]
-    lines += _plot(results, output / f"curves.{name}.png", curve)
-    swept = output / f"candidates.{name}.png"
-    lines += plot_candidates(results, dict(references.values()), swept, split, measures[0], columns)
+    for heading, table in (tables or {"": ArmTable([*results])}).items():
+        slug = f"{name}.{slug_of(heading)}" if heading else name
+        lines += [f"## {heading}", ""] if heading else []
+        lines += _table(table, results, references, split, shown)
+        own = {arm: results[arm] for arm in table.arms if arm in results}
+        lines += plot_curves(own, output / f"curves.{slug}.png", curve)
+        lines += plot_swept(own, dict(references.values()), output, slug, split, measures[0], columns)
     path = output / f"report.{name}.md"
     write_text_atomic(path, "\n".join(lines))
     write_students(output / f"students.{name}.csv", results, splits, collection.name)
@@ -127,67 +227,25 @@ def report_arms(
     return path
 
 
-def _plot(results: Mapping[str, ArmResult], path: Path, ylabel: str) -> list[str]:
-    """Plot the dev curves, one panel a kind of student; what to say in the report."""
-    from tct_hf.plots import plot_dev_curves
-
-    panels: dict[str, dict[str, Any]] = {}
-    for name, result in results.items():
-        arm = result.arm
-        size = "all layers" if arm.layers is None else f"{len(arm.layers)} layers"
-        panels.setdefault(f"{size}, from the {arm.initialise_from}", {})[name] = list(result.curve().values())
-    try:
-        plot_dev_curves(panels, path, ylabel=ylabel)
-    except (ImportError, ValueError) as error:
-        return [f"No plot: {error}", ""]
-    return [f"Plot: {path.name}", ""]
-
-
-def plot_candidates(
+def _table(
+    table: ArmTable,
     results: Mapping[str, ArmResult],
-    references: Mapping[str, Evaluation],
-    path: Path,
+    references: Mapping[str, tuple[str, Evaluation]],
     split: str,
-    measure: str,
-    columns: int,
+    measures: Sequence[str],
 ) -> list[str]:
-    """Plot effectiveness against the passages of a batch where arms differ in them.
-
-    Args:
-        results: name to result of each arm; those of own candidates stay out.
-        references: title to evaluation of what no arm trained, drawn across.
-        path: PNG file.
-        split: that is shown.
-        measure: likewise.
-        columns: passages of a triple.
-
-    Returns:
-        What to say in the report: nothing where fewer than three arms of a signal differ in their batch alone.
-    """
-    from tct_hf.arms import OWN
-    from tct_hf.plots import plot_sweep
-
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for result in results.values():
-        if result.arm.signal == OWN:
-            continue
-        first = next(iter(result.evaluations.values()))[split]
-        bar = standard_error(list(first.per_query[measure].values()))
-        point = (columns * int(result.arguments["per_device_train_batch_size"]), result.mean(split, measure), bar)
-        lines.setdefault(result.arm.signal, []).append(point)
-    lines = {signal: points for signal, points in lines.items() if len({x for x, _, _ in points}) == len(points) > 1}
-    if not any(len(points) > 2 for points in lines.values()):
-        return []
-    across = {title: [(0.0, evaluation.mean[measure], 0.0)] for title, evaluation in references.items()}
-    try:
-        plot_sweep(
-            {**lines, **across},
-            path,
-            xlabel="candidates of a query, on one device",
-            ylabel=f"{split} {measure} (bar: its standard error)",
-            title="Passages that a query is scored against in training",
-            doubling=True,
-        )
-    except ImportError as error:
-        return [f"No plot: {error}", ""]
-    return [f"{measure} against the candidates of a query: {path.name}", ""]
+    """A table's arms beside the references, and the arms against those they are tested against."""
+    own = {arm: results[arm] for arm in table.arms if arm in results}
+    figures = {key: found for key, (_, found) in references.items()}
+    pairs = table.pairs({arm: result.arm for arm, result in own.items()}, [*results, *figures])
+    lines = [arm_table(own, dict(references.values()), split, measures), ""]
+    if against := against_table(results, figures, split, measures, pairs):
+        lines += [
+            "Differences (p of the paired randomisation test over the queries; the same after Holm's correction over "
+            "the lines). A query counts with its mean over the seeds that both have; with one seed, p says nothing "
+            "about another seed.",
+            "",
+            against,
+            "",
+        ]
+    return lines

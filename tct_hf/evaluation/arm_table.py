@@ -92,11 +92,14 @@ def arm_table(
         results: name to result.
         references: title to evaluation of systems that no arm trained.
         split: "dev" or "test".
-        measures: columns.
+        measures: columns; empty for a reference that was not measured by one.
     """
-    rows = [["system", "learns from", "starts from", "layers", *measures, "seeds", "steps", "minutes"]]
+    reads = any(result.arm.reads() for result in results.values())
+    middle = ["layers", *(["texts"] if reads else [])]
+    rows = [["system", "learns from", "starts from", *middle, *measures, "seeds", "steps", "minutes"]]
     for title, evaluation in references.items():
-        rows.append([title, "", "", "", *(f"{evaluation.mean[name]:.3f}" for name in measures), "", "", ""])
+        figures = [f"{evaluation.mean[name]:.3f}" if name in evaluation.mean else "" for name in measures]
+        rows.append([title, "", "", *("" for _ in middle), *figures, "", "", ""])
     for name, result in results.items():
         arm = result.arm
         cells = []
@@ -106,41 +109,51 @@ def arm_table(
         signal = arm.signal + (", also unlabelled" if arm.unlabelled else "")
         layers = "all" if arm.layers is None else str(len(arm.layers))
         seeds, steps, minutes = str(len(result.evaluations)), str(result.steps()), f"{result.minutes():.1f}"
-        rows.append([name, signal, arm.initialise_from, layers, *cells, seeds, steps, minutes])
-    return _markdown(rows, left=4)
+        texts = [arm.reads()] if reads else []
+        rows.append([name, signal, arm.initialise_from, layers, *texts, *cells, seeds, steps, minutes])
+    return _markdown(rows, left=3 + len(middle))
 
 
 def against_table(
-    results: Mapping[str, ArmResult], references: Mapping[str, Evaluation], split: str, measures: Sequence[str]
+    results: Mapping[str, ArmResult],
+    references: Mapping[str, Evaluation],
+    split: str,
+    measures: Sequence[str],
+    pairs: Sequence[tuple[str, str]] | None = None,
 ) -> str:
-    """A Markdown table of each arm against those it names: difference, p of the paired randomisation test, and p
-    after Holm's correction over the lines of the table.
+    """A Markdown table of arms against others: difference, p of the paired randomisation test, and p after Holm's
+    correction over the lines of the table.
 
-    Empty when no arm names another that is there.
+    Empty when there is nothing to compare.
 
     Args:
         results: name to result.
         references: key to evaluation of systems that no arm trained.
         split: "dev" or "test".
-        measures: columns.
+        measures: columns; a line is empty where its reference was not measured by one.
+        pairs: who is tested against whom; each arm against those it names, where they are there, when None.
     """
-    there = results.keys() | references.keys()
-    pairs = [(name, other) for name, result in results.items() for other in result.arm.against if other in there]
+    if pairs is None:
+        there = results.keys() | references.keys()
+        pairs = [(name, other) for name, result in results.items() for other in result.arm.against if other in there]
     if not pairs:
         return ""
     rows = [["arm", "against", "seeds"], *([name, other, ""] for name, other in pairs)]
     for measure in measures:
         found = [
-            difference(results[name], results[other], split, measure)
+            (row, *difference(results[name], results[other], split, measure))
             if other in results
-            else _difference_to(results[name], references[other], split, measure)
-            for name, other in pairs
+            else (row, *_difference_to(results[name], references[other], split, measure))
+            for row, (name, other) in zip(rows[1:], pairs, strict=True)
+            if other in results or measure in references[other].mean
         ]
         rows[0].append(f"{measure} (p; Holm)")
-        corrected = holm([p for _, p, _ in found])
-        for row, (delta, p, seeds), with_holm in zip(rows[1:], found, corrected, strict=True):
+        corrected = holm([p for *_, p, _ in found])
+        for (row, delta, p, seeds), with_holm in zip(found, corrected, strict=True):
             row[2] = str(len(seeds))
             row.append(f"{delta:+.3f} ({_shown(p)}; {_shown(with_holm)})")
+        for row in rows[1:]:
+            row += [""] * (len(rows[0]) - len(row))
     return _markdown(rows, left=2)
 
 
@@ -198,7 +211,7 @@ def write_students(path: str | Path, results: Mapping[str, ArmResult], splits: S
     writer = csv.writer(text, lineterminator="\n")
     anyone = next(iter(next(iter(results.values())).evaluations.values()))
     measures = [(split, measure) for split in splits for measure in anyone[split].mean]
-    head = ["collection", "arm", "learns_from", "starts_from", "layers", "unlabelled", "seed", *_VARIED]
+    head = ["collection", "arm", "learns_from", "starts_from", "layers", "texts", "unlabelled", "seed", *_VARIED]
     writer.writerow([*head, *(f"{split} {measure}" for split, measure in measures), "minutes"])
     for arm, result in results.items():
         arguments = {**DEFAULTS, **result.arguments}
@@ -212,6 +225,7 @@ def write_students(path: str | Path, results: Mapping[str, ArmResult], splits: S
                     result.arm.signal,
                     result.arm.initialise_from,
                     kept,
+                    result.arm.reads(),
                     result.arm.unlabelled,
                     seed,
                     *(arguments.get(key, "") for key in _VARIED),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.encode import encode_texts
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -79,24 +79,74 @@ def dense_runs(
     Raises:
         ValueError: a model whose similarity is neither dot product nor cosine, or more dimensions than it has.
     """
-    import numpy as np
-
-    if model.similarity_fn_name not in ("dot", "cosine"):
-        raise ValueError(f"The model compares by {model.similarity_fn_name!r}: only dot and cosine can be searched.")
+    _check_similarity(model)
     check_dims(dims, model.get_embedding_dimension())
     passages = encode_texts(model, corpus_texts, task="document", bf16=bf16)
     vectors = encode_texts(model, list(queries.values()), task="query", bf16=bf16)
-
-    def compared(whole: Any, size: int | None) -> Any:
-        sliced = np.ascontiguousarray(whole[:, :size])
-        if model.similarity_fn_name == "cosine":
-            return sliced / np.linalg.norm(sliced, axis=1, keepdims=True).clip(1e-12)
-        return sliced
-
     return [
-        DenseIndex.build(compared(passages, size), list(corpus_ids)).run(list(queries), compared(vectors, size), k)
+        DenseIndex.build(_compared(model, passages, size), list(corpus_ids)).run(
+            list(queries), _compared(model, vectors, size), k
+        )
         for size in dims
     ]
+
+
+def dense_and_reranked_run(
+    model: SentenceTransformer,
+    corpus_ids: Sequence[str],
+    corpus_texts: Sequence[str],
+    queries: Mapping[str, str],
+    first: Mapping[str, Mapping[str, float]],
+    *,
+    k: int = 100,
+    bf16: bool = False,
+) -> tuple[Run, Run]:
+    """As :func:`dense_run`, and another system's run in the order of the model's scores; texts are encoded once.
+
+    Args:
+        model: of one vector a text.
+        corpus_ids: passage ids.
+        corpus_texts: their texts.
+        queries: query id to text.
+        first: the other system's run, all of which is scored again; a query that it lacks has no passage.
+        k: passages a query of the search.
+        bf16: encode in bfloat16.
+
+    Returns:
+        The run of the search, and `first` with the model's scores, best first.
+
+    Raises:
+        ValueError: a model whose similarity is neither dot product nor cosine, or a passage of `first` that is not
+            in the corpus.
+    """
+    _check_similarity(model)
+    rows = {name: row for row, name in enumerate(corpus_ids)}
+    if lost := [name for hits in first.values() for name in hits if name not in rows]:
+        raise ValueError(f"first: passage {lost[0]!r} is not there; pass the corpus that the run was made on")
+    passages = _compared(model, encode_texts(model, corpus_texts, task="document", bf16=bf16), None)
+    vectors = _compared(model, encode_texts(model, list(queries.values()), task="query", bf16=bf16), None)
+    searched = DenseIndex.build(passages, list(corpus_ids)).run(list(queries), vectors, k)
+    reranked: Run = {}
+    for query, vector in zip(queries, vectors, strict=True):
+        names = list(first.get(query, {}))
+        scores = passages[[rows[name] for name in names]] @ vector
+        reranked[query] = dict(rank(dict(zip(names, scores.tolist(), strict=True))))
+    return searched, reranked
+
+
+def _check_similarity(model: SentenceTransformer) -> None:
+    if model.similarity_fn_name not in ("dot", "cosine"):
+        raise ValueError(f"The model compares by {model.similarity_fn_name!r}: only dot and cosine can be searched.")
+
+
+def _compared(model: SentenceTransformer, whole: Any, size: int | None) -> Any:
+    """Vectors, cut to their first dimensions, whose products are the model's scores."""
+    import numpy as np
+
+    sliced = np.ascontiguousarray(whole[:, :size])
+    if model.similarity_fn_name == "cosine":
+        return sliced / np.linalg.norm(sliced, axis=1, keepdims=True).clip(1e-12)
+    return sliced
 
 
 def check_dims(dims: Sequence[int | None], dimension: int | None) -> None:
