@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -165,12 +165,17 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
         )
 
 
-def check_scores(teacher: TeacherSettings, rows: Dataset | IterableDataset | None) -> None:
+def check_scores(
+    teacher: TeacherSettings,
+    rows: Dataset | IterableDataset | None,
+    make_rows: Callable[[], Dataset],
+) -> None:
     """Read the files of stored scores before anything is trained, and look every row up in them.
 
     Args:
         teacher: checked by :func:`check_teacher`.
-        rows: to be trained on; streamed ones are looked up as they come, and those still to be made (None) then too.
+        rows: the user's own triples; streamed ones are looked up as they come.
+        make_rows: gives those of the collection, where there are no others; called when there is a file to look in.
 
     Raises:
         ValueError, FileNotFoundError: as `StoredScores`; a row's score is missing.
@@ -183,7 +188,14 @@ def check_scores(teacher: TeacherSettings, rows: Dataset | IterableDataset | Non
         if one.kind != "stored" or one.column is not None:
             continue
         stored = StoredScores(one.scores)
-        if rows is None or not rows.column_names:
+        if rows is None:
+            stored.check_rows(
+                make_rows(),
+                mend="score the pair, or name triples that are scored with triples.path (of a collection's own, seed, "
+                "data.num_negatives and data.negative_depth choose the negatives)",
+            )
+            continue
+        if not rows.column_names:
             continue
         stored.check(rows.column_names, candidates="own")
         if isinstance(rows, Dataset):
