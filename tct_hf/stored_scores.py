@@ -45,6 +45,7 @@ class StoredScores(Teacher):
     """
 
     covers = "own"
+    score_kind = "stored score"
 
     def __init__(
         self,
