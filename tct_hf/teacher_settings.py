@@ -130,6 +130,15 @@ def check_teacher(teacher: TeacherSettings) -> None:
     for one in teacher.parts:
         if not 0.0 < one.weight < float("inf"):
             raise SettingsError(f"teacher: a weight is {one.weight}; give numbers above 0")
+    if not teacher.mixed_with:
+        for name, given in (("weight", teacher.weight != 1.0), ("normalize", teacher.normalize != "standard")):
+            if given:
+                raise SettingsError(
+                    f"teacher.{name} is of teachers that are mixed, and there is one: leave it out, or name others in "
+                    "teacher.mixed_with"
+                )
+    if teacher.dtype != "auto" and all(one.kind == "stored" for one in teacher.parts):
+        raise SettingsError("teacher.dtype: stored scores are there, and no model computes any; leave it out")
     if len({one.column for one in teacher.parts if one.column is not None}) > 1:
         raise SettingsError("teacher: stored scores from two sets of columns; keep one, and give the other as a file")
 
@@ -152,6 +161,13 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
             f"teacher.kind: a {teacher.kind} teacher scores a query's own candidates only; set "
             f"student.training.candidates to own, mix it with a ColBERT (teacher.mixed_with){mend}"
         )
+    if candidates == "own":
+        for one in teacher.parts:
+            if one.candidates == "in-batch":
+                raise SettingsError(
+                    "teacher.candidates: the cross-encoder would score every query with every passage, and the "
+                    "student compares a query's own; leave it out, or set student.training.candidates to in-batch"
+                )
     if teacher.kind != "colbert" and student.initialise_from == "teacher":
         raise SettingsError(
             f"student.initialise_from: there is no encoder to take from a {teacher.kind} teacher; set it to base"

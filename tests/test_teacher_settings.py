@@ -108,6 +108,13 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
         (["--teacher.mixed_with=[{kind: stored, scroes: x}]"], "scroes"),
         (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
+        (["--teacher.weight=2"], "teacher.weight is of teachers that are mixed, and there is one: leave it out"),
+        (["--teacher.normalize=softmax"], "teacher.normalize is of teachers that are mixed"),
+        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: stored scores are there"),
+        (
+            ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.candidates=in-batch", *OWN],
+            "the student compares a query's own; leave it out, or set student.training.candidates to in-batch",
+        ),
         (["--teacher.kind=colbret"], "colbret"),
     ],
 )
