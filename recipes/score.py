@@ -4,8 +4,8 @@ accelerate launch recipes/score.py [settings.yaml] --triples.path PATH --teacher
     --output_dir DIR [--setting value ...]
 
 Writes parquet shards in DIR/triples (recipes/train.py takes them as --triples.path, with --teacher.kind stored) and
-summary.json. Stopped at any point, the same command goes on after the last whole shard. Several processes share the
-work.
+summary.json, which says what the scores are and their range. Stopped at any point, the same command goes on after the
+last whole shard. Several processes share the work.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main(settings: Settings) -> None:
             teacher,
             rows,  # type: ignore[arg-type]
             settings.output_dir,
+            name=settings.teacher,
             depends={"teacher": describe_teacher(teacher.model), "kind": settings.kind, "dtype": settings.dtype},
             rows_a_shard=settings.rows_a_shard,
             batch_size=settings.batch_size,
@@ -74,13 +75,15 @@ def main(settings: Settings) -> None:
 
 
 def table(summary: dict[str, Any], teacher: str) -> str:
-    on_top, margin = summary["positive_on_top"], summary["margin"]
+    on_top, margin, scores = summary["positive_on_top"], summary["margin"], summary["scores"]
+    least, most, mean = (f"{scores[name]:.2f}" for name in ("min", "max", "mean"))
     cells = {
         "teacher": teacher,
         "rows": f"{summary['rows']:,}",
         "candidates a row": f"{summary['candidates']:,}",
         "positive on top": "" if on_top is None else f"{on_top:.1%}",
         "mean margin": "" if margin is None else f"{margin:.2f}",
+        f"{scores['kind']}, least to most (mean)": f"{least} to {most} ({mean})",
         "shards": f"{summary['shards']:,}",
     }
     return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,6 +76,11 @@ def main(settings: Settings) -> None:
     pipeline.schedules_of(settings.student)
     run_checks.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)
     write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+
+    @cache  # what was looked up in a table of scores is trained on
+    def made_triples(*, unlabelled: bool) -> Dataset:
+        return pipeline.training_triples(collection, settings.data, seed=settings.seed, unlabelled=unlabelled)
+
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
         write(f"  {collection.summary()}")
@@ -85,7 +90,7 @@ def main(settings: Settings) -> None:
         if rows is not None:
             rows = pipeline.refuse_reported_queries(rows, collection)
         if "student" in settings.stages and not (output / "student").is_dir():
-            check_scores(settings.teacher, rows)
+            check_scores(settings.teacher, rows, partial(made_triples, unlabelled=settings.data.unlabelled))
         if "evaluate" in settings.stages:
             if "test" not in collection.splits:
                 raise SettingsError(
@@ -113,7 +118,7 @@ def main(settings: Settings) -> None:
     def triples(*, unlabelled: bool) -> Dataset:
         if rows is not None:
             return rows
-        return pipeline.training_triples(collection, settings.data, seed=settings.seed, unlabelled=unlabelled)
+        return made_triples(unlabelled=unlabelled)
 
     of_student = {
         **of_teacher,

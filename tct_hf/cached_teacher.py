@@ -56,6 +56,8 @@ class CachedTeacher(Teacher):
         ValueError: a teacher that has no token vectors, or no room.
     """
 
+    score_kind = "MaxSim"
+
     def __init__(self, teacher: ColBERTTeacher, cache_dir: str | Path, *, max_gigabytes: float = 20.0) -> None:
         if not isinstance(teacher, ColBERTTeacher):
             raise ValueError(

@@ -55,6 +55,8 @@ class CrossEncoderTeacher(Teacher):
     Source: Nogueira and Cho, arXiv 1901.04085; distilled as in Hofstätter et al., arXiv 2010.02666.
     """
 
+    score_kind = "logit"
+
     def __init__(
         self,
         model: CrossEncoder | str | Path,

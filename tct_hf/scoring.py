@@ -28,6 +28,7 @@ def score_triples(
     output_dir: str | Path,
     *,
     depends: Mapping[str, Any],
+    name: str | None = None,
     rows_a_shard: int = 4096,
     batch_size: int = 32,
     state: PartialState | None = None,
@@ -42,6 +43,7 @@ def score_triples(
         triples: as `load_triples` gives them.
         output_dir: a folder of other arguments is refused.
         depends: JSON-ready, all that the scores depend on beside the triples, for instance `describe_teacher`.
+        name: of the teacher, for the summary; what class it is when None.
         rows_a_shard: what is lost at most when a process is killed.
         batch_size: rows that are scored together.
         state: the processes of a distributed run, which share the shards; one process when None.
@@ -49,7 +51,9 @@ def score_triples(
 
     Returns:
         "rows", "candidates" a row, "shards", "positive_on_top" (share of the rows) and "margin" (mean of the
-        positive's score less the best negative's; both None without negatives), as in `summary.json`. The shards hold
+        positive's score less the best negative's; both None without negatives), "teacher", and of its scores, as they
+        are stored, "scores": "kind" (MaxSim, logit ...), "training_scale" (what the teacher's own training multiplied
+        them by, for that of `StoredScores`), "count", "min", "max" and "mean"; as in `summary.json`. The shards hold
         the columns of the triples, and positive_teacher_score, negative_teacher_score (or negative_1_teacher_score
         ...): `load_triples(output_dir / "triples", scores="teacher_score")` reads them for `StoredScores`.
 
@@ -62,9 +66,9 @@ def score_triples(
     from tct_hf.cross_encoder_teacher import CrossEncoderTeacher
     from tct_hf.teacher_ensemble import TeacherEnsemble
 
-    for name, size in (("rows_a_shard", rows_a_shard), ("batch_size", batch_size)):
+    for setting, size in (("rows_a_shard", rows_a_shard), ("batch_size", batch_size)):
         if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
+            raise ValueError(f"{setting} must be at least 1, got {size}.")
     if isinstance(teacher, TeacherEnsemble) and teacher.covers == "in-batch":
         raise ValueError(
             "A TeacherEnsemble of teachers for the whole batch normalises over it, so that its scores depend on the "
@@ -100,13 +104,16 @@ def score_triples(
     if state is not None:
         state.wait_for_everyone()
     if rank == 0:
-        write_json_atomic(folder / SUMMARY_FILE, _summary(folder, shards, names))
+        found = _summary(folder, shards, names)
+        scale = {"kind": teacher.score_kind, "training_scale": teacher.training_scale}
+        found |= {"teacher": name or type(teacher).__name__, "scores": {**scale, **found["scores"]}}
+        write_json_atomic(folder / SUMMARY_FILE, found)
     if state is not None:
         state.wait_for_everyone()
     import json
 
-    found: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return found
+    summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    return summary
 
 
 def _shard(folder: Path, number: int, shards: int) -> Path:
@@ -154,15 +161,20 @@ def _summary(folder: Path, shards: int, names: list[str]) -> dict[str, Any]:
     import numpy as np
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    count, on_top, margin = 0, 0, 0.0
+    count, on_top, margin, total = 0, 0, 0.0, 0.0
+    least, most = np.inf, -np.inf
     for number in range(shards):
         table = pq.read_table(_shard(folder, number, shards), columns=[f"{name}_{SCORE_NAME}" for name in names])
         scores = np.stack([column.to_numpy() for column in table.columns]).astype(np.float64)
         count += len(table)
+        total += float(scores.sum())
+        least, most = min(least, float(scores.min())), max(most, float(scores.max()))
         if len(names) > 1:
             margins = scores[0] - scores[1:].max(0)
             on_top += int((margins > 0).sum())
             margin += float(margins.sum())
     found = {"positive_on_top": on_top / count, "margin": margin / count} if len(names) > 1 else {}
     none = dict.fromkeys(("positive_on_top", "margin"))
-    return {"rows": count, "candidates": len(names), "shards": shards, **none, **found}
+    number_of = count * len(names)
+    scores_are = {"count": number_of, "min": least, "max": most, "mean": total / number_of}
+    return {"rows": count, "candidates": len(names), "shards": shards, **none, **found, "scores": scores_are}

@@ -18,6 +18,8 @@ from tct_hf.teachers import Teacher, check_scale
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_MEND = "score the pair, or remove the row"
+
 # What is looked for where no column is named: a list of this name, or columns of candidates' names and this.
 _SEARCHED = ("scores", "teacher_score", "label", "score")
 
@@ -43,6 +45,7 @@ class StoredScores(Teacher):
     """
 
     covers = "own"
+    score_kind = "stored score"
 
     def __init__(
         self,
@@ -77,18 +80,20 @@ class StoredScores(Teacher):
                 "triples with ids (load_triples keeps them), or scores in columns."
             )
 
-    def check_rows(self, rows: Dataset) -> None:
+    def check_rows(self, rows: Dataset, *, mend: str = _MEND) -> None:
         """Look all rows up in the table, which training would do as it comes to them.
 
         Args:
             rows: with ids.
+            mend: what to do about a row without a score.
 
         Raises:
             ValueError: the first row without a score, and the mend.
         """
         names = candidate_columns(rows.column_names, read=rows.column_names)
         for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
-            self._looked_up([dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)], names)
+            each = [dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)]
+            self._looked_up(each, names, mend=mend)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns of the scores; none of a table's."""
@@ -139,7 +144,13 @@ class StoredScores(Teacher):
             scores.append([check_score(value, name, f"{place}, column {at!r}", mend) for name, (at, value) in values])
         return {"scores": torch.tensor(scores, dtype=torch.float32)}
 
-    def _looked_up(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[float]]:
+    def _looked_up(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        *,
+        mend: str = _MEND,
+    ) -> list[list[float]]:
         assert self.table is not None
         pairs = [(str(row["query_id"]), str(row[f"{name}_id"])) for row in rows for name in names]
         scores: list[float] = []
@@ -147,7 +158,7 @@ class StoredScores(Teacher):
             if score is None:
                 raise ValueError(
                     f"query {query!r}, column {names[number % len(names)] + '_id'!r}: {self.table.name} has no score "
-                    f"of passage {passage!r}: score the pair, or remove the row."
+                    f"of passage {passage!r}: {mend}."
                 )
             scores.append(score)
         return [scores[start : start + len(names)] for start in range(0, len(scores), len(names))]

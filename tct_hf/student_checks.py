@@ -27,7 +27,12 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
     from tct_hf.scaling import scale_modules
 
     if student.kind == "splade":
-        for name, given in (("pooling", student.pooling != "mean"), ("scale", student.scale is not None)):
+        dense = {
+            "pooling": student.pooling != "mean",
+            "scale": student.scale is not None,
+            "query_augmentation": not student.query_augmentation,
+        }
+        for name, given in dense.items():
             if given:
                 raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
         if encoder.prompts and not teacher.is_trained_here:
@@ -38,6 +43,11 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
     if not 0 < student.teacher_cache_gigabytes < float("inf"):
         raise SettingsError(
             f"student.teacher_cache_gigabytes={student.teacher_cache_gigabytes}: give a finite number greater than 0"
+        )
+    if student.teacher_cache is None and student.teacher_cache_gigabytes != type(student).teacher_cache_gigabytes:
+        raise SettingsError(
+            "student.teacher_cache_gigabytes is of student.teacher_cache, which is not set: name a folder there, or "
+            "leave it out"
         )
     if encoder.prompts and encoder.encoding == "tct":
         raise SettingsError(

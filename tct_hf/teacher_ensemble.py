@@ -59,6 +59,7 @@ class TeacherEnsemble(Teacher):
         self.teachers = [teacher for teacher, _ in pairs]
         self.weights = [weight / total for _, weight in pairs]
         self.normalize = normalize
+        self.score_kind = f"weighted sum of {'standard scores' if normalize == 'standard' else 'log-probabilities'}"
         self.covers = "own" if all(teacher.covers == "own" for teacher in self.teachers) else "in-batch"
 
     def check(self, columns: Sequence[str], *, candidates: str) -> None:

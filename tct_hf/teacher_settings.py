@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,6 +130,15 @@ def check_teacher(teacher: TeacherSettings) -> None:
     for one in teacher.parts:
         if not 0.0 < one.weight < float("inf"):
             raise SettingsError(f"teacher: a weight is {one.weight}; give numbers above 0")
+    if not teacher.mixed_with:
+        for name, given in (("weight", teacher.weight != 1.0), ("normalize", teacher.normalize != "standard")):
+            if given:
+                raise SettingsError(
+                    f"teacher.{name} is of teachers that are mixed, and there is one: leave it out, or name others in "
+                    "teacher.mixed_with"
+                )
+    if teacher.dtype != "auto" and all(one.kind == "stored" for one in teacher.parts):
+        raise SettingsError("teacher.dtype: stored scores are there, and no model computes any; leave it out")
     if len({one.column for one in teacher.parts if one.column is not None}) > 1:
         raise SettingsError("teacher: stored scores from two sets of columns; keep one, and give the other as a file")
 
@@ -152,6 +161,13 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
             f"teacher.kind: a {teacher.kind} teacher scores a query's own candidates only; set "
             f"student.training.candidates to own, mix it with a ColBERT (teacher.mixed_with){mend}"
         )
+    if candidates == "own":
+        for one in teacher.parts:
+            if one.candidates == "in-batch":
+                raise SettingsError(
+                    "teacher.candidates: the cross-encoder would score every query with every passage, and the "
+                    "student compares a query's own; leave it out, or set student.training.candidates to in-batch"
+                )
     if teacher.kind != "colbert" and student.initialise_from == "teacher":
         raise SettingsError(
             f"student.initialise_from: there is no encoder to take from a {teacher.kind} teacher; set it to base"
@@ -165,12 +181,17 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
         )
 
 
-def check_scores(teacher: TeacherSettings, rows: Dataset | IterableDataset | None) -> None:
+def check_scores(
+    teacher: TeacherSettings,
+    rows: Dataset | IterableDataset | None,
+    make_rows: Callable[[], Dataset],
+) -> None:
     """Read the files of stored scores before anything is trained, and look every row up in them.
 
     Args:
         teacher: checked by :func:`check_teacher`.
-        rows: to be trained on; streamed ones are looked up as they come, and those still to be made (None) then too.
+        rows: the user's own triples; streamed ones are looked up as they come.
+        make_rows: gives those of the collection, where there are no others; called when there is a file to look in.
 
     Raises:
         ValueError, FileNotFoundError: as `StoredScores`; a row's score is missing.
@@ -183,7 +204,14 @@ def check_scores(teacher: TeacherSettings, rows: Dataset | IterableDataset | Non
         if one.kind != "stored" or one.column is not None:
             continue
         stored = StoredScores(one.scores)
-        if rows is None or not rows.column_names:
+        if rows is None:
+            stored.check_rows(
+                make_rows(),
+                mend="score the pair, or name triples that are scored with triples.path (of a collection's own, seed, "
+                "data.num_negatives and data.negative_depth choose the negatives)",
+            )
+            continue
+        if not rows.column_names:
             continue
         stored.check(rows.column_names, candidates="own")
         if isinstance(rows, Dataset):

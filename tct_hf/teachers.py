@@ -71,10 +71,12 @@ class Teacher(ABC):
             1 / training_scale gives back the distribution it learned.
         covers: "in-batch", every passage of the batch is scored for every query; or "own", only a query's own positive
             and negatives. The rest of the matrix then holds zeros, which the mask of `candidates="own"` leaves out.
+        score_kind: what a score is, for records: "MaxSim", "logit", ...
     """
 
     training_scale: float = 1.0
     covers: Literal["in-batch", "own"] = "in-batch"
+    score_kind: str = "score"
 
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
         """Refuse what can't be taught, before the first batch.
@@ -187,6 +189,8 @@ class ColBERTTeacher(Teacher):
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1; Khattab and Zaharia, arXiv 2004.12832.
     """
+
+    score_kind = "MaxSim"
 
     def __init__(
         self,

@@ -299,6 +299,8 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     ("options", "message"),
     [
         (["--student.kind=splade", "--student.scale=20"], "student.scale is of dense students"),
+        (["--student.kind=splade", "--student.query_augmentation=false"], "student.query_augmentation is of dense"),
+        (["--student.teacher_cache_gigabytes=5"], "teacher_cache_gigabytes is of student.teacher_cache, which is not"),
         (["--student.scale=0"], "student.scale=0.0: give a finite number greater than 0"),
         (["--student.layers=[]"], "student.layers: []: name distinct layers"),
         (["--student.layers=[1, 1]"], "student.layers: [1, 1]: name distinct layers"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_scores_of_the_teacher(
     found = stored.score_matrix(stored.collate(list(rows["query"]), columns, list(rows)), gather=False)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
+    scores = np.array(list(rows["scores"]), dtype=np.float64)
+    assert summary["teacher"] == str(settings.parent / "cross-encoder")
+    assert summary["scores"] == {
+        **{"kind": "logit", "training_scale": 1.0, "count": 60},
+        **{"min": scores.min(), "max": scores.max(), "mean": pytest.approx(scores.mean())},
+    }
+    assert f"{scores.min():.2f} to {scores.max():.2f} ({scores.mean():.2f})" in said
+
 
 def test_a_colbert_scores_too_and_other_settings_are_refused(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -69,9 +78,13 @@ def test_a_colbert_scores_too_and_other_settings_are_refused(
     from sentence_transformers import MultiVectorEncoder
 
     from tct_hf import load_triples
+    from tct_hf.teachers import write_training_scale
 
     colbert = tiny_colbert(tmp_path / "colbert")
+    write_training_scale(colbert, 2.0)
     assert recipe(tmp_path / "out", "--kind=colbert", f"--teacher={colbert}") == 0
+    said = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]
+    assert said["kind"] == "MaxSim" and said["training_scale"] == 2.0
     rows = load_triples(tmp_path / "out" / "triples", scores="teacher_score", cache_dir=tmp_path / "cache")
     model = MultiVectorEncoder(str(colbert), device="cpu")
     expected = model.similarity(model.encode_query([rows[7]["query"]]), model.encode_document([rows[7]["negative_2"]]))

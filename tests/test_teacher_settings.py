@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,13 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
         (["--teacher.mixed_with=[{kind: stored, scroes: x}]"], "scroes"),
         (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
+        (["--teacher.weight=2"], "teacher.weight is of teachers that are mixed, and there is one: leave it out"),
+        (["--teacher.normalize=softmax"], "teacher.normalize is of teachers that are mixed"),
+        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: stored scores are there"),
+        (
+            ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.candidates=in-batch", *OWN],
+            "the student compares a query's own; leave it out, or set student.training.candidates to in-batch",
+        ),
         (["--teacher.kind=colbret"], "colbret"),
     ],
 )
@@ -139,6 +147,22 @@ def test_a_file_of_scores_is_read_and_looked_up_before_a_teacher_is_trained(
     assert recipe(tmp_path / "new", TRIPLES, mixed) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new").exists()
+
+
+def test_the_triples_of_a_collection_are_looked_up_before_a_teacher_is_trained(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [(f"train{query}", f"p{passage}") for query in range(40) for passage in range(60)]
+    lines = [json.dumps({"query_id": q, "passage_id": p, "score": len(q + p)}) + "\n" for q, p in pairs]
+    file = tmp_path / "s.jsonl"
+    mixed = f"--teacher.mixed_with=[{{kind: stored, scores: {file}}}]"
+    file.write_text("".join(line for line in lines if '"train7"' not in line))
+    assert recipe(tmp_path / "new", mixed) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"query 'train7', column 'positive_id': {file} has no score of passage 'p\d+': score the", said)
+    assert "triples.path" in said and not (tmp_path / "new").exists()
+    file.write_text("".join(lines))
+    assert recipe(tmp_path / "new", mixed, "--teacher.model=ready/colbert", *STUDENT, "--stages=[student]") == 0
 
 
 @pytest.mark.parametrize("name", ["compare.py", "rounds.py"])
