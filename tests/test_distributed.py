@@ -14,7 +14,7 @@ import torch
 from tct_hf import build_student
 from tests.models import tiny_cross_encoder, tiny_modernbert
 from tests.training import make_models, make_splade
-from tests.warm_process import free_port, run_warm
+from tests.warm_process import run_warm
 
 
 @pytest.fixture(scope="module")

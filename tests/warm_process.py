@@ -1,13 +1,13 @@
 """Runs scripts in processes of their own that have torch and the rest imported already: 10 s less for each.
 
 A server imports everything once and forks a child for each script, or several that meet as those of a launcher do. All
-its children have one hash seed: what must not depend on the order of a set is to be tested in processes that are started
-anew.
+its children have one hash seed: what must not depend on the order of a set is to be tested in processes started anew.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -47,6 +47,13 @@ def _server(env: Mapping[str, str]) -> subprocess.Popen[str]:
 def _stop() -> None:
     for server in _servers.values():
         server.kill()
+        server.wait()  # so that its time is counted as the tests'
+
+
+def spare_the_collector() -> None:
+    """Garbage is no longer looked for in what has been imported: 0.3 s less for each training, which looks for it."""
+    gc.collect()
+    gc.freeze()
 
 
 def free_port() -> int:
@@ -124,11 +131,16 @@ def _wait(children: set[int]) -> int:
 def _serve() -> None:
     import datasets  # noqa: F401
     import sentence_transformers  # noqa: F401
+    from transformers.models.bert import modeling_bert, tokenization_bert  # noqa: F401
 
+    import tct_hf.cross_encoder_teacher
     import tct_hf.evaluation.report
     import tct_hf.retrieval
+    import tct_hf.splade
+    import tct_hf.trainer
     import tct_hf.training  # noqa: F401
 
+    spare_the_collector()
     for line in iter(sys.stdin.readline, ""):
         request: dict[str, Any] = json.loads(line)
         children: set[int] = set()
