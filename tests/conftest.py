@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.loopback_hub import WRITER, LoopbackHub
+from tests.warm_process import spare_the_collector
 
 # Set before torch or a Hub client is imported: two threads slow each other down, and no test may reach the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +22,14 @@ _HUB = LoopbackHub()
 os.environ["HF_ENDPOINT"] = _HUB.url
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_TOKEN_PATH"] = os.path.join(tempfile.gettempdir(), "tct_hf-tests-have-no-token")
+
+
+def pytest_collection_finish() -> None:
+    """The test modules have imported nearly everything."""
+    if "torch" in sys.modules:
+        import sentence_transformers  # noqa: F401
+
+    spare_the_collector()
 
 
 @pytest.fixture(scope="module")

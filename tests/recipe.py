@@ -104,6 +104,7 @@ def run(
     before: list[str] | None = None,
     code: int = 0,
     recipe: Path = RECIPE,
+    processes: int = 1,
 ) -> subprocess.CompletedProcess[str]:
     """Run a recipe in a process of its own and expect its exit status.
 
@@ -114,11 +115,12 @@ def run(
         before: the words before the recipe's name, python alone when None.
         code: the status.
         recipe: the script.
+        processes: that run it together, without `before`.
     """
     words = [*(before or [sys.executable]), str(recipe), str(settings), f"--output_dir={output}", *options]
     env = environment(settings.parent)
     if before is None or "tests.recipe_worker" in before:
-        done = run_warm(words[1:], env=env)
+        done = run_warm(words[1:], env=env, processes=processes)
     else:
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"

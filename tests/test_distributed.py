@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from tct_hf import build_student
 from tests.models import tiny_cross_encoder, tiny_modernbert
 from tests.training import make_models, make_splade
+from tests.warm_process import run_warm
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +30,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain.save_pretrained(str(path / "plain"))
     tiny_cross_encoder(path / "cross-encoder")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 SPARSE: dict[str, Any] = {
@@ -99,21 +91,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def launch(models: Path, output: Path, processes: int) -> None:
-    command = [sys.executable]
-    if processes > 1:
-        # accelerate starts several processes for --multi_gpu only; use_cpu in the arguments then keeps them on the CPU
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
-        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        command += [f"--main_process_port={free_port()}", "--num_cpu_threads_per_process=1", "-m"]
-    else:
-        command += ["-m"]
     cases = {name: {**case, "per_device_train_batch_size": 12 // processes} for name, case in CASES.items()}
-    done = subprocess.run(
-        [*command, "tests.distributed_worker", str(models), str(output), json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = ["-m", "tests.distributed_worker", str(models), str(output), json.dumps(cases)]
+    done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.models import tiny_bert
-from tests.recipe import ROOT, environment, launch, write_beir
+from tests.recipe import ROOT, environment, write_beir
+from tests.warm_process import run_warm
 
 RECIPE = ROOT / "recipes" / "encode.py"
 
@@ -27,30 +28,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, output: str, *options: str, before: list[str] | None = None, code: int = 0) -> tuple[str, str]:
-    done = subprocess.run(
-        [
-            *(before or [sys.executable]),
-            str(RECIPE),
-            f"--model={folder / 'student'}",
-            f"--source={folder / 'collection'}",
-            f"--output_dir={folder / output}",
-            "--shard_size=8",
-            "--precision=fp32",
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(folder),
-    )
+def run(
+    folder: Path, output: str, *options: str, before: list[str] | None = None, code: int = 0, anew: bool = False
+) -> tuple[str, str]:
+    words = [
+        *(before or [sys.executable]),
+        str(RECIPE),
+        f"--model={folder / 'student'}",
+        f"--source={folder / 'collection'}",
+        f"--output_dir={folder / output}",
+        "--shard_size=8",
+        "--precision=fp32",
+        *options,
+    ]
+    if anew:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(folder))
+    else:
+        done = run_warm(words[1:], env=environment(folder))
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> tuple[str, str]:
-    return run(folder, "whole", before=launch())
+    return run(folder, "whole", anew=True)
 
 
 def test_a_collection_becomes_vectors_and_one_table(folder: Path, whole: tuple[str, str]) -> None:

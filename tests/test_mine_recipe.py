@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import tiny_bert
-from tests.recipe import ROOT, in_this_process, killed_at, launch, run, write_beir
-from tests.test_distributed import free_port
+from tests.recipe import ROOT, in_this_process, killed_at, run, write_beir
 
 RECIPE = ROOT / "recipes" / "mine.py"
 
@@ -62,8 +61,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
 def test_two_processes_mine_the_rows_of_one(settings: Path, recipe: Callable[..., int], tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
-    done = run(settings, tmp_path / "two", "--queries_a_part=4", before=before, recipe=RECIPE)
+    done = run(settings, tmp_path / "two", "--queries_a_part=4", processes=2, recipe=RECIPE)
     assert "part 1 of 8" in done.stdout and "part 3 of 8" in done.stdout  # the other process mines those between
     assert "part 2 of 8" not in done.stdout and done.stdout.count("[3/3] mine") == 1
     assert recipe(tmp_path / "one") == 0

@@ -14,8 +14,8 @@ import pytest
 
 from tct_hf import StallWatch
 from tests.recipe import ROOT
-from tests.test_distributed import free_port
 from tests.training import make_models
+from tests.warm_process import free_port, run_warm
 
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
 
@@ -40,8 +40,12 @@ def two(*words: str, config: str = "cpu.yaml") -> subprocess.CompletedProcess[st
     )
 
 
-def train(models: Path, output: Path, **settings: Any) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
-    done = two("-m", "tests.resume_worker", str(models), str(output), json.dumps({**SETTINGS, **settings}))
+def train(
+    models: Path, output: Path, *, launched: bool = False, **settings: Any
+) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+    """By accelerate's launcher, or by processes that meet without it."""
+    words = ["-m", "tests.resume_worker", str(models), str(output), json.dumps({**SETTINGS, **settings})]
+    done = two(*words) if launched else run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=2)
     keys = ("resumes", "weights", "losses")
     return done, dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in keys)
 
@@ -59,7 +63,7 @@ def test_one_of_two_is_killed_in_mid_step_and_the_run_resumes_bit_equal(models: 
 
 def test_a_process_that_stands_still_is_named_and_the_run_ends(models: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
-    done, _ = train(models, tmp_path / "run", stall_in_step=3, rank=1, watch=5)
+    done, _ = train(models, tmp_path / "run", launched=True, stall_in_step=3, rank=1, watch=5)
     assert done.returncode != 0 and time.monotonic() - begun < 200
     said = [line for line in done.stderr.splitlines() if "Training stands still" in line]
     assert said and all(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.test_distributed import free_port
 from tests.training import make_models
+from tests.warm_process import run_warm
 
 ROWS = 24
 # 24 rows in steps of 12 make two steps a pass; in steps of 18, the second step ends one pass and begins the next.
@@ -29,11 +27,6 @@ EVALUATED = 18  # one step of 12, and half of one
 
 
 def launch(models: Path, output: Path, processes: int, cases: dict[str, dict[str, Any]]) -> None:
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}", "--num_machines=1"]
-        command += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
-        command += ["--num_cpu_threads_per_process=1", "-m"]
     given = {}
     for name, case in cases.items():
         batch = case["step"] // processes
@@ -45,12 +38,8 @@ def launch(models: Path, output: Path, processes: int, cases: dict[str, dict[str
             **rest,
             **({"evaluated": str(models / case["evaluated"])} if "evaluated" in case else {}),
         }
-    done = subprocess.run(
-        [*command, "tests.streaming_worker", str(models), str(output), json.dumps(given)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = ["-m", "tests.streaming_worker", str(models), str(output), json.dumps(given)]
+    done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tct_hf.retrieval.dense_engine import factory_for
 from tct_hf.retrieval.dense_tuning import stand_ins
 from tct_hf.retrieval.ids import IdTable
 from tct_hf.retrieval.storage import folder_bytes
+from tests.warm_process import run_warm
 
 IDS = [f"d{at}" for at in range(50)]
 
@@ -467,8 +467,7 @@ def test_kill_in_save_keeps_the_old_index_and_the_rerun_gives_the_bytes_of_an_un
     tmp_path: Path, vectors: np.ndarray, when: str
 ) -> None:
     def run(folder: Path, when: str) -> int:
-        command = [sys.executable, "-c", KILLED_SAVE, str(folder), when]
-        return subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode
+        return run_warm(["-c", KILLED_SAVE, str(folder), when], env=os.environ).returncode
 
     folder = tmp_path / "killed" / "index"
     DenseIndex.build(vectors, IDS).save(folder)

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tct_hf.retrieval import encode_corpus, encode_texts, load_vectors, text_vec
 from tct_hf.retrieval.text_vectors import choose_precision
 from tests.encode_worker import COUNT, SHARD, passages
 from tests.models import tiny_bert, tiny_mpnet
-from tests.test_distributed import free_port
+from tests.warm_process import run_warm
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [passage["text"] for passage in passages()]
@@ -219,14 +217,9 @@ def test_progress_tells_speed_and_time_left(student: Any, tmp_path: Path) -> Non
 # Interrupted, and shared out
 
 
-def worker(saved: Path, output: Path, *killed: str, before: list[str] | None = None) -> str:
-    done = subprocess.run(
-        [*(before or [sys.executable]), "-m", "tests.encode_worker", str(saved), str(output), *killed],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def worker(saved: Path, output: Path, *killed: str, processes: int = 1) -> str:
+    words = ["-m", "tests.encode_worker", str(saved), str(output), *killed]
+    done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr[-4000:]
     return done.stdout
 
@@ -256,9 +249,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_shard_to_the_bytes_of_an_undis
 def test_two_processes_share_the_shards_and_give_the_bytes_of_one(
     saved: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
-    said = worker(saved, tmp_path / "v", before=[*launch, f"--main_process_port={free_port()}"])
+    said = worker(saved, tmp_path / "v", processes=2)
     assert "process 0 of 2" in said and "process 1 of 2" in said
     assert content(tmp_path / "v") == content(undisturbed)
 
