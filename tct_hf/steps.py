@@ -71,6 +71,7 @@ def run_steps(
     steps: Sequence[Step],
     folder: str | Path,
     *,
+    only: Sequence[str] | None = None,
     launcher: str = "accelerate launch",
     start: Callable[[list[str]], int] | None = None,
     write: Callable[[str], None] = print,
@@ -83,12 +84,13 @@ def run_steps(
     Args:
         steps: in order; each reads what those before it made.
         folder: of the records.
+        only: names of those to run; all when None.
         launcher: words before a script.
         start: takes the words of a command and returns its exit status; by default a process, whose output is shown.
         write: takes lines of progress.
 
     Returns:
-        One for each step.
+        One for each step that was run or left out.
 
     Raises:
         ChildProcessError: a step ended badly; names it, and says that the same call goes on there.
@@ -102,6 +104,8 @@ def run_steps(
         words = ["python" if step.alone else launcher, *step.words]
         told = [words[1:], read_chain(step.settings).unwrap(), before]
         before = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        if only is not None and step.name not in only:
+            continue
         record = Path(folder) / RECORDS / f"{step.name}.json"
         found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         if found.get("told") == before and step.made().exists():
@@ -116,7 +120,9 @@ def run_steps(
         seconds = time.monotonic() - begun
         if status != 0:
             how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-            raise ChildProcessError(f"{step.name}: `{command}` {how}; mend what it says, then run this again: it goes on")
+            raise ChildProcessError(
+                f"{step.name}: `{command}` {how}; mend what it says, then run this again: it goes on"
+            )
         if not step.made().exists():
             raise ChildProcessError(f"{step.name}: `{command}` ended well, but {step.made()} is not there")
         write_json_atomic(record, {"told": before, "command": command, "seconds": seconds})

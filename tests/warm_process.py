@@ -46,20 +46,25 @@ def _stop() -> None:
         server.kill()
 
 
-def run_warm(arguments: list[str], *, env: Mapping[str, str], stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([sys.executable, *arguments])` from the project's folder, with its output captured.
+def run_warm(
+    arguments: list[str], *, env: Mapping[str, str], stdin: str = "", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([sys.executable, *arguments])` with its output captured.
 
     Args:
         arguments: a script and its arguments, or "-m", a module and its arguments.
         env: the environment.
         stdin: standard input.
+        cwd: the folder it runs in.
     """
     with _one_at_a_time, tempfile.TemporaryDirectory() as folder:
         server = _server(env)
         assert server.stdin is not None and server.stdout is not None
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         Path(paths[0]).write_text(stdin)
-        server.stdin.write(json.dumps({"arguments": arguments, "env": dict(env), "paths": paths}) + "\n")
+        server.stdin.write(
+            json.dumps({"arguments": arguments, "env": dict(env), "paths": paths, "cwd": str(cwd)}) + "\n"
+        )
         server.stdin.flush()
         code = int(server.stdout.readline())
         out, err = (Path(path).read_text() for path in paths[1:])
@@ -69,6 +74,7 @@ def run_warm(arguments: list[str], *, env: Mapping[str, str], stdin: str = "") -
 def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
+    os.chdir(request["cwd"])
     for number, path in enumerate(request["paths"]):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)

@@ -9,9 +9,14 @@ models and few steps, and needs no GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tct_hf.settings import SettingsError, run_recipe, setting
+
+if TYPE_CHECKING:
+    from tct_hf.steps import Step
 
 HERE = Path(__file__).parent
 # Name, script, YAML, options, what it makes below its output_dir, run by python alone.
@@ -43,33 +48,32 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.steps import run_steps, table
 
-    steps = chosen(settings)
-    # Beside what the steps make.
-    done = run_steps(steps, steps[0].made().parent.parent, launcher=settings.launcher, write=print_line)
+    steps = steps_of(settings)
+    names = [step.name for step in steps]
+    for name in settings.steps or []:
+        if name not in names:
+            raise SettingsError(f"steps: there is no step {name!r}; there are {', '.join(names)}")
+    write = partial(print, flush=True)
+    # The records stand beside what the steps make.
+    folder = steps[0].made().parent.parent
+    done = run_steps(steps, folder, only=settings.steps, launcher=settings.launcher, write=write)
     print(f"\n{table(done)}", flush=True)
 
 
-def chosen(settings: Settings) -> list:
+def steps_of(settings: Settings) -> list[Step]:
     """The steps that there are settings for; an expander is trained for a sample alone."""
     from tct_hf.steps import Step
 
     folders = [*([Path(settings.settings)] if settings.settings else []), HERE / "sample" if settings.sample else HERE]
-    of_data = ("--files", settings.files) if settings.files else ()
+    of_data: tuple[str, ...] = ("--files", settings.files) if settings.files else ()
     of_data += ("--sample", str(settings.sample)) if settings.sample else ()
-    steps = []
+    steps: list[Step] = []
     for name, script, file, options, makes, alone in STEPS:
         there = [folder / file for folder in folders if (folder / file).is_file()]
         if there:
             more = of_data if name == "data" else ()
             steps.append(Step(name, script, there[0], (*options, *more), makes, alone))
-    for name in settings.steps or []:
-        if name not in {step.name for step in steps}:
-            raise SettingsError(f"steps: there is no step {name!r}; steps: {', '.join(step.name for step in steps)}")
     return steps
-
-
-def print_line(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":
