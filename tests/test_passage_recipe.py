@@ -61,7 +61,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": f"precision: fp32\n{encoder}\nteacher:\n  dim: 16\n  {training}\nstudent:\n  {training}\n",
         "rounds": f"precision: fp32\n{encoder}\nstudent:\n  {training}\nmining: {{depth: 10}}\n"
         "later: {student: {max_steps: 2}}\nevaluation: {depth: 20, measures: [RR@10, R@20]}\n",
-        "report": "precision: fp32\nexpansion: {path: null}\nmeasures: {depth: 50}\n",
+        "report": "precision: fp32\nexpansion: {path: null}\nmeasures: {names: [RR@10, R@20], depth: 50}\n",
         "index": "precision: fp32\n",
     }
     for name, text in own.items():
