@@ -64,6 +64,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "report": "precision: fp32\nexpansion: {path: null}\nmeasures: {names: [RR@10, R@20], depth: 50}\n",
         "index": "precision: fp32\n",
     }
+    own |= {"report-hn": own["report"], "index-hn": own["index"]}
     for name, text in own.items():
         above = os.path.relpath(RECIPE / "sample" / f"{name}.yaml", settings)
         (settings / f"{name}.yaml").write_text(f"extends: {above}\n{text}")
