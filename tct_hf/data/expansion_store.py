@@ -123,8 +123,14 @@ def is_made_of(folder: Path, number: int, made_of: str) -> bool:
     return True
 
 
-def finish(folder: Path, shards: int, count: int) -> dict[str, Any]:
+def finish(folder: Path, shards: int, count: int, *, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write the manifest once every shard is there, and return it.
+
+    Args:
+        folder: of the expansions, or of their scores.
+        shards: how many there are.
+        count: passages in all.
+        about: to be said beside the settings, which it does not take part in.
 
     Raises:
         ValueError: there are more shards than the corpus has.
@@ -145,7 +151,7 @@ def finish(folder: Path, shards: int, count: int) -> dict[str, Any]:
         rows = pq.read_metadata(file).num_rows
         entries.append({"file": file.name, "count": rows, "sha256": file_digest(file)})
     settings = json.loads((folder / CLAIM_FILE).read_text(encoding="utf-8"))
-    manifest = {**settings, "count": count, "shards": entries}
+    manifest = {**settings, **(about or {}), "count": count, "shards": entries}
     write_json_atomic(folder / MANIFEST_FILE, manifest)
     return manifest
 
