@@ -1,8 +1,10 @@
-"""Files in the formats of MS MARCO's passage ranking task, made of any collection."""
+"""Files in the formats of MS MARCO's passage ranking task, made of any collection; results of an experiment on them."""
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -88,3 +90,21 @@ def write_few(folder: Path, *, passages: int = 80, train: int = 30, others: int 
         return [(" ".join(draw.sample(texts[row].split(), 3)), row) for row in rows]
 
     return write_passage_files(folder, texts, {name: some(train if name == "train" else others) for name in SPLITS})
+
+
+def results(folder: Path) -> dict[str, object]:
+    """What must not depend on how the steps went: weights, vectors, triples, runs, figures; not what is timed."""
+    kinds = ("*.trec", "model.safetensors", "triples.*", "metrics.json", "*.jsonl", "*.npy", "counts.json")
+    found: dict[str, object] = {
+        str(file.relative_to(folder)): file.read_bytes() for kind in kinds for file in folder.rglob(kind)
+    }
+    for file in folder.rglob("report.json"):
+        found[str(file.relative_to(folder))] = without_times(json.loads(file.read_text()))
+    return found
+
+
+def without_times(value: object) -> object:
+    timed = re.compile("second|latency|throughput|_ms|per_s|timed|time|environment|date")
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not timed.search(key)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value

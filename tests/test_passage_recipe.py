@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from tests.models import tiny_bert
-from tests.passage_files import write_few
+from tests.passage_files import results, write_few
 from tests.recipe import ROOT, environment
 from tests.warm_process import run_warm
 
@@ -111,24 +110,6 @@ def experiment(material: Path) -> Callable[..., list[str]]:
 def whole(experiment: Callable[..., list[str]], material: Path) -> tuple[Path, list[str]]:
     folder = material / "whole"
     return folder / "outputs" / "msmarco-passage" / "sample", experiment(folder)
-
-
-def results(folder: Path) -> dict[str, object]:
-    """What must not depend on how the steps went: weights, vectors, triples, runs, figures; not what is timed."""
-    kinds = ("*.trec", "model.safetensors", "triples.*", "metrics.json", "*.jsonl", "*.npy", "counts.json")
-    found: dict[str, object] = {
-        str(file.relative_to(folder)): file.read_bytes() for kind in kinds for file in folder.rglob(kind)
-    }
-    for file in folder.rglob("report.json"):
-        found[str(file.relative_to(folder))] = without_times(json.loads(file.read_text()))
-    return found
-
-
-def without_times(value: object) -> object:
-    timed = re.compile("second|latency|throughput|_ms|per_s|timed|time|environment|date")
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if not timed.search(key)}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.mark.slow
