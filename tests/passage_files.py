@@ -1,4 +1,4 @@
-"""Files in the formats of MS MARCO's passage ranking task, made of any collection; results of an experiment on them."""
+"""Files in the formats of MS MARCO's passage ranking task, of any collection; what an experiment on them leaves."""
 
 from __future__ import annotations
 
@@ -94,7 +94,16 @@ def write_few(folder: Path, *, passages: int = 80, train: int = 30, others: int 
 
 def results(folder: Path) -> dict[str, object]:
     """What must not depend on how the steps went: weights, vectors, triples, runs, figures; not what is timed."""
-    kinds = ("*.trec", "model.safetensors", "triples.*", "metrics.json", "*.jsonl", "*.npy", "counts.json")
+    kinds = (
+        "*.trec",
+        "model.safetensors",
+        "triples.*",
+        "metrics.json",
+        "*.jsonl",
+        "*.npy",
+        "*.parquet",
+        "counts.json",
+    )
     found: dict[str, object] = {
         str(file.relative_to(folder)): file.read_bytes() for kind in kinds for file in folder.rglob(kind)
     }
