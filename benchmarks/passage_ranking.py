@@ -4,9 +4,9 @@
 
 Files in MS MARCO's formats are made of a BEIR folder: collection.tsv, queries, qrels, triples of ids and of texts. Its
 train queries become those of train and of the whole of dev, its test queries those of dev.small, DL 2019 and DL 2020
-(with lower grades made up). Each step of the second run is killed as soon as it has printed a line that shows work under
-way, and started again. Weights, vectors, expansions, triples, runs and figures of both runs are compared byte by byte,
-times apart.
+(with lower grades made up). Each step of the second run is killed as soon as it has printed a line that shows work
+under way, and started again. Weights, vectors, expansions, triples, runs and figures of both runs are compared byte by
+byte, times apart.
 """
 
 from __future__ import annotations
