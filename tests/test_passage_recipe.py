@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -151,3 +153,32 @@ def test_a_kill_in_each_step_changes_no_result(
 def names() -> list[str]:
     module = load(RECIPE / "run.py")
     return [name for name, script, file, *_ in module.STEPS if (RECIPE / "sample" / file).is_file()]
+
+
+def test_every_command_stands_in_the_readme_and_in_its_settings() -> None:
+    module = load(RECIPE / "run.py")
+    readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    for name, script, file, options, _, alone in module.STEPS:
+        if name == "expander":  # of a sample alone
+            continue
+        words = ["python" if alone else "accelerate launch", script.relative_to(ROOT), RECIPE.relative_to(ROOT) / file]
+        command = " ".join(map(str, [*words, *options]))
+        assert f"| {name} | `{command}` |" in readme
+        assert f"# {command}" in (RECIPE / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("sample", [None, 100])
+def test_the_settings_of_every_step_are_known_and_fit_together(sample: int | None) -> None:
+    from tct_hf.settings import load_settings
+
+    module = load(RECIPE / "run.py")
+    made: set[str] = set()
+    for step in module.steps_of(module.Settings(sample=sample)):
+        options = [word for word in step.options if word not in ("--sample", str(sample))]
+        settings = load_settings(load(step.script).Settings, [str(step.settings), *options], description="")
+        said = json.dumps(asdict(settings))
+        # What a step reads below the folder of the experiment, another has made before it.
+        read = set(re.findall(r"outputs/msmarco-passage/[^\"]*", said)) - {settings.output_dir}
+        assert all(any(place.startswith(one) for one in made) for place in read), (step.name, read)
+        assert ("/sample/" in said) == (sample is not None)
+        made.add(settings.output_dir)
