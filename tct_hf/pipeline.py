@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,16 @@ TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "repor
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 500
 
 
-def read_collection(data: DataSettings, *, train: bool = True, test: bool = True) -> Collection:
+def read_collection(
+    data: DataSettings, *, train: bool = True, test: bool = True, also: Sequence[str] = ()
+) -> Collection:
     """Load what `data` names: the splits, a part of them, questions without judgements.
 
     Args:
         data: the settings.
         train: the train split must be there where `labels` asks for it.
         test: likewise the split to report.
+        also: more splits to report, by name.
 
     Returns:
         The collection. Without labels (`labels` 0, or questions alone) it may lack train and test.
@@ -47,7 +50,12 @@ def read_collection(data: DataSettings, *, train: bool = True, test: bool = True
     if data.dev_split not in ("auto", None):
         required.append("dev")
     collection = load_collection(
-        data.source, packages=data.packages, test_split=data.test_split, dev_split=data.dev_split, required=required
+        data.source,
+        packages=data.packages,
+        test_split=data.test_split,
+        dev_split=data.dev_split,
+        required=required,
+        also=also,
     )
     if data.dev_share and "train" in collection.splits:
         collection.hold_out_dev(data.dev_share)

@@ -87,3 +87,14 @@ class EvaluationSettings:
     measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first decides on dev")
     depth: int = setting(100, "passages a query in the runs")
     examples: int = setting(3, "questions to show with what the student finds")
+
+
+@dataclass
+class ExpanderSizes:
+    """The shape of a T5 that begins from nothing; about 11 million weights as it is."""
+
+    vocabulary: int = setting(8000, "pieces of its tokenizer, which is trained on the passages and train queries")
+    d_model: int = setting(256, "dimensions of a token")
+    layers: int = setting(4, "of the encoder, and of the decoder")
+    heads: int = setting(4, "of attention")
+    d_ff: int = setting(1024, "dimensions between")

@@ -63,9 +63,9 @@ def free_port() -> int:
 
 
 def run_warm(
-    arguments: list[str], *, env: Mapping[str, str], stdin: str = "", processes: int = 1
+    arguments: list[str], *, env: Mapping[str, str], stdin: str = "", processes: int = 1, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([sys.executable, *arguments])` from the project's folder, with its output captured.
+    """As `subprocess.run([sys.executable, *arguments])` with its output captured.
 
     Args:
         arguments: a script and its arguments, or "-m", a module and its arguments, or "-c", code and its arguments.
@@ -73,6 +73,7 @@ def run_warm(
         stdin: standard input.
         processes: more than one find each other as under `accelerate launch --multi_gpu`; the first that fails ends
             the others, and its exit status is that of all.
+        cwd: the folder it runs in.
     """
     ranks: list[dict[str, str]] = [{}]
     if processes > 1:
@@ -85,7 +86,7 @@ def run_warm(
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)
-        request = {"arguments": arguments, "environments": [{**env, **rank} for rank in ranks], "paths": paths}
+        request = {"arguments": arguments, "environments": [{**env, **rank} for rank in ranks], "paths": paths, "cwd": str(cwd)}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
@@ -93,9 +94,10 @@ def run_warm(
     return subprocess.CompletedProcess([sys.executable, *arguments], code, out, err)
 
 
-def _become(arguments: list[str], env: dict[str, str], paths: list[str]) -> None:
+def _become(arguments: list[str], env: dict[str, str], paths: list[str], cwd: str) -> None:
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(cwd)
     for number, path in enumerate(paths):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)  # which several may share
         os.dup2(file, number)
@@ -147,7 +149,7 @@ def _serve() -> None:
         for env in request["environments"]:
             child = os.fork()
             if child == 0:
-                _become(request["arguments"], env, request["paths"])
+                _become(request["arguments"], env, request["paths"], request["cwd"])
                 return
             children.add(child)
         print(_wait(children), flush=True)

@@ -39,6 +39,7 @@ class Collection:
         splits: by the name of their use: "train", "test" and, where there is one, "dev".
         fingerprint: JSON-ready, says which texts and judgements results belong to.
         questions: query id to text, of questions that nobody has judged.
+        also: splits that are reported beside "test", by their own names.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Collection:
     splits: dict[str, Split]
     fingerprint: dict[str, Any]
     questions: dict[str, str] = field(default_factory=dict)
+    also: dict[str, Split] = field(default_factory=dict)
     _index: BM25Index | None = None
 
     def bm25(self) -> BM25Index:
@@ -122,17 +124,14 @@ class Collection:
         """
         if passages is None and queries is None:
             return self
-        splits = {}
-        for use, split in self.splits.items():
-            kept = set(sorted(split.queries, key=_place)[:queries])
-            splits[use] = Split(
-                {name: text for name, text in split.queries.items() if name in kept},
-                {name: grades for name, grades in split.qrels.items() if name in kept},
-            )
+        splits, also = (
+            {name: _first_queries(split, queries) for name, split in every.items()}
+            for every in (self.splits, self.also)
+        )
         corpus = self.corpus
         if passages is not None and passages < len(corpus):
             ids = corpus["id"][:]
-            judged = [grades for split in splits.values() for grades in split.qrels.values()]
+            judged = [grades for split in (*splits.values(), *also.values()) for grades in split.qrels.values()]
             positives = {name for grades in judged for name, grade in grades.items() if grade > 0}
             if len(positives) > passages:
                 raise ValueError(
@@ -142,9 +141,12 @@ class Collection:
                 )
             kept = set(sorted(ids, key=lambda name: (name not in positives, _place(name)))[:passages])
             corpus = corpus.select([row for row, name in enumerate(ids) if name in kept])
-            splits = {use: Split(split.queries, _within(split.qrels, kept)) for use, split in splits.items()}
+            splits, also = (
+                {name: Split(split.queries, _within(split.qrels, kept)) for name, split in every.items()}
+                for every in (splits, also)
+            )
         name = f"{self.name}, a part"
-        return Collection(name, corpus, splits, _fingerprint(corpus, splits), self.questions)
+        return Collection(name, corpus, splits, _fingerprint(corpus, splits), self.questions, also)
 
     def hold_out_dev(self, share: float) -> None:
         """Take a share of the train queries, drawn by a hash of the id, for dev where there is no dev split.
@@ -229,7 +231,7 @@ class Collection:
 
     def summary(self) -> str:
         """One line for people."""
-        parts = [f"{len(split.queries):,} {name}" for name, split in self.splits.items()]
+        parts = [f"{len(split.queries):,} {name}" for name, split in (*self.splits.items(), *self.also.items())]
         if self.questions:
             parts.append(f"{len(self.questions):,} without judgements")
         without = "" if "dev" in self.splits else " (no dev split)"
@@ -249,6 +251,15 @@ def _share(names: Iterable[str], share: float) -> list[str]:
     return ordered[: round(share * len(ordered))]
 
 
+def _first_queries(split: Split, count: int | None) -> Split:
+    """The first queries of a split in the order of :func:`_place`, all when None."""
+    kept = set(sorted(split.queries, key=_place)[:count])
+    return Split(
+        {name: text for name, text in split.queries.items() if name in kept},
+        {name: grades for name, grades in split.qrels.items() if name in kept},
+    )
+
+
 def _within(qrels: dict[str, dict[str, int]], kept: set[str]) -> dict[str, dict[str, int]]:
     return {query: {p: grade for p, grade in grades.items() if p in kept} for query, grades in qrels.items()}
 
@@ -260,6 +271,7 @@ def load_collection(
     test_split: str = "test",
     dev_split: str | None = AUTO,
     required: Sequence[str] = ("train", "dev", "test"),
+    also: Sequence[str] = (),
 ) -> Collection:
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
@@ -271,23 +283,33 @@ def load_collection(
             None.
         required: of "train", "dev" and "test", the uses without whose split there is no run. Another is left out
             where the source has no judgements of it, unless it was named: then it was mistyped.
+        also: more splits to report. A dev split that is reported is none to compare models on where that is "auto".
 
     Returns:
         The collection.
 
     Raises:
-        ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or dev and test are one split.
+        ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or a split has two uses.
     """
     defaults = {"train": True, "dev": dev_split == AUTO, "test": test_split == "test"}
     if dev_split == AUTO:
         there = source == BUILTIN or any((Path(source) / "qrels").glob("dev.tsv*"))
-        dev_split = "dev" if there else None
+        dev_split = "dev" if there and "dev" not in (test_split, *also) else None
     names = {"train": "train", "dev": dev_split, "test": test_split}
     if dev_split == test_split:
         raise ValueError(
             f"dev_split and test_split are both {test_split!r}: models must not be chosen on the queries that are "
             "reported. Name another dev_split, or none."
         )
+    for name in also:
+        # Their names are those of files, too, beside those of the uses.
+        if name in ("train", "test", test_split, dev_split) or (name == "dev" and dev_split is not None):
+            raise ValueError(
+                f"also_report: {name!r} is no split to report beside the others: it is reported already (as "
+                f"data.test_split), trained on, or named as a use of another (train, dev, test). data.test_split is "
+                f"{test_split!r}, data.dev_split {dev_split!r}: report the split named test as data.test_split, and "
+                "set data.dev_split to none to report dev."
+            )
     from tct_hf.data.beir_format import MissingSplitError
 
     corpus = None
@@ -302,6 +324,7 @@ def load_collection(
                 raise
         else:
             splits[use] = Split(queries, qrels)
+    more = {name: Split(*_load(source, packages, name)[1:]) for name in also}
     if corpus is None:
         from tct_hf.data.beir import load_beir_corpus
 
@@ -309,8 +332,8 @@ def load_collection(
     if source == BUILTIN:
         from tct_hf.data.builtin import builtin_fingerprint
 
-        return Collection("built-in API docs", corpus, splits, builtin_fingerprint(packages=packages))
-    return Collection(source, corpus, splits, _fingerprint(corpus, splits))
+        return Collection("built-in API docs", corpus, splits, builtin_fingerprint(packages=packages), also=more)
+    return Collection(source, corpus, splits, _fingerprint(corpus, splits), also=more)
 
 
 def _load(source: str, packages: Sequence[str], split: str) -> tuple[Any, dict[str, str], dict[str, dict[str, int]]]:

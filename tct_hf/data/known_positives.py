@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,23 @@ def read_any_qrels(path: Path) -> Qrels:
     """
     qrels: Qrels = {}
     places: dict[str, str] = {}
+    for place, fields in judgement_lines(path):
+        add_judgement(fields, place, qrels, places)
+    return qrels
+
+
+def judgement_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The lines of a file of judgements, as :func:`read_any_qrels` takes them.
+
+    Args:
+        path: the file, plain or .gz.
+
+    Yields:
+        ("file, line n", [query id, passage id, score as text]).
+
+    Raises:
+        ValueError: a malformed line, with its number.
+    """
     width = 0
     for number, line in byte_lines(path):
         place = f"{path}, line {number}"
@@ -93,8 +110,7 @@ def read_any_qrels(path: Path) -> Qrels:
                 "query, 0, passage, score)"
             )
         width = len(fields)
-        add_judgement([fields[0], *fields[-2:]], place, qrels, places)
-    return qrels
+        yield place, [fields[0], *fields[-2:]]
 
 
 def _own(row: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,13 @@ from typing import Any
 from tct_hf.retrieval.runs import rank
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
+# What is measured where these queries are reported. Passages of MS MARCO dev are relevant or not; those of TREC Deep
+# Learning have grades, of which the track counts 2 and 3 as relevant for all but nDCG. Recall is often told from grade
+# 1 on, too: the two are told apart by name.
+MEASURE_SETS = {
+    "msmarco-dev": ("RR@10", "R@1000"),
+    "trec-dl": ("nDCG@10", "RR(rel=2)@10", "R(rel=2)@1000", "R(rel=1)@1000"),
+}
 # An engine of ir-measures that runs a Perl script, which dies of query ids that are not numbers.
 _UNUSABLE_ENGINES = ("gdeval",)
 
@@ -81,6 +88,18 @@ def evaluate_run(
             per_query[name].update(values)
     mean = {name: math.fsum(values.values()) / len(judged) for name, values in per_query.items()}
     return Evaluation(mean=mean, per_query=per_query)
+
+
+def named_measures(names: Sequence[str]) -> list[str]:
+    """The measures that are named, one by one.
+
+    Args:
+        names: ir-measures names, or keys of MEASURE_SETS, which stand for their measures.
+
+    Returns:
+        ir-measures names, each once.
+    """
+    return list(dict.fromkeys(one for name in names for one in MEASURE_SETS.get(name, (name,))))
 
 
 def cutoff_of(measure: str) -> int | None:

@@ -12,7 +12,10 @@ from tct_hf.settings import setting
 class MeasureSettings:
     """What is measured, how deep, and against which system."""
 
-    names: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first is plotted and tuned for")
+    names: list[str] = setting(
+        ["RR@10", "nDCG@10", "R@100"],
+        "ir-measures names, or msmarco-dev or trec-dl for those of their sources; the first is plotted and tuned for",
+    )
     relevance: int = setting(1, "grade from which a passage is relevant, but for nDCG (TREC Deep Learning: 2)")
     depth: int = setting(100, "passages a query in the runs, and of each list that is fused")
     baseline: Literal["dense-exact", "learned-sparse", "bm25"] | None = setting(
@@ -28,6 +31,17 @@ class HybridSettings:
     tune_on: Literal["auto", "dev", "train"] = setting("auto", "split alpha is tuned on; auto: dev, else train")
     tune_queries: int = setting(500, "at most so many queries of it")
     normalize: bool = setting(False, "bring the scores of both lists to one range first")
+
+
+@dataclass
+class ExpansionSettings:
+    """Generated queries that a second BM25 index has beside the passages."""
+
+    path: str | None = setting(None, "folder of recipes/expand.py; no expanded BM25 when none")
+    num_queries: int | None = setting(None, "of each passage, the first so many; all when none")
+    drop_share: float = setting(0.0, "share of the scored queries that is left out, lowest scores first")
+    k1: float = setting(2.18, "of BM25 over expanded passages")
+    b: float = setting(0.86, "likewise")
 
 
 @dataclass
@@ -64,7 +78,11 @@ class ReportSettings:
     """All sections of a report."""
 
     measures: MeasureSettings = field(default_factory=MeasureSettings)
+    also_report: dict[str, list[str]] = setting(
+        {}, "more test splits, each with its measures, such as {dl19: [trec-dl], dl20: [trec-dl]}"
+    )
     hybrid: HybridSettings = field(default_factory=HybridSettings)
+    expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
     ann: AnnSettings = field(default_factory=AnnSettings)
     late_interaction: LateInteractionSettings = field(default_factory=LateInteractionSettings)
     cost: CostSettings = field(default_factory=CostSettings)

@@ -21,7 +21,7 @@ class TuningQueries:
         split: they are of.
         queries: id to text.
         qrels: their judgements.
-        left_out: queries of the split with the text of a reported one.
+        left_out: queries of the split with the text, or the id, of a reported one.
     """
 
     split: str
@@ -62,14 +62,15 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
     if settings.tune_queries < 1:
         raise ValueError(f"hybrid.tune_queries: {settings.tune_queries} is below 1; set hybrid.alpha to tune nothing")
     reported = collection.splits["test"].queries if "test" in collection.splits else {}
+    also = {query: text for split in collection.also.values() for query, text in split.queries.items()}
     names = ("dev", "train") if settings.tune_on == "auto" else (settings.tune_on,)
-    known = {_plain(text) for text in reported.values()}
+    known = {_plain(text) for queries in (reported, also) for text in queries.values()}
     for name in names:
         split = collection.splits.get(name)
         if split is None or not split.queries:
             continue
         check_tuning_queries(list(split.queries), list(reported), setting="hybrid.tune_on")
-        free = [query for query, text in split.queries.items() if _plain(text) not in known]
+        free = [query for query, text in split.queries.items() if query not in also and _plain(text) not in known]
         if not free:
             continue
         from tct_hf.data.collection import _place

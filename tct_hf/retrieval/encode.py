@@ -310,7 +310,7 @@ class _Progress:
         if self._enabled:
             seconds = self._clock() - self._begun
             fresh = passages - self._skipped
-            rate = f", {fresh / seconds:,.0f} passages/s" if fresh and seconds > 0 else ""
+            rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""
             there = f" ({self._skipped:,} were there)" if self._skipped else ""
             self._write(f"  {passages:,} passages{there} in {human_duration(seconds)}{rate}")
 
@@ -329,4 +329,8 @@ class _Progress:
             done = min(done, self._total)
             line = f"  {done:,} of {self._total:,} passages"
             left = f"   {human_duration((self._total - done) / rate)} left"
-        self._write(f"{line}   {rate:,.0f} passages/s{left}")
+        self._write(f"{line}   {_rate(rate)}{left}")
+
+
+def _rate(passages: float) -> str:
+    return f"{passages:,.0f} passages/s" if passages >= 10 else f"{passages:.2g} passages/s"

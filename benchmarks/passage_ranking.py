@@ -1,0 +1,141 @@
+"""The whole experiment of recipes/msmarco-passage on a sample, twice: once whole, once with a SIGKILL in each step.
+
+    python benchmarks/passage_ranking.py --source path/to/squad-sent --sample 1000 --work outputs/passage_ranking
+
+Files in MS MARCO's formats are made of a BEIR folder: collection.tsv, queries, qrels, triples of ids and of texts. Its
+train queries become those of train and of the whole of dev, its test queries those of dev.small, DL 2019 and DL 2020
+(with lower grades made up). Each step of the second run is killed as soon as it has printed a line that shows work
+under way, and started again. Weights, vectors, expansions, triples, runs and figures of both runs are compared byte by
+byte, times apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+RECIPE = ROOT / "recipes" / "msmarco-passage"
+# The names of the first run's steps, and a line of each at which something is done and something is left.
+KILLED = {
+    "data": "sample:",
+    "teacher": "step    15 of",
+    "student": "step    15 of",
+    "rounds": "round 1: student",
+    "expander": "step    15 of",
+    "expansion": "passages",
+    "index": "passages",
+    "report": "search 2 of",
+    "index-hn": "passages",
+    "report-hn": "time 1 of",
+    "release": "checking the vectors",
+    "release-hn": "checking the vectors",
+}
+
+
+def write_files(source: Path, folder: Path) -> dict[str, int]:
+    """The published files, and how many judged queries each split has."""
+    from tct_hf.data.beir import load_beir
+    from tests.passage_files import write_passage_files
+
+    corpus, train, of_train = load_beir(source, "train")
+    _, test, of_test = load_beir(source, "test")
+    row = {name: number for number, name in enumerate(corpus["id"])}
+    of = {**of_train, **of_test}
+    found = [(text, row[next(iter(of[name]))]) for name, text in train.items()]
+    held = [(text, row[next(iter(of[name]))]) for name, text in test.items()]
+    parts = {
+        "train": found[:-1000],
+        "dev": found[-1000:],
+        "dev.small": held[:1000],
+        "dl19": held[1000:1043],
+        "dl20": held[1043:1097],
+    }
+    if not folder.is_dir():
+        write_passage_files(folder, corpus["text"], parts)
+    return {"passages": len(corpus), **{name: len(rows) for name, rows in parts.items()}}
+
+
+def write_settings(folder: Path, counts: dict[str, int]) -> None:
+    """A data.yaml with the counts of these files in place of MS MARCO's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"train": "train", "tune": "dev", "dev": "dev.small", "dl19": "dl19", "dl20": "dl20"}
+    lines = [
+        f"extends: {os.path.relpath(RECIPE / 'sample' / 'data.yaml', folder)}",
+        f"expected_passages: {counts['passages']}",
+        "splits:",
+    ]
+    for name, theirs in names.items():
+        queries = counts[theirs] + (counts["dev.small"] if theirs == "dev" else 0)
+        lines.append(f"  {name}: {{expected_queries: {queries}, expected_qrels: null}}")
+    (folder / "data.yaml").write_text("\n".join(lines) + "\n")
+
+
+def run(work: Path, name: str, sample: int, kill: dict[str, str]) -> float:
+    """The experiment in a folder of its own; seconds. Each step of `kill` is killed once at its line."""
+    folder = work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    sys.path.insert(0, str(RECIPE))
+    import run as recipe  # type: ignore[import-not-found]
+
+    from tct_hf.steps import run_steps
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TCT_HF_CACHE": str(work / f"cache-{name}"), "HF_HUB_OFFLINE": "1"}
+    settings = recipe.Settings(files=str(work / "msmarco"), sample=sample, settings=str(work / "settings"))
+    steps = recipe.steps_of(settings)
+    left = dict(kill)
+    told: list[str] = []
+
+    def start(words: list[str]) -> int:
+        step = told[-1].split()[1].rstrip(":")
+        line = left.pop(step, None)
+        if line is not None:
+            words = [words[0], "-m", "tests.recipe_worker", line, *words[1:]]
+        return subprocess.run(words, env=env, check=False).returncode
+
+    def write(line: str) -> None:
+        told.append(line)
+        print(line, flush=True)
+
+    begun = time.monotonic()
+    while True:
+        try:
+            run_steps(steps, "outputs", launcher="python", start=start, write=write)
+            break
+        except ChildProcessError as error:
+            if "ended by signal 9" not in str(error):
+                raise
+            print(f"  killed: {error}", flush=True)
+    if left:
+        raise SystemExit(f"{', '.join(left)}: not killed, the line did not come; choose another in KILLED")
+    return time.monotonic() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="BEIR folder with train and test")
+    parser.add_argument("--sample", type=int, default=1000)
+    parser.add_argument("--work", type=Path, default=Path("outputs/passage_ranking"))
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    counts = write_files(arguments.source.resolve(), work / "msmarco")
+    write_settings(work / "settings", counts)
+    from tests.passage_files import results
+
+    seconds = {name: run(work, name, arguments.sample, kill) for name, kill in (("whole", {}), ("killed", KILLED))}
+    first, second = (results(work / name / "outputs") for name in ("whole", "killed"))
+    differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+    print("\n| run | s |\n|---|---|\n" + "\n".join(f"| {name} | {one:.0f} |" for name, one in seconds.items()))
+    print(f"\n{len(first)} results compared, {len(differing)} differ: {', '.join(differing) or 'none'}")
+    raise SystemExit(1 if differing or not first else 0)
+
+
+if __name__ == "__main__":
+    main()

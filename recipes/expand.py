@@ -1,0 +1,140 @@
+"""Write queries that each passage of a collection might answer (doc2query), to expand an index of words with.
+
+accelerate launch recipes/expand.py [settings.yaml] --source PATH --output_dir DIR [--teacher PATH] [--setting value]
+
+The queries stay apart from the passages: an index decides how many it takes. With a teacher, each is scored, so that
+an index can leave out the worst. Stopped at any point, the same command goes on after the last whole shard. Several
+processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tct_hf.progress import Stages
+from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+
+
+@dataclass
+class Settings:
+    model: str = setting("castorini/doc2query-t5-base-msmarco", "folder or Hub id of a seq2seq model")
+    source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
+    packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
+    output_dir: str = setting("outputs/expand", "where queries, their scores and the manifest are written")
+    num_queries: int = setting(40, "of a passage")
+    top_k: int = setting(10, "tokens that each token is drawn among")
+    max_length: int = setting(64, "tokens a query may have")
+    passage_length: int = setting(512, "tokens a passage keeps")
+    prompt: str = setting("", "before each passage, for models that were trained with one")
+    seed: int = setting(13, "of what is drawn; with it a passage's queries are the same in any split of the work")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "to compute in; auto: bfloat16 where there is")
+    shard_size: int = setting(1024, "passages a shard, which is what a kill loses at most")
+    tokens_per_pass: int | None = setting(None, "passage tokens times queries a pass; by the device when none")
+    teacher: str | None = setting(None, "folder or Hub id of a model that scores the queries; none: no scores")
+    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "what the teacher is")
+    batch_size: int = setting(256, "pairs that the teacher scores together")
+    progress_every: float = setting(10.0, "seconds between lines of progress")
+
+
+def main(settings: Settings) -> None:
+    from tct_hf import expand_corpus
+    from tct_hf.quiet import quieten
+    from tct_hf.teacher_settings import OneTeacher, check_part
+    from tct_hf.training import process_state
+
+    if settings.teacher is not None:
+        check_part(OneTeacher(kind=settings.kind, model=settings.teacher), "", model="teacher")
+    for name in ("num_queries", "top_k", "max_length", "passage_length", "shard_size", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
+    quieten()
+    state = process_state()
+    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+    weights = {"data": 0.5, "expand": 20.0, **({} if settings.teacher is None else {"score": 5.0})}
+    stages = Stages(weights, enabled=state.is_main_process)
+    with stages.stage("data"), state.main_process_first():
+        corpus = load_corpus(settings)
+        write(f"  {settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}")
+    with stages.stage("expand"):
+        manifest = expand_corpus(
+            settings.model,
+            corpus,
+            settings.output_dir,
+            dtype=settings.dtype,
+            num_queries=settings.num_queries,
+            top_k=settings.top_k,
+            max_length=settings.max_length,
+            passage_length=settings.passage_length,
+            prompt=settings.prompt,
+            seed=settings.seed,
+            shard_size=settings.shard_size,
+            tokens_per_pass=settings.tokens_per_pass,
+            state=state,
+            write_every=settings.progress_every,
+        )
+    if settings.teacher is not None:
+        with stages.stage("score"):
+            score(settings, settings.teacher, corpus, state)
+    if state.is_main_process:
+        save_resolved(settings, settings.output_dir, extra={})
+        print(f"\n{table(manifest, settings)}", flush=True)
+    stages.finish()
+    state.destroy_process_group()
+
+
+def load_corpus(settings: Settings) -> Any:
+    if settings.source == "builtin":
+        from tct_hf.data import builtin_corpus
+
+        return builtin_corpus("test", packages=settings.packages)[0]
+    from tct_hf.data.beir import load_beir_corpus
+
+    return load_beir_corpus(settings.source, allow_empty=True)
+
+
+def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
+    from tct_hf import score_expansions
+    from tct_hf.teacher_settings import OneTeacher, make_part
+    from tct_hf.teachers import describe_teacher
+
+    teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), name, dtype=settings.dtype)
+    score_expansions(
+        teacher,
+        corpus,
+        settings.output_dir,
+        depends={"teacher": describe_teacher(teacher.model), "kind": settings.kind, "dtype": settings.dtype},
+        batch_size=settings.batch_size,
+        state=state,
+        write_every=settings.progress_every,
+    )
+
+
+def table(manifest: dict[str, Any], settings: Settings) -> str:
+    from tct_hf import load_expansions
+
+    folder = Path(settings.output_dir)
+    queries = words = distinct = 0
+    for batch in load_expansions(folder).select_columns("queries").iter(1000):
+        for texts in batch["queries"]:
+            queries += len(texts)
+            distinct += len(set(texts))
+            words += sum(len(text.split()) for text in texts)
+    cells = {
+        "passages": f"{manifest['count']:,}",
+        "queries": f"{queries:,}",
+        "words a query": f"{words / queries:.1f}" if queries else "",
+        "distinct": f"{distinct / queries:.1%}" if queries else "",
+        "scored": "no" if settings.teacher is None else settings.kind,
+        "shards": f"{len(manifest['shards']):,}",
+        "bytes a passage": f"{sum(f.stat().st_size for f in folder.glob('*.parquet')) / manifest['count']:,.0f}",
+        "folder": str(folder),
+    }
+    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+
+
+if __name__ == "__main__":
+    run_recipe(main, Settings, __doc__)

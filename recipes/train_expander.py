@@ -1,0 +1,136 @@
+"""Train a seq2seq model to write queries of passages (doc2query), on the judged train pairs of a collection.
+
+accelerate launch recipes/train_expander.py [settings.yaml] --data.source PATH --output_dir DIR [--setting value ...]
+
+Writes DIR/expander, which recipes/expand.py takes as --model. --from_scratch begins with a small T5 of its own, with a
+tokenizer trained on the collection, where no checkpoint can be had. Stopped at any point, the same command goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tct_hf import pipeline
+from tct_hf.pipeline import DataSettings
+from tct_hf.progress import Stages
+from tct_hf.recipe_settings import ExpanderSizes
+from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+
+
+@dataclass
+class Settings:
+    output_dir: str = setting("outputs/train_expander", "where everything is written")
+    model: str = setting("google-t5/t5-base", "folder or Hub id of the seq2seq model to begin with")
+    from_scratch: bool = setting(False, "begin with a small T5 of random weights in place of model")
+    sizes: ExpanderSizes = field(default_factory=ExpanderSizes)
+    passage_length: int = setting(512, "tokens a passage keeps")
+    query_length: int = setting(64, "tokens a query keeps")
+    prompt: str = setting("", "before each passage; recipes/expand.py then needs the same")
+    seed: int = setting(13, "of new weights, batches and dropout")
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of training; auto: bf16 where the hardware has it")
+    data: DataSettings = field(default_factory=DataSettings)
+    training: dict[str, Any] = setting(
+        {}, "arguments of the training", keys_of="transformers:Seq2SeqTrainingArguments"
+    )
+
+
+# docTTTTTquery's: a constant learning rate of 1e-4 and batches of 256 (here 32, eight times over), AdamW in place of
+# Adafactor. Its 4,000 steps are 2 epochs of MS MARCO; a collection decides by its own size.
+TRAINING: dict[str, Any] = {
+    **pipeline.TRAINING,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "num_train_epochs": 2,
+}
+
+
+def main(settings: Settings) -> None:
+    from tct_hf import expander_training as training
+    from tct_hf.data.expansion_corpus import load_expander
+    from tct_hf.quiet import quieten
+    from tct_hf.training import precision, process_state
+
+    for name in ("passage_length", "query_length"):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
+    quieten()
+    state = process_state()
+    output = Path(settings.output_dir)
+    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+    stages = Stages({"data": 0.5, "train": 20.0}, enabled=state.is_main_process)
+    with stages.stage("data"), state.main_process_first():
+        collection = pipeline.read_collection(settings.data, test=False)
+        write(f"  {collection.summary()}")
+        pairs = training.expander_pairs(collection)
+        write(f"  {len(pairs):,} pairs of a passage and its query")
+    arguments = {**TRAINING, "seed": settings.seed, **precision(settings.precision, state.device), **settings.training}
+
+    def make_model() -> tuple[Any, Any]:
+        if settings.from_scratch:
+            return training.new_expander(training.expander_texts(collection), settings.sizes, seed=settings.seed)
+        return load_expander(settings.model, dtype="float32")
+
+    dev = partial(training.expander_pairs, collection, "dev") if "dev" in collection.splits else None
+    with stages.stage("train"):
+        final = training.train_expander(
+            make_model,
+            lambda: pairs,
+            output / "expander",
+            work=output / "training",
+            arguments=arguments,
+            settings=depends(settings, collection.fingerprint["sha256"], arguments),
+            passage_length=settings.passage_length,
+            query_length=settings.query_length,
+            prompt=settings.prompt,
+            make_dev_pairs=dev,
+            write=write,
+        )
+    if state.is_main_process:
+        save_resolved(settings, output, extra={"corpus": collection.fingerprint})
+        print(f"\n{table(final, len(pairs), settings)}", flush=True)
+    stages.finish()
+    state.destroy_process_group()
+
+
+def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    begun = {"sizes": asdict(settings.sizes)} if settings.from_scratch else {"model": settings.model}
+    lengths = {"passage_length": settings.passage_length, "query_length": settings.query_length}
+    return {
+        **begun,
+        **lengths,
+        "prompt": settings.prompt,
+        "data": asdict(settings.data),
+        "corpus": corpus,
+        **arguments,
+    }
+
+
+def table(final: Path, pairs: int, settings: Settings) -> str:
+    from tct_hf.files import LOG_FILE
+    from tct_hf.progress import human_duration
+
+    log = json.loads((final / LOG_FILE).read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    dev = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    cells = {
+        "begun with": "nothing" if settings.from_scratch else settings.model,
+        "pairs": f"{pairs:,}",
+        "steps": f"{log[-1]['step']:,}",
+        "last loss": f"{losses[-1]:.3f}" if losses else "",
+        "dev loss": f"{dev[-1]:.3f}" if dev else "",
+        "trained for": human_duration(log[-1]["seconds"]),
+        "folder": str(final),
+    }
+    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+
+
+if __name__ == "__main__":
+    run_recipe(main, Settings, __doc__)

@@ -1,0 +1,202 @@
+"""A seq2seq model that writes queries of passages (doc2query), trained on judged pairs; resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from tct_hf.files import is_claimed
+from tct_hf.recipe_settings import ExpanderSizes
+from tct_hf.saving import SavedWholeMixin
+from tct_hf.training import _check, _claim, _publish, _run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from tct_hf.data.collection import Collection
+
+__all__ = ["ExpanderSizes", "expander_pairs", "new_expander", "train_expander"]
+
+
+class ExpanderTrainer(SavedWholeMixin, Seq2SeqTrainer):  # type: ignore[misc]
+    """transformers' seq2seq trainer, with checkpoints that are whole or not there."""
+
+
+def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
+    """The relevant (passage, query) pairs of a split, in the order of its judgements.
+
+    Args:
+        collection: with that split.
+        use: "train" or "dev".
+
+    Returns:
+        Columns passage and query.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    from datasets import Dataset
+
+    from tct_hf.data.negatives import positive_rows
+
+    split = collection.splits.get(use)
+    row_of = {passage_id: row for row, passage_id in enumerate(collection.corpus["id"])}
+    positives = positive_rows(split.queries, split.qrels, row_of) if split is not None else {}
+    if split is None or not positives:
+        raise ValueError(f"{collection.name}: no {use} query has a relevant passage; there is nothing to train on.")
+    texts = collection.corpus["text"]
+    pairs = [(texts[row], split.queries[query_id]) for query_id, rows in positives.items() for row in rows]
+    return Dataset.from_dict({"passage": [passage for passage, _ in pairs], "query": [query for _, query in pairs]})
+
+
+def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tuple[Any, Any]:
+    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had.
+
+    Args:
+        texts: passages and queries.
+        sizes: of the model.
+        seed: of its weights.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        ValueError: a size below 1, or dimensions that the heads don't divide.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
+
+    for name, size in asdict(sizes).items():
+        if size < 1:
+            raise ValueError(f"sizes.{name} must be at least 1, got {size}.")
+    if sizes.d_model % sizes.heads:
+        raise ValueError(f"sizes.d_model is {sizes.d_model}, which {sizes.heads} heads don't divide.")
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=sizes.vocabulary, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    wrapped.model_input_names = ["input_ids", "attention_mask"]
+    set_seed(seed)
+    config = T5Config(
+        vocab_size=len(wrapped),
+        d_model=sizes.d_model,
+        d_kv=sizes.d_model // sizes.heads,
+        d_ff=sizes.d_ff,
+        num_layers=sizes.layers,
+        num_decoder_layers=sizes.layers,
+        num_heads=sizes.heads,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config), wrapped
+
+
+def train_expander(
+    make_model: Callable[[], tuple[Any, Any]],
+    make_pairs: Callable[[], Dataset],
+    final: str | Path,
+    *,
+    work: str | Path,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    passage_length: int = 512,
+    query_length: int = 64,
+    prompt: str = "",
+    make_dev_pairs: Callable[[], Dataset] | None = None,
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Train a model to write a passage's query, and save it with its tokenizer.
+
+    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        make_model: the model and its tokenizer; called when there is something to train.
+        make_pairs: columns passage and query; likewise.
+        final: folder for the trained model.
+        work: folder for checkpoints.
+        arguments: of Seq2SeqTrainingArguments, without output_dir.
+        settings: JSON-ready, all that the model depends on: a folder with others is refused.
+        passage_length: tokens a passage keeps.
+        query_length: tokens a query keeps.
+        prompt: before each passage; `expand_corpus` then needs the same.
+        make_dev_pairs: pairs whose loss is measured where `eval_strategy` asks for it.
+        write: takes lines of progress.
+
+    Returns:
+        `final`.
+
+    Raises:
+        ValueError: a folder that belongs to other settings, or arguments that don't fit.
+
+    Source: Nogueira and Lin, From doc2query to docTTTTTquery, 2019.
+    """
+    _check(arguments)
+    if arguments.get("push_to_hub"):
+        raise ValueError("training.push_to_hub: releases are of students; upload the finished folder yourself.")
+    evaluates = str(arguments.get("eval_strategy", "no")) != "no"
+    if evaluates and make_dev_pairs is None:
+        raise ValueError("training.eval_strategy: there are no dev queries to evaluate on: leave it out.")
+    final, work = Path(final), Path(work)
+    if is_claimed(final, settings):
+        return final
+    _claim(work, settings)
+    model, tokenizer = make_model()
+
+    def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
+        inputs = tokenizer([prompt + text for text in batch["passage"]], truncation=True, max_length=passage_length)
+        labels = tokenizer(text_target=batch["query"], truncation=True, max_length=query_length)
+        return {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "labels": labels["input_ids"],
+        }
+
+    def prepared(make: Callable[[], Dataset]) -> Dataset:
+        # Tokenised as they are asked for: no copy of the pairs in tokens, whatever their number.
+        return make().with_transform(tokens)
+
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(work), disable_tqdm=True, **{"remove_unused_columns": False, **arguments}
+    )
+    trainer = ExpanderTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared(make_pairs),
+        eval_dataset=prepared(make_dev_pairs) if evaluates and make_dev_pairs is not None else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),  # pads to the longest of a batch
+    )
+    _run(trainer, work, write)
+
+    def save(folder: Path) -> None:
+        whole = trainer.accelerator.unwrap_model(trainer.model)
+        whole.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+    if trainer.is_world_process_zero():
+        _publish(work, final, save)
+    trainer.accelerator.wait_for_everyone()
+    return final
+
+
+def expander_texts(collection: Collection) -> Iterator[str]:
+    """What the tokenizer of a new model is trained on: passages and train queries."""
+    for batch in collection.corpus.select_columns("text").iter(1000):
+        yield from batch["text"]
+    train = collection.splits.get("train")
+    if train is not None:
+        yield from train.queries.values()

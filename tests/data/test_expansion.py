@@ -1,0 +1,170 @@
+"""Folders of generated queries, and how they are joined to passages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tct_hf import expanded_texts, load_expansions, write_expansions
+from tct_hf.data import expansion_store as store
+from tct_hf.data.expansion import _border
+from tct_hf.files import claim
+
+QUERIES = [["what is a", "where is a", "What  is a"], [], ["how b", "how b", "who c"], ["d"]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+
+
+def rows() -> list[dict[str, Any]]:
+    return [{"id": f"p{row}", "queries": queries} for row, queries in enumerate(QUERIES)]
+
+
+def corpus(count: int = 4) -> list[dict[str, str]]:
+    return [{"id": f"p{row}", "text": f"text {row}"} for row in range(count)]
+
+
+def score(folder: Path, scores: list[list[float]], shard_size: int) -> None:
+    """As `score_expansions` would."""
+    beside = folder / store.SCORES_FOLDER
+    claim(beside, {"teacher": "t"})
+    shards = -(-len(scores) // shard_size)
+    for number in range(shards):
+        part = slice(number * shard_size, (number + 1) * shard_size)
+        ids = [f"p{row}" for row in range(len(scores))][part]
+        store.write_shard(beside, number, ids, "scores", scores[part], "x")
+    store.finish(beside, shards, len(scores))
+
+
+def test_queries_come_back_in_order_with_their_settings(tmp_path: Path) -> None:
+    manifest = write_expansions(rows(), tmp_path / "out", settings={"source": "hand"}, shard_size=3)
+    assert manifest["source"] == "hand" and [entry["count"] for entry in manifest["shards"]] == [3, 1]
+    found = load_expansions(tmp_path / "out")
+    assert found.column_names == ["id", "queries"] and found.to_list() == rows()
+
+
+@settings(max_examples=20, deadline=None)
+@given(queries=st.lists(st.lists(st.text(st.characters(codec="utf-8")), max_size=4), min_size=1, max_size=9))
+def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, queries: list[list[str]]) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    made = [{"id": f"p{row}", "queries": texts} for row, texts in enumerate(queries)]
+    write_expansions(made, folder / "out", settings={}, shard_size=2)
+    assert load_expansions(folder / "out", cache_dir=folder / "cache").to_list() == made
+
+
+def test_passages_are_followed_by_their_first_queries(tmp_path: Path) -> None:
+    write_expansions(rows(), tmp_path / "out", settings={})
+    found = load_expansions(tmp_path / "out")
+    assert list(expanded_texts(corpus(), found)) == [
+        "text 0 what is a where is a What  is a",
+        "text 1",
+        "text 2 how b how b who c",
+        "text 3 d",
+    ]
+    assert list(expanded_texts(iter(corpus()), found, num_queries=1))[2] == "text 2 how b"
+    assert list(expanded_texts(corpus(), found, num_queries=0)) == [f"text {row}" for row in range(4)]
+    distinct = list(expanded_texts(corpus(), found, drop_repeats=True))
+    assert distinct[0] == "text 0 what is a where is a" and distinct[2] == "text 2 how b who c"
+
+
+def test_the_lowest_scores_of_the_whole_corpus_are_left_out(tmp_path: Path) -> None:
+    write_expansions(rows(), tmp_path / "out", settings={}, shard_size=3)
+    score(tmp_path / "out", [[0.5, -2.0, 0.1], [], [-0.25, -0.3, 3.0], [-7.0]], shard_size=3)
+    found = load_expansions(tmp_path / "out")
+    assert found[2]["scores"] == pytest.approx([-0.25, -0.3, 3.0])
+    texts = list(expanded_texts(corpus(), found, drop_share=0.5))  # 3 of 7: -7, -2, -0.3
+    assert texts == ["text 0 what is a What  is a", "text 1", "text 2 how b who c", "text 3"]
+    # Repeats go first, of the queries that are asked for: 0.5, -2.0; -0.25, 3.0; -7.0.
+    texts = list(expanded_texts(corpus(), found, drop_share=0.25, drop_repeats=True))
+    assert texts == ["text 0 what is a where is a", "text 1", "text 2 how b who c", "text 3"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scores=st.lists(
+        st.lists(st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from([0.0, -0.0, 1.5])), max_size=5),
+        min_size=1,
+    ),
+    share=st.floats(0.0, 1.0, exclude_max=True),
+)
+def test_the_border_is_the_score_of_that_rank(scores: list[list[float]], share: float) -> None:
+    flat = sorted(np.float32(score) for row in scores for score in row)
+    expected = float(flat[int(share * len(flat))]) if flat else float("-inf")
+    assert _border(lambda: scores, share) == expected
+
+
+def test_another_corpus_is_one_message_that_names_passages(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    write_expansions(rows(), tmp_path / "out", settings={})
+    found = load_expansions(tmp_path / "out")
+    for given_, message in (
+        (corpus(6), r"2 of 6 passages have no expansions \('p4', 'p5'\): expand this corpus"),
+        (corpus(3), r"1 of 4 passages have expansions but no passage \('p3'\)"),
+        (corpus()[::-1], "another order than the corpus .passage number 0 is 'p3', the expansions there are of 'p0'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expanded_texts(Dataset.from_list(given_), found)  # before any text is taken
+    for texts, message in (
+        (corpus(5), r"passage 'p4' \(number 4\) has none at its place, they end before it"),
+        (corpus()[1:], r"passage 'p1' \(number 0\) has none at its place, there are those of 'p0'"),
+        (corpus(2), r"of 4 passages, but the corpus ends after 2; 'p2' is the first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(expanded_texts(iter(texts), found))
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    write_expansions(rows(), tmp_path / "out", settings={})
+    found = load_expansions(tmp_path / "out")
+    for options, message in (
+        ({"drop_share": 0.5}, "the queries have no scores: score them with score_expansions"),
+        ({"drop_share": 1.0}, "drop_share must be at least 0 and below 1"),
+        ({"num_queries": -1}, "num_queries must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expanded_texts(corpus(), found, **options)  # type: ignore[arg-type]
+    for bad, message in (
+        ([{"id": 1, "queries": []}], "number 0 has id = 1"),
+        ([{"id": "a", "queries": "what"}], "'a' .number 0. has queries = 'what'"),
+        ([], "rows: there is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_expansions(bad, tmp_path / "bad", settings={})
+
+
+def test_damage_is_found_and_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder of expansions"):
+        load_expansions(tmp_path / "out")
+    write_expansions(rows(), tmp_path / "out", settings={}, shard_size=3)
+    with pytest.raises(ValueError, match="made of other passages"):
+        write_expansions(rows()[::-1], tmp_path / "out", settings={}, shard_size=3)
+    with pytest.raises(ValueError, match="shard_size = 3, but now shard_size = 2"):
+        write_expansions(rows(), tmp_path / "out", settings={}, shard_size=2)
+    shard = tmp_path / "out" / "00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"00001.parquet is damaged or was altered"):
+        load_expansions(tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"00001.parquet is missing"):
+        load_expansions(tmp_path / "out")
+    write_expansions(rows(), tmp_path / "out", settings={}, shard_size=3)
+    assert shard.read_bytes() == whole
+    score(tmp_path / "out", [[0.5, 1.0], [], [1.0, 2.0, 3.0], [1.0]], shard_size=3)
+    with pytest.raises(ValueError, match=r"scores/00000.parquet: it has not one score a query"):
+        load_expansions(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not finished; run again"):
+        load_expansions(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({"count": 4}))
+    with pytest.raises(ValueError, match="shards is missing"):
+        load_expansions(tmp_path / "out")

@@ -1,0 +1,184 @@
+"""The whole experiment on files in MS MARCO's formats: every step, a kill in each, steps that are done or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.models import tiny_bert
+from tests.passage_files import results, write_few
+from tests.recipe import ROOT, environment
+from tests.warm_process import run_warm
+
+RECIPE = ROOT / "recipes" / "msmarco-passage"
+# What each step has printed when it is killed: something is done by then, and something is left.
+KILLED = {
+    "data": "sample: 60 passages",
+    "teacher": "step     3 of 4",
+    "student": "step     3 of 4",
+    "rounds": "round 1: student",
+    "expander": "step     3 of 4",
+    "expansion": "of 60 passages",
+    "index": "passages, with",
+    "report": "search 2 of",
+    "report-hn": "time 1 of",
+    "release": "checking the vectors",
+}
+
+
+def load(path: Path) -> ModuleType:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_passages", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Published files, an encoder, and settings that stand in for those of the sample."""
+    folder = tmp_path_factory.mktemp("experiment")
+    write_few(folder / "msmarco")
+    tiny_bert(folder / "encoder", dropout=0.1)
+    settings = folder / "settings"
+    settings.mkdir()
+    training = (
+        "training: {per_device_train_batch_size: 8, max_steps: 4, learning_rate: 1.0e-3, logging_steps: 1, "
+        "save_steps: 2, warmup_steps: 1}"
+    )
+    encoder = f"encoder: {{base_model: {folder / 'encoder'}, query_length: 16, document_length: 48}}"
+    counts = {"train": 30, "tune": 12, "dev": 6, "dl19": 6, "dl20": 6}
+    own = {
+        "data": "expected_passages: 80\nsplits:\n"
+        + "".join(f"  {n}: {{expected_queries: {c}, expected_qrels: null}}\n" for n, c in counts.items()),
+        "train": f"precision: fp32\n{encoder}\nteacher:\n  dim: 16\n  {training}\nstudent:\n  {training}\n",
+        "rounds": f"precision: fp32\n{encoder}\nstudent:\n  {training}\nmining: {{depth: 10}}\n"
+        "later: {student: {max_steps: 2}}\nevaluation: {depth: 20, measures: [RR@10, R@20]}\n",
+        "report": "precision: fp32\nmeasures: {depth: 50}\n",
+        "index": "precision: fp32\n",
+        "expander": "precision: fp32\nsizes: {vocabulary: 200, d_model: 16, layers: 1, heads: 2, d_ff: 32}\n"
+        "training: {per_device_train_batch_size: 8, max_steps: 4, logging_steps: 1, save_steps: 2}\n",
+        "expansion": "shard_size: 25\nmax_length: 6\nprogress_every: 0.0\n",
+    }
+    own |= {"report-hn": own["report"], "index-hn": own["index"]}
+    for name, text in own.items():
+        above = os.path.relpath(RECIPE / "sample" / f"{name}.yaml", settings)
+        (settings / f"{name}.yaml").write_text(f"extends: {above}\n{text}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(material: Path) -> Callable[..., list[str]]:
+    """A function of a folder that runs the experiment there, and returns the lines of progress."""
+    from tct_hf.steps import run_steps
+
+    module = load(RECIPE / "run.py")
+    env = environment(material)
+
+    def run(folder: Path, *, kill: dict[str, str] | None = None, steps: list[str] | None = None) -> list[str]:
+        settings = module.Settings(
+            files=str(material / "msmarco"), sample=60, settings=str(material / "settings"), steps=steps
+        )
+        told: list[str] = []
+
+        def start(words: list[str]) -> int:
+            name = told[-1].split()[1].rstrip(":")
+            words = words[1:]
+            if kill and name in kill:
+                words = ["-m", "tests.recipe_worker", kill[name], *words]
+            done = run_warm(words, env=env, cwd=folder)
+            assert done.returncode in (0, -9), f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            return done.returncode
+
+        here = Path.cwd()
+        folder.mkdir(exist_ok=True)
+        os.chdir(folder)
+        try:
+            steps_ = module.steps_of(settings)
+            run_steps(steps_, "outputs", only=steps, launcher="python", start=start, write=told.append)
+        finally:
+            os.chdir(here)
+        return told
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(experiment: Callable[..., list[str]], material: Path) -> tuple[Path, list[str]]:
+    folder = material / "whole"
+    return folder / "outputs" / "msmarco-passage" / "sample", experiment(folder)
+
+
+@pytest.mark.slow
+def test_every_step_leaves_what_the_next_one_reads(whole: tuple[Path, list[str]]) -> None:
+    folder, told = whole
+    assert [line.split()[1] for line in told] == [f"{name}:" for name in names()]
+    assert json.loads((folder / "data" / "counts.json").read_text())["passages"] == 60
+    assert (folder / "release" / "README.md").is_file() and (folder / "report-hn" / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_what_is_done_is_left(whole: tuple[Path, list[str]], experiment: Callable[..., list[str]]) -> None:
+    folder, _ = whole
+    before = results(folder)
+    assert all(line.endswith("it is done") for line in experiment(folder.parents[2]))
+    assert results(folder) == before
+
+
+@pytest.mark.slow
+def test_a_kill_in_each_step_changes_no_result(
+    whole: tuple[Path, list[str]], experiment: Callable[..., list[str]], material: Path
+) -> None:
+    folder = material / "killed"
+    for name, line in KILLED.items():
+        with pytest.raises(ChildProcessError, match=f"^{name}: .* was ended by signal 9; mend"):
+            experiment(folder, kill={name: line})
+    experiment(folder)
+    found, wanted = results(folder / "outputs" / "msmarco-passage" / "sample"), results(whole[0])
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def names() -> list[str]:
+    module = load(RECIPE / "run.py")
+    return [name for name, script, file, *_ in module.STEPS if (RECIPE / "sample" / file).is_file()]
+
+
+def test_every_command_stands_in_the_readme_and_in_its_settings() -> None:
+    module = load(RECIPE / "run.py")
+    readme = (RECIPE / "README.md").read_text(encoding="utf-8")
+    for name, script, file, options, _, alone in module.STEPS:
+        if name == "expander":  # of a sample alone
+            continue
+        words = ["python" if alone else "accelerate launch", script.relative_to(ROOT), RECIPE.relative_to(ROOT) / file]
+        command = " ".join(map(str, [*words, *options]))
+        assert f"| {name} | `{command}` |" in readme
+        assert f"# {command}" in (RECIPE / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("sample", [None, 100])
+def test_the_settings_of_every_step_are_known_and_fit_together(sample: int | None) -> None:
+    from tct_hf.settings import load_settings
+
+    module = load(RECIPE / "run.py")
+    made: set[str] = set()
+    for step in module.steps_of(module.Settings(sample=sample)):
+        options = [word for word in step.options if word not in ("--sample", str(sample))]
+        settings = load_settings(load(step.script).Settings, [str(step.settings), *options], description="")
+        said = json.dumps(asdict(settings))
+        # What a step reads below the folder of the experiment, another has made before it.
+        read = set(re.findall(r"outputs/msmarco-passage/[^\"]*", said)) - {settings.output_dir}
+        assert all(any(place.startswith(one) for one in made) for place in read), (step.name, read)
+        assert ("/sample/" in said) == (sample is not None)
+        made.add(settings.output_dir)
