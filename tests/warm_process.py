@@ -86,7 +86,12 @@ def run_warm(
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)
-        request = {"arguments": arguments, "environments": [{**env, **rank} for rank in ranks], "paths": paths, "cwd": str(cwd)}
+        request = {
+            "arguments": arguments,
+            "environments": [{**env, **rank} for rank in ranks],
+            "paths": paths,
+            "cwd": str(cwd),
+        }
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
