@@ -1,4 +1,4 @@
-"""Compare ways to train a student on one collection: same steps, batches and encoder, one table, one plot.
+"""Compare ways to train a student on one collection: same steps, batches and encoder, tables and plots.
 
 accelerate launch recipes/compare.py recipes/compare/builtin.yaml [--setting value ...]
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from tct_hf import ColBERTTeacher, NoTeacher, training
-from tct_hf.arms import HARD, IN_BATCH, OWN, Arm, check_arms, train_arm
+from tct_hf.arms import HARD, IN_BATCH, OWN, Arm, ArmTable, check_arms, check_students, train_arm
 from tct_hf.data.collection import Collection, load_collection
 from tct_hf.pipeline import DataSettings, EncoderSettings
+from tct_hf.settings import SettingsError
+from tct_hf.teacher_settings import TeacherSettings
 from tests.models import tiny_bert, tiny_colbert
 from tests.recipe import write_beir
 
@@ -99,6 +101,53 @@ def test_a_student_starts_from_the_encoder_and_the_layers_named(material: Path, 
     weights = AutoModel.from_pretrained(folder).encoder.layer[2].output.dense.weight
     torch.testing.assert_close(student[0].model.encoder.layer[1].output.dense.weight.cpu(), weights)
     assert student.prompts == {"query": "[Q] ", "document": "[D] "}
+
+
+def test_a_student_reads_texts_as_its_arm_says(asked: Any) -> None:
+    own = {"query_augmentation": False, "pooling": "cls", "scale": 20.0, "encoder": {"document_length": 24}}
+    plain, other = asked(Arm())["student"](), asked(Arm(**own))["student"]()
+    assert plain[0].query_expansion is not None and other[0].query_expansion is None
+    assert (plain[0].document_length, other[0].document_length) == (48, 24)
+    assert (plain[1].pooling_mode, other[1].pooling_mode) == ("mean", "cls")
+    assert len(other) > len(plain) == 2  # normalised and scaled
+    assert (
+        Arm(**own).reads() == "no [MASK]s, start token's vector, normalised, document_length 24" and not Arm().reads()
+    )
+
+
+def test_settings_that_came_later_leave_students_that_were_trained_before_theirs() -> None:
+    before = {"signal": "in-batch", "initialise_from": "teacher", "layers": None, "unlabelled": False, "training": {}}
+    assert Arm().depends(5, {})["arm"] == before
+    assert Arm(pooling="cls").depends(5, {})["arm"] == {**before, "pooling": "cls"}
+
+
+def test_an_arm_that_starts_from_the_teacher_has_no_base_of_its_own() -> None:
+    with pytest.raises(ValueError, match="base_model is not what it starts from; set initialise_from to base"):
+        Arm(encoder={"base_model": "x"})
+    assert (
+        Arm(encoder={"base_model": "x"}, initialise_from="base").encoder_settings(EncoderSettings()).base_model == "x"
+    )
+
+
+def test_students_that_cannot_be_built_are_found_before_any_training(material: Path) -> None:
+    encoder, teacher = EncoderSettings(base_model=str(material / "base")), TeacherSettings()
+    fine = {"half": Arm(layers=[0, 2], encoder={"query_length": 12})}
+    check_students(fine, encoder, teacher)
+    for wrong, message in (
+        ({"layers": [3]}, r"^arms\.wrong\.layers: there is no layer 3"),
+        ({"scale": -1.0}, r"^arms\.wrong\.scale"),
+        ({"encoder": {"prompts": {"query": "q "}}}, r"^arms\.wrong\.encoder\.prompts"),
+        ({"training": {"matryoshka_dims": [999]}}, r"^arms\.wrong\.training\.matryoshka_dims: 999"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            check_students({**fine, "wrong": Arm(**wrong)}, encoder, teacher)
+
+
+def test_a_table_tests_its_arms_against_what_it_says_or_else_what_they_say() -> None:
+    arms = {"a": Arm(against=["b", "bm25", "gone"]), "b": Arm(), "c": Arm(against=["a"])}
+    there = [*arms, "bm25"]
+    assert ArmTable(["a", "b", "gone"]).pairs(arms, there) == [("a", "b"), ("a", "bm25")]
+    assert ArmTable(["c", "a", "b"], against=["a"]).pairs(arms, there) == [("c", "a"), ("b", "a")]
 
 
 def test_dev_figures_during_training_are_of_a_part_and_only_where_asked_for(asked: Any) -> None:

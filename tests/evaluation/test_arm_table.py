@@ -149,6 +149,25 @@ def test_an_arm_is_compared_only_with_one_that_is_there(results: dict[str, ArmRe
     assert [line[:2] for line in lines[1:]] == [["taught", "bm25"]]
 
 
+def test_a_reference_without_a_measure_has_an_empty_cell_and_no_part_in_holms_correction(
+    results: dict[str, ArmResult],
+) -> None:
+    whole = evaluation(9)
+    part = Evaluation({"RR@10": whole.mean["RR@10"]}, {"RR@10": whole.per_query["RR@10"]})
+    line = cells(arm_table(results, {"BM25": part}, "test", MEASURES))[1]
+    assert line[4:6] == [f"{part.mean['RR@10']:.3f}", ""]
+    table = against_table(results, {"bm25": part}, "test", MEASURES, [("taught", "plain"), ("taught", "bm25")])
+    alone = against_table(results, {"bm25": part}, "test", MEASURES, [("taught", "plain")])
+    both = cells(table)[1:]
+    assert [row[4] for row in both] == [cells(alone)[1][4], ""] and all(row[3] for row in both)
+
+
+def test_how_arms_read_texts_is_a_column_where_one_reads_them_otherwise(results: dict[str, ArmResult]) -> None:
+    other = {**results, "cls": result([1], pooling="cls")}
+    head, _, *lines = cells(arm_table(other, {"BM25": evaluation(9)}, "test", MEASURES))
+    assert head[4] == "texts" and [line[4] for line in lines] == ["", "", "", "start token's vector"]
+
+
 def test_arms_without_a_common_seed_are_refused_with_the_mend(results: dict[str, ArmResult]) -> None:
     with pytest.raises(ValueError, match=r"no seed in common: give them one with arms\.NAME\.seeds"):
         difference(result([7]), results["plain"], "test", "RR@10")

@@ -7,7 +7,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tct_hf.evaluation import systems
-from tct_hf.evaluation.systems import dense_run, dense_runs, encode_texts, late_interaction_run
+from tct_hf.evaluation.systems import dense_and_reranked_run, dense_run, dense_runs, encode_texts, late_interaction_run
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.training import PASSAGES, QUERIES
 
@@ -48,6 +48,25 @@ def test_dense_run_is_the_sorted_product_of_the_vectors(student: Any, similarity
     finally:
         student.similarity_fn_name = "dot"
     check(run, queries @ passages.T, k)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_another_systems_passages_are_put_in_the_order_of_the_models_scores(
+    student: Any, similarity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "similarity_fn_name", similarity)
+    first = {name: dict.fromkeys(IDS[at : at + 3], 1.0) for at, name in enumerate(ASKED)}
+    lost = first.popitem()[0]
+    searched, reranked = dense_and_reranked_run(student, IDS, PASSAGES, ASKED, first, k=2)
+    assert searched == dense_run(student, IDS, PASSAGES, ASKED, k=2)
+    whole = dense_run(student, IDS, PASSAGES, ASKED, k=len(IDS))
+    assert list(reranked) == list(ASKED) and reranked[lost] == {}
+    for name, hits in first.items():
+        expected = {passage: score for passage, score in whole[name].items() if passage in hits}
+        assert list(reranked[name]) == sorted(expected, key=lambda passage: (-expected[passage], passage))
+        assert reranked[name] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="passage 'gone' is not there"):
+        dense_and_reranked_run(student, IDS, PASSAGES, ASKED, {"q0": {"gone": 1.0}}, k=2)
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
