@@ -178,7 +178,7 @@ def test_processes_share_the_shards(model: tuple[Any, Any], tmp_path: Path, monk
     # One after the other in one process, each seeing what was there when all began: nothing.
     monkeypatch.setattr(expansion_corpus, "_there", lambda folder: set())
     shared: Any = tmp_path / "shared"
-    with pytest.raises(FileNotFoundError, match="00001.parquet is missing"):
+    with pytest.raises(FileNotFoundError, match=r"00001.parquet is missing"):
         expand(model, shared, state=_State(0, 3))
     for rank in (1, 2):
         with pytest.raises(FileNotFoundError, match="not finished"):
@@ -195,9 +195,9 @@ def test_a_folder_of_something_else_is_refused(model: tuple[Any, Any], tmp_path:
         expand(model, tmp_path / "out", num_queries=5)
     changed = list(passages())
     changed[7] = {**changed[7], "text": "another"}
-    with pytest.raises(ValueError, match="00001.parquet was made of other passages"):
+    with pytest.raises(ValueError, match=r"00001.parquet was made of other passages"):
         expand(model, tmp_path / "out", changed)
-    with pytest.raises(ValueError, match="made of another corpus .this one has 20 passages"):
+    with pytest.raises(ValueError, match=r"made of another corpus .this one has 20 passages"):
         expand(model, tmp_path / "out", list(passages())[:20])
     other = load_expander(model[0].config._name_or_path, dtype="float32")
     with torch.no_grad():
