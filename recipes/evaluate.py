@@ -2,7 +2,7 @@
 
 accelerate launch recipes/evaluate.py recipes/evaluate.yaml [--setting value ...]
 accelerate launch recipes/evaluate.py --data.source FOLDER --student PATH [--teacher PATH] --output_dir DIR
-    [--sparse_student PATH]
+    [--sparse_student PATH] [--expansion.path FOLDER] [--data.test_split dev --also_report '{dl19: [trec-dl]}']
 
 Writes report.md, report.json, latency.png, storage.png and runs/. --runs.NAME FILE adds another system's TREC run.
 Stopped at any point, the same command goes on where it stopped; with several processes, they share the encoding.
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     weights = {"data": 0.5, "encode": 5.0, "report": 5.0} if state.num_processes > 1 else {"data": 0.5, "report": 5.0}
     stages = Stages(weights, enabled=state.is_main_process)
     with stages.stage("data"), state.main_process_first():
-        collection = pipeline.read_collection(settings.data, train=False)
+        collection = pipeline.read_collection(settings.data, train=False, also=list(settings.also_report))
         if state.is_main_process:
             print(f"  {collection.summary()}", flush=True)
         check_report(collection, settings, settings.runs)

@@ -50,6 +50,7 @@ _PUBLIC = {
     "load_expansions": "data",
     "write_expansions": "data",
     "BM25Index": "retrieval",
+    "expanded_bm25": "retrieval",
     "DenseIndex": "retrieval",
     "SparseIndex": "retrieval",
     "encode_corpus": "retrieval",

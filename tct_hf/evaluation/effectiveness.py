@@ -121,6 +121,22 @@ def cutoff_of(measure: str) -> int | None:
     return found.params.get("cutoff")
 
 
+def relevant_from(measure: str, relevance: int) -> int | None:
+    """The grade from which a measure takes a passage as relevant; None where grades are gains.
+
+    Args:
+        measure: ir-measures name.
+        relevance: as in :func:`evaluate_run`.
+
+    Raises:
+        ValueError: it is not an ir-measures name.
+    """
+    found = _named(measure)
+    if found.params.get("rel") is not None:
+        return int(found.params["rel"])
+    return relevance if "rel" in found.SUPPORTED_PARAMS else None
+
+
 def _engine() -> Any:
     """The engines of ir-measures that need no program outside Python, the first that knows a measure computing it."""
     import ir_measures

@@ -32,7 +32,7 @@ def first_dims_system(stores: Stores, size: int, depth: int) -> ReportSystem:
         key=key_of(size),
         title=f"dense, first {size} dimensions",
         kind="dense",
-        run=lambda queries: stored.index.run(
+        run=lambda queries, split: stored.index.run(
             list(queries), stores.sliced(stores.encode_queries(queries), size)[:], depth
         ),
         stages={

@@ -56,7 +56,7 @@ class LateInteraction:
         tokens = self.tokens
         assert tokens is not None
 
-        def run(queries: Mapping[str, str]) -> Run:
+        def run(queries: Mapping[str, str], split: str) -> Run:
             return dict(zip(queries, tokens.search(self.encode(list(queries.values())), depth), strict=True))
 
         return ReportSystem(
@@ -76,14 +76,14 @@ class LateInteraction:
         )
 
     def reranking_system(
-        self, stores: Stores, first: Stored[Any], first_run: Callable[[], Run], *, depth: int, rerank: int
+        self, stores: Stores, first: Stored[Any], first_run: Callable[[str], Run], *, depth: int, rerank: int
     ) -> ReportSystem:
         """The student's passages scored again.
 
         Args:
             stores: of the student.
             first: the student's index.
-            first_run: its run of the reported queries.
+            first_run: from the name of a split to its run.
             depth: passages a query.
             rerank: of these, how many are scored again.
         """
@@ -127,7 +127,7 @@ class LateInteraction:
             key=RERANKED,
             title=f"teacher over the student's top {min(rerank, depth)}{kept}",
             kind="late interaction",
-            run=lambda queries: again((dict(queries), first_run())),
+            run=lambda queries, split: again((dict(queries), first_run(split))),
             stages={
                 "query encoding": lambda text: encode([text]),
                 search_name(stores): search,

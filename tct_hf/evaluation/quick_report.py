@@ -22,6 +22,7 @@ from tct_hf.evaluation.comparison import (
 from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
 from tct_hf.evaluation.significance import paired_randomisation_test
 from tct_hf.files import claim, write_text_atomic
+from tct_hf.hub.kinds import kind_of
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
@@ -184,20 +185,13 @@ def training_systems(
 
     others = reference_systems(collection, depth=depth, bf16=bf16, **reference)
     last = [others.pop()] if others[-1].key == TEACHER else []
-    if is_sparse(student):
+    if kind_of(student) == "sparse":
         return [*others, sparse_system(collection, STUDENT, student, depth=depth, bf16=bf16), *last]
     if dims:  # the largest size is often the whole vector
         whole = AutoConfig.from_pretrained(student).hidden_size
         dims = [size for size in dims if size != whole]
     own = student_systems(collection, lambda: SentenceTransformer(student), dims=dims, depth=depth, bf16=bf16)
     return [*others, *own, *last]
-
-
-def is_sparse(model: str) -> bool:
-    """Whether a folder holds a sparse student."""
-    from tct_hf.hub.kinds import recognise
-
-    return (Path(model) / "modules.json").is_file() and recognise(model, Path(model)).kind == "sparse"
 
 
 def sparse_system(collection: Collection, key: str, model: str, *, depth: int, bf16: bool) -> System:
@@ -318,7 +312,7 @@ def quick_report(
     except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
         plotted = False
         write(f"  no losses.png: {error}")
-    sparse = is_sparse(student)
+    sparse = kind_of(student) == "sparse"
     loader = "SparseEncoder" if sparse else "SentenceTransformer"
     kept = f"in {_NAMES[encoding]} encoding a passage keeps {document_length} tokens."
     lines = [

@@ -6,7 +6,7 @@ report.md       for people
 report.json     all of it, for programs (a model card, say); the layout is below
 latency.png     effectiveness against milliseconds a query
 storage.png     effectiveness against bytes a passage
-runs/           the runs, `<system>.<split>.trec`
+runs/           the runs, `<system>.<split>.trec`; those of further splits in a folder each
 
 report.json, format 1; a figure that is not known is null:
 
@@ -39,13 +39,15 @@ threads         library: CPU threads while timing
 environment     versions of packages and Python
 settings        as they were given
 notes           lines for people
+also            by the name of each further split: queries, measures, relevance, systems: effectiveness, significance
+                and run, as above, by the key of the system
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md
 FORMAT = 1
 # Keys of the systems of a sparse student: alone, fused with BM25, fused with a dense student.
 LEARNED, LEARNED_BM25, DENSE_LEARNED = "learned-sparse", "learned-sparse-bm25", "dense-learned-sparse"
+# Of BM25 over passages with generated queries: alone, fused with a sparse student.
+EXPANDED, LEARNED_EXPANDED = "bm25-expanded", "learned-sparse-bm25-expanded"
 SIGNIFICANT = 0.05
 
 
@@ -92,6 +96,7 @@ class Report:
     environment: dict[str, Any]
     settings: dict[str, Any]
     notes: list[str]
+    also: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -219,6 +224,8 @@ class Report:
 
     def markdown(self) -> str:
         """What report.md holds."""
+        from tct_hf.evaluation.report_splits import grades_line, split_lines
+
         collection = self.collection
         base = self.system(self.baseline)
         others = len(self.systems) - 1
@@ -232,10 +239,14 @@ class Report:
             f"Bold: the best. †: differs from {base.title} (paired randomisation test, p < {SIGNIFICANT}, "
             f"Holm-corrected over {others} systems). p50 ms: median time of a query from text to ranking. "
             f"Bytes a passage: of all that searching needs on disk, models aside.",
-            f"A passage is relevant from grade {self.relevance} on; runs hold {self.depth} passages a query.",
+            f"{grades_line(self.measures, self.relevance)} Runs hold {self.depth} passages a query.",
             "",
         ]
-        lines += [f"- {note}" for note in self.notes] + ["", "## Cost", "", self.cost_table(), ""]
+        lines += [*(f"- {note}" for note in self.notes), ""]
+        titles = {system.key: system.title for system in self.systems}
+        for name, split in self.also.items():
+            lines += split_lines(name, split, titles, self.baseline, SIGNIFICANT)
+        lines += ["## Cost", "", self.cost_table(), ""]
         lines += [
             "From text to ranking, one query at a time after warm-up; queries/s in batches. Models take no part in "
             "the bytes. Building includes encoding the corpus, with the threads of the run.",

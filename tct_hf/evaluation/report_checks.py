@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tct_hf.evaluation.effectiveness import cutoff_of, evaluate_run
-from tct_hf.evaluation.report_settings import ReportSettings
+from tct_hf.evaluation.effectiveness import cutoff_of, evaluate_run, named_measures
+from tct_hf.evaluation.report_settings import ExpansionSettings, ReportSettings
 from tct_hf.evaluation.report_systems import KEYS
 from tct_hf.evaluation.tuning import check_weight, tuning_queries
 from tct_hf.retrieval.runs import Run, read_run
@@ -35,13 +36,23 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
         FileNotFoundError: there is no such run.
     """
     measures = settings.measures
-    if not measures.names:
-        raise ValueError("measures.names is empty; name at least one, for instance RR@10")
-    evaluate_run({}, {"query": {"passage": 1}}, measures.names, relevance=measures.relevance)
-    for measure in measures.names:
-        cutoff = cutoff_of(measure)
-        if cutoff is not None and cutoff > measures.depth:
-            raise ValueError(f"measures.depth is {measures.depth}, too little for {measure}: {cutoff} or more.")
+    for setting, names in (
+        ("measures.names", measures.names),
+        *((f"also_report.{split}", names) for split, names in settings.also_report.items()),
+    ):
+        if not names:
+            raise ValueError(f"{setting} is empty; name at least one, for instance RR@10")
+        evaluate_run({}, {"query": {"passage": 1}}, named_measures(names), relevance=measures.relevance)
+        for measure in named_measures(names):
+            cutoff = cutoff_of(measure)
+            if cutoff is not None and cutoff > measures.depth:
+                raise ValueError(f"measures.depth is {measures.depth}, too little for {measure}: {cutoff} or more.")
+    for split in settings.also_report:
+        if split not in collection.also or not collection.also[split].queries:
+            raise ValueError(
+                f"also_report.{split}: {collection.name} has no judged query of this split; load the collection with "
+                "it (also=), or leave it out"
+            )
     for name, number in (
         ("measures.depth", measures.depth),
         ("late_interaction.rerank", settings.late_interaction.rerank),
@@ -64,17 +75,19 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
             f"ann.recall: {settings.ann.recall} is not between 0 and 1 (1 is the exact search that is reported anyway)"
         )
     check_weight(settings.hybrid)
+    check_expansion(settings.expansion)
     _check_factory(settings.ann.factory, len(collection.corpus))
     test = collection.splits.get("test")
     if test is None or not test.queries:
         raise ValueError(f"{collection.name}: no judged query to report on; check data.source and data.test_split")
-    for split in collection.splits.values():
-        for query, text in split.queries.items():
+    splits = [*collection.splits.values(), *collection.also.values()]
+    for judged in splits:
+        for query, text in judged.queries.items():
             if not text.strip():
                 raise ValueError(f"{collection.name}: query {query!r} is blank; write its text, or take it out")
     known = set(collection.corpus["id"])
-    for what, names in (("passage id", known), *(("query id", split.queries) for split in collection.splits.values())):
-        for name in names:
+    for what, ids in (("passage id", known), *(("query id", judged.queries) for judged in splits)):
+        for name in ids:
             if not name or name.split() != [name]:
                 raise ValueError(f"The {what} {name!r} has white space, which a TREC run can't hold: rename it.")
     tuning_queries(collection, settings.hybrid)
@@ -96,6 +109,29 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
                         f"of {collection.name}; give a run made on this corpus"
                     )
     return read
+
+
+def check_expansion(settings: ExpansionSettings) -> None:
+    """Find out what would stop an expanded index but its passages.
+
+    Args:
+        settings: without a path nothing is checked.
+
+    Raises:
+        ValueError: a setting out of range, or of a folder that is damaged.
+        FileNotFoundError: there is no finished folder of expansions, or none of scores where they decide.
+    """
+    if settings.path is None:
+        return
+    if settings.num_queries is not None and settings.num_queries < 1:
+        raise ValueError(f"expansion.num_queries: {settings.num_queries} is below 1; leave it out to take all")
+    if not 0 <= settings.drop_share < 1:
+        raise ValueError(f"expansion.drop_share: {settings.drop_share} is not from 0 to below 1")
+    if not 0 <= settings.k1 < math.inf or not 0 <= settings.b <= 1:
+        raise ValueError(
+            f"expansion.k1 {settings.k1}, expansion.b {settings.b}: k1 must be finite and 0 or more, b from 0 to 1"
+        )
+    settings.depends()
 
 
 def _check_factory(factory: str, passages: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from tct_hf.settings import setting
 
@@ -39,9 +39,25 @@ class ExpansionSettings:
 
     path: str | None = setting(None, "folder of recipes/expand.py; no expanded BM25 when none")
     num_queries: int | None = setting(None, "of each passage, the first so many; all when none")
+    drop_repeats: bool = setting(False, "leave out what equals an earlier query of its passage")
     drop_share: float = setting(0.0, "share of the scored queries that is left out, lowest scores first")
     k1: float = setting(2.18, "of BM25 over expanded passages")
     b: float = setting(0.86, "likewise")
+
+    def kept(self) -> dict[str, Any]:
+        """Which queries an index takes, as `expanded_bm25` is told."""
+        return {
+            "num_queries": self.num_queries,
+            "drop_repeats": self.drop_repeats,
+            "drop_share": self.drop_share,
+        }
+
+    def depends(self) -> dict[str, Any]:
+        """All that an index depends on besides the corpus, JSON-ready; as `describe_expansion` raises."""
+        from tct_hf.retrieval.expanded import describe_expansion
+
+        assert self.path is not None
+        return {"expansion": describe_expansion(self.path, **self.kept()), "k1": self.k1, "b": self.b}
 
 
 @dataclass

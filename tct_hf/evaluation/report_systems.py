@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import Efficiency, measure_efficiency
-from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
+from tct_hf.evaluation.report import DENSE_LEARNED, EXPANDED, LEARNED, LEARNED_BM25, LEARNED_EXPANDED
 from tct_hf.retrieval.hybrid import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import Run
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from tct_hf.evaluation.stores import Stored, Stores
 
 BM25, EXACT, ANN, HYBRID, TEACHER, RERANKED = "bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"
-KEYS = (BM25, EXACT, ANN, HYBRID, LEARNED, LEARNED_BM25, DENSE_LEARNED, TEACHER, RERANKED)
+HYBRID_EXPANDED = "hybrid-expanded"
+KEYS = (
+    *(BM25, EXPANDED, EXACT, ANN, HYBRID, HYBRID_EXPANDED),
+    *(LEARNED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, TEACHER, RERANKED),
+)
 _ONE = "query"
 
 
@@ -30,7 +34,7 @@ class ReportSystem:
         key: of its run's file and in the JSON.
         title: in tables and plots.
         kind: "sparse", "learned sparse", "dense", "hybrid" or "late interaction".
-        run: from queries, id to text, to a run.
+        run: from queries, id to text, and the name of their split, to a run.
         stages: of one query, for `measure_efficiency`.
         batch: answers several queries through all stages.
         disk: folders that searching needs, or their bytes.
@@ -42,7 +46,7 @@ class ReportSystem:
     key: str
     title: str
     kind: str
-    run: Callable[[Mapping[str, str]], Run]
+    run: Callable[[Mapping[str, str], str], Run]
     stages: Mapping[str, Callable[[Any], Any]]
     batch: Callable[[Sequence[str]], Any]
     disk: int | Sequence[Path]
@@ -51,14 +55,13 @@ class ReportSystem:
     slow: bool = False
 
 
-def sparse_system(stores: Stores, depth: int) -> ReportSystem:
-    """BM25."""
-    stored = stores.bm25()
+def sparse_system(key: str, title: str, stored: Stored[Any], depth: int) -> ReportSystem:
+    """BM25, of passages as they are or expanded."""
     return ReportSystem(
-        key=BM25,
-        title="BM25",
+        key=key,
+        title=title,
         kind="sparse",
-        run=lambda queries: stored.index.run(queries, depth),
+        run=lambda queries, split: stored.index.run(queries, depth),
         stages={"BM25 search": lambda text: stored.index.search([text], depth)},
         batch=lambda texts: stored.index.search(texts, depth),
         disk=[stored.folder],
@@ -75,7 +78,7 @@ def student_system(
         key=key,
         title=title,
         kind=kind,
-        run=lambda queries: stored.index.run(list(queries), stores.encode_queries(queries), depth),
+        run=lambda queries, split: stored.index.run(list(queries), stores.encode_queries(queries), depth),
         stages={
             "query encoding": lambda text: stores.encode_texts([text]),
             search_name(stores): lambda vector: stored.index.search(vector, depth),
@@ -138,7 +141,7 @@ def hybrid_system(
     title: str,
     first: Part,
     weighted: Part,
-    runs: Callable[[], tuple[Run, Run]],
+    runs: Callable[[str], tuple[Run, Run]],
     *,
     alpha: float | None,
     normalize: bool,
@@ -151,7 +154,7 @@ def hybrid_system(
         title: in tables.
         first: a student.
         weighted: BM25 or a sparse student, whose scores alpha multiplies.
-        runs: of the reported queries, those of `weighted` and of `first`.
+        runs: from the name of a split to the runs of `weighted` and of `first`.
         alpha: None fuses by ranks.
         normalize: as in `fuse`.
         depth: passages a query of each list, and of the result.
@@ -180,7 +183,7 @@ def hybrid_system(
         key=key,
         title=title,
         kind="hybrid",
-        run=lambda queries: join(runs()),
+        run=lambda queries, split: join(runs(split)),
         stages={
             begin: lambda text: stages[begin](([text], [])),
             search: stages[search],

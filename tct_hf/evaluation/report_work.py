@@ -6,20 +6,23 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
 from tct_hf.evaluation.first_dims import first_dims_system
 from tct_hf.evaluation.late_interaction import LateInteraction
-from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED, LEARNED_BM25
+from tct_hf.evaluation.report import DENSE_LEARNED, EXPANDED, LEARNED, LEARNED_BM25, LEARNED_EXPANDED
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
+    BM25,
     EXACT,
     HYBRID,
+    HYBRID_EXPANDED,
     Part,
     ReportSystem,
     hybrid_system,
@@ -36,7 +39,7 @@ from tct_hf.teachers import describe_teacher
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
 
-    from tct_hf.data.collection import Collection
+    from tct_hf.data.collection import Collection, Split
     from tct_hf.retrieval.dense import DenseIndex
 
 
@@ -88,6 +91,8 @@ class Work:
         self.test = collection.splits["test"]
         self.tuning: TuningQueries | None = tuning_queries(collection, settings.hybrid)
         self.depends: dict[str, Any] = {**stores.depends, "teacher": None}
+        if settings.expansion.path is not None:
+            self.depends["expansion"] = settings.expansion.depends()
         if sparse_stores is not None:
             self.depends["sparse_student"] = sparse_stores.depends["student"]
         self.models: dict[str, Any] = {"student": None, "teacher": None}
@@ -105,6 +110,8 @@ class Work:
             "late_interaction": asdict(settings.late_interaction),
         }
         claim(output / "runs", self.depends)
+        for name, split in collection.also.items():
+            claim(output / "runs" / name, {**self.depends, "queries": queries_digest(split)})
         claim(output / "costs", {**self.depends, "cost": asdict(settings.cost), "machine": machine_key()})
         # Of each hybrid, by its key: the weight, or None where ranks are fused.
         self.alphas: dict[str, Any] = {}
@@ -115,23 +122,28 @@ class Work:
         """Make the indexes and all that searching needs, in the order of the table."""
         depth = self.settings.measures.depth
         self.stores.encode()
-        bm25 = _Searched(sparse_system(self.stores, depth), Part(self.stores.bm25()), "BM25")
-        systems = [bm25.system]
+        bm25 = self._words(BM25, "BM25", self.stores.bm25())
+        words = [bm25]
+        if self.settings.expansion.path is not None:
+            words.append(self._words(EXPANDED, "expanded BM25", self.stores.expanded(self.settings.expansion)))
+            self.notes.append(expansion_note(words[-1].part.stored.index.settings))
+        systems = [one.system for one in words]
         if self.stores.is_sparse:
             student = self._sparse_student(self.stores)
             systems.append(student.system)
         else:
             found, student = self._dense_student()
             systems += found
-        key = LEARNED_BM25 if self.stores.is_sparse else HYBRID
-        systems.append(self._hybrid(key, student, bm25, self.settings.hybrid.alpha))
+        of_learned, of_dense = (LEARNED_BM25, LEARNED_EXPANDED), (HYBRID, HYBRID_EXPANDED)
+        keys = of_learned if self.stores.is_sparse else of_dense
+        # The weight that is given is that of BM25; every other pair has its own.
+        for key, one in zip(keys, words, strict=False):
+            systems.append(self._hybrid(key, student, one, self.settings.hybrid.alpha if one is bm25 else None))
         if self.sparse_stores is not None and self.sparse_stores is not self.stores:
             learned = self._sparse_student(self.sparse_stores)
-            systems += [
-                learned.system,
-                self._hybrid(LEARNED_BM25, learned, bm25, None),
-                self._hybrid(DENSE_LEARNED, student, learned, None),
-            ]
+            systems.append(learned.system)
+            systems += [self._hybrid(key, learned, one, None) for key, one in zip(of_learned, words, strict=False)]
+            systems.append(self._hybrid(DENSE_LEARNED, student, learned, None))
         if self.teacher is not None:
             late = self._late_interaction(self.teacher)
             if late.tokens is not None:
@@ -140,12 +152,15 @@ class Work:
                 late.reranking_system(
                     self.stores,
                     student.part.stored,
-                    lambda: self._stored(student.system, "test"),
+                    lambda split: self._stored(student.system, split),
                     depth=depth,
                     rerank=self.settings.late_interaction.rerank,
                 )
             )
         return systems
+
+    def _words(self, key: str, title: str, stored: Stored[Any]) -> _Searched:
+        return _Searched(sparse_system(key, title, stored, self.settings.measures.depth), Part(stored), title)
 
     def _dense_student(self) -> tuple[list[ReportSystem], _Searched]:
         """Exact and approximate search, and which of them "auto" stands for: the one that would be deployed."""
@@ -189,7 +204,7 @@ class Work:
             f"{title}, alpha {alpha:.3g}" if alpha is not None else f"{title}, by rank",
             first.part,
             weighted.part,
-            lambda: (self._stored(weighted.system, "test"), self._stored(first.system, "test")),
+            lambda split: (self._stored(weighted.system, split), self._stored(first.system, split)),
             alpha=None if alpha is None else float(alpha),
             normalize=self.settings.hybrid.normalize,
             depth=self.settings.measures.depth,
@@ -228,7 +243,8 @@ class Work:
 
         hybrid, measures, tuning = self.settings.hybrid, self.settings.measures, self.tuning
         # With one hybrid there is nothing to tell apart.
-        which = "Hybrid" if self.sparse_stores in (None, self.stores) else f"Hybrid {title}"
+        alone = self.sparse_stores in (None, self.stores) and self.settings.expansion.path is None
+        which = "Hybrid" if alone else f"Hybrid {title}"
         if alpha is not None:
             self.notes.append(f"{which}: alpha {alpha:g} as it was given, tuned nowhere in this report.")
             return alpha
@@ -280,21 +296,29 @@ class Work:
         )
         return LateInteraction(model, tokens, folder / "vectors", bf16=self.bf16, seconds=seconds)
 
+    def run_file(self, key: str, split: str) -> Path:
+        """Of the run of a system on a split."""
+        runs = self.output / "runs"
+        return (runs / split if split in self.collection.also else runs) / f"{key}.{split}.trec"
+
+    def _queries(self, split: str) -> Mapping[str, str]:
+        if split in self.collection.also:
+            return self.collection.also[split].queries
+        return self.tuning.queries if self.tuning is not None and split == self.tuning.split else self.test.queries
+
     def _stored(self, system: ReportSystem, split: str) -> Run:
-        file = self.output / "runs" / f"{system.key}.{split}.trec"
+        file = self.run_file(system.key, split)
         if not file.is_file():
-            tuned_on = self.tuning is not None and split == self.tuning.split
-            write_run(
-                system.run(self.tuning.queries if tuned_on and self.tuning else self.test.queries), file, system.key
-            )
+            write_run(system.run(self._queries(split), split), file, system.key)
         # As read: floats and order do not depend on whether a run was there.
         return read_run(file)
 
-    def run(self, system: ReportSystem, place: int, count: int) -> Run:
-        """The system's run of the reported queries, made or read."""
-        if not (self.output / "runs" / f"{system.key}.test.trec").is_file():
-            self.write(f"  search {place} of {count}: {system.title}")
-        return self._stored(system, "test")
+    def run(self, system: ReportSystem, place: int, count: int, split: str = "test") -> Run:
+        """The system's run of a reported split, made or read."""
+        if not self.run_file(system.key, split).is_file():
+            also = "" if split == "test" else f"{split}, "
+            self.write(f"  search {also}{place} of {count}: {system.title}")
+        return self._stored(system, split)
 
     def cost(self, system: ReportSystem, place: int, count: int) -> dict[str, Any]:
         """What the system costs, measured or read."""
@@ -325,6 +349,30 @@ def baseline_of(settings: ReportSettings, stores: Stores, *, sparse: bool) -> st
         kind = "dense" if asked == EXACT else "sparse"
         raise ValueError(f"measures.baseline: {asked} is search with a {kind} student, and none was given")
     return asked
+
+
+def expansion_note(settings: Mapping[str, Any]) -> str:
+    """What an expanded index was built over, in a line.
+
+    Args:
+        settings: of the index.
+    """
+    expansion = settings["expansion"]
+    count = expansion["num_queries"]
+    left_out = ["repeats"] * expansion["drop_repeats"]
+    if expansion["drop_share"]:
+        left_out.append(f"the {expansion['drop_share']:.0%} with the lowest scores")
+    return (
+        f"Expanded BM25: passages with {'all their' if count is None else f'{count:,}'} generated queries"
+        + (f" of {expansion['model']}" if expansion["model"] else "")
+        + (f", without {' and '.join(left_out)}" if left_out else "")
+        + f"; k1 {settings['k1']:g}, b {settings['b']:g}. Generating them takes no part in its build time."
+    )
+
+
+def queries_digest(split: Split) -> str:
+    """Of the texts of a split's queries, which its runs depend on."""
+    return sha256(json.dumps(sorted(split.queries.items())).encode()).hexdigest()
 
 
 def machine_key() -> dict[str, Any]:

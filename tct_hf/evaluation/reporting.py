@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.evaluation.effectiveness import named_measures
 from tct_hf.evaluation.first_dims import key_of, sizes_to_measure
 from tct_hf.evaluation.report import Report, SystemResult
 from tct_hf.evaluation.report_checks import check_report
 from tct_hf.evaluation.report_settings import ReportSettings
+from tct_hf.evaluation.report_splits import measure_systems, split_record
 from tct_hf.evaluation.report_systems import BM25, ReportSystem
 from tct_hf.evaluation.report_work import Work, baseline_of
-from tct_hf.evaluation.significance import compare_runs
 from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
 from tct_hf.files import file_digest
 from tct_hf.retrieval.runs import Run
@@ -42,7 +42,8 @@ def build_report(
     times. What belongs to other settings is refused.
 
     Args:
-        collection: its split "test" is reported; dev, or train where there is no dev, is tuned on.
+        collection: its split "test" is reported, and those of `also` that `settings.also_report` names; dev, or train
+            where there is no dev, is tuned on.
         student: folder, Hub id or bundled name of a model of one vector a text, dense or sparse.
         output: folder of everything.
         teacher: folder or Hub id of a model of one vector a token; the report does without when None.
@@ -62,6 +63,9 @@ def build_report(
             of other settings.
     """
     settings = settings or ReportSettings()
+    record = record or asdict(settings)
+    measures = settings.measures
+    settings = replace(settings, measures=replace(measures, names=named_measures(measures.names)))
     runs = runs or {}
     output = Path(output)
     foreign = check_report(collection, settings, runs)
@@ -81,8 +85,9 @@ def build_report(
     systems = work.systems()
     found = {system.key: work.run(system, place, len(systems)) for place, system in enumerate(systems, 1)}
     costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}
-    files = {key: output / "runs" / f"{key}.test.trec" for key in found} | {n: Path(file) for n, file in runs.items()}
-    report = _assemble(work, systems, found, costs, foreign, files, record or asdict(settings))
+    files = {key: work.run_file(key, "test") for key in found} | {name: Path(file) for name, file in runs.items()}
+    also = {name: _also(work, systems, name, foreign, runs) for name in settings.also_report}
+    report = _assemble(work, systems, found, costs, foreign, files, record, also)
     for problem in report.save(output):
         write(f"  {problem}")
     return report
@@ -133,28 +138,20 @@ def _assemble(
     foreign: dict[str, Run],
     files: Mapping[str, Path],
     record: Mapping[str, Any],
+    also: dict[str, Any],
 ) -> Report:
     """Put all figures together."""
     measures = work.settings.measures
     everything = {**found, **foreign}
     qrels = work.test.qrels
-    evaluations = {
-        name: evaluate_run(run, qrels, measures.names, relevance=measures.relevance)
-        for name, run in everything.items()
-    }
-    tests: dict[str, dict[str, Any]] = {name: {} for name in everything}
-    if len(qrels) > 1:
-        for measure in measures.names:
-            compared = compare_runs(
-                everything, qrels, baseline=work.baseline, measure=measure, relevance=measures.relevance
-            )
-            for name, difference in compared.systems.items():
-                tests[name][measure] = asdict(difference)
-    else:
+    effectiveness, tests = measure_systems(
+        everything, qrels, measures.names, relevance=measures.relevance, baseline=work.baseline
+    )
+    if len(qrels) == 1:
         work.notes.append("One query: no test can tell systems apart.")
     own = {system.key: system for system in systems}
     results = []
-    for name, evaluation in evaluations.items():
+    for name in everything:
         system, file = own.get(name), files[name]
         cost = costs.get(name)
         missing = len(qrels.keys() - everything[name].keys())
@@ -165,7 +162,7 @@ def _assemble(
                 key=name,
                 title=system.title if system is not None else name,
                 kind=system.kind if system is not None else "other",
-                effectiveness=_effectiveness(evaluation),
+                effectiveness=effectiveness[name],
                 significance=tests[name] or None,
                 cost=None if cost is None else {k: v for k, v in cost.items() if k not in ("machine", "threads")},
                 run={
@@ -209,6 +206,28 @@ def _assemble(
         environment={"packages": machine["packages"], "python": machine["python"]},
         settings=dict(record),
         notes=list(work.notes),
+        also=also,
+    )
+
+
+def _also(
+    work: Work, systems: list[ReportSystem], split: str, foreign: Mapping[str, Run], runs: Mapping[str, str]
+) -> dict[str, Any]:
+    """A further split: every system, and the runs from elsewhere that have queries of it."""
+    measures, qrels = work.settings.measures, work.collection.also[split].qrels
+    found = {system.key: work.run(system, place, len(systems), split) for place, system in enumerate(systems, 1)}
+    files = {key: work.run_file(key, split) for key in found}
+    for name, run in foreign.items():
+        if not qrels.keys().isdisjoint(run):
+            found[name], files[name] = run, Path(runs[name])
+    return split_record(
+        found,
+        files,
+        qrels,
+        named_measures(work.settings.also_report[split]),
+        relevance=measures.relevance,
+        baseline=work.baseline,
+        output=work.output,
     )
 
 
@@ -288,12 +307,3 @@ def _tuning_record(work: Work) -> dict[str, Any]:
             "split": split,
         }
     return record
-
-
-def _effectiveness(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    from tct_hf.evaluation.comparison import standard_error
-
-    return {
-        measure: {"mean": mean, "standard_error": standard_error(list(evaluation.per_query[measure].values()))}
-        for measure, mean in evaluation.mean.items()
-    }

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
     from tct_hf.data.collection import Collection
+    from tct_hf.evaluation.report_settings import ExpansionSettings
 
 Index = TypeVar("Index", BM25Index, DenseIndex, SparseIndex)
 # Of the vectors and index of a sparse student beside a dense one, in the folder of the dense one's.
@@ -93,6 +95,7 @@ class Stores:
         self._manifest: dict[str, Any] | None = None
         self._vectors: tuple[list[str], Any] | None = None
         self._bm25: Stored[BM25Index] | None = None
+        self._expanded: Stored[BM25Index] | None = None
         self._dense: dict[str, Stored[DenseIndex]] = {}
         self._learned: Stored[SparseIndex] | None = None
 
@@ -202,6 +205,22 @@ class Stores:
             )
         return self._bm25
 
+    def expanded(self, settings: ExpansionSettings) -> Stored[BM25Index]:
+        """BM25 over the passages with their generated queries.
+
+        Args:
+            settings: with a path.
+        """
+        if self._expanded is None:
+            from tct_hf.retrieval.expanded import expanded_bm25
+
+            assert settings.path is not None
+            build = partial(
+                expanded_bm25, self.collection.corpus, settings.path, **settings.kept(), k1=settings.k1, b=settings.b
+            )
+            self._expanded = self._stored("bm25-expanded", build, BM25Index.load, _bm25_memory, settings.depends())
+        return self._expanded
+
     def dense(
         self,
         factory: str,
@@ -308,7 +327,8 @@ class Stores:
     ) -> Stored[Index]:
         parent = self.folder / "indexes" / name
         folder, seconds_file = parent / "index", parent / "build_seconds.json"
-        depends = self.depends if name != "bm25" else {"corpus": self.depends["corpus"]}
+        # Indexes of words know no student.
+        depends = {"corpus": self.depends["corpus"]} if name.startswith("bm25") else self.depends
         claim(parent, {**depends, **(settings or {}), "build_threads": self._threads})
         if not folder.is_dir():
             begun = time.perf_counter()
@@ -338,26 +358,21 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
     """
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    from tct_hf.hub.kinds import TCT_CHECKPOINTS, recognise
+    from tct_hf.hub.kinds import TCT_CHECKPOINTS, kind_of
 
     place = _place(name, "student")
-    folder = Path(place)
-    if place in TCT_CHECKPOINTS or ((folder / "config.json").is_file() and recognise(place, folder).kind == "tct"):
+    kind = "tct" if place in TCT_CHECKPOINTS else kind_of(place)
+    if kind == "tct":
         from tct_hf.hub.convert import load_student
 
         return load_student(place, device=device)
-    kind = _model_type(place)
-    if kind == "MultiVectorEncoder":
+    if kind == "colbert":
         raise ValueError(
             f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of one "
             "vector a text (beside a teacher of recipes/train.py that is the folder student)."
         )
     try:
-        return (
-            SparseEncoder(place, device=device)
-            if kind == "SparseEncoder"
-            else SentenceTransformer(place, device=device)
-        )
+        return SparseEncoder(place, device=device) if kind == "sparse" else SentenceTransformer(place, device=device)
     except OSError as error:
         raise _not_loaded("student", name, error) from error
 
@@ -406,13 +421,6 @@ def _place(name: str, role: str) -> str:
             "or give the right path"
         )
     return place
-
-
-def _model_type(place: str) -> str | None:
-    from sentence_transformers.util import load_file_path
-
-    config = load_file_path(place, "config_sentence_transformers.json")
-    return json.loads(Path(config).read_text(encoding="utf-8")).get("model_type") if config else None
 
 
 def _not_loaded(role: str, name: str, error: OSError) -> OSError:

@@ -145,8 +145,12 @@ def _pinned(
 
 def push_sparse(index: BM25Index, repo_id: str, **options: Any) -> PushedIndex:
     """Push a BM25 index; see `BM25Index.push_to_hub`."""
-    rows = [("passages", f"{len(index):,}"), *((name, str(value)) for name, value in index.settings.items())]
+    settings = {name: value for name, value in index.settings.items() if name != "expansion"}
+    rows = [("passages", f"{len(index):,}"), *((name, str(value)) for name, value in settings.items())]
     what = f"A BM25 index (bm25s) of {len(index):,} passages."
+    if expansion := index.settings.get("expansion"):
+        what = f"A BM25 index (bm25s) of {len(index):,} passages, each with queries that were generated for it."
+        rows += [(f"expansion: {name}", str(value)) for name, value in expansion.items() if value not in (None, False)]
     return _push(index, "BM25Index", repo_id, rows, what, "tct_bm25.json", **options)
 
 

@@ -95,6 +95,28 @@ def recognise(name_or_path: str, folder: Path) -> Recognised:
     return Recognised("bare", f"a bare {config.get('model_type')} encoder without modules.json")
 
 
+def kind_of(name_or_path: str) -> Kind | None:
+    """What a checkpoint is, by its files alone, which are fetched of a Hub id.
+
+    Args:
+        name_or_path: folder or Hub id.
+
+    Returns:
+        As :func:`recognise`; None where there are no files to tell by.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    from sentence_transformers.util import load_file_path
+
+    names = ("modules.json", "config_sentence_transformers.json", "config.json")
+    # All are in one folder, of the client's cache where it is a Hub id.
+    files = [Path(path) for name in names if (path := load_file_path(name_or_path, name))]
+    if not any(file.name != names[1] for file in files):
+        return None
+    return recognise(name_or_path, files[0].parent).kind
+
+
 def _of_modules(folder: Path, classes: list[str], modules: list[Any], own: dict[str, Any]) -> Recognised:
     from tct_hf.tokenization import PROMPTS
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.dense import DenseIndex as DenseIndex
     from tct_hf.retrieval.encode import encode_corpus as encode_corpus
     from tct_hf.retrieval.encode import encode_texts as encode_texts
+    from tct_hf.retrieval.expanded import expanded_bm25 as expanded_bm25
     from tct_hf.retrieval.hybrid import check_tuning_queries as check_tuning_queries
     from tct_hf.retrieval.hybrid import fuse as fuse
     from tct_hf.retrieval.hybrid import reciprocal_rank_fusion as reciprocal_rank_fusion
@@ -27,6 +28,7 @@ _PUBLIC = {
     "encode_texts": "encode",
     "load_vectors": "vectors",
     "check_tuning_queries": "hybrid",
+    "expanded_bm25": "expanded",
     "fuse": "hybrid",
     "read_run": "runs",
     "reciprocal_rank_fusion": "hybrid",
