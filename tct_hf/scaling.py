@@ -1,8 +1,11 @@
-"""Vectors of one length that is learned: cosine times a scale, in stock sentence-transformers modules.
+r"""Vectors of one length that is learned: cosine times a scale, in stock sentence-transformers modules.
 
 Normalize makes every vector 1 long, and Dense, whose weight is `s` times the identity and has no bias, makes it `s`
 long: a score is `s * s * cosine`. No stock module holds a single number, so that the matrix is what plain
 `SentenceTransformer(path)` loads; it costs a product of `dim * dim` a text. Training moves `s` alone.
+
+Its learning rate is the encoder's, by which it hardly moves; the training argument
+`learning_rate_mapping={r"\.3\.linear\.weight": 1e-2}` gives it one of its own (3 is the place of Dense).
 """
 
 from __future__ import annotations

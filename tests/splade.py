@@ -7,10 +7,21 @@ from pathlib import Path
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.sparse_encoder.modules import Router, SparseStaticEmbedding, SpladePooling
 from transformers import BertConfig, BertForMaskedLM
 
 from tests.models import tiny_bert
+
+
+def tiny_router(path: Path, *, seed: int = 0) -> Path:
+    """Save a SPLADE student whose passages are encoded and whose queries' weights are looked up."""
+    student = SparseEncoder(str(tiny_splade(path, seed=seed)), device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(len(student.tokenizer), generator=generator)
+    queries = SparseStaticEmbedding(student.tokenizer, weight=weights, frozen=True)
+    router = Router.for_query_document(query_modules=[queries], document_modules=list(student))
+    SparseEncoder(modules=[router], similarity_fn_name="dot").save_pretrained(str(path / "router"))
+    return path / "router"
 
 
 def tiny_splade(path: Path, *, seed: int = 0, name: str = "model") -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tct_hf import build_student
+from tct_hf import build_student, student_from_teacher
 from tests.models import tiny_cross_encoder, tiny_modernbert
 from tests.training import make_models, make_splade
 from tests.warm_process import run_warm
@@ -21,8 +21,9 @@ from tests.warm_process import run_warm
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
     for name, shared in (("student", True), ("other", False)):
-        student, _ = make_models(path, shared_tokens=shared)
+        student, teacher = make_models(path, shared_tokens=shared)
         student.save_pretrained(str(path / name))
+    student_from_teacher(teacher.model, layers=[1]).save_pretrained(str(path / "small"))
     make_splade(path).save_pretrained(str(path / "sparse"))
     base, modern = str(path / "base"), str(tiny_modernbert(path / "modernbert"))
     build_student(base, document_length=64, scale=20.0).save_pretrained(str(path / "scaled"))
@@ -84,6 +85,8 @@ CASES: dict[str, dict[str, Any]] = {
     "cross-encoder": {"teacher": "cross-encoder", "candidates": "own"},
     "cross-encoder, in-batch": {"teacher": "cross-encoder in-batch"},  # of passages that others have read
     "stored scores": {"teacher": "stored", "candidates": "own"},
+    "table of scores": {"teacher": "table", "candidates": "own"},
+    "smaller student": {"student": "small"},
     "mixture": {"teacher": "mixture", "mini_batch_size": 3},
     "mixture, fewer rows": {"teacher": "mixture", "uneven": True},
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time

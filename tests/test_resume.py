@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tct_hf import build_student
-from tests.models import tiny_cross_encoder
+from tests.models import tiny_cross_encoder, tiny_modernbert
 from tests.training import make_models, make_splade
 from tests.warm_process import run_warm
 
@@ -34,6 +34,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
     scaled = build_student(str(path / "base"), document_length=64, pooling="cls", scale=20.0)
     scaled.save_pretrained(str(path / "scaled"))
+    modern = str(tiny_modernbert(path / "modern-base", dropout=0.1))
+    small = build_student(modern, document_length=64, encoding="plain", layers=[0, 2])
+    small.save_pretrained(str(path / "small"))
     tiny_cross_encoder(path / "cross-encoder")
     return path
 
@@ -77,6 +80,16 @@ CASES = {
     "killed during a save": ({}, {"kill_in_save": 4}, "checkpoint-3"),
     "cross-encoder": ({"teacher": "cross-encoder", "candidates": "own"}, {"kill_in_step": 7}, "checkpoint-6"),
     "stored scores": ({"teacher": "stored", "candidates": "own"}, {"kill_in_step": 7}, "checkpoint-6"),
+    "sparse student, gradient cache, table of scores": (
+        {"student": "sparse", "mini_batch_size": 3, "teacher": "table", "candidates": "own"},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    "smaller student of another family, cross-encoder in-batch": (
+        {"student": "small", "teacher": "cross-encoder in-batch"},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
     "mixture": ({"teacher": "mixture"}, {"kill_in_step": 7}, "checkpoint-6"),
     "killed during a save with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_save": 8}, "checkpoint-7"),
 }

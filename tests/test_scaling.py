@@ -116,6 +116,16 @@ def test_weight_decay_leaves_the_scale_alone(student: SentenceTransformer, teach
     assert any(group["weight_decay"] == 0.1 and len(group["params"]) > 5 for group in groups)
 
 
+def test_the_scale_alone_takes_a_learning_rate_of_its_own(
+    student: SentenceTransformer, teacher: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, student, teacher, triples(8), weight_decay=0.1, **FAST)
+    groups = [group for group in trainer.create_optimizer().param_groups if group["params"]]
+    [own] = [group for group in groups if group["lr"] == 0.1]
+    assert [id(one) for one in own["params"]] == [id(student[3].linear.weight)] and own["weight_decay"] == 0.0
+    assert sum(len(group["params"]) for group in groups) == len(list(student.parameters()))
+
+
 def test_what_keeps_the_number_one_is_attached_once(student: SentenceTransformer) -> None:
     keep_scalar(student)
     keep_scalar(student)

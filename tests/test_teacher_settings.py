@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tct_hf import validate_checkpoint
 from tests.models import tiny_colbert, tiny_cross_encoder
 from tests.recipe import RECIPE, in_this_process, write_material
 from tests.training import with_scores
@@ -46,6 +47,7 @@ def test_a_cross_encoder_teaches_and_the_report_has_no_teacher_to_search_with(
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| student (one vector a passage)" in report and "ColBERT teacher" not in report
     assert "its teacher" not in report
+    validate_checkpoint(tmp_path / "out" / "student")
     assert recipe(tmp_path / "out", *options) == 0  # finished: nothing is done again
 
 
@@ -68,6 +70,7 @@ def test_stored_scores_teach_from_columns_and_files(
     assert recipe(tmp_path / "file", *options) == 0
     weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("columns", "file")]
     assert weights[0] == weights[1]
+    validate_checkpoint(tmp_path / "file" / "student")
     Dataset.from_list([{"query_id": "x", "passage_id": "y", "score": 1.0}]).to_parquet(file)
     assert recipe(tmp_path / "file", *options) == 1
     assert "holds a run with teacher.weights = " in capsys.readouterr().err
@@ -84,6 +87,7 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
     assert "mixed_with" in resolved and "weight: 2.0" in resolved
     log = json.loads((tmp_path / "out" / "student" / "training_log.json").read_text())
     assert any("distillation" in entry for entry in log)
+    validate_checkpoint(tmp_path / "out" / "student")
 
 
 @pytest.mark.parametrize(

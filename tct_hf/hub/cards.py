@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf.evaluation.report import LEARNED, LEARNED_BM25
 from tct_hf.files import CLAIM_FILE
-from tct_hf.hub.kinds import read_json, recognise
+from tct_hf.hub.kinds import read_json, read_modules, recognise
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -369,9 +369,10 @@ def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
 
 def _shape(folder: Path) -> dict[str, Any]:
     """What the files say of vectors and lengths."""
-    settings = read_json(folder / "sentence_bert_config.json") or {}
-    modules = read_json(folder / "modules.json") or []
-    config = read_json(folder / "config.json") or {}
+    modules = read_modules(folder, route="document")
+    encoder = folder / modules[0]["path"] if modules else folder
+    settings = read_json(encoder / "sentence_bert_config.json") or {}
+    config = read_json(encoder / "config.json") or {}
     own = read_json(folder / "config_sentence_transformers.json") or {}
     expansion = settings.get("query_expansion") or {}
     pooled: dict[str, Any] = {}
@@ -380,13 +381,13 @@ def _shape(folder: Path) -> dict[str, Any]:
     for module in modules[1:]:
         of_module = read_json(folder / module["path"] / "config.json") or {}
         dimension = of_module.get("out_features", dimension)
-        if str(module["type"]).endswith("Pooling"):
+        if module["type"].endswith("Pooling"):
             pooled = of_module
-        if str(module["type"]).endswith("Normalize"):
+        if module["type"].endswith("Normalize"):
             normalised = True
     if truncated := own.get("truncate_dim"):
         dimension = min(dimension or truncated, truncated)
-    splade = any(str(module["type"]).endswith("SpladePooling") for module in modules)
+    splade = any(module["type"].endswith("SpladePooling") for module in modules)
     cls = pooled.get("pooling_mode") == "cls"
     query_length: Any = expansion.get("length") or settings.get("query_length")
     mean = "vector of the first token" if cls else "mean over the positions from 4 on"
@@ -397,13 +398,17 @@ def _shape(folder: Path) -> dict[str, Any]:
         "needs_6": "sentence-transformers" in (own.get("requirements") or {}),
         "normalised": normalised,
         "query_length": query_length,
-        "document_length": settings.get("document_length") or (_longest(folder) if splade else None),
+        "document_length": settings.get("document_length") or (_longest(encoder) if splade else None),
         "query_pooling": f"mean over positions 4 to {query_length - 1}" if expansion and not cls else mean,
         "document_pooling": mean,
         "training_scale": (read_json(folder / "tct_teacher.json") or {}).get("training_scale"),
         # Cosine is what sentence-transformers takes where nothing is said.
         "similarity": _SIMILARITIES.get(own.get("similarity_fn_name") or "cosine", own.get("similarity_fn_name")),
         "splade": splade,
+        # Weights of words that are looked up, without an encoder.
+        "looked_up": any(
+            module["type"].endswith("SparseStaticEmbedding") for module in read_modules(folder, route="query")
+        ),
     }
 
 

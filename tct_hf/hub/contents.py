@@ -16,11 +16,16 @@ from tct_hf.hub.convert import ORIGIN_FILE
 from tct_hf.hub.kinds import read_json
 
 # What a checkpoint is made of; all else stays at home and is listed.
-_PARTS = re.compile(
-    r"(README\.md|modules\.json|config\.json|config_sentence_transformers\.json|sentence_bert_config\.json"
+_MODULE = (
+    r"(config\.json|sentence_bert_config\.json"
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(txt|json)|merges\.txt"
-    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|tct_teacher\.json|tct_origin\.json"
-    r"|\d+_\w+/(config\.json|model\.safetensors))"
+    r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json)"
+)
+_PARTS = re.compile(
+    rf"({_MODULE}|README\.md|modules\.json|config_sentence_transformers\.json|tct_teacher\.json|tct_origin\.json"
+    r"|\d+_\w+/(config\.json|model\.safetensors)"
+    # What a Router sends queries and passages through, such as query_0_SparseStaticEmbedding.
+    rf"|router_config\.json|[\w-]+_\d+_[A-Z]\w*/{_MODULE})"
 )
 RECIPE = "recipe.yaml"
 FIGURES = ("report.json", "report.md", "latency.png", "storage.png")
@@ -128,7 +133,8 @@ def cut_local_paths(staging: Path) -> None:
             cut = without_local_paths(text, (staging / name).suffix)
             if cut != text:
                 write_text_atomic(staging / name, cut)
-    for name in ("config.json", "tokenizer_config.json"):
+    for file in [*staging.rglob("config.json"), *staging.rglob("tokenizer_config.json")]:
+        name = file.relative_to(staging).as_posix()
         content = read_json(staging / name)
         named = {key: content[key] for key in _LOADED_FROM if key in content} if isinstance(content, dict) else {}
         if named != (cut_names := _cut_values(named)):

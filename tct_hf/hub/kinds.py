@@ -49,6 +49,31 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not JSON ({error}); download or save the checkpoint again.") from None
 
 
+def read_modules(folder: Path, *, route: str | None = None) -> list[dict[str, str]]:
+    """The modules of a checkpoint, each its "type" and "path", those within a Router among them.
+
+    Args:
+        folder: where its files are.
+        route: of a Router, the modules of this one alone; those of all routes when None.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found: list[dict[str, str]] = []
+    for module in read_json(folder / "modules.json") or []:
+        found.append({"type": str(module["type"]), "path": str(module["path"])})
+        routed = read_json(folder / module["path"] / "router_config.json")
+        if routed is None:
+            continue
+        if route is not None:
+            found.pop()
+        taken = routed["types"] if route is None else routed["structure"].get(route, [])
+        found += [
+            {"type": str(routed["types"][name]), "path": (Path(module["path"]) / name).as_posix()} for name in taken
+        ]
+    return found
+
+
 def published_name(name_or_path: str, folder: Path) -> str | None:
     """The known TCT checkpoint that a Hub id, a clone of one or the client's cache of one is; None for others.
 

@@ -26,7 +26,7 @@ from tct_hf.hub.contents import (
     refuse_tokens,
 )
 from tct_hf.hub.convert import ORIGIN_FILE, STARTING
-from tct_hf.hub.kinds import read_json, recognise
+from tct_hf.hub.kinds import read_json, read_modules, recognise
 from tct_hf.hub.uploading import active_token, files_of, push_folder
 
 if TYPE_CHECKING:
@@ -225,20 +225,21 @@ def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | P
 def _check(staging: Path, family: Family, source: Path) -> None:
     from tct_hf.checkpoints import finalise_checkpoint, validate_checkpoint
 
-    for module in read_json(staging / "modules.json") or []:
-        if not str(module["type"]).startswith(_ORIGIN):
+    modules = read_modules(staging)
+    for module in modules:
+        if not module["type"].startswith(_ORIGIN):
             raise ValueError(
-                f"modules.json: the module {module['type']} is not one of sentence-transformers, so that loading it "
-                "would need trust_remote_code; use stock modules."
+                f"modules.json, router_config.json: the module {module['type']} is not one of sentence-transformers, "
+                "so that loading it would need trust_remote_code; use stock modules."
             )
     if (read_json(staging / ORIGIN_FILE) or {}).get("made") == STARTING:
         raise ValueError(
             f"{ORIGIN_FILE}: this is a student to start from, not trained for its encoding; train it, then "
             "release what comes out."
         )
-    config = read_json(staging / "config.json") or {}
-    if "auto_map" in config:
-        raise ValueError("config.json: auto_map names code to run on loading; use an encoder of transformers itself.")
+    for name in sorted({"config.json", *((Path(module["path"]) / "config.json").as_posix() for module in modules)}):
+        if "auto_map" in (read_json(staging / name) or {}):
+            raise ValueError(f"{name}: auto_map names code to run on loading; use an encoder of transformers itself.")
     if family == "student" and recognise(str(staging), staging).kind == "student":
         finalise_checkpoint(staging)
         validate_checkpoint(staging)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tct_hf.hub import CardFacts
 from tct_hf.retrieval.encode import describe_model
 from tests.hub.models import small_report, system
 from tests.loopback_hub import LoopbackHub
-from tests.splade import tiny_splade
+from tests.splade import tiny_router, tiny_splade
 from tests.training import PASSAGES, QUERIES
 
 FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
@@ -64,6 +65,49 @@ def test_a_sparse_student_comes_back_with_equal_vectors(hub: LoopbackHub, splade
     card = hub.files("tester/splade")["README.md"].decode()
     ModelCard(card).validate()
     assert "SparseIndex.build(passages" in card and "None" not in card and "## Vectors and index" not in card
+
+
+def test_a_student_whose_queries_need_no_encoder_is_released_whole(hub: LoopbackHub, tmp_path: Path) -> None:
+    router = tiny_router(tmp_path)
+    named = router / "document_0_Transformer" / "config.json"
+    named.write_text(json.dumps(json.loads(named.read_text()) | {"_name_or_path": "/home/somebody/base"}))
+    done = release(router, "tester/router", facts=FACTS)
+    assert done.family == "sparse_student" and done.left_out == []
+    namespace: dict[str, Any] = {}
+    exec(done.loading(), namespace)
+    before, after = SparseEncoder(str(router), device="cpu"), namespace["model"].to("cpu")
+    for task, texts in (("query", QUERIES), ("document", PASSAGES)):
+        assert torch.equal(*(model.encode(texts, task=task).to_dense() for model in (before, after)))
+    files = hub.files("tester/router")
+    assert b"/home/somebody" not in files["document_0_Transformer/config.json"]
+    card = files["README.md"].decode()
+    assert "no encoder runs for a query" in card and "one 132-dimensional vector" in card and "- splade" in card
+    assert "Texts are cut at" in card and "None" not in card
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "router_config.json",
+            {"types": {"document_0_Transformer": "mine.Own"}, "structure": {}},
+            "the module mine.Own is not one of",
+        ),
+        (
+            "document_0_Transformer/config.json",
+            {"auto_map": {}},
+            "^document_0_Transformer/config.json: auto_map names",
+        ),
+    ],
+)
+def test_code_within_a_router_is_not_released(
+    hub: LoopbackHub, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    router = tiny_router(tmp_path)
+    (router / file).write_text(json.dumps(json.loads((router / file).read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        release(router, "tester/router", facts=FACTS)
+    assert ("models", "tester/router") not in hub.repos
 
 
 @pytest.mark.parametrize("beside", [False, True])
