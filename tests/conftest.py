@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.loopback_hub import WRITER, LoopbackHub
-from tests.warm_process import spare_the_collector
+from tests.warm_process import run_warm, spare_the_collector
 
 # Set before torch or a Hub client is imported: two threads slow each other down, and no test may reach the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +25,7 @@ _HUB = LoopbackHub()
 os.environ["HF_ENDPOINT"] = _HUB.url
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_TOKEN_PATH"] = os.path.join(tempfile.gettempdir(), "tct_hf-tests-have-no-token")
+_ENVIRONMENT = dict(os.environ)
 
 
 def pytest_collection_finish() -> None:
@@ -37,6 +41,19 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
     """As `monkeypatch`, for what a whole module shares."""
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+@pytest.fixture
+def warm_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are loaded without this package in a process that has the rest imported already."""
+    from tct_hf import checkpoints
+    from tct_hf.hub import releasing
+
+    def run(command: list[str], *, cwd: str | Path = ".", **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        return run_warm(command[1:], env=_ENVIRONMENT, cwd=Path(cwd).resolve())
+
+    for module in (checkpoints, releasing):
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

@@ -332,6 +332,7 @@ def test_a_good_checkpoint_passes_in_a_fresh_interpreter(students: dict[str, Pat
     assert 0 <= max(report.query, report.document, report.plain) <= 1e-5
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_a_checkpoint_that_needs_this_package_is_refused(student: Path) -> None:
     edit(student / "modules.json", lambda c: c[1].update(type="tct_hf.encoding.Pooling"))
     with pytest.raises(ValueError, match=r"(?s)does not load as a plain SentenceTransformer:.*tct_hf"):

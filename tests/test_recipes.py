@@ -271,6 +271,7 @@ def test_a_schedule_that_is_none_is_refused_before_anything(
     assert "student.schedules: 'temprature' has no schedule" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

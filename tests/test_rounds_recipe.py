@@ -57,6 +57,7 @@ def weights(folder: Path, number: int, role: str) -> bytes:
     return (folder / f"round-{number}" / role / "model.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_each_round_leaves_its_models_triples_and_runs(whole: Path) -> None:
     import pyarrow.parquet as pq
     from sentence_transformers import MultiVectorEncoder

@@ -274,6 +274,7 @@ def test_models_can_be_chosen_by_an_evaluator_on_dev_queries(models: Path, tmp_p
     assert trainer.state.best_metric == max(measured)
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models: Path, tmp_path: Path) -> None:
     from tct_hf import validate_checkpoint
 

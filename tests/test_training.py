@@ -125,6 +125,7 @@ def test_a_kill_between_training_and_publishing_costs_no_step(
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_a_student_is_distilled_published_and_not_made_again(tmp_path: Path) -> None:
     from tct_hf import validate_checkpoint
 

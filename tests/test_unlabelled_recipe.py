@@ -48,6 +48,7 @@ def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     return in_this_process(RECIPE, settings, monkeypatch)
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_what_the_teacher_finds(
     settings: Path,
     recipe: Callable[..., int],

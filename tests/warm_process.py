@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+# Not this package itself, which some scripts must do without.
+IMPORTED = [
+    "bm25s",
+    "datasets",
+    "faiss",
+    "ir_measures",
+    "pyarrow.parquet",
+    "sentence_transformers",
+    "sentence_transformers.multi_vector_encoder.losses",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+]
 _one_at_a_time = threading.Lock()
 _servers: dict[str, subprocess.Popen[str]] = {}
 
@@ -63,9 +76,14 @@ def free_port() -> int:
 
 
 def run_warm(
-    arguments: list[str], *, env: Mapping[str, str], stdin: str = "", processes: int = 1, cwd: Path = ROOT
+    arguments: list[str],
+    *,
+    env: Mapping[str, str],
+    stdin: str = "",
+    processes: int = 1,
+    cwd: str | Path = ROOT,
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run([sys.executable, *arguments])` with its output captured.
+    """As `subprocess.run([sys.executable, *arguments])`, with its output captured.
 
     Args:
         arguments: a script and its arguments, or "-m", a module and its arguments, or "-c", code and its arguments.
@@ -86,12 +104,8 @@ def run_warm(
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)
-        request = {
-            "arguments": arguments,
-            "environments": [{**env, **rank} for rank in ranks],
-            "paths": paths,
-            "cwd": str(cwd),
-        }
+        environments = [{**env, **rank} for rank in ranks]
+        request = {"arguments": arguments, "environments": environments, "paths": paths, "cwd": str(cwd)}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
@@ -100,9 +114,9 @@ def run_warm(
 
 
 def _become(arguments: list[str], env: dict[str, str], paths: list[str], cwd: str) -> None:
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(cwd)
     for number, path in enumerate(paths):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)  # which several may share
         os.dup2(file, number)
@@ -115,6 +129,7 @@ def _become(arguments: list[str], env: dict[str, str], paths: list[str], cwd: st
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
+        sys.path[0] = ""
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = arguments
@@ -136,17 +151,8 @@ def _wait(children: set[int]) -> int:
 
 
 def _serve() -> None:
-    import datasets  # noqa: F401
-    import sentence_transformers  # noqa: F401
-    from transformers.models.bert import modeling_bert, tokenization_bert  # noqa: F401
-
-    import tct_hf.cross_encoder_teacher
-    import tct_hf.evaluation.report
-    import tct_hf.retrieval
-    import tct_hf.splade
-    import tct_hf.trainer
-    import tct_hf.training  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     spare_the_collector()
     for line in iter(sys.stdin.readline, ""):
         request: dict[str, Any] = json.loads(line)

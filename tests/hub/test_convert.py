@@ -126,6 +126,7 @@ def test_names_that_lead_nowhere(hub: LoopbackHub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
+@pytest.mark.usefixtures("warm_checks")
 def test_a_conversion_is_a_folder_that_stock_modules_load(tmp_path: Path, weights: str) -> None:
     source = published_tct(tmp_path / "source", weights=weights)
     made = convert_checkpoint(source, tmp_path / "out", kind="tct")

@@ -31,6 +31,8 @@ FACTS = CardFacts(
 )
 TEXTS = ["a dense passage", "the teacher", ""]
 
+pytestmark = pytest.mark.usefixtures("warm_checks")
+
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
