@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 
 from tct_hf.files import is_claimed
 from tct_hf.recipe_settings import ExpanderSizes
-from tct_hf.saving import WholeCheckpointsMixin
+from tct_hf.saving import SavedWholeMixin
 from tct_hf.training import _check, _claim, _publish, _run
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpanderSizes", "expander_pairs", "new_expander", "train_expander"]
 
 
-class ExpanderTrainer(WholeCheckpointsMixin, Seq2SeqTrainer):  # type: ignore[misc]
+class ExpanderTrainer(SavedWholeMixin, Seq2SeqTrainer):  # type: ignore[misc]
     """transformers' seq2seq trainer, with checkpoints that are whole or not there."""
 
 

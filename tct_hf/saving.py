@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -19,7 +20,7 @@ from tct_hf.pushing import PushingMixin
 UNFINISHED = ".unfinished"
 
 
-class WholeCheckpointsMixin(PushingMixin):
+class SavedWholeMixin(Trainer):
     """Writes each checkpoint aside and renames it when it is whole, and never writes the Hub token.
 
     transformers writes straight into `checkpoint-N` and resumes from the highest number, so that a kill during a save
@@ -43,6 +44,9 @@ class WholeCheckpointsMixin(PushingMixin):
         finally:
             self.args.hub_token = token
         self.finalise(output_dir or str(self.args.output_dir))
+
+    def push_whole(self, checkpoint: str) -> None:
+        """Push a checkpoint that has its name; nothing here."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing yet: it is pushed when it has its name."""
@@ -76,7 +80,7 @@ class WholeCheckpointsMixin(PushingMixin):
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self.push_checkpoint(os.path.join(run_dir, name))
+            self.push_whole(os.path.join(run_dir, name))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=run_dir,
@@ -84,3 +88,11 @@ class WholeCheckpointsMixin(PushingMixin):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+
+class WholeCheckpointsMixin(SavedWholeMixin, PushingMixin):
+    """The same for sentence-transformers' trainers, which push what is whole."""
+
+    def push_whole(self, checkpoint: str) -> None:
+        """Begin to push it."""
+        self.push_checkpoint(checkpoint)

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?()[]'\"-_/检索搜中文"
@@ -357,3 +359,33 @@ def pylate_colbert(path: Path) -> Path:
 
 def load_colbert(path: Path) -> MultiVectorEncoder:
     return MultiVectorEncoder(str(path), device="cpu")
+
+
+def tiny_t5(path: Path, *, seed: int = 9) -> Path:
+    """A seq2seq model with a tokenizer of whole words, whose queries differ from passage to passage and end."""
+    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    fast.save_pretrained(path)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(words),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        initializer_factor=1.5,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    return path

@@ -1,0 +1,266 @@
+"""Queries generated for a corpus: the same in any split of the work, drawn as the model says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
+from tct_hf.data.expansion_decoding import generate_queries, sample, uniform_numbers
+from tests.encode_worker import passages
+from tests.models import tiny_t5
+
+COUNT = 23
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_t5(tmp_path_factory.mktemp("t5") / "t5"))
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> tuple[Any, Any]:
+    return load_expander(name, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+
+
+def expand(model: tuple[Any, Any], folder: Path, corpus: Any = None, **more: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"num_queries": 4, "top_k": 5, "max_length": 9, "shard_size": 5, "tokens_per_pass": 200}
+    return expand_corpus(
+        model[0],
+        passages() if corpus is None else corpus,
+        folder,
+        tokenizer=model[1],
+        write=lambda line: None,
+        **{**settings, **more},
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def queries(folder: Path) -> list[list[str]]:
+    return list(load_expansions(folder)["queries"])
+
+
+def generate(model: tuple[Any, Any], texts: list[tuple[str, str]], **more: Any) -> list[list[str]]:
+    settings: dict[str, Any] = {"num_queries": 4, "top_k": 5, "max_length": 9, "passage_length": 64}
+    return generate_queries(*model, texts, **{**settings, "prompt": "", "seed": 13, "tokens_per_pass": 400, **more})
+
+
+def test_each_passage_has_its_queries_in_the_corpus_s_order(model: tuple[Any, Any], tmp_path: Path) -> None:
+    manifest = expand(model, tmp_path / "out")
+    assert manifest["count"] == COUNT and manifest["num_queries"] == 4 and manifest["dtype"] == "float32"
+    found = load_expansions(tmp_path / "out")
+    assert list(found["id"]) == [f"p{row}" for row in range(COUNT)]
+    flat = [query for row in found["queries"] for query in row]
+    assert len(flat) == 4 * COUNT and len(set(flat)) > COUNT and {len(q.split()) for q in flat} > {2, 3}
+    assert next(expanded_texts(passages(), found, num_queries=1)).endswith(found[0]["queries"][0])
+
+
+def test_any_split_of_the_work_gives_the_same_queries(model: tuple[Any, Any], tmp_path: Path) -> None:
+    expand(model, tmp_path / "whole")
+    expected = queries(tmp_path / "whole")
+    for number, more in enumerate(
+        (
+            {"tokens_per_pass": 1},
+            {"tokens_per_pass": 100_000},
+            {"shard_size": 23},
+            {"shard_size": 2},
+            {"num_queries": 2},
+        )
+    ):
+        expand(model, tmp_path / str(number), **more)
+        assert queries(tmp_path / str(number)) == [row[: more.get("num_queries", 4)] for row in expected]
+    # A part of the corpus, in another order: a passage's own id decides.
+    part = list(passages())[::-3]
+    assert generate(model, [(row["id"], row["text"]) for row in part]) == [
+        expected[int(row["id"][1:])] for row in part
+    ]
+    expand(model, tmp_path / "seed", seed=14)
+    assert queries(tmp_path / "seed") != expected
+
+
+def test_what_is_drawn_follows_the_model_s_probabilities(model: tuple[Any, Any]) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, 2.5, -1.0]]).repeat(20_000, 1)
+    uniform = torch.from_numpy(uniform_numbers(3, "p", 20_000, 1)[:, 0])
+    drawn = Counter(sample(logits, uniform, top_k=4).tolist())
+    kept = np.exp([3.0, 1.0, 2.0, 2.5]) / np.exp([3.0, 1.0, 2.0, 2.5]).sum()
+    assert set(drawn) == {1, 2, 3, 4}
+    np.testing.assert_allclose([drawn[token] / 20_000 for token in (1, 2, 3, 4)], kept, atol=0.012)
+    assert set(sample(logits[:9], uniform[:9], top_k=100).tolist()) <= set(range(6))
+    # The first words of many queries, against the model's own probabilities of them.
+    encoder, tokenizer = model
+    text = "what is dense retrieval of a passage"
+    words = Counter(
+        (query.split() or [""])[0] for query in generate(model, [("p", text)], num_queries=3000, max_length=1)[0]
+    )
+    inputs = tokenizer([text], return_tensors="pt")
+    with torch.no_grad():
+        logits = encoder(**inputs, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long)).logits[0, -1]
+    top = logits.topk(5)
+    for token, share in zip(top.indices.tolist(), top.values.softmax(0).tolist(), strict=True):
+        word = tokenizer.decode([token], skip_special_tokens=True)
+        if word:
+            assert words[word] / 3000 == pytest.approx(share, abs=0.03)
+
+
+def test_without_chance_it_writes_what_generate_writes(model: tuple[Any, Any]) -> None:
+    texts = [(row["id"], row["text"]) for row in passages()]
+    written = generate(model, texts, num_queries=1, top_k=1, max_length=12)
+    inputs = model[1]([text for _, text in texts], padding=True, return_tensors="pt")
+    tokens = model[0].generate(**inputs, do_sample=False, max_new_tokens=12)
+    expected = [text.strip() for text in model[1].batch_decode(tokens, skip_special_tokens=True)]
+    assert [row[0] for row in written] == expected and len(set(expected)) > 3
+    assert {query for row in generate(model, texts[:3], top_k=1) for query in row} <= {
+        query for row in generate(model, texts[:3], top_k=1, num_queries=1) for query in row
+    }
+
+
+def test_random_numbers_are_of_the_passage_alone() -> None:
+    wide, narrow = uniform_numbers(1, "p", 8, 5), uniform_numbers(1, "p", 3, 5)
+    np.testing.assert_array_equal(wide[:3], narrow)
+    assert not np.isin(wide, uniform_numbers(1, "q", 8, 5)).any()
+    assert not np.isin(wide, uniform_numbers(2, "p", 8, 5)).any()
+    assert wide.min() >= 0 and wide.max() < 1 and len(np.unique(wide)) == 40
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _until(row: int) -> Iterator[dict[str, str]]:
+    for number, passage in enumerate(passages()):
+        if number == row:
+            raise _Killed
+        yield passage
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(model: tuple[Any, Any], tmp_path: Path) -> None:
+    expand(model, tmp_path / "whole")
+    with pytest.raises(_Killed):
+        expand(model, tmp_path / "stopped", _until(12))
+    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "stopped").glob("*.parquet")}
+    assert sorted(made) == ["00000.parquet", "00001.parquet"]
+    with pytest.raises(FileNotFoundError, match="not finished; run again"):
+        load_expansions(tmp_path / "stopped")
+    (tmp_path / "stopped" / ".00002.parquet.0.tmp").write_bytes(b"half")
+    expand(model, tmp_path / "stopped")
+    assert all((tmp_path / "stopped" / file).stat().st_mtime_ns == at for file, at in made.items())
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+class _State:
+    """One of several processes, after the others have done their part."""
+
+    def __init__(self, rank: int, processes: int) -> None:
+        self.process_index, self.num_processes, self.device = rank, processes, torch.device("cpu")
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def test_processes_share_the_shards(model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expand(model, tmp_path / "whole")
+    from tct_hf.data import expansion_corpus
+
+    # One after the other in one process, each seeing what was there when all began: nothing.
+    monkeypatch.setattr(expansion_corpus, "_there", lambda folder: set())
+    shared: Any = tmp_path / "shared"
+    with pytest.raises(FileNotFoundError, match=r"00001.parquet is missing"):
+        expand(model, shared, state=_State(0, 3))
+    for rank in (1, 2):
+        with pytest.raises(FileNotFoundError, match="not finished"):
+            expand(model, shared, state=_State(rank, 3))
+    assert len(list(shared.glob("*.parquet"))) == 5
+    monkeypatch.undo()
+    expand(model, shared, state=_State(0, 3))
+    assert {k: v for k, v in files(shared).items()} == files(tmp_path / "whole")
+
+
+def test_a_folder_of_something_else_is_refused(model: tuple[Any, Any], tmp_path: Path) -> None:
+    expand(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="num_queries = 4, but now num_queries = 5"):
+        expand(model, tmp_path / "out", num_queries=5)
+    changed = list(passages())
+    changed[7] = {**changed[7], "text": "another"}
+    with pytest.raises(ValueError, match=r"00001.parquet was made of other passages"):
+        expand(model, tmp_path / "out", changed)
+    with pytest.raises(ValueError, match=r"made of another corpus .this one has 20 passages"):
+        expand(model, tmp_path / "out", list(passages())[:20])
+    other = load_expander(model[0].config._name_or_path, dtype="float32")
+    with torch.no_grad():
+        other[0].shared.weight[3] += 1
+    with pytest.raises(ValueError, match="weights_sha256"):
+        expand(other, tmp_path / "out")
+
+
+def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tmp_path: Path) -> None:
+    for more, message in (
+        ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
+        ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
+        ({"corpus": []}, "it has no passage"),
+        ({"corpus": [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]}, "two passages have the id 'a'"),
+        ({"corpus": [{"id": 3, "text": "x"}]}, "passage number 0 .id 3. has id = 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand(model, tmp_path / "out", **more)
+    with pytest.raises(ValueError, match="tokenizer: give that of the model"):
+        expand_corpus(model[0], passages(), tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_a_passage_without_words_gets_no_queries(model: tuple[Any, Any], tmp_path: Path) -> None:
+    expand(
+        model, tmp_path / "out", [{"id": "a", "text": " "}, {"id": "b", "text": "what is"}, {"id": "c", "text": ""}]
+    )
+    assert [len(row) for row in queries(tmp_path / "out")] == [0, 4, 0]
+
+
+def test_an_encoder_alone_is_refused(tmp_path: Path) -> None:
+    from tests.models import tiny_bert
+
+    with pytest.raises(ValueError, match="no seq2seq model"):
+        load_expander(str(tiny_bert(tmp_path / "bert")))
+
+
+def test_other_seq2seq_families_write_too(model: tuple[Any, Any], tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=len(model[1]),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=80,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=1,
+        init_std=0.4,
+    )
+    bart = BartForConditionalGeneration(config).eval()
+    texts = [(row["id"], row["text"]) for row in passages()]
+    written = generate((bart, model[1]), texts)
+    assert written == generate((bart, model[1]), texts, tokens_per_pass=60)
+    greedy = generate((bart, model[1]), texts, num_queries=1, top_k=1, max_length=7)
+    inputs = model[1]([text for _, text in texts], padding=True, return_tensors="pt")
+    tokens = bart.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=7)
+    assert [row[0] for row in greedy] == [t.strip() for t in model[1].batch_decode(tokens, skip_special_tokens=True)]

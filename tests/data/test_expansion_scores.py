@@ -1,0 +1,111 @@
+"""A teacher's scores of generated queries: its own, once a query, in any split of the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf import (
+    ColBERTTeacher,
+    CrossEncoderTeacher,
+    expanded_texts,
+    load_expansions,
+    score_expansions,
+    write_expansions,
+)
+from tests.encode_worker import passages
+from tests.models import WORDS, tiny_colbert, tiny_cross_encoder
+
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def colbert(tmp_path_factory: pytest.TempPathFactory) -> ColBERTTeacher:
+    return ColBERTTeacher(str(tiny_colbert(tmp_path_factory.mktemp("teacher") / "colbert")), dtype="float32")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"id": f"p{row}", "queries": [f"what is {WORDS[(row + n * n) % 14]}" for n in range(row % 4)] * (1 + row % 2)}
+        for row in range(COUNT)
+    ]
+    write_expansions(rows, tmp_path / "out", settings={}, shard_size=4)
+    return tmp_path / "out"
+
+
+def corpus() -> list[dict[str, str]]:
+    return list(passages(COUNT))
+
+
+def score(teacher: Any, folder: Path, **more: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"depends": {"teacher": "tiny"}, "batch_size": 5, "write": lambda line: None}
+    return score_expansions(teacher, more.pop("corpus", corpus()), folder, **{**settings, **more})
+
+
+def test_scores_are_those_of_a_colbert(colbert: ColBERTTeacher, folder: Path) -> None:
+    manifest = score(colbert, folder)
+    assert manifest["count"] == COUNT and manifest["teacher"] == "tiny"
+    texts = [row["text"] for row in corpus()]
+    for row, found in enumerate(load_expansions(folder)):
+        assert len(found["scores"]) == len(found["queries"])
+        for query, value in zip(found["queries"], found["scores"], strict=True):
+            model = colbert.model
+            expected = model.similarity(model.encode_query([query]), model.encode_document([texts[row]]))
+            assert value == pytest.approx(float(expected), abs=1e-4)
+    kept = [
+        len(text.split("what is")) - 1 for text in expanded_texts(corpus(), load_expansions(folder), drop_share=0.5)
+    ]
+    assert 0 < sum(kept) < sum(len(queries) for queries in load_expansions(folder)["queries"])
+
+
+def test_scores_are_those_of_a_cross_encoder(folder: Path, tmp_path: Path) -> None:
+    teacher = CrossEncoderTeacher(str(tiny_cross_encoder(tmp_path / "cross-encoder")), dtype="float32")
+    score(teacher, folder)
+    row = load_expansions(folder)[7]
+    expected = teacher.score_matrix(teacher.collate([row["queries"][1]], [[corpus()[7]["text"]]], [{}]), gather=False)
+    assert row["scores"][1] == pytest.approx(float(expected), abs=1e-4)
+    with pytest.raises(ValueError, match='load it with candidates="own"'):
+        score(CrossEncoderTeacher(teacher.model, candidates="in-batch"), folder)
+
+
+def test_a_stopped_run_goes_on_and_others_are_refused(
+    colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tct_hf import NoTeacher
+    from tct_hf.data import expansion_scores
+
+    score(colbert, folder)
+    whole = {file.name: file.read_bytes() for file in (folder / "scores").iterdir()}
+    for name in ("00002.parquet", "manifest.json"):
+        (folder / "scores" / name).unlink()
+    assert load_expansions(folder).column_names == ["id", "queries"]
+    computed: list[int] = []
+    real = expansion_scores._scores
+    monkeypatch.setattr(expansion_scores, "_scores", lambda *args: computed.append(1) or real(*args))
+    score(colbert, folder)
+    assert computed == [1]  # the one passage of the last shard
+    assert {file.name: file.read_bytes() for file in (folder / "scores").iterdir()} == whole
+    for more, message in (
+        ({"depends": {"teacher": "other"}}, "teacher = 'tiny', but now teacher = 'other'"),
+        ({"corpus": corpus()[1:]}, "passage 'p0', but the corpus has 'p1' there"),
+        ({"corpus": corpus()[:5]}, "passage 'p5', but the corpus ends before it"),
+        ({"corpus": list(passages(COUNT + 1))}, "it has more passages than the 9 that were expanded"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(colbert, folder, **more)
+    with pytest.raises(ValueError, match="can't be scored by a NoTeacher"):
+        score(NoTeacher(), folder)
+
+
+def test_a_score_that_is_not_finite_names_query_and_passage(
+    colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = colbert.score_matrix
+    monkeypatch.setattr(colbert, "score_matrix", lambda *args, **more: real(*args, **more) * float("nan"))
+    with pytest.raises(ValueError, match=r"not finite for the query 'what is \w+' of passage 'p1'"):
+        score(colbert, folder)
