@@ -65,7 +65,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train": f"precision: fp32\n{encoder}\nteacher:\n  dim: 16\n  {training}\nstudent:\n  {training}\n",
         "rounds": f"precision: fp32\n{encoder}\nstudent:\n  {training}\nmining: {{depth: 10}}\n"
         "later: {student: {max_steps: 2}}\nevaluation: {depth: 20, measures: [RR@10, R@20]}\n",
-        "report": "precision: fp32\nmeasures: {depth: 50}\n",
+        "report": "precision: fp32\n",
         "index": "precision: fp32\n",
         "expander": "precision: fp32\nsizes: {vocabulary: 200, d_model: 16, layers: 1, heads: 2, d_ff: 32}\n"
         "training: {per_device_train_batch_size: 8, max_steps: 4, logging_steps: 1, save_steps: 2}\n",
