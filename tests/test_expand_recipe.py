@@ -22,7 +22,8 @@ TRAIN = ROOT / "recipes" / "train_expander.py"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("expand")
     tiny_t5(folder / "t5")
-    tiny_colbert(folder / "colbert")
+    colbert = tiny_colbert(folder / "made")
+    colbert.rename(folder / "colbert")
     write_beir(folder / "collection")
     (folder / "expand.yaml").write_text(
         f"model: {folder / 't5'}\nsource: {folder / 'collection'}\ndtype: float32\nnum_queries: 3\nmax_length: 6\n"
