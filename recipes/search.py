@@ -2,7 +2,8 @@
 
 python recipes/search.py --student outputs/quickstart/student --data.source builtin [--teacher PATH] [--k 5]
 
-The student is dense or sparse. With --sparse_student PATH beside a dense student, these two are fused.
+The student is dense or sparse. With --sparse_student PATH beside a dense student, these two are fused. With
+--expansion.path FOLDER, BM25 has the generated queries of recipes/expand.py beside the passages.
 
 The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
 one a line, where it is no terminal; --json prints one line of JSON a question.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tct_hf import pipeline
-from tct_hf.evaluation.report_settings import HybridSettings
+from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
 from tct_hf.pipeline import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
 
@@ -39,7 +40,9 @@ class Settings:
     width: int = setting(160, "characters of a passage to show; JSON has all")
     index_dir: str | None = setting(None, "where vectors and indexes are kept; in the cache when none")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
+    dims: int | None = setting(None, "first dimensions to search a dense student with, exactly; all when none")
     hybrid: HybridSettings = field(default_factory=HybridSettings)
+    expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
     data: DataSettings = field(default_factory=DataSettings)
 
 
@@ -72,7 +75,15 @@ def main(settings: Settings) -> None:
     tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {stores.folder}")
     teacher = open_teacher(settings.teacher) if settings.teacher is not None else None
     depth = max(settings.depth, settings.k)
-    searcher = Searcher(stores, teacher=teacher, depth=depth, hybrid=settings.hybrid, sparse_stores=beside)
+    searcher = Searcher(
+        stores,
+        teacher=teacher,
+        depth=depth,
+        hybrid=settings.hybrid,
+        sparse_stores=beside,
+        expansion=settings.expansion,
+        dims=settings.dims,
+    )
     tell(
         f"fused: {searcher.fusion}; -: not among the first {depth} of that system, or, for "
         "BM25, without a word of the question; counts as the lowest score of that list"

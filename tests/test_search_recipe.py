@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tct_hf.data.collection import Collection
-from tct_hf.evaluation.report_settings import HybridSettings
+from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
 from tct_hf.evaluation.searcher import Searcher
 from tct_hf.evaluation.stores import Stores, open_student, open_teacher
 from tests.recipe import ROOT
@@ -46,6 +46,8 @@ def make_searcher(material: Material, collection: Collection, folder: Path, **op
         stores,
         teacher=options.pop("teacher", None),
         depth=options.pop("depth", 20),
+        expansion=options.pop("expansion", None),
+        dims=options.pop("dims", None),
         hybrid=HybridSettings(**options),
     )
 
@@ -133,6 +135,35 @@ def test_without_judgements_ranks_are_fused(material: Material, tmp_path: Path) 
     searcher = make_searcher(material, collection, tmp_path)
     assert searcher.alpha is None and "reciprocal ranks" in searcher.fusion
     assert searcher.ask("dense", 2)
+
+
+def test_first_dimensions_are_searched_as_a_truncated_student_would(material: Material, tmp_path: Path) -> None:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+    collection = material.collection()
+    searcher = make_searcher(material, collection, tmp_path, dims=8)
+    student = SentenceTransformer(str(material.student), truncate_dim=8, device="cpu")
+    scores = student.encode_document(list(collection.corpus["text"])) @ student.encode_query("dense tokens")
+    found = [hit.dense for hit in searcher.ask("dense tokens", 20, rank_by="dense")]
+    np.testing.assert_allclose(np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-4)
+    with pytest.raises(ValueError, match="dims: 4000 is not between 1 and"):
+        make_searcher(material, collection, tmp_path, dims=4000)
+
+
+def test_bm25_may_have_generated_queries(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tct_hf import write_expansions
+
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    collection = material.collection()
+    rows = [{"id": name, "queries": ["zebra"] if name == "p7" else []} for name in collection.corpus["id"]]
+    write_expansions(rows, tmp_path / "queries", settings={})
+    expansion = ExpansionSettings(path=str(tmp_path / "queries"))
+    searcher = make_searcher(material, collection, tmp_path / "kept", expansion=expansion)
+    assert "* expanded BM25 + dense" in searcher.fusion
+    assert [hit.id for hit in searcher.ask("zebra", 5, rank_by="bm25")] == ["p7"]
+    # The passages alone have an index of their own beside it.
+    assert make_searcher(material, collection, tmp_path / "kept").ask("zebra", 5, rank_by="bm25") == []
 
 
 def test_a_given_weight_is_not_tuned(material: Material, tmp_path: Path) -> None:

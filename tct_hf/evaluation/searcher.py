@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.report_settings import HybridSettings
+from tct_hf.evaluation.report_checks import check_expansion
+from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
 from tct_hf.evaluation.stores import Stores
+from tct_hf.evaluation.systems import check_dims
 from tct_hf.evaluation.tuning import check_weight, tuning_queries
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.dense_engine import factory_for
@@ -49,6 +51,11 @@ class Searcher:
         hybrid: the weight of BM25 (of the sparse student, where there are two), or where it is tuned; where there is
             nothing to tune it on, ranks are fused.
         sparse_stores: of a sparse student beside a dense one.
+        expansion: of the passages in BM25; None, or one without a path, takes the passages alone.
+        dims: first dimensions that a dense student is searched with, exactly; all when None.
+
+    Raises:
+        ValueError: a weight out of range, or dimensions that the student does not have; and as `Stores`.
 
     Attributes:
         systems: what there is to show, keys of SYSTEMS.
@@ -62,19 +69,32 @@ class Searcher:
         depth: int,
         hybrid: HybridSettings,
         sparse_stores: Stores | None = None,
+        expansion: ExpansionSettings | None = None,
+        dims: int | None = None,
     ) -> None:
         check_weight(hybrid)
+        if expansion is None or expansion.path is None:
+            expansion = None
+        else:
+            check_expansion(expansion)
+        if dims is not None and stores.is_sparse:
+            raise ValueError("dims: a sparse student's first dimensions are no smaller student; leave it out")
+        check_dims([dims], stores.student.get_embedding_dimension())
+        self._expansion, self._dims = expansion, dims
         self._stores, self._teacher, self._depth, self._hybrid = stores, teacher, depth, hybrid
         self._students: dict[str, tuple[Stores, Any]] = {}
         if not stores.is_sparse:
-            # Tuned for a k of its own, so that another depth finds the same index.
-            dense = stores.dense(factory_for(len(stores.collection.corpus))).index
+            if dims is not None:
+                dense = stores.first_dims(dims).index
+            else:
+                # Tuned for a k of its own, so that another depth finds the same index.
+                dense = stores.dense(factory_for(len(stores.collection.corpus))).index
             self._students["dense"] = (stores, dense)
         else:
             sparse_stores = stores
         if sparse_stores is not None:
             self._students["sparse"] = (sparse_stores, sparse_stores.sparse().index)
-        self._bm25 = stores.bm25().index
+        self._bm25 = (stores.bm25() if expansion is None else stores.expanded(expansion)).index
         # The first is multiplied by alpha.
         self._fused = ("sparse", "dense") if len(self._students) > 1 else ("bm25", next(iter(self._students)))
         self.systems = [
@@ -122,7 +142,10 @@ class Searcher:
         if system == "bm25":
             return self._bm25.run(queries, self._depth)
         stores, index = self._students[system]
-        run: Run = index.run(list(queries), stores.encode_queries(queries), self._depth)
+        vectors = stores.encode_queries(queries)
+        if system == "dense" and self._dims is not None:
+            vectors = stores.sliced(vectors, self._dims)[:]
+        run: Run = index.run(list(queries), vectors, self._depth)
         return run
 
     def _join(self, weighted: Run, first: Run) -> Run:
@@ -141,11 +164,17 @@ class Searcher:
     def _choose_alpha(self) -> tuple[float | None, str]:
         """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""
         weighted, first = (SYSTEMS[name] for name in self._fused)
+        if self._expansion is not None and self._fused[0] == "bm25":
+            weighted = f"expanded {weighted}"
         if self._hybrid.alpha is not None:
             return self._hybrid.alpha, f"{self._hybrid.alpha:g} * {weighted} + {first}"
         tuned_by: dict[str, Any] = {"hybrid": asdict(self._hybrid), "depth": self._depth}
         if len(self._students) > 1:
             tuned_by["sparse_student"] = self._students["sparse"][0].depends["student"]
+        if self._dims is not None:
+            tuned_by["dims"] = self._dims
+        if self._expansion is not None and self._fused[0] == "bm25":
+            tuned_by["expansion"] = self._expansion.depends()
         digest = hashlib.sha256(json.dumps(tuned_by, sort_keys=True).encode()).hexdigest()
         folder = self._stores.folder / "fusion" / digest[:16]
         claim(folder, {**self._stores.depends, **tuned_by})

@@ -83,6 +83,11 @@ def describe_expansion(
     scores_sha256 = None
     if drop_share:
         scores = folder / store.SCORES_FOLDER
+        if not scores.is_dir():
+            raise FileNotFoundError(
+                f"{scores}: drop_share is {drop_share}, but the queries have no scores: score them with "
+                "score_expansions (recipes/expand.py --teacher), or leave drop_share at 0"
+            )
         store.read_manifest(scores, "scores")
         scores_sha256 = file_digest(scores / store.MANIFEST_FILE)
     return {
