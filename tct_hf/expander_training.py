@@ -90,6 +90,7 @@ def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tu
     )
     wrapped.model_input_names = ["input_ids", "attention_mask"]
     set_seed(seed)
+    undeclared: dict[str, Any] = {"decoder_start_token_id": 0}  # T5 reads it, T5Config does not declare it
     config = T5Config(
         vocab_size=len(wrapped),
         d_model=sizes.d_model,
@@ -100,7 +101,7 @@ def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tu
         num_heads=sizes.heads,
         pad_token_id=0,
         eos_token_id=1,
-        decoder_start_token_id=0,
+        **undeclared,
     )
     return T5ForConditionalGeneration(config), wrapped
 
