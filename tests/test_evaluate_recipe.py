@@ -180,7 +180,7 @@ def test_two_processes_encode_together_and_one_reports(material: Material, tmp_p
     import subprocess
 
     from tests.recipe import environment, launch
-    from tests.test_distributed import free_port
+    from tests.warm_process import free_port
 
     words = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
     done = subprocess.run(

@@ -18,7 +18,7 @@ from tct_hf import validate_checkpoint
 from tct_hf.files import LOG_FILE
 from tests.models import tiny_colbert, tiny_modernbert
 from tests.recipe import RECIPE, STEPS, in_this_process, killed_at, launch, run, write_material
-from tests.test_distributed import free_port
+from tests.warm_process import free_port
 
 SYSTEMS = ["bm25", "base-native", "base-tct", "student", "teacher"]
 TITLES = ["BM25", "base encoder, its own encoding", "base encoder, TCT encoding", "student", "ColBERT teacher"]

@@ -264,7 +264,9 @@ def test_a_teacher_card_gives_the_scale_where_it_is_known(student: Path) -> None
 
 def test_a_sparse_card_says_what_it_was_trained_with(tmp_path: Path) -> None:
     types = ["sentence_transformers.x.MLMTransformer", "sentence_transformers.x.SpladePooling"]
-    write_json_atomic(tmp_path / "modules.json", [{"type": kind, "path": f"{i}_X"} for i, kind in enumerate(types)])
+    write_json_atomic(
+        tmp_path / "modules.json", [{"type": kind, "path": f"{i}_X" if i else ""} for i, kind in enumerate(types)]
+    )
     write_json_atomic(tmp_path / "config.json", {"hidden_size": 32, "vocab_size": 99})
     write_json_atomic(tmp_path / "config_sentence_transformers.json", {"model_type": "SparseEncoder"})
     plain = CardFacts(**{**asdict(FACTS), "teacher": None})
