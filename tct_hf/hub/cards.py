@@ -370,7 +370,8 @@ def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
 def _shape(folder: Path) -> dict[str, Any]:
     """What the files say of vectors and lengths."""
     modules = read_modules(folder, route="document")
-    encoder = folder / modules[0]["path"] if modules else folder
+    # At the root, but for that of a Router.
+    encoder = folder if (folder / "config.json").is_file() or not modules else folder / modules[0]["path"]
     settings = read_json(encoder / "sentence_bert_config.json") or {}
     config = read_json(encoder / "config.json") or {}
     own = read_json(folder / "config_sentence_transformers.json") or {}
