@@ -82,7 +82,7 @@ def table(summary: dict[str, Any], teacher: str) -> str:
         "rows": f"{summary['rows']:,}",
         "candidates a row": f"{summary['candidates']:,}",
         "positive on top": "" if on_top is None else f"{on_top:.1%}",
-        "mean margin": "" if margin is None else f"{margin:.2f}",
+        "mean margin": "" if margin is None else f"{round(margin, 2) + 0.0:.2f}",
         f"{scores['kind']}, least to most (mean)": f"{least} to {most} ({mean})",
         "shards": f"{summary['shards']:,}",
     }

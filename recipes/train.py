@@ -133,7 +133,8 @@ def main(settings: Settings) -> None:
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
     if "teacher" in settings.stages:
         if not settings.teacher.is_trained_here:
-            stages.skip("teacher", f"{settings.teacher.model or settings.teacher.scores} is used as it is")
+            name = settings.teacher.model or f"the table or column of scores {settings.teacher.scores}"
+            stages.skip("teacher", f"{name} is used as it is")
         elif finished["teacher"]:
             stages.skip("teacher", "it is trained")
         else:

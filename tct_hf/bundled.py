@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,24 @@ BUNDLED = {
         extra="quickstart",
     )
 }
+
+
+@contextmanager
+def told_when_missing(name_or_path: str) -> Iterator[None]:
+    """Say in one line which model a library could not find or read.
+
+    Args:
+        name_or_path: folder or Hub id that is loaded.
+
+    Raises:
+        OSError: what the library raised, in its first line and with the name; a FileNotFoundError stays one.
+    """
+    try:
+        yield
+    except OSError as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{name_or_path}: no model can be loaded, from a folder or from the Hub ({first})") from error
 
 
 def resolve_model(name_or_path: str) -> str:

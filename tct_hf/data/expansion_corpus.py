@@ -36,11 +36,14 @@ def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", 
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    from tct_hf.bundled import told_when_missing
     from tct_hf.teachers import check_dtype, compute_dtype
 
     check_dtype(dtype)
     place = torch.device("cpu" if device is None else device)
-    if not AutoConfig.from_pretrained(name_or_path).is_encoder_decoder:
+    with told_when_missing(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path)
+    if not config.is_encoder_decoder:
         raise ValueError(
             f"{name_or_path}: no seq2seq model (T5, BART ...): name one that was trained to write queries"
         )
