@@ -90,7 +90,8 @@ def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tu
     )
     wrapped.model_input_names = ["input_ids", "attention_mask"]
     set_seed(seed)
-    config = T5Config(
+    make_config: Any = T5Config
+    config = make_config(
         vocab_size=len(wrapped),
         d_model=sizes.d_model,
         d_kv=sizes.d_model // sizes.heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -142,10 +143,10 @@ def decode(model: Any, inputs: Any, uniform: Tensor, *, top_k: int, max_length: 
         found.extend([token for token in row if token >= 0] for row in drawn.tolist())
         return input_ids
 
-    # Ours alone decides: what a checkpoint recommends beside (beams, its own top-k, temperature) does not count.
-    model.generate(
-        **inputs,
-        custom_generate=loop,
+    # Ours alone decides: what a checkpoint recommends beside (beams, its own length) does not count.
+    config = copy.deepcopy(model.generation_config)
+    config.update(
+        max_length=None,
         max_new_tokens=max_length,
         do_sample=False,
         num_beams=1,
@@ -153,6 +154,7 @@ def decode(model: Any, inputs: Any, uniform: Tensor, *, top_k: int, max_length: 
         use_cache=True,
         cache_implementation=None,
     )
+    model.generate(**inputs, generation_config=config, custom_generate=loop)
     return found
 
 

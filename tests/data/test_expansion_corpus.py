@@ -257,10 +257,11 @@ def test_other_seq2seq_families_write_too(model: tuple[Any, Any], tmp_path: Path
         init_std=0.4,
     )
     bart = BartForConditionalGeneration(config).eval()
+    bart.generation_config.update(max_length=20, num_beams=4, early_stopping=True)  # as published ones
     texts = [(row["id"], row["text"]) for row in passages()]
     written = generate((bart, model[1]), texts)
     assert written == generate((bart, model[1]), texts, tokens_per_pass=60)
     greedy = generate((bart, model[1]), texts, num_queries=1, top_k=1, max_length=7)
     inputs = model[1]([text for _, text in texts], padding=True, return_tensors="pt")
-    tokens = bart.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=7)
+    tokens = bart.generate(**inputs, do_sample=False, num_beams=1, early_stopping=False, max_new_tokens=7)
     assert [row[0] for row in greedy] == [t.strip() for t in model[1].batch_decode(tokens, skip_special_tokens=True)]
