@@ -40,6 +40,7 @@ class Collection:
         fingerprint: JSON-ready, says which texts and judgements results belong to.
         questions: query id to text, of questions that nobody has judged.
         also: splits that are reported beside "test", by their own names.
+        test_split: what the split of the use "test" is called in the source.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Collection:
     fingerprint: dict[str, Any]
     questions: dict[str, str] = field(default_factory=dict)
     also: dict[str, Split] = field(default_factory=dict)
+    test_split: str = "test"
     _index: BM25Index | None = None
 
     def bm25(self) -> BM25Index:
@@ -146,7 +148,7 @@ class Collection:
                 for every in (splits, also)
             )
         name = f"{self.name}, a part"
-        return Collection(name, corpus, splits, _fingerprint(corpus, splits), self.questions, also)
+        return Collection(name, corpus, splits, _fingerprint(corpus, splits), self.questions, also, self.test_split)
 
     def hold_out_dev(self, share: float) -> None:
         """Take a share of the train queries, drawn by a hash of the id, for dev where there is no dev split.
@@ -329,11 +331,12 @@ def load_collection(
         from tct_hf.data.beir import load_beir_corpus
 
         corpus = load_beir_corpus(source)
+    named: dict[str, Any] = {"also": more, "test_split": test_split}
     if source == BUILTIN:
         from tct_hf.data.builtin import builtin_fingerprint
 
-        return Collection("built-in API docs", corpus, splits, builtin_fingerprint(packages=packages), also=more)
-    return Collection(source, corpus, splits, _fingerprint(corpus, splits), also=more)
+        return Collection("built-in API docs", corpus, splits, builtin_fingerprint(packages=packages), **named)
+    return Collection(source, corpus, splits, _fingerprint(corpus, splits), **named)
 
 
 def _load(source: str, packages: Sequence[str], split: str) -> tuple[Any, dict[str, str], dict[str, dict[str, int]]]:

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,9 @@ class Work:
             self.depends["expansion"] = settings.expansion.depends()
         if sparse_stores is not None:
             self.depends["sparse_student"] = sparse_stores.depends["student"]
+        if self.tuning != tuning_queries(replace(collection, also={}), settings.hybrid):
+            # Runs of the tuning queries are of those that are left: with other further splits they would be others.
+            self.depends["also_report"] = {name: queries_digest(split) for name, split in collection.also.items()}
         self.models: dict[str, Any] = {"student": None, "teacher": None}
         self.dims = list(dims)
         self.bf16 = False

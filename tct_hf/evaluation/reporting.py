@@ -184,7 +184,7 @@ def _assemble(
         collection={
             "name": work.collection.name,
             "passages": len(work.collection.corpus),
-            "split": "test",
+            "split": work.collection.test_split,
             "queries": len(qrels),
             "fingerprint": work.collection.fingerprint,
         },

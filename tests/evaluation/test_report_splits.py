@@ -180,6 +180,15 @@ def test_queries_of_a_further_split_are_not_tuned_on(material: Material) -> None
     assert tuning is not None and tuning.split == "train"
 
 
+def test_a_further_split_that_takes_tuning_queries_needs_a_folder_of_its_own(
+    report: Report, output: Path, material: Material
+) -> None:
+    found = collection(material)
+    found.also["graded"].queries["other-id"] = next(iter(found.splits["dev"].queries.values()))
+    with pytest.raises(ValueError, match=r"also_report = None, but now also_report = .'graded'"):
+        build_report(found, str(material.student), output, settings=tiny_settings(material), write=lambda line: None)
+
+
 def test_dev_can_be_reported_and_is_then_not_tuned_on(material: Material) -> None:
     found = load_collection(str(material.beir), also=["dev"])
     assert "dev" not in found.splits and len(found.also["dev"].queries) == 10
@@ -191,6 +200,7 @@ def test_dev_can_be_reported_and_is_then_not_tuned_on(material: Material) -> Non
 def test_a_part_of_a_collection_has_its_further_splits(material: Material) -> None:
     part = collection(material).part(queries=3)
     assert len(part.also["graded"].queries) == 3 == len(part.also["graded"].qrels)
+    assert load_collection(str(material.beir), test_split="dev").part(queries=3).test_split == "dev"
     assert collection(material).fingerprint == collection(material, also=()).fingerprint
 
 

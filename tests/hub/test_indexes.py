@@ -121,6 +121,15 @@ def test_a_bm25_index_comes_back(hub: LoopbackHub, tmp_path: Path) -> None:
         DenseIndex.from_hub("tester/words")
 
 
+def test_the_card_of_an_expanded_bm25_index_says_so(hub: LoopbackHub) -> None:
+    expansion = {"model": "a/writer", "num_queries": 40, "drop_repeats": False, "scores_sha256": None}
+    BM25Index.build(PASSAGES, IDS, expansion=expansion).push_to_hub("tester/words", license="mit")
+    assert BM25Index.from_hub("tester/words").settings["expansion"] == expansion
+    card = hub.files("tester/words", kind="datasets")["README.md"].decode()
+    assert "each with queries that were generated for it" in card and "expansion: model" in card
+    assert "expansion: num_queries" in card and "drop_repeats" not in card and "{" not in card.split("expansion:")[1]
+
+
 def test_an_altered_download_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
     from tests.loopback_hub import Blob
 
