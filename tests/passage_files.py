@@ -113,7 +113,7 @@ def results(folder: Path) -> dict[str, object]:
 
 
 def without_times(value: object) -> object:
-    timed = re.compile("second|latency|throughput|_ms|per_s|timed|time|environment|date")
+    timed = re.compile("second|latency|throughput|_ms|per_s|timed|time|load_average|notes|environment|date")
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if not timed.search(key)}
     return [without_times(item) for item in value] if isinstance(value, list) else value

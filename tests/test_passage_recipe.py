@@ -29,8 +29,10 @@ KILLED = {
     "expansion": "of 60 passages",
     "index": "passages, with",
     "report": "search 2 of",
+    "index-hn": "passages, with",
     "report-hn": "time 1 of",
     "release": "checking the vectors",
+    "release-hn": "checking the vectors",
 }
 
 
