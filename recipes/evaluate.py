@@ -28,7 +28,7 @@ class Settings(ReportSettings):
     sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
     teacher: str | None = setting(None, "folder or Hub id of a ColBERT; the report does without when none")
     dims: list[int] | None = setting(
-        None, "first dimensions of the student to measure alone too; those it was trained at when none"
+        None, "first dimensions of the student to measure alone too; those a recipe trained it at when none"
     )
     runs: dict[str, str] = setting({}, "name to TREC file of another system's run on the reported queries")
     data: DataSettings = field(default_factory=DataSettings)

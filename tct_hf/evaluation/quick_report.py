@@ -314,7 +314,9 @@ def quick_report(
         write(f"  no losses.png: {error}")
     sparse = kind_of(student) == "sparse"
     loader = "SparseEncoder" if sparse else "SentenceTransformer"
-    kept = f"in {_NAMES[encoding]} encoding a passage keeps {document_length} tokens."
+    # A sparse student reads its base's own input, whatever the teacher's.
+    whose = "for the student" if sparse else f"in {_NAMES[encoding]} encoding"
+    kept = f"{whose} a passage keeps {document_length} tokens."
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",
