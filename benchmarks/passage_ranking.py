@@ -25,10 +25,10 @@ RECIPE = ROOT / "recipes" / "msmarco-passage"
 # The names of the first run's steps, and a line of each at which something is done and something is left.
 KILLED = {
     "data": "sample:",
-    "teacher": "step    15 of",
-    "student": "step    15 of",
+    "teacher": "step     9 of",
+    "student": "step     9 of",
     "rounds": "round 1: student",
-    "expander": "step    15 of",
+    "expander": "step     9 of",
     "expansion": "passages",
     "index": "passages",
     "report": "search 2 of",
