@@ -76,13 +76,12 @@ def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tu
     if sizes.d_model % sizes.heads:
         raise ValueError(f"sizes.d_model is {sizes.d_model}, which {sizes.heads} heads don't divide.")
     special = ["<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
+    # Not Unigram: its trainer gives another vocabulary each time, and a run that goes on makes its tokenizer anew.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=sizes.vocabulary, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=sizes.vocabulary, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     wrapped = PreTrainedTokenizerFast(
