@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report, check_student
     from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student
     from tct_hf.quiet import quieten
-    from tct_hf.training import process_state
+    from tct_hf.stages import process_state
 
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to evaluate, for instance --student PATH")

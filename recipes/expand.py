@@ -43,8 +43,8 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf import expand_corpus
     from tct_hf.quiet import quieten
+    from tct_hf.stages import process_state
     from tct_hf.teacher_settings import OneTeacher, check_part
-    from tct_hf.training import process_state
 
     if settings.teacher is not None:
         check_part(OneTeacher(kind=settings.kind, model=settings.teacher), "", model="teacher")

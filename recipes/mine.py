@@ -41,7 +41,7 @@ class Settings(MiningSettings):
 def main(settings: Settings) -> None:
     from tct_hf import rounds
     from tct_hf.quiet import quieten
-    from tct_hf.training import precision, process_state
+    from tct_hf.stages import precision, process_state
 
     if settings.model is not None and settings.run is not None:
         raise SettingsError("model, run: candidates come from one of them; leave the other out")

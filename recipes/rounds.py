@@ -36,7 +36,7 @@ def main(settings: Settings) -> None:
     from tct_hf import training_rounds
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.quiet import quieten
-    from tct_hf.training import precision, process_state
+    from tct_hf.stages import precision, process_state
 
     training_rounds.check_rounds(settings, settings.rounds)
     quieten()

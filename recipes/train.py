@@ -52,8 +52,8 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
+    from tct_hf.stages import precision, process_state
     from tct_hf.student_checks import check_student
-    from tct_hf.training import precision, process_state
 
     quieten()
     state = process_state()

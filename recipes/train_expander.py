@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
     from tct_hf import expander_training as training
     from tct_hf.data.expansion_corpus import load_expander
     from tct_hf.quiet import quieten
-    from tct_hf.training import precision, process_state
+    from tct_hf.stages import precision, process_state
 
     for name in ("passage_length", "query_length"):
         if getattr(settings, name) < 1:

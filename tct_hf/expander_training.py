@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTraining
 from tct_hf.files import is_claimed
 from tct_hf.recipe_settings import ExpanderSizes
 from tct_hf.saving import SavedWholeMixin
-from tct_hf.training import _check, _claim, _publish, _run
+from tct_hf.stages import check_stage, claim_stage, publish_stage, run_stage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,7 +144,7 @@ def train_expander(
 
     Source: Nogueira and Lin, From doc2query to docTTTTTquery, 2019.
     """
-    _check(arguments)
+    check_stage(arguments)
     if arguments.get("push_to_hub"):
         raise ValueError("training.push_to_hub: releases are of students; upload the finished folder yourself.")
     evaluates = str(arguments.get("eval_strategy", "no")) != "no"
@@ -153,7 +153,7 @@ def train_expander(
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):
         return final
-    _claim(work, settings)
+    claim_stage(work, settings)
     model, tokenizer = make_model()
 
     def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def train_expander(
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),  # pads to the longest of a batch
     )
-    _run(trainer, work, write)
+    run_stage(trainer, work, write)
 
     def save(folder: Path) -> None:
         whole = trainer.accelerator.unwrap_model(trainer.model)
@@ -188,7 +188,7 @@ def train_expander(
         tokenizer.save_pretrained(str(folder))
 
     if trainer.is_world_process_zero():
-        _publish(work, final, save)
+        publish_stage(work, final, save)
     trainer.accelerator.wait_for_everyone()
     return final
 

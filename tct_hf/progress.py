@@ -144,9 +144,77 @@ class Stages:
         return f" ({_about(self._spent / self._done * remaining)} left in all)"
 
     def _print(self, line: str) -> None:
-        if not self._enabled:
+        if self._enabled:
+            (self._write or print_at_once)(line)
+
+
+def print_at_once(line: str) -> None:
+    """Print a line and flush it."""
+    print(line, flush=True)  # a pipe or log file would otherwise hold lines back until the run ends
+
+
+class PassageProgress:
+    """Lines of progress of work on a corpus; other processes are taken to be as fast as this one.
+
+    Args:
+        total: passages in all; None: not known, and no time left is told.
+        processes: that share the work.
+        write: takes a line without its line end.
+        every: seconds between lines.
+        clock: seconds from a fixed moment, never going back.
+        enabled: False writes nothing, as for all processes but the main one.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        processes: int,
+        write: Callable[[str], None],
+        every: float,
+        clock: Callable[[], float],
+        *,
+        enabled: bool,
+    ) -> None:
+        self._total, self._processes, self._write, self._every, self._clock = total, processes, write, every, clock
+        self._enabled = enabled
+        self._begun = self._last = clock()
+        self._skipped = 0
+        self._encoded = 0
+
+    def skipped(self, passages: int) -> None:
+        """Passages that were there from an earlier run."""
+        self._skipped += passages
+
+    def encoded(self, passages: int) -> None:
+        """Passages that this process has done."""
+        self._encoded += passages * self._processes
+        if self._clock() - self._last >= self._every:
+            self._line()
+
+    def finish(self, passages: int) -> None:
+        """All passages are there."""
+        if self._enabled:
+            seconds = self._clock() - self._begun
+            fresh = passages - self._skipped
+            rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""
+            there = f" ({self._skipped:,} were there)" if self._skipped else ""
+            self._write(f"  {passages:,} passages{there} in {human_duration(seconds)}{rate}")
+
+    def _line(self) -> None:
+        now = self._clock()
+        self._last = now
+        if not self._enabled or now <= self._begun:
             return
-        if self._write is not None:
-            self._write(line)
-        else:
-            print(line, flush=True)  # a pipe or log file would otherwise hold lines back until the run ends
+        rate = self._encoded / (now - self._begun)
+        done = self._skipped + self._encoded
+        line = f"  {done:,} passages"
+        left = ""
+        if self._total is not None:
+            done = min(done, self._total)
+            line = f"  {done:,} of {self._total:,} passages"
+            left = f"   {human_duration((self._total - done) / rate)} left"
+        self._write(f"{line}   {_rate(rate)}{left}")
+
+
+def _rate(passages: float) -> str:
+    return f"{passages:,.0f} passages/s" if passages >= 10 else f"{passages:.2g} passages/s"

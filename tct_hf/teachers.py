@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tct_hf.batching import pad_tokens, parts_of_like_length, stack_columns
 from tct_hf.bundled import told_when_missing
+from tct_hf.digests import weights_digest
 from tct_hf.distributed import score_where_the_passages_are, sizes_of_all
 from tct_hf.files import write_json_atomic
 
@@ -360,13 +360,9 @@ class ColBERTTeacher(Teacher):
 
 def describe_teacher(model: MultiVectorEncoder) -> dict[str, Any]:
     """What token vectors depend on, JSON-ready: "weights", over names and values of all, and "encoding"."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     modules = [{"type": type(module).__name__, **getattr(module, "get_config_dict", dict)()} for module in model]
     return {
-        "weights": weights.hexdigest(),
+        "weights": weights_digest(model),
         "encoding": {"prompts": dict(model.prompts), "modules": json.loads(json.dumps(modules, default=str))},
     }
 

@@ -44,7 +44,7 @@ def main(model: str, output: str, killed: str = "") -> None:
     from sentence_transformers import SentenceTransformer
 
     from tct_hf.retrieval import encode_corpus, vectors
-    from tct_hf.training import process_state
+    from tct_hf.stages import process_state
 
     write_json: Any = vectors.write_json_atomic
     if killed == "vectors":

@@ -183,7 +183,7 @@ def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         ran = Ran(load_settings(module.Settings, [str(file_of(system)), *options], description=""))
 
         real_run, real_student, real_triples, real_mine = (
-            training._run,
+            training.run_stage,
             pipeline.new_student,
             Collection.triples,
             rounds.mine,
@@ -213,7 +213,7 @@ def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
             text.write_text("")
             return text
 
-        monkeypatch.setattr(training, "_run", train)
+        monkeypatch.setattr(training, "run_stage", train)
         monkeypatch.setattr(pipeline, "new_student", new_student)
         monkeypatch.setattr(Collection, "triples", triples)
         monkeypatch.setattr(rounds, "mine", mine)

@@ -77,7 +77,7 @@ def test_the_configurations_start_as_many_processes_as_they_say(tmp_path: Path, 
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from tct_hf.training import process_state\n"
+        "from tct_hf.stages import process_state\n"
         "state = process_state()\n"
         "with open(f'{sys.argv[1]}/{state.process_index}', 'w') as file:\n"
         "    file.write(str(state.num_processes))\n"

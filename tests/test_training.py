@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tct_hf import training
+from tct_hf import stages
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.training import StepLines, Stopwatch, dev_evaluator, precision, process_state, train_colbert, train_student
+from tct_hf.training import dev_evaluator, train_colbert, train_student
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.recipe import write_beir
 from tests.training import make_models, make_splade, triples
@@ -112,7 +111,7 @@ def test_a_kill_between_training_and_publishing_costs_no_step(
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "replace_dir", stop)
+        patch.setattr(stages, "replace_dir", stop)
         with pytest.raises(Stop):
             colbert(tmp_path, base)
     assert not (tmp_path / "teacher").exists()
@@ -162,63 +161,6 @@ def test_the_teacher_of_a_student_is_not_changed(tmp_path: Path) -> None:
         write=lambda line: None,
     )
     assert (path / "model.safetensors").read_bytes() == before
-
-
-def test_step_lines_tell_loss_parts_and_time_left() -> None:
-    said: list[str] = []
-    now = [0.0]
-    lines = StepLines(said.append, clock=lambda: now[0])
-    state = SimpleNamespace(global_step=20, max_steps=100, is_world_process_zero=True)
-    lines.on_train_begin(None, state, None)
-    now[0], state.global_step = 60.0, 40  # 20 steps a minute since the start
-    lines.on_log(None, state, None, logs={"loss": 1.5})
-    parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.3, "top_agreement": 0.256}
-    lines.on_log(None, state, None, logs=parts)
-    lines.on_log(None, state, None, logs={"eval_loss": 1.0})
-    lines.on_log(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": False}), None, logs=parts)
-    assert said == [
-        "  goes on after step 20 of 100",
-        "  step    40 of 100   loss 1.500   3 min left",
-        "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.300, agreement with the teacher 26%)"
-        "   3 min left",
-    ]
-
-
-def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert precision("bf16", cpu) == {"bf16": True, "use_cpu": True}
-    assert precision("fp32", torch.device("cuda")) == {"bf16": False, "use_cpu": False}
-    for has in (True, False):
-        monkeypatch.setattr(training, "has_bfloat16", lambda device, has=has: has)
-        assert precision("auto", cpu) == {"bf16": has, "use_cpu": True}
-    with pytest.raises(ValueError, match=r"precision='half' is not known: use \"auto\", \"bf16\" or \"fp32\""):
-        precision("half", cpu)
-
-
-def test_one_process_is_the_main_one() -> None:
-    state = process_state()
-    assert state.is_main_process and state.num_processes == 1
-
-
-def test_the_stopwatch_adds_up_what_each_start_took_until_its_last_checkpoint(tmp_path: Path) -> None:
-    now = [100.0]
-    state = SimpleNamespace(is_world_process_zero=True)
-    first = Stopwatch(tmp_path / "seconds.json", clock=lambda: now[0])
-    assert first.seconds() == 0
-    first.on_train_begin(None, state, None)
-    now[0] = 110.0
-    first.on_save(None, state, None)
-    now[0] = 117.0  # killed: the seven seconds since the checkpoint are done again
-    second = Stopwatch(tmp_path / "seconds.json", clock=lambda: now[0])
-    now[0] = 1000.0
-    second.on_train_begin(None, state, None)
-    now[0] = 1002.0
-    second.on_save(None, state, None)
-    now[0] = 1005.0
-    second.on_save(None, SimpleNamespace(is_world_process_zero=False), None)
-    second.on_train_end(None, state, None)
-    assert second.seconds() == 15.0
-    assert [file.name for file in tmp_path.iterdir()] == ["seconds.json"]
 
 
 @pytest.fixture

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data import expansion_store as store
+from tct_hf.data.passages import checked_passages, passage_shards
+from tct_hf.digests import tokenizer_digest, weights_digest
 from tct_hf.files import claim
+from tct_hf.progress import PassageProgress, print_at_once
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -112,7 +115,6 @@ def expand_corpus(
         OSError: the folder can't be written.
     """
     from tct_hf.data import expansion_decoding as decoding
-    from tct_hf.retrieval.encode import _passages, _print, _Progress, _shards
 
     sizes = {
         "num_queries": num_queries,
@@ -134,7 +136,8 @@ def expand_corpus(
     folder = Path(out_dir)
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     settings = {
-        "weights_sha256": _weights_digest(model, tokenizer),
+        "weights_sha256": weights_digest(model),
+        "tokenizer_sha256": tokenizer_digest(tokenizer),
         "prompt": prompt,
         "seed": seed,
         **sizes,
@@ -142,7 +145,7 @@ def expand_corpus(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
-    shards = _shards(_passages(corpus, True), shard_size)
+    shards = passage_shards(checked_passages(corpus, True), shard_size)
     shard = next(shards, None)
     if shard is None:
         raise ValueError("corpus: it has no passage; check its source.")
@@ -157,7 +160,7 @@ def expand_corpus(
     there = _there(folder)
     if state is not None:  # nobody writes a shard before all have seen which are there
         state.wait_for_everyone()
-    progress = _Progress(total, processes, write or _print, write_every, clock, enabled=rank == 0)
+    progress = PassageProgress(total, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
     number, missing, count = 0, 0, 0
     while shard:
         made_of = store.passages_digest(shard)
@@ -197,23 +200,3 @@ def expand_corpus(
 def _there(folder: Path) -> set[int]:
     """Numbers of the shards that are there."""
     return {int(file.stem) for file in folder.glob("*.parquet") if file.stem.isdecimal()}
-
-
-def _weights_digest(model: Any, tokenizer: Any) -> str:
-    """A checksum of names and values of all weights, and of the tokenizer."""
-    import hashlib
-    import json
-
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        content.pop("truncation", None)  # set by every call to the tokenizer
-        content.pop("padding", None)
-        digest.update(json.dumps(content, sort_keys=True).encode())
-    return digest.hexdigest()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data import expansion_store as store
+from tct_hf.data.passages import checked_passages
 from tct_hf.files import claim, file_digest
+from tct_hf.progress import PassageProgress, print_at_once
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -59,7 +61,6 @@ def score_expansions(
 
     Source: Gospodinov, MacAvaney, Macdonald, Doc2Query--, ECIR 2023 (arXiv 2301.03266).
     """
-    from tct_hf.retrieval.encode import _passages, _print, _Progress
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -75,8 +76,10 @@ def score_expansions(
     if state is not None:
         state.wait_for_everyone()
         teacher.to(state.device)
-    passages = _passages(corpus, True)
-    progress = _Progress(manifest["count"], processes, write or _print, write_every, clock, enabled=rank == 0)
+    passages = checked_passages(corpus, True)
+    progress = PassageProgress(
+        manifest["count"], processes, write or print_at_once, write_every, clock, enabled=rank == 0
+    )
     for number, entry in enumerate(manifest["shards"]):
         made_of = entry["sha256"]
         table = store.read_shard(place, number, "queries")

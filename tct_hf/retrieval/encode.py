@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tct_hf.data.passages import Passage, checked_passages, passage_shards
+from tct_hf.digests import tokenizer_digest, weights_digest
+from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval import vectors as stored
-from tct_hf.retrieval.ids import SeenIds, is_utf8
 from tct_hf.retrieval.text_vectors import (
     POOL,
     budget_of,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["describe_model", "encode_corpus", "encode_texts"]
 
 Precision = Literal["auto", "bf16", "fp32"]
-Passage = tuple[str, str]
 
 
 def encode_corpus(
@@ -98,7 +99,7 @@ def encode_corpus(
         raise ValueError(f"tokens_per_pass must be at least 1, got {tokens_per_pass}.")
     folder = Path(out_dir)
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    shards = _shards(_passages(corpus, allow_empty), shard_size)
+    shards = passage_shards(checked_passages(corpus, allow_empty), shard_size)
     first = next(shards, None)
     if first is None:
         raise ValueError("corpus: it has no passage; check its source.")
@@ -121,7 +122,7 @@ def encode_corpus(
 
     if total is None and hasattr(corpus, "__len__"):
         total = len(corpus)  # type: ignore[arg-type]
-    progress = _Progress(total, processes, write or _print, write_every, clock, enabled=rank == 0)
+    progress = PassageProgress(total, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
     number, missing, count = 0, 0, 0
     shard: list[Passage] | None = first
     while shard:
@@ -171,20 +172,6 @@ def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | N
     import json
     import math
 
-    import torch
-
-    weights = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    tokenizer = None
-    backend: Any = getattr(model, "tokenizer", None)
-    backend = getattr(backend, "backend_tokenizer", backend)
-    if hasattr(backend, "to_str"):
-        content = json.loads(backend.to_str())
-        content.pop("truncation", None)  # set by every call to the tokenizer
-        content.pop("padding", None)
-        tokenizer = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     if model_id is None:
         model_id = getattr(getattr(getattr(model[0], "model", None), "config", None), "_name_or_path", None)
     sparse = is_sparse_encoder(model)
@@ -199,7 +186,7 @@ def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | N
         # Infinite where nothing is cut, as with static embeddings, which JSON can't say.
         "max_length": None if longest is None or math.isinf(longest) else longest,
         **({"max_active_dims": model.max_active_dims} if sparse else {"truncate_dim": model.truncate_dim}),
-        "tokenizer_sha256": tokenizer,
+        "tokenizer_sha256": tokenizer_digest(getattr(model, "tokenizer", None)),
         "modules": json.loads(json.dumps(modules, default=str)),
     }
     digests = {
@@ -207,56 +194,9 @@ def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | N
         for part, value in encoding.items()
     }
     return {
-        "model": {"id": model_id, "weights_sha256": weights.hexdigest(), "encoding": digests},
+        "model": {"id": model_id, "weights_sha256": weights_digest(model), "encoding": digests},
         "encoding": encoding,
     }
-
-
-def _passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> Iterator[Passage]:
-    """Id and text of each passage, checked."""
-    for number, row in enumerate(_rows(corpus)):
-        for key in ("id", "text"):
-            if not isinstance(row.get(key), str):
-                raise ValueError(
-                    f"corpus: passage number {number} (id {row.get('id')!r}) has {key} = {row.get(key)!r}: it has to "
-                    "be a string; name the columns id and text, or repair the row."
-                )
-        if not allow_empty and not row["text"].strip():
-            raise ValueError(
-                f"corpus: passage {row['id']!r} (number {number}) has no words: leave it out, or encode it as it is "
-                "with allow_empty=True."
-            )
-        if not is_utf8(row["id"]):
-            raise ValueError(
-                f"corpus: the id {row['id']!r} (number {number}) has a lone surrogate, which no file can hold as "
-                "UTF-8: rename the passage."
-            )
-        yield row["id"], row["text"]
-
-
-def _rows(corpus: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    if not hasattr(corpus, "iter"):
-        yield from corpus
-        return
-    for batch in corpus.iter(1000):  # a data set gives a thousand rows in little more time than one
-        columns = {key: batch.get(key) for key in ("id", "text")}
-        for place in range(len(next(iter(batch.values())))):
-            yield {key: values[place] for key, values in columns.items() if values is not None}
-
-
-def _shards(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:
-    from itertools import islice
-
-    seen, count = SeenIds(), 0
-    while shard := list(islice(passages, size)):
-        again = seen.add([passage_id for passage_id, _ in shard])
-        if again is not None:
-            raise ValueError(
-                f"corpus: two passages have the id {shard[again][0]!r} (again at number {count + again}): give each "
-                "its own id."
-            )
-        count += len(shard)
-        yield shard
 
 
 def _refuse_not_finite(vectors: Any, shard: Sequence[Passage], plan: Mapping[str, Any]) -> None:
@@ -268,69 +208,3 @@ def _refuse_not_finite(vectors: Any, shard: Sequence[Passage], plan: Mapping[str
             f'{plan["precision"]}, stored in {plan["dtype"]}): check the weights, or encode with precision="fp32" and '
             'dtype="float32" in another folder.'
         )
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)  # a pipe or log file would otherwise hold lines back until the run ends
-
-
-class _Progress:
-    """Lines of progress; other processes are taken to be as fast as this one."""
-
-    def __init__(
-        self,
-        total: int | None,
-        processes: int,
-        write: Callable[[str], None],
-        every: float,
-        clock: Callable[[], float],
-        *,
-        enabled: bool,
-    ) -> None:
-        self._total, self._processes, self._write, self._every, self._clock = total, processes, write, every, clock
-        self._enabled = enabled
-        self._begun = self._last = clock()
-        self._skipped = 0
-        self._encoded = 0
-
-    def skipped(self, passages: int) -> None:
-        """Passages that were there from an earlier run."""
-        self._skipped += passages
-
-    def encoded(self, passages: int) -> None:
-        """Passages that this process has encoded."""
-        self._encoded += passages * self._processes
-        if self._clock() - self._last >= self._every:
-            self._line()
-
-    def finish(self, passages: int) -> None:
-        """All passages are there."""
-        from tct_hf.progress import human_duration
-
-        if self._enabled:
-            seconds = self._clock() - self._begun
-            fresh = passages - self._skipped
-            rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""
-            there = f" ({self._skipped:,} were there)" if self._skipped else ""
-            self._write(f"  {passages:,} passages{there} in {human_duration(seconds)}{rate}")
-
-    def _line(self) -> None:
-        from tct_hf.progress import human_duration
-
-        now = self._clock()
-        self._last = now
-        if not self._enabled or now <= self._begun:
-            return
-        rate = self._encoded / (now - self._begun)
-        done = self._skipped + self._encoded
-        line = f"  {done:,} passages"
-        left = ""
-        if self._total is not None:
-            done = min(done, self._total)
-            line = f"  {done:,} of {self._total:,} passages"
-            left = f"   {human_duration((self._total - done) / rate)} left"
-        self._write(f"{line}   {_rate(rate)}{left}")
-
-
-def _rate(passages: float) -> str:
-    return f"{passages:,.0f} passages/s" if passages >= 10 else f"{passages:.2g} passages/s"
