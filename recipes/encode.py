@@ -34,7 +34,7 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.stores import open_student
     from tct_hf.quiet import quieten
-    from tct_hf.retrieval import encode_corpus
+    from tct_hf.retrieval.encode_timed import encode_timed
     from tct_hf.stages import process_state
 
     if settings.model is None:
@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
         cut(model, settings.truncate_dim)
     if state.is_main_process:
         print(f"{settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}", flush=True)
-    manifest = encode_corpus(
+    manifest = encode_timed(
         model,
         corpus,
         settings.output_dir,

@@ -58,7 +58,14 @@ def main(settings: Settings) -> None:
             device, write = str(state.device), partial(print, flush=True)
             opened = open_student(settings.student, device)
             stores = Stores(collection, opened, settings.student, output, precision=settings.precision, write=write)
-            check_student(stores, settings, settings.runs, settings.dims, beside=settings.sparse_student is not None)
+            check_student(
+                stores,
+                settings,
+                settings.runs,
+                settings.dims,
+                beside=settings.sparse_student is not None,
+                teacher=settings.teacher is not None,
+            )
             stores.encode(state)
             if (name := settings.sparse_student) is not None:
                 beside, place = open_beside(stores, name, device), output / SPARSE_FOLDER

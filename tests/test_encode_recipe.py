@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -77,7 +78,9 @@ def test_a_killed_recipe_goes_on_to_the_bytes_of_an_undisturbed_one(folder: Path
     said, _ = run(folder, "killed")
     assert "60 passages (16 were there)" in said
     files = [{file.name: file.read_bytes() for file in (folder / name).iterdir()} for name in ("killed", "whole")]
+    timed = [json.loads(made.pop("encoding_seconds.json")) for made in files]  # what a report shows of building
     assert files[0] == files[1]
+    assert [one["passages_timed"] for one in timed] == [44, 60] and all(one["seconds"] > 0 for one in timed)
 
 
 def test_a_folder_of_another_setting_is_one_message(folder: Path, whole: tuple[str, str]) -> None:

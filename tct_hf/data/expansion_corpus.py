@@ -80,14 +80,16 @@ def expand_corpus(
     A shard is written aside and renamed; called again after a kill it goes on after the last whole one, once it has
     seen that model, settings and passages are the same. `load_expansions` reads the folder.
 
-    Each query is drawn with random numbers that depend on `seed`, the passage's id, the query's number and the token's
-    place alone. Files are therefore the same, byte for byte, for any number of processes and after any interruption,
-    as long as hardware, threads and libraries are the same. Another `shard_size` or `tokens_per_pass` puts other
-    passages beside one another, which changes probabilities in their last bits: in float32 all but a few queries in a
-    hundred thousand stay the same, in bfloat16 fewer. Fewer queries are the first of more, in the same sense.
+    Each query is drawn with random numbers that depend on `seed`, the passage's id, the query's number, the token's
+    place and `max_length` alone. Files are therefore the same, byte for byte, for any number of processes and after
+    any interruption, as long as hardware, threads and libraries are the same. Another `shard_size` or
+    `tokens_per_pass` puts other passages beside one another, which changes probabilities in their last bits: in
+    float32 all but a few queries in a hundred thousand stay the same, in bfloat16 fewer. Fewer queries are the first
+    of more, in the same sense.
 
     Args:
-        model: a seq2seq model in evaluation mode on the device that generates, or folder or Hub id of one.
+        model: a seq2seq model on the device that generates, or folder or Hub id of one, which is put on that of
+            `state`, and without it on an accelerator where there is one.
         corpus: passages with "id" and "text"; a data set, or any iterable, read once. One without words gets no query.
         out_dir: the folder; made when missing.
         tokenizer: of a model that is given as such.
@@ -114,6 +116,8 @@ def expand_corpus(
             a passage without id or text, or with the id of an earlier one, naming it.
         OSError: the folder can't be written.
     """
+    from sentence_transformers.util import get_device_name
+
     from tct_hf.data import expansion_decoding as decoding
 
     sizes = {
@@ -127,7 +131,8 @@ def expand_corpus(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
     if isinstance(model, (str, Path)):
-        model, tokenizer = load_expander(str(model), dtype=dtype, device=state.device if state is not None else None)
+        device = state.device if state is not None else get_device_name()
+        model, tokenizer = load_expander(str(model), dtype=dtype, device=device)
     elif tokenizer is None:
         raise ValueError("tokenizer: give that of the model, or name the model in place of loading it.")
     if tokens_per_pass is None:

@@ -25,7 +25,7 @@ _ENDED_SHARE = 0.1
 def uniform_numbers(seed: int, passage_id: str, num_queries: int, steps: int) -> np.ndarray:
     """The random numbers of a passage's queries, `(num_queries, steps)` in [0, 1).
 
-    They depend on nothing else, and the first queries have the same numbers however many there are.
+    They depend on these alone, and the first queries have the same numbers however many there are.
     """
     import numpy as np
 
@@ -43,7 +43,7 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int) -> Tensor:
 
     Args:
         logits: `(rows, vocabulary)`.
-        uniform: `(rows,)` float64 in [0, 1).
+        uniform: `(rows,)` in [0, 1), of the type that probabilities are summed in.
         top_k: at least 1.
 
     Returns:
@@ -51,9 +51,14 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int) -> Tensor:
     """
     scores, tokens = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
     tokens, order = tokens.sort(dim=-1)
-    reached = scores.gather(1, order).double().softmax(-1).cumsum(-1)
+    reached = scores.gather(1, order).to(uniform.dtype).softmax(-1).cumsum(-1)
     place = (reached <= uniform[:, None] * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=tokens.shape[1] - 1)
     return tokens.gather(1, place)[:, 0]
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The widest type of a device: Apple's have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def generate_queries(
@@ -103,7 +108,7 @@ def generate_queries(
     for group in reversed(passes([len(tokens) for tokens in ids], budget, padding_of(model.device))):
         numbers = [uniform_numbers(seed, passages[rows[item]][0], num_queries, max_length) for item in group]
         inputs = tokenizer.pad({"input_ids": [ids[item] for item in group]}, return_tensors="pt").to(model.device)
-        uniform = torch.from_numpy(np.concatenate(numbers)).to(model.device)
+        uniform = torch.from_numpy(np.concatenate(numbers)).to(model.device, exact_dtype(model.device))
         tokens = decode(model, inputs, uniform, top_k=top_k, max_length=max_length)
         texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         for place, item in enumerate(group):

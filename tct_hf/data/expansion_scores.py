@@ -15,7 +15,8 @@ from tct_hf.progress import PassageProgress, print_at_once
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from tct_hf.teachers import Teacher
+    from tct_hf.cross_encoder_teacher import CrossEncoderTeacher
+    from tct_hf.teachers import ColBERTTeacher, Teacher
 
 __all__ = ["score_expansions"]
 
@@ -40,7 +41,8 @@ def score_expansions(
     queries, and `expanded_texts(..., drop_share=0.3)` leaves the lowest out.
 
     Args:
-        teacher: a `ColBERTTeacher`, or a `CrossEncoderTeacher` of own candidates.
+        teacher: a `ColBERTTeacher`, or a `CrossEncoderTeacher` of own candidates; it scores on the device it is on,
+            with `state` on that of its process.
         corpus: the passages that were expanded, "id" and "text", in the same order; read once.
         folder: of `expand_corpus` or `write_expansions`, finished.
         depends: JSON-ready, all that the scores depend on beside the texts, for instance `describe_teacher`.
@@ -61,10 +63,9 @@ def score_expansions(
 
     Source: Gospodinov, MacAvaney, Macdonald, Doc2Query--, ECIR 2023 (arXiv 2301.03266).
     """
-
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    _check_teacher(teacher)
+    scorer = _checked_teacher(teacher)
     place = Path(folder)
     scores = place / store.SCORES_FOLDER
     manifest = store.read_manifest(place, "expansions")
@@ -75,7 +76,7 @@ def score_expansions(
             left.unlink()
     if state is not None:
         state.wait_for_everyone()
-        teacher.to(state.device)
+        scorer.to(state.device)
     passages = checked_passages(corpus, True)
     progress = PassageProgress(
         manifest["count"], processes, write or print_at_once, write_every, clock, enabled=rank == 0
@@ -89,7 +90,7 @@ def score_expansions(
         elif number % processes == rank:
             found: list[list[float]] = []
             for batch in _batches(rows, batch_size):
-                found += _scores(teacher, batch, state)
+                found += _scores(scorer, batch)
                 progress.encoded(len(batch))
             store.write_shard(scores, number, [row[0] for row in rows], "scores", found, made_of)
     if next(passages, None) is not None:
@@ -104,7 +105,7 @@ def score_expansions(
     return store.read_manifest(scores, "scores")
 
 
-def _check_teacher(teacher: Teacher) -> None:
+def _checked_teacher(teacher: Teacher) -> ColBERTTeacher | CrossEncoderTeacher:
     from tct_hf import ColBERTTeacher, CrossEncoderTeacher
 
     if isinstance(teacher, CrossEncoderTeacher) and teacher.covers == "in-batch":
@@ -116,6 +117,7 @@ def _check_teacher(teacher: Teacher) -> None:
             f"Generated queries can't be scored by a {type(teacher).__name__}: use a ColBERTTeacher or a "
             "CrossEncoderTeacher."
         )
+    return teacher
 
 
 def _with_texts(table: Any, passages: Iterator[tuple[str, str]], file: Path) -> Iterator[Row]:
@@ -139,7 +141,7 @@ def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _scores(teacher: Teacher, batch: Sequence[Row], state: PartialState | None) -> list[list[float]]:
+def _scores(teacher: ColBERTTeacher | CrossEncoderTeacher, batch: Sequence[Row]) -> list[list[float]]:
     """One score a query, of each passage of a batch."""
     import torch
     from accelerate.utils import send_to_device
@@ -155,8 +157,7 @@ def _scores(teacher: Teacher, batch: Sequence[Row], state: PartialState | None) 
     live = isinstance(teacher, ColBERTTeacher)
     passages = [text for _, text, _ in batch] if live else [batch[row][1] for row in of]
     inputs = teacher.collate(queries, [passages], [{} for _ in queries])
-    device = state.device if state is not None else torch.device("cpu")
-    matrix = teacher.score_matrix(send_to_device(inputs or {}, device), gather=False)
+    matrix = teacher.score_matrix(send_to_device(inputs or {}, teacher.model.device), gather=False)
     columns = torch.tensor(of if live else range(len(of)), device=matrix.device)
     found = matrix.gather(1, columns[:, None])[:, 0].float().cpu()
     finite = torch.isfinite(found)

@@ -46,7 +46,7 @@ also            by the name of each further split: queries, measures, relevance,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,28 +199,8 @@ class Report:
     def significance_table(self, measure: str | None = None) -> str:
         """Every system against the baseline in one measure, the first by default, as a Markdown table."""
         measure = measure or self.measures[0]
-        base = self.system(self.baseline)
-        rows = [["system", measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"]]
-        for system in [base, *(one for one in self.systems if one is not base)]:
-            mean = (
-                f"{system.effectiveness[measure]['mean']:.4f} ± {system.effectiveness[measure]['standard_error']:.4f}"
-            )
-            if system.significance is None:
-                title = f"{system.title} (baseline)" if system is base else system.title
-                rows.append([title, mean, "", "", "", ""])
-                continue
-            one = system.significance[measure]
-            rows.append(
-                [
-                    system.title,
-                    mean,
-                    f"{one['difference']:+.4f}",
-                    f"{one['better']}/{one['worse']}",
-                    _p(one["p_randomisation_holm"]),
-                    _p(one["p_t_test_holm"]),
-                ]
-            )
-        return markdown_table(rows)
+        systems = {one.key: (one.title, one.effectiveness, one.significance) for one in self.systems}
+        return significance_rows(systems, measure, self.baseline)
 
     def markdown(self) -> str:
         """What report.md holds."""
@@ -263,10 +243,16 @@ class Report:
         for measure in self.measures:
             lines += ["", f"## Significance, {measure}", "", self.significance_table(measure)]
         over = f", Holm-corrected over {others} systems" if others > 1 else ""
+        for name, split in self.also.items():
+            found = split["systems"]
+            tested = {key: (titles[key], one["effectiveness"], one["significance"]) for key, one in found.items()}
+            for measure in split["measures"]:
+                table = significance_rows(tested, measure, self.baseline)
+                lines += ["", f"## Significance, {name} ({split['queries']:,} queries), {measure}", "", table]
         lines += [
             "",
-            f"{collection['queries']:,} queries; ±: standard error of the mean; two-sided paired tests against "
-            f"{base.title}{over}.",
+            f"{collection['queries']:,} queries where no other number stands; ±: standard error of the mean; "
+            f"two-sided paired tests against {base.title}{over}.",
             "",
             "## Models",
             "",
@@ -332,6 +318,30 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def significance_rows(
+    systems: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any] | None]], measure: str, baseline: str
+) -> str:
+    """Systems against a baseline in one measure, as a Markdown table.
+
+    Args:
+        systems: title, effectiveness and significance, as in report.json, by key.
+        measure: one of theirs.
+        baseline: key of a system, which comes first.
+    """
+    rows = [["system", measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"]]
+    for key in (baseline, *(key for key in systems if key != baseline)):
+        title, effectiveness, significance = systems[key]
+        found = effectiveness[measure]
+        row = [title, f"{found['mean']:.4f} ± {found['standard_error']:.4f}"]
+        if significance is None:
+            rows.append([f"{title} (baseline)" if key == baseline else title, row[1], "", "", "", ""])
+            continue
+        one = significance[measure]
+        p_values = (_p(one[name]) for name in ("p_randomisation_holm", "p_t_test_holm"))
+        rows.append([*row, f"{one['difference']:+.4f}", f"{one['better']}/{one['worse']}", *p_values])
+    return markdown_table(rows)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -108,6 +108,13 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
                         f"runs.{name}: {file} has passage {passage!r} for query {query!r}, which is not in the corpus "
                         f"of {collection.name}; give a run made on this corpus"
                     )
+    for split in settings.also_report:
+        run = read.get(measures.baseline or "")
+        if run is not None and collection.also[split].queries.keys().isdisjoint(run):
+            raise ValueError(
+                f"measures.baseline: runs.{measures.baseline} has no query of {split}, which is reported too; choose "
+                "another row"
+            )
     return read
 
 

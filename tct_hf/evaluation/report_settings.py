@@ -18,8 +18,10 @@ class MeasureSettings:
     )
     relevance: int = setting(1, "grade from which a passage is relevant, but for nDCG (TREC Deep Learning: 2)")
     depth: int = setting(100, "passages a query in the runs, and of each list that is fused")
-    baseline: Literal["dense-exact", "learned-sparse", "bm25"] | None = setting(
-        None, "what the others are tested against; the student's exact search when none"
+    baseline: str | None = setting(
+        None,
+        "key of the row that the others are tested against (bm25, dense-exact, hybrid ..., or a name in runs); the "
+        "student's exact search when none",
     )
 
 
@@ -27,10 +29,25 @@ class MeasureSettings:
 class HybridSettings:
     """How BM25 and the student's lists are fused, and what the weight is tuned on."""
 
-    alpha: float | None = setting(None, "weight of BM25 in alpha * BM25 + dense; tuned when none")
+    alpha: float | dict[str, float] | None = setting(
+        None,
+        "weight of BM25 in alpha * BM25 + student, or of several pairs by the keys of their rows, such as {hybrid: "
+        "0.1, hybrid-expanded: 0.2}; tuned where none is given",
+    )
     tune_on: Literal["auto", "dev", "train"] = setting("auto", "split alpha is tuned on; auto: dev, else train")
     tune_queries: int = setting(500, "at most so many queries of it")
     normalize: bool = setting(False, "bring the scores of both lists to one range first")
+
+    def weight(self, key: str, *, alone: bool) -> float | None:
+        """The weight that is given for a pair; None: it is tuned.
+
+        Args:
+            key: of the pair's row in a report.
+            alone: a single number is this pair's.
+        """
+        if isinstance(self.alpha, dict):
+            return self.alpha.get(key)
+        return self.alpha if alone else None
 
 
 @dataclass

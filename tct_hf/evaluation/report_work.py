@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import _processor
-from tct_hf.evaluation.first_dims import first_dims_system
+from tct_hf.evaluation.first_dims import first_dims_system, key_of
 from tct_hf.evaluation.late_interaction import LateInteraction
 from tct_hf.evaluation.report import DENSE_LEARNED, EXPANDED, LEARNED, LEARNED_BM25, LEARNED_EXPANDED
 from tct_hf.evaluation.report_settings import ReportSettings
@@ -23,6 +23,8 @@ from tct_hf.evaluation.report_systems import (
     EXACT,
     HYBRID,
     HYBRID_EXPANDED,
+    RERANKED,
+    TEACHER,
     Part,
     ReportSystem,
     hybrid_system,
@@ -67,7 +69,7 @@ class Work:
         dims: first dimensions of the student that are searched alone too.
 
     Raises:
-        ValueError: the baseline is a student that is not there, or the folder holds runs or times of other settings.
+        ValueError: the folder holds runs or times of other settings.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Work:
         self.collection, self.stores, self.output, self.settings = collection, stores, output, settings
         self.teacher, self.teacher_name, self.write = teacher, teacher_name, write
         self.sparse_stores = stores if stores.is_sparse else sparse_stores
-        self.baseline = baseline_of(settings, stores, sparse=self.sparse_stores is not None)
+        self.baseline = settings.measures.baseline or (LEARNED if stores.is_sparse else EXACT)
         self.test = collection.splits["test"]
         self.tuning: TuningQueries | None = tuning_queries(collection, settings.hybrid)
         self.depends: dict[str, Any] = {**stores.depends, "teacher": None}
@@ -139,14 +141,14 @@ class Work:
             systems += found
         of_learned, of_dense = (LEARNED_BM25, LEARNED_EXPANDED), (HYBRID, HYBRID_EXPANDED)
         keys = of_learned if self.stores.is_sparse else of_dense
-        # The weight that is given is that of BM25; every other pair has its own.
+        # A single weight that is given is that of BM25; every other pair has its own.
         for key, one in zip(keys, words, strict=False):
-            systems.append(self._hybrid(key, student, one, self.settings.hybrid.alpha if one is bm25 else None))
+            systems.append(self._hybrid(key, student, one, alone=one is bm25))
         if self.sparse_stores is not None and self.sparse_stores is not self.stores:
             learned = self._sparse_student(self.sparse_stores)
             systems.append(learned.system)
-            systems += [self._hybrid(key, learned, one, None) for key, one in zip(of_learned, words, strict=False)]
-            systems.append(self._hybrid(DENSE_LEARNED, student, learned, None))
+            systems += [self._hybrid(key, learned, one) for key, one in zip(of_learned, words, strict=False)]
+            systems.append(self._hybrid(DENSE_LEARNED, student, learned))
         if self.teacher is not None:
             late = self._late_interaction(self.teacher)
             if late.tokens is not None:
@@ -198,10 +200,11 @@ class Work:
         system = student_system(LEARNED, title, stores, stored, depth, kind="learned sparse")
         return _Searched(system, Part(stored, stores), "sparse student")
 
-    def _hybrid(self, key: str, first: _Searched, weighted: _Searched, alpha: float | None) -> ReportSystem:
+    def _hybrid(self, key: str, first: _Searched, weighted: _Searched, *, alone: bool = False) -> ReportSystem:
         """`alpha * weighted + first`, alpha tuned where it is not given."""
         title = f"{first.name} + {weighted.name}"
-        self.alphas[key] = alpha = self._tuned(title, weighted, first, alpha)
+        given = self.settings.hybrid.weight(key, alone=alone)
+        self.alphas[key] = alpha = self._tuned(title, weighted, first, given)
         return hybrid_system(
             key,
             f"{title}, alpha {alpha:.3g}" if alpha is not None else f"{title}, by rank",
@@ -334,24 +337,30 @@ class Work:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def baseline_of(settings: ReportSettings, stores: Stores, *, sparse: bool) -> str:
-    """The key of the system that the others are tested against.
+def rows_of(
+    settings: ReportSettings, passages: int, *, sparse: bool, beside: bool, teacher: bool, dims: Sequence[int]
+) -> list[str]:
+    """The keys of a report's systems, in the order of the table, before any of them is made.
 
     Args:
         settings: of the report.
-        stores: of its student.
-        sparse: there is a sparse student, this one or another.
-
-    Raises:
-        ValueError: it is search with a student that is not there.
+        passages: of the collection.
+        sparse: its student is a sparse one.
+        beside: a sparse student is reported beside a dense one.
+        teacher: there is one.
+        dims: first dimensions of the student that are searched alone too.
     """
-    asked = settings.measures.baseline
-    if asked is None:
-        return LEARNED if stores.is_sparse else EXACT
-    if (asked == EXACT and stores.is_sparse) or (asked == LEARNED and not sparse):
-        kind = "dense" if asked == EXACT else "sparse"
-        raise ValueError(f"measures.baseline: {asked} is search with a {kind} student, and none was given")
-    return asked
+    expanded = settings.expansion.path is not None
+    learned = [LEARNED_BM25, *[LEARNED_EXPANDED] * expanded]
+    rows = [BM25, *[EXPANDED] * expanded]
+    if sparse:
+        rows += [LEARNED, *learned]
+    else:
+        rows += [EXACT, ANN, *map(key_of, dims), HYBRID, *[HYBRID_EXPANDED] * expanded]
+        rows += [LEARNED, *learned, DENSE_LEARNED] * beside
+    if teacher:
+        rows += [*[TEACHER] * (passages <= settings.late_interaction.max_passages), RERANKED]
+    return rows
 
 
 def expansion_note(settings: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from tct_hf.evaluation.report_checks import check_report
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_splits import measure_systems, split_record
 from tct_hf.evaluation.report_systems import BM25, ReportSystem
-from tct_hf.evaluation.report_work import Work, baseline_of
+from tct_hf.evaluation.report_work import Work, rows_of
 from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
 from tct_hf.files import file_digest
 from tct_hf.retrieval.runs import Run
@@ -79,7 +79,8 @@ def build_report(
     if sparse_student is not None:
         model = open_beside(stores, sparse_student)
         sparse_stores = Stores(collection, model, sparse_student, output / SPARSE_FOLDER, **options)
-    sizes = check_student(stores, settings, runs, dims, beside=sparse_student is not None)
+    beside = sparse_student is not None
+    sizes = check_student(stores, settings, runs, dims, beside=beside, teacher=teacher is not None)
     loaded = open_teacher(teacher) if teacher is not None else None
     work = Work(collection, stores, loaded, teacher, output, settings, write, sparse_stores, sizes)
     systems = work.systems()
@@ -100,6 +101,7 @@ def check_student(
     dims: Sequence[int] | None,
     *,
     beside: bool,
+    teacher: bool,
 ) -> list[int]:
     """Find out before anything is encoded what can't be reported of a student.
 
@@ -109,22 +111,33 @@ def check_student(
         runs: as in :func:`build_report`.
         dims: likewise.
         beside: a sparse student is reported beside it.
+        teacher: there is one.
 
     Returns:
         The first dimensions that are measured alone too.
 
     Raises:
-        ValueError: a baseline that is not there, `dims` of a sparse student or beyond those of a dense one, or a run
-            of their name.
+        ValueError: a baseline or a weighted pair that is not there, `dims` of a sparse student or beyond those of a
+            dense one, or a run of their name.
     """
-    baseline_of(settings, stores, sparse=stores.is_sparse or beside)
-    if stores.is_sparse:
-        if dims:
-            raise ValueError(
-                "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
-            )
-        return []
-    sizes = sizes_to_measure(stores.name, dims, stores.student.get_embedding_dimension())
+    if stores.is_sparse and dims:
+        raise ValueError(
+            "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
+        )
+    sizes = [] if stores.is_sparse else sizes_to_measure(stores.name, dims, stores.student.get_embedding_dimension())
+    rows = rows_of(
+        settings,
+        len(stores.collection.corpus),
+        sparse=stores.is_sparse,
+        beside=beside,
+        teacher=teacher,
+        dims=sizes,
+    )
+    asked = settings.measures.baseline
+    if asked is not None and asked not in (*rows, *runs):
+        raise ValueError(f"measures.baseline: there is no row {asked!r}; there are {', '.join((*rows, *runs))}")
+    if isinstance(settings.hybrid.alpha, dict) and (absent := settings.hybrid.alpha.keys() - set(rows)):
+        raise ValueError(f"hybrid.alpha.{min(absent)}: this report has no such pair; leave it out")
     if taken := [key for key in map(key_of, sizes) if key in runs]:
         raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")
     return sizes

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED_BM25, LEARNED_EXPANDED
 from tct_hf.evaluation.report_checks import check_expansion
 from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
+from tct_hf.evaluation.report_systems import HYBRID, HYBRID_EXPANDED
 from tct_hf.evaluation.stores import Stores
 from tct_hf.evaluation.systems import check_dims
 from tct_hf.evaluation.tuning import check_weight, tuning_queries
@@ -166,8 +168,9 @@ class Searcher:
         weighted, first = (SYSTEMS[name] for name in self._fused)
         if self._expansion is not None and self._fused[0] == "bm25":
             weighted = f"expanded {weighted}"
-        if self._hybrid.alpha is not None:
-            return self._hybrid.alpha, f"{self._hybrid.alpha:g} * {weighted} + {first}"
+        given = self._hybrid.weight(self._pair(), alone=True)
+        if given is not None:
+            return given, f"{given:g} * {weighted} + {first}"
         tuned_by: dict[str, Any] = {"hybrid": asdict(self._hybrid), "depth": self._depth}
         if len(self._students) > 1:
             tuned_by["sparse_student"] = self._students["sparse"][0].depends["student"]
@@ -187,6 +190,15 @@ class Searcher:
         return kept["alpha"], (
             f"{kept['alpha']:.3g} * {weighted} + {first} (tuned on {kept['queries']} {kept['split']} queries)"
         )
+
+    def _pair(self) -> str:
+        """The key that the fused pair has in a report."""
+        expanded = self._expansion is not None
+        return {
+            ("sparse", "dense"): DENSE_LEARNED,
+            ("bm25", "dense"): HYBRID_EXPANDED if expanded else HYBRID,
+            ("bm25", "sparse"): LEARNED_EXPANDED if expanded else LEARNED_BM25,
+        }[self._fused]
 
     def _tuned(self) -> dict[str, Any]:
         tuning = tuning_queries(self._stores.collection, self._hybrid)

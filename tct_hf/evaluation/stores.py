@@ -95,7 +95,7 @@ class Stores:
         self._manifest: dict[str, Any] | None = None
         self._vectors: tuple[list[str], Any] | None = None
         self._bm25: Stored[BM25Index] | None = None
-        self._expanded: Stored[BM25Index] | None = None
+        self._expanded: dict[str, Stored[BM25Index]] = {}
         self._dense: dict[str, Stored[DenseIndex]] = {}
         self._learned: Stored[SparseIndex] | None = None
 
@@ -117,8 +117,9 @@ class Stores:
     @property
     def encoding_seconds(self) -> float | None:
         """What encoding the corpus took, scaled up from the part that was timed; None where nothing was."""
-        file = self.folder / "encoding_seconds.json"
-        return json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else None
+        from tct_hf.retrieval.encode_timed import encoding_seconds
+
+        return encoding_seconds(self.folder / "vectors")
 
     def encode(self, state: PartialState | None = None) -> dict[str, Any]:
         """Encode the corpus, or go on with it; `state` splits the work among processes.
@@ -126,30 +127,18 @@ class Stores:
         Returns:
             The manifest of `encode_corpus`.
         """
-        from tct_hf.retrieval.encode import encode_corpus
-        from tct_hf.retrieval.vectors import finished_shards
+        from tct_hf.retrieval.encode_timed import encode_timed
 
-        folder = self.folder / "vectors"
-        before = sum(
-            json.loads((folder / f"{shard:05d}.json").read_text(encoding="utf-8"))["count"]
-            for shard in finished_shards(folder)
-        )
-        begun = time.perf_counter()
-        manifest = encode_corpus(
+        manifest = encode_timed(
             self.student,
             self.collection.corpus,
-            folder,
+            self.folder / "vectors",
             model_id=self.name,
             precision=self._precision,
             state=state,
             write=self._write,
         )
-        seconds = time.perf_counter() - begun
-        fresh = manifest["count"] - before
         self._compared = True
-        if fresh > 0 and (state is None or state.is_main_process):
-            record = {"seconds": seconds * manifest["count"] / fresh, "passages_timed": fresh}
-            write_json_atomic(self.folder / "encoding_seconds.json", record)
         return manifest
 
     def manifest(self) -> dict[str, Any]:
@@ -211,15 +200,17 @@ class Stores:
         Args:
             settings: with a path.
         """
-        if self._expanded is None:
+        depends = settings.depends()
+        key = json.dumps(depends, sort_keys=True)
+        if key not in self._expanded:
             from tct_hf.retrieval.expanded import expanded_bm25
 
             assert settings.path is not None
             build = partial(
                 expanded_bm25, self.collection.corpus, settings.path, **settings.kept(), k1=settings.k1, b=settings.b
             )
-            self._expanded = self._stored("bm25-expanded", build, BM25Index.load, _bm25_memory, settings.depends())
-        return self._expanded
+            self._expanded[key] = self._stored("bm25-expanded", build, BM25Index.load, _bm25_memory, depends)
+        return self._expanded[key]
 
     def dense(
         self,

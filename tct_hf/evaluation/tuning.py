@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tct_hf.evaluation.report_systems import HYBRIDS
 from tct_hf.retrieval.hybrid import check_tuning_queries
 
 if TYPE_CHECKING:
@@ -31,16 +32,21 @@ class TuningQueries:
 
 
 def check_weight(settings: HybridSettings) -> None:
-    """Refuse a weight of BM25 that no fusion can take.
+    """Refuse a weight that no fusion can take.
 
     Args:
         settings: with `alpha`.
 
     Raises:
-        ValueError: it is negative or not finite.
+        ValueError: it is negative or not finite, or of a pair that there is none of.
     """
-    if settings.alpha is not None and not 0 <= settings.alpha < math.inf:
-        raise ValueError(f"hybrid.alpha: {settings.alpha} must be finite and 0 or more; leave it out to have it tuned")
+    given = settings.alpha if isinstance(settings.alpha, dict) else {"": settings.alpha}
+    for key, alpha in given.items():
+        name = f"hybrid.alpha.{key}".rstrip(".")
+        if key and key not in HYBRIDS:
+            raise ValueError(f"{name}: there is no such pair; there are {', '.join(HYBRIDS)}")
+        if alpha is not None and not 0 <= alpha < math.inf:
+            raise ValueError(f"{name}: {alpha} must be finite and 0 or more; leave it out to have it tuned")
 
 
 def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQueries | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
-from tct_hf.data.expansion_decoding import generate_queries, sample, uniform_numbers
+from tct_hf.data.expansion_decoding import exact_dtype, generate_queries, sample, uniform_numbers
 from tests.encode_worker import passages
 from tests.models import tiny_t5
 
@@ -265,3 +265,31 @@ def test_other_seq2seq_families_write_too(model: tuple[Any, Any], tmp_path: Path
     inputs = model[1]([text for _, text in texts], padding=True, return_tensors="pt")
     tokens = bart.generate(**inputs, do_sample=False, num_beams=1, early_stopping=False, max_new_tokens=7)
     assert [row[0] for row in greedy] == [t.strip() for t in model[1].batch_decode(tokens, skip_special_tokens=True)]
+
+
+def test_a_model_that_is_named_generates_on_the_accelerator(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tct_hf.data import expansion_corpus
+
+    asked: list[Any] = []
+
+    def load(name: str, *, dtype: str, device: Any) -> tuple[Any, Any]:
+        asked.append(str(device))
+        return load_expander(name, dtype=dtype)
+
+    monkeypatch.setattr(expansion_corpus, "load_expander", load)
+    monkeypatch.setattr("sentence_transformers.util.get_device_name", lambda: "cuda")
+    corpus = list(passages())[:2]
+    for number, state in enumerate((None, _State(0, 1))):
+        more: Any = {"num_queries": 1, "max_length": 2, "state": state, "write": lambda line: None}
+        expand_corpus(name, corpus, tmp_path / str(number), **more)
+    assert asked == ["cuda", "cpu"]
+
+
+def test_single_precision_draws_alike() -> None:
+    logits = torch.randn(500, 30, generator=torch.Generator().manual_seed(1))
+    uniform = torch.from_numpy(uniform_numbers(3, "p", 500, 1)[:, 0])
+    assert torch.equal(sample(logits, uniform, 10), sample(logits, uniform.float(), 10))
+    assert sample(logits, uniform.new_ones(500).float(), 10).max() < 30  # a number that was rounded up to 1
+    assert [exact_dtype(torch.device(one)) for one in ("mps", "cpu")] == [torch.float32, torch.float64]

@@ -109,3 +109,16 @@ def test_a_score_that_is_not_finite_names_query_and_passage(
     monkeypatch.setattr(colbert, "score_matrix", lambda *args, **more: real(*args, **more) * float("nan"))
     with pytest.raises(ValueError, match=r"not finite for the query 'what is \w+' of passage 'p1'"):
         score(colbert, folder)
+
+
+def test_texts_go_to_the_device_that_the_teacher_is_on(
+    colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    seen: list[Any] = []
+    monkeypatch.setattr("accelerate.utils.send_to_device", lambda inputs, device: seen.append(device) or inputs)
+    monkeypatch.setattr(type(colbert.model), "device", torch.device("cuda:3"))
+    monkeypatch.setattr(colbert, "score_matrix", lambda inputs, gather: torch.zeros(99, 99))
+    score(colbert, folder)
+    assert set(map(str, seen)) == {"cuda:3"}

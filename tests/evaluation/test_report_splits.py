@@ -21,6 +21,8 @@ from tct_hf.evaluation.report_settings import (
     MeasureSettings,
     ReportSettings,
 )
+from tct_hf.evaluation.report_work import rows_of
+from tct_hf.evaluation.stores import Stores, open_student
 from tct_hf.evaluation.tuning import tuning_queries
 from tct_hf.retrieval import read_run
 from tests.searching import Material, write_material
@@ -112,6 +114,53 @@ def test_every_pair_has_a_row_with_its_own_weight(report: Report, output: Path, 
             assert runs[2] == fuse(*runs[:2], hybrids[key]["alpha"], k=20), (key, split)
 
 
+def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(
+    report: Report, material: Material, splade: str
+) -> None:
+    settings = tiny_settings(material)
+    alpha = {"hybrid-expanded": 0.25, "dense-learned-sparse": 0.5}
+    settings = replace(
+        settings,
+        measures=replace(settings.measures, baseline="bm25-expanded"),
+        hybrid=HybridSettings(alpha=alpha),
+    )
+    made = make(material, material.folder / "weights", settings=settings, sparse_student=splade)
+    hybrids = made.tuning["hybrids"]
+    assert {key: hybrids[key]["alpha"] for key in alpha} == alpha
+    tuned = [key for key in hybrids if key not in alpha]
+    assert {key: hybrids[key]["alpha"] for key in tuned} == {
+        key: report.tuning["hybrids"][key]["alpha"] for key in tuned
+    }
+    untested = [system.key for system in made.systems if system.significance is None]
+    assert made.baseline == "bm25-expanded" and untested == ["bm25-expanded"]
+    assert "differs from expanded BM25" in made.markdown()
+    for changes, message in (
+        (
+            {"measures": replace(settings.measures, baseline="teacher")},
+            "there is no row 'teacher'; there are bm25, bm25-",
+        ),
+        ({"hybrid": HybridSettings(alpha={"hybrid": -1.0})}, r"hybrid\.alpha\.hybrid: -1\.0 must be finite"),
+        ({"hybrid": HybridSettings(alpha={"bm25": 1.0})}, r"hybrid\.alpha\.bm25: there is no such pair"),
+        ({"hybrid": HybridSettings(alpha={"learned-sparse-bm25": 1.0})}, "this report has no such pair"),
+    ):
+        refused = replace(settings, **{"hybrid": HybridSettings(), **changes})
+        with pytest.raises(ValueError, match=message):
+            make(material, material.folder / "refused", settings=refused)
+
+
+def test_the_rows_are_known_before_anything_is_made(report: Report, material: Material) -> None:
+    settings = tiny_settings(material)
+    assert rows_of(settings, 60, sparse=False, beside=True, teacher=False, dims=[]) == [
+        one.key for one in report.systems
+    ]
+    plain = replace(settings, expansion=ExpansionSettings())
+    rows = rows_of(plain, 60, sparse=False, beside=False, teacher=True, dims=[16])
+    assert rows == ["bm25", "dense-exact", "dense-ann", "dense-first-16", "hybrid", "teacher", "reranked"]
+    assert rows_of(plain, 50_001, sparse=True, beside=False, teacher=True, dims=[]) == [
+        *("bm25", "learned-sparse", "learned-sparse-bm25", "reranked"),
+    ]
+
+
 def test_a_hybrid_with_expanded_bm25_costs_both_its_parts(report: Report) -> None:
     costs = {key: report.system(key).cost for key in ("bm25-expanded", "dense-exact", "hybrid-expanded")}
     parts = [cost["disk_bytes_per_passage"] for cost in costs.values() if cost is not None]
@@ -148,6 +197,10 @@ def test_a_further_split_is_measured_on_its_judged_queries_alone(
         assert (system["significance"] is None) == (key == "dense-exact")
     shown = report.markdown()
     assert "## graded: 5 queries" in shown
+    for measure in graded["measures"]:
+        _, _, table = shown.partition(f"## Significance, graded (5 queries), {measure}\n\n")
+        rows = table.split("\n\n")[0].splitlines()
+        assert len(rows) == 2 + len(KEYS) and rows[2].startswith("| dense, exact (baseline) ")
     assert "from grade 2 on in R(rel=2)@20, from grade 1 on in R(rel=1)@20. Grades are gains in nDCG@10." in shown
 
 
@@ -240,3 +293,18 @@ def test_names_of_measure_sets_stand_for_their_measures() -> None:
     ]
     assert [relevant_from(one, 1) for one in named_measures(["msmarco-dev", "trec-dl"])] == [1, 1, None, 2, 2, 1]
     assert relevant_from("RR@10", 2) == 2
+
+
+def test_each_choice_of_generated_queries_is_an_index_of_its_own(material: Material, tmp_path: Path) -> None:
+    stores = Stores(
+        collection(material),
+        open_student(str(material.student)),
+        "student",
+        tmp_path / "kept",
+        write=lambda line: None,
+    )
+    chosen = ExpansionSettings(path=str(material.folder / "queries"), num_queries=1)
+    first = stores.expanded(chosen)
+    assert stores.expanded(replace(chosen)) is first
+    with pytest.raises(ValueError, match=r"num_queries = 1, but now expansion\.num_queries = 2"):
+        stores.expanded(replace(chosen, num_queries=2))  # not the other index
