@@ -62,7 +62,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = f"encoder: {{base_model: {folder / 'encoder'}, query_length: 16, document_length: 48}}"
     counts = {"train": 30, "tune": 12, "dev": 6, "dl19": 6, "dl20": 6}
     own = {
-        "data": "expected_passages: 80\nsplits:\n"
+        "data": "expected_passages: 80\nexpected_triples: 90\nsplits:\n"
         + "".join(f"  {n}: {{expected_queries: {c}, expected_qrels: null}}\n" for n, c in counts.items()),
         "train": f"precision: fp32\n{encoder}\nteacher:\n  dim: 16\n  {training}\nstudent:\n  {training}\n",
         "rounds": f"precision: fp32\n{encoder}\nstudent:\n  {training}\nmining: {{depth: 10}}\n"

@@ -144,7 +144,8 @@ def test_compressed_and_jsonl_files_give_the_same(files: Path, tmp_path: Path) -
     (other / "collection.tsv.gz").write_bytes(gzip.compress((other / "collection.tsv").read_bytes()))
     queries = [{"_id": q, "text": text} for q, text in lines(other / QUERIES["train"])]
     (other / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    named = source(other, collection="collection.tsv.gz")
+    (other / "collection.tsv").unlink()  # the settings name it, and its .gz is there
+    named = source(other)
     named.splits["train"].queries = "train.jsonl"
     prepare_passage_ranking(named, tmp_path / "b", cache_dir=tmp_path / "cache")
     prepare(files, tmp_path / "a")
@@ -169,6 +170,11 @@ def drop_a_passage(files: Path) -> None:
 def drop_a_judgement(files: Path) -> None:
     rows = (files / QRELS["train"]).read_text().splitlines(keepends=True)
     (files / QRELS["train"]).write_text("".join(rows[:-1]))
+
+
+def drop_a_triple(files: Path) -> None:
+    rows = (files / "triples.train.small.tsv").read_text().splitlines(keepends=True)
+    (files / "triples.train.small.tsv").write_text("".join(rows[:-1]))
 
 
 def drop_a_query(files: Path) -> None:
@@ -203,15 +209,18 @@ def empty_a_passage(files: Path) -> None:
         (judge_elsewhere, "1 judged passages are not in it, such as 'elsewhere'"),
         (empty_a_passage, "collection.tsv, line 80: the text of '79' is empty"),
         (lambda files: (files / "collection.tsv").unlink(), "collection: .*collection.tsv: no such file; download"),
+        (drop_a_triple, "triples.train.small.tsv: 89 triples, but 90 are expected: download .* set expected_triples"),
+        (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
     ],
 )
+@pytest.mark.parametrize("sample", [None, 40])
 def test_what_is_wrong_is_said_and_nothing_takes_its_name(
-    files: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+    files: Path, tmp_path: Path, sample: int | None, damage: Callable[[Path], None], message: str
 ) -> None:
     other = shutil.copytree(files, tmp_path / "other")
     damage(other)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        prepare(other, tmp_path / "out")
+        prepare(other, tmp_path / "out", sample, triples="triples.train.small.tsv", expected_triples=90)
     assert not (tmp_path / "out" / "corpus.jsonl").exists()
 
 
@@ -231,6 +240,10 @@ def test_a_folder_of_other_files_is_refused(files: Path, tmp_path: Path) -> None
     [
         ({"splits": {}}, "splits: there is none"),
         ({"splits": {"train": SplitFiles(queries="a.tsv")}}, r"splits.train.qrels: name the file"),
+        (
+            {"splits": {"train": SplitFiles("a.tsv", "b.tsv", most=0)}},
+            r"splits.train.most: 0 is below 1; leave it out",
+        ),
     ],
 )
 def test_settings_that_name_too_little_are_refused(files: Path, tmp_path: Path, change: dict, message: str) -> None:
