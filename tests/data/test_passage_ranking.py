@@ -209,19 +209,36 @@ def empty_a_passage(files: Path) -> None:
         (judge_elsewhere, "1 judged passages are not in it, such as 'elsewhere'"),
         (empty_a_passage, "collection.tsv, line 80: the text of '79' is empty"),
         (lambda files: (files / "collection.tsv").unlink(), "collection: .*collection.tsv: no such file; download"),
-        (drop_a_triple, "triples.train.small.tsv: 89 triples, but 90 are expected: download .* set expected_triples"),
-        (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
     ],
 )
-@pytest.mark.parametrize("sample", [None, 40])
 def test_what_is_wrong_is_said_and_nothing_takes_its_name(
-    files: Path, tmp_path: Path, sample: int | None, damage: Callable[[Path], None], message: str
+    files: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     other = shutil.copytree(files, tmp_path / "other")
     damage(other)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        prepare(other, tmp_path / "out", sample, triples="triples.train.small.tsv", expected_triples=90)
+        prepare(other, tmp_path / "out")
     assert not (tmp_path / "out" / "corpus.jsonl").exists()
+
+
+@pytest.mark.parametrize("sample", [None, 40])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_a_triple, "triples.train.small.tsv: 89 triples, but 90 are expected: download .* set expected_triples"),
+        (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
+    ],
+)
+def test_triples_that_are_not_whole_are_refused_before_anything_is_written(
+    files: Path, tmp_path: Path, sample: int | None, damage: Callable[[Path], None], message: str
+) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    counted = {"triples": "triples.train.small.tsv", "expected_triples": 90}
+    prepare(other, tmp_path / "whole", sample, **counted)
+    damage(other)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(other, tmp_path / "out", sample, **counted)
+    assert not (tmp_path / "out" / "queries.jsonl").exists()
 
 
 def test_a_sample_that_holds_nothing_is_refused(files: Path, tmp_path: Path) -> None:
