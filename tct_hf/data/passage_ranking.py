@@ -49,7 +49,7 @@ class PassageRankingFiles:
     splits: dict[str, SplitFiles] = setting({}, "name to the files of a split; train is trained on")
     triples: str | None = setting(
         None,
-        "query, positive, negative, as ids or texts: counted, and a sample keeps its part; it draws with BM25 when none",
+        "query, positive, negative, as ids or texts: counted; a sample keeps its part, and draws with BM25 when none",
     )
     expected_triples: int | None = setting(None, "triples there must be; unchecked when none")
 

@@ -268,13 +268,15 @@ def test_settings_that_name_too_little_are_refused(files: Path, tmp_path: Path, 
         prepare(files, tmp_path / "out", **change)
 
 
-@pytest.mark.parametrize("name", ["data.yaml", "hub.yaml"])
+@pytest.mark.parametrize("name", ["data.yaml", "hub/data.yaml"])
 def test_the_published_counts_are_checked(name: str) -> None:
     from dataclasses import make_dataclass
 
     assert read_chain(RECIPE / name).value["expected_passages"].value == 8_841_823
     schema = make_dataclass("Settings", [("output_dir", str, "")], bases=(PassageRankingFiles,))
-    splits = load_settings(schema, [str(RECIPE / name)], description="").splits
+    settings = load_settings(schema, [str(RECIPE / name)], description="")
+    splits = settings.splits
+    assert settings.expected_triples == (None if settings.triples is None else 39_780_811)
     assert splits["train"].expected_queries == 502_939
     assert (splits["dev"].expected_queries, splits["dev"].expected_qrels) == (6980, 7437)
     assert splits["dl19"].expected_queries == 43
