@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 RECIPE = ROOT / "recipes" / "msmarco-passage"
+# Of each train query.
+TRIPLES = 3
 # The names of the first run's steps, and a line of each at which something is done and something is left.
 KILLED = {
     "data": "sample:",
@@ -58,7 +60,7 @@ def write_files(source: Path, folder: Path) -> dict[str, int]:
         "dl20": held[1043:1097],
     }
     if not folder.is_dir():
-        write_passage_files(folder, corpus["text"], parts)
+        write_passage_files(folder, corpus["text"], parts, triples=TRIPLES)
     return {"passages": len(corpus), **{name: len(rows) for name, rows in parts.items()}}
 
 
@@ -69,6 +71,7 @@ def write_settings(folder: Path, counts: dict[str, int]) -> None:
     lines = [
         f"extends: {os.path.relpath(RECIPE / 'sample' / 'data.yaml', folder)}",
         f"expected_passages: {counts['passages']}",
+        f"expected_triples: {TRIPLES * counts['train']}",
         "splits:",
     ]
     for name, theirs in names.items():

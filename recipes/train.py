@@ -133,8 +133,9 @@ def main(settings: Settings) -> None:
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
     if "teacher" in settings.stages:
         if not settings.teacher.is_trained_here:
-            name = settings.teacher.model or f"the table or column of scores {settings.teacher.scores}"
-            stages.skip("teacher", f"{name} is used as it is")
+            names = [one.model or f"the table or column of scores {one.scores}" for one in settings.teacher.parts]
+            used = "is used as it is" if len(names) == 1 else "are used as they are"
+            stages.skip("teacher", f"{' and '.join(names)} {used}")
         elif finished["teacher"]:
             stages.skip("teacher", "it is trained")
         else:

@@ -99,6 +99,8 @@ def run_steps(
     start = start or _start
     done: list[Done] = []
     before = ""
+    for step in steps:  # before the first runs: a wrong file is not to be found days later
+        step.made()
     for number, step in enumerate(steps, 1):
         place = f"[{number}/{len(steps)}] {step.name}"
         words = ["python" if step.alone else launcher, *step.words]

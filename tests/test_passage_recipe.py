@@ -62,7 +62,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = f"encoder: {{base_model: {folder / 'encoder'}, query_length: 16, document_length: 48}}"
     counts = {"train": 30, "tune": 12, "dev": 6, "dl19": 6, "dl20": 6}
     own = {
-        "data": "expected_passages: 80\nsplits:\n"
+        "data": "expected_passages: 80\nexpected_triples: 90\nsplits:\n"
         + "".join(f"  {n}: {{expected_queries: {c}, expected_qrels: null}}\n" for n, c in counts.items()),
         "train": f"precision: fp32\n{encoder}\nteacher:\n  dim: 16\n  {training}\nstudent:\n  {training}\n",
         "rounds": f"precision: fp32\n{encoder}\nstudent:\n  {training}\nmining: {{depth: 10}}\n"
@@ -169,13 +169,57 @@ def test_every_command_stands_in_the_readme_and_in_its_settings() -> None:
         assert f"# {command}" in (RECIPE / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("sample", [None, 100])
-def test_the_settings_of_every_step_are_known_and_fit_together(sample: int | None) -> None:
+def test_files_elsewhere_are_those_that_training_reads_too(tmp_path: Path) -> None:
+    module = load(RECIPE / "run.py")
+
+    def options(**settings: object) -> dict[str, tuple[str, ...]]:
+        return {step.name: step.options for step in module.steps_of(module.Settings(**settings))}
+
+    write_few(tmp_path / "files")
+    triples, packed = (tmp_path / "files" / f"triples.train.small.tsv{end}" for end in ("", ".gz"))
+    for place in (triples, packed):
+        found = options(files=str(tmp_path / "files"))
+        assert found["data"] == ("--files", str(tmp_path / "files"))
+        for name in ("teacher", "student"):
+            assert found[name] == ("--stages", name, "--triples.path", str(place))
+        if place == triples:
+            triples.rename(packed)
+    assert options()["teacher"] == ("--stages", "teacher")
+    # A sample has triples of its own, and so has the Hub.
+    assert options(files=str(tmp_path / "files"), sample=9)["teacher"] == ("--stages", "teacher")
+    assert options(settings=str(RECIPE / "hub"))["teacher"] == ("--stages", "teacher")
+
+
+def test_settings_and_samples_that_would_run_something_else_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tct_hf.settings import SettingsError
+
+    module = load(RECIPE / "run.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="sample: 0 is below 1; leave it out"):
+        module.main(module.Settings(sample=0))
+    for folder in ("nowhere", "."):
+        with pytest.raises(SettingsError, match=f"settings: {folder} holds none of data.yaml, train.yaml"):
+            module.main(module.Settings(settings=folder))
+    data = tmp_path / "outputs" / "msmarco-passage" / "sample" / "data"
+    data.mkdir(parents=True)
+    (data / "counts.json").write_text("{}")
+    (data / "tct_settings.json").write_text('{"sample": 600}')
+    with pytest.raises(
+        SettingsError, match=r"outputs/msmarco-passage/sample holds .* = 600, but now it is 700; delete"
+    ):
+        module.main(module.Settings(sample=700))
+
+
+@pytest.mark.parametrize(("sample", "own"), [(None, None), (100, None), (None, "hub")])
+def test_the_settings_of_every_step_are_known_and_fit_together(sample: int | None, own: str | None) -> None:
     from tct_hf.settings import load_settings
 
     module = load(RECIPE / "run.py")
     made: set[str] = set()
-    for step in module.steps_of(module.Settings(sample=sample)):
+    splits: set[str] = set()
+    for step in module.steps_of(module.Settings(sample=sample, settings=own and str(RECIPE / own))):
         options = [word for word in step.options if word not in ("--sample", str(sample))]
         settings = load_settings(load(step.script).Settings, [str(step.settings), *options], description="")
         said = json.dumps(asdict(settings))
@@ -183,4 +227,7 @@ def test_the_settings_of_every_step_are_known_and_fit_together(sample: int | Non
         read = set(re.findall(r"outputs/msmarco-passage/[^\"]*", said)) - {settings.output_dir}
         assert all(any(place.startswith(one) for one in made) for place in read), (step.name, read)
         assert ("/sample/" in said) == (sample is not None)
+        # What a step reports on, the data has.
+        splits |= set(getattr(settings, "splits", {}))
+        assert splits >= set(getattr(settings, "also_report", {})), step.name
         made.add(settings.output_dir)

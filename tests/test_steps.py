@@ -116,6 +116,7 @@ def test_settings_without_a_folder_are_refused(steps: list[Step], run: Callable[
     Path("c.yaml").write_text("size: 1\n")
     with pytest.raises(SettingsError, match=r"c.yaml: output_dir is missing"):
         run()
+    assert not Path("out").exists()  # nor was a step before it begun
 
 
 def test_the_table_says_what_was_done_earlier() -> None:

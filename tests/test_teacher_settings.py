@@ -77,12 +77,13 @@ def test_stored_scores_teach_from_columns_and_files(
 
 
 def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
-    recipe: Callable[..., int], tmp_path: Path
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixed = "--teacher.mixed_with=[{kind: stored, scores: scores, weight: 2.0}]"
-    assert (
-        recipe(tmp_path / "out", TRIPLES, "--teacher.model=ready/colbert", mixed, *STUDENT, "--stages=[student]") == 0
-    )
+    options = [TRIPLES, "--teacher.model=ready/colbert", mixed, *STUDENT, "--stages=[teacher, student]"]
+    assert recipe(tmp_path / "out", *options) == 0
+    used = "ready/colbert and the table or column of scores scores are used as they are"
+    assert f"teacher: skipped, {used}" in capsys.readouterr().out
     resolved = (tmp_path / "out" / "settings.yaml").read_text()
     assert "mixed_with" in resolved and "weight: 2.0" in resolved
     log = json.loads((tmp_path / "out" / "student" / "training_log.json").read_text())

@@ -8,6 +8,7 @@ models and few steps, and needs no GPU.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,8 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.steps import run_steps, table
 
+    if settings.sample is not None and settings.sample < 1:
+        raise SettingsError(f"sample: {settings.sample} is below 1; leave it out for all passages")
     steps = steps_of(settings)
     names = [step.name for step in steps]
     for name in settings.steps or []:
@@ -56,6 +59,7 @@ def main(settings: Settings) -> None:
     write = partial(print, flush=True)
     # The records stand beside what the steps make.
     folder = steps[0].made().parent.parent
+    check_sample(folder, steps[0].made().parent, settings.sample)
     done = run_steps(steps, folder, only=settings.steps, launcher=settings.launcher, write=write)
     print(f"\n{table(done)}", flush=True)
 
@@ -64,16 +68,52 @@ def steps_of(settings: Settings) -> list[Step]:
     """The steps that there are settings for; an expander is trained for a sample alone."""
     from tct_hf.steps import Step
 
-    folders = [*([Path(settings.settings)] if settings.settings else []), HERE / "sample" if settings.sample else HERE]
-    of_data: tuple[str, ...] = ("--files", settings.files) if settings.files else ()
-    of_data += ("--sample", str(settings.sample)) if settings.sample else ()
-    steps: list[Step] = []
-    for name, script, file, options, makes, alone in STEPS:
-        there = [folder / file for folder in folders if (folder / file).is_file()]
-        if there:
-            more = of_data if name == "data" else ()
-            steps.append(Step(name, script, there[0], (*options, *more), makes, alone))
-    return steps
+    folders = [HERE if settings.sample is None else HERE / "sample"]
+    if settings.settings is not None:
+        own = Path(settings.settings)
+        known = dict.fromkeys(file for _, _, file, *_ in STEPS)
+        if not any((own / file).is_file() for file in known):
+            raise SettingsError(f"settings: {own} holds none of {', '.join(known)}; name the folder of your own ones")
+        folders.insert(0, own)
+    files = [folder / file for folder in reversed(folders) for _, _, file, *_ in STEPS]
+    found = {file.name: file for file in files if file.is_file()}
+    more = {"data.yaml": ("--files", settings.files) if settings.files is not None else ()}
+    if settings.sample is not None:
+        more["data.yaml"] += ("--sample", str(settings.sample))
+    else:
+        more["train.yaml"] = triples_of(found["data.yaml"], found["train.yaml"], settings.files)
+    return [
+        Step(name, script, found[file], (*options, *more.get(file, ())), makes, alone)
+        for name, script, file, options, makes, alone in STEPS
+        if file in found
+    ]
+
+
+def triples_of(data: Path, train: Path, files: str | None) -> tuple[str, ...]:
+    """Where training finds the triples that data.yaml counts, where train.yaml does not say so itself."""
+    from tct_hf.data.passage_ranking import place_of
+    from tct_hf.located_yaml import read_chain
+
+    source, said = read_chain(data).unwrap(), (read_chain(train).unwrap().get("triples") or {}).get("path")
+    name, folder = source.get("triples"), source.get("files")
+    if name is None or folder is None or said is None or Path(said) != Path(folder) / name:
+        return ()
+    place = place_of(folder if files is None else files, name)
+    return () if Path(place) == Path(said) else ("--triples.path", place)
+
+
+def check_sample(folder: Path, data: Path, sample: int | None) -> None:
+    """Refuse a folder that holds another sample: every step would refuse its own part of it."""
+    from tct_hf.data.passage_ranking import COUNTS_FILE
+    from tct_hf.files import CLAIM_FILE
+
+    if (data / COUNTS_FILE).is_file():
+        before = json.loads((data / CLAIM_FILE).read_text(encoding="utf-8"))["sample"]
+        if before != sample:
+            raise SettingsError(
+                f"sample: {folder} holds the experiment with sample = {before}, but now it is {sample}; delete the "
+                "folder, or run this from another one"
+            )
 
 
 if __name__ == "__main__":

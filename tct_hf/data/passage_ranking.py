@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tct_hf.data.beir_format import HEADER, Qrels, add_judgement, check_positives, check_record
+from tct_hf.data.hub_tables import is_hub_table, load_hub_table
 from tct_hf.data.known_positives import judgement_lines
-from tct_hf.data.lookups import HUB_ID, TSV_SUFFIXES, file_key, format_of, open_texts, read_tsv_texts
+from tct_hf.data.lookups import TSV_SUFFIXES, file_key, format_of, open_texts, read_tsv_texts
+from tct_hf.data.row_parsing import byte_lines
 from tct_hf.files import claim, write_aside, write_json_atomic
 from tct_hf.settings import setting
 
@@ -39,13 +41,17 @@ class SplitFiles:
 class PassageRankingFiles:
     """Passages, splits and triples, as they were published."""
 
-    files: str | None = setting(None, "folder that the names of files below are relative to")
+    files: str | None = setting(
+        None, "folder that the names of files below are relative to; what is not there is looked for with .gz"
+    )
     collection: str = setting("collection.tsv", "passages: a file of id and text, or a Hub id (owner/name:config)")
     expected_passages: int | None = setting(None, "passages there must be; unchecked when none")
     splits: dict[str, SplitFiles] = setting({}, "name to the files of a split; train is trained on")
     triples: str | None = setting(
-        None, "of which a sample keeps its part: query, positive, negative, as ids or texts; BM25 draws when none"
+        None,
+        "query, positive, negative, as ids or texts: counted; a sample keeps its part, and draws with BM25 when none",
     )
+    expected_triples: int | None = setting(None, "triples there must be; unchecked when none")
 
 
 @dataclass
@@ -85,8 +91,6 @@ def prepare_passage_ranking(
             sample too small to hold anything.
     """
     out = Path(out_dir)
-    if sample is None:
-        source = replace(source, triples=None)  # the training reads them as they are
     check_source(source)
     claim(out, {"source": asdict(source), "sample": sample, "files": _keys(source)})
     if (out / COUNTS_FILE).is_file():
@@ -94,17 +98,20 @@ def prepare_passage_ranking(
         counts: dict[str, Any] = json.loads((out / COUNTS_FILE).read_text(encoding="utf-8"))
         return counts
     splits = {name: _read_split(name, source) for name in source.splits}
+    triples = place_of(source.files, source.triples) if source.triples is not None else None
+    if triples is not None and source.expected_triples is not None:
+        found = _count_lines(triples, write)
+        _check_count(found, source.expected_triples, triples, "triples", "expected_triples")
     judged = {name: split.qrels for name, split in _drawn(source, splits).items()}
     for name, grades in judged.items():
         write(f"  {name}: {len(grades):,} queries, {sum(map(len, grades.values())):,} judgements")
-    collection = _place_of(source, source.collection)
+    collection = place_of(source.files, source.collection)
     passages = lambda: read_texts(collection, "passage", "collection", cache_dir)  # noqa: E731
     kept: set[str] | None = None
     if sample is not None:
         from tct_hf.data.passage_sample import draw_sample, write_triples
 
         texts = lambda: _query_texts(source, judged, cache_dir)  # noqa: E731
-        triples = _place_of(source, source.triples) if source.triples is not None else None
         drawn = draw_sample(passages, judged, texts, triples, size=sample, write=write)
         kept, judged = drawn.passages, drawn.qrels
     if not (out / "queries.jsonl").is_file():
@@ -142,6 +149,8 @@ def check_source(source: PassageRankingFiles) -> None:
         for part in ("queries", "qrels"):
             if getattr(split, part) is None:
                 raise ValueError(f"splits.{name}.{part}: name the file or Hub id that holds them")
+        if split.most is not None and split.most < 1:
+            raise ValueError(f"splits.{name}.most: {split.most} is below 1; leave it out to keep all queries")
         if split.without is not None and split.without not in source.splits:
             raise ValueError(f"splits.{name}.without: there is no split {split.without!r}")
         if split.without is not None and source.splits[split.without].without is not None:
@@ -150,8 +159,25 @@ def check_source(source: PassageRankingFiles) -> None:
             )
     for setting_name, place in _places(source):
         path = Path(place)
-        if not path.is_file() and not _is_hub(place):
+        if not path.is_file() and not (is_hub_table(place) and setting_name != "triples"):
             raise FileNotFoundError(f"{setting_name}: {path}: no such file; download it, or correct the setting")
+
+
+def place_of(files: str | None, name: str) -> str:
+    """Where something of these settings is.
+
+    Args:
+        files: folder of the files, None where names stand for themselves.
+        name: of a file, or a Hub id.
+
+    Returns:
+        The file's path below the folder, that of its .gz where this alone is there, or the Hub id as it is.
+    """
+    path = Path(name) if files is None else Path(files) / name
+    packed = path.with_name(f"{path.name}.gz")
+    if not path.is_file() and packed.is_file():
+        return str(packed)
+    return name if not path.exists() and is_hub_table(name) else str(path)
 
 
 def read_texts(source: str, what: str, setting_name: str, cache_dir: Path | None) -> Iterator[tuple[str, str, str]]:
@@ -187,7 +213,7 @@ def order_of(text_id: str) -> int:
 def _read_split(name: str, source: PassageRankingFiles) -> Judged:
     split = source.splits[name]
     assert split.qrels is not None
-    place = _place_of(source, split.qrels)
+    place = place_of(source.files, split.qrels)
     qrels: Qrels = {}
     places: dict[str, str] = {}
     count = 0
@@ -211,11 +237,7 @@ def _judgements(place: str) -> Iterator[tuple[str, list[str]]]:
     if Path(place).is_file():
         yield from judgement_lines(Path(place))
         return
-    from tct_hf.data.sources import load_from_hub
-
-    hub_id, _, rest = place.partition(":")
-    config, _, split = rest.partition(":")
-    rows = load_from_hub(hub_id, config or None, split or None)
+    rows = load_hub_table(place)
     if missing := [name for name in HEADER if name not in rows.column_names]:
         raise ValueError(f"{place}: column {missing[0]!r} is missing (there are: {', '.join(rows.column_names)})")
     for number, row in enumerate(rows):
@@ -245,7 +267,7 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels], cache
     for name, grades in judged.items():
         queries = source.splits[name].queries
         assert queries is not None
-        place = _place_of(source, queries)
+        place = place_of(source.files, queries)
         found: dict[str, str] = {}
         for where, query_id, text in read_texts(place, "query", f"splits.{name}.queries", cache_dir):
             if query_id not in grades:
@@ -255,8 +277,8 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels], cache
         for query_id in grades:
             if query_id not in found:
                 raise ValueError(
-                    f"{_place_of(source, str(source.splits[name].qrels))}: query {query_id!r} is judged, but has no "
-                    f"text in {place}; give the file of all queries as splits.{name}.queries"
+                    f"{place_of(source.files, str(source.splits[name].qrels))}: query {query_id!r} is judged, but "
+                    f"has no text in {place}; give the file of all queries as splits.{name}.queries"
                 )
         texts.update((query_id, found[query_id]) for query_id in grades)
     return texts
@@ -286,7 +308,7 @@ def _write_corpus(
             if read % 1_000_000 == 0:
                 write(f"  {read:,} passages read")
         # Before the file takes its name: one that is whole has been checked.
-        place = _place_of(source, source.collection)
+        place = place_of(source.files, source.collection)
         _check_count(read, source.expected_passages, place, "passages", "expected_passages")
         if wanted:
             raise ValueError(
@@ -305,6 +327,14 @@ def _line(text_id: str, text: str) -> str:
     return json.dumps({"_id": text_id, "text": text}, ensure_ascii=False) + "\n"
 
 
+def _count_lines(file: str, write: Callable[[str], None]) -> int:
+    number = 0
+    for number, _ in byte_lines(Path(file)):
+        if number % 10_000_000 == 0:
+            write(f"  {number:,} triples counted")
+    return number
+
+
 def _check_count(found: int, expected: int | None, place: str, what: str, setting_name: str) -> None:
     if expected is not None and found != expected:
         raise ValueError(
@@ -313,27 +343,14 @@ def _check_count(found: int, expected: int | None, place: str, what: str, settin
         )
 
 
-def _place_of(source: PassageRankingFiles, name: str) -> str:
-    """A file's path below `files`, a Hub id as it is."""
-    if source.files is None or Path(name).is_absolute():
-        return name
-    path = Path(source.files) / name
-    return name if _is_hub(name) and not path.exists() else str(path)
-
-
-def _is_hub(name: str) -> bool:
-    hub_id = name.partition(":")[0]
-    return "/" in hub_id and HUB_ID.fullmatch(hub_id) is not None and not format_of(Path(hub_id))
-
-
 def _places(source: PassageRankingFiles) -> Iterator[tuple[str, str]]:
     """Each setting that names a file or Hub id, with the place."""
-    yield "collection", _place_of(source, source.collection)
+    yield "collection", place_of(source.files, source.collection)
     for name, split in source.splits.items():
         for part in ("queries", "qrels"):
-            yield f"splits.{name}.{part}", _place_of(source, getattr(split, part))
+            yield f"splits.{name}.{part}", place_of(source.files, getattr(split, part))
     if source.triples is not None:
-        yield "triples", _place_of(source, source.triples)
+        yield "triples", place_of(source.files, source.triples)
 
 
 def _keys(source: PassageRankingFiles) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def test_compressed_and_jsonl_files_give_the_same(files: Path, tmp_path: Path) -
     (other / "collection.tsv.gz").write_bytes(gzip.compress((other / "collection.tsv").read_bytes()))
     queries = [{"_id": q, "text": text} for q, text in lines(other / QUERIES["train"])]
     (other / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    named = source(other, collection="collection.tsv.gz")
+    (other / "collection.tsv").unlink()  # the settings name it, and its .gz is there
+    named = source(other)
     named.splits["train"].queries = "train.jsonl"
     prepare_passage_ranking(named, tmp_path / "b", cache_dir=tmp_path / "cache")
     prepare(files, tmp_path / "a")
@@ -169,6 +170,11 @@ def drop_a_passage(files: Path) -> None:
 def drop_a_judgement(files: Path) -> None:
     rows = (files / QRELS["train"]).read_text().splitlines(keepends=True)
     (files / QRELS["train"]).write_text("".join(rows[:-1]))
+
+
+def drop_a_triple(files: Path) -> None:
+    rows = (files / "triples.train.small.tsv").read_text().splitlines(keepends=True)
+    (files / "triples.train.small.tsv").write_text("".join(rows[:-1]))
 
 
 def drop_a_query(files: Path) -> None:
@@ -215,6 +221,26 @@ def test_what_is_wrong_is_said_and_nothing_takes_its_name(
     assert not (tmp_path / "out" / "corpus.jsonl").exists()
 
 
+@pytest.mark.parametrize("sample", [None, 40])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_a_triple, "triples.train.small.tsv: 89 triples, but 90 are expected: download .* set expected_triples"),
+        (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
+    ],
+)
+def test_triples_that_are_not_whole_are_refused_before_anything_is_written(
+    files: Path, tmp_path: Path, sample: int | None, damage: Callable[[Path], None], message: str
+) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    counted = {"triples": "triples.train.small.tsv", "expected_triples": 90}
+    prepare(other, tmp_path / "whole", sample, **counted)
+    damage(other)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(other, tmp_path / "out", sample, **counted)
+    assert not (tmp_path / "out" / "queries.jsonl").exists()
+
+
 def test_a_sample_that_holds_nothing_is_refused(files: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sample: 4 passages can't hold those relevant to one query of"):
         prepare(files, tmp_path / "out", 4)
@@ -231,6 +257,10 @@ def test_a_folder_of_other_files_is_refused(files: Path, tmp_path: Path) -> None
     [
         ({"splits": {}}, "splits: there is none"),
         ({"splits": {"train": SplitFiles(queries="a.tsv")}}, r"splits.train.qrels: name the file"),
+        (
+            {"splits": {"train": SplitFiles("a.tsv", "b.tsv", most=0)}},
+            r"splits.train.most: 0 is below 1; leave it out",
+        ),
     ],
 )
 def test_settings_that_name_too_little_are_refused(files: Path, tmp_path: Path, change: dict, message: str) -> None:
@@ -238,13 +268,15 @@ def test_settings_that_name_too_little_are_refused(files: Path, tmp_path: Path, 
         prepare(files, tmp_path / "out", **change)
 
 
-@pytest.mark.parametrize("name", ["data.yaml", "hub.yaml"])
+@pytest.mark.parametrize("name", ["data.yaml", "hub/data.yaml"])
 def test_the_published_counts_are_checked(name: str) -> None:
     from dataclasses import make_dataclass
 
     assert read_chain(RECIPE / name).value["expected_passages"].value == 8_841_823
     schema = make_dataclass("Settings", [("output_dir", str, "")], bases=(PassageRankingFiles,))
-    splits = load_settings(schema, [str(RECIPE / name)], description="").splits
+    settings = load_settings(schema, [str(RECIPE / name)], description="")
+    splits = settings.splits
+    assert settings.expected_triples == (None if settings.triples is None else 39_780_811)
     assert splits["train"].expected_queries == 502_939
     assert (splits["dev"].expected_queries, splits["dev"].expected_qrels) == (6980, 7437)
     assert splits["dl19"].expected_queries == 43
