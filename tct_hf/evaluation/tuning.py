@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,13 +41,14 @@ def check_weight(settings: HybridSettings) -> None:
     Raises:
         ValueError: it is negative or not finite, or of a pair that there is none of.
     """
-    given = settings.alpha if isinstance(settings.alpha, dict) else {"": settings.alpha}
-    for key, alpha in given.items():
+    alpha = settings.alpha
+    given: Mapping[str, float | None] = alpha if isinstance(alpha, dict) else {"": alpha}
+    for key, weight in given.items():
         name = f"hybrid.alpha.{key}".rstrip(".")
         if key and key not in HYBRIDS:
             raise ValueError(f"{name}: there is no such pair; there are {', '.join(HYBRIDS)}")
-        if alpha is not None and not 0 <= alpha < math.inf:
-            raise ValueError(f"{name}: {alpha} must be finite and 0 or more; leave it out to have it tuned")
+        if weight is not None and not 0 <= weight < math.inf:
+            raise ValueError(f"{name}: {weight} must be finite and 0 or more; leave it out to have it tuned")
 
 
 def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQueries | None:

@@ -143,7 +143,8 @@ def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(
         ({"hybrid": HybridSettings(alpha={"bm25": 1.0})}, r"hybrid\.alpha\.bm25: there is no such pair"),
         ({"hybrid": HybridSettings(alpha={"learned-sparse-bm25": 1.0})}, "this report has no such pair"),
     ):
-        refused = replace(settings, **{"hybrid": HybridSettings(), **changes})
+        options: dict[str, Any] = {"hybrid": HybridSettings(), **changes}
+        refused = replace(settings, **options)
         with pytest.raises(ValueError, match=message):
             make(material, material.folder / "refused", settings=refused)
 
