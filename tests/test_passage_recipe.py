@@ -210,6 +210,16 @@ def test_settings_and_samples_that_would_run_something_else_are_refused(
         SettingsError, match=r"outputs/msmarco-passage/sample holds .* = 600, but now it is 700; delete"
     ):
         module.main(module.Settings(sample=700))
+    (data / "tct_settings.json").write_text('{"sample": null}')
+    with pytest.raises(SettingsError, match="sample = none, but now it is 700"):
+        module.main(module.Settings(sample=700))
+    # Data that no step of the experiment reads.
+    (tmp_path / "own").mkdir()
+    for wrong, sample, right in (("data.yaml", 700, "sample/data.yaml"), ("sample/data.yaml", None, "data.yaml")):
+        (tmp_path / "own" / "data.yaml").write_text(f"extends: {RECIPE / wrong}\n")
+        told = rf"own/data.yaml writes .*, but .*train.yaml reads .*sample = {sample or 'none'}, .* {RECIPE / right}$"
+        with pytest.raises(SettingsError, match=told):
+            module.main(module.Settings(sample=sample, settings="own"))
 
 
 @pytest.mark.parametrize(("sample", "own"), [(None, None), (100, None), (None, "hub")])

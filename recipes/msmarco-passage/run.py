@@ -56,6 +56,7 @@ def main(settings: Settings) -> None:
     for name in settings.steps or []:
         if name not in names:
             raise SettingsError(f"steps: there is no step {name!r}; there are {', '.join(names)}")
+    check_data(steps, settings.sample)
     write = partial(print, flush=True)
     # The records stand beside what the steps make.
     folder = steps[0].made().parent.parent
@@ -102,6 +103,23 @@ def triples_of(data: Path, train: Path, files: str | None) -> tuple[str, ...]:
     return () if Path(place) == Path(said) else ("--triples.path", place)
 
 
+def check_data(steps: list[Step], sample: int | None) -> None:
+    """Refuse a data.yaml that writes where training does not look: one of a sample, without one, or the reverse."""
+    from tct_hf.located_yaml import read_chain
+
+    of = {step.name: step for step in steps}
+    if "data" not in of or "teacher" not in of:
+        return
+    data, train = of["data"].settings, of["teacher"].settings
+    written, read = of["data"].made().parent, (read_chain(train).unwrap().get("data") or {}).get("source")
+    if read is None or Path(read) != written:
+        ours = (HERE if sample is None else HERE / "sample") / "data.yaml"
+        raise SettingsError(
+            f"settings: {data} writes {written}, but {train} reads {read}; with sample = {_told(sample)}, a data.yaml of "
+            f"your own extends {ours}"
+        )
+
+
 def check_sample(folder: Path, data: Path, sample: int | None) -> None:
     """Refuse a folder that holds another sample: every step would refuse its own part of it."""
     from tct_hf.data.passage_ranking import COUNTS_FILE
@@ -111,9 +129,13 @@ def check_sample(folder: Path, data: Path, sample: int | None) -> None:
         before = json.loads((data / CLAIM_FILE).read_text(encoding="utf-8"))["sample"]
         if before != sample:
             raise SettingsError(
-                f"sample: {folder} holds the experiment with sample = {before}, but now it is {sample}; delete the "
-                "folder, or run this from another one"
+                f"sample: {folder} holds the experiment with sample = {_told(before)}, but now it is {_told(sample)}; "
+                "delete the folder, or run this from another one"
             )
+
+
+def _told(sample: int | None) -> str:
+    return "none" if sample is None else str(sample)
 
 
 if __name__ == "__main__":
