@@ -125,7 +125,7 @@ def table(final: Path, pairs: int, settings: Settings) -> str:
         "pairs": f"{pairs:,}",
         "steps": f"{log[-1]['step']:,}",
         "last loss": f"{losses[-1]:.3f}" if losses else "",
-        "dev loss": f"{dev[-1]:.3f}" if dev else "",
+        **({"dev loss": f"{dev[-1]:.3f}"} if dev else {}),  # measured where training.eval_strategy asks for it
         "trained for": human_duration(log[-1]["seconds"]),
         "folder": str(final),
     }

@@ -25,6 +25,12 @@ __all__ = ["ExpanderSizes", "expander_pairs", "new_expander", "train_expander"]
 class ExpanderTrainer(SavedWholeMixin, Seq2SeqTrainer):  # type: ignore[misc]
     """transformers' seq2seq trainer, with checkpoints that are whole or not there."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        # T5 and its kin take any keyword and average over the batch at hand all the same. Believed to divide by the
+        # tokens of all batches of a step, they would add up losses and gradients where a mean is meant.
+        self.model_accepts_loss_kwargs = False
+
 
 def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
     """The relevant (passage, query) pairs of a split, in the order of its judgements.

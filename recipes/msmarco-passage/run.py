@@ -115,8 +115,8 @@ def check_data(steps: list[Step], sample: int | None) -> None:
     if read is None or Path(read) != written:
         ours = (HERE if sample is None else HERE / "sample") / "data.yaml"
         raise SettingsError(
-            f"settings: {data} writes {written}, but {train} reads {read}; with sample = {_told(sample)}, a data.yaml of "
-            f"your own extends {ours}"
+            f"settings: {data} writes {written}, but {train} reads {read}; with sample = {_told(sample)}, a "
+            f"data.yaml of your own extends {ours}"
         )
 
 

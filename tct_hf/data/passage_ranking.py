@@ -160,7 +160,9 @@ def check_source(source: PassageRankingFiles) -> None:
     for setting_name, place in _places(source):
         path = Path(place)
         if not path.is_file() and not (is_hub_table(place) and setting_name != "triples"):
-            raise FileNotFoundError(f"{setting_name}: {path}: no such file; download it, or name its folder with --files")
+            raise FileNotFoundError(
+                f"{setting_name}: {path}: no such file; download it, or name its folder with --files"
+            )
 
 
 def place_of(files: str | None, name: str) -> str:
