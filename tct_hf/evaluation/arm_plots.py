@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,14 @@ def plot_swept(
 def _lines(
     results: Mapping[str, ArmResult], argument: str, split: str, measure: str, factor: int
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Signal to (value of the argument, effectiveness, standard error), for signals whose arms all differ in it."""
+    """Signal to (value of the argument, effectiveness, standard error), for signals whose arms all differ in it.
+
+    A line is of the seeds that all its arms have.
+    """
     from tct_hf.arguments import DEFAULTS
     from tct_hf.arms import HARD, IN_BATCH, OWN
 
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+    found: dict[str, list[tuple[float, ArmResult]]] = {}
     for result in results.values():
         value = {**DEFAULTS, **result.arguments}.get(argument)
         if result.arm.signal == OWN or value is None:
@@ -118,7 +122,17 @@ def _lines(
         if argument == "temperature" and result.arm.signal == HARD:
             continue
         signal = IN_BATCH if argument == "hard_label_weight" else result.arm.signal
-        first = next(iter(result.evaluations.values()))[split]
-        bar = standard_error(list(first.per_query[measure].values()))
-        lines.setdefault(signal, []).append((factor * float(value), result.mean(split, measure), bar))
-    return {signal: points for signal, points in lines.items() if len({x for x, _, _ in points}) == len(points) > 1}
+        found.setdefault(signal, []).append((factor * float(value), result))
+    lines = {}
+    for signal, arms in found.items():
+        # A point of more seeds than its neighbours would show the other seed, not the other value.
+        seeds = set.intersection(*(set(result.evaluations) for _, result in arms))
+        if seeds and len({x for x, _ in arms}) == len(arms) > 1:
+            lines[signal] = [(x, *_point(result, sorted(seeds), split, measure)) for x, result in arms]
+    return lines
+
+
+def _point(result: ArmResult, seeds: Sequence[int], split: str, measure: str) -> tuple[float, float]:
+    """Mean and standard error over the queries, of each query's mean over some seeds."""
+    values = result.per_query(split, measure, seeds)
+    return math.fsum(values) / len(values), standard_error(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,11 @@ class ArmResult:
     def mean(self, split: str, measure: str) -> float:
         """Mean over seeds of the mean over queries."""
         return math.fsum(parts[split].mean[measure] for parts in self.evaluations.values()) / len(self.evaluations)
+
+    def per_query(self, split: str, measure: str, seeds: Iterable[int]) -> list[float]:
+        """Each query's mean over some seeds, in the order of the queries' ids."""
+        several = [self.evaluations[seed][split].per_query[measure] for seed in seeds]
+        return [math.fsum(one[query] for one in several) / len(several) for query in sorted(several[0])]
 
     def spread(self, split: str, measure: str) -> float | None:
         """Standard deviation over seeds; None for a single one."""
@@ -75,11 +80,7 @@ def difference(one: ArmResult, other: ArmResult, split: str, measure: str) -> tu
     seeds = sorted(one.evaluations.keys() & other.evaluations.keys())
     if not seeds:
         raise ValueError("the two arms have no seed in common: give them one with arms.NAME.seeds")
-    queries = sorted(one.evaluations[seeds[0]][split].per_query[measure])
-    a, b = (
-        [math.fsum(arm.evaluations[s][split].per_query[measure][q] for s in seeds) / len(seeds) for q in queries]
-        for arm in (one, other)
-    )
+    a, b = (arm.per_query(split, measure, seeds) for arm in (one, other))
     return math.fsum(a) / len(a) - math.fsum(b) / len(b), paired_randomisation_test(a, b), seeds
 
 

@@ -68,3 +68,14 @@ def test_other_comparisons_have_no_such_plot(tmp_path: Path) -> None:
     results = {"a": arm("in-batch", 8, 0.0), "b": arm("in-batch", 8, 1.0), "c": arm("in-batch", 16, 1.0)}
     assert plot_swept(results, {}, tmp_path, "test", "test", "RR@10", columns=2) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_is_of_the_seeds_that_all_its_points_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "plot_sweep", lambda lines, path, **words: drawn.update(lines))
+    results = {str(batch): arm("in-batch", batch, 0.0, 1.0) for batch in (4, 8, 16)}
+    results["8"].evaluations[3] = {"test": found(1.0, 1.0)}  # type: ignore[index]
+    results["4"].evaluations[1] = results["8"].evaluations[1] = {"test": found(1.0, 1.0)}  # type: ignore[index]
+    plot_swept(results, {}, tmp_path, "test", "test", "RR@10", columns=1)
+    points = {x: (y, bar) for x, y, bar in drawn["in-batch"]}
+    assert points == {4: (0.75, pytest.approx(0.25)), 8: (0.75, pytest.approx(0.25)), 16: (0.5, pytest.approx(0.5))}
