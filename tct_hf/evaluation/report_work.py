@@ -33,7 +33,7 @@ from tct_hf.evaluation.report_systems import (
     student_system,
 )
 from tct_hf.evaluation.stores import Stored, Stores
-from tct_hf.evaluation.tuning import TuningQueries, tuning_queries
+from tct_hf.evaluation.tuning import TuningQueries, tuning_queries, weight_text
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.teachers import describe_teacher
@@ -207,7 +207,7 @@ class Work:
         self.alphas[key] = alpha = self._tuned(title, weighted, first, given)
         return hybrid_system(
             key,
-            f"{title}, alpha {alpha:.3g}" if alpha is not None else f"{title}, by rank",
+            f"{title}, alpha {weight_text(alpha)}" if alpha is not None else f"{title}, by rank",
             first.part,
             weighted.part,
             lambda split: (self._stored(weighted.system, split), self._stored(first.system, split)),
@@ -271,7 +271,7 @@ class Work:
         left = f"; {tuning.left_out} with the text of a reported query left out" if tuning.left_out else ""
         kind = "dense" if first.name.startswith("dense") else first.name
         self.notes.append(
-            f"{which}: alpha * {weighted.name} + {kind}, alpha {found:.3g} tuned for {found.measure} on "
+            f"{which}: alpha * {weighted.name} + {kind}, alpha {weight_text(found)} tuned for {found.measure} on "
             f"{len(tuning.queries):,} {tuning.split} queries (none of them reported{left})."
         )
         return found

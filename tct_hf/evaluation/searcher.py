@@ -14,7 +14,7 @@ from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
 from tct_hf.evaluation.report_systems import HYBRID, HYBRID_EXPANDED
 from tct_hf.evaluation.stores import Stores
 from tct_hf.evaluation.systems import check_dims
-from tct_hf.evaluation.tuning import check_weight, tuning_queries
+from tct_hf.evaluation.tuning import check_weight, tuning_queries, weight_text
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.dense_engine import factory_for
 from tct_hf.retrieval.hybrid import fuse, reciprocal_rank_fusion, tune_alpha
@@ -188,7 +188,7 @@ class Searcher:
         if kept["alpha"] is None:
             return None, "by reciprocal ranks (there is no judged dev or train query to tune a weight on)"
         return kept["alpha"], (
-            f"{kept['alpha']:.3g} * {weighted} + {first} (tuned on {kept['queries']} {kept['split']} queries)"
+            f"{weight_text(kept['alpha'])} * {weighted} + {first} (tuned on {kept['queries']} {kept['split']} queries)"
         )
 
     def _pair(self) -> str:

@@ -32,6 +32,11 @@ class TuningQueries:
     left_out: int
 
 
+def weight_text(alpha: float) -> str:
+    """A weight to read: three digits that count, and large ones in full rather than in powers of ten."""
+    return f"{alpha:.3g}" if alpha < 999.5 else f"{alpha:,.0f}"
+
+
 def check_weight(settings: HybridSettings) -> None:
     """Refuse a weight that no fusion can take.
 
