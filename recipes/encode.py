@@ -32,6 +32,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    from tct_hf.data.collection import read_corpus
     from tct_hf.evaluation.stores import open_student
     from tct_hf.quiet import quieten
     from tct_hf.retrieval.encode_timed import encode_timed
@@ -42,7 +43,7 @@ def main(settings: Settings) -> None:
     quieten()
     state = process_state()
     with state.main_process_first():
-        corpus = load_corpus(settings)
+        corpus = read_corpus(settings.source, settings.packages, allow_empty=settings.allow_empty)
     model = open_student(settings.model, str(state.device))
     if settings.truncate_dim is not None:
         cut(model, settings.truncate_dim)
@@ -75,16 +76,6 @@ def cut(model: Any, size: int) -> None:
     if not 0 < size <= whole:
         raise SettingsError(f"truncate_dim: {size} is not between 1 and the {whole} dimensions of the vectors")
     model.truncate_dim = size
-
-
-def load_corpus(settings: Settings) -> Any:
-    if settings.source == "builtin":
-        from tct_hf.data import builtin_corpus
-
-        return builtin_corpus("test", packages=settings.packages)[0]
-    from tct_hf.data.beir import load_beir_corpus
-
-    return load_beir_corpus(settings.source, allow_empty=settings.allow_empty)
 
 
 def summary(manifest: dict[str, Any], folder: Path) -> str:

@@ -42,6 +42,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf import expand_corpus
+    from tct_hf.data.collection import read_corpus
     from tct_hf.quiet import quieten
     from tct_hf.stages import process_state
     from tct_hf.teacher_settings import OneTeacher, check_part
@@ -57,7 +58,7 @@ def main(settings: Settings) -> None:
     weights = {"data": 0.5, "expand": 20.0, **({} if settings.teacher is None else {"score": 5.0})}
     stages = Stages(weights, enabled=state.is_main_process)
     with stages.stage("data"), state.main_process_first():
-        corpus = load_corpus(settings)
+        corpus = read_corpus(settings.source, settings.packages, allow_empty=True)
         write(f"  {settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}")
     with stages.stage("expand"):
         manifest = expand_corpus(
@@ -84,16 +85,6 @@ def main(settings: Settings) -> None:
         print(f"\n{table(manifest, settings)}", flush=True)
     stages.finish()
     state.destroy_process_group()
-
-
-def load_corpus(settings: Settings) -> Any:
-    if settings.source == "builtin":
-        from tct_hf.data import builtin_corpus
-
-        return builtin_corpus("test", packages=settings.packages)[0]
-    from tct_hf.data.beir import load_beir_corpus
-
-    return load_beir_corpus(settings.source, allow_empty=True)
 
 
 def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:

@@ -339,6 +339,26 @@ def load_collection(
     return Collection(source, corpus, splits, _fingerprint(corpus, splits), **named)
 
 
+def read_corpus(source: str, packages: Sequence[str], *, allow_empty: bool = False) -> Dataset:
+    """The passages of a source alone, columns id and text.
+
+    Args:
+        source: "builtin", or a BEIR folder or Hub id.
+        packages: of the built-in corpus.
+        allow_empty: of a BEIR folder, take passages without text.
+
+    Raises:
+        ValueError, OSError: as `builtin_corpus` and `load_beir_corpus` do.
+    """
+    if source == BUILTIN:
+        from tct_hf.data.builtin import builtin_corpus
+
+        return builtin_corpus("test", packages=packages)[0]
+    from tct_hf.data.beir import load_beir_corpus
+
+    return load_beir_corpus(source, allow_empty=allow_empty)
+
+
 def _load(source: str, packages: Sequence[str], split: str) -> tuple[Any, dict[str, str], dict[str, dict[str, int]]]:
     if source == BUILTIN:
         from tct_hf.data.builtin import builtin_corpus
