@@ -18,7 +18,7 @@ from tct_hf.teachers import Teacher
 BATCH_KEY = "tct"
 
 _CANDIDATE = re.compile(r"positive|negative|negative_[1-9][0-9]*")
-_IDENTIFIER = re.compile(r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled")
+_IDENTIFIER = re.compile(r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled|label_weight")
 # Scores that a teacher may read (a list, or one a candidate), and what mining records of a row.
 _RECORD = re.compile(r"origin|scores|label|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
 NO_ID = -1
@@ -57,7 +57,7 @@ def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> li
                 [f"{name!r} is missing" for name in missing] + [f"{name!r} is not known" for name in unknown]
             )
             + ". Training takes query, positive, negative (or negative_1 to negative_n), and ids as query_id, "
-            "positive_id, negative_id (or negative_1_id ...), known_positive_ids and labelled: rename_column or "
+            "positive_id, negative_id (or negative_1_id ...), known_positive_ids, labelled and label_weight: rename_column or "
             "remove_columns."
         )
     negatives = [name for name in names if name in known and name.startswith("negative")]
@@ -80,9 +80,9 @@ class TCTDataCollator(SentenceTransformerDataCollator):
 
     A batch holds the student's columns and, under "tct", `teacher` (what :meth:`Teacher.collate` returned),
     `candidate_ids (queries, columns)` int64 and, where the data set has them, `known_positive_ids (queries, most)`
-    int64 padded with -1, and `labelled (queries,)` bool. Ids are hashes of the data set's passage ids; without ids,
-    of the texts. A row whose column labelled is false has passages in all its candidate columns, but nobody has said
-    that the one in column positive answers its query.
+    int64 padded with -1, `labelled (queries,)` bool and `label_weight (queries,)` float32. Ids are hashes of the data
+    set's passage ids; without ids, of the texts. A row whose column labelled is false has passages in all its
+    candidate columns, but nobody has said that the one in column positive answers its query.
     """
 
     teacher: Teacher | None = None
@@ -114,6 +114,8 @@ class TCTDataCollator(SentenceTransformerDataCollator):
             rest["known_positive_ids"] = known
         if "labelled" in features[0]:
             rest["labelled"] = torch.tensor([_flag(row["labelled"]) for row in features], dtype=torch.bool)
+        if "label_weight" in features[0]:
+            rest["label_weight"] = torch.tensor([row["label_weight"] for row in features], dtype=torch.float32)
         if self.teacher is not None:
             prepared = self.teacher.collate(texts["query"], [texts[name] for name in columns], features)
             if prepared is not None:

@@ -36,6 +36,7 @@ class TeacherTargets:
         scores: `(queries, candidates)` float32, the teacher's scores.
         mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
         positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
+        label_weight: `(queries,)` float32, how much each row's hard label counts; all alike when None.
         report: figures of this batch that the loss leaves for the log: each part of the loss, the teacher's entropy
             in nats and the share of rows where student and teacher agree on the top candidate; of a sparse student
             also the mean active dimensions of queries and passages, and the share of all dimensions that are not.
@@ -44,6 +45,7 @@ class TeacherTargets:
     scores: Tensor
     mask: Tensor
     positive_index: Tensor
+    label_weight: Tensor | None = None
     report: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -260,12 +262,12 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
                 kl_direction=self.kl_direction,
                 candidate_mask=labels.mask,
                 positive_index=labels.positive_index,
+                label_weight=labels.label_weight,
             )
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(dims)
-        labelled, rows = self._shares(labels.positive_index)
-        # Means over rows become this device's part of the means over all; all but the divergence ask for a label.
-        totals = {name: value * (rows if name == "distillation" else labelled) for name, value in totals.items()}
+        shares = self._shares(labels)
+        totals = {name: value * shares[name] for name, value in totals.items()}
         with torch.no_grad():
             labels.report.update({name: value.detach() for name, value in totals.items()})
             labels.report.update({name: scores.new_tensor(getattr(self, name)) for name in self.reported_settings})
@@ -285,17 +287,20 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 for a row without candidates
         return {"teacher_entropy": entropy.sum() / rows, "top_agreement": (agree & counts).sum() / rows}
 
-    def _shares(self, positive_index: Tensor) -> Tensor:
-        """`(2,)`: what turns this device's means over its labelled rows, and over its rows, into its part of the means
-        over all devices' rows. A distributed wrapper averages over the devices, whatever each of them holds."""
-        local = torch.stack(
-            [(positive_index >= 0).sum(), torch.tensor(len(positive_index), device=positive_index.device)]
-        )
-        if get_world_size() == 1:
-            return torch.ones_like(local)
-        total = local.clone()
-        dist.all_reduce(total)
-        return local * get_world_size() / total.clamp(min=1)
+    def _shares(self, labels: TeacherTargets) -> dict[str, Tensor]:
+        """What turns this device's mean of each part into its share of the mean over all devices' rows.
+
+        A distributed wrapper averages over the devices, whatever each of them holds.
+        """
+        labelled = (labels.positive_index >= 0).float()
+        weight = labelled if labels.label_weight is None else labels.label_weight * labelled
+        local = torch.stack([weight.sum(), labelled.sum(), torch.ones_like(labelled).sum()])
+        shares = torch.ones_like(local)
+        if get_world_size() > 1:
+            total = local.clone()
+            dist.all_reduce(total)
+            shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
+        return dict(zip(("hard_label", "margin_mse", "distillation"), shares, strict=True))
 
     def get_config_dict(self) -> dict[str, Any]:
         """The loss's settings, as the model card shows them."""

@@ -100,6 +100,7 @@ def coupled_loss(
     kl_direction: KLDirection = "forward",
     candidate_mask: Tensor | None = None,
     positive_index: Tensor | None = None,
+    label_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The loss of tightly-coupled distillation as a pure function of two score matrices.
 
@@ -128,6 +129,8 @@ def coupled_loss(
             error). A row without any candidate adds 0 to both sums.
         positive_index: `(queries,)` int64, the column of each row's positive; row i's is column i when None; -1 marks
             a row without a label, which takes part in the distillation only.
+        label_weight: `(queries,)` float, how much each row's hard label counts in their mean: 1 for a judged
+            positive, less for one that a teacher has named. All count alike when None.
 
     Returns:
         `{"hard_label": (), "distillation": ()}`, each already weighted, so that their sum is the loss; with a
@@ -182,8 +185,10 @@ def coupled_loss(
     labelled = positive_index >= 0
     log_p = torch.log_softmax(student_scores, dim=1)
     positive_log_p = log_p.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
+    weight = labelled.to(log_p.dtype) if label_weight is None else label_weight.to(log_p.dtype) * labelled
     # torch.where, not a product: an unlabelled row may hold -inf, and 0 * -inf is nan.
-    hard_label = -torch.where(labelled & counts, positive_log_p, 0.0).sum() / labelled.sum().clamp(min=1)
+    hard_label = -(weight * torch.where(labelled & counts, positive_log_p, 0.0)).sum()
+    hard_label = hard_label / weight.sum().masked_fill(weight.sum() == 0, 1.0)
     parts = {
         "hard_label": hard_label_weight * hard_label,
         "distillation": (1.0 - hard_label_weight) * distillation,

@@ -245,13 +245,15 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         everyones = gather_rows(ids, sizes) if gather else ids
         ids = everyones.T.reshape(-1)  # all positives first, as in the score matrix
         positive = torch.arange(queries, device=ids.device) + (first_row(sizes) if gather else 0)
-        if "labelled" in batch:  # the other rows learn from the teacher alone
-            positive = positive.masked_fill(~batch["labelled"], NO_LABEL)
+        weight = batch.get("label_weight")
+        if "labelled" in batch:  # the other rows learn from the teacher alone, or from a positive that it has named
+            named = batch["labelled"] if weight is None else weight > 0
+            positive = positive.masked_fill(~named, NO_LABEL)
         mask = candidate_mask(ids, positive, batch.get("known_positive_ids"))
         if getattr(loss, "candidates", "in-batch") == "own":
             mask = mask & torch.eye(queries, dtype=torch.bool, device=ids.device).repeat(1, columns)
         self._check_teacher(scores, mask, getattr(loss, "temperature", 1.0))
-        return TeacherTargets(scores=scores, mask=mask, positive_index=positive)
+        return TeacherTargets(scores=scores, mask=mask, positive_index=positive, label_weight=weight)
 
     def _check_teacher(self, scores: Tensor, mask: Tensor, temperature: float) -> None:
         choice = mask.sum(1) > 1  # a row with one candidate is one-hot by nature
@@ -286,6 +288,7 @@ class TCTTrainer(LearnedScaleMixin, CoupledTrainerMixin, SentenceTransformerTrai
         train_dataset: columns query, positive, negative (or negative_1 ... negative_n); where there are ids, also
             positive_id, negative_id and known_positive_ids, so that known positives are no negatives. Rows with
             false in a column labelled learn from the teacher alone: their passages are candidates that nobody judged.
+            A column label_weight says how much the passage in column positive counts as one, whoever named it.
         eval_dataset: of the same columns, for the loss on held-out queries.
         evaluator: such as an InformationRetrievalEvaluator on dev queries; models are chosen by it.
         loss: a TightlyCoupledLoss of the student; by default one with the arguments' settings, which a loss that is

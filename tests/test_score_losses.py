@@ -352,3 +352,24 @@ def test_arguments_that_do_not_fit_are_refused_by_name(arguments: dict[str, Any]
     given = {"student_scores": SCORES, "teacher_scores": SCORES, **arguments}
     with pytest.raises(ValueError, match=message):
         coupled_loss(given.pop("student_scores"), given.pop("teacher_scores"), **given)
+
+
+def test_hard_labels_are_averaged_with_the_weights_of_their_rows() -> None:
+    student, teacher = torch.randn(3, 6), torch.randn(3, 6)
+    weight = torch.tensor([1.0, 0.25, 0.7])
+    parts = coupled_loss(
+        student,
+        teacher,
+        hard_label_weight=0.5,
+        positive_index=torch.tensor([0, 4, -1]),
+        label_weight=weight,
+    )
+    rows = [-log_softmax(student[row].double().numpy())[column] for row, column in ((0, 0), (1, 4))]
+    assert parts["hard_label"].item() == pytest.approx(0.5 * (1.0 * rows[0] + 0.25 * rows[1]) / 1.25, rel=1e-5)
+    unweighted = coupled_loss(student, teacher, hard_label_weight=0.5, positive_index=torch.tensor([0, 4, -1]))
+    torch.testing.assert_close(parts["distillation"], unweighted["distillation"])
+
+
+def test_rows_whose_labels_weigh_nothing_have_no_hard_label_part() -> None:
+    parts = coupled_loss(torch.randn(2, 4), torch.randn(2, 4), label_weight=torch.zeros(2))
+    assert parts["hard_label"].item() == 0.0

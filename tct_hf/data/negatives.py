@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ def bm25_triples(
     seed: int,
     index: BM25Index | None = None,
     unlabelled: Mapping[str, str] | None = None,
+    candidates: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Dataset:
     """Pair every query and positive with negatives sampled from BM25's best passages.
 
@@ -31,8 +33,9 @@ def bm25_triples(
     the same text. Where BM25 finds too few, random passages under the same rule fill up. Each row draws from its own
     generator, made of seed, query id and positive id, so that a row does not depend on which others are asked for.
 
-    Questions that nobody has judged give rows too, for a teacher to say what their passages are worth: BM25's best
-    passage stands in column positive, and the negatives are sampled from its next best.
+    Questions that nobody has judged give rows too, for a teacher to say what their passages are worth: the best
+    passage stands in column positive, and the negatives are sampled from the next best. With `candidates` the best
+    are a teacher's, and its first passage is a pseudo-positive that counts as much as the teacher is sure of it.
 
     Args:
         corpus: columns id and text.
@@ -44,12 +47,15 @@ def bm25_triples(
         seed: the seed.
         index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
         unlabelled: query id to text of questions without judgements.
+        candidates: a run of these and other queries, scores are logits; the best passages of its queries, instead of
+            BM25's, are what negatives are sampled from.
 
     Returns:
         One row a (query, positive): query, positive, negative, query_id, positive_id, negative_id,
         known_positive_ids (all of the query). With several negatives, negative_1, negative_2, ... and negative_1_id,
         negative_2_id, ... in place of negative and negative_id. With unlabelled questions there is also a column
-        labelled, false in their rows.
+        labelled, false in their rows, and with their candidates a column label_weight: 1 for a judged positive, the
+        softmax of the first candidate for a pseudo-positive.
 
     Raises:
         ValueError: a setting out of range, a query or passage that judgements name and the data lack, an index over
@@ -59,6 +65,7 @@ def bm25_triples(
     import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset
 
+    from tct_hf.retrieval.runs import rank
     from tct_hf.retrieval.sparse import BM25Index
 
     if num_negatives < 1 or depth < 1:
@@ -75,8 +82,11 @@ def bm25_triples(
         raise ValueError(
             f"index: its {len(index)} passages are not the corpus's {len(ids)}; build it from this corpus"
         )
-    types = {"known_positive_ids": pa.list_(pa.string()), "labelled": pa.bool_()}
-    names = [*column_names(num_negatives), *(["labelled"] if unlabelled else [])]
+    types = {"known_positive_ids": pa.list_(pa.string()), "labelled": pa.bool_(), "label_weight": pa.float32()}
+    names = column_names(num_negatives)
+    if unlabelled:
+        names += ["labelled"] if candidates is None else ["labelled", "label_weight"]
+    candidates = candidates or {}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
     sampler = _Sampler(corpus, ids, num_negatives, seed)
     texts = {**{query_id: queries[query_id] for query_id in positives}, **unlabelled}
@@ -84,15 +94,19 @@ def bm25_triples(
     batches = []
     for start in range(0, len(asked), _QUERIES_A_BATCH):
         part = asked[start : start + _QUERIES_A_BATCH]
-        found, _ = index.search_rows([texts[query_id] for query_id in part], depth)
+        searched = [query_id for query_id in part if query_id not in candidates]
+        found, _ = index.search_rows([texts[query_id] for query_id in searched], depth)
+        best = {name: [row_of[index.ids[hit]] for hit in hits] for name, hits in zip(searched, found, strict=True)}
         rows: list[tuple[Any, ...]] = []
-        for query_id, hits in zip(part, found, strict=True):
-            candidates = [row_of[index.ids[hit]] for hit in hits]
+        for query_id in part:
+            ranked = rank(candidates.get(query_id, {}))[:depth]
+            hits = best[query_id] if query_id in best else [row_of[passage_id] for passage_id, _ in ranked]
             if query_id in unlabelled:
-                rows.append((*sampler.unlabelled_row(query_id, texts[query_id], candidates), False))
+                row = sampler.unlabelled_row(query_id, texts[query_id], hits)
+                rows.append((*row, False, _softmax_of_first([score for _, score in ranked]))[: len(names)])
             else:
-                made = sampler.rows(query_id, texts[query_id], positives[query_id], candidates)
-                rows.extend((*row, True) if unlabelled else row for row in made)
+                made = sampler.rows(query_id, texts[query_id], positives[query_id], hits)
+                rows.extend((*row, True, 1.0)[: len(names)] for row in made)
         columns = zip(*rows, strict=True)
         batches.append(
             pa.record_batch(
@@ -100,6 +114,11 @@ def bm25_triples(
             )
         )
     return Dataset(pa.Table.from_batches(batches, schema))
+
+
+def _softmax_of_first(scores: Sequence[float]) -> float:
+    """How sure a teacher is of the first of its candidates; 0 where it has none."""
+    return 1 / sum(math.exp(score - scores[0]) for score in scores) if scores else 0.0
 
 
 def column_names(num_negatives: int) -> list[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from datasets import Dataset
 
@@ -198,3 +200,23 @@ def test_a_query_with_positives_is_no_question_without_judgements() -> None:
         with_questions({"u1": "apple", "q1": "apple fruit"})
     with pytest.raises(ValueError, match="no positive judgement"):
         bm25_triples(corpus(), QUERIES, {}, seed=1, index=index(), unlabelled={})
+
+
+def test_the_first_candidate_of_an_unlabelled_question_is_a_positive_as_sure_as_its_softmax() -> None:
+    candidates = {"u1": {"boat": 1.0, "plum": 3.0, "car": 2.0}}
+    questions = {"u1": "apple tree", "u2": "pear orchard"}
+    rows = triples(unlabelled=questions, candidates=candidates, num_negatives=2)
+    by_query = {row["query_id"]: row for row in rows}
+    pseudo = by_query["u1"]
+    assert pseudo["positive_id"] == "plum" and not pseudo["labelled"]
+    assert {pseudo["negative_1_id"], pseudo["negative_2_id"]} == {"car", "boat"}
+    assert pseudo["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
+    # A question without candidates has BM25's, and no positive; a judged one counts whole.
+    assert by_query["u2"]["positive_id"] == "pear" and by_query["u2"]["label_weight"] == 0.0
+    assert by_query["q2"]["labelled"] and by_query["q2"]["label_weight"] == 1.0
+
+
+def test_negatives_of_a_judged_query_come_from_its_candidates_where_there_are_some() -> None:
+    rows = triples(candidates={"q2": {"boat": 2.0, "pear": 1.0, "car": 0.5}}, num_negatives=2)
+    [row] = [row for row in rows if row["query_id"] == "q2"]
+    assert {row["negative_1_id"], row["negative_2_id"]} == {"boat", "car"} and "label_weight" not in row
