@@ -90,7 +90,7 @@ def main(settings: Settings) -> None:
 def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
     from tct_hf import score_expansions
     from tct_hf.teacher_settings import OneTeacher, make_part
-    from tct_hf.teachers import describe_teacher
+    from tct_hf.vector_teachers import describe_teacher
 
     teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), name, dtype=settings.dtype)
     score_expansions(

@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
     from tct_hf.scoring import score_triples
     from tct_hf.stages import process_state
     from tct_hf.teacher_settings import OneTeacher, check_part, make_part
-    from tct_hf.teachers import describe_teacher
+    from tct_hf.vector_teachers import describe_teacher
 
     if settings.teacher is None:
         raise SettingsError("teacher: name the folder or Hub id of the model that scores, --teacher PATH")

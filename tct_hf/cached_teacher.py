@@ -1,4 +1,4 @@
-"""A teacher whose token vectors are computed once: later epochs, and later runs, read them from disk."""
+"""A teacher whose vectors are computed once: later epochs, and later runs, read them from disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from tct_hf.batching import stack_columns, take
-from tct_hf.teachers import ColBERTTeacher, Features, Teacher, describe_teacher
+from tct_hf.teachers import Features, Teacher
 from tct_hf.token_store import TokenStore
+from tct_hf.vector_teachers import TEXTS_AT_ONCE, Side, VectorTeacher, describe_teacher, halves, padded
 
 
 def _key(side: str, text: str) -> int:
@@ -37,7 +38,7 @@ def _described_tokenizer(tokenizer: Any) -> str:
 
 
 class CachedTeacher(Teacher):
-    """Wraps a :class:`ColBERTTeacher` and keeps its token vectors on disk, in half precision.
+    """Wraps a :class:`ColBERTTeacher` or :class:`DenseTeacher` and keeps its vectors on disk, in half precision.
 
     A text is encoded when it is met for the first time; scores are computed live all the same, of the vectors read. A
     vector is known by its teacher (a hash of weights, tokens and encoding: another teacher has another folder) and by
@@ -53,20 +54,20 @@ class CachedTeacher(Teacher):
             of 60 tokens of 128 dimensions takes 15 kB.
 
     Raises:
-        ValueError: a teacher that has no token vectors, or no room.
+        ValueError: a teacher that has no vectors, or no room.
     """
 
-    score_kind = "MaxSim"
-
-    def __init__(self, teacher: ColBERTTeacher, cache_dir: str | Path, *, max_gigabytes: float = 20.0) -> None:
-        if not isinstance(teacher, ColBERTTeacher):
+    def __init__(self, teacher: VectorTeacher, cache_dir: str | Path, *, max_gigabytes: float = 20.0) -> None:
+        if not isinstance(teacher, VectorTeacher):
             raise ValueError(
-                f"A CachedTeacher keeps token vectors, and a {type(teacher).__name__} has none: give a ColBERTTeacher."
+                f"A CachedTeacher keeps vectors, and a {type(teacher).__name__} has none: give a ColBERTTeacher or a "
+                "DenseTeacher."
             )
         if not 0 < max_gigabytes < float("inf"):
             raise ValueError(f"max_gigabytes must be a finite number greater than 0, got {max_gigabytes}.")
         self.teacher = teacher
         self.training_scale = teacher.training_scale
+        self.score_kind = teacher.score_kind
         self.cache_dir = Path(cache_dir).expanduser()
         self.max_gigabytes = max_gigabytes
         self.hits = self.misses = 0
@@ -74,14 +75,18 @@ class CachedTeacher(Teacher):
 
     @property
     def store(self) -> TokenStore:
-        """Where the vectors are; opened when it is first needed, when the teacher's type of numbers is settled."""
+        """Where the vectors are; opened when it is first needed, or by :meth:`to`."""
         if self._store is None:
             model = self.teacher.model
-            words = hashlib.sha256(_described_tokenizer(model.tokenizer).encode()).hexdigest()
-            described = {**describe_teacher(model), "words": words, "computed_in": str(self.teacher._compute_dtype)}
-            name = hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()[:16]
             dim = model.get_embedding_dimension()
-            assert dim is not None
+            words = hashlib.sha256(_described_tokenizer(model.tokenizer).encode()).hexdigest()
+            described = {
+                **describe_teacher(model),
+                "words": words,
+                "computed_in": str(self.teacher.compute_dtype),
+                "dim": dim,
+            }
+            name = hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()[:16]
             self._store = TokenStore(
                 self.cache_dir / name, described, dim=dim, max_bytes=int(self.max_gigabytes * 1e9)
             )
@@ -91,31 +96,59 @@ class CachedTeacher(Teacher):
         self.teacher.attach(student)
 
     def to(self, device: torch.device) -> CachedTeacher:
+        """Move the model to the device that scores, and open the store of what it computes there."""
         self.teacher.to(device)
+        self._store = None
+        assert self.store is not None  # before the data loader's workers start: they can't read a model on a GPU
         return self
 
     def collate(
         self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """The texts' keys, and what the wrapped teacher needs to encode those that are new."""
-        keys = [[_key("query", text) for text in queries]]
-        keys += [[_key("document", text) for text in column] for column in columns]
-        signed = np.array(keys, dtype=np.uint64).view(np.int64)  # torch's unsigned types can do little
-        return {"keys": torch.from_numpy(signed), **(self.teacher.collate(queries, columns, rows) or {})}
+        """Read the batch's vectors; where one is missing, prepare what the wrapped teacher needs to encode it.
+
+        Returns:
+            "keys" `(1 + columns, queries)` of the texts, and either "vectors" and "mask", of the queries and of all
+            candidates, or what the wrapped teacher returns.
+        """
+        keys = np.array(
+            [[_key("query", text) for text in queries]]
+            + [[_key("document", text) for text in column] for column in columns],
+            dtype=np.uint64,
+        )
+        signed = torch.from_numpy(keys.view(np.int64))  # torch's unsigned types can do little
+        self.store.refresh()
+        found = self._read(keys.reshape(-1).tolist())
+        if any(vectors is None for vectors in found.values()):
+            return {"keys": signed, **(self.teacher.collate(queries, columns, rows) or {})}
+        vectors, mask = zip(
+            *(padded([found[key] for key in side.reshape(-1).tolist()]) for side in (keys[:1], keys[1:])),  # type: ignore[misc]
+            strict=True,
+        )
+        return {"keys": signed, "vectors": list(vectors), "mask": list(mask)}
+
+    def _read(self, keys: Sequence[int]) -> dict[int, np.ndarray | None]:
+        return {key: self.store.get(key) for key in dict.fromkeys(keys)}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """MaxSim of every query with every candidate, as the wrapped teacher compares them."""
+        """The similarity of every query with every candidate, as the wrapped teacher compares them."""
         self.teacher.model.eval()
-        keys = inputs["keys"].cpu().numpy().view(np.uint64)
-        self.store.refresh()
         with torch.inference_mode():
-            queries = self._vectors([inputs["query"]], keys[0].tolist(), "query")
-            passages = self._vectors(inputs["columns"], keys[1:].reshape(-1).tolist(), "document")
-            scores = self.teacher._compare(*queries, *passages, len(keys) - 1, gather=gather)
+            if "vectors" in inputs:
+                self.hits += sum(len(side.unique()) for side in (inputs["keys"][:1], inputs["keys"][1:]))
+                (queries, passages), (query_mask, passage_mask) = inputs["vectors"], inputs["mask"]
+            else:
+                keys = inputs["keys"].cpu().numpy().view(np.uint64)
+                self.store.refresh()
+                queries, query_mask = self._vectors([inputs["query"]], keys[0].tolist(), "query")
+                passages, passage_mask = self._vectors(inputs["columns"], keys[1:].reshape(-1).tolist(), "document")
+            scores = self.teacher.compare(
+                queries, query_mask, passages, passage_mask, len(inputs["keys"]) - 1, gather=gather
+            )
         return scores.clone()
 
-    def _vectors(self, columns: Sequence[Features], keys: list[int], side: str) -> tuple[Tensor, Tensor]:
-        found = {key: self.store.get(key) for key in dict.fromkeys(keys)}
+    def _vectors(self, columns: Sequence[Features], keys: list[int], side: Side) -> tuple[Tensor, Tensor]:
+        found = self._read(keys)
         missing = [key for key, vectors in found.items() if vectors is None]
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
@@ -123,18 +156,13 @@ class CachedTeacher(Teacher):
             made = self._encode(columns, keys, missing, side)
             self.store.put(missing, made)
             found |= zip(missing, made, strict=True)
-        texts = [found[key] for key in keys]
-        width = max(len(text) for text in texts if text is not None)
-        vectors = np.zeros((len(texts), width, self.store.dim), dtype=np.float16)
-        mask = np.zeros((len(texts), width), dtype=bool)
-        for row, text in enumerate(texts):
-            assert text is not None
-            vectors[row, : len(text)] = text
-            mask[row, : len(text)] = True
+        vectors, mask = padded([found[key] for key in keys])  # type: ignore[misc]
         device = self.teacher.model.device
-        return torch.from_numpy(vectors).to(device), torch.from_numpy(mask).to(device)
+        return vectors.to(device), mask.to(device)
 
-    def _encode(self, columns: Sequence[Features], keys: list[int], missing: list[int], side: str) -> list[np.ndarray]:
+    def _encode(
+        self, columns: Sequence[Features], keys: list[int], missing: list[int], side: Side
+    ) -> list[np.ndarray]:
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
         rows = [first[key] for key in missing]
         merged = stack_columns(columns)
@@ -142,6 +170,30 @@ class CachedTeacher(Teacher):
             index = torch.tensor(rows, device=merged["attention_mask"].device)
             columns = [{key: take(value, index, merged["attention_mask"].shape[1]) for key, value in merged.items()}]
             rows = list(range(len(missing)))
-        vectors, mask = self.teacher._encode(columns, side)
-        halves, scored = vectors.to(torch.float16).cpu().numpy(), mask.cpu().numpy()
-        return [halves[row][scored[row]] for row in rows]
+        made = halves(*self.teacher.encode(columns, side))
+        return [made[row] for row in rows]
+
+    def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
+        """The vectors of any number of texts; what is missing is encoded, and kept while there is room.
+
+        Args:
+            texts: queries or passages.
+            side: which of the two they are.
+
+        Returns:
+            `(vectors, dim)` float16 of each text, in the order of the texts.
+        """
+        keyed = {_key(side, text): text for text in texts}
+        self.store.refresh()
+        found = self._read(list(keyed))
+        missing = sorted((key for key in keyed if found[key] is None), key=lambda key: len(keyed[key]))
+        for start in range(0, len(missing), TEXTS_AT_ONCE):
+            keys = missing[start : start + TEXTS_AT_ONCE]
+            made = self.teacher.encode_texts([keyed[key] for key in keys], side)
+            self.store.put(keys, made)
+            found |= zip(keys, made, strict=True)
+        return [found[_key(side, text)] for text in texts]  # type: ignore[misc]
+
+    def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
+        """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
+        return self.teacher.scores(queries, passages)

@@ -38,7 +38,7 @@ from tct_hf.scaling import length_of, scale_modules
 from tct_hf.tokenization import PROMPTS
 
 if TYPE_CHECKING:
-    from tct_hf.teachers import ColBERTTeacher
+    from tct_hf.vector_teachers import ColBERTTeacher
 
 __all__ = [
     "build_colbert",

@@ -211,7 +211,7 @@ def mine(
         if teacher is None:
             raise ValueError(f"margin is {settings.margin}, but there is no teacher to judge by it: name a ColBERT")
         from tct_hf.evaluation.stores import open_teacher
-        from tct_hf.teachers import describe_teacher
+        from tct_hf.vector_teachers import describe_teacher
 
         model = open_teacher(teacher)
         judge = pair_scorer(model, bf16=bf16)

@@ -1,4 +1,4 @@
-"""Token vectors on disk: half-precision vectors of texts by key, of bounded size, that several processes add to."""
+"""Vectors on disk: half-precision vectors of texts by key, of bounded size, that several processes add to."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TokenStore:
         for path in self.folder.glob("*.index"):
             known, size = self._read.get(path.stem, 0), path.stat().st_size
             size -= size % _RECORD.itemsize
-            if size <= known or path.stem == self._name:
+            if size <= known:
                 continue
             with path.open("rb") as file:
                 file.seek(known)
@@ -138,6 +138,7 @@ class TokenStore:
                 "for the next run, or name another folder."
             )
             return
+        self._read[self._name] = index.tell()
         for key, offset, tokens, checksum in records.tolist():
             self._places[key] = (self._name, offset, tokens, checksum)
 

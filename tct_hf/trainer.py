@@ -29,7 +29,8 @@ from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.scaling import LearnedScaleMixin
 from tct_hf.sparsity import CollapseWatch, FlopsOfAllDevices, RegularizerWarmup
 from tct_hf.streaming import StreamedTrainingMixin
-from tct_hf.teachers import ColBERTTeacher, NoTeacher, Teacher
+from tct_hf.teachers import NoTeacher, Teacher
+from tct_hf.vector_teachers import ColBERTTeacher
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDataset

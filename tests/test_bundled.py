@@ -66,7 +66,7 @@ def test_a_model_that_is_not_there_is_told_in_one_line_with_its_name() -> None:
     from tct_hf.data import load_expander
     from tct_hf.encoding import build_student
     from tct_hf.splade import build_splade
-    from tct_hf.teachers import ColBERTTeacher
+    from tct_hf.vector_teachers import ColBERTTeacher
 
     told = r"^nobody/nothing: no model can be loaded, from a folder or from the Hub \(.+\)$"
     for load in (ColBERTTeacher, CrossEncoderTeacher, load_expander, build_student, build_splade):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from tct_hf.cross_encoder_teacher import CrossEncoderTeacher
-    from tct_hf.teachers import ColBERTTeacher, Teacher
+    from tct_hf.teachers import Teacher
+    from tct_hf.vector_teachers import ColBERTTeacher
 
 __all__ = ["score_expansions"]
 

@@ -36,7 +36,7 @@ from tct_hf.evaluation.stores import Stored, Stores
 from tct_hf.evaluation.tuning import TuningQueries, tuning_queries, weight_text
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.runs import Run, read_run, write_run
-from tct_hf.teachers import describe_teacher
+from tct_hf.vector_teachers import describe_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder

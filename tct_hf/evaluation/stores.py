@@ -392,7 +392,7 @@ def open_beside(stores: Stores, name: str, device: str | None = None) -> SparseE
 
 def open_teacher(name: str) -> MultiVectorEncoder:
     """Load a model of one vector a token; arguments and errors as `open_student`."""
-    from tct_hf.teachers import ColBERTTeacher
+    from tct_hf.vector_teachers import ColBERTTeacher
 
     try:
         return ColBERTTeacher(_place(name, "teacher")).model

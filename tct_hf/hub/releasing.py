@@ -320,7 +320,7 @@ def _check_report(staging: Path, family: Family) -> None:
     from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
     from tct_hf.retrieval.encode import describe_model
-    from tct_hf.teachers import describe_teacher
+    from tct_hf.vector_teachers import describe_teacher
 
     models = _load_report(staging).models
     role = family

@@ -144,7 +144,7 @@ def test_passages_of_like_length_share_a_pass_and_padding_is_bounded(
     short, long = ["retrieval"] * 40, ["passage " * 60] * 40
     score(teacher, ["query"] * 40, [short, long])
     assert len(seen) == 3 and seen[0] == (40, 36)
-    assert [rows for rows, _ in seen[1:]] == [40, 40] and seen[1][1] < 10 < seen[2][1] == 64
+    assert [rows for rows, _ in seen[1:]] == [40, 40] and seen[2][1] < 10 < seen[1][1] == 64
 
 
 class LargestResult(TorchDispatchMode):
