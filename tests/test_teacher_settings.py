@@ -105,7 +105,7 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         (["--teacher.kind=stored", "--teacher.scores=scores", "--teacher.model=ready"], "need no model"),
         ([*STORED, *STUDENT], "set student.training.candidates to own"),
         ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
-        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: it keeps a ColBERT's"),
+        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: it keeps vectors of"),
         ([*STORED, *OWN, "--triples.path=none"], "name the triples with triples.path"),
         (["--teacher.scores=scores"], 'set teacher.kind to "stored"'),
         (["--teacher.candidates=in-batch"], "a ColBERT scores the whole batch always"),
@@ -115,12 +115,15 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
         (["--teacher.weight=2"], "teacher.weight is of teachers that are mixed, and there is one: leave it out"),
         (["--teacher.normalize=softmax"], "teacher.normalize is of teachers that are mixed"),
-        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: stored scores are there"),
+        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: no model computes these scores"),
         (
             ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.candidates=in-batch", *OWN],
             "the student compares a query's own; leave it out, or set student.training.candidates to in-batch",
         ),
         (["--teacher.kind=colbret"], "colbret"),
+        (["--teacher.kind=dense"], "teacher.model: name the folder or Hub id of an embedding model"),
+        (["--teacher.kind=bm25", "--teacher.model=ready"], "teacher.model: BM25 needs no model"),
+        (["--teacher.kind=bm25", "--teacher.candidates=in-batch"], "BM25 scores the whole batch always"),
     ],
 )
 def test_wrong_teachers_are_one_message_before_anything_runs(
