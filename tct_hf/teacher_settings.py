@@ -42,6 +42,11 @@ class OneTeacher:
         return {"cross-encoder": self.candidates, "stored": "own"}.get(self.kind, "in-batch")
 
     @property
+    def name(self) -> str:
+        """What it is called in what a run says."""
+        return self.model or ("BM25" if self.kind == "bm25" else f"the table or column of scores {self.scores}")
+
+    @property
     def column(self) -> str | None:
         """The triples' columns that stored scores are in; None where they are in a file."""
         from tct_hf.data.score_table import is_score_file
@@ -182,7 +187,9 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
             f"student.initialise_from: there is no encoder to take from a {teacher.kind} teacher; set it to base"
         )
     if student.teacher_cache is not None and all(one.kind not in ("colbert", "dense") for one in teacher.parts):
-        raise SettingsError("student.teacher_cache: it keeps vectors of a ColBERT or an embedding model; there is none")
+        raise SettingsError(
+            "student.teacher_cache: it keeps vectors of a ColBERT or an embedding model; there is none"
+        )
     if triples is None and teacher.score_columns is not None:
         raise SettingsError(
             f"teacher.scores: {teacher.score_columns} are columns of triples, or a file that is not there; name the "

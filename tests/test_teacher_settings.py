@@ -91,6 +91,19 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
     validate_checkpoint(tmp_path / "out" / "student")
 
 
+def test_an_embedding_model_and_the_words_of_the_collection_teach_without_training(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = "--teacher.mixed_with=[{kind: bm25, weight: 0.33}]"
+    options = ["--teacher.kind=dense", "--teacher.model=encoder", "--teacher.weight=6", mixed, *STUDENT]
+    cache = f"--student.teacher_cache={tmp_path / 'vectors'}"
+    stages = "--stages=[teacher, student]"
+    assert recipe(tmp_path / "out", *options, "--teacher.normalize=none", cache, stages) == 0
+    assert "teacher: skipped, encoder and BM25 are used as they are" in capsys.readouterr().out
+    assert any((tmp_path / "vectors").rglob("*.f16"))
+    validate_checkpoint(tmp_path / "out" / "student")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
