@@ -133,7 +133,7 @@ def main(settings: Settings) -> None:
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
     if "teacher" in settings.stages:
         if not settings.teacher.is_trained_here:
-            names = [one.model or f"the table or column of scores {one.scores}" for one in settings.teacher.parts]
+            names = [one.name for one in settings.teacher.parts]
             used = "is used as it is" if len(names) == 1 else "are used as they are"
             stages.skip("teacher", f"{' and '.join(names)} {used}")
         elif finished["teacher"]:

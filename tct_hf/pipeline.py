@@ -293,6 +293,7 @@ def train_student(
             make_teacher,
             teaching,
             teacher,
+            index=collection.bm25,
             cache=student.teacher_cache,
             cache_gigabytes=student.teacher_cache_gigabytes,
         ),

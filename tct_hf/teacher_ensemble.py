@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,11 +13,13 @@ from torch import Tensor
 from tct_hf.distributed import own_places, spread_own
 from tct_hf.teachers import Teacher
 
-_Weighted = list[tuple[Teacher, float, Tensor]]
+Normalisation = Literal["standard", "softmax", "none"]
+
+_KINDS = {"standard": "standard scores", "softmax": "log-probabilities", "none": "scores"}
 
 
 class TeacherEnsemble(Teacher):
-    """Weighted teachers, each normalised over the candidates of a query.
+    """Weighted teachers, each normalised over the candidates of a query, or taken as it is.
 
     Teachers that all cover the whole batch, or all a query's own candidates, are added up over what they cover: known
     positives among the candidates, which the loss leaves out later, count in the normalisation.
@@ -26,40 +29,50 @@ class TeacherEnsemble(Teacher):
     candidates keep the probability they have together, and how it is shared among them is up to all teachers:
     `log P_in-batch(own) + log_softmax over own of the weighted combination`. Such an ensemble covers the whole batch.
 
+    With `normalize="none"` the mixture is log-linear: weighted sums of the teachers' own scores are the logits, of the
+    in-batch teachers for the whole batch and of all teachers for how the own candidates share what they have together.
+    A weight is then the factor that a teacher's scores need, and may be set later in :attr:`weights`.
+
     Args:
-        teachers: each to its weight, as a mapping or as pairs; weights are made to sum to 1.
+        teachers: each to its weight, as a mapping or as pairs; weights are made to sum to 1, but for "none".
         normalize: "standard", scores of a query get zero mean and unit spread, a constant row gets zeros: scales do
             not matter, but of two candidates only the order is left; "softmax", scores times the teacher's training
-            scale become log-probabilities: the margins stay, for teachers that are calibrated.
+            scale become log-probabilities: the margins stay, for teachers that are calibrated; "none", scores and
+            weights stay as they are.
+
+    Attributes:
+        weights: `(teachers,)` numbers, in the order of `teachers`.
 
     Raises:
-        ValueError: no teacher, a weight that is not above 0, an unknown normalisation, or an ensemble within another.
+        ValueError: no teacher, a weight that is not above 0 (for "none": that is not finite), an unknown
+            normalisation, or an ensemble within another.
     """
 
     def __init__(
         self,
         teachers: Mapping[Teacher, float] | Sequence[tuple[Teacher, float]],
         *,
-        normalize: Literal["standard", "softmax"] = "standard",
+        normalize: Normalisation = "standard",
     ) -> None:
         pairs = list(teachers.items()) if isinstance(teachers, Mapping) else list(teachers)
         if not pairs:
             raise ValueError("A TeacherEnsemble needs a teacher at least: give {teacher: weight, ...}.")
-        if normalize not in ("standard", "softmax"):
-            raise ValueError(f'normalize must be "standard" or "softmax", got {normalize!r}.')
+        if normalize not in _KINDS:
+            raise ValueError(f'normalize must be "standard", "softmax" or "none", got {normalize!r}.')
         for teacher, weight in pairs:
             if not isinstance(teacher, Teacher) or isinstance(teacher, TeacherEnsemble):
                 raise ValueError(
                     f"A TeacherEnsemble holds teachers, no {type(teacher).__name__}: give a Teacher and its weight; "
                     "the teachers of an ensemble go into one list."
                 )
-            if not 0.0 < weight < float("inf"):
-                raise ValueError(f"The weight of a {type(teacher).__name__} is {weight}: give a number above 0.")
-        total = sum(weight for _, weight in pairs)
+            if not math.isfinite(weight) or (weight <= 0 and normalize != "none"):
+                wanted = "a finite number" if normalize == "none" else "a number above 0"
+                raise ValueError(f"The weight of a {type(teacher).__name__} is {weight}: give {wanted}.")
+        total = 1.0 if normalize == "none" else sum(weight for _, weight in pairs)
         self.teachers = [teacher for teacher, _ in pairs]
         self.weights = [weight / total for _, weight in pairs]
         self.normalize = normalize
-        self.score_kind = f"weighted sum of {'standard scores' if normalize == 'standard' else 'log-probabilities'}"
+        self.score_kind = f"weighted sum of {_KINDS[normalize]}"
         self.covers = "own" if all(teacher.covers == "own" for teacher in self.teachers) else "in-batch"
 
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
@@ -99,35 +112,56 @@ class TeacherEnsemble(Teacher):
             "shape": torch.zeros(len(queries), len(columns)),
         }
 
+    def member_scores(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        """Each teacher's own scores, without weights and normalisation.
+
+        Args:
+            inputs: as for :meth:`score_matrix`.
+            gather: score against the candidates of all devices.
+
+        Returns:
+            `(teachers, queries, candidates)` float32, zeros where a teacher scores own candidates only.
+        """
+        return torch.stack(
+            [
+                teacher.score_matrix({**inputs, **prepared}, gather=gather).float()
+                for teacher, prepared in zip(self.teachers, inputs["teachers"], strict=True)
+            ]
+        )
+
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """The weighted sum; log-probabilities where teachers of both kinds are mixed."""
+        scores = self.member_scores(inputs, gather=gather)
+        whole = torch.tensor([teacher.covers == "in-batch" for teacher in self.teachers], device=scores.device)
+        if all(teacher.covers == "in-batch" for teacher in self.teachers):
+            return self._combine(scores)
         queries, columns = inputs["shape"].shape
-        places, _ = own_places(queries, columns, inputs["shape"].device, gather=gather)
-        scored: _Weighted = []
-        for teacher, weight, prepared in zip(self.teachers, self.weights, inputs["teachers"], strict=True):
-            scored.append((teacher, weight, teacher.score_matrix({**inputs, **prepared}, gather=gather).float()))
-        whole = [one for one in scored if one[0].covers == "in-batch"]
-        if len(whole) == len(scored):
-            return self._combine(scored)
-        own = self._combine([(teacher, weight, scores.gather(1, places)) for teacher, weight, scores in scored])
-        if not whole:
+        places, _ = own_places(queries, columns, scores.device, gather=gather)
+        own = self._combine(scores.gather(2, places.expand(len(scores), -1, -1)))
+        if self.covers == "own":
             return spread_own(own, gather=gather)
-        share = sum(weight for _, weight, _ in whole)
-        log_p = torch.log_softmax(
-            torch.stack([weight / share * teacher.training_scale * scores for teacher, weight, scores in whole]).sum(
-                0
-            ),
-            dim=1,
-        )
+        factors = scores.new_tensor(self.weights) * whole
+        if self.normalize != "none":
+            factors = factors / factors.sum() * self._scales(scores)
+        log_p = torch.log_softmax(_sum(factors, scores), dim=1)
         together = log_p.gather(1, places).logsumexp(1, keepdim=True)
         return log_p.scatter(1, places, together + torch.log_softmax(own, dim=1))
 
-    def _combine(self, scored: _Weighted) -> Tensor:
-        parts = [
-            weight * (standard(scores) if self.normalize == "standard" else _log_p(scores, teacher.training_scale))
-            for teacher, weight, scores in scored
-        ]
-        return torch.stack(parts).sum(0)
+    def _combine(self, scores: Tensor) -> Tensor:
+        """`(queries, candidates)`: the weighted sum of all teachers' scores, normalised over these candidates."""
+        if self.normalize == "standard":
+            scores = torch.stack([standard(each) for each in scores])
+        elif self.normalize == "softmax":
+            scores = torch.log_softmax(scores * self._scales(scores)[:, None, None], dim=2)
+        return _sum(scores.new_tensor(self.weights), scores)
+
+    def _scales(self, scores: Tensor) -> Tensor:
+        return scores.new_tensor([teacher.training_scale for teacher in self.teachers])
+
+
+def _sum(factors: Tensor, scores: Tensor) -> Tensor:
+    # No product of matrices: a trainer's autocast would round it.
+    return (factors[:, None, None] * scores).sum(0)
 
 
 def standard(scores: Tensor) -> Tensor:
@@ -139,7 +173,3 @@ def standard(scores: Tensor) -> Tensor:
     scaled = centred / largest.masked_fill(constant, 1.0)
     spread = scaled.square().mean(1, keepdim=True).sqrt()
     return torch.where(constant, 0.0, scaled / spread.masked_fill(constant, 1.0))
-
-
-def _log_p(scores: Tensor, scale: float) -> Tensor:
-    return torch.log_softmax(scores * scale, dim=1)

@@ -14,6 +14,7 @@ from tct_hf.settings import SettingsError, setting
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+    from tct_hf.retrieval import BM25Index
     from tct_hf.teachers import Teacher
 
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 class OneTeacher:
     """A teacher, or one of several that are mixed."""
 
-    kind: Literal["colbert", "cross-encoder", "stored"] = setting("colbert", "what it is")
+    kind: Literal["colbert", "dense", "bm25", "cross-encoder", "stored"] = setting(
+        "colbert", "what it is; dense is any embedding model, bm25 the words of the collection"
+    )
     model: str | None = setting(None, "folder or Hub id of the model; a ColBERT is trained when none")
     scores: str | None = setting(
         None,
@@ -36,7 +39,12 @@ class OneTeacher:
     @property
     def covers(self) -> str:
         """Which candidates it scores."""
-        return {"colbert": "in-batch", "stored": "own"}.get(self.kind, self.candidates)
+        return {"cross-encoder": self.candidates, "stored": "own"}.get(self.kind, "in-batch")
+
+    @property
+    def name(self) -> str:
+        """What it is called in what a run says."""
+        return self.model or ("BM25" if self.kind == "bm25" else f"the table or column of scores {self.scores}")
 
     @property
     def column(self) -> str | None:
@@ -51,7 +59,9 @@ class TeacherSettings(OneTeacher):
     """A teacher to use, or how a ColBERT is trained; others mixed with it."""
 
     mixed_with: list[OneTeacher] = setting([], "more teachers, such as [{kind: stored, scores: teacher_score}]")
-    normalize: Literal["standard", "softmax"] = setting("standard", "of scores that are mixed; see TeacherEnsemble")
+    normalize: Literal["standard", "softmax", "none"] = setting(
+        "standard", "of scores that are mixed; see TeacherEnsemble"
+    )
     dim: int = setting(128, "dimensions of a token vector")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what the teacher computes in")
     training: dict[str, Any] = setting(
@@ -86,13 +96,14 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
     Raises:
         SettingsError: with the mend.
     """
+    if one.kind in ("stored", "bm25") and one.model is not None:
+        what = "stored scores need" if one.kind == "stored" else "BM25 needs"
+        raise SettingsError(f"{prefix}{model}: {what} no model; leave it out, or choose another kind")
     if one.kind == "stored":
         if one.scores is None:
             raise SettingsError(
                 f"{prefix}scores: name the stored scores, columns of the triples (scores, teacher_score) or a file"
             )
-        if one.model is not None:
-            raise SettingsError(f"{prefix}{model}: stored scores need no model; leave it out, or choose another kind")
         if one.candidates == "in-batch":
             raise SettingsError(f"{prefix}candidates: stored scores are of a query's own candidates; leave it out")
         path = Path(one.scores)
@@ -101,9 +112,12 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         return
     if one.scores is not None:
         raise SettingsError(f'{prefix}scores: a {one.kind} scores live; leave it out, or set {prefix}kind to "stored"')
-    if one.candidates == "in-batch" and one.kind == "colbert":
-        raise SettingsError(f"{prefix}candidates: a ColBERT scores the whole batch always; leave it out")
-    name, what = one.model, "a ColBERT" if one.kind == "colbert" else "a cross-encoder"
+    what = {"colbert": "a ColBERT", "dense": "an embedding model", "bm25": "BM25"}.get(one.kind, "a cross-encoder")
+    if one.candidates == "in-batch" and one.kind != "cross-encoder":
+        raise SettingsError(f"{prefix}candidates: {what} scores the whole batch always; leave it out")
+    if one.kind == "bm25":
+        return
+    name = one.model
     if name is None and not trains:
         raise SettingsError(f"{prefix}{model}: name the folder or Hub id of {what}")
     if name is not None and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
@@ -113,7 +127,7 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
                 "Train one with recipes/train.py recipes/quickstart.yaml (make quickstart), or name the folder of a "
                 "ColBERT."
                 if one.kind == "colbert"
-                else "Name the folder of a cross-encoder."
+                else f"Name the folder of {what}."
             )
         )
 
@@ -137,8 +151,8 @@ def check_teacher(teacher: TeacherSettings) -> None:
                     f"teacher.{name} is of teachers that are mixed, and there is one: leave it out, or name others in "
                     "teacher.mixed_with"
                 )
-    if teacher.dtype != "auto" and all(one.kind == "stored" for one in teacher.parts):
-        raise SettingsError("teacher.dtype: stored scores are there, and no model computes any; leave it out")
+    if teacher.dtype != "auto" and all(one.kind in ("stored", "bm25") for one in teacher.parts):
+        raise SettingsError("teacher.dtype: no model computes these scores; leave it out")
     if len({one.column for one in teacher.parts if one.column is not None}) > 1:
         raise SettingsError("teacher: stored scores from two sets of columns; keep one, and give the other as a file")
 
@@ -172,8 +186,10 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
         raise SettingsError(
             f"student.initialise_from: there is no encoder to take from a {teacher.kind} teacher; set it to base"
         )
-    if student.teacher_cache is not None and all(one.kind != "colbert" for one in teacher.parts):
-        raise SettingsError("student.teacher_cache: it keeps a ColBERT's token vectors, and there is no ColBERT")
+    if student.teacher_cache is not None and all(one.kind not in ("colbert", "dense") for one in teacher.parts):
+        raise SettingsError(
+            "student.teacher_cache: it keeps vectors of a ColBERT or an embedding model; there is none"
+        )
     if triples is None and teacher.score_columns is not None:
         raise SettingsError(
             f"teacher.scores: {teacher.score_columns} are columns of triples, or a file that is not there; name the "
@@ -226,42 +242,55 @@ def check_colbert(teacher: TeacherSettings) -> None:
         )
 
 
-def make_part(one: OneTeacher, model: str | None, *, dtype: Any) -> Teacher:
+def make_part(
+    one: OneTeacher, model: str | None, *, dtype: Any, index: Callable[[], BM25Index] | None = None
+) -> Teacher:
     """Load one teacher.
 
     Args:
         one: its settings.
         model: folder or Hub id; None where the kind has none.
         dtype: it computes in.
+        index: gives the collection's BM25 index, for the kind bm25.
     """
-    from tct_hf import ColBERTTeacher, CrossEncoderTeacher, StoredScores
+    from tct_hf import BM25Teacher, ColBERTTeacher, CrossEncoderTeacher, DenseTeacher, StoredScores
 
     if one.kind == "stored":
         # Triples that are loaded with scores have them in a column of that name.
         return StoredScores(column="scores") if one.column is not None else StoredScores(one.scores)
+    if one.kind == "bm25":
+        assert index is not None
+        return BM25Teacher(index())
     assert model is not None
     if one.kind == "cross-encoder":
         return CrossEncoderTeacher(model, candidates=one.candidates, dtype=dtype)
-    return ColBERTTeacher(model, dtype=dtype)
+    return (DenseTeacher if one.kind == "dense" else ColBERTTeacher)(model, dtype=dtype)
 
 
 def make_teacher(
-    teacher: TeacherSettings, model: str | None, *, cache: str | None = None, cache_gigabytes: float = 20.0
+    teacher: TeacherSettings,
+    model: str | None,
+    *,
+    index: Callable[[], BM25Index] | None = None,
+    cache: str | None = None,
+    cache_gigabytes: float = 20.0,
 ) -> Teacher:
     """The teacher of a run: one, or several mixed.
 
     Args:
         teacher: the settings.
         model: of the first one, where it has any.
-        cache: folder for ColBERTs' token vectors; none: encode every time.
+        index: gives the collection's BM25 index, for a part of the kind bm25.
+        cache: folder for vectors of ColBERTs and embedding models; none: encode every time.
         cache_gigabytes: that each may take.
     """
-    from tct_hf import CachedTeacher, ColBERTTeacher, TeacherEnsemble
+    from tct_hf import CachedTeacher, TeacherEnsemble
+    from tct_hf.vector_teachers import VectorTeacher
 
     made: list[tuple[Teacher, float]] = []
     for one in teacher.parts:
-        live = make_part(one, model if one is teacher else one.model, dtype=teacher.dtype)
-        if cache is not None and isinstance(live, ColBERTTeacher):
+        live = make_part(one, model if one is teacher else one.model, dtype=teacher.dtype, index=index)
+        if cache is not None and isinstance(live, VectorTeacher):
             live = CachedTeacher(live, cache, max_gigabytes=cache_gigabytes)
         made.append((live, one.weight))
     return TeacherEnsemble(made, normalize=teacher.normalize) if len(made) > 1 else made[0][0]

@@ -56,6 +56,10 @@ class TokenStore:
         self._warned = False
         self.refresh()
 
+    def __getstate__(self) -> dict[str, object]:
+        # In another process: files of its own.
+        return {**self.__dict__, "_files": {}, "_own": None, "_name": uuid.uuid4().hex}
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import normalizers
 
-from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher, token_store
+from tct_hf import CachedTeacher, ColBERTTeacher, DenseTeacher, NoTeacher, token_store
 from tct_hf.token_store import TokenStore
-from tests.models import tiny_colbert
+from tests.models import tiny_bert, tiny_colbert
 from tests.training import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
 
 SETTINGS = {"weights": "w"}
@@ -45,6 +47,41 @@ def test_scores_are_the_live_ones_in_half_precision_and_stay(colbert: ColBERTTea
     assert torch.equal(first, second)
     again.score_matrix(inputs(again, ["a new query"], [PASSAGES[:1]]), gather=False)
     assert calls == ["forward"] and again.misses == 1
+
+
+def test_a_batch_of_stored_texts_is_read_not_tokenised(
+    colbert: ColBERTTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = CachedTeacher(colbert, tmp_path / "cache")
+    columns = [PASSAGES[:4], PASSAGES[3:7]]
+    first = cached.score_matrix(inputs(cached, QUERIES[:4], columns), gather=False)
+
+    def refused(*args: Any) -> None:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(colbert, "_preprocess", refused)
+    batch = inputs(cached, QUERIES[:4], columns)
+    assert torch.equal(cached.score_matrix(batch, gather=False), first)
+    assert (cached.hits, cached.misses) == (11, 11)
+    again = pickle.loads(pickle.dumps(cached.store))  # for workers that are not forked
+    assert len(again) == 11 and again.get(int(batch["keys"].numpy().view(np.uint64)[0, 0])) is not None
+
+
+@pytest.mark.parametrize("kind", ["colbert", "dense"])
+def test_the_cache_is_filled_ahead_and_read_by_text(colbert: ColBERTTeacher, tmp_path: Path, kind: str) -> None:
+    base = SentenceTransformer(str(tiny_bert(tmp_path / "base")), device="cpu")
+    teacher = colbert if kind == "colbert" else DenseTeacher(base, dtype="float32")
+    cached = CachedTeacher(teacher, tmp_path / "cache")
+    assert cached.score_kind == teacher.score_kind
+    passages, queries = cached.vectors([*PASSAGES, PASSAGES[0]], "document"), cached.vectors(QUERIES, "query")
+    assert len(cached.store) == len(PASSAGES) + len(QUERIES) and np.array_equal(passages[0], passages[-1])
+    for made, encoded in zip(passages, teacher.encode_texts(PASSAGES, "document"), strict=False):
+        assert made.dtype == np.float16 and np.array_equal(made, encoded)
+    scores = cached.score_matrix(inputs(cached, QUERIES, [PASSAGES]), gather=False)
+    assert cached.misses == 0
+    torch.testing.assert_close(cached.scores(queries, passages[:-1]), scores)
+    live = teacher.score_matrix(inputs(teacher, QUERIES, [PASSAGES]), gather=False)
+    torch.testing.assert_close(scores, live, atol=5e-3, rtol=0)
 
 
 def test_another_teacher_has_another_folder(colbert: ColBERTTeacher, tmp_path: Path) -> None:
@@ -173,7 +210,7 @@ def test_where_the_disk_is_full_training_goes_on_without(
 
 
 def test_what_can_not_be_cached_is_refused(colbert: ColBERTTeacher, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="NoTeacher has none: give a ColBERTTeacher"):
+    with pytest.raises(ValueError, match="NoTeacher has none: give a ColBERTTeacher or a DenseTeacher"):
         CachedTeacher(NoTeacher(), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_gigabytes must be a finite number greater than 0"):
         CachedTeacher(colbert, tmp_path, max_gigabytes=0)

@@ -89,6 +89,10 @@ CASES: dict[str, dict[str, Any]] = {
     "smaller student": {"student": "small"},
     "mixture": {"teacher": "mixture", "mini_batch_size": 3},
     "mixture, fewer rows": {"teacher": "mixture", "uneven": True},
+    "embedding model": {"teacher": "dense"},
+    "BM25": {"teacher": "bm25"},
+    "BM25, fewer rows": {"teacher": "bm25", "uneven": True},
+    "log-linear, fewer rows": {"teacher": "log-linear", "uneven": True},
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time
 }
 

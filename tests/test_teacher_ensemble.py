@@ -46,6 +46,8 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def normal(x: np.ndarray, how: str, scale: float) -> np.ndarray:
+    if how == "none":
+        return x
     if how == "softmax":
         return log_softmax(scale * x)
     return np.stack([(row - row.mean()) / row.std() if row.std() > 0 else 0 * row for row in x])
@@ -92,6 +94,33 @@ def test_in_a_mixture_the_batch_says_how_much_own_candidates_have_and_all_how_it
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(np.exp(found).sum(1), 1.0, atol=1e-6)  # still a distribution
     np.testing.assert_allclose(np.exp(take(found)).sum(1), np.exp(take(batch)).sum(1), atol=1e-6)
+
+
+def test_without_normalisation_weighted_scores_are_the_logits_and_weights_may_be_set_later() -> None:
+    whole = [(Fixed(WHOLE, "in-batch", 2.0), 3.0), (Fixed(OTHER, "in-batch"), 0.0)]
+    sums = TeacherEnsemble(whole, normalize="none")
+    assert sums.weights == [3.0, 0.0] and sums.training_scale == 1.0
+    np.testing.assert_allclose(said(sums, QUERIES, COLUMNS), 3 * WHOLE, rtol=1e-6)
+    sums.weights = [0.5, -2.0]
+    np.testing.assert_allclose(said(sums, QUERIES, COLUMNS), 0.5 * WHOLE - 2 * OTHER, rtol=1e-5, atol=1e-5)
+    inputs = sums.collate(["q"] * QUERIES, [["p"] * QUERIES] * COLUMNS, [{}] * QUERIES)
+    np.testing.assert_allclose(sums.member_scores(inputs, gather=False), np.stack([WHOLE, OTHER]), rtol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_allclose(said(sums, QUERIES, COLUMNS), 0.5 * WHOLE - 2 * OTHER, rtol=1e-5, atol=1e-5)
+    own = TeacherEnsemble([(Fixed(OWN, "own"), 2.0), (Fixed(MORE, "own"), 0.5)], normalize="none")
+    found = np.take_along_axis(said(own, QUERIES, COLUMNS), PLACES, axis=1)
+    np.testing.assert_allclose(found, 2 * OWN + 0.5 * MORE, rtol=1e-5)
+
+
+def test_without_normalisation_own_candidates_share_what_the_batch_gives_them() -> None:
+    parts = [(Fixed(WHOLE, "in-batch", 7.0), 0.3), (Fixed(OWN, "own"), 0.6), (Fixed(OTHER, "in-batch"), 1.5)]
+    found = np.exp(said(TeacherEnsemble(parts, normalize="none"), QUERIES, COLUMNS))
+    logits = 0.3 * WHOLE + 1.5 * OTHER
+    for row in range(QUERIES):
+        batch = np.exp(logits[row]) / np.exp(logits[row]).sum()
+        share = np.exp(logits[row, PLACES[row]] + 0.6 * OWN[row])
+        batch[PLACES[row]] = batch[PLACES[row]].sum() * share / share.sum()
+        np.testing.assert_allclose(found[row], batch, rtol=1e-4)
 
 
 @settings(max_examples=50, deadline=None)
@@ -144,5 +173,5 @@ def test_what_is_no_ensemble_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             TeacherEnsemble(teachers)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='must be "standard" or "softmax"'):
+    with pytest.raises(ValueError, match='must be "standard", "softmax" or "none"'):
         TeacherEnsemble({one: 1.0}, normalize="rank")  # type: ignore[arg-type]

@@ -91,6 +91,19 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
     validate_checkpoint(tmp_path / "out" / "student")
 
 
+def test_an_embedding_model_and_the_words_of_the_collection_teach_without_training(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = "--teacher.mixed_with=[{kind: bm25, weight: 0.33}]"
+    options = ["--teacher.kind=dense", "--teacher.model=encoder", "--teacher.weight=6", mixed, *STUDENT]
+    cache = f"--student.teacher_cache={tmp_path / 'vectors'}"
+    stages = "--stages=[teacher, student]"
+    assert recipe(tmp_path / "out", *options, "--teacher.normalize=none", cache, stages) == 0
+    assert "teacher: skipped, encoder and BM25 are used as they are" in capsys.readouterr().out
+    assert any((tmp_path / "vectors").rglob("*.f16"))
+    validate_checkpoint(tmp_path / "out" / "student")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -105,7 +118,7 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         (["--teacher.kind=stored", "--teacher.scores=scores", "--teacher.model=ready"], "need no model"),
         ([*STORED, *STUDENT], "set student.training.candidates to own"),
         ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
-        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: it keeps a ColBERT's"),
+        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: it keeps vectors of"),
         ([*STORED, *OWN, "--triples.path=none"], "name the triples with triples.path"),
         (["--teacher.scores=scores"], 'set teacher.kind to "stored"'),
         (["--teacher.candidates=in-batch"], "a ColBERT scores the whole batch always"),
@@ -115,12 +128,15 @@ def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
         (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
         (["--teacher.weight=2"], "teacher.weight is of teachers that are mixed, and there is one: leave it out"),
         (["--teacher.normalize=softmax"], "teacher.normalize is of teachers that are mixed"),
-        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: stored scores are there"),
+        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: no model computes these scores"),
         (
             ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.candidates=in-batch", *OWN],
             "the student compares a query's own; leave it out, or set student.training.candidates to in-batch",
         ),
         (["--teacher.kind=colbret"], "colbret"),
+        (["--teacher.kind=dense"], "teacher.model: name the folder or Hub id of an embedding model"),
+        (["--teacher.kind=bm25", "--teacher.model=ready"], "teacher.model: BM25 needs no model"),
+        (["--teacher.kind=bm25", "--teacher.candidates=in-batch"], "BM25 scores the whole batch always"),
     ],
 )
 def test_wrong_teachers_are_one_message_before_anything_runs(

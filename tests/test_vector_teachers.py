@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tct_hf import ColBERTTeacher, NoTeacher, build_student, student_from_teacher
+from tct_hf import ColBERTTeacher, DenseTeacher, NoTeacher, build_student, student_from_teacher
 from tct_hf.batching import passes as cut_into_passes
 from tct_hf.teachers import TRAINING_FILE, has_bfloat16, read_training_scale, write_training_scale
 from tests.models import (
@@ -174,6 +175,93 @@ def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
         sizes[budget] = largest.elements
     assert sizes[1 << 24] == all_similarities  # the measure sees what it has to see
     assert sizes[1 << 18] <= 1 << 18
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_compares_by_the_mean_over_query_tokens_is_scored_so(
+    encoders: dict[str, MultiVectorEncoder], format: str
+) -> None:
+    model = copy.deepcopy(encoders[format])
+    model.similarity_fn_name = "meanmaxsim"
+    teacher, passages = ColBERTTeacher(model, dtype="float32"), columns_of(13, 2)
+    assert teacher.score_kind == "MeanMaxSim" and ColBERTTeacher(encoders[format]).score_kind == "MaxSim"
+    found = score(teacher, TEXTS, passages)
+    torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-5, rtol=0)
+    assert found.max() <= 1.001  # the mean of cosines, however long and padded the query
+    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
+    assert inputs is not None
+    inputs["query"] = {
+        key: torch.nn.functional.pad(value, (0, 7)) if isinstance(value, Tensor) and value.ndim == 2 else value
+        for key, value in inputs["query"].items()
+    }
+    torch.testing.assert_close(teacher.score_matrix(inputs, gather=False), found, atol=1e-5, rtol=0)
+
+
+# One vector a text.
+
+
+def dense_model(path: Path, **settings: Any) -> SentenceTransformer:
+    """Token vectors' mean, of an encoder with prompts."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    encoder = Transformer(str(tiny_bert(path, seed=11)), max_seq_length=48)
+    modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")]
+    prompts = {"query": "what is ", "document": "the passage "}
+    return SentenceTransformer(modules=modules, prompts=prompts, device="cpu", **settings)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_an_embedding_models_scores_are_those_of_its_own_encoding_and_similarity(
+    tmp_path: Path, similarity: Any
+) -> None:
+    model = dense_model(tmp_path / "base", similarity_fn_name=similarity, truncate_dim=24)
+    passages = columns_of(13, 2)
+    expected = model.similarity(model.encode_query(TEXTS), model.encode_document(passages[0] + passages[1]))
+    model.save_pretrained(str(tmp_path / "saved"))
+    for given in (model, tmp_path / "saved"):
+        teacher = DenseTeacher(given, dtype="float32", tokens_per_pass=100)
+        assert teacher.score_kind == similarity and teacher.training_scale == 1.0
+        found = score(teacher, TEXTS, passages)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    half = score(DenseTeacher(model, dtype="bfloat16"), TEXTS, passages)  # type: ignore[arg-type]
+    torch.testing.assert_close(half, expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+
+
+def test_an_embedding_model_of_the_students_base_shares_its_tokens(tmp_path: Path) -> None:
+    model = dense_model(tmp_path / "base")
+    student = copy.deepcopy(model)
+    teacher = DenseTeacher(model, dtype="float32")
+    teacher.attach(student)
+    assert teacher.shares_tokens and teacher.collate(TEXTS, columns_of(13, 1), [{}] * 13) is None
+    found = teacher.score_matrix(student_inputs(student, TEXTS, columns_of(13, 1)), gather=False)
+    expected = model.similarity(model.encode_query(TEXTS), model.encode_document(columns_of(13, 1)[0]))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    student.prompts = {"query": "", "document": ""}
+    teacher.attach(student)
+    assert not teacher.shares_tokens
+
+
+def test_many_texts_are_encoded_and_compared_as_in_a_batch(
+    encoders: dict[str, MultiVectorEncoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tct_hf.vector_teachers.TEXTS_AT_ONCE", 5)
+    dense = DenseTeacher(dense_model(tmp_path / "base"), dtype="float32")
+    passages = columns_of(13, 2)
+    for teacher in (ColBERTTeacher(encoders["stanford"], dtype="float32"), dense):
+        expected = score(teacher, TEXTS, passages)  # type: ignore[arg-type]
+        queries = teacher.encode_texts(TEXTS, "query")
+        documents = teacher.encode_texts(passages[0] + passages[1], "document")
+        assert all(text.dtype == np.float16 and text.ndim == 2 for text in queries + documents)
+        torch.testing.assert_close(teacher.scores(queries, documents), expected, atol=0.02, rtol=0)
+
+
+def test_a_colbert_is_no_embedding_model(
+    checkpoints: dict[str, Path], encoders: dict[str, MultiVectorEncoder]
+) -> None:
+    with pytest.raises(ValueError, match="needs a SentenceTransformer, got MultiVectorEncoder"):
+        DenseTeacher(encoders["tct"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is a MultiVectorEncoder, one vector a token, and no embedding model"):
+        DenseTeacher(checkpoints["tct"])
 
 
 # Tokens: the student's where they are the same, its own elsewhere.

@@ -70,8 +70,21 @@ def with_scores(rows: int = 16, *, negatives: int = 1) -> Dataset:
 
 def make_teacher(models: Path, kind: str) -> Any:
     """A teacher of a kind, of the models that tests with processes of their own keep in a folder."""
-    from tct_hf import ColBERTTeacher, CrossEncoderTeacher, StoredScores, TeacherEnsemble
+    from tct_hf import (
+        BM25Index,
+        BM25Teacher,
+        ColBERTTeacher,
+        CrossEncoderTeacher,
+        DenseTeacher,
+        StoredScores,
+        TeacherEnsemble,
+    )
 
+    if kind in ("bm25", "dense", "log-linear"):
+        bm25 = BM25Teacher(BM25Index.build(PASSAGES, map(str, range(len(PASSAGES))), backend="numpy"))
+        dense = DenseTeacher(str(models / "plain"), dtype="float32")
+        mixture = TeacherEnsemble({StoredScores(): 0.5, bm25: 0.33, dense: 6.0}, normalize="none")
+        return {"bm25": bm25, "dense": dense, "log-linear": mixture}[kind]
     colbert = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
     if kind == "colbert":
         return colbert

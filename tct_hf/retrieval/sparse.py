@@ -6,6 +6,7 @@ import json
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ METHODS = ("lucene", "robertson", "atire")
 _TOKEN = re.compile(r"(?u)\b\w\w+\b")
 _SETTINGS_FILE = "tct_bm25.json"
 _IDS_FILE = "ids.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class BM25Index:
@@ -40,6 +41,7 @@ class BM25Index:
         self.ids = ids
         self.settings = settings
         self._analyse = _analyser(settings["language"], settings["stemmer"])
+        self._idf: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,6 +106,7 @@ class BM25Index:
         check_ids(id_list, len(tokens), "texts")
         if not vocabulary:
             raise ValueError("texts: no passage has a word to index; check the text column, language and stemmer")
+        settings["average_length"] = sum(map(len, tokens)) / len(tokens)
         engine = bm25s.BM25(k1=k1, b=b, method=method, backend=backend)
         engine.index((tokens, vocabulary), create_empty_token=False, show_progress=False)
         return cls(engine, id_list, settings)
@@ -154,8 +157,7 @@ class BM25Index:
         if isinstance(queries, str):
             raise ValueError("queries: one string; pass a list of query texts or {query id: text}")
         texts = list(queries.values()) if isinstance(queries, Mapping) else list(queries)
-        vocabulary = self._engine.vocab_dict
-        tokens = [[vocabulary[word] for word in self._analyse(text) if word in vocabulary] for text in texts]
+        tokens = [self.known_words(text) for text in texts]
         rows: list[np.ndarray] = [np.empty(0, np.int64) for _ in texts]
         scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in texts]
         answerable = [at for at, words in enumerate(tokens) if words]
@@ -170,6 +172,47 @@ class BM25Index:
             for at, hits, hit_scores in zip(part, found, values, strict=True):
                 rows[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
         return rows, scores
+
+    def known_words(self, text: str) -> list[int]:
+        """The numbers of a query's words in the vocabulary, each as often as it comes; other words are left out."""
+        vocabulary = self._engine.vocab_dict
+        return [vocabulary[word] for word in self._analyse(text) if word in vocabulary]
+
+    def weigh(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """What each word of a passage adds to a query's score, whether the passage is in the index or not.
+
+        Args:
+            text: the passage.
+
+        Returns:
+            `(words,)` int32, the numbers of its known words, each once, and their float32 weights. A passage's score
+            is the sum of the weights of the query's words, of :meth:`known_words`.
+        """
+        import numpy as np
+
+        words = self._analyse(text)
+        counts = Counter(self._engine.vocab_dict.get(word, -1) for word in words)
+        counts.pop(-1, None)
+        numbers = np.fromiter(counts, np.int32, len(counts))
+        frequencies = np.fromiter(counts.values(), np.float64, len(counts))
+        k1, b, method = (self.settings[name] for name in ("k1", "b", "method"))
+        length = k1 * (1 - b + b * len(words) / self.settings["average_length"])
+        weights = self._idfs()[numbers] * frequencies / (frequencies + length)
+        return numbers, (weights * (k1 + 1) if method == "atire" else weights).astype(np.float32)
+
+    def _idfs(self) -> np.ndarray:
+        """`(vocabulary,)`: the inverse document frequencies of Kamphuis et al., ECIR 2020."""
+        import numpy as np
+
+        if self._idf is None:
+            passages, holders = len(self), np.diff(self._engine.scores["indptr"])
+            odds = (passages - holders + 0.5) / (holders + 0.5)
+            self._idf = np.log(
+                {"lucene": 1 + odds, "robertson": np.maximum(odds, 1), "atire": passages / holders}[
+                    self.settings["method"]
+                ]
+            )
+        return self._idf
 
     def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         import numpy as np
