@@ -189,7 +189,7 @@ class CachedTeacher(Teacher):
         missing = sorted((key for key in keyed if found[key] is None), key=lambda key: len(keyed[key]))
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             keys = missing[start : start + TEXTS_AT_ONCE]
-            made = self.teacher.encode_texts([keyed[key] for key in keys], side)
+            made = self.teacher.vectors([keyed[key] for key in keys], side)
             self.store.put(keys, made)
             found |= zip(keys, made, strict=True)
         return [found[_key(side, text)] for text in texts]  # type: ignore[misc]

@@ -268,7 +268,7 @@ class VectorTeacher(Teacher):
                 return score_where_the_passages_are(queries, query_mask, passages, passage_mask, columns, similarity)
             return similarity(queries, passages, query_mask, passage_mask)
 
-    def encode_texts(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
+    def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
         """Encode any number of texts, those of similar length together.
 
         Args:
@@ -293,7 +293,7 @@ class VectorTeacher(Teacher):
         return [made[row] for row in range(len(texts))]
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
-        """Compare vectors of :meth:`encode_texts`.
+        """Compare vectors of :meth:`vectors`.
 
         Args:
             queries: `(vectors, dim)` of each query.

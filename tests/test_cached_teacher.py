@@ -75,7 +75,7 @@ def test_the_cache_is_filled_ahead_and_read_by_text(colbert: ColBERTTeacher, tmp
     assert cached.score_kind == teacher.score_kind
     passages, queries = cached.vectors([*PASSAGES, PASSAGES[0]], "document"), cached.vectors(QUERIES, "query")
     assert len(cached.store) == len(PASSAGES) + len(QUERIES) and np.array_equal(passages[0], passages[-1])
-    for made, encoded in zip(passages, teacher.encode_texts(PASSAGES, "document"), strict=False):
+    for made, encoded in zip(passages, teacher.vectors(PASSAGES, "document"), strict=False):
         assert made.dtype == np.float16 and np.array_equal(made, encoded)
     scores = cached.score_matrix(inputs(cached, QUERIES, [PASSAGES]), gather=False)
     assert cached.misses == 0

@@ -249,8 +249,8 @@ def test_many_texts_are_encoded_and_compared_as_in_a_batch(
     passages = columns_of(13, 2)
     for teacher in (ColBERTTeacher(encoders["stanford"], dtype="float32"), dense):
         expected = score(teacher, TEXTS, passages)  # type: ignore[arg-type]
-        queries = teacher.encode_texts(TEXTS, "query")
-        documents = teacher.encode_texts(passages[0] + passages[1], "document")
+        queries = teacher.vectors(TEXTS, "query")
+        documents = teacher.vectors(passages[0] + passages[1], "document")
         assert all(text.dtype == np.float16 and text.ndim == 2 for text in queries + documents)
         torch.testing.assert_close(teacher.scores(queries, documents), expected, atol=0.02, rtol=0)
 
