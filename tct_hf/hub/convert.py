@@ -135,7 +135,7 @@ def _instead(name: str, found: Recognised) -> str:
     if found.kind == "colbert":
         return f'It is a teacher: ColBERTTeacher("{name}"); student_from_teacher("{name}") starts from its encoder.'
     if found.kind == "dual-encoder":
-        return f'Load it with SentenceTransformer("{name}"), or train it further: build_student("{name}") gives it as it is.'
+        return f'Load it with SentenceTransformer("{name}"), or train it further with build_student("{name}").'
     if found.kind == "sparse":
         return f'Load it with sentence_transformers.SparseEncoder("{name}").'
     if found.kind == "bare":

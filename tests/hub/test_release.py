@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("warm_checks")
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    made = build_student(str(tiny_bert(path / "base")), document_length=64)
+    made = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64)
     (path / "settings.yaml").write_text("seed: 13\n")
     return save_student(made, path / "student")
 
