@@ -434,3 +434,15 @@ def test_a_student_to_start_from_is_not_released(tmp_path: Path) -> None:
     convert_checkpoint(dual_encoder(tmp_path / "dual"), tmp_path / "start")
     with pytest.raises(ValueError, match=r"tct_origin\.json: this is a student to start from.*train it"):
         release(tmp_path / "start", "me/it", facts=FACTS, dry_run=True)
+
+
+def test_an_own_encoding_student_is_released_byte_for_byte(tmp_path: Path) -> None:
+    source = save_student(build_student(str(dual_encoder(tmp_path / "dual")), document_length=64), tmp_path / "own")
+    done = release(source, "tester/own", facts=FACTS, dry_run=True, folder=tmp_path / "r")
+    assert done.family == "student"
+    for name in done.sent:
+        if name != "README.md":
+            assert (tmp_path / "r" / name).read_bytes() == (source / name).read_bytes(), name
+    card = (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
+    assert "Plain `encode` gives the same vectors" in card and "Passages are cut at 64 tokens." in card
+    assert "needs sentence-transformers, and no other package" in card
