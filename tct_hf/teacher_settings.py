@@ -62,7 +62,7 @@ class TeacherSettings(OneTeacher):
     normalize: Literal["standard", "softmax", "none"] = setting(
         "standard", "of scores that are mixed; see TeacherEnsemble"
     )
-    dim: int = setting(128, "dimensions of a token vector")
+    dim: int | None = setting(None, "with tct: dimensions of a token vector, 128 when none")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what the teacher computes in")
     training: dict[str, Any] = setting(
         {}, "arguments of its training", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"

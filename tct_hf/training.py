@@ -20,11 +20,13 @@ from sentence_transformers.multi_vector_encoder.losses import (
     CachedMultiVectorMultipleNegativesRankingLoss,
     MultiVectorMultipleNegativesRankingLoss,
 )
+from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
 
 from tct_hf.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.collator import candidate_columns
 from tct_hf.encoding import save_student
 from tct_hf.files import is_claimed
+from tct_hf.losses import COSINE_SCALE
 from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.schedules import LossSchedule, Schedule
 from tct_hf.stages import check_stage, claim_stage, publish_stage, run_stage
@@ -164,7 +166,7 @@ def train_colbert(
     work: str | Path,
     arguments: Mapping[str, Any],
     settings: Mapping[str, Any],
-    scale: float = 1.0,
+    scale: float | None = None,
     evaluator: BaseEvaluator | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
@@ -179,7 +181,8 @@ def train_colbert(
         work: folder for checkpoints.
         arguments: of MultiVectorEncoderTrainingArguments, without output_dir.
         settings: JSON-ready, all that the model depends on: a folder with others is refused.
-        scale: of the scores in the softmax, recorded with the teacher for the student's default temperature.
+        scale: of the scores in the softmax, recorded with the teacher for the student's default temperature. None: 1
+            of MaxSim, 20 of its mean over the query's tokens.
         evaluator: on dev queries.
         write: takes lines of progress.
 
@@ -197,6 +200,9 @@ def train_colbert(
         return final
     claim_stage(work, settings)
     model = make_model()
+    is_mean = model.similarity_fn_name == "meanmaxsim"
+    if scale is None:
+        scale = COSINE_SCALE if is_mean else 1.0
     triples = make_triples()
     columns = ["query", *candidate_columns(triples.column_names)]
     if "labelled" in triples.column_names:  # the others have no positive to train on
@@ -209,7 +215,10 @@ def train_colbert(
         args=args,
         train_dataset=triples.select_columns(columns),
         loss=MultiVectorMultipleNegativesRankingLoss(
-            model, scale=scale, gather_across_devices=PartialState().num_processes > 1
+            model,
+            scale=scale,
+            similarity_fct=mean_colbert_scores if is_mean else None,
+            gather_across_devices=PartialState().num_processes > 1,
         ),
         evaluator=evaluator,
     )

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
 
 BM25, BASE_NATIVE, BASE_TCT, STUDENT, TEACHER = "bm25", "base-native", "base-tct", "student", "teacher"
-_NAMES = {"tct": "TCT", "plain": "plain"}
 
 
 def reference_systems(
@@ -39,11 +38,11 @@ def reference_systems(
     *,
     base_model: str | None,
     teacher: str | None,
-    query_length: int,
-    document_length: int,
+    query_length: int | None,
+    document_length: int | None,
     depth: int,
     bf16: bool,
-    encoding: Literal["tct", "plain"] = "tct",
+    encoding: Literal["own", "tct"] = "tct",
     prompts: Mapping[str, str] | None = None,
 ) -> list[System]:
     """The systems that students are measured against: sparse, the base encoder both ways, the teacher.
@@ -79,10 +78,9 @@ def reference_systems(
             prompts=prompts,
         )
         dense = partial(dense_system, collection, depth=depth, bf16=bf16)
-        systems += [
-            dense(BASE_NATIVE, "base encoder, its own encoding", lambda: SentenceTransformer(base)),
-            dense(BASE_TCT, f"base encoder, {_NAMES[encoding]} encoding, untrained", tct),
-        ]
+        systems.append(dense(BASE_NATIVE, "base encoder, its own encoding", lambda: SentenceTransformer(base)))
+        if encoding == "tct":
+            systems.append(dense(BASE_TCT, "base encoder, TCT encoding, untrained", tct))
     if teacher is None:
         return systems
     title = "ColBERT teacher (one vector a token)"
@@ -245,12 +243,12 @@ def quick_report(
     teacher: str | None,
     settings: Mapping[str, Any],
     bf16: bool,
-    query_length: int,
-    document_length: int,
+    query_length: int | None,
+    document_length: int | None,
     measures: Sequence[str],
     depth: int,
     examples: int,
-    encoding: Literal["tct", "plain"] = "tct",
+    encoding: Literal["own", "tct"] = "tct",
     prompts: Mapping[str, str] | None = None,
     dims: Sequence[int] | None = None,
     write: Callable[[str], None] = print,
@@ -278,6 +276,7 @@ def quick_report(
     Raises:
         ValueError: the output folder holds runs of other models or settings.
     """
+    from tct_hf.encoding import DOCUMENT_LENGTH
     from tct_hf.plots import plot_losses
 
     runs_folder = output / "runs"
@@ -315,8 +314,11 @@ def quick_report(
     sparse = kind_of(student) == "sparse"
     loader = "SparseEncoder" if sparse else "SentenceTransformer"
     # A sparse student reads its base's own input, whatever the teacher's.
-    whose = "for the student" if sparse else f"in {_NAMES[encoding]} encoding"
-    kept = f"{whose} a passage keeps {document_length} tokens."
+    whose = "in TCT encoding" if encoding == "tct" and not sparse else "for the student"
+    if document_length is None and encoding == "tct":
+        document_length = DOCUMENT_LENGTH
+    kept = f"{whose} a passage keeps {document_length or 'as many tokens as its base does'}"
+    kept += "." if document_length is None else " tokens."
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",

@@ -30,7 +30,9 @@ def report() -> Report:
 
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
-    return save_student(build_student(str(tiny_bert(tmp_path / "base")), document_length=64), tmp_path / "student")
+    return save_student(
+        build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64), tmp_path / "student"
+    )
 
 
 def test_a_card_says_what_was_measured_and_how_to_use_it(student: Path, report: Report) -> None:
@@ -64,7 +66,9 @@ def test_what_nobody_measured_or_gave_is_not_in_a_card(student: Path, report: Re
 
 
 def test_a_student_without_masks_says_who_can_run_it(tmp_path: Path) -> None:
-    made = build_student(str(tiny_bert(tmp_path / "base")), document_length=64, query_augmentation=False)
+    made = build_student(
+        str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64, query_augmentation=False
+    )
     card = write_card(save_student(made, tmp_path / "student"), "student", "me/it", FACTS)
     assert "Queries have no `[MASK]`s" in card and "always 36 tokens" not in card
 
@@ -90,7 +94,7 @@ def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(tmp_path:
     distilled = write_card(tmp_path / "model", "student", "me/it", CardFacts(**{**asdict(FACTS), "distilled": True}))
     assert "Trained with\nTCT-ColBERT" in distilled and "- tct-colbert" not in distilled
     assert "cosine similarity" in card and "model.similarity(queries, passages)" in card and "normalize_L2" in card
-    assert "encode_query" in card
+    assert "encode_query" in card and "Plain `encode` gives the same vectors" in card
 
 
 def test_the_record_of_the_training_fills_what_was_not_given(student: Path) -> None:
@@ -203,7 +207,9 @@ def test_a_card_claims_what_files_and_record_say(student: Path, facts: Any, said
 def test_a_card_says_what_is_beyond_the_papers_student(student: Path, tmp_path: Path) -> None:
     assert "No `[SEP]`, no normalisation." in write_card(student, "student", "me/it", FACTS)
     base = str(tiny_bert(tmp_path / "base"))
-    scaled = save_student(build_student(base, document_length=64, layers=[1], scale=20.0), tmp_path / "scaled")
+    scaled = save_student(
+        build_student(base, encoding="tct", document_length=64, layers=[1], scale=20.0), tmp_path / "scaled"
+    )
     training = {"max_steps": 5, "matryoshka_dims": [8, 32]}
     write_json_atomic(scaled / CLAIM_FILE, {"student": {"layers": [1], "scale": 20.0, "training": training}})
     card = write_card(scaled, "student", "me/it", FACTS.completed_by(scaled))
@@ -239,15 +245,14 @@ def test_a_card_names_the_teachers_of_the_record_and_no_other(tmp_path: Path, te
     assert facts.steps == (("weight of MarginMSE", "0.5"), ("weight of the passages' regulariser", "0.0001"))
 
 
-def test_the_card_of_a_plain_student_says_what_it_needs(tmp_path: Path) -> None:
+def test_the_card_of_an_own_encoding_student_says_what_it_needs(tmp_path: Path) -> None:
     prompts = {"query": "query: "}
-    student = build_student(
-        str(tiny_bert(tmp_path / "base")), encoding="plain", prompts=prompts, query_length=16, document_length=24
-    )
+    student = build_student(str(tiny_bert(tmp_path / "base")), prompts=prompts, query_length=16, document_length=24)
     student.truncate_dim = 8
     card = write_card(save_student(student, tmp_path / "student"), "student", "me/it", FACTS)
     assert "sentence-transformers 6 or newer" in card and "Passages are cut at 24 tokens" in card
     assert "one 8-dimensional vector" in card and "[Q]" not in card
+    assert "Questions go through `encode_query`." in card
 
 
 def test_a_conversion_says_what_it_was_made_from(tmp_path: Path) -> None:
