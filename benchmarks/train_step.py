@@ -46,7 +46,8 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
 
     Args:
         side: "stock", hard labels in sentence-transformers' trainer; in ours "hard", hard labels, "tct", a live
-            teacher, and "cached", one whose token vectors are kept under `folder`.
+            teacher, "cached", one whose token vectors are kept under `folder`, and "mixture", cached token vectors of
+            the encoder's own width with its cached pooled vectors and BM25.
         mode: of MODES.
         rows: to train on.
         batch: queries a step.
@@ -58,11 +59,15 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     from sentence_transformers.util import dot_score
 
     from tct_hf import (
+        BM25Index,
+        BM25Teacher,
         CachedTeacher,
         ColBERTTeacher,
+        DenseTeacher,
         NoTeacher,
         TCTTrainer,
         TCTTrainingArguments,
+        TeacherEnsemble,
         build_colbert,
         build_student,
     )
@@ -94,6 +99,17 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
             teacher = ColBERTTeacher(build_colbert(base, encoding="tct", document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
         if side == "cached":
             teacher = CachedTeacher(teacher, folder)
+        if side == "mixture":
+            wide = ColBERTTeacher(build_colbert(base, dim=384, document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
+            pooled = DenseTeacher(base, dtype=dtype)  # type: ignore[arg-type]
+            passages = list(dict.fromkeys([*rows["positive"], *rows["negative"]]))
+            index = BM25Index.build(passages, map(str, range(len(passages))))
+            weighted = {
+                CachedTeacher(wide, folder): 7.0,
+                CachedTeacher(pooled, folder): 13.0,
+                BM25Teacher(index): 0.33,
+            }
+            teacher = TeacherEnsemble(weighted, normalize="none")
         weight = 1.0 if side == "hard" else 0.1
         args = TCTTrainingArguments(**common, temperature=1.0, hard_label_weight=weight)
         trainer = TCTTrainer(student, teacher, args, train_dataset=rows)

@@ -1,4 +1,4 @@
-"""A ColBERT teacher against MultiVectorEncoder's own encoding and similarity, whatever the passes and chunks."""
+"""Teachers of vectors against their models' own encoding and similarity, whatever the passes and chunks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tct_hf import ColBERTTeacher, DenseTeacher, NoTeacher, build_student, student_from_teacher
+from tct_hf import ColBERTTeacher, DenseTeacher, build_student, student_from_teacher
 from tct_hf.batching import passes as cut_into_passes
-from tct_hf.teachers import TRAINING_FILE, has_bfloat16, read_training_scale, write_training_scale
+from tct_hf.teachers import TRAINING_FILE, read_training_scale, write_training_scale
 from tests.models import (
     load_colbert,
     pylate_colbert,
@@ -476,22 +476,6 @@ def test_auto_takes_bfloat16_where_the_hardware_has_it(
     assert torch.equal(auto, score(named, TEXTS, columns_of(13, 1)))
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True), ({"avx2": True}, False)],
-)
-def test_a_cpu_has_bfloat16_by_its_capabilities(
-    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_bfloat16(torch.device("cpu")) is expected
-
-
-def test_an_older_torch_that_tells_no_capabilities_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert has_bfloat16(torch.device("cpu")) is False
-
-
 # Making one.
 
 
@@ -540,39 +524,6 @@ def test_training_scale_is_written_beside_a_checkpoint_and_read_back(
     assert json.loads((path / TRAINING_FILE).read_text()) == {"training_scale": 384.0}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"\xff\xfe",
-        b"[]",
-        b"4",
-        b"{}",
-        b'{"training_scale": "4"}',
-        b'{"training_scale": true}',
-        b'{"training_scale": 0}',
-        b'{"training_scale": -1.0}',
-        b'{"training_scale": NaN}',
-        b'{"training_scale": Infinity}',
-        b'{"training_scale": null}',
-    ],
-)
-def test_a_record_of_the_training_scale_that_says_none_is_refused_with_the_file(
-    tmp_path: Path, content: bytes
-) -> None:
-    (tmp_path / TRAINING_FILE).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{TRAINING_FILE}: .* Make it .* or remove the file"):
-        read_training_scale(str(tmp_path))
-
-
-@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), True, "4"])
-def test_a_training_scale_that_is_none_is_not_written(tmp_path: Path, scale: Any) -> None:
-    with pytest.raises(ValueError, match="finite number greater than 0"):
-        write_training_scale(tmp_path, scale)
-    assert list(tmp_path.iterdir()) == []
-
-
 # The cut into passes.
 
 
@@ -612,12 +563,3 @@ def test_a_model_that_would_get_a_random_projection_is_refused(tmp_path: Path) -
     CrossEncoder(str(tmp_path / "cross-encoder"), device="cpu").save_pretrained(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match="is a CrossEncoder, one score a pair, and no ColBERT"):
         ColBERTTeacher(str(tmp_path / "saved"))
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 3)])
-def test_no_teacher_gives_zeros_of_the_shape_of_the_batch(rows: int, columns: int) -> None:
-    teacher = NoTeacher()
-    inputs = teacher.collate(TEXTS[:rows], columns_of(rows, columns), [{}] * rows)
-    scores = teacher.score_matrix(inputs, gather=True)
-    assert scores.dtype == torch.float32 and scores.shape == (rows, rows * columns) and not scores.any()
-    assert teacher.training_scale == 1.0 and teacher.to(torch.device("cpu")) is teacher
