@@ -40,7 +40,7 @@ def _read_json(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a student's files say of its encoding.
+    """What a TCT student's files say of its encoding.
 
     Args:
         settings: of the Transformer module.
@@ -49,7 +49,6 @@ class _Layout:
         augmented: queries are filled with [MASK]s.
         pooling: "mean" or "cls".
         pooling_file: that says so.
-        prompts: of the plain encoding; None of TCT's.
         length: of all vectors, where they are normalised; None: vectors as pooled.
         truncate_dim: first dimensions that are kept; None: all.
     """
@@ -60,13 +59,37 @@ class _Layout:
     augmented: bool
     pooling: str
     pooling_file: str
-    prompts: dict[str, str] | None
     length: float | None
     truncate_dim: int | None
 
 
+def _is_tct(path: Path) -> bool:
+    """Whether a checkpoint is one of the TCT encoding, in whatever state; else it reads texts its own way.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: it is no SentenceTransformer.
+    """
+    modules = _read_json(path / "modules.json")
+    config = _read_json(path / "config_sentence_transformers.json")
+    if config.get("model_type") not in (None, "SentenceTransformer"):
+        raise ValueError(f"{path} is a {config['model_type']}, so this is not a student: save it with save_pretrained.")
+    if modules[0]["path"] or modules[0]["type"].rsplit(".", 1)[-1] != "Transformer":
+        return False
+    settings = _read_json(path / "sentence_bert_config.json")
+    if settings.get("query_expansion"):
+        return True
+    if settings.get("document_length") is None:
+        return False
+    if any((config.get("prompts") or {}).get(side) == PROMPTS[side] for side in PROMPTS):
+        return True
+    # Its prompts may be lost: TCT's template has one special token.
+    template = _read_json(path / "tokenizer.json").get("post_processor") or {}
+    return [next(iter(part)) for part in template.get("single", [])] == ["SpecialToken", "Sequence"]
+
+
 def _read_layout(path: Path) -> _Layout:
-    """Read the parts of a student's encoding that only its builder can know.
+    """Read the parts of a TCT student's encoding that only its builder can know.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -98,24 +121,9 @@ def _read_layout(path: Path) -> _Layout:
         bool(expansion),
         pooling,
         pooling_file,
-        None if expansion else _plain_prompts(path),
         _read_length(path / modules[3]["path"], mend) if len(modules) > 2 else None,
         _read_json(path / "config_sentence_transformers.json").get("truncate_dim"),
     )
-
-
-def _plain_prompts(path: Path) -> dict[str, str] | None:
-    """The prompts of a checkpoint whose queries have no [MASK]s, where it is one of the plain encoding."""
-    found = _read_json(path / "config_sentence_transformers.json").get("prompts") or {}
-    prompts = {side: found.get(side) or "" for side in PROMPTS}
-    if any(prompts[side] == PROMPTS[side] for side in PROMPTS):
-        return None
-    if not any(prompts.values()):
-        # A student of either encoding, whose prompts were lost or never there: TCT's template has one special token.
-        template = _read_json(path / "tokenizer.json").get("post_processor") or {}
-        tokens = [next(iter(part)) for part in template.get("single", [])]
-        return None if tokens == ["SpecialToken", "Sequence"] else prompts
-    return prompts
 
 
 def _read_length(folder: Path, mend: str) -> float:
@@ -149,8 +157,8 @@ def finalise_checkpoint(path: str | Path) -> None:
     """Write what a saved student needs so that stock sentence-transformers loads it right, or fails loudly.
 
     The only writer of the tokenizer's class and [SEP]-free template, the version requirement, prompts and whether they
-    are pooled, lengths and similarity. Idempotent: a second call changes no byte. A student of the plain encoding is
-    right as sentence-transformers saves it: it gets the version requirement alone.
+    are pooled, lengths and similarity. Idempotent: a second call changes no byte. A student that reads texts its own
+    way is right as sentence-transformers saves it: it only gets the version requirement where it has a query length.
 
     Args:
         path: folder that a student was saved to.
@@ -160,11 +168,15 @@ def finalise_checkpoint(path: str | Path) -> None:
         ValueError: the folder holds something other than a student.
     """
     path = Path(path)
-    layout = _read_layout(path)
-    own = _read_json(path / "config_sentence_transformers.json") | {"requirements": REQUIREMENTS}
-    if layout.prompts is not None:
-        _write(path, {"config_sentence_transformers.json": own})
+    is_tct = _is_tct(path)
+    own = _read_json(path / "config_sentence_transformers.json")
+    if not is_tct:
+        settings = path / "sentence_bert_config.json"
+        if settings.is_file() and _read_json(settings).get("query_length") is not None:
+            _write(path, {"config_sentence_transformers.json": own | {"requirements": REQUIREMENTS}})
         return
+    layout = _read_layout(path)
+    own |= {"requirements": REQUIREMENTS}
     settings = {key: value for key, value in layout.settings.items() if key != "max_seq_length"}
     if layout.augmented:
         settings["query_expansion"] = query_expansion(layout.query_length)
@@ -230,7 +242,10 @@ import numpy as np, torch
 from sentence_transformers import SentenceTransformer
 path, texts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 model = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": torch.float32})
-np.savez(out, query=model.encode_query(texts), document=model.encode_document(texts), plain=model.encode(texts))
+np.savez(
+    out, query=model.encode_query(texts), document=model.encode_document(texts), plain=model.encode(texts),
+    alone=np.concatenate([model.encode([text]) for text in texts]),
+)
 """
 
 
@@ -245,6 +260,9 @@ class CheckpointReport:
 
 def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> CheckpointReport:
     """Load a student in a fresh interpreter that cannot import tct_hf and compare its vectors with the rule.
+
+    The rule of a student that reads texts its own way is plain transformers for a mean or start token's vector,
+    normalised or not; for other modules it is its own vectors here, one text at a time.
 
     Args:
         path: folder of the checkpoint.
@@ -261,12 +279,18 @@ def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> Checkpo
     import numpy as np
 
     path = Path(path)
-    layout = _read_layout(path)
     texts = list(GOLDEN_TEXTS)
-    found = _fresh_vectors(path, texts)
-    rule = {side: _rule_vectors(path, texts, side, layout) for side in PROMPTS}
-    rule["plain"] = rule["document"]
-    encoding = "TCT" if layout.prompts is None else "plain"
+    is_tct = _is_tct(path)
+    if is_tct:
+        layout = _read_layout(path)
+        found = _fresh_vectors(path, texts)
+        rule = {side: _rule_vectors(path, texts, side, layout) for side in PROMPTS}
+        rule["plain"] = rule["document"]
+    else:
+        found = _fresh_vectors(path, texts)
+        rule = _own_vectors(path, texts)
+    rule["alone"] = rule["plain"]  # as LangChain and others encode a question
+    encoding = "TCT" if is_tct else "model's own"
     differences = {}
     for name, vectors in found.items():
         differences[name] = float(np.abs(vectors - rule[name]).max())
@@ -275,11 +299,13 @@ def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> Checkpo
                 f"{path}: {name} vectors differ from the {encoding} encoding by {differences[name]:.2g}. Run "
                 "finalise_checkpoint on the folder; if that does not help, build the student again with build_student."
             )
-    return CheckpointReport(**differences)
+    plain = max(differences["plain"], differences["alone"])
+    return CheckpointReport(differences["query"], differences["document"], plain)
 
 
 def _fresh_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Vectors of encode_query, encode_document and encode, `(texts, dim)` each, from an interpreter without tct_hf."""
+    """Vectors of encode_query, encode_document, encode and encode of one text at a time, `(texts, dim)` each, from an
+    interpreter without tct_hf."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +319,46 @@ def _fresh_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
         if done.returncode != 0:
             raise ValueError(f"{path} does not load as a plain SentenceTransformer:\n{done.stderr.strip()[-2000:]}")
         with np.load(out) as vectors:
-            return {name: vectors[name] for name in ("query", "document", "plain")}
+            return dict(vectors)
+
+
+def _own_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """A student's vectors by its own way of reading texts, one text at a time, `(texts, dim)` for each way to ask."""
+    import numpy as np
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    modules, config = (_read_json(path / f"{name}.json") for name in ("modules", "config_sentence_transformers"))
+    classes = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    pool = _read_json(path / modules[1]["path"] / "config.json") if classes[1:2] == ["Pooling"] else {}
+    if (
+        classes not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+        or pool.get("pooling_mode") not in ("mean", "cls")
+        or not pool.get("include_prompt", True)
+        or AutoConfig.from_pretrained(str(path)).is_encoder_decoder
+    ):
+        student = SentenceTransformer(str(path), device="cpu", model_kwargs={"dtype": torch.float32})
+        ways = {"query": student.encode_query, "document": student.encode_document, "plain": student.encode}
+        return {name: np.concatenate([encode([text]) for text in texts]) for name, encode in ways.items()}
+    settings = _read_json(path / "sentence_bert_config.json")
+    tokenizer, model = AutoTokenizer.from_pretrained(str(path)), AutoModel.from_pretrained(str(path)).float().eval()
+    longest = settings.get("max_seq_length") or min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    lengths = {"query": settings.get("query_length"), "document": settings.get("document_length")}
+    prompts = config.get("prompts") or {}
+    found = {}
+    for name, side in (("query", "query"), ("document", "document"), ("plain", config.get("default_prompt_name"))):
+        vectors = []
+        for text in texts:
+            whole = (prompts.get(side) or "") + text
+            ids = tokenizer(whole, truncation=True, max_length=lengths.get(name) or longest)["input_ids"]
+            with torch.no_grad():
+                hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # (tokens, dim)
+            vector = hidden[0] if pool["pooling_mode"] == "cls" else hidden.mean(0)
+            vector = torch.nn.functional.normalize(vector, dim=0) if "Normalize" in classes else vector
+            vectors.append(vector[: config.get("truncate_dim")])
+        found[name] = torch.stack(vectors).numpy()
+    return found
 
 
 def _rule_vectors(path: Path, texts: Sequence[str], side: str, layout: _Layout) -> np.ndarray:
@@ -303,21 +368,14 @@ def _rule_vectors(path: Path, texts: Sequence[str], side: str, layout: _Layout) 
 
     model = AutoModel.from_pretrained(str(path), dtype=torch.float32).eval()
     length = layout.query_length if side == "query" else layout.document_length
-    if layout.prompts is not None:
-        own = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-        prompt = 0  # pooled with the text
-        inputs = [own(layout.prompts[side] + text, truncation=True, max_length=length)["input_ids"] for text in texts]
-    else:
-        config = _read_json(path / "tokenizer_config.json")
-        start, mask = _token(config, "cls_token", "bos_token"), _token(config, "mask_token")
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(path / "tokenizer.json"), cls_token=start, mask_token=mask
-        )
-        augmented = side == "query" and layout.augmented
-        opening = f"{start}{PROMPTS[side]}"
-        prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
-        wholes = [opening + text + (str(mask) * length if augmented else "") for text in texts]
-        inputs = [tokenizer(whole, add_special_tokens=False)["input_ids"][:length] for whole in wholes]
+    config = _read_json(path / "tokenizer_config.json")
+    start, mask = _token(config, "cls_token", "bos_token"), _token(config, "mask_token")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), cls_token=start, mask_token=mask)
+    augmented = side == "query" and layout.augmented
+    opening = f"{start}{PROMPTS[side]}"
+    prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    wholes = [opening + text + (str(mask) * length if augmented else "") for text in texts]
+    inputs = [tokenizer(whole, add_special_tokens=False)["input_ids"][:length] for whole in wholes]
     vectors = []
     for ids in inputs:
         with torch.no_grad():

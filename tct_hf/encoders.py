@@ -12,9 +12,7 @@ from torch import nn
 
 from tct_hf.bundled import told_when_missing
 from tct_hf.checkpoints import query_expansion
-from tct_hf.tokenization import PROMPTS, plain_tokenizer, start_token, tct_tokenizer
-
-NO_PROMPTS = {"query": "", "document": ""}
+from tct_hf.tokenization import own_tokenizer, start_token, tct_tokenizer
 
 
 def load_transformer(model_name_or_path: str, dtype: torch.dtype | str | None) -> Transformer:
@@ -60,48 +58,45 @@ def make_tct(
     return transformer
 
 
-def make_plain(
-    transformer: Transformer,
-    *,
-    query_length: int,
-    document_length: int,
-    prompts: Mapping[str, str],
-    markers: Sequence[str] = (),
-) -> Transformer:
-    """Give a Transformer module, in place, lengths and a fresh tokenizer with its own special tokens.
+def make_own(transformer: Transformer, *, markers: Sequence[str] = ()) -> None:
+    """Give the Transformer module of a ColBERT, in place, what an embedding model has: no query expansion, one length.
 
     Args:
         transformer: of any encoder.
-        query_length: tokens of a query, prompt and special tokens included.
-        document_length: of a passage, likewise.
-        prompts: of :func:`plain_prompts`.
-        markers: added tokens to leave out, such as those of a ColBERT.
+        markers: added tokens that the tokenizer must not have, such as a ColBERT's [unused0].
     """
-    tokenizer = plain_tokenizer(transformer.tokenizer, document_length=document_length, markers=markers)
-    for name, length, side in (
-        ("query_length", query_length, "query"),
-        ("document_length", document_length, "document"),
-    ):
-        taken = len(tokenizer(prompts[side])["input_ids"])
-        _check_length(transformer, name, length, taken + 1, f"special tokens and the prompt take {taken}")
-    _set(transformer, tokenizer, query_length, document_length, augmented=False)
-    return transformer
+    length = transformer.document_length or transformer.max_seq_length
+    tokenizer = own_tokenizer(transformer.tokenizer, document_length=length, markers=markers)
+    _set(transformer, tokenizer, transformer.query_length, None, augmented=False)
 
 
-def plain_prompts(prompts: Mapping[str, str] | None) -> dict[str, str]:
-    """The prompts of the plain encoding, checked; none where None.
+def set_lengths(
+    transformer: Any, prompts: Mapping[str, str], *, query_length: int | None, document_length: int | None
+) -> None:
+    """Set what a query and a passage keep, in place, where they are given.
+
+    A passage's length is the tokenizer's, so that plain `encode` and servers cut alike. A query's is a setting that
+    sentence-transformers 6 knows alone.
+
+    Args:
+        transformer: the first module of an embedding model.
+        prompts: of the model.
+        query_length: tokens of a query, prompt and special tokens included; None: as it is.
+        document_length: of any other text; None: as it is.
 
     Raises:
-        ValueError: other sides than query and document, or the TCT encoding's prompts, by which it is recognised.
+        ValueError: no room for a text, or more than the encoder has positions.
     """
-    made = {**NO_PROMPTS, **(prompts or {})}
-    if made.keys() != NO_PROMPTS.keys():
-        raise ValueError(f'prompts has {sorted(made)}: give those of "query" and "document", or one of them, or none.')
-    if taken := [prompt for prompt in made.values() if prompt in PROMPTS.values()]:
-        raise ValueError(
-            f"prompts: {taken[0]!r} marks the TCT encoding, which pools and cuts otherwise: give another prompt."
-        )
-    return made
+    for name, length in (("query_length", query_length), ("document_length", document_length)):
+        if length is not None:
+            taken = len(transformer.tokenizer(prompts.get(name.split("_")[0]) or "")["input_ids"])
+            _check_length(transformer, name, length, taken + 1, f"special tokens and the prompt take {taken}")
+    if document_length is not None:
+        transformer.max_seq_length = document_length
+        if transformer.document_length is not None:
+            transformer.document_length = document_length
+    if query_length is not None:
+        transformer.query_length = None if query_length == transformer.max_seq_length else query_length
 
 
 def _check_length(transformer: Transformer, name: str, length: int, least: int, why: str) -> None:
@@ -113,7 +108,12 @@ def _check_length(transformer: Transformer, name: str, length: int, least: int, 
 
 
 def _set(
-    transformer: Transformer, tokenizer: Any, query_length: int, document_length: int, *, augmented: bool
+    transformer: Transformer,
+    tokenizer: Any,
+    query_length: int | None,
+    document_length: int | None,
+    *,
+    augmented: bool,
 ) -> None:
     transformer.processor = tokenizer
     transformer.processing_kwargs = {}
@@ -121,7 +121,7 @@ def _set(
     transformer.query_expansion = None  # before the lengths: the setter compares them
     transformer.document_length = document_length
     transformer.query_length = None if augmented else query_length
-    transformer.query_expansion = query_expansion(query_length) if augmented else None
+    transformer.query_expansion = query_expansion(query_length) if augmented and query_length else None
 
 
 def keep_layers(transformer: Transformer, layers: Sequence[int]) -> None:

@@ -1,6 +1,9 @@
-"""How text becomes TCT input: build, save and check a student made of stock sentence-transformers modules.
+"""Build, save and check students and ColBERTs made of stock sentence-transformers modules.
 
-The rule (Pyserini's, for the released checkpoints; `[Q]` and `[D]` are three WordPiece tokens each):
+By default a model reads texts its own way ("own"): tokenizer, prompts, pooling, normalisation and similarity are those
+of the embedding model it begins with, and so its checkpoint is an ordinary embedding model. The paper's way is "tct".
+
+The rule of "tct" (Pyserini's, for the released checkpoints; `[Q]` and `[D]` are three WordPiece tokens each):
 
     query      [CLS] [Q] text [MASK] ... [MASK]    always 36 tokens, all attended; mean over positions 4 to 35
     passage    [CLS] [D] title text                up to document_length tokens; mean over positions from 4 on
@@ -8,8 +11,8 @@ The rule (Pyserini's, for the released checkpoints; `[Q]` and `[D]` are three Wo
 No [SEP], no projection, no normalisation, compared by dot product. Without query augmentation a query has no [MASK]s
 and is pooled like a passage. A text with no token of its own (the empty passage) is the zero vector.
 
-Beyond the paper a student may take the start token's vector, normalise with a learned scale, keep some layers of the
-encoder, or read texts as its tokenizer does by itself ("plain").
+Beyond the paper a student may take the start token's vector, normalise with a learned scale, or keep some layers of
+the encoder.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.util import load_file_path
 from torch import nn
 
 from tct_hf.checkpoints import finalise_checkpoint, validate_checkpoint
-from tct_hf.encoders import keep_layers, load_transformer, make_plain, make_tct, plain_prompts
+from tct_hf.encoders import keep_layers, load_transformer, make_own, make_tct, set_lengths
 from tct_hf.files import replace_dir, staging_beside
 from tct_hf.scaling import length_of, scale_modules
 from tct_hf.tokenization import PROMPTS
@@ -49,183 +53,234 @@ QUERY_LENGTH = 36
 DOCUMENT_LENGTH = 154
 
 
-def _prepare(
+def _refuse_unknown(encoding: str) -> None:
+    if encoding not in ("own", "tct"):
+        raise ValueError(f'encoding={encoding!r} is not known: use "own" (the model\'s), or "tct" (the paper\'s).')
+
+
+def _refuse_tct_settings(*, query_augmentation: bool, scale: float | None) -> None:
+    if scale is not None or not query_augmentation:
+        raise ValueError(
+            'scale and query_augmentation are settings of encoding="tct": leave them out, or ask for it. The factor of '
+            "an own-encoding student's cosines is the loss's student_scale."
+        )
+
+
+def _make_tct(
     transformer: Transformer,
-    encoding: str,
     prompts: Mapping[str, str] | None,
     *,
-    query_length: int,
-    document_length: int,
-    query_augmentation: bool,
+    query_length: int | None,
+    document_length: int | None,
+    query_augmentation: bool = True,
     markers: Sequence[str] = (),
-) -> dict[str, str]:
-    """Give a Transformer module, in place, an encoding of texts; its prompts."""
-    if encoding not in ("tct", "plain"):
-        raise ValueError(
-            f'encoding={encoding!r} is not known: use "tct" (the paper\'s), or "plain" for the tokenizer\'s own input.'
-        )
-    lengths = {"query_length": query_length, "document_length": document_length}
-    if encoding == "plain":
-        checked = plain_prompts(prompts)
-        make_plain(transformer, **lengths, prompts=checked, markers=markers)
-        return checked
+) -> None:
     if prompts:
         raise ValueError(
-            f'prompts={dict(prompts)}: the TCT encoding has its own; leave them out, or use encoding="plain".'
+            f'prompts={dict(prompts)}: the TCT encoding has its own; leave them out, or use encoding="own".'
         )
-    make_tct(transformer, **lengths, query_augmentation=query_augmentation, markers=markers)
-    return dict(PROMPTS)
+    make_tct(
+        transformer,
+        query_length=query_length or QUERY_LENGTH,
+        document_length=document_length or DOCUMENT_LENGTH,
+        query_augmentation=query_augmentation,
+        markers=markers,
+    )
 
 
-def _student(
-    transformer: Transformer, prompts: dict[str, str], encoding: str, pooling: str, scale: float | None
-) -> SentenceTransformer:
+def _tct_student(transformer: Transformer, pooling: str | None, scale: float | None) -> SentenceTransformer:
     dim = transformer.get_embedding_dimension()
-    # "cls" is the vector of the start token, which belongs to the prompt; else TCT leaves the prompt out. A tokenizer
-    # that joins prompt and text has no prompt to leave out.
-    pool = Pooling(dim, pooling, include_prompt=pooling == "cls" or encoding == "plain")
+    # "cls" is the vector of the start token, which belongs to the prompt; else the prompt is left out.
+    pool = Pooling(dim, pooling or "mean", include_prompt=pooling == "cls")
     return SentenceTransformer(
         modules=[transformer, pool, *([] if scale is None else scale_modules(dim, scale))],
-        prompts=prompts,
+        prompts=dict(PROMPTS),
         default_prompt_name="document",
         similarity_fn_name="dot",
     )
 
 
-def _check_pooling(pooling: str) -> None:
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f'pooling={pooling!r} is not part of the TCT encoding: use "mean" (the paper\'s) or "cls".')
+def _load_own(
+    model_name_or_path: str,
+    dtype: torch.dtype | str | None,
+    prompts: Mapping[str, str] | None,
+    *,
+    query_length: int | None,
+    document_length: int | None,
+) -> SentenceTransformer:
+    """An embedding model as it is, but for prompts and lengths; a bare encoder with mean pooling and dot product."""
+    if load_file_path(model_name_or_path, "modules.json") is None:
+        transformer = load_transformer(model_name_or_path, dtype)
+        pool = Pooling(transformer.get_embedding_dimension(), "mean")
+        model = SentenceTransformer(modules=[transformer, pool], similarity_fn_name="dot")
+    else:
+        # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
+        model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": dtype or torch.float32})
+    _set_prompts(model, prompts)
+    set_lengths(model[0], model.prompts, query_length=query_length, document_length=document_length)
+    return model
+
+
+def _set_prompts(model: SentenceTransformer, prompts: Mapping[str, str] | None) -> None:
+    model.prompts.update(prompts or {})
+    if prompts and prompts.get("document"):
+        model.default_prompt_name = "document"  # plain encode() takes its texts for passages
+
+
+def _check_pooling(pooling: str | None) -> None:
+    if pooling not in (None, "mean", "cls"):
+        raise ValueError(f'pooling={pooling!r} is not known: use "mean" or "cls".')
 
 
 def build_student(
     model_name_or_path: str,
     *,
-    pooling: str = "mean",
-    query_length: int = QUERY_LENGTH,
-    document_length: int = DOCUMENT_LENGTH,
+    encoding: Literal["own", "tct"] = "own",
+    pooling: str | None = None,
+    query_length: int | None = None,
+    document_length: int | None = None,
     query_augmentation: bool = True,
     dtype: torch.dtype | str | None = None,
     layers: Sequence[int] | None = None,
-    encoding: Literal["tct", "plain"] = "tct",
     prompts: Mapping[str, str] | None = None,
     scale: float | None = None,
 ) -> SentenceTransformer:
-    """Build a student from any encoder, by default with the TCT encoding, which takes a BERT-like one.
-
-    `encode_query` and `encode_document` apply the encoding, plain `encode` takes its texts for passages.
+    """Build a student from any embedding model or encoder.
 
     Args:
-        model_name_or_path: encoder (or SentenceTransformer checkpoint, whose pooling and later modules are left out).
-        pooling: "mean" (the paper's), or "cls" for the start token's vector.
-        query_length: tokens of a query, prompt and [MASK]s included.
-        document_length: tokens a passage keeps, prompt included.
-        query_augmentation: pad queries with attended [MASK]s. Without, servers that know nothing of query expansion
-            can run the student.
+        model_name_or_path: embedding model, or an encoder of transformers.
+        encoding: "own", the model as it is, and an encoder with mean pooling, compared by dot product; or "tct", the
+            paper's, for a BERT-like encoder (pooling and later modules of an embedding model are left out).
+        pooling: "mean", or "cls" for the start token's vector; the model's own when None ("mean" with "tct").
+        query_length: tokens a query keeps; the passage's number when None. With "tct" tokens of a query, prompt and
+            [MASK]s included; 36 when None. An own one that differs needs sentence-transformers 6.
+        document_length: tokens a passage keeps, prompt included; the model's own number when None (154 with "tct").
+        query_augmentation: of "tct": pad queries with attended [MASK]s. Without, servers that know nothing of query
+            expansion can run the student.
         dtype: of the weights; float32 when None.
         layers: keep only these layers of the encoder, counted from 0.
-        encoding: "tct"; or "plain" for an encoder whose tokenizer can't make TCT input (byte-level BPE, SentencePiece:
-            RoBERTa, ModernBERT, XLM-R): its own special tokens, no [MASK]s, prompts pooled with the text.
-        prompts: of the plain encoding, `{"query": "query: ", "document": "passage: "}` for instance; none when None.
-        scale: normalise the vectors, and learn what cosines are multiplied by from this number on (20.0, say); it is
-            kept in a stock module, see :mod:`tct_hf.scaling`. None (the paper's): vectors as pooled.
+        prompts: such as `{"query": "query: ", "document": "passage: "}`, instead of the model's own. With a prompt of
+            documents plain `encode` takes its texts for passages.
+        scale: of "tct": normalise the vectors, and learn what cosines are multiplied by from this number on (20.0,
+            say); it is kept in a stock module, see :mod:`tct_hf.scaling`. None (the paper's): vectors as pooled.
 
     Returns:
         A SentenceTransformer of stock modules.
 
     Raises:
-        ValueError: a tokenizer that can't make TCT input, lengths that don't fit the encoder, layers it doesn't have,
-            an unknown pooling or encoding, prompts of the TCT encoding, a scale that is none.
+        ValueError: an unknown encoding or pooling, lengths that don't fit the encoder, layers it doesn't have, settings
+            of the other encoding, or a tokenizer that can't make TCT input.
 
-    Source: Pyserini's query and passage encoders for castorini/tct_colbert-msmarco.
+    Source: of "tct", Pyserini's query and passage encoders for castorini/tct_colbert-msmarco.
     """
+    _refuse_unknown(encoding)
     _check_pooling(pooling)
-    transformer = load_transformer(model_name_or_path, dtype)
+    lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
+    if encoding == "tct":
+        transformer = load_transformer(model_name_or_path, dtype)
+        if layers is not None:
+            keep_layers(transformer, layers)
+        _make_tct(transformer, prompts, query_augmentation=query_augmentation, **lengths)
+        return _tct_student(transformer, pooling, scale)
+    _refuse_tct_settings(query_augmentation=query_augmentation, scale=scale)
+    student = _load_own(model_name_or_path, dtype, prompts, **lengths)
     if layers is not None:
-        keep_layers(transformer, layers)
-    prompts = _prepare(
-        transformer,
-        encoding,
-        prompts,
-        query_length=query_length,
-        document_length=document_length,
-        query_augmentation=query_augmentation,
-    )
-    return _student(transformer, prompts, encoding, pooling, scale)
+        keep_layers(student[0], layers)  # type: ignore[arg-type]
+    if pooling is not None:
+        places = [place for place, module in enumerate(student) if isinstance(module, Pooling)]
+        if not places:
+            raise ValueError(f"pooling={pooling!r}: {model_name_or_path} has no Pooling module; leave it out.")
+        pool: Any = student[places[0]]
+        student[places[0]] = Pooling(pool.embedding_dimension, pooling, include_prompt=pool.include_prompt)
+    return student
 
 
 def build_colbert(
     model_name_or_path: str,
     *,
-    dim: int = 128,
-    query_length: int = QUERY_LENGTH,
-    document_length: int = DOCUMENT_LENGTH,
+    encoding: Literal["own", "tct"] = "own",
+    dim: int | None = None,
+    query_length: int | None = None,
+    document_length: int | None = None,
     dtype: torch.dtype | str | None = None,
-    encoding: Literal["tct", "plain"] = "tct",
     prompts: Mapping[str, str] | None = None,
 ) -> MultiVectorEncoder:
-    """Build an untrained ColBERT that reads the same TCT input as its students, so that a batch is tokenised once.
+    """Build an untrained ColBERT: with "own" one that ranks well as it is, with "tct" one to be trained.
 
     Args:
-        model_name_or_path: encoder (or SentenceTransformer checkpoint).
-        dim: dimensions of a token vector. The projection is drawn from torch's global random state.
-        query_length: tokens of a query, prompt and [MASK]s included.
-        document_length: tokens a passage keeps, prompt included.
+        model_name_or_path: embedding model, or an encoder of transformers.
+        encoding: "own", the model's own token vectors and prompts, scored by the mean over the query's tokens; or
+            "tct", the students' TCT input and a projection, scored by the sum.
+        dim: of "tct": dimensions of a token vector, 128 when None. The projection is drawn from torch's global random
+            state.
+        query_length: as in :func:`build_student`.
+        document_length: as in :func:`build_student`.
         dtype: of the weights; float32 when None.
-        encoding: as in :func:`build_student`.
-        prompts: likewise.
+        prompts: as in :func:`build_student`.
 
     Returns:
-        A MultiVectorEncoder: encoder, linear projection, scoring mask, L2 normalisation of every token vector.
+        A MultiVectorEncoder: encoder, linear projection ("tct"), scoring mask, L2 normalisation of every token vector.
 
-    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1.
+    Raises:
+        ValueError: as :func:`build_student`, or a model that doesn't begin with a Transformer.
+
+    Source: of "tct", Lin, Yang, Lin, arXiv 2010.11386, section 3.1.
     """
+    _refuse_unknown(encoding)
+    lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
+    scoring = [MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
+    if encoding == "own":
+        if dim is not None:
+            raise ValueError(f'dim={dim}: a ColBERT of encoding="own" has the encoder\'s dimensions; leave it out.')
+        model = _load_own(model_name_or_path, dtype, prompts, **lengths)
+        if not isinstance(model[0], Transformer):
+            raise ValueError(
+                f"{model_name_or_path} begins with a {type(model[0]).__name__}, which gives no vector for each token "
+                "in its context: use a model that begins with a Transformer."
+            )
+        return MultiVectorEncoder(
+            modules=[model[0], *scoring],
+            prompts=dict(model.prompts),
+            default_prompt_name=model.default_prompt_name,
+            similarity_fn_name="meanmaxsim",
+        )
     transformer = load_transformer(model_name_or_path, dtype)
-    prompts = _prepare(
-        transformer,
-        encoding,
-        prompts,
-        query_length=query_length,
-        document_length=document_length,
-        query_augmentation=True,
-    )
+    _make_tct(transformer, prompts, **lengths)
     projection = Dense(
         in_features=transformer.get_embedding_dimension(),
-        out_features=dim,
+        out_features=dim or 128,
         bias=False,
         activation_function=nn.Identity(),
         module_input_name="token_embeddings",
     )
-    return MultiVectorEncoder(
-        modules=[transformer, projection, MultiVectorMask(), Normalize(module_input_name="token_embeddings")],
-        prompts=prompts,
-    )
+    return MultiVectorEncoder(modules=[transformer, projection, *scoring], prompts=dict(PROMPTS))
 
 
 def student_from_teacher(
     teacher: MultiVectorEncoder | ColBERTTeacher | str | Path,
     *,
+    encoding: Literal["own", "tct"] = "tct",
     layers: Sequence[int] | None = None,
-    encoding: Literal["tct", "plain"] = "tct",
-    query_length: int = QUERY_LENGTH,
-    document_length: int = DOCUMENT_LENGTH,
+    query_length: int | None = None,
+    document_length: int | None = None,
     query_augmentation: bool = True,
-    pooling: str = "mean",
+    pooling: str | None = None,
     prompts: Mapping[str, str] | None = None,
     scale: float | None = None,
 ) -> SentenceTransformer:
     """Initialise a student from a ColBERT teacher's encoder: the paper's initialisation.
 
-    The encoder is copied without the projection. The tokenizer is made afresh, with the student's encoding and never
-    the teacher's own markers ([unused0], an added "[Q] " token).
+    The encoder is copied without the projection. The student's tokenizer never has the teacher's own markers
+    ([unused0], an added "[Q] " token).
 
     Args:
         teacher: a multi-vector model, a ColBERTTeacher, or a path or Hub id of one.
+        encoding: "tct", or "own" for the teacher's tokenizer, lengths and prompts, compared by dot product.
         layers: for a smaller student, the layers of the teacher's encoder to keep, counted from 0.
-        encoding: as in :func:`build_student`.
         query_length: as in :func:`build_student`.
         document_length: as in :func:`build_student`.
         query_augmentation: as in :func:`build_student`.
-        pooling: as in :func:`build_student`.
+        pooling: "mean" or "cls"; "mean" when None.
         prompts: as in :func:`build_student`.
         scale: as in :func:`build_student`.
 
@@ -233,10 +288,12 @@ def student_from_teacher(
         A SentenceTransformer that shares no memory with the teacher.
 
     Raises:
-        ValueError: as :func:`build_student`, or a teacher that is no multi-vector model.
+        ValueError: as :func:`build_student`, a teacher that is no multi-vector model, or encoding="own" of one that
+            reads TCT input.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1.
     """
+    _refuse_unknown(encoding)
     _check_pooling(pooling)
     model: Any = getattr(teacher, "model", teacher)
     if isinstance(teacher, (str, Path)):
@@ -249,20 +306,27 @@ def student_from_teacher(
     transformer: Any = copy.deepcopy(model[0]).float().requires_grad_(True)
     if layers is not None:
         keep_layers(transformer, layers)
-    prompts = _prepare(
-        transformer,
-        encoding,
-        prompts,
-        query_length=query_length,
-        document_length=document_length,
-        query_augmentation=query_augmentation,
-        markers=[prompt for prompt in model.prompts.values() if prompt],
+    lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
+    if encoding == "tct":
+        markers = [prompt for prompt in model.prompts.values() if prompt]
+        _make_tct(transformer, prompts, query_augmentation=query_augmentation, markers=markers, **lengths)
+        return _tct_student(transformer, pooling, scale)
+    _refuse_tct_settings(query_augmentation=query_augmentation, scale=scale)
+    added = {token.strip() for token in transformer.tokenizer.get_added_vocab()}
+    kept = {side: "" if prompt.strip() in added else prompt for side, prompt in model.prompts.items()}
+    make_own(transformer, markers=[prompt for side, prompt in model.prompts.items() if prompt != kept[side]])
+    student = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling or "mean")],
+        prompts=kept,
+        similarity_fn_name="dot",
     )
-    return _student(transformer, prompts, encoding, pooling, scale)
+    _set_prompts(student, {**kept, **(prompts or {})})
+    set_lengths(transformer, student.prompts, **lengths)
+    return student
 
 
 def has_tct_encoding(student: SentenceTransformer) -> bool:
-    """Whether a model reads its texts by the rule above.
+    """Whether a model reads its texts by the rule of "tct".
 
     Args:
         student: any SentenceTransformer.
@@ -284,14 +348,14 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     other files stay.
 
     Args:
-        student: of :func:`build_student` or :func:`student_from_teacher`, trained or not, or loaded from its save.
+        student: any SentenceTransformer, trained or not.
         path: folder to write to; made when missing.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is something other than a student.
+        ValueError: the model is something other than a student, or one of the TCT encoding that has been altered.
         OSError: the folder can't be written.
     """
     path = Path(path)

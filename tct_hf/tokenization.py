@@ -1,7 +1,4 @@
-"""Tokenizers that make TCT input: `[CLS] $A`, no `[SEP]`, and a prompt whose tokens stand apart from the text.
-
-And, for encoders whose tokenizers can't, the tokenizer's own input.
-"""
+"""Tokenizers that make TCT input: `[CLS] $A`, no `[SEP]`, and a prompt whose tokens stand apart from the text."""
 
 from __future__ import annotations
 
@@ -85,19 +82,19 @@ def tct_tokenizer(
     return fresh
 
 
-def plain_tokenizer(
+def own_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, *, document_length: int, markers: Iterable[str] = ()
-) -> TokenizersBackend:
-    """A fresh tokenizer that adds the encoder's own special tokens, made from any fast tokenizer, left as it is.
+) -> Any:
+    """A tokenizer without a ColBERT's markers, which adds the encoder's own special tokens; as it is without any.
 
     Args:
         tokenizer: of the encoder.
         document_length: tokens a passage keeps; the tokenizer truncates there.
-        markers: added tokens to leave out, such as those of a ColBERT.
+        markers: added tokens to leave out.
 
     Raises:
-        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input by itself, as that of a
-            TCT student or its teacher does: nothing would tell the two encodings apart.
+        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input: the encoder's own special
+            tokens are not known any more.
     """
     tokenizer = _fast(tokenizer)
     start = tokenizer.cls_token or tokenizer.bos_token
@@ -107,10 +104,13 @@ def plain_tokenizer(
     ):
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} adds {start!r} and no more, which is the TCT encoding's "
-            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="plain").'
+            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="own").'
         )
-    backend = _without_added_tokens(tokenizer.backend_tokenizer, {m.strip() for m in markers if m.strip()})
-    return _made_of(backend, tokenizer, document_length)
+    wanted = {m.strip() for m in markers}
+    if not wanted:
+        tokenizer.model_max_length = document_length
+        return tokenizer
+    return _made_of(_without_added_tokens(tokenizer.backend_tokenizer, wanted), tokenizer, document_length)
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -160,5 +160,5 @@ def check_prompts_stand_apart(tokenizer: PreTrainedTokenizerBase) -> None:
                     f"{tokenizer.convert_ids_to_tokens(joined)}. The prompt's tokens could not be left out of the "
                     "pooling, and every vector would be silently off. Byte-level BPE (RoBERTa, GPT) and SentencePiece "
                     "(XLM-R) do this with the space: use an encoder with a WordPiece tokenizer, such as BERT, MiniLM "
-                    'or MPNet, or encoding="plain".'
+                    'or MPNet, or encoding="own".'
                 )
