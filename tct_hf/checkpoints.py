@@ -73,7 +73,9 @@ def _is_tct(path: Path) -> bool:
     modules = _read_json(path / "modules.json")
     config = _read_json(path / "config_sentence_transformers.json")
     if config.get("model_type") not in (None, "SentenceTransformer"):
-        raise ValueError(f"{path} is a {config['model_type']}, so this is not a student: save it with save_pretrained.")
+        raise ValueError(
+            f"{path} is a {config['model_type']}, so this is not a student: save it with save_pretrained."
+        )
     if modules[0]["path"] or modules[0]["type"].rsplit(".", 1)[-1] != "Transformer":
         return False
     settings = _read_json(path / "sentence_bert_config.json")

@@ -247,9 +247,11 @@ def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(
     arguments = {**ARGUMENTS, "max_steps": 1, "per_device_train_batch_size": 4, "batch_sampler": "batch_sampler"}
     final = stock(tmp_path, base, make_triples=lambda: rows, arguments=arguments)
     model = SentenceTransformer(str(base), device="cpu")
-    columns = [name for name in rows.column_names if name == "positive" or name.startswith("negative")]
     queries = model.encode(rows["query"][:4], convert_to_tensor=True, normalize_embeddings=True)
-    passages = [model.encode(rows[name][:4], convert_to_tensor=True, normalize_embeddings=True) for name in columns]
+    passages = [
+        model.encode(rows[name][:4], convert_to_tensor=True, normalize_embeddings=True)
+        for name in ("positive", "negative")
+    ]
     expected = torch.nn.functional.cross_entropy(20 * queries @ torch.cat(passages).T, torch.arange(4))
     assert json.loads((final / "training_log.json").read_text())[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
 
