@@ -112,7 +112,7 @@ def fuse_with_bm25(
         if "dev" in bm25 and collection.splits["dev"].qrels:
             alpha: float = tune_alpha(bm25["dev"], runs[key, "dev"], collection.splits["dev"].qrels, measure)
         else:
-            split = next(reversed(bm25))
+            split = [*bm25][-1]
             alpha = equal_spread_alpha(bm25[split], runs[key, split])
         alphas[name] = float(alpha)
         for split, words in bm25.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.retrieval.runs import Run, rank
@@ -87,10 +87,14 @@ def rerank_run(
             scores[query][name] = score
     reranked: Run = {}
     for query, hits in ranked.items():
-        best = dict(rank(scores[query]))
-        lowest = min(best.values(), default=0.0)
-        reranked[query] = best | {passage: lowest - place for place, (passage, _) in enumerate(hits[k:], 1)}
+        reranked[query] = above(dict(rank(scores[query])), [passage for passage, _ in hits[k:]])
     return reranked
+
+
+def above(best: dict[str, float], rest: Iterable[str]) -> dict[str, float]:
+    """Reranked passages, and below them those that were not, in their order: 1, 2, 3... less than the lowest."""
+    lowest = min(best.values(), default=0.0)
+    return best | {passage: lowest - place for place, passage in enumerate(rest, 1)}
 
 
 def _texts(corpus: Mapping[str, str] | Dataset, wanted: Mapping[str, Any]) -> dict[str, str]:
