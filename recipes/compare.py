@@ -8,7 +8,7 @@ or tables; --report dev never searches for the test queries, for tuning.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -166,7 +166,11 @@ def chosen_arms(settings: Settings) -> tuple[dict[str, Arm], dict[str, ArmTable]
         slugs = [slug_of(name) for name in all_of]
         if alike := [name for name in all_of if slugs.count(slug_of(name)) > 1]:
             raise SettingsError(f"{kind}: {' and '.join(map(repr, alike))} would share a folder; rename one")
-    arms, tables = settings.arms, settings.tables
+    arms = {
+        name: replace(arm, initialise_from=arm.encoder_settings(settings.encoder).starts_from(arm.initialise_from))
+        for name, arm in settings.arms.items()
+    }
+    tables = settings.tables
     if settings.only is not None:
         only = set(settings.only)
         tables = {name: table for name, table in tables.items() if name in only or only & {*table.arms}}

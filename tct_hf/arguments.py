@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
 
 from tct_hf.batching import check_mini_batch_size
-from tct_hf.score_losses import check_settings
+from tct_hf.score_losses import check_scale, check_settings
 
 # What the paper says, and what its released code does where that differs.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,6 +28,8 @@ class CoupledArguments:
         student_temperature: divides the student's scores in the distillation part; `softening` when None.
         hard_label_weight: weight of the hard labels, 0 to 1; 0.1 when None.
         margin_mse_weight: weight of MarginMSE beside these, on raw scores.
+        student_scale: factor of the student's scores before anything else. None: 20 where the student compares by
+            cosine or ends in Normalize, 1 otherwise.
         student_divisor: divides the student's scores before anything else.
         kl_direction: "forward", KL(teacher || student), or "reverse".
         candidates: "in-batch" or "own" (only a query's own positive and negatives).
@@ -54,6 +56,9 @@ class CoupledArguments:
     )
     hard_label_weight: float | None = field(default=None, metadata={"help": "Weight of the hard labels, 0 to 1."})
     margin_mse_weight: float = field(default=0.0, metadata={"help": "Weight of MarginMSE beside the other parts."})
+    student_scale: float | None = field(
+        default=None, metadata={"help": "Factor of the student's scores; 20 for cosines and 1 for others when None."}
+    )
     student_divisor: float = field(default=1.0, metadata={"help": "Divides the student's scores before all else."})
     kl_direction: str = field(default="forward", metadata={"help": '"forward", KL(teacher || student), or "reverse".'})
     candidates: str = field(default="in-batch", metadata={"help": 'Candidates of a query: "in-batch" or "own".'})
@@ -76,6 +81,7 @@ class CoupledArguments:
         for name, value in (PRESETS[self.preset] if self.preset else defaults).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        check_scale(self.student_scale)
         check_settings(
             temperature=self.temperature,
             student_temperature=args.student_temperature,
@@ -115,6 +121,7 @@ class CoupledArguments:
             "student_temperature": self.student_temperature,
             "hard_label_weight": self.hard_label_weight,
             "margin_mse_weight": self.margin_mse_weight,
+            "student_scale": self.student_scale,
             "student_divisor": self.student_divisor,
             "kl_direction": self.kl_direction,
             "candidates": self.candidates,

@@ -37,12 +37,16 @@ class Arm:
     """One kind of student in a comparison: what it learns from, starts from, how it reads texts, its own settings."""
 
     signal: Literal["hard labels", "own candidates", "in-batch"] = setting("in-batch", "what the student learns from")
-    initialise_from: Literal["teacher", "base"] = setting("teacher", "whose encoder it starts from")
+    initialise_from: Literal["teacher", "base"] | None = setting(
+        None, "whose encoder it starts from; none: the teacher's with tct, else the base's"
+    )
     layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
-    query_augmentation: bool = setting(True, "pad its queries with attended [MASK]s")
-    pooling: Literal["mean", "cls"] = setting("mean", "of its token vectors; cls: the start token's")
+    query_augmentation: bool = setting(True, "with tct: pad its queries with attended [MASK]s")
+    pooling: Literal["mean", "cls"] | None = setting(
+        None, "of its token vectors; cls: the start token's; none: the base's own, mean with tct"
+    )
     scale: float | None = setting(
-        None, "normalise its vectors and learn the factor of cosines from here on; not when none"
+        None, "with tct: normalise its vectors and learn the factor of cosines from here on; not when none"
     )
     encoder: dict[str, Any] = setting(
         {}, "its own lengths, encoding or base", keys_of="tct_hf.recipe_settings:EncoderSettings"
@@ -88,7 +92,7 @@ class Arm:
         """How it reads texts otherwise than most students do, in a few words; empty where it does not."""
         words = [
             *([] if self.query_augmentation else ["no [MASK]s"]),
-            *([] if self.pooling == "mean" else ["start token's vector"]),
+            *([] if self.pooling != "cls" else ["start token's vector"]),
             *([] if self.scale is None else ["normalised"]),
             *(f"{name} {value}" for name, value in self.encoder.items()),
         ]

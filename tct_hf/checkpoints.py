@@ -73,9 +73,7 @@ def _is_tct(path: Path) -> bool:
     modules = _read_json(path / "modules.json")
     config = _read_json(path / "config_sentence_transformers.json")
     if config.get("model_type") not in (None, "SentenceTransformer"):
-        raise ValueError(
-            f"{path} is a {config['model_type']}, so this is not a student: save it with save_pretrained."
-        )
+        raise ValueError(f"{path} is a {config['model_type']}, and no student: save it with save_pretrained.")
     if modules[0]["path"] or modules[0]["type"].rsplit(".", 1)[-1] != "Transformer":
         return False
     settings = _read_json(path / "sentence_bert_config.json")
@@ -173,8 +171,8 @@ def finalise_checkpoint(path: str | Path) -> None:
     is_tct = _is_tct(path)
     own = _read_json(path / "config_sentence_transformers.json")
     if not is_tct:
-        settings = path / "sentence_bert_config.json"
-        if settings.is_file() and _read_json(settings).get("query_length") is not None:
+        module = path / "sentence_bert_config.json"
+        if module.is_file() and _read_json(module).get("query_length") is not None:
             _write(path, {"config_sentence_transformers.json": own | {"requirements": REQUIREMENTS}})
         return
     layout = _read_layout(path)
@@ -341,7 +339,11 @@ def _own_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
         or AutoConfig.from_pretrained(str(path)).is_encoder_decoder
     ):
         student = SentenceTransformer(str(path), device="cpu", model_kwargs={"dtype": torch.float32})
-        ways = {"query": student.encode_query, "document": student.encode_document, "plain": student.encode}
+        ways: dict[str, Any] = {
+            "query": student.encode_query,
+            "document": student.encode_document,
+            "plain": student.encode,
+        }
         return {name: np.concatenate([encode([text]) for text in texts]) for name, encode in ways.items()}
     settings = _read_json(path / "sentence_bert_config.json")
     tokenizer, model = AutoTokenizer.from_pretrained(str(path)), AutoModel.from_pretrained(str(path)).float().eval()

@@ -65,13 +65,13 @@ def make_own(transformer: Transformer, *, markers: Sequence[str] = ()) -> None:
         transformer: of any encoder.
         markers: added tokens that the tokenizer must not have, such as a ColBERT's [unused0].
     """
-    length = transformer.document_length or transformer.max_seq_length
+    length: Any = transformer.document_length or transformer.max_seq_length
     tokenizer = own_tokenizer(transformer.tokenizer, document_length=length, markers=markers)
     _set(transformer, tokenizer, transformer.query_length, None, augmented=False)
 
 
 def set_lengths(
-    transformer: Any, prompts: Mapping[str, str], *, query_length: int | None, document_length: int | None
+    transformer: Any, prompts: Mapping[str, str | None], *, query_length: int | None, document_length: int | None
 ) -> None:
     """Set what a query and a passage keep, in place, where they are given.
 

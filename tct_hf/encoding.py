@@ -61,8 +61,8 @@ def _refuse_unknown(encoding: str) -> None:
 def _refuse_tct_settings(*, query_augmentation: bool, scale: float | None) -> None:
     if scale is not None or not query_augmentation:
         raise ValueError(
-            'scale and query_augmentation are settings of encoding="tct": leave them out, or ask for it. The factor of '
-            "an own-encoding student's cosines is the loss's student_scale."
+            'scale and query_augmentation are settings of encoding="tct": leave them out, or ask for it. The factor '
+            "of an own-encoding student's cosines is the loss's student_scale."
         )
 
 
@@ -168,8 +168,8 @@ def build_student(
         A SentenceTransformer of stock modules.
 
     Raises:
-        ValueError: an unknown encoding or pooling, lengths that don't fit the encoder, layers it doesn't have, settings
-            of the other encoding, or a tokenizer that can't make TCT input.
+        ValueError: an unknown encoding or pooling, lengths that don't fit the encoder, layers it doesn't have,
+            settings of the other encoding, or a tokenizer that can't make TCT input.
 
     Source: of "tct", Pyserini's query and passage encoders for castorini/tct_colbert-msmarco.
     """
@@ -240,7 +240,7 @@ def build_colbert(
             )
         return MultiVectorEncoder(
             modules=[model[0], *scoring],
-            prompts=dict(model.prompts),
+            prompts={side: prompt or "" for side, prompt in model.prompts.items()},
             default_prompt_name=model.default_prompt_name,
             similarity_fn_name="meanmaxsim",
         )
@@ -313,8 +313,9 @@ def student_from_teacher(
         return _tct_student(transformer, pooling, scale)
     _refuse_tct_settings(query_augmentation=query_augmentation, scale=scale)
     added = {token.strip() for token in transformer.tokenizer.get_added_vocab()}
-    kept = {side: "" if prompt.strip() in added else prompt for side, prompt in model.prompts.items()}
-    make_own(transformer, markers=[prompt for side, prompt in model.prompts.items() if prompt != kept[side]])
+    own = {side: prompt or "" for side, prompt in model.prompts.items()}
+    kept = {side: "" if prompt.strip() in added else prompt for side, prompt in own.items()}
+    make_own(transformer, markers=[prompt for prompt in own.values() if prompt not in kept.values()])
     student = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling or "mean")],
         prompts=kept,

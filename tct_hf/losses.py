@@ -10,17 +10,27 @@ import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.modules import Normalize
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from tct_hf.batching import check_mini_batch_size, parts_of_like_length, stack_columns, take, token_lengths
 from tct_hf.distributed import gather_rows, sizes_of_all
-from tct_hf.score_losses import KLDirection, at_least_float32, check_settings, coupled_loss, masked, teacher_entropy
+from tct_hf.score_losses import (
+    KLDirection,
+    at_least_float32,
+    check_scale,
+    check_settings,
+    coupled_loss,
+    masked,
+    teacher_entropy,
+)
 from tct_hf.sparsity import active_dims
 
 __all__ = ["NO_LABEL", "TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part", "teacher_entropy"]
 
 NO_LABEL = -1  # of a row's positive_index
+COSINE_SCALE = 20.0  # sentence-transformers' default too
 
 
 @dataclass
@@ -60,12 +70,15 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     """Distil a teacher's in-batch score matrix into a student of one vector a text, together with the hard labels.
 
     Args:
-        model: the student, dense or sparse. Its embeddings are compared by plain dot product. A sparse one needs a
-            SpladeLoss around this loss, so that it stays sparse: :class:`~tct_hf.SparseTCTTrainer` makes it.
+        model: the student, dense or sparse. Its embeddings are compared by dot product, normalised where the model
+            compares by cosine. A sparse one needs a SpladeLoss around this loss, so that it stays sparse:
+            :class:`~tct_hf.SparseTCTTrainer` makes it.
         temperature: divides the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
         student_temperature: divides the student's scores in the distillation part.
         hard_label_weight: weight of the hard labels, from 0 to 1.
         margin_mse_weight: weight of MarginMSE beside these, over the same candidates; see :func:`coupled_loss`.
+        student_scale: factor of the student's scores before anything else, which is no part of its checkpoint. None:
+            20.0 where the student compares by cosine or ends in Normalize, 1.0 otherwise.
         student_divisor: divides the student's scores before anything else.
         kl_direction: "forward", KL(teacher || student), the paper's, or "reverse".
         candidates: "in-batch", every passage of the batch is a candidate of every query (the paper's method), or
@@ -74,7 +87,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             the whole batch at once.
         gather_across_devices: candidates are those of all devices' batches.
         matryoshka_dims: also train the first d dimensions of the embeddings, for each d; the parts are averaged.
-            Embeddings are sliced, never normalised.
+            Those of a student that compares by cosine are normalised after slicing, others never.
 
     Raises:
         ValueError: a setting that is no such thing.
@@ -91,7 +104,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         +---------------------------------------------------+------------------+
 
     Relations:
-        - MultipleNegativesRankingLoss of sentence-transformers is this loss at `hard_label_weight=1`.
+        - MultipleNegativesRankingLoss of sentence-transformers is this loss at `hard_label_weight=1`, with its
+          default scale for a student that compares by cosine.
         - DistillKLDivLoss of sentence-transformers distils stored scores of a query's own candidates.
 
     Example:
@@ -115,6 +129,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         student_temperature: float = 1.0,
         hard_label_weight: float = 0.1,
         margin_mse_weight: float = 0.0,
+        student_scale: float | None = None,
         student_divisor: float = 1.0,
         kl_direction: KLDirection = "forward",
         candidates: Literal["in-batch", "own"] = "in-batch",
@@ -126,6 +141,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         if candidates not in ("in-batch", "own"):
             raise ValueError(f'candidates must be "in-batch" or "own", got {candidates!r}.')
         check_mini_batch_size(mini_batch_size)
+        check_scale(student_scale)
         check_settings(
             temperature=temperature,
             student_temperature=student_temperature,
@@ -144,6 +160,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
         self.margin_mse_weight = margin_mse_weight
+        self.compares_by_cosine = not self.is_sparse and model.similarity_fn_name == "cosine"
+        if student_scale is None:
+            unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
+            student_scale = COSINE_SCALE if unit else 1.0
+        self.student_scale = student_scale
         self.student_divisor = student_divisor
         self.kl_direction: KLDirection = kl_direction
         self.candidates = candidates
@@ -248,7 +269,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         for d in dims:
             # Under autocast a matmul would come out in half precision: scores need all of float32.
             with torch.autocast(queries.device.type, enabled=False):
-                scores = at_least_float32(queries[:, :d]) @ at_least_float32(passages[:, :d]).T
+                scores = self.student_scale * (self._compared(queries, d) @ self._compared(passages, d).T)
             parts = coupled_loss(
                 scores,
                 labels.scores,
@@ -277,6 +298,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
                 labels.report.update(self._against_teacher(scores, labels))
         return totals
 
+    def _compared(self, embeddings: Tensor, d: int) -> Tensor:
+        """The first d dimensions, `(rows, d)`, whose dot products are the student's scores."""
+        sliced = at_least_float32(embeddings[:, :d])
+        return torch.nn.functional.normalize(sliced, dim=1) if self.compares_by_cosine else sliced
+
     def _against_teacher(self, scores: Tensor, labels: TeacherTargets) -> dict[str, Tensor]:
         """The teacher's entropy and how often the student's top candidate is the teacher's, for the log."""
         agree = masked(scores, labels.mask).argmax(1) == masked(labels.scores, labels.mask).argmax(1)
@@ -304,6 +330,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             "student_temperature": self.student_temperature,
             "hard_label_weight": self.hard_label_weight,
             "margin_mse_weight": self.margin_mse_weight,
+            "student_scale": self.student_scale,
             "student_divisor": self.student_divisor,
             "kl_direction": self.kl_direction,
             "candidates": self.candidates,

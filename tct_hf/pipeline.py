@@ -213,10 +213,9 @@ def train_teacher(
         return build_colbert(
             resolve_model(encoder.base_model),
             dim=teacher.dim,
-            query_length=encoder.query_length,
-            document_length=encoder.document_length,
             encoding=encoder.encoding,
             prompts=encoder.prompts,
+            **encoder.lengths,
         )
 
     return training.train_colbert(
@@ -226,7 +225,7 @@ def train_teacher(
         work=output / "training" / "teacher",
         arguments={**TRAINING, **base, **teacher.training},
         settings=settings,
-        scale=1.0 if start is None else read_training_scale(start),
+        scale=None if start is None else read_training_scale(start),
         evaluator=training.dev_evaluator(collection, {**base, **teacher.training}, kind="late interaction"),
     )
 
@@ -272,11 +271,7 @@ def train_student(
         if start is not None:
             return SparseEncoder(start) if sparse else SentenceTransformer(start)
         if sparse:
-            return build_splade(
-                resolve_model(encoder.base_model),
-                query_length=encoder.query_length,
-                document_length=encoder.document_length,
-            )
+            return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
         return new_student(
             encoder,
             teacher,
@@ -329,10 +324,10 @@ def new_student(
     encoder: EncoderSettings,
     teacher: str | None,
     *,
-    initialise_from: str,
+    initialise_from: str | None,
     layers: list[int] | None,
     query_augmentation: bool = True,
-    pooling: str = "mean",
+    pooling: str | None = None,
     scale: float | None = None,
 ) -> SentenceTransformer:
     """An untrained student: the teacher's encoder or the base, reading texts as `encoder` says.
@@ -340,7 +335,7 @@ def new_student(
     Args:
         encoder: encoding, lengths, and the base.
         teacher: folder or Hub id; needed to initialise from.
-        initialise_from: "teacher" or "base".
+        initialise_from: "teacher" or "base"; None: the teacher with "tct", else the base.
         layers: of that encoder to keep; all when None.
         query_augmentation: as in `build_student`.
         pooling: likewise.
@@ -349,17 +344,17 @@ def new_student(
     from tct_hf import build_student, student_from_teacher
     from tct_hf.bundled import resolve_model
 
-    make: Any = student_from_teacher if initialise_from == "teacher" else build_student
+    from_teacher = encoder.starts_from(initialise_from) == "teacher"
+    make: Any = student_from_teacher if from_teacher else build_student
     return make(
-        teacher if initialise_from == "teacher" else resolve_model(encoder.base_model),
+        teacher if from_teacher else resolve_model(encoder.base_model),
         layers=layers,
-        query_length=encoder.query_length,
-        document_length=encoder.document_length,
         query_augmentation=query_augmentation,
         pooling=pooling,
         scale=scale,
         encoding=encoder.encoding,
         prompts=encoder.prompts,
+        **encoder.lengths,
     )
 
 

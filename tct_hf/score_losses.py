@@ -88,6 +88,12 @@ def check_settings(
         raise ValueError(f"kl_direction={kl_direction!r} is not known: use one of {', '.join(get_args(KLDirection))}.")
 
 
+def check_scale(student_scale: float | None) -> None:
+    """Refuse a factor of the student's scores that is none; None is not set yet."""
+    if student_scale is not None and not 0.0 < student_scale < float("inf"):
+        raise ValueError(f"student_scale={student_scale} is no factor: give a finite number greater than 0.")
+
+
 def coupled_loss(
     student_scores: Tensor,
     teacher_scores: Tensor,

@@ -19,16 +19,16 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
         teacher: whose encoder the student may start from.
 
     Raises:
-        SettingsError: no room for a teacher's vectors, prompts of the TCT encoding, a scale that is none, layers or
+        SettingsError: no room for a teacher's vectors, settings of the other encoding, a scale that is none, layers or
             Matryoshka sizes that the encoder does not have, settings of dense students for a sparse one, or a base
             that it can't start from.
     """
-    from tct_hf.encoders import check_layers, plain_prompts
+    from tct_hf.encoders import check_layers
     from tct_hf.scaling import scale_modules
 
     if student.kind == "splade":
         dense = {
-            "pooling": student.pooling != "mean",
+            "pooling": student.pooling is not None,
             "scale": student.scale is not None,
             "query_augmentation": not student.query_augmentation,
         }
@@ -49,19 +49,26 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
             "student.teacher_cache_gigabytes is of student.teacher_cache, which is not set: name a folder there, or "
             "leave it out"
         )
-    if encoder.prompts and encoder.encoding == "tct":
-        raise SettingsError(
-            "encoder.prompts: the TCT encoding has its own; leave them out, or set encoder.encoding to plain"
-        )
-    try:
-        plain_prompts(encoder.prompts)
-        if student.scale is not None:
-            scale_modules(1, student.scale)
-    except ValueError as error:
-        raise SettingsError(f"{'student' if str(error).startswith('scale') else 'encoder'}.{error}") from error
-    config = _config_of(
-        encoder.base_model if student.initialise_from == "base" else teacher.model or encoder.base_model
-    )
+    if encoder.encoding == "tct":
+        if encoder.prompts:
+            raise SettingsError(
+                "encoder.prompts: the TCT encoding has its own; leave them out, or set encoder.encoding to own"
+            )
+        try:
+            if student.scale is not None:
+                scale_modules(1, student.scale)
+        except ValueError as error:
+            raise SettingsError(f"student.{error}") from error
+    else:
+        if teacher.dim is not None and teacher.is_trained_here:
+            raise SettingsError("teacher.dim is of the TCT encoding: leave it out, or set encoder.encoding to tct")
+        if student.scale is not None or not student.query_augmentation:
+            raise SettingsError(
+                "student.scale and student.query_augmentation are of the TCT encoding: leave them out (the factor of "
+                "the cosines is student.training.student_scale), or set encoder.encoding to tct"
+            )
+    start = encoder.starts_from(student.initialise_from)
+    config = _config_of(encoder.base_model if start == "base" else teacher.model or encoder.base_model)
     layers, dim = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if student.layers is not None and (not student.layers or len(set(student.layers)) != len(student.layers)):
         raise SettingsError(f"student.layers: {student.layers}: name distinct layers of the encoder, or leave it out")
@@ -104,7 +111,7 @@ def _check_splade(encoder: EncoderSettings, student: StudentSettings) -> None:
     from tct_hf.bundled import resolve_model
     from tct_hf.splade import check_head
 
-    if student.initialise_from != "base":
+    if encoder.starts_from(student.initialise_from) != "base":
         raise SettingsError(
             "student.initialise_from: a ColBERT has no masked-language-model head, and a sparse student starts with "
             "one; set it to base"

@@ -52,7 +52,7 @@ class TeacherSettings(OneTeacher):
 
     mixed_with: list[OneTeacher] = setting([], "more teachers, such as [{kind: stored, scores: teacher_score}]")
     normalize: Literal["standard", "softmax"] = setting("standard", "of scores that are mixed; see TeacherEnsemble")
-    dim: int = setting(128, "dimensions of a token vector")
+    dim: int | None = setting(None, "with tct: dimensions of a token vector, 128 when none")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what the teacher computes in")
     training: dict[str, Any] = setting(
         {}, "arguments of its training", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"

@@ -93,8 +93,8 @@ def own_tokenizer(
         markers: added tokens to leave out.
 
     Raises:
-        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input: the encoder's own special
-            tokens are not known any more.
+        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input: the encoder's own
+            special tokens are not known any more.
     """
     tokenizer = _fast(tokenizer)
     start = tokenizer.cls_token or tokenizer.bos_token

@@ -280,7 +280,7 @@ class TCTTrainer(LearnedScaleMixin, CoupledTrainerMixin, SentenceTransformerTrai
 
     Args:
         model: the student, of :func:`~tct_hf.student_from_teacher` or :func:`~tct_hf.build_student`. Any other
-            SentenceTransformer is trained with its own prompts and pooling, by dot product, and saved as it is.
+            SentenceTransformer is trained as it is too, with its own prompts, pooling and similarity.
         teacher: a :class:`~tct_hf.Teacher`, or a multi-vector model (or its path or Hub id) for a ColBERTTeacher.
         args: of the run.
         train_dataset: columns query, positive, negative (or negative_1 ... negative_n); where there are ids, also

@@ -22,12 +22,14 @@ from sentence_transformers.multi_vector_encoder.losses import (
     CachedMultiVectorMultipleNegativesRankingLoss,
     MultiVectorMultipleNegativesRankingLoss,
 )
+from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from tct_hf.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.collator import candidate_columns
 from tct_hf.encoding import save_student
 from tct_hf.files import is_claimed
+from tct_hf.losses import COSINE_SCALE
 from tct_hf.saving import WholeCheckpointsMixin
 from tct_hf.schedules import LossSchedule, Schedule
 from tct_hf.stages import check_stage, claim_stage, publish_stage, run_stage
@@ -171,7 +173,7 @@ def train_colbert(
     work: str | Path,
     arguments: Mapping[str, Any],
     settings: Mapping[str, Any],
-    scale: float = 1.0,
+    scale: float | None = None,
     evaluator: BaseEvaluator | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
@@ -186,7 +188,8 @@ def train_colbert(
         work: folder for checkpoints.
         arguments: of MultiVectorEncoderTrainingArguments, without output_dir.
         settings: JSON-ready, all that the model depends on: a folder with others is refused.
-        scale: of the scores in the softmax, recorded with the teacher for the student's default temperature.
+        scale: of the scores in the softmax, recorded with the teacher for the student's default temperature. None: 1
+            of MaxSim, 20 of its mean over the query's tokens.
         evaluator: on dev queries.
         write: takes lines of progress.
 
@@ -204,6 +207,9 @@ def train_colbert(
         return final
     claim_stage(work, settings)
     model = make_model()
+    is_mean = model.similarity_fn_name == "meanmaxsim"
+    if scale is None:
+        scale = COSINE_SCALE if is_mean else 1.0
     triples = _labelled(make_triples())
     columns = triples.column_names
     # A query with several positives has several rows: in one batch each would be the others' negative.
@@ -214,7 +220,10 @@ def train_colbert(
         args=args,
         train_dataset=triples,
         loss=MultiVectorMultipleNegativesRankingLoss(
-            model, scale=scale, gather_across_devices=PartialState().num_processes > 1
+            model,
+            scale=scale,
+            similarity_fct=mean_colbert_scores if is_mean else None,
+            gather_across_devices=PartialState().num_processes > 1,
         ),
         evaluator=evaluator,
     )

@@ -259,7 +259,7 @@ def tiny_colbert(path: Path, *, seed: int = 3, layers: int = 2, dropout: float =
 
     base = tiny_bert(path / "base", seed=seed, layers=layers, dropout=dropout)
     torch.manual_seed(seed)
-    build_colbert(str(base), dim=16, document_length=64).save_pretrained(str(path / "colbert"))
+    build_colbert(str(base), encoding="tct", dim=16, document_length=64).save_pretrained(str(path / "colbert"))
     return path / "colbert"
 
 

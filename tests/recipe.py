@@ -63,6 +63,7 @@ data:
   source: {folder / "collection"}
   negative_depth: 10
 encoder:
+  encoding: tct
   base_model: {folder / "encoder"}
   query_length: 16
   document_length: 48

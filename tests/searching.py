@@ -28,7 +28,7 @@ def write_material(folder: Path) -> Material:
     from tct_hf import build_student, save_student
 
     base = tiny_bert(folder / "base")
-    save_student(build_student(str(base), query_length=16, document_length=48), folder / "student")
+    save_student(build_student(str(base), encoding="tct", query_length=16, document_length=48), folder / "student")
     return Material(folder, write_beir(folder / "beir"), folder / "student", tiny_colbert(folder / "teacher"))
 
 

@@ -51,7 +51,7 @@ def asked(material: Path, collection: Collection, monkeypatch: pytest.MonkeyPatc
                 material / "arm",
                 collection=collection,
                 data=DataSettings(labels=0.5, negative_depth=10),
-                encoder=EncoderSettings(base_model=str(material / "base"), query_length=16, document_length=48),
+                encoder=EncoderSettings(str(material / "base"), encoding="tct", query_length=16, document_length=48),
                 teacher=str(material / "teacher" / "colbert"),
                 dtype="float32",
                 training={"seed": 1, "max_steps": 4, "hard_label_weight": 0.3, "candidates": "own", **shared},
@@ -117,20 +117,20 @@ def test_a_student_reads_texts_as_its_arm_says(asked: Any) -> None:
 
 def test_settings_that_came_later_leave_students_that_were_trained_before_theirs() -> None:
     before = {"signal": "in-batch", "initialise_from": "teacher", "layers": None, "unlabelled": False, "training": {}}
-    assert Arm().depends(5, {})["arm"] == before
-    assert Arm(pooling="cls").depends(5, {})["arm"] == {**before, "pooling": "cls"}
+    assert Arm(initialise_from="teacher").depends(5, {})["arm"] == before
+    assert Arm(initialise_from="teacher", pooling="cls").depends(5, {})["arm"] == {**before, "pooling": "cls"}
 
 
 def test_an_arm_that_starts_from_the_teacher_has_no_base_of_its_own() -> None:
     with pytest.raises(ValueError, match="base_model is not what it starts from; set initialise_from to base"):
-        Arm(encoder={"base_model": "x"})
+        Arm(encoder={"base_model": "x"}, initialise_from="teacher")
     assert (
         Arm(encoder={"base_model": "x"}, initialise_from="base").encoder_settings(EncoderSettings()).base_model == "x"
     )
 
 
 def test_students_that_cannot_be_built_are_found_before_any_training(material: Path) -> None:
-    encoder, teacher = EncoderSettings(base_model=str(material / "base")), TeacherSettings()
+    encoder, teacher = EncoderSettings(str(material / "base"), encoding="tct"), TeacherSettings()
     fine = {"half": Arm(layers=[0, 2], encoder={"query_length": 12})}
     check_students(fine, encoder, teacher)
     for wrong, message in (

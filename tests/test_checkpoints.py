@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 from transformers import AutoTokenizer
 
 from tct_hf import build_student, checkpoints, finalise_checkpoint, save_student, validate_checkpoint
@@ -29,7 +30,7 @@ from tests.models import (
 )
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
-KINDS = ["mpnet", "plain", "cls", "bf16", "scaled", "distilbert", "modernbert", "prompted", "roberta"]
+KINDS = ["mpnet", "plain", "cls", "bf16", "scaled", "distilbert", "modernbert", "prompted", "roberta", "dense"]
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +39,21 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bert, mpnet = str(tiny_bert(root / "bert-base")), str(tiny_mpnet(root / "mpnet-base"))
     modern = str(tiny_modernbert(root / "modernbert-base"))
     built = {
-        "bert": build_student(bert, document_length=40),
-        "mpnet": build_student(mpnet, document_length=40),
-        "plain": build_student(bert, document_length=40, query_augmentation=False),
-        "cls": build_student(bert, document_length=40, pooling="cls"),
-        "bf16": build_student(bert, document_length=40, dtype="bfloat16"),
-        "scaled": build_student(bert, document_length=40, scale=20.0),
-        "distilbert": build_student(str(tiny_distilbert(root / "distilbert-base")), document_length=40, layers=[1]),
-        "modernbert": build_student(modern, document_length=40, encoding="plain"),
-        "prompted": build_student(
-            modern, document_length=40, encoding="plain", prompts=PROMPTS, pooling="cls", scale=5.0, layers=[0, 2]
+        "bert": build_student(bert, encoding="tct", document_length=40),
+        "mpnet": build_student(mpnet, encoding="tct", document_length=40),
+        "plain": build_student(bert, encoding="tct", document_length=40, query_augmentation=False),
+        "cls": build_student(bert, encoding="tct", document_length=40, pooling="cls"),
+        "bf16": build_student(bert, encoding="tct", document_length=40, dtype="bfloat16"),
+        "scaled": build_student(bert, encoding="tct", document_length=40, scale=20.0),
+        "distilbert": build_student(
+            str(tiny_distilbert(root / "distilbert-base")), encoding="tct", document_length=40, layers=[1]
         ),
-        "roberta": build_student(str(tiny_roberta(root / "roberta-base")), document_length=40, encoding="plain"),
+        "modernbert": build_student(modern, document_length=40),
+        "prompted": build_student(
+            modern, query_length=16, document_length=40, prompts=PROMPTS, pooling="cls", layers=[0, 2]
+        ),
+        "roberta": build_student(str(tiny_roberta(root / "roberta-base")), document_length=40),
+        "dense": SentenceTransformer(modules=[*build_student(bert, document_length=40), Dense(32, 16)], device="cpu"),
     }
     for name, student in built.items():
         save_student(student, root / name)
@@ -73,6 +77,7 @@ def in_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             "query": model.encode_query(texts),
             "document": model.encode_document(texts),
             "plain": model.encode(texts),
+            "alone": np.concatenate([model.encode([text]) for text in texts]),
         }
 
     monkeypatch.setattr(checkpoints, "_fresh_vectors", vectors)
@@ -206,22 +211,20 @@ def test_finalise_mends_everything_at_once(student: Path, students: dict[str, Pa
     assert "TokenizersBackend" in type(AutoTokenizer.from_pretrained(student)).__name__
 
 
-@pytest.mark.parametrize("name", ["modernbert", "prompted"])
-def test_a_student_of_the_plain_encoding_gets_the_version_it_needs_and_nothing_else(
+@pytest.mark.parametrize("name", ["modernbert", "dense", "prompted"])
+def test_finalise_leaves_an_own_encoding_student_as_it_is_but_names_the_version_that_a_query_length_needs(
     students: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     SentenceTransformer(str(students[name]), device="cpu").save_pretrained(str(tmp_path / "stock"))
     before = digests(tmp_path / "stock")
     finalise_checkpoint(tmp_path / "stock")
     after = digests(tmp_path / "stock")
-    assert [file for file in before if after[file] != before[file]] == ["config_sentence_transformers.json"]
     assert after.keys() == before.keys()
-    config = json.loads((tmp_path / "stock" / "config_sentence_transformers.json").read_text())
-    assert config["requirements"] == {"sentence-transformers": {"specifier": ">=6.0"}}
-    assert config["prompts"] == (PROMPTS if name == "prompted" else {"query": "", "document": ""})
+    changed = [file for file in before if after[file] != before[file]]
+    assert changed == (["config_sentence_transformers.json"] if name == "prompted" else [])
 
 
-def test_a_tct_student_that_lost_its_prompts_is_told_from_a_plain_one_by_its_tokenizer(
+def test_a_tct_student_that_lost_its_prompts_is_told_from_another_by_its_tokenizer(
     students: dict[str, Path], tmp_path: Path, in_this_interpreter: None
 ) -> None:
     path = Path(shutil.copytree(students["plain"], tmp_path / "student"))
@@ -299,7 +302,7 @@ def test_finalise_refuses_an_encoder_and_colberts(tmp_path: Path) -> None:
     ours = tiny_colbert(tmp_path / "ours")
     before = digests(ours)
     for colbert in (pylate_colbert(tmp_path / "pylate"), ours):
-        with pytest.raises(ValueError, match=r"modules\.json has the modules \['Transformer', 'Dense'"):
+        with pytest.raises(ValueError, match=r"is a (ColBERT|MultiVectorEncoder), and no student"):
             finalise_checkpoint(colbert)
     assert digests(ours) == before
 
@@ -360,21 +363,20 @@ def test_what_is_no_student_is_an_error(student: Path, broken: str) -> None:
         validate_checkpoint(student)
 
 
-@pytest.mark.parametrize(
-    "break_it",
-    [
-        editing("tokenizer_config.json", lambda c: c.update(model_max_length=512)),
-        editing("config_sentence_transformers.json", lambda c: c.update(default_prompt_name="query")),
-        editing("1_Pooling/config.json", lambda c: c.update(include_prompt=False, pooling_mode="mean")),
-    ],
-)
-def test_silently_wrong_vectors_of_a_plain_student_are_an_error(
-    students: dict[str, Path], tmp_path: Path, in_this_interpreter: None, break_it: Callable[[Path], None]
+@pytest.mark.parametrize(("way", "row"), [("query", 0), ("document", 1), ("plain", 2), ("alone", 3)])
+def test_an_own_encoding_student_that_gives_other_vectors_elsewhere_is_an_error(
+    students: dict[str, Path], monkeypatch: pytest.MonkeyPatch, way: str, row: int
 ) -> None:
-    path = Path(shutil.copytree(students["prompted"], tmp_path / "student"))
-    break_it(path)
-    with pytest.raises(ValueError, match=r"(query|document|plain) vectors differ from the plain encoding"):
-        validate_checkpoint(path)
+    fresh = checkpoints._fresh_vectors
+
+    def other(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        vectors = {name: np.array(found) for name, found in fresh(path, texts).items()}
+        vectors[way][row] += 1e-3
+        return vectors
+
+    monkeypatch.setattr(checkpoints, "_fresh_vectors", other)
+    with pytest.raises(ValueError, match=f"{way} vectors differ from the model's own encoding"):
+        validate_checkpoint(students["prompted"])
 
 
 def test_altered_weights_are_no_error(student: Path, in_this_interpreter: None) -> None:

@@ -28,7 +28,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"""
 precision: fp32
 data: {{source: {folder / "collection"}, negative_depth: 10, labels: 0.5}}
-encoder: {{base_model: {folder / "encoder"}, query_length: 16, document_length: 48}}
+encoder: {{encoding: tct, base_model: {folder / "encoder"}, query_length: 16, document_length: 48}}
 teacher:
   dim: 16
   training: {training}

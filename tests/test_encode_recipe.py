@@ -24,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tct_hf import build_student, save_student
 
     folder = tmp_path_factory.mktemp("encode")
-    save_student(build_student(str(tiny_bert(folder / "base")), document_length=24), folder / "student")
+    save_student(
+        build_student(str(tiny_bert(folder / "base")), encoding="tct", document_length=24), folder / "student"
+    )
     write_beir(folder / "collection")
     return folder
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -97,11 +99,11 @@ def close(found: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
     assert np.abs(np.asarray(found, dtype=np.float32) - wanted).max() <= tolerance
 
 
-class PlainRule(Rule):
+class OwnRule(Rule):
     """The tokenizer's own input, prompt and special tokens pooled with the text."""
 
     def __init__(self, model: Any, base: Path, prompts: dict[str, str], pooling: str) -> None:
-        super().__init__(model, base)
+        super().__init__(model, base, query_length=DOCUMENT_LENGTH)
         self.prompts, self.pooling = prompts, pooling
 
     def vectors(self, texts: list[str], side: str, length: int) -> np.ndarray:
@@ -161,12 +163,14 @@ def students(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("students")
     paths = {}
     for name, base in bases.items():
-        built = build_student(str(base), document_length=DOCUMENT_LENGTH)
+        built = build_student(str(base), encoding="tct", document_length=DOCUMENT_LENGTH)
         paths[name] = save_student(built, root / name)
         paths[f"{name}, two rounds"] = save_student(load(paths[name]), root / f"{name}-2")
         load(paths[f"{name}, two rounds"]).save_pretrained(str(root / f"{name}-stock"))
         paths[f"{name}, stock save"] = root / f"{name}-stock"
-    plain = build_student(str(bases["bert"]), document_length=DOCUMENT_LENGTH, query_augmentation=False)
+    plain = build_student(
+        str(bases["bert"]), encoding="tct", document_length=DOCUMENT_LENGTH, query_augmentation=False
+    )
     paths["bert, no augmentation"] = save_student(plain, root / "plain")
     paths["bert, no augmentation, two rounds"] = save_student(load(root / "plain"), root / "plain-2")
     return paths
@@ -174,7 +178,7 @@ def students(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_a_student_just_built_encodes_by_the_rule(bases: dict[str, Path], rules: dict[str, Rule], name: str) -> None:
-    student = build_student(str(bases[name]), document_length=DOCUMENT_LENGTH)
+    student = build_student(str(bases[name]), encoding="tct", document_length=DOCUMENT_LENGTH)
     close(student.encode_query(TEXTS), rules[name].queries(TEXTS))
     close(student.encode_document(TEXTS), rules[name].documents(TEXTS))
 
@@ -228,7 +232,7 @@ def test_a_query_is_36_attended_tokens(students: dict[str, Path], rules: dict[st
 @pytest.mark.parametrize("augmented", [True, False])
 def test_other_lengths_than_the_defaults_are_kept(bases: dict[str, Path], tmp_path: Path, augmented: bool) -> None:
     student = build_student(
-        str(bases["bert"]), query_length=9, document_length=7, query_augmentation=augmented
+        str(bases["bert"]), encoding="tct", query_length=9, document_length=7, query_augmentation=augmented
     )  # a query longer than a passage: the tokenizer's own limit must not cut it
     student = load(save_student(student, tmp_path / "student"))
     rule = Rule(AutoModel.from_pretrained(bases["bert"]), bases["bert"], query_length=9, document_length=7)
@@ -238,7 +242,7 @@ def test_other_lengths_than_the_defaults_are_kept(bases: dict[str, Path], tmp_pa
 
 
 def test_defaults_are_36_and_154_tokens_mean_pooling_and_dot_product(bases: dict[str, Path]) -> None:
-    student = build_student(str(bases["bert"]))
+    student = build_student(str(bases["bert"]), encoding="tct")
     rule = Rule(AutoModel.from_pretrained(bases["bert"]), bases["bert"], document_length=154)
     long = ["the passage of a teacher " * 50]
     close(student.encode_document(long), rule.documents(long))
@@ -260,24 +264,27 @@ def beyond(
     distil, roberta = tiny_distilbert(root / "distilbert-base"), tiny_roberta(root / "roberta-base")
     models = {path: AutoModel.from_pretrained(path) for path in (bert, modern, distil, roberta)}
     none = {"query": "", "document": ""}
-    plain: dict[str, Any] = {"encoding": "plain", "prompts": PROMPTS}
+    own: dict[str, Any] = {"encoding": "own"}
+    prompted = own | {"prompts": PROMPTS}
+    normalised = embedding_model(root / "normalised", bert)
     made: dict[str, tuple[Path, dict[str, Any], Any]] = {
         "cls": (bert, {"pooling": "cls"}, ClsRule(models[bert], bert)),
         "scaled": (bert, {"scale": 9.0}, ScaledRule(rules["bert"], 3.0)),
         "cls, scaled": (bert, {"pooling": "cls", "scale": 9.0}, ScaledRule(ClsRule(models[bert], bert), 3.0)),
         "distilbert": (distil, {}, Rule(models[distil], distil)),
-        "modernbert": (modern, {"encoding": "plain"}, PlainRule(models[modern], modern, none, "mean")),
-        "modernbert, prompts, cls, scaled": (
+        "modernbert": (modern, own, OwnRule(models[modern], modern, none, "mean")),
+        "modernbert, prompts, cls": (
             modern,
-            {**plain, "pooling": "cls", "scale": 9.0},
-            ScaledRule(PlainRule(models[modern], modern, PROMPTS, "cls"), 3.0),
+            prompted | {"pooling": "cls"},
+            OwnRule(models[modern], modern, PROMPTS, "cls"),
         ),
-        "roberta, prompts": (roberta, plain, PlainRule(models[roberta], roberta, PROMPTS, "mean")),
-        "bert, plain": (bert, plain, PlainRule(models[bert], bert, PROMPTS, "mean")),
+        "roberta, prompts": (roberta, prompted, OwnRule(models[roberta], roberta, PROMPTS, "mean")),
+        "bert, own": (bert, own, OwnRule(models[bert], bert, none, "mean")),
+        "normalised, own": (normalised, own, ScaledRule(OwnRule(models[bert], bert, none, "mean"), 1.0)),
     }
     students = {}
     for name, (base, settings, rule) in made.items():
-        built = build_student(str(base), document_length=DOCUMENT_LENGTH, **settings)
+        built = build_student(str(base), **{"encoding": "tct", "document_length": DOCUMENT_LENGTH, **settings})
         close(built.encode_query(TEXTS), rule.queries(TEXTS))
         students[name] = save_student(built, root / name), rule
     return students
@@ -289,9 +296,10 @@ BEYOND = [
     "cls, scaled",
     "distilbert",
     "modernbert",
-    "modernbert, prompts, cls, scaled",
+    "modernbert, prompts, cls",
     "roberta, prompts",
-    "bert, plain",
+    "bert, own",
+    "normalised, own",
 ]
 
 
@@ -305,7 +313,7 @@ def test_a_student_beyond_the_papers_encodes_by_its_rule(
         close(student.encode_query(TEXTS, batch_size=7), rule.queries(TEXTS))
         close(student.encode_document(TEXTS), rule.documents(TEXTS))
         close(student.encode(TEXTS, batch_size=1), rule.documents(TEXTS))
-    assert student.similarity_fn_name == "dot"
+    assert student.similarity_fn_name == ("cosine" if name == "normalised, own" else "dot")
 
 
 def test_the_first_dimensions_are_stocks_truncate_dim(beyond: dict[str, tuple[Path, Any]]) -> None:
@@ -314,16 +322,64 @@ def test_the_first_dimensions_are_stocks_truncate_dim(beyond: dict[str, tuple[Pa
     close(student.encode_query(TEXTS), rule.queries(TEXTS)[:, :8])
 
 
-def test_prompts_of_the_plain_encoding_are_checked(bases: dict[str, Path]) -> None:
+def embedding_model(path: Path, base: Path, *, pooling: str = "mean", prompts: dict[str, str] | None = None) -> Path:
+    """What stock sentence-transformers saves of an encoder, with normalised vectors."""
+    transformer = Transformer(str(base))
+    pool = Pooling(transformer.get_embedding_dimension(), pooling)
+    SentenceTransformer(modules=[transformer, pool, Normalize()], prompts=prompts, device="cpu").save_pretrained(
+        str(path)
+    )
+    return path
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_embedding_model_is_a_student_as_it_is(bases: dict[str, Path], tmp_path: Path, pooling: str) -> None:
+    prompts = {"query": "query: ", "document": "", "clustering": "cluster: "}
+    stock = load(embedding_model(tmp_path / "stock", bases["bert"], pooling=pooling, prompts=prompts))
+    built = build_student(str(tmp_path / "stock"))
+    saved = load(save_student(built, tmp_path / "student"))
+    stock.save_pretrained(str(tmp_path / "again"))
+    for student in (built, saved):
+        for way in ("encode", "encode_query", "encode_document"):
+            np.testing.assert_array_equal(getattr(student, way)(TEXTS), getattr(stock, way)(TEXTS))
+        assert student.prompts == prompts and student.similarity_fn_name == "cosine"
+    for file in (tmp_path / "again").rglob("*.json"):  # an ordinary checkpoint: what the stock save would write
+        ours = tmp_path / "student" / file.relative_to(tmp_path / "again")
+        assert json.loads(ours.read_text()) == json.loads(file.read_text()), file.name
+
+
+def test_own_lengths_are_the_tokenizers_and_a_query_length_is_kept_where_it_differs(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base, config = str(bases["bert"]), "config_sentence_transformers.json"
+    rule = OwnRule(AutoModel.from_pretrained(base), bases["bert"], {"query": "", "document": ""}, "mean")
+    alike = save_student(build_student(base, query_length=20, document_length=20), tmp_path / "alike")
+    rule.query_length = rule.document_length = 20
+    assert "requirements" not in json.loads((alike / config).read_text())
+    for way in (load(alike).encode, load(alike).encode_query, load(alike).encode_document):
+        close(way(TEXTS), rule.documents(TEXTS))
+    other = save_student(build_student(base, query_length=9, document_length=20), tmp_path / "other")
+    rule.query_length = 9
+    assert json.loads((other / config).read_text())["requirements"] == {
+        "sentence-transformers": {"specifier": ">=6.0"}
+    }
+    close(load(other).encode_query(TEXTS), rule.queries(TEXTS))
+    close(load(other).encode(TEXTS), rule.documents(TEXTS))
+
+
+def test_settings_of_the_other_encoding_are_refused(bases: dict[str, Path]) -> None:
     base = str(bases["bert"])
     with pytest.raises(ValueError, match="TCT encoding has its own"):
-        build_student(base, prompts=PROMPTS)
-    with pytest.raises(ValueError, match=r"prompts has \['document', 'passage', 'query'\]"):
-        build_student(base, encoding="plain", prompts={"passage": "passage: "})
-    with pytest.raises(ValueError, match=r"'\[Q\] ' marks the TCT encoding"):
-        build_student(base, encoding="plain", prompts={"query": "[Q] "})
+        build_student(base, encoding="tct", prompts=PROMPTS)
+    for settings in ({"scale": 20.0}, {"query_augmentation": False}):
+        with pytest.raises(ValueError, match='settings of encoding="tct"'):
+            build_student(base, **settings)
+    with pytest.raises(ValueError, match="dim=16"):
+        build_colbert(base, dim=16)
     with pytest.raises(ValueError, match=r"query_length=4 leaves no token for the text: .* take 4"):
-        build_student(base, encoding="plain", prompts=PROMPTS, query_length=4)
+        build_student(base, prompts={"query": "query:"}, query_length=4)
+    with pytest.raises(ValueError, match="document_length=193, but the encoder has 192 positions"):
+        build_student(base, document_length=193)
     with pytest.raises(ValueError, match="encoding='e5' is not known"):
         build_student(base, encoding="e5")  # type: ignore[arg-type]
 
@@ -371,8 +427,8 @@ def test_students_encode_by_the_rule_in_an_interpreter_without_this_package(
 
 
 def test_byte_level_bpe_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'Byte-level BPE .* or encoding="plain"'):
-        build_student(str(tiny_roberta(tmp_path / "roberta")))
+    with pytest.raises(ValueError, match=r'Byte-level BPE .* or encoding="own"'):
+        build_student(str(tiny_roberta(tmp_path / "roberta")), encoding="tct")
 
 
 # --- a vector that may never change ---
@@ -409,7 +465,7 @@ def golden_base(path: Path) -> Path:
 
 
 def test_golden_vector_never_changes(tmp_path: Path) -> None:
-    student = build_student(str(golden_base(tmp_path / "base")), document_length=16)
+    student = build_student(str(golden_base(tmp_path / "base")), encoding="tct", document_length=16)
     student = load(save_student(student, tmp_path / "student"))
     close(student.encode_query("What is dense retrieval?"), np.array(GOLDEN_QUERY, dtype=np.float32), 1e-4)
     close(student.encode_document("A dense passage"), np.array(GOLDEN_DOCUMENT, dtype=np.float32), 1e-4)
@@ -491,11 +547,11 @@ def test_bad_layers_are_refused(teachers: dict[str, Path], bases: dict[str, Path
     with pytest.raises(ValueError, match="distinct layers of the encoder, 0 to 2"):
         student_from_teacher(load_colbert(teachers["ours"]), layers=layers)
     with pytest.raises(ValueError, match="distinct layers of the encoder, 0 to 1"):
-        build_student(str(bases["bert"]), layers=layers)
+        build_student(str(bases["bert"]), encoding="tct", layers=layers)
 
 
 def test_build_student_keeps_the_layers_named(bases: dict[str, Path]) -> None:
-    student = build_student(str(bases["mpnet"]), layers=[1], document_length=DOCUMENT_LENGTH)
+    student = build_student(str(bases["mpnet"]), encoding="tct", layers=[1], document_length=DOCUMENT_LENGTH)
     base = AutoModel.from_pretrained(bases["mpnet"])
     [layer] = encoder(student).encoder.layer
     assert torch.equal(layer.output.dense.weight, base.encoder.layer[1].output.dense.weight)
@@ -509,7 +565,7 @@ def test_a_layer_that_holds_what_others_lack_is_not_moved(tmp_path: Path) -> Non
         path
     )
     AutoTokenizer.from_pretrained(tiny_roberta(tmp_path / "roberta")).save_pretrained(path)
-    lengths: dict[str, Any] = {"query_length": 16, "document_length": 32, "encoding": "plain"}
+    lengths: dict[str, Any] = {"query_length": 16, "document_length": 32, "encoding": "own"}
     with pytest.raises(
         ValueError, match=r"of layer 1 at its new place .*relative_attention_bias\.weight would be lost"
     ):
@@ -554,24 +610,28 @@ def test_a_student_beyond_the_papers_starts_from_a_teacher_too(
     close(load(save_student(cls, tmp_path / "cls")).encode_query(MARKED), rule.queries(MARKED))
     if name == "ours":
         with pytest.raises(ValueError, match=r"adds '\[CLS\]' and no more, which is the TCT encoding's input"):
-            student_from_teacher(teacher, encoding="plain", prompts=PROMPTS)
+            student_from_teacher(teacher, encoding="own", prompts=PROMPTS)
         return
-    plain = student_from_teacher(teacher, encoding="plain", prompts=PROMPTS, document_length=DOCUMENT_LENGTH)
-    wanted = PlainRule(encoder(teacher), bases["bert"], PROMPTS, "mean")  # never the teacher's own markers
-    loaded = load(save_student(plain, tmp_path / "plain"))
+    own = student_from_teacher(teacher, encoding="own", prompts=PROMPTS, document_length=DOCUMENT_LENGTH)
+    wanted = OwnRule(encoder(teacher), bases["bert"], PROMPTS, "mean")  # never the teacher's own markers
+    loaded = load(save_student(own, tmp_path / "own"))
     close(loaded.encode_query(MARKED), wanted.queries(MARKED))
     close(loaded.encode(MARKED), wanted.documents(MARKED))
 
 
-def test_a_colbert_of_the_plain_encoding_shares_tokens_with_its_student(tmp_path: Path) -> None:
+def test_an_own_colbert_shares_tokens_with_its_student(tmp_path: Path) -> None:
     base = str(tiny_modernbert(tmp_path / "base"))
-    lengths: dict[str, Any] = {"query_length": 16, "document_length": DOCUMENT_LENGTH, "encoding": "plain"}
+    lengths: dict[str, Any] = {"query_length": 16, "document_length": DOCUMENT_LENGTH}
     for prompts in (None, PROMPTS):
-        build_colbert(base, dim=16, prompts=prompts, **lengths).save_pretrained(str(tmp_path / "colbert"))
+        build_colbert(base, prompts=prompts, **lengths).save_pretrained(str(tmp_path / "colbert"))
         teacher = ColBERTTeacher(str(tmp_path / "colbert"), dtype="float32")
-        teacher.attach(student_from_teacher(teacher, prompts=prompts, **lengths))
-        assert teacher.shares_tokens
-        teacher.attach(student_from_teacher(teacher, prompts={"query": "other: "}, **lengths))
+        for student in (
+            student_from_teacher(teacher, encoding="own"),  # prompts and lengths are the teacher's
+            build_student(base, prompts=prompts, **lengths),
+        ):
+            teacher.attach(student)
+            assert teacher.shares_tokens
+        teacher.attach(student_from_teacher(teacher, encoding="own", prompts={"query": "other: "}))
         assert not teacher.shares_tokens
 
 
@@ -600,12 +660,12 @@ def test_what_is_no_colbert_and_an_unknown_encoding_are_refused(
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_bad_settings_are_refused(bases: dict[str, Path], name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_student(str(bases[name]), **settings)
+        build_student(str(bases[name]), encoding="tct", **settings)
 
 
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_all_positions_of_an_encoder_can_be_used(bases: dict[str, Path], name: str) -> None:
-    student = build_student(str(bases[name]), document_length=192, query_length=192)
+    student = build_student(str(bases[name]), encoding="tct", document_length=192, query_length=192)
     rule = Rule(AutoModel.from_pretrained(bases[name]), bases[name], document_length=192, query_length=192)
     long = ["the teacher of dense retrieval " * 60]
     close(student.encode_document(long), rule.documents(long))
@@ -619,8 +679,8 @@ def test_augmentation_without_a_mask_token_is_refused_and_works_without(
     backend = AutoTokenizer.from_pretrained(bases["bert"]).backend_tokenizer
     PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", pad_token="[PAD]").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no mask token for query augmentation"):
-        build_student(str(tmp_path))
-    assert build_student(str(tmp_path), query_augmentation=False).encode_query("the").shape == (32,)
+        build_student(str(tmp_path), encoding="tct")
+    assert build_student(str(tmp_path), encoding="tct", query_augmentation=False).encode_query("the").shape == (32,)
 
 
 def test_a_special_token_without_an_embedding_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -629,14 +689,14 @@ def test_a_special_token_without_an_embedding_is_refused(bases: dict[str, Path],
     tokenizer.add_special_tokens({"mask_token": "[NEW_MASK]"})
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'\[NEW_MASK\]' .* has no embedding"):
-        build_student(str(tmp_path))
+        build_student(str(tmp_path), encoding="tct")
 
 
 def test_weights_are_float32_unless_a_dtype_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
-    half = build_student(str(bases["bert"]), dtype="bfloat16", document_length=DOCUMENT_LENGTH)
+    half = build_student(str(bases["bert"]), encoding="tct", dtype="bfloat16", document_length=DOCUMENT_LENGTH)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     save_student(half, tmp_path / "half")
-    assert {p.dtype for p in build_student(str(tmp_path / "half")).parameters()} == {torch.float32}
+    assert {p.dtype for p in build_student(str(tmp_path / "half"), encoding="tct").parameters()} == {torch.float32}
     loaded = load(tmp_path / "half", model_kwargs={"dtype": torch.float32})
     rule = Rule(AutoModel.from_pretrained(tmp_path / "half", dtype=torch.float32), bases["bert"])
     close(loaded.encode_query(TEXTS), rule.queries(TEXTS))
@@ -644,7 +704,9 @@ def test_weights_are_float32_unless_a_dtype_is_named(bases: dict[str, Path], tmp
 
 
 def test_a_student_of_a_student_has_the_lengths_asked_for(students: dict[str, Path], rules: dict[str, Rule]) -> None:
-    again = build_student(str(students["bert"]), query_augmentation=False, document_length=DOCUMENT_LENGTH)
+    again = build_student(
+        str(students["bert"]), encoding="tct", query_augmentation=False, document_length=DOCUMENT_LENGTH
+    )
     close(again.encode_query(TEXTS), rules["bert"].plain_queries(TEXTS))
     close(again.encode(TEXTS), rules["bert"].documents(TEXTS))
 
@@ -654,7 +716,7 @@ def test_a_student_of_a_student_has_the_lengths_asked_for(students: dict[str, Pa
 
 def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(bases: dict[str, Path]) -> None:
     torch.manual_seed(0)
-    colbert = build_colbert(str(bases["bert"]), dim=16, document_length=DOCUMENT_LENGTH)
+    colbert = build_colbert(str(bases["bert"]), encoding="tct", dim=16, document_length=DOCUMENT_LENGTH)
     student = student_from_teacher(colbert, document_length=DOCUMENT_LENGTH)
     assert isinstance(colbert, MultiVectorEncoder)
     for side, prompt in (("query", "[Q] "), ("document", "[D] ")):
@@ -667,13 +729,50 @@ def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(bases
     assert np.linalg.norm(np.asarray(vectors), axis=1) == pytest.approx(np.ones(36), abs=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_an_own_colbert_scores_the_mean_of_the_best_cosines_before_any_training(
+    bases: dict[str, Path], tmp_path: Path, pooling: str
+) -> None:
+    base = embedding_model(tmp_path / "base", bases["bert"], pooling=pooling, prompts=PROMPTS)
+    build_colbert(str(base), document_length=DOCUMENT_LENGTH).save_pretrained(str(tmp_path / "colbert"))
+    queries, passages = ["what is the teacher", "query"], TEXTS
+    model, tokenizer = AutoModel.from_pretrained(bases["bert"]).eval(), AutoTokenizer.from_pretrained(bases["bert"])
+
+    def tokens(text: str) -> torch.Tensor:
+        ids = tokenizer(text, truncation=True, max_length=DOCUMENT_LENGTH)["input_ids"]
+        with torch.no_grad():
+            return torch.nn.functional.normalize(model(torch.tensor([ids])).last_hidden_state[0], dim=1)
+
+    wanted = torch.tensor(
+        [
+            [
+                (tokens("query: " + query) @ tokens("passage: " + passage).T).amax(1).mean().item()
+                for passage in passages
+            ]
+            for query in queries
+        ]
+    )
+    colbert = load_colbert(tmp_path / "colbert")
+    found = colbert.similarity(colbert.encode_query(queries), colbert.encode_document(passages))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    teacher = ColBERTTeacher(str(tmp_path / "colbert"), dtype="float32")
+    rows = [{} for _ in queries]
+    inputs = teacher.collate(queries, [passages[:2], passages[9:11]], rows)
+    torch.testing.assert_close(
+        teacher.score_matrix(inputs, gather=False),
+        wanted[:, [0, 1, 9, 10]],
+        atol=1e-5,
+        rtol=0,  # type: ignore[arg-type]
+    )
+
+
 def test_save_student_replaces_a_student_and_leaves_other_files(bases: dict[str, Path], tmp_path: Path) -> None:
-    first = build_student(str(bases["bert"]), document_length=DOCUMENT_LENGTH)
+    first = build_student(str(bases["bert"]), encoding="tct", document_length=DOCUMENT_LENGTH)
     path = save_student(first, tmp_path / "deep" / "student")
     assert path == tmp_path / "deep" / "student"
     (path / "checkpoint-1").mkdir()
     (path / "checkpoint-1" / "report.json").write_text("{}")
-    second = build_student(str(bases["bert"]), document_length=20, query_augmentation=False)
+    second = build_student(str(bases["bert"]), encoding="tct", document_length=20, query_augmentation=False)
     save_student(second, str(path))
     assert (path / "checkpoint-1" / "report.json").read_text() == "{}"
     assert load(path).max_seq_length == 20
@@ -681,6 +780,6 @@ def test_save_student_replaces_a_student_and_leaves_other_files(bases: dict[str,
 
 
 def test_save_student_refuses_what_is_no_student_and_writes_nothing(bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sentence_bert_config\.json has no document_length"):
-        save_student(SentenceTransformer(str(bases["bert"]), device="cpu"), tmp_path / "student")
+    with pytest.raises(ValueError, match="is a MultiVectorEncoder"):
+        save_student(build_colbert(str(bases["bert"])), tmp_path / "student")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

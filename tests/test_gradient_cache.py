@@ -41,7 +41,7 @@ class SameChunks(TightlyCoupledLoss):
 
 
 def student_of(path: Path, dropout: float) -> SentenceTransformer:
-    return build_student(str(tiny_bert(path, seed=11, dropout=dropout)), document_length=64).train()
+    return build_student(str(tiny_bert(path, seed=11, dropout=dropout)), encoding="tct", document_length=64).train()
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

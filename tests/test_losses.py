@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from tct_hf import TeacherTargets, TightlyCoupledLoss, batching, build_student
@@ -39,7 +42,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def student(base: Path) -> SentenceTransformer:
-    return build_student(str(base), document_length=64).train()
+    return build_student(str(base), encoding="tct", document_length=64).train()
 
 
 def features(student: SentenceTransformer, negatives: int) -> list[dict[str, Any]]:
@@ -254,6 +257,7 @@ def test_settings_and_citation_feed_the_model_card(student: SentenceTransformer)
         "student_temperature": 2.0,
         "hard_label_weight": 0.2,
         "margin_mse_weight": 0.3,
+        "student_scale": 3.0,
         "student_divisor": 30.0,
         "kl_direction": "reverse",
         "candidates": "own",
@@ -268,3 +272,58 @@ def test_settings_and_citation_feed_the_model_card(student: SentenceTransformer)
 
 def test_loss_holds_no_parameters_but_the_students(student: SentenceTransformer) -> None:
     assert {id(p) for p in TightlyCoupledLoss(student).parameters()} == {id(p) for p in student.parameters()}
+
+
+def embedding_model(base: Path, *modules: Any, similarity: str) -> SentenceTransformer:
+    bare = SentenceTransformer(str(base), device="cpu")
+    return SentenceTransformer(modules=[*bare, *modules], similarity_fn_name=similarity, device="cpu").train()
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 3])
+@pytest.mark.parametrize(("ends", "similarity"), [([Normalize()], "cosine"), ([Normalize()], "dot"), ([], "cosine")])
+def test_hard_labels_alone_are_stocks_ranking_loss_of_cosines_times_20(
+    base: Path, ends: list[Any], similarity: str, mini_batch_size: int | None
+) -> None:
+    student = embedding_model(base, *ends, similarity=similarity)
+    columns = features(student, 1)
+    stock = MultipleNegativesRankingLoss(student, scale=20.0, similarity_fct=cos_sim)([dict(c) for c in columns], None)
+    loss = TightlyCoupledLoss(student, hard_label_weight=1.0, mini_batch_size=mini_batch_size)
+    assert loss.get_config_dict()["student_scale"] == 20.0
+    shape = (7, 14)
+    labels = TeacherTargets(torch.zeros(shape), torch.ones(shape, dtype=torch.bool), torch.arange(7))
+    found = total(loss(columns, labels))
+    assert found.item() == pytest.approx(stock.item(), abs=1e-5)
+    wanted, ours = gradients(student, stock), gradients(student, found)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_slices_of_a_cosine_students_embeddings_are_normalised(base: Path) -> None:
+    student = embedding_model(base, similarity="cosine")
+    labels = targets(1)
+    parts = TightlyCoupledLoss(student, temperature=0.7, student_scale=5.0, matryoshka_dims=[8, 32])(
+        features(student, 1), labels
+    )
+    queries, *columns = embeddings(student, 1)
+    wanted = 0.0
+    for d in (8, 32):
+        q, p = (v[:, :d] / np.linalg.norm(v[:, :d], axis=1, keepdims=True) for v in (queries, np.concatenate(columns)))
+        expected = numpy_loss(
+            5.0 * q.astype(np.float64) @ p.astype(np.float64).T,
+            labels.scores.numpy(),
+            temperature=0.7,
+            student_temperature=1.0,
+            weight=0.1,
+            mask=labels.mask.numpy(),
+            positive=labels.positive_index.tolist(),
+        )
+        wanted += sum(expected) / 2
+    assert total(parts).item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_student_of_dot_products_and_a_learned_scale_are_taken_as_they_are(base: Path) -> None:
+    scaled = build_student(str(base), encoding="tct", document_length=64, scale=9.0)
+    for student in (embedding_model(base, similarity="dot"), scaled):
+        assert TightlyCoupledLoss(student).student_scale == 1.0
+    with pytest.raises(ValueError, match="student_scale=0"):
+        TightlyCoupledLoss(scaled, student_scale=0)

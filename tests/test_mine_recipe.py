@@ -22,7 +22,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mine")
     write_beir(folder / "collection", train=30)
     base = tiny_bert(folder / "encoder")
-    save_student(build_student(str(base), query_length=16, document_length=48), folder / "student")
+    save_student(build_student(str(base), encoding="tct", query_length=16, document_length=48), folder / "student")
     (folder / "mine.yaml").write_text(
         f"precision: fp32\ndepth: 10\nmodel: {folder / 'student'}\ndata: {{source: {folder / 'collection'}}}\n"
     )

@@ -59,7 +59,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training: {per_device_train_batch_size: 8, max_steps: 4, learning_rate: 1.0e-3, logging_steps: 1, "
         "save_steps: 2, warmup_steps: 1}"
     )
-    encoder = f"encoder: {{base_model: {folder / 'encoder'}, query_length: 16, document_length: 48}}"
+    encoder = f"encoder: {{encoding: tct, base_model: {folder / 'encoder'}, query_length: 16, document_length: 48}}"
     counts = {"train": 30, "tune": 12, "dev": 6, "dl19": 6, "dl20": 6}
     own = {
         "data": "expected_passages: 80\nexpected_triples: 90\nsplits:\n"

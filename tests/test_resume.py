@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
     student.save_pretrained(str(path / "student"))
     make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
-    scaled = build_student(str(path / "base"), document_length=64, pooling="cls", scale=20.0)
+    scaled = build_student(str(path / "base"), encoding="tct", document_length=64, pooling="cls", scale=20.0)
     scaled.save_pretrained(str(path / "scaled"))
     modern = str(tiny_modernbert(path / "modern-base", dropout=0.1))
     small = build_student(modern, document_length=64, encoding="plain", layers=[0, 2])

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_beir(folder / "collection", train=20)
     tiny_colbert(folder / "teacher")
     base = tiny_bert(folder / "encoder")
-    save_student(build_student(str(base), query_length=16, document_length=48), folder / "student")
+    save_student(build_student(str(base), encoding="tct", query_length=16, document_length=48), folder / "student")
     return folder
 
 

@@ -32,7 +32,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def student(base: Path) -> SentenceTransformer:
-    return build_student(str(base), document_length=64, scale=20.0).to("cpu")
+    return build_student(str(base), encoding="tct", document_length=64, scale=20.0).to("cpu")
 
 
 def length(student: Any) -> float:
@@ -42,7 +42,7 @@ def length(student: Any) -> float:
 
 
 def test_scores_begin_as_the_scale_times_cosine(student: SentenceTransformer, base: Path) -> None:
-    plain = build_student(str(base), document_length=64).to("cpu")
+    plain = build_student(str(base), encoding="tct", document_length=64).to("cpu")
     queries, passages = (
         vectors.astype(np.float64) for vectors in (plain.encode_query(QUERIES), plain.encode(PASSAGES))
     )
@@ -136,7 +136,7 @@ def test_what_keeps_the_number_one_is_attached_once(student: SentenceTransformer
 
 
 def test_a_projection_of_another_kind_is_left_alone(base: Path) -> None:
-    student = build_student(str(base), document_length=64, scale=4.0)
+    student = build_student(str(base), encoding="tct", document_length=64, scale=4.0)
     with torch.no_grad():
         student[3].linear.weight[0, 1] = 0.1
     assert length_of(student) is None
@@ -161,4 +161,4 @@ def test_only_one_number_times_the_identity_is_a_multiple_of_it() -> None:
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), True])
 def test_a_scale_that_is_none_is_refused(base: Path, scale: float) -> None:
     with pytest.raises(ValueError, match=r"scale=.*finite number greater than 0"):
-        build_student(str(base), scale=scale)
+        build_student(str(base), encoding="tct", scale=scale)

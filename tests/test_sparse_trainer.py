@@ -327,7 +327,7 @@ def test_hard_labels_alone_train_a_sparse_student_without_a_teacher(student: Any
 
 
 def test_a_model_or_a_loss_of_the_other_kind_is_refused(student: Any, teacher: Any, tmp_path: Path) -> None:
-    dense = build_student(str(tiny_bert(tmp_path / "dense")), document_length=48)
+    dense = build_student(str(tiny_bert(tmp_path / "dense")), encoding="tct", document_length=48)
     args = SparseTCTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="trains a SparseEncoder, got SentenceTransformer: build one with build_spl"):
         SparseTCTTrainer(dense, teacher, args, train_dataset=triples(8))  # type: ignore[arg-type]

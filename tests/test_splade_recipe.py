@@ -66,7 +66,7 @@ def test_a_sparse_student_is_trained_saved_and_measured(
         ([*SPLADE, "--student.training.regularizer_warmup=-1"], "student.training: regularizer_warmup must be"),
         ([*SPLADE, "--student.training.matryoshka_dims=[8]"], "student.training: matryoshka_dims are for dense"),
         (
-            [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=plain", "--encoder.prompts={query: 'q: '}"],
+            [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=own", "--encoder.prompts={query: 'q: '}"],
             "encoder.prompts: a sparse student reads texts without any",
         ),
         (["--student.training.kl_direction=both"], "student.training: kl_direction='both' is not known"),

@@ -237,7 +237,7 @@ def test_attaching_to_another_student_is_decided_anew(encoders: dict[str, MultiV
         assert teacher.shares_tokens is shared, settings
     # The same model with one more word in its vocabulary reads some texts differently.
     base = tiny_bert(tmp_path / "base")
-    student = build_student(str(base), document_length=64)
+    student = build_student(str(base), encoding="tct", document_length=64)
     teacher.attach(student)
     assert teacher.shares_tokens
     student.tokenizer.add_tokens(["zyxw"])
@@ -249,9 +249,9 @@ def test_passage_lengths_that_differ_by_one_token_are_told_apart(tmp_path: Path)
     from tct_hf import build_colbert
 
     base = str(tiny_bert(tmp_path / "base"))
-    teacher = ColBERTTeacher(build_colbert(base, dim=16, document_length=191))
+    teacher = ColBERTTeacher(build_colbert(base, encoding="tct", dim=16, document_length=191))
     for length, shared in ((191, True), (190, False), (192, False)):
-        teacher.attach(build_student(base, document_length=length))
+        teacher.attach(build_student(base, encoding="tct", document_length=length))
         assert teacher.shares_tokens is shared, length
 
 
@@ -278,7 +278,7 @@ def test_a_teacher_whose_padding_is_not_zero_scores_right(tmp_path: Path) -> Non
     from tct_hf import build_colbert
 
     torch.manual_seed(0)
-    model = build_colbert(str(tiny_mpnet(tmp_path / "mpnet")), dim=16, document_length=64)
+    model = build_colbert(str(tiny_mpnet(tmp_path / "mpnet")), encoding="tct", dim=16, document_length=64)
     passages = columns_of(13, 2)
     found = score(ColBERTTeacher(model, dtype="float32", tokens_per_pass=300), TEXTS, passages)
     torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-4, rtol=0)
@@ -434,7 +434,7 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 def test_a_single_vector_model_is_refused_with_the_mend(tmp_path: Path) -> None:
-    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64)
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     with pytest.raises(ValueError, match="needs a MultiVectorEncoder, got SentenceTransformer"):
         ColBERTTeacher(student)  # type: ignore[arg-type]
 
@@ -509,7 +509,9 @@ def test_rows_of_one_length_are_one_pass_and_no_rows_are_none() -> None:
 def test_a_student_in_place_of_a_teacher_is_refused(tmp_path: Path) -> None:
     from tct_hf import save_student
 
-    save_student(build_student(str(tiny_bert(tmp_path / "base")), document_length=64), tmp_path / "student")
+    save_student(
+        build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64), tmp_path / "student"
+    )
     with pytest.raises(ValueError, match="is a SentenceTransformer, one vector a text, and no ColBERT"):
         ColBERTTeacher(str(tmp_path / "student"))
 

@@ -424,6 +424,7 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_
         "student_temperature": 3.0,
         "hard_label_weight": 0.2,
         "margin_mse_weight": 0.3,
+        "student_scale": 3.0,
         "student_divisor": 30.0,
         "kl_direction": "reverse",
         "candidates": "own",

@@ -36,7 +36,7 @@ def colbert(path: Path, base: Path, *, make_triples: Any = triples, **options: A
         from tct_hf import build_colbert
 
         torch.manual_seed(0)
-        return build_colbert(str(base), dim=8, query_length=16, document_length=64)
+        return build_colbert(str(base), encoding="tct", dim=8, query_length=16, document_length=64)
 
     defaults: dict[str, Any] = {"arguments": ARGUMENTS, "settings": {"seed": 3}, "write": lambda line: None}
     return train_colbert(

@@ -32,7 +32,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 extends: {ROOT / "recipes" / "unlabelled.yaml"}
 precision: fp32
 data: {{source: {folder / "passages"}, questions: {folder / "questions.txt"}, negative_depth: 10}}
-encoder: {{query_length: 16, document_length: 48}}
+encoder: {{encoding: tct, query_length: 16, document_length: 48}}
 teacher: {{model: {colbert}}}
 student:
   layers: [1]

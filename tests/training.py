@@ -93,7 +93,7 @@ def make_models(path: Path, *, dropout: float = 0.0, shared_tokens: bool = True)
     colbert = tiny_colbert(path / "teacher")
     teacher = ColBERTTeacher(str(colbert), dtype="float32")
     base = tiny_bert(path / "base", dropout=dropout, seed=7)
-    return build_student(str(base), document_length=64 if shared_tokens else 48), teacher
+    return build_student(str(base), encoding="tct", document_length=64 if shared_tokens else 48), teacher
 
 
 def make_splade(path: Path, *, dropout: float = 0.0) -> Any:

@@ -111,7 +111,7 @@ def arm_table(
         layers = "all" if arm.layers is None else str(len(arm.layers))
         seeds, steps, minutes = str(len(result.evaluations)), str(result.steps()), f"{result.minutes():.1f}"
         texts = [arm.reads()] if reads else []
-        rows.append([name, signal, arm.initialise_from, layers, *texts, *cells, seeds, steps, minutes])
+        rows.append([name, signal, str(arm.initialise_from), layers, *texts, *cells, seeds, steps, minutes])
     return _markdown(rows, left=3 + len(middle))
 
 

@@ -127,7 +127,9 @@ def _is_distilled(record: dict[str, Any]) -> bool:
 def _base_model(record: dict[str, Any]) -> str | None:
     """What training began with: of a student that starts from a ready teacher, that teacher or its own base."""
     ready = (record.get("teacher") or {}).get("model")
-    if ready and (_student(record) or {}).get("initialise_from") == "teacher":
+    encoding = (record.get("encoder") or {}).get("encoding", "tct")  # of older records, which don't say
+    default = "teacher" if encoding == "tct" else "base"
+    if ready and ((_student(record) or {}).get("initialise_from") or default) == "teacher":
         folder = Path(ready).expanduser()
         own = CardFacts().completed_by(folder).base_model if folder.is_dir() else None
         return own or str(ready)
@@ -187,6 +189,7 @@ def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         "hard_label_weight": "weight of the hard labels",
         "candidates": "candidates",
         "margin_mse_weight": "weight of MarginMSE",
+        "student_scale": "factor of the student's scores",
         "student_divisor": "divisor of the student's scores",
         "kl_direction": "direction of the divergence",
         "document_regularizer_weight": "weight of the passages' regulariser",
@@ -396,10 +399,12 @@ def _shape(folder: Path) -> dict[str, Any]:
         "tct": recognise(str(folder), folder).kind == "student",
         "dimension": config.get("vocab_size", dimension) if splade else dimension,
         "augmented": bool(expansion),
+        # Plain encode gives the vectors of both sides.
+        "one_way": not any((own.get("prompts") or {}).values()) and settings.get("query_length") is None,
         "needs_6": "sentence-transformers" in (own.get("requirements") or {}),
         "normalised": normalised,
         "query_length": query_length,
-        "document_length": settings.get("document_length") or (_longest(encoder) if splade else None),
+        "document_length": settings.get("document_length") or settings.get("max_seq_length") or _longest(encoder),
         "query_pooling": f"mean over positions 4 to {query_length - 1}" if expansion and not cls else mean,
         "document_pooling": mean,
         "training_scale": (read_json(folder / "tct_teacher.json") or {}).get("training_scale"),

@@ -135,10 +135,7 @@ def _instead(name: str, found: Recognised) -> str:
     if found.kind == "colbert":
         return f'It is a teacher: ColBERTTeacher("{name}"); student_from_teacher("{name}") starts from its encoder.'
     if found.kind == "dual-encoder":
-        return (
-            f'Load it with SentenceTransformer("{name}"), or begin a student from its encoder with '
-            f'build_student("{name}"); a student has to be trained before its vectors are worth something.'
-        )
+        return f'Load it with SentenceTransformer("{name}"), or train it further with build_student("{name}").'
     if found.kind == "sparse":
         return f'Load it with sentence_transformers.SparseEncoder("{name}").'
     if found.kind == "bare":
@@ -267,7 +264,9 @@ def _write_student(
     from tct_hf.encoding import build_student, finalise_checkpoint
 
     _check_weights(source)
-    student = build_student(str(source), pooling=pooling, query_length=query_length, document_length=document_length)
+    student = build_student(
+        str(source), encoding="tct", pooling=pooling, query_length=query_length, document_length=document_length
+    )
     student.save_pretrained(str(out))
     finalise_checkpoint(out)
 

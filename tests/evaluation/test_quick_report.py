@@ -219,7 +219,7 @@ def test_a_student_of_several_sizes_has_a_system_each_of_one_encoding(collection
     from tct_hf.evaluation.quick_report import student_systems
     from tests.models import tiny_bert
 
-    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=48).to("cpu")
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=48).to("cpu")
     loads = []
     whole, *parts = student_systems(collection, lambda: loads.append(1) or student, dims=[8, 16], depth=5, bf16=False)
     assert [(system.key, system.title) for system in (whole, *parts)] == [

@@ -348,7 +348,9 @@ def test_another_student_in_the_same_folder_is_refused(report: Report, material:
     from tct_hf import build_student, save_student
     from tests.models import tiny_bert
 
-    other = build_student(str(tiny_bert(material.folder / "other-base", seed=9)), query_length=16, document_length=48)
+    other = build_student(
+        str(tiny_bert(material.folder / "other-base", seed=9)), encoding="tct", query_length=16, document_length=48
+    )
     save_student(other, material.folder / "other")
     with pytest.raises(ValueError, match=r"holds a run with student\.weights"):
         build_report(

@@ -19,7 +19,7 @@ ASKED = {f"q{row}": text for row, text in enumerate(QUERIES)}
 def student(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     from tct_hf import build_student
 
-    return build_student(str(tiny_bert(tmp_path_factory.mktemp("base"))), document_length=64).to("cpu")
+    return build_student(str(tiny_bert(tmp_path_factory.mktemp("base"))), encoding="tct", document_length=64).to("cpu")
 
 
 @pytest.fixture(scope="module")

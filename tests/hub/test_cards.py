@@ -30,7 +30,9 @@ def report() -> Report:
 
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
-    return save_student(build_student(str(tiny_bert(tmp_path / "base")), document_length=64), tmp_path / "student")
+    return save_student(
+        build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64), tmp_path / "student"
+    )
 
 
 def test_a_card_says_what_was_measured_and_how_to_use_it(student: Path, report: Report) -> None:
@@ -64,7 +66,9 @@ def test_what_nobody_measured_or_gave_is_not_in_a_card(student: Path, report: Re
 
 
 def test_a_student_without_masks_says_who_can_run_it(tmp_path: Path) -> None:
-    made = build_student(str(tiny_bert(tmp_path / "base")), document_length=64, query_augmentation=False)
+    made = build_student(
+        str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64, query_augmentation=False
+    )
     card = write_card(save_student(made, tmp_path / "student"), "student", "me/it", FACTS)
     assert "Queries have no `[MASK]`s" in card and "always 36 tokens" not in card
 
@@ -203,7 +207,9 @@ def test_a_card_claims_what_files_and_record_say(student: Path, facts: Any, said
 def test_a_card_says_what_is_beyond_the_papers_student(student: Path, tmp_path: Path) -> None:
     assert "No `[SEP]`, no normalisation." in write_card(student, "student", "me/it", FACTS)
     base = str(tiny_bert(tmp_path / "base"))
-    scaled = save_student(build_student(base, document_length=64, layers=[1], scale=20.0), tmp_path / "scaled")
+    scaled = save_student(
+        build_student(base, encoding="tct", document_length=64, layers=[1], scale=20.0), tmp_path / "scaled"
+    )
     training = {"max_steps": 5, "matryoshka_dims": [8, 32]}
     write_json_atomic(scaled / CLAIM_FILE, {"student": {"layers": [1], "scale": 20.0, "training": training}})
     card = write_card(scaled, "student", "me/it", FACTS.completed_by(scaled))

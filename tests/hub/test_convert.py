@@ -82,7 +82,7 @@ def test_a_clone_and_a_declared_encoder_are_converted_too(tmp_path: Path, monkey
 
 
 def test_a_student_of_this_package_is_loaded_as_it_is(hub: LoopbackHub, tmp_path: Path) -> None:
-    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64)
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     hub.publish(save_student(student, tmp_path / "student"), "tester/student")
     loaded = load_student("tester/student", device="cpu")
     assert (loaded.encode_document(TEXTS) == student.encode_document(TEXTS)).all()
@@ -93,7 +93,7 @@ def test_a_student_saved_by_other_means_is_put_right(tmp_path: Path, monkeypatch
     from tct_hf.hub.kinds import read_json
 
     monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64)
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     path = save_student(student, tmp_path / "student")
     config = read_json(path / "tokenizer_config.json")
     write_json_atomic(path / "tokenizer_config.json", config | {"tokenizer_class": "BertTokenizer"})
@@ -173,7 +173,7 @@ def test_nothing_is_guessed_in_a_conversion(tmp_path: Path) -> None:
         convert_checkpoint(dual_encoder(tmp_path / "dual"), tmp_path / "out", kind="tct")
     with pytest.raises(ValueError, match="pooling 'max' is not part"):
         convert_checkpoint(dual_encoder(tmp_path / "max", "max"), tmp_path / "out")
-    student = save_student(build_student(str(bare)), tmp_path / "student")
+    student = save_student(build_student(str(bare), encoding="tct"), tmp_path / "student")
     with pytest.raises(ValueError, match="there is nothing to convert"):
         convert_checkpoint(student, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -308,7 +308,7 @@ def test_a_student_without_weights_is_not_kept(tmp_path: Path, monkeypatch: pyte
     from tct_hf import build_student
     from tests.models import tiny_bert
 
-    build_student(str(tiny_bert(tmp_path / "bert"))).save_pretrained(str(tmp_path / "student"))
+    build_student(str(tiny_bert(tmp_path / "bert")), encoding="tct").save_pretrained(str(tmp_path / "student"))
     path = tmp_path / "student"
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))

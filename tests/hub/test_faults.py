@@ -24,7 +24,9 @@ FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", tra
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    return save_student(build_student(str(tiny_bert(path / "base")), document_length=64), path / "student")
+    return save_student(
+        build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64), path / "student"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ IDS = [f"p{row}" for row in range(len(PASSAGES))]
 def index(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenseIndex:
     """An index of a student that is on the Hub."""
     monkeypatch.setattr("tct_hf.checkpoints.validate_checkpoint", lambda path: None)
-    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64)
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     release(save_student(student, tmp_path / "student"), "tester/student", facts=FACTS)
     built_by = describe_model(student, "tester/student")["model"]
     return DenseIndex.build(student.encode_document(PASSAGES), IDS, built_by=built_by)
@@ -58,7 +58,7 @@ def test_an_index_of_first_dimensions_comes_back_with_the_model_cut_to_them(
 
 def test_the_model_is_pinned_where_it_moves_on(hub: LoopbackHub, index: DenseIndex, tmp_path: Path) -> None:
     index.push_to_hub("tester/index", license="mit")
-    other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), document_length=64)
+    other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), encoding="tct", document_length=64)
     release(save_student(other, tmp_path / "next"), "tester/student", facts=FACTS)
     model = DenseIndex.from_hub("tester/index").load_model(device="cpu")
     assert describe_model(model)["model"]["weights_sha256"] == (index.built_by or {})["weights_sha256"]

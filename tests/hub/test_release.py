@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("warm_checks")
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    made = build_student(str(tiny_bert(path / "base")), document_length=64)
+    made = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64)
     (path / "settings.yaml").write_text("seed: 13\n")
     return save_student(made, path / "student")
 
@@ -434,3 +434,15 @@ def test_a_student_to_start_from_is_not_released(tmp_path: Path) -> None:
     convert_checkpoint(dual_encoder(tmp_path / "dual"), tmp_path / "start")
     with pytest.raises(ValueError, match=r"tct_origin\.json: this is a student to start from.*train it"):
         release(tmp_path / "start", "me/it", facts=FACTS, dry_run=True)
+
+
+def test_an_own_encoding_student_is_released_byte_for_byte(tmp_path: Path) -> None:
+    source = save_student(build_student(str(dual_encoder(tmp_path / "dual")), document_length=64), tmp_path / "own")
+    done = release(source, "tester/own", facts=FACTS, dry_run=True, folder=tmp_path / "r")
+    assert done.family == "student"
+    for name in done.sent:
+        if name != "README.md":
+            assert (tmp_path / "r" / name).read_bytes() == (source / name).read_bytes(), name
+    card = (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
+    assert "Plain `encode` gives the same vectors" in card and "Passages are cut at 64 tokens." in card
+    assert "needs sentence-transformers, and no other package" in card

@@ -52,7 +52,9 @@ REASON = r"TokenizersBackend|No module named 'sentence_transformers\.|sentence[-
 @pytest.mark.parametrize("version", ["3.4.1", "5.1.2"])
 @pytest.mark.parametrize("augmented", [True, False])
 def test_an_old_version_fails_loudly_or_gives_the_right_vectors(tmp_path: Path, version: str, augmented: bool) -> None:
-    student = build_student(str(tiny_bert(tmp_path / "base")), document_length=64, query_augmentation=augmented)
+    student = build_student(
+        str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64, query_augmentation=augmented
+    )
     path = save_student(student, tmp_path / "student")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "old")], check=True)
     python = tmp_path / "old" / "bin" / "python"

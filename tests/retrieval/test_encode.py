@@ -31,7 +31,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tct_hf import build_student, save_student
 
     path = tmp_path_factory.mktemp("models")
-    return save_student(build_student(str(tiny_bert(path / "base")), document_length=24), path / "student")
+    return save_student(
+        build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=24), path / "student"
+    )
 
 
 @pytest.fixture
