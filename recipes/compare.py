@@ -209,7 +209,7 @@ def evaluate(
     base: dict[str, Any],
 ) -> Path:
     from tct_hf.evaluation.arm_report import report_arms, reranking_teacher, search_arm
-    from tct_hf.evaluation.quick_report import BASE_TCT, TEACHER, reference_systems
+    from tct_hf.evaluation.quick_report import TEACHER, reference_systems
     from tct_hf.files import claim, file_digest
 
     # Tuning never searches for the test queries.
@@ -236,12 +236,9 @@ def evaluate(
         collection,
         base_model=settings.encoder.base_model if settings.teacher.model is None else None,
         teacher=teacher,
-        query_length=settings.encoder.query_length,
-        document_length=settings.encoder.document_length,
         depth=settings.depth,
         bf16=base["bf16"],
     )
-    systems = [system for system in systems if system.key != BASE_TCT]  # where students begin: the plot shows it
     if settings.reranking is not None:
         systems.append(reranking_teacher(collection, TEACHER, teacher, settings.reranking, bf16=base["bf16"]))
     return report_arms(

@@ -2,7 +2,8 @@
 
 accelerate launch recipes/evaluate.py recipes/evaluate.yaml [--setting value ...]
 accelerate launch recipes/evaluate.py --data.source FOLDER --student PATH [--teacher PATH] --output_dir DIR
-    [--sparse_student PATH] [--expansion.path FOLDER] [--data.test_split dev --also_report '{dl19: [trec-dl]}']
+    [--base NAME] [--sparse_student PATH] [--expansion.path FOLDER]
+    [--data.test_split dev --also_report '{dl19: [trec-dl]}']
 
 Writes report.md, report.json, latency.png, storage.png and runs/. --runs.NAME FILE adds another system's TREC run.
 Stopped at any point, the same command goes on where it stopped; with several processes, they share the encoding.
@@ -26,7 +27,10 @@ class Settings(ReportSettings):
     output_dir: str = setting("outputs/evaluate", "where everything is written")
     student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text, or a sparse one")
     sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
-    teacher: str | None = setting(None, "folder or Hub id of a ColBERT; the report does without when none")
+    base: str | None = setting(None, "folder, Hub id or bundled model to report as it is; the student's base")
+    teacher: str | None = setting(
+        "own", "folder or Hub id of a ColBERT; own: the student's own token vectors; the report does without when none"
+    )
     dims: list[int] | None = setting(
         None, "first dimensions of the student to measure alone too; those a recipe trained it at when none"
     )
@@ -36,7 +40,7 @@ class Settings(ReportSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report, check_student
-    from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student
+    from tct_hf.evaluation.stores import BASE_FOLDER, SPARSE_FOLDER, Stores, open_beside, open_student
     from tct_hf.quiet import quieten
     from tct_hf.stages import process_state
 
@@ -64,9 +68,14 @@ def main(settings: Settings) -> None:
                 settings.runs,
                 settings.dims,
                 beside=settings.sparse_student is not None,
-                teacher=settings.teacher is not None,
+                teacher=settings.teacher,
+                base=settings.base is not None,
             )
             stores.encode(state)
+            if (name := settings.base) is not None:
+                model, place = open_student(name, device), output / BASE_FOLDER
+                Stores(collection, model, name, place, precision=settings.precision, write=write).encode(state)
+                del model
             if (name := settings.sparse_student) is not None:
                 beside, place = open_beside(stores, name, device), output / SPARSE_FOLDER
                 stores = Stores(collection, beside, name, place, precision=settings.precision, write=write)
@@ -83,6 +92,7 @@ def main(settings: Settings) -> None:
                 output,
                 teacher=settings.teacher,
                 sparse_student=settings.sparse_student,
+                base=settings.base,
                 settings=settings,
                 runs=settings.runs,
                 record=asdict(settings),

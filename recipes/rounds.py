@@ -85,8 +85,6 @@ def evaluate(
         output,
         base_model=settings.encoder.base_model if settings.teacher.model is None else None,
         teacher=settings.teacher.model or str(output / "round-0" / "teacher"),
-        query_length=settings.encoder.query_length,
-        document_length=settings.encoder.document_length,
         measures=settings.evaluation.measures,
         depth=settings.evaluation.depth,
         precision=settings.precision,

@@ -1,8 +1,9 @@
 """Type a question and see the passages that are found, with the scores of BM25, the student and the two fused.
 
-python recipes/search.py --student outputs/quickstart/student --data.source builtin [--teacher PATH] [--k 5]
+python recipes/search.py --student outputs/quickstart/student --data.source builtin [--rerank own] [--k 5]
 
-The student is dense or sparse. With --sparse_student PATH beside a dense student, these two are fused. With
+The student is dense or sparse. With --rerank own, its own token vectors put the best 100 of the fused list in order;
+with --rerank PATH, a ColBERT does. With --sparse_student PATH beside a dense student, these two are fused. With
 --expansion.path FOLDER, BM25 has the generated queries of recipes/expand.py beside the passages.
 
 The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
@@ -32,10 +33,14 @@ if TYPE_CHECKING:
 class Settings:
     student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text, or a sparse one")
     sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
-    teacher: str | None = setting(None, "folder or Hub id of a ColBERT, to score the passages shown")
+    rerank: str | None = setting(
+        None, "put the best of the fused list in order by MaxSim: own, or folder or Hub id of a ColBERT"
+    )
     k: int = setting(5, "passages to show")
     depth: int = setting(100, "passages that BM25 and each student find, to be fused")
-    rank_by: Literal["fused", "dense", "sparse", "bm25"] = setting("fused", "the system that orders the passages")
+    rank_by: Literal["auto", "maxsim", "fused", "dense", "sparse", "bm25"] = setting(
+        "auto", "the system that orders the passages; auto: maxsim with rerank, else fused"
+    )
     json: bool = setting(False, "one line of JSON a question")
     width: int = setting(160, "characters of a passage to show; JSON has all")
     index_dir: str | None = setting(None, "where vectors and indexes are kept; in the cache when none")
@@ -48,7 +53,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.searcher import Searcher
-    from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
+    from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_reranker, open_student
     from tct_hf.quiet import quieten
 
     if settings.student is None:
@@ -70,14 +75,16 @@ def main(settings: Settings) -> None:
         model = open_beside(stores, name)
         beside = Stores(collection, model, name, place, precision=settings.precision, write=tell)
     there = {"sparse" if stores.is_sparse or beside is not None else "", "" if stores.is_sparse else "dense"}
-    if settings.rank_by in {"dense", "sparse"} - there:
-        raise SettingsError(f"rank_by: there is no {settings.rank_by} student to order by; name one, or use fused")
+    there |= {"maxsim" if settings.rerank is not None else ""}
+    if settings.rank_by in {"dense", "sparse", "maxsim"} - there:
+        needed = "reranker" if settings.rank_by == "maxsim" else f"{settings.rank_by} student"
+        raise SettingsError(f"rank_by: there is no {needed} to order by; name one, or use fused")
     tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {stores.folder}")
-    teacher = open_teacher(settings.teacher) if settings.teacher is not None else None
+    reranker = open_reranker(settings.rerank, stores) if settings.rerank is not None else None
     depth = max(settings.depth, settings.k)
     searcher = Searcher(
         stores,
-        teacher=teacher,
+        reranker=reranker,
         depth=depth,
         hybrid=settings.hybrid,
         sparse_stores=beside,
@@ -89,7 +96,7 @@ def main(settings: Settings) -> None:
         "BM25, without a word of the question; counts as the lowest score of that list"
     )
     for question in questions(answers_alone=settings.json or not sys.stdout.isatty()):
-        hits = searcher.ask(question, settings.k, rank_by=settings.rank_by)
+        hits = searcher.ask(question, settings.k, rank_by=None if settings.rank_by == "auto" else settings.rank_by)
         if settings.json:
             passages = [asdict(hit) for hit in hits]
             print(json.dumps({"question": question, "passages": passages}, ensure_ascii=False), flush=True)

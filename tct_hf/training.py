@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,8 @@ from sentence_transformers import (
     MultiVectorEncoderTrainer,
     MultiVectorEncoderTrainingArguments,
     SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
     SparseEncoder,
 )
 from sentence_transformers.multi_vector_encoder.losses import (
@@ -21,6 +23,7 @@ from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from tct_hf.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.collator import candidate_columns
@@ -50,6 +53,10 @@ class ColBERTTrainer(StreamedTrainingMixin, WholeCheckpointsMixin, MultiVectorEn
             self.loss, (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss)
         ):
             write_training_scale(path, self.loss.scale)
+
+
+class StockTrainer(StreamedTrainingMixin, WholeCheckpointsMixin, SentenceTransformerTrainer):
+    """sentence-transformers' own trainer, with checkpoints that are whole or not there."""
 
 
 class _HalfPrecisionEncoding:
@@ -203,17 +210,15 @@ def train_colbert(
     is_mean = model.similarity_fn_name == "meanmaxsim"
     if scale is None:
         scale = COSINE_SCALE if is_mean else 1.0
-    triples = make_triples()
-    columns = ["query", *candidate_columns(triples.column_names)]
-    if "labelled" in triples.column_names:  # the others have no positive to train on
-        triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
+    triples = _labelled(make_triples())
+    columns = triples.column_names
     # A query with several positives has several rows: in one batch each would be the others' negative.
     arguments = {"batch_sampler": "no_duplicates", **arguments}
     args = MultiVectorEncoderTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
     trainer = ColBERTTrainer(
         model=model,
         args=args,
-        train_dataset=triples.select_columns(columns),
+        train_dataset=triples,
         loss=MultiVectorMultipleNegativesRankingLoss(
             model,
             scale=scale,
@@ -235,6 +240,75 @@ def train_colbert(
         publish_stage(work, final, save)
     trainer.accelerator.wait_for_everyone()
     _push_finished(trainer, write)
+    return final
+
+
+def _labelled(triples: Dataset) -> Dataset:
+    """The texts of the rows that have a positive."""
+    columns = ["query", *candidate_columns(triples.column_names)]
+    if "labelled" in triples.column_names:
+        triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
+    return triples.select_columns(columns)
+
+
+def train_stock(
+    make_model: Callable[[], SentenceTransformer],
+    make_triples: Callable[[], Dataset],
+    final: str | Path,
+    *,
+    work: str | Path,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    evaluator: BaseEvaluator | None = None,
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Train an embedding model as sentence-transformers does by itself, the baseline of a distilled student.
+
+    The loss is MultipleNegativesRankingLoss: cosines times 20, softmax over the passages of the batch. Stopped and
+    called again, it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        make_model: the base as it is, on the device; called when there is something to train.
+        make_triples: the data set, columns query, positive, negative ...; called when there is something to train.
+        final: folder for the trained model.
+        work: folder for checkpoints.
+        arguments: of a student's training, without output_dir; what sentence-transformers' own arguments lack, and
+            push_to_hub, is left out.
+        settings: JSON-ready, all that the model depends on: a folder with others is refused.
+        evaluator: on dev queries.
+        write: takes lines of progress.
+
+    Returns:
+        `final`.
+
+    Raises:
+        ValueError: a folder that belongs to other settings, or a data set without the columns.
+
+    Source: sentence-transformers' training overview, for (anchor, positive, negative) triplets.
+    """
+    check_stage(arguments)
+    final, work = Path(final), Path(work)
+    if is_claimed(final, settings):
+        return final
+    claim_stage(work, settings)
+    model = make_model()
+    triples = _labelled(make_triples())
+    known = {field.name for field in fields(SentenceTransformerTrainingArguments)} - {"push_to_hub"}
+    own = {"batch_sampler": "no_duplicates", **{name: arguments[name] for name in arguments if name in known}}
+    prompts = {
+        name: model.prompts.get("query" if name == "query" else "document") or "" for name in triples.column_names
+    }
+    trainer = StockTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(output_dir=str(work), disable_tqdm=True, prompts=prompts, **own),
+        train_dataset=triples,
+        loss=MultipleNegativesRankingLoss(model, scale=20.0, gather_across_devices=PartialState().num_processes > 1),
+        evaluator=evaluator,
+    )
+    run_stage(trainer, work, write)
+    if trainer.is_world_process_zero():
+        publish_stage(work, final, lambda folder: model.save_pretrained(str(folder)))
+    trainer.accelerator.wait_for_everyone()
     return final
 
 

@@ -29,7 +29,7 @@ def said(material: Material) -> dict[str, Any]:
     words = [f"--student={material.student}", f"--data.source={material.beir}", "--k=3"]
     stdin = "\n".join(QUESTIONS) + "\n"
     return {
-        "text": run_recipe("search", material, *words, f"--teacher={material.teacher}", stdin=stdin),
+        "text": run_recipe("search", material, *words, f"--rerank={material.teacher}", stdin=stdin),
         "json": run_recipe("search", material, *words, "--json", stdin=stdin),
     }
 
@@ -44,7 +44,7 @@ def make_searcher(material: Material, collection: Collection, folder: Path, **op
     stores = Stores(collection, open_student(str(material.student)), "student", folder, write=lambda line: None)
     return Searcher(
         stores,
-        teacher=options.pop("teacher", None),
+        reranker=options.pop("reranker", None),
         depth=options.pop("depth", 20),
         expansion=options.pop("expansion", None),
         dims=options.pop("dims", None),
@@ -113,15 +113,38 @@ def test_scores_are_those_of_the_systems_and_none_where_a_list_ends(searcher: Se
             assert hit.fused == pytest.approx(searcher.alpha * hit.bm25 + hit.dense, rel=1e-5)
 
 
-def test_maxsim_is_shown_for_the_passages_shown(material: Material, searcher: Searcher) -> None:
+def test_a_reranker_puts_the_best_of_the_fused_list_in_the_order_of_max_sim(
+    material: Material, searcher: Searcher
+) -> None:
     from tct_hf.evaluation import rerank_run
 
-    teacher = open_teacher(str(material.teacher))
-    with_teacher = make_searcher(material, material.collection(), material.folder / "kept", teacher=teacher)
-    hits = with_teacher.ask("dense tokens", 4)
-    texts = {hit.id: hit.text for hit in hits}
-    expected = rerank_run(teacher, {"q": dict.fromkeys(texts, 0.0)}, texts, {"q": "dense tokens"})["q"]
-    assert {hit.id: hit.maxsim for hit in hits} == pytest.approx(expected)
+    model = open_teacher(str(material.teacher))
+    reranking = make_searcher(material, material.collection(), material.folder / "kept", reranker=model)
+    fused = searcher.ask("dense tokens", 20)
+    texts = {hit.id: hit.text for hit in fused}
+    expected = rerank_run(model, {"q": dict.fromkeys(texts, 0.0)}, texts, {"q": "dense tokens"})["q"]
+    hits = reranking.ask("dense tokens", 4)
+    assert [hit.id for hit in hits] == list(expected)[:4]
+    assert [hit.maxsim for hit in hits] == pytest.approx(list(expected.values())[:4])
+    assert [hit.fused for hit in hits] == [one.fused for hit in hits for one in fused if one.id == hit.id]
+    assert [hit.id for hit in reranking.ask("dense tokens", 4, rank_by="fused")] == list(texts)[:4]
+
+
+def test_own_reranking_compares_the_students_own_token_vectors(material: Material, tmp_path: Path) -> None:
+    from tct_hf import build_colbert, build_student, save_student
+    from tct_hf.evaluation import rerank_run
+    from tct_hf.evaluation.stores import open_reranker
+
+    stores = Stores(
+        material.collection(), open_student(str(material.student)), str(material.student), tmp_path / "own"
+    )
+    own, texts = build_colbert(str(material.student), encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
+    run, asked = {"q": dict.fromkeys(texts, 0.0)}, {"q": "dense retrieval"}
+    assert rerank_run(open_reranker("own", stores), run, texts, asked) == rerank_run(own, run, texts, asked)
+    save_student(build_student(str(material.folder / "base"), encoding="tct"), tmp_path / "tct")
+    tct = Stores(material.collection(), open_student(str(tmp_path / "tct")), "the student", tmp_path / "other")
+    with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
+        open_reranker("own", tct)
 
 
 def test_a_question_of_unknown_words_is_answered_by_the_student(searcher: Searcher) -> None:
@@ -236,7 +259,7 @@ def test_the_kept_folder_of_another_student_is_refused(
         next(student.parameters()).add_(0.5)
     stores = Stores(material.collection(), student, "other", material.folder / "kept", write=lambda line: None)
     with pytest.raises(ValueError, match=r"student\.weights"):
-        Searcher(stores, teacher=None, depth=20, hybrid=HybridSettings())
+        Searcher(stores, depth=20, hybrid=HybridSettings())
 
 
 def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:

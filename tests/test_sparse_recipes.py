@@ -40,7 +40,7 @@ def searcher(material: Material, student: Path, sparse: Path | None = None, **op
         return Stores(material.collection(), student, path.name, place, precision="fp32", write=lambda line: None)
 
     beside = None if sparse is None else stores(sparse)
-    return Searcher(stores(student), teacher=None, depth=20, hybrid=HybridSettings(**options), sparse_stores=beside)
+    return Searcher(stores(student), depth=20, hybrid=HybridSettings(**options), sparse_stores=beside)
 
 
 def test_the_encoding_recipe_takes_a_sparse_student(material: Material, splade: Path) -> None:

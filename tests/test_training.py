@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tct_hf import stages
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.training import dev_evaluator, train_colbert, train_student
+from tct_hf.training import dev_evaluator, train_colbert, train_stock, train_student
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.recipe import write_beir
 from tests.training import make_models, make_splade, triples
@@ -224,3 +224,49 @@ def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> 
         log = json.loads((final / "training_log.json").read_text())
         losses.append([entry["loss"] for entry in log if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def stock(path: Path, base: Path, **options: Any) -> Path:
+    from sentence_transformers import SentenceTransformer
+
+    defaults: dict[str, Any] = {
+        "arguments": {**ARGUMENTS, "hard_label_weight": 0.3, "push_to_hub": True},
+        "settings": {"seed": 3},
+        "write": lambda line: None,
+    }
+    make = options.pop("make", lambda: SentenceTransformer(str(base), device="cpu"))
+    rows = options.pop("make_triples", triples)
+    return train_stock(make, rows, path / "stock", work=path / "work", **{**defaults, **options})
+
+
+def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base = tiny_bert(tmp_path / "base")
+    rows = triples(8).add_column("labelled", [True] * 4 + [False] * 4)  # type: ignore[call-arg]
+    arguments = {**ARGUMENTS, "max_steps": 1, "per_device_train_batch_size": 4, "batch_sampler": "batch_sampler"}
+    final = stock(tmp_path, base, make_triples=lambda: rows, arguments=arguments)
+    model = SentenceTransformer(str(base), device="cpu")
+    queries = model.encode(rows["query"][:4], convert_to_tensor=True, normalize_embeddings=True)
+    passages = [
+        model.encode(rows[name][:4], convert_to_tensor=True, normalize_embeddings=True)
+        for name in ("positive", "negative")
+    ]
+    expected = torch.nn.functional.cross_entropy(20 * queries @ torch.cat(passages).T, torch.arange(4))
+    assert json.loads((final / "training_log.json").read_text())[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_stopped_stock_training_goes_on_and_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
+    whole = stock(tmp_path / "whole", base)
+    assert stock(tmp_path / "whole", base, make=never, make_triples=never) == whole
+
+    def stop(line: str) -> None:
+        if "step     2 of" in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stock(tmp_path / "stopped", base, write=stop)
+    said: list[str] = []
+    again = stock(tmp_path / "stopped", base, write=said.append)
+    assert said[0] == "  goes on after step 1 of 3"
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

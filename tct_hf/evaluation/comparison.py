@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
 from tct_hf.files import write_json_atomic
+from tct_hf.retrieval.hybrid import equal_spread_alpha, fuse, tune_alpha
 from tct_hf.retrieval.runs import Run, rank, read_run, write_run
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ class System:
     Args:
         key: of its run's file name and in the metrics.
         title: in the table.
-        search: from queries, id to text, to a run.
+        search: from queries, id to text, and the runs of the systems in `of`, to a run.
+        of: keys of systems before it whose passages it puts in another order.
     """
 
     key: str
     title: str
-    search: Callable[[Mapping[str, str]], Run]
+    search: Callable[..., Run]
+    of: tuple[str, ...] = ()
 
 
 def run_systems(
@@ -58,7 +61,11 @@ def run_systems(
         files = {name: folder / f"{system.key}.{name}.trec" for name in queries}
         if not all(file.is_file() for file in files.values()):
             write(f"  {place} of {len(systems)}: {system.title}")
-            found = system.search(merged)  # the corpus is encoded once, for all sets
+            first = [
+                {f"{name}\0{query}": hits for name in queries for query, hits in runs[key, name].items()}
+                for key in system.of
+            ]
+            found = system.search(merged, *first)  # the corpus is encoded once, for all sets
             for name, file in files.items():
                 prefix = f"{name}\0"
                 part = {query.removeprefix(prefix): hits for query, hits in found.items() if query.startswith(prefix)}
@@ -66,6 +73,52 @@ def run_systems(
         for name, file in files.items():
             runs[system.key, name] = read_run(file)
     return runs
+
+
+def fused_key(key: str) -> str:
+    """The key of a system fused with BM25."""
+    return f"{key}-bm25"
+
+
+def fuse_with_bm25(
+    keys: Sequence[str],
+    runs: dict[tuple[str, str], Run],
+    bm25: Mapping[str, Run],
+    collection: Collection,
+    measure: str,
+    *,
+    depth: int,
+    folder: Path,
+) -> dict[str, float]:
+    """Add `alpha * BM25 + system` of some systems to their runs, and write it beside them.
+
+    Alpha is tuned on dev where dev is judged and searched; otherwise both lists have the same spread.
+
+    Args:
+        keys: of the systems.
+        runs: (key, split) to run; the fused runs are added.
+        bm25: split to BM25's run.
+        collection: whose dev queries are judged.
+        measure: that alpha is tuned for.
+        depth: passages a query.
+        folder: of the runs.
+
+    Returns:
+        Key of the fused system to alpha.
+    """
+    alphas: dict[str, float] = {}
+    for key in keys:
+        name = fused_key(key)
+        if "dev" in bm25 and collection.splits["dev"].qrels:
+            alpha: float = tune_alpha(bm25["dev"], runs[key, "dev"], collection.splits["dev"].qrels, measure)
+        else:
+            split = [*bm25][-1]
+            alpha = equal_spread_alpha(bm25[split], runs[key, split])
+        alphas[name] = float(alpha)
+        for split, words in bm25.items():
+            runs[name, split] = fuse(words, runs[key, split], alpha, k=depth)
+            write_run(runs[name, split], folder / f"{name}.{split}.trec", name)
+    return alphas
 
 
 def standard_error(values: Sequence[float]) -> float:

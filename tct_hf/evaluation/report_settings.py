@@ -87,9 +87,9 @@ class AnnSettings:
 
 @dataclass
 class LateInteractionSettings:
-    """The teacher's part: reranking, and search over all token vectors where they fit."""
+    """The part of a ColBERT or of own MaxSim: reranking, and search over all token vectors where they fit."""
 
-    rerank: int = setting(100, "passages of the student that the teacher scores again")
+    rerank: int = setting(100, "passages of the hybrid that are scored again")
     max_passages: int = setting(
         50_000, "up to here token vectors are kept and searched; beyond, passages are only reranked, encoded anew"
     )
@@ -100,7 +100,7 @@ class CostSettings:
     """How latency and throughput are timed."""
 
     queries: int = setting(100, "queries timed, one at a time")
-    teacher_queries: int = setting(30, "queries timed where the teacher takes part")
+    teacher_queries: int = setting(30, "queries timed where token vectors take part")
     warm_up: int = setting(10, "queries put through before")
     batch_size: int = setting(32, "queries a batch, for throughput")
     threads: int | None = setting(1, "CPU threads while timing, as they are when none")

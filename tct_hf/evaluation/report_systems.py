@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 BM25, EXACT, ANN, HYBRID, TEACHER, RERANKED = "bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"
 HYBRID_EXPANDED = "hybrid-expanded"
+# The base as it is, alone and fused with BM25.
+BASE, BASE_BM25 = "base", "base-bm25"
 KEYS = (
     *(BM25, EXPANDED, EXACT, ANN, HYBRID, HYBRID_EXPANDED),
-    *(LEARNED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, TEACHER, RERANKED),
+    *(LEARNED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, BASE, BASE_BM25, TEACHER, RERANKED),
 )
-HYBRIDS = (HYBRID, HYBRID_EXPANDED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED)
+HYBRIDS = (HYBRID, HYBRID_EXPANDED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, BASE_BM25)
 _ONE = "query"
 
 
@@ -41,7 +43,7 @@ class ReportSystem:
         disk: folders that searching needs, or their bytes.
         memory: bytes of what searching holds in memory, models aside.
         build_seconds: encoding included; None where it is not known.
-        slow: the teacher takes part: fewer queries are timed.
+        slow: token vectors take part: fewer queries are timed.
     """
 
     key: str

@@ -19,6 +19,8 @@ from tct_hf.evaluation.report import DENSE_LEARNED, EXPANDED, LEARNED, LEARNED_B
 from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_systems import (
     ANN,
+    BASE,
+    BASE_BM25,
     BM25,
     EXACT,
     HYBRID,
@@ -32,7 +34,7 @@ from tct_hf.evaluation.report_systems import (
     sparse_system,
     student_system,
 )
-from tct_hf.evaluation.stores import Stored, Stores
+from tct_hf.evaluation.stores import OWN, Stored, Stores
 from tct_hf.evaluation.tuning import TuningQueries, tuning_queries, weight_text
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.runs import Run, read_run, write_run
@@ -61,12 +63,13 @@ class Work:
         collection: to search.
         stores: of its student, dense or sparse.
         teacher: of one vector a token, or None.
-        teacher_name: as it was given.
+        teacher_name: as it was given; OWN of the student's own token vectors.
         output: folder of everything.
         settings: of the report.
         write: takes lines of progress.
         sparse_stores: of a sparse student beside a dense one.
         dims: first dimensions of the student that are searched alone too.
+        base_stores: of the base as it is.
 
     Raises:
         ValueError: the folder holds runs or times of other settings.
@@ -83,12 +86,14 @@ class Work:
         write: Callable[[str], None],
         sparse_stores: Stores | None = None,
         dims: Sequence[int] = (),
+        base_stores: Stores | None = None,
     ) -> None:
         from tct_hf.teachers import has_bfloat16
 
         self.collection, self.stores, self.output, self.settings = collection, stores, output, settings
         self.teacher, self.teacher_name, self.write = teacher, teacher_name, write
         self.sparse_stores = stores if stores.is_sparse else sparse_stores
+        self.base_stores = base_stores
         self.baseline = settings.measures.baseline or (LEARNED if stores.is_sparse else EXACT)
         self.test = collection.splits["test"]
         self.tuning: TuningQueries | None = tuning_queries(collection, settings.hybrid)
@@ -97,6 +102,8 @@ class Work:
             self.depends["expansion"] = settings.expansion.depends()
         if sparse_stores is not None:
             self.depends["sparse_student"] = sparse_stores.depends["student"]
+        if base_stores is not None:
+            self.depends["base"] = base_stores.depends["student"]
         if self.tuning != tuning_queries(replace(collection, also={}), settings.hybrid):
             # Runs of the tuning queries are of those that are left: with other further splits they would be others.
             self.depends["also_report"] = {name: queries_digest(split) for name, split in collection.also.items()}
@@ -149,15 +156,21 @@ class Work:
             systems.append(learned.system)
             systems += [self._hybrid(key, learned, one) for key, one in zip(of_learned, words, strict=False)]
             systems.append(self._hybrid(DENSE_LEARNED, student, learned))
+        if (base := self.base_stores) is not None:
+            base.encode()
+            exact = base.exact()
+            system = student_system(BASE, "base as it is", base, exact, depth)
+            systems += [system, self._hybrid(BASE_BM25, _Searched(system, Part(exact, base), "base"), bm25)]
         if self.teacher is not None:
             late = self._late_interaction(self.teacher)
             if late.tokens is not None:
                 systems.append(late.exhaustive_system(depth))
+            hybrid = next(system for system in systems if system.key == keys[0])
             systems.append(
                 late.reranking_system(
-                    self.stores,
-                    student.part.stored,
-                    lambda split: self._stored(student.system, split),
+                    hybrid,
+                    lambda split: self._stored(hybrid, split),
+                    self.collection.corpus,
                     depth=depth,
                     rerank=self.settings.late_interaction.rerank,
                 )
@@ -249,7 +262,8 @@ class Work:
 
         hybrid, measures, tuning = self.settings.hybrid, self.settings.measures, self.tuning
         # With one hybrid there is nothing to tell apart.
-        alone = self.sparse_stores in (None, self.stores) and self.settings.expansion.path is None
+        several = self.settings.expansion.path is not None or self.base_stores is not None
+        alone = not several and self.sparse_stores in (None, self.stores)
         which = "Hybrid" if alone else f"Hybrid {title}"
         if alpha is not None:
             self.notes.append(f"{which}: alpha {alpha:g} as it was given, tuned nowhere in this report.")
@@ -279,15 +293,16 @@ class Work:
     def _late_interaction(self, model: MultiVectorEncoder) -> LateInteraction:
         from tct_hf.evaluation.token_vectors import encode_tokens
 
+        name, title = ("own MaxSim", "Own MaxSim") if self.teacher_name == OWN else ("teacher", "Teacher")
         count, limit = len(self.collection.corpus), self.settings.late_interaction.max_passages
         folder = self.output / "tokens"
         claim(folder, {"corpus": self.depends["corpus"], "teacher": self.depends["teacher"]})
         if count > limit:
             self.notes.append(
-                f"Teacher: only reranking, passages encoded anew for every query: {count:,} passages are more than "
+                f"{title}: only reranking, passages encoded anew for every query: {count:,} passages are more than "
                 f"late_interaction.max_passages ({limit:,})."
             )
-            return LateInteraction(model, None, folder, bf16=self.bf16, seconds=None)
+            return LateInteraction(model, name, None, folder, bf16=self.bf16, seconds=None)
         seconds_file, begun = folder / "seconds.json", time.perf_counter()
         fresh = not any((folder / "vectors").glob("*.npy"))
         tokens = encode_tokens(model, self.collection.corpus, folder / "vectors", bf16=self.bf16, write=self.write)
@@ -297,10 +312,10 @@ class Work:
         mean, dim = float(tokens.lengths.mean()), tokens.tokens.shape[1]
         self.models["teacher"] = {"dimension": int(dim), "tokens_per_passage": mean}
         self.notes.append(
-            f"Teacher: {mean:.1f} token vectors a passage of {dim} dimensions in float16 on disk; exhaustive search "
+            f"{title}: {mean:.1f} token vectors a passage of {dim} dimensions in float16 on disk; exhaustive search "
             "multiplies float32 copies in memory; reranking reads the float16."
         )
-        return LateInteraction(model, tokens, folder / "vectors", bf16=self.bf16, seconds=seconds)
+        return LateInteraction(model, name, tokens, folder / "vectors", bf16=self.bf16, seconds=seconds)
 
     def run_file(self, key: str, split: str) -> Path:
         """Of the run of a system on a split."""
@@ -338,7 +353,14 @@ class Work:
 
 
 def rows_of(
-    settings: ReportSettings, passages: int, *, sparse: bool, beside: bool, teacher: bool, dims: Sequence[int]
+    settings: ReportSettings,
+    passages: int,
+    *,
+    sparse: bool,
+    beside: bool,
+    teacher: bool,
+    dims: Sequence[int],
+    base: bool = False,
 ) -> list[str]:
     """The keys of a report's systems, in the order of the table, before any of them is made.
 
@@ -347,8 +369,9 @@ def rows_of(
         passages: of the collection.
         sparse: its student is a sparse one.
         beside: a sparse student is reported beside a dense one.
-        teacher: there is one.
+        teacher: there is one, or the student's own token vectors are.
         dims: first dimensions of the student that are searched alone too.
+        base: the base as it is has rows.
     """
     expanded = settings.expansion.path is not None
     learned = [LEARNED_BM25, *[LEARNED_EXPANDED] * expanded]
@@ -358,6 +381,7 @@ def rows_of(
     else:
         rows += [EXACT, ANN, *map(key_of, dims), HYBRID, *[HYBRID_EXPANDED] * expanded]
         rows += [LEARNED, *learned, DENSE_LEARNED] * beside
+    rows += [BASE, BASE_BM25] * base
     if teacher:
         rows += [*[TEACHER] * (passages <= settings.late_interaction.max_passages), RERANKED]
     return rows

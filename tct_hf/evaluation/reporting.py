@@ -15,7 +15,16 @@ from tct_hf.evaluation.report_settings import ReportSettings
 from tct_hf.evaluation.report_splits import measure_systems, split_record
 from tct_hf.evaluation.report_systems import BM25, ReportSystem
 from tct_hf.evaluation.report_work import Work, rows_of
-from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_student, open_teacher
+from tct_hf.evaluation.stores import (
+    BASE_FOLDER,
+    OWN,
+    SPARSE_FOLDER,
+    Stores,
+    has_own_maxsim,
+    open_beside,
+    open_reranker,
+    open_student,
+)
 from tct_hf.files import file_digest
 from tct_hf.retrieval.runs import Run
 
@@ -28,8 +37,9 @@ def build_report(
     student: str,
     output: str | Path,
     *,
-    teacher: str | None = None,
+    teacher: str | None = OWN,
     sparse_student: str | None = None,
+    base: str | None = None,
     settings: ReportSettings | None = None,
     runs: Mapping[str, str] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -46,9 +56,12 @@ def build_report(
             where there is no dev, is tuned on.
         student: folder, Hub id or bundled name of a model of one vector a text, dense or sparse.
         output: folder of everything.
-        teacher: folder or Hub id of a model of one vector a token; the report does without when None.
+        teacher: folder or Hub id of a model of one vector a token; OWN ("own") takes the student's own token vectors,
+            where it has some to compare; the report does without when None.
         sparse_student: folder or Hub id of a sparse student, to be reported beside the dense `student` and fused with
             it.
+        base: folder, Hub id or bundled name of the embedding model that the student was trained from, to be reported
+            as it is.
         settings: what to measure and how.
         runs: name to TREC file of other systems' runs on the reported queries.
         record: settings to keep in the report, JSON-ready; those of `settings` when None.
@@ -79,10 +92,22 @@ def build_report(
     if sparse_student is not None:
         model = open_beside(stores, sparse_student)
         sparse_stores = Stores(collection, model, sparse_student, output / SPARSE_FOLDER, **options)
-    beside = sparse_student is not None
-    sizes = check_student(stores, settings, runs, dims, beside=beside, teacher=teacher is not None)
-    loaded = open_teacher(teacher) if teacher is not None else None
-    work = Work(collection, stores, loaded, teacher, output, settings, write, sparse_stores, sizes)
+    base_stores = (
+        None if base is None else Stores(collection, open_student(base), base, output / BASE_FOLDER, **options)
+    )
+    sizes = check_student(
+        stores,
+        settings,
+        runs,
+        dims,
+        beside=sparse_student is not None,
+        teacher=teacher,
+        base=base is not None,
+    )
+    if teacher == OWN and not has_own_maxsim(stores.student):
+        teacher = None
+    loaded = open_reranker(teacher, stores) if teacher is not None else None
+    work = Work(collection, stores, loaded, teacher, output, settings, write, sparse_stores, sizes, base_stores)
     systems = work.systems()
     found = {system.key: work.run(system, place, len(systems)) for place, system in enumerate(systems, 1)}
     costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}
@@ -101,7 +126,8 @@ def check_student(
     dims: Sequence[int] | None,
     *,
     beside: bool,
-    teacher: bool,
+    teacher: str | None,
+    base: bool = False,
 ) -> list[int]:
     """Find out before anything is encoded what can't be reported of a student.
 
@@ -109,9 +135,10 @@ def check_student(
         stores: of the student.
         settings: of the report.
         runs: as in :func:`build_report`.
-        dims: likewise.
+        dims: as in :func:`build_report`.
         beside: a sparse student is reported beside it.
-        teacher: there is one.
+        teacher: as in :func:`build_report`.
+        base: the base as it is is reported, too.
 
     Returns:
         The first dimensions that are measured alone too.
@@ -130,8 +157,9 @@ def check_student(
         len(stores.collection.corpus),
         sparse=stores.is_sparse,
         beside=beside,
-        teacher=teacher,
+        teacher=teacher is not None and (teacher != OWN or has_own_maxsim(stores.student)),
         dims=sizes,
+        base=base,
     )
     asked = settings.measures.baseline
     if asked is not None and asked not in (*rows, *runs):
@@ -267,6 +295,8 @@ def _models(work: Work) -> dict[str, Any]:
     models: dict[str, Any] = {"student": _student(work, work.stores), "teacher": None}
     if work.sparse_stores not in (None, work.stores):
         models["sparse_student"] = _student(work, work.sparse_stores)
+    if work.base_stores is not None:
+        models["base"] = _student(work, work.base_stores)
     if work.teacher is not None:
         measured = work.models["teacher"] or {"dimension": None, "tokens_per_passage": None}
         models["teacher"] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.retrieval.runs import Run, rank
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
 
 # Token vectors of this many passages are held at a time: about 40 MB of them, however many are reranked.
-_PASSAGES_PER_CHUNK = 1024
+_PASSAGES_PER_CHUNK = 256
 
 
 def rerank_run(
@@ -36,7 +36,7 @@ def rerank_run(
         corpus: passage id to text, or a data set with columns `id` and `text`; it need hold no more than the top k.
         queries: query id to text, of every query of the run.
         k: passages a query to rerank.
-        bf16: encode, and multiply token vectors, in bfloat16.
+        bf16: encode in bfloat16; token vectors are compared in float32.
         batch_size: texts a forward pass.
 
     Returns:
@@ -59,7 +59,6 @@ def rerank_run(
             askers.setdefault(passage, []).append(query)
     texts = _texts(corpus, askers)
     asked = [query for query, hits in ranked.items() if hits]
-    dtype = torch.bfloat16 if bf16 else torch.float32
     autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
     scores: dict[str, dict[str, float]] = {query: {} for query in queries}
     if asked:
@@ -67,7 +66,7 @@ def rerank_run(
             encoded: Any = model.encode_query(
                 [queries[query] for query in asked], batch_size=batch_size, show_progress_bar=False
             )
-        query_vectors = {query: vectors.to(dtype) for query, vectors in zip(asked, encoded, strict=True)}
+        query_vectors = {query: vectors.float() for query, vectors in zip(asked, encoded, strict=True)}
     # Passages of like length together, so that token matrices are padded little.
     names = sorted(texts, key=lambda name: (len(texts[name]), name))
     for start in range(0, len(names), _PASSAGES_PER_CHUNK):
@@ -77,7 +76,7 @@ def rerank_run(
                 [texts[name] for name in part], batch_size=batch_size, show_progress_bar=False
             )
         pairs = [
-            (query, name, vectors.to(dtype))
+            (query, name, vectors.float())
             for name, vectors in zip(part, encoded, strict=True)
             for query in askers[name]
         ]
@@ -88,10 +87,14 @@ def rerank_run(
             scores[query][name] = score
     reranked: Run = {}
     for query, hits in ranked.items():
-        best = dict(rank(scores[query]))
-        lowest = min(best.values(), default=0.0)
-        reranked[query] = best | {passage: lowest - place for place, (passage, _) in enumerate(hits[k:], 1)}
+        reranked[query] = above(dict(rank(scores[query])), [passage for passage, _ in hits[k:]])
     return reranked
+
+
+def above(best: dict[str, float], rest: Iterable[str]) -> dict[str, float]:
+    """Reranked passages, and below them those that were not, in their order: 1, 2, 3... less than the lowest."""
+    lowest = min(best.values(), default=0.0)
+    return best | {passage: lowest - place for place, passage in enumerate(rest, 1)}
 
 
 def _texts(corpus: Mapping[str, str] | Dataset, wanted: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, standard_error, table, write_metrics
 from tct_hf.evaluation.effectiveness import Evaluation
 from tct_hf.evaluation.quick_report import (
-    BASE_TCT,
     BM25,
     STUDENT,
     TEACHER,
@@ -55,8 +54,6 @@ def report_rounds(
     *,
     base_model: str | None,
     teacher: str,
-    query_length: int | None,
-    document_length: int | None,
     measures: Sequence[str],
     depth: int,
     precision: str,
@@ -74,8 +71,6 @@ def report_rounds(
         output: folder.
         base_model: encoder that teacher and student come from; None where it is not known.
         teacher: folder or Hub id of the base's ColBERT.
-        query_length: of the base encoder in TCT encoding.
-        document_length: likewise.
         measures: ir-measures names; the first decides on dev which round is best.
         depth: passages a query in the runs.
         precision: the students encode in: "auto", "bf16" or "fp32".
@@ -97,7 +92,7 @@ def report_rounds(
         {
             "corpus": corpus,
             "teacher": teacher if weights is None else weights,
-            "base": [base_model, query_length, document_length],
+            "base": base_model,
             "depth": depth,
             "bf16": bf16,
         },
@@ -106,12 +101,9 @@ def report_rounds(
         collection,
         base_model=base_model,
         teacher=teacher,
-        query_length=query_length,
-        document_length=document_length,
         depth=depth,
         bf16=bf16,
     )
-    systems = [system for system in systems if system.key != BASE_TCT]
     runs = run_systems(systems, queries, output / "runs", write=write)
     titles = {system.key: system.title for system in systems}
     teachers = {0: TEACHER}

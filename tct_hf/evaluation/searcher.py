@@ -1,10 +1,10 @@
-"""Answer single questions with BM25, students and two of them fused, and show what each makes of a passage."""
+"""Answer single questions with BM25, students, two of them fused and reranked, and show each one's scores."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class Searcher:
 
     Args:
         stores: indexes of BM25 and of the student, dense or sparse; made now where they are not there.
-        teacher: scores the passages shown, too; None leaves it out.
+        reranker: of one vector a token; puts the best `depth` fused passages in order. None leaves it out.
         depth: passages that each system finds.
         hybrid: the weight of BM25 (of the sparse student, where there are two), or where it is tuned; where there is
             nothing to tune it on, ranks are fused.
@@ -67,7 +67,7 @@ class Searcher:
         self,
         stores: Stores,
         *,
-        teacher: MultiVectorEncoder | None,
+        reranker: MultiVectorEncoder | None = None,
         depth: int,
         hybrid: HybridSettings,
         sparse_stores: Stores | None = None,
@@ -83,7 +83,7 @@ class Searcher:
             raise ValueError("dims: a sparse student's first dimensions are no smaller student; leave it out")
         check_dims([dims], stores.student.get_embedding_dimension())
         self._expansion, self._dims = expansion, dims
-        self._stores, self._teacher, self._depth, self._hybrid = stores, teacher, depth, hybrid
+        self._stores, self._reranker, self._depth, self._hybrid = stores, reranker, depth, hybrid
         self._students: dict[str, tuple[Stores, Any]] = {}
         if not stores.is_sparse:
             if dims is not None:
@@ -102,18 +102,19 @@ class Searcher:
         self.systems = [
             name
             for name in SYSTEMS
-            if name in (*self._students, "bm25", "fused") or (name == "maxsim" and teacher is not None)
+            if name in (*self._students, "bm25", "fused") or (name == "maxsim" and reranker is not None)
         ]
         self._rows = {name: row for row, name in enumerate(stores.collection.corpus["id"])}
         self.alpha, self.fusion = self._choose_alpha()
 
-    def ask(self, question: str, k: int, *, rank_by: str = "fused") -> list[Hit]:
+    def ask(self, question: str, k: int, *, rank_by: str | None = None) -> list[Hit]:
         """Find the best passages of a question.
 
         Args:
             question: its text.
             k: passages, at most.
-            rank_by: the system that orders them: "fused", "dense", "sparse" or "bm25".
+            rank_by: the system that orders them: "maxsim", "fused", "dense", "sparse" or "bm25"; None: the reranker's
+                "maxsim" where there is one, else "fused".
 
         Returns:
             Best first; fewer than k where BM25 orders and fewer passages have a word of the question.
@@ -125,20 +126,26 @@ class Searcher:
             raise ValueError("question: it is blank; write some words")
         if k < 1:
             raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-        known = ["fused", *self._students, "bm25"]
-        if rank_by not in known:
-            raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, known))}")
+        if rank_by is None:
+            rank_by = "maxsim" if self._reranker is not None else "fused"
+        if rank_by not in self.systems:
+            raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, self.systems))}")
         asked = {_QUESTION: question}
-        found = {name: self._run(name, asked) for name in known[1:]}
+        found = {name: self._run(name, asked) for name in ("bm25", *self._students)}
         found["fused"] = self._join(*(found[name] for name in self._fused))
         scores = {name: run.get(_QUESTION, {}) for name, run in found.items()}
-        shown = [name for name, _ in rank(scores[rank_by])[:k]]
-        texts = {name: self._stores.collection.corpus[self._rows[name]]["text"] for name in shown}
+        first, count = ("fused", self._depth) if rank_by == "maxsim" else (rank_by, k)
+        texts = self._texts([name for name, _ in rank(scores[first])[:count]])
         scores["maxsim"] = self._maxsim(question, texts)
+        shown = [name for name, _ in rank(scores["maxsim"])[:k]] if rank_by == "maxsim" else list(texts)
         return [
             Hit(place, name, texts[name], **{system: found_by.get(name) for system, found_by in scores.items()})
             for place, name in enumerate(shown, 1)
         ]
+
+    def _texts(self, names: Sequence[str]) -> dict[str, str]:
+        rows = self._stores.collection.corpus[[self._rows[name] for name in names]] if names else {"text": []}
+        return dict(zip(names, rows["text"], strict=True))
 
     def _run(self, system: str, queries: Mapping[str, str]) -> Run:
         if system == "bm25":
@@ -158,10 +165,10 @@ class Searcher:
     def _maxsim(self, question: str, texts: Mapping[str, str]) -> dict[str, float]:
         from tct_hf.evaluation.reranking import rerank_run
 
-        if self._teacher is None or not texts:
+        if self._reranker is None or not texts:
             return {}
         run = {_QUESTION: dict.fromkeys(texts, 0.0)}
-        return rerank_run(self._teacher, run, texts, {_QUESTION: question}, len(texts))[_QUESTION]
+        return rerank_run(self._reranker, run, texts, {_QUESTION: question}, len(texts))[_QUESTION]
 
     def _choose_alpha(self) -> tuple[float | None, str]:
         """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""

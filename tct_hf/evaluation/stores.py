@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 Index = TypeVar("Index", BM25Index, DenseIndex, SparseIndex)
 # Of the vectors and index of a sparse student beside a dense one, in the folder of the dense one's.
 SPARSE_FOLDER = "sparse_student"
+# Of those of the base as it is.
+BASE_FOLDER = "base"
+# Named in place of a ColBERT: the student's own token vectors.
+OWN = "own"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -400,6 +404,44 @@ def open_teacher(name: str) -> MultiVectorEncoder:
         raise
     except OSError as error:
         raise _not_loaded("teacher", name, error) from error
+
+
+def has_own_maxsim(student: SentenceTransformer | SparseEncoder) -> bool:
+    """Whether a student's own token vectors can be compared: not a sparse one's, and not in TCT encoding.
+
+    Args:
+        student: as `open_student` loads it.
+    """
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Transformer
+
+    from tct_hf.encoding import has_tct_encoding
+
+    if isinstance(student, SparseEncoder) or not isinstance(student[0], Transformer):
+        return False
+    return not has_tct_encoding(student)
+
+
+def open_reranker(name: str, stores: Stores) -> MultiVectorEncoder:
+    """Load what puts found passages in order by MaxSim.
+
+    Args:
+        name: folder or Hub id of a ColBERT; or OWN, the student's own token vectors.
+        stores: of the student.
+
+    Raises:
+        ValueError: OWN, of a student that has none to compare; and as `open_teacher`.
+    """
+    if name != OWN:
+        return open_teacher(name)
+    if not has_own_maxsim(stores.student):
+        raise ValueError(
+            f"{OWN}: the token vectors of {stores.name} can't be compared, it is a sparse student or one in TCT "
+            "encoding; name the folder or Hub id of a ColBERT"
+        )
+    from tct_hf.encoding import build_colbert
+
+    return build_colbert(_place(stores.name, "student"), encoding="own")
 
 
 def _place(name: str, role: str) -> str:

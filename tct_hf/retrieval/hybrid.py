@@ -203,7 +203,7 @@ def tune_alpha(
             _check_weight(alpha)
         try_out([float(alpha) for alpha in alphas])
     else:
-        unit = 1.0 if normalize else _unit(aligned, sparse_run, dense_run)
+        unit = 1.0 if normalize else equal_spread_alpha(sparse_run, dense_run, qrels)
         try_out([_rounded(unit * step) for step in _GRID])
         for _ in range(_REFINEMENTS):
             tried = sorted(found)
@@ -216,6 +216,32 @@ def tune_alpha(
     tuned.measure, tuned.value, tuned.normalize = measure, found[alpha], normalize
     tuned.curve, tuned.queries = sorted(found.items()), list(qrels)
     return tuned
+
+
+def equal_spread_alpha(
+    sparse_run: Mapping[str, Scores], dense_run: Mapping[str, Scores], queries: Collection[str] | None = None
+) -> float:
+    """The weight at which both lists count the same, found without judgements.
+
+    Args:
+        sparse_run: query id to passage id to score.
+        dense_run: alike.
+        queries: ids of the queries to look at; all when None.
+
+    Returns:
+        The median over queries of the dense list's spread (max - min) over that of the sparse list; 1 where no query
+        has both.
+    """
+    import statistics
+
+    ratios = []
+    for query in sparse_run if queries is None else queries:
+        sparse, dense = sparse_run.get(query), dense_run.get(query)
+        if sparse and dense:
+            spread = max(sparse.values()) - min(sparse.values())
+            if spread > 0 and max(dense.values()) > min(dense.values()):
+                ratios.append((max(dense.values()) - min(dense.values())) / spread)
+    return statistics.median(ratios) if ratios else 1.0
 
 
 def check_tuning_queries(
@@ -303,19 +329,6 @@ def _order(ids: Sequence[str], scores: np.ndarray, depth: int | None = None) -> 
             listed[start:end] = sorted(listed[start:end], key=ids.__getitem__)
         order = np.array(listed, np.int64)
     return order[:depth]
-
-
-def _unit(judged: Collection[str], sparse_run: Mapping[str, Scores], dense_run: Mapping[str, Scores]) -> float:
-    import statistics
-
-    ratios = []
-    for query in judged:
-        sparse, dense = sparse_run.get(query), dense_run.get(query)
-        if sparse and dense:
-            spread = max(sparse.values()) - min(sparse.values())
-            if spread > 0 and max(dense.values()) > min(dense.values()):
-                ratios.append((max(dense.values()) - min(dense.values())) / spread)
-    return statistics.median(ratios) if ratios else 1.0
 
 
 def _between(low: float, high: float) -> list[float]:

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tct_hf.data.collection import Collection, load_collection
+from tct_hf.data.collection import Collection, Split, load_collection
 from tct_hf.evaluation import quick_report as module
 from tct_hf.evaluation.comparison import System
 from tct_hf.evaluation.quick_report import quick_report, training_systems
 from tct_hf.files import write_json_atomic
+from tct_hf.retrieval import read_run
 from tests.recipe import write_beir
 
-KEYS = ["bm25", "base-native", "base-tct", "student", "teacher"]
+KEYS = ["bm25", "base-native", "base-maxsim", "stock", "unlabelled", "student", "teacher"]
 
 
 @pytest.fixture
@@ -23,10 +26,17 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
 
 
 def report(
-    collection: Collection, output: Path, monkeypatch: pytest.MonkeyPatch, *, best: str = "teacher", **changed: Any
+    collection: Collection,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    best: str = "teacher",
+    answers: dict[str, dict[str, int]] | None = None,
+    **changed: Any,
 ) -> str:
-    """The report where each system finds one passage and `best` the right ones."""
+    """The report where each system finds the same passages and `best` the right ones."""
     right = {query: hits for split in collection.splits.values() for query, hits in split.qrels.items()}
+    right |= answers or {}
 
     def system(key: str) -> System:
         def search(queries: Any) -> dict[str, dict[str, float]]:
@@ -39,11 +49,10 @@ def report(
     monkeypatch.setattr(module, "training_systems", lambda *args, **options: [system(key) for key in KEYS])
     options: dict[str, Any] = {
         "base_model": "base",
-        "student": str(output / "student"),
+        "students": {"unlabelled": str(output / "unlabelled"), "student": str(output / "student")},
         "teacher": str(output / "teacher"),
         "settings": {"seed": 1},
         "bf16": False,
-        "query_length": 16,
         "document_length": 32,
         "measures": ["RR@10"],
         "depth": 10,
@@ -59,11 +68,11 @@ def test_the_report_says_on_dev_whether_the_teacher_beats_the_base(
 ) -> None:
     better = report(collection, tmp_path / "better", monkeypatch)
     assert re.search(
-        r"On the dev queries the teacher is above \(\+\d\.\d{3}, p \d\.\d{3}\) the base encoder in RR@10\.\n", better
+        r"On the dev queries the teacher is above \(\+\d\.\d{3}, p \d\.\d{3}\) the base as it is in RR@10\.\n", better
     )
     worse = report(collection, tmp_path / "worse", monkeypatch, best="base-native")
     assert re.search(
-        r"the teacher is below \(-\d\.\d{3}, p [^)]+\) the base encoder in RR@10\. A student can't", worse
+        r"the teacher is below \(-\d\.\d{3}, p [^)]+\) the base as it is in RR@10\. A student can't", worse
     )
     del collection.splits["dev"]
     assert "On the dev queries" not in report(collection, tmp_path / "none", monkeypatch)
@@ -100,14 +109,107 @@ def test_systems_stand_in_the_order_of_the_table_and_load_no_model_yet(collectio
     systems = training_systems(
         collection,
         base_model="no/base",
-        student="no/student",
+        students={"unlabelled": "no/unlabelled", "student": "no/student"},
         teacher="no/teacher",
-        query_length=16,
-        document_length=32,
+        stock="no/stock",
         depth=5,
         bf16=False,
+        extra=[System("mixture", "mixture", lambda queries: {})],
     )
-    assert [system.key for system in systems] == KEYS
+    assert [system.key for system in systems] == [*KEYS[:-1], "mixture", "teacher"]
+
+
+def test_the_base_as_it_is_reranks_what_it_and_bm25_find_by_its_own_token_vectors(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from tests.models import tiny_bert
+
+    monkeypatch.setattr(module, "RERANKED", 3)
+    base = str(tiny_bert(tmp_path / "base"))
+    systems = module.reference_systems(collection, base_model=base, teacher=None, depth=5, bf16=False)
+    queries = {name: collection.splits[name].queries for name in ("dev", "test")}
+    runs = module.run_systems(systems, queries, tmp_path / "runs", write=lambda line: None)
+    model = SentenceTransformer(base, device="cpu")
+    texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
+
+    def tokens(text: str) -> torch.Tensor:
+        return torch.nn.functional.normalize(model.encode(text, output_value="token_embeddings"), dim=-1)
+
+    for split, asked in queries.items():
+        for query, text in asked.items():
+            pool = {name for key in ("bm25", "base-native") for name in list(runs[key, split].get(query, {}))[:3]}
+            scores = {name: float((tokens(text) @ tokens(texts[name]).T).amax(1).mean()) for name in pool}
+            best = sorted(scores, key=lambda name: -scores[name])[:5]
+            found = runs["base-maxsim", split][query]
+            assert list(found) == best
+            assert found == pytest.approx({name: scores[name] for name in best}, abs=1e-4)
+
+
+def test_dense_rows_are_fused_with_bm25_by_a_weight_tuned_on_dev(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = report(collection, tmp_path, monkeypatch, best="student")
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows[: len(KEYS)] == [f"the {key}" for key in KEYS]
+    fused = ["base-native", "stock", "unlabelled", "student"]
+    assert rows[len(KEYS) :] == [f"the {key} + BM25" for key in fused]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(written["alphas"]) == {f"{key}-bm25" for key in fused}
+    assert "tuned for RR@10 on the dev queries" in text
+    for split in ("dev", "test"):
+        lists = [read_run(tmp_path / "runs" / f"{key}.{split}.trec") for key in ("bm25", "student", "student-bm25")]
+        for query, hits in lists[2].items():
+            bm25, student = (one[query] for one in lists[:2])
+            low = [min(one.values()) for one in (bm25, student)]
+            for passage, score in hits.items():
+                wanted = written["alphas"]["student-bm25"] * bm25.get(passage, low[0]) + student.get(passage, low[1])
+                assert score == pytest.approx(wanted)
+
+
+def test_without_a_judged_dev_split_both_lists_of_a_fused_row_spread_alike(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del collection.splits["dev"]
+    text = report(collection, tmp_path, monkeypatch, best="bm25")
+    assert "alpha where both lists spread alike" in text
+    # Of the answers' run every query has one passage, and no spread.
+    assert set(json.loads((tmp_path / "metrics.json").read_text())["alphas"].values()) == {1.0}
+
+
+def test_students_are_tested_against_base_bm25_and_stock_with_holms_correction_over_all(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = report(collection, tmp_path, monkeypatch, best="student")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    pairs = [(one, other) for one in ("unlabelled", "student") for other in ("base-native", "bm25", "stock")]
+    assert [(one["system"], one["against"]) for one in found["comparisons"]] == pairs
+    ps = sorted(one["p"] for one in found["comparisons"])
+    for one in found["comparisons"]:
+        means = [found["measured"]["test"][one[name]]["RR@10"]["mean"] for name in ("system", "against")]
+        assert one["difference"] == pytest.approx(means[0] - means[1])
+        # Holm: the largest, over the p values up to this one, of p times the number of those not below it.
+        assert one["p_holm"] == pytest.approx(
+            min(1.0, max((len(ps) - at) * p for at, p in enumerate(ps) if p <= one["p"]))
+        )
+    assert ps[0] < 1 and "Holm-corrected over these 6 comparisons" in text
+
+
+def test_without_judgements_the_best_passage_of_the_judge_is_the_answer(
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = collection.splits["test"]
+    for asked, judge in ((None, "teacher"), ("stock", "stock")):
+        splits = {**collection.splits, "test": Split(right.queries, {})}
+        output = tmp_path / judge
+        text = report(
+            replace(collection, splits=splits), output, monkeypatch, answers=right.qrels, best="bm25", judge=asked
+        )
+        assert "Nobody has judged these questions" in text and f"put first: the {judge}." in text
+        measured = json.loads((output / "metrics.json").read_text())["measured"]["test"]
+        assert measured[judge]["RR@10"]["mean"] == 1.0
 
 
 def test_a_student_of_several_sizes_has_a_system_each_of_one_encoding(collection: Collection, tmp_path: Path) -> None:
@@ -121,7 +223,7 @@ def test_a_student_of_several_sizes_has_a_system_each_of_one_encoding(collection
     loads = []
     whole, *parts = student_systems(collection, lambda: loads.append(1) or student, dims=[8, 16], depth=5, bf16=False)
     assert [(system.key, system.title) for system in (whole, *parts)] == [
-        ("student", "student (one vector a passage)"),
+        ("student", "student"),
         ("student-16", "student, first 16 dimensions"),
         ("student-8", "student, first 8 dimensions"),
     ]

@@ -215,13 +215,80 @@ def test_the_teachers_runs_are_those_of_exhaustive_search_and_of_reranking(
     collection, model = material.collection(), load_colbert(material.teacher)
     queries, corpus = collection.splits["test"].queries, collection.corpus
     exhaustive = late_interaction_run(model, corpus["id"][:], corpus["text"][:], queries, k=20)
-    first = read_run(output / "runs" / "dense-exact.test.trec")
+    first = read_run(output / "runs" / "hybrid.test.trec")
     for key, expected in (("teacher", exhaustive), ("reranked", rerank_run(model, first, corpus, queries))):
         found = read_run(output / "runs" / f"{key}.test.trec")
         for query, hits in expected.items():
             common = [name for name in hits if name in found[query]]
             assert len(common) >= 19  # float16 may exchange two at the cut
             assert [found[query][name] for name in common] == pytest.approx([hits[name] for name in common], abs=0.02)
+
+
+def test_by_default_the_students_own_token_vectors_search_and_rerank_by_the_mean_over_query_tokens(
+    material: Material, tmp_path: Path
+) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    found = build_report(
+        material.collection(), str(material.student), tmp_path, settings=tiny_settings(), write=lambda line: None
+    )
+    assert [system.key for system in found.systems] == KEYS
+    assert found.system("reranked").title == "own MaxSim over the hybrid's top 20"
+    assert found.models["teacher"]["name"] == "own" and found.system("reranked").cost is not None
+    collection, model = material.collection(), SentenceTransformer(str(material.student), device="cpu")
+
+    def tokens(text: str, task: str) -> torch.Tensor:
+        [one] = getattr(model, f"encode_{task}")([text], output_value="token_embeddings")
+        return torch.nn.functional.normalize(one, dim=-1)
+
+    texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
+    hybrid, reranked, exhaustive = (
+        read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("hybrid", "reranked", "teacher")
+    )
+    for query, text in collection.splits["test"].queries.items():
+        asked = tokens(text, "query")
+        scores = {name: float((asked @ tokens(texts[name], "document").T).amax(1).mean()) for name in texts}
+        assert reranked[query] == pytest.approx({name: scores[name] for name in hybrid[query]}, abs=0.002)
+        assert exhaustive[query] == pytest.approx({name: scores[name] for name in exhaustive[query]}, abs=0.002)
+        assert min(exhaustive[query].values()) >= sorted(scores.values())[-20] - 0.002
+
+
+def test_a_student_in_tct_encoding_is_reported_without_its_own_token_vectors(
+    material: Material, tmp_path: Path
+) -> None:
+    from tct_hf import build_student, save_student
+
+    made = build_student(str(material.folder / "base"), encoding="tct", query_length=16, document_length=48)
+    save_student(made, tmp_path / "student")
+    found = build_report(
+        material.collection(),
+        str(tmp_path / "student"),
+        tmp_path / "output",
+        settings=tiny_settings(),
+        write=lambda line: None,
+    )
+    assert [system.key for system in found.systems] == KEYS[:4]
+
+
+def test_the_base_as_it_is_has_a_row_and_one_fused_with_bm25(material: Material, tmp_path: Path) -> None:
+    from tct_hf.evaluation.systems import dense_run
+    from tct_hf.retrieval import fuse
+
+    base = material.folder / "base"
+    found = make(material, tmp_path, teacher=None, base=str(base))
+    assert [system.key for system in found.systems] == [*KEYS[:4], "base", "base-bm25"]
+    assert found.system("base").title == "base as it is" and found.models["base"]["name"] == str(base)
+    assert set(found.tuning["hybrids"]) == {"hybrid", "base-bm25"}
+    collection = material.collection()
+    from sentence_transformers import SentenceTransformer
+
+    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    expected = dense_run(SentenceTransformer(str(base)), ids, texts, collection.splits["test"].queries, k=20)
+    runs = {key: read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("bm25", "base", "base-bm25")}
+    for query, hits in expected.items():
+        assert runs["base"][query] == pytest.approx(hits, abs=1e-4)
+    assert runs["base-bm25"] == fuse(runs["bm25"], runs["base"], found.tuning["hybrids"]["base-bm25"]["alpha"], k=20)
 
 
 def test_too_many_passages_for_token_vectors_are_only_reranked(
@@ -231,7 +298,7 @@ def test_too_many_passages_for_token_vectors_are_only_reranked(
     found = make(material, tmp_path, settings=settings)
     assert [system.key for system in found.systems] == [*KEYS[:4], "reranked"]
     assert "max_passages" in found.markdown() and "top 5" in found.system("reranked").title
-    first, again = (read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("dense-exact", "reranked"))
+    first, again = (read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("hybrid", "reranked"))
     for query, hits in again.items():
         assert list(hits)[5:] == list(first[query])[5:] and set(hits) == set(first[query])
 
