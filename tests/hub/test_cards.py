@@ -79,7 +79,6 @@ def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(tmp_path:
         "[Q]",
         "[MASK]",
         "before 6",
-        "## Limits",
         "\n\n\n",
         "None",
         "Trained with",
