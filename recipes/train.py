@@ -8,7 +8,7 @@ Stopped at any point, the same command goes on where it stopped. --stages runs s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 @dataclass
 class Settings:
     output_dir: str = setting("outputs/train", "where everything is written")
-    stages: list[Literal["teacher", "student", "evaluate"]] = setting(
-        ["teacher", "student", "evaluate"], "stages to run"
+    stages: list[Literal["teacher", "unlabelled", "stock", "student", "evaluate"]] = setting(
+        ["teacher", "student", "evaluate"],
+        "stages to run; to compare with: unlabelled, a student without labels, and stock, sentence-transformers alone",
     )
     seed: int = setting(13, "of negatives, new weights, batches and dropout")
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of training; auto: bf16 where the hardware has it")
@@ -58,7 +59,8 @@ def main(settings: Settings) -> None:
     quieten()
     state = process_state()
     output = Path(settings.output_dir)
-    weights = {"data": 0.5, "teacher": 6.0, "student": 6.0, "evaluate": 5.0}
+    settings.teacher.settle(settings.encoder)
+    weights = {"data": 0.5, "teacher": 6.0, "unlabelled": 6.0, "stock": 6.0, "student": 6.0, "evaluate": 5.0}
     stages = Stages(
         {name: weights[name] for name in weights if name == "data" or name in settings.stages},
         enabled=state.is_main_process,
@@ -81,6 +83,8 @@ def main(settings: Settings) -> None:
     def made_triples(*, unlabelled: bool) -> Dataset:
         return pipeline.training_triples(collection, settings.data, seed=settings.seed, unlabelled=unlabelled)
 
+    without_labels = replace(settings.data, labels=0.0, unlabelled=True, dev_split=None)
+
     with stages.stage("data"), state.main_process_first():
         collection = pipeline.read_collection(settings.data, train=settings.triples.path is None)
         write(f"  {collection.summary()}")
@@ -98,11 +102,6 @@ def main(settings: Settings) -> None:
                     "data.questions to hold some out: give one of them, or leave the stage evaluate out."
                 )
             check_evaluation(collection, settings.evaluation.measures, settings.evaluation.depth)
-            if settings.teacher.kind != "colbert" and not collection.splits["test"].qrels:
-                raise SettingsError(
-                    "data.test_split: without judgements the best passage of a ColBERT counts as the answer, and "
-                    "there is none to search with; give judged queries, or leave the stage evaluate out."
-                )
         run_checks.check_training(collection, settings.teacher, settings.student, base)
     # All that a stage's result depends on. A folder that holds the work of anything else is refused before the
     # settings are written beside it.
@@ -124,8 +123,12 @@ def main(settings: Settings) -> None:
         **of_teacher,
         "student": asdict(settings.student),
         "questions": collection.fingerprint.get("questions"),
+        "made_questions": collection.fingerprint.get("made_questions"),
     }
-    folders = {"training/student": of_student, "student": of_student, "runs": of_runs(settings, of_student, teacher)}
+    of_unlabelled = {**of_student, "data": asdict(without_labels)}
+    folders: dict[str, dict[str, Any]] = {"runs": of_runs(settings, of_student, teacher)}
+    for name, depends in (("student", of_student), ("stock", of_student), ("unlabelled", of_unlabelled)):
+        folders |= {f"training/{name}": depends, name: depends}
     if settings.teacher.is_trained_here:
         folders = {"training/teacher": of_teacher, "teacher": of_teacher, **folders}
     finished = {name: is_claimed(output / name, depends) for name, depends in folders.items()}
@@ -150,23 +153,59 @@ def main(settings: Settings) -> None:
                     base=base,
                     settings=of_teacher,
                 )
-    if "student" in settings.stages:
-        if finished["student"]:
-            stages.skip("student", "it is trained")
-        else:
-            with stages.stage("student"):
-                check_trained_teacher(settings, teacher)
-                pipeline.train_student(
-                    collection,
-                    partial(triples, unlabelled=settings.data.unlabelled),
-                    settings.encoder,
-                    settings.student,
-                    output,
-                    teacher=teacher,
-                    teaching=settings.teacher,
-                    base=base,
-                    settings=of_student,
+
+    def distil(name: str, data: DataSettings, depends: dict[str, Any]) -> None:
+        teaching, rows_of = settings.teacher, partial(triples, unlabelled=data.unlabelled)
+        if teaching.is_mixture and rows is None:
+            queries = collection.unjudged(data.labels) if data.unlabelled else {}
+            if data.negatives == "teacher":
+                queries |= collection.splits["train"].queries
+            calibrated = teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits
+            with state.main_process_first():
+                prepared = pipeline.prepare_mixture(
+                    *(collection, queries, settings.encoder, settings.student, teaching, output),
+                    name="teacher" if name == "student" else f"teacher-{name}",
+                    calibrated=calibrated and settings.student.training.get("temperature") in (None, "auto"),
+                    settings=depends,
+                    write=write,
                 )
+            teaching = replace(teaching, mixture_weights=prepared.weights)
+            rows_of = partial(
+                pipeline.training_triples,
+                *(collection, data),
+                seed=settings.seed,
+                unlabelled=data.unlabelled,
+                candidates=prepared.candidates or None,
+            )
+        pipeline.train_student(
+            *(collection, rows_of, settings.encoder, settings.student, output),
+            teacher=teacher,
+            teaching=teaching,
+            base=base,
+            settings=depends,
+            name=name,
+        )
+
+    for name, data, depends in (
+        ("unlabelled", without_labels, of_unlabelled),
+        ("stock", settings.data, of_student),
+        ("student", settings.data, of_student),
+    ):
+        if name not in settings.stages:
+            continue
+        if finished[name]:
+            stages.skip(name, "it is trained")
+            continue
+        with stages.stage(name):
+            if name == "stock":
+                pipeline.train_stock(
+                    *(collection, partial(triples, unlabelled=False), settings.encoder, settings.student, output),
+                    base=base,
+                    settings=depends,
+                )
+                continue
+            check_trained_teacher(settings, teacher)
+            distil(name, data, depends)
     # One process searches; the others are done, and wait at no barrier that could time out.
     state.destroy_process_group()
     if "evaluate" in settings.stages and state.is_main_process:
@@ -179,9 +218,15 @@ def main(settings: Settings) -> None:
 def of_runs(settings: Settings, of_student: dict[str, Any], teacher: str | None) -> dict[str, Any]:
     from tct_hf.files import file_digest
 
-    models = {"student": Path(settings.output_dir) / "student"} | ({"teacher": Path(teacher)} if teacher else {})
+    models = students_of(settings) | ({"teacher": Path(teacher)} if teacher else {})
     weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
     return {**of_student, "evaluation": {"depth": settings.evaluation.depth}, "weights": weights}
+
+
+def students_of(settings: Settings) -> dict[str, Path]:
+    """The folders of the models that this run trains, by name, in the order of the table."""
+    names = [name for name in ("stock", "unlabelled") if name in settings.stages]
+    return {name: Path(settings.output_dir) / name for name in [*names, "student"]}
 
 
 def check_trained_teacher(settings: Settings, teacher: str | None) -> None:
@@ -197,19 +242,25 @@ def evaluate(
 ) -> None:
     from tct_hf.evaluation.quick_report import quick_report
 
-    student = output / "student"
-    if not student.is_dir():
-        raise SettingsError(f"stages: {student} is not there to be evaluated. Add the stage student.")
+    models = {name: str(folder) for name, folder in students_of(settings).items()}
+    for name, folder in models.items():
+        if not Path(folder).is_dir():
+            raise SettingsError(f"stages: {folder} is not there to be evaluated. Add the stage {name}.")
+    stock = models.pop("stock", None)
+    if "unlabelled" in models:
+        models = {"unlabelled": models["unlabelled"], "labelled": models["student"]}
+    # A ColBERT from elsewhere has a base of its own, which nobody has named.
+    colbert = settings.teacher.kind == "colbert"
     quick_report(
         collection,
         output,
-        # A ColBERT from elsewhere has a base of its own, which nobody has named.
-        base_model=settings.encoder.base_model if settings.teacher.model is None else None,
-        students={"student": str(student)},
-        teacher=teacher if settings.teacher.kind == "colbert" else None,
+        base_model=None if colbert and settings.teacher.model else settings.encoder.base_model,
+        students=models,
+        stock=stock,
+        teacher=teacher if colbert else None,
         settings=depends,
         bf16=depends["bf16"],
-        document_length=settings.encoder.document_length,
+        lengths=settings.encoder.lengths,
         prompts=settings.encoder.prompts,
         dims=settings.student.training.get("matryoshka_dims"),
         **asdict(settings.evaluation),

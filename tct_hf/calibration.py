@@ -121,7 +121,7 @@ def calibrate(
     if candidates is None:
         candidates = search_mixture(teacher, collection, asked, keep=depth)
     rows = {name: row for row, name in enumerate(collection.corpus["id"])}
-    texts = collection.corpus["text"]
+    texts = collection.corpus["text"][:]
     lists, of_student = [], []
     for name, query in asked.items():
         passages = list(candidates.get(name, ()))
@@ -197,4 +197,3 @@ def read(lists: Lists, weights: Sequence[float]) -> Reading:
 
 def _cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
     return logits.logsumexp(0) - logits[positive].logsumexp(0)
-

@@ -18,7 +18,9 @@ from tct_hf.teachers import Teacher
 BATCH_KEY = "tct"
 
 _CANDIDATE = re.compile(r"positive|negative|negative_[1-9][0-9]*")
-_IDENTIFIER = re.compile(r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled|label_weight")
+_IDENTIFIER = re.compile(
+    r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled|label_weight"
+)
 # Scores that a teacher may read (a list, or one a candidate), and what mining records of a row.
 _RECORD = re.compile(r"origin|scores|label|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
 NO_ID = -1

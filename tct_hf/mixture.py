@@ -118,7 +118,7 @@ def search_mixture(
     members = list(zip(members_of(teacher).values(), weights_of(teacher), strict=True))
     cheap = [(one, weight) for one, weight in members if isinstance(_inner(one), (BM25Teacher, DenseTeacher))]
     dear = [(one, weight) for one, weight in members if (one, weight) not in cheap]
-    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
     rows = {name: row for row, name in enumerate(ids)}
     found = [collection.bm25().run(dict(queries), depth)]
     for one, _ in cheap:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.files import CLAIM_FILE, is_claimed, replace_dir, staging_beside, write_json_atomic
 from tct_hf.recipe_settings import DataSettings, EncoderSettings, StudentSettings, TriplesSettings
 from tct_hf.recipe_settings import EvaluationSettings as EvaluationSettings
+from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.settings import SettingsError
 from tct_hf.teacher_settings import TeacherSettings, make_teacher, weights_of
 
@@ -64,6 +67,8 @@ def read_collection(
         collection.add_questions(data.questions)
         if "test" not in collection.splits:
             collection.hold_out_questions(_HELD_OUT_SHARE, most=_MOST_HELD_OUT)
+    if data.made_questions:
+        collection.make_questions(data.made_questions, seed=0)
     return collection
 
 
@@ -160,14 +165,30 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def training_triples(collection: Collection, data: DataSettings, *, seed: int, unlabelled: bool) -> Dataset:
-    """Triples of a collection as `data` asks for them; `unlabelled` also gives the rows that only a teacher judges."""
+def training_triples(
+    collection: Collection,
+    data: DataSettings,
+    *,
+    seed: int,
+    unlabelled: bool,
+    candidates: Mapping[str, Mapping[str, float]] | None = None,
+) -> Dataset:
+    """Triples of a collection as `data` asks for them.
+
+    Args:
+        collection: of the source.
+        data: the settings.
+        seed: of the negatives.
+        unlabelled: also give the rows that only a teacher judges.
+        candidates: what a mixture has found for some of the queries.
+    """
     return collection.triples(
         num_negatives=data.num_negatives,
         depth=data.negative_depth,
         seed=seed,
         labels=data.labels,
         unlabelled=unlabelled,
+        candidates=candidates,
     )
 
 
@@ -242,8 +263,9 @@ def train_student(
     base: Mapping[str, Any],
     settings: Mapping[str, Any],
     start: str | None = None,
+    name: str = "student",
 ) -> Path:
-    """Distil a student, into `output/student`.
+    """Distil a student, into a folder of `output`.
 
     Args:
         collection: with a dev split, where the training asks for evaluation.
@@ -256,6 +278,7 @@ def train_student(
         base: training arguments that every stage shares.
         settings: JSON-ready, all that the student depends on.
         start: folder of a student to train further; a new one is made when None.
+        name: of its folder.
 
     Returns:
         Its folder.
@@ -289,12 +312,13 @@ def train_student(
             teaching,
             teacher,
             index=collection.bm25,
-            cache=student.teacher_cache,
+            lengths=encoder.lengths,
+            cache=vectors_folder(teaching, student, output),
             cache_gigabytes=student.teacher_cache_gigabytes,
         ),
         make_triples,
-        output / "student",
-        work=output / "training" / "student",
+        output / name,
+        work=output / "training" / name,
         arguments={**TRAINING, **base, **student.training},
         settings=settings,
         evaluator=training.dev_evaluator(
@@ -302,6 +326,96 @@ def train_student(
         ),
         schedules=schedules_of(student),
     )
+
+
+def train_stock(
+    collection: Collection,
+    make_triples: Callable[[], Dataset],
+    encoder: EncoderSettings,
+    student: StudentSettings,
+    output: Path,
+    *,
+    base: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Train the base by sentence-transformers alone, on the student's rows and steps, into `output/stock`."""
+    from tct_hf import training
+
+    return training.train_stock(
+        partial(new_student, encoder, None, initialise_from="base", layers=student.layers),
+        make_triples,
+        output / "stock",
+        work=output / "training" / "stock",
+        arguments={**TRAINING, **base, **student.training},
+        settings=settings,
+        evaluator=training.dev_evaluator(collection, {**base, **student.training}, kind="dense"),
+    )
+
+
+def vectors_folder(teaching: TeacherSettings, student: StudentSettings, output: Path) -> str | None:
+    """Where a teacher's vectors are kept; those of a mixture, which are read at every step, always somewhere."""
+    return student.teacher_cache or (str(output / "vectors") if teaching.is_mixture else None)
+
+
+@dataclass(frozen=True)
+class PreparedMixture:
+    """What a mixture has found before training: its weights, and the best passages of questions."""
+
+    weights: list[float]
+    candidates: Run
+
+
+def prepare_mixture(
+    collection: Collection,
+    queries: Mapping[str, str],
+    encoder: EncoderSettings,
+    student: StudentSettings,
+    teaching: TeacherSettings,
+    output: Path,
+    *,
+    name: str,
+    calibrated: bool,
+    settings: Mapping[str, Any],
+    write: Callable[[str], None] = print,
+) -> PreparedMixture:
+    """Calibrate a mixture and search the corpus with it, into a folder of `output`, or read what is there.
+
+    Args:
+        collection: to search; its dev split is judged where `calibrated` is asked for.
+        queries: to search for, query id to text.
+        encoder: lengths.
+        student: where vectors are kept.
+        teaching: the mixture.
+        output: folder of the run.
+        name: of the folder.
+        calibrated: find the weights on dev; else they stay.
+        settings: JSON-ready, all that the result depends on; a folder of others is refused.
+        write: takes lines of progress.
+    """
+    from tct_hf import TeacherEnsemble
+    from tct_hf.calibration import calibrate
+    from tct_hf.mixture import members_of, search_mixture
+
+    folder = output / name
+    if not is_claimed(folder, settings):
+        mixture = replace(teaching, kind="mixture")
+        cache = vectors_folder(mixture, student, output)
+        teacher = make_teacher(mixture, None, index=collection.bm25, lengths=encoder.lengths, cache=cache)
+        assert isinstance(teacher, TeacherEnsemble)
+        with staging_beside(folder) as staging:
+            staging.mkdir(parents=True)
+            if calibrated:
+                found = calibrate(teacher, collection, student=next(iter(members_of(teacher).values())))
+                write("  " + found.summary().replace("\n", "\n  "))
+                found.save(staging)
+            if queries:
+                write(f"  {len(queries):,} questions: the mixture searches {len(collection.corpus):,} passages")
+            write_run(search_mixture(teacher, collection, queries), staging / "candidates.trec", "mixture")
+            write_json_atomic(staging / "weights.json", teacher.weights)
+            write_json_atomic(staging / CLAIM_FILE, settings)
+            replace_dir(staging, folder)
+    weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
+    return PreparedMixture(weights[:3], read_run(folder / "candidates.trec") if queries else {})
 
 
 def schedules_of(student: StudentSettings) -> dict[str, Schedule]:

@@ -14,6 +14,7 @@ from tct_hf.settings import SettingsError, setting
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+    from tct_hf.recipe_settings import EncoderSettings
     from tct_hf.retrieval import BM25Index
     from tct_hf.teachers import Teacher
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class OneTeacher:
     """A teacher, or one of several that are mixed."""
 
-    kind: Literal["colbert", "dense", "bm25", "cross-encoder", "stored"] = setting(
-        "colbert", "what it is; dense is any embedding model, bm25 the words of the collection"
+    kind: Literal["colbert", "dense", "own", "bm25", "cross-encoder", "stored"] = setting(
+        "colbert", "what it is; dense: an embedding model; own: its token vectors; bm25: the words of the collection"
     )
     model: str | None = setting(None, "folder or Hub id of the model; a ColBERT is trained when none")
     scores: str | None = setting(
@@ -58,6 +59,14 @@ class OneTeacher:
 class TeacherSettings(OneTeacher):
     """A teacher to use, or how a ColBERT is trained; others mixed with it."""
 
+    kind: Literal["mixture", "self", "colbert", "dense", "own", "bm25", "cross-encoder", "stored"] | None = setting(  # type: ignore[assignment]
+        None,
+        "mixture: the base as it is, its own token vectors and BM25; self: the student's own token vectors and BM25; "
+        "none: a mixture, with tct or a model a ColBERT",
+    )
+    mixture_weights: list[float] | None = setting(
+        None, "of a mixture's pooled vectors, BM25 and own MaxSim; none: calibrated on dev, or 6, 0.33, 12"
+    )
     mixed_with: list[OneTeacher] = setting([], "more teachers, such as [{kind: stored, scores: teacher_score}]")
     normalize: Literal["standard", "softmax", "none"] = setting(
         "standard", "of scores that are mixed; see TeacherEnsemble"
@@ -68,15 +77,37 @@ class TeacherSettings(OneTeacher):
         {}, "arguments of its training", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"
     )
 
+    def settle(self, encoder: EncoderSettings) -> None:
+        """Fill in what is left open: the kind, and the base model of a mixture."""
+        if self.kind is None:
+            self.kind = "mixture" if encoder.encoding == "own" and self.model is None else "colbert"
+        if self.is_mixture and self.model is None:
+            self.model = encoder.base_model
+
+    @property
+    def is_mixture(self) -> bool:
+        """Teachers that nobody has to train, log-linear."""
+        return self.kind in ("mixture", "self")
+
     @property
     def is_trained_here(self) -> bool:
         """A ColBERT of this run."""
-        return self.kind == "colbert" and self.model is None
+        return self.kind in (None, "colbert") and self.model is None
 
     @property
     def parts(self) -> list[OneTeacher]:
         """All that teach."""
-        return [self, *self.mixed_with]
+        if not self.is_mixture:
+            return [self, *self.mixed_with]
+        from tct_hf.mixture import DEFAULT_WEIGHTS
+
+        pooled, words, tokens = self.mixture_weights or DEFAULT_WEIGHTS
+        free = [
+            OneTeacher("dense", model=self.model, weight=pooled),
+            OneTeacher("bm25", weight=words),
+            OneTeacher("own", model=self.model, weight=tokens),
+        ]
+        return [*(free if self.kind == "mixture" else free[1:2]), *self.mixed_with]
 
     @property
     def score_columns(self) -> str | None:
@@ -112,7 +143,9 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         return
     if one.scores is not None:
         raise SettingsError(f'{prefix}scores: a {one.kind} scores live; leave it out, or set {prefix}kind to "stored"')
-    what = {"colbert": "a ColBERT", "dense": "an embedding model", "bm25": "BM25"}.get(one.kind, "a cross-encoder")
+    embedding = "an embedding model"
+    names = {"colbert": "a ColBERT", "dense": embedding, "own": embedding, "bm25": "BM25"}
+    what = names.get(one.kind, "a cross-encoder")
     if one.candidates == "in-batch" and one.kind != "cross-encoder":
         raise SettingsError(f"{prefix}candidates: {what} scores the whole batch always; leave it out")
     if one.kind == "bm25":
@@ -138,13 +171,18 @@ def check_teacher(teacher: TeacherSettings) -> None:
     Raises:
         SettingsError: with the mend.
     """
-    check_part(teacher, "teacher.", trains=teacher.kind == "colbert")
+    if teacher.mixture_weights is not None and (not teacher.is_mixture or len(teacher.mixture_weights) != 3):
+        raise SettingsError(
+            "teacher.mixture_weights: give three numbers, of a mixture's pooled vectors, BM25 and own MaxSim"
+        )
+    if not teacher.is_mixture:
+        check_part(teacher, "teacher.", trains=teacher.kind == "colbert")
     for place, one in enumerate(teacher.mixed_with):
         check_part(one, f"teacher.mixed_with[{place}].")
     for one in teacher.parts:
         if not 0.0 < one.weight < float("inf"):
             raise SettingsError(f"teacher: a weight is {one.weight}; give numbers above 0")
-    if not teacher.mixed_with:
+    if len(teacher.parts) == 1:
         for name, given in (("weight", teacher.weight != 1.0), ("normalize", teacher.normalize != "standard")):
             if given:
                 raise SettingsError(
@@ -182,11 +220,11 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
                     "teacher.candidates: the cross-encoder would score every query with every passage, and the "
                     "student compares a query's own; leave it out, or set student.training.candidates to in-batch"
                 )
-    if teacher.kind != "colbert" and student.initialise_from == "teacher":
+    if teacher.kind not in (None, "colbert") and student.initialise_from == "teacher":
         raise SettingsError(
             f"student.initialise_from: there is no encoder to take from a {teacher.kind} teacher; set it to base"
         )
-    if student.teacher_cache is not None and all(one.kind not in ("colbert", "dense") for one in teacher.parts):
+    if student.teacher_cache is not None and all(one.kind not in ("colbert", "dense", "own") for one in teacher.parts):
         raise SettingsError(
             "student.teacher_cache: it keeps vectors of a ColBERT or an embedding model; there is none"
         )
@@ -236,14 +274,19 @@ def check_scores(
 
 def check_colbert(teacher: TeacherSettings) -> None:
     """Refuse what is no single ColBERT, where a recipe trains, mines or reports with one."""
-    if teacher.kind != "colbert" or teacher.mixed_with:
+    if teacher.kind not in (None, "colbert") or teacher.mixed_with:
         raise SettingsError(
             "teacher.kind, teacher.mixed_with: this recipe works with a ColBERT alone; use recipes/train.py for others"
         )
 
 
 def make_part(
-    one: OneTeacher, model: str | None, *, dtype: Any, index: Callable[[], BM25Index] | None = None
+    one: OneTeacher,
+    model: str | None,
+    *,
+    dtype: Any,
+    index: Callable[[], BM25Index] | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> Teacher:
     """Load one teacher.
 
@@ -252,8 +295,18 @@ def make_part(
         model: folder or Hub id; None where the kind has none.
         dtype: it computes in.
         index: gives the collection's BM25 index, for the kind bm25.
+        lengths: `query_length` and `document_length` of an embedding model; its own when None.
     """
-    from tct_hf import BM25Teacher, ColBERTTeacher, CrossEncoderTeacher, DenseTeacher, StoredScores
+    from tct_hf import (
+        BM25Teacher,
+        ColBERTTeacher,
+        CrossEncoderTeacher,
+        DenseTeacher,
+        StoredScores,
+        build_colbert,
+        build_student,
+    )
+    from tct_hf.bundled import resolve_model
 
     if one.kind == "stored":
         # Triples that are loaded with scores have them in a column of that name.
@@ -264,7 +317,11 @@ def make_part(
     assert model is not None
     if one.kind == "cross-encoder":
         return CrossEncoderTeacher(model, candidates=one.candidates, dtype=dtype)
-    return (DenseTeacher if one.kind == "dense" else ColBERTTeacher)(model, dtype=dtype)
+    if one.kind == "own":
+        return ColBERTTeacher(build_colbert(resolve_model(model), encoding="own", **(lengths or {})), dtype=dtype)
+    if one.kind == "dense":
+        return DenseTeacher(build_student(resolve_model(model), **(lengths or {})), dtype=dtype)
+    return ColBERTTeacher(model, dtype=dtype)
 
 
 def make_teacher(
@@ -272,6 +329,7 @@ def make_teacher(
     model: str | None,
     *,
     index: Callable[[], BM25Index] | None = None,
+    lengths: Mapping[str, int] | None = None,
     cache: str | None = None,
     cache_gigabytes: float = 20.0,
 ) -> Teacher:
@@ -281,6 +339,7 @@ def make_teacher(
         teacher: the settings.
         model: of the first one, where it has any.
         index: gives the collection's BM25 index, for a part of the kind bm25.
+        lengths: as in :func:`make_part`.
         cache: folder for vectors of ColBERTs and embedding models; none: encode every time.
         cache_gigabytes: that each may take.
     """
@@ -289,10 +348,14 @@ def make_teacher(
 
     made: list[tuple[Teacher, float]] = []
     for one in teacher.parts:
-        live = make_part(one, model if one is teacher else one.model, dtype=teacher.dtype, index=index)
+        live = make_part(
+            one, model if one is teacher else one.model, dtype=teacher.dtype, index=index, lengths=lengths
+        )
         if cache is not None and isinstance(live, VectorTeacher):
             live = CachedTeacher(live, cache, max_gigabytes=cache_gigabytes)
         made.append((live, one.weight))
+    if teacher.is_mixture:
+        return TeacherEnsemble(made, normalize="none")
     return TeacherEnsemble(made, normalize=teacher.normalize) if len(made) > 1 else made[0][0]
 
 
@@ -305,7 +368,7 @@ def weights_of(teacher: TeacherSettings) -> Mapping[str, Any]:
         return None if one.model is None else file_digest(Path(one.model) / "model.safetensors")
 
     found = asdict(teacher)
-    for section, one in zip([found, *found["mixed_with"]], teacher.parts, strict=True):
+    for section, one in zip([found, *found["mixed_with"]], [teacher, *teacher.mixed_with], strict=True):
         ready = digest(one)
         if ready is not None:
             section["weights"] = ready

@@ -8,10 +8,11 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.data.made_questions import MadeQuestion, questions_from
 from tct_hf.data.near_duplicates import folded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from datasets import Dataset
 
@@ -39,6 +40,7 @@ class Collection:
         splits: by the name of their use: "train", "test" and, where there is one, "dev".
         fingerprint: JSON-ready, says which texts and judgements results belong to.
         questions: query id to text, of questions that nobody has judged.
+        made: those of them that are sentences of passages, query id to where it comes from.
         also: splits that are reported beside "test", by their own names.
         test_split: what the split of the use "test" is called in the source.
     """
@@ -48,6 +50,7 @@ class Collection:
     splits: dict[str, Split]
     fingerprint: dict[str, Any]
     questions: dict[str, str] = field(default_factory=dict)
+    made: dict[str, MadeQuestion] = field(default_factory=dict)
     also: dict[str, Split] = field(default_factory=dict)
     test_split: str = "test"
     _index: BM25Index | None = None
@@ -61,9 +64,16 @@ class Collection:
         return self._index
 
     def triples(
-        self, *, num_negatives: int, depth: int, seed: int, labels: float = 1.0, unlabelled: bool = False
+        self,
+        *,
+        num_negatives: int,
+        depth: int,
+        seed: int,
+        labels: float = 1.0,
+        unlabelled: bool = False,
+        candidates: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Dataset:
-        """Training triples with BM25 negatives that are no known positives; see `bm25_triples`.
+        """Training triples with negatives that are no known positives; see `bm25_triples`.
 
         Args:
             num_negatives: negatives a row.
@@ -71,6 +81,7 @@ class Collection:
             seed: of the sample.
             labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
             unlabelled: also give rows of the other train queries and of `questions`, without labels.
+            candidates: the best passages of some queries, instead of BM25's.
 
         Raises:
             ValueError: there is nothing to train on.
@@ -79,10 +90,7 @@ class Collection:
 
         train = self.splits.get("train", Split({}, {}))
         labelled = set(_share(train.queries, labels))
-        others: dict[str, str] = {}
-        if unlabelled:
-            others = {name: text for name, text in train.queries.items() if name not in labelled}
-            others.update(self.questions)
+        others = self.unjudged(labels) if unlabelled else {}
         if not labelled and not others:
             raise ValueError(
                 f"{self.name}: no train query has a label (data.labels is {labels}), and "
@@ -101,7 +109,19 @@ class Collection:
             seed=seed,
             index=self.bm25(),
             unlabelled=others,
+            candidates=candidates,
+            without=self.made,
         )
+
+    def unjudged(self, labels: float = 1.0) -> dict[str, str]:
+        """Train queries whose judgements are not used, and `questions`, id to text.
+
+        Args:
+            labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
+        """
+        train = self.splits.get("train", Split({}, {}))
+        kept = set(_share(train.queries, labels))
+        return {name: text for name, text in train.queries.items() if name not in kept} | self.questions
 
     def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
         """Judgements of the train queries, query id to passage id to grade.
@@ -148,7 +168,9 @@ class Collection:
                 for every in (splits, also)
             )
         name = f"{self.name}, a part"
-        return Collection(name, corpus, splits, _fingerprint(corpus, splits), self.questions, also, self.test_split)
+        return Collection(
+            name, corpus, splits, _fingerprint(corpus, splits), self.questions, also=also, test_split=self.test_split
+        )
 
     def hold_out_dev(self, share: float) -> None:
         """Take a share of the train queries, drawn by a hash of the id, for dev where there is no dev split.
@@ -209,6 +231,17 @@ class Collection:
             **self.fingerprint,
             "questions": {"sha256": sha256(content).hexdigest(), "count": len(questions)},
         }
+
+    def make_questions(self, count: int, *, seed: int) -> None:
+        """Add questions made of the passages' own sentences; they join the fingerprint.
+
+        Args:
+            count: at most so many.
+            seed: of the draw.
+        """
+        self.made = {f"made-{one.passage_id}": one for one in questions_from(self.corpus, count, seed=seed)}
+        self.questions = {**self.questions, **{name: one.text for name, one in self.made.items()}}
+        self.fingerprint = {**self.fingerprint, "made_questions": {"count": len(self.made), "seed": seed}}
 
     def hold_out_questions(self, share: float, *, most: int) -> None:
         """Take a share of the questions, drawn by a hash of the id, for test where there are no judgements at all.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from tct_hf.data.made_questions import MadeQuestion
     from tct_hf.retrieval.sparse import BM25Index
 
 _QUERIES_A_BATCH = 512
@@ -26,6 +27,7 @@ def bm25_triples(
     index: BM25Index | None = None,
     unlabelled: Mapping[str, str] | None = None,
     candidates: Mapping[str, Mapping[str, float]] | None = None,
+    without: Mapping[str, MadeQuestion] | None = None,
 ) -> Dataset:
     """Pair every query and positive with negatives sampled from BM25's best passages.
 
@@ -49,6 +51,8 @@ def bm25_triples(
         unlabelled: query id to text of questions without judgements.
         candidates: a run of these and other queries, scores are logits; the best passages of its queries, instead of
             BM25's, are what negatives are sampled from.
+        without: unlabelled questions that are sentences of passages, query id to where it comes from: the passage
+            without the sentence is the positive, whatever else is found.
 
     Returns:
         One row a (query, positive): query, positive, negative, query_id, positive_id, negative_id,
@@ -101,7 +105,15 @@ def bm25_triples(
         for query_id in part:
             ranked = rank(candidates.get(query_id, {}))[:depth]
             hits = best[query_id] if query_id in best else [row_of[passage_id] for passage_id, _ in ranked]
-            if query_id in unlabelled:
+            if without and query_id in without:
+                rows.append(
+                    (
+                        *sampler.made_row(query_id, without[query_id], row_of[without[query_id].passage_id], hits),
+                        False,
+                        1.0,
+                    )[: len(names)]
+                )
+            elif query_id in unlabelled:
                 row = sampler.unlabelled_row(query_id, texts[query_id], hits)
                 rows.append((*row, False, _softmax_of_first([score for _, score in ranked]))[: len(names)])
             else:
@@ -165,6 +177,10 @@ class _Sampler:
         # A question of which BM25 knows no word gets random passages: the teacher scores those as well.
         best = candidates[0] if candidates else random.Random(f"{self._seed}\x1f{query_id}").randrange(len(self._ids))
         return self._row(query_id, query, best, {best: self._text(best)}, candidates, [])
+
+    def made_row(self, query_id: str, made: MadeQuestion, own: int, candidates: Sequence[int]) -> tuple[Any, ...]:
+        others = [row for row in candidates if row != own]
+        return self._row(query_id, made.text, own, {own: made.rest}, others, [made.passage_id])
 
     def _row(
         self,

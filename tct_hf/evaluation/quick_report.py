@@ -51,6 +51,7 @@ def reference_systems(
     bf16: bool,
     stock: str | None = None,
     prompts: Mapping[str, str] | None = None,
+    lengths: Mapping[str, int] | None = None,
 ) -> list[System]:
     """The systems that students are measured against: BM25, the base as it is and with own MaxSim, stock, the teacher.
 
@@ -62,6 +63,7 @@ def reference_systems(
         bf16: encode in bfloat16.
         stock: folder of a model that sentence-transformers trained by itself.
         prompts: of the base, where its own files have none.
+        lengths: `query_length` and `document_length` of the base, the same as its students'; its own when None.
 
     Returns:
         In the order of the table, the teacher last. Models are loaded when they are searched with.
@@ -69,14 +71,15 @@ def reference_systems(
     from sentence_transformers import SentenceTransformer
 
     from tct_hf.bundled import resolve_model
+    from tct_hf.encoding import build_student
 
     systems = [System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth))]
     dense = partial(dense_system, collection, depth=depth, bf16=bf16)
     if base_model is not None:
-        base, given = resolve_model(base_model), dict(prompts) if prompts else None
+        base, reads = resolve_model(base_model), {"prompts": prompts, **(lengths or {})}
         systems += [
-            dense(BASE_NATIVE, "base as it is", lambda: SentenceTransformer(base, prompts=given)),
-            own_maxsim_system(collection, base, depth=depth, bf16=bf16, prompts=given),
+            dense(BASE_NATIVE, "base as it is", lambda: build_student(base, **reads)),  # type: ignore[arg-type]
+            own_maxsim_system(collection, base, depth=depth, bf16=bf16, reads=reads),
         ]
     if stock is not None:
         systems.append(dense(STOCK, "stock fine-tuning of the base", lambda: SentenceTransformer(stock)))
@@ -87,7 +90,7 @@ def reference_systems(
 
 
 def own_maxsim_system(
-    collection: Collection, base: str, *, depth: int, bf16: bool, prompts: Mapping[str, str] | None = None
+    collection: Collection, base: str, *, depth: int, bf16: bool, reads: Mapping[str, Any] | None = None
 ) -> System:
     """The best passages of BM25 and of the base as it is, pooled, in the order of MaxSim of the base's own tokens.
 
@@ -96,7 +99,7 @@ def own_maxsim_system(
         base: folder or Hub id.
         depth: passages a query.
         bf16: encode in bfloat16.
-        prompts: as in :func:`reference_systems`.
+        reads: prompts and lengths, arguments of `build_colbert`.
     """
     from tct_hf.encoding import build_colbert
     from tct_hf.evaluation.reranking import rerank_run
@@ -106,7 +109,7 @@ def own_maxsim_system(
             query: {passage: 0.0 for run in lists for passage, _ in rank(run.get(query, {}))[:RERANKED]}
             for query in queries
         }
-        model = build_colbert(base, encoding="own", prompts=prompts)
+        model = build_colbert(base, encoding="own", **(reads or {}))
         found = rerank_run(model, pools, collection.corpus, queries, RERANKED * len(lists), bf16=bf16)
         return {query: dict(rank(hits)[:depth]) for query, hits in found.items()}
 
@@ -277,7 +280,7 @@ def quick_report(
     teacher: str | None,
     settings: Mapping[str, Any],
     bf16: bool,
-    document_length: int | None,
+    lengths: Mapping[str, int],
     measures: Sequence[str],
     depth: int,
     examples: int,
@@ -298,7 +301,7 @@ def quick_report(
         teacher: as in :func:`reference_systems`.
         settings: JSON-ready, all that the runs depend on; runs of others are refused.
         bf16: encode in bfloat16.
-        document_length: tokens that the students keep of a passage; None: as many as their base.
+        lengths: as in :func:`reference_systems`.
         measures: ir-measures names; the first one is tested and tuned for.
         depth: passages a query in the runs.
         examples: questions to show.
@@ -369,7 +372,7 @@ def quick_report(
         write(f"  no losses.png: {error}")
     shown, student = list(students.items())[-1]
     loader = "SparseEncoder" if kind_of(student) == "sparse" else "SentenceTransformer"
-    kept = "" if document_length is None else f" The students keep {document_length} tokens of a passage."
+    kept = f" Models keep {lengths['document_length']} tokens of a passage." if "document_length" in lengths else ""
     tuned = f"tuned for {measures[0]} on the dev queries" if _tuned(collection) else "where both lists spread alike"
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
