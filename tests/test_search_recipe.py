@@ -29,7 +29,7 @@ def said(material: Material) -> dict[str, Any]:
     words = [f"--student={material.student}", f"--data.source={material.beir}", "--k=3"]
     stdin = "\n".join(QUESTIONS) + "\n"
     return {
-        "text": run_recipe("search", material, *words, f"--rerank={material.teacher}", stdin=stdin),
+        "text": run_recipe("search", material, *words, f"--rerank={material.teacher}", "--rank_by=fused", stdin=stdin),
         "json": run_recipe("search", material, *words, "--json", stdin=stdin),
     }
 
@@ -135,14 +135,12 @@ def test_own_reranking_compares_the_students_own_token_vectors(material: Materia
     from tct_hf.evaluation import rerank_run
     from tct_hf.evaluation.stores import open_reranker
 
-    stores = Stores(
-        material.collection(), open_student(str(material.student)), str(material.student), tmp_path / "own"
-    )
-    own, texts = build_colbert(str(material.student), encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
+    folder = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
+    stores = Stores(material.collection(), open_student(folder), folder, tmp_path / "own")
+    own, texts = build_colbert(folder, encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
     run, asked = {"q": dict.fromkeys(texts, 0.0)}, {"q": "dense retrieval"}
     assert rerank_run(open_reranker("own", stores), run, texts, asked) == rerank_run(own, run, texts, asked)
-    save_student(build_student(str(material.folder / "base"), encoding="tct"), tmp_path / "tct")
-    tct = Stores(material.collection(), open_student(str(tmp_path / "tct")), "the student", tmp_path / "other")
+    tct = Stores(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
     with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
         open_reranker("own", tct)
 
