@@ -269,7 +269,7 @@ def test_a_report_on_dev_never_searches_for_the_test_queries(
     options = ["--report=dev", '--only=["plain, hard"]', "--seeds=[13]", "--teacher.model", str(whole / "teacher")]
     assert recipe(tmp_path / "dev", *options, "--training.max_steps=2", "--curve.steps=0") == 0
     names = {file.name for file in (tmp_path / "dev").rglob("*.trec")}
-    assert names == {"bm25.dev.trec", "teacher.dev.trec", "student.dev.trec"}
+    assert names == {"bm25.dev.trec", "teacher.dev.trec", "student.dev.trec", "student-bm25.dev.trec"}
     assert set(json.loads((tmp_path / "dev" / "metrics.dev.part.json").read_text())["measured"]) == {"dev"}
     report = (tmp_path / "dev" / "report.dev.part.md").read_text()
     assert "dev queries, exact search" in report and "No plot: " in report
