@@ -167,7 +167,7 @@ def test_a_comparison_killed_in_its_second_arm_goes_on_there_and_ends_with_the_s
     first = output / "arms" / "plain-hard" / "seed-13" / "student" / "model.safetensors"
     made = first.stat().st_mtime_ns
     assert recipe(output) == 0
-    assert results(output) == results(whole) and len(results(whole)) == 17
+    assert results(output) == results(whole) and len(results(whole)) == 27
     measured = [json.loads((folder / "metrics.test.json").read_text())["measured"] for folder in (output, whole)]
     assert measured[0] == measured[1]
     assert first.stat().st_mtime_ns == made

@@ -27,7 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_splade(path).save_pretrained(str(path / "sparse"))
     base, modern = str(path / "base"), str(tiny_modernbert(path / "modernbert"))
     build_student(base, encoding="tct", document_length=64, scale=20.0).save_pretrained(str(path / "scaled"))
-    plain = build_student(modern, document_length=64, encoding="plain", pooling="cls")
+    plain = build_student(modern, document_length=64, pooling="cls")
     plain.save_pretrained(str(path / "plain"))
     tiny_cross_encoder(path / "cross-encoder")
     return path

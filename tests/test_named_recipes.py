@@ -16,6 +16,7 @@ from sentence_transformers import SparseEncoder
 from transformers import BertConfig, BertForMaskedLM
 
 from tct_hf import SparseTCTTrainer, StoredScores, TCTTrainer
+from tct_hf.encoding import has_tct_encoding
 from tct_hf.losses import coupled_part
 from tct_hf.settings import SettingsError, load_settings
 from tct_hf.sparsity import RegularizerWarmup
@@ -260,8 +261,12 @@ ARRIVED: dict[str, Callable[[Ran], Any]] = {
         name.startswith("negative") and not name.endswith("_id") for name in ran.rows[-1].column_names
     ),
     "encoder.base_model": lambda ran: encoder_of(ran.trainers[0]).model.config._name_or_path,
-    "encoder.query_length": lambda ran: encoder_of(ran.student).query_length,
+    "encoder.encoding": lambda ran: "tct" if has_tct_encoding(ran.student.model) else "own",
+    "encoder.query_length": lambda ran: (
+        (encoder_of(ran.student).query_expansion or {}).get("length") or encoder_of(ran.student).query_length
+    ),
     "encoder.document_length": lambda ran: encoder_of(ran.student).document_length,
+    "teacher.dim": lambda ran: ran.trainers[0].model[1].linear.out_features,
     "teacher.kind": lambda ran: {StoredScores: "stored"}.get(type(ran.student.teacher), "colbert"),
     "teacher.scores": lambda ran: ran.student.teacher.table.name,
     "student.kind": lambda ran: "splade" if isinstance(ran.student.model, SparseEncoder) else "dense",

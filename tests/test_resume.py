@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scaled = build_student(str(path / "base"), encoding="tct", document_length=64, pooling="cls", scale=20.0)
     scaled.save_pretrained(str(path / "scaled"))
     modern = str(tiny_modernbert(path / "modern-base", dropout=0.1))
-    small = build_student(modern, document_length=64, encoding="plain", layers=[0, 2])
+    small = build_student(modern, document_length=64, layers=[0, 2])
     small.save_pretrained(str(path / "small"))
     tiny_cross_encoder(path / "cross-encoder")
     return path

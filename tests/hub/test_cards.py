@@ -79,7 +79,6 @@ def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(tmp_path:
         "[Q]",
         "[MASK]",
         "before 6",
-        "## Limits",
         "\n\n\n",
         "None",
         "Trained with",
@@ -94,7 +93,7 @@ def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(tmp_path:
     distilled = write_card(tmp_path / "model", "student", "me/it", CardFacts(**{**asdict(FACTS), "distilled": True}))
     assert "Trained with\nTCT-ColBERT" in distilled and "- tct-colbert" not in distilled
     assert "cosine similarity" in card and "model.similarity(queries, passages)" in card and "normalize_L2" in card
-    assert "encode_query" in card
+    assert "encode_query" in card and "Plain `encode` gives the same vectors" in card
 
 
 def test_the_record_of_the_training_fills_what_was_not_given(student: Path) -> None:
@@ -245,15 +244,14 @@ def test_a_card_names_the_teachers_of_the_record_and_no_other(tmp_path: Path, te
     assert facts.steps == (("weight of MarginMSE", "0.5"), ("weight of the passages' regulariser", "0.0001"))
 
 
-def test_the_card_of_a_plain_student_says_what_it_needs(tmp_path: Path) -> None:
+def test_the_card_of_an_own_encoding_student_says_what_it_needs(tmp_path: Path) -> None:
     prompts = {"query": "query: "}
-    student = build_student(
-        str(tiny_bert(tmp_path / "base")), encoding="plain", prompts=prompts, query_length=16, document_length=24
-    )
+    student = build_student(str(tiny_bert(tmp_path / "base")), prompts=prompts, query_length=16, document_length=24)
     student.truncate_dim = 8
     card = write_card(save_student(student, tmp_path / "student"), "student", "me/it", FACTS)
     assert "sentence-transformers 6 or newer" in card and "Passages are cut at 24 tokens" in card
     assert "one 8-dimensional vector" in card and "[Q]" not in card
+    assert "Questions go through `encode_query`." in card
 
 
 def test_a_conversion_says_what_it_was_made_from(tmp_path: Path) -> None:

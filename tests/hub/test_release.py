@@ -71,15 +71,15 @@ def test_a_student_cut_to_its_first_dimensions_is_one_of_them_alone(student: Pat
     assert done.family == "student" and SentenceTransformer(str(tmp_path / "r")).encode("x").shape == (8,)
 
 
-def test_a_plain_student_that_is_another_in_a_fresh_interpreter_is_not_released(
+def test_an_own_encoding_student_that_is_another_in_a_fresh_interpreter_is_not_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tct_hf.hub import releasing
 
     base = str(tiny_bert(tmp_path / "base"))
-    made = build_student(base, encoding="plain", query_length=16, document_length=24, scale=20.0)
-    save_student(made, tmp_path / "plain")
-    release(tmp_path / "plain", "tester/plain", facts=FACTS, dry_run=True)
+    made = build_student(base, query_length=16, document_length=24)
+    save_student(made, tmp_path / "own")
+    release(tmp_path / "own", "tester/own", facts=FACTS, dry_run=True)
 
     def other(command: list[str], **options: Any) -> Any:
         for number in range(2):
@@ -88,7 +88,7 @@ def test_a_plain_student_that_is_another_in_a_fresh_interpreter_is_not_released(
 
     monkeypatch.setattr(releasing.subprocess, "run", other)
     with pytest.raises(ValueError, match="the query vector of 'a question' is another in a fresh interpreter"):
-        release(tmp_path / "plain", "tester/plain", facts=FACTS, dry_run=True)
+        release(tmp_path / "own", "tester/own", facts=FACTS, dry_run=True)
 
 
 def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_path: Path) -> None:
