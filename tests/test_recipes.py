@@ -293,7 +293,7 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     assert len(student[0].model.layers) == student[0].model.config.num_hidden_layers == 2
     validate_checkpoint(output / "student")
     assert {file.name for file in (output / "runs").glob("student*")} == {
-        f"student{size}.{split}.trec" for size in ("", "-16", "-8") for split in ("dev", "test")
+        f"student{size}.{split}.trec" for size in ("", "-16", "-8", "-bm25") for split in ("dev", "test")
     }
 
 
