@@ -232,10 +232,10 @@ def report_arms(
     runs = run_systems(systems, queries, output / "runs", write=write)
     titles = {system.key: system.title for system in systems}
     bm25 = {part: runs[BM25, part] for part in splits}
-    own = [BASE_NATIVE] if BASE_NATIVE in titles else []
-    fuse_with_bm25(own, runs, bm25, collection, measures[0], depth=depth, folder=output / "runs")
+    base = [BASE_NATIVE] if BASE_NATIVE in titles else []
+    fuse_with_bm25(base, runs, bm25, collection, measures[0], depth=depth, folder=output / "runs")
     evaluations = evaluate_all(runs, collection, measures)
-    for key, part in itertools.product(own, splits):
+    for key, part in itertools.product(base, splits):
         evaluations[part] = with_fused(evaluations[part], key, measures[0])
     shown = [*measures, fused_name(measures[0])]
     if reranking is not None:
