@@ -215,6 +215,7 @@ def evaluate(
     # Tuning never searches for the test queries.
     splits = [split for split in ("dev", "test") if split in collection.splits and split in ("dev", settings.report)]
     queries: dict[str, dict[str, str]] = {split: collection.splits[split].queries for split in splits}
+    bm25 = {split: collection.bm25().run(asked, settings.depth) for split, asked in queries.items()}
     results = {
         name: search_arm(
             name,
@@ -226,6 +227,7 @@ def evaluate(
             depth=settings.depth,
             bf16=base["bf16"],
             arguments=arm.arguments(shared_training(settings, base)),
+            bm25=bm25,
             reranking=settings.reranking,
         )
         for name, arm in arms.items()
@@ -249,6 +251,7 @@ def evaluate(
         split=settings.report,
         splits=splits,
         measures=settings.measures,
+        depth=settings.depth,
         name=settings.report + ("" if settings.only is None else ".part"),
         curve=f"dev RR@10 (among {settings.curve.passages:,} passages)",
         columns=1 + settings.data.num_negatives,

@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
     from tct_hf.teacher_settings import TeacherSettings
 
-HARD, OWN, IN_BATCH = "hard labels", "own candidates", "in-batch"
+HARD, OWN, IN_BATCH, STOCK = "hard labels", "own candidates", "in-batch", "stock"
 # What a student learns from. The paper's ablation: no distillation, triplet distillation, in-batch distillation.
 SIGNALS: dict[str, dict[str, Any]] = {
     HARD: {"hard_label_weight": 1.0},
     OWN: {"candidates": "own"},
     IN_BATCH: {"candidates": "in-batch"},
+    STOCK: {},  # sentence-transformers' own trainer and loss, on the base as it is
 }
 
 # Systems that no arm trains, by their keys: an arm can be tested against them too.
-REFERENCES = ("bm25", "base-native", "teacher")
+REFERENCES = ("bm25", "base-native", "base-maxsim", "teacher")
 
 # Later than students that are there already, which were made with what these are when nothing is said.
 _LATER = ("query_augmentation", "pooling", "scale", "encoder")
@@ -36,7 +37,9 @@ _LATER = ("query_augmentation", "pooling", "scale", "encoder")
 class Arm:
     """One kind of student in a comparison: what it learns from, starts from, how it reads texts, its own settings."""
 
-    signal: Literal["hard labels", "own candidates", "in-batch"] = setting("in-batch", "what the student learns from")
+    signal: Literal["hard labels", "own candidates", "in-batch", "stock"] = setting(
+        "in-batch", "what the student learns from"
+    )
     initialise_from: Literal["teacher", "base"] | None = setting(
         None, "whose encoder it starts from; none: the teacher's with tct, else the base's"
     )
@@ -52,15 +55,15 @@ class Arm:
         {}, "its own lengths, encoding or base", keys_of="tct_hf.recipe_settings:EncoderSettings"
     )
     unlabelled: bool = setting(False, "also learn from train queries without labels, and questions")
-    against: list[str] = setting([], "what it is tested against: arms, bm25, base-native, teacher")
+    against: list[str] = setting([], "what it is tested against: arms, bm25, base-native, base-maxsim, teacher")
     seeds: list[int] | None = setting(None, "its own seeds; those of the comparison when none")
     training: dict[str, Any] = setting({}, "its own training arguments", keys_of="tct_hf:TCTTrainingArguments")
 
     def __post_init__(self) -> None:
-        if self.unlabelled and self.signal == HARD:
-            raise ValueError(
-                "unlabelled is set, but hard labels is all that signal gives: rows without one teach nothing"
-            )
+        if self.signal == STOCK:
+            self.initialise_from = "base"
+        if self.unlabelled and self.signal in (HARD, STOCK):
+            raise ValueError("unlabelled is set, but labels are all that signal gives: rows without one teach nothing")
         fixed = {"seed": "seeds", "candidates": "signal"}
         if self.signal == HARD:
             fixed["hard_label_weight"] = "signal"
@@ -217,8 +220,9 @@ def train_arm(
     Raises:
         ValueError: the folder holds another arm's work.
     """
-    from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher, Teacher
+    from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher, Teacher, build_student
     from tct_hf import training as stages
+    from tct_hf.bundled import resolve_model
 
     def make_teacher() -> Teacher:
         if arm.signal == HARD:
@@ -227,6 +231,25 @@ def train_arm(
         return live if cache is None else CachedTeacher(live, cache)
 
     arguments = {**arm.arguments(training), "seed": seed}
+    evaluator = stages.dev_evaluator(collection, arguments, kind="dense", **curve)
+    if arm.signal == STOCK:
+        own = arm.encoder_settings(encoder)
+        return stages.train_stock(
+            lambda: build_student(
+                resolve_model(own.base_model),
+                encoding="own",
+                layers=arm.layers,
+                query_length=own.query_length,
+                document_length=own.document_length,
+                prompts=own.prompts,
+            ),
+            lambda: pipeline.training_triples(collection, data, seed=seed, unlabelled=False),
+            folder / "student",
+            work=folder / "training",
+            arguments=arguments,
+            settings=arm.depends(seed, settings),
+            evaluator=evaluator,
+        )
     return stages.train_student(
         lambda: pipeline.new_student(
             arm.encoder_settings(encoder),
@@ -243,5 +266,5 @@ def train_arm(
         work=folder / "training",
         arguments=arguments,
         settings=arm.depends(seed, settings),
-        evaluator=stages.dev_evaluator(collection, arguments, kind="dense", **curve),
+        evaluator=evaluator,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tct_hf import ColBERTTeacher, NoTeacher, training
-from tct_hf.arms import HARD, IN_BATCH, OWN, Arm, ArmTable, check_arms, check_students, train_arm
+from tct_hf.arms import HARD, IN_BATCH, OWN, STOCK, Arm, ArmTable, check_arms, check_students, train_arm
 from tct_hf.data.collection import Collection, load_collection
 from tct_hf.pipeline import DataSettings, EncoderSettings
 from tct_hf.settings import SettingsError
@@ -75,6 +75,36 @@ def test_the_signal_decides_what_no_shared_argument_can_change(
     assert (arguments["seed"], arguments["max_steps"]) == (5, 4)
     teacher = given["teacher"]()
     assert isinstance(teacher, NoTeacher if signal == HARD else ColBERTTeacher)
+
+
+def test_a_stock_arm_trains_the_base_as_it_is_with_the_steps_and_batches_of_all(
+    material: Path, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def record(model: Any, triples: Any, final: Path, **rest: Any) -> Path:
+        given.update(model=model, triples=triples, **rest)
+        return final
+
+    monkeypatch.setattr(training, "train_stock", record)
+    arm = Arm(signal=STOCK)
+    train_arm(
+        arm,
+        5,
+        material / "stock",
+        collection=collection,
+        data=DataSettings(labels=0.5, negative_depth=10),
+        encoder=EncoderSettings(base_model=str(material / "base"), query_length=16, document_length=48),
+        teacher="never/opened",
+        dtype="float32",
+        training={"max_steps": 4},
+        curve={"queries": 2, "passages": 9},
+        settings={"corpus": "x"},
+    )
+    assert (given["arguments"]["seed"], given["arguments"]["max_steps"], arm.initialise_from) == (5, 4, "base")
+    assert given["model"]().prompts == {"query": "", "document": ""} and len(given["triples"]()) == 4
+    with pytest.raises(ValueError, match="labels are all that signal gives"):
+        Arm(signal=STOCK, unlabelled=True)
 
 
 def test_an_arms_own_arguments_win(asked: Any) -> None:

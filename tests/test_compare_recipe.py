@@ -95,7 +95,7 @@ def test_a_whole_comparison_leaves_a_student_a_seed_and_its_runs(whole: Path) ->
     }
     assert len(weights) == 3
     systems = {file.name.partition(".")[0] for file in (whole / "runs").glob("*.trec")}
-    assert systems == {"bm25", "base-native", "teacher"}
+    assert systems == {"bm25", "base-native", "base-native-bm25", "base-maxsim", "teacher"}
     assert any((whole.parent / "tokens").rglob("*.f16"))  # the teacher's, for all arms
 
 
@@ -103,7 +103,7 @@ def test_the_lines_of_the_table_are_the_figures_of_metrics_json(whole: Path) -> 
     measured = json.loads((whole / "metrics.test.json").read_text())["measured"]["test"]
     lines = lines_of((whole / "report.test.md").read_text())
     head = lines.pop("system")
-    assert head == ["learns from", "starts from", "layers", *MEASURES, "seeds", "steps", "minutes"]
+    assert head == ["learns from", "starts from", "layers", *MEASURES, "RR@10 + BM25", "seeds", "steps", "minutes"]
     assert list(lines)[:1] == ["BM25"] and list(lines)[-2:] == list(NAMES.values())
     for key, title in (("bm25", "BM25"), ("teacher", "ColBERT teacher (one vector a token)")):
         assert lines[title][3:6] == [f"{measured[key][name]['mean']:.3f}" for name in MEASURES]
@@ -111,7 +111,9 @@ def test_the_lines_of_the_table_are_the_figures_of_metrics_json(whole: Path) -> 
         means = {m: [measured[f"{NAMES[arm]}, seed {seed}"][m]["mean"] for seed in seeds] for m in MEASURES}
         shown = [cell.partition(" ± ")[0] for cell in lines[NAMES[arm]][3:6]]
         assert shown == [f"{sum(values) / len(values):.3f}" for values in means.values()]
-        assert lines[NAMES[arm]][6:8] == [str(len(seeds)), "5" if "few" in arm else "4"]
+        fused = [measured[f"{NAMES[arm]}, seed {seed}"]["RR@10 + BM25"]["mean"] for seed in seeds]
+        assert lines[NAMES[arm]][6].partition(" ± ")[0] == f"{sum(fused) / len(fused):.3f}"
+        assert lines[NAMES[arm]][7:9] == [str(len(seeds)), "5" if "few" in arm else "4"]
     assert lines["plain, hard"][:3] == ["hard labels", "teacher", "1"]
     assert lines["in-batch, few labels"][:3] == ["in-batch, also unlabelled", "teacher", "1"]
 
@@ -165,7 +167,7 @@ def test_a_comparison_killed_in_its_second_arm_goes_on_there_and_ends_with_the_s
     first = output / "arms" / "plain-hard" / "seed-13" / "student" / "model.safetensors"
     made = first.stat().st_mtime_ns
     assert recipe(output) == 0
-    assert results(output) == results(whole) and len(results(whole)) == 17
+    assert results(output) == results(whole) and len(results(whole)) == 27
     measured = [json.loads((folder / "metrics.test.json").read_text())["measured"] for folder in (output, whole)]
     assert measured[0] == measured[1]
     assert first.stat().st_mtime_ns == made
@@ -267,7 +269,7 @@ def test_a_report_on_dev_never_searches_for_the_test_queries(
     options = ["--report=dev", '--only=["plain, hard"]', "--seeds=[13]", "--teacher.model", str(whole / "teacher")]
     assert recipe(tmp_path / "dev", *options, "--training.max_steps=2", "--curve.steps=0") == 0
     names = {file.name for file in (tmp_path / "dev").rglob("*.trec")}
-    assert names == {"bm25.dev.trec", "teacher.dev.trec", "student.dev.trec"}
+    assert names == {"bm25.dev.trec", "teacher.dev.trec", "student.dev.trec", "student-bm25.dev.trec"}
     assert set(json.loads((tmp_path / "dev" / "metrics.dev.part.json").read_text())["measured"]) == {"dev"}
     report = (tmp_path / "dev" / "report.dev.part.md").read_text()
     assert "dev queries, exact search" in report and "No plot: " in report

@@ -19,12 +19,14 @@ from tests.models import tiny_colbert, tiny_modernbert
 from tests.recipe import RECIPE, STEPS, in_this_process, killed_at, launch, run, write_material
 from tests.warm_process import free_port
 
-SYSTEMS = ["bm25", "base-native", "base-tct", "student", "teacher"]
-TITLES = ["BM25", "base encoder, its own encoding", "base encoder, TCT encoding", "student", "ColBERT teacher"]
+SYSTEMS = ["bm25", "base-native", "base-maxsim", "student", "teacher"]
+FUSED = ["base-native-bm25", "student-bm25"]
+TITLES = ["BM25", "base as it is", "base reranked by its own MaxSim", "student", "ColBERT teacher"]
+TITLES += ["base as it is + BM25", "student + BM25"]
 KILLED = {  # where the interrupted run is killed: the line it has just printed
     "teacher": f"step     3 of {STEPS}   loss",
     "student": f"step     5 of {STEPS}   loss",
-    "evaluate": "student (one vector a passage)",
+    "evaluate": ": student",
 }
 
 
@@ -41,7 +43,7 @@ def runs(settings: Path) -> dict[str, Any]:
     def interrupted() -> list[str]:
         output = folder / "interrupted"
         said = [killed_at(KILLED[stage], settings, output) for stage in KILLED]
-        early = output / "runs" / "base-tct.test.trec"
+        early = output / "runs" / "base-maxsim.test.trec"
         os.utime(early, ns=(1, 1))
         said.append(run(settings, output).stdout)
         assert early.stat().st_mtime_ns == 1  # runs that were there are not made again
@@ -84,7 +86,9 @@ def test_a_whole_run_leaves_complete_runs_of_all_systems(runs: dict[str, Any], s
     from tct_hf.retrieval import read_run
 
     folder = settings.parent / "whole" / "runs"
-    assert {file.name for file in folder.glob("*.trec")} == {f"{s}.{x}.trec" for s in SYSTEMS for x in ("dev", "test")}
+    assert {file.name for file in folder.glob("*.trec")} == {
+        f"{s}.{x}.trec" for s in [*SYSTEMS, *FUSED] for x in ("dev", "test")
+    }
     for system in SYSTEMS:
         for split, count in (("dev", 10), ("test", 12)):
             found = read_run(folder / f"{system}.{split}.trec")
@@ -99,9 +103,9 @@ def test_a_whole_run_reports_one_row_a_system_and_the_same_figures_as_json(
     output = settings.parent / "whole"
     report = (output / "report.md").read_text()
     rows = [line for line in report.splitlines() if line.startswith("| ")][1:]
-    assert [row[2:].startswith(title) for row, title in zip(rows, TITLES, strict=True)] == [True] * 5
+    assert [row[2:].startswith(title) for row, title in zip(rows, TITLES, strict=True)] == [True] * 7
     metrics = json.loads((output / "metrics.json").read_text())
-    for row, system in zip(rows, SYSTEMS, strict=True):
+    for row, system in zip(rows, [*SYSTEMS, *FUSED], strict=True):
         shown = [cell.strip(" *") for cell in row.split("|")[2:-1]]
         measured = metrics["measured"]["test"][system]
         assert shown == [f"{measured[name]['mean']:.3f}" for name in ("RR@10", "nDCG@10", "R@20")]
@@ -129,7 +133,7 @@ def test_nothing_but_the_recipes_own_lines_reaches_the_terminal(runs: dict[str, 
 
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(runs: dict[str, Any], settings: Path) -> None:
     whole = results(settings.parent / "whole")
-    assert len(whole) == 13
+    assert len(whole) == 17
     assert results(settings.parent / "interrupted") == whole
 
 
@@ -246,7 +250,7 @@ def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(setti
     shutil.rmtree(tmp_path / "two" / "runs")
     before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
     again = run(settings, tmp_path / "two", before=before)
-    assert again.stdout.count("base encoder, TCT encoding, untrained\n") == 1  # of both, one evaluates
+    assert again.stdout.count(": base as it is\n") == 1  # of both, one evaluates
 
 
 def test_a_cached_teacher_and_schedules_are_settings_of_the_student(
@@ -280,16 +284,16 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     output = tmp_path / "output"
     assert recipe(output, *options) == 0
     said = capsys.readouterr().out
-    for title in ("base encoder, its own encoding", "student, first 16 dimensions", "student, first 8 dim"):
+    for title in ("base as it is", "student, first 16 dimensions", "student, first 8 dim"):
         assert f"\n| {title}" in said
-    assert "first 32" not in said and "for the student a passage keeps 48 tokens" in said
+    assert "first 32" not in said and "The students keep 48 tokens of a passage." in said
     student = SentenceTransformer(str(output / "student"), device="cpu")
     assert [type(module).__name__ for module in student] == ["Transformer", "Pooling"]
     assert student.prompts == {"query": "query: ", "document": "passage: "} and student[1].pooling_mode == "cls"
     assert len(student[0].model.layers) == student[0].model.config.num_hidden_layers == 2
     validate_checkpoint(output / "student")
     assert {file.name for file in (output / "runs").glob("student*")} == {
-        f"student{size}.{split}.trec" for size in ("", "-16", "-8") for split in ("dev", "test")
+        f"student{size}.{split}.trec" for size in ("", "-16", "-8", "-bm25") for split in ("dev", "test")
     }
 
 

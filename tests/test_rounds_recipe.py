@@ -77,7 +77,7 @@ def test_each_round_leaves_its_models_triples_and_runs(whole: Path) -> None:
         assert row["negative_id"] not in row["known_positive_ids"]
     runs = {str(file.relative_to(whole)) for file in whole.rglob("*.test.trec")}
     assert runs == {
-        *(f"runs/{key}.test.trec" for key in ("bm25", "base-native", "teacher")),
+        *(f"runs/{key}.test.trec" for key in ("bm25", "base-native", "base-maxsim", "teacher")),
         "round-0/runs/student-0.test.trec",
         "round-1/runs/student-1.test.trec",
         "round-1/runs/teacher-1.test.trec",
@@ -100,10 +100,11 @@ def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -
     lines = [line for line in report.splitlines() if line.startswith("| ")]
     names = [f"{split} {name}" for split in ("dev", "test") for name in ("RR@10", "nDCG@10", "R@20")]
     assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == names
-    keys = ["bm25", "base-native", "student-0", "student-1", "teacher", "teacher-1"]
+    keys = ["bm25", "base-native", "base-maxsim", "student-0", "student-1", "teacher", "teacher-1"]
     titles = [
         "BM25",
-        "base encoder",
+        "base as it is",
+        "base reranked by its own MaxSim",
         "student, base",
         "student, round 1",
         "ColBERT teacher",
@@ -130,7 +131,7 @@ def test_a_run_killed_in_the_training_of_a_round_ends_with_the_bytes_of_an_undis
     assert recipe(tmp_path) == 0
     said = capsys.readouterr().out
     assert "round 1: mine: skipped, they are mined" in said and f"goes on after step 2 of {STEPS}" in said
-    assert results(tmp_path) == results(whole) and len(results(whole)) == 12 + 6 + 1 + 1
+    assert results(tmp_path) == results(whole) and len(results(whole)) == 14 + 6 + 1 + 1
 
 
 @pytest.mark.slow
@@ -173,7 +174,7 @@ def test_hn_trains_the_student_alone_and_may_begin_anew(
     assert recipe(tmp_path / "hn", *options) == 0
     assert not list((tmp_path / "hn").glob("round-*/teacher"))
     report = (tmp_path / "hn" / "report.md").read_text()
-    assert "student, round 1" in report and "ColBERT teacher, round 1" not in report and "base encoder" not in report
+    assert "student, round 1" in report and "ColBERT teacher, round 1" not in report and "base as it is" not in report
     log = json.loads((tmp_path / "hn" / "round-1" / "student" / "training_log.json").read_text())
     assert next(entry["learning_rate"] for entry in log if "learning_rate" in entry) <= 5.0e-4
 

@@ -29,7 +29,7 @@ def said(material: Material) -> dict[str, Any]:
     words = [f"--student={material.student}", f"--data.source={material.beir}", "--k=3"]
     stdin = "\n".join(QUESTIONS) + "\n"
     return {
-        "text": run_recipe("search", material, *words, f"--rerank={material.teacher}", stdin=stdin),
+        "text": run_recipe("search", material, *words, f"--rerank={material.teacher}", "--rank_by=fused", stdin=stdin),
         "json": run_recipe("search", material, *words, "--json", stdin=stdin),
     }
 
@@ -135,14 +135,12 @@ def test_own_reranking_compares_the_students_own_token_vectors(material: Materia
     from tct_hf.evaluation import rerank_run
     from tct_hf.evaluation.stores import open_reranker
 
-    stores = Stores(
-        material.collection(), open_student(str(material.student)), str(material.student), tmp_path / "own"
-    )
-    own, texts = build_colbert(str(material.student), encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
+    folder = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
+    stores = Stores(material.collection(), open_student(folder), folder, tmp_path / "own")
+    own, texts = build_colbert(folder, encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
     run, asked = {"q": dict.fromkeys(texts, 0.0)}, {"q": "dense retrieval"}
     assert rerank_run(open_reranker("own", stores), run, texts, asked) == rerank_run(own, run, texts, asked)
-    save_student(build_student(str(material.folder / "base"), encoding="tct"), tmp_path / "tct")
-    tct = Stores(material.collection(), open_student(str(tmp_path / "tct")), "the student", tmp_path / "other")
+    tct = Stores(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
     with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
         open_reranker("own", tct)
 
@@ -169,7 +167,9 @@ def test_first_dimensions_are_searched_as_a_truncated_student_would(material: Ma
     student = SentenceTransformer(str(material.student), truncate_dim=8, device="cpu")
     scores = student.encode_document(list(collection.corpus["text"])) @ student.encode_query("dense tokens")
     found = [hit.dense for hit in searcher.ask("dense tokens", 20, rank_by="dense")]
-    np.testing.assert_allclose(np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-4)
+    np.testing.assert_allclose(
+        np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-2
+    )  # bfloat16 on some machines
     with pytest.raises(ValueError, match="dims: 4000 is not between 1 and"):
         make_searcher(material, collection, tmp_path, dims=4000)
 

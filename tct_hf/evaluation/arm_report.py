@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.arm_plots import plot_curves, plot_swept
 from tct_hf.evaluation.arm_table import ArmResult, against_table, arm_table, write_students
-from tct_hf.evaluation.comparison import System, evaluate_all, read_log, run_systems, write_metrics
+from tct_hf.evaluation.comparison import (
+    System,
+    evaluate_all,
+    fuse_with_bm25,
+    fused_key,
+    read_log,
+    run_systems,
+    write_metrics,
+)
 from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.quick_report import BASE_NATIVE, BM25
 from tct_hf.files import claim, file_digest, write_text_atomic
 from tct_hf.retrieval.runs import Run
 
@@ -24,6 +34,11 @@ STUDENT = "student"
 def reranked_name(measure: str) -> str:
     """What a measure is called where a system has put another's passages in order, and has not searched itself."""
     return f"{measure} reranking"
+
+
+def fused_name(measure: str) -> str:
+    """What a measure is called where a system is fused with BM25."""
+    return f"{measure} + BM25"
 
 
 def _reranked_key(system: str, count: int) -> str:
@@ -41,6 +56,7 @@ def search_arm(
     depth: int,
     bf16: bool,
     arguments: Mapping[str, Any],
+    bm25: Mapping[str, Run],
     reranking: int | None = None,
 ) -> ArmResult:
     """Search with every student of an arm, or read the runs that an earlier call has left.
@@ -55,6 +71,7 @@ def search_arm(
         depth: passages a query.
         bf16: encode in bfloat16.
         arguments: of the training.
+        bm25: split to BM25's run, which every student is fused with.
         reranking: also put so many of BM25's passages a query in order, and measure that by the first measure.
     """
     evaluations, logs = {}, {}
@@ -64,9 +81,12 @@ def search_arm(
         systems = _student_systems(
             collection, student, f"{name}, seed {seed}", depth=depth, bf16=bf16, reranking=reranking
         )
-        found = evaluate_all(run_systems(systems, queries, runs), collection, measures)
+        searched = run_systems(systems, queries, runs)
+        fuse_with_bm25([STUDENT], searched, bm25, collection, measures[0], depth=depth, folder=runs)
+        found = evaluate_all(searched, collection, measures)
         evaluations[seed] = {
-            split: with_reranking(parts, STUDENT, measures[0], reranking)[STUDENT] for split, parts in found.items()
+            split: with_fused(with_reranking(parts, STUDENT, measures[0], reranking), STUDENT, measures[0])[STUDENT]
+            for split, parts in found.items()
         }
         logs[seed] = read_log(student)
     return ArmResult(arm, evaluations, logs, arguments)
@@ -138,8 +158,28 @@ def with_reranking(
     """
     if count is None:
         return dict(evaluations)
+    return _merged(evaluations, key, _reranked_key(key, count), measure, reranked_name(measure))
+
+
+def with_fused(evaluations: Mapping[str, Evaluation], key: str, measure: str) -> dict[str, Evaluation]:
+    """Put what a system reached fused with BM25 beside what it reached alone, as one more measure.
+
+    Args:
+        evaluations: system key to evaluation.
+        key: of the system.
+        measure: that is taken over from the fused run.
+
+    Returns:
+        The evaluations, the fused run's own left out.
+    """
+    return _merged(evaluations, key, fused_key(key), measure, fused_name(measure))
+
+
+def _merged(
+    evaluations: Mapping[str, Evaluation], key: str, other_key: str, measure: str, name: str
+) -> dict[str, Evaluation]:
     kept = dict(evaluations)
-    other, own, name = kept.pop(_reranked_key(key, count)), kept[key], reranked_name(measure)
+    other, own = kept.pop(other_key), kept[key]
     kept[key] = Evaluation(
         own.mean | {name: other.mean[measure]}, own.per_query | {name: dict(other.per_query[measure])}
     )
@@ -155,6 +195,7 @@ def report_arms(
     split: str,
     splits: Sequence[str],
     measures: Sequence[str],
+    depth: int,
     name: str,
     curve: str,
     columns: int,
@@ -173,6 +214,7 @@ def report_arms(
         split: of the tables.
         splits: that were searched.
         measures: ir-measures names.
+        depth: passages a query.
         name: of the report, in the names of all its files.
         curve: what the plots show over the steps.
         columns: passages of a triple, the positive and its negatives.
@@ -187,9 +229,15 @@ def report_arms(
     from tct_hf.arms import ArmTable, slug_of
 
     queries = {part: collection.splits[part].queries for part in splits}
-    evaluations = evaluate_all(run_systems(systems, queries, output / "runs", write=write), collection, measures)
+    runs = run_systems(systems, queries, output / "runs", write=write)
     titles = {system.key: system.title for system in systems}
-    shown = list(measures)
+    bm25 = {part: runs[BM25, part] for part in splits}
+    base = [BASE_NATIVE] if BASE_NATIVE in titles else []
+    fuse_with_bm25(base, runs, bm25, collection, measures[0], depth=depth, folder=output / "runs")
+    evaluations = evaluate_all(runs, collection, measures)
+    for key, part in itertools.product(base, splits):
+        evaluations[part] = with_fused(evaluations[part], key, measures[0])
+    shown = [*measures, fused_name(measures[0])]
     if reranking is not None:
         shown.insert(0, reranked_name(measures[0]))
         teacher = systems[-2].key
@@ -201,6 +249,8 @@ def report_arms(
         "",
         f"{split} queries, exact search. Mean over seeds ± their standard deviation; minutes: of a training, dev "
         "figures during it included.",
+        f"{fused_name(measures[0])}: fused with BM25, alpha tuned on dev where it is judged, where both lists spread "
+        "alike otherwise.",
         *(
             []
             if reranking is None

@@ -63,7 +63,7 @@ class ArmResult:
     def curve(self) -> dict[int, dict[int, float]]:
         """Seed to step to RR@10 on dev as training measured it."""
         return {
-            seed: {entry["step"]: entry[name] for entry in log for name in entry if name.endswith("dev_dot_mrr@10")}
+            seed: {entry["step"]: entry[name] for entry in log for name in entry if name.endswith("_mrr@10")}
             for seed, log in self.logs.items()
         }
 

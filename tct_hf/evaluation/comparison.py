@@ -117,7 +117,9 @@ def fuse_with_bm25(
         alphas[name] = float(alpha)
         for split, words in bm25.items():
             runs[name, split] = fuse(words, runs[key, split], alpha, k=depth)
-            write_run(runs[name, split], folder / f"{name}.{split}.trec", name)
+            file = folder / f"{name}.{split}.trec"
+            if not file.is_file():
+                write_run(runs[name, split], file, name)
     return alphas
 
 

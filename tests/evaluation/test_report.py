@@ -230,13 +230,15 @@ def test_by_default_the_students_own_token_vectors_search_and_rerank_by_the_mean
     import torch
     from sentence_transformers import SentenceTransformer
 
-    found = build_report(
-        material.collection(), str(material.student), tmp_path, settings=tiny_settings(), write=lambda line: None
-    )
+    from tct_hf import build_student, save_student
+
+    student = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
+    output = tmp_path / "output"
+    found = build_report(material.collection(), student, output, settings=tiny_settings(), write=lambda line: None)
     assert [system.key for system in found.systems] == KEYS
     assert found.system("reranked").title == "own MaxSim over the hybrid's top 20"
     assert found.models["teacher"]["name"] == "own" and found.system("reranked").cost is not None
-    collection, model = material.collection(), SentenceTransformer(str(material.student), device="cpu")
+    collection, model = material.collection(), SentenceTransformer(student, device="cpu")
 
     def tokens(text: str, task: str) -> torch.Tensor:
         [one] = getattr(model, f"encode_{task}")([text], output_value="token_embeddings")
@@ -244,7 +246,7 @@ def test_by_default_the_students_own_token_vectors_search_and_rerank_by_the_mean
 
     texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
     hybrid, reranked, exhaustive = (
-        read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("hybrid", "reranked", "teacher")
+        read_run(output / "runs" / f"{key}.test.trec") for key in ("hybrid", "reranked", "teacher")
     )
     for query, text in collection.splits["test"].queries.items():
         asked = tokens(text, "query")
@@ -257,17 +259,7 @@ def test_by_default_the_students_own_token_vectors_search_and_rerank_by_the_mean
 def test_a_student_in_tct_encoding_is_reported_without_its_own_token_vectors(
     material: Material, tmp_path: Path
 ) -> None:
-    from tct_hf import build_student, save_student
-
-    made = build_student(str(material.folder / "base"), encoding="tct", query_length=16, document_length=48)
-    save_student(made, tmp_path / "student")
-    found = build_report(
-        material.collection(),
-        str(tmp_path / "student"),
-        tmp_path / "output",
-        settings=tiny_settings(),
-        write=lambda line: None,
-    )
+    found = make(material, tmp_path, teacher="own")
     assert [system.key for system in found.systems] == KEYS[:4]
 
 
@@ -488,15 +480,16 @@ def test_a_model_that_gives_nan_is_named_with_the_passage(
 
     from tct_hf.evaluation import reporting as module
 
-    load = getattr(module, f"open_{side}")
+    opener = {"student": "open_student", "teacher": "open_reranker"}[side]
+    load = getattr(module, opener)
 
-    def spoilt(name: str) -> Any:
-        model = load(name)
+    def spoilt(*names: Any) -> Any:
+        model = load(*names)
         with torch.no_grad():
             next(model.parameters()).fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(module, f"open_{side}", spoilt)
+    monkeypatch.setattr(module, opener, spoilt)
     with pytest.raises(ValueError, match=said):
         make(material, tmp_path)
 
