@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +64,7 @@ class Calibration:
 
     def summary(self) -> str:
         """A few lines for people; says so where the teacher is no better than the student."""
+        rows: list[tuple[str, float | None, Reading]]
         rows = [("teacher, before", None, self.before), ("teacher, after", None, self.after)]
         rows += [(f"{name} alone", self.weights[name], reading) for name, reading in self.alone.items()]
         rows += [("student", None, self.student)] if self.student is not None else []
@@ -74,9 +75,8 @@ class Calibration:
         ]
         for title, weight, one in rows:
             shown = "" if weight is None else f"{weight:.3g}"
-            lines.append(
-                f"{title:{width}}  {shown:>6}  {one.cross_entropy:13.3f}  {one.entropy:7.3f}  {one.positive_on_top:15.1%}"
-            )
+            figures = f"{one.cross_entropy:13.3f}  {one.entropy:7.3f}  {one.positive_on_top:15.1%}"
+            lines.append(f"{title:{width}}  {shown:>6}  {figures}")
         if self.student is not None and self.after.cross_entropy >= self.student.cross_entropy:
             lines.append(
                 "The teacher knows no more than the student about to learn from it: expect no gain. Use another "
@@ -118,13 +118,12 @@ def calibrate(
     """
     queries, qrels = collection.splits[split].queries, collection.splits[split].qrels
     asked = {name: queries[name] for name in list(qrels)[:most]}
-    if candidates is None:
-        candidates = search_mixture(teacher, collection, asked, keep=depth)
+    best: Mapping[str, Iterable[str]] = candidates or search_mixture(teacher, collection, asked, keep=depth)
     rows = {name: row for row, name in enumerate(collection.corpus["id"])}
     texts = collection.corpus["text"][:]
     lists, of_student = [], []
     for name, query in asked.items():
-        passages = list(candidates.get(name, ()))
+        passages = list(best.get(name, ()))
         positive = torch.tensor([qrels[name].get(passage, 0) > 0 for passage in passages])
         if not positive.any():
             continue
