@@ -59,8 +59,8 @@ def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> li
                 [f"{name!r} is missing" for name in missing] + [f"{name!r} is not known" for name in unknown]
             )
             + ". Training takes query, positive, negative (or negative_1 to negative_n), and ids as query_id, "
-            "positive_id, negative_id (or negative_1_id ...), known_positive_ids, labelled and label_weight: rename_column or "
-            "remove_columns."
+            "positive_id, negative_id (or negative_1_id ...), known_positive_ids, labelled and label_weight: "
+            "rename_column or remove_columns."
         )
     negatives = [name for name in names if name in known and name.startswith("negative")]
     wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i + 1}" for i in range(len(negatives))]

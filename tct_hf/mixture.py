@@ -1,4 +1,4 @@
-"""The mixture of teachers that cost nothing: a base's own vectors, its own token vectors and BM25, none of them trained.
+"""The mixture of free teachers: a base's own vectors, its own token vectors and BM25, none of them trained.
 
 It searches a whole corpus before training, so that questions nobody has judged have candidates, and a first passage
 to learn from.
