@@ -155,21 +155,31 @@ def main(settings: Settings) -> None:
                 )
 
     def distil(name: str, data: DataSettings, depends: dict[str, Any]) -> None:
-        teaching, rows_of = settings.teacher, partial(triples, unlabelled=data.unlabelled)
-        if teaching.is_mixture and rows is None:
-            queries = collection.unjudged(data.labels) if data.unlabelled else {}
+        student, teaching = settings.student, settings.teacher
+        rows_of = partial(triples, unlabelled=data.unlabelled)
+        temperature = student.training.get("temperature")
+        calibrates = teaching.is_mixture if temperature is None else temperature == "auto"
+        if (teaching.is_mixture or calibrates) and rows is None:
+            queries = collection.unjudged(data.labels) if data.unlabelled and teaching.is_mixture else {}
             if data.negatives == "teacher":
                 queries |= collection.splits["train"].queries
-            calibrated = teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits
+            calibrates &= teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits
             with state.main_process_first():
                 prepared = pipeline.prepare_mixture(
-                    *(collection, queries, settings.encoder, settings.student, teaching, output),
-                    name="teacher" if name == "student" else f"teacher-{name}",
-                    calibrated=calibrated and settings.student.training.get("temperature") in (None, "auto"),
+                    *(collection, queries, settings.encoder, student, teaching, output),
+                    model=teacher,
+                    name=f"mixture-{name}",
+                    calibrated=calibrates,
                     settings=depends,
                     write=write,
                 )
-            teaching = replace(teaching, mixture_weights=prepared.weights)
+            if teaching.is_mixture:
+                teaching = replace(teaching, mixture_weights=prepared.weights)
+            else:
+                student = replace(student, training={**student.training, "temperature": 1 / prepared.weights[0]})
+            if teaching.kind == "self":
+                pooled, _, tokens = prepared.weights
+                student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
             rows_of = partial(
                 pipeline.training_triples,
                 *(collection, data),
@@ -178,7 +188,7 @@ def main(settings: Settings) -> None:
                 candidates=prepared.candidates or None,
             )
         pipeline.train_student(
-            *(collection, rows_of, settings.encoder, settings.student, output),
+            *(collection, rows_of, settings.encoder, student, output),
             teacher=teacher,
             teaching=teaching,
             base=base,

@@ -24,7 +24,8 @@ class CoupledArguments:
     """The settings of the coupled loss, as fields of a trainer's arguments.
 
     Args:
-        temperature: divides the teacher's scores. None: `softening` / (the scale the teacher was trained at).
+        temperature: divides the teacher's scores. None or "auto": `softening` / (the scale the teacher was trained
+            at, or was given by :func:`~tct_hf.calibrate`).
         student_temperature: divides the student's scores in the distillation part; `softening` when None.
         hard_label_weight: weight of the hard labels, 0 to 1; 0.1 when None.
         margin_mse_weight: weight of MarginMSE beside these, on raw scores.
@@ -35,6 +36,7 @@ class CoupledArguments:
         candidates: "in-batch" or "own" (only a query's own positive and negatives).
         mini_batch_size: rows a forward pass when gradients are cached; None for no caching.
         matryoshka_dims: also train the first d dimensions of the embeddings, for each d.
+        self_coupled: see :class:`~tct_hf.TightlyCoupledLoss`.
         preset: "paper" or "released-code": their temperature, student temperature and hard-label weight, where these
             are not given. The released code trains on the teacher alone (hard-label weight 0).
         per_device_eval_batch_size: the training batch size when None, since the loss depends on the batch.
@@ -68,6 +70,9 @@ class CoupledArguments:
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Also train the first d dimensions of the embeddings, for each d."}
     )
+    self_coupled: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the student's own pooled score and own MaxSim in the teacher."}
+    )
     preset: str | None = field(default=None, metadata={"help": 'Published loss settings: "paper" or "released-code".'})
     per_device_eval_batch_size: int | None = field(
         default=None, metadata={"help": "The training batch size when None: the loss depends on the batch."}
@@ -75,6 +80,8 @@ class CoupledArguments:
 
     def __post_init__(self) -> None:
         args: Any = self  # the arguments that these fields are a part of
+        if args.temperature == "auto":  # the recipes calibrate; a calibrated teacher says its scale
+            self.temperature = None
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is not known: use one of {', '.join(PRESETS)}.")
         defaults = {**DEFAULTS, "student_temperature": self.softening}
@@ -127,6 +134,7 @@ class CoupledArguments:
             "candidates": self.candidates,
             "mini_batch_size": self.mini_batch_size,
             "matryoshka_dims": self.matryoshka_dims,
+            "self_coupled": self.self_coupled,
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -12,9 +12,10 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.util.distributed import get_world_size
+from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
-from tct_hf.batching import check_mini_batch_size, parts_of_like_length, stack_columns, take, token_lengths
+from tct_hf.batching import check_mini_batch_size, pad_tokens, parts_of_like_length, stack_columns, take, token_lengths
 from tct_hf.distributed import gather_rows, sizes_of_all
 from tct_hf.score_losses import (
     KLDirection,
@@ -90,6 +91,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         gather_across_devices: candidates are those of all devices' batches.
         matryoshka_dims: also train the first d dimensions of the embeddings, for each d; the parts are averaged.
             Those of a student that compares by cosine are normalised after slicing, others never.
+        self_coupled: weights of the student's own pooled score and own MaxSim, of the same forward pass and without
+            gradient, beside the teacher's scores: the student is its own teacher. Hard labels then train both of its
+            readings. Needs the whole batch in one pass on one device.
 
     Raises:
         ValueError: a setting that is no such thing.
@@ -138,6 +142,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = True,
         matryoshka_dims: list[int] | None = None,
+        self_coupled: list[float] | None = None,
     ) -> None:
         super().__init__()
         if candidates not in ("in-batch", "own"):
@@ -174,6 +179,12 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.uses_gradient_cache = mini_batch_size is not None
         self.gather_across_devices = gather_across_devices
         self.matryoshka_dims = matryoshka_dims
+        if self_coupled is not None and (self.is_sparse or mini_batch_size is not None or get_world_size() > 1):
+            raise ValueError(
+                "self_coupled compares the token vectors of a whole batch of a dense student on one device: leave out "
+                "mini_batch_size, and train in one process."
+            )
+        self.self_coupled = self_coupled
         self.reported_settings: tuple[str, ...] = ()  # those that change over training
 
     @property
@@ -202,8 +213,50 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         features = list(sentence_features)
         if self.mini_batch_size is not None:
             return self._forward_in_mini_batches(features, labels)
+        if self.self_coupled is not None:
+            return self._forward_self_coupled(features, labels)
         queries = self.model(features[0])["sentence_embedding"]
         return self.compute_loss_from_embeddings([queries, *self._embed_passages(features[1:])], labels)
+
+    def _forward_self_coupled(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> dict[str, Tensor]:
+        """The loss with the student's own readings in the teacher, and hard labels for its token vectors too."""
+        assert self.self_coupled is not None
+        pooled, tokens = self.self_coupled
+        queries, query_tokens, query_mask = self._embed_tokens(features[:1])
+        passages, passage_tokens, passage_mask = self._embed_tokens(features[1:])
+        with torch.autocast(queries.device.type, enabled=False):
+            maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask, passage_mask)
+            dim = queries.shape[1]
+            cosines = self._compared(queries, dim) @ self._compared(passages, dim).T
+            own = (pooled * cosines + tokens * maxsim).detach()
+        targets = replace(labels, scores=labels.scores + own)
+        parts = self.compute_loss_from_embeddings([queries, *passages.chunk(len(features) - 1)], targets)
+        hard = coupled_loss(
+            self.student_scale * maxsim,
+            targets.scores,
+            hard_label_weight=self.hard_label_weight,
+            candidate_mask=labels.mask,
+            positive_index=labels.positive_index,
+            label_weight=labels.label_weight,
+        )
+        parts["token_hard_label"] = hard["hard_label"]
+        labels.report["token_hard_label"] = hard["hard_label"].detach()
+        return parts
+
+    def _embed_tokens(self, columns: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """`(rows, dim)` pooled vectors, `(rows, tokens, dim)` unit token vectors and their mask, of all columns."""
+        merged = stack_columns(columns)
+        assert merged is not None
+        width = merged["attention_mask"].shape[1]
+        pooled, tokens, masks, order = [], [], [], []
+        for rows, part in parts_of_like_length(merged):
+            out = self.model(part)
+            pooled.append(out["sentence_embedding"])
+            tokens.append(pad_tokens(torch.nn.functional.normalize(out["token_embeddings"].float(), dim=2), width))
+            masks.append(pad_tokens(out["attention_mask"], width))
+            order.append(rows)
+        back = torch.cat(order).argsort()
+        return torch.cat(pooled)[back], torch.cat(tokens)[back], torch.cat(masks)[back].bool()
 
     def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
         """The loss with gradients cached: passages of like length share a mini-batch, whatever their column."""
@@ -342,6 +395,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             "mini_batch_size": self.mini_batch_size,
             "gather_across_devices": self.gather_across_devices,
             "matryoshka_dims": self.matryoshka_dims,
+            "self_coupled": self.self_coupled,
         }
 
     @property

@@ -373,45 +373,47 @@ def prepare_mixture(
     teaching: TeacherSettings,
     output: Path,
     *,
+    model: str | None,
     name: str,
     calibrated: bool,
     settings: Mapping[str, Any],
     write: Callable[[str], None] = print,
 ) -> PreparedMixture:
-    """Calibrate a mixture and search the corpus with it, into a folder of `output`, or read what is there.
+    """Calibrate a teacher and search the corpus with it, into a folder of `output`, or read what is there.
 
     Args:
         collection: to search; its dev split is judged where `calibrated` is asked for.
         queries: to search for, query id to text.
         encoder: lengths.
         student: where vectors are kept.
-        teaching: the mixture.
+        teaching: the mixture, or another teacher.
         output: folder of the run.
+        model: folder or Hub id of a teacher that is no mixture.
         name: of the folder.
         calibrated: find the weights on dev; else they stay.
         settings: JSON-ready, all that the result depends on; a folder of others is refused.
         write: takes lines of progress.
     """
-    from tct_hf import TeacherEnsemble
     from tct_hf.calibration import calibrate
     from tct_hf.mixture import members_of, search_mixture
+    from tct_hf.mixture import weights_of as weights_of_members
 
     folder = output / name
     if not is_claimed(folder, settings):
-        mixture = replace(teaching, kind="mixture")
+        mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
         cache = vectors_folder(mixture, student, output)
-        teacher = make_teacher(mixture, None, index=collection.bm25, lengths=encoder.lengths, cache=cache)
-        assert isinstance(teacher, TeacherEnsemble)
+        teacher = make_teacher(mixture, model, index=collection.bm25, lengths=encoder.lengths, cache=cache)
         with staging_beside(folder) as staging:
             staging.mkdir(parents=True)
             if calibrated:
-                found = calibrate(teacher, collection, student=next(iter(members_of(teacher).values())))
+                pooled = next(iter(members_of(teacher).values())) if teaching.is_mixture else None
+                found = calibrate(teacher, collection, student=pooled)
                 write("  " + found.summary().replace("\n", "\n  "))
                 found.save(staging)
             if queries:
                 write(f"  {len(queries):,} questions: the mixture searches {len(collection.corpus):,} passages")
             write_run(search_mixture(teacher, collection, queries), staging / "candidates.trec", "mixture")
-            write_json_atomic(staging / "weights.json", teacher.weights)
+            write_json_atomic(staging / "weights.json", weights_of_members(teacher))
             write_json_atomic(staging / CLAIM_FILE, settings)
             replace_dir(staging, folder)
     weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
