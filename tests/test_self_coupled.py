@@ -12,10 +12,7 @@ from tct_hf.losses import TeacherTargets
 from tests.models import tiny_bert
 
 QUERIES = ["what is a teacher", "dense retrieval", "the student"]
-PASSAGES = [["a teacher of students", "retrieval of dense passages", "the student is a query"], ["of", "a b c", "is"]]
-    ["a teacher of students", "retrieval of dense passages", "the student is a query"],
-    ["of", "a b c d", "is"],
-]
+PASSAGES = [["a teacher of students", "retrieval of passages", "the student is a query"], ["of", "a b c", "is"]]
 
 
 def test_the_self_coupled_loss_equals_plain_torch(tmp_path: Path) -> None:
