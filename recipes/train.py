@@ -170,7 +170,7 @@ def main(settings: Settings) -> None:
                     model=teacher,
                     name=f"mixture-{name}",
                     calibrated=calibrates,
-                    settings=depends,
+                    settings={**of_teacher, "data": asdict(data), "questions": of_student["questions"]},
                     write=write,
                 )
             if teaching.is_mixture:
@@ -271,6 +271,7 @@ def evaluate(
         settings=depends,
         bf16=depends["bf16"],
         lengths=settings.encoder.lengths,
+        vectors=pipeline.vectors_folder(settings.teacher, settings.student, output),
         prompts=settings.encoder.prompts,
         dims=settings.student.training.get("matryoshka_dims"),
         **asdict(settings.evaluation),

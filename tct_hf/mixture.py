@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tct_hf.bm25_teacher import BM25Teacher
 from tct_hf.cached_teacher import CachedTeacher
-from tct_hf.encoding import build_colbert
+from tct_hf.encoding import build_colbert, build_student
 from tct_hf.retrieval.runs import Run, rank
 from tct_hf.teacher_ensemble import TeacherEnsemble
 from tct_hf.teachers import Teacher
@@ -36,6 +36,7 @@ def free_mixture(
     index: BM25Index,
     *,
     weights: Sequence[float] = DEFAULT_WEIGHTS,
+    lengths: Mapping[str, int] | None = None,
     dtype: Any = "auto",
     cache_dir: str | Path | None = None,
     max_gigabytes: float = 20.0,
@@ -46,12 +47,13 @@ def free_mixture(
         base: folder or Hub id of an embedding model.
         index: BM25 over the corpus.
         weights: of the pooled vectors, BM25 and own MaxSim.
+        lengths: `query_length` and `document_length` of the base; its own when None.
         dtype: what the base computes in, see :class:`~tct_hf.ColBERTTeacher`.
         cache_dir: folder for the base's vectors, which are then computed once.
         max_gigabytes: of each kind of vectors.
     """
-    pooled: Any = DenseTeacher(base, dtype=dtype)
-    tokens: Any = ColBERTTeacher(build_colbert(str(base), encoding="own"), dtype=dtype)
+    pooled: Any = DenseTeacher(build_student(str(base), **(lengths or {})), dtype=dtype)
+    tokens: Any = ColBERTTeacher(build_colbert(str(base), **(lengths or {})), dtype=dtype)
     if cache_dir is not None:
         pooled, tokens = (CachedTeacher(one, cache_dir, max_gigabytes=max_gigabytes) for one in (pooled, tokens))
     members = zip((pooled, BM25Teacher(index), tokens), weights, strict=True)
@@ -123,7 +125,7 @@ def search_mixture(
     found = [collection.bm25().run(dict(queries), depth)]
     for one, _ in cheap:
         if not isinstance(one, BM25Teacher):
-            found.append(_dense_run(one, ids, texts, queries, depth))
+            found.append(dense_run(one, ids, texts, queries, depth))
     run: Run = {}
     for name, query in queries.items():
         union = list(dict.fromkeys(passage for hits in found for passage in hits.get(name, ())))
@@ -148,7 +150,16 @@ def _sum(members: Sequence[tuple[Teacher, float]], query: str, passages: Sequenc
     return total.tolist()
 
 
-def _dense_run(teacher: Any, ids: Sequence[str], texts: Sequence[str], queries: Mapping[str, str], depth: int) -> Run:
+def dense_run(teacher: Any, ids: Sequence[str], texts: Sequence[str], queries: Mapping[str, str], depth: int) -> Run:
+    """Search exactly with the vectors of a teacher of one vector a text.
+
+    Args:
+        teacher: a DenseTeacher, cached or not.
+        ids: passage ids.
+        texts: their texts.
+        queries: query id to text.
+        depth: passages a query.
+    """
     passages, names = teacher.vectors(texts, "document"), list(queries)
     vectors = teacher.vectors(list(queries.values()), "query")
     block = max(1, _SCORES_AT_ONCE // len(passages))

@@ -419,7 +419,12 @@ def describe_teacher(model: Any) -> dict[str, Any]:
     modules = [{"type": type(module).__name__, **getattr(module, "get_config_dict", dict)()} for module in model]
     return {
         "weights": weights_digest(model),
-        "encoding": {"prompts": dict(model.prompts), "modules": json.loads(json.dumps(modules, default=str))},
+        "encoding": {
+            "prompts": dict(model.prompts),
+            "modules": json.loads(json.dumps(modules, default=str)),
+            "max_seq_length": model.max_seq_length,
+            "truncate_dim": getattr(model, "truncate_dim", None),
+        },
     }
 
 

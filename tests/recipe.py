@@ -57,7 +57,7 @@ def write_material(folder: Path) -> Path:
 """
     (folder / "tiny.yaml").write_text(
         f"""
-extends: {os.path.relpath(ROOT / "recipes" / "quickstart.yaml", folder)}
+extends: {os.path.relpath(ROOT / "recipes" / "paper.yaml", folder)}
 precision: fp32
 data:
   source: {folder / "collection"}

@@ -38,6 +38,7 @@ BM25, BASE_NATIVE, OWN_MAXSIM, STOCK, STUDENT, TEACHER = (
 )
 # Titles of students by their keys; another key is its own title.
 STUDENT_TITLES = {STUDENT: "student", "unlabelled": "student without labels", "labelled": "student with labels"}
+_BASE_TITLE, _MAXSIM_TITLE = "base as it is", "base reranked by its own MaxSim, untrained"
 # Passages of each list that own MaxSim puts in order.
 RERANKED = 100
 
@@ -52,6 +53,7 @@ def reference_systems(
     stock: str | None = None,
     prompts: Mapping[str, str] | None = None,
     lengths: Mapping[str, int] | None = None,
+    vectors: str | None = None,
 ) -> list[System]:
     """The systems that students are measured against: BM25, the base as it is and with own MaxSim, stock, the teacher.
 
@@ -64,6 +66,7 @@ def reference_systems(
         stock: folder of a model that sentence-transformers trained by itself.
         prompts: of the base, where its own files have none.
         lengths: `query_length` and `document_length` of the base, the same as its students'; its own when None.
+        vectors: folder where a mixture has left the base's vectors of these texts; encoded again when None.
 
     Returns:
         In the order of the table, the teacher last. Models are loaded when they are searched with.
@@ -78,15 +81,53 @@ def reference_systems(
     if base_model is not None:
         base, reads = resolve_model(base_model), {"prompts": prompts, **(lengths or {})}
         systems += [
-            dense(BASE_NATIVE, "base as it is", lambda: build_student(base, **reads)),  # type: ignore[arg-type]
+            dense(BASE_NATIVE, _BASE_TITLE, lambda: build_student(base, **reads)),  # type: ignore[arg-type]
             own_maxsim_system(collection, base, depth=depth, bf16=bf16, reads=reads),
         ]
+        if vectors is not None and not prompts:
+            systems[-2:] = _kept_systems(collection, base, vectors, depth=depth, bf16=bf16, lengths=lengths)
     if stock is not None:
         systems.append(dense(STOCK, "stock fine-tuning of the base", lambda: SentenceTransformer(stock)))
     if teacher is not None:
         title = "ColBERT teacher (one vector a token)"
         systems.append(teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16))
     return systems
+
+
+def _kept_systems(
+    collection: Collection, base: str, vectors: str, *, depth: int, bf16: bool, lengths: Mapping[str, int] | None
+) -> list[System]:
+    """The base as it is and its own MaxSim, with vectors that are kept on disk."""
+    from tct_hf.mixture import dense_run, free_mixture, list_scores, members_of
+
+    ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
+    mixture = partial(
+        free_mixture,
+        base,
+        collection.bm25(),
+        lengths=lengths,
+        dtype="bfloat16" if bf16 else "float32",
+        cache_dir=vectors,
+    )
+
+    def search(queries: Mapping[str, str]) -> Run:
+        pooled, *_ = members_of(mixture()).values()
+        return dense_run(pooled, ids, texts, queries, depth)
+
+    def rerank(queries: Mapping[str, str], *lists: Run) -> Run:
+        *_, tokens = members_of(mixture()).values()
+        of = dict(zip(ids, texts, strict=True))
+        found: Run = {}
+        for query, text in queries.items():
+            pool = list(dict.fromkeys(one for run in lists for one, _ in rank(run.get(query, {}))[:RERANKED]))
+            scores = list_scores(tokens, text, [of[one] for one in pool]).tolist()
+            found[query] = dict(rank(dict(zip(pool, scores, strict=True)))[:depth])
+        return found
+
+    return [
+        System(BASE_NATIVE, _BASE_TITLE, search),
+        System(OWN_MAXSIM, _MAXSIM_TITLE, rerank, of=(BM25, BASE_NATIVE)),
+    ]
 
 
 def own_maxsim_system(
@@ -113,7 +154,7 @@ def own_maxsim_system(
         found = rerank_run(model, pools, collection.corpus, queries, RERANKED * len(lists), bf16=bf16)
         return {query: dict(rank(hits)[:depth]) for query, hits in found.items()}
 
-    return System(OWN_MAXSIM, "base reranked by its own MaxSim, untrained", search, of=(BM25, BASE_NATIVE))
+    return System(OWN_MAXSIM, _MAXSIM_TITLE, search, of=(BM25, BASE_NATIVE))
 
 
 def teacher_system(collection: Collection, key: str, title: str, teacher: str, *, depth: int, bf16: bool) -> System:
@@ -285,6 +326,7 @@ def quick_report(
     depth: int,
     examples: int,
     stock: str | None = None,
+    vectors: str | None = None,
     prompts: Mapping[str, str] | None = None,
     dims: Sequence[int] | None = None,
     extra: Sequence[System] = (),
@@ -306,6 +348,7 @@ def quick_report(
         depth: passages a query in the runs.
         examples: questions to show.
         stock: as in :func:`reference_systems`.
+        vectors: as in :func:`reference_systems`.
         prompts: as in :func:`reference_systems`.
         dims: as in :func:`training_systems`.
         extra: as in :func:`training_systems`.
@@ -329,6 +372,8 @@ def quick_report(
         depth=depth,
         bf16=bf16,
         prompts=prompts,
+        lengths=lengths,
+        vectors=vectors,
         dims=dims,
         extra=extra,
     )

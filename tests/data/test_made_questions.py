@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from datasets import Dataset
+
+from tct_hf.data.collection import Collection
+from tct_hf.data.made_questions import questions_from
+
+TEXTS = {
+    "a": "Sorting an array. This function sorts the values of an array in place. It returns nothing.",
+    "b": "Too short.",
+    "c": "Only one sentence of eight words stands here",
+    "d": "x = [1, 2, 3, 4]; y = {5: 6}. The median of all values is computed along one axis.",
+}
+
+
+def corpus() -> Dataset:
+    return Dataset.from_dict({"id": list(TEXTS), "text": list(TEXTS.values())})
+
+
+def test_a_question_is_a_sentence_that_its_passage_no_longer_holds() -> None:
+    made = {one.passage_id: one for one in questions_from(corpus(), 10, seed=1)}
+    assert set(made) == {"a", "d"}
+    assert made["a"].text == "This function sorts the values of an array in place."
+    assert made["a"].rest == "Sorting an array. It returns nothing."
+    assert made["d"].text == "The median of all values is computed along one axis."
+    assert list(questions_from(corpus(), 1, seed=1)) == list(questions_from(corpus(), 10, seed=1))[:1]
+
+
+def test_rows_of_made_questions_learn_from_the_rest_of_their_passage() -> None:
+    collection = Collection("made", corpus(), {}, {})
+    collection.make_questions(10, seed=1)
+    candidates = {name: {"a": 3.0, "b": 2.0, "c": 1.0, "d": 0.5} for name in collection.questions}
+    rows = collection.triples(num_negatives=1, depth=10, seed=0, labels=0.0, unlabelled=True, candidates=candidates)
+    by_passage = {row["positive_id"]: row for row in rows}
+    assert set(by_passage) == {"a", "d"}
+    assert by_passage["a"]["positive"] == "Sorting an array. It returns nothing."
+    assert by_passage["a"]["negative_id"] != "a" and by_passage["a"]["label_weight"] == 1.0
+    assert not by_passage["a"]["labelled"]
