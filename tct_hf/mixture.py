@@ -52,8 +52,9 @@ def free_mixture(
         cache_dir: folder for the base's vectors, which are then computed once.
         max_gigabytes: of each kind of vectors.
     """
-    pooled: Any = DenseTeacher(build_student(str(base), **(lengths or {})), dtype=dtype)
-    tokens: Any = ColBERTTeacher(build_colbert(str(base), **(lengths or {})), dtype=dtype)
+    reads: dict[str, Any] = dict(lengths or {})
+    pooled: Any = DenseTeacher(build_student(str(base), **reads), dtype=dtype)
+    tokens: Any = ColBERTTeacher(build_colbert(str(base), **reads), dtype=dtype)
     if cache_dir is not None:
         pooled, tokens = (CachedTeacher(one, cache_dir, max_gigabytes=max_gigabytes) for one in (pooled, tokens))
     members = zip((pooled, BM25Teacher(index), tokens), weights, strict=True)

@@ -134,7 +134,7 @@ def test_the_quickstarts_settings_file_names_the_quickstarts_models(tmp_path: Pa
     spec.loader.exec_module(module)
     settings = load_settings(module.Settings, [str(ROOT / "recipes" / "evaluate.yaml")], description="")
     del sys.modules["evaluate_recipe"]
-    assert (settings.student, settings.teacher) == ("outputs/quickstart/student", "outputs/quickstart/teacher")
+    assert (settings.student, settings.teacher) == ("outputs/quickstart/student", "own")
     quickstart = (ROOT / "recipes" / "quickstart.yaml").read_text()
     assert "output_dir: outputs/quickstart" in quickstart
     assert f"packages: [{', '.join(settings.data.packages)}]" in quickstart
