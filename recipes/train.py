@@ -160,7 +160,9 @@ def main(settings: Settings) -> None:
         temperature = student.training.get("temperature")
         calibrates = teaching.is_mixture if temperature is None else temperature == "auto"
         if (teaching.is_mixture or calibrates) and rows is None:
-            queries = collection.unjudged(data.labels) if data.unlabelled and teaching.is_mixture else {}
+            queries = (
+                collection.unjudged(data.labels, data.max_questions) if data.unlabelled and teaching.is_mixture else {}
+            )
             if data.negatives == "teacher":
                 queries |= collection.splits["train"].queries
             calibrates &= teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits

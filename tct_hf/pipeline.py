@@ -188,6 +188,7 @@ def training_triples(
         seed=seed,
         labels=data.labels,
         unlabelled=unlabelled,
+        max_questions=data.max_questions,
         candidates=candidates,
     )
 

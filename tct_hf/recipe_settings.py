@@ -22,6 +22,7 @@ class DataSettings:
     labels: float = setting(1.0, "share of the train queries whose judgements are used")
     unlabelled: bool = setting(False, "let the teacher judge the other train queries, and questions, for the student")
     questions: str | None = setting(None, "file of more questions without judgements, one a line")
+    max_questions: int | None = setting(None, "unlabelled questions to learn from, at most; all when none")
     made_questions: int = setting(0, "questions to make of the passages' own sentences, without labels")
     num_negatives: int = setting(1, "negatives a query")
     negative_depth: int = setting(100, "ranks that negatives are sampled from")

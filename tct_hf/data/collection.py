@@ -71,6 +71,7 @@ class Collection:
         seed: int,
         labels: float = 1.0,
         unlabelled: bool = False,
+        max_questions: int | None = None,
         candidates: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Dataset:
         """Training triples with negatives that are no known positives; see `bm25_triples`.
@@ -81,6 +82,7 @@ class Collection:
             seed: of the sample.
             labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
             unlabelled: also give rows of the other train queries and of `questions`, without labels.
+            max_questions: at most so many of these.
             candidates: the best passages of some queries, instead of BM25's.
 
         Raises:
@@ -90,7 +92,7 @@ class Collection:
 
         train = self.splits.get("train", Split({}, {}))
         labelled = set(_share(train.queries, labels))
-        others = self.unjudged(labels) if unlabelled else {}
+        others = self.unjudged(labels, max_questions) if unlabelled else {}
         if not labelled and not others:
             raise ValueError(
                 f"{self.name}: no train query has a label (data.labels is {labels}), and "
@@ -113,15 +115,17 @@ class Collection:
             without=self.made,
         )
 
-    def unjudged(self, labels: float = 1.0) -> dict[str, str]:
+    def unjudged(self, labels: float = 1.0, most: int | None = None) -> dict[str, str]:
         """Train queries whose judgements are not used, and `questions`, id to text.
 
         Args:
             labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
+            most: at most so many, drawn by a hash of the id; all when None.
         """
         train = self.splits.get("train", Split({}, {}))
         kept = set(_share(train.queries, labels))
-        return {name: text for name, text in train.queries.items() if name not in kept} | self.questions
+        others = {name: text for name, text in train.queries.items() if name not in kept} | self.questions
+        return _first_queries(Split(others, {}), most).queries
 
     def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
         """Judgements of the train queries, query id to passage id to grade.

@@ -36,3 +36,9 @@ def test_rows_of_made_questions_learn_from_the_rest_of_their_passage() -> None:
     assert by_passage["a"]["positive"] == "Sorting an array. It returns nothing."
     assert by_passage["a"]["negative_id"] != "a" and by_passage["a"]["label_weight"] == 1.0
     assert not by_passage["a"]["labelled"]
+
+
+def test_so_many_unlabelled_questions_are_the_same_ones_whatever_else_is_asked_for() -> None:
+    collection = Collection("made", corpus(), {}, {}, questions={f"q{number}": "a b" for number in range(50)})
+    ten = collection.unjudged(most=10)
+    assert len(ten) == 10 and set(ten) < set(collection.unjudged(most=20)) < set(collection.unjudged())
