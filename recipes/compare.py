@@ -166,10 +166,13 @@ def chosen_arms(settings: Settings) -> tuple[dict[str, Arm], dict[str, ArmTable]
         slugs = [slug_of(name) for name in all_of]
         if alike := [name for name in all_of if slugs.count(slug_of(name)) > 1]:
             raise SettingsError(f"{kind}: {' and '.join(map(repr, alike))} would share a folder; rename one")
-    arms = {
-        name: replace(arm, initialise_from=arm.encoder_settings(settings.encoder).starts_from(arm.initialise_from))
-        for name, arm in settings.arms.items()
-    }
+    arms = {}
+    for name, arm in settings.arms.items():
+        start = arm.encoder_settings(settings.encoder).starts_from(arm.initialise_from)
+        try:
+            arms[name] = replace(arm, initialise_from=start)
+        except ValueError as error:
+            raise SettingsError(f"arms.{name}.{error}") from error
     tables = settings.tables
     if settings.only is not None:
         only = set(settings.only)

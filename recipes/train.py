@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
     check_teacher(settings.teacher)
-    check_teaching(settings.teacher, settings.student, triples=settings.triples.path)
+    check_teaching(settings.teacher, settings.student, settings.encoder, triples=settings.triples.path)
     check_student(settings.encoder, settings.student, settings.teacher)
     pipeline.schedules_of(settings.student)
     run_checks.check_streaming(settings.triples, settings.teacher, settings.student, settings.stages)

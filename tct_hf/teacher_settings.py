@@ -195,12 +195,13 @@ def check_teacher(teacher: TeacherSettings) -> None:
         raise SettingsError("teacher: stored scores from two sets of columns; keep one, and give the other as a file")
 
 
-def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | None) -> None:
+def check_teaching(teacher: TeacherSettings, student: Any, encoder: EncoderSettings, *, triples: str | None) -> None:
     """Refuse a teacher that can't teach this student this way.
 
     Args:
         teacher: checked by :func:`check_teacher`.
         student: the settings of the student.
+        encoder: says where a student starts that does not say it itself.
         triples: the path of the user's own triples.
 
     Raises:
@@ -220,7 +221,7 @@ def check_teaching(teacher: TeacherSettings, student: Any, *, triples: str | Non
                     "teacher.candidates: the cross-encoder would score every query with every passage, and the "
                     "student compares a query's own; leave it out, or set student.training.candidates to in-batch"
                 )
-    if teacher.kind not in (None, "colbert") and student.initialise_from == "teacher":
+    if teacher.kind not in (None, "colbert") and encoder.starts_from(student.initialise_from) == "teacher":
         raise SettingsError(
             f"student.initialise_from: there is no encoder to take from a {teacher.kind} teacher; set it to base"
         )

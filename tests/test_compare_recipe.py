@@ -360,6 +360,6 @@ def test_the_comparisons_that_come_along_are_valid_settings(name: str, recipe: C
     module = sys.modules["compare_recipe"]
     loaded = load_settings(module.Settings, [str(ROOT / "recipes" / "compare" / name)], description="")
     arms, tables = module.chosen_arms(loaded)
-    assert arms == loaded.arms and tables == loaded.tables
+    assert list(arms) == list(loaded.arms) and tables == loaded.tables
     folders = {module.folder_of(Path("x"), arm, 13) for arm in loaded.arms}
     assert len(folders) == len(loaded.arms)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tct_hf import pipeline
-from tests.models import tiny_colbert
+from tct_hf import build_student, pipeline
+from tests.models import tiny_bert, tiny_colbert
 from tests.recipe import RECIPE, ROOT, in_this_process, write_beir
 
 QUESTIONS = 40
@@ -104,6 +104,30 @@ def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_wha
     other.write_text((settings.parent / "questions.txt").read_text() + "one more question\n")
     assert recipe(tmp_path, f"--data.questions={other}") == 1
     assert "holds a run with data.questions = " in capsys.readouterr().err
+
+
+def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_judges(
+    settings: Path, recipe: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build_student(str(tiny_bert(settings.parent / "encoder")))
+    base.similarity_fn_name = "cosine"
+    base.save_pretrained(str(settings.parent / "base"))
+    trained: list[Any] = []
+    original = pipeline.training_triples
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        trained.append(original(*args, **options))
+        return trained[-1]
+
+    monkeypatch.setattr(pipeline, "training_triples", recorded)
+    own = [f"--encoder.base_model={settings.parent / 'base'}", "--encoder.encoding=own", "--encoder.query_length=none"]
+    assert recipe(tmp_path, *own, "--teacher.model=none", "--student.layers=none", "--data.made_questions=5") == 0
+    [rows] = trained
+    assert not any(rows["labelled"]) and all(weight > 0 for weight in rows["label_weight"])
+    log = json.loads((tmp_path / "student" / "training_log.json").read_text())
+    assert [entry["hard_label"] > 0 for entry in log if "hard_label" in entry] == [True] * 3
+    report = (tmp_path / "report.md").read_text()
+    assert "what it would put first: base reranked by its own MaxSim, untrained." in report
 
 
 def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_split_is_measured(

@@ -43,7 +43,12 @@ def result(seeds: list[int], *, shift: float = 0.0, minutes: float = 2.0, offset
         ]
         for at, seed in enumerate(seeds)
     }
-    return ArmResult(Arm(**arm), evaluations, logs, {"learning_rate": 1e-4, "max_steps": 8, "seed": 1})
+    return ArmResult(
+        Arm(**{"initialise_from": "teacher", **arm}),
+        evaluations,
+        logs,
+        {"learning_rate": 1e-4, "max_steps": 8, "seed": 1},
+    )
 
 
 @pytest.fixture
