@@ -157,38 +157,18 @@ def main(settings: Settings) -> None:
     def distil(name: str, data: DataSettings, depends: dict[str, Any]) -> None:
         student, teaching = settings.student, settings.teacher
         rows_of = partial(triples, unlabelled=data.unlabelled)
-        temperature = student.training.get("temperature")
-        calibrates = teaching.is_mixture if temperature is None else temperature == "auto"
-        if (teaching.is_mixture or calibrates) and rows is None:
-            queries = (
-                collection.unjudged(data.labels, data.max_questions) if data.unlabelled and teaching.is_mixture else {}
+        with state.main_process_first():
+            student, teaching, candidates = pipeline.prepare_teaching(
+                *(collection, data, settings.encoder, student, teaching, output),
+                model=teacher,
+                name=f"mixture-{name}",
+                has_rows=rows is not None,
+                settings={**of_teacher, "data": asdict(data), "questions": of_student["questions"]},
+                write=write,
             )
-            if data.negatives == "teacher":
-                queries |= collection.splits["train"].queries
-            calibrates &= teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits
-            with state.main_process_first():
-                prepared = pipeline.prepare_mixture(
-                    *(collection, queries, settings.encoder, student, teaching, output),
-                    model=teacher,
-                    name=f"mixture-{name}",
-                    calibrated=calibrates,
-                    settings={**of_teacher, "data": asdict(data), "questions": of_student["questions"]},
-                    write=write,
-                )
-            if teaching.is_mixture:
-                teaching = replace(teaching, mixture_weights=prepared.weights)
-            else:
-                student = replace(student, training={**student.training, "temperature": 1 / prepared.weights[0]})
-            if teaching.kind == "self":
-                pooled, _, tokens = prepared.weights
-                student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
-            rows_of = partial(
-                pipeline.training_triples,
-                *(collection, data),
-                seed=settings.seed,
-                unlabelled=data.unlabelled,
-                candidates=prepared.candidates or None,
-            )
+        if candidates:
+            made = partial(pipeline.training_triples, collection, data, seed=settings.seed)
+            rows_of = partial(made, unlabelled=data.unlabelled, candidates=candidates)
         pipeline.train_student(
             *(collection, rows_of, settings.encoder, student, output),
             teacher=teacher,

@@ -360,7 +360,7 @@ def vectors_folder(teaching: TeacherSettings, student: StudentSettings, output: 
 
 @dataclass(frozen=True)
 class PreparedMixture:
-    """What a mixture has found before training: its weights, and the best passages of questions."""
+    """What a mixture has found before training: its members' weights, and the best passages of questions."""
 
     weights: list[float]
     candidates: Run
@@ -418,7 +418,73 @@ def prepare_mixture(
             write_json_atomic(staging / CLAIM_FILE, settings)
             replace_dir(staging, folder)
     weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
-    return PreparedMixture(weights[:3], read_run(folder / "candidates.trec") if queries else {})
+    return PreparedMixture(weights, read_run(folder / "candidates.trec") if queries else {})
+
+
+def prepare_teaching(
+    collection: Collection,
+    data: DataSettings,
+    encoder: EncoderSettings,
+    student: StudentSettings,
+    teaching: TeacherSettings,
+    output: Path,
+    *,
+    model: str | None,
+    name: str,
+    has_rows: bool,
+    settings: Mapping[str, Any],
+    write: Callable[[str], None] = print,
+) -> tuple[StudentSettings, TeacherSettings, Run]:
+    """Calibrate a teacher where that is asked for, and let a mixture search for what nobody has judged.
+
+    A mixture is calibrated where labels are used, dev is judged and nobody gave weights; any other teacher where
+    `student.training.temperature` is "auto".
+
+    Args:
+        collection: of the run.
+        data: which questions there are.
+        encoder: lengths.
+        student: its settings.
+        teaching: the teacher's.
+        output: folder of the run.
+        model: folder or Hub id of a teacher that is no mixture.
+        name: of the folder for what is found.
+        has_rows: the user's own triples are trained on: nothing is searched for.
+        settings: JSON-ready, all that the result depends on.
+        write: takes lines of progress.
+
+    Returns:
+        The settings of student and teacher with what was found, and the best passages of questions.
+    """
+    from tct_hf.mixture import DEFAULT_WEIGHTS
+
+    temperature = student.training.get("temperature")
+    calibrates = teaching.is_mixture if temperature is None else temperature == "auto"
+    calibrates = calibrates and teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits
+    queries: dict[str, str] = {}
+    if teaching.is_mixture and not has_rows:
+        queries = collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
+        if data.negatives == "teacher" and "train" in collection.splits:
+            queries |= collection.splits["train"].queries
+    found: Run = {}
+    if calibrates or queries:
+        prepared = prepare_mixture(
+            *(collection, queries, encoder, student, teaching, output),
+            model=model,
+            name=name,
+            calibrated=calibrates,
+            settings=settings,
+            write=write,
+        )
+        weights, found = prepared.weights, prepared.candidates
+        if not teaching.is_mixture:
+            return replace(student, training={**student.training, "temperature": 1 / weights[0]}), teaching, {}
+        others = [replace(one, weight=weight) for one, weight in zip(teaching.mixed_with, weights[3:], strict=True)]
+        teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
+    if teaching.kind == "self":
+        pooled, _, tokens = teaching.mixture_weights or DEFAULT_WEIGHTS
+        student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
+    return student, teaching, found
 
 
 def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
