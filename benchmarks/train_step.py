@@ -47,8 +47,8 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
 
     Args:
         side: "stock", hard labels in sentence-transformers' trainer; in ours "hard", hard labels, "tct", a live
-            teacher, "cached", one whose token vectors are kept under `folder`; in the encoder's own encoding "own",
-            hard labels, "mixture", cached vectors of the encoder with BM25, and "self", the student as its own teacher.
+            teacher, "cached", one whose token vectors are kept under `folder`; in its own encoding "own",
+            hard labels, "mixture", its cached vectors with BM25, and "self", the student as its own teacher.
         mode: of MODES.
         rows: to train on.
         batch: queries a step.
