@@ -72,6 +72,8 @@ def main(settings: Settings) -> None:
         raise SettingsError("data.questions: these have no labels; set data.unlabelled for the teacher to judge them")
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
+    if settings.triples.path is not None and "unlabelled" in settings.stages:
+        raise SettingsError("stages: unlabelled learns from the collection's questions; leave it or triples.path out")
     check_teacher(settings.teacher)
     check_teaching(settings.teacher, settings.student, settings.encoder, triples=settings.triples.path)
     check_student(settings.encoder, settings.student, settings.teacher)
