@@ -108,7 +108,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
             lengths = {"document_length": OWN_LENGTH}
             teacher = TeacherEnsemble([(BM25Teacher(index), 0.33)], normalize="none")
             if side == "mixture":
-                teacher = free_mixture(base, index, lengths=lengths, dtype=dtype, cache_dir=folder)
+                teacher = free_mixture(base, index, reads=lengths, dtype=dtype, cache_dir=folder)
         if side == "self":
             common["self_coupled"] = [6.0, 12.0]
         weight = {"hard": 1.0, "own": 1.0, "tct": 0.1, "cached": 0.1}.get(side, 0.5)

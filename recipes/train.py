@@ -72,6 +72,12 @@ def main(settings: Settings) -> None:
         raise SettingsError("data.questions: these have no labels; set data.unlabelled for the teacher to judge them")
     if settings.triples.path is not None and (settings.data.unlabelled or settings.data.labels < 1):
         raise SettingsError("triples.path: data.labels and data.unlabelled choose from a train split; leave them out")
+    asked = settings.data.unlabelled or "unlabelled" in settings.stages
+    for name in ("made_questions", "max_questions"):
+        if getattr(settings.data, name) and not asked:
+            raise SettingsError(f"data.{name}: questions without labels; set data.unlabelled to learn from them")
+    if settings.data.negatives == "teacher" and not settings.teacher.is_mixture:
+        raise SettingsError("data.negatives: only a mixture searches the corpus; leave it out, or set teacher.kind")
     if settings.triples.path is not None and "unlabelled" in settings.stages:
         raise SettingsError("stages: unlabelled learns from the collection's questions; leave it or triples.path out")
     check_teacher(settings.teacher)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tct_hf.files import write_json_atomic
 from tct_hf.mixture import list_scores, members_of, search_mixture, set_weights, weights_of
+from tct_hf.teacher_ensemble import TeacherEnsemble
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -112,10 +113,12 @@ def calibrate(
         student: about to learn, for comparison; a DenseTeacher of it.
 
     Raises:
-        ValueError: no query has a positive among its candidates.
+        ValueError: no query has a positive among its candidates, or an ensemble that normalises scores.
 
     Source: listwise maximum likelihood (Cao et al., ICML 2007), all positives as one target.
     """
+    if isinstance(teacher, TeacherEnsemble) and teacher.normalize != "none":
+        raise ValueError('calibrate sets weights of raw scores: make the TeacherEnsemble with normalize="none".')
     queries, qrels = collection.splits[split].queries, collection.splits[split].qrels
     asked = {name: queries[name] for name in list(qrels)[:most]}
     best: Mapping[str, Iterable[str]] = candidates or search_mixture(teacher, collection, asked, keep=depth)

@@ -226,8 +226,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         passages, passage_tokens, passage_mask = self._embed_tokens(features[1:])
         with torch.autocast(queries.device.type, enabled=False):
             maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask, passage_mask)
-            dim = queries.shape[1]
-            cosines = self._compared(queries, dim) @ self._compared(passages, dim).T
+            unit = torch.nn.functional.normalize
+            cosines = unit(queries.float(), dim=1) @ unit(passages.float(), dim=1).T
             own = (pooled * cosines + tokens * maxsim).detach()
         targets = replace(labels, scores=labels.scores + own)
         parts = self.compute_loss_from_embeddings([queries, *passages.chunk(len(features) - 1)], targets)

@@ -22,6 +22,8 @@ from tct_hf.teachers import Teacher
 from tct_hf.vector_teachers import ColBERTTeacher, DenseTeacher, VectorTeacher
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from tct_hf.data.collection import Collection
     from tct_hf.retrieval.sparse import BM25Index
 
@@ -36,7 +38,7 @@ def free_mixture(
     index: BM25Index,
     *,
     weights: Sequence[float] = DEFAULT_WEIGHTS,
-    lengths: Mapping[str, int] | None = None,
+    reads: Mapping[str, Any] | None = None,
     dtype: Any = "auto",
     cache_dir: str | Path | None = None,
     max_gigabytes: float = 20.0,
@@ -47,18 +49,23 @@ def free_mixture(
         base: folder or Hub id of an embedding model.
         index: BM25 over the corpus.
         weights: of the pooled vectors, BM25 and own MaxSim.
-        lengths: `query_length` and `document_length` of the base; its own when None.
+        reads: lengths and prompts of the base, arguments of `build_student`; its own when None.
         dtype: what the base computes in, see :class:`~tct_hf.ColBERTTeacher`.
         cache_dir: folder for the base's vectors, which are then computed once.
         max_gigabytes: of each kind of vectors.
     """
-    reads: dict[str, Any] = dict(lengths or {})
-    pooled: Any = DenseTeacher(build_student(str(base), **reads), dtype=dtype)
-    tokens: Any = ColBERTTeacher(build_colbert(str(base), **reads), dtype=dtype)
+    pooled: Any = DenseTeacher(by_cosine(build_student(str(base), **(reads or {}))), dtype=dtype)
+    tokens: Any = ColBERTTeacher(build_colbert(str(base), **(reads or {})), dtype=dtype)
     if cache_dir is not None:
         pooled, tokens = (CachedTeacher(one, cache_dir, max_gigabytes=max_gigabytes) for one in (pooled, tokens))
     members = zip((pooled, BM25Teacher(index), tokens), weights, strict=True)
     return TeacherEnsemble(list(members), normalize="none")
+
+
+def by_cosine(model: SentenceTransformer) -> SentenceTransformer:
+    """A model that compares by cosine from now on: the scale of dot products is every model's own."""
+    model.similarity_fn_name = "cosine"
+    return model
 
 
 def members_of(teacher: Teacher) -> dict[str, Teacher]:
@@ -118,13 +125,15 @@ def search_mixture(
     Returns:
         The run; scores are the mixture's, logits.
     """
+    if not queries:
+        return {}
     members = list(zip(members_of(teacher).values(), weights_of(teacher), strict=True))
-    cheap = [(one, weight) for one, weight in members if isinstance(_inner(one), (BM25Teacher, DenseTeacher))]
-    dear = [(one, weight) for one, weight in members if (one, weight) not in cheap]
+    searchers = [(one, weight) for one, weight in members if isinstance(_inner(one), (BM25Teacher, DenseTeacher))]
+    rerankers = [(one, weight) for one, weight in members if (one, weight) not in searchers]
     ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
     rows = {name: row for row, name in enumerate(ids)}
     found = [collection.bm25().run(dict(queries), depth)]
-    for one, _ in cheap:
+    for one, _ in searchers:
         if not isinstance(one, BM25Teacher):
             found.append(dense_run(one, ids, texts, queries, depth))
     run: Run = {}
@@ -132,9 +141,9 @@ def search_mixture(
         union = list(dict.fromkeys(passage for hits in found for passage in hits.get(name, ())))
         if not union:
             continue
-        scored = dict(zip(union, _sum(cheap, query, [texts[rows[one]] for one in union]), strict=True))
+        scored = dict(zip(union, _sum(searchers, query, [texts[rows[one]] for one in union]), strict=True))
         best = [passage for passage, _ in rank(scored)[:depth]]
-        more = _sum(dear, query, [texts[rows[one]] for one in best])
+        more = _sum(rerankers, query, [texts[rows[one]] for one in best])
         total = {passage: scored[passage] + score for passage, score in zip(best, more, strict=True)}
         run[name] = dict(rank(total)[:keep])
     return run

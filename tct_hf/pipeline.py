@@ -313,7 +313,7 @@ def train_student(
             teaching,
             teacher,
             index=collection.bm25,
-            lengths=encoder.lengths,
+            reads=encoder.reads,
             cache=vectors_folder(teaching, student, output),
             cache_gigabytes=student.teacher_cache_gigabytes,
         ),
@@ -343,7 +343,7 @@ def train_stock(
     from tct_hf import training
 
     return training.train_stock(
-        partial(new_student, encoder, None, initialise_from="base", layers=student.layers),
+        partial(new_student, replace(encoder, encoding="own"), None, initialise_from="base", layers=student.layers),
         make_triples,
         output / "stock",
         work=output / "training" / "stock",
@@ -403,7 +403,7 @@ def prepare_mixture(
     if not is_claimed(folder, settings):
         mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
         cache = vectors_folder(mixture, student, output)
-        teacher = make_teacher(mixture, model, index=collection.bm25, lengths=encoder.lengths, cache=cache)
+        teacher = make_teacher(mixture, model, index=collection.bm25, reads=encoder.reads, cache=cache)
         with staging_beside(folder) as staging:
             staging.mkdir(parents=True)
             if calibrated:
@@ -456,16 +456,21 @@ def prepare_teaching(
     Returns:
         The settings of student and teacher with what was found, and the best passages of questions.
     """
+    from tct_hf import SparseTCTTrainingArguments, TCTTrainingArguments
     from tct_hf.mixture import DEFAULT_WEIGHTS
 
     temperature = student.training.get("temperature")
     calibrates = teaching.is_mixture if temperature is None else temperature == "auto"
-    calibrates = calibrates and teaching.mixture_weights is None and data.labels > 0 and "dev" in collection.splits
+    calibrates = calibrates and teaching.mixture_weights is None and data.labels > 0
+    calibrates = calibrates and "dev" in collection.splits and bool(collection.splits["dev"].qrels)
     queries: dict[str, str] = {}
     if teaching.is_mixture and not has_rows:
         queries = collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
         if data.negatives == "teacher" and "train" in collection.splits:
             queries |= collection.splits["train"].queries
+    if teaching.is_mixture and not calibrates:
+        shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
+        write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
     found: Run = {}
     if calibrates or queries:
         prepared = prepare_mixture(
@@ -478,7 +483,9 @@ def prepare_teaching(
         )
         weights, found = prepared.weights, prepared.candidates
         if not teaching.is_mixture:
-            return replace(student, training={**student.training, "temperature": 1 / weights[0]}), teaching, {}
+            softening = (SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments).softening
+            training = {**student.training, "temperature": softening / weights[0]}
+            return replace(student, training=training), teaching, {}
         others = [replace(one, weight=weight) for one, weight in zip(teaching.mixed_with, weights[3:], strict=True)]
         teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
     if teaching.kind == "self":

@@ -67,6 +67,11 @@ class EncoderSettings:
         given = {"query_length": self.query_length, "document_length": self.document_length}
         return {name: length for name, length in given.items() if length is not None}
 
+    @property
+    def reads(self) -> dict[str, Any]:
+        """How an embedding model reads texts where that differs from its own way, arguments of `build_student`."""
+        return {**self.lengths, **({"prompts": self.prompts} if self.prompts else {})}
+
     def starts_from(self, initialise_from: str | None) -> str:
         """What a student starts from, where its settings leave it open: the teacher with "tct", else the base."""
         return initialise_from or ("teacher" if self.encoding == "tct" else "base")

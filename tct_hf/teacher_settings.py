@@ -175,7 +175,12 @@ def check_teacher(teacher: TeacherSettings) -> None:
         raise SettingsError(
             "teacher.mixture_weights: give three numbers, of a mixture's pooled vectors, BM25 and own MaxSim"
         )
-    if not teacher.is_mixture:
+    if teacher.is_mixture:
+        default = TeacherSettings()
+        for name in ("scores", "weight", "normalize", "dim", "training"):
+            if getattr(teacher, name) != getattr(default, name):
+                raise SettingsError(f"teacher.{name} has no effect on a mixture: leave it out, or set teacher.kind")
+    else:
         check_part(teacher, "teacher.", trains=teacher.kind == "colbert")
     for place, one in enumerate(teacher.mixed_with):
         check_part(one, f"teacher.mixed_with[{place}].")
@@ -207,6 +212,11 @@ def check_teaching(teacher: TeacherSettings, student: Any, encoder: EncoderSetti
     Raises:
         SettingsError: with the mend.
     """
+    if teacher.is_mixture and student.training.get("preset") is not None:
+        raise SettingsError(
+            "student.training.preset: its temperature belongs to the paper's teacher; leave it out, or set "
+            "teacher.kind to colbert"
+        )
     candidates = student.training.get("candidates", "in-batch")
     if candidates == "in-batch" and all(one.covers == "own" for one in teacher.parts):
         mend = ', or accept the cost with teacher.candidates: "in-batch"' if teacher.kind == "cross-encoder" else ""
@@ -287,7 +297,7 @@ def make_part(
     *,
     dtype: Any,
     index: Callable[[], BM25Index] | None = None,
-    lengths: Mapping[str, int] | None = None,
+    reads: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """Load one teacher.
 
@@ -296,7 +306,7 @@ def make_part(
         model: folder or Hub id; None where the kind has none.
         dtype: it computes in.
         index: gives the collection's BM25 index, for the kind bm25.
-        lengths: `query_length` and `document_length` of an embedding model; its own when None.
+        reads: lengths and prompts of an embedding model, arguments of `build_student`; its own when None.
     """
     from tct_hf import (
         BM25Teacher,
@@ -319,9 +329,9 @@ def make_part(
     if one.kind == "cross-encoder":
         return CrossEncoderTeacher(model, candidates=one.candidates, dtype=dtype)
     if one.kind == "own":
-        return ColBERTTeacher(build_colbert(resolve_model(model), encoding="own", **(lengths or {})), dtype=dtype)
+        return ColBERTTeacher(build_colbert(resolve_model(model), **(reads or {})), dtype=dtype)
     if one.kind == "dense":
-        return DenseTeacher(build_student(resolve_model(model), **(lengths or {})), dtype=dtype)
+        return DenseTeacher(build_student(resolve_model(model), **(reads or {})), dtype=dtype)
     return ColBERTTeacher(model, dtype=dtype)
 
 
@@ -330,7 +340,7 @@ def make_teacher(
     model: str | None,
     *,
     index: Callable[[], BM25Index] | None = None,
-    lengths: Mapping[str, int] | None = None,
+    reads: Mapping[str, Any] | None = None,
     cache: str | None = None,
     cache_gigabytes: float = 20.0,
 ) -> Teacher:
@@ -340,18 +350,21 @@ def make_teacher(
         teacher: the settings.
         model: of the first one, where it has any.
         index: gives the collection's BM25 index, for a part of the kind bm25.
-        lengths: as in :func:`make_part`.
+        reads: of the base of a mixture, as in :func:`make_part`.
         cache: folder for vectors of ColBERTs and embedding models; none: encode every time.
         cache_gigabytes: that each may take.
     """
-    from tct_hf import CachedTeacher, TeacherEnsemble
+    from tct_hf import CachedTeacher, DenseTeacher, TeacherEnsemble
+    from tct_hf.mixture import by_cosine
     from tct_hf.vector_teachers import VectorTeacher
 
     made: list[tuple[Teacher, float]] = []
     for one in teacher.parts:
-        live = make_part(
-            one, model if one is teacher else one.model, dtype=teacher.dtype, index=index, lengths=lengths
-        )
+        name = model if one is teacher else one.model
+        base = teacher.is_mixture and one.model == teacher.model
+        live = make_part(one, name, dtype=teacher.dtype, index=index, reads=reads if base else None)
+        if base and isinstance(live, DenseTeacher):
+            by_cosine(live.model)
         if cache is not None and isinstance(live, VectorTeacher):
             live = CachedTeacher(live, cache, max_gigabytes=cache_gigabytes)
         made.append((live, one.weight))

@@ -243,7 +243,10 @@ class Collection:
             count: at most so many.
             seed: of the draw.
         """
-        self.made = {f"made-{one.passage_id}": one for one in questions_from(self.corpus, count, seed=seed)}
+        splits = (*self.splits.values(), *self.also.values())
+        asked = [text for split in splits for text in split.queries.values()] + list(self.questions.values())
+        found = questions_from(self.corpus, count, seed=seed, without=asked)
+        self.made = {f"made-{one.passage_id}": one for one in found}
         self.questions = {**self.questions, **{name: one.text for name, one in self.made.items()}}
         self.fingerprint = {**self.fingerprint, "made_questions": {"count": len(self.made), "seed": seed}}
 

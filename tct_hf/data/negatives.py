@@ -103,8 +103,8 @@ def bm25_triples(
         best = {name: [row_of[index.ids[hit]] for hit in hits] for name, hits in zip(searched, found, strict=True)}
         rows: list[tuple[Any, ...]] = []
         for query_id in part:
-            ranked = rank(candidates.get(query_id, {}))[:depth]
-            hits = best[query_id] if query_id in best else [row_of[passage_id] for passage_id, _ in ranked]
+            ranked = rank(candidates.get(query_id, {}))
+            hits = best[query_id] if query_id in best else [row_of[passage_id] for passage_id, _ in ranked[:depth]]
             if without and query_id in without:
                 rows.append(
                     (

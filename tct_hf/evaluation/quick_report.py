@@ -84,8 +84,8 @@ def reference_systems(
             dense(BASE_NATIVE, _BASE_TITLE, lambda: build_student(base, **reads)),  # type: ignore[arg-type]
             own_maxsim_system(collection, base, depth=depth, bf16=bf16, reads=reads),
         ]
-        if vectors is not None and not prompts:
-            systems[-2:] = _kept_systems(collection, base, vectors, depth=depth, bf16=bf16, lengths=lengths)
+        if vectors is not None:
+            systems[-2:] = _kept_systems(collection, base, vectors, depth=depth, bf16=bf16, reads=reads)
     if stock is not None:
         systems.append(dense(STOCK, "stock fine-tuning of the base", lambda: SentenceTransformer(stock)))
     if teacher is not None:
@@ -95,7 +95,7 @@ def reference_systems(
 
 
 def _kept_systems(
-    collection: Collection, base: str, vectors: str, *, depth: int, bf16: bool, lengths: Mapping[str, int] | None
+    collection: Collection, base: str, vectors: str, *, depth: int, bf16: bool, reads: Mapping[str, Any]
 ) -> list[System]:
     """The base as it is and its own MaxSim, with vectors that are kept on disk."""
     from tct_hf.mixture import dense_run, free_mixture, list_scores, members_of
@@ -105,7 +105,7 @@ def _kept_systems(
         free_mixture,
         base,
         collection.bm25(),
-        lengths=lengths,
+        reads=reads,
         dtype="bfloat16" if bf16 else "float32",
         cache_dir=vectors,
     )
