@@ -171,6 +171,7 @@ def check_teacher(teacher: TeacherSettings) -> None:
     Raises:
         SettingsError: with the mend.
     """
+    teacher.kind = teacher.kind or "colbert"
     if teacher.mixture_weights is not None and (not teacher.is_mixture or len(teacher.mixture_weights) != 3):
         raise SettingsError(
             "teacher.mixture_weights: give three numbers, of a mixture's pooled vectors, BM25 and own MaxSim"
@@ -285,7 +286,8 @@ def check_scores(
 
 def check_colbert(teacher: TeacherSettings) -> None:
     """Refuse what is no single ColBERT, where a recipe trains, mines or reports with one."""
-    if teacher.kind not in (None, "colbert") or teacher.mixed_with:
+    teacher.kind = teacher.kind or "colbert"
+    if teacher.kind != "colbert" or teacher.mixed_with:
         raise SettingsError(
             "teacher.kind, teacher.mixed_with: this recipe works with a ColBERT alone; use recipes/train.py for others"
         )

@@ -264,6 +264,7 @@ def test_settings_and_citation_feed_the_model_card(student: SentenceTransformer)
         "mini_batch_size": 4,
         "gather_across_devices": False,
         "matryoshka_dims": [8, 32],
+        "self_coupled": None,
     }
     loss = TightlyCoupledLoss(student, **given_settings)
     assert loss.get_config_dict() == given_settings

@@ -228,7 +228,7 @@ def test_other_settings_in_the_same_output_are_refused_by_name_with_the_mend(
     [
         ("--encoder.base_modle=x", 'did you mean "encoder.base_model"?'),
         ("--student.training.temprature=2", 'did you mean "student.training.temperature"?'),
-        ("--stages=train", "teacher or student or evaluate"),
+        ("--stages=train", "teacher or unlabelled or stock or student or evaluate"),
     ],
 )
 def test_a_wrong_setting_is_one_message_before_anything_runs(
@@ -279,6 +279,7 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--encoder.base_model={tiny_modernbert(tmp_path / 'base')}", "--encoder.encoding=own"]
+    options += ["--teacher.kind=colbert"]
     options += ['--encoder.prompts={query: "query: ", document: "passage: "}', "--student.layers=[0, 2]"]
     options += ["--teacher.dim=none", "--student.pooling=cls", "--student.training.matryoshka_dims=[8, 16, 32]"]
     output = tmp_path / "output"
@@ -286,7 +287,7 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     said = capsys.readouterr().out
     for title in ("base as it is", "student, first 16 dimensions", "student, first 8 dim"):
         assert f"\n| {title}" in said
-    assert "first 32" not in said and "The students keep 48 tokens of a passage." in said
+    assert "first 32" not in said and "Models keep 48 tokens of a passage." in said
     student = SentenceTransformer(str(output / "student"), device="cpu")
     assert [type(module).__name__ for module in student] == ["Transformer", "Pooling"]
     assert student.prompts == {"query": "query: ", "document": "passage: "} and student[1].pooling_mode == "cls"
@@ -313,10 +314,10 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
         ),
         (['--encoder.prompts={query: "query: "}'], "encoder.prompts: the TCT encoding has its own"),
         (
-            ["--encoder.encoding=own", "--teacher.dim=none", "--student.scale=20"],
+            ["--encoder.encoding=own", "--teacher.kind=colbert", "--teacher.dim=none", "--student.scale=20"],
             "student.scale and student.query_augmentation are of the TCT encoding",
         ),
-        (["--encoder.encoding=own"], "teacher.dim is of the TCT encoding"),
+        (["--encoder.encoding=own", "--teacher.kind=colbert"], "teacher.dim is of the TCT encoding"),
     ],
 )
 def test_an_impossible_student_is_refused_before_its_teacher_is_trained(

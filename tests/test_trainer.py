@@ -430,6 +430,7 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_
         "candidates": "own",
         "mini_batch_size": 3,
         "matryoshka_dims": [8, 32],
+        "self_coupled": None,
     }
     trainer = make_trainer(tmp_path, *load(models), triples(8), **settings)
     assert trainer.loss.get_config_dict() == {**settings, "gather_across_devices": True}

@@ -53,7 +53,7 @@ def report(
         "teacher": str(output / "teacher"),
         "settings": {"seed": 1},
         "bf16": False,
-        "document_length": 32,
+        "lengths": {},
         "measures": ["RR@10"],
         "depth": 10,
         "examples": 1,
