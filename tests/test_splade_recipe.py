@@ -39,7 +39,7 @@ def test_a_sparse_student_is_trained_saved_and_measured(
     options += ["--student.training.eval_strategy=steps", "--student.training.eval_steps=3"]
     assert recipe(output, *options) == 0
     said = capsys.readouterr().out
-    assert "active dimensions: " in said and "| sparse student (weights of words)" in said
+    assert "active dimensions: " in said and "| student (weights of words)" in said
     assert f"SparseEncoder('{output / 'student'}')" in (output / "report.md").read_text()
     assert f"in the last batches of its training (step {STEPS}): " in (output / "report.md").read_text()
     log = json.loads((output / "student" / LOG_FILE).read_text())
