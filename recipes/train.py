@@ -1,8 +1,8 @@
-"""Train a ColBERT teacher, distil it live into a single-vector student, and measure both on held-out queries.
+"""Train a single-vector student from a live teacher, with labels or without, and measure it on held-out queries.
 
 accelerate launch recipes/train.py recipes/quickstart.yaml [--setting value ...]
 
-Stopped at any point, the same command goes on where it stopped. --stages runs some of teacher, student, evaluate.
+Stopped at any point, the same command goes on where it stopped. --stages runs some of the stages.
 """
 
 from __future__ import annotations

