@@ -157,8 +157,7 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         raise SettingsError(
             f"{prefix}{model}: {name} is not there, and no Hub id (owner/name) either. "
             + (
-                "Train one with recipes/train.py recipes/quickstart.yaml (make quickstart), or name the folder of a "
-                "ColBERT."
+                "Train one with recipes/train.py recipes/paper.yaml, or name the folder of a ColBERT."
                 if one.kind == "colbert"
                 else f"Name the folder of {what}."
             )

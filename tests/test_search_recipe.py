@@ -41,7 +41,8 @@ def searcher(material: Material, monkeypatch: pytest.MonkeyPatch) -> Searcher:
 
 
 def make_searcher(material: Material, collection: Collection, folder: Path, **options: Any) -> Searcher:
-    stores = Stores(collection, open_student(str(material.student)), "student", folder, write=lambda line: None)
+    student = open_student(str(material.student))
+    stores = Stores(collection, student, "student", folder, precision="fp32", write=lambda line: None)
     return Searcher(
         stores,
         reranker=options.pop("reranker", None),
@@ -167,9 +168,7 @@ def test_first_dimensions_are_searched_as_a_truncated_student_would(material: Ma
     student = SentenceTransformer(str(material.student), truncate_dim=8, device="cpu")
     scores = student.encode_document(list(collection.corpus["text"])) @ student.encode_query("dense tokens")
     found = [hit.dense for hit in searcher.ask("dense tokens", 20, rank_by="dense")]
-    np.testing.assert_allclose(
-        np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-2
-    )  # bfloat16 on some machines
+    np.testing.assert_allclose(np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-4)
     with pytest.raises(ValueError, match="dims: 4000 is not between 1 and"):
         make_searcher(material, collection, tmp_path, dims=4000)
 

@@ -157,7 +157,7 @@ def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
     if part.get("kind") == "bm25":
         return "BM25"
     if ready := part.get("model"):
-        return _name(_ON_THE_HUB.get(ready, str(ready))) + _READ_AS.get(part.get("kind"), "")
+        return _name(_ON_THE_HUB.get(ready, str(ready))) + _READ_AS.get(str(part.get("kind")), "")
     base = str((record.get("encoder") or {}).get("base_model"))
     return f"trained in the same run from {_name(_ON_THE_HUB.get(base, base))}"
 
