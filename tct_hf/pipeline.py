@@ -395,6 +395,8 @@ def prepare_mixture(
         settings: JSON-ready, all that the result depends on; a folder of others is refused.
         write: takes lines of progress.
     """
+    from tct_hf import DenseTeacher, build_student
+    from tct_hf.bundled import resolve_model
     from tct_hf.calibration import calibrate
     from tct_hf.mixture import members_of, search_mixture
     from tct_hf.mixture import weights_of as weights_of_members
@@ -407,8 +409,11 @@ def prepare_mixture(
         with staging_beside(folder) as staging:
             staging.mkdir(parents=True)
             if calibrated:
-                pooled = next(iter(members_of(teacher).values())) if teaching.is_mixture else None
-                found = calibrate(teacher, collection, student=pooled)
+                if teaching.is_mixture:  # its first member is the base, which the student starts from
+                    about_to_learn = next(iter(members_of(teacher).values()))
+                else:
+                    about_to_learn = DenseTeacher(build_student(resolve_model(encoder.base_model), **encoder.reads))
+                found = calibrate(teacher, collection, student=about_to_learn)
                 write("  " + found.summary().replace("\n", "\n  "))
                 found.save(staging)
             if queries:
