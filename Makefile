@@ -61,6 +61,7 @@ lint: $(VENV)/.installed-dev
 	"$(RUN)" -m ruff check .
 	"$(RUN)" -m ruff format --check .
 	"$(RUN)" -m mypy
+	"$(VENV)/bin/lint-imports"
 
 format: $(VENV)/.installed-dev
 	"$(RUN)" -m ruff check --fix .

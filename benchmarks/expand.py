@@ -41,8 +41,7 @@ def make_model(shape: str, texts: list[str]) -> tuple[Any, Any, list[int]]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     from tct_hf import builtin_corpus
-    from tct_hf.expander_training import new_expander
-    from tct_hf.recipe_settings import ExpanderSizes
+    from tct_hf.training.expander import ExpanderSizes, new_expander
 
     size = SHAPES[shape]
     pieces = min(size["vocab_size"], 4000)

@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tct_hf.retrieval.negatives import collection_bm25, collection_triples
+
 ROOT = Path(__file__).resolve().parent.parent
 SPLADE_SHA256 = "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a"
 NEGATIVES = 3
@@ -80,7 +82,7 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
     from transformers import set_seed
 
     from tct_hf.bundled import resolve_model
-    from tct_hf.teachers import has_bfloat16
+    from tct_hf.encoding.precision import has_bfloat16
 
     columns = [name for name in triples.column_names if name == "positive" or name.startswith("negative")]
     columns = [name for name in columns if not name.endswith(("_id", "_score"))]
@@ -116,7 +118,7 @@ def reranking_system(collection: Any, folder: Path) -> Any:
 
     def search(queries: Any) -> Any:
         texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
-        first = collection.bm25().run(queries, RERANKED)
+        first = collection_bm25(collection).run(queries, RERANKED)
         pairs = [(query, passage) for query, hits in first.items() for passage in hits]
         scores = CrossEncoder(str(folder)).predict(
             [(queries[query], texts[passage]) for query, passage in pairs], batch_size=64, show_progress_bar=False
@@ -143,8 +145,8 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="dev: while developing")
     args = parser.parse_args()
 
-    from tct_hf import pipeline
-    from tct_hf.pipeline import DataSettings
+    from tct_hf.pipeline import steps as pipeline
+    from tct_hf.pipeline.steps import DataSettings
     from tct_hf.quiet import quieten
 
     quieten()
@@ -172,7 +174,9 @@ def main() -> None:
         },
     )
     if not triples.is_file():
-        rows = collection.triples(num_negatives=NEGATIVES, depth=100, seed=13, labels=1.0, unlabelled=False)
+        rows = collection_triples(
+            collection, num_negatives=NEGATIVES, depth=100, seed=13, labels=1.0, unlabelled=False
+        )
         rows.to_parquet(str(triples) + ".part")
         os.replace(str(triples) + ".part", triples)
     if not cross.is_dir():
@@ -222,10 +226,10 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
     from tct_hf import build_splade
+    from tct_hf.encoding.precision import has_bfloat16
     from tct_hf.evaluation.comparison import evaluate_all, run_systems
     from tct_hf.evaluation.quick_report import reference_systems, sparse_system, student_systems
     from tct_hf.evaluation.significance import paired_randomisation_test
-    from tct_hf.teachers import has_bfloat16
 
     precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}
     queries = {args.split: collection.splits[args.split].queries}

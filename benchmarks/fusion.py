@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tct_hf.retrieval import fuse, reciprocal_rank_fusion, tune_alpha
+from tct_hf import fuse, reciprocal_rank_fusion, tune_alpha
 from tct_hf.retrieval.runs import Run, rank
 
 ALPHA = 0.1

@@ -88,7 +88,7 @@ def run(work: Path, name: str, sample: int, kill: dict[str, str]) -> float:
     sys.path.insert(0, str(RECIPE))
     import run as recipe  # type: ignore[import-not-found]
 
-    from tct_hf.steps import run_steps
+    from tct_hf.pipeline.commands import run_steps
 
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TCT_HF_CACHE": str(work / f"cache-{name}"), "HF_HUB_OFFLINE": "1"}
     settings = recipe.Settings(files=str(work / "msmarco"), sample=sample, settings=str(work / "settings"))

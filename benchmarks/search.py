@@ -148,7 +148,7 @@ def take_turns(
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     import faiss
 
-    from tct_hf.retrieval import DenseIndex
+    from tct_hf import DenseIndex
     from tct_hf.retrieval.dense_tuning import recall_at_k
     from tct_hf.retrieval.storage import folder_bytes
 

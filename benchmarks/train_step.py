@@ -23,6 +23,8 @@ from typing import Any
 
 from memory import peak_memory
 
+from tct_hf.retrieval.negatives import collection_triples
+
 DOCUMENT_LENGTH = 96
 OWN_LENGTH = 128
 
@@ -38,7 +40,7 @@ def triples(count: int, seed: int) -> Any:
     from tct_hf.data.collection import load_collection
 
     collection = load_collection("builtin", packages=["numpy", "scipy", "pandas", "sklearn"])
-    rows = collection.triples(num_negatives=1, depth=100, seed=seed)
+    rows = collection_triples(collection, num_negatives=1, depth=100, seed=seed)
     return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
 
 

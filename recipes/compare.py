@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf import pipeline
-from tct_hf.arms import REFERENCES, Arm, ArmTable, check_arms, check_students, slug_of, train_arm
-from tct_hf.pipeline import DataSettings, EncoderSettings, TeacherSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.arms import REFERENCES, Arm, ArmTable, check_arms, check_students, slug_of, train_arm
+from tct_hf.pipeline.steps import DataSettings, EncoderSettings, TeacherSettings
+from tct_hf.pipeline.teacher import check_colbert
 from tct_hf.progress import Stages
+from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
-from tct_hf.teacher_settings import check_colbert
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -62,7 +63,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
     from tct_hf.quiet import quieten
-    from tct_hf.stages import precision, process_state
+    from tct_hf.training.stages import precision, process_state
 
     check_colbert(settings.teacher)
     quieten()
@@ -218,7 +219,7 @@ def evaluate(
     # Tuning never searches for the test queries.
     splits = [split for split in ("dev", "test") if split in collection.splits and split in ("dev", settings.report)]
     queries: dict[str, dict[str, str]] = {split: collection.splits[split].queries for split in splits}
-    bm25 = {split: collection.bm25().run(asked, settings.depth) for split, asked in queries.items()}
+    bm25 = {split: collection_bm25(collection).run(asked, settings.depth) for split, asked in queries.items()}
     results = {
         name: search_arm(
             name,

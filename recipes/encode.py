@@ -36,7 +36,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.stores import open_student
     from tct_hf.quiet import quieten
     from tct_hf.retrieval.encode_timed import encode_timed
-    from tct_hf.stages import process_state
+    from tct_hf.training.stages import process_state
 
     if settings.model is None:
         raise SettingsError("model: name the folder or Hub id of the model to encode with, --model PATH")

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tct_hf import pipeline
 from tct_hf.evaluation.report_settings import ReportSettings
-from tct_hf.pipeline import DataSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.steps import DataSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -42,7 +42,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report, check_student
     from tct_hf.evaluation.stores import BASE_FOLDER, SPARSE_FOLDER, Stores, open_beside, open_student
     from tct_hf.quiet import quieten
-    from tct_hf.stages import process_state
+    from tct_hf.training.stages import process_state
 
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to evaluate, for instance --student PATH")

@@ -43,9 +43,9 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf import expand_corpus
     from tct_hf.data.collection import read_corpus
+    from tct_hf.pipeline.teacher import OneTeacher, check_part
     from tct_hf.quiet import quieten
-    from tct_hf.stages import process_state
-    from tct_hf.teacher_settings import OneTeacher, check_part
+    from tct_hf.training.stages import process_state
 
     if settings.teacher is not None:
         check_part(OneTeacher(kind=settings.kind, model=settings.teacher), "", model="teacher")
@@ -89,8 +89,8 @@ def main(settings: Settings) -> None:
 
 def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
     from tct_hf import score_expansions
-    from tct_hf.teacher_settings import OneTeacher, make_part
-    from tct_hf.vector_teachers import describe_teacher
+    from tct_hf.pipeline.teacher import OneTeacher, make_part
+    from tct_hf.teachers.colbert import describe_teacher
 
     teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), name, dtype=settings.dtype)
     score_expansions(

@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf import pipeline
-from tct_hf.pipeline import DataSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.rounds import MiningSettings
+from tct_hf.pipeline.steps import DataSettings
 from tct_hf.progress import Stages
-from tct_hf.rounds import MiningSettings
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
-    from tct_hf.data.mining import MiningCounts
-    from tct_hf.rounds import Source
+    from tct_hf.pipeline.rounds import Source
+    from tct_hf.retrieval.mining import MiningCounts
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Settings(MiningSettings):
 
 
 def main(settings: Settings) -> None:
-    from tct_hf import rounds
+    from tct_hf.pipeline import rounds
     from tct_hf.quiet import quieten
-    from tct_hf.stages import precision, process_state
+    from tct_hf.training.stages import precision, process_state
 
     if settings.model is not None and settings.run is not None:
         raise SettingsError("model, run: candidates come from one of them; leave the other out")
@@ -87,8 +87,8 @@ def source_of(
 ) -> Source:
     from dataclasses import replace
 
-    from tct_hf import rounds
     from tct_hf.evaluation.stores import Stores, open_student
+    from tct_hf.pipeline import rounds
 
     if settings.run is not None:
         return rounds.run_source(settings.run, settings.origin)

@@ -40,7 +40,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf import release
-    from tct_hf.hub import CardFacts
+    from tct_hf.hub.cards import CardFacts
     from tct_hf.quiet import quieten
 
     for name in ("path", "repo_id"):

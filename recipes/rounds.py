@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf import pipeline
-from tct_hf.pipeline import EvaluationSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.steps import EvaluationSettings
+from tct_hf.pipeline.training_rounds import RoundsSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import run_recipe, save_resolved, setting
-from tct_hf.training_rounds import RoundsSettings
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -33,10 +33,10 @@ class Settings(RoundsSettings):
 
 
 def main(settings: Settings) -> None:
-    from tct_hf import training_rounds
     from tct_hf.evaluation.quick_report import check_evaluation
+    from tct_hf.pipeline import training_rounds
     from tct_hf.quiet import quieten
-    from tct_hf.stages import precision, process_state
+    from tct_hf.training.stages import precision, process_state
 
     training_rounds.check_rounds(settings, settings.rounds)
     quieten()
@@ -76,7 +76,7 @@ def evaluate(
     settings: Settings, collection: Collection, results: list[RoundResult], output: Path, base: dict[str, Any]
 ) -> Path:
     from tct_hf.evaluation.round_report import report_rounds
-    from tct_hf.training_rounds import depends_of_round
+    from tct_hf.pipeline.training_rounds import depends_of_round
 
     _, of_last_student = depends_of_round(settings, collection, base, settings.rounds)
     return report_rounds(

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tct_hf import pipeline
-from tct_hf.pipeline import TriplesSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.steps import TriplesSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -34,11 +34,11 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    from tct_hf.pipeline.teacher import OneTeacher, check_part, make_part
     from tct_hf.quiet import quieten
-    from tct_hf.scoring import score_triples
-    from tct_hf.stages import process_state
-    from tct_hf.teacher_settings import OneTeacher, check_part, make_part
-    from tct_hf.vector_teachers import describe_teacher
+    from tct_hf.teachers.colbert import describe_teacher
+    from tct_hf.teachers.scoring import score_triples
+    from tct_hf.training.stages import process_state
 
     if settings.teacher is None:
         raise SettingsError("teacher: name the folder or Hub id of the model that scores, --teacher PATH")

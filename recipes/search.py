@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tct_hf import pipeline
 from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
-from tct_hf.pipeline import DataSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.steps import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf import pipeline, run_checks
-from tct_hf.pipeline import (
+from tct_hf.pipeline import run_checks
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.steps import (
     DataSettings,
     EncoderSettings,
     EvaluationSettings,
@@ -22,9 +23,9 @@ from tct_hf.pipeline import (
     TeacherSettings,
     TriplesSettings,
 )
+from tct_hf.pipeline.teacher import check_scores, check_teacher, check_teaching
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
-from tct_hf.teacher_settings import check_scores, check_teacher, check_teaching
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,9 +53,9 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
+    from tct_hf.pipeline.student_checks import check_student
     from tct_hf.quiet import quieten
-    from tct_hf.stages import precision, process_state
-    from tct_hf.student_checks import check_student
+    from tct_hf.training.stages import precision, process_state
 
     quieten()
     state = process_state()

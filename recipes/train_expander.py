@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tct_hf import pipeline
-from tct_hf.pipeline import DataSettings
+from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline.steps import DataSettings
 from tct_hf.progress import Stages
-from tct_hf.recipe_settings import ExpanderSizes
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.training.expander import ExpanderSizes
 
 
 @dataclass
@@ -53,10 +53,10 @@ TRAINING: dict[str, Any] = {
 
 
 def main(settings: Settings) -> None:
-    from tct_hf import expander_training as training
     from tct_hf.data.expansion_corpus import load_expander
     from tct_hf.quiet import quieten
-    from tct_hf.stages import precision, process_state
+    from tct_hf.training import expander as training
+    from tct_hf.training.stages import precision, process_state
 
     for name in ("passage_length", "query_length"):
         if getattr(settings, name) < 1:

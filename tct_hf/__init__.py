@@ -3,86 +3,139 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
-# Public name -> module. Nothing here is imported until it is asked for: `import tct_hf` must not import torch.
+# Module -> its public names. Nothing is imported until it is asked for: `import tct_hf` must not import torch.
 _PUBLIC = {
-    "build_student": "encoding",
-    "student_from_teacher": "encoding",
-    "build_colbert": "encoding",
-    "save_student": "encoding",
-    "finalise_checkpoint": "encoding",
-    "validate_checkpoint": "encoding",
-    "Teacher": "teachers",
-    "ColBERTTeacher": "vector_teachers",
-    "DenseTeacher": "vector_teachers",
-    "BM25Teacher": "bm25_teacher",
-    "NoTeacher": "teachers",
-    "CachedTeacher": "cached_teacher",
-    "CrossEncoderTeacher": "cross_encoder_teacher",
-    "StoredScores": "stored_scores",
-    "TeacherEnsemble": "teacher_ensemble",
-    "calibrate": "calibration",
-    "Calibration": "calibration",
-    "free_mixture": "mixture",
-    "search_mixture": "mixture",
-    "score_triples": "scoring",
-    "coupled_loss": "losses",
-    "TightlyCoupledLoss": "losses",
-    "TeacherTargets": "losses",
-    "LossSchedule": "schedules",
-    "Schedule": "schedules",
-    "StallWatch": "stalls",
-    "TCTTrainer": "trainer",
-    "TCTTrainingArguments": "arguments",
-    "build_splade": "splade",
-    "SparseTCTTrainer": "trainer",
-    "SparseTCTTrainingArguments": "arguments",
-    "CollapsedStudent": "sparsity",
-    "TCTDataCollator": "trainer",
-    "builtin_corpus": "data",
-    "load_beir": "data",
-    "bm25_triples": "data",
-    "mine_triples": "data",
-    "MiningCounts": "data",
-    "load_triples": "data",
-    "SkippedRows": "data",
-    "expand_corpus": "data",
-    "load_expander": "data",
-    "score_expansions": "data",
-    "expanded_texts": "data",
-    "load_expansions": "data",
-    "write_expansions": "data",
-    "BM25Index": "retrieval",
-    "expanded_bm25": "retrieval",
-    "DenseIndex": "retrieval",
-    "SparseIndex": "retrieval",
-    "encode_corpus": "retrieval",
-    "load_vectors": "retrieval",
-    "read_run": "retrieval",
-    "write_run": "retrieval",
-    "fuse": "retrieval",
-    "tune_alpha": "retrieval",
-    "reciprocal_rank_fusion": "retrieval",
-    "load_student": "hub",
-    "convert_checkpoint": "hub",
-    "release": "hub",
-    "evaluate_run": "evaluation",
-    "compare_runs": "evaluation",
-    "measure_efficiency": "evaluation",
-    "Report": "evaluation",
-    "build_report": "evaluation",
+    "encoding.build": [
+        "build_student",
+        "student_from_teacher",
+        "build_colbert",
+        "save_student",
+        "finalise_checkpoint",
+        "validate_checkpoint",
+    ],
+    "encoding.convert": ["load_student", "convert_checkpoint"],
+    "encoding.splade": ["build_splade"],
+    "data.beir": ["load_beir"],
+    "data.builtin": ["builtin_corpus"],
+    "data.expansion": ["expanded_texts", "load_expansions", "write_expansions"],
+    "data.expansion_corpus": ["expand_corpus", "load_expander"],
+    "data.row_parsing": ["SkippedRows"],
+    "retrieval.triples": ["load_triples"],
+    "retrieval.bm25": ["BM25Index"],
+    "retrieval.dense": ["DenseIndex"],
+    "retrieval.encode": ["encode_corpus"],
+    "retrieval.expanded": ["expanded_bm25"],
+    "retrieval.fusion": ["fuse", "reciprocal_rank_fusion"],
+    "retrieval.mining": ["mine_triples", "MiningCounts"],
+    "retrieval.negatives": ["bm25_triples"],
+    "retrieval.runs": ["read_run", "write_run"],
+    "retrieval.sparse": ["SparseIndex"],
+    "retrieval.vectors": ["load_vectors"],
+    "teachers.base": ["Teacher", "NoTeacher"],
+    "teachers.bm25": ["BM25Teacher"],
+    "teachers.cached": ["CachedTeacher"],
+    "teachers.calibration": ["calibrate", "Calibration"],
+    "teachers.colbert": ["ColBERTTeacher", "DenseTeacher"],
+    "teachers.cross_encoder": ["CrossEncoderTeacher"],
+    "teachers.ensemble": ["TeacherEnsemble"],
+    "teachers.expansion_scores": ["score_expansions"],
+    "teachers.mixture": ["free_mixture", "search_mixture"],
+    "teachers.scoring": ["score_triples"],
+    "teachers.stored": ["StoredScores"],
+    "training.arguments": ["TCTTrainingArguments", "SparseTCTTrainingArguments"],
+    "training.loss": ["coupled_loss", "TightlyCoupledLoss", "TeacherTargets"],
+    "training.schedules": ["LossSchedule", "Schedule"],
+    "training.sparsity": ["CollapsedStudent"],
+    "training.stalls": ["StallWatch"],
+    "training.trainer": ["TCTTrainer", "SparseTCTTrainer", "TCTDataCollator"],
+    "evaluation.efficiency": ["measure_efficiency"],
+    "evaluation.measures": ["evaluate_run"],
+    "evaluation.report": ["Report"],
+    "evaluation.reporting": ["build_report"],
+    "evaluation.tune_alpha": ["tune_alpha"],
+    "evaluation.significance": ["compare_runs"],
+    "hub.release": ["release"],
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_MODULE_OF]
+
+if TYPE_CHECKING:
+    from tct_hf.data.beir import load_beir as load_beir
+    from tct_hf.data.builtin import builtin_corpus as builtin_corpus
+    from tct_hf.data.expansion import expanded_texts as expanded_texts
+    from tct_hf.data.expansion import load_expansions as load_expansions
+    from tct_hf.data.expansion import write_expansions as write_expansions
+    from tct_hf.data.expansion_corpus import expand_corpus as expand_corpus
+    from tct_hf.data.expansion_corpus import load_expander as load_expander
+    from tct_hf.data.row_parsing import SkippedRows as SkippedRows
+    from tct_hf.encoding.build import build_colbert as build_colbert
+    from tct_hf.encoding.build import build_student as build_student
+    from tct_hf.encoding.build import finalise_checkpoint as finalise_checkpoint
+    from tct_hf.encoding.build import save_student as save_student
+    from tct_hf.encoding.build import student_from_teacher as student_from_teacher
+    from tct_hf.encoding.build import validate_checkpoint as validate_checkpoint
+    from tct_hf.encoding.convert import convert_checkpoint as convert_checkpoint
+    from tct_hf.encoding.convert import load_student as load_student
+    from tct_hf.encoding.splade import build_splade as build_splade
+    from tct_hf.evaluation.efficiency import measure_efficiency as measure_efficiency
+    from tct_hf.evaluation.measures import evaluate_run as evaluate_run
+    from tct_hf.evaluation.report import Report as Report
+    from tct_hf.evaluation.reporting import build_report as build_report
+    from tct_hf.evaluation.significance import compare_runs as compare_runs
+    from tct_hf.evaluation.tune_alpha import tune_alpha as tune_alpha
+    from tct_hf.hub.release import release as release
+    from tct_hf.retrieval.bm25 import BM25Index as BM25Index
+    from tct_hf.retrieval.dense import DenseIndex as DenseIndex
+    from tct_hf.retrieval.encode import encode_corpus as encode_corpus
+    from tct_hf.retrieval.expanded import expanded_bm25 as expanded_bm25
+    from tct_hf.retrieval.fusion import fuse as fuse
+    from tct_hf.retrieval.fusion import reciprocal_rank_fusion as reciprocal_rank_fusion
+    from tct_hf.retrieval.mining import MiningCounts as MiningCounts
+    from tct_hf.retrieval.mining import mine_triples as mine_triples
+    from tct_hf.retrieval.negatives import bm25_triples as bm25_triples
+    from tct_hf.retrieval.runs import read_run as read_run
+    from tct_hf.retrieval.runs import write_run as write_run
+    from tct_hf.retrieval.sparse import SparseIndex as SparseIndex
+    from tct_hf.retrieval.triples import load_triples as load_triples
+    from tct_hf.retrieval.vectors import load_vectors as load_vectors
+    from tct_hf.teachers.base import NoTeacher as NoTeacher
+    from tct_hf.teachers.base import Teacher as Teacher
+    from tct_hf.teachers.bm25 import BM25Teacher as BM25Teacher
+    from tct_hf.teachers.cached import CachedTeacher as CachedTeacher
+    from tct_hf.teachers.calibration import Calibration as Calibration
+    from tct_hf.teachers.calibration import calibrate as calibrate
+    from tct_hf.teachers.colbert import ColBERTTeacher as ColBERTTeacher
+    from tct_hf.teachers.colbert import DenseTeacher as DenseTeacher
+    from tct_hf.teachers.cross_encoder import CrossEncoderTeacher as CrossEncoderTeacher
+    from tct_hf.teachers.ensemble import TeacherEnsemble as TeacherEnsemble
+    from tct_hf.teachers.expansion_scores import score_expansions as score_expansions
+    from tct_hf.teachers.mixture import free_mixture as free_mixture
+    from tct_hf.teachers.mixture import search_mixture as search_mixture
+    from tct_hf.teachers.scoring import score_triples as score_triples
+    from tct_hf.teachers.stored import StoredScores as StoredScores
+    from tct_hf.training.arguments import SparseTCTTrainingArguments as SparseTCTTrainingArguments
+    from tct_hf.training.arguments import TCTTrainingArguments as TCTTrainingArguments
+    from tct_hf.training.loss import TeacherTargets as TeacherTargets
+    from tct_hf.training.loss import TightlyCoupledLoss as TightlyCoupledLoss
+    from tct_hf.training.loss import coupled_loss as coupled_loss
+    from tct_hf.training.schedules import LossSchedule as LossSchedule
+    from tct_hf.training.schedules import Schedule as Schedule
+    from tct_hf.training.sparsity import CollapsedStudent as CollapsedStudent
+    from tct_hf.training.stalls import StallWatch as StallWatch
+    from tct_hf.training.trainer import SparseTCTTrainer as SparseTCTTrainer
+    from tct_hf.training.trainer import TCTDataCollator as TCTDataCollator
+    from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'tct_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tct_hf.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(f"tct_hf.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

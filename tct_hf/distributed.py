@@ -9,7 +9,7 @@ import torch.distributed as dist
 from sentence_transformers.util.distributed import all_gather, all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor
 
-from tct_hf.batching import pad_tokens
+from tct_hf.batches import pad_tokens
 
 Similarity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -46,8 +46,8 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture
 def warm_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are loaded without this package in a process that has the rest imported already."""
-    from tct_hf import checkpoints
-    from tct_hf.hub import releasing
+    from tct_hf.encoding import checkpoint as checkpoints
+    from tct_hf.hub import release as releasing
 
     def run(command: list[str], *, cwd: str | Path = ".", **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return run_warm(command[1:], env=_ENVIRONMENT, cwd=Path(cwd).resolve())

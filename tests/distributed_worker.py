@@ -19,8 +19,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers import TrainerCallback
 
-    from tct_hf import batching
-    from tests.training import logged, make_teacher, make_trainer, triples, with_scores
+    from tct_hf import batches as batching
+    from tests.train_helpers import logged, make_teacher, make_trainer, triples, with_scores
 
     class KeepGradients(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

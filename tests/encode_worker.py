@@ -43,8 +43,9 @@ def main(model: str, output: str, killed: str = "") -> None:
     torch.set_num_threads(1)
     from sentence_transformers import SentenceTransformer
 
-    from tct_hf.retrieval import encode_corpus, vectors
-    from tct_hf.stages import process_state
+    from tct_hf import encode_corpus
+    from tct_hf.retrieval import vectors
+    from tct_hf.training.stages import process_state
 
     write_json: Any = vectors.write_json_atomic
     if killed == "vectors":

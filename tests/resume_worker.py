@@ -27,7 +27,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from tct_hf import StallWatch
-    from tests.training import make_teacher, make_trainer, with_scores
+    from tests.train_helpers import make_teacher, make_trainer, with_scores
 
     kill_in_step = settings.pop("kill_in_step", None)
     kill_in_save = settings.pop("kill_in_save", None)

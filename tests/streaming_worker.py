@@ -24,7 +24,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     from tct_hf import ColBERTTeacher, load_triples
-    from tests.training import make_trainer
+    from tests.train_helpers import make_trainer
 
     kill_in_step = settings.pop("kill_in_step", None)
     buffer_size = settings.pop("shuffle_buffer", 0)

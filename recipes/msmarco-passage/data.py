@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from tct_hf.data.passage_ranking import PassageRankingFiles
+from tct_hf.pipeline.passage_ranking import PassageRankingFiles
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -22,7 +22,7 @@ class Settings(PassageRankingFiles):
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.data.passage_ranking import prepare_passage_ranking
+    from tct_hf.pipeline.passage_ranking import prepare_passage_ranking
 
     if settings.sample is not None and settings.sample < 1:
         raise SettingsError(f"sample: {settings.sample} is below 1; leave it out for all passages")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tct_hf.settings import SettingsError, run_recipe, setting
 
 if TYPE_CHECKING:
-    from tct_hf.steps import Step
+    from tct_hf.pipeline.commands import Step
 
 HERE = Path(__file__).parent
 # Name, script, YAML, options, what it makes below its output_dir, run by python alone.
@@ -47,7 +47,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.steps import run_steps, table
+    from tct_hf.pipeline.commands import run_steps, table
 
     if settings.sample is not None and settings.sample < 1:
         raise SettingsError(f"sample: {settings.sample} is below 1; leave it out for all passages")
@@ -67,7 +67,7 @@ def main(settings: Settings) -> None:
 
 def steps_of(settings: Settings) -> list[Step]:
     """The steps that there are settings for; an expander is trained for a sample alone."""
-    from tct_hf.steps import Step
+    from tct_hf.pipeline.commands import Step
 
     folders = [HERE if settings.sample is None else HERE / "sample"]
     if settings.settings is not None:
@@ -92,8 +92,8 @@ def steps_of(settings: Settings) -> list[Step]:
 
 def triples_of(data: Path, train: Path, files: str | None) -> tuple[str, ...]:
     """Where training finds the triples that data.yaml counts, where train.yaml does not say so itself."""
-    from tct_hf.data.passage_ranking import place_of
     from tct_hf.located_yaml import read_chain
+    from tct_hf.pipeline.passage_ranking import place_of
 
     source, said = read_chain(data).unwrap(), (read_chain(train).unwrap().get("triples") or {}).get("path")
     name, folder = source.get("triples"), source.get("files")
@@ -122,8 +122,8 @@ def check_data(steps: list[Step], sample: int | None) -> None:
 
 def check_sample(folder: Path, data: Path, sample: int | None) -> None:
     """Refuse a folder that holds another sample: every step would refuse its own part of it."""
-    from tct_hf.data.passage_ranking import COUNTS_FILE
     from tct_hf.files import CLAIM_FILE
+    from tct_hf.pipeline.passage_ranking import COUNTS_FILE
 
     if (data / COUNTS_FILE).is_file():
         before = json.loads((data / CLAIM_FILE).read_text(encoding="utf-8"))["sample"]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tct_hf.cache import default_cache_dir
 from tct_hf.data.beir_format import (
     MissingSplitError,
     Qrels,
@@ -15,7 +16,6 @@ from tct_hf.data.beir_format import (
     read_qrels,
     read_records,
 )
-from tct_hf.data.cache import default_cache_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.data.cache import build_once, read_corpus, write_corpus
+from tct_hf.cache import build_once, read_corpus, write_corpus
 from tct_hf.data.row_parsing import BadRow, byte_lines, decode, parse_json_line
 
 if TYPE_CHECKING:

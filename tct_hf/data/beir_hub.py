@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from tct_hf.cache import default_cache_dir
 from tct_hf.data.beir_format import (
     HEADER,
     MissingSplitError,
@@ -17,7 +18,6 @@ from tct_hf.data.beir_format import (
     check_record,
     prepare_corpus,
 )
-from tct_hf.data.cache import default_cache_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.data.cache import build_once, default_cache_dir, read_corpus, write_corpus
+from tct_hf.cache import build_once, default_cache_dir, read_corpus, write_corpus
 from tct_hf.data.docstrings import STDLIB, Docstring, package_roots, read_docstrings
 from tct_hf.data.near_duplicates import DisjointSets, near_duplicate_pairs
 

@@ -12,11 +12,10 @@ from tct_hf.data.made_questions import MadeQuestion, questions_from
 from tct_hf.data.near_duplicates import folded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from datasets import Dataset
 
-    from tct_hf.retrieval.sparse import BM25Index
 
 BUILTIN = "builtin"
 AUTO = "auto"
@@ -43,6 +42,7 @@ class Collection:
         made: those of them that are sentences of passages, query id to where it comes from.
         also: splits that are reported beside "test", by their own names.
         test_split: what the split of the use "test" is called in the source.
+        index: BM25 over the corpus, once somebody has built it.
     """
 
     name: str
@@ -53,67 +53,7 @@ class Collection:
     made: dict[str, MadeQuestion] = field(default_factory=dict)
     also: dict[str, Split] = field(default_factory=dict)
     test_split: str = "test"
-    _index: BM25Index | None = None
-
-    def bm25(self) -> BM25Index:
-        """The BM25 index of the corpus, built once."""
-        if self._index is None:
-            from tct_hf.retrieval.sparse import BM25Index
-
-            self._index = BM25Index.build(self.corpus["text"], self.corpus["id"])
-        return self._index
-
-    def triples(
-        self,
-        *,
-        num_negatives: int,
-        depth: int,
-        seed: int,
-        labels: float = 1.0,
-        unlabelled: bool = False,
-        max_questions: int | None = None,
-        candidates: Mapping[str, Mapping[str, float]] | None = None,
-    ) -> Dataset:
-        """Training triples with negatives that are no known positives; see `bm25_triples`.
-
-        Args:
-            num_negatives: negatives a row.
-            depth: BM25 ranks they are sampled from.
-            seed: of the sample.
-            labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
-            unlabelled: also give rows of the other train queries and of `questions`, without labels.
-            max_questions: at most so many of these.
-            candidates: the best passages of some queries, instead of BM25's.
-
-        Raises:
-            ValueError: there is nothing to train on.
-        """
-        from tct_hf.data.negatives import bm25_triples
-
-        train = self.splits.get("train", Split({}, {}))
-        labelled = set(_share(train.queries, labels))
-        others = self.unjudged(labels, max_questions) if unlabelled else {}
-        if not labelled and not others:
-            raise ValueError(
-                f"{self.name}: no train query has a label (data.labels is {labels}), and "
-                + (
-                    "there is no question without one either: give a file of them as data.questions."
-                    if unlabelled
-                    else "unlabelled questions are not asked for: set data.unlabelled, or raise data.labels."
-                )
-            )
-        return bm25_triples(
-            self.corpus,
-            train.queries,
-            self.labelled(labels),
-            num_negatives=num_negatives,
-            depth=depth,
-            seed=seed,
-            index=self.bm25(),
-            unlabelled=others,
-            candidates=candidates,
-            without=self.made,
-        )
+    index: Any = None
 
     def unjudged(self, labels: float = 1.0, most: int | None = None) -> dict[str, str]:
         """Train queries whose judgements are not used, and `questions`, id to text.

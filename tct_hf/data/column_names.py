@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 KNOWN = "known_positive_ids"
 # False in rows that nobody has judged: a teacher says what their passages are worth.
@@ -36,3 +36,56 @@ def check_mapping(columns: Mapping[str, str | None]) -> None:
                 f"negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, {KNOWN}, "
                 f"{LABELLED}"
             )
+
+
+_CANDIDATE = re.compile(r"positive|negative|negative_[1-9][0-9]*")
+
+
+_IDENTIFIER = re.compile(
+    r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled|label_weight"
+)
+
+
+# Scores that a teacher may read (a list, or one a candidate), and what mining records of a row.
+_RECORD = re.compile(r"origin|scores|label|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
+
+
+def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> list[str]:
+    """The candidate columns of a data set in the order of the score matrix: positive, then the negatives.
+
+    Args:
+        names: all columns of the data set.
+        read: those of other names that the teacher reads.
+
+    Returns:
+        `["positive", "negative"]`, or `["positive", "negative_1", ..., "negative_n"]`, n >= 0.
+
+    Raises:
+        ValueError: a column is missing, unknown or numbered with a gap, with the mend.
+    """
+    known = {name for name in names if name == "query" or _CANDIDATE.fullmatch(name)}
+    others = {*read, "dataset_name"}
+    unknown = [
+        name
+        for name in names
+        if name not in known | others and not _IDENTIFIER.fullmatch(name) and not _RECORD.fullmatch(name)
+    ]
+    missing = [name for name in ("query", "positive") if name not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"The data set has the columns {list(names)}, but "
+            + " and ".join(
+                [f"{name!r} is missing" for name in missing] + [f"{name!r} is not known" for name in unknown]
+            )
+            + ". Training takes query, positive, negative (or negative_1 to negative_n), and ids as query_id, "
+            "positive_id, negative_id (or negative_1_id ...), known_positive_ids, labelled and label_weight: "
+            "rename_column or remove_columns."
+        )
+    negatives = [name for name in names if name in known and name.startswith("negative")]
+    wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i + 1}" for i in range(len(negatives))]
+    if sorted(negatives) != sorted(wanted):
+        raise ValueError(
+            f"The negative columns are {negatives}: name one negative, or several negative_1 to negative_n without a "
+            "gap."
+        )
+    return ["positive", *wanted]

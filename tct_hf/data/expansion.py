@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.data import expansion_store as store
-from tct_hf.data.cache import build_once, default_cache_dir
 from tct_hf.files import claim, file_digest
 
 if TYPE_CHECKING:

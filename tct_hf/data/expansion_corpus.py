@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.data import expansion_store as store
 from tct_hf.data.passages import checked_passages, passage_shards
-from tct_hf.digests import tokenizer_digest, weights_digest
+from tct_hf.encoding.digests import tokenizer_digest, weights_digest
 from tct_hf.files import claim
 from tct_hf.progress import PassageProgress, print_at_once
 
@@ -40,7 +40,7 @@ def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", 
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
     from tct_hf.bundled import told_when_missing
-    from tct_hf.teachers import check_dtype, compute_dtype
+    from tct_hf.encoding.precision import check_dtype, compute_dtype
 
     check_dtype(dtype)
     place = torch.device("cpu" if device is None else device)

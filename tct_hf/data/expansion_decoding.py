@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tct_hf.batching import padding_of, passes
+from tct_hf.batches import padding_of, passes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tct_hf.retrieval.ids import SeenIds, is_utf8
+from tct_hf.data.ids import SeenIds, is_utf8
 
 Passage = tuple[str, str]
 

@@ -9,7 +9,7 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from tct_hf.data.cache import build_once, default_cache_dir
+from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.data.hub_tables import is_hub_table, load_hub_table
 from tct_hf.data.lookups import JSON_SUFFIXES, TSV_SUFFIXES, format_of
 from tct_hf.data.row_parsing import BadRow, byte_lines, shown, there_are

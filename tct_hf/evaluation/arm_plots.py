@@ -9,7 +9,7 @@ from typing import Any
 
 from tct_hf.evaluation.arm_table import ArmResult
 from tct_hf.evaluation.comparison import standard_error
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
 
 
 def plot_curves(results: Mapping[str, ArmResult], path: Path, ylabel: str) -> list[str]:
@@ -23,7 +23,7 @@ def plot_curves(results: Mapping[str, ArmResult], path: Path, ylabel: str) -> li
     Returns:
         What to say in the report.
     """
-    from tct_hf.plots import plot_dev_curves
+    from tct_hf.evaluation.plots import plot_dev_curves
 
     panels: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
@@ -79,7 +79,7 @@ def plot_swept(
         What to say in the report: nothing where fewer than three arms of a signal differ in an argument, each from
         each. Arms of hard labels are the end of the line of weights, and lines of their own elsewhere.
     """
-    from tct_hf.plots import plot_sweep
+    from tct_hf.evaluation.plots import plot_sweep
 
     across = {title: [(0.0, found.mean[measure], 0.0)] for title, found in references.items()}
     said = []
@@ -110,8 +110,8 @@ def _lines(
 
     A line is of the seeds that all its arms have.
     """
-    from tct_hf.arguments import DEFAULTS
-    from tct_hf.arms import HARD, IN_BATCH, OWN
+    from tct_hf.pipeline.arms import HARD, IN_BATCH, OWN
+    from tct_hf.training.arguments import DEFAULTS
 
     found: dict[str, list[tuple[float, ArmResult]]] = {}
     for result in results.values():

@@ -19,14 +19,15 @@ from tct_hf.evaluation.comparison import (
     run_systems,
     write_metrics,
 )
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.quick_report import BASE_NATIVE, BM25
 from tct_hf.files import claim, file_digest, write_text_atomic
+from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
-    from tct_hf.arms import Arm, ArmTable
     from tct_hf.data.collection import Collection
+    from tct_hf.pipeline.arms import Arm, ArmTable
 
 STUDENT = "student"
 
@@ -109,7 +110,7 @@ def _student_systems(
 
     def search(part: int, queries: Mapping[str, str]) -> Run:
         if not made:
-            first = collection.bm25().run(queries, reranking)
+            first = collection_bm25(collection).run(queries, reranking)
             model = SentenceTransformer(str(student))
             ids, texts = collection.corpus["id"], collection.corpus["text"]
             made.append(dense_and_reranked_run(model, ids, texts, queries, first, k=depth, bf16=bf16))
@@ -136,7 +137,7 @@ def reranking_teacher(collection: Collection, key: str, teacher: str, count: int
     from tct_hf.evaluation.reranking import rerank_run
 
     def search(queries: Mapping[str, str]) -> Run:
-        first = collection.bm25().run(queries, count)
+        first = collection_bm25(collection).run(queries, count)
         return rerank_run(MultiVectorEncoder(teacher), first, collection.corpus, queries, count, bf16=bf16)
 
     return System(_reranked_key(key, count), f"ColBERT teacher over BM25's first {count:,}", search)
@@ -226,7 +227,7 @@ def report_arms(
     Returns:
         The report, Markdown.
     """
-    from tct_hf.arms import ArmTable, slug_of
+    from tct_hf.pipeline.arms import ArmTable, slug_of
 
     queries = {part: collection.splits[part].queries for part in splits}
     runs = run_systems(systems, queries, output / "runs", write=write)

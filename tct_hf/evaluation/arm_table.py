@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
 from tct_hf.files import write_text_atomic
 
 if TYPE_CHECKING:
-    from tct_hf.arms import Arm
+    from tct_hf.pipeline.arms import Arm
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def write_students(path: str | Path, results: Mapping[str, ArmResult], splits: S
         splits: whose figures are written.
         name: of the collection, first column.
     """
-    from tct_hf.arguments import DEFAULTS
+    from tct_hf.training.arguments import DEFAULTS
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

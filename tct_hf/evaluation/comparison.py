@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.evaluation.measures import Evaluation, evaluate_run
+from tct_hf.evaluation.tune_alpha import tune_alpha
 from tct_hf.files import write_json_atomic
-from tct_hf.retrieval.hybrid import equal_spread_alpha, fuse, tune_alpha
+from tct_hf.retrieval.fusion import equal_spread_alpha, fuse
 from tct_hf.retrieval.runs import Run, rank, read_run, write_run
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.collection import Split
+from tct_hf.encoding.kinds import kind_of
 from tct_hf.evaluation.comparison import (
     System,
     evaluate_all,
@@ -20,11 +21,11 @@ from tct_hf.evaluation.comparison import (
     table,
     write_metrics,
 )
-from tct_hf.evaluation.effectiveness import Evaluation, evaluate_run
+from tct_hf.evaluation.measures import Evaluation, evaluate_run
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
 from tct_hf.evaluation.tuning import weight_text
 from tct_hf.files import claim, write_text_atomic
-from tct_hf.hub.kinds import kind_of
+from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
@@ -74,9 +75,9 @@ def reference_systems(
     from sentence_transformers import SentenceTransformer
 
     from tct_hf.bundled import resolve_model
-    from tct_hf.encoding import build_student
+    from tct_hf.encoding.build import build_student
 
-    systems = [System(BM25, "BM25", lambda queries: collection.bm25().run(queries, depth))]
+    systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
     dense = partial(dense_system, collection, depth=depth, bf16=bf16)
     if base_model is not None:
         base, reads = resolve_model(base_model), {"prompts": prompts, **(lengths or {})}
@@ -98,13 +99,13 @@ def _kept_systems(
     collection: Collection, base: str, vectors: str, *, depth: int, bf16: bool, reads: Mapping[str, Any]
 ) -> list[System]:
     """The base as it is and its own MaxSim, with vectors that are kept on disk."""
-    from tct_hf.mixture import dense_run, free_mixture, list_scores, members_of
+    from tct_hf.teachers.mixture import dense_run, free_mixture, list_scores, members_of
 
     ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
     mixture = partial(
         free_mixture,
         base,
-        collection.bm25(),
+        collection_bm25(collection),
         reads=reads,
         dtype="bfloat16" if bf16 else "float32",
         cache_dir=vectors,
@@ -142,7 +143,7 @@ def own_maxsim_system(
         bf16: encode in bfloat16.
         reads: prompts and lengths, arguments of `build_colbert`.
     """
-    from tct_hf.encoding import build_colbert
+    from tct_hf.encoding.build import build_colbert
     from tct_hf.evaluation.reranking import rerank_run
 
     def search(queries: Mapping[str, str], *lists: Run) -> Run:
@@ -274,7 +275,7 @@ def sparse_system(collection: Collection, key: str, model: str, *, depth: int, b
     """Exact search of a collection with a sparse student (folder), loaded when it is searched with."""
     from sentence_transformers import SparseEncoder
 
-    from tct_hf.retrieval.learned_sparse import SparseIndex
+    from tct_hf.retrieval.sparse import SparseIndex
     from tct_hf.retrieval.text_vectors import encode_texts
 
     def search(queries: Mapping[str, str]) -> Run:
@@ -359,7 +360,7 @@ def quick_report(
     Raises:
         ValueError: the output folder holds runs of other models or settings.
     """
-    from tct_hf.plots import plot_losses
+    from tct_hf.evaluation.plots import plot_losses
 
     runs_folder = output / "runs"
     claim(runs_folder, settings)

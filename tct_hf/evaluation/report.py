@@ -293,7 +293,7 @@ class Report:
         return self._plot(folder)
 
     def _plot(self, folder: Path) -> list[str]:
-        from tct_hf.plots import TradeOff, plot_trade_off
+        from tct_hf.evaluation.plots import TradeOff, plot_trade_off
 
         measure = self.measures[0]
         timed = [(system, system.cost) for system in self.systems if system.cost is not None]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from tct_hf.evaluation.effectiveness import cutoff_of, evaluate_run, named_measures
+from tct_hf.evaluation.measures import cutoff_of, evaluate_run, named_measures
 from tct_hf.evaluation.report_settings import ExpansionSettings, ReportSettings
 from tct_hf.evaluation.report_systems import KEYS
 from tct_hf.evaluation.tuning import check_weight, tuning_queries
@@ -142,7 +142,7 @@ def check_expansion(settings: ExpansionSettings) -> None:
 
 
 def _check_factory(factory: str, passages: int) -> None:
-    from tct_hf.retrieval.dense_engine import make_engine, parts
+    from tct_hf.retrieval.faiss_tools import make_engine, parts
 
     if factory == "auto":
         return

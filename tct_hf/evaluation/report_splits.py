@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tct_hf.evaluation.effectiveness import evaluate_run, relevant_from
+from tct_hf.evaluation.measures import evaluate_run, relevant_from
 from tct_hf.evaluation.significance import compare_runs
 from tct_hf.files import file_digest
 from tct_hf.retrieval.runs import Run

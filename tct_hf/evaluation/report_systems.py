@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.efficiency import Efficiency, measure_efficiency
 from tct_hf.evaluation.report import DENSE_LEARNED, EXPANDED, LEARNED, LEARNED_BM25, LEARNED_EXPANDED
-from tct_hf.retrieval.hybrid import fuse, reciprocal_rank_fusion
+from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def compute_threads(threads: int | None) -> Iterator[None]:
     """Give torch and Faiss a number of CPU threads for a while; None leaves their own settings."""
     import torch
 
-    from tct_hf.retrieval.dense_engine import faiss_threads
+    from tct_hf.retrieval.faiss_tools import faiss_threads
 
     before = torch.get_num_threads()
     with faiss_threads(threads):

@@ -38,7 +38,7 @@ from tct_hf.evaluation.stores import OWN, Stored, Stores
 from tct_hf.evaluation.tuning import TuningQueries, tuning_queries, weight_text
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.runs import Run, read_run, write_run
-from tct_hf.vector_teachers import describe_teacher
+from tct_hf.teachers.colbert import describe_teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
@@ -88,7 +88,7 @@ class Work:
         dims: Sequence[int] = (),
         base_stores: Stores | None = None,
     ) -> None:
-        from tct_hf.teachers import has_bfloat16
+        from tct_hf.encoding.precision import has_bfloat16
 
         self.collection, self.stores, self.output, self.settings = collection, stores, output, settings
         self.teacher, self.teacher_name, self.write = teacher, teacher_name, write
@@ -182,7 +182,7 @@ class Work:
 
     def _dense_student(self) -> tuple[list[ReportSystem], _Searched]:
         """Exact and approximate search, and which of them "auto" stands for: the one that would be deployed."""
-        from tct_hf.retrieval.dense_engine import factory_for
+        from tct_hf.retrieval.faiss_tools import factory_for
 
         depth = self.settings.measures.depth
         exact = self.stores.dense("Flat")
@@ -258,7 +258,7 @@ class Work:
 
     def _tuned(self, title: str, weighted: _Searched, first: _Searched, alpha: float | None) -> Any:
         """The weight of a hybrid, as it was given or tuned; None where there is nothing to tune it on."""
-        from tct_hf.retrieval.hybrid import tune_alpha
+        from tct_hf.evaluation.tune_alpha import tune_alpha
 
         hybrid, measures, tuning = self.settings.hybrid, self.settings.measures, self.tuning
         # With one hybrid there is nothing to tell apart.

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.effectiveness import named_measures
 from tct_hf.evaluation.first_dims import key_of, sizes_to_measure
+from tct_hf.evaluation.measures import named_measures
 from tct_hf.evaluation.report import Report, SystemResult
 from tct_hf.evaluation.report_checks import check_report
 from tct_hf.evaluation.report_settings import ReportSettings
@@ -323,7 +323,7 @@ def _student(work: Work, stores: Any) -> dict[str, Any]:
 
 
 def _tuning_record(work: Work) -> dict[str, Any]:
-    from tct_hf.retrieval.hybrid import TunedAlpha
+    from tct_hf.evaluation.tune_alpha import TunedAlpha
 
     hybrids = {}
     for key, alpha in work.alphas.items():

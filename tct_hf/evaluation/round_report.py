@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, standard_error, table, write_metrics
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.quick_report import (
     BM25,
     STUDENT,
@@ -22,7 +22,7 @@ from tct_hf.files import claim, file_digest, write_text_atomic
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
-    from tct_hf.data.mining import MiningCounts
+    from tct_hf.retrieval.mining import MiningCounts
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def _plot(
     path: Path, test: Mapping[str, Evaluation], students: Sequence[str], teachers: Mapping[int, str], measure: str
 ) -> list[str]:
     """Plot the rounds' students, and teachers where each has its own; what to say in the report."""
-    from tct_hf.plots import plot_sweep
+    from tct_hf.evaluation.plots import plot_sweep
 
     if len(students) < 2:
         return []

@@ -14,10 +14,11 @@ from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
 from tct_hf.evaluation.report_systems import HYBRID, HYBRID_EXPANDED
 from tct_hf.evaluation.stores import Stores
 from tct_hf.evaluation.systems import check_dims
+from tct_hf.evaluation.tune_alpha import tune_alpha
 from tct_hf.evaluation.tuning import check_weight, tuning_queries, weight_text
 from tct_hf.files import claim, write_json_atomic
-from tct_hf.retrieval.dense_engine import factory_for
-from tct_hf.retrieval.hybrid import fuse, reciprocal_rank_fusion, tune_alpha
+from tct_hf.retrieval.faiss_tools import factory_for
+from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from tct_hf.evaluation.effectiveness import evaluate_run
+from tct_hf.evaluation.measures import evaluate_run
 
 if TYPE_CHECKING:
     import numpy as np

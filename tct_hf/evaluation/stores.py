@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tct_hf.data.cache import default_cache_dir
+from tct_hf.cache import default_cache_dir
 from tct_hf.files import claim, write_json_atomic
+from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.learned_sparse import SparseIndex
-from tct_hf.retrieval.sparse import BM25Index
+from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.text_vectors import finite_rows, is_sparse_encoder
 from tct_hf.retrieval.vector_blocks import FirstColumns, UnitRows
 
@@ -353,12 +353,12 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
     """
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    from tct_hf.hub.kinds import TCT_CHECKPOINTS, kind_of
+    from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 
     place = _place(name, "student")
     kind = "tct" if place in TCT_CHECKPOINTS else kind_of(place)
     if kind == "tct":
-        from tct_hf.hub.convert import load_student
+        from tct_hf.encoding.convert import load_student
 
         return load_student(place, device=device)
     if kind == "colbert":
@@ -396,7 +396,7 @@ def open_beside(stores: Stores, name: str, device: str | None = None) -> SparseE
 
 def open_teacher(name: str) -> MultiVectorEncoder:
     """Load a model of one vector a token; arguments and errors as `open_student`."""
-    from tct_hf.vector_teachers import ColBERTTeacher
+    from tct_hf.teachers.colbert import ColBERTTeacher
 
     try:
         return ColBERTTeacher(_place(name, "teacher")).model
@@ -415,7 +415,7 @@ def has_own_maxsim(student: SentenceTransformer | SparseEncoder) -> bool:
     from sentence_transformers import SparseEncoder
     from sentence_transformers.base.modules import Transformer
 
-    from tct_hf.encoding import has_tct_encoding
+    from tct_hf.encoding.build import has_tct_encoding
 
     if isinstance(student, SparseEncoder) or not isinstance(student[0], Transformer):
         return False
@@ -439,7 +439,7 @@ def open_reranker(name: str, stores: Stores) -> MultiVectorEncoder:
             f"{OWN}: the token vectors of {stores.name} can't be compared, it is a sparse student or one in TCT "
             "encoding; name the folder or Hub id of a ColBERT"
         )
-    from tct_hf.encoding import build_colbert
+    from tct_hf.encoding.build import build_colbert
 
     return build_colbert(_place(stores.name, "student"), encoding="own")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tct_hf.evaluation.report_systems import HYBRIDS
-from tct_hf.retrieval.hybrid import check_tuning_queries
+from tct_hf.evaluation.tune_alpha import check_tuning_queries
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tct_hf.encoding.kinds import read_json, read_modules, recognise
 from tct_hf.evaluation.report import LEARNED, LEARNED_BM25
 from tct_hf.files import CLAIM_FILE
-from tct_hf.hub.kinds import read_json, read_modules, recognise
+from tct_hf.hub_client import template
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -212,24 +213,6 @@ def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     own = _student(record) or {}
     made += [(title, own[name]) for name, title in _OF_STUDENT.items() if own.get(name) is not None]
     return tuple((title, str(value)) for title, value in made)
-
-
-def template(name: str) -> str:
-    """The text of a card template.
-
-    Args:
-        name: "student", "sparse_student" or "teacher".
-
-    Raises:
-        FileNotFoundError: the installation lacks it.
-    """
-    here = Path(__file__).resolve()
-    # In an installed package, and in a source tree.
-    places = [here.parent / "templates" / f"{name}.md", here.parents[2] / "model_cards" / f"{name}.md"]
-    for place in places:
-        if place.is_file():
-            return place.read_text(encoding="utf-8")
-    raise FileNotFoundError(f"{places[0]}: the card template is missing; install tct_hf again.")
 
 
 def write_card(

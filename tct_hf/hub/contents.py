@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from tct_hf.encoding.convert import ORIGIN_FILE
+from tct_hf.encoding.kinds import read_json
 from tct_hf.files import write_json_atomic, write_text_atomic
-from tct_hf.hub.convert import ORIGIN_FILE
-from tct_hf.hub.kinds import read_json
+from tct_hf.hub_client import MARKER
 
 # What a checkpoint is made of; all else stays at home and is listed.
 _MODULE = (
@@ -35,7 +36,6 @@ _STALE = re.compile(
     r"model.*\.safetensors|(.*/)?pytorch_model[^/]*\.bin|(.*/)?[^/]*\.py|training_args\.bin|trainer_state\.json"
     r"|(optimizer|scheduler|scaler|rng_state)[^/]*|(last-checkpoint|checkpoint-\d+)/.*"
 )
-MARKER = ".tct_release.json"
 
 _TOKEN = re.compile(rb"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}")
 _PATH = re.compile(r"(?:/|~[\w.-]*/|\.\./|[A-Za-z]:[\\/]|\\\\|file://)\S.*", re.DOTALL)

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.data.ids import IdTable
+from tct_hf.retrieval.bm25 import check_ids
 from tct_hf.retrieval.built_by import check_model, described
-from tct_hf.retrieval.dense_engine import (
+from tct_hf.retrieval.dense_tuning import SLICE, choose_parameters, exact_neighbours, stand_ins
+from tct_hf.retrieval.faiss_tools import (
     clipped_rows,
     factory_for,
     faiss_threads,
@@ -21,11 +24,8 @@ from tct_hf.retrieval.dense_engine import (
     train_engine,
     training_rows,
 )
-from tct_hf.retrieval.dense_tuning import SLICE, choose_parameters, exact_neighbours, stand_ins
-from tct_hf.retrieval.ids import IdTable
 from tct_hf.retrieval.pinned import PinnedIndex
 from tct_hf.retrieval.runs import Run, one_id_a_vector, run_of
-from tct_hf.retrieval.sparse import check_ids
 from tct_hf.retrieval.vector_blocks import BLOCK, as_matrix, as_rows, blocks, choose_rows, draw, ranges
 
 if TYPE_CHECKING:

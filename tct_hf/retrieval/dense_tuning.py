@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.retrieval.dense_engine import parts, search_engine, set_parameters
+from tct_hf.retrieval.faiss_tools import parts, search_engine, set_parameters
 from tct_hf.retrieval.vector_blocks import blocks
 
 if TYPE_CHECKING:

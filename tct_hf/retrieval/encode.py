@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf.data.passages import Passage, checked_passages, passage_shards
-from tct_hf.digests import tokenizer_digest, weights_digest
+from tct_hf.encoding.digests import tokenizer_digest, weights_digest
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval import vectors as stored
 from tct_hf.retrieval.text_vectors import (

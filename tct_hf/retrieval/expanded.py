@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.retrieval.sparse import EXPANDED_B, EXPANDED_K1, BM25Index
+from tct_hf.retrieval.bm25 import EXPANDED_B, EXPANDED_K1, BM25Index
 
 if TYPE_CHECKING:
     from datasets import Dataset

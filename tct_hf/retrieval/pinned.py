@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from typing_extensions import Self
 
-    from tct_hf.hub.indexes import PushedIndex
+    from tct_hf.retrieval.hub_indexes import PushedIndex
 
 
 class PinnedIndex(ABC):
@@ -80,7 +80,7 @@ class PinnedIndex(ABC):
                 weights; no licence; a tag that is taken; a public repository where a private one is asked for.
             HubError: the Hub refused or could not be reached.
         """
-        from tct_hf.hub.indexes import push_pinned
+        from tct_hf.retrieval.hub_indexes import push_pinned
 
         return push_pinned(
             self,
@@ -125,7 +125,7 @@ class PinnedIndex(ABC):
             ValueError: as `load`.
             FileNotFoundError: the repository holds no index of this kind.
         """
-        from tct_hf.hub.indexes import fetch_index
+        from tct_hf.retrieval.hub_indexes import fetch_index
 
         return cls.load(fetch_index(repo_id, revision=revision, token=token), mmap=mmap, verify=verify, model=model)
 
@@ -145,6 +145,6 @@ class PinnedIndex(ABC):
             ValueError: the index names no model, or its weights are others now.
             HubError: the model can't be had.
         """
-        from tct_hf.hub.indexes import load_model_of
+        from tct_hf.retrieval.hub_indexes import load_model_of
 
         return load_model_of(self, token=token, device=device)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tct_hf.retrieval.ids import is_utf8
+from tct_hf.data.ids import is_utf8
 
 Run = dict[str, dict[str, float]]
 

@@ -1,231 +1,218 @@
-"""Lexical retrieval: BM25 over an inverted index of precomputed scores."""
+"""Learned sparse retrieval: exact search of the inverted lists of a sparse student's vectors."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.retrieval.ids import is_utf8
-from tct_hf.retrieval.runs import Run
+from tct_hf.data.ids import IdTable
+from tct_hf.retrieval.bm25 import check_ids
+from tct_hf.retrieval.built_by import check_model, described
+from tct_hf.retrieval.pinned import PinnedIndex
+from tct_hf.retrieval.runs import Run, one_id_a_vector, run_of
+from tct_hf.retrieval.sparse_rows import as_csr, row_blocks
 
 if TYPE_CHECKING:
     import numpy as np
+    from sentence_transformers import SparseEncoder
 
-    from tct_hf.hub.indexes import PushedIndex
-
-# Tuned for MS MARCO passages, and for those with 40 generated queries each.
-PASSAGE_K1, PASSAGE_B = 0.82, 0.68
-EXPANDED_K1, EXPANDED_B = 2.18, 0.86
-METHODS = ("lucene", "robertson", "atire")
-_TOKEN = re.compile(r"(?u)\b\w\w+\b")
-_SETTINGS_FILE = "tct_bm25.json"
-_IDS_FILE = "ids.json"
-_FORMAT = 3
+_SETTINGS_FILE = "tct_sparse.json"
+_ARRAYS = {"starts": "int64", "rows": "uint32", "weights": "float32"}
+_FORMAT = 1
 
 
-class BM25Index:
-    """A BM25 index that answers queries with passage ids and scores; make one with `build` or `load`.
+class SparseIndex(PinnedIndex):
+    """Inverted lists that answer sparse query vectors with passage ids; make one with `build` or `load`.
 
-    Equal scores are ordered by passage id, so that a run does not depend on the order of the corpus.
+    Search is exact: scores are the inner products, added up in float32 term after term. Equal scores are ordered by
+    passage id. A posting takes 8 bytes, on disk and in memory, where the lists can stay mapped from their files.
+
+    Attributes:
+        ids: passage ids, one a row.
+        built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, where it was given; from
+            the Hub also "revision".
     """
 
-    def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
-        self._engine = engine
-        self.ids = ids
-        self.settings = settings
-        self._analyse = _analyser(settings["language"], settings["stemmer"])
-        self._idf: np.ndarray | None = None
+    def __init__(
+        self,
+        starts: np.ndarray,
+        rows: np.ndarray,
+        weights: np.ndarray,
+        ids: Sequence[str],
+        *,
+        built_by: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._starts, self._rows, self._weights = (_read_only(part) for part in (starts, rows, weights))
+        self.ids: Sequence[str] = ids
+        self.built_by = dict(built_by) if built_by else None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def dimension(self) -> int:
+        """Terms that a vector can have: the size of the vocabulary."""
+        return len(self._starts) - 1
+
+    @property
+    def postings(self) -> int:
+        """Non-zeros of all passages."""
+        return len(self._rows)
+
+    @property
+    def active_dims(self) -> float:
+        """Non-zeros of a passage, a mean."""
+        return self.postings / len(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of lists and ids, in memory or mapped."""
+        lists = self._starts.nbytes + self._rows.nbytes + self._weights.nbytes
+        return int(lists + getattr(self.ids, "nbytes", 0))
+
     @classmethod
-    def build(
-        cls,
-        texts: Iterable[str],
-        ids: Iterable[str],
-        *,
-        k1: float | None = None,
-        b: float | None = None,
-        method: str = "lucene",
-        language: str = "english",
-        stemmer: str | None = "english",
-        backend: str = "numba",
-        expansion: Mapping[str, Any] | None = None,
-    ) -> BM25Index:
-        """Index passages.
+    def build(cls, vectors: Any, ids: Iterable[str], *, built_by: Mapping[str, Any] | None = None) -> SparseIndex:
+        """Index passage vectors, as they are: nothing is normalised, rounded or left out.
+
+        Memory holds the index and a block of rows; of an iterator, all its blocks.
 
         Args:
-            texts: the passages, read once.
-            ids: their ids, as many, each once.
-            k1: term frequency saturation; None: 0.82 or, of expanded passages, 2.18, tuned on MS MARCO.
-            b: length normalisation, 0 to 1; None: 0.68 or, of expanded passages, 0.86.
-            method: "lucene", "robertson" or "atire", the variants of Kamphuis et al., ECIR 2020. A word in half of
-                the passages or more counts nothing under "robertson", a word in all of them nothing under "atire":
-                in a small or narrow collection they find less than "lucene".
-            language: stop word list, a language bm25s knows, or "none".
-            stemmer: Snowball language of PyStemmer, or None for whole words.
-            backend: "numba", or "numpy" (about 100 times slower, needs no compiler).
-            expansion: what the texts hold beside the passages, JSON-ready, kept with the index; `expanded_bm25` makes
-                both.
+            vectors: (passages, dimension): a scipy sparse matrix, the torch sparse tensor that
+                `SparseEncoder.encode_document` returns, what `load_vectors` returns, or an iterable of such blocks.
+                Nothing is densified.
+            ids: passage ids, one a row, each once.
+            built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, kept with the index:
+                "model" in the manifest of `encode_corpus`.
 
         Returns:
             The index.
 
         Raises:
-            ValueError: a setting out of range, unequal counts, a repeated id, no passage, or no token at all.
-            ImportError: the backend or the stemmer is not installed; the message says what to install.
+            ValueError: vectors of another kind or of several dimensions, a weight that is NaN, infinite or negative,
+                ids that don't fit, or no non-zero at all.
         """
-        import bm25s
+        import numpy as np
 
-        if method not in METHODS:
-            raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-        k1 = k1 if k1 is not None else EXPANDED_K1 if expansion else PASSAGE_K1
-        b = b if b is not None else EXPANDED_B if expansion else PASSAGE_B
-        if not 0 <= k1 < math.inf or not 0 <= b <= 1:
-            raise ValueError(f"k1={k1}, b={b}: k1 must be finite and 0 or more, and b between 0 and 1")
-        _check_backend(backend)
-        settings: dict[str, Any] = {"k1": k1, "b": b, "method": method}
-        settings |= {"language": language, "stemmer": stemmer, "backend": backend}
-        if expansion:
-            settings["expansion"] = dict(expansion)
-        analyse = _analyser(language, stemmer)
-        vocabulary: dict[str, int] = {}
-        tokens = []
-        for text in texts:
-            # Four bytes a token: a list of int objects takes several times that.
-            tokens.append(array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in analyse(text)]))
+        from tct_hf.retrieval import inverted_lists
+
+        blocks = row_blocks(vectors, "vectors")
+        counts: np.ndarray | None = None
+        passages = 0
+        for block in blocks:
+            if counts is None:
+                counts = np.zeros(block.shape[1], np.int64)
+            if block.shape[1] != len(counts):
+                raise ValueError(
+                    f"vectors: dimension {block.shape[1]} from row {passages} on where it was {len(counts)} before; "
+                    "encode all passages with one model"
+                )
+            inverted_lists.count_terms(block.indices, counts)
+            passages += block.shape[0]
         id_list = list(ids)
-        check_ids(id_list, len(tokens), "texts")
-        if not vocabulary:
-            raise ValueError("texts: no passage has a word to index; check the text column, language and stemmer")
-        settings["average_length"] = sum(map(len, tokens)) / len(tokens)
-        engine = bm25s.BM25(k1=k1, b=b, method=method, backend=backend)
-        engine.index((tokens, vocabulary), create_empty_token=False, show_progress=False)
-        return cls(engine, id_list, settings)
+        check_ids(id_list, passages, "vectors")
+        assert counts is not None
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        if not starts[-1]:
+            raise ValueError(
+                "vectors: every passage is zero in all dimensions, so that nothing could be found; the model has "
+                "collapsed, or texts were left out when they were encoded"
+            )
+        if passages >= 2**32:
+            raise ValueError(f"vectors: {passages:,} passages, and an index holds less than 2**32; build several")
+        rows, weights = np.empty(starts[-1], np.uint32), np.empty(starts[-1], np.float32)
+        ends, first = starts[:-1].copy(), 0
+        for block in blocks:
+            begins = block.indptr.astype(np.int64)
+            inverted_lists.append_rows(begins, block.indices, block.data, first, ends, rows, weights)
+            first += block.shape[0]
+        return cls(starts, rows, weights, IdTable.of(id_list), built_by=built_by)
 
     def search(
-        self, queries: Sequence[str] | Mapping[str, str], k: int = 100
+        self, query_vectors: Any, k: int = 100, *, threads: int = 1
     ) -> tuple[list[list[str]], list[np.ndarray]]:
-        """Find the best passages of each query.
+        """Find the passages with the greatest inner product.
 
         Args:
-            queries: query texts, or {query id: text} whose order the result follows.
-            k: passages a query, at most; passages without any query word are never returned.
+            query_vectors: (queries, dimension) sparse, of scipy or torch; or one vector of torch.
+            k: passages a query, at most; passages without any term of the query are never returned.
+            threads: queries searched at a time.
 
         Returns:
-            Ids and float32 scores, one list and one array a query, best first; empty for a query without a known
-            word.
+            Ids and float32 scores, one list and one array a query, best first; empty for a query without a term that
+            a passage has.
 
         Raises:
-            ValueError: k is below 1.
+            ValueError: k or threads below 1, a wrong shape, a weight that is NaN, infinite or negative, or a score
+                that float32 can't hold.
         """
-        rows, scores = self.search_rows(queries, k)
-        return [[self.ids[row] for row in found] for found in rows], scores
+        rows, scores = self.search_rows(query_vectors, k, threads=threads)
+        return [[self.ids[row] for row in found.tolist()] for found in rows], scores
 
-    def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
+    def search_rows(
+        self, query_vectors: Any, k: int = 100, *, threads: int = 1
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Like `search`, with the passages' row numbers in place of their ids."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        for name, number in (("k", k), ("threads", threads)):
+            if number < 1:
+                raise ValueError(f"{name}: {number} is below 1; ask for at least one")
+        queries = as_csr(query_vectors, "query_vectors")
+        if queries.shape[1] != self.dimension:
+            raise ValueError(
+                f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; "
+                "encode queries with the model that encoded the passages"
+            )
+        depth = min(k, len(self))
+
+        def search_one(row: int) -> tuple[np.ndarray, np.ndarray]:
+            return self._best(queries, row, depth)
+
+        if threads == 1:
+            found = [search_one(row) for row in range(queries.shape[0])]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(search_one, range(queries.shape[0])))
+        return [rows for rows, _ in found], [scores for _, scores in found]
+
+    def _best(self, queries: Any, row: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
+        from tct_hf.retrieval.inverted_lists import best_rows
+
+        begin, end = queries.indptr[row], queries.indptr[row + 1]
+        terms, weights = queries.indices[begin:end].astype(np.int64), queries.data[begin:end]
+        rows, scores = best_rows(self._starts, self._rows, self._weights, len(self), terms, weights, k)
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"query_vectors: row {row} has a score that is infinite: its products with passages leave the range "
+                "of float32; check the model, or scale its vectors down"
+            )
+        order = np.argsort(-scores, kind="stable")
+        ordered = scores[order]
+        if (ordered[1:] == ordered[:-1]).any():
+            order = np.array(sorted(order.tolist(), key=lambda at: (-scores[at], self.ids[rows[at]])), np.int64)
+        return rows[order[:k]], scores[order[:k]]
+
+    def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100, *, threads: int = 1) -> Run:
         """Search and return a run.
 
         Args:
-            queries: query id to text.
+            query_ids: query ids, one a row of `query_vectors`, each once.
+            query_vectors: (queries, dimension) sparse.
             k: passages a query, at most.
+            threads: queries searched at a time.
 
         Returns:
             Query id to passage id to score; every query has an entry, if an empty one.
+
+        Raises:
+            ValueError: ids that don't fit the vectors; see `search` for the rest.
         """
-        ids, scores = self.search(queries, k)
-        return {
-            query_id: dict(zip(found, values.tolist(), strict=True))
-            for query_id, found, values in zip(queries, ids, scores, strict=True)
-        }
-
-    def search_rows(
-        self, queries: Sequence[str] | Mapping[str, str], k: int = 100
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Like `search`, with the passages' row numbers in place of their ids."""
-        import numpy as np
-
-        if k < 1:
-            raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-        if isinstance(queries, str):
-            raise ValueError("queries: one string; pass a list of query texts or {query id: text}")
-        texts = list(queries.values()) if isinstance(queries, Mapping) else list(queries)
-        tokens = [self.known_words(text) for text in texts]
-        rows: list[np.ndarray] = [np.empty(0, np.int64) for _ in texts]
-        scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in texts]
-        answerable = [at for at, words in enumerate(tokens) if words]
-        # One more than asked for shows whether equal scores straddle the cut.
-        depth = min(k + 1, len(self.ids))
-        batch = max(1, 4_000_000 // depth)
-        for start in range(0, len(answerable), batch):
-            part = answerable[start : start + batch]
-            found, values = self._engine.retrieve(
-                [tokens[at] for at in part], k=depth, show_progress=False, n_threads=0, sorted=True
-            )
-            for at, hits, hit_scores in zip(part, found, values, strict=True):
-                rows[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
-        return rows, scores
-
-    def known_words(self, text: str) -> list[int]:
-        """The numbers of a query's words in the vocabulary, each as often as it comes; other words are left out."""
-        vocabulary = self._engine.vocab_dict
-        return [vocabulary[word] for word in self._analyse(text) if word in vocabulary]
-
-    def weigh(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """What each word of a passage adds to a query's score, whether the passage is in the index or not.
-
-        Args:
-            text: the passage.
-
-        Returns:
-            `(words,)` int32, the numbers of its known words, each once, and their float32 weights. A passage's score
-            is the sum of the weights of the query's words, of :meth:`known_words`.
-        """
-        import numpy as np
-
-        words = self._analyse(text)
-        counts = Counter(self._engine.vocab_dict.get(word, -1) for word in words)
-        counts.pop(-1, None)
-        numbers = np.fromiter(counts, np.int32, len(counts))
-        frequencies = np.fromiter(counts.values(), np.float64, len(counts))
-        k1, b, method = (self.settings[name] for name in ("k1", "b", "method"))
-        length = k1 * (1 - b + b * len(words) / self.settings["average_length"])
-        weights = self._idfs()[numbers] * frequencies / (frequencies + length)
-        return numbers, (weights * (k1 + 1) if method == "atire" else weights).astype(np.float32)
-
-    def _idfs(self) -> np.ndarray:
-        """`(vocabulary,)`: the inverse document frequencies of Kamphuis et al., ECIR 2020."""
-        import numpy as np
-
-        if self._idf is None:
-            passages, holders = len(self), np.diff(self._engine.scores["indptr"])
-            odds = (passages - holders + 0.5) / (holders + 0.5)
-            self._idf = np.log(
-                {"lucene": 1 + odds, "robertson": np.maximum(odds, 1), "atire": passages / holders}[
-                    self.settings["method"]
-                ]
-            )
-        return self._idf
-
-    def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-
-        if len(scores) > k and scores[k] == scores[k - 1] and scores[k] > 0:
-            # The engine kept any of the equals: take them all and let the ids decide.
-            everything = self._engine.get_scores_from_ids(tokens)
-            rows = np.flatnonzero(everything >= scores[k - 1])
-            scores = everything[rows]
-        positive = scores > 0
-        rows, scores = rows[positive], scores[positive]
-        order = sorted(range(len(rows)), key=lambda at: (-scores[at], self.ids[rows[at]]))[:k]
-        return rows[order], scores[order].astype(np.float32)
+        queries = as_csr(query_vectors, "query_vectors")
+        names = one_id_a_vector(query_ids, queries.shape[0])
+        return run_of(names, *self.search(queries, k, threads=threads))
 
     def save(self, directory: str | Path) -> None:
         """Write the index to a folder; an index that is there is replaced whole.
@@ -234,218 +221,107 @@ class BM25Index:
             directory: the folder.
 
         Raises:
-            OSError: it can't be written.
+            OSError: it can't be written, or it holds something else.
         """
+        import numpy as np
+
         from tct_hf.retrieval.storage import write_directory
 
-        def fill(staging: Path) -> None:
-            self._engine.save(staging, show_progress=False)
-            (staging / _IDS_FILE).write_text(json.dumps(self.ids, ensure_ascii=False), encoding="utf-8")
+        ids = self.ids if isinstance(self.ids, IdTable) else IdTable.of(self.ids)
 
-        settings = {"format": _FORMAT, "passages": len(self.ids), **self.settings}
+        def fill(staging: Path) -> None:
+            for name, part in zip(_ARRAYS, (self._starts, self._rows, self._weights), strict=True):
+                np.save(staging / f"{name}.npy", part, allow_pickle=False)
+            ids.save(staging)
+
+        settings = {
+            "format": _FORMAT,
+            "passages": len(self),
+            "dimension": self.dimension,
+            "postings": self.postings,
+            "built_by": self.built_by,
+        }
         write_directory(directory, fill, _SETTINGS_FILE, settings)
 
     @classmethod
     def load(
-        cls, directory: str | Path, *, mmap: bool = False, verify: bool = True, backend: str | None = None
-    ) -> BM25Index:
+        cls,
+        directory: str | Path,
+        *,
+        mmap: bool = False,
+        verify: bool = True,
+        model: SparseEncoder | Mapping[str, Any] | None = None,
+    ) -> SparseIndex:
         """Open an index that `save` wrote.
 
         Args:
             directory: the folder.
-            mmap: leave the posting lists on disk and map them.
-            verify: compare the files' checksums, which reads each once; their sizes are always compared.
-            backend: "numba" or "numpy" in place of the saved one.
+            mmap: leave lists and ids on disk and map them: what is searched with stays in memory as long as there is
+                room.
+            verify: compare the files' checksums and look at every posting, which reads each file once or twice; sizes
+                are always compared. Leave it on for an index from elsewhere: search trusts its lists.
+            model: that will encode queries, or its {"id", "weights_sha256", "encoding"}, to be compared with the one
+                that built the index, as `DenseIndex.load` does.
 
         Returns:
             The index.
 
         Raises:
             FileNotFoundError: there is no such index.
-            ValueError: it was written by another version, or a file is missing, truncated or altered.
+            ValueError: it was written by another version or built by another model, or a file is missing, truncated or
+                altered.
         """
-        import bm25s
+        import numpy as np
 
         from tct_hf.retrieval.storage import read_settings
 
         directory = Path(directory)
-        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "BM25 index", verify=verify)
-        passages = settings.pop("passages")
-        settings["backend"] = backend or settings["backend"]
-        _check_backend(settings["backend"])
+        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "sparse index", verify=verify)
+        if model is not None:
+            check_model(directory, settings["built_by"], model if isinstance(model, Mapping) else described(model))
         try:
-            engine = bm25s.BM25.load(directory, mmap=mmap, show_progress=False, backend=settings["backend"])
-            ids = json.loads((directory / _IDS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{directory}: damaged BM25 index ({error}); build and save it again") from error
-        if len(ids) != passages or engine.scores["num_docs"] != passages:
-            raise ValueError(
-                f"{directory}: {len(ids)} ids and {engine.scores['num_docs']} indexed passages where {passages} "
-                "are announced; build and save the index again"
+            starts, rows, weights = (
+                np.load(directory / f"{name}.npy", mmap_mode="r" if mmap else None, allow_pickle=False)
+                for name in _ARRAYS
             )
-        return cls(engine, ids, settings)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str,
-        license_note: str | None = None,
-        passages: str | None = None,
-        private: bool | None = None,
-        revision: str = "main",
-        tag: str | None = None,
-        token: str | None = None,
-    ) -> PushedIndex:
-        """Push the index to a dataset repository: files, manifest and a card.
-
-        Args:
-            repo_id: owner/name; made when missing.
-            license: identifier of the Hub's list; that of the passages.
-            license_note: what a reader must know of it.
-            passages: where the texts are, for the card, such as the Hub id of a data set.
-            private: of a repository that is made; None: the account's setting.
-            revision: branch to push to; made when missing.
-            tag: name for the commit; a tag never moves.
-            token: of the Hub; the one logged in with when None.
-
-        Returns:
-            Repository, URL, commit and what was sent.
-
-        Raises:
-            ValueError: no licence, or a tag that is taken.
-            HubError: the Hub refused or could not be reached.
-        """
-        from tct_hf.hub.indexes import push_sparse
-
-        return push_sparse(
-            self,
-            repo_id,
-            license=license,
-            license_note=license_note,
-            passages=passages,
-            private=private,
-            revision=revision,
-            tag=tag,
-            token=token,
-        )
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        mmap: bool = False,
-        verify: bool = True,
-        backend: str | None = None,
-    ) -> BM25Index:
-        """Download and open an index that `push_to_hub` pushed.
-
-        Args:
-            repo_id: the dataset repository.
-            revision: branch, tag or commit.
-            token: of the Hub; the one logged in with when None.
-            mmap: as in `load`.
-            verify: as in `load`.
-            backend: as in `load`.
-
-        Raises:
-            HubError: the repository can't be had.
-            ValueError: as `load`.
-            FileNotFoundError: the repository holds no BM25 index.
-        """
-        from tct_hf.hub.indexes import fetch_index
-
-        folder = fetch_index(repo_id, revision=revision, token=token)
-        return cls.load(folder, mmap=mmap, verify=verify, backend=backend)
-
-
-def check_ids(ids: Sequence[str], count: int, what: str) -> None:
-    """Refuse ids that do not name `count` things one by one.
-
-    Args:
-        ids: passage ids.
-        count: how many there must be, at least one.
-        what: the argument they name, for the message.
-
-    Raises:
-        ValueError: another count, no id, one that is not a string or can't be written as UTF-8, or one that comes
-            twice.
-    """
-    if len(ids) != count:
-        raise ValueError(f"ids: {len(ids)} ids for {count} {what}; pass one id for each")
-    if not count:
-        raise ValueError(f"{what}: nothing to index; pass at least one passage")
-    seen: set[str] = set()
-    for at, passage_id in enumerate(ids):
-        if not isinstance(passage_id, str):
-            raise ValueError(f"ids: number {at} is {passage_id!r}, not a string; convert ids with str")
-        if not is_utf8(passage_id):
+            ids = IdTable.load(directory, mmap=mmap)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{directory}: damaged sparse index ({error}); build and save it again") from error
+        # Compiled search trusts its arrays.
+        if (
+            tuple(part.dtype.name for part in (starts, rows, weights)) != tuple(_ARRAYS.values())
+            or not len(ids) == settings["passages"] > 0
+            or starts.shape != (settings["dimension"] + 1,)
+            or not rows.shape == weights.shape == (settings["postings"],)
+            or starts[0] != 0
+            or starts[-1] != settings["postings"]
+            or (np.diff(starts) < 0).any()
+            or (verify and not _searchable(starts, rows, weights, len(ids)))
+        ):
             raise ValueError(
-                f"ids: {passage_id!r} (number {at}) has a lone surrogate, which no file can hold as UTF-8; rename it"
+                f"{directory}: its arrays are not those of {settings['passages']} passages of dimension "
+                f"{settings['dimension']} with {settings['postings']} non-zeros; build and save the index again"
             )
-        if passage_id in seen:
-            raise ValueError(f"ids: {passage_id!r} comes twice (again at number {at}); make ids unique")
-        seen.add(passage_id)
+        return cls(starts, rows, weights, ids, built_by=settings["built_by"])
 
 
-def _check_backend(backend: str) -> None:
-    if backend not in ("numba", "numpy"):
-        raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
-    if backend == "numba":
-        try:
-            import numba  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                f"backend: numba can't be imported ({error}); install it with `pip install numba`, "
-                'or pass backend="numpy" (about 100 times slower)'
-            ) from error
-        _keep_compiled()
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A plain view that can't be written to: mapped and unmapped arrays then search by one compiled function."""
+    import numpy as np
+
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
 
 
-@cache
-def _keep_compiled() -> None:
-    """Have numba keep what it compiles on disk: bm25s's search takes 10 s to compile, in every process anew."""
-    from bm25s.numba import retrieve_utils
-    from numba.core.dispatcher import Dispatcher
+def _searchable(starts: np.ndarray, rows: np.ndarray, weights: np.ndarray, passages: int) -> bool:
+    """Whether lists name passages that are there, rising, with weights that are finite and above 0."""
+    import numpy as np
 
-    for function in vars(retrieve_utils).values():
-        if isinstance(function, Dispatcher):
-            try:
-                function.enable_caching()
-            except RuntimeError:  # no folder that numba may write to: compiled in this process alone
-                return
+    from tct_hf.retrieval.inverted_lists import are_lists
 
-
-def _analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
-    """Make the function from text to terms: lower case, words of two characters and more, stop words out, stems."""
-    from bm25s.tokenization import _infer_stopwords
-
-    try:
-        stop_words = frozenset() if language == "none" else frozenset(_infer_stopwords(language))
-    except ValueError as error:
-        raise ValueError(f'language: no stop words for {language!r} ({error}); pass language="none"') from error
-    if stemmer is None:
-        return lambda text: [word for word in _TOKEN.findall(text.lower()) if word not in stop_words]
-    try:
-        import Stemmer
-    except ImportError as error:
-        raise ImportError(
-            f"stemmer: PyStemmer can't be imported ({error}); `pip install PyStemmer` or pass stemmer=None"
-        ) from error
-    try:
-        snowball = Stemmer.Stemmer(stemmer)
-    except KeyError:
-        raise ValueError(f"stemmer: {stemmer!r} is not one of {', '.join(Stemmer.algorithms())}") from None
-    stem: dict[str, str] = {}
-
-    def analyse(text: str) -> list[str]:
-        words = [word for word in _TOKEN.findall(text.lower()) if word not in stop_words]
-        for word in words:
-            if word not in stem:
-                stem[word] = snowball.stemWord(word)
-        return [stem[word] for word in words]
-
-    return analyse
+    step = 1 << 20  # weights that are looked at together
+    parts = (weights[first : first + step] for first in range(0, len(weights), step))
+    return bool(are_lists(*map(_read_only, (starts, rows)), passages)) and all(
+        bool((np.isfinite(part) & (part > 0)).all()) for part in parts
+    )

@@ -184,7 +184,7 @@ def _passes(
     model: Any, texts: Sequence[str], task: str, budget: int, batch_size: int | None
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Row numbers and features of each forward pass over some texts."""
-    from tct_hf.batching import padding_of, passes, token_lengths
+    from tct_hf.batches import padding_of, passes, token_lengths
 
     prompt = prompt_of(model, task)
     by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -262,7 +262,7 @@ def choose_precision(
     """
     import numpy as np
 
-    from tct_hf.teachers import has_bfloat16
+    from tct_hf.encoding.precision import has_bfloat16
 
     if not has_bfloat16(model.device):
         return False, {"hardware": False}

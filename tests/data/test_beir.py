@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.data import load_beir
+from tct_hf import load_beir
 from tct_hf.data.beir import load_beir_corpus
 from tct_hf.data.beir_format import MissingSplitError
 from tct_hf.data.beir_hub import load_beir_from_hub, load_corpus_from_hub

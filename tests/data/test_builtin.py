@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.data import builtin_corpus, builtin_fingerprint
-from tct_hf.data.builtin import SPLITS, make_collection
+from tct_hf import builtin_corpus
+from tct_hf.data.builtin import SPLITS, builtin_fingerprint, make_collection
 from tct_hf.data.docstrings import Docstring
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.data.cache import build_once, default_cache_dir, read_corpus, write_corpus
+from tct_hf.cache import build_once, default_cache_dir, read_corpus, write_corpus
 
 
 def test_folder_is_built_once(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from tct_hf.data.collection import Collection, Split, load_collection
 from tct_hf.data.near_duplicates import folded
-from tct_hf.retrieval.sparse import BM25Index
+from tct_hf.retrieval.bm25 import BM25Index
+from tct_hf.retrieval.negatives import collection_bm25, collection_triples
 from tests.recipe import write_beir
 
 
@@ -38,10 +39,10 @@ def test_choosing_models_on_the_reported_split_is_refused(beir: Path) -> None:
 
 def test_the_index_is_built_once_and_triples_use_it(beir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_collection(str(beir))
-    index = found.bm25()
+    index = collection_bm25(found)
     monkeypatch.setattr(BM25Index, "build", None)
-    assert found.bm25() is index
-    rows = found.triples(num_negatives=2, depth=10, seed=1)
+    assert collection_bm25(found) is index
+    rows = collection_triples(found, num_negatives=2, depth=10, seed=1)
     assert len(rows) == 6 and {"negative_1", "negative_2_id", "known_positive_ids"} <= set(rows.column_names)
     assert set(rows["query_id"]) == set(found.splits["train"].queries)
 
@@ -78,7 +79,7 @@ def labelled(rows: Any) -> set[str]:
 
 
 def made(collection: Collection, labels: float, **options: Any) -> Any:
-    return collection.triples(**{"num_negatives": 1, "depth": 10, "seed": 1, "labels": labels, **options})
+    return collection_triples(collection, **{"num_negatives": 1, "depth": 10, "seed": 1, "labels": labels, **options})
 
 
 def test_the_queries_of_a_share_of_labels_are_among_those_of_a_larger_share(larger: Collection) -> None:
@@ -315,7 +316,7 @@ def test_a_mistyped_split_and_missing_queries_are_errors_even_where_nothing_is_r
 
 
 def test_settings_without_labels_still_name_a_mistyped_split(beir: Path) -> None:
-    from tct_hf.pipeline import DataSettings, read_collection
+    from tct_hf.pipeline.steps import DataSettings, read_collection
 
     data = DataSettings(source=str(beir), labels=0.0, test_split="tets")
     with pytest.raises(FileNotFoundError, match=r"no tets\.tsv"):

@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
     colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tct_hf import NoTeacher
-    from tct_hf.data import expansion_scores
+    from tct_hf.teachers import expansion_scores
 
     score(colbert, folder)
     whole = {file.name: file.read_bytes() for file in (folder / "scores").iterdir()}

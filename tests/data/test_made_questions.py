@@ -4,6 +4,7 @@ from datasets import Dataset
 
 from tct_hf.data.collection import Collection
 from tct_hf.data.made_questions import questions_from
+from tct_hf.retrieval.negatives import collection_triples
 
 TEXTS = {
     "a": "Sorting an array. This function sorts the values of an array in place. It returns nothing.",
@@ -30,7 +31,9 @@ def test_rows_of_made_questions_learn_from_the_rest_of_their_passage() -> None:
     collection = Collection("made", corpus(), {}, {})
     collection.make_questions(10, seed=1)
     candidates = {name: {"a": 3.0, "b": 2.0, "c": 1.0, "d": 0.5} for name in collection.questions}
-    rows = collection.triples(num_negatives=1, depth=10, seed=0, labels=0.0, unlabelled=True, candidates=candidates)
+    rows = collection_triples(
+        collection, num_negatives=1, depth=10, seed=0, labels=0.0, unlabelled=True, candidates=candidates
+    )
     by_passage = {row["positive_id"]: row for row in rows}
     assert set(by_passage) == {"a", "d"}
     assert by_passage["a"]["positive"] == "Sorting an array. It returns nothing."

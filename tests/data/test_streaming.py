@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tct_hf import load_triples
 from tct_hf.data.sources import TsvSource
 from tct_hf.data.streamed import StreamedTriples
-from tct_hf.streaming import StreamedBatches
+from tct_hf.training.streaming import StreamedBatches
 
 ROWS = 36
 

@@ -14,8 +14,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from tct_hf.collator import TCTDataCollator
-from tct_hf.data import SkippedRows, bm25_triples, load_beir, load_triples
+from tct_hf import SkippedRows, bm25_triples, load_beir, load_triples
+from tct_hf.training.collator import TCTDataCollator
 
 ROWS = [
     {"query": "first query", "positive": "right one", "negative": "wrong one"},

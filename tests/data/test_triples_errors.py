@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tct_hf.data import SkippedRows, load_triples
+from tct_hf import SkippedRows, load_triples
 
 GOOD = {"query": "q", "positive": "p", "negative": "n"}
 LISTS = {"query": "q", "positive": "p", "negatives": ["a", "b"]}

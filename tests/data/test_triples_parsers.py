@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tct_hf.data import SkippedRows, load_triples
+from tct_hf import SkippedRows, load_triples
 from tct_hf.data.beir_format import read_records
 from tct_hf.data.columns import RowReader
 from tct_hf.data.lookups import read_tsv_texts

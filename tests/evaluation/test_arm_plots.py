@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tct_hf import plots
-from tct_hf.arms import Arm
+from tct_hf.evaluation import plots
 from tct_hf.evaluation.arm_plots import plot_swept
 from tct_hf.evaluation.arm_table import ArmResult
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
+from tct_hf.pipeline.arms import Arm
 
 
 def found(*values: float) -> Evaluation:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tct_hf.arms import Arm
 from tct_hf.evaluation.arm_table import ArmResult, against_table, arm_table, difference, write_students
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
+from tct_hf.pipeline.arms import Arm
 
 QUERIES = [f"q{at}" for at in range(10)]
 MEASURES = ["RR@10", "R@100"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from tct_hf import evaluate_run
 from tct_hf.data.collection import Collection, Split
-from tct_hf.evaluation import evaluate_run
 from tct_hf.evaluation.comparison import (
     System,
     evaluate_all,
@@ -20,7 +20,7 @@ from tct_hf.evaluation.comparison import (
     table,
     write_metrics,
 )
-from tct_hf.evaluation.effectiveness import Evaluation
+from tct_hf.evaluation.measures import Evaluation
 
 QRELS = {f"q{row}": {f"p{row}": 1} for row in range(8)}
 QUERIES = {name: f"what is {name}" for name in reversed(QRELS)}

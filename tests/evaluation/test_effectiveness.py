@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tct_hf.evaluation import evaluate_run
+from tct_hf import evaluate_run
 
 QRELS = {"q1": {"a": 1, "b": 2}, "q2": {"c": 1}, "q3": {"d": 1}}
 RUN = {"q1": {"x": 3.0, "a": 2.0, "b": 1.0}, "q2": {"x": 9.0, "y": 8.0, "z": 7.0}, "unjudged": {"a": 1.0}}
@@ -184,7 +184,7 @@ def test_a_value_that_the_engine_leaves_out_is_no_zero(monkeypatch: pytest.Monke
 
 
 def test_a_weight_is_tuned_for_a_measure_that_empty_lists_have_not() -> None:
-    from tct_hf.retrieval import tune_alpha
+    from tct_hf import tune_alpha
 
     tuned = tune_alpha({"q1": {"a": 1.0}}, {"q1": {"x": 1.0}, "q2": {"c": 1.0}}, QRELS, "Judged@1")
     assert tuned.value == pytest.approx(2 / 3)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from tct_hf import read_run
 from tct_hf.data.collection import Collection, Split, load_collection
 from tct_hf.evaluation import quick_report as module
 from tct_hf.evaluation.comparison import System
 from tct_hf.evaluation.quick_report import quick_report, training_systems
 from tct_hf.files import write_json_atomic
-from tct_hf.retrieval import read_run
 from tests.recipe import write_beir
 
 KEYS = ["bm25", "base-native", "base-maxsim", "stock", "unlabelled", "student", "teacher"]

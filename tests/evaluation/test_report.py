@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from tct_hf import Report, build_report, read_run, write_run
 from tct_hf.data.collection import Collection, Split
-from tct_hf.evaluation import Report, build_report
 from tct_hf.evaluation.report_settings import (
     AnnSettings,
     CostSettings,
@@ -20,7 +20,6 @@ from tct_hf.evaluation.report_settings import (
     MeasureSettings,
     ReportSettings,
 )
-from tct_hf.retrieval import read_run, write_run
 from tests.searching import Material, write_material
 
 KEYS = ["bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"]
@@ -117,7 +116,7 @@ def test_both_plots_are_png_files(report: Report, output: Path) -> None:
 
 
 def test_systems_are_tested_against_the_baseline_with_holms_correction(report: Report, material: Material) -> None:
-    from tct_hf.evaluation import compare_runs
+    from tct_hf import compare_runs
 
     runs = {system.key: read_run(material.folder / "output" / system.run["file"]) for system in report.systems}
     qrels = material.collection().splits["test"].qrels
@@ -155,7 +154,7 @@ def test_alpha_is_tuned_on_dev_and_the_report_says_so(report: Report, output: Pa
 def test_alpha_is_never_tuned_on_the_reported_queries(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune_on: Any
 ) -> None:
-    from tct_hf.retrieval import hybrid
+    from tct_hf.retrieval import fusion as hybrid
 
     collection = material.collection()
     test, dev = collection.splits["test"], collection.splits["dev"]
@@ -197,7 +196,7 @@ def test_without_other_queries_lists_are_fused_by_rank(material: Material, tmp_p
 
 
 def test_a_given_alpha_is_used_as_it_is(material: Material, tmp_path: Path) -> None:
-    from tct_hf.retrieval import fuse
+    from tct_hf import fuse
 
     found = make(material, tmp_path, teacher=None, settings=tiny_settings(hybrid=HybridSettings(alpha=0.5)))
     assert found.tuning["hybrid"]["alpha"] == 0.5 and found.tuning["hybrid"]["split"] is None
@@ -208,7 +207,7 @@ def test_a_given_alpha_is_used_as_it_is(material: Material, tmp_path: Path) -> N
 def test_the_teachers_runs_are_those_of_exhaustive_search_and_of_reranking(
     report: Report, material: Material, output: Path
 ) -> None:
-    from tct_hf.evaluation import rerank_run
+    from tct_hf.evaluation.reranking import rerank_run
     from tct_hf.evaluation.systems import late_interaction_run
     from tests.models import load_colbert
 
@@ -264,8 +263,8 @@ def test_a_student_in_tct_encoding_is_reported_without_its_own_token_vectors(
 
 
 def test_the_base_as_it_is_has_a_row_and_one_fused_with_bm25(material: Material, tmp_path: Path) -> None:
+    from tct_hf import fuse
     from tct_hf.evaluation.systems import dense_run
-    from tct_hf.retrieval import fuse
 
     base = material.folder / "base"
     found = make(material, tmp_path, teacher=None, base=str(base))

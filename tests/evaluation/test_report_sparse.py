@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from sentence_transformers import SparseEncoder
 
-from tct_hf import fuse
-from tct_hf.evaluation import Report, build_report
+from tct_hf import Report, build_report, fuse, read_run
 from tct_hf.evaluation.report_settings import CostSettings, HybridSettings, MeasureSettings, ReportSettings
 from tct_hf.evaluation.stores import Stores, open_student
-from tct_hf.retrieval import read_run
 from tests.hub.models import TEXTS, published_tct, pyserini_vectors
 from tests.searching import Material, write_material
 from tests.splade import tiny_splade

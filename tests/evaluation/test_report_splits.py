@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from tct_hf import evaluate_run, fuse, tune_alpha, write_expansions
+from tct_hf import Report, build_report, evaluate_run, fuse, read_run, tune_alpha, write_expansions
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.evaluation import Report, build_report
-from tct_hf.evaluation.effectiveness import named_measures, relevant_from
+from tct_hf.evaluation.measures import named_measures, relevant_from
 from tct_hf.evaluation.report_checks import check_report
 from tct_hf.evaluation.report_settings import (
     CostSettings,
@@ -24,7 +23,6 @@ from tct_hf.evaluation.report_settings import (
 from tct_hf.evaluation.report_work import rows_of
 from tct_hf.evaluation.stores import Stores, open_student
 from tct_hf.evaluation.tuning import tuning_queries
-from tct_hf.retrieval import read_run
 from tests.searching import Material, write_material
 from tests.splade import tiny_splade
 

@@ -11,7 +11,7 @@ from tct_hf.evaluation.reranking import rerank_run
 from tct_hf.evaluation.systems import late_interaction_run
 from tct_hf.retrieval.runs import rank
 from tests.models import load_colbert, tiny_colbert
-from tests.training import PASSAGES, QUERIES
+from tests.train_helpers import PASSAGES, QUERIES
 
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
 CORPUS = dict(zip(IDS, PASSAGES, strict=True))

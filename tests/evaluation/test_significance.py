@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tct_hf import read_run, write_run
 from tct_hf.evaluation import significance
 from tct_hf.evaluation.significance import (
     compare_runs,
@@ -18,7 +19,6 @@ from tct_hf.evaluation.significance import (
     paired_t_test,
     t_two_sided,
 )
-from tct_hf.retrieval import read_run, write_run
 
 # q0's passage is found first by "good" on all twelve, by "poor" on the even ones; "same" is "poor" again.
 QRELS = {f"q{at}": {"d": 1} for at in range(12)}

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from tct_hf.evaluation import systems
 from tct_hf.evaluation.systems import dense_and_reranked_run, dense_run, dense_runs, encode_texts, late_interaction_run
 from tests.models import load_colbert, tiny_bert, tiny_colbert
-from tests.training import PASSAGES, QUERIES
+from tests.train_helpers import PASSAGES, QUERIES
 
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
 ASKED = {f"q{row}": text for row, text in enumerate(QUERIES)}

@@ -10,10 +10,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from tct_hf import build_student, save_student
+from tct_hf.encoding.kinds import TCT_CHECKPOINTS, read_json
 from tct_hf.evaluation.report import Report
 from tct_hf.files import CLAIM_FILE, write_json_atomic
-from tct_hf.hub.cards import CardFacts, eval_results, template, write_card
-from tct_hf.hub.kinds import TCT_CHECKPOINTS, read_json
+from tct_hf.hub.cards import CardFacts, eval_results, write_card
+from tct_hf.hub_client import template
 from tests.hub.models import dual_encoder, small_report
 from tests.models import tiny_bert
 from tests.recipe import ROOT

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tct_hf import build_student, load_student, release, save_student
-from tct_hf.hub import CardFacts, HubError
-from tct_hf.pipeline import TeacherSettings
+from tct_hf.hub.cards import CardFacts
+from tct_hf.hub_client import HubError
+from tct_hf.pipeline.steps import TeacherSettings
 from tct_hf.settings import SettingsError, load_settings
 from tests.loopback_hub import READER, STRANGER, WRITER, LoopbackHub
 from tests.models import tiny_bert
@@ -36,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, student: Path) -> list[float]:
 
     waits: list[float] = []
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", waits.append)
-    monkeypatch.setattr("tct_hf.checkpoints.validate_checkpoint", lambda path: None)
+    monkeypatch.setattr("tct_hf.encoding.checkpoint.validate_checkpoint", lambda path: None)
     return waits
 
 
@@ -193,7 +194,7 @@ def test_a_token_in_a_file_stops_the_release(
 ) -> None:
     import shutil
 
-    from tct_hf.hub.kinds import read_json
+    from tct_hf.encoding.kinds import read_json
 
     shutil.copytree(student, tmp_path / "student")
     file = tmp_path / name
@@ -214,7 +215,7 @@ class Settings:
 
 
 def test_a_token_is_no_setting_of_a_recipe(tmp_path: Path) -> None:
-    from tct_hf import training
+    from tct_hf.training import run as training
 
     (tmp_path / "a.yaml").write_text(f"teacher:\n  training:\n    hub_token: {WRITER}\n")
     for arguments in ([str(tmp_path / "a.yaml")], [f"--teacher.training.hub_token={WRITER}"]):

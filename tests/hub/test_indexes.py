@@ -7,11 +7,12 @@ import pytest
 from huggingface_hub import DatasetCard
 
 from tct_hf import BM25Index, DenseIndex, build_student, release, save_student
-from tct_hf.hub import CardFacts, HubError
+from tct_hf.hub.cards import CardFacts
+from tct_hf.hub_client import HubError
 from tct_hf.retrieval.encode import describe_model
 from tests.loopback_hub import LoopbackHub
 from tests.models import tiny_bert
-from tests.training import PASSAGES, QUERIES
+from tests.train_helpers import PASSAGES, QUERIES
 
 FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
@@ -20,7 +21,7 @@ IDS = [f"p{row}" for row in range(len(PASSAGES))]
 @pytest.fixture
 def index(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenseIndex:
     """An index of a student that is on the Hub."""
-    monkeypatch.setattr("tct_hf.checkpoints.validate_checkpoint", lambda path: None)
+    monkeypatch.setattr("tct_hf.encoding.checkpoint.validate_checkpoint", lambda path: None)
     student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     release(save_student(student, tmp_path / "student"), "tester/student", facts=FACTS)
     built_by = describe_model(student, "tester/student")["model"]

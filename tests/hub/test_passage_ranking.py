@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tct_hf.data.beir import load_beir
-from tct_hf.data.passage_ranking import PassageRankingFiles, prepare_passage_ranking
+from tct_hf.pipeline.passage_ranking import PassageRankingFiles, prepare_passage_ranking
 from tct_hf.settings import load_settings
 from tests.loopback_hub import LoopbackHub
 from tests.recipe import ROOT

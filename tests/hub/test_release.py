@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard, RepoCard
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from tct_hf import build_student, release, save_student
-from tct_hf.hub import CardFacts, HubError
+from tct_hf.hub.cards import CardFacts
+from tct_hf.hub_client import HubError
 from tests.hub.models import dual_encoder, small_report
 from tests.loopback_hub import READER, LoopbackHub
 from tests.models import tiny_bert, tiny_colbert
@@ -45,7 +46,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the interpreter of its own that looks at the vectors: for tests of what is pushed."""
-    monkeypatch.setattr("tct_hf.checkpoints.validate_checkpoint", lambda path: None)
+    monkeypatch.setattr("tct_hf.encoding.checkpoint.validate_checkpoint", lambda path: None)
 
 
 def test_a_student_comes_back_with_equal_weights_and_vectors(hub: LoopbackHub, student: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_student_cut_to_its_first_dimensions_is_one_of_them_alone(student: Pat
 def test_an_own_encoding_student_that_is_another_in_a_fresh_interpreter_is_not_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf.hub import releasing
+    from tct_hf.hub import release as releasing
 
     base = str(tiny_bert(tmp_path / "base"))
     made = build_student(base, query_length=16, document_length=24)
@@ -93,7 +94,7 @@ def test_an_own_encoding_student_that_is_another_in_a_fresh_interpreter_is_not_r
 
 def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_path: Path) -> None:
     from tct_hf import ColBERTTeacher
-    from tct_hf.teachers import write_training_scale
+    from tct_hf.teachers.base import write_training_scale
 
     folder = tiny_colbert(tmp_path)
     write_training_scale(folder, 4.0)
@@ -316,7 +317,7 @@ def test_the_recipe_lists_what_would_go_then_pushes(
 
 @pytest.mark.parametrize("name", ["student", "sparse_student", "teacher", "index"])
 def test_templates_are_in_the_source_tree_and_in_a_wheel(name: str) -> None:
-    from tct_hf.hub.cards import template
+    from tct_hf.hub_client import template
 
     assert RepoCard(template(name).replace("{{ card_data }}", "license: mit")).data.license == "mit"
     tomllib = pytest.importorskip("tomllib")

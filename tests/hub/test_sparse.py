@@ -16,12 +16,12 @@ from sentence_transformers import SparseEncoder
 
 from tct_hf import SparseIndex, release
 from tct_hf.evaluation.report import Report
-from tct_hf.hub import CardFacts
+from tct_hf.hub.cards import CardFacts
 from tct_hf.retrieval.encode import describe_model
 from tests.hub.models import small_report, system
 from tests.loopback_hub import LoopbackHub
 from tests.splade import tiny_router, tiny_splade
-from tests.training import PASSAGES, QUERIES
+from tests.train_helpers import PASSAGES, QUERIES
 
 FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
@@ -35,7 +35,7 @@ def splade(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an interpreter of its own: for tests of what is pushed."""
-    monkeypatch.setattr("tct_hf.hub.releasing._check", lambda staging, family, source: None)
+    monkeypatch.setattr("tct_hf.hub.release._check", lambda staging, family, source: None)
 
 
 def report_of(weights: str, *, beside: bool) -> Report:
@@ -144,7 +144,7 @@ def test_a_collapsed_student_is_not_released(hub: LoopbackHub, splade: Path, tmp
 def test_a_student_that_is_another_in_a_fresh_interpreter_is_not_released(
     hub: LoopbackHub, splade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf.hub import releasing
+    from tct_hf.hub import release as releasing
 
     shutil.copytree(splade, tmp_path / "model")
 

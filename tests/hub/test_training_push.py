@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import snapshot_download
 from sentence_transformers import SentenceTransformer
 
-from tct_hf.hub import fetch_checkpoint
+from tct_hf.hub_client import fetch_checkpoint
 from tests.loopback_hub import WRITER, LoopbackHub
 from tests.models import tiny_colbert
-from tests.training import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
+from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
 
 NAME = "tester/run"
 PICKLES = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin")
@@ -134,7 +134,7 @@ def test_a_slow_push_undoes_no_later_one(hub: LoopbackHub, tmp_path: Path) -> No
 def test_a_teacher_is_pushed_with_its_scale(hub: LoopbackHub, tmp_path: Path) -> None:
     from sentence_transformers import MultiVectorEncoder
 
-    from tct_hf.training import train_colbert
+    from tct_hf.training.run import train_colbert
 
     model = MultiVectorEncoder(str(tiny_colbert(tmp_path / "base")), device="cpu")
     train_colbert(

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tct_hf.retrieval import DenseIndex, dense_engine, vector_blocks
-from tct_hf.retrieval.dense_engine import factory_for
+from tct_hf import DenseIndex
+from tct_hf.data.ids import IdTable
+from tct_hf.retrieval import faiss_tools as dense_engine
+from tct_hf.retrieval import vector_blocks
 from tct_hf.retrieval.dense_tuning import stand_ins
-from tct_hf.retrieval.ids import IdTable
+from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.storage import folder_bytes
 from tests.warm_process import run_warm
 
@@ -444,7 +446,8 @@ def test_model_that_did_not_build_the_index_is_refused_with_both_names(saved: Pa
 KILLED_SAVE = """
 import os, signal, sys
 import faiss, numpy
-from tct_hf.retrieval import DenseIndex, storage
+from tct_hf import DenseIndex
+from tct_hf.retrieval import storage
 folder, when = sys.argv[1:]
 def die(*ignored):
     os.kill(os.getpid(), signal.SIGKILL)

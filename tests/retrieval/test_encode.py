@@ -12,7 +12,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tct_hf.retrieval import encode_corpus, encode_texts, load_vectors, text_vectors
+from tct_hf import encode_corpus, load_vectors
+from tct_hf.retrieval import text_vectors
+from tct_hf.retrieval.encode import encode_texts
 from tct_hf.retrieval.text_vectors import choose_precision
 from tests.encode_worker import COUNT, SHARD, passages
 from tests.models import tiny_bert, tiny_mpnet
@@ -128,7 +130,7 @@ def test_impossible_settings_are_refused_by_name(student: Any, wrong: dict[str, 
 def test_bfloat16_is_chosen_only_where_the_probed_vectors_stay_the_same(
     student: Any, monkeypatch: pytest.MonkeyPatch, enough: float, chosen: bool
 ) -> None:
-    monkeypatch.setattr("tct_hf.teachers.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("tct_hf.encoding.precision.has_bfloat16", lambda device: True)
     monkeypatch.setattr(text_vectors, "ENOUGH_COSINE", enough)
     bf16, why = choose_precision(student, [*TEXTS, ""])  # the zero vector has no cosine, and is no objection
     assert bf16 is chosen
@@ -136,14 +138,14 @@ def test_bfloat16_is_chosen_only_where_the_probed_vectors_stay_the_same(
 
 
 def test_bfloat16_is_not_chosen_where_the_hardware_lacks_it(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tct_hf.teachers.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("tct_hf.encoding.precision.has_bfloat16", lambda device: False)
     assert choose_precision(student, TEXTS) == (False, {"hardware": False})
 
 
 def test_the_choice_is_recorded_and_kept_by_a_later_call(
     student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tct_hf.teachers.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("tct_hf.encoding.precision.has_bfloat16", lambda device: True)
     monkeypatch.setattr(text_vectors, "ENOUGH_COSINE", 0.9)
     manifest = encoded(student, tmp_path / "v", precision="auto")
     assert manifest["precision"] == "bf16" and manifest["precision_probe"]["texts"] == SHARD
@@ -534,7 +536,7 @@ def test_a_model_without_a_greatest_length_is_encoded(student: Any, tmp_path: Pa
 def test_seen_ids_are_those_of_a_set(seed: int) -> None:
     import random
 
-    from tct_hf.retrieval.ids import SeenIds
+    from tct_hf.data.ids import SeenIds
 
     draw, seen, known = random.Random(seed), SeenIds(), set[str]()
     for _ in range(60):
@@ -549,7 +551,8 @@ def test_seen_ids_are_those_of_a_set(seed: int) -> None:
 def test_mapped_vectors_are_indexed_block_by_block(
     student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf.retrieval import DenseIndex, vector_blocks
+    from tct_hf import DenseIndex
+    from tct_hf.retrieval import vector_blocks
     from tct_hf.retrieval.vectors import ShardedVectors
 
     encoded(student, tmp_path / "v")

@@ -11,8 +11,8 @@ from scipy import sparse
 from sentence_transformers import SparseEncoder
 
 from tct_hf import SparseIndex, encode_corpus, load_vectors
-from tct_hf.retrieval import encode_texts, text_vectors
-from tct_hf.retrieval.encode import describe_model
+from tct_hf.retrieval import text_vectors
+from tct_hf.retrieval.encode import describe_model, encode_texts
 from tct_hf.retrieval.sparse_rows import ShardedRows
 from tct_hf.retrieval.text_vectors import choose_precision
 from tests.encode_worker import COUNT, SHARD, passages
@@ -68,7 +68,7 @@ def test_the_models_limit_of_active_dims_holds(student: SparseEncoder) -> None:
 
 
 def test_bfloat16_is_chosen_by_the_cosine(student: SparseEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tct_hf.teachers.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("tct_hf.encoding.precision.has_bfloat16", lambda device: True)
     chosen, why = choose_precision(student, TEXTS)
     assert why["texts"] and 0.9 < why["cosine"] <= 1 and chosen == (why["cosine"] >= text_vectors.ENOUGH_COSINE)
 

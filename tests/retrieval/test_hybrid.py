@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tct_hf.evaluation import evaluate_run
-from tct_hf.retrieval.hybrid import check_tuning_queries, fuse, reciprocal_rank_fusion, tune_alpha
+from tct_hf import evaluate_run
+from tct_hf.evaluation.tune_alpha import check_tuning_queries, tune_alpha
+from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import rank
 
 # Few names and few values, so that lists overlap and scores tie.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tct_hf.retrieval import read_run, write_run
+from tct_hf import read_run, write_run
 from tct_hf.retrieval.runs import rank
 
 ids = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=8).filter(

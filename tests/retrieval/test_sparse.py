@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tct_hf.data import load_beir
-from tct_hf.evaluation import evaluate_run
-from tct_hf.retrieval import BM25Index
+from tct_hf import BM25Index, evaluate_run, load_beir
 from tests.data.test_beir import data_folder
 
 TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]

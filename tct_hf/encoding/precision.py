@@ -1,0 +1,38 @@
+"""What a model computes in: float32, or bfloat16 where the hardware has it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16 (elsewhere it is emulated, and slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        if not hasattr(torch.cpu, "get_capabilities"):  # older torch does not tell
+            return False
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return False
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a setting that says nothing of what to compute in."""
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """What a setting of "auto", "bfloat16" or "float32" comes to on a device."""
+    wanted = dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(device))
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def unpack_half(model: torch.nn.Module, dtype: str, device: torch.device) -> None:
+    """Make half-precision weights float32 where a teacher computes in it.
+
+    Autocast only goes down, and transformers keeps the half precision that a checkpoint was saved in.
+    """
+    if compute_dtype(dtype, device) == torch.float32:
+        model.float()

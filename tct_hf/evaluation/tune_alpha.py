@@ -1,0 +1,182 @@
+"""The weight of the sparse scores in a hybrid, found on judged queries."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from tct_hf.evaluation.measures import cutoff_of, evaluate_run
+from tct_hf.retrieval.fusion import Scores, _aligned, _check_weight, _order, equal_spread_alpha
+from tct_hf.retrieval.runs import Run
+
+# Weights tried at first, in units of (spread of dense scores) / (spread of sparse scores): none at all, and four a
+# factor of ten from a hundredth to a hundred.
+_GRID = (0.0, *(10 ** (step / 4) for step in range(-8, 9)))
+
+
+# Then twice as many between the best one and its neighbours on either side, finer each time.
+_REFINEMENTS = 2
+
+
+_BETWEEN = 3
+
+
+class TunedAlpha(float):
+    """The weight that did best, which is a float, with how it was found.
+
+    Attributes:
+        measure: ir-measures name of what was maximised.
+        value: its mean at this weight over the judged queries.
+        curve: (weight, mean) of every weight tried, weights ascending.
+        normalize: whether scores were normalised; fuse with the same.
+        queries: ids of the judged queries, none of which may be reported on (`check_tuning_queries`).
+    """
+
+    measure: str
+    value: float
+    curve: list[tuple[float, float]]
+    normalize: bool
+    queries: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values, without the query ids."""
+        return {
+            "alpha": float(self),
+            "measure": self.measure,
+            "value": self.value,
+            "curve": [list(point) for point in self.curve],
+            "normalize": self.normalize,
+            "queries": len(self.queries),
+        }
+
+
+def tune_alpha(
+    sparse_run: Mapping[str, Scores],
+    dense_run: Mapping[str, Scores],
+    qrels: Mapping[str, Mapping[str, int]],
+    measure: str = "RR@10",
+    *,
+    normalize: bool = False,
+    relevance: int = 1,
+    alphas: Sequence[float] | None = None,
+) -> TunedAlpha:
+    """Find the weight of the sparse scores that is best for judged queries: those of dev or train, never of test.
+
+    Weights depend on the scale of both systems' scores. Without `alphas`, the unit is the median over queries of the
+    dense lists' spread (max - min) over that of the sparse lists', or 1 with `normalize`, and the weights tried are 0
+    and 0.01 to 100 units, four a factor of ten; then, twice, three on either side between the best and its
+    neighbours. They are rounded to three significant digits, so that the weight reported is the weight used. Of
+    several weights that do equally well the middle one is taken.
+
+    Args:
+        sparse_run: query id to passage id to score.
+        dense_run: alike.
+        qrels: judgements of the tuning queries, query id to passage id to relevance; each of them counts.
+        measure: ir-measures name of what to maximise.
+        normalize: as for `fuse`.
+        relevance: from which grade on a passage is relevant, as in `evaluate_run`.
+        alphas: try exactly these weights in place of the grid.
+
+    Returns:
+        The best weight, with the curve.
+
+    Raises:
+        ValueError: no query is judged, both runs lack all that are, a weight is negative or not finite, or the measure
+            is unknown.
+    """
+
+    if not qrels:
+        raise ValueError("qrels: no judged query to tune on; take dev or train queries with judgements")
+    if qrels.keys().isdisjoint([*sparse_run, *dense_run]):
+        raise ValueError("qrels: none of the judged queries is in the runs; take runs and judgements of one split")
+    evaluate_run({}, qrels, [measure], relevance=relevance)  # an unknown measure fails before the work
+    aligned = {
+        query: _aligned(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize) for query in qrels
+    }
+    depth = cutoff_of(measure)
+    found: dict[float, float] = {}
+
+    def try_out(weights: Sequence[float]) -> None:
+        for alpha in weights:
+            if alpha in found:
+                continue
+            run: Run = {}
+            for query, (ids, sparse, dense) in aligned.items():
+                scores = alpha * sparse + dense
+                order = _order(ids, scores, depth)
+                run[query] = dict(zip([ids[at] for at in order.tolist()], scores[order].tolist(), strict=True))
+            found[alpha] = evaluate_run(run, qrels, [measure], relevance=relevance).mean[measure]
+
+    if alphas is not None:
+        if not len(alphas):
+            raise ValueError("alphas: no weight to try; name some, or leave it out for the grid")
+        for alpha in alphas:
+            _check_weight(alpha)
+        try_out([float(alpha) for alpha in alphas])
+    else:
+        unit = 1.0 if normalize else equal_spread_alpha(sparse_run, dense_run, qrels)
+        try_out([_rounded(unit * step) for step in _GRID])
+        for _ in range(_REFINEMENTS):
+            tried = sorted(found)
+            at = tried.index(_best(found))
+            near = tried[max(at - 1, 0) : at + 2]
+            for low, high in itertools.pairwise(near):
+                try_out(_between(low, high))
+    alpha = _best(found)
+    tuned = TunedAlpha(alpha)
+    tuned.measure, tuned.value, tuned.normalize = measure, found[alpha], normalize
+    tuned.curve, tuned.queries = sorted(found.items()), list(qrels)
+    return tuned
+
+
+def check_tuning_queries(
+    tuned_on: Collection[str], reported: Collection[str], *, what: str = "alpha", setting: str = "tune_on"
+) -> None:
+    """Refuse to report on queries that something was tuned on.
+
+    Args:
+        tuned_on: ids of the tuning queries, or {id: text}.
+        reported: ids of the queries to report on, or {id: text}; where both have texts, the same text under another
+            id is found too.
+        what: was tuned, for the message.
+        setting: names the tuning queries, for the message.
+
+    Raises:
+        ValueError: a query is on both sides; the message counts them and names some.
+    """
+    shared = sorted(set(tuned_on) & set(reported))
+    if shared:
+        raise ValueError(
+            f"{setting}: {what} would be tuned on {len(shared)} of the queries that are reported ({_some(shared)}); "
+            "tune on dev or train queries"
+        )
+    if isinstance(tuned_on, Mapping) and isinstance(reported, Mapping):
+        texts = {" ".join(str(text).casefold().split()) for text in tuned_on.values()}
+        same = [query for query, text in reported.items() if " ".join(str(text).casefold().split()) in texts]
+        if same:
+            raise ValueError(
+                f"{setting}: the texts of {len(same)} reported queries ({_some(same)}) are among those that {what} "
+                "would be tuned on, under other ids; take them out of the tuning queries"
+            )
+
+
+def _between(low: float, high: float) -> list[float]:
+    """Weights between two: by equal factors, or by equal steps from 0."""
+    if low == 0:
+        return [_rounded(high * step / (_BETWEEN + 1)) for step in range(1, _BETWEEN + 1)]
+    return [_rounded(low * (high / low) ** (step / (_BETWEEN + 1))) for step in range(1, _BETWEEN + 1)]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _best(found: Mapping[float, float]) -> float:
+    highest = max(found.values())
+    best = sorted(alpha for alpha, value in found.items() if value == highest)
+    return best[(len(best) - 1) // 2]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

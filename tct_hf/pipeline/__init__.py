@@ -1,0 +1,1 @@
+"""What the recipes share: settings and one function a stage."""

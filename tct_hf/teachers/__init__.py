@@ -1,0 +1,1 @@
+"""Everything that can score a batch of queries and passages."""

@@ -1,0 +1,212 @@
+"""How sharp a teacher has to be: one scale a member, found where rankings are decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tct_hf.files import write_json_atomic
+from tct_hf.teachers.ensemble import TeacherEnsemble
+from tct_hf.teachers.mixture import list_scores, members_of, search_mixture, set_weights, weights_of
+
+if TYPE_CHECKING:
+    from tct_hf.data.collection import Collection
+    from tct_hf.teachers.base import Teacher
+
+CALIBRATION_FILE = "tct_calibration.json"
+
+# A query's candidates: member scores (members, candidates) and which candidates are positives, (candidates,) bool.
+Lists = Sequence[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How well a distribution over candidates fits the judgements, averaged over queries.
+
+    Attributes:
+        cross_entropy: in nats, minus the log of the probability that all positives have together.
+        entropy: in nats.
+        positive_on_top: share of the queries whose best candidate is a positive.
+    """
+
+    cross_entropy: float
+    entropy: float
+    positive_on_top: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The scales of a teacher's members, and what they are worth.
+
+    Attributes:
+        weights: member to scale of its scores.
+        queries: how many queries they were found on.
+        before: of the teacher with the scales it had.
+        after: of the teacher with these.
+        alone: of each member by itself, at its own best scale.
+        student: of the student about to learn, at its own best scale; None where none was given.
+        lead: by how many nats the teacher's cross-entropy is below the student's, scales found on one half of the
+            queries and read on the other; None where no student was given.
+    """
+
+    weights: dict[str, float]
+    queries: int
+    before: Reading
+    after: Reading
+    alone: dict[str, Reading]
+    student: Reading | None = None
+    lead: float | None = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write it into a folder, as JSON."""
+        write_json_atomic(Path(folder) / CALIBRATION_FILE, asdict(self))
+
+    def summary(self) -> str:
+        """A few lines for people; says so where the teacher is no better than the student."""
+        rows: list[tuple[str, float | None, Reading]]
+        rows = [("teacher, before", None, self.before), ("teacher, after", None, self.after)]
+        rows += [(f"{name} alone", self.weights[name], reading) for name, reading in self.alone.items()]
+        rows += [("student", None, self.student)] if self.student is not None else []
+        width = max(len(title) for title, _, _ in rows)
+        lines = [
+            f"calibrated on {self.queries} judged queries, each among its best candidates",
+            f"{'':{width}}  weight  cross-entropy  entropy  positive on top",
+        ]
+        for title, weight, one in rows:
+            shown = "" if weight is None else f"{weight:.3g}"
+            figures = f"{one.cross_entropy:13.3f}  {one.entropy:7.3f}  {one.positive_on_top:15.1%}"
+            lines.append(f"{title:{width}}  {shown:>6}  {figures}")
+        if self.lead is not None and self.lead <= 0:
+            lines.append(
+                "The teacher knows no more than the student about to learn from it: expect no gain. Use another "
+                "teacher, or labels."
+            )
+        return "\n".join(lines)
+
+
+def calibrate(
+    teacher: Teacher,
+    collection: Collection,
+    *,
+    split: str = "dev",
+    candidates: Mapping[str, Sequence[str]] | None = None,
+    depth: int = 30,
+    most: int = 300,
+    student: Teacher | None = None,
+) -> Calibration:
+    """Find the scale of every member of a teacher, and set it.
+
+    Scales are those under which the judged positives are most likely among each query's best candidates: there a
+    ranking is decided. Among random passages, which are easy, a member that separates the best ones gets no weight.
+
+    Args:
+        teacher: a TeacherEnsemble with normalize="none", whose weights are set; or any other teacher, whose
+            training_scale is set, so that a temperature of 1 / training_scale is calibrated.
+        collection: with judgements of the split.
+        split: whose queries to use: "dev".
+        candidates: query id to passage ids, instead of the `depth` best of the teacher (of BM25, where the teacher
+            can't search).
+        depth: candidates a query.
+        most: queries, the first ones.
+        student: about to learn, for comparison; a DenseTeacher of it.
+
+    Raises:
+        ValueError: no query has a positive among its candidates, or an ensemble that normalises scores.
+
+    Source: listwise maximum likelihood (Cao et al., ICML 2007), all positives as one target.
+    """
+    if isinstance(teacher, TeacherEnsemble) and teacher.normalize != "none":
+        raise ValueError('calibrate sets weights of raw scores: make the TeacherEnsemble with normalize="none".')
+    queries, qrels = collection.splits[split].queries, collection.splits[split].qrels
+    asked = {name: queries[name] for name in list(qrels)[:most]}
+    best: Mapping[str, Iterable[str]] = candidates or search_mixture(teacher, collection, asked, keep=depth)
+    rows = {name: row for row, name in enumerate(collection.corpus["id"])}
+    texts = collection.corpus["text"][:]
+    lists, of_student = [], []
+    for name, query in asked.items():
+        passages = list(best.get(name, ()))
+        positive = torch.tensor([qrels[name].get(passage, 0) > 0 for passage in passages])
+        if not positive.any():
+            continue
+        found = [texts[rows[passage]] for passage in passages]
+        lists.append((torch.stack([list_scores(one, query, found) for one in members_of(teacher).values()]), positive))
+        if student is not None:
+            of_student.append((list_scores(student, query, found)[None], positive))
+    if not lists:
+        raise ValueError(
+            f"calibrate: none of the {len(asked)} {split} queries has a judged positive among its candidates: judge "
+            "more queries, or keep the default weights."
+        )
+    names, start = list(members_of(teacher)), weights_of(teacher)
+    weights = fit_scales(lists, start)
+    set_weights(teacher, weights)
+    alone = {
+        name: best_reading([(scores[place : place + 1], positive) for scores, positive in lists])
+        for place, name in enumerate(names)
+    }
+    return Calibration(
+        weights=dict(zip(names, weights, strict=True)),
+        queries=len(lists),
+        before=read(lists, start),
+        after=read(lists, weights),
+        alone=alone,
+        student=best_reading(of_student) if of_student else None,
+        lead=held_out(of_student, [1.0]) - held_out(lists, start) if len(of_student) > 1 else None,
+    )
+
+
+def fit_scales(lists: Lists, start: Sequence[float]) -> list[float]:
+    """The scales under which the positives are most likely, by L-BFGS on their logarithms.
+
+    Args:
+        lists: of the queries.
+        start: one positive number a member.
+    """
+    log_scales = torch.tensor(start, dtype=torch.float64).log().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([log_scales], max_iter=100, line_search_fn="strong_wolfe")
+    ready = [(scores.double(), positive) for scores, positive in lists]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([_cross_entropy(log_scales.exp() @ scores, positive) for scores, positive in ready]).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return log_scales.detach().exp().tolist()
+
+
+def held_out(lists: Lists, start: Sequence[float]) -> float:
+    """Cross-entropy of queries whose judgements the scales were not found on: each half by the other's scales."""
+    halves = (lists[::2], lists[1::2])
+    folds = [(one, read(one, fit_scales(other, start)).cross_entropy) for one, other in (halves, halves[::-1])]
+    return sum(len(one) * found for one, found in folds) / len(lists)
+
+
+def best_reading(lists: Lists) -> Reading:
+    """What one member by itself is worth at its best scale."""
+    spread = torch.stack([scores.double().std() for scores, _ in lists]).mean().clamp(min=1e-6)
+    return read(lists, fit_scales(lists, [float(1 / spread)]))
+
+
+def read(lists: Lists, weights: Sequence[float]) -> Reading:
+    """How well a weighted sum of the members' scores fits the judgements."""
+    scale = torch.tensor(weights, dtype=torch.float64)
+    logits = [scale @ scores.double() for scores, _ in lists]
+    positives = [positive for _, positive in lists]
+    pairs = list(zip(logits, positives, strict=True))
+    entropy = [torch.distributions.Categorical(logits=one).entropy() for one in logits]
+    return Reading(
+        cross_entropy=float(torch.stack([_cross_entropy(one, positive) for one, positive in pairs]).mean()),
+        entropy=float(torch.stack(entropy).mean()),
+        positive_on_top=sum(bool(positive[one.argmax()]) for one, positive in pairs) / len(pairs),
+    )
+
+
+def _cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
+    return logits.logsumexp(0) - logits[positive].logsumexp(0)

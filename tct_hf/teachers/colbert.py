@@ -1,0 +1,428 @@
+"""Teachers that encode queries and passages apart and compare their vectors: one a token, or one a text."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.util import truncate_embeddings
+from sentence_transformers.util.distributed import get_world_size
+from torch import Tensor
+
+from tct_hf.batches import pad_tokens, parts_of_like_length, stack_columns
+from tct_hf.bundled import told_when_missing
+from tct_hf.distributed import score_where_the_passages_are
+from tct_hf.encoding.digests import weights_digest
+from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
+from tct_hf.teachers.base import Features, Teacher, check_scale, read_training_scale
+
+Side = Literal["query", "document"]
+
+# Texts that tokenisers treat differently: markers, punctuation, special tokens, and more words than any limit.
+_TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [SEP]", "word " * 40, "word " * 10_000]
+
+_KINDS = {"maxsim": "MaxSim", "meanmaxsim": "MeanMaxSim"}  # others go by the name of their similarity
+
+# Texts that are tokenised together, and whose vectors are held padded at once, where many are encoded.
+TEXTS_AT_ONCE = 256
+
+
+class VectorTeacher(Teacher):
+    """A frozen model that turns every text into vectors, and a similarity of a query's vectors and a passage's.
+
+    Args:
+        model: a model of the class's kind, or a path or Hub id of one.
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the encoder computes in it.
+        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
+        tokens_per_pass: at most this many tokens go through the encoder at once.
+        chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
+
+    Raises:
+        ValueError: an unknown dtype, a size or scale that is not positive, or a model of another kind.
+    """
+
+    model: Any
+    model_class: ClassVar[Any]
+    what: ClassVar[str]  # it is called
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        training_scale: float | None = None,
+        tokens_per_pass: int = 16_384,
+        chunk_elements: int = 1 << 24,
+    ) -> None:
+        check_dtype(dtype)
+        for name, size in (("tokens_per_pass", tokens_per_pass), ("chunk_elements", chunk_elements)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        path = str(model) if isinstance(model, (str, Path)) else None
+        if path is not None:
+            self.refuse(path)
+            with told_when_missing(path):
+                model = self.model_class(path)
+        if not isinstance(model, self.model_class):
+            raise ValueError(
+                f"A {type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}: "
+                f"load the model with sentence_transformers.{self.model_class.__name__}."
+            )
+        self.model = model
+        if training_scale is None:
+            training_scale = read_training_scale(path) if path is not None else 1.0
+        self.training_scale = check_scale(training_scale)
+        self.score_kind = _KINDS.get(model.similarity_fn_name, model.similarity_fn_name)
+        self.dtype = dtype
+        self.tokens_per_pass = tokens_per_pass
+        self.chunk_elements = chunk_elements
+        self.shares_tokens = False
+        unpack_half(self.model, dtype, self.model.device)
+        self.model.eval()
+
+    @classmethod
+    def refuse(cls, name_or_path: str) -> None:
+        """Refuse a checkpoint of another kind, which sentence-transformers would complete with random weights.
+
+        Args:
+            name_or_path: folder or Hub id.
+
+        Raises:
+            ValueError: it is saved as another kind.
+        """
+        kind = (_read(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
+        known = {
+            "SentenceTransformer": "one vector a text",
+            "MultiVectorEncoder": "one vector a token",
+            "SparseEncoder": "one weight a word of the vocabulary",
+            "CrossEncoder": "one score a pair",
+        }
+        if kind in known and kind != cls.model_class.__name__:
+            raise ValueError(
+                f"{name_or_path} is a {kind}, {known[kind]}, and no {cls.what}: name the folder or Hub id of one."
+            )
+
+    @abstractmethod
+    def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
+        """Encode one padded batch.
+
+        Returns:
+            `(rows, vectors, dim)` and `(rows, vectors)` bool, those that are compared.
+        """
+
+    @abstractmethod
+    def similarity(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+        """`(queries, passages)` scores of float32 vectors `(rows, vectors, dim)`, as the model compares them."""
+
+    def attach(self, student: SentenceTransformer) -> None:
+        """Find out whether the student's tokens are this teacher's too."""
+        # The vocabulary too: two of one family may agree on the probes and differ in a few words.
+        self.shares_tokens = self.model.tokenizer.get_vocab() == student.tokenizer.get_vocab() and all(
+            self._same_tokens(
+                self._preprocess(probes, side),
+                student.preprocess(probes, prompt=student.prompts.get(side), task=side),
+            )
+            for side, probes in (("query", self._query_probes(student)), ("document", _TOKEN_PROBES))
+        )
+
+    def _query_probes(self, student: SentenceTransformer) -> list[str]:
+        # Expanded queries show their length without a text that fills it, of which sentence-transformers warns once.
+        expanded = [getattr(model[0], "query_expansion", None) for model in (self.model, student)]
+        fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
+        return _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES
+
+    @staticmethod
+    def _same_tokens(mine: Features, other: Features) -> bool:
+        keys = {key for key, value in mine.items() if isinstance(value, Tensor)}
+        return keys == {key for key, value in other.items() if isinstance(value, Tensor)} and all(
+            torch.equal(mine[key], other[key]) for key in keys
+        )
+
+    def to(self, device: torch.device) -> VectorTeacher:
+        """Move the model to the device that scores."""
+        self.model.to(device)
+        unpack_half(self.model, self.dtype, device)
+        return self
+
+    def _preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
+        # The prompt that encode_query and encode_document would take.
+        names = ("query",) if side == "query" else ("document", "passage", "corpus")
+        prompts = self.model.prompts
+        name = next((name for name in names if name in prompts), self.model.default_prompt_name)
+        return dict(self.model.preprocess(list(texts), prompt=prompts[name] if name else None, task=side))
+
+    def collate(
+        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Tokenise the batch this teacher's way; None when the student tokenises the same way."""
+        if self.shares_tokens:
+            return None
+        return {
+            "query": self._preprocess(queries, "query"),
+            "columns": [self._preprocess(column, "document") for column in columns],
+        }
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the encoder computes in on its device."""
+        return compute_dtype(self.dtype, self.model.device)
+
+    def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        """The similarity of every query with every candidate, in chunks.
+
+        Passages of all columns go through the encoder sorted by length; vectors and what devices exchange are of the
+        type that the encoder computes in, scores are compared in float32. With several devices queries travel to the
+        passages, see :func:`tct_hf.distributed.score_where_the_passages_are`.
+        """
+        self.model.eval()
+        with torch.inference_mode():
+            queries, passages = self.encode([inputs["query"]], "query"), self.encode(inputs["columns"], "document")
+            scores = self.compare(*queries, *passages, len(inputs["columns"]), gather=gather)
+        return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
+
+    def encode(self, columns: Sequence[Features], side: Side) -> tuple[Tensor, Tensor]:
+        """Encode tokenised columns; texts of similar length go through the encoder together.
+
+        Args:
+            columns: features of the queries, or of each candidate column.
+            side: which of the two they are.
+
+        Returns:
+            `(columns * rows, vectors, dim)` of the compute type and its mask, all of the first column first.
+        """
+        # One context for all passes: weights are cast to bfloat16 once, not once a pass.
+        with torch.autocast(
+            self.model.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        ):
+            merged = stack_columns(columns)
+            if merged is None:  # not padded text (packed for flash attention, images): a pass a column
+                parts = [self._pass(column, side) for column in columns]
+                width = max(vectors.shape[1] for vectors, _ in parts)
+                return (
+                    torch.cat([pad_tokens(vectors, width) for vectors, _ in parts]),
+                    torch.cat([pad_tokens(mask, width) for _, mask in parts]),
+                )
+            rows = len(merged["attention_mask"])
+            embeddings: Tensor | None = None
+            # The widest pass first: it says how wide the result is.
+            for index, part in reversed(list(parts_of_like_length(merged, self.tokens_per_pass))):
+                vectors, compared = self._pass(part, side)
+                if embeddings is None:
+                    embeddings = vectors.new_zeros(rows, *vectors.shape[1:])
+                    mask = compared.new_zeros(rows, compared.shape[1])
+                embeddings[index, : vectors.shape[1]] = vectors
+                mask[index, : vectors.shape[1]] = compared
+        assert embeddings is not None
+        return embeddings, mask
+
+    def _pass(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
+        # A shallow copy: a model's modules write into the dict that they are given.
+        vectors, mask = self.forward(dict(features), side)
+        # Rounded to what the encoder computes in, however many devices there are: they exchange vectors in it.
+        return vectors.to(self.compute_dtype), mask.bool()
+
+    def compare(
+        self,
+        queries: Tensor,
+        query_mask: Tensor,
+        passages: Tensor,
+        passage_mask: Tensor,
+        columns: int,
+        *,
+        gather: bool,
+    ) -> Tensor:
+        """The score matrix of encoded texts.
+
+        Args:
+            queries: `(queries, vectors, dim)`.
+            query_mask: `(queries, vectors)` bool.
+            passages: `(columns * queries, vectors, dim)`, all of the first column first.
+            passage_mask: `(columns * queries, vectors)` bool.
+            columns: candidate columns.
+            gather: compare with the candidates of all devices.
+
+        Returns:
+            `(queries, candidates)` float32.
+        """
+
+        def similarity(queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+            return self.similarity(queries.float(), passages.float(), query_mask, passage_mask).float()
+
+        # A trainer's own autocast would compare the vectors in half precision.
+        with torch.autocast(self.model.device.type, enabled=False):
+            if gather and get_world_size() > 1:
+                return score_where_the_passages_are(queries, query_mask, passages, passage_mask, columns, similarity)
+            return similarity(queries, passages, query_mask, passage_mask)
+
+    def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
+        """Encode any number of texts, those of similar length together.
+
+        Args:
+            texts: queries or passages.
+            side: which of the two they are.
+
+        Returns:
+            `(vectors, dim)` float16 of each text, in the order of the texts.
+        """
+        self.model.eval()
+        device = self.model.device
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        made: dict[int, np.ndarray] = {}
+        with torch.inference_mode():
+            for start in range(0, len(order), TEXTS_AT_ONCE):
+                rows = order[start : start + TEXTS_AT_ONCE]
+                features = self._preprocess([texts[row] for row in rows], side)
+                on_device = {
+                    key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()
+                }
+                made |= zip(rows, halves(*self.encode([on_device], side)), strict=True)
+        return [made[row] for row in range(len(texts))]
+
+    def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
+        """Compare vectors of :meth:`vectors`.
+
+        Args:
+            queries: `(vectors, dim)` of each query.
+            passages: `(vectors, dim)` of each passage.
+
+        Returns:
+            `(queries, passages)` float32, on the model's device: what :meth:`score_matrix` would give.
+        """
+        device = self.model.device
+        with torch.inference_mode():
+            (query, query_mask), (passage, passage_mask) = (
+                (vectors.to(device), mask.to(device)) for vectors, mask in (padded(queries), padded(passages))
+            )
+            return self.compare(query, query_mask, passage, passage_mask, 1, gather=False).clone()
+
+
+class ColBERTTeacher(VectorTeacher):
+    """A late-interaction teacher: MaxSim over token vectors, or their mean where the model compares by MeanMaxSim.
+
+    Args:
+        model: a multi-vector model, or a path or Hub id of one (of this package, sentence-transformers, PyLate or the
+            Stanford code).
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the encoder computes in it.
+        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
+        tokens_per_pass: at most this many tokens go through the encoder at once.
+        chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
+
+    Raises:
+        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no trained ColBERT.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1; Khattab and Zaharia, arXiv 2004.12832.
+    """
+
+    model: MultiVectorEncoder
+    model_class = MultiVectorEncoder
+    what = "ColBERT"
+
+    @classmethod
+    def refuse(cls, name_or_path: str) -> None:
+        """Also refuse a bare encoder, whose projection would be random."""
+        super().refuse(name_or_path)
+        config = _read(name_or_path, "config.json")
+        if config is None or _read(name_or_path, "modules.json") is not None:
+            return
+        architectures = config.get("architectures") or []
+        if not any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
+            raise ValueError(
+                f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection "
+                "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
+                "train one from it (build_colbert, recipes/train.py)."
+            )
+
+    def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
+        """Token vectors, and those that are scored."""
+        out = self.model(features, task=side)
+        return out["token_embeddings"], out["attention_mask"]
+
+    def similarity(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+        """The model's own, in chunks."""
+        return self.model.similarity(
+            queries, passages, a_mask=query_mask, b_mask=passage_mask, chunk_elements=self.chunk_elements
+        )
+
+
+class DenseTeacher(VectorTeacher):
+    """An embedding model as a teacher: one vector a text, compared as the model compares them.
+
+    Args:
+        model: a SentenceTransformer, or a path or Hub id of one; its own prompts, pooling and similarity are used.
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the encoder computes in it.
+        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
+        tokens_per_pass: at most this many tokens go through the encoder at once.
+
+    Raises:
+        ValueError: an unknown dtype, a size or scale that is not positive, or a model of another kind.
+    """
+
+    model: SentenceTransformer
+    model_class = SentenceTransformer
+    what = "embedding model"
+
+    def __init__(
+        self,
+        model: SentenceTransformer | str | Path,
+        *,
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        training_scale: float | None = None,
+        tokens_per_pass: int = 16_384,
+    ) -> None:
+        super().__init__(model, dtype=dtype, training_scale=training_scale, tokens_per_pass=tokens_per_pass)
+
+    def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
+        """The text's vector, as its only one."""
+        vectors = self.model(features, task=side)["sentence_embedding"]
+        vectors = truncate_embeddings(vectors, self.model.truncate_dim)[:, None]
+        return vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+
+    def similarity(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
+        """The model's own."""
+        return self.model.similarity(queries[:, 0], passages[:, 0])
+
+
+def padded(texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Vectors of texts `(vectors, dim)` as `(texts, most vectors, dim)` and its mask, on the CPU."""
+    widths = np.array([len(text) for text in texts])
+    mask = np.arange(widths.max()) < widths[:, None]
+    vectors = np.zeros((*mask.shape, texts[0].shape[1]), dtype=texts[0].dtype)
+    for row, text in enumerate(texts):
+        vectors[row, : len(text)] = text
+    return torch.from_numpy(vectors), torch.from_numpy(mask)
+
+
+def halves(vectors: Tensor, mask: Tensor) -> list[np.ndarray]:
+    """The reverse: `(vectors, dim)` float16 of each text."""
+    whole, compared = vectors.to(torch.float16).cpu().numpy(), mask.cpu().numpy()
+    return [text[used] for text, used in zip(whole, compared, strict=True)]
+
+
+def describe_teacher(model: Any) -> dict[str, Any]:
+    """What vectors depend on, JSON-ready: "weights", over names and values of all, and "encoding"."""
+    modules = [{"type": type(module).__name__, **getattr(module, "get_config_dict", dict)()} for module in model]
+    return {
+        "weights": weights_digest(model),
+        "encoding": {
+            "prompts": dict(model.prompts),
+            "modules": json.loads(json.dumps(modules, default=str)),
+            "max_seq_length": model.max_seq_length,
+            "truncate_dim": getattr(model, "truncate_dim", None),
+        },
+    }
+
+
+def _read(name_or_path: str, file: str) -> Any:
+    from sentence_transformers.util import load_file_path
+
+    path = load_file_path(name_or_path, file)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,182 @@
+"""The mixture of free teachers: a base's own vectors, its own token vectors and BM25, none of them trained.
+
+It searches a whole corpus before training, so that questions nobody has judged have candidates, and a first passage
+to learn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tct_hf.encoding.build import build_colbert, build_student
+from tct_hf.retrieval.negatives import collection_bm25
+from tct_hf.retrieval.runs import Run, rank
+from tct_hf.teachers.base import Teacher
+from tct_hf.teachers.bm25 import BM25Teacher
+from tct_hf.teachers.cached import CachedTeacher
+from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
+from tct_hf.teachers.ensemble import TeacherEnsemble
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf.data.collection import Collection
+    from tct_hf.retrieval.bm25 import BM25Index
+
+# Of the pooled vectors' cosine, of BM25 and of the mean over the query's tokens of own MaxSim, where there are no
+# judgements to calibrate with: about what calibration finds on SciFact, SQuAD sentences and API documentation.
+DEFAULT_WEIGHTS = (6.0, 0.33, 12.0)
+_SCORES_AT_ONCE = 1 << 25
+
+
+def free_mixture(
+    base: str | Path,
+    index: BM25Index,
+    *,
+    weights: Sequence[float] = DEFAULT_WEIGHTS,
+    reads: Mapping[str, Any] | None = None,
+    dtype: Any = "auto",
+    cache_dir: str | Path | None = None,
+    max_gigabytes: float = 20.0,
+) -> TeacherEnsemble:
+    """The log-linear mixture of a base as it is, BM25 and the base's own MaxSim.
+
+    Args:
+        base: folder or Hub id of an embedding model.
+        index: BM25 over the corpus.
+        weights: of the pooled vectors, BM25 and own MaxSim.
+        reads: lengths and prompts of the base, arguments of `build_student`; its own when None.
+        dtype: what the base computes in, see :class:`~tct_hf.ColBERTTeacher`.
+        cache_dir: folder for the base's vectors, which are then computed once.
+        max_gigabytes: of each kind of vectors.
+    """
+    pooled: Any = DenseTeacher(by_cosine(build_student(str(base), **(reads or {}))), dtype=dtype)
+    tokens: Any = ColBERTTeacher(build_colbert(str(base), **(reads or {})), dtype=dtype)
+    if cache_dir is not None:
+        pooled, tokens = (CachedTeacher(one, cache_dir, max_gigabytes=max_gigabytes) for one in (pooled, tokens))
+    members = zip((pooled, BM25Teacher(index), tokens), weights, strict=True)
+    return TeacherEnsemble(list(members), normalize="none")
+
+
+def by_cosine(model: SentenceTransformer) -> SentenceTransformer:
+    """A model that compares by cosine from now on: the scale of dot products is every model's own."""
+    model.similarity_fn_name = "cosine"
+    return model
+
+
+def members_of(teacher: Teacher) -> dict[str, Teacher]:
+    """The members of an ensemble by the names of their scores; a teacher that is none is its only member."""
+    members = teacher.teachers if isinstance(teacher, TeacherEnsemble) else [teacher]
+    named: dict[str, Teacher] = {}
+    for one in members:
+        name, same = one.score_kind, sum(other.score_kind == one.score_kind for other in named.values())
+        named[name if not same else f"{name} {same + 1}"] = one
+    return named
+
+
+def weights_of(teacher: Teacher) -> list[float]:
+    """The scales of a teacher's members."""
+    return list(teacher.weights) if isinstance(teacher, TeacherEnsemble) else [teacher.training_scale]
+
+
+def set_weights(teacher: Teacher, weights: Sequence[float]) -> None:
+    """Set the scales of a teacher's members."""
+    if isinstance(teacher, TeacherEnsemble):
+        teacher.weights = list(weights)
+    else:
+        [teacher.training_scale] = weights
+
+
+def list_scores(teacher: Teacher, query: str, passages: Sequence[str]) -> Tensor:
+    """What a teacher that is no ensemble says of one query's passages, `(passages,)` float32."""
+    if isinstance(teacher, BM25Teacher):
+        return teacher.scores([query], passages)[0]
+    if isinstance(teacher, (VectorTeacher, CachedTeacher)):
+        return teacher.scores(teacher.vectors([query], "query"), teacher.vectors(passages, "document"))[0].cpu()
+    row = {"query": query, "positive": passages[0]}
+    inputs = teacher.collate([query], [[passage] for passage in passages], [row])
+    return teacher.score_matrix({"columns": [None] * len(passages), **(inputs or {})}, gather=False)[0].cpu()
+
+
+def search_mixture(
+    teacher: Teacher,
+    collection: Collection,
+    queries: Mapping[str, str],
+    *,
+    depth: int = 100,
+    keep: int = 30,
+) -> Run:
+    """Search a whole corpus with a mixture, as nobody would at query time.
+
+    The best `depth` of each member that can search a corpus (BM25, pooled vectors) are scored by all of these, and
+    the best `depth` of that sum by all members.
+
+    Args:
+        teacher: an ensemble, or one teacher; BM25 searches for what can't search itself.
+        collection: its corpus.
+        queries: query id to text.
+        depth: passages a query that all members score.
+        keep: passages a query in the run.
+
+    Returns:
+        The run; scores are the mixture's, logits.
+    """
+    if not queries:
+        return {}
+    members = list(zip(members_of(teacher).values(), weights_of(teacher), strict=True))
+    searchers = [(one, weight) for one, weight in members if isinstance(_inner(one), (BM25Teacher, DenseTeacher))]
+    rerankers = [(one, weight) for one, weight in members if (one, weight) not in searchers]
+    ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
+    rows = {name: row for row, name in enumerate(ids)}
+    found = [collection_bm25(collection).run(dict(queries), depth)]
+    for one, _ in searchers:
+        if not isinstance(one, BM25Teacher):
+            found.append(dense_run(one, ids, texts, queries, depth))
+    run: Run = {}
+    for name, query in queries.items():
+        union = list(dict.fromkeys(passage for hits in found for passage in hits.get(name, ())))
+        if not union:
+            continue
+        scored = dict(zip(union, _sum(searchers, query, [texts[rows[one]] for one in union]), strict=True))
+        best = [passage for passage, _ in rank(scored)[:depth]]
+        more = _sum(rerankers, query, [texts[rows[one]] for one in best])
+        total = {passage: scored[passage] + score for passage, score in zip(best, more, strict=True)}
+        run[name] = dict(rank(total)[:keep])
+    return run
+
+
+def _inner(teacher: Teacher) -> Teacher:
+    return teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+
+
+def _sum(members: Sequence[tuple[Teacher, float]], query: str, passages: Sequence[str]) -> list[float]:
+    total = torch.zeros(len(passages))
+    for one, weight in members:
+        total += weight * list_scores(one, query, passages)
+    return total.tolist()
+
+
+def dense_run(teacher: Any, ids: Sequence[str], texts: Sequence[str], queries: Mapping[str, str], depth: int) -> Run:
+    """Search exactly with the vectors of a teacher of one vector a text.
+
+    Args:
+        teacher: a DenseTeacher, cached or not.
+        ids: passage ids.
+        texts: their texts.
+        queries: query id to text.
+        depth: passages a query.
+    """
+    passages, names = teacher.vectors(texts, "document"), list(queries)
+    vectors = teacher.vectors(list(queries.values()), "query")
+    block = max(1, _SCORES_AT_ONCE // len(passages))
+    run: Run = {}
+    for start in range(0, len(names), block):
+        best = teacher.scores(vectors[start : start + block], passages).topk(min(depth, len(passages)), dim=1)
+        for name, scores, rows in zip(names[start : start + block], *(part.tolist() for part in best), strict=True):
+            run[name] = {ids[row]: score for row, score in zip(rows, scores, strict=True)}
+    return run

@@ -1,0 +1,188 @@
+"""A teacher that has spoken already: scores from the data set's columns, or from a table by ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.row_parsing import shown
+from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
+from tct_hf.distributed import spread_own
+from tct_hf.teachers.base import Teacher, check_scale
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_MEND = "score the pair, or remove the row"
+
+# What is looked for where no column is named: a list of this name, or columns of candidates' names and this.
+_SEARCHED = ("scores", "teacher_score", "label", "score")
+
+
+class StoredScores(Teacher):
+    """Scores that are there before training: cheap, of whatever teacher, for a query's own candidates.
+
+    Args:
+        table: rows of query id, passage id and score (see :meth:`ScoreTable.open`) in a file, on the Hub or in a data
+            set, found by the triples' query_id, positive_id, negative_id ...; None: the scores are in the triples' own
+            columns.
+        column: of the triples: a list of one score a candidate, positive first; or what follows a candidate's name,
+            "teacher_score" for positive_teacher_score and negative_teacher_score (or negative_1_teacher_score ...).
+            None looks for scores, then _teacher_score, label, and _score.
+        columns: the table's names for query_id, passage_id and score.
+        training_scale: what the scores were multiplied by, see :class:`Teacher`.
+        cache_dir: where a table's prepared form is kept, 12 bytes a pair; by default that of `load_triples`.
+
+    Raises:
+        FileNotFoundError: no such table.
+        ValueError: both a table and a column, or a table that can't be used; in training, a row whose scores are
+            missing, not finite or not one a candidate, with its query id, the column and the mend.
+    """
+
+    covers = "own"
+    score_kind = "stored score"
+
+    def __init__(
+        self,
+        table: ScoreSource | None = None,
+        *,
+        column: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        training_scale: float = 1.0,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if table is not None and column is not None:
+            raise ValueError(f"Scores come from a table or from the column {column!r}: leave one of them out.")
+        if table is None and columns:
+            raise ValueError(
+                "columns names those of a table, and there is none: give one, or name the triples' column."
+            )
+        self.table = None if table is None else ScoreTable.open(table, columns=columns, cache_dir=cache_dir)
+        self.column = column
+        self.training_scale = check_scale(training_scale)
+
+    def check(self, columns: Sequence[str], *, candidates: str) -> None:
+        """Also refuse a data set without the scores, or without the ids to find them by."""
+        super().check(columns, candidates=candidates)
+        names = candidate_columns(columns, read=columns)
+        if self.table is None:
+            self._score_columns(columns, names)
+            return
+        missing = [name for name in ("query_id", *(f"{name}_id" for name in names)) if name not in columns]
+        if missing:
+            raise ValueError(
+                f"The scores of {self.table.name} are found by ids, but the data set has no {', '.join(missing)}: use "
+                "triples with ids (load_triples keeps them), or scores in columns."
+            )
+
+    def check_rows(self, rows: Dataset, *, mend: str = _MEND) -> None:
+        """Look all rows up in the table, which training would do as it comes to them.
+
+        Args:
+            rows: with ids.
+            mend: what to do about a row without a score.
+
+        Raises:
+            ValueError: the first row without a score, and the mend.
+        """
+        names = candidate_columns(rows.column_names, read=rows.column_names)
+        for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
+            each = [dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)]
+            self._looked_up(each, names, mend=mend)
+
+    def columns_read(self, names: Sequence[str]) -> list[str]:
+        """The columns of the scores; none of a table's."""
+        if self.table is not None:
+            return []
+        found = self._score_columns(names, candidate_columns(names, read=names))
+        return [found] if isinstance(found, str) else found
+
+    def _score_columns(self, there: Sequence[str], names: Sequence[str]) -> list[str] | str:
+        """The columns of one score a candidate, or the column that lists them."""
+        for name in _SEARCHED if self.column is None else [self.column]:
+            if name in there:
+                return name
+            each = [f"{candidate}_{name}" for candidate in names]
+            if each[0] not in there:
+                continue
+            if missing := [column for column in each if column not in there]:
+                raise ValueError(
+                    f"The scores in {each[0]!r} want {', '.join(map(repr, missing))} beside them: add it."
+                )
+            if self.column is None and name == "score" and "origin" in there:
+                raise ValueError(
+                    f"{each[0]!r} holds what the miner found candidates by, and there is no {names[0]}_teacher_score: "
+                    'score the triples with recipes/score.py, or name these with column="score".'
+                )
+            return each
+        wanted = "scores (a list, positive first)" if self.column is None else f"{self.column!r}"
+        raise ValueError(
+            f"The data set has the columns {list(there)}, but no {wanted}: name the scores with column=, keep them "
+            "with load_triples(..., scores=...), or make them with recipes/score.py."
+        )
+
+    def collate(
+        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Read and check the scores of the rows, `(queries, columns)`."""
+        there = list(rows[0])
+        names = candidate_columns(there, read=there)
+        if self.table is not None:
+            self.check(there, candidates="own")
+            return {"scores": torch.tensor(self._looked_up(rows, names), dtype=torch.float32)}
+        from_columns = self._score_columns(there, names)
+        scores = []
+        for row in rows:
+            place = f"query {row.get('query_id', row['query'])!r}"
+            mend = "score the row again, or remove it"
+            values = zip(names, _values(row, from_columns, names, place), strict=True)
+            scores.append([check_score(value, name, f"{place}, column {at!r}", mend) for name, (at, value) in values])
+        return {"scores": torch.tensor(scores, dtype=torch.float32)}
+
+    def _looked_up(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        *,
+        mend: str = _MEND,
+    ) -> list[list[float]]:
+        assert self.table is not None
+        pairs = [(str(row["query_id"]), str(row[f"{name}_id"])) for row in rows for name in names]
+        scores: list[float] = []
+        for number, (score, (query, passage)) in enumerate(zip(self.table.get(pairs), pairs, strict=True)):
+            if score is None:
+                raise ValueError(
+                    f"query {query!r}, column {names[number % len(names)] + '_id'!r}: {self.table.name} has no score "
+                    f"of passage {passage!r}: {mend}."
+                )
+            scores.append(score)
+        return [scores[start : start + len(names)] for start in range(0, len(scores), len(names))]
+
+    def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        """The scores in their places, zeros elsewhere."""
+        return spread_own(inputs["scores"], gather=gather)
+
+
+def _values(
+    row: Mapping[str, Any], columns: list[str] | str, names: Sequence[str], place: str
+) -> list[tuple[str, Any]]:
+    """(column, score) of each candidate of a row."""
+    if not isinstance(columns, str):
+        return [(column, plain(row[column])) for column in columns]
+    listed = plain(row[columns])
+    if not isinstance(listed, (list, tuple)):
+        raise ValueError(
+            f"{place}, column {columns!r}: holds {shown(listed)}, where a list of {len(names)} scores is needed, "
+            "positive first; of a margin, store both scores."
+        )
+    if len(listed) != len(names):
+        raise ValueError(
+            f"{place}, column {columns!r}: {len(listed)} scores for {len(names)} candidates ({', '.join(names)}): "
+            "give one each, positive first."
+        )
+    return [(columns, value) for value in listed]

@@ -1,0 +1,219 @@
+"""A seq2seq model that writes queries of passages (doc2query), trained on judged pairs; resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from tct_hf.files import is_claimed
+from tct_hf.settings import setting
+from tct_hf.training.saving import SavedWholeMixin
+from tct_hf.training.stages import check_stage, claim_stage, publish_stage, run_stage
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from tct_hf.data.collection import Collection
+
+__all__ = ["ExpanderSizes", "expander_pairs", "new_expander", "train_expander"]
+
+
+@dataclass
+class ExpanderSizes:
+    """The shape of a T5 that begins from nothing; about 11 million weights as it is."""
+
+    vocabulary: int = setting(8000, "pieces of its tokenizer, which is trained on the passages and train queries")
+    d_model: int = setting(256, "dimensions of a token")
+    layers: int = setting(4, "of the encoder, and of the decoder")
+    heads: int = setting(4, "of attention")
+    d_ff: int = setting(1024, "dimensions between")
+
+
+class ExpanderTrainer(SavedWholeMixin, Seq2SeqTrainer):  # type: ignore[misc]
+    """transformers' seq2seq trainer, with checkpoints that are whole or not there."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        # T5 and its kin take any keyword and average over the batch at hand all the same. Believed to divide by the
+        # tokens of all batches of a step, they would add up losses and gradients where a mean is meant.
+        self.model_accepts_loss_kwargs = False
+
+
+def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
+    """The relevant (passage, query) pairs of a split, in the order of its judgements.
+
+    Args:
+        collection: with that split.
+        use: "train" or "dev".
+
+    Returns:
+        Columns passage and query.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    from datasets import Dataset
+
+    from tct_hf.retrieval.negatives import positive_rows
+
+    split = collection.splits.get(use)
+    row_of = {passage_id: row for row, passage_id in enumerate(collection.corpus["id"])}
+    positives = positive_rows(split.queries, split.qrels, row_of) if split is not None else {}
+    if split is None or not positives:
+        raise ValueError(f"{collection.name}: no {use} query has a relevant passage; there is nothing to train on.")
+    texts = collection.corpus["text"]
+    pairs = [(texts[row], split.queries[query_id]) for query_id, rows in positives.items() for row in rows]
+    return Dataset.from_dict({"passage": [passage for passage, _ in pairs], "query": [query for _, query in pairs]})
+
+
+def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tuple[Any, Any]:
+    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had.
+
+    Args:
+        texts: passages and queries.
+        sizes: of the model.
+        seed: of its weights.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        ValueError: a size below 1, or dimensions that the heads don't divide.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
+
+    for name, size in asdict(sizes).items():
+        if size < 1:
+            raise ValueError(f"sizes.{name} must be at least 1, got {size}.")
+    if sizes.d_model % sizes.heads:
+        raise ValueError(f"sizes.d_model is {sizes.d_model}, which {sizes.heads} heads don't divide.")
+    special = ["<pad>", "</s>", "<unk>"]
+    # Not Unigram: its trainer gives another vocabulary each time, and a run that goes on makes its tokenizer anew.
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=sizes.vocabulary, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    wrapped.model_input_names = ["input_ids", "attention_mask"]
+    set_seed(seed)
+    undeclared: dict[str, Any] = {"decoder_start_token_id": 0}  # T5 reads it, T5Config does not declare it
+    config = T5Config(
+        vocab_size=len(wrapped),
+        d_model=sizes.d_model,
+        d_kv=sizes.d_model // sizes.heads,
+        d_ff=sizes.d_ff,
+        num_layers=sizes.layers,
+        num_decoder_layers=sizes.layers,
+        num_heads=sizes.heads,
+        pad_token_id=0,
+        eos_token_id=1,
+        **undeclared,
+    )
+    return T5ForConditionalGeneration(config), wrapped
+
+
+def train_expander(
+    make_model: Callable[[], tuple[Any, Any]],
+    make_pairs: Callable[[], Dataset],
+    final: str | Path,
+    *,
+    work: str | Path,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    passage_length: int = 512,
+    query_length: int = 64,
+    prompt: str = "",
+    make_dev_pairs: Callable[[], Dataset] | None = None,
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Train a model to write a passage's query, and save it with its tokenizer.
+
+    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        make_model: the model and its tokenizer; called when there is something to train.
+        make_pairs: columns passage and query; likewise.
+        final: folder for the trained model.
+        work: folder for checkpoints.
+        arguments: of Seq2SeqTrainingArguments, without output_dir.
+        settings: JSON-ready, all that the model depends on: a folder with others is refused.
+        passage_length: tokens a passage keeps.
+        query_length: tokens a query keeps.
+        prompt: before each passage; `expand_corpus` then needs the same.
+        make_dev_pairs: pairs whose loss is measured where `eval_strategy` asks for it.
+        write: takes lines of progress.
+
+    Returns:
+        `final`.
+
+    Raises:
+        ValueError: a folder that belongs to other settings, or arguments that don't fit.
+
+    Source: Nogueira and Lin, From doc2query to docTTTTTquery, 2019.
+    """
+    check_stage(arguments)
+    if arguments.get("push_to_hub"):
+        raise ValueError("training.push_to_hub: releases are of students; upload the finished folder yourself.")
+    evaluates = str(arguments.get("eval_strategy", "no")) != "no"
+    if evaluates and make_dev_pairs is None:
+        raise ValueError("training.eval_strategy: there are no dev queries to evaluate on: leave it out.")
+    final, work = Path(final), Path(work)
+    if is_claimed(final, settings):
+        return final
+    claim_stage(work, settings)
+    model, tokenizer = make_model()
+
+    def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
+        inputs = tokenizer([prompt + text for text in batch["passage"]], truncation=True, max_length=passage_length)
+        labels = tokenizer(text_target=batch["query"], truncation=True, max_length=query_length)
+        return {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "labels": labels["input_ids"],
+        }
+
+    def prepared(make: Callable[[], Dataset]) -> Dataset:
+        # Tokenised as they are asked for: no copy of the pairs in tokens, whatever their number.
+        return make().with_transform(tokens)
+
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(work), disable_tqdm=True, **{"remove_unused_columns": False, **arguments}
+    )
+    trainer = ExpanderTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared(make_pairs),
+        eval_dataset=prepared(make_dev_pairs) if evaluates and make_dev_pairs is not None else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),  # pads to the longest of a batch
+    )
+    run_stage(trainer, work, write)
+
+    def save(folder: Path) -> None:
+        whole = trainer.accelerator.unwrap_model(trainer.model)
+        whole.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+    if trainer.is_world_process_zero():
+        publish_stage(work, final, save)
+    trainer.accelerator.wait_for_everyone()
+    return final
+
+
+def expander_texts(collection: Collection) -> Iterator[str]:
+    """What the tokenizer of a new model is trained on: passages and train queries."""
+    for batch in collection.corpus.select_columns("text").iter(1000):
+        yield from batch["text"]
+    train = collection.splits.get("train")
+    if train is not None:
+        yield from train.queries.values()

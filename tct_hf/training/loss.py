@@ -1,0 +1,422 @@
+"""One loss over a student's and a teacher's score matrix. It knows nothing of how either was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.util.distributed import get_world_size
+from sentence_transformers.util.similarity import mean_maxsim
+from torch import Tensor, nn
+
+from tct_hf.batches import check_mini_batch_size, pad_tokens, parts_of_like_length, stack_columns, take, token_lengths
+from tct_hf.distributed import gather_rows, sizes_of_all
+from tct_hf.training.score_losses import (
+    KLDirection,
+    at_least_float32,
+    check_scale,
+    check_settings,
+    coupled_loss,
+    masked,
+    teacher_entropy,
+)
+from tct_hf.training.sparsity import active_dims
+
+__all__ = ["NO_LABEL", "TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part", "teacher_entropy"]
+
+NO_LABEL = -1  # of a row's positive_index
+COSINE_SCALE = 20.0  # sentence-transformers' default too
+
+
+@dataclass
+class TeacherTargets:
+    """What a batch's teacher says, and which candidates count.
+
+    Rows are this process's queries. Columns are the candidates: all positives of the (gathered) batch in rank order,
+    then all first negatives, and so on.
+
+    A dataclass and not a tensor, because losses that wrap others slice or scale tensor labels.
+
+    Args:
+        scores: `(queries, candidates)` float32, the teacher's scores.
+        mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
+        positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
+        label_weight: `(queries,)` float32, how much each row's hard label counts; all alike when None.
+        report: figures of this batch that the loss leaves for the log: each part of the loss, the teacher's entropy
+            in nats and the share of rows where student and teacher agree on the top candidate; of a sparse student
+            also the mean active dimensions of queries and passages, and the share of all dimensions that are not.
+    """
+
+    scores: Tensor
+    mask: Tensor
+    positive_index: Tensor
+    label_weight: Tensor | None = None
+    report: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Cached:
+    """What the gradient cache hands back to the loss: the targets, and how the passages were sorted."""
+
+    targets: TeacherTargets
+    columns: int = 0
+    order: Tensor | None = None
+
+
+class TightlyCoupledLoss(CachedLossMixin, nn.Module):
+    """Distil a teacher's in-batch score matrix into a student of one vector a text, together with the hard labels.
+
+    Args:
+        model: the student, dense or sparse. Its embeddings are compared by dot product, normalised where the model
+            compares by cosine. A sparse one needs a SpladeLoss around this loss, so that it stays sparse:
+            :class:`~tct_hf.SparseTCTTrainer` makes it.
+        temperature: divides the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
+        student_temperature: divides the student's scores in the distillation part.
+        hard_label_weight: weight of the hard labels, from 0 to 1.
+        margin_mse_weight: weight of MarginMSE beside these, over the same candidates; see :func:`coupled_loss`.
+        student_scale: factor of the student's scores before anything else, which is no part of its checkpoint. None:
+            20.0 where the student compares by cosine or ends in Normalize, 1.0 otherwise.
+        student_divisor: divides the student's scores before anything else.
+        kl_direction: "forward", KL(teacher || student), the paper's, or "reverse".
+        candidates: "in-batch", every passage of the batch is a candidate of every query (the paper's method), or
+            "own", only a query's own positive and negatives (its baseline).
+        mini_batch_size: rows a forward pass when gradients are cached (large batches in little memory); None runs
+            the whole batch at once.
+        gather_across_devices: candidates are those of all devices' batches.
+        matryoshka_dims: also train the first d dimensions of the embeddings, for each d; the parts are averaged.
+            Those of a student that compares by cosine are normalised after slicing, others never.
+        self_coupled: weights of the student's own pooled score and own MaxSim, of the same forward pass and without
+            gradient, beside the teacher's scores: the student is its own teacher. Hard labels then train both of its
+            readings. Needs the whole batch in one pass on one device.
+
+    Raises:
+        ValueError: a setting that is no such thing.
+
+    Requirements:
+        1. Columns (query, positive, negative_1, ..., negative_n) with n >= 0 negatives.
+        2. Labels that are :class:`TeacherTargets`: :class:`~tct_hf.TCTTrainer` makes them from its teacher.
+
+    Inputs:
+        +---------------------------------------------------+------------------+
+        | Texts                                             | Labels           |
+        +===================================================+==================+
+        | (query, positive, negative_1, ..., negative_n)    | TeacherTargets   |
+        +---------------------------------------------------+------------------+
+
+    Relations:
+        - MultipleNegativesRankingLoss of sentence-transformers is this loss at `hard_label_weight=1`, with its
+          default scale for a student that compares by cosine.
+        - DistillKLDivLoss of sentence-transformers distils stored scores of a query's own candidates.
+
+    Example:
+        ::
+
+            from tct_hf.encoding.build import student_from_teacher
+            from tct_hf.teachers.colbert import ColBERTTeacher
+            from tct_hf.training.loss import TightlyCoupledLoss
+            from tct_hf.training.trainer import TCTTrainer
+
+            teacher = ColBERTTeacher("path/to/colbert")
+            student = student_from_teacher(teacher)
+            loss = TightlyCoupledLoss(student, temperature=1.0)
+            TCTTrainer(student, teacher, train_dataset=triples, loss=loss).train()
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer | SparseEncoder,
+        *,
+        temperature: float = 0.25,
+        student_temperature: float = 1.0,
+        hard_label_weight: float = 0.1,
+        margin_mse_weight: float = 0.0,
+        student_scale: float | None = None,
+        student_divisor: float = 1.0,
+        kl_direction: KLDirection = "forward",
+        candidates: Literal["in-batch", "own"] = "in-batch",
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = True,
+        matryoshka_dims: list[int] | None = None,
+        self_coupled: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if candidates not in ("in-batch", "own"):
+            raise ValueError(f'candidates must be "in-batch" or "own", got {candidates!r}.')
+        check_mini_batch_size(mini_batch_size)
+        check_scale(student_scale)
+        check_settings(
+            temperature=temperature,
+            student_temperature=student_temperature,
+            hard_label_weight=hard_label_weight,
+            margin_mse_weight=margin_mse_weight,
+            student_divisor=student_divisor,
+            kl_direction=kl_direction,
+        )
+        dimension = model.get_embedding_dimension()
+        for d in matryoshka_dims or []:
+            if not 0 < d <= (dimension or d):
+                raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
+        self.model = model
+        self.is_sparse = isinstance(model, SparseEncoder)
+        self.temperature = temperature
+        self.student_temperature = student_temperature
+        self.hard_label_weight = hard_label_weight
+        self.margin_mse_weight = margin_mse_weight
+        self.compares_by_cosine = not self.is_sparse and model.similarity_fn_name == "cosine"
+        if student_scale is None:
+            unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
+            student_scale = COSINE_SCALE if unit else 1.0
+        self.student_scale = student_scale
+        self.student_divisor = student_divisor
+        self.kl_direction: KLDirection = kl_direction
+        self.candidates = candidates
+        self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.gather_across_devices = gather_across_devices
+        self.matryoshka_dims = matryoshka_dims
+        if self_coupled is not None and (self.is_sparse or mini_batch_size is not None or get_world_size() > 1):
+            raise ValueError(
+                "self_coupled compares the token vectors of a whole batch of a dense student on one device: leave out "
+                "mini_batch_size, and train in one process."
+            )
+        self.self_coupled = self_coupled
+        self.reported_settings: tuple[str, ...] = ()  # those that change over training
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's scores count at all."""
+        return self.hard_label_weight < 1.0 or self.margin_mse_weight > 0.0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a query's candidates come from all devices."""
+        return self.gather_across_devices and self.candidates == "in-batch" and get_world_size() > 1
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: TeacherTargets
+    ) -> dict[str, Tensor] | Tensor:
+        """The loss of one batch.
+
+        Args:
+            sentence_features: the student's features of the columns query, positive, negative_1, ..., negative_n.
+            labels: what the teacher says of the batch.
+
+        Returns:
+            The parts of the loss, each `()`; with gradient caching their sum, one tensor. Both ways
+            `labels.report` then holds the parts and what else is worth logging.
+        """
+        features = list(sentence_features)
+        if self.mini_batch_size is not None:
+            return self._forward_in_mini_batches(features, labels)
+        if self.self_coupled is not None:
+            return self._forward_self_coupled(features, labels)
+        queries = self.model(features[0])["sentence_embedding"]
+        return self.compute_loss_from_embeddings([queries, *self._embed_passages(features[1:])], labels)
+
+    def _forward_self_coupled(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> dict[str, Tensor]:
+        """The loss with the student's own readings in the teacher, and hard labels for its token vectors too."""
+        assert self.self_coupled is not None
+        pooled, tokens = self.self_coupled
+        queries, query_tokens, query_mask = self._embed_tokens(features[:1])
+        passages, passage_tokens, passage_mask = self._embed_tokens(features[1:])
+        with torch.autocast(queries.device.type, enabled=False):
+            maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask, passage_mask)
+            unit = torch.nn.functional.normalize
+            cosines = unit(queries.float(), dim=1) @ unit(passages.float(), dim=1).T
+            own = (pooled * cosines + tokens * maxsim).detach()
+        targets = replace(labels, scores=labels.scores + own)
+        parts = self.compute_loss_from_embeddings([queries, *passages.chunk(len(features) - 1)], targets)
+        hard = coupled_loss(
+            self.student_scale * maxsim,
+            targets.scores,
+            hard_label_weight=self.hard_label_weight,
+            candidate_mask=labels.mask,
+            positive_index=labels.positive_index,
+            label_weight=labels.label_weight,
+        )
+        parts["token_hard_label"] = hard["hard_label"]
+        labels.report["token_hard_label"] = hard["hard_label"].detach()
+        return parts
+
+    def _embed_tokens(self, columns: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """`(rows, dim)` pooled vectors, `(rows, tokens, dim)` unit token vectors and their mask, of all columns."""
+        merged = stack_columns(columns)
+        assert merged is not None
+        width = merged["attention_mask"].shape[1]
+        pooled, tokens, masks, order = [], [], [], []
+        for rows, part in parts_of_like_length(merged):
+            out = self.model(part)
+            pooled.append(out["sentence_embedding"])
+            tokens.append(pad_tokens(torch.nn.functional.normalize(out["token_embeddings"].float(), dim=2), width))
+            masks.append(pad_tokens(out["attention_mask"], width))
+            order.append(rows)
+        back = torch.cat(order).argsort()
+        return torch.cat(pooled)[back], torch.cat(tokens)[back], torch.cat(masks)[back].bool()
+
+    def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
+        """The loss with gradients cached: passages of like length share a mini-batch, whatever their column."""
+        merged = None if hasattr(self.model, "_orig_mod") else stack_columns(features[1:])
+        if merged is None:
+            return self.forward_cached(features, _Cached(labels))  # type: ignore[arg-type]
+        order = torch.tensor(token_lengths(merged), device=merged["attention_mask"].device).argsort(stable=True)
+        width = merged["attention_mask"].shape[1]
+        passages = {key: take(value, order, width) for key, value in merged.items()}
+        if isinstance(passages.get("prompt_length"), Tensor):  # of the first column alone, and to be cut like the rows
+            passages["prompt_length"] = int(passages["prompt_length"].flatten()[0])
+        cached = _Cached(labels, columns=len(features) - 1, order=order)
+        return self.forward_cached([features[0], passages], cached)  # type: ignore[arg-type]
+
+    def _embed_passages(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
+        """`(queries, dim)` of each candidate column, passages of like length in one forward pass."""
+        merged = None if hasattr(self.model, "_orig_mod") else stack_columns(columns)
+        if merged is None:  # compiled for a few shapes, or not padded text: a pass a column
+            return [self.model(column)["sentence_embedding"] for column in columns]
+        parts = [(rows, self.model(part)["sentence_embedding"]) for rows, part in parts_of_like_length(merged)]
+        order = torch.cat([rows for rows, _ in parts])
+        return list(torch.cat([vectors for _, vectors in parts])[order.argsort()].chunk(len(columns)))
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss over the embeddings of all mini-batches; called by the gradient cache."""
+        cached = cast("_Cached", labels)
+        embeddings = [torch.cat(column) for column in reps]
+        if cached.order is not None:
+            embeddings = [embeddings[0], *embeddings[1][cached.order.argsort()].chunk(cached.columns)]
+        parts = self.compute_loss_from_embeddings(embeddings, cached.targets)
+        loss = torch.stack(list(parts.values())).sum()
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: TeacherTargets) -> dict[str, Tensor]:
+        """The loss over embeddings, however they were made: plain, cached or sparse.
+
+        Args:
+            embeddings: `(queries, dim)` of the queries, then `(queries, dim)` of each candidate column.
+            labels: what the teacher says of the batch.
+
+        Returns:
+            The parts as :func:`coupled_loss` returns them, each already weighted.
+
+        Raises:
+            ValueError: the teacher scored other candidates than the student.
+        """
+        queries, columns = embeddings[0], embeddings[1:]
+        if self.gathers:
+            sizes = sizes_of_all(len(queries), queries.device)
+            columns = [gather_rows(column, sizes, with_grad=True) for column in columns]
+        passages = torch.cat(columns)  # (candidates, dim)
+        if labels.scores.shape != (len(queries), len(passages)):
+            raise ValueError(
+                f"The teacher's score matrix is {tuple(labels.scores.shape)}, the student's "
+                f"{(len(queries), len(passages))}: teacher and student must score the same queries and candidates. "
+                "A Teacher's score_matrix returns one row a query of this process and one column a candidate."
+            )
+        dims = sorted(self.matryoshka_dims or [queries.shape[1]])  # the report is of the last, the longest
+        totals: dict[str, Tensor] = {}
+        for d in dims:
+            # Under autocast a matmul would come out in half precision: scores need all of float32.
+            with torch.autocast(queries.device.type, enabled=False):
+                scores = self.student_scale * (self._compared(queries, d) @ self._compared(passages, d).T)
+            parts = coupled_loss(
+                scores,
+                labels.scores,
+                temperature=self.temperature,
+                student_temperature=self.student_temperature,
+                hard_label_weight=self.hard_label_weight,
+                margin_mse_weight=self.margin_mse_weight,
+                student_divisor=self.student_divisor,
+                kl_direction=self.kl_direction,
+                candidate_mask=labels.mask,
+                positive_index=labels.positive_index,
+                label_weight=labels.label_weight,
+            )
+            for name, value in parts.items():
+                totals[name] = totals.get(name, 0.0) + value / len(dims)
+        shares = self._shares(labels)
+        totals = {name: value * shares[name] for name, value in totals.items()}
+        with torch.no_grad():
+            labels.report.update({name: value.detach() for name, value in totals.items()})
+            labels.report.update({name: scores.new_tensor(getattr(self, name)) for name in self.reported_settings})
+            if self.is_sparse:
+                for side, vectors in (("query", queries), ("document", torch.cat(embeddings[1:]))):
+                    labels.report[f"{side}_active_dims"] = active_dims(vectors)
+                    labels.report[f"{side}_sparsity"] = 1.0 - labels.report[f"{side}_active_dims"] / vectors.shape[1]
+            if self.asks_teacher:
+                labels.report.update(self._against_teacher(scores, labels))
+        return totals
+
+    def _compared(self, embeddings: Tensor, d: int) -> Tensor:
+        """The first d dimensions, `(rows, d)`, whose dot products are the student's scores."""
+        sliced = at_least_float32(embeddings[:, :d])
+        return torch.nn.functional.normalize(sliced, dim=1) if self.compares_by_cosine else sliced
+
+    def _against_teacher(self, scores: Tensor, labels: TeacherTargets) -> dict[str, Tensor]:
+        """The teacher's entropy and how often the student's top candidate is the teacher's, for the log."""
+        agree = masked(scores, labels.mask).argmax(1) == masked(labels.scores, labels.mask).argmax(1)
+        counts = labels.mask.any(dim=1)
+        rows = counts.sum().clamp(min=1)
+        entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 for a row without candidates
+        return {"teacher_entropy": entropy.sum() / rows, "top_agreement": (agree & counts).sum() / rows}
+
+    def _shares(self, labels: TeacherTargets) -> dict[str, Tensor]:
+        """What turns this device's mean of each part into its share of the mean over all devices' rows.
+
+        A distributed wrapper averages over the devices, whatever each of them holds.
+        """
+        labelled = (labels.positive_index >= 0).float()
+        weight = labelled if labels.label_weight is None else labels.label_weight * labelled
+        local = torch.stack([weight.sum(), labelled.sum(), torch.ones_like(labelled).sum()])
+        shares = torch.ones_like(local)
+        if get_world_size() > 1:
+            total = local.clone()
+            dist.all_reduce(total)
+            shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
+        return dict(zip(("hard_label", "margin_mse", "distillation"), shares, strict=True))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The loss's settings, as the model card shows them."""
+        return {
+            "temperature": self.temperature,
+            "student_temperature": self.student_temperature,
+            "hard_label_weight": self.hard_label_weight,
+            "margin_mse_weight": self.margin_mse_weight,
+            "student_scale": self.student_scale,
+            "student_divisor": self.student_divisor,
+            "kl_direction": self.kl_direction,
+            "candidates": self.candidates,
+            "mini_batch_size": self.mini_batch_size,
+            "gather_across_devices": self.gather_across_devices,
+            "matryoshka_dims": self.matryoshka_dims,
+            "self_coupled": self.self_coupled,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the method, for the model card."""
+        return """
+@misc{lin2020distilling,
+    title={Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
+    author={Sheng-Chieh Lin and Jheng-Hong Yang and Jimmy Lin},
+    year={2020},
+    eprint={2010.11386},
+    archivePrefix={arXiv},
+    primaryClass={cs.IR}
+}
+"""
+
+
+def coupled_part(loss: Any) -> Any:
+    """The coupled loss that a loss is, or holds: a sparse student's stands inside a SpladeLoss."""
+    inner = getattr(loss, "loss", None)
+    return inner if isinstance(inner, TightlyCoupledLoss) else loss

@@ -1,0 +1,198 @@
+"""What all stages of training do alike: processes and precision, lines, a folder, going on, publishing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from tct_hf.coercion import NO_SECRETS, SECRETS
+from tct_hf.encoding.precision import has_bfloat16
+from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, replace_dir, write_json_atomic
+from tct_hf.progress import human_duration
+from tct_hf.settings import environment
+from tct_hf.training.stalls import StallWatch
+
+_SECONDS_FILE = "seconds.json"
+
+# How long processes wait for one another. One prepares the data of all, which NCCL's ten minutes may not be enough
+# for; and in training StallWatch, which names who is behind, has to come first.
+_PATIENCE = timedelta(hours=3)
+
+
+class StepLines(TrainerCallback):
+    """Prints one plain line every `logging_steps`, with the time left: readable in a terminal and in a file.
+
+    Args:
+        write: takes one line.
+        clock: seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.write = write
+        self.clock = clock
+        self.begun: tuple[float, int] = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = (self.clock(), state.global_step)
+        if state.global_step and state.is_world_process_zero:
+            self.write(f"  goes on after step {state.global_step} of {state.max_steps}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        since, first = self.begun
+        left = (self.clock() - since) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
+        line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
+        if "top_agreement" in logs:
+            line += (
+                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, "
+                + (f"MarginMSE {logs['margin_mse']:.3f}, " if "margin_mse" in logs else "")
+                + f"agreement with the teacher {logs['top_agreement']:.0%})"
+            )
+        if "document_active_dims" in logs:
+            line += (
+                f"   active dimensions: {logs['query_active_dims']:.0f} of queries, "
+                f"{logs['document_active_dims']:.0f} of passages"
+            )
+        self.write(f"{line}   {human_duration(max(left, 0))} left")
+
+
+class Stopwatch(TrainerCallback):
+    """Keeps the seconds that training has taken, over all interruptions, in a file.
+
+    Args:
+        file: JSON, brought up to date with every checkpoint.
+        clock: seconds.
+    """
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.file = file
+        self.clock = clock
+        self.since = 0.0
+
+    def seconds(self) -> float:
+        """What the file says."""
+        return float(json.loads(self.file.read_text(encoding="utf-8"))) if self.file.is_file() else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since = self.clock()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            now = self.clock()
+            write_json_atomic(self.file, self.seconds() + now - self.since)
+            self.since = now
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_save(args, state, control)
+
+
+def process_state() -> PartialState:
+    """The processes of this run, as `accelerate launch` started them.
+
+    Returns:
+        accelerate's state, with every process counted. Its own default counts one where several are launched on a
+        machine without an accelerator, so that each would take itself for the main one.
+    """
+    state = PartialState(timeout=_PATIENCE)
+    if state.device.type == "cpu" and not state.use_distributed and "LOCAL_RANK" in os.environ:
+        PartialState._reset_state()
+        state = PartialState(cpu=True, timeout=_PATIENCE)
+    return state
+
+
+def precision(choice: str, device: torch.device) -> dict[str, bool]:
+    """Training arguments for a precision: "bf16", "fp32", or "auto", bf16 where the hardware has it.
+
+    Args:
+        choice: the name.
+        device: that trains.
+
+    Raises:
+        ValueError: another name.
+    """
+    if choice not in ("auto", "bf16", "fp32"):
+        raise ValueError(f'precision={choice!r} is not known: use "auto", "bf16" or "fp32".')
+    bf16 = choice == "bf16" or (choice == "auto" and has_bfloat16(device))
+    return {"bf16": bf16, "use_cpu": device.type == "cpu"}  # transformers takes bf16 on a CPU only with use_cpu
+
+
+def check_stage(arguments: Mapping[str, Any]) -> None:
+    """Refuse training arguments that a stage sets itself, and secrets.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
+        if name in arguments:
+            raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
+    for name in SECRETS:
+        if name in arguments:
+            raise ValueError(f"training.{name} {NO_SECRETS}")
+
+
+def claim_stage(work: Path, settings: Mapping[str, Any]) -> None:
+    """Make a stage's folder, or find it its own, before any process goes on.
+
+    Raises:
+        ValueError: it holds a run with other settings.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        claim(work, settings)
+    state.wait_for_everyone()
+
+
+def run_stage(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
+    """Train to the end from the last checkpoint in `work`, and leave the log there.
+
+    Args:
+        trainer: a transformers Trainer whose checkpoints go to `work`.
+        work: the stage's folder.
+        write: takes lines of progress.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StepLines(write))
+    trainer.add_callback(StallWatch())
+    stopwatch = Stopwatch(work / _SECONDS_FILE)
+    trainer.add_callback(stopwatch)
+    last = get_last_checkpoint(str(work))
+    reached = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None
+    if last and reached and reached.global_step >= reached.max_steps:
+        # Stopped between its last step and publishing: transformers would train one step more.
+        best = reached.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or last)
+        trainer.state = reached
+    else:
+        trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        step = trainer.state.global_step
+        write_json_atomic(
+            work / LOG_FILE, [*trainer.state.log_history, {"step": step, "seconds": stopwatch.seconds()}]
+        )
+
+
+def publish_stage(work: Path, final: Path, save: Callable[[Path], object]) -> None:
+    """Save a trained model aside and give it its final name when it is whole; then the checkpoints can go."""
+    staging = work / "finished"
+    shutil.rmtree(staging, ignore_errors=True)
+    save(staging)
+    shutil.copyfile(work / LOG_FILE, staging / LOG_FILE)
+    shutil.copyfile(work / CLAIM_FILE, staging / CLAIM_FILE)
+    write_json_atomic(staging / "environment.json", environment())  # of this stage: others may run elsewhere
+    replace_dir(staging, final)
+    for checkpoint in work.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (work / _SECONDS_FILE).unlink(missing_ok=True)

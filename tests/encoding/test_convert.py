@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+from tct_hf import build_student, convert_checkpoint, load_student, save_student, validate_checkpoint
+from tct_hf.hub_client import HubError
+from tests.hub.models import TEXTS, dual_encoder, published_tct, pyserini_vectors
+from tests.loopback_hub import LoopbackHub
+from tests.models import pylate_colbert, stanford_colbert, tiny_bert
+from tests.recipe import ROOT, in_this_process
+
+NAME = "castorini/tct_colbert-msmarco"
+
+
+def assert_pyserini(student: SentenceTransformer, source: Path) -> None:
+    for side, encode in (("query", student.encode_query), ("document", student.encode_document)):
+        expected = pyserini_vectors(source, TEXTS, side)
+        assert np.abs(encode(TEXTS) - expected).max() <= 1e-5 * max(1.0, float(np.abs(expected).max())), side
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_a_published_checkpoint_gives_its_own_vectors_in_one_line(
+    hub: LoopbackHub, tmp_path: Path, weights: str
+) -> None:
+    source = published_tct(tmp_path / "source", weights=weights)
+    hub.publish(source, NAME)
+    assert_pyserini(load_student(NAME, device="cpu"), source)
+
+
+def test_plain_sentence_transformers_gets_it_wrong(hub: LoopbackHub, tmp_path: Path) -> None:
+    source = published_tct(tmp_path / "source")
+    hub.publish(source, NAME)
+    plain = SentenceTransformer(NAME, device="cpu").encode(TEXTS[:1])
+    assert np.abs(plain - pyserini_vectors(source, TEXTS[:1], "query")).max() > 0.05
+
+
+def test_the_conversion_is_kept_and_serves_offline(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    source = published_tct(tmp_path / "source")
+    hub.publish(source, NAME)
+    first = load_student(NAME, device="cpu").encode_query(TEXTS[:1])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        "tct_hf.encoding.convert._write_student", lambda *args, **options: pytest.fail("converted again")
+    )
+    hub.requests.clear()
+    assert (load_student(NAME, device="cpu").encode_query(TEXTS[:1]) == first).all()
+    assert not hub.requests
+    with pytest.raises(HubError, match="not in the local cache"):
+        load_student("castorini/tct_colbert-v2-msmarco")
+
+
+def test_a_revision_is_the_one_that_is_loaded(hub: LoopbackHub, tmp_path: Path) -> None:
+    first = published_tct(tmp_path / "first")
+    old = hub.publish(first, NAME)
+    hub.publish(tiny_bert(tmp_path / "second", seed=9), NAME)
+    assert_pyserini(load_student(NAME, revision=old, device="cpu"), first)
+    with pytest.raises(HubError, match="no such revision"):
+        load_student(NAME, revision="v9")
+
+
+def test_a_clone_and_a_declared_encoder_are_converted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    clone = published_tct(tmp_path / "tct_colbert-v2-msmarco")
+    assert_pyserini(load_student(str(clone), device="cpu"), clone)
+    own = published_tct(tmp_path / "own")
+    with pytest.raises(ValueError, match='say so with encoding="tct"'):
+        load_student(str(own))
+    assert_pyserini(load_student(str(own), encoding="tct", device="cpu"), own)
+
+
+def test_a_student_of_this_package_is_loaded_as_it_is(hub: LoopbackHub, tmp_path: Path) -> None:
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
+    hub.publish(save_student(student, tmp_path / "student"), "tester/student")
+    loaded = load_student("tester/student", device="cpu")
+    assert (loaded.encode_document(TEXTS) == student.encode_document(TEXTS)).all()
+
+
+def test_a_student_saved_by_other_means_is_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tct_hf.encoding.kinds import read_json
+    from tct_hf.files import write_json_atomic
+
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
+    path = save_student(student, tmp_path / "student")
+    config = read_json(path / "tokenizer_config.json")
+    write_json_atomic(path / "tokenizer_config.json", config | {"tokenizer_class": "BertTokenizer"})
+    assert np.abs(SentenceTransformer(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() > 0.05
+    assert np.abs(load_student(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: tiny_bert(path), "No file says how its texts are encoded"),
+        (lambda path: dual_encoder(path), "SentenceTransformer of .'Transformer', 'Pooling'. with mean pooling"),
+        (lambda path: stanford_colbert(path), "It is a teacher: ColBERTTeacher"),
+        (lambda path: pylate_colbert(path), "It is a teacher: ColBERTTeacher"),
+    ],
+)
+def test_what_is_no_tct_student_is_refused_with_the_way_to_load_it(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_student(str(make(tmp_path / "model")))
+
+
+def test_names_that_lead_nowhere(hub: LoopbackHub, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="no such repository, or it is private"):
+        load_student("tester/none")
+    with pytest.raises(FileNotFoundError, match="no such folder, and it is no Hub id"):
+        load_student(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json here"):
+        load_student(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+@pytest.mark.usefixtures("warm_checks")
+def test_a_conversion_is_a_folder_that_stock_modules_load(tmp_path: Path, weights: str) -> None:
+    source = published_tct(tmp_path / "source", weights=weights)
+    made = convert_checkpoint(source, tmp_path / "out", kind="tct")
+    assert made.kind == "student"
+    assert_pyserini(SentenceTransformer(str(made.path), device="cpu"), source)
+    validate_checkpoint(made.path)
+    assert [file.name for file in made.path.rglob("*.safetensors")] == ["model.safetensors"]
+    assert not list(made.path.rglob("*.bin"))
+    keys = "".join(SentenceTransformer(str(made.path), device="cpu").state_dict())
+    assert "cls" not in keys and "seq_relationship" not in keys
+
+
+@pytest.mark.parametrize("make", [stanford_colbert, pylate_colbert])
+def test_a_colbert_becomes_a_teacher_of_the_same_token_vectors(tmp_path: Path, make: Any) -> None:
+    from tct_hf import ColBERTTeacher
+
+    source = make(tmp_path / "source")
+    made = convert_checkpoint(source, tmp_path / "out")
+    assert made.kind == "teacher"
+    before, after = MultiVectorEncoder(str(source), device="cpu"), ColBERTTeacher(str(made.path)).model
+    for name in ("encode_query", "encode_document"):
+        for a, b in zip(getattr(before, name)(TEXTS[:3]), getattr(after, name)(TEXTS[:3]), strict=True):
+            assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-6
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_dual_encoder_becomes_a_student_to_start_from(tmp_path: Path, pooling: str) -> None:
+    source = dual_encoder(tmp_path, pooling)
+    made = convert_checkpoint(source, tmp_path / "out")
+    assert made.kind == "starting student"
+    student = SentenceTransformer(str(made.path), device="cpu")
+    assert student[1].pooling_mode == pooling and student.prompts == {"query": "[Q] ", "document": "[D] "}
+    for name, tensor in SentenceTransformer(str(source), device="cpu").state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor)
+
+
+def test_nothing_is_guessed_in_a_conversion(tmp_path: Path) -> None:
+    bare = tiny_bert(tmp_path / "bare")
+    with pytest.raises(ValueError, match='pass kind="tct" if it was trained with the TCT encoding'):
+        convert_checkpoint(bare, tmp_path / "out")
+    with pytest.raises(ValueError, match="whichever it was trained with"):
+        convert_checkpoint(bare, tmp_path / "out", kind="dual-encoder")
+    with pytest.raises(ValueError, match='not "tct"; leave kind at "auto"'):
+        convert_checkpoint(dual_encoder(tmp_path / "dual"), tmp_path / "out", kind="tct")
+    with pytest.raises(ValueError, match="pooling 'max' is not part"):
+        convert_checkpoint(dual_encoder(tmp_path / "max", "max"), tmp_path / "out")
+    student = save_student(build_student(str(bare), encoding="tct"), tmp_path / "student")
+    with pytest.raises(ValueError, match="there is nothing to convert"):
+        convert_checkpoint(student, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    source = published_tct(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something other than a conversion"):
+        convert_checkpoint(source, tmp_path / "out", kind="tct")
+    for _ in range(2):  # one of ours is replaced
+        convert_checkpoint(source, tmp_path / "again", kind="tct")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+class _Attack:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["TCT_HF_TEST_ATTACK"],)
+
+
+def test_a_pickle_that_holds_code_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = published_tct(tmp_path / "source", weights="bin")
+    monkeypatch.setenv("TCT_HF_TEST_ATTACK", str(tmp_path / "pwned"))
+    torch.save({"x": _Attack()}, source / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors"):
+        convert_checkpoint(source, tmp_path / "out", kind="tct")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_that_would_leave_the_encoder_partly_random_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = published_tct(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layer.1." not in k}, source / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="the model would be partly random"):
+        convert_checkpoint(source, tmp_path / "out", kind="tct")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="there are no weights to read"):
+        convert_checkpoint(source, tmp_path / "out", kind="tct")
+
+
+def test_a_projection_is_never_made_up(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(ValueError, match="a bare encoder without a projection"):
+        convert_checkpoint(tiny_bert(tmp_path / "bare"), tmp_path / "out", kind="colbert")
+    stanford = stanford_colbert(tmp_path / "stanford")
+    weights = load_file(stanford / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "linear.weight"}, stanford / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"weights don't fit its modules .*linear\.weight"):
+        convert_checkpoint(stanford, tmp_path / "out")
+    save_file({k: v for k, v in weights.items() if "layer.1." not in k}, stanford / "model.safetensors")
+    with pytest.raises(ValueError, match="the model would be partly random"):
+        convert_checkpoint(stanford, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_weights_are_read_and_only_where_there_are_no_safe_ones(tmp_path: Path) -> None:
+    source = pylate_colbert(tmp_path / "source")
+    for name in ("training_args.bin", "pytorch_model.bin", "checkpoint-5/pytorch_model.bin"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"no weights")
+    assert convert_checkpoint(source, tmp_path / "out").kind == "teacher"
+
+
+@pytest.mark.network
+def test_the_real_checkpoint_gives_pyserinis_vectors(tmp_path: Path) -> None:
+    """In a process of its own: in this one the client talks to the loopback Hub."""
+    code = """
+import sys, torch
+from transformers import AutoTokenizer, AutoModel
+from tct_hf import load_student
+name = "castorini/tct_colbert-msmarco"
+student = load_student(name, device="cpu")
+tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+for side, text in (("query", "what is a passage"), ("document", "a passage of some words")):
+    whole = f"[CLS] [Q] {text}{'[MASK]' * 36}" if side == "query" else f"[CLS] [D] {text}"
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"][: 36 if side == "query" else 512]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).last_hidden_state[0, 4:].mean(0)
+    vector = torch.as_tensor(getattr(student, f"encode_{side}")(text))
+    assert (vector - expected).abs().max() < 1e-5, side
+"""
+    kept = {key: value for key, value in os.environ.items() if key not in ("HF_ENDPOINT", "HF_HUB_OFFLINE")}
+    online = "import httpx2; httpx2.head('https://huggingface.co', timeout=10)"
+    if subprocess.run([sys.executable, "-c", online], env=kept, capture_output=True).returncode:
+        pytest.skip("the Hub can't be reached")
+    subprocess.run([sys.executable, "-c", code], env={**kept, "TCT_HF_CACHE": str(tmp_path)}, check=True)
+
+
+def test_the_recipe_converts_and_says_how_to_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = published_tct(tmp_path / "source")
+    (tmp_path / "convert.yaml").write_text(f"source: {source}\n")
+    run = in_this_process(ROOT / "recipes" / "convert.py", tmp_path / "convert.yaml", monkeypatch)
+    assert run(tmp_path / "out") == 1
+    assert 'pass kind="tct"' in capsys.readouterr().err
+    assert run(tmp_path / "out", "--kind=tct") == 0
+    said = capsys.readouterr().out
+    assert "| student |" in said and f'SentenceTransformer("{tmp_path / "out"}")' in said
+
+
+def test_a_converted_teacher_keeps_its_training_scale(tmp_path: Path) -> None:
+    from tct_hf.teachers.base import read_training_scale, write_training_scale
+    from tests.models import tiny_colbert
+
+    source = tiny_colbert(tmp_path / "source")
+    write_training_scale(source, 4.0)
+    convert_checkpoint(source, tmp_path / "out")
+    assert read_training_scale(str(tmp_path / "out")) == 4.0
+
+
+def test_a_bert_in_the_folder_of_a_published_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    from tct_hf.encoding.kinds import recognise
+    from tests.models import tiny_bert
+
+    cached = tmp_path / "models--castorini--tct_colbert-msmarco" / "snapshots" / ("0" * 40)
+    other = tmp_path / "castorini--tct_colbert-msmarco" / "mine"
+    kinds = [recognise(str(folder), tiny_bert(folder)).kind for folder in (cached, other)]
+    assert kinds == ["tct", "bare"]
+
+
+def test_a_student_without_weights_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    from tct_hf import build_student
+    from tests.models import tiny_bert
+
+    build_student(str(tiny_bert(tmp_path / "bert")), encoding="tct").save_pretrained(str(tmp_path / "student"))
+    path = tmp_path / "student"
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))
+    weights = (path / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors, are missing"):
+        load_student(str(path), device="cpu")
+    weights.rename(path / "model.safetensors")
+    assert load_student(str(path), device="cpu").encode_query("dense").shape == (32,)

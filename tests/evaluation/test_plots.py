@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf.evaluation import plots
+from tct_hf.evaluation.plots import plot_dev_curves, plot_losses, plot_sweep
+
+TEACHER = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "train_loss": 1.7}]
+STUDENT = [{"step": 1, "loss": 0.9, "hard_label": 0.4, "distillation": 0.5}]
+
+
+def width(path: Path) -> int:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+    return int.from_bytes(data[16:20], "big")
+
+
+def test_each_stage_with_losses_has_a_panel(tmp_path: Path) -> None:
+    one = plot_losses({"teacher": TEACHER, "student": []}, tmp_path / "deep" / "one.png")
+    two = plot_losses({"teacher": TEACHER, "student": STUDENT}, tmp_path / "deep" / "two.png")
+    assert width(two) == 2 * width(one)
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["one.png", "two.png"]
+
+
+def test_no_loss_in_any_log_is_refused_with_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Lower logging_steps"):
+        plot_losses({"teacher": [{"step": 2, "train_loss": 1.7}], "student": []}, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ImportError, match=r"pip install 'tct_hf\[plots\]'"):
+        plot_losses({"teacher": TEACHER}, tmp_path / "x.png")
+
+
+PANELS: dict[str, dict[str, Any]] = {
+    "half": {"hard labels": [{0: 0.1, 10: 0.3}, {0: 0.3, 10: 0.5, 20: 0.9}], "in-batch": [{0: 0.2, 10: 0.6}]},
+    "full": {"hard labels": [{0: 0.4, 10: 0.5}], "never measured": [{}]},
+    "without figures": {"x": [{}], "y": []},
+}
+
+
+def test_each_kind_of_student_with_dev_figures_has_a_panel(tmp_path: Path) -> None:
+    one = plot_dev_curves({"half": PANELS["half"]}, tmp_path / "deep" / "one.png", ylabel="dev RR@10")
+    two = plot_dev_curves(PANELS, tmp_path / "deep" / "two.png", ylabel="dev RR@10")
+    assert width(two) == 2 * width(one)
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["one.png", "two.png"]
+
+
+def test_a_curve_is_the_mean_over_seeds_at_the_steps_that_all_have_and_the_band_their_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plot_dev_curves(PANELS, tmp_path / "x.png", ylabel="dev RR@10")
+    half, full = drawn[0].axes
+    assert (half.get_title(), half.get_ylabel(), full.get_title(), full.get_ylabel()) == (
+        "half",
+        "dev RR@10",
+        "full",
+        "",
+    )
+    lines = {line.get_label(): line.get_xydata().tolist() for line in half.lines}
+    assert list(lines) == ["hard labels", "in-batch"] and [line.get_label() for line in full.lines] == ["hard labels"]
+    assert lines["hard labels"] == [[0, pytest.approx(0.2)], [10, pytest.approx(0.4)]]
+    assert lines["in-batch"] == [[0, 0.2], [10, 0.6]]
+    [band] = half.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(0, 0.1), (0, 0.3), (10, 0.3), (10, 0.5)}
+    assert not full.collections and half.get_ylim() == full.get_ylim()
+
+
+def test_no_dev_figure_is_refused_with_the_mend(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set curve\.steps, and have a dev split"):
+        plot_dev_curves({"without figures": PANELS["without figures"]}, tmp_path / "x.png", ylabel="y")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_draws_a_line_a_series_and_single_points_across(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    lines = {"in-batch": [(64, 0.5, 0.01), (16, 0.4, 0.02), (512, 0.6, 0.01)], "BM25": [(0, 0.3, 0.0)]}
+    plot_sweep(lines, tmp_path / "x.png", xlabel="candidates", ylabel="RR@10", title="t", doubling=True)
+    [axes] = drawn[0].axes
+    found = [line.get_xydata().tolist() for line in axes.lines]
+    assert [[0, 0.3], [1, 0.3]] in found  # from edge to edge
+    assert [[16, 0.4], [64, 0.5], [512, 0.6]] in found
+    assert sorted(axes.get_legend_handles_labels()[1]) == ["BM25", "in-batch"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "64", "512"]
+
+
+def test_a_sweep_of_single_points_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs two points"):
+        plot_sweep({"BM25": [(0, 0.3, 0.0)]}, tmp_path / "x.png", xlabel="x", ylabel="y", title="t")

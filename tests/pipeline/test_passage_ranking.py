@@ -1,0 +1,282 @@
+"""MS MARCO's files into a BEIR folder: whole, in part, stopped, and wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tct_hf.data.beir import load_beir
+from tct_hf.located_yaml import read_chain
+from tct_hf.pipeline import passage_ranking
+from tct_hf.pipeline.passage_ranking import PassageRankingFiles, SplitFiles, prepare_passage_ranking
+from tct_hf.settings import load_settings
+from tests.passage_files import QRELS, QUERIES, write_few
+from tests.recipe import ROOT
+
+RECIPE = ROOT / "recipes" / "msmarco-passage"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_few(tmp_path_factory.mktemp("passages") / "msmarco")
+
+
+def source(files: Path, **more: object) -> PassageRankingFiles:
+    splits = {
+        "train": SplitFiles(QUERIES["train"], QRELS["train"], expected_queries=30, expected_qrels=30),
+        "tune": SplitFiles(QUERIES["dev"], QRELS["dev"], 12, 12, without="dev", most=4),
+        "dev": SplitFiles(QUERIES["dev.small"], QRELS["dev.small"], 6, 6),
+        "dl19": SplitFiles(QUERIES["dl19"], QRELS["dl19"], 6),
+    }
+    return PassageRankingFiles(**{"files": str(files), "expected_passages": 80, "splits": splits, **more})  # type: ignore[arg-type]
+
+
+def prepare(files: Path, out: Path, sample: int | None = None, **more: object) -> dict:
+    return prepare_passage_ranking(
+        source(files, **more), out, sample=sample, cache_dir=out.parent / "cache", write=lambda line: None
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    kept = {"corpus.jsonl", "queries.jsonl", "triples.tsv", "counts.json"}
+    files = [file for file in folder.rglob("*") if file.name in kept or file.parent.name == "qrels"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def lines(path: Path) -> list[list[str]]:
+    return [line.split() if path.suffix == ".txt" else line.split("\t") for line in path.read_text().splitlines()]
+
+
+def test_every_text_and_judgement_arrives(files: Path, tmp_path: Path) -> None:
+    counts = prepare(files, tmp_path / "out")
+    assert counts["passages"] == 80 and counts["splits"]["train"] == {"queries": 30, "judgements": 30}
+    passages = dict(lines(files / "collection.tsv"))
+    for split, theirs in (("train", "train"), ("dev", "dev.small"), ("dl19", "dl19")):
+        corpus, queries, qrels = load_beir(tmp_path / "out", split, cache_dir=tmp_path / "cache")
+        assert dict(zip(corpus["id"], corpus["text"], strict=True)) == passages
+        wanted: dict[str, dict[str, int]] = {}
+        for query, _, passage, grade in lines(files / QRELS[theirs]):
+            wanted.setdefault(query, {})[passage] = int(grade)
+        assert qrels == wanted
+        texts = dict(lines(files / QUERIES[theirs]))
+        assert queries == {query: texts[query] for query in wanted}  # of DL, judged ones alone
+    assert not (tmp_path / "out" / "triples.tsv").exists()
+
+
+def test_queries_to_tune_on_are_of_no_other_split(files: Path, tmp_path: Path) -> None:
+    prepare(files, tmp_path / "out")
+    found = {split: set(load_beir(tmp_path / "out", split)[2]) for split in ("train", "tune", "dev")}
+    assert len(found["tune"]) == 4 and not found["tune"] & (found["dev"] | found["train"])
+
+
+def test_queries_may_be_held_out_of_train(files: Path, tmp_path: Path) -> None:
+    train = {"queries": QUERIES["train"], "qrels": QRELS["train"]}
+    splits = {"train": SplitFiles(**train, without="tune"), "tune": SplitFiles(**train, most=7)}
+    counts = prepare(files, tmp_path / "out", splits=splits)
+    assert [counts["splits"][name]["queries"] for name in ("train", "tune")] == [23, 7]
+    assert not set(load_beir(tmp_path / "out", "train")[2]) & set(load_beir(tmp_path / "out", "tune")[2])
+
+
+@pytest.mark.parametrize("triples", ["qidpidtriples.train.tsv", "triples.train.small.tsv", None])
+def test_a_sample_holds_all_that_is_relevant_and_its_triples(files: Path, tmp_path: Path, triples: str | None) -> None:
+    counts = prepare(files, tmp_path / "out", 40, triples=triples)
+    assert counts["passages"] == 40 and counts["read"]["train"]["queries"] == 30
+    corpus, _, train = load_beir(tmp_path / "out", "train")
+    kept = set(corpus["id"])
+    assert len(kept) == 40
+    for split, theirs in (("train", "train"), ("dev", "dev.small"), ("dl19", "dl19")):
+        qrels = load_beir(tmp_path / "out", split)[2]
+        assert qrels
+        for query, _, passage, grade in lines(files / QRELS[theirs]):
+            if query in qrels:
+                assert (passage in kept) or grade == "0"
+                assert qrels[query].get(passage) == (int(grade) if passage in kept else None)
+    rows = lines(tmp_path / "out" / "triples.tsv")
+    assert rows and all(train[q][p] == 1 and n in kept and n not in train[q] for q, p, n in rows)
+    if triples is not None:
+        assert {tuple(row) for row in rows} <= {tuple(row) for row in lines(files / "qidpidtriples.train.tsv")}
+
+
+def test_a_sample_is_the_same_whatever_the_order_of_the_collection(files: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    rows = (files / "collection.tsv").read_text().splitlines(keepends=True)
+    (other / "collection.tsv").write_text("".join(reversed(rows)))
+    prepare(files, tmp_path / "a", 40)
+    prepare(other, tmp_path / "b", 40)
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert sorted(a.pop("corpus.jsonl").splitlines()) == sorted(b.pop("corpus.jsonl").splitlines())
+    assert a == b
+
+
+@pytest.mark.parametrize("sample", [None, 40])
+def test_a_stopped_call_goes_on_to_the_same_files(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: int | None
+) -> None:
+    prepare(files, tmp_path / "whole", sample)
+    aside = passage_ranking.write_aside
+    left = len(contents(tmp_path / "whole")) - 1  # counts.json is written otherwise
+    for stop in range(left):
+        out, count = tmp_path / f"stopped{stop}", 0
+
+        def stopping(path: Path, stop: int = stop):
+            nonlocal count
+            count += 1
+            if count > stop:
+                raise KeyboardInterrupt
+            return aside(path)
+
+        monkeypatch.setattr("tct_hf.pipeline.passage_ranking.write_aside", stopping)
+        monkeypatch.setattr("tct_hf.pipeline.passage_sample.write_aside", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(files, out, sample)
+        monkeypatch.undo()
+        prepare(files, out, sample)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_compressed_and_jsonl_files_give_the_same(files: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    (other / "collection.tsv.gz").write_bytes(gzip.compress((other / "collection.tsv").read_bytes()))
+    queries = [{"_id": q, "text": text} for q, text in lines(other / QUERIES["train"])]
+    (other / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    (other / "collection.tsv").unlink()  # the settings name it, and its .gz is there
+    named = source(other)
+    named.splits["train"].queries = "train.jsonl"
+    prepare_passage_ranking(named, tmp_path / "b", cache_dir=tmp_path / "cache")
+    prepare(files, tmp_path / "a")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_line_of_judgements_that_is_repeated_counts_once(files: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    judged = (files / QRELS["train"]).read_text()
+    (other / QRELS["train"]).write_text(judged + judged.splitlines(keepends=True)[0])
+    named = source(other)
+    named.splits["train"].expected_qrels = 31
+    counts = prepare_passage_ranking(named, tmp_path / "out")
+    assert counts["splits"]["train"]["judgements"] == 30 and counts["read"]["train"]["judgements"] == 31
+
+
+def drop_a_passage(files: Path) -> None:
+    rows = (files / "collection.tsv").read_text().splitlines(keepends=True)
+    (files / "collection.tsv").write_text("".join(rows[:-1]))
+
+
+def drop_a_judgement(files: Path) -> None:
+    rows = (files / QRELS["train"]).read_text().splitlines(keepends=True)
+    (files / QRELS["train"]).write_text("".join(rows[:-1]))
+
+
+def drop_a_triple(files: Path) -> None:
+    rows = (files / "triples.train.small.tsv").read_text().splitlines(keepends=True)
+    (files / "triples.train.small.tsv").write_text("".join(rows[:-1]))
+
+
+def drop_a_query(files: Path) -> None:
+    rows = (files / QUERIES["train"]).read_text().splitlines(keepends=True)
+    (files / QUERIES["train"]).write_text("".join(rows[:-1]))
+
+
+def judge_two_ways(files: Path) -> None:
+    judged = (files / QRELS["train"]).read_text()
+    first = judged.splitlines()[0].rpartition("\t")[0]
+    (files / QRELS["train"]).write_text(f"{judged}{first}\t0\n")
+
+
+def judge_elsewhere(files: Path) -> None:
+    judged = (files / QRELS["train"]).read_text().splitlines(keepends=True)
+    query = judged[-1].split("\t")[0]
+    (files / QRELS["train"]).write_text("".join([*judged[:-1], f"{query}\t0\telsewhere\t1\n"]))
+
+
+def empty_a_passage(files: Path) -> None:
+    rows = (files / "collection.tsv").read_text().splitlines(keepends=True)
+    (files / "collection.tsv").write_text("".join([*rows[:-1], "79\t \n"]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_a_passage, "collection.tsv: 79 passages, but 80 are expected: download"),
+        (drop_a_judgement, "qrels.train.tsv: 29 judged queries, but 30 are expected"),
+        (drop_a_query, "is judged, but has no text in .*queries.train.tsv"),
+        (judge_two_ways, "qrels.train.tsv, line 31: .* are judged twice"),
+        (judge_elsewhere, "1 judged passages are not in it, such as 'elsewhere'"),
+        (empty_a_passage, "collection.tsv, line 80: the text of '79' is empty"),
+        (lambda files: (files / "collection.tsv").unlink(), "collection: .*collection.tsv: no such file; download"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_takes_its_name(
+    files: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    damage(other)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(other, tmp_path / "out")
+    assert not (tmp_path / "out" / "corpus.jsonl").exists()
+
+
+@pytest.mark.parametrize("sample", [None, 40])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_a_triple, "triples.train.small.tsv: 89 triples, but 90 are expected: download .* set expected_triples"),
+        (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
+    ],
+)
+def test_triples_that_are_not_whole_are_refused_before_anything_is_written(
+    files: Path, tmp_path: Path, sample: int | None, damage: Callable[[Path], None], message: str
+) -> None:
+    other = shutil.copytree(files, tmp_path / "other")
+    counted = {"triples": "triples.train.small.tsv", "expected_triples": 90}
+    prepare(other, tmp_path / "whole", sample, **counted)
+    damage(other)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(other, tmp_path / "out", sample, **counted)
+    assert not (tmp_path / "out" / "queries.jsonl").exists()
+
+
+def test_a_sample_that_holds_nothing_is_refused(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sample: 4 passages can't hold those relevant to one query of"):
+        prepare(files, tmp_path / "out", 4)
+
+
+def test_a_folder_of_other_files_is_refused(files: Path, tmp_path: Path) -> None:
+    prepare(files, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds a run with sample = None, but now sample = 40"):
+        prepare(files, tmp_path / "out", 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"splits": {}}, "splits: there is none"),
+        ({"splits": {"train": SplitFiles(queries="a.tsv")}}, r"splits.train.qrels: name the file"),
+        (
+            {"splits": {"train": SplitFiles("a.tsv", "b.tsv", most=0)}},
+            r"splits.train.most: 0 is below 1; leave it out",
+        ),
+    ],
+)
+def test_settings_that_name_too_little_are_refused(files: Path, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(files, tmp_path / "out", **change)
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "hub/data.yaml"])
+def test_the_published_counts_are_checked(name: str) -> None:
+    from dataclasses import make_dataclass
+
+    assert read_chain(RECIPE / name).value["expected_passages"].value == 8_841_823
+    schema = make_dataclass("Settings", [("output_dir", str, "")], bases=(PassageRankingFiles,))
+    settings = load_settings(schema, [str(RECIPE / name)], description="")
+    splits = settings.splits
+    assert settings.expected_triples == (None if settings.triples is None else 39_780_811)
+    assert splits["train"].expected_queries == 502_939
+    assert (splits["dev"].expected_queries, splits["dev"].expected_qrels) == (6980, 7437)
+    assert splits["dl19"].expected_queries == 43

@@ -1,0 +1,197 @@
+"""The training recipe with every kind of teacher, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tct_hf import validate_checkpoint
+from tests.models import tiny_colbert, tiny_cross_encoder
+from tests.recipe import RECIPE, in_this_process, write_material
+from tests.train_helpers import with_scores
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material")
+    settings = write_material(folder)
+    tiny_cross_encoder(folder / "cross-encoder")
+    tiny_colbert(folder / "ready")
+    with_scores(24).to_parquet(folder / "triples.parquet")
+    return settings
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, settings: Path) -> Callable[..., int]:
+    monkeypatch.chdir(settings.parent)
+    return in_this_process(RECIPE, settings, monkeypatch)
+
+
+STUDENT = ["--student.initialise_from=base", "--student.training.max_steps=2"]
+OWN = [*STUDENT, "--student.training.candidates=own"]
+TRIPLES = "--triples.path=triples.parquet"
+STORED = [TRIPLES, "--teacher.kind=stored", "--teacher.scores=scores"]
+
+
+def test_a_cross_encoder_teaches_and_the_report_has_no_teacher_to_search_with(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.dtype=float32", *OWN]
+    assert recipe(tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out
+    assert "teacher: skipped, cross-encoder is used as it is" in said
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| student " in report and "ColBERT teacher" not in report
+    assert "its teacher" not in report
+    validate_checkpoint(tmp_path / "out" / "student")
+    assert recipe(tmp_path / "out", *options) == 0  # finished: nothing is done again
+
+
+def test_stored_scores_teach_from_columns_and_files(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset
+
+    stages = "--stages=[student]"
+    assert recipe(tmp_path / "columns", *STORED, *OWN, stages) == 0
+    rows = with_scores(24)
+    pairs = {
+        (row["query_id"], row[f"{name}_id"]): score
+        for row in rows
+        for name, score in zip(("positive", "negative"), row["scores"], strict=True)
+    }
+    file = tmp_path / "scores.parquet"
+    Dataset.from_list([{"query_id": q, "passage_id": p, "score": s} for (q, p), s in pairs.items()]).to_parquet(file)
+    options = [TRIPLES, "--teacher.kind=stored", f"--teacher.scores={file}", *OWN, stages]
+    assert recipe(tmp_path / "file", *options) == 0
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("columns", "file")]
+    assert weights[0] == weights[1]
+    validate_checkpoint(tmp_path / "file" / "student")
+    Dataset.from_list([{"query_id": "x", "passage_id": "y", "score": 1.0}]).to_parquet(file)
+    assert recipe(tmp_path / "file", *options) == 1
+    assert "holds a run with teacher.weights = " in capsys.readouterr().err
+
+
+def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = "--teacher.mixed_with=[{kind: stored, scores: scores, weight: 2.0}]"
+    options = [TRIPLES, "--teacher.model=ready/colbert", mixed, *STUDENT, "--stages=[teacher, student]"]
+    assert recipe(tmp_path / "out", *options) == 0
+    used = "ready/colbert and the table or column of scores scores are used as they are"
+    assert f"teacher: skipped, {used}" in capsys.readouterr().out
+    resolved = (tmp_path / "out" / "settings.yaml").read_text()
+    assert "mixed_with" in resolved and "weight: 2.0" in resolved
+    log = json.loads((tmp_path / "out" / "student" / "training_log.json").read_text())
+    assert any("distillation" in entry for entry in log)
+    validate_checkpoint(tmp_path / "out" / "student")
+
+
+def test_an_embedding_model_and_the_words_of_the_collection_teach_without_training(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = "--teacher.mixed_with=[{kind: bm25, weight: 0.33}]"
+    options = ["--teacher.kind=dense", "--teacher.model=encoder", "--teacher.weight=6", mixed, *STUDENT]
+    cache = f"--student.teacher_cache={tmp_path / 'vectors'}"
+    stages = "--stages=[teacher, student]"
+    assert recipe(tmp_path / "out", *options, "--teacher.normalize=none", cache, stages) == 0
+    assert "teacher: skipped, encoder and BM25 are used as they are" in capsys.readouterr().out
+    assert any((tmp_path / "vectors").rglob("*.f16"))
+    validate_checkpoint(tmp_path / "out" / "student")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--teacher.kind=cross-encoder"], "teacher.model: name the folder or Hub id of a cross-encoder"),
+        (["--teacher.kind=cross-encoder", "--teacher.model=./no"], "teacher.model: ./no is not there"),
+        (
+            ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", *STUDENT],
+            "accept the cost",
+        ),
+        (["--teacher.kind=stored"], "teacher.scores: name the stored scores"),
+        (["--teacher.kind=stored", "--teacher.scores=no.parquet"], "no.parquet: no such file"),
+        (["--teacher.kind=stored", "--teacher.scores=scores", "--teacher.model=ready"], "need no model"),
+        ([*STORED, *STUDENT], "set student.training.candidates to own"),
+        ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
+        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: it keeps vectors of"),
+        ([*STORED, *OWN, "--triples.path=none"], "name the triples with triples.path"),
+        (["--teacher.scores=scores"], 'set teacher.kind to "stored"'),
+        (["--teacher.candidates=in-batch"], "a ColBERT scores the whole batch always"),
+        ([*STORED, *OWN, "--teacher.candidates=in-batch"], "teacher.candidates: stored scores are of a query's own"),
+        (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
+        (["--teacher.mixed_with=[{kind: stored, scroes: x}]"], "scroes"),
+        (["--teacher.model=ready", "--teacher.weight=0"], "a weight is 0.0"),
+        (["--teacher.weight=2"], "teacher.weight is of teachers that are mixed, and there is one: leave it out"),
+        (["--teacher.normalize=softmax"], "teacher.normalize is of teachers that are mixed"),
+        ([*STORED, *OWN, "--teacher.dtype=float32"], "teacher.dtype: no model computes these scores"),
+        (
+            ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder", "--teacher.candidates=in-batch", *OWN],
+            "the student compares a query's own; leave it out, or set student.training.candidates to in-batch",
+        ),
+        (["--teacher.kind=colbret"], "colbret"),
+        (["--teacher.kind=dense"], "teacher.model: name the folder or Hub id of an embedding model"),
+        (["--teacher.kind=bm25", "--teacher.model=ready"], "teacher.model: BM25 needs no model"),
+        (["--teacher.kind=bm25", "--teacher.candidates=in-batch"], "BM25 scores the whole batch always"),
+    ],
+)
+def test_wrong_teachers_are_one_message_before_anything_runs(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert recipe(tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("s.parquet", "nonsense", "s.parquet: not a whole parquet file"),
+        ("s.csv", "query_id,passage_id,score", "s.csv: ends in .csv"),
+        ("s.jsonl", '{"query_id": "q0", "passage_id": "p0", "score": 1.0}', "has no score of passage 'p5'"),
+    ],
+)
+def test_a_file_of_scores_is_read_and_looked_up_before_a_teacher_is_trained(
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: str,
+    message: str,
+) -> None:
+    (tmp_path / name).write_text(content + "\n")
+    mixed = f"--teacher.mixed_with=[{{kind: stored, scores: {tmp_path / name}}}]"
+    assert recipe(tmp_path / "new", TRIPLES, mixed) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_triples_of_a_collection_are_looked_up_before_a_teacher_is_trained(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [(f"train{query}", f"p{passage}") for query in range(40) for passage in range(60)]
+    lines = [json.dumps({"query_id": q, "passage_id": p, "score": len(q + p)}) + "\n" for q, p in pairs]
+    file = tmp_path / "s.jsonl"
+    mixed = f"--teacher.mixed_with=[{{kind: stored, scores: {file}}}]"
+    file.write_text("".join(line for line in lines if '"train7"' not in line))
+    assert recipe(tmp_path / "new", mixed) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"query 'train7', column 'positive_id': {file} has no score of passage 'p\d+': score the", said)
+    assert "triples.path" in said and not (tmp_path / "new").exists()
+    file.write_text("".join(lines))
+    assert recipe(tmp_path / "new", mixed, "--teacher.model=ready/colbert", *STUDENT, "--stages=[student]") == 0
+
+
+@pytest.mark.parametrize("name", ["compare.py", "rounds.py"])
+def test_recipes_that_need_a_colbert_refuse_others(
+    name: str, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("teacher: {kind: stored, scores: scores}\n")
+    monkeypatch.setattr("tct_hf.cache.default_cache_dir", lambda: tmp_path)
+    assert in_this_process(RECIPE.parent / name, empty, monkeypatch)(tmp_path / "new") == 2
+    assert "this recipe works with a ColBERT alone" in capsys.readouterr().err

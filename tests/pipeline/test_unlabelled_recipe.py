@@ -1,0 +1,168 @@
+"""The recipe for questions that nobody has judged: a teacher, passages and a file of questions are enough."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf import build_student
+from tct_hf.pipeline import steps as pipeline
+from tests.models import tiny_bert, tiny_colbert
+from tests.recipe import RECIPE, ROOT, in_this_process, write_beir
+
+QUESTIONS = 40
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unlabelled")
+    colbert = tiny_colbert(folder / "teacher")
+    write_beir(folder / "whole", train=QUESTIONS)
+    (folder / "passages").mkdir()
+    shutil.copyfile(folder / "whole" / "corpus.jsonl", folder / "passages" / "corpus.jsonl")
+    lines = (folder / "whole" / "queries.jsonl").read_text().splitlines()[:QUESTIONS]
+    texts = [f"{json.loads(line)['text']} {number}" for number, line in enumerate(lines)]  # each a question of its own
+    (folder / "questions.txt").write_text("\n".join([*texts, "", texts[0]]) + "\n")
+    (folder / "tiny.yaml").write_text(
+        f"""
+extends: {ROOT / "recipes" / "unlabelled.yaml"}
+precision: fp32
+data: {{source: {folder / "passages"}, questions: {folder / "questions.txt"}, negative_depth: 10}}
+encoder: {{encoding: tct, query_length: 16, document_length: 48}}
+teacher: {{model: {colbert}}}
+student:
+  layers: [1]
+  training: {{per_device_train_batch_size: 8, max_steps: 3, logging_steps: 1}}
+evaluation: {{depth: 20, measures: [RR@10, R@20]}}
+"""
+    )
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return in_this_process(RECIPE, settings, monkeypatch)
+
+
+@pytest.mark.usefixtures("warm_checks")
+def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_what_the_teacher_finds(
+    settings: Path,
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tct_hf import read_run, validate_checkpoint
+
+    trained: list[Any] = []
+    original = pipeline.training_triples
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        trained.append(original(*args, **options))
+        return trained[-1]
+
+    monkeypatch.setattr(pipeline, "training_triples", recorded)
+    assert recipe(tmp_path) == 0
+    assert f"{QUESTIONS - 4} without judgements" in capsys.readouterr().out
+
+    [rows] = trained
+    test = set(read_run(tmp_path / "runs" / "student.test.trec"))
+    assert len(test) == 4 and not test & set(rows["query_id"])
+    assert test | set(rows["query_id"]) == {f"question-{number}" for number in range(1, QUESTIONS + 1)}
+    assert rows["labelled"][:] == [False] * len(rows)
+    texts = list(dict.fromkeys((settings.parent / "questions.txt").read_text().split("\n")))
+    held_out = {texts[int(name.partition("-")[2]) - 1] for name in test}
+    assert not held_out & set(rows["query"])
+
+    validate_checkpoint(tmp_path / "student")
+    log = json.loads((tmp_path / "student" / "training_log.json").read_text())
+    assert [entry["hard_label"] for entry in log if "hard_label" in entry] == [0, 0, 0]
+    assert all(entry["distillation"] > 0 for entry in log if "distillation" in entry)
+
+    report = (tmp_path / "report.md").read_text()
+    assert "what it would put first: ColBERT teacher (one vector a token)." in report
+    measured = json.loads((tmp_path / "metrics.json").read_text())["measured"]
+    assert set(measured) == {"test"} and set(measured["test"]) == {"bm25", "student", "student-bm25", "teacher"}
+    assert measured["test"]["teacher"]["RR@10"]["mean"] == 1.0
+    runs = {key: read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("student", "teacher")}
+    reciprocal = []
+    for query, hits in runs["teacher"].items():
+        best = max(hits, key=hits.__getitem__)
+        order = sorted(runs["student"][query], key=runs["student"][query].__getitem__, reverse=True)[:10]
+        reciprocal.append(1 / (1 + order.index(best)) if best in order else 0.0)
+    assert measured["test"]["student"]["RR@10"]["mean"] == pytest.approx(sum(reciprocal) / 4, abs=1e-6)
+
+    # Called again, nothing is done again; with other questions, the student is another.
+    assert recipe(tmp_path) == 0
+    assert "  step " not in capsys.readouterr().out and len(trained) == 1
+    other = tmp_path.with_name("other.txt")
+    other.write_text((settings.parent / "questions.txt").read_text() + "one more question\n")
+    assert recipe(tmp_path, f"--data.questions={other}") == 1
+    assert "holds a run with data.questions = " in capsys.readouterr().err
+
+
+def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_judges(
+    settings: Path, recipe: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build_student(str(tiny_bert(settings.parent / "encoder")))
+    base.similarity_fn_name = "cosine"
+    base.save_pretrained(str(settings.parent / "base"))
+    trained: list[Any] = []
+    original = pipeline.training_triples
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        trained.append(original(*args, **options))
+        return trained[-1]
+
+    monkeypatch.setattr(pipeline, "training_triples", recorded)
+    own = [f"--encoder.base_model={settings.parent / 'base'}", "--encoder.encoding=own", "--encoder.query_length=none"]
+    assert recipe(tmp_path, *own, "--teacher.model=none", "--student.layers=none", "--data.made_questions=5") == 0
+    [rows] = trained
+    assert not any(rows["labelled"]) and all(weight > 0 for weight in rows["label_weight"])
+    log = json.loads((tmp_path / "student" / "training_log.json").read_text())
+    assert [entry["hard_label"] > 0 for entry in log if "hard_label" in entry] == [True] * 3
+    report = (tmp_path / "report.md").read_text()
+    assert "what it would put first: base reranked by its own MaxSim, untrained." in report
+
+
+def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_split_is_measured(
+    settings: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(tmp_path, f"--data.source={settings.parent / 'whole'}", "--stages=evaluate") == 2
+    said = capsys.readouterr()
+    assert f"{QUESTIONS} train, 10 dev, 12 test, {QUESTIONS} without judgements" in said.out
+    assert "Add the stage student" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.questions=none"], "has no test split, and there are no data.questions to hold some out"),
+        (["--data.unlabelled=false"], "data.questions: these have no labels; set data.unlabelled"),
+    ],
+)
+def test_what_is_missing_is_said_before_any_training(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert recipe(tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_student_of_no_question_at_all_is_refused_with_the_mend(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(tmp_path / "new", "--data.questions=none", "--stages=student") == 1
+    assert "give a file of them as data.questions" in capsys.readouterr().err
+
+
+def test_judgements_missing_from_a_folder_are_an_error_where_labels_are_asked_for(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(tmp_path / "new", "--data.labels=1.0") == 1
+    assert "qrels: no train.tsv" in capsys.readouterr().err

@@ -1,0 +1,418 @@
+"""Mining against a plain version of its rules, and what it does with too little and with wrong things."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tct_hf import BM25Index, MiningCounts, bm25_triples, load_triples, mine_triples
+from tests.retrieval.test_negatives import QRELS, QUERIES
+
+TEXTS = {
+    "apple": "apple tree fruit garden",
+    "apple2": "apple pie with cream",
+    "copy": "Apple  tree, fruit GARDEN!",
+    "near": "apple tree fruit garden gate",
+    "pear": "pear tree fruit orchard",
+    "plum": "plum tree fruit jam",
+    "car": "engine wheel motor road",
+    "boat": "sail river harbour water",
+}
+RUN = {
+    "q1": {"apple": 9.0, "copy": 8.0, "near": 7.0, "plum": 6.0, "apple2": 5.0, "pear": 4.0, "car": 3.0},
+    "q2": {"plum": 3.0, "apple": 3.0, "copy": 2.0, "boat": 1.0, "pear": 0.5},
+    "q3": {"car": 1.0, "plum": 0.5},
+    "q9": {"no such passage": 1.0},
+}
+
+
+def corpus(texts: dict[str, str] = TEXTS) -> Dataset:
+    return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+
+
+def mined(run: Any = RUN, **options: Any) -> list[dict[str, Any]]:
+    given: dict[str, Any] = {"seed": 1, "origin": "test", **options}
+    return list(mine_triples(run, corpus(), QUERIES, QRELS, **given))
+
+
+def plain_words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def triples_of_words(text: str) -> set[tuple[str, ...]]:
+    words = plain_words(text)
+    return {tuple(words[at : at + 3]) for at in range(max(1, len(words) - 2))}
+
+
+def plainly_allowed(
+    run: dict[str, dict[str, float]],
+    texts: dict[str, str],
+    query_id: str,
+    positive: str,
+    known: list[str],
+    *,
+    depth: int,
+    teacher: dict[tuple[str, str], float] | None = None,
+    margin: float | None = None,
+) -> list[str]:
+    """What may be a negative of a row, in rank order: every candidate judged by itself, by the words of the rules."""
+    allowed = []
+    for passage in sorted(run.get(query_id, {}), key=lambda name: (-run[query_id][name], name))[:depth]:
+        mine = triples_of_words(texts[passage])
+        if passage in known:
+            continue
+        if any(len(mine & other) / len(mine | other) >= 0.6 for other in (triples_of_words(texts[k]) for k in known)):
+            continue
+        if margin is not None and teacher and teacher[query_id, passage] > teacher[query_id, positive] + margin:
+            continue
+        allowed.append(passage)
+    return allowed
+
+
+word = st.sampled_from(["a", "b", "c", "d"])
+texts_of = st.lists(st.lists(word, min_size=1, max_size=7).map(" ".join), min_size=4, max_size=14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts_of, st.data())
+def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str], data: st.DataObject) -> None:
+    texts = {f"p{at}": body for at, body in enumerate(bodies)}
+    names = sorted(texts)
+    queries = {f"q{at}": f"query {at}" for at in range(3)}
+    qrels = {q: dict.fromkeys(data.draw(st.lists(st.sampled_from(names), max_size=2)), 1) for q in queries}
+    qrels["q0"] = qrels["q0"] or {"p0": 1}
+    score = st.integers(-3, 3).map(float)
+    run = {q: data.draw(st.dictionaries(st.sampled_from(names), score, min_size=1)) for q in queries}
+    table = {(q, p): data.draw(score) for q in queries for p in names}
+    depth, count = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 2))
+    margin, seed = data.draw(st.none() | st.integers(-2, 2).map(float)), data.draw(st.integers(0, 5))
+
+    def predict(pairs: Any) -> list[float]:
+        return [table[query.replace("query ", "q"), passage.partition(" ")[0]] for query, passage in pairs]
+
+    marked = {name: f"{name} {body}" for name, body in texts.items()}  # each text its own
+    given: dict[str, Any] = {
+        "teacher": predict,
+        "margin": margin,
+        "depth": depth,
+        "num_negatives": count,
+        "seed": seed,
+        "near_duplicate": 0.6,
+    }
+    counts = MiningCounts()
+    try:
+        rows = list(
+            mine_triples(run, corpus(marked), queries, qrels, origin="x", too_few="skip", counts=counts, **given)
+        )
+    except ValueError as error:
+        assert "has enough candidates" in str(error) or "none of the queries" in str(error)
+        rows = []
+    made = {(row["query_id"], row["positive_id"]): row for row in rows}
+    skipped = 0
+    for query_id, grades in qrels.items():
+        for positive in grades:
+            allowed = plainly_allowed(
+                run, marked, query_id, positive, list(grades), depth=depth, teacher=table, margin=margin
+            )
+            ranked = sorted(run[query_id], key=lambda name: (-run[query_id][name], name))[:depth]
+            # The same generator; the order of all candidates, of which the allowed are taken first come first.
+            order = random.Random(f"{seed}\x1f{query_id}\x1f{positive}").sample(ranked, len(ranked))
+            expected = [name for name in order if name in allowed][:count]
+            if len(expected) < count:
+                skipped += 1
+                assert (query_id, positive) not in made
+                continue
+            row = made[query_id, positive]
+            keys = ["negative"] if count == 1 else ["negative_1", "negative_2"]
+            assert [row[f"{key}_id"] for key in keys] == expected
+            assert [row[key] for key in keys] == [marked[name] for name in expected]
+            assert [row[f"{key}_score"] for key in keys] == [run[query_id][name] for name in expected]
+            assert [row[f"{key}_teacher_score"] for key in keys] == [table[query_id, name] for name in expected]
+            assert row["positive_score"] == run[query_id].get(positive)
+            assert row["positive_teacher_score"] == table[query_id, positive]
+            assert row["known_positive_ids"] == list(grades)
+    if rows:
+        assert (counts.rows, counts.skipped_rows, counts.random_negatives) == (len(rows), skipped, 0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_known_positive_and_no_near_duplicate_of_one_comes_out(seed: int) -> None:
+    rows = mined(seed=seed, num_negatives=2)
+    assert [(row["query_id"], row["positive_id"]) for row in rows] == [
+        ("q1", "apple"),
+        ("q1", "apple2"),
+        ("q2", "pear"),
+        ("q3", "boat"),
+    ]
+    for row in rows:
+        negatives = {row["negative_1_id"], row["negative_2_id"]}
+        assert len(negatives) == 2 and not negatives & set(row["known_positive_ids"])
+        if row["query_id"] == "q1":
+            assert not negatives & {"copy", "near"}
+        if row["query_id"] == "q2":
+            assert not {"apple", "copy"} <= negatives  # one text
+            assert negatives <= {"plum", "apple", "copy", "boat"}
+
+
+def test_near_duplicates_are_found_where_words_have_no_blanks_between_them() -> None:
+    texts = [
+        "密集检索的老师和学生模型的蒸馏方法在这里被描述",
+        "密集检索的老师和学生模型的蒸馏方法在这里被描述了",
+        "今天天气很好我们去公园散步",
+    ]
+    passages = Dataset.from_dict({"id": ["a", "b", "c"], "text": texts})
+    run = {"q1": {"b": 2.0, "c": 1.0}}
+    [row] = mine_triples(run, passages, {"q1": "蒸馏"}, {"q1": {"a": 1}}, origin="x", seed=1)
+    assert row["negative_id"] == "c"
+
+
+def test_a_damaged_part_is_named_and_a_lost_file_is_mined_again(tmp_path: Path) -> None:
+    rows = mined(output_dir=tmp_path / "out", queries_a_part=1)
+    (tmp_path / "out" / "triples.parquet").unlink()
+    assert mined(output_dir=tmp_path / "out", queries_a_part=1) == rows
+    (tmp_path / "out" / "triples.parquet").unlink()
+    part = tmp_path / "out" / "parts" / "00000.parquet"
+    part.parent.mkdir()
+    part.write_bytes(b"PAR1 cut off")
+    with pytest.raises(ValueError, match=r"00000\.parquet: damaged .*delete it and start again"):
+        mined(output_dir=tmp_path / "out", queries_a_part=1)
+
+
+def test_without_a_threshold_only_equal_texts_are_refused() -> None:
+    found = {row["negative_id"] for seed in range(25) for row in mined(seed=seed, near_duplicate=None)[:2]}
+    assert found == {"near", "plum", "pear", "car"}
+
+
+def test_only_the_best_are_sampled_from_and_random_passages_fill_up_with_null_for_their_score() -> None:
+    counts = MiningCounts()
+    rows = [row for seed in range(30) for row in mined(seed=seed, depth=2, counts=counts)]
+    assert {row["negative_id"] for row in rows if row["query_id"] == "q2"} == {"apple", "plum"}
+    filled = [row for row in rows if row["query_id"] == "q1"]
+    assert all(row["negative_score"] is None for row in filled)
+    assert {row["negative_id"] for row in filled} == {"plum", "pear", "car", "boat"}
+    assert (counts.rows, counts.short_rows, counts.random_negatives) == (4, 2, 2)
+    assert "2 rows had too few candidates: filled up with 2 random passages" in counts.summary()
+
+
+def test_rows_that_are_too_short_can_be_left_out() -> None:
+    counts = MiningCounts()
+    rows = mined(depth=2, too_few="skip", counts=counts)
+    assert [row["query_id"] for row in rows] == ["q2", "q3"]
+    assert (counts.rows, counts.skipped_rows, counts.drawn, counts.known_positives) == (2, 2, 6, 2)
+    with pytest.raises(ValueError, match=r"none of 4 rows has enough candidates; raise depth"):
+        mined(depth=7, num_negatives=7, too_few="skip")
+    with pytest.raises(ValueError, match=r"query 'q1' has only 4 passages.*num_negatives is 5"):
+        mined(num_negatives=5)
+
+
+def test_what_was_refused_is_counted() -> None:
+    counts = MiningCounts()
+    mined(num_negatives=3, counts=counts)
+    # q1, both rows: all seven candidates to find three; its positives and two texts like one are refused.
+    assert counts.queries == 3 and counts.rows == 4 and counts.positives_found == 3
+    assert counts.known_positives <= 5 and counts.near_duplicates <= 4
+    mined(num_negatives=4, depth=5, counts=counts)
+    assert (counts.known_positives, counts.near_duplicates, counts.repeated) == (5, 4, 1)
+    assert counts.drawn == 5 + 5 + 5 + 2
+
+
+TEACHER = {
+    "q1": {"apple": 5.0, "apple2": 3.0, "plum": 4.0, "pear": 6.0, "car": 0.0},
+    "q2": {"pear": 1.0, "plum": 2.0, "apple": 0.0, "copy": 0.0, "boat": -1.0},
+    "q3": {"boat": 0.0, "car": 0.0, "plum": 0.0},
+}
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_candidates_far_above_the_rows_own_positive_are_refused(function: bool) -> None:
+    names = {text: name for name, text in TEXTS.items()}
+    of_query = {text: name for name, text in QUERIES.items()}
+    asked: list[tuple[str, str]] = []
+
+    def predict(pairs: list[tuple[str, str]]) -> list[float]:
+        asked.extend(pairs)
+        return [TEACHER[of_query[query]][names[passage]] for query, passage in pairs]
+
+    def negatives(margin: float, query_id: str, positive_id: str) -> set[str]:
+        teacher: Any = predict if function else TEACHER
+        rows = [row for seed in range(15) for row in mined(teacher=teacher, margin=margin, seed=seed)]
+        for row in rows:
+            judged = row["negative_teacher_score"]
+            assert (judged is None) is (row["negative_score"] is None)
+            if judged is not None:
+                assert judged == TEACHER[row["query_id"]][row["negative_id"]]
+            assert row["positive_teacher_score"] == TEACHER[row["query_id"]][row["positive_id"]]
+        return {r["negative_id"] for r in rows if (r["query_id"], r["positive_id"]) == (query_id, positive_id)}
+
+    assert negatives(0.5, "q1", "apple") == {"plum", "car"}
+    assert negatives(1.0, "q1", "apple") == {"plum", "pear", "car"}  # above by no more than the margin
+    assert negatives(0.5, "q1", "apple2") == {"car"}
+    assert negatives(-1.0, "q2", "pear") == {"apple", "copy", "boat"}
+    assert not any(names[passage] in ("copy", "near") for query, passage in asked if query == QUERIES["q1"])
+
+
+def test_a_function_gives_what_its_run_gives_and_is_asked_for_some_queries_at_a_time() -> None:
+    asked = []
+
+    def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
+        asked.append(dict(queries))
+        return {name: RUN[name] for name in queries}
+
+    assert mined(search, queries_a_part=2) == mined()
+    assert asked == [{"q1": QUERIES["q1"], "q2": QUERIES["q2"]}, {"q3": QUERIES["q3"]}]
+    index = BM25Index.build(TEXTS.values(), TEXTS.keys(), backend="numpy")
+    rows = mined(index.run, origin="bm25")
+    assert [row["origin"] for row in rows] == ["bm25"] * 4
+    bm25 = bm25_triples(corpus(), QUERIES, QRELS, seed=1, index=index)
+    shared = [{name: row[name] for name in bm25.column_names} for row in rows if row["query_id"] == "q2"]
+    assert [{**row, "negative": None, "negative_id": None} for row in shared] == [
+        {**row, "negative": None, "negative_id": None} for row in bm25 if row["query_id"] == "q2"
+    ]
+
+
+def test_a_row_depends_on_nothing_but_its_own_query_and_the_seed() -> None:
+    whole = mined()
+    assert whole == mined()
+    part = mine_triples(dict(reversed(RUN.items())), corpus(), QUERIES, {"q2": {"pear": 1}}, origin="test", seed=1)
+    assert list(part) == [row for row in whole if row["query_id"] == "q2"]
+    assert mined(queries_a_part=1) == whole
+    assert any(mined(seed=seed) != whole for seed in range(2, 6))
+
+
+def test_the_files_are_the_rows_and_a_finished_folder_is_read_again(tmp_path: Path) -> None:
+    counts = MiningCounts()
+    rows = mined(output_dir=tmp_path / "out", queries_a_part=1, counts=counts)
+    assert rows == mined()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "triples.parquet",
+        "summary.json",
+        "tct_settings.json",
+    }
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written["counts"]["rows"] == 4 and written["settings"]["origin"] == "test"
+    before = (tmp_path / "out" / "triples.parquet").stat().st_mtime_ns
+    again = MiningCounts()
+    assert mined(output_dir=tmp_path / "out", queries_a_part=1, counts=again) == rows
+    assert (tmp_path / "out" / "triples.parquet").stat().st_mtime_ns == before and again == counts
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"depth": 3}, "depth"),
+        ({"seed": 2}, "seed"),
+        ({"origin": "other"}, "origin"),
+        ({"run": {**RUN, "q3": {"car": 2.0}}}, "run"),
+        ({"teacher": TEACHER}, "teacher"),
+    ],
+)
+def test_a_folder_of_other_arguments_is_refused(tmp_path: Path, change: dict[str, Any], name: str) -> None:
+    mined(output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"holds a run with {name} = .*choose another --output_dir"):
+        mined(**change, output_dir=tmp_path / "out")
+
+
+def test_a_call_that_was_stopped_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
+        asked.extend(queries)
+        if asked == ["q1", "q2"]:
+            raise KeyboardInterrupt
+        return {name: RUN[name] for name in queries}
+
+    options: dict[str, Any] = {"output_dir": tmp_path / "out", "queries_a_part": 1, "depends": {"model": "m"}}
+    with pytest.raises(KeyboardInterrupt):
+        mined(search, **options)
+    assert [file.name for file in (tmp_path / "out" / "parts").iterdir()] == ["00000.parquet"]
+    with pytest.raises(ValueError, match=r"holds a run with run.model = 'm', but now run.model = 'n'"):
+        mined(search, **{**options, "depends": {"model": "n"}})
+    assert mined(search, **options) == mined()
+    assert asked == ["q1", "q2", "q2", "q3"] and not (tmp_path / "out" / "parts").exists()
+
+
+def test_processes_share_the_parts_and_end_with_the_bytes_of_one(tmp_path: Path) -> None:
+    barrier = threading.Barrier(2)
+    made: list[str] = []
+
+    def process(rank: int) -> list[dict[str, Any]]:
+        def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
+            made.extend(queries)
+            return {name: RUN[name] for name in queries}
+
+        state = SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: barrier.wait(60)
+        )
+        return mined(search, output_dir=tmp_path / "two", queries_a_part=1, depends={}, state=state)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(process, range(2)))
+    assert both == [mined(), mined()] and sorted(made) == ["q1", "q2", "q3"]
+    mined(lambda queries: RUN, output_dir=tmp_path / "one", queries_a_part=1, depends={})
+    files = [(tmp_path / name / "triples.parquet").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match="state: processes share the work through files"):
+        mined(state=SimpleNamespace())
+
+
+def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
+    from tct_hf.data.column_names import candidate_columns
+
+    names = mine_triples(
+        RUN, corpus(), QUERIES, QRELS, origin="x", seed=1, teacher=TEACHER, num_negatives=2
+    ).column_names
+    assert names[:2] == ["query", "positive"] and names[-1] == "origin" and "negative_2_teacher_score" in names
+    assert candidate_columns(names) == ["positive", "negative_1", "negative_2"]
+    mined(output_dir=tmp_path / "out", num_negatives=2)
+    loaded = load_triples(tmp_path / "out" / "triples.parquet", cache_dir=tmp_path / "cache")
+    expected = [{name: row[name] for name in loaded.column_names} for row in mined(num_negatives=2)]
+    assert list(loaded) == expected and "origin" not in loaded.column_names
+    assert loaded["known_positive_ids"][0] == ["apple", "apple2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_negatives": 0}, "num_negatives=0"),
+        ({"depth": 1, "num_negatives": 2}, "depth=1: too few candidates"),
+        ({"margin": 1.0}, "margin=1.0: there is no teacher"),
+        ({"margin": float("nan"), "teacher": TEACHER}, "margin=nan"),
+        ({"near_duplicate": 0.0}, "near_duplicate=0.0"),
+        ({"too_few": "drop"}, 'use "fill" or "skip"'),
+        ({"origin": " "}, "origin=' '"),
+        ({"queries_a_part": 0}, "queries_a_part=0"),
+        ({"run": {"q9": {"apple": 1.0}}}, "run: it has none of the queries"),
+        ({"run": lambda queries: {}}, "run: it has no passage for any of the queries"),
+        ({"run": {"q1": {"quince": 1.0}}}, "run: passage 'quince' .query 'q1'. is not in the corpus"),
+        ({"run": {"q1": {"car": float("nan")}}}, "run: the score of query 'q1' and passage 'car' is nan"),
+        # Wherever it stands: the others could not be put in order.
+        ({"run": {"q1": {"bus": 1.0, "car": float("nan"), "train": 3.0}}, "depth": 1}, "passage 'car' is nan; leave"),
+        ({"num_negatives": 1.5}, "num_negatives=1.5: give a whole number"),
+        ({"seed": None}, "seed=None: give a whole number"),
+        ({"teacher": {"q1": {"apple": 1.0}}}, "teacher: it has no score of query 'q1' and passage"),
+        ({"teacher": lambda pairs: [1.0]}, r"teacher: it gave 1 scores for \d+ pairs"),
+        ({"teacher": lambda pairs: [float("inf")] * len(pairs)}, "teacher: its score of query 'q1'.*is inf"),
+        ({"run": lambda queries: RUN, "output_dir": "x"}, "depends: run or teacher is a function"),
+    ],
+)
+def test_wrong_arguments_are_named_with_the_mend(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mined(**options)
+
+
+def test_judgements_that_do_not_fit_the_data_are_named() -> None:
+    with pytest.raises(ValueError, match=r"passage 'nothing'.*not in the corpus"):
+        mine_triples(RUN, corpus(), QUERIES, {"q1": {"nothing": 1}}, origin="x", seed=1)
+    with pytest.raises(ValueError, match="column 'text' is missing"):
+        mine_triples(RUN, corpus().rename_column("text", "body"), QUERIES, QRELS, origin="x", seed=1)

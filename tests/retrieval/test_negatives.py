@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from datasets import Dataset
+
+from tct_hf import BM25Index, bm25_triples
+
+TEXTS = {
+    "apple": "apple tree fruit garden",
+    "apple2": "apple pie with cream",
+    "copy": "Apple  tree fruit GARDEN",
+    "pear": "pear tree fruit orchard",
+    "plum": "plum tree fruit jam",
+    "car": "engine wheel motor road",
+    "boat": "sail river harbour water",
+}
+QUERIES = {"q1": "apple fruit", "q2": "tree fruit", "q3": "zebra", "q4": "never judged positive"}
+QRELS = {"q1": {"apple": 1, "apple2": 2, "car": 0}, "q2": {"pear": 1}, "q3": {"boat": 1}, "q4": {"car": 0}}
+
+
+def corpus(texts: dict[str, str] = TEXTS) -> Dataset:
+    return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+
+
+def index(texts: dict[str, str] = TEXTS) -> BM25Index:
+    return BM25Index.build(texts.values(), texts.keys(), backend="numpy")
+
+
+def triples(**options: object) -> list[dict]:
+    settings: dict = {"seed": 1, "index": index(), **options}
+    return list(bm25_triples(corpus(), QUERIES, QRELS, **settings))
+
+
+def test_one_row_for_each_query_and_positive_with_all_known_positives() -> None:
+    rows = triples()
+    assert [(row["query_id"], row["positive_id"]) for row in rows] == [
+        ("q1", "apple"),
+        ("q1", "apple2"),
+        ("q2", "pear"),
+        ("q3", "boat"),
+    ]
+    assert rows[0]["known_positive_ids"] == ["apple", "apple2"]
+    for row in rows:
+        assert row["query"] == QUERIES[row["query_id"]]
+        assert row["positive"] == TEXTS[row["positive_id"]]
+        assert row["negative"] == TEXTS[row["negative_id"]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_negatives_are_no_positives_nor_copies_of_one(seed: int) -> None:
+    for row in triples(seed=seed, num_negatives=2):
+        negatives = {row["negative_1_id"], row["negative_2_id"]}
+        assert len(negatives) == 2
+        assert not negatives & set(row["known_positive_ids"])
+        if row["query_id"] == "q1":
+            assert "copy" not in negatives
+
+
+def test_negatives_come_from_the_best_passages_first() -> None:
+    found = {row["negative_id"] for seed in range(12) for row in triples(seed=seed) if row["query_id"] == "q2"}
+    # Three passages besides the positive hold a query word (two of them with the same text).
+    assert found == {"apple", "copy", "plum"}
+    nearest = {
+        row["negative_id"] for seed in range(12) for row in triples(seed=seed, depth=2) if row["query_id"] == "q2"
+    }
+    assert len(nearest) < 3
+
+
+def test_random_passages_fill_up_what_bm25_does_not_find() -> None:
+    found = {row["negative_id"] for seed in range(40) for row in triples(seed=seed) if row["query_id"] == "q3"}
+    assert found == set(TEXTS) - {"boat"}
+
+
+def test_a_row_does_not_depend_on_order_or_on_other_queries() -> None:
+    whole = {(row["query_id"], row["positive_id"]): row for row in triples()}
+    part = bm25_triples(corpus(), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index())
+    assert list(part) == [whole["q2", "pear"]]
+    backwards = bm25_triples(corpus(), QUERIES, dict(reversed(QRELS.items())), seed=1, index=index())
+    assert {(row["query_id"], row["positive_id"]): row for row in backwards} == whole
+
+
+def test_order_of_the_corpus_does_not_matter_where_bm25_finds_enough() -> None:
+    turned = dict(reversed(TEXTS.items()))
+    rows = list(bm25_triples(corpus(turned), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index(turned)))
+    assert rows == [row for row in triples() if row["query_id"] == "q2"]
+
+
+def test_columns_of_one_and_of_several_negatives() -> None:
+    one = bm25_triples(corpus(), QUERIES, QRELS, seed=1, index=index())
+    assert one.column_names == [
+        "query",
+        "positive",
+        "negative",
+        "query_id",
+        "positive_id",
+        "negative_id",
+        "known_positive_ids",
+    ]
+    two = bm25_triples(corpus(), QUERIES, QRELS, seed=1, num_negatives=2, index=index())
+    assert two.column_names[2:4] == ["negative_1", "negative_2"]
+    assert two.column_names[6:8] == ["negative_1_id", "negative_2_id"]
+
+
+def test_corpus_too_small_for_the_negatives_is_an_error() -> None:
+    # q1 leaves pear, plum, car and boat: the two positives and the copy of one are out.
+    assert len(triples(num_negatives=4)) == 4
+    with pytest.raises(ValueError, match=r"query 'q1' has only 4 passages.*num_negatives is 5"):
+        triples(num_negatives=5)
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ({"q9": {"apple": 1}}, "query 'q9' is not among the queries"),
+        ({"q1": {"nothing": 1}}, "passage 'nothing'.*not in the corpus"),
+        ({"q1": {"apple": 0}}, "no positive judgement"),
+    ],
+)
+def test_judgements_that_do_not_fit_the_data_are_named(qrels: dict[str, dict[str, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bm25_triples(corpus(), QUERIES, qrels, seed=1, index=index())
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="num_negatives=0"):
+        triples(num_negatives=0)
+    with pytest.raises(ValueError, match="build it from this corpus"):
+        triples(index=index({"apple": "apple"}))
+    with pytest.raises(ValueError, match="column 'text' is missing"):
+        bm25_triples(corpus().rename_column("text", "body"), QUERIES, QRELS, seed=1)
+
+
+QUESTIONS = {"u1": "plum jam on a tree", "u2": "quagga", "q4": "pear orchard"}
+
+
+def with_questions(questions: dict[str, str] = QUESTIONS, **options: object) -> list[dict]:
+    return triples(unlabelled=questions, **options)
+
+
+def test_a_question_without_judgements_has_bm25s_best_passage_as_its_positive() -> None:
+    rows = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
+    assert list(rows) == list(QUESTIONS)
+    assert {name: rows[name]["positive_id"] for name in ("u1", "q4")} == {"u1": "plum", "q4": "pear"}
+    for name, row in rows.items():
+        assert row["query"] == QUESTIONS[name] and row["known_positive_ids"] == []
+        assert row["positive"] == TEXTS[row["positive_id"]] and row["negative"] == TEXTS[row["negative_id"]]
+
+
+@pytest.mark.parametrize("depth", [3, 100])
+def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positive(depth: int) -> None:
+    ranked = list(index().run({"u1": QUESTIONS["u1"]}, 100)["u1"])
+    assert ranked[0] == "plum" and len(ranked) == 4
+    rows = [row for seed in range(20) for row in with_questions(seed=seed, depth=depth) if row["query_id"] == "u1"]
+    assert {row["negative_id"] for row in rows} == set(ranked[1:depth])
+
+
+def test_a_copy_of_the_best_passage_is_no_negative_of_an_unlabelled_question() -> None:
+    for seed in range(8):
+        [row] = bm25_triples(
+            corpus(), {}, {}, seed=seed, num_negatives=3, index=index(), unlabelled={"u": "apple tree fruit garden"}
+        )
+        assert row["positive_id"] in ("apple", "copy")
+        assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"apple", "copy"}
+
+
+def test_a_question_of_unknown_words_gets_passages_all_the_same_and_the_same_ones_again() -> None:
+    [first] = [row for row in with_questions() if row["query_id"] == "u2"]
+    assert first["positive_id"] != first["negative_id"] and {first["positive_id"], first["negative_id"]} <= set(TEXTS)
+    assert first in with_questions({"u2": QUESTIONS["u2"]})
+    rows = [row for seed in range(30) for row in with_questions(seed=seed) if row["query_id"] == "u2"]
+    assert len({row["positive_id"] for row in rows}) > 3
+
+
+def test_labelled_rows_are_those_of_a_call_without_questions() -> None:
+    labelled = [{key: row[key] for key in row if key != "labelled"} for row in with_questions() if row["labelled"]]
+    assert labelled == triples()
+    assert "labelled" not in triples()[0]
+
+
+def test_an_unlabelled_row_does_not_depend_on_which_others_are_asked_for() -> None:
+    whole = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
+    for name, text in QUESTIONS.items():
+        [alone] = bm25_triples(corpus(), {}, {}, seed=1, index=index(), unlabelled={name: text})
+        assert alone == whole[name]
+    assert with_questions() == with_questions()
+
+
+def test_questions_alone_need_no_queries_and_no_judgements() -> None:
+    rows = bm25_triples(corpus(), {}, {}, seed=1, num_negatives=2, index=index(), unlabelled=QUESTIONS)
+    assert rows.column_names[-2:] == ["known_positive_ids", "labelled"]
+    assert rows["labelled"][:] == [False] * 3
+    assert rows.features["labelled"].dtype == "bool"
+
+
+def test_a_query_with_positives_is_no_question_without_judgements() -> None:
+    with pytest.raises(ValueError, match=r"unlabelled: query 'q1' has positives in qrels; leave it out of one"):
+        with_questions({"u1": "apple", "q1": "apple fruit"})
+    with pytest.raises(ValueError, match="no positive judgement"):
+        bm25_triples(corpus(), QUERIES, {}, seed=1, index=index(), unlabelled={})
+
+
+def test_the_first_candidate_of_an_unlabelled_question_is_a_positive_as_sure_as_its_softmax() -> None:
+    candidates = {"u1": {"boat": 1.0, "plum": 3.0, "car": 2.0}}
+    questions = {"u1": "apple tree", "u2": "pear orchard"}
+    rows = triples(unlabelled=questions, candidates=candidates, num_negatives=2)
+    by_query = {row["query_id"]: row for row in rows}
+    pseudo = by_query["u1"]
+    assert pseudo["positive_id"] == "plum" and not pseudo["labelled"]
+    assert {pseudo["negative_1_id"], pseudo["negative_2_id"]} == {"car", "boat"}
+    assert pseudo["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
+    # A question without candidates has BM25's, and no positive; a judged one counts whole.
+    assert by_query["u2"]["positive_id"] == "pear" and by_query["u2"]["label_weight"] == 0.0
+    assert by_query["q2"]["labelled"] and by_query["q2"]["label_weight"] == 1.0
+
+
+def test_negatives_of_a_judged_query_come_from_its_candidates_where_there_are_some() -> None:
+    rows = triples(candidates={"q2": {"boat": 2.0, "pear": 1.0, "car": 0.5}}, num_negatives=2)
+    [row] = [row for row in rows if row["query_id"] == "q2"]
+    assert {row["negative_1_id"], row["negative_2_id"]} == {"boat", "car"} and "label_weight" not in row

@@ -1,0 +1,118 @@
+"""Lexical scores of a batch, against the index they come from and against the formula written out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tct_hf import BM25Index, BM25Teacher
+from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
+
+METHODS = ["lucene", "robertson", "atire"]
+GERMAN = [
+    "die häuser der stadt und die gärten",
+    "ein haus, zwei häuser: haus und hof",
+    "der garten",
+    "lange straßen ohne bäume",
+    "bäume der gärten, bäume der straßen und ein baum",
+]
+
+
+def index_of(texts: list[str], **options: Any) -> BM25Index:
+    return BM25Index.build(texts, map(str, range(len(texts))), backend="numpy", **options)
+
+
+def searched(index: BM25Index, queries: list[str]) -> np.ndarray:
+    """`(queries, passages)`, zeros where nothing was found."""
+    found = np.zeros((len(queries), len(index)))
+    for row, (ids, scores) in enumerate(zip(*index.search(queries, k=len(index)), strict=True)):
+        found[row, [int(name) for name in ids]] = scores
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("saved", [False, True])
+def test_scores_of_passages_of_the_corpus_are_those_of_a_search(method: str, saved: bool, tmp_path: Path) -> None:
+    for texts, language, queries in (
+        (PASSAGES, "english", [*QUERIES, "token tokens tokens zebra", "zebra", "", "the of"]),
+        (GERMAN, "german", ["häuser häuser garten", "bäumen und hof", "unbekannt straße"]),
+    ):
+        index = index_of(texts, method=method, language=language, stemmer=language, k1=1.1, b=0.6)
+        if saved:
+            index.save(tmp_path / language)
+            index = BM25Index.load(tmp_path / language)
+        expected = searched(index, queries)
+        found = BM25Teacher(index).scores(queries, texts)
+        assert found.dtype == torch.float32 and expected.any()
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def formula(method: str, texts: list[str], query: str, passage: str, k1: float, b: float) -> float:
+    documents = [re.findall(r"\w\w+", text) for text in texts]
+    words, average = re.findall(r"\w\w+", passage), sum(map(len, documents)) / len(documents)
+    score = 0.0
+    for word in re.findall(r"\w\w+", query):
+        holders, frequency = sum(word in document for document in documents), Counter(words)[word]
+        if not holders or not frequency:
+            continue
+        odds = (len(texts) - holders + 0.5) / (holders + 0.5)
+        idf = {
+            "lucene": math.log(1 + odds),
+            "robertson": max(0.0, math.log(odds)),
+            "atire": math.log(len(texts) / holders),
+        }
+        saturated = frequency / (frequency + k1 * (1 - b + b * len(words) / average))
+        score += idf[method] * saturated * (k1 + 1 if method == "atire" else 1)
+    return score
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_of_other_texts_follow_the_formula_with_the_corpus_statistics(method: str) -> None:
+    index = index_of(PASSAGES, method=method, language="none", stemmer=None, k1=0.9, b=0.4)
+    others = ["teacher teacher zebra of tokens and zebras", "nothing known", "", "distillation " * 9]
+    queries = ["teacher tokens tokens", "zebra distillation", "of the student"]
+    expected = [[formula(method, PASSAGES, query, text, 0.9, 0.4) for text in others] for query in queries]
+    np.testing.assert_allclose(BM25Teacher(index).scores(queries, others), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_matrix_of_a_batch_has_all_positives_first_whatever_a_trainer_computes_in() -> None:
+    teacher = BM25Teacher(index_of(PASSAGES))
+    columns = [PASSAGES[:3], PASSAGES[4:7]]
+    inputs = teacher.collate(QUERIES[:3], columns, [{}] * 3)
+    expected = teacher.scores(QUERIES[:3], columns[0] + columns[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher.score_matrix(inputs, gather=False), expected)
+    assert expected.shape == (3, 6) and expected.any()
+
+
+def test_a_passage_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = index_of(PASSAGES)
+    seen: list[str] = []
+    analyse = index._analyse
+
+    def recorded(text: str) -> list[str]:
+        seen.append(text)
+        return analyse(text)
+
+    monkeypatch.setattr(index, "_analyse", recorded)
+    teacher = BM25Teacher(index)
+    for _ in range(3):
+        teacher.collate(QUERIES[:2], [PASSAGES[:2], PASSAGES[1:3]], [{}] * 2)
+    assert sorted(seen) == sorted(QUERIES[:2] + PASSAGES[:3])
+
+
+def test_it_teaches_a_student(tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path)
+    trainer = make_trainer(
+        tmp_path / "run", student, BM25Teacher(index_of(PASSAGES)), triples(16), num_train_epochs=6, bf16=True
+    )
+    trainer.train()
+    losses = logged(trainer)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]

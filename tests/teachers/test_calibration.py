@@ -1,0 +1,161 @@
+"""The scales of a teacher's members, against scipy and by property; what a mixture finds, against plain arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from scipy.optimize import minimize
+from torch import Tensor
+
+from tct_hf import BM25Teacher, TeacherEnsemble, build_student, calibrate, free_mixture, search_mixture
+from tct_hf.data.collection import Collection, Split
+from tct_hf.retrieval.negatives import collection_bm25
+from tct_hf.teachers.base import Teacher
+from tct_hf.teachers.calibration import Calibration, fit_scales, held_out, read
+from tct_hf.teachers.mixture import members_of
+from tests.models import tiny_bert
+
+
+def lists(seed: int = 0, queries: int = 80, candidates: int = 12) -> list[tuple[Tensor, Tensor]]:
+    """Two members that know something and one that draws lots; the positive follows the first two."""
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(queries):
+        scores = torch.randn(3, candidates, generator=draw)
+        positive = torch.multinomial((2.0 * scores[0] + 0.5 * scores[1]).softmax(0), 1, generator=draw)
+        made.append((scores, torch.nn.functional.one_hot(positive[0], candidates).bool()))
+    return made
+
+
+def test_scales_are_those_that_scipy_finds_and_a_useless_member_gets_almost_none() -> None:
+    ready = [(scores.double().numpy(), positive.numpy()) for scores, positive in lists()]
+
+    def loss(logs: np.ndarray) -> float:
+        logits = [np.exp(logs) @ scores for scores, _ in ready]
+        return float(
+            np.mean(
+                [np.logaddexp.reduce(z) - np.logaddexp.reduce(z[p]) for z, (_, p) in zip(logits, ready, strict=True)]
+            )
+        )
+
+    best = minimize(loss, np.zeros(3), method="Nelder-Mead", options={"maxiter": 4000, "fatol": 1e-12, "xatol": 1e-8})
+    found = fit_scales(lists(), [1.0, 1.0, 1.0])
+    np.testing.assert_allclose(found[:2], np.exp(best.x)[:2], rtol=1e-3)
+    assert found[2] < 0.15 < 0.3 < found[1] < found[0]
+    assert read(lists(), found).cross_entropy == pytest.approx(best.fun, abs=1e-5)
+
+
+class Fixed(Teacher):
+    """Scores by a table, at some scale."""
+
+    score_kind = "table"
+
+    def __init__(self, table: Mapping[tuple[str, str], float], scale: float) -> None:
+        self.table, self.scale = table, scale
+
+    def collate(self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Any) -> dict[str, Any]:
+        scores = [[self.scale * self.table[query, column[0]] for column in columns] for query in queries]
+        return {"scores": torch.tensor(scores)}
+
+    def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        return inputs["scores"]
+
+
+@pytest.fixture(scope="module")
+def collection() -> Collection:
+    draw = np.random.default_rng(3)
+    words = [f"{a}{b}" for a in "bcdfgh" for b in "aeiou"]
+    texts = {f"p{row}": " ".join(draw.choice(words, 8)) for row in range(40)}
+    queries = {f"q{row}": " ".join(texts[f"p{row}"].split()[:3]) for row in range(30)}
+    qrels = {f"q{row}": {f"p{row}": 1} for row in range(30)}
+    corpus = Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+    return Collection("made", corpus, {"dev": Split(queries, qrels)}, {})
+
+
+def test_a_teacher_at_another_scale_is_calibrated_to_the_same_distribution(collection: Collection) -> None:
+    split, texts = collection.splits["dev"], dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
+    draw = np.random.default_rng(0)
+    table = {
+        (query, text): draw.normal() + 1.5 * (passage in split.qrels[name])
+        for name, query in split.queries.items()
+        for passage, text in texts.items()
+    }
+    readings = []
+    for scale in (1.0, 40.0):
+        teacher = Fixed(table, scale)
+        done = calibrate(teacher, collection)
+        readings.append(done.after)
+        assert teacher.training_scale * scale == pytest.approx(done.weights["table"] * scale)
+        readings.append(teacher.training_scale * scale)
+    assert readings[1] == pytest.approx(readings[3], rel=1e-3)
+    assert readings[0].cross_entropy == pytest.approx(readings[2].cross_entropy, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    model = build_student(str(tiny_bert(folder / "bert")))
+    model.similarity_fn_name = "cosine"
+    model.save_pretrained(str(folder / "model"))
+    return str(folder / "model")
+
+
+def test_a_mixture_finds_what_scoring_every_passage_finds(collection: Collection, base: str, tmp_path: Path) -> None:
+    mixture = free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path)
+    queries = dict(list(collection.splits["dev"].queries.items())[:5])
+    run = search_mixture(mixture, collection, queries, depth=40, keep=6)
+    model = build_student(base)
+    texts, ids = collection.corpus["text"][:], collection.corpus["id"][:]
+    lexical = BM25Teacher(collection_bm25(collection)).scores(list(queries.values()), texts)
+    cosines = model.similarity(model.encode_query(list(queries.values())), model.encode_document(texts))
+
+    def tokens(text: str) -> Tensor:
+        with torch.no_grad():
+            out = model[0].model(**model.tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        return torch.nn.functional.normalize(out, dim=1)
+
+    of_texts = [tokens(text) for text in texts]
+    for row, (name, query) in enumerate(queries.items()):
+        maxsim = torch.stack([(tokens(query) @ passage.T).amax(1).mean() for passage in of_texts])
+        total = 6.0 * cosines[row] + 0.33 * lexical[row] + 12.0 * maxsim
+        order = total.argsort(descending=True)[:6].tolist()
+        assert list(run[name]) == [ids[place] for place in order]
+        np.testing.assert_allclose(list(run[name].values()), total[order], rtol=2e-3)
+
+
+def test_calibration_sets_the_mixture_and_says_what_each_member_is_worth(
+    collection: Collection, base: str, tmp_path: Path
+) -> None:
+    mixture = free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path)
+    student = members_of(mixture)["cosine"]
+    done: Calibration = calibrate(mixture, collection, student=student)
+    assert isinstance(mixture, TeacherEnsemble) and mixture.weights == list(done.weights.values())
+    assert list(done.weights) == ["cosine", "BM25", "MeanMaxSim"] == list(done.alone)
+    assert done.after.cross_entropy <= done.before.cross_entropy
+    assert done.after.cross_entropy <= min(one.cross_entropy for one in done.alone.values()) + 1e-6
+    done.save(tmp_path)
+    assert (tmp_path / "tct_calibration.json").is_file()
+    assert "positive on top" in done.summary()
+
+
+def test_a_teacher_worse_than_its_student_is_said_so(collection: Collection) -> None:
+    split = collection.splits["dev"]
+    draw = np.random.default_rng(0)
+    table = {(query, text): draw.normal() for query in split.queries.values() for text in collection.corpus["text"]}
+    done = calibrate(Fixed(table, 1.0), collection, student=BM25Teacher(collection_bm25(collection)))
+    assert done.lead is not None and done.lead < 0
+    assert "The teacher knows no more than the student about to learn from it" in done.summary()
+
+
+def test_cross_entropy_is_read_on_queries_that_the_scales_were_not_found_on() -> None:
+    even, odd = lists()[::2], lists()[1::2]
+    start = [1.0, 1.0, 1.0]
+    by_hand = [read(one, fit_scales(other, start)).cross_entropy for one, other in ((even, odd), (odd, even))]
+    assert held_out(lists(), start) == pytest.approx(sum(by_hand) / 2)
+    assert held_out(lists(), start) > read(lists(), fit_scales(lists(), start)).cross_entropy

@@ -1,0 +1,171 @@
+"""A live cross-encoder: its scores are plain transformers', its candidates the right ones, its cost stated."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import CrossEncoder
+
+from tct_hf import CrossEncoderTeacher
+from tct_hf.teachers import cross_encoder as cross_encoder_teacher
+from tests.models import tiny_bert, tiny_cross_encoder
+from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
+
+COLUMNS = [[*PASSAGES[:3], PASSAGES[0]], PASSAGES[4:8]]  # one passage twice
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_cross_encoder(tmp_path_factory.mktemp("models") / "cross-encoder")
+
+
+def plain(path: Path, query: str, passage: str) -> float:
+    """The raw logit of one pair, alone, by plain transformers."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        return float(model(**tokenizer(query, passage, truncation=True, return_tensors="pt")).logits)
+
+
+def score(teacher: Any, columns: list[list[str]] = COLUMNS) -> torch.Tensor:
+    queries = QUERIES[: len(columns[0])]
+    return teacher.score_matrix(teacher.collate(queries, columns, [{} for _ in queries]), gather=False)
+
+
+def test_every_query_is_scored_with_every_passage_as_plain_transformers_does(path: Path) -> None:
+    teacher = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
+    passages = [text for column in COLUMNS for text in column]
+    expected = [[plain(path, query, passage) for passage in passages] for query in QUERIES[:4]]
+    torch.testing.assert_close(score(teacher), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    assert teacher.covers == "in-batch"
+
+
+def test_own_candidates_stand_in_their_places_and_zeros_elsewhere(path: Path) -> None:
+    own = score(CrossEncoderTeacher(CrossEncoder(str(path), device="cpu"), dtype="float32"))
+    every = score(CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32"))
+    mask = torch.eye(4, dtype=torch.bool).repeat(1, 2)
+    torch.testing.assert_close(own, every * mask, atol=1e-6, rtol=1e-6)
+    assert not own.requires_grad and not own.is_inference() and own.dtype == torch.float32
+
+
+def test_passes_and_chunks_change_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = score(CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32"))
+    monkeypatch.setattr(cross_encoder_teacher, "_PAIRS_A_CHUNK", 5)
+    small = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32", tokens_per_pass=64)
+    passes: list[int] = []
+    small.model.register_forward_pre_hook(lambda module, args: passes.append(args[0]["input_ids"].numel()))
+    torch.testing.assert_close(score(small), whole, atol=1e-5, rtol=1e-5)
+    assert len(passes) > 8
+    assert max(passes) <= 64
+
+
+def test_long_pairs_are_cut_and_half_precision_is_near(path: Path) -> None:
+    columns = [["word " * 300, "the passage"]]
+    short = score(CrossEncoderTeacher(str(path), dtype="float32", max_length=8), columns)
+    longer = score(CrossEncoderTeacher(str(path), dtype="float32"), columns)
+    assert short[0, 0] != longer[0, 0]
+    assert float(longer[0, 0]) == pytest.approx(plain(path, QUERIES[0], "word " * 300), abs=1e-5)
+    half = score(CrossEncoderTeacher(str(path), dtype="bfloat16"), columns)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, longer, atol=0.1, rtol=0.1)
+
+
+def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(
+    path: Path, tmp_path: Path
+) -> None:
+    model = CrossEncoder(str(path), device="cpu")
+    model.half().save_pretrained(str(tmp_path / "half"))
+    expected = score(CrossEncoderTeacher(model.float(), dtype="float32"))  # of the rounded weights
+    teacher = CrossEncoderTeacher(str(tmp_path / "half"), dtype="float32")
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+    torch.testing.assert_close(score(teacher), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_texts_that_travelled_give_the_same_scores(path: Path) -> None:
+    teacher = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
+    columns = [["", "Ünïcode 検索"], ["a passage", "\x00"]]
+    expected = score(teacher, columns)
+    teacher._travels = True
+    assert set(teacher.collate(QUERIES[:2], columns, [{}, {}])) == {"queries", "passages"}
+    anything = ["", "\ud800 x", "", "\x00"]
+    assert cross_encoder_teacher._texts(cross_encoder_teacher._as_bytes(anything), gather=False) == anything
+    torch.testing.assert_close(score(teacher, columns), expected)
+
+
+def test_workers_get_a_copy(path: Path) -> None:
+    teacher = CrossEncoderTeacher(str(path), dtype="float32")
+    torch.testing.assert_close(score(pickle.loads(pickle.dumps(teacher))), score(teacher))
+
+
+@pytest.mark.parametrize("candidates", ["own", "in-batch"])
+def test_it_teaches(path: Path, tmp_path: Path, candidates: Any) -> None:
+    student, _ = make_models(tmp_path)
+    teacher = CrossEncoderTeacher(str(path), candidates=candidates, dtype="float32")
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    trainer = make_trainer(
+        tmp_path / "run",
+        student,
+        teacher,
+        triples(16),
+        candidates=candidates,
+        num_train_epochs=6,
+        dataloader_num_workers=1,
+    )
+    trainer.train()
+    losses = logged(trainer)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.model.state_dict().items())
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimized.isdisjoint(id(p) for p in teacher.model.parameters())
+
+
+def test_the_cost_is_stated_before_training(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student, _ = make_models(tmp_path)
+    with caplog.at_level(logging.INFO):
+        make_trainer(tmp_path / "run", student, CrossEncoderTeacher(str(path)), triples(16), candidates="own")
+        assert "scores 16 pairs a batch on each device: about" in caplog.text
+        assert caplog.records[-1].levelno == logging.INFO
+        teacher = CrossEncoderTeacher(str(path), candidates="in-batch")
+        make_trainer(tmp_path / "run", student, teacher, triples(16))
+    [warned] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "128 pairs a batch on each device (every passage of the batch), where own candidates would be 16" in warned
+
+
+def test_in_batch_candidates_are_refused_of_a_teacher_of_own_ones(path: Path, tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path)
+    with pytest.raises(ValueError, match=r'set candidates="own", mix it .* its candidates="in-batch"'):
+        make_trainer(tmp_path / "run", student, CrossEncoderTeacher(str(path)), triples(16))
+
+
+def test_what_is_no_cross_encoder_of_one_score_is_refused(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(ValueError, match="has 3 labels, and a teacher gives one score"):
+        CrossEncoderTeacher(str(tiny_cross_encoder(tmp_path / "three", labels=3)))
+    with pytest.raises(ValueError, match="is a BertModel, which has no head"):
+        CrossEncoderTeacher(str(tiny_bert(tmp_path / "bert")))
+    with pytest.raises(ValueError, match="got Linear"):
+        CrossEncoderTeacher(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    for setting, value, message in (
+        ("dtype", "half", "dtype='half' is not known"),
+        ("candidates", "all", 'must be "own" or "in-batch"'),
+        ("max_length", 0, "max_length must be at least 1"),
+        ("tokens_per_pass", 0, "tokens_per_pass must be at least 1"),
+        ("training_scale", -1, "training_scale is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CrossEncoderTeacher(str(path), **{setting: value})  # type: ignore[arg-type]
+
+
+def test_a_scale_recorded_beside_the_checkpoint_is_read(tmp_path: Path) -> None:
+    from tct_hf.teachers.base import write_training_scale
+
+    path = tiny_cross_encoder(tmp_path / "scaled")
+    write_training_scale(path, 4.0)
+    assert CrossEncoderTeacher(str(path)).training_scale == 4.0

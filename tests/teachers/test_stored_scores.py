@@ -1,0 +1,150 @@
+"""Scores that were there before: from columns and from tables, in their places, and refused where not right."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tct_hf import StoredScores, TeacherEnsemble
+from tests.train_helpers import logged, make_models, make_trainer, reference_loss, triples, with_scores
+
+ROW = {"query": "a query", "positive": "one", "negative": "two", "query_id": "q1", "positive_id": "p1"}
+ROW |= {"negative_id": "p2"}
+
+
+def of(teacher: StoredScores, rows: list[dict[str, Any]]) -> torch.Tensor:
+    columns = [[row[name] for row in rows] for name in ("positive", "negative")]
+    inputs = teacher.collate([row["query"] for row in rows], columns, rows)
+    return teacher.score_matrix(inputs, gather=False)
+
+
+EXPECTED = torch.tensor([[2.0, 0.0, -1.0, 0.0], [0.0, 4.0, 0.0, 3.0]])
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (None, ("scores",)),
+        (None, ("label",)),
+        ("label", ("label",)),
+        (None, ("positive_teacher_score", "negative_teacher_score")),
+        ("teacher_score", ("positive_teacher_score", "negative_teacher_score")),
+        (None, ("positive_score", "negative_score")),
+    ],
+)
+def test_columns_give_own_scores_in_their_places(column: str | None, names: tuple[str, ...]) -> None:
+    rows = []
+    for values in ([2.0, -1.0], [4, 3]):
+        rows.append(ROW | (dict(zip(names, values, strict=True)) if len(names) > 1 else {names[0]: values}))
+    assert torch.equal(of(StoredScores(column=column), rows), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        ("minilm", ["minilm"]),
+        (None, ["teacher_score"]),
+        ("minilm", ["positive_minilm", "negative_minilm"]),
+    ],
+)
+def test_columns_of_any_name_train(column: str | None, names: list[str], tmp_path: Path) -> None:
+    dataset = with_scores(16)
+    scores = list(dataset["scores"])
+    values = [scores] if len(names) == 1 else [list(part) for part in zip(*scores, strict=True)]
+    dataset = dataset.remove_columns("scores")
+    for name, column_values in zip(names, values, strict=True):
+        dataset = dataset.add_column(name, column_values)
+    student, colbert = make_models(tmp_path)
+    stored = StoredScores(column=column)
+    for teacher in (stored, TeacherEnsemble({stored: 1.0, colbert: 1.0})):
+        settings: Any = {"candidates": "own", "batch_sampler": "no_duplicates", "max_steps": 1}
+        make_trainer(tmp_path / "run", student, teacher, dataset, eval_dataset=dataset, **settings).train()
+    with pytest.raises(ValueError, match="'other' is not known"):
+        make_trainer(tmp_path / "run", student, stored, dataset.add_column("other", [0] * 16), candidates="own")
+
+
+def test_what_a_teacher_said_goes_before_what_a_miner_found() -> None:
+    found = {"positive_score": 9.0, "negative_score": None, "origin": "bm25"}
+    row = ROW | found | {"positive_teacher_score": 2.0, "negative_teacher_score": -1.0}
+    assert of(StoredScores(), [row]).tolist() == [[2.0, -1.0]]
+    with pytest.raises(ValueError, match="what the miner found candidates by"):
+        of(StoredScores(), [ROW | found])
+    assert of(StoredScores(column="score"), [ROW | found | {"negative_score": 1}]).tolist() == [[9.0, 1.0]]
+
+
+def test_a_table_is_looked_up_by_ids_and_goes_to_workers(tmp_path: Path) -> None:
+    table = {"q1": {"p1": 2.0, "p2": -1.0}, "q2": {"p1": 4.0, "p2": 3.0}}
+    teacher = StoredScores(table, cache_dir=tmp_path)
+    rows = [ROW, ROW | {"query_id": "q2"}]
+    assert torch.equal(of(teacher, rows), EXPECTED)
+    again = pickle.loads(pickle.dumps(teacher))
+    assert torch.equal(of(again, rows), EXPECTED)
+    with pytest.raises(ValueError, match=r"query 'q3', column 'positive_id': .* has no score of passage 'p1'"):
+        of(teacher, [ROW | {"query_id": "q3"}])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"scores": [1.0, float("nan")]}, "query 'q1', column 'scores': the score of negative is nan, .*not finite"),
+        ({"scores": [float("inf"), 0.0]}, "column 'scores': the score of positive is inf, .*remove it"),
+        ({"scores": [1e300, 0.0]}, "not finite"),
+        ({"scores": [1.0, None]}, "negative has no score"),
+        ({"scores": [1.0]}, r"column 'scores': 1 scores for 2 candidates \(positive, negative\): give one each"),
+        ({"scores": [1.0, 2.0, 3.0]}, "3 scores for 2 candidates"),
+        ({"label": 0.7}, "column 'label': holds 0.7, where a list of 2 scores is needed.*store both"),
+        ({"scores": None}, "holds None, where a list of 2"),
+        ({"scores": ["high", 0]}, "is 'high', which is no number"),
+        ({"positive_score": 1.0, "negative_score": None}, "column 'negative_score': negative has no score"),
+        ({"positive_score": 1.0}, "want 'negative_score' beside"),
+        ({}, "but no scores .*recipes/score.py"),
+    ],
+)
+def test_scores_that_are_not_right_are_named(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        of(StoredScores(), [ROW | more])
+
+
+def test_the_loss_is_that_of_own_candidates(tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path)
+    dataset = with_scores(8)
+    names = [text for column in ("positive", "negative") for text in dataset[column]]
+    ids = [key for column in ("positive_id", "negative_id") for key in dataset[column]]
+    scores = student.encode_query(dataset["query"]) @ student.encode_document(names).T
+    teacher = of(StoredScores(), list(dataset)).numpy()
+    hard, soft = reference_loss(
+        scores,
+        teacher,
+        ids,
+        list(range(8)),
+        list(dataset["known_positive_ids"]),
+        temperature=1.0,
+        weight=0.1,
+        own_only=True,
+    )
+    trainer = make_trainer(tmp_path / "run", student, StoredScores(), dataset, candidates="own")
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(hard + soft, abs=1e-5)
+
+
+def test_a_data_set_without_scores_or_ids_is_refused_before_training(tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path)
+    with pytest.raises(ValueError, match="but no scores"):
+        make_trainer(tmp_path / "run", student, StoredScores(), triples(8), candidates="own")
+    with pytest.raises(ValueError, match="but no scores"):
+        make_trainer(
+            tmp_path / "run", student, StoredScores(), with_scores(8), eval_dataset=triples(8), candidates="own"
+        )
+    table = StoredScores({"q1": {"p1": 1.0}}, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="has no query_id, positive_id, negative_id"):
+        make_trainer(tmp_path / "run", student, table, triples(8, ids=False), candidates="own")
+    with pytest.raises(ValueError, match="StoredScores here scores a query's own candidates only"):
+        make_trainer(tmp_path / "run", student, StoredScores(), with_scores(8))
+    with pytest.raises(ValueError, match="from a table or from the column"):
+        StoredScores({"q": {"p": 1.0}}, column="scores")
+    with pytest.raises(ValueError, match="there is none: give one"):
+        StoredScores(columns={"score": "label"})

@@ -1,0 +1,566 @@
+"""Teachers of vectors against their models' own encoding and similarity, whatever the passes and chunks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tct_hf import ColBERTTeacher, DenseTeacher, build_student, student_from_teacher
+from tct_hf.batches import passes as cut_into_passes
+from tct_hf.encoding.kinds import TRAINING_FILE
+from tct_hf.teachers.base import read_training_scale, write_training_scale
+from tests.models import (
+    load_colbert,
+    pylate_colbert,
+    stanford_colbert,
+    tiny_bert,
+    tiny_colbert,
+    tiny_cross_encoder,
+    tiny_mpnet,
+)
+
+FORMATS = ["tct", "stanford", "pylate"]
+TEXTS = [
+    "what is a dense representation",
+    "",
+    "Tokens, of the passage: a query! (and) - words ",
+    "retrieval",
+    "Ünïcode 検索 中文",
+    "the student is distilled from the teacher " * 30,
+    "a literal [MASK] and [SEP]",
+    "passage " * 25,
+    "?",
+    "the teacher of tokens " * 4,
+    "query",
+    "distillation of dense representations " * 2,
+    "of what, of whom and of which " * 8,
+]
+
+
+def columns_of(rows: int, columns: int) -> list[list[str]]:
+    """Candidate columns of different widths, with the longest and the empty text in different places."""
+    return [[TEXTS[(5 * i + 3 * column + 1) % 13] for i in range(rows)] for column in range(columns)]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    path = tmp_path_factory.mktemp("teachers")
+    return {
+        "tct": tiny_colbert(path / "tct"),
+        "stanford": stanford_colbert(path / "stanford"),
+        "pylate": pylate_colbert(path / "pylate"),
+    }
+
+
+@pytest.fixture(scope="session")
+def encoders(checkpoints: dict[str, Path]) -> dict[str, MultiVectorEncoder]:
+    return {name: load_colbert(path) for name, path in checkpoints.items()}
+
+
+def own_scores(model: MultiVectorEncoder, queries: Sequence[str], columns: Sequence[Sequence[str]]) -> Tensor:
+    """One text at a time, no padding, no mask: what the model's users get."""
+    passages = [text for column in columns for text in column]
+    vectors = (
+        [model.encode_query([text])[0] for text in queries],
+        [model.encode_document([text])[0] for text in passages],
+    )
+    return torch.tensor(
+        [[float(model.similarity([query], [passage])) for passage in vectors[1]] for query in vectors[0]]
+    )
+
+
+def score(teacher: ColBERTTeacher, queries: Sequence[str], columns: Sequence[Sequence[str]]) -> Tensor:
+    inputs = teacher.collate(queries, columns, [{}] * len(queries))
+    assert inputs is not None
+    return teacher.score_matrix(inputs, gather=False)
+
+
+def record_forwards(teacher: ColBERTTeacher, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """`(rows, tokens)` of every input the encoder is given from now on."""
+    seen: list[tuple[int, int]] = []
+    encoder = teacher.model[0]
+    original = encoder.forward
+
+    def forward(features: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(features["input_ids"].shape))
+        return original(features, *args, **kwargs)
+
+    monkeypatch.setattr(encoder, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (13, 1), (13, 2), (13, 3)])
+def test_scores_equal_the_models_own_one_text_at_a_time(
+    encoders: dict[str, MultiVectorEncoder], format: str, rows: int, columns: int
+) -> None:
+    model = encoders[format]
+    queries, passages = TEXTS[:rows], columns_of(rows, columns)
+    expected = own_scores(model, queries, passages)
+    found = score(ColBERTTeacher(model, dtype="float32"), queries, passages)
+    assert found.dtype == torch.float32 and found.shape == (rows, rows * columns)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert rows == 1 or expected.std() > 0.1  # scores that tell the candidates apart
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens_per_pass", [1, 70, 300, 1 << 20])
+@pytest.mark.parametrize("chunk_elements", [1, 5_000, 1 << 24])
+def test_neither_passes_nor_chunks_change_scores(
+    encoders: dict[str, MultiVectorEncoder], format: str, tokens_per_pass: int, chunk_elements: int
+) -> None:
+    model, passages = encoders[format], columns_of(13, 2)
+    whole = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
+    parts = ColBERTTeacher(model, dtype="float32", tokens_per_pass=tokens_per_pass, chunk_elements=chunk_elements)
+    torch.testing.assert_close(score(parts, TEXTS, passages), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens_per_pass", [1, 60, 200, 1000])
+def test_encoder_never_sees_more_tokens_than_a_pass_may_hold(
+    encoders: dict[str, MultiVectorEncoder], format: str, tokens_per_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = ColBERTTeacher(encoders[format], dtype="float32", tokens_per_pass=tokens_per_pass)
+    seen = record_forwards(teacher, monkeypatch)
+    score(teacher, TEXTS, columns_of(13, 2))
+    assert sum(rows for rows, _ in seen) == 13 + 26
+    assert all(rows * tokens <= tokens_per_pass or rows == 1 for rows, tokens in seen)
+
+
+def test_passages_of_like_length_share_a_pass_and_padding_is_bounded(
+    encoders: dict[str, MultiVectorEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = ColBERTTeacher(encoders["tct"], dtype="float32")
+    seen = record_forwards(teacher, monkeypatch)
+    short, long = ["retrieval"] * 40, ["passage " * 60] * 40
+    score(teacher, ["query"] * 40, [short, long])
+    assert len(seen) == 3 and seen[0] == (40, 36)
+    assert [rows for rows, _ in seen[1:]] == [40, 40] and seen[2][1] < 10 < seen[1][1] == 64
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
+    encoders: dict[str, MultiVectorEncoder],
+) -> None:
+    queries, passages = [f"{TEXTS[i % 13][:40]} {i}" for i in range(48)], columns_of(48, 2)
+    all_similarities = 48 * 96 * 36 * 64
+    sizes = {}
+    for budget in (1 << 18, 1 << 24):
+        teacher = ColBERTTeacher(encoders["tct"], dtype="float32", chunk_elements=budget, tokens_per_pass=1024)
+        inputs = teacher.collate(queries, passages, [{}] * 48)
+        with LargestResult() as largest:
+            teacher.score_matrix(inputs, gather=False)
+        sizes[budget] = largest.elements
+    assert sizes[1 << 24] == all_similarities  # the measure sees what it has to see
+    assert sizes[1 << 18] <= 1 << 18
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_compares_by_the_mean_over_query_tokens_is_scored_so(
+    encoders: dict[str, MultiVectorEncoder], format: str
+) -> None:
+    model = copy.deepcopy(encoders[format])
+    model.similarity_fn_name = "meanmaxsim"
+    teacher, passages = ColBERTTeacher(model, dtype="float32"), columns_of(13, 2)
+    assert teacher.score_kind == "MeanMaxSim" and ColBERTTeacher(encoders[format]).score_kind == "MaxSim"
+    found = score(teacher, TEXTS, passages)
+    torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-5, rtol=0)
+    assert found.max() <= 1.001  # the mean of cosines, however long and padded the query
+    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
+    assert inputs is not None
+    inputs["query"] = {
+        key: torch.nn.functional.pad(value, (0, 7)) if isinstance(value, Tensor) and value.ndim == 2 else value
+        for key, value in inputs["query"].items()
+    }
+    torch.testing.assert_close(teacher.score_matrix(inputs, gather=False), found, atol=1e-5, rtol=0)
+
+
+# One vector a text.
+
+
+def dense_model(path: Path, **settings: Any) -> SentenceTransformer:
+    """Token vectors' mean, of an encoder with prompts."""
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    encoder = Transformer(str(tiny_bert(path, seed=11)), max_seq_length=48)
+    modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")]
+    prompts = {"query": "what is ", "document": "the passage "}
+    return SentenceTransformer(modules=modules, prompts=prompts, device="cpu", **settings)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
+def test_an_embedding_models_scores_are_those_of_its_own_encoding_and_similarity(
+    tmp_path: Path, similarity: Any
+) -> None:
+    model = dense_model(tmp_path / "base", similarity_fn_name=similarity, truncate_dim=24)
+    passages = columns_of(13, 2)
+    expected = model.similarity(model.encode_query(TEXTS), model.encode_document(passages[0] + passages[1]))
+    model.save_pretrained(str(tmp_path / "saved"))
+    for given in (model, tmp_path / "saved"):
+        teacher = DenseTeacher(given, dtype="float32", tokens_per_pass=100)
+        assert teacher.score_kind == similarity and teacher.training_scale == 1.0
+        found = score(teacher, TEXTS, passages)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    half = score(DenseTeacher(model, dtype="bfloat16"), TEXTS, passages)  # type: ignore[arg-type]
+    torch.testing.assert_close(half, expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+
+
+def test_an_embedding_model_of_the_students_base_shares_its_tokens(tmp_path: Path) -> None:
+    model = dense_model(tmp_path / "base")
+    student = copy.deepcopy(model)
+    teacher = DenseTeacher(model, dtype="float32")
+    teacher.attach(student)
+    assert teacher.shares_tokens and teacher.collate(TEXTS, columns_of(13, 1), [{}] * 13) is None
+    found = teacher.score_matrix(student_inputs(student, TEXTS, columns_of(13, 1)), gather=False)
+    expected = model.similarity(model.encode_query(TEXTS), model.encode_document(columns_of(13, 1)[0]))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    student.prompts = {"query": "", "document": ""}
+    teacher.attach(student)
+    assert not teacher.shares_tokens
+
+
+def test_many_texts_are_encoded_and_compared_as_in_a_batch(
+    encoders: dict[str, MultiVectorEncoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tct_hf.teachers.colbert.TEXTS_AT_ONCE", 5)
+    dense = DenseTeacher(dense_model(tmp_path / "base"), dtype="float32")
+    passages = columns_of(13, 2)
+    for teacher in (ColBERTTeacher(encoders["stanford"], dtype="float32"), dense):
+        expected = score(teacher, TEXTS, passages)  # type: ignore[arg-type]
+        queries = teacher.vectors(TEXTS, "query")
+        documents = teacher.vectors(passages[0] + passages[1], "document")
+        assert all(text.dtype == np.float16 and text.ndim == 2 for text in queries + documents)
+        torch.testing.assert_close(teacher.scores(queries, documents), expected, atol=0.02, rtol=0)
+
+
+def test_a_colbert_is_no_embedding_model(
+    checkpoints: dict[str, Path], encoders: dict[str, MultiVectorEncoder]
+) -> None:
+    with pytest.raises(ValueError, match="needs a SentenceTransformer, got MultiVectorEncoder"):
+        DenseTeacher(encoders["tct"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is a MultiVectorEncoder, one vector a token, and no embedding model"):
+        DenseTeacher(checkpoints["tct"])
+
+
+# Tokens: the student's where they are the same, its own elsewhere.
+
+
+def student_inputs(
+    student: SentenceTransformer, queries: Sequence[str], columns: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    def features(texts: Sequence[str], side: str) -> dict[str, Any]:
+        return student.preprocess(list(texts), prompt=student.prompts[side], task=side)
+
+    return {"query": features(queries, "query"), "columns": [features(column, "document") for column in columns]}
+
+
+def test_a_student_of_the_same_tokens_is_not_tokenised_twice_and_scores_are_right(
+    encoders: dict[str, MultiVectorEncoder],
+) -> None:
+    teacher = ColBERTTeacher(encoders["tct"], dtype="float32")
+    student = student_from_teacher(teacher, document_length=64)
+    passages = columns_of(13, 2)
+    teacher.attach(student)
+    assert teacher.shares_tokens and teacher.collate(TEXTS, passages, [{}] * 13) is None
+    found = teacher.score_matrix(student_inputs(student, TEXTS, passages), gather=False)
+    torch.testing.assert_close(found, own_scores(encoders["tct"], TEXTS, passages), atol=1e-4, rtol=0)
+
+
+def test_a_prompt_length_in_a_tensor_does_not_undo_the_grouping(
+    encoders: dict[str, MultiVectorEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = ColBERTTeacher(encoders["tct"], dtype="float32", tokens_per_pass=200)
+    inputs = student_inputs(student_from_teacher(teacher, document_length=64), TEXTS, columns_of(13, 2))
+    expected = teacher.score_matrix(inputs, gather=False)
+    for features in [inputs["query"], *inputs["columns"]]:
+        features["prompt_length"] = torch.tensor([features["prompt_length"]])
+    seen = record_forwards(teacher, monkeypatch)
+    assert torch.equal(teacher.score_matrix(inputs, gather=False), expected)
+    assert max(rows * tokens for rows, tokens in seen) <= 200
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_student_of_other_tokens_gets_its_own(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
+    teacher = ColBERTTeacher(encoders[format], dtype="float32")
+    # For our own format, only the length of passages differs: no short text would show it.
+    student = student_from_teacher(teacher, document_length=63)
+    teacher.attach(student)
+    assert not teacher.shares_tokens
+    passages = columns_of(13, 2)
+    found = score(teacher, TEXTS, passages)
+    torch.testing.assert_close(found, own_scores(encoders[format], TEXTS, passages), atol=1e-4, rtol=0)
+
+
+def test_attaching_to_another_student_is_decided_anew(encoders: dict[str, MultiVectorEncoder], tmp_path: Path) -> None:
+    teacher = ColBERTTeacher(encoders["tct"])
+    for settings, shared in (
+        ({"document_length": 64}, True),
+        ({"document_length": 64, "query_augmentation": False}, False),
+        ({"document_length": 64, "query_length": 35}, False),
+        ({"document_length": 64}, True),
+    ):
+        teacher.attach(student_from_teacher(teacher, **settings))
+        assert teacher.shares_tokens is shared, settings
+    # The same model with one more word in its vocabulary reads some texts differently.
+    base = tiny_bert(tmp_path / "base")
+    student = build_student(str(base), encoding="tct", document_length=64)
+    teacher.attach(student)
+    assert teacher.shares_tokens
+    student.tokenizer.add_tokens(["zyxw"])
+    teacher.attach(student)
+    assert not teacher.shares_tokens
+
+
+def test_passage_lengths_that_differ_by_one_token_are_told_apart(tmp_path: Path) -> None:
+    from tct_hf import build_colbert
+
+    base = str(tiny_bert(tmp_path / "base"))
+    teacher = ColBERTTeacher(build_colbert(base, encoding="tct", dim=16, document_length=191))
+    for length, shared in ((191, True), (190, False), (192, False)):
+        teacher.attach(build_student(base, encoding="tct", document_length=length))
+        assert teacher.shares_tokens is shared, length
+
+
+def test_input_that_is_no_padded_text_goes_through_column_by_column_and_stays_as_it_was(
+    encoders: dict[str, MultiVectorEncoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = ColBERTTeacher(encoders["stanford"], dtype="float32")
+    passages = columns_of(13, 2)
+    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
+    assert inputs is not None
+    features = [inputs["query"], *inputs["columns"]]
+    for column in features:
+        column["other"] = torch.zeros(2, 2, 2)  # no (rows, tokens): rows cannot be picked out of it
+    masks = [column["attention_mask"] for column in features]
+    seen = record_forwards(teacher, monkeypatch)
+    found = teacher.score_matrix(inputs, gather=False)
+    torch.testing.assert_close(found, own_scores(encoders["stanford"], TEXTS, passages), atol=1e-4, rtol=0)
+    assert [rows for rows, _ in seen][:3] == [13, 13, 13]
+    assert all(column["attention_mask"] is mask for column, mask in zip(features, masks, strict=True))
+    assert all("token_embeddings" not in column for column in features)
+
+
+def test_a_teacher_whose_padding_is_not_zero_scores_right(tmp_path: Path) -> None:
+    from tct_hf import build_colbert
+
+    torch.manual_seed(0)
+    model = build_colbert(str(tiny_mpnet(tmp_path / "mpnet")), encoding="tct", dim=16, document_length=64)
+    passages = columns_of(13, 2)
+    found = score(ColBERTTeacher(model, dtype="float32", tokens_per_pass=300), TEXTS, passages)
+    torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-4, rtol=0)
+
+
+def test_passages_padded_on_the_left_keep_their_positions(encoders: dict[str, MultiVectorEncoder]) -> None:
+    model = copy.deepcopy(encoders["tct"])
+    model.tokenizer.padding_side = "left"
+    teacher = ColBERTTeacher(model, dtype="float32")
+    inputs = teacher.collate(TEXTS[:5], [TEXTS[:5]], [{}] * 5)
+    assert inputs is not None and (inputs["columns"][0]["attention_mask"][:, 0] == 0).any()
+    whole = model(dict(inputs["columns"][0]), task="document")
+    queries = model(dict(inputs["query"]), task="query")
+    expected = model.similarity(
+        queries["token_embeddings"],
+        whole["token_embeddings"],
+        a_mask=queries["attention_mask"],
+        b_mask=whole["attention_mask"],
+    )
+    torch.testing.assert_close(teacher.score_matrix(inputs, gather=False), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prompts", [{"query": "", "passage": "the "}, {"query": "a ", "corpus": "of "}])
+def test_prompts_are_those_the_model_encodes_with(
+    encoders: dict[str, MultiVectorEncoder], prompts: dict[str, str]
+) -> None:
+    model = copy.deepcopy(encoders["stanford"])
+    model.prompts = prompts
+    passages = columns_of(13, 1)
+    found = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
+    torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-4, rtol=0)
+
+
+def leaves(inputs: Any) -> list[Any]:
+    return tree_leaves({key: inputs[key] for key in ("query", "columns")})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_are_the_same_before_and_after(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
+    teacher = ColBERTTeacher(encoders[format], dtype="float32", tokens_per_pass=200)
+    inputs = teacher.collate(TEXTS, columns_of(13, 2), [{}] * 13)
+    assert inputs is not None
+    before, keys = copy.deepcopy(leaves(inputs)), [list(column) for column in inputs["columns"]]
+    masks = [inputs["query"]["attention_mask"], *(column["attention_mask"] for column in inputs["columns"])]
+    first, second = (teacher.score_matrix(inputs, gather=False) for _ in range(2))
+    assert torch.equal(first, second)
+    assert [list(column) for column in inputs["columns"]] == keys
+    after = [inputs["query"]["attention_mask"], *(column["attention_mask"] for column in inputs["columns"])]
+    assert all(a is b for a, b in zip(after, masks, strict=True))
+    for a, b in zip(leaves(inputs), before, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(b, Tensor) else a == b
+
+
+# Mode, gradients and types.
+
+
+def test_scoring_is_in_evaluation_mode_and_makes_no_graph(tmp_path: Path) -> None:
+    model = load_colbert(tiny_colbert(tmp_path, dropout=0.5))
+    teacher = ColBERTTeacher(model, dtype="float32")
+    assert not any(module.training for module in model.modules())
+    expected = score(teacher, TEXTS, columns_of(13, 1))
+    model.train()
+    found = score(teacher, TEXTS, columns_of(13, 1))
+    assert torch.equal(found, expected)
+    assert not any(module.training for module in model.modules())
+    assert not found.requires_grad and found.grad_fn is None
+    assert all(parameter.requires_grad for parameter in model.parameters())  # the caller's model is left as it was
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
+    passages = columns_of(13, 2)
+    full = score(ColBERTTeacher(encoders[format], dtype="float32"), TEXTS, passages)
+    half = score(ColBERTTeacher(encoders[format], dtype="bfloat16"), TEXTS, passages)
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    # Sums of 32 or 36 cosines, each of vectors that are right to about 1%.
+    torch.testing.assert_close(half, full, atol=0.3, rtol=0)
+    assert (half - full).abs().mean() < 0.1
+    assert all(parameter.dtype == torch.float32 for parameter in encoders[format].parameters())
+
+
+def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = load_colbert(tiny_colbert(tmp_path / "whole")).half()
+    model.save_pretrained(str(tmp_path / "half"))
+    teacher = ColBERTTeacher(str(tmp_path / "half"), dtype="float32")
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+    expected = score(ColBERTTeacher(model.float(), dtype="float32"), TEXTS, columns_of(13, 2))  # of rounded weights
+    torch.testing.assert_close(score(teacher, TEXTS, columns_of(13, 2)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainers_autocast_changes_no_score(encoders: dict[str, MultiVectorEncoder], dtype: Any) -> None:
+    teacher = ColBERTTeacher(encoders["tct"], dtype=dtype)
+    expected = score(teacher, TEXTS, columns_of(13, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(teacher, TEXTS, columns_of(13, 2))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_auto_takes_bfloat16_where_the_hardware_has_it(
+    encoders: dict[str, MultiVectorEncoder], hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tct_hf.encoding.precision.has_bfloat16", lambda device: hardware)
+    auto = score(ColBERTTeacher(encoders["tct"]), TEXTS, columns_of(13, 1))
+    named = ColBERTTeacher(encoders["tct"], dtype="bfloat16" if hardware else "float32")
+    assert torch.equal(auto, score(named, TEXTS, columns_of(13, 1)))
+
+
+# Making one.
+
+
+def test_a_path_a_name_and_a_loaded_model_make_the_same_teacher(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["stanford"]
+    scores = [
+        score(ColBERTTeacher(model, dtype="float32").to(torch.device("cpu")), TEXTS, columns_of(13, 1))
+        for model in (path, str(path), load_colbert(path))
+    ]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float16"}, "dtype='float16' is not known"),
+        ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
+        ({"chunk_elements": 0}, "chunk_elements must be at least 1"),
+        ({"training_scale": 0.0}, "training_scale is 0.0"),
+        ({"training_scale": float("inf")}, "training_scale is inf"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    encoders: dict[str, MultiVectorEncoder], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ColBERTTeacher(encoders["tct"], **settings)
+
+
+def test_a_single_vector_model_is_refused_with_the_mend(tmp_path: Path) -> None:
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
+    with pytest.raises(ValueError, match="needs a MultiVectorEncoder, got SentenceTransformer"):
+        ColBERTTeacher(student)  # type: ignore[arg-type]
+
+
+def test_training_scale_is_written_beside_a_checkpoint_and_read_back(
+    encoders: dict[str, MultiVectorEncoder], tmp_path: Path
+) -> None:
+    path = tmp_path / "colbert"
+    encoders["tct"].save_pretrained(str(path))
+    assert ColBERTTeacher(path).training_scale == read_training_scale(str(path)) == 1.0
+    write_training_scale(path, 384)
+    assert read_training_scale(str(path)) == 384.0
+    assert ColBERTTeacher(path).training_scale == ColBERTTeacher(str(path)).training_scale == 384.0
+    assert ColBERTTeacher(path, training_scale=2.0).training_scale == 2.0
+    assert json.loads((path / TRAINING_FILE).read_text()) == {"training_scale": 384.0}
+
+
+# The cut into passes.
+
+
+@pytest.mark.parametrize("budget", [1, 50, 1000])
+@pytest.mark.parametrize("padding", [0, 64, 10_000])
+def test_passes_hold_every_row_once_within_both_limits(budget: int, padding: int) -> None:
+    generator = torch.Generator().manual_seed(budget + padding)
+    lengths = torch.randint(1, 155, (100,), generator=generator).tolist()
+    passes = cut_into_passes(lengths, budget, padding)
+    assert sorted(row for rows in passes for row in rows) == list(range(100))
+    for rows in passes:
+        tokens = len(rows) * max(lengths[row] for row in rows)
+        assert tokens <= budget or len(rows) == 1
+        assert tokens - sum(lengths[row] for row in rows) <= padding
+
+
+def test_rows_of_one_length_are_one_pass_and_no_rows_are_none() -> None:
+    assert cut_into_passes([7] * 5, 100, 0) == [[0, 1, 2, 3, 4]]
+    assert cut_into_passes([], 100, 0) == []
+
+
+def test_a_student_in_place_of_a_teacher_is_refused(tmp_path: Path) -> None:
+    from tct_hf import save_student
+
+    save_student(
+        build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64), tmp_path / "student"
+    )
+    with pytest.raises(ValueError, match="is a SentenceTransformer, one vector a text, and no ColBERT"):
+        ColBERTTeacher(str(tmp_path / "student"))
+
+
+def test_a_model_that_would_get_a_random_projection_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a BertModel and no ColBERT: its projection would be random"):
+        ColBERTTeacher(str(tiny_bert(tmp_path / "base")))
+    with pytest.raises(ValueError, match="is a BertForSequenceClassification and no ColBERT"):
+        ColBERTTeacher(str(tiny_cross_encoder(tmp_path / "cross-encoder")))
+    CrossEncoder(str(tmp_path / "cross-encoder"), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="is a CrossEncoder, one score a pair, and no ColBERT"):
+        ColBERTTeacher(str(tmp_path / "saved"))

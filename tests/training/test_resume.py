@@ -1,0 +1,112 @@
+"""A run that is stopped, or killed, and started again ends with the same weights to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf import build_student
+from tests.models import tiny_cross_encoder, tiny_modernbert
+from tests.train_helpers import make_models, make_splade
+from tests.warm_process import run_warm
+
+# 36 rows in batches of 8 make 5 batches an epoch, the last one short: 3 updates an epoch when two are accumulated.
+BASE: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "lr_scheduler_type": "linear",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
+    student.save_pretrained(str(path / "student"))
+    make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
+    scaled = build_student(str(path / "base"), encoding="tct", document_length=64, pooling="cls", scale=20.0)
+    scaled.save_pretrained(str(path / "scaled"))
+    modern = str(tiny_modernbert(path / "modern-base", dropout=0.1))
+    small = build_student(modern, document_length=64, layers=[0, 2])
+    small.save_pretrained(str(path / "small"))
+    tiny_cross_encoder(path / "cross-encoder")
+    return path
+
+
+def run(models: Path, output: Path, *, anew: bool = False, **settings: Any) -> tuple[int, dict[str, str]]:
+    words = ["-m", "tests.resume_worker", str(models), str(output), json.dumps({**BASE, **settings})]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if anew:
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
+    else:
+        done = run_warm(words, env=env)
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in KEYS)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode, said
+
+
+KEYS = ("resumes", "weights", "losses")
+
+CASES = {
+    # name: settings of both runs, how the first one is stopped, the checkpoint that must be resumed from
+    "from epoch 2": ({}, {"kill_in_step": 7}, "checkpoint-6"),
+    "in mid-accumulation": ({"gradient_accumulation_steps": 2}, {"kill_in_step": 9}, "checkpoint-4"),
+    "with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_step": 12}, "checkpoint-11"),
+    # Stopped in the regularisers' warm-up.
+    "sparse student": (
+        {
+            "student": "sparse",
+            "document_regularizer_weight": 0.02,
+            "query_regularizer_weight": 0.02,
+            "regularizer_warmup": 0.8,
+            "margin_mse_weight": 0.01,
+        },
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    "with a learned scale and Matryoshka sizes": (
+        {"student": "scaled", "matryoshka_dims": [8, 16, 32], "learning_rate_mapping": {r"\.3\.linear": 0.1}},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    "killed during a save": ({}, {"kill_in_save": 4}, "checkpoint-3"),
+    "cross-encoder": ({"teacher": "cross-encoder", "candidates": "own"}, {"kill_in_step": 7}, "checkpoint-6"),
+    "stored scores": ({"teacher": "stored", "candidates": "own"}, {"kill_in_step": 7}, "checkpoint-6"),
+    "sparse student, gradient cache, table of scores": (
+        {"student": "sparse", "mini_batch_size": 3, "teacher": "table", "candidates": "own"},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    "smaller student of another family, cross-encoder in-batch": (
+        {"student": "small", "teacher": "cross-encoder in-batch"},
+        {"kill_in_step": 7},
+        "checkpoint-6",
+    ),
+    "mixture": ({"teacher": "mixture"}, {"kill_in_step": 7}, "checkpoint-6"),
+    "killed during a save with one checkpoint kept": ({"save_total_limit": 1}, {"kill_in_save": 8}, "checkpoint-7"),
+}
+
+
+# The first case starts every interpreter anew.
+@pytest.mark.parametrize("name", [pytest.param("from epoch 2", marks=pytest.mark.slow), *[*CASES][1:]])
+def test_resumed_run_is_bit_equal(models: Path, tmp_path: Path, name: str) -> None:
+    settings, stop, checkpoint = CASES[name]
+    anew = name == "from epoch 2"  # with hash seeds of their own
+    code, undisturbed = run(models, tmp_path / "whole", anew=anew, **settings)
+    assert code == 0
+    code, said = run(models, tmp_path / "interrupted", anew=anew, **settings, **stop)
+    assert code == -signal.SIGKILL and said["resumes"] == "nothing"
+    code, resumed = run(models, tmp_path / "interrupted", anew=anew, **settings)
+    assert code == 0
+    assert resumed["resumes"] == checkpoint
+    assert resumed["losses"] == undisturbed["losses"]
+    assert resumed["weights"] == undisturbed["weights"]
+    assert not (tmp_path / "interrupted" / ".unfinished").exists()

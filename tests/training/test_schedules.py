@@ -1,0 +1,102 @@
+"""Loss settings over training: their shapes, that they are used, logged, and go on after a resume."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf import LossSchedule, NoTeacher, Schedule
+from tests.train_helpers import logged, make_models, make_trainer, triples
+
+
+@pytest.mark.parametrize("until", [1.0, 0.5])
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_schedule_goes_from_start_to_end_and_stays(shape: Any, until: float) -> None:
+    schedule = Schedule(2.0, 0.5, shape, until=until)
+    values = [schedule.value(step, 100) for step in range(100)]
+    last = int(100 * until) - 1
+    assert values[0] == 2.0 and all(value == pytest.approx(0.5) for value in values[last:])
+    assert all(before >= after for before, after in pairwise(values))
+    for step in range(last + 1):
+        share = step / last
+        expected = 2.0 - 1.5 * (share if shape == "linear" else math.sin(math.pi * share / 2) ** 2)
+        assert values[step] == pytest.approx(expected)
+
+
+def test_a_constant_and_a_training_of_one_step() -> None:
+    assert {Schedule(0.3, shape="constant").value(step, 10) for step in range(10)} == {0.3}
+    assert Schedule(1.0, 0.0).value(0, 1) == 1.0
+
+
+SCHEDULES = {
+    "temperature": Schedule(4.0, 0.5, "cosine"),
+    "hard_label_weight": Schedule(1.0, 0.0),
+    "margin_mse_weight": Schedule(0.0, 0.05, until=0.5),
+    "student_divisor": Schedule(3.0, 1.0),
+}
+
+
+def scheduled(path: Path, output: Path, *, resume: bool | None = None, steps: int = 6, **settings: Any) -> Any:
+    student, teacher = make_models(path)
+    args = {"max_steps": steps, "save_strategy": "steps", "save_steps": 3, **settings}
+    trainer = make_trainer(output, student, teacher, triples(48), **args)
+    trainer.add_callback(LossSchedule(trainer.loss, **SCHEDULES))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_the_loss_of_every_step_has_the_values_of_that_step(tmp_path: Path) -> None:
+    trainer = scheduled(tmp_path / "models", tmp_path / "run")
+    for name, schedule in SCHEDULES.items():
+        expected = [schedule.value(step, 6) for step in range(6)]
+        assert logged(trainer, name) == pytest.approx(expected, abs=1e-4)  # rounded for the log
+    assert logged(trainer, "hard_label")[-1] == 0.0 and logged(trainer, "distillation")[0] == 0.0
+    plain = make_trainer(tmp_path / "plain", *make_models(tmp_path / "plain models"), triples(8))
+    plain.train()
+    assert not logged(plain, "temperature")
+
+
+def test_a_resumed_run_has_the_values_of_its_steps(tmp_path: Path) -> None:
+    whole = scheduled(tmp_path / "models", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-6").rename(tmp_path / "gone")
+    resumed = scheduled(tmp_path / "again", tmp_path / "run", resume=True)
+    for name in ("loss", *SCHEDULES):
+        assert logged(resumed, name) == pytest.approx(logged(whole, name), abs=1e-6)
+
+
+def test_without_a_teacher_no_schedule_may_ask_for_one(tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path)
+    trainer = make_trainer(tmp_path / "run", student, NoTeacher(), triples(16), hard_label_weight=1.0, max_steps=2)
+    trainer.add_callback(LossSchedule(trainer.loss, hard_label_weight=Schedule(1.0, 0.1)))
+    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1: set it to 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' is not known: use one of constant"),
+        (lambda: Schedule(1.0, 2.0, "constant"), "A constant of 1.0 has no end of 2.0"),
+        (lambda: Schedule(1.0, until=0.0), "until=0.0 is no share"),
+        (lambda: Schedule("2"), "start='2' is no number"),  # type: ignore[arg-type]
+        (lambda: Schedule(1.0, until=True), "until=True is no number"),
+        (lambda: Schedule(1.0, float("inf")), "end=inf leaves no value between"),
+        (lambda: Schedule(float("nan")), "start=nan leaves no value between"),
+        (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),
+        (lambda: LossSchedule({}, candidates=Schedule(1.0)), "'candidates' has no schedule"),
+        (lambda: LossSchedule({}, hard_label_weight=Schedule(0.5, 1.5)), "hard_label_weight goes to 1.5"),
+        (lambda: LossSchedule({}, temperature=Schedule(1.0, 0.0)), "temperature goes to 0.0"),
+        (
+            lambda: LossSchedule({}, margin_mse_weight=Schedule(0.0, -1.0)),
+            "margin_mse_weight goes to -1.0: .*0 or gre",
+        ),
+        (lambda: LossSchedule({}, student_divisor=Schedule(30.0, 0.0)), "student_divisor goes to 0.0"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

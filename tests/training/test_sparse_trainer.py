@@ -1,0 +1,393 @@
+"""Training a sparse student: the loss against numpy, gradient caching, checkpoints, the log and the watch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SparseEncoder
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sparse_encoder.losses import (
+    CachedSpladeLoss,
+    SparseMultipleNegativesRankingLoss,
+    SpladeLoss,
+)
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
+from transformers import TrainerCallback
+
+from tct_hf import (
+    ColBERTTeacher,
+    CollapsedStudent,
+    LossSchedule,
+    NoTeacher,
+    Schedule,
+    SparseTCTTrainer,
+    SparseTCTTrainingArguments,
+    TCTTrainer,
+    TightlyCoupledLoss,
+    build_student,
+)
+from tct_hf.training.collator import BATCH_KEY
+from tct_hf.training.sparsity import CollapseWatch
+from tests.models import stanford_colbert, tiny_bert
+from tests.train_helpers import logged, make_models, make_splade, make_trainer, triples
+from tests.training.test_score_losses import numpy_loss
+from tests.warm_process import run_warm
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Any:
+    return make_splade(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_models(tmp_path_factory.mktemp("models"))[1]
+
+
+def one_batch(trainer: Any, rows: int = 8) -> tuple[Any, Any]:
+    """A batch, and what the teacher says of it."""
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(rows)])
+    inputs = dict(batch)
+    rest = inputs.pop(BATCH_KEY)
+    features, _ = trainer.collect_features(inputs)
+    return batch, trainer.teacher_targets(features, rest, trainer.loss.loss)
+
+
+@pytest.mark.parametrize("candidates", ["in-batch", "own"])
+@pytest.mark.parametrize("threshold", [None, 100])
+def test_loss_is_numpys_over_encoded_texts(
+    student: Any, teacher: Any, tmp_path: Path, candidates: str, threshold: int | None
+) -> None:
+    dataset = triples(8)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        dataset,
+        candidates=candidates,
+        margin_mse_weight=0.05,
+        student_divisor=3.0,
+        document_regularizer_weight=0.02,
+        query_regularizer_weight=0.03,
+        document_regularizer_threshold=threshold,
+        query_regularizer_threshold=threshold,
+    )
+    batch, targets = one_batch(trainer)
+    found = trainer.compute_loss(trainer.model, batch).item()
+
+    queries = student.encode_query(dataset["query"]).to_dense().double().cpu().numpy()
+    passages = [*dataset["positive"], *dataset["negative"]]
+    documents = student.encode_document(passages).to_dense().double().cpu().numpy()
+    colbert = teacher.model
+    teacher_scores = colbert.similarity(colbert.encode_query(dataset["query"]), colbert.encode_document(passages))
+    mask = targets.mask.numpy()
+    if candidates == "own":
+        assert (mask.sum(1) == 2).all()
+    parts = numpy_loss(
+        queries @ documents.T,
+        teacher_scores.numpy(),
+        temperature=1.0,
+        student_temperature=2.0,  # of a sparse student that names none
+        weight=0.1,
+        margin_weight=0.05,
+        divisor=3.0,
+        mask=mask,
+    )
+
+    def flops(vectors: np.ndarray) -> float:
+        counted = vectors if threshold is None else vectors * ((vectors > 0).sum(1, keepdims=True) > threshold)
+        return float((counted.mean(0) ** 2).sum())
+
+    expected = sum(parts) + 0.02 * flops(documents) + 0.03 * flops(queries)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_default_temperatures_are_two_at_the_teachers_scale(student: Any, teacher: Any, tmp_path: Path) -> None:
+    scaled = ColBERTTeacher(teacher.model, training_scale=4.0)
+    loss = make_trainer(tmp_path, student, scaled, triples(8), temperature=None).loss
+    assert type(loss) is SpladeLoss and loss.loss.temperature == 0.5 and loss.loss.student_temperature == 2.0
+    assert (loss.document_regularizer_weight, loss.query_regularizer_weight) == (3e-5, 5e-5)
+
+
+def gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    trainer.model.zero_grad()
+    batch, _ = one_batch(trainer)
+    trainer.compute_loss(trainer.model, batch).backward()
+    return {name: value.grad.clone() for name, value in trainer.model.named_parameters() if value.grad is not None}
+
+
+def test_cached_gradients_are_those_of_the_whole_batch(student: Any, teacher: Any, tmp_path: Path) -> None:
+    settings = {"document_regularizer_weight": 0.02, "query_regularizer_weight": 0.03, "margin_mse_weight": 0.1}
+    dataset = triples(8, negatives=2)
+    whole = gradients(make_trainer(tmp_path, student, teacher, dataset, **settings))
+    cached = make_trainer(tmp_path, student, teacher, dataset, mini_batch_size=3, **settings)
+    assert type(cached.loss) is CachedSpladeLoss and cached.loss.loss.mini_batch_size is None
+    found = gradients(cached)
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_both_ways_log_the_same_parts_and_active_dimensions(teacher: Any, tmp_path: Path) -> None:
+    parts = ("hard_label", "distillation", "margin_mse", "document_regularizer_loss", "query_regularizer_loss")
+    names = (
+        *parts,
+        "query_active_dims",
+        "document_active_dims",
+        "query_sparsity",
+        "document_sparsity",
+        "top_agreement",
+    )
+    seen = []
+    for folder, size in (("plain", None), ("cached", 3)):
+        student = make_splade(tmp_path / folder)
+        trainer = make_trainer(
+            tmp_path, student, teacher, triples(8), mini_batch_size=size, margin_mse_weight=0.1, regularizer_warmup=0
+        )
+        dims = student.sparsity(student.encode_document([*triples(8)["positive"], *triples(8)["negative"]]))
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        assert entry["document_active_dims"] == pytest.approx(dims["active_dims"], abs=1e-3)
+        assert entry["document_sparsity"] == pytest.approx(dims["sparsity_ratio"], abs=1e-3)
+        assert entry["loss"] == pytest.approx(sum(entry[name] for name in parts), abs=1e-3)
+        assert entry["document_regularizer_loss"] > 0
+        seen.append([entry[name] for name in names])
+    assert seen[0] == pytest.approx(seen[1], abs=2e-4)
+
+
+class Weights(TrainerCallback):
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.seen: list[tuple[float, float, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss = self.trainer.loss
+        self.seen.append((loss.document_regularizer_weight, loss.query_regularizer_weight, loss.loss.temperature))
+
+
+def test_warm_up_and_schedules_reach_the_loss_at_every_step(student: Any, teacher: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        triples(32),
+        max_steps=4,
+        document_regularizer_weight=0.4,
+        query_regularizer_weight=0.8,
+        regularizer_warmup=2,
+        regularizer_warmup_shape="linear",
+    )
+    weights = Weights(trainer)
+    trainer.add_callback(LossSchedule(trainer.loss, temperature=Schedule(4.0, 1.0)))
+    trainer.add_callback(weights)
+    trainer.train()
+    expected = [(0.0, 0.0, 4.0), (0.2, 0.4, 3.0), (0.4, 0.8, 2.0), (0.4, 0.8, 1.0)]
+    assert weights.seen == [pytest.approx(step) for step in expected]
+    assert logged(trainer, "temperature") == pytest.approx([4.0, 3.0, 2.0, 1.0])
+
+
+def test_accumulated_batches_take_one_step_of_their_mean(teacher: Any, tmp_path: Path) -> None:
+    """Regularisers are of a batch: two accumulated batches are not one of twice the size, but the mean of two."""
+    student = make_splade(tmp_path / "a")
+    settings: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1}
+    settings |= {"regularizer_warmup": 0, "document_regularizer_weight": 0.05, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_accumulation_steps=2, **settings)
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    batches = list(trainer.get_train_dataloader())
+    total: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        student.zero_grad()
+        trainer.compute_loss(student, batch).backward()
+        for name, value in student.named_parameters():
+            if value.grad is not None:
+                total[name] = total.get(name, 0) + value.grad / 2
+    student.zero_grad()
+    trainer.train()
+    for name, value in student.named_parameters():
+        if name in total:
+            torch.testing.assert_close(before[name] - 0.1 * total[name], value.detach(), rtol=1e-4, atol=1e-6)
+
+
+LOADER = """
+import json, sys
+sys.modules["tct_hf"] = None  # an import of this package would fail
+import torch
+from sentence_transformers import SparseEncoder
+model = SparseEncoder(sys.argv[1], device="cpu")
+texts = json.loads(sys.argv[2])
+torch.save([model.encode_query(texts).to_dense(), model.encode_document(texts).to_dense()], sys.argv[3])
+"""
+
+
+def test_a_checkpoint_loads_as_a_stock_sparse_encoder_and_holds_no_token(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        tmp_path / "run", student, teacher, triples(16), save_strategy="steps", save_steps=2, hub_token="hf_secret"
+    )
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert b"hf_secret" not in (checkpoint / "training_args.bin").read_bytes()
+    (tmp_path / "load.py").write_text(LOADER)
+    texts = ["what is dense", "the teacher " * 60]
+    words = [str(tmp_path / "load.py"), str(checkpoint), json.dumps(texts), str(tmp_path / "vectors.pt")]
+    done = run_warm(words, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    queries, documents = torch.load(tmp_path / "vectors.pt", weights_only=True)
+    torch.testing.assert_close(queries, student.encode_query(texts).to_dense().cpu(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(documents, student.encode_document(texts).to_dense().cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_student_that_collapses_is_stopped_with_the_mend(
+    student: Any, teacher: Any, tmp_path: Path, size: int | None
+) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        triples(32),
+        max_steps=200,
+        document_regularizer_weight=10.0,
+        regularizer_warmup=0,
+        learning_rate=2e-2,
+        mini_batch_size=size,
+    )
+    with pytest.raises(CollapsedStudent, match=r"heading for zero.*document_regularizer_weight=10\.0"):
+        trainer.train()
+    assert trainer.state.global_step < 40
+
+
+def test_a_healthy_student_gets_sparse_and_is_not_stopped(student: Any, teacher: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        triples(32),
+        max_steps=60,
+        document_regularizer_weight=0.02,
+        query_regularizer_weight=0.02,
+        learning_rate=3e-3,
+    )
+    trainer.train()
+    dims = logged(trainer, "document_active_dims")
+    assert 1 < dims[-1] < 0.6 * dims[0]
+    agreement = logged(trainer, "top_agreement")
+    assert np.mean(agreement[-8:]) > 0.7
+
+
+def test_a_teacher_with_tokens_of_its_own_teaches_a_sparse_student(student: Any, tmp_path: Path) -> None:
+    other = ColBERTTeacher(str(stanford_colbert(tmp_path / "stanford")), dtype="float32")
+    dataset = triples(8)
+    trainer = make_trainer(tmp_path, student, other, dataset)
+    assert not other.shares_tokens
+    batch, targets = one_batch(trainer)
+    assert batch[BATCH_KEY]["teacher"]["query"]["input_ids"].shape != batch["query_input_ids"].shape
+    passages = [*dataset["positive"], *dataset["negative"]]
+    expected = other.model.similarity(
+        other.model.encode_query(dataset["query"]), other.model.encode_document(passages)
+    )
+    torch.testing.assert_close(targets.scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_queries_without_inference_are_trained_and_saved(
+    student: Any, teacher: Any, tmp_path: Path, size: int | None
+) -> None:
+    table = SparseStaticEmbedding(tokenizer=student.tokenizer)
+    torch.nn.init.ones_(table.weight)
+    router = Router.for_query_document(query_modules=[table], document_modules=list(student))
+    free = SparseEncoder(modules=[router], similarity_fn_name="dot")
+    settings = {"save_strategy": "steps", "save_steps": 2, "query_regularizer_weight": None, "mini_batch_size": size}
+    trainer = make_trainer(tmp_path / "run", free, teacher, triples(16), **settings)
+    trainer.train()
+    assert logged(trainer, "query_active_dims")[0] < 10 < logged(trainer, "document_active_dims")[0]
+    assert not torch.equal(table.weight, torch.ones_like(table.weight))
+    loaded = SparseEncoder(str(tmp_path / "run" / "checkpoint-2"), device="cpu")
+    for side in ("encode_query", "encode_document"):
+        found, expected = (getattr(model, side)(["the teacher"]).to_dense() for model in (loaded, free))
+        assert torch.equal(found, expected)
+
+
+def test_hard_labels_alone_train_a_sparse_student_without_a_teacher(student: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no teacher to distil"):
+        make_trainer(tmp_path, student, NoTeacher(), triples(8))
+    with pytest.raises(ValueError, match=r"margin_mse_weight is 0\.5: set it to 0"):
+        make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0, margin_mse_weight=0.5)
+    trainer = make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0)
+    trainer.train()
+    assert "teacher_entropy" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["distillation"] == 0.0
+
+
+def test_a_model_or_a_loss_of_the_other_kind_is_refused(student: Any, teacher: Any, tmp_path: Path) -> None:
+    dense = build_student(str(tiny_bert(tmp_path / "dense")), encoding="tct", document_length=48)
+    args = SparseTCTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="trains a SparseEncoder, got SentenceTransformer: build one with build_spl"):
+        SparseTCTTrainer(dense, teacher, args, train_dataset=triples(8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"trains a SentenceTransformer, got SparseEncoder.*SparseTCTTrainer"):
+        TCTTrainer(student, teacher, train_dataset=triples(8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="TightlyCoupledLoss: a SparseTCTTrainer needs a SpladeLoss"):
+        SparseTCTTrainer(student, teacher, args, train_dataset=triples(8), loss=TightlyCoupledLoss(student))
+
+
+def test_a_splade_loss_whose_inner_loss_would_ignore_the_teacher_or_the_cache_is_refused(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    other = SpladeLoss(student, SparseMultipleNegativesRankingLoss(student), document_regularizer_weight=0.1)
+    with pytest.raises(
+        ValueError, match="of a SparseMultipleNegativesRankingLoss, which asks no teacher: put a Tight"
+    ):
+        make_trainer(tmp_path, student, teacher, triples(8), loss=other)
+    inner = SpladeLoss(student, TightlyCoupledLoss(student, mini_batch_size=2), document_regularizer_weight=0.1)
+    with pytest.raises(ValueError, match=r"no effect inside another loss.*CachedSpladeLoss"):
+        make_trainer(tmp_path, student, teacher, triples(8), loss=inner)
+
+
+def test_the_watch_takes_one_figure_a_step_of_accumulated_batches(
+    student: Any, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(CollapseWatch, "step", lambda self, dims, settings: seen.append(dims["passages"]))
+    trainer = make_trainer(tmp_path, student, teacher, triples(32), gradient_accumulation_steps=2)
+    trainer.train()
+    assert seen == pytest.approx(logged(trainer, "document_active_dims"), abs=1e-3) and len(seen) == 2
+
+
+def test_a_splade_loss_of_ones_own_is_taken_with_the_warm_up_of_the_arguments(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    loss = SpladeLoss(student, TightlyCoupledLoss(student, temperature=1.0), document_regularizer_weight=0.1)
+    trainer = make_trainer(tmp_path, student, teacher, triples(32), max_steps=4, loss=loss, regularizer_warmup=2)
+    trainer.train()
+    assert trainer.loss is loss
+    assert logged(trainer, "document_regularizer_loss")[0] == 0.0 and loss.document_regularizer_weight == 0.1
+    assert loss.query_regularizer_weight is None
+    assert "query_regularizer_loss" not in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"document_regularizer_weight": -1.0}, "document_regularizer_weight must be"),
+        ({"document_regularizer_weight": None}, "document_regularizer_weight must be a finite number"),
+        ({"regularizer_warmup": None}, "regularizer_warmup must be a finite number"),
+        ({"document_regularizer_threshold": 1.5}, "a whole number, 0 or more"),
+        ({"query_regularizer_threshold": -1}, "query_regularizer_threshold counts active dimensions"),
+        ({"regularizer_warmup": 1.5}, "regularizer_warmup=1.5 is neither"),
+        ({"regularizer_warmup_shape": "cubic"}, "regularizer_warmup_shape='cubic'"),
+        ({"matryoshka_dims": [8, 16]}, "matryoshka_dims are for dense students"),
+        ({"margin_mse_weight": -0.5}, "margin_mse_weight=-0.5"),
+        ({"kl_direction": "both"}, "kl_direction='both'"),
+        ({"student_divisor": 0.0}, "student_divisor=0.0"),
+    ],
+)
+def test_arguments_out_of_their_range_are_refused(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseTCTTrainingArguments(output_dir=str(tmp_path), **setting)

@@ -1,0 +1,141 @@
+"""The regulariser, its warm-up and the watch over active dimensions, against numpy and by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sentence_transformers.sparse_encoder.losses import FlopsLoss, SpladeLoss
+from torch import nn
+
+from tct_hf.training.sparsity import CollapsedStudent, CollapseWatch, FlopsOfAllDevices, RegularizerWarmup, active_dims
+
+
+def vectors(seed: int, texts: int, dims: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.maximum(rng.normal(-0.5, 1.0, (texts, dims)), 0.0)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    texts=st.integers(1, 9),
+    dims=st.integers(1, 30),
+    threshold=st.none() | st.integers(0, 20),
+)
+def test_flops_are_the_squared_mean_weights_of_texts_above_the_threshold(
+    seed: int, texts: int, dims: int, threshold: int | None
+) -> None:
+    weights = vectors(seed, texts, dims)
+    expected = 0.0
+    for column in range(dims):
+        counted = [row[column] for row in weights if threshold is None or sum(row > 0) > threshold]
+        expected += (sum(counted) / texts) ** 2
+    model: Any = None
+    found = FlopsOfAllDevices(model, threshold).compute_loss_from_embeddings(torch.from_numpy(weights))
+    stock = FlopsLoss(model, threshold).compute_loss_from_embeddings(torch.from_numpy(weights))
+    assert found.item() == pytest.approx(expected, rel=1e-12) == stock.item()
+
+
+def test_flops_of_half_precision_are_added_in_float32() -> None:
+    weights = torch.from_numpy(vectors(0, 8, 300)).bfloat16()
+    model: Any = None
+    found = FlopsOfAllDevices(model).compute_loss_from_embeddings(weights)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(float((weights.double().mean(0) ** 2).sum()), rel=1e-6)
+
+
+def test_active_dims_are_a_mean_over_texts() -> None:
+    assert active_dims(torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.5]])).item() == 1.5
+
+
+class Part(nn.Module):
+    def compute_loss_from_embeddings(self, embeddings: Any, labels: Any) -> torch.Tensor:
+        return torch.zeros(())
+
+
+def warmed(steps: int, *, query: float | None = 4.0, **settings: Any) -> list[tuple[float, float | None]]:
+    model: Any = nn.Identity()
+    loss = SpladeLoss(model, Part(), document_regularizer_weight=2.0, query_regularizer_weight=query)
+    warmup = RegularizerWarmup(loss, **settings)
+    state: Any = SimpleNamespace(max_steps=steps, global_step=0)
+    nothing: Any = None
+    warmup.on_train_begin(nothing, state, nothing)
+    found = []
+    for state.global_step in range(steps):
+        warmup.on_step_begin(nothing, state, nothing)
+        found.append((loss.document_regularizer_weight, loss.query_regularizer_weight))
+    return found
+
+
+def test_warm_up_goes_over_a_share_of_the_steps() -> None:
+    assert warmed(8, warmup=0.5, shape="quadratic") == [(2 * s, 4 * s) for s in (0, 1 / 16, 1 / 4, 9 / 16, 1, 1, 1, 1)]
+
+
+def test_warm_up_goes_over_a_number_of_steps() -> None:
+    assert warmed(5, warmup=2, shape="linear") == [(2 * s, 4 * s) for s in (0, 0.5, 1, 1, 1)]
+
+
+def test_without_warm_up_the_whole_weights_count_from_the_first_step() -> None:
+    assert warmed(2, warmup=0.0, shape="linear") == [(2.0, 4.0)] * 2
+
+
+def test_warm_up_without_a_regulariser_of_queries() -> None:
+    assert warmed(3, query=None, warmup=2, shape="linear") == [(0.0, None), (1.0, None), (2.0, None)]
+
+
+def watch(passages: list[float], queries: list[float] | None = None) -> int | None:
+    """The step, from 1, at which the watch raises."""
+    one = CollapseWatch()
+    for step, value in enumerate(passages):
+        try:
+            one.step({"queries": queries[step] if queries else 20.0, "passages": value}, {"temperature": 2.0})
+        except CollapsedStudent:
+            return step + 1
+    return None
+
+
+def test_an_exponential_fall_is_caught_before_the_end() -> None:
+    fall = [5000 * 0.4**step for step in range(20)]
+    caught = watch(fall)
+    assert caught is not None and fall[caught - 1] > 1
+
+
+def test_an_empty_student_is_caught_within_three_steps() -> None:
+    assert watch([0.0] * 5) == watch([0.9, 0.5, 0.0]) == 3
+    assert watch([200.0] * 5, queries=[0.2] * 5) == 3
+
+
+@pytest.mark.parametrize(
+    "passages",
+    [
+        [3000 * 0.6**step + 60 for step in range(60)],  # a fast fall to a level
+        [20000 * 0.35**step + 120 for step in range(60)],
+        [60 + 30 * (-1) ** step for step in range(60)],
+        [4 + np.sin(step) for step in range(60)],  # few, but they stay
+        [0.5, 3.0, 9.0, 20.0, *[40.0] * 20],  # rises from nothing
+        [100 * 0.97**step + 2 for step in range(200)],  # slowly down
+    ],
+)
+def test_a_healthy_run_is_left_alone(passages: list[float]) -> None:
+    assert watch(passages) is None
+
+
+@given(st.lists(st.floats(20, 200), min_size=1, max_size=40))
+def test_noise_around_many_dimensions_is_left_alone(passages: list[float]) -> None:
+    level = [60 + 0.2 * (value - 110) for value in passages]
+    assert watch(level) is None
+
+
+def test_the_error_names_figures_and_mend() -> None:
+    one = CollapseWatch()
+    with pytest.raises(CollapsedStudent) as error:
+        for value in (8.0, 3.0, 0.5, 0.25, 0.125):
+            one.step({"passages": value}, {"temperature": 2.0, "document_regularizer_weight": 3.0})
+    message = str(error.value)
+    assert "passages are heading for zero active dimensions: 8, 3, 0.5, 0.25" in message
+    assert "higher temperature" in message and "temperature=2.0, document_regularizer_weight=3.0" in message

@@ -1,0 +1,227 @@
+"""Streamed rows through the trainer's data loader: each once a pass, the same ones after a restart."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+
+from tct_hf import load_triples
+from tct_hf.training.streaming import StreamedBatches
+from tests.train_helpers import make_models, make_trainer, triples
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ("query", "positive", "negative")
+
+
+def write_rows(path: Path, rows: int, first: int = 0) -> Path:
+    path.write_text("".join(f"query {i}\tpositive {i}\tnegative {i}\n" for i in range(first, first + rows)))
+    return path
+
+
+def numbers(batch: Any) -> list[int]:
+    return [int(row["query"].split()[1]) for row in batch]
+
+
+def passes(
+    rows: IterableDataset, batch_size: int, processes: int, workers: int, *, steps: int, trained: int = 0
+) -> list[list[int]]:
+    """The row numbers of each step, of all processes together."""
+    read = []
+    for process in range(processes):
+        batches = StreamedBatches(rows, batch_size, process=process, processes=processes)
+        batches.trained = trained
+        loader = iter(DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
+        read.append([next(loader) for _ in range(steps)])
+    return [[number for batch in step if batch for number in numbers(batch)] for step in zip(*read, strict=True)]
+
+
+SHARED = [(1, 0), (1, 2), (2, 0), (2, 1), (3, 0), (3, 2)]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(("processes", "workers"), SHARED)
+def test_processes_and_workers_share_every_row_once_a_pass(
+    tmp_path: Path, processes: int, workers: int, shuffled: bool
+) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 36), streaming=True)
+    rows = rows.shuffle(seed=3, buffer_size=10) if shuffled else rows
+    steps = passes(rows, 12 // processes, processes, workers, steps=6)  # two passes
+    assert steps == passes(rows, 12, 1, 0, steps=6)
+    once, again = [*chain(*steps[:3])], [*chain(*steps[3:])]
+    assert sorted(once) == sorted(again) == list(range(36))
+    assert (once == list(range(36))) == (not shuffled)
+    assert (once == again) == (not shuffled)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_several_files_lose_no_row_to_workers(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for part in range(2):
+        texts = {name: [f"{name} {i}" for i in range(10 * part, 10 * part + 10)] for name in COLUMNS}
+        Dataset.from_dict(texts).to_parquet(tmp_path / "set" / "data" / f"train-{part:05d}-of-00002.parquet")
+    rows = load_triples(tmp_path / "set", streaming=True)
+    loader = DataLoader(rows, batch_size=None, num_workers=workers)
+    assert sorted(numbers(list(loader))) == list(range(20))
+    steps = passes(rows.shuffle(seed=1, buffer_size=8), 5, 2, workers, steps=4)
+    assert sorted(chain(*steps[:2])) == sorted(chain(*steps[2:])) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_set_of_several_shards_is_shared_by_rows(workers: int) -> None:
+    texts = {name: [f"{name} {i}" for i in range(24)] for name in COLUMNS}
+    rows = Dataset.from_dict(texts).to_iterable_dataset(num_shards=3).shuffle(seed=1, buffer_size=5)
+    steps = passes(rows, 4, 2, workers, steps=3)
+    assert sorted(chain(*steps)) == list(range(24))
+    assert steps == passes(rows, 8, 1, 0, steps=3)
+
+
+def test_batches_of_no_rows_are_refused(tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 4), streaming=True)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        StreamedBatches(rows, 0)
+
+
+def test_pass_is_filled_up_from_the_next(tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
+    steps = passes(rows, 2, 2, 1, steps=5)  # 20 rows in steps of 4
+    taken = [*chain(*steps)]
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+    assert taken[:10] != taken[10:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_done_are_not_read_again(tmp_path: Path, workers: int) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
+    whole = passes(rows, 2, 2, workers, steps=8)
+    assert passes(rows, 2, 2, workers, steps=8, trained=4) == [[], [], [], [], *whole[4:]]
+
+
+def test_one_pass_ends_with_what_is_left(tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True)
+    assert [numbers(batch) for batch in StreamedBatches(rows, 4, passes=1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    halves = [[*map(numbers, StreamedBatches(rows, 2, process=p, processes=2, passes=1))] for p in range(2)]
+    assert halves == [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]
+    thirds = [[*map(numbers, StreamedBatches(rows, 3, process=p, processes=3, passes=1))] for p in range(3)]
+    assert thirds == [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]  # the row that is left is no batch for each of them
+
+
+def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 2), streaming=True)
+    with pytest.raises(ValueError, match=r"has 2 rows, fewer than one batch of 1 rows on each of 3 processes \(3\)"):
+        next(iter(StreamedBatches(rows, 1, process=2, processes=3)))
+    assert numbers(next(iter(StreamedBatches(rows, 8)))) == [0, 1]  # alone, it is a small batch
+
+
+def test_bad_row_in_mid_stream_ends_it_with_file_and_line(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.tsv", 2000)
+    with path.open("a") as file:
+        file.write("no tabs here\n")
+    rows = load_triples(path, streaming=True).shuffle(seed=1, buffer_size=100)
+    loader = DataLoader(StreamedBatches(rows, 50), batch_size=None, collate_fn=len, num_workers=1)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 2001: 1 field where 3"):
+        list(islice(loader, 100))
+
+
+def test_trainer_wants_a_number_of_steps(tmp_path: Path) -> None:
+    student, teacher = make_models(tmp_path)
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 8), streaming=True)
+    with pytest.raises(ValueError, match="max_steps is not set, and train_dataset is streamed"):
+        make_trainer(tmp_path, student, teacher, rows, num_train_epochs=3)
+
+
+def test_a_stream_among_several_data_sets_is_refused_with_the_mend(tmp_path: Path) -> None:
+    student, teacher = make_models(tmp_path)
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 8), streaming=True)
+    with pytest.raises(ValueError, match=r"train_dataset: 'b' is streamed, and one of several.*interleave_datasets"):
+        make_trainer(tmp_path, student, teacher, {"a": triples(8), "b": rows}, max_steps=1)
+
+
+def test_a_run_goes_on_with_steps_of_as_many_rows_in_the_same_order_or_not_at_all(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    path = write_rows(tmp_path / "t.tsv", 40)
+    taken: list[int] = []
+
+    def train(steps: int, batch: int, *, seed: int = 1, resume: bool = True, **settings: Any) -> None:
+        rows = load_triples(path, streaming=True).shuffle(seed=seed, buffer_size=10)
+        settings |= {"max_steps": steps, "per_device_train_batch_size": batch, "save_steps": 2}
+        trainer = make_trainer(tmp_path / "run", *models, rows, save_strategy="steps", save_total_limit=1, **settings)
+        loss = trainer.compute_loss
+
+        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            texts = models[0].tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
+            taken.extend(int(text.split()[-1]) for text in texts)
+            return loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = compute_loss
+        trainer.train(resume_from_checkpoint=resume)
+
+    train(2, 4, resume=False)
+    with pytest.raises(ValueError, match=r"for the rows a step \(4, now 8\).*ignore_data_skip=True"):
+        train(4, 8)
+    with pytest.raises(ValueError, match=r"for the order of the rows"):
+        train(4, 4, seed=2)
+    assert len(taken) == 8
+    train(10, 2, gradient_accumulation_steps=2)
+    assert sorted(taken) == [*range(40)]
+    before = len(taken)
+    train(10, 4)  # there is nothing left: the trainer takes one step more
+    assert len(taken) == before + 4
+
+
+def test_loader_outside_of_training_gives_one_pass(tmp_path: Path) -> None:
+    student, teacher = make_models(tmp_path)
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 20), streaming=True)
+    trainer = make_trainer(tmp_path, student, teacher, rows, max_steps=1)
+    widths = [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()]
+    assert widths == [8, 8, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(tmp_path: Path, workers: int) -> None:
+    student, teacher = make_models(tmp_path)
+    path = write_rows(tmp_path / "t.tsv", 24)
+    # One batch of all rows: those in memory are shuffled, and the candidates are those of a batch.
+    settings = {"per_device_eval_batch_size": 24, "dataloader_num_workers": workers, "max_steps": 1}
+    settings["dataloader_persistent_workers"] = workers > 0
+    held = load_triples(path, cache_dir=tmp_path)
+    trainers = [
+        make_trainer(tmp_path, student, teacher, held, eval_dataset=rows, **settings)
+        for rows in (load_triples(path, streaming=True), held)
+    ]
+    streamed, again, expected = (one.evaluate()["eval_loss"] for one in (trainers[0], *trainers))
+    assert streamed == again == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tct_hf.training import streaming
+
+    plain = Dataset.from_dict({name: [f"{name} {i}" for i in range(24)] for name in COLUMNS}).to_iterable_dataset(3)
+    streamed = load_triples(write_rows(tmp_path / "t.tsv", 24), streaming=True)
+    for rows in (plain, streamed, plain.map(lambda row: row), streamed.select_columns(["query", "positive"])):
+        one, other = (streaming._order(rows.shuffle(seed=seed)) for seed in (1, 2))
+        assert one == streaming._order(rows.shuffle(seed=1)) != other
+        assert one == streaming._order(rows.shuffle(seed=1).map(lambda row: row))
+    assert streaming._order(plain.shuffle()) != streaming._order(plain.shuffle())
+    assert streaming._order(streamed.shuffle()) == streaming._order(streamed.shuffle())
+    student, teacher = make_models(tmp_path)
+    trainer = make_trainer(tmp_path, student, teacher, plain.shuffle(), max_steps=1)
+    monkeypatch.setattr(streaming, "sizes_of_all", lambda own, device: [own, streaming._order(plain.shuffle())])
+    with pytest.raises(ValueError, match=r"in another order in each process.*\.shuffle\(seed=\.\.\.\)"):
+        trainer.get_train_dataloader()
+
+
+@pytest.mark.slow
+def test_memory_is_flat() -> None:
+    """Own memory at 1 % and at the end of 300,000 rows, measured by the benchmark."""
+    command = [sys.executable, "benchmarks/streaming.py", "--rows", "300000", "--kinds", "text"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    growth = done.stdout.strip().splitlines()[-1].split("|")[-2]
+    assert int(growth.split("(")[1].split(")")[0]) < 20, done.stdout

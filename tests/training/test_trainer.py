@@ -1,0 +1,470 @@
+"""The trainer on real text: its loss against numpy, and every way of running it against the plain run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import DatasetDict, IterableDataset
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from transformers import EarlyStoppingCallback
+
+from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, reference_of_batch, triples
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved student and teacher, loaded afresh by each test."""
+    path = tmp_path_factory.mktemp("models")
+    student, _ = make_models(path)
+    student.save_pretrained(str(path / "student"))
+    return path
+
+
+def load(models: Path, student: str = "student") -> tuple[SentenceTransformer, Any]:
+    from tct_hf import ColBERTTeacher
+
+    teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
+    return SentenceTransformer(str(models / student), device="cpu"), teacher
+
+
+def batches(trainer: Any) -> list[Any]:
+    return list(trainer.get_train_dataloader())
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+@pytest.mark.parametrize("candidates", ["in-batch", "own"])
+def test_loss_of_a_batch_equals_an_independent_numpy_version(
+    models: Path, tmp_path: Path, negatives: int, candidates: str
+) -> None:
+    student, teacher = load(models)
+    dataset = triples(8, negatives=negatives)
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        dataset,
+        temperature=0.5,
+        student_temperature=2.0,
+        hard_label_weight=0.3,
+        candidates=candidates,
+    )
+    [batch] = batches(trainer)
+    student.eval()
+    loss = trainer.compute_loss(student, batch).item()
+
+    expected = reference_of_batch(
+        student,
+        teacher,
+        dataset,
+        batch,
+        temperature=0.5,
+        student_temperature=2.0,
+        weight=0.3,
+        own_only=candidates == "own",
+    )
+    assert loss == pytest.approx(sum(expected), abs=2e-5)
+
+
+def test_log_holds_both_parts_the_entropy_and_the_agreement(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), hard_label_weight=0.2)
+    trainer.train()
+    assert len(logged(trainer)) == 2
+    for total, hard, soft in zip(
+        logged(trainer), logged(trainer, "hard_label"), logged(trainer, "distillation"), strict=True
+    ):
+        assert total == pytest.approx(hard + soft, abs=2e-4)  # the log rounds to four digits
+    assert all(0 < value < np.log(16) for value in logged(trainer, "teacher_entropy"))
+    assert all(0 <= value <= 1 for value in logged(trainer, "top_agreement"))
+
+
+def test_without_ids_the_same_text_is_masked(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(8, ids=False))
+    [batch] = batches(trainer)
+    part = batch["tct"]
+    targets = trainer.teacher_targets(trainer.collect_features(batch)[0], part, trainer.loss)
+    passages = [*part["candidate_ids"].T.reshape(-1).tolist()]
+    for i in range(8):
+        for c, key in enumerate(passages):
+            assert targets.mask[i, c].item() == (c == i or key != passages[i])
+
+
+def plain_losses(models: Path, path: Path, **settings: Any) -> list[float]:
+    student, teacher = load(models)
+    trainer = make_trainer(path, student, teacher, triples(16), **settings)
+    trainer.train()
+    return logged(trainer)
+
+
+def test_gradient_accumulation_takes_the_mean_of_its_batches(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_accumulation_steps=2)
+    trainer.train()
+    still = plain_losses(models, tmp_path, learning_rate=0.0)  # both batches at the same weights
+    assert logged(trainer) == pytest.approx([np.mean(still)], abs=1e-6)
+
+
+def test_bfloat16_loss_is_within_two_percent(models: Path, tmp_path: Path) -> None:
+    half, plain = plain_losses(models, tmp_path, bf16=True), plain_losses(models, tmp_path)
+    assert half == pytest.approx(plain, rel=0.02)
+    assert half != plain
+
+
+def test_gradient_checkpointing_changes_no_loss(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_checkpointing=True)
+    trainer.train()
+    assert student[0].model.is_gradient_checkpointing
+    assert logged(trainer) == pytest.approx(plain_losses(models, tmp_path), abs=1e-5)
+
+
+def test_gradient_caching_changes_no_loss(models: Path, tmp_path: Path) -> None:
+    assert plain_losses(models, tmp_path, mini_batch_size=3) == pytest.approx(plain_losses(models, tmp_path), abs=1e-5)
+
+
+def compiler_is_missing() -> str | None:
+    """Why torch.compile cannot run here, or None."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        return str(error)
+    return None
+
+
+def test_torch_compile_changes_no_loss(models: Path, tmp_path: Path) -> None:
+    if reason := compiler_is_missing():
+        pytest.skip(f"no C++ compiler: {reason}")
+    losses = plain_losses(models, tmp_path, torch_compile=True)
+    assert losses == pytest.approx(plain_losses(models, tmp_path), abs=1e-4)
+
+
+def test_iterable_dataset_gives_the_losses_of_its_rows_in_order(models: Path, tmp_path: Path) -> None:
+    rows = triples(16)
+    student, teacher = load(models)
+    stream = rows.to_iterable_dataset()
+    assert isinstance(stream, IterableDataset)
+    trainer = make_trainer(tmp_path, student, teacher, stream, max_steps=2, learning_rate=0.0)
+    trainer.train()
+    expected = []
+    for start in (0, 8):
+        plain = make_trainer(tmp_path, *load(models), rows.select(range(start, start + 8)), learning_rate=0.0)
+        plain.train()
+        expected += logged(plain)
+    assert logged(trainer) == pytest.approx(expected, abs=1e-5)
+
+
+def test_dataset_dict_mixes_no_data_sets_in_a_batch(models: Path, tmp_path: Path) -> None:
+    a, b = triples(16), triples(16).map(lambda row: {"query": "other " + row["query"]})
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, DatasetDict(a=a, b=b))
+    kinds = []
+    for batch in batches(trainer):
+        texts = student.tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
+        kinds.append({"] other " in text.replace(" ##", "").replace("o ther", "other") for text in texts})
+    assert len(kinds) == 4 and all(len(kind) == 1 for kind in kinds)
+
+    # With one batch a data set, each logged loss is that of one data set trained alone.
+    both = make_trainer(
+        tmp_path, *load(models), DatasetDict(a=a, b=b), learning_rate=0.0, per_device_train_batch_size=16
+    )
+    both.train()
+    alone = []
+    for rows in (a, b):
+        trainer = make_trainer(tmp_path, *load(models), rows, learning_rate=0.0, per_device_train_batch_size=16)
+        trainer.train()
+        alone += logged(trainer)
+    assert sorted(logged(both)) == pytest.approx(sorted(alone), abs=1e-5)
+    assert abs(alone[0] - alone[1]) > 1e-3
+
+
+def test_lora_student_trains_only_its_adapter_and_starts_at_the_plain_loss(models: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    student, teacher = load(models)
+    student.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2, init_lora_weights=True))
+    trainer = make_trainer(tmp_path, student, teacher, triples(16))
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(plain_losses(models, tmp_path)[0], abs=1e-5)
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = SentenceTransformer(str(tmp_path / "adapter"), device="cpu")
+    assert np.abs(loaded.encode_query(QUERIES) - student.encode_query(QUERIES)).max() < 1e-5
+    trained = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in student.named_parameters() if p in trained} == {
+        name for name, _ in student.named_parameters() if "lora_" in name
+    }
+
+
+def evaluator() -> InformationRetrievalEvaluator:
+    rows = triples(8)
+    return InformationRetrievalEvaluator(
+        queries=dict(zip(rows["query_id"], rows["query"], strict=True)),
+        corpus={f"p{i}": text for i, text in enumerate(PASSAGES)},
+        relevant_docs={q: {p} for q, p in zip(rows["query_id"], rows["positive_id"], strict=True)},
+        name="dev",
+        mrr_at_k=[10],
+    )
+
+
+class Scripted(BaseEvaluator):
+    """Says what the scores are, and keeps the weights it was asked about."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = scores
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.seen.append(model.encode_query(QUERIES))
+        return {"score": self.scores[len(self.seen) - 1]}
+
+
+SELECTION: dict[str, Any] = {
+    "num_train_epochs": 20,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+}
+
+
+def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    scripted = Scripted([0.1, 0.7, 0.3, 0.2, 0.9])
+    trainer = make_trainer(
+        tmp_path,
+        student,
+        teacher,
+        triples(16),
+        evaluator=scripted,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
+        **SELECTION,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4  # two steps without a better score
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2" and best.parent == tmp_path
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    for vectors in (student.encode_query(QUERIES), SentenceTransformer(str(best), device="cpu").encode_query(QUERIES)):
+        assert np.abs(vectors - scripted.seen[1]).max() < 1e-6
+        assert np.abs(vectors - scripted.seen[3]).max() > 1e-3
+
+
+def test_models_can_be_chosen_by_an_evaluator_on_dev_queries(models: Path, tmp_path: Path) -> None:
+    settings = {**SELECTION, "num_train_epochs": 2, "metric_for_best_model": "eval_dev_dot_mrr@10"}
+    trainer = make_trainer(tmp_path, *load(models), triples(16), evaluator=evaluator(), **settings)
+    trainer.train()
+    measured = logged(trainer, "eval_dev_dot_mrr@10")
+    assert len(measured) == 4
+    assert trainer.state.best_metric == max(measured)
+
+
+@pytest.mark.usefixtures("warm_checks")
+def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models: Path, tmp_path: Path) -> None:
+    from tct_hf import validate_checkpoint
+
+    student, teacher = load(models)
+    trainer = make_trainer(
+        tmp_path, student, teacher, triples(16), save_strategy="steps", save_steps=1, hub_token="hf_secret_token"
+    )
+    optimizer_parameters = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert optimizer_parameters.isdisjoint(id(p) for p in teacher.model.parameters())
+    assert optimizer_parameters == {id(p) for p in student.parameters()}
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    with safe_open(checkpoint / "model.safetensors", "pt") as weights:
+        assert set(weights.keys()) == set(student[0].model.state_dict())
+    assert b"hf_secret_token" not in (checkpoint / "training_args.bin").read_bytes()
+    assert trainer.args.hub_token == "hf_secret_token"
+    assert not (tmp_path / ".unfinished").exists()
+    validate_checkpoint(checkpoint)
+    assert not any(module.training for module in teacher.model.modules())
+
+
+def test_tokens_are_made_once_when_teacher_and_student_tokenise_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers.base.modules import Transformer
+
+    calls: list[int] = []
+    original = Transformer.preprocess
+
+    def counted(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(inputs))
+        return original(self, inputs, *args, **kwargs)
+
+    for shared, expected in ((True, 3), (False, 6)):
+        student, teacher = make_models(tmp_path / str(shared), shared_tokens=shared)
+        trainer = make_trainer(tmp_path, student, teacher, triples(8))
+        with monkeypatch.context() as patch:
+            patch.setattr(Transformer, "preprocess", counted)
+            calls.clear()
+            [batch] = batches(trainer)
+            assert len([n for n in calls if n == 8]) == expected  # query, positive, negative
+            assert ("teacher" in batch["tct"]) is not shared
+            assert torch.isfinite(trainer.compute_loss(student, batch))
+
+
+@pytest.mark.parametrize(("gap", "reported"), [(8.0, False), (30.0, True), (200.0, True)])
+def test_one_hot_means_that_float32_rounds_everything_else_away(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, gap: float, reported: bool
+) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(8))
+    scores = torch.tensor([[gap, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True], [False, True, False]])  # one candidate is no choice
+    with caplog.at_level(logging.WARNING, logger="tct_hf.training.trainer"):
+        trainer._check_teacher(scores, mask, 1.0)
+    assert any("one-hot" in r.message for r in caplog.records) is reported
+
+
+def test_one_hot_teacher_is_reported_with_the_temperature(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), temperature=1e-4)
+    with caplog.at_level(logging.WARNING, logger="tct_hf.training.trainer"):
+        trainer.train()
+    [message] = [r.message for r in caplog.records if "one-hot" in r.message]  # once, not every step
+    assert "Raise the temperature" in message
+
+
+def test_teacher_scores_that_are_not_finite_stop_training_with_the_mend(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    with torch.no_grad():
+        teacher.model[1].linear.weight[0, 0] = float("nan")
+    trainer = make_trainer(tmp_path, student, teacher, triples(16))
+    with pytest.raises(ValueError, match=r"not finite for 8 of 8 queries.*dtype='float32'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.rename_column("query", "anchor"), "'query' is missing and 'anchor' is not known"),
+        (lambda d: d.remove_columns("positive"), "'positive' is missing"),
+        (lambda d: d.rename_column("negative", "negative_2"), "negative_1 to negative_n without a gap"),
+    ],
+)
+def test_a_data_set_without_the_columns_is_refused_before_training(
+    models: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, *load(models), change(triples(8, ids=False)))
+
+
+def test_any_other_student_is_trained_and_saved_as_it_is(models: Path, tmp_path: Path) -> None:
+    plain = SentenceTransformer(str(models / "base"), device="cpu")
+    _, teacher = load(models)
+    trainer = make_trainer(tmp_path, plain, teacher, triples(16))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "plain"))
+    loaded = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
+    assert loaded.prompts == plain.prompts != {"query": "[Q] ", "document": "[D] "}
+    assert np.abs(loaded.encode(PASSAGES) - plain.encode(PASSAGES)).max() < 1e-6
+
+
+def test_a_collator_of_another_kind_is_refused(models: Path, tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+    from tct_hf import TCTTrainer
+
+    student, teacher = load(models)
+    with pytest.raises(ValueError, match="needs a TCTDataCollator"):
+        TCTTrainer(student, teacher, data_collator=SentenceTransformerDataCollator(student.preprocess))
+
+
+def test_ids_for_some_columns_only_are_refused(models: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, *load(models), triples(8).remove_columns("negative_id"))
+    with pytest.raises(ValueError, match="add negative_id"):
+        batches(trainer)
+
+
+def test_evaluation_batch_is_the_training_batch_unless_given(tmp_path: Path) -> None:
+    from tct_hf import TCTTrainingArguments
+
+    args = TCTTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=24)
+    assert args.per_device_eval_batch_size == 24
+    args = TCTTrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=3)
+    assert args.per_device_eval_batch_size == 3
+
+
+def test_presets_keep_the_published_numbers_and_give_way_to_explicit_ones(tmp_path: Path) -> None:
+    from tct_hf import TCTTrainingArguments
+
+    paper = TCTTrainingArguments(output_dir=str(tmp_path), preset="paper")
+    assert (paper.temperature, paper.student_temperature, paper.hard_label_weight) == (0.25, 1.0, 0.1)
+    code = TCTTrainingArguments(output_dir=str(tmp_path), preset="released-code", temperature=2.0)
+    assert (code.temperature, code.hard_label_weight) == (2.0, 0.0)
+    with pytest.raises(ValueError, match=r"preset='papers' is not known"):
+        TCTTrainingArguments(output_dir=str(tmp_path), preset="papers")
+    for wrong in ({"temperature": 0.0}, {"hard_label_weight": 1.5}, {"candidates": "all"}, {"prompts": "x"}):
+        with pytest.raises(ValueError):
+            TCTTrainingArguments(output_dir=str(tmp_path), **wrong)
+
+
+def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "temperature": 0.5,
+        "student_temperature": 3.0,
+        "hard_label_weight": 0.2,
+        "margin_mse_weight": 0.3,
+        "student_scale": 3.0,
+        "student_divisor": 30.0,
+        "kl_direction": "reverse",
+        "candidates": "own",
+        "mini_batch_size": 3,
+        "matryoshka_dims": [8, 32],
+        "self_coupled": None,
+    }
+    trainer = make_trainer(tmp_path, *load(models), triples(8), **settings)
+    assert trainer.loss.get_config_dict() == {**settings, "gather_across_devices": True}
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    parts = ("hard_label", "distillation", "margin_mse")
+    assert entry["loss"] == pytest.approx(sum(entry[name] for name in parts), abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", True])
+def test_a_mini_batch_size_that_is_none_is_refused_with_the_arguments(tmp_path: Path, size: Any) -> None:
+    from tct_hf import TCTTrainingArguments
+
+    with pytest.raises(ValueError, match="mini_batch_size must be a whole number"):
+        TCTTrainingArguments(str(tmp_path), mini_batch_size=size, use_cpu=True)
+
+
+@pytest.mark.parametrize("dims", ["32", [8, 0], [], [8.0]])
+def test_matryoshka_dims_that_are_no_sizes_are_refused(tmp_path: Path, dims: Any) -> None:
+    from tct_hf import TCTTrainingArguments
+
+    with pytest.raises(ValueError, match="matryoshka_dims="):
+        TCTTrainingArguments(output_dir=str(tmp_path), matryoshka_dims=dims)
+
+
+def test_default_temperature_is_relative_to_the_teachers_own_training(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    teacher.training_scale = 4.0
+    assert make_trainer(tmp_path, student, teacher, triples(8), temperature=None).loss.temperature == 0.25
+
+
+def test_evaluation_loss_is_computed_and_logged(models: Path, tmp_path: Path) -> None:
+    student, teacher = load(models)
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), eval_dataset=triples(12))
+    metrics = trainer.evaluate()
+    assert np.isfinite(metrics["eval_loss"]) and student.training is False
+    assert metrics["eval_runtime"] > 0

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tct_hf.data.collection import Collection, load_collection
+from tct_hf.training import stages
+from tct_hf.training.run import dev_evaluator, train_colbert, train_stock, train_student
+from tests.models import load_colbert, tiny_bert, tiny_colbert
+from tests.recipe import write_beir
+from tests.train_helpers import make_models, make_splade, triples
+
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "max_steps": 3,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "use_cpu": True,
+    "seed": 3,
+}
+
+
+def never() -> Any:
+    raise AssertionError("made although there is nothing to train")
+
+
+def colbert(path: Path, base: Path, *, make_triples: Any = triples, **options: Any) -> Path:
+    def make() -> Any:
+        from tct_hf import build_colbert
+
+        torch.manual_seed(0)
+        return build_colbert(str(base), encoding="tct", dim=8, query_length=16, document_length=64)
+
+    defaults: dict[str, Any] = {"arguments": ARGUMENTS, "settings": {"seed": 3}, "write": lambda line: None}
+    return train_colbert(
+        options.pop("make", make), make_triples, path / "teacher", work=path / "work", **{**defaults, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("base"), dropout=0.1)
+
+
+def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(base: Path, tmp_path: Path) -> None:
+    from tct_hf import ColBERTTeacher
+
+    said: list[str] = []
+    final = colbert(tmp_path, base, scale=4.0, write=said.append)
+    assert final == tmp_path / "teacher"
+    assert ColBERTTeacher(str(final), dtype="float32").training_scale == 4.0
+    log = json.loads((final / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert log[-1].keys() == {"step", "seconds"} and log[-1]["step"] == 3 and log[-1]["seconds"] > 0
+    assert json.loads((final / "tct_settings.json").read_text()) == {"seed": 3}
+    assert len(said) == 3 and "step     3 of 3" in said[2]
+    assert sorted(entry.name for entry in (tmp_path / "work").iterdir()) == ["tct_settings.json", "training_log.json"]
+
+
+def test_the_scale_multiplies_the_scores_in_the_softmax(base: Path, tmp_path: Path) -> None:
+    first = []
+    for scale in (1.0, 4.0):
+        final = colbert(tmp_path / str(scale), base, scale=scale, arguments={**ARGUMENTS, "learning_rate": 0.0})
+        first.append(json.loads((final / "training_log.json").read_text())[0]["loss"])
+    assert first[0] != pytest.approx(first[1], rel=0.05)
+
+
+def test_a_finished_stage_makes_neither_model_nor_triples(base: Path, tmp_path: Path) -> None:
+    final = colbert(tmp_path, base)
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    assert colbert(tmp_path, base, make=never, make_triples=never) == final
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds a run with seed = 3, but now seed = 4"):
+        colbert(tmp_path, base, make=never, make_triples=never, settings={"seed": 4})
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
+    whole = colbert(tmp_path / "whole", base)
+
+    def stop(line: str) -> None:
+        if "step     2 of" in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        colbert(tmp_path / "stopped", base, write=stop)
+    assert not (tmp_path / "stopped" / "teacher").exists()
+    with pytest.raises(ValueError, match="work holds a run with seed = 3, but now seed = 4"):
+        colbert(tmp_path / "stopped", base, make=never, make_triples=never, settings={"seed": 4})
+    said: list[str] = []
+    again = colbert(tmp_path / "stopped", base, write=said.append)
+    assert said[0] == "  goes on after step 1 of 3"
+    for file in ("model.safetensors", "1_Dense/model.safetensors"):
+        assert (again / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_kill_between_training_and_publishing_costs_no_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "replace_dir", stop)
+        with pytest.raises(Stop):
+            colbert(tmp_path, base)
+    assert not (tmp_path / "teacher").exists()
+    said: list[str] = []
+    final = colbert(tmp_path, base, write=said.append)
+    assert said == []
+    whole = colbert(tmp_path / "whole", base)
+    assert (final / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    log = json.loads((final / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("warm_checks")
+def test_a_student_is_distilled_published_and_not_made_again(tmp_path: Path) -> None:
+    from tct_hf import validate_checkpoint
+
+    student, teacher = make_models(tmp_path)
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    options: dict[str, Any] = {
+        "work": tmp_path / "work",
+        "arguments": {**ARGUMENTS, "temperature": 1.0},
+        "settings": {"seed": 3},
+        "write": lambda line: None,
+    }
+    final = train_student(lambda: student, lambda: teacher, triples, tmp_path / "student", **options)
+    validate_checkpoint(final)
+    weights = load_file(final / "model.safetensors")
+    assert any(not torch.equal(weights[name.split("model.", 1)[1]], tensor) for name, tensor in start.items())
+    log = json.loads((final / "training_log.json").read_text())
+    assert {"hard_label", "distillation", "top_agreement"} <= log[0].keys()
+    assert train_student(never, never, never, tmp_path / "student", **options) == final
+
+
+def test_the_teacher_of_a_student_is_not_changed(tmp_path: Path) -> None:
+    from tct_hf import ColBERTTeacher, student_from_teacher
+
+    path = tiny_colbert(tmp_path / "teacher")
+    before = (path / "model.safetensors").read_bytes()
+    train_student(
+        lambda: student_from_teacher(str(path), layers=[1], query_length=16, document_length=64),
+        lambda: ColBERTTeacher(str(path), dtype="float32"),
+        triples,
+        tmp_path / "student",
+        work=tmp_path / "work",
+        arguments=ARGUMENTS,
+        settings={},
+        write=lambda line: None,
+    )
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    return load_collection(str(write_beir(tmp_path / "beir", passages=20, train=2, dev=6, test=4)))
+
+
+def test_there_is_a_dev_evaluator_only_where_evaluation_is_asked_for(collection: Collection) -> None:
+    for arguments in ({}, {"eval_strategy": "no"}):
+        assert dev_evaluator(collection, arguments, kind="dense") is None
+    del collection.splits["dev"]
+    with pytest.raises(ValueError, match=r"eval_strategy is 'steps', but .* has no dev split: name one"):
+        dev_evaluator(collection, {"eval_strategy": "steps"}, kind="dense")
+
+
+def test_a_dev_evaluator_takes_the_dev_queries_or_a_part_of_them_with_their_answers(collection: Collection) -> None:
+    asked = {"eval_strategy": "steps"}
+    whole = dev_evaluator(collection, asked, kind="dense")
+    assert whole.queries == list(collection.splits["dev"].queries.values()) and len(whole.corpus) == 20
+    part = dev_evaluator(collection, asked, kind="dense", queries=2, passages=7)
+    assert len(part.queries) == 2 and len(part.corpus) == 7
+    answers = {passage for query in part.queries_ids for passage in part.relevant_docs[query]}
+    assert answers <= set(part.corpus_ids)
+    with pytest.raises(ValueError, match=r"curve\.passages"):
+        dev_evaluator(collection, asked, kind="dense", passages=1)
+
+
+@pytest.mark.parametrize("kind", ["dense", "late interaction", "sparse"])
+def test_dev_is_encoded_in_the_precision_of_training_and_compared_in_float32(
+    collection: Collection, tmp_path: Path, kind: Any
+) -> None:
+    model: Any
+    if kind == "late interaction":
+        model = load_colbert(tiny_colbert(tmp_path))
+    else:
+        model = make_splade(tmp_path) if kind == "sparse" else make_models(tmp_path)[0]
+    vectors, measured = [], []
+    for bf16 in (False, True):
+        arguments = {"eval_strategy": "steps", "bf16": bf16}
+        evaluator = dev_evaluator(collection, arguments, kind=kind)
+        found = evaluator.embed_inputs(model, ["dense tokens"], encode_fn_name="query")
+        vectors.append(torch.as_tensor(found[0].to_dense() if kind == "sparse" else found[0]))
+        measured.append(evaluator(model)[f"dev_{'maxsim' if kind == 'late interaction' else 'dot'}_mrr@10"])
+    assert vectors[0].dtype == vectors[1].dtype == torch.float32
+    assert not torch.equal(vectors[0], vectors[1])
+    torch.testing.assert_close(vectors[0], vectors[1], atol=0.05, rtol=0.05)
+    assert all(0 < value <= 1 for value in measured)
+
+
+def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> None:
+    losses = []
+    flagged = triples(16).add_column("labelled", [True] * 8 + [False] * 8)  # type: ignore[call-arg]
+    for name, rows in (("all", flagged), ("labelled", triples(8))):
+        final = colbert(
+            tmp_path / name,
+            base,
+            make_triples=lambda rows=rows: rows,
+            arguments={**ARGUMENTS, "batch_sampler": "batch_sampler"},
+        )
+        log = json.loads((final / "training_log.json").read_text())
+        losses.append([entry["loss"] for entry in log if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def stock(path: Path, base: Path, **options: Any) -> Path:
+    from sentence_transformers import SentenceTransformer
+
+    defaults: dict[str, Any] = {
+        "arguments": {**ARGUMENTS, "hard_label_weight": 0.3, "push_to_hub": True},
+        "settings": {"seed": 3},
+        "write": lambda line: None,
+    }
+    make = options.pop("make", lambda: SentenceTransformer(str(base), device="cpu"))
+    rows = options.pop("make_triples", triples)
+    return train_stock(make, rows, path / "stock", work=path / "work", **{**defaults, **options})
+
+
+def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base = tiny_bert(tmp_path / "base")
+    rows = triples(8).add_column("labelled", [True] * 4 + [False] * 4)  # type: ignore[call-arg]
+    arguments = {**ARGUMENTS, "max_steps": 1, "per_device_train_batch_size": 4, "batch_sampler": "batch_sampler"}
+    final = stock(tmp_path, base, make_triples=lambda: rows, arguments=arguments)
+    model = SentenceTransformer(str(base), device="cpu")
+    queries = model.encode(rows["query"][:4], convert_to_tensor=True, normalize_embeddings=True)
+    passages = [
+        model.encode(rows[name][:4], convert_to_tensor=True, normalize_embeddings=True)
+        for name in ("positive", "negative")
+    ]
+    expected = torch.nn.functional.cross_entropy(20 * queries @ torch.cat(passages).T, torch.arange(4))
+    assert json.loads((final / "training_log.json").read_text())[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_stopped_stock_training_goes_on_and_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
+    whole = stock(tmp_path / "whole", base)
+    assert stock(tmp_path / "whole", base, make=never, make_triples=never) == whole
+
+    def stop(line: str) -> None:
+        if "step     2 of" in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stock(tmp_path / "stopped", base, write=stop)
+    said: list[str] = []
+    again = stock(tmp_path / "stopped", base, write=said.append)
+    assert said[0] == "  goes on after step 1 of 3"
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
