@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tct_hf.__main__ import main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tct-hf", *words])
+    main()
+
+
+def test_list_names_every_command_with_its_first_line_and_every_settings_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "list")
+    said = capsys.readouterr().out
+    assert "train           Train a single-vector student" in said and "train-expander" in said
+    assert "quickstart" in said and "compare/" in said and "accelerate/" not in said
+
+
+def test_copy_makes_a_new_folder_of_recipes_and_refuses_one_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run(monkeypatch, "copy", str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "train.py").is_file() and (tmp_path / "mine" / "quickstart.yaml").is_file()
+    with pytest.raises(SystemExit, match="name one new folder"):
+        run(monkeypatch, "copy", str(tmp_path / "mine"))
+
+
+def test_a_name_stands_for_the_settings_that_come_along(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is found, or the recipe would complain of it before the setting that does not exist."""
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "train", "quickstart", "--no_such_setting", "1")
+    assert "no_such_setting" in capsys.readouterr().err
+    assert sys.argv[1].endswith("recipes/quickstart.yaml")
+
+
+def test_an_unknown_command_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"no command 'trian'; choose from .*train"):
+        run(monkeypatch, "trian")
