@@ -221,7 +221,7 @@ def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, mo
 @pytest.mark.slow
 def test_memory_is_flat() -> None:
     """Own memory at 1 % and at the end of 300,000 rows, measured by the benchmark."""
-    command = [sys.executable, "benchmarks/streaming.py", "--rows", "300000", "--kinds", "text"]
+    command = [sys.executable, "recipes/benchmarks/streaming.py", "--rows", "300000", "--kinds", "text"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     growth = done.stdout.strip().splitlines()[-1].split("|")[-2]
     assert int(growth.split("(")[1].split(")")[0]) < 20, done.stdout

@@ -1,6 +1,6 @@
 """The whole experiment of recipes/msmarco-passage on a sample, twice: once whole, once with a SIGKILL in each step.
 
-    python benchmarks/passage_ranking.py --source path/to/squad-sent --sample 1000 --work outputs/passage_ranking
+    python recipes/benchmarks/passage_ranking.py --source path/to/squad-sent --sample 1000
 
 Files in MS MARCO's formats are made of a BEIR folder: collection.tsv, queries, qrels, triples of ids and of texts. Its
 train queries become those of train and of the whole of dev, its test queries those of dev.small, DL 2019 and DL 2020
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 RECIPE = ROOT / "recipes" / "msmarco-passage"

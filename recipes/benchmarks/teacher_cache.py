@@ -1,6 +1,6 @@
 """What teachers cost: training steps with hard labels alone, and with live, cached and self-coupled teachers.
 
-    python benchmarks/teacher_cache.py [--steps 20] [--batch 32] [--threads 2]
+    python recipes/benchmarks/teacher_cache.py [--steps 20] [--batch 32] [--threads 2]
 
 Same texts, the bundled 6-layer encoder, one trainer, the steps of all sides in turn. Two groups, each against its own
 hard labels: the paper's encoding with a ColBERT, live and cached; and the encoder's own encoding with the mixture of

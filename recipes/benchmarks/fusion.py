@@ -1,6 +1,6 @@
 """Time of fusing two runs: `fuse`, plain and normalised, and `reciprocal_rank_fusion`, against a loop over passages.
 
-    python benchmarks/fusion.py [--queries 1000] [--depth 1000] [--corpus 100000] [--rounds 7]
+    python recipes/benchmarks/fusion.py [--queries 1000] [--depth 1000] [--corpus 100000] [--rounds 7]
 
 One thread. Every query has two lists of `depth` passages; half of what one list holds is in the other. All ways take
 turns in every round and give the same run: the loop's result is compared with that of `fuse` first. Runs are plain

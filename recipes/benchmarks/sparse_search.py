@@ -1,6 +1,6 @@
 """`SparseIndex` against scipy's sparse product: latency of exact search, one thread, one query at a time.
 
-    OMP_NUM_THREADS=1 python benchmarks/sparse_search.py [--count 100000] [--queries 300] [--nonzeros 110] [--terms 25]
+    OMP_NUM_THREADS=1 python recipes/benchmarks/sparse_search.py [--count 100000] [--queries 300]
 
 Two draws of terms over a vocabulary of 30,522: every term alike, and by Zipf's law (the term of rank r in proportion
 to 1 / (r + 10)), where the commonest are in three quarters of the passages and queries ask for them as often. Weights

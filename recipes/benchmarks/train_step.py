@@ -1,6 +1,6 @@
 """What a live teacher costs: stock SentenceTransformerTrainer with hard labels against TCTTrainer.
 
-    python benchmarks/train_step.py [--steps 20] [--batch 32] [--threads 2]
+    python recipes/benchmarks/train_step.py [--steps 20] [--batch 32] [--threads 2]
 
 Same texts, same student (the bundled 6-layer encoder in TCT encoding), one run, steps of the two sides in turn; a step
 is tokenising, forward, backward and optimizer. The teacher is a ColBERT on the same encoder. Memory is measured in a

@@ -1,6 +1,6 @@
 """The index that "auto" chooses against exact search: latency, recall, bytes a vector.
 
-    python benchmarks/search.py [--count 1000000] [--queries 500] [--work DIR] [--factory auto] [--train-queries 0]
+    python recipes/benchmarks/search.py [--count 1000000] [--queries 500] [--work DIR] [--factory auto]
 
 One thread, one query at a time through `DenseIndex.search`, both indexes saved, loaded from disk and searched in turn
 in one run. Recall@100 is counted against exact search over all queries. Bytes a vector on disk are all files of the

@@ -1,6 +1,6 @@
 """Every kind of teacher and student of the family on one collection: one table.
 
-    python benchmarks/family.py --source path/to/beir --output_dir outputs/family --splade path/to/splade-tiny
+    python recipes/benchmarks/family.py --source path/to/beir --output_dir outputs/family --splade path/to/splade-tiny
 
 The ColBERT teacher is recipes/train.py's, the cross-encoder is trained here on the same triples and scores them with
 recipes/score.py; every student is recipes/train.py's: the same triples (one positive, three BM25 negatives), steps,
@@ -23,7 +23,7 @@ from typing import Any
 
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SPLADE_SHA256 = "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a"
 NEGATIVES = 3
 DIMS = [96, 192, 384]

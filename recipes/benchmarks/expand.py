@@ -1,6 +1,6 @@
 """How fast queries are generated: a plain loop over `generate` in batches of 16 against `expand_corpus`'s decoding.
 
-    python benchmarks/expand.py [--model PATH] [--shape small] [--texts 48] [--queries 10] [--rounds 3] [--threads 2]
+    python recipes/benchmarks/expand.py [--model PATH] [--shape small] [--texts 48] [--queries 10]
 
 Same texts, same model, one process, float32, the sides in turn with the order changing, ratio of medians, also of
 processor time, which a busy machine disturbs less. Plain: 16

@@ -1,6 +1,6 @@
 """Rows a second and resident memory of streamed triples, from the first row to the last.
 
-    python benchmarks/streaming.py [--rows 5000000] [--kinds text ids parquet] [--buffer 10000] [--passages 200000]
+    python recipes/benchmarks/streaming.py [--rows 5000000] [--kinds text ids parquet] [--buffer 10000]
 
 One process, one thread. Rows like MS MARCO's (short texts) are written to a temporary folder: text triples as TSV, id
 triples as TSV with a collection and queries to look them up in, text triples as parquet. Each kind is read through

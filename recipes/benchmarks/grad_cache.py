@@ -1,6 +1,6 @@
 """What gradient caching costs: memory and time a triple at 64, 256 and 1,024 queries, against the uncached loss at 64.
 
-    python benchmarks/grad_cache.py [--turns 5] [--mini_batch 64] [--threads 2]
+    python recipes/benchmarks/grad_cache.py [--turns 5] [--mini_batch 64] [--threads 2]
 
 Short texts: one line of the built-in corpus, 32 tokens at most, 2 candidates a query. A step is forward, teacher and
 backward; the two sides of a size take turns on the same batch. Memory is measured in a process of its own for each

@@ -1,6 +1,6 @@
 """How fast passages are encoded: SentenceTransformer.encode at its defaults in float32 against encode_texts.
 
-    python benchmarks/encode.py [--texts 512] [--rounds 3] [--threads 2]
+    python recipes/benchmarks/encode.py [--texts 512] [--rounds 3] [--threads 2]
 
 Same texts, same model, one process, the sides in turn with the order changing, ratio of medians, the lowest cosine of
 a vector to the baseline's. Texts are beginnings of the built-in corpus's passages, 20 to 200 words, lengths drawn
