@@ -1,5 +1,7 @@
 # make quickstart   train and measure the built-in example; ARGS="--key value" changes settings
-# make test         run the tests; ARGS="-m slow" and the like go to pytest
+# make test         run the tests; ARGS="-k name" and the like go to pytest
+# make test-all     run the slow tests too
+# make docs         build the pages of docs/ and the API reference into site/
 # make lint         check style and types
 # make format       put the code in shape
 # make clean        delete caches and build outputs (make clean-venv: the environment too)
@@ -14,12 +16,12 @@ PIP_ARGS ?=
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 RUN := $(VENV)/bin/python
 
-.PHONY: help quickstart test lint format clean clean-venv check-python
+.PHONY: help quickstart test test-all docs lint format clean clean-venv check-python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 check-python:
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON); give one with make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -46,6 +48,10 @@ $(VENV)/.installed-quickstart: pyproject.toml constraints.txt | check-python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | check-python
 	$(call install,dev$(comma)quickstart)
 
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	"$(RUN)" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[docs]"
+	@touch "$@"
+
 comma := ,
 
 # No --cpu: a GPU is used where there is one.
@@ -56,6 +62,12 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: $(VENV)/.installed-dev
 	"$(RUN)" -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: ARGS += -m "not data and not network and not gpu"
+test-all: test
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 "$(RUN)" -m mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	"$(RUN)" -m ruff check .

@@ -21,6 +21,7 @@ _PUBLIC = {
     "encoding.splade": ["build_splade"],
     "data.beir": ["load_beir"],
     "data.builtin": ["builtin_corpus"],
+    "data.collection": ["Collection", "load_collection"],
     "data.expansion": ["expanded_texts", "load_expansions", "write_expansions"],
     "data.expansion_corpus": ["expand_corpus", "load_expander"],
     "data.row_parsing": ["SkippedRows"],
@@ -31,7 +32,7 @@ _PUBLIC = {
     "retrieval.expanded": ["expanded_bm25"],
     "retrieval.fusion": ["fuse", "reciprocal_rank_fusion"],
     "retrieval.mining": ["mine_triples", "MiningCounts"],
-    "retrieval.negatives": ["bm25_triples"],
+    "retrieval.negatives": ["bm25_triples", "collection_bm25", "collection_triples"],
     "retrieval.runs": ["read_run", "write_run"],
     "retrieval.sparse": ["SparseIndex"],
     "retrieval.vectors": ["load_vectors"],
@@ -67,6 +68,8 @@ __all__ = ["__version__", *_MODULE_OF]
 if TYPE_CHECKING:
     from tct_hf.data.beir import load_beir as load_beir
     from tct_hf.data.builtin import builtin_corpus as builtin_corpus
+    from tct_hf.data.collection import Collection as Collection
+    from tct_hf.data.collection import load_collection as load_collection
     from tct_hf.data.expansion import expanded_texts as expanded_texts
     from tct_hf.data.expansion import load_expansions as load_expansions
     from tct_hf.data.expansion import write_expansions as write_expansions
@@ -98,6 +101,8 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.mining import MiningCounts as MiningCounts
     from tct_hf.retrieval.mining import mine_triples as mine_triples
     from tct_hf.retrieval.negatives import bm25_triples as bm25_triples
+    from tct_hf.retrieval.negatives import collection_bm25 as collection_bm25
+    from tct_hf.retrieval.negatives import collection_triples as collection_triples
     from tct_hf.retrieval.runs import read_run as read_run
     from tct_hf.retrieval.runs import write_run as write_run
     from tct_hf.retrieval.sparse import SparseIndex as SparseIndex

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -44,3 +45,10 @@ def test_a_name_stands_for_the_settings_that_come_along(
 def test_an_unknown_command_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"no command 'trian'; choose from .*train"):
         run(monkeypatch, "trian")
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    import tct_hf
+
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^::: tct_hf\.(\w+)$", page, re.MULTILINE)) == set(tct_hf.__all__) - {"__version__"}
