@@ -134,14 +134,20 @@ def killed_at(line: str, settings: Path, output: Path, recipe: Path = RECIPE) ->
     return run(settings, output, before=before, code=-signal.SIGKILL, recipe=recipe).stdout
 
 
+def load_recipe(script: Path) -> ModuleType:
+    """A recipe as the module `STEM_recipe`, loaded once."""
+    name = f"{script.stem}_recipe"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, script)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
 def in_this_process(recipe: Path, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """A function of output_dir and options that runs a recipe in this process and returns the exit status."""
-    name = f"{recipe.stem}_recipe"
-    spec = importlib.util.spec_from_file_location(name, recipe)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
+    module = load_recipe(recipe)
     monkeypatch.setattr("tct_hf.quiet.quieten", lambda: None)  # it changes what later tests would see
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
