@@ -1,172 +1,284 @@
 """Settings of a recipe: one dataclass, filled from YAML and the command line, checked before anything heavy runs.
 
 `script.py [settings.yaml] [--key value | --key=value | --section.key value ...]`; the command line wins over the YAML,
-the YAML over the dataclass's defaults. Mappings (sections and dict fields) merge key by key, lists replace.
+the YAML over the dataclass's defaults. Mappings (sections and dict fields) merge key by key, lists replace. A YAML may
+name another one that it changes, `extends: other.yaml`, and use OmegaConf's `${output_dir}`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import linecache
+import difflib
+import importlib
+import json
 import os
 import platform
+import re
 import sys
+import traceback
+import types
 import typing
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from tct_hf.coercion import (
-    NULL_WORDS,
-    build,
-    describe,
-    fields_of,
-    hints_of,
-    is_dict,
-    is_section,
-    members_of,
-    unknown_setting,
-)
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
 from tct_hf.files import write_json_atomic, write_text_atomic
-from tct_hf.located_yaml import Node, SettingsError, dump, merge, parse_argument, read_chain
-
-__all__ = ["DEPENDENCIES", "SettingsError", "load_settings", "resolved_yaml", "run_recipe", "save_resolved"]
 
 T = TypeVar("T")
 
-DEPENDENCIES = (
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "datasets",
-    "accelerate",
-    "huggingface_hub",
-    "faiss-cpu",
-    "bm25s",
-    "numba",
-    "PyStemmer",
-    "ir-measures",
-    "pytrec_eval-terrier",
-    "pyyaml",
-    "numpy",
-    "scipy",
-)
+_SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "none")
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names it and says the fix."""
 
 
 def setting(default: Any, text: str, **more: Any) -> Any:
     """A dataclass field of a schema: its default and its help.
 
     Args:
-        default: Value where nothing is given; lists and dicts are copied for each instance.
-        text: One line for --help.
-        **more: Further metadata, such as `keys_of`.
-
-    Returns:
-        The field.
+        default: value where nothing is given; lists and dicts are copied for each instance.
+        text: one line for --help.
+        **more: further metadata; `keys_of="module:Class"` for a dict whose keys are fields of that dataclass, imported
+            only when a key is given.
     """
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": text, **more})
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
-def _resolve_option(schema: type, option: str) -> tuple[list[str], Any]:
-    """Names along a dotted option (dashes made underscores where a field is named) and the hint of what it sets."""
-    names: list[str] = []
-    hint: Any = schema
-    keys_of = ""
-    for part in option.split("."):
-        prefix = "".join(f"{name}." for name in names)
-        sections = [member for member in members_of(hint) if is_section(member)]
-        dicts = [member for member in members_of(hint) if is_dict(member)]
-        if sections:
-            part = part.replace("-", "_")
-            fields = fields_of(sections[0])
-            if part not in fields:
-                raise unknown_setting(f"command line, --{option}", part, prefix, fields)
-            hint, keys_of = fields[part].hint, fields[part].keys_of
-        elif keys_of:
-            part = part.replace("-", "_")
-            allowed = hints_of(keys_of)
-            if part not in allowed:
-                raise unknown_setting(f"command line, --{option}", part, prefix, allowed)
-            hint, keys_of = allowed[part], ""
-        elif dicts or Any in members_of(hint):
-            hint = typing.get_args(dicts[0])[1] if dicts and typing.get_args(dicts[0]) else Any
-        else:
-            raise SettingsError(f'command line, --{option}: "{".".join(names)}" is {describe(hint)}, not a section')
-        names.append(part)
-    return names, hint
+def refuse_secret(name: str, value: Any) -> None:
+    """Refuse a token: settings are written beside every result and released with it.
+
+    Raises:
+        SettingsError: the last part of the dotted name is that of a token, or the value is one of the Hub's.
+    """
+    key = name.rpartition(".")[2]
+    if key == "hub_token" or (isinstance(value, str) and re.search(r"\bhf_[A-Za-z0-9]{20,}", value)):
+        raise SettingsError(
+            f'"{name}" is a secret, and settings are written into every result: leave it out, and set HF_TOKEN or log '
+            "in with `hf auth login`."
+        )
 
 
-def _read_command_line(schema: type, argv: Sequence[str]) -> tuple[str | None, Node]:
-    config: str | None = None
-    given = Node({}, "command line")
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        if not word.startswith("-"):
-            if config is not None:
-                raise SettingsError(
-                    f"command line: {word!r} is a second settings file after {config!r}; "
-                    "give one, or write `extends` in it"
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _section(hint: Any) -> type | None:
+    return next((one for one in _members(hint) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def _item(hint: Any, kind: type) -> Any:
+    """The hint of a list's or dict's items."""
+    return next((typing.get_args(one)[-1] for one in _members(hint) if typing.get_origin(one) is kind), Any)
+
+
+def _describe(hint: Any) -> str:
+    """A hint in words."""
+    if _section(hint):
+        return "section"
+    if len(members := _members(hint)) > 1:
+        return " or ".join(map(_describe, members))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is list:
+        return f"list of {_describe(_item(hint, list))}"
+    words = {type(None): "null", Any: "anything", bool: "true or false", dict: "mapping"}
+    kind = typing.get_origin(hint) or hint
+    return words.get(kind, getattr(kind, "__name__", ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    hint: Any
+    default: Any = None
+    help: str = ""
+    keys_of: str = ""
+
+    def below(self) -> dict[str, _Setting] | None:
+        """The settings under this one, None where every name may stand."""
+        if section := _section(self.hint):
+            hints = typing.get_type_hints(section)
+            return {
+                one.name: _Setting(
+                    hints[one.name],
+                    one.default if one.default_factory is dataclasses.MISSING else one.default_factory(),
+                    one.metadata.get("help", ""),
+                    one.metadata.get("keys_of", ""),
                 )
-            config = word
+                for one in dataclasses.fields(section)
+            }
+        if not self.keys_of:
+            return None
+        module, _, name = self.keys_of.partition(":")
+        arguments = getattr(importlib.import_module(module), name)
+        try:
+            hints = typing.get_type_hints(arguments)
+        except NameError:  # its module imports a name for type checkers only; the keys are still checked
+            hints = {}
+        # Argument classes of other libraries are loose about texts, enums and mappings, and say so in prose only.
+        strict = {name for name, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
+        names = [one.name for one in dataclasses.fields(arguments) if one.init]
+        return {name: _Setting(hints[name] if name in strict else Any) for name in names}
+
+
+def _unknown(key: str, prefix: str, known: dict[str, _Setting]) -> SettingsError:
+    names = [*known]
+    for name, one in known.items():
+        names += [f"{name}.{inner}" for inner in (one.below() or () if _section(one.hint) else ())]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    near = near or [name for name in names if difflib.get_close_matches(key, [name.rpartition(".")[2]], cutoff=0.8)]
+    fix = f'did you mean "{prefix}{near[0]}"?' if near else f"known here: {', '.join(known)}"
+    return SettingsError(f'unknown setting "{prefix}{key}": {fix}')
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    if kind is Literal:
+        return value in typing.get_args(hint)
+    if _section(hint):
+        return isinstance(value, dict)
+    return hint is Any or type(value) is kind
+
+
+def _fit(one: _Setting, value: Any, name: str = "") -> Any:
+    """Check the names and types of what was given; whole numbers become the floats that are asked for."""
+    refuse_secret(name, value)
+    members = _members(one.hint)
+    if type(value) is int and float in members and int not in members:
+        value = float(value)
+    if not any(_fits(member, value) for member in members):
+        fix = ""
+        if str in members and isinstance(value, (bool, int, float)):
+            fix = "; write it in quotes"
+        elif any(typing.get_origin(member) is list for member in members):
+            fix = "; write [a, b, c]"
+        raise SettingsError(f'"{name}" must be {_describe(one.hint)}, got {json.dumps(value)}{fix}')
+    prefix = f"{name}." if name else ""
+    if isinstance(value, list):
+        return [_fit(_Setting(_item(one.hint, list)), item, f"{name}[{at}]") for at, item in enumerate(value)]
+    if not isinstance(value, dict) or not value:
+        return value
+    known = one.below()
+    if known is None:
+        return {key: _fit(_Setting(_item(one.hint, dict)), item, f"{prefix}{key}") for key, item in value.items()}
+    for key in value:
+        if key not in known:
+            raise _unknown(str(key), prefix, known)
+    return {key: _fit(known[key], item, f"{prefix}{key}") for key, item in value.items()}
+
+
+def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a settings file and those that it extends.
+
+    Args:
+        path: the file; `extends` in it is relative to its folder.
+        chain: the files that extend this one.
+
+    Returns:
+        The merged settings, without `extends`.
+
+    Raises:
+        SettingsError: a file cannot be read, or extends itself.
+    """
+    path = Path(path).resolve()
+    asked = f"{chain[-1].name}: extends: " if chain else ""
+    if path in chain:
+        raise SettingsError(f"{asked}a circle: {' -> '.join(file.name for file in [*chain, path])}; take one out")
+    try:
+        own: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise SettingsError(f"{path}, line {mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
+    except FileNotFoundError as error:
+        raise SettingsError(f"{asked}there is no settings file {path}; check the path") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{asked}the settings file {path} cannot be read: {error}") from error
+    if not isinstance(own, dict):
+        raise SettingsError(f"{path}: the file must hold settings, one `name: value` a line")
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    if not isinstance(base, str):
+        raise SettingsError(f"{path}: extends must name one YAML file, got {base!r}")
+    return _merge(read_yaml(path.parent / base, [*chain, path]), own)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(base, over))
+    return merged
+
+
+def _value(text: str, hint: Any) -> Any:
+    """A value of the command line: text where text is meant, else YAML."""
+    members = _members(hint)
+    if type(None) in members and text.lower() in ("null", "none", "~"):
+        return None
+    if str in members or any(typing.get_origin(one) is Literal and text in typing.get_args(one) for one in members):
+        return text
+    if any(typing.get_origin(one) is list for one in members) and not text.lstrip().startswith(("[", "{")):
+        text = f"[{text}]"
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except yaml.YAMLError:
+        return text
+
+
+def _command_line(schema: type, words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The settings file and the settings that a command names."""
+    file: str | None = None
+    given: dict[str, Any] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-") and file is None:
+            file = word
             continue
         if not word.startswith("--") or word == "--":
-            raise SettingsError(f"command line: {word!r} is no option; options are written --key value")
+            raise SettingsError(f"{word!r}: write one settings file, and options as --key value")
         option, equals, text = word[2:].partition("=")
-        names, hint = _resolve_option(schema, option)
-        where = f"command line, --{option}"
+        names, here = [], _Setting(schema)
+        for part in option.split("."):
+            below = here.below()
+            if below is not None:
+                part = part.replace("-", "_")
+            here = _Setting(_item(here.hint, dict)) if below is None else below.get(part, _Setting(Any))
+            names.append(part)
         if not equals:
-            following = argv[position] if position < len(argv) else "--"
-            switch = bool in members_of(hint)
-            only_switch = all(member in (bool, type(None)) for member in members_of(hint))
-            words = ("true", "false", "yes", "no", "on", "off", *NULL_WORDS)
-            if following.startswith("--") or (only_switch and following.lower() not in words):
-                if not switch:
-                    raise SettingsError(
-                        f"{where}: a value is missing; write --{option} VALUE, or --{option}=VALUE "
-                        "for one that begins with --"
-                    )
+            members = {*_members(here.hint)}
+            only_switch = members <= {bool, type(None)}  # the word after one may be the settings file
+            if left and not left[0].startswith("--") and (not only_switch or left[0].lower() in _SWITCH_WORDS):
+                text = left.pop(0)
+            elif members & {bool, Any}:
                 text = "true"
             else:
-                text = following
-                position += 1
-        node = parse_argument(text, where)
+                raise SettingsError(f"--{option}: a value is missing; write --{option}=VALUE")
+        value = _value(text, here.hint)
         for name in reversed(names):
-            node = Node({name: node}, where)
-        given = merge(given, node)
-    return config, given
+            value = {name: value}
+        given = _merge(given, value)
+    return file, given
 
 
-def _help(schema: type, prefix: str = "", default: Any = None) -> list[str]:
+def _help(schema: type, prefix: str = "", defaults: Any = None) -> list[str]:
     lines = []
-    for name, field in fields_of(schema).items():
-        present = getattr(default, name) if default is not None else field.default
-        sections = [member for member in members_of(field.hint) if is_section(member)]
-        if sections:
-            lines += [f"  {prefix}{name}: {field.help}" if field.help else f"  {prefix}{name}:"]
-            lines += _help(sections[0], f"{prefix}{name}.", present if isinstance(present, sections[0]) else None)
+    for name, one in (_Setting(schema).below() or {}).items():
+        default = one.default if defaults is None else getattr(defaults, name)
+        if section := _section(one.hint):
+            lines += [f"  {prefix}{name}: {one.help}".rstrip(": ") + (":" if not one.help else "")]
+            lines += _help(section, f"{prefix}{name}.", default if isinstance(default, section) else None)
             continue
-        if present is dataclasses.MISSING:
-            shown = "must be given"
-        else:
-            shown = "default " + (
-                "null"
-                if present is None
-                else str(present).lower()
-                if present is True or present is False
-                else repr(present)
-                if isinstance(present, str)
-                else str(present)
-            )
-        option = f"--{prefix}{name}" + (".KEY" if is_dict(members_of(field.hint)[0]) else "")
-        kind = f"any field of {field.keys_of}" if field.keys_of else describe(field.hint)
-        lines.append(f"  {option}  {kind} ({shown})")
-        if field.help:
-            lines.append(f"      {field.help}")
+        is_given = default is not dataclasses.MISSING
+        shown = f"default {json.dumps(default, ensure_ascii=False, default=str)}" if is_given else "must be given"
+        mapping = ".KEY" if typing.get_origin(one.hint) is dict else ""
+        kind = f"any field of {one.keys_of}" if one.keys_of else _describe(one.hint)
+        lines += [f"  --{prefix}{name}{mapping}  {kind} ({shown})", *([f"      {one.help}"] if one.help else [])]
     return lines
 
 
@@ -174,60 +286,54 @@ def load_settings(schema: type[T], argv: Sequence[str] | None, *, description: s
     """Fill a settings dataclass from the command line and the YAML file it names.
 
     Args:
-        schema: A dataclass. Fields may be str, int, float, bool, Any, Literal, lists, dicts with text keys, other
-            dataclasses (sections) and unions of these. Field metadata: "help", one sentence; "keys_of",
-            "module:Class", for a dict whose keys are fields of that dataclass, imported only when a key is given.
-        argv: The arguments after the script's name; None takes those of the process.
-        description: What the script does, for --help.
-
-    Returns:
-        The filled instance.
+        schema: a dataclass. Fields may be str, int, float, bool, Any, Literal, lists, dicts with text keys, other
+            dataclasses (sections) and unions of these; see :func:`setting`.
+        argv: the arguments after the script's name; None takes those of the process.
+        description: what the script does, for --help.
 
     Raises:
-        SettingsError: A setting is unknown, missing or of a wrong type, or a file cannot be read; the message names
-            the file and line or the option.
-        SystemExit: With status 0, after --help.
+        SettingsError: a setting is unknown, missing or of a wrong type, or a file cannot be read.
+        SystemExit: with status 0, after --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
-        script = Path(sys.argv[0]).name
-        print(f"usage: {script} [settings.yaml] [--key value | --key=value | --section.key value ...]\n")
-        print(f"{description.strip()}\n\nsettings (the command line wins over the YAML, the YAML over the defaults):")
+        print(f"usage: {Path(sys.argv[0]).name} [settings.yaml] [--key value | --key=value | --section.key value ...]")
+        print(
+            f"\n{description.strip()}\n\nsettings (the command line wins over the YAML, the YAML over the defaults):"
+        )
         print("\n".join(_help(schema)))
         raise SystemExit(0)
-    config, given = _read_command_line(schema, arguments)
-    node = given if config is None else merge(read_chain(Path(config)), given)
-    return typing.cast(T, build(schema, node, "", None))
+    file, given = _command_line(schema, arguments)
+    if file is not None:
+        given = _merge(read_yaml(file), given)
+    try:
+        filled: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _fit(_Setting(schema), given)))
+        return filled
+    except MissingMandatoryValue as error:
+        raise SettingsError(f'"{error.full_key}" must be given: --{error.full_key} VALUE, or in the YAML') from error
+    except OmegaConfBaseException as error:
+        raise SettingsError(f'"{error.full_key}": {str(error).splitlines()[0]}') from error
+    except ValueError as error:  # a check in the schema's own __post_init__
+        raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
 
 
 def resolved_yaml(settings: Any) -> str:
-    """Write filled settings as YAML that `load_settings` reads back to an equal instance.
-
-    Args:
-        settings: An instance of a settings dataclass.
-
-    Returns:
-        The YAML, every setting with its value.
-    """
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value
-
-    return dump(plain(settings))
+    """Filled settings as YAML that `load_settings` reads back to an equal instance."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(settings)))
 
 
 def environment() -> dict[str, Any]:
     """Versions of the packages and the machine, JSON-ready, to be stored beside a result."""
     versions: dict[str, str | None] = {}
-    for name in ("tct_hf", *DEPENDENCIES):
+    try:
+        required = [line for line in metadata.requires("tct_hf") or [] if "extra ==" not in line]
+    except metadata.PackageNotFoundError:  # run from a source tree
+        required = []
+    for name in ("tct_hf", *(re.split(r"[^\w.-]", line)[0] for line in required)):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None  # recorded as null: run from a source tree, or an engine that was not needed
+            versions[name] = None
     torch = sys.modules.get("torch")
     return {
         "packages": versions,
@@ -242,33 +348,18 @@ def save_resolved(settings: Any, output_dir: str | os.PathLike[str], *, extra: d
     """Write what a run was: `settings.yaml`, loadable again, and `environment.json`, what it ran on.
 
     Args:
-        settings: The filled settings dataclass.
-        output_dir: The directory, made when missing.
-        extra: More to record in `environment.json`, such as the fingerprint of the corpus.
-
-    Raises:
-        ValueError: `extra` has a key that `environment.json` has already, or holds what JSON cannot express.
-        OSError: A file cannot be written.
+        settings: the filled settings dataclass.
+        output_dir: the folder, made when missing.
+        extra: more to record in `environment.json`, such as the fingerprint of the corpus.
     """
-    here = environment()
-    taken = sorted(here.keys() & extra.keys())
-    if taken:
-        raise ValueError(f"extra: environment.json has {', '.join(taken)} already; choose another name")
     write_text_atomic(Path(output_dir) / "settings.yaml", resolved_yaml(settings))
-    write_json_atomic(Path(output_dir) / "environment.json", here | extra)
+    write_json_atomic(Path(output_dir) / "environment.json", environment() | extra)
 
 
 def _raised_on_purpose(error: BaseException) -> bool:
     """Whether a `raise` statement of this package made the error, so that its message was written for the user."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    frame = last.tb_frame
-    module = frame.f_globals.get("__name__", "")
-    line = linecache.getline(frame.f_code.co_filename, last.tb_lineno).strip()
-    return module.partition(".")[0] == "tct_hf" and line.startswith("raise ")
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
 
 
 def run_recipe(
@@ -276,16 +367,16 @@ def run_recipe(
 ) -> None:
     """Load the settings, run a recipe with them, and end the process as a command-line program should.
 
-    A recipe script ends with `if __name__ == "__main__": run_recipe(main, TrainSettings, __doc__)`.
+    A recipe script ends with `if __name__ == "__main__": run_recipe(main, Settings, __doc__)`.
 
     Args:
-        main: What to do with the settings.
-        schema: The settings dataclass, as for `load_settings`.
-        description: What the script does, for --help; usually its docstring.
-        argv: The arguments after the script's name; None takes those of the process.
+        main: what to do with the settings.
+        schema: the settings dataclass, as for :func:`load_settings`.
+        description: what the script does, for --help; usually its docstring.
+        argv: the arguments after the script's name; None takes those of the process.
 
     Raises:
-        SystemExit: Status 2 after a wrong setting and 1 after an error this package raised on purpose, each shown as
+        SystemExit: status 2 after a wrong setting and 1 after an error this package raised on purpose, each shown as
             one message; 130 after Ctrl-C. Every other error passes through with its traceback: it is a bug.
     """
     try:

@@ -32,7 +32,9 @@ def recipe_of(file: Path) -> Path:
         return ROOT / found[1]
     if file.parent.name == "sample":
         return recipe_of(file.parent.parent / file.name)
-    return recipe_of(next(heir for heir in file.parent.glob("*.yaml") if f"extends: {file.name}\n" in heir.read_text()))
+    return recipe_of(
+        next(heir for heir in file.parent.glob("*.yaml") if f"extends: {file.name}\n" in heir.read_text())
+    )
 
 
 def changed(settings: Any, defaults: Any) -> Any:

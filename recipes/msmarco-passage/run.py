@@ -92,10 +92,10 @@ def steps_of(settings: Settings) -> list[Step]:
 
 def triples_of(data: Path, train: Path, files: str | None) -> tuple[str, ...]:
     """Where training finds the triples that data.yaml counts, where train.yaml does not say so itself."""
-    from tct_hf.located_yaml import read_chain
     from tct_hf.pipeline.passage_ranking import place_of
+    from tct_hf.settings import read_yaml
 
-    source, said = read_chain(data).unwrap(), (read_chain(train).unwrap().get("triples") or {}).get("path")
+    source, said = read_yaml(data), (read_yaml(train).get("triples") or {}).get("path")
     name, folder = source.get("triples"), source.get("files")
     if name is None or folder is None or said is None or Path(said) != Path(folder) / name:
         return ()
@@ -105,13 +105,13 @@ def triples_of(data: Path, train: Path, files: str | None) -> tuple[str, ...]:
 
 def check_data(steps: list[Step], sample: int | None) -> None:
     """Refuse a data.yaml that writes where training does not look: one of a sample, without one, or the reverse."""
-    from tct_hf.located_yaml import read_chain
+    from tct_hf.settings import read_yaml
 
     of = {step.name: step for step in steps}
     if "data" not in of or "teacher" not in of:
         return
     data, train = of["data"].settings, of["teacher"].settings
-    written, read = of["data"].made().parent, (read_chain(train).unwrap().get("data") or {}).get("source")
+    written, read = of["data"].made().parent, (read_yaml(train).get("data") or {}).get("source")
     if read is None or Path(read) != written:
         ours = (HERE if sample is None else HERE / "sample") / "data.yaml"
         raise SettingsError(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tct_hf.files import write_json_atomic
-from tct_hf.located_yaml import SettingsError, read_chain
 from tct_hf.progress import human_duration
+from tct_hf.settings import SettingsError, read_yaml
 
 # What a step leaves when it has ended well: the command, and a digest of all that it was told.
 RECORDS = "steps"
@@ -52,10 +52,10 @@ class Step:
         Raises:
             SettingsError: the YAML can't be read, or names no output_dir.
         """
-        node = read_chain(self.settings).value.get("output_dir")
-        if node is None:
+        folder = read_yaml(self.settings).get("output_dir")
+        if folder is None:
             raise SettingsError(f"{self.settings}: output_dir is missing; name the folder of this step")
-        return Path(node.unwrap()) / self.makes
+        return Path(folder) / self.makes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def run_steps(
     for number, step in enumerate(steps, 1):
         place = f"[{number}/{len(steps)}] {step.name}"
         words = ["python" if step.alone else launcher, *step.words]
-        told = [words[1:], read_chain(step.settings).unwrap(), before]
+        told = [words[1:], read_yaml(step.settings), before]
         before = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         if only is not None and step.name not in only:
             continue

@@ -17,11 +17,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from tct_hf.coercion import NO_SECRETS, SECRETS
 from tct_hf.encoding.precision import has_bfloat16
 from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, replace_dir, write_json_atomic
 from tct_hf.progress import human_duration
-from tct_hf.settings import environment
+from tct_hf.settings import environment, refuse_secret
 from tct_hf.training.stalls import StallWatch
 
 _SECONDS_FILE = "seconds.json"
@@ -138,9 +137,8 @@ def check_stage(arguments: Mapping[str, Any]) -> None:
     for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
         if name in arguments:
             raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
-    for name in SECRETS:
-        if name in arguments:
-            raise ValueError(f"training.{name} {NO_SECRETS}")
+    for name, value in arguments.items():
+        refuse_secret(f"training.{name}", value)
 
 
 def claim_stage(work: Path, settings: Mapping[str, Any]) -> None:
