@@ -62,7 +62,7 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import precision, process_state
 
     check_colbert(settings.teacher)

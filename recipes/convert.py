@@ -27,7 +27,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf import convert_checkpoint, validate_checkpoint
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     if settings.source is None:
         raise SettingsError("source: name the checkpoint, such as --source castorini/tct_colbert-msmarco")

@@ -40,7 +40,7 @@ class Settings(MiningSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.pipeline import rounds
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import precision, process_state
 
     if settings.model is not None and settings.run is not None:

@@ -41,7 +41,7 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf import release
     from tct_hf.hub.cards import CardFacts
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     for name in ("path", "repo_id"):
         if getattr(settings, name) is None:

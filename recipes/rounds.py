@@ -35,7 +35,7 @@ class Settings(RoundsSettings):
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.pipeline import training_rounds
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import precision, process_state
 
     training_rounds.check_rounds(settings, settings.rounds)

@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.files import is_claimed
     from tct_hf.pipeline.student_checks import check_student
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import precision, process_state
 
     quieten()

@@ -93,7 +93,7 @@ def check_scores_of_travelling_queries() -> None:
     from accelerate import PartialState
     from sentence_transformers.util import maxsim
 
-    from tct_hf.distributed import score_where_the_passages_are
+    from tct_hf.batches import score_where_the_passages_are
 
     state = PartialState()
     world, rank, columns = state.num_processes, state.process_index, 3

@@ -148,7 +148,8 @@ def load_recipe(script: Path) -> ModuleType:
 def in_this_process(recipe: Path, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """A function of output_dir and options that runs a recipe in this process and returns the exit status."""
     module = load_recipe(recipe)
-    monkeypatch.setattr("tct_hf.quiet.quieten", lambda: None)  # it changes what later tests would see
+    monkeypatch.setattr("tct_hf.progress.quieten", lambda: None)  # it changes what later tests would see
+    monkeypatch.setattr(module, "quieten", lambda: None, raising=False)
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
     def call(output: Path, *options: str) -> int:

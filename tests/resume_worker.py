@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,18 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers.trainer_utils import get_last_checkpoint
 
-    from tct_hf import StallWatch
     from tests.train_helpers import make_teacher, make_trainer, with_scores
 
     kill_in_step = settings.pop("kill_in_step", None)
     kill_in_save = settings.pop("kill_in_save", None)
-    stall_in_step = settings.pop("stall_in_step", None)
-    watch = settings.pop("watch", None)  # seconds
-    stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed, or stalls
+    stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed
     rows = settings.pop("rows", 36)
     teacher = make_teacher(models, settings.pop("teacher", "colbert"))
     name = settings.pop("student", "student")
     student: Any = (SparseEncoder if name == "sparse" else SentenceTransformer)(str(models / name), device="cpu")
     trainer = make_trainer(output, student, teacher, with_scores(rows), **settings)
 
-    if watch is not None:
-        trainer.add_callback(StallWatch(watch))
-    if stops and (kill_in_step or stall_in_step):
+    if stops and kill_in_step:
         score = teacher.score_matrix
         calls = 0
 
@@ -51,8 +45,6 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
             calls += 1
             if calls == kill_in_step:
                 kill()
-            if calls == stall_in_step:
-                time.sleep(600)
             return score(*args, **kwargs)
 
         teacher.score_matrix = score_and_die  # type: ignore[method-assign]

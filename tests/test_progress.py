@@ -1,10 +1,15 @@
-"""Stages tell where a run is and about how long it has to go."""
+"""Stages and corpora tell how far a run is and about how long it has to go; libraries stay quiet."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
-from tct_hf.progress import Stages, human_duration
+from tct_hf.progress import NOTICES, PassageProgress, Stages, _no_notice, human_duration, quieten
 
 
 class Clock:
@@ -15,32 +20,19 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.0, "under 1 s"),
-        (0.99, "under 1 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min"),
-        (200, "3 min 20 s"),
-        (3599.7, "1 h"),
-        (7500, "2 h 5 min"),
-        (90000, "1 d 1 h"),
-    ],
-)
-def test_durations_read_well(seconds: float, text: str) -> None:
-    assert human_duration(seconds) == text
+def test_durations_read_well() -> None:
+    seconds = (0.99, 59.4, 59.6, 200, 3599.7, 7500, 90000)
+    said = ["under 1 s", "59 s", "1 min", "3 min 20 s", "1 h", "2 h 5 min", "1 d 1 h"]
+    assert [human_duration(one) for one in seconds] == said
 
 
-def test_negative_and_undefined_durations_are_refused() -> None:
-    for seconds in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="0 seconds or more"):
-            human_duration(seconds)
-
-
-def test_time_taken_so_far_scales_the_estimate_by_weight() -> None:
+def test_time_taken_so_far_scales_the_estimate_by_weight_without_skipped_stages() -> None:
     clock, lines = Clock(), list[str]()
-    stages = Stages({"read": 1, "train": 4, "measure": 1}, clock=clock, write=lines.append)
+    stages = Stages({"old": 5, "read": 1, "train": 4, "measure": 1}, clock=clock, write=lines.append)
+    stages.skip("old", "already there")
+    with pytest.raises(RuntimeError, match="boom"), stages.stage("read"):
+        clock.now += 5
+        raise RuntimeError("boom")
     with stages.stage("read"):
         clock.now += 60
     with stages.stage("train"):
@@ -49,25 +41,12 @@ def test_time_taken_so_far_scales_the_estimate_by_weight() -> None:
         clock.now += 1
     stages.finish()
     assert lines == [
-        "[1/3] read",
-        "[2/3] train (about 5 min left in all)",
-        "[3/3] measure (about 1 min left in all)",
-        "done in 6 min 1 s",
-    ]
-
-
-def test_skipped_stages_count_neither_as_done_nor_as_time() -> None:
-    clock, lines = Clock(), list[str]()
-    stages = Stages({"read": 5, "train": 1, "measure": 1}, clock=clock, write=lines.append)
-    stages.skip("read", "already there")
-    with stages.stage("train"):
-        clock.now += 30
-    with stages.stage("measure"):
-        pass
-    assert lines == [
-        "[1/3] read: skipped, already there",
-        "[2/3] train",
-        "[3/3] measure (less than a minute left in all)",
+        "[1/4] old: skipped, already there",
+        "[2/4] read",
+        "[2/4] read",
+        "[3/4] train",  # too little is measured
+        "[4/4] measure (about 1 min left in all)",
+        "done in 6 min 6 s",
     ]
 
 
@@ -78,20 +57,60 @@ def test_only_the_main_process_prints(capsys: pytest.CaptureFixture[str]) -> Non
         assert capsys.readouterr().out == expected
 
 
-def test_a_failed_stage_may_be_run_again_and_a_finished_one_may_not() -> None:
-    stages = Stages({"train": 1}, write=lambda line: None)
-    with pytest.raises(RuntimeError, match="boom"), stages.stage("train"):
-        raise RuntimeError("boom")
-    with stages.stage("train"), pytest.raises(ValueError, match="under way"):
-        stages.skip("train", "no")
-    with pytest.raises(ValueError, match="has run already"):
-        stages.skip("train", "no")
+def test_passages_are_counted_over_all_processes_with_what_was_there_before() -> None:
+    clock, lines = Clock(), list[str]()
+    for total in (1000, None):
+        progress = PassageProgress(total, 2, lines.append, 10.0, clock, enabled=True)
+        progress.skipped(100)
+        clock.now += 20
+        progress.encoded(200)
+        progress.encoded(10)  # too soon for another line
+        clock.now += 30
+        progress.finish(1000)
+    assert lines == [
+        "  500 of 1,000 passages   20 passages/s   25 s left",
+        "  1,000 passages (100 were there) in 50 s, 18 passages/s",
+        "  500 passages   20 passages/s",
+        "  1,000 passages (100 were there) in 50 s, 18 passages/s",
+    ]
 
 
-def test_misnamed_stages_and_bad_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="no stage 'tain'; the stages are train"):
-        Stages({"train": 1}).skip("tain", "no")
-    with pytest.raises(ValueError, match="at least one"):
-        Stages({})
-    with pytest.raises(ValueError, match="'train' must weigh more than 0"):
-        Stages({"train": 0})
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Made quiet for one test."""
+    import datasets
+    import transformers
+    from sentence_transformers.base import model_card
+
+    monkeypatch.setattr(model_card, "tqdm", model_card.tqdm)
+    level = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        quieten()
+        quieten()  # once more changes nothing
+        yield
+    transformers.utils.logging.set_verbosity(level)
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+    for name in NOTICES:
+        logging.getLogger(name).removeFilter(_no_notice)
+
+
+def test_bars_and_notices_are_dropped_and_other_warnings_kept(quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
+    from sentence_transformers.base import model_card
+
+    seen: list[str] = []
+    keep = logging.Handler()
+    keep.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
+    for logger, start in NOTICES.items():
+        logging.getLogger(logger).addHandler(keep)
+        logging.getLogger(logger).warning(f"{start} and so on")
+        logging.getLogger(logger).warning("Something is wrong")
+        logging.getLogger(logger).removeHandler(keep)
+    assert seen == ["Something is wrong"] * len(NOTICES)
+    with pytest.warns(UserWarning, match="fix this"):
+        warnings.warn("fix this", stacklevel=1)
+    bar: Any = model_card.tqdm
+    assert list(bar([1, 2], desc="Computing widget examples")) == [1, 2]
+    assert capsys.readouterr().err == ""

@@ -99,7 +99,7 @@ def main() -> None:
     from tct_hf import build_student
     from tct_hf.bundled import resolve_model
     from tct_hf.encoding.precision import has_bfloat16
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     torch.set_num_threads(args.threads)

@@ -196,7 +196,7 @@ def main() -> None:
     import torch
 
     from tct_hf import load_expander
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     torch.set_num_threads(args.threads)

@@ -147,7 +147,7 @@ def main() -> None:
 
     from tct_hf.pipeline import steps as pipeline
     from tct_hf.pipeline.steps import DataSettings
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     output: Path = args.output_dir

@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--memory", type=int, help="measure the memory of so many queries in this process")
     args = parser.parse_args()
 
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     if args.memory:

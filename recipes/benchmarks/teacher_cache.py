@@ -25,7 +25,7 @@ def main() -> None:
 
     import torch
 
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     torch.set_num_threads(args.threads)

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--memory", choices=("stock", "tct"), help="measure the memory of one side in this process")
     args = parser.parse_args()
 
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     if args.memory:

@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from tct_hf.distributed import sizes_of_all
+from tct_hf.batches import sizes_of_all
 from tct_hf.encoding.kinds import TRAINING_FILE
 from tct_hf.files import write_json_atomic
 

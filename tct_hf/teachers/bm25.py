@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tct_hf.distributed import gather_rows, sizes_of_all
+from tct_hf.batches import gather_rows, sizes_of_all
 from tct_hf.teachers.base import Teacher
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from sentence_transformers.util import truncate_embeddings
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import pad_tokens, parts_of_like_length, stack_columns
+from tct_hf.batches import pad_tokens, parts_of_like_length, score_where_the_passages_are, stack_columns
 from tct_hf.bundled import told_when_missing
-from tct_hf.distributed import score_where_the_passages_are
 from tct_hf.encoding.digests import weights_digest
 from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
 from tct_hf.teachers.base import Features, Teacher, check_scale, read_training_scale
@@ -179,7 +178,7 @@ class VectorTeacher(Teacher):
 
         Passages of all columns go through the encoder sorted by length; vectors and what devices exchange are of the
         type that the encoder computes in, scores are compared in float32. With several devices queries travel to the
-        passages, see :func:`tct_hf.distributed.score_where_the_passages_are`.
+        passages, see :func:`tct_hf.batches.score_where_the_passages_are`.
         """
         self.model.eval()
         with torch.inference_mode():

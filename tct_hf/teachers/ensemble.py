@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from tct_hf.distributed import own_places, spread_own
+from tct_hf.batches import own_places, spread_own
 from tct_hf.teachers.base import Teacher
 
 Normalisation = Literal["standard", "softmax", "none"]

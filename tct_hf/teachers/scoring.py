@@ -125,7 +125,7 @@ def _scores(teacher: Teacher, rows: Dataset, names: list[str], batch_size: int, 
     import torch
     from accelerate.utils import send_to_device
 
-    from tct_hf.distributed import own_places
+    from tct_hf.batches import own_places
 
     device = state.device if state is not None else torch.device("cpu")
     found = []

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tct_hf.batches import spread_own
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.row_parsing import shown
 from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
-from tct_hf.distributed import spread_own
 from tct_hf.teachers.base import Teacher, check_scale
 
 if TYPE_CHECKING:

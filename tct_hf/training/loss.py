@@ -15,8 +15,16 @@ from sentence_transformers.util.distributed import get_world_size
 from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
-from tct_hf.batches import check_mini_batch_size, pad_tokens, parts_of_like_length, stack_columns, take, token_lengths
-from tct_hf.distributed import gather_rows, sizes_of_all
+from tct_hf.batches import (
+    check_mini_batch_size,
+    gather_rows,
+    pad_tokens,
+    parts_of_like_length,
+    sizes_of_all,
+    stack_columns,
+    take,
+    token_lengths,
+)
 from tct_hf.training.score_losses import (
     KLDirection,
     at_least_float32,

@@ -12,7 +12,7 @@ from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import Spla
 from sentence_transformers.sparse_encoder.losses import FlopsLoss, SpladeLoss
 from torch import Tensor
 
-from tct_hf.distributed import gather_rows, sizes_of_all
+from tct_hf.batches import gather_rows, sizes_of_all
 from tct_hf.training.score_losses import at_least_float32
 
 

@@ -12,8 +12,8 @@ from torch.utils import data
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from tct_hf.batches import sizes_of_all
 from tct_hf.data.streamed import StreamedTriples
-from tct_hf.distributed import sizes_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,8 +19,8 @@ from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, Splade
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
+from tct_hf.batches import first_row, gather_rows, sizes_of_all
 from tct_hf.data.column_names import candidate_columns
-from tct_hf.distributed import first_row, gather_rows, sizes_of_all
 from tct_hf.encoding.build import finalise_checkpoint, has_tct_encoding
 from tct_hf.encoding.scale import LearnedScaleMixin
 from tct_hf.teachers.base import NoTeacher, Teacher

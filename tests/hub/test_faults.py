@@ -222,7 +222,7 @@ def test_a_token_is_no_setting_of_a_recipe(tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match="set HF_TOKEN or log in") as caught:
             load_settings(Settings, arguments, description="")
         assert WRITER not in str(caught.value)
-    with pytest.raises(ValueError, match=r"training\.hub_token" is a secret"):
+    with pytest.raises(ValueError, match=r'training\.hub_token" is a secret'):
         training.train_colbert(
             lambda: pytest.fail("made"),
             lambda: pytest.fail("made"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tct_hf import CachedTeacher, NoTeacher, StoredScores, Teacher, TeacherEnsemble
-from tct_hf.distributed import spread_own
+from tct_hf.batches import spread_own
 from tests.train_helpers import logged, make_models, make_trainer, with_scores
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ import torch
 
 from tct_hf import build_student, student_from_teacher
 from tests.models import tiny_cross_encoder, tiny_modernbert
+from tests.recipe import ROOT
 from tests.train_helpers import make_models, make_splade
-from tests.warm_process import run_warm
+from tests.warm_process import free_port, run_warm
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -97,25 +103,38 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def launch(models: Path, output: Path, processes: int) -> None:
-    cases = {name: {**case, "per_device_train_batch_size": 12 // processes} for name, case in CASES.items()}
-    words = ["-m", "tests.distributed_worker", str(models), str(output), json.dumps(cases)]
-    done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
-    assert done.returncode == 0, done.stderr[-4000:]
+# Run with two processes by default; the others are slow, and so is everything with three.
+BASIC = ("plain", "separate tokens", "gradient cache", "fewer rows, few labels, gradient cache", "sparse student")
 
 
 @pytest.fixture(scope="module")
-def steps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def steps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
     output = tmp_path_factory.mktemp("steps")
-    for processes in (1, 2, 3):
-        launch(models, output / str(processes), processes)
-    return output
+
+    def run(case: str, processes: int) -> Path:
+        if not (output / str(processes) / case).exists():
+            names = [name for name in CASES if (name in BASIC) is (case in BASIC)]
+            cases = {name: {**CASES[name], "per_device_train_batch_size": 12 // processes} for name in names}
+            words = ["-m", "tests.distributed_worker", str(models), str(output / str(processes)), json.dumps(cases)]
+            done = run_warm(words, env=ENVIRONMENT, processes=processes)
+            assert done.returncode == 0, done.stderr[-4000:]
+        return output / str(processes) / case
+
+    return run
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("case", CASES)
-def test_processes_give_the_loss_gradients_and_weights_of_one(steps: Path, case: str, processes: int) -> None:
-    alone, together = steps / "1" / case, steps / str(processes) / case
+@pytest.mark.parametrize(
+    ("case", "processes"),
+    [
+        pytest.param(case, processes, marks=() if case in BASIC and processes == 2 else pytest.mark.slow)
+        for case in CASES
+        for processes in (2, 3)
+    ],
+)
+def test_processes_give_the_loss_gradients_and_weights_of_one(
+    steps: Callable[[str, int], Path], case: str, processes: int
+) -> None:
+    alone, together = steps(case, 1), steps(case, processes)
     one, _ = json.loads((alone / "losses.json").read_text())
     several, evaluated = json.loads((together / "losses.json").read_text())
     assert several == pytest.approx(one, abs=1e-5)
@@ -127,3 +146,52 @@ def test_processes_give_the_loss_gradients_and_weights_of_one(steps: Path, case:
     assert math.isfinite(evaluated)  # six rows in parts still make a batch
     if "uneven" not in CASES[case]:
         assert (together / "checkpoint-2" / f"rng_state_{processes - 1}.pth").is_file()
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_in_mid_step_and_the_run_resumes_bit_equal(tmp_path: Path) -> None:
+    student, _ = make_models(tmp_path, dropout=0.1)
+    student.save_pretrained(str(tmp_path / "student"))
+
+    def train(output: str, code: int = 0, **more: int) -> dict[str, str]:
+        settings = {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "per_device_train_batch_size": 4,
+            **more,
+        }
+        words = ["-m", "tests.resume_worker", str(tmp_path), str(tmp_path / output), json.dumps(settings)]
+        done = run_warm(words, env=ENVIRONMENT, processes=2)
+        assert (done.returncode == 0) is (code == 0), done.stderr[-3000:]
+        keys = ("resumes", "weights", "losses")
+        return dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in keys)
+
+    whole = train("whole")
+    train("run", code=1, kill_in_step=3, rank=1)
+    again = train("run")
+    assert (whole.pop("resumes"), again.pop("resumes")) == ("nothing", "checkpoint-2") and again == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu.yaml", "multi_gpu.yaml"])
+def test_the_configurations_start_as_many_processes_as_they_say(tmp_path: Path, config: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from tct_hf.training.stages import process_state\n"
+        "state = process_state()\n"
+        "with open(f'{sys.argv[1]}/{state.process_index}', 'w') as file:\n"
+        "    file.write(str(state.num_processes))\n"
+        "state.wait_for_everyone()\n"
+        "state.destroy_process_group()\n"
+    )
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--main_process_port={free_port()}"]
+    launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / config), "--num_cpu_threads_per_process=1"]
+    done = subprocess.run(
+        [*launcher, str(script), str(seen)], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {file.name: file.read_text() for file in seen.iterdir()} == {"0": "2", "1": "2"}
