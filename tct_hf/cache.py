@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tct_hf.files import staging_beside
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_ROWS_A_BATCH = 1000
-
 
 def default_cache_dir() -> Path:
-    """Name the folder for prepared data.
+    """The folder for prepared data, which may not exist yet.
 
     Returns:
-        `$TCT_HF_CACHE`, else `tct_hf` under `$XDG_CACHE_HOME`, else `~/.cache/tct_hf`. It may not exist yet.
+        `$TCT_HF_CACHE`, else `tct_hf` under `$XDG_CACHE_HOME`, else `~/.cache/tct_hf`.
     """
     own = os.environ.get("TCT_HF_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tct_hf"
+    return Path(own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/tct_hf").expanduser()
 
 
 def build_once(final: Path, build: Callable[[Path], None]) -> Path:
     """Return a folder, built first when it is missing; safe with several processes at once.
 
     Each process that finds it missing builds its own copy beside it; the first to finish renames it into place and
-    the others drop theirs, so that a reader never sees half a folder and nobody waits for a lock of a dead process.
+    the others drop theirs, so that a reader never sees half a folder and no process waits for the lock of a dead one.
 
     Args:
         final: the folder.
@@ -46,70 +43,43 @@ def build_once(final: Path, build: Callable[[Path], None]) -> Path:
     if final.is_dir():
         return final
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # Not mkdtemp, whose 0700 would outlive the rename: several users may share the cache.
-        staging = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-        staging.mkdir()
+        with staging_beside(final) as staging:
+            staging.mkdir()
     except OSError as error:
         raise OSError(
             f"can't write prepared data below {final.parent} ({error.strerror}); "
             "pass cache_dir= or set TCT_HF_CACHE to a folder that can be written"
         ) from error
-    try:
+    with staging_beside(final) as staging:
+        staging.mkdir()
         build(staging)
         try:
             staging.rename(final)
         except OSError:
             if not final.is_dir():
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return final
 
 
 def write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> int:
-    """Write passages as an Arrow stream, in constant memory.
-
-    Args:
-        path: the file to write.
-        passages: (id, text) pairs.
+    """Write (id, text) pairs as an Arrow stream, in constant memory.
 
     Returns:
         The number of passages.
     """
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])
-    count = 0
-    ids: list[str] = []
-    texts: list[str] = []
+    left, count = iter(passages), 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-
-        def flush() -> None:
-            writer.write_batch(pa.record_batch([pa.array(ids, pa.string()), pa.array(texts, pa.string())], schema))
-            ids.clear()
-            texts.clear()
-
-        for passage_id, text in passages:
-            ids.append(passage_id)
-            texts.append(text)
-            count += 1
-            if len(ids) == _ROWS_A_BATCH:
-                flush()
-        if ids or not count:
-            flush()
+        while batch := list(islice(left, 1000)):
+            writer.write_batch(pa.record_batch([pa.array(column, pa.string()) for column in zip(*batch)], schema))  # noqa: B905
+            count += len(batch)
     return count
 
 
 def read_corpus(path: Path) -> Dataset:
-    """Open what `write_corpus` wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        A memory-mapped data set with the columns id and text.
-    """
+    """Open what `write_corpus` wrote: a memory-mapped data set with the columns id and text."""
     from datasets import Dataset
 
     return Dataset.from_file(str(path))

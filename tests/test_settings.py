@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tct_hf.settings import (
@@ -249,6 +250,7 @@ def test_importing_settings_loads_nothing_heavy() -> None:
 words = st.text(alphabet="aenoyslNE01289.-+:_~ #'\"\n[]{}é", max_size=8)
 
 
+@hypothesis_settings(deadline=None, max_examples=50)
 @given(text=words, items=st.lists(words), number=st.floats(allow_nan=False), mapping=st.dictionaries(words, words))
 def test_any_resolved_settings_load_again_to_the_same(
     tmp_path_factory: pytest.TempPathFactory, text: str, items: list[str], number: float, mapping: dict[str, str]
@@ -273,9 +275,9 @@ def raise_bug(settings: Settings) -> None:
 
 
 def raise_on_purpose(settings: Settings) -> None:
-    from tct_hf.files import replace_dir
+    from tct_hf.files import write_json_atomic
 
-    replace_dir("/nonexistent/a", "/nonexistent/b")
+    write_json_atomic("a.json", float("nan"))
 
 
 def interrupt(settings: Settings) -> None:
@@ -286,7 +288,7 @@ def interrupt(settings: Settings) -> None:
     ("main", "argv", "status", "shown"),
     [
         (raise_bug, ["--epoch", "1"], 2, 'error: unknown setting "epoch"'),
-        (raise_on_purpose, ["--output_dir", "o"], 1, "there is no finished directory to move into place"),
+        (raise_on_purpose, ["--output_dir", "o"], 1, "this cannot be written as JSON"),
         (interrupt, ["--output_dir", "o"], 130, "interrupted"),
     ],
 )
