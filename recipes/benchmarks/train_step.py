@@ -74,7 +74,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         build_student,
         free_mixture,
     )
-    from tct_hf.bundled import resolve_model
+    from tct_hf.hub_client import resolve_model
 
     bf16, dtype = MODES[mode]
     torch.manual_seed(0)

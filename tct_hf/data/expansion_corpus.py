@@ -39,8 +39,8 @@ def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", 
     import torch
     from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from tct_hf.bundled import told_when_missing
     from tct_hf.encoding.precision import check_dtype, compute_dtype
+    from tct_hf.hub_client import told_when_missing
 
     check_dtype(dtype)
     place = torch.device("cpu" if device is None else device)

@@ -10,9 +10,9 @@ import torch
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
-from tct_hf.bundled import told_when_missing
 from tct_hf.encoding.checkpoint import query_expansion
 from tct_hf.encoding.tokenization import own_tokenizer, start_token, tct_tokenizer
+from tct_hf.hub_client import told_when_missing
 
 
 def load_transformer(model_name_or_path: str, dtype: torch.dtype | str | None) -> Transformer:

@@ -10,7 +10,7 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from tct_hf.bundled import told_when_missing
+from tct_hf.hub_client import told_when_missing
 
 DOCUMENT_LENGTH = 256
 

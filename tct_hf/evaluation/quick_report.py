@@ -74,8 +74,8 @@ def reference_systems(
     """
     from sentence_transformers import SentenceTransformer
 
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.build import build_student
+    from tct_hf.hub_client import resolve_model
 
     systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
     dense = partial(dense_system, collection, depth=depth, bf16=bf16)

@@ -445,7 +445,7 @@ def open_reranker(name: str, stores: Stores) -> MultiVectorEncoder:
 
 
 def _place(name: str, role: str) -> str:
-    from tct_hf.bundled import resolve_model
+    from tct_hf.hub_client import resolve_model
 
     place = resolve_model(name)
     if not Path(place).is_dir() and (Path(place).exists() or not _HUB_ID.fullmatch(place)):

@@ -220,8 +220,8 @@ def train_arm(
     Raises:
         ValueError: the folder holds another arm's work.
     """
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.build import build_student
+    from tct_hf.hub_client import resolve_model
     from tct_hf.teachers.base import NoTeacher, Teacher
     from tct_hf.teachers.cached import CachedTeacher
     from tct_hf.teachers.colbert import ColBERTTeacher

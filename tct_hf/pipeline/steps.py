@@ -227,8 +227,8 @@ def train_teacher(
     from sentence_transformers import MultiVectorEncoder
     from transformers import set_seed
 
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.build import build_colbert
+    from tct_hf.hub_client import resolve_model
     from tct_hf.teachers.base import read_training_scale
     from tct_hf.training import run as training
 
@@ -290,8 +290,8 @@ def train_student(
     """
     from sentence_transformers import SentenceTransformer, SparseEncoder
 
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.splade import build_splade
+    from tct_hf.hub_client import resolve_model
     from tct_hf.training import run as training
 
     sparse = student.kind == "splade"
@@ -400,8 +400,8 @@ def prepare_mixture(
         settings: JSON-ready, all that the result depends on; a folder of others is refused.
         write: takes lines of progress.
     """
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.build import build_student
+    from tct_hf.hub_client import resolve_model
     from tct_hf.teachers.calibration import calibrate
     from tct_hf.teachers.colbert import DenseTeacher
     from tct_hf.teachers.mixture import members_of, search_mixture
@@ -545,8 +545,8 @@ def new_student(
         pooling: likewise.
         scale: likewise.
     """
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.build import build_student, student_from_teacher
+    from tct_hf.hub_client import resolve_model
 
     from_teacher = encoder.starts_from(initialise_from) == "teacher"
     make: Any = student_from_teacher if from_teacher else build_student

@@ -98,7 +98,7 @@ def _config_of(model: str) -> Any:
     """The configuration of an encoder; None where it can't be read: loading the model will say why."""
     from transformers import AutoConfig
 
-    from tct_hf.bundled import resolve_model
+    from tct_hf.hub_client import resolve_model
 
     try:
         return AutoConfig.from_pretrained(resolve_model(model))
@@ -108,8 +108,8 @@ def _config_of(model: str) -> Any:
 
 def _check_splade(encoder: EncoderSettings, student: StudentSettings) -> None:
     """Refuse a base without what a sparse student needs, or a part of its layers."""
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.splade import check_head
+    from tct_hf.hub_client import resolve_model
 
     if encoder.starts_from(student.initialise_from) != "base":
         raise SettingsError(

@@ -309,8 +309,8 @@ def make_part(
         index: gives the collection's BM25 index, for the kind bm25.
         reads: lengths and prompts of an embedding model, arguments of `build_student`; its own when None.
     """
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.build import build_colbert, build_student
+    from tct_hf.hub_client import resolve_model
     from tct_hf.teachers.bm25 import BM25Teacher
     from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher
     from tct_hf.teachers.cross_encoder import CrossEncoderTeacher

@@ -16,9 +16,9 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import pad_tokens, parts_of_like_length, score_where_the_passages_are, stack_columns
-from tct_hf.bundled import told_when_missing
 from tct_hf.encoding.digests import weights_digest
 from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
+from tct_hf.hub_client import told_when_missing
 from tct_hf.teachers.base import Features, Teacher, check_scale, read_training_scale
 
 Side = Literal["query", "document"]

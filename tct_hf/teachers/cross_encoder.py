@@ -15,8 +15,8 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import gather_rows, parts_of_like_length, sizes_of_all, spread_own, stack_columns
-from tct_hf.bundled import told_when_missing
 from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
+from tct_hf.hub_client import told_when_missing
 from tct_hf.progress import human_duration
 from tct_hf.teachers.base import Features, Teacher, check_scale, read_training_scale
 

