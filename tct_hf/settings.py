@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -80,22 +80,17 @@ def _item(hint: Any, kind: type) -> Any:
 
 
 def _describe(hint: Any) -> str:
-    """A hint in words."""
-    if _section(hint):
-        return "section"
-    if len(members := _members(hint)) > 1:
-        return " or ".join(map(_describe, members))
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) is list:
-        return f"list of {_describe(_item(hint, list))}"
-    words = {type(None): "null", Any: "anything", bool: "true or false", dict: "mapping"}
-    kind = typing.get_origin(hint) or hint
-    return words.get(kind, getattr(kind, "__name__", ""))
+    """A hint in YAML's words."""
+    names: list[str] = []
+    for one in _members(hint):
+        if typing.get_origin(one) is Literal:
+            names += map(str, typing.get_args(one))
+        else:
+            names.append(one.__name__ if isinstance(one, type) and not typing.get_args(one) else str(one))
+    return " or ".join(names).replace("NoneType", "null").replace("typing.", "")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
+class _Setting(NamedTuple):
     hint: Any
     default: Any = None
     help: str = ""
@@ -123,9 +118,8 @@ class _Setting:
         except NameError:  # its module imports a name for type checkers only; the keys are still checked
             hints = {}
         # Argument classes of other libraries are loose about texts, enums and mappings, and say so in prose only.
-        strict = {name for name, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
-        names = [one.name for one in dataclasses.fields(arguments) if one.init]
-        return {name: _Setting(hints[name] if name in strict else Any) for name in names}
+        strict = {name: hint for name, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
+        return {one.name: _Setting(strict.get(one.name, Any)) for one in dataclasses.fields(arguments) if one.init}
 
 
 def _unknown(key: str, prefix: str, known: dict[str, _Setting]) -> SettingsError:
@@ -139,11 +133,9 @@ def _unknown(key: str, prefix: str, known: dict[str, _Setting]) -> SettingsError
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    kind = typing.get_origin(hint) or hint
-    if kind is Literal:
+    if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
-    if _section(hint):
-        return isinstance(value, dict)
+    kind = dict if _section(hint) else typing.get_origin(hint) or hint
     return hint is Any or type(value) is kind
 
 
@@ -154,24 +146,19 @@ def _fit(one: _Setting, value: Any, name: str = "") -> Any:
     if type(value) is int and float in members and int not in members:
         value = float(value)
     if not any(_fits(member, value) for member in members):
-        fix = ""
-        if str in members and isinstance(value, (bool, int, float)):
-            fix = "; write it in quotes"
-        elif any(typing.get_origin(member) is list for member in members):
-            fix = "; write [a, b, c]"
+        fix = "; write it in quotes" if str in members and isinstance(value, (bool, int, float)) else ""
+        fix = "; write [a, b, c]" if _item(one.hint, list) is not Any else fix
         raise SettingsError(f'"{name}" must be {_describe(one.hint)}, got {json.dumps(value)}{fix}')
-    prefix = f"{name}." if name else ""
     if isinstance(value, list):
         return [_fit(_Setting(_item(one.hint, list)), item, f"{name}[{at}]") for at, item in enumerate(value)]
     if not isinstance(value, dict) or not value:
         return value
-    known = one.below()
-    if known is None:
-        return {key: _fit(_Setting(_item(one.hint, dict)), item, f"{prefix}{key}") for key, item in value.items()}
+    known, prefix = one.below(), f"{name}." if name else ""
     for key in value:
-        if key not in known:
+        if known is not None and key not in known:
             raise _unknown(str(key), prefix, known)
-    return {key: _fit(known[key], item, f"{prefix}{key}") for key, item in value.items()}
+    others = _Setting(_item(one.hint, dict))
+    return {key: _fit(known[key] if known else others, item, f"{prefix}{key}") for key, item in value.items()}
 
 
 def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[str, Any]:
@@ -193,13 +180,9 @@ def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[
         raise SettingsError(f"{asked}a circle: {' -> '.join(file.name for file in [*chain, path])}; take one out")
     try:
         own: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise SettingsError(f"{path}, line {mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
-    except FileNotFoundError as error:
-        raise SettingsError(f"{asked}there is no settings file {path}; check the path") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{asked}the settings file {path} cannot be read: {error}") from error
+        why = " ".join(str(error).split())
+        raise SettingsError(f"{asked}{path} cannot be read as a settings file: {why}") from error
     if not isinstance(own, dict):
         raise SettingsError(f"{path}: the file must hold settings, one `name: value` a line")
     base = own.pop("extends", None)
@@ -323,17 +306,15 @@ def resolved_yaml(settings: Any) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages and the machine, JSON-ready, to be stored beside a result."""
-    versions: dict[str, str | None] = {}
+    """Versions of the required packages and the machine, JSON-ready, to be stored beside a result."""
+    versions: dict[str, str | None] = {"tct_hf": None}
     try:
-        required = [line for line in metadata.requires("tct_hf") or [] if "extra ==" not in line]
-    except metadata.PackageNotFoundError:  # run from a source tree
-        required = []
-    for name in ("tct_hf", *(re.split(r"[^\w.-]", line)[0] for line in required)):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+        required = [
+            re.split(r"[^\w.-]", line)[0] for line in metadata.requires("tct_hf") or () if "extra ==" not in line
+        ]
+        versions = {name: metadata.version(name) for name in ("tct_hf", *required)}
+    except metadata.PackageNotFoundError:
+        pass  # run from a source tree
     torch = sys.modules.get("torch")
     return {
         "packages": versions,
