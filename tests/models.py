@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import MultiVectorEncoder
@@ -28,21 +29,24 @@ from transformers import (
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?()[]'\"-_/检索搜中文"
 WORDS = [
-    "the",
-    "a",
-    "what",
-    "is",
-    "of",
-    "passage",
-    "query",
-    "retrieval",
-    "dense",
-    "teacher",
-    "student",
-    "distillation",
-    "representations",
-    "tokens",
-]
+    "the", "a", "what", "is", "of", "passage", "query", "retrieval", "dense", "teacher", "student", "distillation",
+    "representations", "tokens",
+]  # fmt: skip
+# Sizes that the families name alike.
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+}  # fmt: skip
+NAMES = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token")
+
+
+def _write_json(file: Path, **content: Any) -> None:
+    file.write_text(json.dumps(content))
+
+
+def _save_fast(path: Path, tokenizer: Tokenizer, special: list[str], **more: Any) -> None:
+    """A tokenizer whose special tokens are those of NAMES, in this order."""
+    named = dict(zip(NAMES, special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named, **more).save_pretrained(path)
 
 
 def wordpiece_vocabulary(special: list[str]) -> dict[str, int]:
@@ -62,53 +66,34 @@ def _save_bert_tokenizer(path: Path) -> int:
     )
     tokenizer.add_special_tokens(special)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "BertTokenizer",
-                "do_lower_case": True,
-                "model_max_length": 192,
-                "cls_token": "[CLS]",
-                "sep_token": "[SEP]",
-                "mask_token": "[MASK]",
-                "pad_token": "[PAD]",
-                "unk_token": "[UNK]",
-            }
-        )
-    )
+    tokens = {name: f"[{name[:3].upper()}]" for name in ("cls_token", "sep_token", "pad_token", "unk_token")}
+    _write_json(
+        path / "tokenizer_config.json",
+        tokenizer_class="BertTokenizer", do_lower_case=True, model_max_length=192, mask_token="[MASK]", **tokens,
+    )  # fmt: skip
     (path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     return len(vocabulary)
 
 
 def _tiny_bert_config(size: int, layers: int, dropout: float, hidden: int) -> BertConfig:
-    return BertConfig(
-        vocab_size=size,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * hidden,
-        max_position_embeddings=192,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.2,
-    )
+    sizes = {**SIZES, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertConfig(vocab_size=size, max_position_embeddings=192, initializer_range=0.2, **sizes, **drop)
 
 
-def tiny_bert(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 0, hidden: int = 32) -> Path:
+def tiny_bert(
+    path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 0, hidden: int = 32, kind: Any = BertModel
+) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     size = _save_bert_tokenizer(path)
     torch.manual_seed(seed)
-    BertModel(_tiny_bert_config(size, layers, dropout, hidden)).save_pretrained(path)
+    kind(_tiny_bert_config(size, layers, dropout, hidden)).save_pretrained(path)
     return path
 
 
 def tiny_mlm(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 6, hidden: int = 32) -> Path:
     """An encoder with its masked-language-model head, for sparse students."""
-    path.mkdir(parents=True, exist_ok=True)
-    size = _save_bert_tokenizer(path)
-    torch.manual_seed(seed)
-    BertForMaskedLM(_tiny_bert_config(size, layers, dropout, hidden)).save_pretrained(path)
-    return path
+    return tiny_bert(path, layers=layers, dropout=dropout, seed=seed, hidden=hidden, kind=BertForMaskedLM)
 
 
 def tiny_mpnet(path: Path) -> Path:
@@ -120,33 +105,12 @@ def tiny_mpnet(path: Path) -> Path:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        cls_token="<s>",
-        bos_token="<s>",
-        sep_token="</s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="[UNK]",
-        mask_token="<mask>",
-        model_max_length=192,
-    )
-    fast.save_pretrained(path)
+    named = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
+    _save_fast(path, tokenizer, named, bos_token="<s>", eos_token="</s>", model_max_length=192)
     torch.manual_seed(1)
-    config = MPNetConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=194,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
+    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = MPNetConfig(vocab_size=len(vocabulary), max_position_embeddings=194, **SIZES, **drop, **ids)
     MPNetModel(config).save_pretrained(path)
     return path
 
@@ -156,15 +120,8 @@ def tiny_distilbert(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     size = _save_bert_tokenizer(path)
     torch.manual_seed(8)
-    config = DistilBertConfig(
-        vocab_size=size,
-        dim=32,
-        n_layers=2,
-        n_heads=2,
-        hidden_dim=64,
-        max_position_embeddings=192,
-        initializer_range=0.2,
-    )
+    sizes: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    config = DistilBertConfig(vocab_size=size, max_position_embeddings=192, initializer_range=0.2, **sizes)
     DistilBertModel(config).save_pretrained(path)
     return path
 
@@ -173,11 +130,9 @@ def byte_level(special: list[str]) -> Tokenizer:
     """A byte-level BPE tokenizer, trained on a few words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
     return tokenizer
@@ -189,27 +144,9 @@ def tiny_roberta(path: Path) -> Path:
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer = byte_level(special)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        cls_token="<s>",
-        bos_token="<s>",
-        sep_token="</s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )
-    fast.save_pretrained(path)
+    _save_fast(path, tokenizer, special, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(2)
-    config = RobertaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=194,
-        pad_token_id=1,
-    )
+    config = RobertaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=194, pad_token_id=1, **SIZES)
     RobertaModel(config).save_pretrained(path)
     return path
 
@@ -222,33 +159,15 @@ def tiny_modernbert(path: Path, *, dropout: float = 0.0) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
-    names = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "attention_mask"],
-        **dict(zip(names, special, strict=True)),
-    )
-    fast.save_pretrained(path)
+    _save_fast(path, tokenizer, special, model_input_names=["input_ids", "attention_mask"])
     torch.manual_seed(6)
+    drop = dict.fromkeys(("embedding_dropout", "mlp_dropout", "attention_dropout"), dropout)
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
+    attention = {"local_attention": 8, "global_attn_every_n_layers": 2, "max_position_embeddings": 192}
     config = ModernBertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=192,
-        initializer_range=0.2,
-        embedding_dropout=dropout,
-        mlp_dropout=dropout,
-        attention_dropout=dropout,
-        local_attention=8,
-        global_attn_every_n_layers=2,
-        pad_token_id=1,
-        bos_token_id=0,
-        cls_token_id=0,
-        eos_token_id=2,
-        sep_token_id=2,
-    )
+        vocab_size=tokenizer.get_vocab_size(), initializer_range=0.2, **{**SIZES, "num_hidden_layers": 3},
+        **drop, **attention, **ids,
+    )  # fmt: skip
     ModernBertModel(config).save_pretrained(path)
     return path
 
@@ -287,19 +206,11 @@ def stanford_colbert(path: Path) -> Path:
     config = json.loads((path / "config.json").read_text())
     config["architectures"] = ["HF_ColBERT"]
     (path / "config.json").write_text(json.dumps(config))
-    (path / "artifact.metadata").write_text(
-        json.dumps(
-            {
-                "query_maxlen": 32,
-                "doc_maxlen": 60,
-                "dim": 16,
-                "mask_punctuation": True,
-                "attend_to_mask_tokens": False,
-                "query_token_id": "[unused0]",
-                "doc_token_id": "[unused1]",
-            }
-        )
-    )
+    _write_json(
+        path / "artifact.metadata",
+        query_maxlen=32, doc_maxlen=60, dim=16, mask_punctuation=True, attend_to_mask_tokens=False,
+        query_token_id="[unused0]", doc_token_id="[unused1]",
+    )  # fmt: skip
     return path
 
 
@@ -315,45 +226,24 @@ def pylate_colbert(path: Path) -> Path:
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 59, "do_lower_case": False}))
-    (path / "modules.json").write_text(
-        json.dumps(
-            [
-                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-                {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
-            ]
-        )
-    )
+    _write_json(path / "sentence_bert_config.json", max_seq_length=59, do_lower_case=False)
+    modules = (("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense"))
+    listed = [{"idx": at, "name": str(at), "path": place, "type": kind} for at, (place, kind) in enumerate(modules)]
+    (path / "modules.json").write_text(json.dumps(listed))
     (path / "1_Dense").mkdir()
-    (path / "1_Dense" / "config.json").write_text(
-        json.dumps(
-            {
-                "in_features": 32,
-                "out_features": 16,
-                "bias": False,
-                "activation_function": "torch.nn.modules.linear.Identity",
-            }
-        )
+    identity = "torch.nn.modules.linear.Identity"
+    _write_json(
+        path / "1_Dense" / "config.json", in_features=32, out_features=16, bias=False, activation_function=identity
     )
     torch.manual_seed(5)
     save_file({"linear.weight": torch.randn(16, 32) * 0.2}, path / "1_Dense" / "model.safetensors")
-    (path / "config_sentence_transformers.json").write_text(
-        json.dumps(
-            {
-                "__version__": {"sentence_transformers": "4.0.2", "transformers": "4.48.2", "pytorch": "2.5.1"},
-                "prompts": {},
-                "default_prompt_name": None,
-                "similarity_fn_name": "MaxSim",
-                "query_prefix": "[Q] ",
-                "document_prefix": "[D] ",
-                "query_length": 32,
-                "document_length": 60,
-                "attend_to_expansion_tokens": False,
-                "skiplist_words": list("!?.,:;"),
-                "model_type": "ColBERT",
-            }
-        )
-    )
+    _write_json(
+        path / "config_sentence_transformers.json",
+        __version__={"sentence_transformers": "4.0.2", "transformers": "4.48.2", "pytorch": "2.5.1"},
+        prompts={}, default_prompt_name=None, similarity_fn_name="MaxSim", query_prefix="[Q] ", document_prefix="[D] ",
+        query_length=32, document_length=60, attend_to_expansion_tokens=False, skiplist_words=list("!?.,:;"),
+        model_type="ColBERT",
+    )  # fmt: skip
     return path
 
 
@@ -367,25 +257,12 @@ def tiny_t5(path: Path, *, seed: int = 9) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
-    )
-    fast.save_pretrained(path)
+    ).save_pretrained(path)  # fmt: skip
     torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=len(words),
-        d_model=32,
-        d_kv=16,
-        d_ff=64,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        initializer_factor=1.5,
-    )
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
+    config = T5Config(vocab_size=len(words), num_heads=2, decoder_start_token_id=0, initializer_factor=1.5, **sizes)
     T5ForConditionalGeneration(config).save_pretrained(path)
     return path
