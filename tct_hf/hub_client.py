@@ -331,7 +331,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def active_token() -> str | None:
-    """The token that the client would use, None where nobody is logged in."""
+    """The token that the client would use, None without a login."""
     return get_token()
 
 

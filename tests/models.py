@@ -32,7 +32,7 @@ WORDS = [
     "the", "a", "what", "is", "of", "passage", "query", "retrieval", "dense", "teacher", "student", "distillation",
     "representations", "tokens",
 ]  # fmt: skip
-# Sizes that the families name alike.
+# Sizes with the same names in several families.
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
 }  # fmt: skip

@@ -41,7 +41,7 @@ def write_passage_files(
         folder: is made.
         passages: texts; a passage's id is its place.
         queries: of train, dev.small, and so on: text and the passage that answers it. The whole of dev has those of
-            dev.small too. Those of DL also get passages of lower grades, and queries that nobody judged.
+            dev.small too. Those of DL also get passages of lower grades, and queries without judgements.
         triples: of each train query.
         seed: of negatives and grades.
     """
@@ -52,7 +52,7 @@ def write_passage_files(
     numbered = {name: [(next(numbers), *pair) for pair in found] for name, found in queries.items()}
     numbered["dev"] = [*numbered["dev.small"], *numbered["dev"]]
     for name, found in numbered.items():
-        unjudged = [(next(numbers), f"nobody judged {number}") for number in range(3)] if name[:2] == "dl" else []
+        unjudged = [(next(numbers), f"not judged {number}") for number in range(3)] if name[:2] == "dl" else []
         lines = [f"{query}\t{text}\n" for query, text in [*((q, text) for q, text, _ in found), *unjudged]]
         (folder / QUERIES[name]).write_text("".join(lines))
         if name[:2] == "dl":

@@ -236,7 +236,7 @@ def test_a_wrong_setting_is_one_message_before_anything_runs(
 ) -> None:
     assert recipe(tmp_path / "new", option) == 2
     [message] = capsys.readouterr().err.splitlines()
-    assert message.startswith("error: command line") and mend in message
+    assert message.startswith("error: ") and mend in message
     assert not (tmp_path / "new").exists()
 
 
