@@ -35,7 +35,7 @@ def main(settings: Settings) -> None:
     from tct_hf.data.collection import read_corpus
     from tct_hf.evaluation.stores import open_student
     from tct_hf.progress import quieten
-    from tct_hf.retrieval.encode_timed import encode_timed
+    from tct_hf.retrieval.encode import encode_corpus
     from tct_hf.training.stages import process_state
 
     if settings.model is None:
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
         cut(model, settings.truncate_dim)
     if state.is_main_process:
         print(f"{settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}", flush=True)
-    manifest = encode_timed(
+    manifest = encode_corpus(
         model,
         corpus,
         settings.output_dir,

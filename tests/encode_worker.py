@@ -2,8 +2,7 @@
 
 python -m tests.encode_worker MODEL OUTPUT [KILLED]
 
-KILLED: "read" (as a passage of the third shard is read), "vectors" (between the files of the second shard) or "plan"
-(before the first file is in place).
+KILLED: "read" (as a passage of the third shard is read), or a file's name (before it is put in place).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from tests.models import WORDS
 
@@ -44,14 +42,11 @@ def main(model: str, output: str, killed: str = "") -> None:
     from sentence_transformers import SentenceTransformer
 
     from tct_hf import encode_corpus
-    from tct_hf.retrieval import vectors
     from tct_hf.training.stages import process_state
 
-    write_json: Any = vectors.write_json_atomic
-    if killed == "vectors":
-        vectors.write_json_atomic = lambda path, obj: _die() if path.stem == "00001" else write_json(path, obj)
-    if killed == "plan":
-        os.replace = lambda *args: _die()  # type: ignore[assignment]
+    replace = os.replace
+    if killed:
+        os.replace = lambda *args: _die() if os.path.basename(args[1]) == killed else replace(*args)
     state = process_state()
     corpus = _killed_while_reading() if killed == "read" else passages()
     encode_corpus(

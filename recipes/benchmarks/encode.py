@@ -43,7 +43,7 @@ def make_texts(count: int, seed: int) -> list[str]:
 def measure(model: Any, texts: list[str], rounds: int) -> None:
     import numpy as np
 
-    from tct_hf.retrieval.text_vectors import choose_precision, encode_texts
+    from tct_hf.retrieval.encode import choose_precision, encode_texts
 
     bf16, why = choose_precision(model, texts)
     sides: dict[str, Callable[[list[str]], Any]] = {

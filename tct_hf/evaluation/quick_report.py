@@ -275,8 +275,8 @@ def sparse_system(collection: Collection, key: str, model: str, *, depth: int, b
     """Exact search of a collection with a sparse student (folder), loaded when it is searched with."""
     from sentence_transformers import SparseEncoder
 
+    from tct_hf.retrieval.encode import encode_texts
     from tct_hf.retrieval.sparse import SparseIndex
-    from tct_hf.retrieval.text_vectors import encode_texts
 
     def search(queries: Mapping[str, str]) -> Run:
         encoder = SparseEncoder(model)

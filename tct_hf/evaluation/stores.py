@@ -17,9 +17,9 @@ from tct_hf.cache import default_cache_dir
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.dense import DenseIndex
+from tct_hf.retrieval.encode import is_sparse_encoder
+from tct_hf.retrieval.rows import FirstColumns, UnitRows, finite_rows
 from tct_hf.retrieval.sparse import SparseIndex
-from tct_hf.retrieval.text_vectors import finite_rows, is_sparse_encoder
-from tct_hf.retrieval.vector_blocks import FirstColumns, UnitRows
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -121,7 +121,7 @@ class Stores:
     @property
     def encoding_seconds(self) -> float | None:
         """What encoding the corpus took, scaled up from the part that was timed; None where nothing was."""
-        from tct_hf.retrieval.encode_timed import encoding_seconds
+        from tct_hf.retrieval.encode import encoding_seconds
 
         return encoding_seconds(self.folder / "vectors")
 
@@ -131,9 +131,9 @@ class Stores:
         Returns:
             The manifest of `encode_corpus`.
         """
-        from tct_hf.retrieval.encode_timed import encode_timed
+        from tct_hf.retrieval.encode import encode_corpus
 
-        manifest = encode_timed(
+        manifest = encode_corpus(
             self.student,
             self.collection.corpus,
             self.folder / "vectors",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tct_hf.evaluation.measures import cutoff_of, evaluate_run
-from tct_hf.retrieval.fusion import Scores, _aligned, _check_weight, _order, equal_spread_alpha
+from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
 from tct_hf.retrieval.runs import Run
 
 # Weights tried at first, in units of (spread of dense scores) / (spread of sparse scores): none at all, and four a
@@ -91,9 +91,7 @@ def tune_alpha(
     if qrels.keys().isdisjoint([*sparse_run, *dense_run]):
         raise ValueError("qrels: none of the judged queries is in the runs; take runs and judgements of one split")
     evaluate_run({}, qrels, [measure], relevance=relevance)  # an unknown measure fails before the work
-    aligned = {
-        query: _aligned(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize) for query in qrels
-    }
+    aligned = {query: align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize) for query in qrels}
     depth = cutoff_of(measure)
     found: dict[float, float] = {}
 
@@ -104,7 +102,7 @@ def tune_alpha(
             run: Run = {}
             for query, (ids, sparse, dense) in aligned.items():
                 scores = alpha * sparse + dense
-                order = _order(ids, scores, depth)
+                order = order_of(ids, scores, depth)
                 run[query] = dict(zip([ids[at] for at in order.tolist()], scores[order].tolist(), strict=True))
             found[alpha] = evaluate_run(run, qrels, [measure], relevance=relevance).mean[measure]
 
@@ -112,7 +110,7 @@ def tune_alpha(
         if not len(alphas):
             raise ValueError("alphas: no weight to try; name some, or leave it out for the grid")
         for alpha in alphas:
-            _check_weight(alpha)
+            check_weight(alpha)
         try_out([float(alpha) for alpha in alphas])
     else:
         unit = 1.0 if normalize else equal_spread_alpha(sparse_run, dense_run, qrels)

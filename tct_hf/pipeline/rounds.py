@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from tct_hf.data.collection import Collection
     from tct_hf.evaluation.stores import Stores
-    from tct_hf.retrieval.mining import MiningCounts
-    from tct_hf.retrieval.mining_rules import PairScorer, Scores
+    from tct_hf.retrieval.mining import MiningCounts, PairScorer, Scores
 
 __all__ = [
     "MiningSettings",
@@ -58,7 +57,7 @@ def check_mining(settings: MiningSettings, section: str = "") -> None:
     Raises:
         SettingsError: with the mend.
     """
-    from tct_hf.retrieval.mining_rules import Rules
+    from tct_hf.retrieval.mining import Rules
 
     given = asdict(settings)
     if given.pop("queries_a_part") < 1:

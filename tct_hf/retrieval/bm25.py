@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from array import array
@@ -10,31 +9,34 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tct_hf.data.ids import is_utf8
+import bm25s
+import numpy as np
+from bm25s.tokenization import _infer_stopwords
+
+from tct_hf.retrieval.index import Index, check_ids
 from tct_hf.retrieval.runs import Run
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from tct_hf.retrieval.hub_indexes import PushedIndex
 
 # Tuned for MS MARCO passages, and for those with 40 generated queries each.
 PASSAGE_K1, PASSAGE_B = 0.82, 0.68
 EXPANDED_K1, EXPANDED_B = 2.18, 0.86
 METHODS = ("lucene", "robertson", "atire")
 _TOKEN = re.compile(r"(?u)\b\w\w+\b")
-_SETTINGS_FILE = "tct_bm25.json"
-_IDS_FILE = "ids.json"
-_FORMAT = 3
 
 
-class BM25Index:
+class BM25Index(Index):
     """A BM25 index that answers queries with passage ids and scores; make one with `build` or `load`.
 
     Equal scores are ordered by passage id, so that a run does not depend on the order of the corpus.
+
+    Attributes:
+        ids: passage ids, one a row.
+        settings: what it was built with: k1, b, method, language, stemmer, backend, average_length, expansion.
     """
+
+    kind, title, tags = "BM25 index", "A BM25 index (bm25s)", ("bm25",)
+    settings_file, format = "tct_bm25.json", 4
 
     def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
         self._engine = engine
@@ -42,9 +44,6 @@ class BM25Index:
         self.settings = settings
         self._analyse = _analyser(settings["language"], settings["stemmer"])
         self._idf: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @classmethod
     def build(
@@ -83,8 +82,6 @@ class BM25Index:
             ValueError: a setting out of range, unequal counts, a repeated id, no passage, or no token at all.
             ImportError: the backend or the stemmer is not installed; the message says what to install.
         """
-        import bm25s
-
         if method not in METHODS:
             raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
         k1 = k1 if k1 is not None else EXPANDED_K1 if expansion else PASSAGE_K1
@@ -131,27 +128,14 @@ class BM25Index:
         return [[self.ids[row] for row in found] for found in rows], scores
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
-        """Search and return a run.
-
-        Args:
-            queries: query id to text.
-            k: passages a query, at most.
-
-        Returns:
-            Query id to passage id to score; every query has an entry, if an empty one.
-        """
-        ids, scores = self.search(queries, k)
-        return {
-            query_id: dict(zip(found, values.tolist(), strict=True))
-            for query_id, found, values in zip(queries, ids, scores, strict=True)
-        }
+        """Search queries, id to text, and return a run, in which every query has an entry."""
+        found = zip(queries, *self.search(queries, k), strict=True)
+        return {name: dict(zip(ids, scores.tolist(), strict=True)) for name, ids, scores in found}
 
     def search_rows(
         self, queries: Sequence[str] | Mapping[str, str], k: int = 100
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Like `search`, with the passages' row numbers in place of their ids."""
-        import numpy as np
-
+        """Like `search`, with the passages' row numbers instead of their ids."""
         if k < 1:
             raise ValueError(f"k: {k} is below 1; ask for at least one passage")
         if isinstance(queries, str):
@@ -188,8 +172,6 @@ class BM25Index:
             `(words,)` int32, the numbers of its known words, each once, and their float32 weights. A passage's score
             is the sum of the weights of the query's words, of :meth:`known_words`.
         """
-        import numpy as np
-
         words = self._analyse(text)
         counts = Counter(self._engine.vocab_dict.get(word, -1) for word in words)
         counts.pop(-1, None)
@@ -202,8 +184,6 @@ class BM25Index:
 
     def _idfs(self) -> np.ndarray:
         """`(vocabulary,)`: the inverse document frequencies of Kamphuis et al., ECIR 2020."""
-        import numpy as np
-
         if self._idf is None:
             passages, holders = len(self), np.diff(self._engine.scores["indptr"])
             odds = (passages - holders + 0.5) / (holders + 0.5)
@@ -215,8 +195,6 @@ class BM25Index:
         return self._idf
 
     def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-
         if len(scores) > k and scores[k] == scores[k - 1] and scores[k] > 0:
             # The engine kept any of the equals: take them all and let the ids decide.
             everything = self._engine.get_scores_from_ids(tokens)
@@ -227,168 +205,29 @@ class BM25Index:
         order = sorted(range(len(rows)), key=lambda at: (-scores[at], self.ids[rows[at]]))[:k]
         return rows[order], scores[order].astype(np.float32)
 
-    def save(self, directory: str | Path) -> None:
-        """Write the index to a folder; an index that is there is replaced whole.
+    def _settings(self) -> dict[str, Any]:
+        return self.settings
 
-        Args:
-            directory: the folder.
-
-        Raises:
-            OSError: it can't be written.
-        """
-        from tct_hf.retrieval.storage import write_directory
-
-        def fill(staging: Path) -> None:
-            self._engine.save(staging, show_progress=False)
-            (staging / _IDS_FILE).write_text(json.dumps(self.ids, ensure_ascii=False), encoding="utf-8")
-
-        settings = {"format": _FORMAT, "passages": len(self.ids), **self.settings}
-        write_directory(directory, fill, _SETTINGS_FILE, settings)
+    def _write(self, folder: Path) -> None:
+        self._engine.save(folder, show_progress=False)
 
     @classmethod
-    def load(
-        cls, directory: str | Path, *, mmap: bool = False, verify: bool = True, backend: str | None = None
-    ) -> BM25Index:
-        """Open an index that `save` wrote.
-
-        Args:
-            directory: the folder.
-            mmap: leave the posting lists on disk and map them.
-            verify: compare the files' checksums, which reads each once; their sizes are always compared.
-            backend: "numba" or "numpy" in place of the saved one.
-
-        Returns:
-            The index.
-
-        Raises:
-            FileNotFoundError: there is no such index.
-            ValueError: it was written by another version, or a file is missing, truncated or altered.
-        """
-        import bm25s
-
-        from tct_hf.retrieval.storage import read_settings
-
-        directory = Path(directory)
-        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "BM25 index", verify=verify)
-        passages = settings.pop("passages")
+    def _accept(cls, folder: Path, settings: dict[str, Any], *, backend: str | None = None) -> None:
         settings["backend"] = backend or settings["backend"]
         _check_backend(settings["backend"])
-        try:
-            engine = bm25s.BM25.load(directory, mmap=mmap, show_progress=False, backend=settings["backend"])
-            ids = json.loads((directory / _IDS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{directory}: damaged BM25 index ({error}); build and save it again") from error
-        if len(ids) != passages or engine.scores["num_docs"] != passages:
-            raise ValueError(
-                f"{directory}: {len(ids)} ids and {engine.scores['num_docs']} indexed passages where {passages} "
-                "are announced; build and save the index again"
-            )
-        return cls(engine, ids, settings)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str,
-        license_note: str | None = None,
-        passages: str | None = None,
-        private: bool | None = None,
-        revision: str = "main",
-        tag: str | None = None,
-        token: str | None = None,
-    ) -> PushedIndex:
-        """Push the index to a dataset repository: files, manifest and a card.
-
-        Args:
-            repo_id: owner/name; made when missing.
-            license: identifier of the Hub's list; that of the passages.
-            license_note: what a reader must know of it.
-            passages: where the texts are, for the card, such as the Hub id of a data set.
-            private: of a repository that is made; None: the account's setting.
-            revision: branch to push to; made when missing.
-            tag: name for the commit; a tag never moves.
-            token: of the Hub; the one logged in with when None.
-
-        Returns:
-            Repository, URL, commit and what was sent.
-
-        Raises:
-            ValueError: no licence, or a tag that is taken.
-            HubError: the Hub refused or could not be reached.
-        """
-        from tct_hf.retrieval.hub_indexes import push_sparse
-
-        return push_sparse(
-            self,
-            repo_id,
-            license=license,
-            license_note=license_note,
-            passages=passages,
-            private=private,
-            revision=revision,
-            tag=tag,
-            token=token,
-        )
 
     @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        mmap: bool = False,
-        verify: bool = True,
-        backend: str | None = None,
-    ) -> BM25Index:
-        """Download and open an index that `push_to_hub` pushed.
+    def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> BM25Index:
+        engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
+        if engine.scores["num_docs"] != len(ids):
+            raise ValueError(f"{engine.scores['num_docs']} indexed passages where {len(ids)} are announced")
+        return cls(engine, ids.to_pylist(), settings)
 
-        Args:
-            repo_id: the dataset repository.
-            revision: branch, tag or commit.
-            token: of the Hub; the one logged in with when None.
-            mmap: as in `load`.
-            verify: as in `load`.
-            backend: as in `load`.
-
-        Raises:
-            HubError: the repository can't be had.
-            ValueError: as `load`.
-            FileNotFoundError: the repository holds no BM25 index.
-        """
-        from tct_hf.retrieval.hub_indexes import fetch_index
-
-        folder = fetch_index(repo_id, revision=revision, token=token)
-        return cls.load(folder, mmap=mmap, verify=verify, backend=backend)
-
-
-def check_ids(ids: Sequence[str], count: int, what: str) -> None:
-    """Refuse ids that do not name `count` things one by one.
-
-    Args:
-        ids: passage ids.
-        count: how many there must be, at least one.
-        what: the argument they name, for the message.
-
-    Raises:
-        ValueError: another count, no id, one that is not a string or can't be written as UTF-8, or one that comes
-            twice.
-    """
-    if len(ids) != count:
-        raise ValueError(f"ids: {len(ids)} ids for {count} {what}; pass one id for each")
-    if not count:
-        raise ValueError(f"{what}: nothing to index; pass at least one passage")
-    seen: set[str] = set()
-    for at, passage_id in enumerate(ids):
-        if not isinstance(passage_id, str):
-            raise ValueError(f"ids: number {at} is {passage_id!r}, not a string; convert ids with str")
-        if not is_utf8(passage_id):
-            raise ValueError(
-                f"ids: {passage_id!r} (number {at}) has a lone surrogate, which no file can hold as UTF-8; rename it"
-            )
-        if passage_id in seen:
-            raise ValueError(f"ids: {passage_id!r} comes twice (again at number {at}); make ids unique")
-        seen.add(passage_id)
+    def _card(self) -> tuple[str, list[tuple[str, str]]]:
+        expansion = self.settings.get("expansion") or {}
+        rows = [(name, str(value)) for name, value in self.settings.items() if name != "expansion"]
+        rows += [(f"expansion: {name}", str(value)) for name, value in expansion.items() if value not in (None, False)]
+        return ", each with queries that were generated for it" if expansion else "", rows
 
 
 def _check_backend(backend: str) -> None:
@@ -421,8 +260,6 @@ def _keep_compiled() -> None:
 
 def _analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
     """Make the function from text to terms: lower case, words of two characters and more, stop words out, stems."""
-    from bm25s.tokenization import _infer_stopwords
-
     try:
         stop_words = frozenset() if language == "none" else frozenset(_infer_stopwords(language))
     except ValueError as error:

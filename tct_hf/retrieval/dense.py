@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tct_hf.data.ids import IdTable
-from tct_hf.retrieval.bm25 import check_ids
-from tct_hf.retrieval.built_by import check_model, described
-from tct_hf.retrieval.dense_tuning import SLICE, choose_parameters, exact_neighbours, stand_ins
+import faiss
+import numpy as np
+import numpy.typing as npt
+
 from tct_hf.retrieval.faiss_tools import (
-    clipped_rows,
+    SLICE,
+    draw,
     factory_for,
     faiss_threads,
-    is_flat,
     make_engine,
     parameter_names,
     search_engine,
@@ -23,42 +24,38 @@ from tct_hf.retrieval.faiss_tools import (
     set_parameters,
     train_engine,
     training_rows,
+    tune,
 )
-from tct_hf.retrieval.pinned import PinnedIndex
-from tct_hf.retrieval.runs import Run, one_id_a_vector, run_of
-from tct_hf.retrieval.vector_blocks import BLOCK, as_matrix, as_rows, blocks, choose_rows, draw, ranges
+from tct_hf.retrieval.index import VectorIndex, check_ids, id_array
+from tct_hf.retrieval.rows import as_matrix, as_rows, blocks
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    from sentence_transformers import SentenceTransformer
-
-_SETTINGS_FILE = "tct_dense.json"
 _INDEX_FILE = "index.faiss"
-_FORMAT = 2
+_LIMITS_FILE = "limits.npy"
 
 
-class DenseIndex(PinnedIndex):
+class DenseIndex(VectorIndex):
     """A Faiss inner product index that answers query vectors with passage ids; make one with `build` or `load`.
 
     Equal scores are ordered by passage id: among all passages with exact search ("Flat"), otherwise among those found.
-    Scores are exact inner products, except where the
-    factory compresses what it scores last: with Refine(SQ8), one byte a component, they are off by about 0.1%.
+    Scores are exact inner products, except where the factory compresses what it scores last: with Refine(SQ8), one
+    byte a component, they are off by about 0.1%.
 
     Attributes:
-        ids: passage ids, one a row.
         factory: the Faiss factory string it was made with.
         parameters: the search parameters set, such as {"nprobe": 24, "k_factor": 3.0}; empty for exact search.
         tuning: how they were chosen: recall wanted and measured, k, what stood for queries; None if they were not.
-        built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, where it was given; from
-            the Hub also "revision".
+        limits: (2, dimension) float32, least and greatest value of each component that it was built with.
     """
+
+    kind, title, tags = "dense index", "A Faiss index", ("faiss",)
+    settings_file, format = "tct_dense.json", 3
 
     def __init__(
         self,
         engine: Any,
         ids: Sequence[str],
         factory: str,
+        limits: np.ndarray,
         *,
         parameters: Mapping[str, float] | None = None,
         tuning: dict[str, Any] | None = None,
@@ -67,14 +64,12 @@ class DenseIndex(PinnedIndex):
     ) -> None:
         self._engine = engine
         self._mapped = mapped
-        self.ids: Sequence[str] = ids
+        self.ids = ids
         self.factory = factory
+        self.limits = limits
         self.parameters = dict(parameters or {})
         self.tuning = tuning
         self.built_by = dict(built_by) if built_by else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def dimension(self) -> int:
@@ -145,10 +140,11 @@ class DenseIndex(PinnedIndex):
         with faiss_threads(threads):
             try:
                 engine = make_engine(matrix.shape[1], description)
-                low, high = ranges(matrix)
+                extremes = [(block.min(axis=0), block.max(axis=0)) for block in blocks(matrix)]
+                limits = np.stack([np.min([low for low, _ in extremes], 0), np.max([high for _, high in extremes], 0)])
                 held_out, training = draw(len(matrix), SLICE, training_rows(engine, len(matrix)), seed)
                 if not engine.is_trained:
-                    train_engine(engine, as_matrix(matrix[training], "vectors"), low, high, seed)
+                    train_engine(engine, as_matrix(matrix[training], "vectors"), limits, seed)
                 for block in blocks(matrix):
                     engine.add(block)
             except RuntimeError as error:
@@ -160,16 +156,17 @@ class DenseIndex(PinnedIndex):
             if parameters is not None:
                 set_parameters(engine, parameters)
             elif recall is not None and parameter_names(engine):
-                source = "passages" if queries is None else "queries"
-                queries = (
-                    stand_ins(as_matrix(matrix[held_out], "vectors"), seed)
-                    if queries is None
-                    else queries[choose_rows(len(queries), SLICE, seed)]
-                )
-                exact = exact_neighbours(queries, matrix, min(k, len(matrix)))
-                tuning = choose_parameters(engine, exact, recall, source, k)
+                tuning = tune(engine, matrix, held_out, queries, recall, k, seed)
                 parameters = tuning.pop("parameters")
-        return cls(engine, IdTable.of(id_list), description, parameters=parameters, tuning=tuning, built_by=built_by)
+        return cls(
+            engine,
+            id_array(id_list),
+            description,
+            limits,
+            parameters=parameters,
+            tuning=tuning,
+            built_by=built_by,
+        )
 
     def add(self, vectors: npt.ArrayLike, ids: Iterable[str]) -> None:
         """Add passages.
@@ -194,13 +191,14 @@ class DenseIndex(PinnedIndex):
             raise ValueError(f"vectors: dimension {matrix.shape[1]} where the index has {self.dimension}")
         new = list(ids)
         check_ids(new, len(matrix), "vectors")
-        everything = [*self.ids, *new]
+        everything = [*self.ids.to_pylist(), *new]
         check_ids(everything, len(everything), "vectors")
         # All blocks are looked at before the first is added: a refused call leaves the index as it was.
-        outside: list[int] = []
-        for number, block in enumerate(blocks(matrix)):
-            outside += (number * BLOCK + clipped_rows(self._engine, block)).tolist()
-        if outside:
+        slack = (self.limits[1] - self.limits[0]) / 255
+        low, high = self.limits[0] - slack, self.limits[1] + slack
+        beyond = np.concatenate([((block < low) | (block > high)).any(axis=1) for block in blocks(matrix)])
+        outside = np.flatnonzero(beyond)
+        if len(outside) and re.search(r"SQ\d", self.factory):
             warnings.warn(
                 f"vectors: row {outside[0]} (passage {new[outside[0]]!r}) lies outside the range that the codes of "
                 f"{self.factory} were trained on, as {len(outside)} of {len(new)} rows do, and is clipped to it: its "
@@ -215,9 +213,9 @@ class DenseIndex(PinnedIndex):
                 f"add: Faiss can't add to {self.factory} ({_faiss_reason(error)}); build the index anew from all "
                 "vectors, or as another kind, such as HNSW32"
             ) from error
-        self.ids = IdTable.of(everything)
+        self.ids = id_array(everything)
 
-    def search(
+    def search(  # type: ignore[override]
         self, query_vectors: npt.ArrayLike, k: int = 100, *, threads: int | None = None
     ) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the passages with the greatest inner product.
@@ -233,8 +231,6 @@ class DenseIndex(PinnedIndex):
         Raises:
             ValueError: k is below 1, a wrong shape, NaN or infinite components, or a score that float32 can't hold.
         """
-        import numpy as np
-
         _check_k(k)
         matrix = as_matrix(query_vectors, "query_vectors")
         if matrix.shape[1] != self.dimension:
@@ -248,7 +244,7 @@ class DenseIndex(PinnedIndex):
             tuned = min((self.tuning or {}).get("k", depth), len(self.ids))
             factor = self.parameters["k_factor"] * max(1.0, tuned / depth)
             set_parameters(self._engine, {"k_factor": factor})
-        exact = is_flat(self._engine)
+        exact = isinstance(faiss.downcast_index(self._engine), faiss.IndexFlat)
         with faiss_threads(threads):
             found_by: Any = search_flat if exact else search_engine
             all_scores, all_rows = found_by(self._engine, matrix, depth)
@@ -263,7 +259,7 @@ class DenseIndex(PinnedIndex):
             if rows[-1] < 0:
                 # Approximate indexes mark with -1 the places they could not fill.
                 values, rows = values[rows >= 0], rows[rows >= 0]
-            found = [self.ids[row] for row in rows.tolist()]
+            found = self._names(rows)
             if (values[1:] >= values[:-1]).any():
                 order = sorted(range(len(found)), key=lambda at: (-values[at], found[at]))
                 found, values = [found[at] for at in order], values[order]
@@ -271,119 +267,43 @@ class DenseIndex(PinnedIndex):
             scores.append(np.array(values[:depth]))
         return ids, scores
 
-    def run(
-        self, query_ids: Sequence[str], query_vectors: npt.ArrayLike, k: int = 100, *, threads: int | None = None
-    ) -> Run:
-        """Search and return a run.
+    def _settings(self) -> dict[str, Any]:
+        names = ("factory", "parameters", "tuning", "dimension", "built_by")
+        return {name: getattr(self, name) for name in names}
 
-        Args:
-            query_ids: query ids, one a row of `query_vectors`, each once.
-            query_vectors: (queries, dimension).
-            k: passages a query, at most.
-            threads: of Faiss, for this call; None leaves its own setting.
-
-        Returns:
-            Query id to passage id to score.
-
-        Raises:
-            ValueError: ids that don't fit the vectors; see `search` for the rest.
-        """
-        matrix = as_matrix(query_vectors, "query_vectors")
-        names = one_id_a_vector(query_ids, len(matrix))
-        return run_of(names, *self.search(matrix, k, threads=threads))
-
-    def save(self, directory: str | Path) -> None:
-        """Write the index to a folder; an index that is there is replaced whole.
-
-        Args:
-            directory: the folder.
-
-        Raises:
-            OSError: it can't be written, or it holds something else.
-        """
-        import faiss
-
-        from tct_hf.retrieval.storage import write_directory
-
-        ids = self.ids if isinstance(self.ids, IdTable) else IdTable.of(self.ids)
-
-        def fill(staging: Path) -> None:
-            # As set, not as the last search left it: saving depends on nothing but the index.
-            set_parameters(self._engine, self.parameters)
-            faiss.write_index(self._engine, str(staging / _INDEX_FILE))
-            ids.save(staging)
-
-        settings = {
-            "format": _FORMAT,
-            "factory": self.factory,
-            "parameters": self.parameters,
-            "tuning": self.tuning,
-            "passages": len(self.ids),
-            "dimension": self.dimension,
-            "built_by": self.built_by,
-        }
-        write_directory(directory, fill, _SETTINGS_FILE, settings)
+    def _write(self, folder: Path) -> None:
+        # As set, not as the last search left it: saving depends on nothing but the index.
+        set_parameters(self._engine, self.parameters)
+        faiss.write_index(self._engine, str(folder / _INDEX_FILE))
+        np.save(folder / _LIMITS_FILE, self.limits)
 
     @classmethod
-    def load(
-        cls,
-        directory: str | Path,
-        *,
-        mmap: bool = False,
-        verify: bool = True,
-        model: SentenceTransformer | Mapping[str, Any] | None = None,
-    ) -> DenseIndex:
-        """Open an index that `save` wrote.
-
-        Args:
-            directory: the folder.
-            mmap: leave vectors, codes and ids on disk and map them, where Faiss can; nothing can be added then.
-            verify: compare the files' checksums, which reads each once; their sizes are always compared.
-            model: that will encode queries, or its {"id", "weights_sha256", "encoding"}, to be compared with the one
-                that built the index: by weights where both are known, otherwise by id; and by the digests of prompt,
-                tokenizer, lengths and modules where both are known.
-
-        Returns:
-            The index.
-
-        Raises:
-            FileNotFoundError: there is no such index.
-            ValueError: it was written by another version or built by another model, or a file is missing, truncated or
-                altered.
-        """
-        import faiss
-
-        from tct_hf.retrieval.storage import read_settings
-
-        directory = Path(directory)
-        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "dense index", verify=verify)
-        if model is not None:
-            check_model(directory, settings["built_by"], model if isinstance(model, Mapping) else described(model))
-        factory = settings["factory"]
+    def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> DenseIndex:
         flags = 0
         if mmap:
-            lists = factory.startswith("IVF") and "Refine" not in factory
+            lists = settings["factory"].startswith("IVF") and "Refine" not in settings["factory"]
             flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if lists else faiss.IO_FLAG_MMAP_IFC
-        try:
-            engine = faiss.read_index(str(directory / _INDEX_FILE), flags)
-            ids = IdTable.load(directory, mmap=mmap)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise ValueError(f"{directory}: damaged dense index ({error}); build and save it again") from error
-        if not len(ids) == engine.ntotal == settings["passages"] or engine.d != settings["dimension"]:
+        engine = faiss.read_index(str(folder / _INDEX_FILE), flags)
+        dimension = settings.pop("dimension")
+        if len(ids) != engine.ntotal or engine.d != dimension:
             raise ValueError(
-                f"{directory}: {len(ids)} ids, {engine.ntotal} vectors of dimension {engine.d} where "
-                f"{settings['passages']} of {settings['dimension']} are announced; build and save the index again"
+                f"{engine.ntotal} vectors of dimension {engine.d} where {len(ids)} of {dimension} are announced"
             )
         set_parameters(engine, settings["parameters"])
-        return cls(
-            engine,
-            ids,
-            factory,
-            parameters=settings["parameters"],
-            tuning=settings["tuning"],
-            built_by=settings["built_by"],
-            mapped=mmap,
-        )
+        return cls(engine, ids, limits=np.load(folder / _LIMITS_FILE), mapped=mmap, **settings)
+
+    def _card(self) -> tuple[str, list[tuple[str, str]]]:
+        of_what, model = self._model_card()
+        tuned = self.tuning or {}
+        rows = [
+            ("dimension", str(self.dimension)),
+            ("Faiss factory", f"`{self.factory}`"),
+            *((name, f"{value:g}") for name, value in self.parameters.items()),
+            model,
+        ]
+        if "recall" in tuned and "measured" in tuned:
+            rows.append((f"Recall@{tuned['k']} against exact search", f"{tuned['measured']:.4f} on {tuned['source']}"))
+        return of_what, rows
 
 
 def _check_k(k: int) -> None:

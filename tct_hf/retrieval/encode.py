@@ -1,34 +1,242 @@
-"""A corpus to vectors: shards on disk that survive a kill and are shared out among processes."""
+"""Texts to vectors: sorted by length, under a token budget, in memory or into shards that survive a kill."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, vstack
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.util import select_max_active_dims
+from torch import Tensor
+
+from tct_hf.batches import padding_of, passes, token_lengths
 from tct_hf.data.passages import Passage, checked_passages, passage_shards
 from tct_hf.encoding.digests import tokenizer_digest, weights_digest
+from tct_hf.encoding.precision import has_bfloat16
+from tct_hf.files import write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval import vectors as stored
-from tct_hf.retrieval.text_vectors import (
-    POOL,
-    budget_of,
-    choose_precision,
-    encode,
-    encode_texts,
-    finite_rows,
-    is_sparse_encoder,
-    prompt_of,
-)
+from tct_hf.retrieval.rows import finite_rows, of_torch
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from sentence_transformers import SentenceTransformer, SparseEncoder
 
-__all__ = ["describe_model", "encode_corpus", "encode_texts"]
+# bfloat16 is good enough where the worst of the probed texts keeps this cosine to its float32 vector.
+ENOUGH_COSINE = 0.9999
+PROBE_TEXTS = 48
 
-Precision = Literal["auto", "bf16", "fp32"]
+# Texts that are tokenised, then sorted by their number of tokens, together.
+POOL = 4096
+# Texts a call of the tokenizer; sorted by characters before, so that its own padding stays small.
+_TOKENISED_TOGETHER = 256
+# Measured on the CPU with a 6-layer MiniLM: 1,024 and 2,048 tokens take the same time, 16,384 more.
+# Accelerators are filled by tens of thousands: an estimate, not a measurement.
+CPU_TOKENS = 2048
+ACCELERATOR_TOKENS = 32_768
+# A sparse student computes a score of every term for every token, of which pooling makes a copy: with 30,522 terms,
+# 125 MB each of 1,024 tokens, and 1 GB of 8,192.
+SPARSE_CPU_TOKENS = 1024
+SPARSE_ACCELERATOR_TOKENS = 8192
+SECONDS_FILE = "encoding_seconds.json"
+
+
+def encode_texts(
+    model: SentenceTransformer | SparseEncoder,
+    texts: Sequence[str],
+    *,
+    task: str,
+    bf16: bool = False,
+    batch_size: int | None = None,
+    tokens_per_pass: int | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Any:
+    """Encode texts with the model's own prompt of a task: the vectors of `encode_query` or `encode_document`.
+
+    Texts are tokenised once, sorted by their number of tokens and encoded in passes of similar length, so that hardly
+    any padding is computed. A text without words is encoded like any other.
+
+    Args:
+        model: of one vector a text, dense or sparse.
+        texts: queries or passages.
+        task: "query" or "document".
+        bf16: compute in bfloat16.
+        batch_size: at most so many texts a forward pass; no limit of its own when None.
+        tokens_per_pass: at most so many tokens a forward pass, padding included (a single text may be longer); by
+            the model's device when None.
+        done: told after every pass how many texts it held.
+
+    Returns:
+        `(texts, dim)` float32, in the order of `texts`: an array, or of a sparse encoder a scipy CSR matrix.
+
+    Raises:
+        ValueError: an unknown task, or a limit below 1.
+    """
+    if task not in ("query", "document"):
+        raise ValueError(f'task={task!r} is not known: use "query" or "document".')
+    _at_least_one(batch_size=batch_size, tokens_per_pass=tokens_per_pass)
+    device = model.device
+    budget = budget_of(model, tokens_per_pass)
+    model.eval()
+    sparse = is_sparse_encoder(model)
+    active: Any = model.max_active_dims if sparse else None
+    options: dict[str, Any] = {} if active is None else {"max_active_dims": active}
+    pools: list[Any] = []
+    # One context for all passes: weights are cast to bfloat16 once, not once a pass.
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        for start in range(0, len(texts), POOL):
+            pool = list(texts[start : start + POOL])
+            pending: list[tuple[list[int], Tensor]] = []
+            for rows, features in _passes(model, pool, task, budget, batch_size):
+                inputs = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in features.items()}
+                embeddings = model(inputs, task=task, **options)["sentence_embedding"]
+                if sparse:
+                    # At once: a pool of vectors with their zeros would take 500 MB.
+                    embeddings = select_max_active_dims(embeddings, max_active_dims=active).to_sparse()
+                elif model.truncate_dim is not None:
+                    embeddings = embeddings[..., : model.truncate_dim]
+                # Copied to the host after the pool: a copy a pass would have an accelerator wait for each.
+                pending.append((rows, embeddings.float()))
+                if done is not None:
+                    done(len(rows))
+            if sparse:
+                order = np.argsort(np.concatenate([rows for rows, _ in pending]))
+                pools.append(vstack([of_torch(part) for _, part in pending], format="csr")[order])
+                continue
+            found = np.empty((len(pool), pending[0][1].shape[1]), dtype=np.float32)
+            for rows, embeddings in pending:
+                found[rows] = embeddings.cpu().numpy()
+            pools.append(found)
+    if len(pools) == 1:
+        return pools[0]
+    if pools:
+        return vstack(pools, format="csr") if sparse else np.concatenate(pools)
+    none = np.empty((0, int(model.get_embedding_dimension() or 0)), dtype=np.float32)
+    return csr_matrix(none) if sparse else none
+
+
+def _at_least_one(**limits: int | None) -> None:
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}.")
+
+
+def is_sparse_encoder(model: Any) -> bool:
+    """Whether a model gives sparse vectors over a vocabulary."""
+    return isinstance(model, SparseEncoder)
+
+
+def budget_of(model: Any, tokens_per_pass: int | None) -> int:
+    """Tokens a forward pass: as asked for, or by the model's device and kind."""
+    if tokens_per_pass:
+        return tokens_per_pass
+    if is_sparse_encoder(model):
+        return SPARSE_CPU_TOKENS if model.device.type == "cpu" else SPARSE_ACCELERATOR_TOKENS
+    return CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
+
+
+def prompt_of(model: Any, task: str) -> str | None:
+    """The prompt that `encode_query` and `encode_document` would take."""
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    name = next((name for name in names if name in model.prompts), model.default_prompt_name)
+    return model.prompts[name] if name else None
+
+
+def _passes(
+    model: Any, texts: Sequence[str], task: str, budget: int, batch_size: int | None
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Row numbers and features of each forward pass over some texts."""
+    prompt = prompt_of(model, task)
+    by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    tokenised: list[tuple[dict[str, Tensor], int, int]] = []  # of a row: its block, its place there, its length
+    owners: list[int] = []
+    shared: dict[str, Any] = {}
+    for first in range(0, len(by_characters), _TOKENISED_TOGETHER):
+        block = by_characters[first : first + _TOKENISED_TOGETHER]
+        features = dict(model.preprocess([texts[row] for row in block], prompt=prompt, task=task))
+        if not _can_be_cut(features):
+            # Packed for flash attention, padded on the left, not text: the model's own batches, of similar length.
+            size = min(batch_size or 32, 32)
+            for start in range(0, len(block), size):
+                part = block[start : start + size]
+                yield part, dict(model.preprocess([texts[row] for row in part], prompt=prompt, task=task))
+            continue
+        matrices = {key: value for key, value in features.items() if _is_matrix(value)}
+        shared = {key: value for key, value in features.items() if key not in matrices}
+        tokenised += [(matrices, place, length) for place, length in enumerate(token_lengths(features))]
+        owners += block
+    if not tokenised:
+        return
+    filler = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
+    # From the longest to the shortest: a pass that doesn't fit in memory fails at once.
+    for group in reversed(passes([length for *_, length in tokenised], budget, padding_of(model.device))):
+        size = batch_size or len(group)
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            yield [owners[item] for item in part], _assemble([tokenised[item] for item in part], filler) | shared
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 2
+
+
+def _can_be_cut(features: Mapping[str, Any]) -> bool:
+    """Whether features are text padded on the right, each tensor `(rows, tokens)`."""
+    mask: Any = features.get("attention_mask")
+    if not _is_matrix(mask) or not bool(mask[:, 0].all()):
+        return False
+    tensors = [v for key, v in features.items() if isinstance(v, torch.Tensor) and key != "prompt_length"]
+    return all(tensor.shape == mask.shape for tensor in tensors)
+
+
+def _assemble(rows: Sequence[tuple[Mapping[str, Tensor], int, int]], filler: int) -> dict[str, Tensor]:
+    """The features of some tokenised rows, as wide as the longest."""
+    width = max(length for *_, length in rows)
+    made: dict[str, Tensor] = {}
+    for key, like in rows[0][0].items():
+        made[key] = torch.full((len(rows), width), filler if key == "input_ids" else 0, dtype=like.dtype)
+        for number, (matrices, place, length) in enumerate(rows):
+            made[key][number, :length] = matrices[key][place, :length]
+    return made
+
+
+def choose_precision(
+    model: SentenceTransformer | SparseEncoder, texts: Sequence[str], *, task: str = "document"
+) -> tuple[bool, dict[str, Any]]:
+    """Decide whether to encode in bfloat16: where the hardware has it and the vectors stay the same.
+
+    Args:
+        model: of one vector a text, dense or sparse.
+        texts: some of the texts to encode; at most 48 of them are probed.
+        task: "query" or "document".
+
+    Returns:
+        Whether bfloat16 is chosen, and why, JSON-ready: "hardware" and, where it was probed, "texts" and the lowest
+        "cosine" between the two vectors of a text.
+    """
+    if not has_bfloat16(model.device):
+        return False, {"hardware": False}
+    step = max(1, len(texts) // PROBE_TEXTS)
+    probed = list(texts[::step][:PROBE_TEXTS])
+    if not probed:
+        return False, {"hardware": True, "texts": 0}
+    full, half = (encode_texts(model, probed, task=task, bf16=bf16).astype(np.float64) for bf16 in (False, True))
+    if is_sparse_encoder(model):
+        full, half = full.toarray(), half.toarray()  # of some dozen texts
+    lengths = np.linalg.norm(full, axis=1) * np.linalg.norm(half, axis=1)
+    same = (full == half).all(axis=1)  # the zero vector of a text without words has no cosine
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = np.where(same, 1.0, (full * half).sum(axis=1) / lengths)
+    # A NaN or an infinity on one side only refuses bfloat16; on both, the encoding itself names the passage.
+    lowest = float(np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0).min())
+    return lowest >= ENOUGH_COSINE, {"hardware": True, "texts": len(probed), "cosine": lowest}
 
 
 def encode_corpus(
@@ -37,12 +245,11 @@ def encode_corpus(
     out_dir: str | Path,
     *,
     model_id: str | None = None,
-    precision: Precision = "auto",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
     dtype: Literal["float32", "float16"] = "float32",
     shard_size: int = POOL,
     tokens_per_pass: int | None = None,
     allow_empty: bool = False,
-    total: int | None = None,
     state: PartialState | None = None,
     write: Callable[[str], None] | None = None,
     write_every: float = 10.0,
@@ -50,10 +257,11 @@ def encode_corpus(
 ) -> dict[str, Any]:
     """Encode a corpus into a folder of shards, in the corpus's order, in memory that hardly grows with it.
 
-    A shard is `00000.npy` (vectors) and `00000.json` (ids and checksums), written aside and renamed; a call that finds
-    shards of an earlier one goes on after them, once it has seen that they are of the same model, settings and
-    passages. `manifest.json` comes last; `load_vectors` reads the folder.
-    What grows with the corpus is 16 bytes a passage, by which an id that comes twice is found.
+    A shard, `00000.arrow` with ids and vectors, is written aside and renamed; a call that finds shards of an earlier
+    one goes on after them, once it has seen that they are of the same model, settings and passages. `manifest.json`
+    comes last, and beside it the seconds that encoding took, scaled up to the whole where a part was there already;
+    `load_vectors` reads the folder. What grows with the corpus is 16 bytes a passage, by which an id that comes twice
+    is found.
 
     Several processes split the shards among them, each given the whole corpus in the same order. Vectors depend
     neither on the number of processes nor on interruptions, as long as hardware, threads and libraries are the same.
@@ -69,7 +277,6 @@ def encode_corpus(
         shard_size: passages a shard: what is lost at most when a process is killed, and what memory holds.
         tokens_per_pass: as `encode_texts`; recorded, since the last bits of a vector depend on it.
         allow_empty: encode passages without words instead of refusing them (a student's vector of one is zero).
-        total: passages in all, for the time left, where the corpus has no length.
         state: the processes of a distributed run; one process when None.
         write: takes a line of progress without its line end; printed by the main process when None.
         write_every: seconds between such lines.
@@ -84,47 +291,42 @@ def encode_corpus(
             or with a NaN vector, naming it.
         OSError: the folder can't be written, or holds something else.
     """
-    import numpy as np
-
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ValueError(f'precision={precision!r} is not known: use "auto", "bf16" or "fp32".')
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f'dtype={dtype!r} is not known: use "float32" or "float16".')
     sparse = is_sparse_encoder(model)
+    for name, value, known in (
+        ("precision", precision, ("auto", "bf16", "fp32")),
+        ("dtype", dtype, ("float32", "float16")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(known)}.")
     if sparse and dtype != "float32":
         raise ValueError(f'dtype={dtype!r}: the weights of sparse vectors are stored as they are: use "float32".')
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
-    if tokens_per_pass is not None and tokens_per_pass < 1:
-        raise ValueError(f"tokens_per_pass must be at least 1, got {tokens_per_pass}.")
+    _at_least_one(shard_size=shard_size, tokens_per_pass=tokens_per_pass)
     folder = Path(out_dir)
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    wait = state.wait_for_everyone if state is not None else lambda: None
     shards = passage_shards(checked_passages(corpus, allow_empty), shard_size)
-    first = next(shards, None)
-    if first is None:
+    shard = next(shards, None)
+    if shard is None:
         raise ValueError("corpus: it has no passage; check its source.")
     settings = describe_model(model, model_id) | {
         "dtype": dtype,
         "shard_size": shard_size,
         "device": model.device.type,
         "tokens_per_pass": budget_of(model, tokens_per_pass),
+        **({"layout": "sparse"} if sparse else {}),
     }
-    if sparse:
-        settings["layout"] = "sparse"
     if rank == 0:
-        stored.begin(folder, settings, precision, lambda: choose_precision(model, [text for _, text in first]))
-    if state is not None:
-        state.wait_for_everyone()
+        probed = [text for _, text in shard]
+        stored.begin(folder, settings, precision, lambda: choose_precision(model, probed))
+    wait()
     plan = stored.read_plan(folder)
     finished = stored.finished_shards(folder)
-    if state is not None:  # nobody writes a shard before all have seen which are there
-        state.wait_for_everyone()
+    wait()  # nobody writes a shard before all have seen which are there
 
-    if total is None and hasattr(corpus, "__len__"):
-        total = len(corpus)  # type: ignore[arg-type]
+    total = len(corpus) if isinstance(corpus, Sized) else None
+    begun = clock()
     progress = PassageProgress(total, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
-    number, missing, count = 0, 0, 0
-    shard: list[Passage] | None = first
+    number, missing, fresh, count = 0, 0, 0, 0
     while shard:
         if number in finished:
             # All processes compare passages, so that none adds to a folder that another refuses; files are read once.
@@ -132,29 +334,36 @@ def encode_corpus(
             progress.skipped(len(shard))
         else:
             if missing % processes == rank:
-                bf16 = plan["precision"] == "bf16"
-                vectors = encode(
+                vectors = encode_texts(
                     model,
                     [text for _, text in shard],
                     task="document",
-                    bf16=bf16,
+                    bf16=plan["precision"] == "bf16",
                     tokens_per_pass=tokens_per_pass,
                     done=progress.encoded,
                 ).astype(np.dtype(dtype))
                 _refuse_not_finite(vectors, shard, plan)
                 stored.write_shard(folder, number, shard, vectors)
             missing += 1
+            fresh += len(shard)
         count += len(shard)
         number += 1
         shard = next(shards, None)
-    if state is not None:
-        state.wait_for_everyone()
+    wait()
     progress.finish(count)
     if rank == 0:
         stored.finish(folder, number, count, kept=finished)
-    if state is not None:
-        state.wait_for_everyone()
+        if fresh:
+            seconds = (clock() - begun) * count / fresh
+            write_json_atomic(folder / SECONDS_FILE, {"seconds": seconds, "passages_timed": fresh})
+    wait()
     return stored.read_manifest(folder)
+
+
+def encoding_seconds(folder: str | Path) -> float | None:
+    """The seconds that encoding a folder of vectors took in all; None where that is not known."""
+    file = Path(folder) / SECONDS_FILE
+    return float(json.loads(file.read_text(encoding="utf-8"))["seconds"]) if file.is_file() else None
 
 
 def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:
@@ -168,10 +377,6 @@ def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | N
         "model": "id", "weights_sha256" over names and values of all weights, and a digest of each part of "encoding";
         "encoding": prompt, tokenizer, lengths and the configuration of each module.
     """
-    import hashlib
-    import json
-    import math
-
     if model_id is None:
         model_id = getattr(getattr(getattr(model[0], "model", None), "config", None), "_name_or_path", None)
     sparse = is_sparse_encoder(model)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.data import expansion_store as store
+from tct_hf.data.expansion import expanded_texts, load_expansions
+from tct_hf.files import file_digest
 from tct_hf.retrieval.bm25 import EXPANDED_B, EXPANDED_K1, BM25Index
 
 if TYPE_CHECKING:
@@ -41,8 +44,6 @@ def expanded_bm25(
         FileNotFoundError: no finished folder of expansions.
         ValueError: as `load_expansions`, `expanded_texts` and `BM25Index.build`.
     """
-    from tct_hf.data.expansion import expanded_texts, load_expansions
-
     kept: dict[str, Any] = {"num_queries": num_queries, "drop_repeats": drop_repeats, "drop_share": drop_share}
     return BM25Index.build(
         expanded_texts(corpus, load_expansions(expansions), **kept),
@@ -57,13 +58,7 @@ def expanded_bm25(
 def describe_expansion(
     expansions: str | Path, *, num_queries: int | None, drop_repeats: bool, drop_share: float
 ) -> dict[str, Any]:
-    """What an expanded index was built over, JSON-ready.
-
-    Args:
-        expansions: as in :func:`expanded_bm25`.
-        num_queries: likewise.
-        drop_repeats: likewise.
-        drop_share: likewise.
+    """What an expanded index is built over, JSON-ready; the arguments are those of :func:`expanded_bm25`.
 
     Returns:
         The model that wrote the queries, where it is known, how many a passage has, and checksums of all of them, and
@@ -73,9 +68,6 @@ def describe_expansion(
         FileNotFoundError: no finished folder of expansions, or none of scores where `drop_share` asks for them.
         ValueError: its manifest is damaged.
     """
-    from tct_hf.data import expansion_store as store
-    from tct_hf.files import file_digest
-
     folder = Path(expansions)
     manifest = store.read_manifest(folder, "expansions")
     generated = manifest.get("num_queries")

@@ -1,16 +1,18 @@
-"""Faiss indexes for inner product search: which kind for how many vectors, how one is trained, what can be set."""
+"""Faiss indexes for inner products: which kind for how many vectors, how one is trained, and tuned for a recall."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from tct_hf.retrieval.vector_blocks import BLOCK
+import faiss
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
+from tct_hf.retrieval.rows import BLOCK, as_matrix, blocks
 
 # Up to these counts the simpler index is the better one: exact search takes milliseconds, and a graph with its whole
 # vectors, 1.8 kB each at dimension 384, fits into memory.
@@ -21,16 +23,26 @@ _TRAINING_ROWS_PER_LIST = 64
 _CONSTRUCTION_EFFORT = 200
 _MOST_LISTS = 65_536
 
+SLICE = 256  # queries tuned on, at most
+# Scores closer than this, relative, are the same to float32, whose last bits depend on the order of additions.
+_ROUNDING = 1e-6
+# The part of the allowed misses that is kept back: a slice is small, and what stands for queries is easier to find
+# than they are. Searching 32 to 128 of 256 lists for the exact top 100, a student's queries missed 0.8 to 2.0 times
+# what stand-ins missed, and 1.1 to 3.0 times what passages missed (two collections, 13,000 and 16,000 passages).
+_KEPT_BACK = {"queries": 0.15, "passages": 0.4}
+_PROBES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192, 16384]
+_FACTORS = [2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0]
+_EFFORTS = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0]
+# Microseconds, for comparing settings with each other: measured at dimension 384, but fixed, so that the same vectors
+# give the same index whatever else the machine does.
+_COST_LIST, _COST_CODE, _COST_REFINED = 3.0, 0.0072, 0.85
+
 
 def factory_for(count: int) -> str:
-    """Name the Faiss factory string that "auto" stands for.
+    """The Faiss factory string that "auto" stands for with `count` vectors.
 
-    Args:
-        count: vectors to index.
-
-    Returns:
-        "Flat" (exact), "HNSW32" (a graph over whole vectors), or inverted lists of one bit a component whose best
-        candidates are scored again with one byte a component.
+    "Flat" (exact), "HNSW32" (a graph over whole vectors), or inverted lists of one bit a component whose best
+    candidates are scored again with one byte a component.
     """
     if count <= EXACT_UP_TO:
         return "Flat"
@@ -43,13 +55,7 @@ def factory_for(count: int) -> str:
 
 @contextmanager
 def faiss_threads(threads: int | None) -> Iterator[None]:
-    """Give Faiss a number of threads for a while; None leaves its own setting.
-
-    Raises:
-        ValueError: below 1.
-    """
-    import faiss
-
+    """Give Faiss a number of threads for a while; None leaves its own setting, and below 1 is a ValueError."""
     if threads is None:
         yield
         return
@@ -65,9 +71,7 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
 
 def parts(engine: Any) -> tuple[Any, Any, Any]:
     """Look into an index: its refining wrapper, the inverted lists and the graph in it, None for what it has not."""
-    import faiss
-
-    refine = ivf = graph = None
+    refine = None
     inner = faiss.downcast_index(engine)
     while True:
         if isinstance(inner, faiss.IndexRefine):
@@ -75,12 +79,8 @@ def parts(engine: Any) -> tuple[Any, Any, Any]:
         elif isinstance(inner, (faiss.IndexPreTransform, faiss.IndexIDMap)):
             inner = faiss.downcast_index(inner.index)
         else:
-            break
-    if isinstance(inner, faiss.IndexIVF):
-        ivf = inner
-    elif isinstance(inner, faiss.IndexHNSW):
-        graph = inner
-    return refine, ivf, graph
+            ivf = inner if isinstance(inner, faiss.IndexIVF) else None
+            return refine, ivf, inner if isinstance(inner, faiss.IndexHNSW) else None
 
 
 def parameter_names(engine: Any) -> list[str]:
@@ -91,23 +91,16 @@ def parameter_names(engine: Any) -> list[str]:
 
 
 def set_parameters(engine: Any, parameters: Mapping[str, float]) -> None:
-    """Set search parameters.
-
-    Raises:
-        ValueError: the index has no such parameter, or a value is below 1.
-    """
-    refine, ivf, graph = parts(engine)
+    """Set search parameters; ValueError where the index has no such parameter, or a value is below 1."""
     for name, value in parameters.items():
         if name not in parameter_names(engine):
             raise ValueError(f"parameters: this index has {parameter_names(engine) or 'none'}, not {name!r}")
         if not value >= 1:
             raise ValueError(f"parameters: {name}={value} is below 1")
-        if name == "k_factor":
-            refine.k_factor = float(value)
-        elif name == "nprobe":
-            ivf.nprobe = int(value)
+        if name == "k_factor":  # ParameterSpace would round it
+            parts(engine)[0].k_factor = float(value)
         else:
-            graph.hnsw.efSearch = int(value)
+            faiss.ParameterSpace().set_index_parameter(engine, name, int(value))
 
 
 def search_engine(engine: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +114,6 @@ def search_engine(engine: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     Returns:
         Scores (queries, k) float32 and rows (queries, k) int64, best first, -1 where there is none.
     """
-    import numpy as np
-
     _, ivf, _ = parts(engine)
     block = 1024 if ivf is None else max(1, 16_384 // ivf.nprobe)
     if len(queries) <= block:
@@ -131,15 +122,8 @@ def search_engine(engine: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     return np.vstack([scores for scores, _ in found]), np.vstack([rows for _, rows in found])
 
 
-def is_flat(engine: Any) -> bool:
-    """Whether an index searches whole vectors exhaustively."""
-    import faiss
-
-    return isinstance(faiss.downcast_index(engine), faiss.IndexFlat)
-
-
 def search_flat(engine: Any, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Search exhaustively, with all the rows that score what the last place does.
+    """Search whole vectors exhaustively, with all the rows that score what the last place does.
 
     Args:
         engine: an index of whole vectors.
@@ -165,67 +149,6 @@ def search_flat(engine: Any, queries: np.ndarray, k: int) -> tuple[list[np.ndarr
     return [values for values, _ in found], [at for _, at in found]
 
 
-def clipped_rows(engine: Any, vectors: np.ndarray) -> np.ndarray:
-    """Find vectors with a component beyond what the scalar quantizers of an index can hold.
-
-    Args:
-        engine: the trained index.
-        vectors: (rows, dimension) float32, as they would be added.
-
-    Returns:
-        Row numbers, rising, int64.
-    """
-    import faiss
-    import numpy as np
-
-    clipped = np.zeros(len(vectors), bool)
-    left = [(engine, vectors)]
-    while left:
-        inner, rows = left.pop()
-        index: Any = faiss.downcast_index(inner)
-        if isinstance(index, faiss.IndexRefine):
-            left += [(index.base_index, rows), (index.refine_index, rows)]
-        elif isinstance(index, faiss.IndexPreTransform):
-            chain: Any = index.chain
-            for step in range(chain.size()):
-                rows = chain.at(step).apply(rows)
-            left.append((index.index, rows))
-        elif isinstance(index, faiss.IndexIDMap):
-            left.append((index.index, rows))
-        elif isinstance(index, faiss.IndexHNSW):
-            left.append((index.storage, rows))
-        elif isinstance(index, faiss.IndexScalarQuantizer):
-            clipped |= _beyond(index.sq, rows)
-        elif isinstance(index, faiss.IndexIVFScalarQuantizer):
-            if index.by_residual:
-                _, lists = index.quantizer.search(rows, 1)
-                rows = rows - index.quantizer.reconstruct_batch(lists[:, 0])
-            clipped |= _beyond(index.sq, rows)
-    return np.flatnonzero(clipped)
-
-
-def _beyond(quantizer: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows, (rows,) bool, that a scalar quantizer would clip by more than the width of its own steps."""
-    import faiss
-    import numpy as np
-
-    kinds = {
-        faiss.ScalarQuantizer.QT_8bit: 255,
-        faiss.ScalarQuantizer.QT_8bit_uniform: 255,
-        faiss.ScalarQuantizer.QT_6bit: 63,
-        faiss.ScalarQuantizer.QT_4bit: 15,
-        faiss.ScalarQuantizer.QT_4bit_uniform: 15,
-    }
-    if quantizer.qtype == faiss.ScalarQuantizer.QT_fp16:
-        return np.asarray((np.abs(rows) > np.finfo(np.float16).max).any(axis=1))
-    if quantizer.qtype not in kinds:
-        return np.zeros(len(rows), bool)
-    # The least values, then the widths, of each component or one for all.
-    low, width = faiss.vector_to_array(quantizer.trained).reshape(2, -1)
-    step = width / kinds[quantizer.qtype] + 1e-6 * np.abs(low)
-    return np.asarray(((rows < low - step) | (rows > low + width + step)).any(axis=1))
-
-
 def training_rows(engine: Any, count: int) -> int:
     """How many of `count` vectors an index is trained on."""
     _, ivf, _ = parts(engine)
@@ -234,8 +157,6 @@ def training_rows(engine: Any, count: int) -> int:
 
 def make_engine(dimension: int, factory: str) -> Any:
     """An empty Faiss index for inner products; RuntimeError where Faiss refuses the string."""
-    import faiss
-
     engine = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     _, _, graph = parts(engine)
     if graph is not None:
@@ -243,33 +164,26 @@ def make_engine(dimension: int, factory: str) -> Any:
     return engine
 
 
-def train_engine(engine: Any, sample: np.ndarray, low: np.ndarray, high: np.ndarray, seed: int) -> None:
+def train_engine(engine: Any, sample: np.ndarray, limits: np.ndarray, seed: int) -> None:
     """Train an index.
 
     Args:
         engine: the empty index.
         sample: (rows, dimension) to train on.
-        low: (dimension,) least value of each component over all vectors.
-        high: (dimension,) greatest.
+        limits: (2, dimension), least and greatest value of each component over all vectors: all that scalar
+            quantizers learn, so that none of them is clipped.
         seed: of the clustering.
     """
-    import faiss
-    import numpy as np
-
-    if engine.is_trained:
-        return
     top: Any = faiss.downcast_index(engine)
     base = faiss.downcast_index(top.base_index) if isinstance(top, faiss.IndexRefine) else top
     if isinstance(base, faiss.IndexIVF) and isinstance(faiss.downcast_index(base.quantizer), faiss.IndexFlat):
         _train_centroids(base, sample, seed)
-    # A component's range is all that these learn: of all vectors, so that none is clipped.
-    extremes = [low, high]
-    base.train(np.vstack([sample, *extremes]) if isinstance(base, faiss.IndexScalarQuantizer) else sample)
+    base.train(np.vstack([sample, limits]) if isinstance(base, faiss.IndexScalarQuantizer) else sample)
     if base is top:
         return
     refine = faiss.downcast_index(top.refine_index)
     if isinstance(refine, faiss.IndexScalarQuantizer):
-        sample = np.vstack([sample[:1024], *extremes])
+        sample = np.vstack([sample[:1024], limits])
     if not refine.is_trained:
         refine.train(sample)
     top.is_trained = True
@@ -283,8 +197,6 @@ def _train_centroids(ivf: Any, sample: np.ndarray, seed: int) -> None:
     to nothing. One common length changes no choice of cluster and makes the rest, and the error of its code, smaller:
     with a student's vectors, Recall@100 0.866 instead of 0.833 at the same cost (32 of 256 lists, k_factor 2).
     """
-    import faiss
-
     clustering: Any = faiss.Kmeans(
         ivf.d,
         ivf.nlist,
@@ -298,3 +210,174 @@ def _train_centroids(ivf: Any, sample: np.ndarray, seed: int) -> None:
     lengths, _ = clustering.index.search(sample[:BLOCK], 1)
     length = float(lengths.mean())
     ivf.quantizer.add(clustering.centroids * (length if length > 0 else 1.0))
+
+
+def draw(count: int, held_out: int, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to tune on and rows to train on, apart where there are enough, in the order of a file that is mapped."""
+    order = np.random.default_rng(seed).permutation(count)
+    rest = order[held_out:] if count - held_out >= wanted else order
+    return np.sort(order[:held_out]), np.sort(rest[:wanted])
+
+
+def stand_ins(passages: np.ndarray, seed: int) -> np.ndarray:
+    """Make vectors that stand for queries: each passage plus the difference of two others.
+
+    A passage lies where an index has many vectors, a query beside them: it has its passage's subject and something of
+    its own. The difference of two passages gives it that, in the directions that the collection uses.
+
+    Args:
+        passages: (rows, dimension) float32.
+        seed: of what is added to which.
+
+    Returns:
+        (rows, dimension) float32.
+    """
+    # Neighbours in a ring, so that with three rows or more none is added to or taken from itself.
+    ring = np.random.default_rng(seed).permutation(len(passages))
+    made = np.empty_like(passages)
+    made[ring] = passages[ring] + passages[np.roll(ring, 1)] - passages[np.roll(ring, 2)]
+    return made
+
+
+@dataclass(frozen=True)
+class ExactNeighbours:
+    """What exhaustive search finds.
+
+    Args:
+        queries: (queries, dimension) float32.
+        vectors: (rows, dimension), of any kind that gives rows by number.
+        rows: (queries, k) int64 row numbers, best first.
+        tied: (queries,) bool: other rows score what the last of these does.
+    """
+
+    queries: np.ndarray
+    vectors: Any
+    rows: np.ndarray
+    tied: np.ndarray
+
+    def recall(self, found: np.ndarray) -> np.ndarray:
+        """Recall@k of what an index found: a row is as good as the k-th exact one where it scores no less.
+
+        Args:
+            found: (queries, any) row numbers, -1 for none.
+
+        Returns:
+            (queries,) float64.
+        """
+        recall = np.array([np.isin(best, mine).mean() for mine, best in zip(found, self.rows, strict=True)])
+        k = self.rows.shape[1]
+        for at in np.flatnonzero(self.tied & (recall < 1)):
+            others = np.setdiff1d(found[at][found[at] >= 0], self.rows[at])
+            scored = np.append(others, self.rows[at, -1])
+            order = np.argsort(scored)  # in the order of a file that is mapped
+            scores = np.empty(len(scored))
+            block = np.asarray(self.vectors[scored[order]], dtype=np.float64)
+            scores[order] = block @ self.queries[at].astype(np.float64)
+            as_good = int((scores[:-1] >= scores[-1] - _ROUNDING * abs(scores[-1])).sum())
+            recall[at] = min(1.0, recall[at] + as_good / k)
+        return recall
+
+
+def exact_neighbours(queries: np.ndarray, vectors: Any, k: int) -> ExactNeighbours:
+    """Find the `k` rows with the greatest inner products by exhaustive search, block by block."""
+    depth = min(k + 1, len(vectors))  # one more than asked for shows where equal scores straddle the cut
+    scores = np.empty((len(queries), 0), np.float32)
+    rows = np.empty((len(queries), 0), np.int64)
+    begin = 0
+    for block in blocks(vectors):
+        values, found = faiss.knn(queries, block, min(depth, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores = np.hstack([scores, values])
+        rows = np.hstack([rows, found + begin])
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+        scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+        begin += len(block)
+    tied = np.zeros(len(queries), bool)
+    if depth > k:
+        tied = scores[:, k] >= scores[:, k - 1] - _ROUNDING * np.abs(scores[:, k - 1])
+    return ExactNeighbours(queries, vectors, rows[:, :k], tied)
+
+
+def tune(
+    engine: Any, vectors: Any, held_out: np.ndarray, queries: np.ndarray | None, recall: float, k: int, seed: int
+) -> dict[str, Any]:
+    """Set the cheapest search parameters that reach a recall, by a fixed estimate of their cost.
+
+    Args:
+        engine: the filled index; left with the parameters chosen.
+        vectors: (rows, dimension) that are in it.
+        held_out: rows that stand-ins for queries are made of.
+        queries: (queries, dimension) to tune on; stand-ins when None.
+        recall: wanted mean Recall@k, below 1; what is aimed at lies above it, by more where stand-ins are tuned on.
+        k: passages a query.
+        seed: of the choice of queries.
+
+    Returns:
+        "parameters", "recall" wanted, "measured" on the slice, "aim", "k", "source" and "slice" (queries). A warning
+        is given when no setting reaches the wanted recall; the best is then set.
+    """
+    source = "passages" if queries is None else "queries"
+    if queries is None:
+        queries = stand_ins(as_matrix(vectors[held_out], "vectors"), seed)
+    else:
+        queries = queries[np.sort(np.random.default_rng(seed).permutation(len(queries))[:SLICE])]
+    exact = exact_neighbours(queries, vectors, min(k, len(vectors)))
+    places = exact.rows.shape[1]
+    aim = recall + (1 - recall) * _KEPT_BACK[source]
+
+    def measure(parameters: dict[str, float]) -> float:
+        set_parameters(engine, parameters)
+        return float(exact.recall(search_engine(engine, queries, places)[1]).mean())
+
+    best: tuple[float, dict[str, float], float] | None = None
+    highest: tuple[float, dict[str, float]] = (-1.0, {})
+    for line in _lines(engine, places):
+        # Recall rises along a line, so that halving finds the first setting that reaches the aim.
+        low, high = 0, len(line) if best is None else sum(cost < best[0] for cost, _ in line)
+        reached: tuple[float, dict[str, float], float] | None = None
+        while low < high:
+            middle = (low + high) // 2
+            cost, parameters = line[middle]
+            measured = measure(parameters)
+            highest = max(highest, (measured, parameters), key=lambda one: one[0])
+            if measured >= aim:
+                reached, high = (cost, parameters, measured), middle
+            else:
+                low = middle + 1
+        best = reached or best
+    if best is not None:
+        _, parameters, measured = best
+    else:
+        measured, parameters = highest
+        if measured < recall:
+            warnings.warn(
+                f"recall: {recall} wanted, {measured:.4f} is the most this index reaches on {len(queries)} {source}; "
+                "its codes are too coarse for these vectors. Name a factory with finer ones, such as 'HNSW32', or "
+                "accept less",
+                stacklevel=3,
+            )
+    set_parameters(engine, parameters)
+    found = {"parameters": parameters, "recall": recall, "aim": round(aim, 6), "measured": round(measured, 6)}
+    return {**found, "k": k, "source": source, "slice": len(queries)}
+
+
+def _lines(engine: Any, k: int) -> list[list[tuple[float, dict[str, float]]]]:
+    """Settings with their costs, in lines of rising cost and recall; a line for each k_factor."""
+    refine, ivf, graph = parts(engine)
+    factors = _FACTORS if refine is not None else [0.0]
+    if ivf is not None:
+        a_list = _COST_LIST + _COST_CODE * ivf.ntotal / ivf.nlist
+        probes = [*(step for step in _PROBES if step < ivf.nlist), ivf.nlist]
+        steps: list[tuple[float, dict[str, float]]] = [(step * a_list, {"nprobe": step}) for step in probes]
+    elif graph is not None:
+        # An effort compares about 30 vectors; beyond this much, exact search is as fast.
+        most = max(8 * k, graph.ntotal // 50)
+        efforts = sorted({min(round(k * step), most) for step in _EFFORTS})
+        steps = [(float(effort), {"efSearch": effort}) for effort in efforts]
+    else:
+        return [[(factor, {"k_factor": factor}) for factor in factors]]
+    if refine is None:
+        return [steps]
+    return [
+        [(cost + _COST_REFINED * k * factor, {**step, "k_factor": factor}) for cost, step in steps]
+        for factor in factors
+    ]

@@ -1,15 +1,14 @@
-"""Hybrid retrieval: two or more runs made into one, and the weight between them tuned."""
+"""Hybrid retrieval: two or more runs fused into one."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tct_hf.retrieval.runs import Run
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Scores = Mapping[str, float]
 
@@ -31,7 +30,7 @@ def fuse(
 
     Args:
         sparse_run: query id to passage id to score, of BM25 for instance.
-        dense_run: alike, of a student.
+        dense_run: the same of a student.
         alpha: weight of the sparse scores, 0 or more; see `tune_alpha`.
         normalize: bring both lists of a query to the range -0.5 to 0.5 first.
         k: passages a query, at most; None keeps the union.
@@ -43,14 +42,18 @@ def fuse(
         ValueError: alpha is negative or not finite, a score is not finite, k is below 1, or the runs have no query
             in common.
     """
-    _check_weight(alpha)
+    check_weight(alpha)
     _check_depth(k, "k")
-    _check_common(sparse_run, dense_run)
+    if sparse_run and dense_run and sparse_run.keys().isdisjoint(dense_run):
+        raise ValueError(
+            f"sparse_run, dense_run: no query in common (for instance {next(iter(sparse_run))!r} and "
+            f"{next(iter(dense_run))!r}); take runs of one split, with the same ids"
+        )
     fused: Run = {}
     for query in dict.fromkeys([*sparse_run, *dense_run]):
-        ids, sparse, dense = _aligned(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize)
+        ids, sparse, dense = align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize)
         scores = alpha * sparse + dense
-        order = _order(ids, scores)[:k]
+        order = order_of(ids, scores)[:k]
         fused[query] = dict(zip([ids[at] for at in order.tolist()], scores[order].tolist(), strict=True))
     return fused
 
@@ -71,8 +74,6 @@ def reciprocal_rank_fusion(runs: Sequence[Mapping[str, Scores]], k: int = 60, *,
     Raises:
         ValueError: there is no run, k is negative or not finite, depth is below 1, or a score is NaN.
     """
-    import numpy as np
-
     if isinstance(runs, Mapping) or not runs:
         raise ValueError("runs: pass a list of one or more runs")
     if not 0 <= k < math.inf:
@@ -88,7 +89,7 @@ def reciprocal_rank_fusion(runs: Sequence[Mapping[str, Scores]], k: int = 60, *,
                 raise ValueError(_not_finite(query, scores))
             names = list(scores)
             shares = (1 / (k + np.arange(1, len(names) + 1))).tolist()
-            ranked = zip([names[at] for at in _order(names, values).tolist()], shares, strict=True)
+            ranked = zip([names[at] for at in order_of(names, values).tolist()], shares, strict=True)
             if sums:
                 so_far = sums.get
                 for passage, share in ranked:
@@ -96,7 +97,7 @@ def reciprocal_rank_fusion(runs: Sequence[Mapping[str, Scores]], k: int = 60, *,
             else:
                 sums = dict(ranked)
         ids, totals = list(sums), np.fromiter(sums.values(), np.float64, len(sums))
-        order = _order(ids, totals)[:depth]
+        order = order_of(ids, totals)[:depth]
         fused[query] = dict(zip([ids[at] for at in order.tolist()], totals[order].tolist(), strict=True))
     return fused
 
@@ -108,15 +109,13 @@ def equal_spread_alpha(
 
     Args:
         sparse_run: query id to passage id to score.
-        dense_run: alike.
+        dense_run: query id to passage id to score.
         queries: ids of the queries to look at; all when None.
 
     Returns:
         The median over queries of the dense list's spread (max - min) over that of the sparse list; 1 where no query
         has both.
     """
-    import statistics
-
     ratios = []
     for query in sparse_run if queries is None else queries:
         sparse, dense = sparse_run.get(query), dense_run.get(query)
@@ -127,10 +126,8 @@ def equal_spread_alpha(
     return statistics.median(ratios) if ratios else 1.0
 
 
-def _aligned(query: str, sparse: Scores, dense: Scores, normalize: bool) -> tuple[list[str], np.ndarray, np.ndarray]:
+def align(query: str, sparse: Scores, dense: Scores, normalize: bool) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The union of two lists: ids, sparse scores and dense scores (passages,) float64, each missing one filled in."""
-    import numpy as np
-
     values = []
     for scores in (sparse, dense):
         # Rows are fused as arrays, so that tuning adds and multiplies exactly as fusing does.
@@ -138,7 +135,8 @@ def _aligned(query: str, sparse: Scores, dense: Scores, normalize: bool) -> tupl
         if not np.isfinite(array).all():
             raise ValueError(_not_finite(query, scores))
         if normalize and len(array):
-            array = _normalized(array)
+            low, high = array.min(), array.max()
+            array = (array - (low + high) / 2) / (high - low) if low < high else np.zeros_like(array)
         values.append(array)
     sparse_values, dense_values = values
     sparse_low = float(sparse_values.min()) if len(sparse_values) else 0.0
@@ -152,19 +150,8 @@ def _aligned(query: str, sparse: Scores, dense: Scores, normalize: bool) -> tupl
     return [*sparse, *rest], sparse_all, dense_all
 
 
-def _normalized(scores: np.ndarray) -> np.ndarray:
-    import numpy as np
-
-    low, high = scores.min(), scores.max()
-    if low == high:
-        return np.zeros_like(scores)
-    return (scores - (low + high) / 2) / (high - low)
-
-
-def _order(ids: Sequence[str], scores: np.ndarray, depth: int | None = None) -> np.ndarray:
+def order_of(ids: Sequence[str], scores: np.ndarray, depth: int | None = None) -> np.ndarray:
     """Rows best first, equal scores by id, the first `depth` of them: `rank` for arrays."""
-    import numpy as np
-
     rows = np.arange(len(scores))
     if depth is not None and depth < len(scores):
         # All that equal the last one kept come along, for the ids to decide among.
@@ -183,7 +170,8 @@ def _order(ids: Sequence[str], scores: np.ndarray, depth: int | None = None) -> 
     return order[:depth]
 
 
-def _check_weight(alpha: float) -> None:
+def check_weight(alpha: float) -> None:
+    """Refuse a weight that is negative or not finite."""
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha: {alpha} must be finite and 0 or more; tune_alpha finds a good one")
 
@@ -191,14 +179,6 @@ def _check_weight(alpha: float) -> None:
 def _check_depth(depth: int | None, name: str) -> None:
     if depth is not None and depth < 1:
         raise ValueError(f"{name}: {depth} is below 1; ask for at least one passage, or None for all")
-
-
-def _check_common(first: Mapping[str, Scores], second: Mapping[str, Scores]) -> None:
-    if first and second and first.keys().isdisjoint(second):
-        raise ValueError(
-            f"sparse_run, dense_run: no query in common (for instance {next(iter(first))!r} and "
-            f"{next(iter(second))!r}); take runs of one split, with the same ids"
-        )
 
 
 def _not_finite(query: str, scores: Scores) -> str:

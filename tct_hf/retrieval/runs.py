@@ -5,26 +5,18 @@ from __future__ import annotations
 import codecs
 import gzip
 import math
-import secrets
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
 
 from tct_hf.data.ids import is_utf8
+from tct_hf.files import write_aside
 
 Run = dict[str, dict[str, float]]
 
 
 def rank(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Order one query's passages: score descending, equal scores by passage id ascending.
-
-    Args:
-        scores: passage id to score.
-
-    Returns:
-        (passage id, score), best first. The order does not depend on the order of `scores`.
-    """
+    """Order one query's passages, (id, score): score descending, equal scores by passage id ascending."""
     return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
 
 
@@ -45,22 +37,16 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | Path, tag: str
     """
     path = Path(path)
     _check_word(tag, "tag", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with staging.open("xb") as raw:
-            if path.name.endswith(".gz"):
-                # Neither name nor time in the header: the same run gives the same bytes.
-                with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
-                    _write_lines(packed, run, tag, path)
-            else:
-                _write_lines(raw, run, tag, path)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+    with write_aside(path) as aside, aside.open("xb") as raw:
+        if path.name.endswith(".gz"):
+            # Neither name nor time in the header: the same run gives the same bytes.
+            with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
+                packed.writelines(_lines(run, tag, path))
+        else:
+            raw.writelines(_lines(run, tag, path))
 
 
-def _write_lines(out: IO[bytes] | gzip.GzipFile, run: Mapping[str, Mapping[str, float]], tag: str, path: Path) -> None:
+def _lines(run: Mapping[str, Mapping[str, float]], tag: str, path: Path) -> Iterator[bytes]:
     for query_id, scores in run.items():
         _check_word(query_id, "query id", path)
         for passage_id, score in scores.items():
@@ -71,7 +57,7 @@ def _write_lines(out: IO[bytes] | gzip.GzipFile, run: Mapping[str, Mapping[str, 
                     "look for NaN in the vectors or the scores that made this run"
                 )
         for place, (passage_id, score) in enumerate(rank(scores), start=1):
-            out.write(f"{query_id} Q0 {passage_id} {place} {float(score)!r} {tag}\n".encode())
+            yield f"{query_id} Q0 {passage_id} {place} {float(score)!r} {tag}\n".encode()
 
 
 def read_run(path: str | Path) -> Run:
@@ -106,17 +92,10 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_tag(path: str | Path) -> str | None:
-    """The name that a run file gives its run (last column of the first line); None where there is none.
-
-    Args:
-        path: the file, plain or .gz, of which :func:`read_run` has found no fault.
-    """
+    """The name that a run file gives its run, the last column of the first line; None where there is no line."""
     path = Path(path)
     with gzip.open(path, "rt") if path.name.endswith(".gz") else path.open(encoding="utf-8") as lines:
-        for line in lines:
-            if fields := line.split():
-                return fields[-1]
-    return None
+        return next((fields[-1] for line in lines if (fields := line.split())), None)
 
 
 def _read_line(line: bytes, place: str, run: Run) -> None:
@@ -128,7 +107,7 @@ def _read_line(line: bytes, place: str, run: Run) -> None:
         return
     if len(fields) != 6:
         raise ValueError(
-            f"{place}: {len(fields)} columns instead of 6 (query Q0 passage rank score tag); mend or remove the line"
+            f"{place}: {len(fields)} columns instead of 6 (query Q0 passage rank score tag); fix or remove the line"
         )
     query_id, _, passage_id, _, text, _ = fields
     try:
@@ -137,7 +116,7 @@ def _read_line(line: bytes, place: str, run: Run) -> None:
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
-        raise ValueError(f"{place}: score {text!r} (column 5) is not a finite number; mend or remove the line")
+        raise ValueError(f"{place}: score {text!r} (column 5) is not a finite number; fix or remove the line")
     scores = run.setdefault(query_id, {})
     if passage_id in scores:
         raise ValueError(f"{place}: passage {passage_id!r} comes twice for query {query_id!r}; remove one line")
@@ -151,32 +130,3 @@ def _check_word(text: str, what: str, path: Path) -> None:
         )
     if not is_utf8(text):
         raise ValueError(f"{path}: {what} {text!r} has a lone surrogate, which UTF-8 can't hold; rename it first")
-
-
-def one_id_a_vector(query_ids: Sequence[str], count: int) -> list[str]:
-    """The ids as a list, refused where they are not one for each of `count` vectors, each once.
-
-    Raises:
-        ValueError: with the mend.
-    """
-    names = list(query_ids)
-    if len(names) != count or len(set(names)) != len(names):
-        raise ValueError(
-            f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {count} vectors; pass one id for "
-            "each, each once"
-        )
-    return names
-
-
-def run_of(query_ids: Sequence[str], ids: Sequence[Sequence[str]], scores: Sequence[Any]) -> Run:
-    """A run of what an index's search returned.
-
-    Args:
-        query_ids: one for each query that was searched.
-        ids: passage ids of each query, best first.
-        scores: their scores, an array a query.
-    """
-    return {
-        name: dict(zip(found, values.tolist(), strict=True))
-        for name, found, values in zip(query_ids, ids, scores, strict=True)
-    }

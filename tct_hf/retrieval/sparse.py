@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tct_hf.data.ids import IdTable
-from tct_hf.retrieval.bm25 import check_ids
-from tct_hf.retrieval.built_by import check_model, described
-from tct_hf.retrieval.pinned import PinnedIndex
-from tct_hf.retrieval.runs import Run, one_id_a_vector, run_of
-from tct_hf.retrieval.sparse_rows import as_csr, row_blocks
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-    from sentence_transformers import SparseEncoder
+from tct_hf.retrieval.index import VectorIndex, check_ids, id_array
+from tct_hf.retrieval.inverted_lists import append_rows, are_lists, best_rows, count_terms
+from tct_hf.retrieval.rows import as_csr, sparse_blocks
 
-_SETTINGS_FILE = "tct_sparse.json"
 _ARRAYS = {"starts": "int64", "rows": "uint32", "weights": "float32"}
-_FORMAT = 1
 
 
-class SparseIndex(PinnedIndex):
+class SparseIndex(VectorIndex):
     """Inverted lists that answer sparse query vectors with passage ids; make one with `build` or `load`.
 
     Search is exact: scores are the inner products, added up in float32 term after term. Equal scores are ordered by
     passage id. A posting takes 8 bytes, on disk and in memory, where the lists can stay mapped from their files.
-
-    Attributes:
-        ids: passage ids, one a row.
-        built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, where it was given; from
-            the Hub also "revision".
     """
+
+    kind, title, tags = "sparse index", "Inverted lists", ("sparse", "splade")
+    settings_file, format = "tct_sparse.json", 2
 
     def __init__(
         self,
@@ -44,11 +36,8 @@ class SparseIndex(PinnedIndex):
         built_by: Mapping[str, Any] | None = None,
     ) -> None:
         self._starts, self._rows, self._weights = (_read_only(part) for part in (starts, rows, weights))
-        self.ids: Sequence[str] = ids
+        self.ids = ids
         self.built_by = dict(built_by) if built_by else None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     @property
     def dimension(self) -> int:
@@ -62,14 +51,13 @@ class SparseIndex(PinnedIndex):
 
     @property
     def active_dims(self) -> float:
-        """Non-zeros of a passage, a mean."""
+        """Mean number of non-zeros of a passage."""
         return self.postings / len(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of lists and ids, in memory or mapped."""
-        lists = self._starts.nbytes + self._rows.nbytes + self._weights.nbytes
-        return int(lists + getattr(self.ids, "nbytes", 0))
+        return int(self._starts.nbytes + self._rows.nbytes + self._weights.nbytes + self.ids.nbytes)
 
     @classmethod
     def build(cls, vectors: Any, ids: Iterable[str], *, built_by: Mapping[str, Any] | None = None) -> SparseIndex:
@@ -92,11 +80,7 @@ class SparseIndex(PinnedIndex):
             ValueError: vectors of another kind or of several dimensions, a weight that is NaN, infinite or negative,
                 ids that don't fit, or no non-zero at all.
         """
-        import numpy as np
-
-        from tct_hf.retrieval import inverted_lists
-
-        blocks = row_blocks(vectors, "vectors")
+        blocks = sparse_blocks(vectors, "vectors")
         counts: np.ndarray | None = None
         passages = 0
         for block in blocks:
@@ -107,7 +91,7 @@ class SparseIndex(PinnedIndex):
                     f"vectors: dimension {block.shape[1]} from row {passages} on where it was {len(counts)} before; "
                     "encode all passages with one model"
                 )
-            inverted_lists.count_terms(block.indices, counts)
+            count_terms(block.indices, counts)
             passages += block.shape[0]
         id_list = list(ids)
         check_ids(id_list, passages, "vectors")
@@ -123,12 +107,11 @@ class SparseIndex(PinnedIndex):
         rows, weights = np.empty(starts[-1], np.uint32), np.empty(starts[-1], np.float32)
         ends, first = starts[:-1].copy(), 0
         for block in blocks:
-            begins = block.indptr.astype(np.int64)
-            inverted_lists.append_rows(begins, block.indices, block.data, first, ends, rows, weights)
+            append_rows(block.indptr.astype(np.int64), block.indices, block.data, first, ends, rows, weights)
             first += block.shape[0]
-        return cls(starts, rows, weights, IdTable.of(id_list), built_by=built_by)
+        return cls(starts, rows, weights, id_array(id_list), built_by=built_by)
 
-    def search(
+    def search(  # type: ignore[override]
         self, query_vectors: Any, k: int = 100, *, threads: int = 1
     ) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the passages with the greatest inner product.
@@ -146,15 +129,6 @@ class SparseIndex(PinnedIndex):
             ValueError: k or threads below 1, a wrong shape, a weight that is NaN, infinite or negative, or a score
                 that float32 can't hold.
         """
-        rows, scores = self.search_rows(query_vectors, k, threads=threads)
-        return [[self.ids[row] for row in found.tolist()] for found in rows], scores
-
-    def search_rows(
-        self, query_vectors: Any, k: int = 100, *, threads: int = 1
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Like `search`, with the passages' row numbers in place of their ids."""
-        from concurrent.futures import ThreadPoolExecutor
-
         for name, number in (("k", k), ("threads", threads)):
             if number < 1:
                 raise ValueError(f"{name}: {number} is below 1; ask for at least one")
@@ -164,23 +138,15 @@ class SparseIndex(PinnedIndex):
                 f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; "
                 "encode queries with the model that encoded the passages"
             )
-        depth = min(k, len(self))
-
-        def search_one(row: int) -> tuple[np.ndarray, np.ndarray]:
-            return self._best(queries, row, depth)
-
+        depth, numbers = min(k, len(self)), range(queries.shape[0])
         if threads == 1:
-            found = [search_one(row) for row in range(queries.shape[0])]
+            found = [self._best(queries, row, depth) for row in numbers]
         else:
             with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(search_one, range(queries.shape[0])))
-        return [rows for rows, _ in found], [scores for _, scores in found]
+                found = list(pool.map(lambda row: self._best(queries, row, depth), numbers))
+        return [names for names, _ in found], [scores for _, scores in found]
 
-    def _best(self, queries: Any, row: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-
-        from tct_hf.retrieval.inverted_lists import best_rows
-
+    def _best(self, queries: Any, row: int, k: int) -> tuple[list[str], np.ndarray]:
         begin, end = queries.indptr[row], queries.indptr[row + 1]
         terms, weights = queries.indices[begin:end].astype(np.int64), queries.data[begin:end]
         rows, scores = best_rows(self._starts, self._rows, self._weights, len(self), terms, weights, k)
@@ -191,106 +157,29 @@ class SparseIndex(PinnedIndex):
             )
         order = np.argsort(-scores, kind="stable")
         ordered = scores[order]
-        if (ordered[1:] == ordered[:-1]).any():
-            order = np.array(sorted(order.tolist(), key=lambda at: (-scores[at], self.ids[rows[at]])), np.int64)
-        return rows[order[:k]], scores[order[:k]]
+        if not (ordered[1:] == ordered[:-1]).any():
+            return self._names(rows[order[:k]]), ordered[:k]
+        names = self._names(rows)
+        best = sorted(order.tolist(), key=lambda at: (-scores[at], names[at]))[:k]
+        return [names[at] for at in best], scores[best]
 
-    def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100, *, threads: int = 1) -> Run:
-        """Search and return a run.
+    def _settings(self) -> dict[str, Any]:
+        return {"dimension": self.dimension, "postings": self.postings, "built_by": self.built_by}
 
-        Args:
-            query_ids: query ids, one a row of `query_vectors`, each once.
-            query_vectors: (queries, dimension) sparse.
-            k: passages a query, at most.
-            threads: queries searched at a time.
-
-        Returns:
-            Query id to passage id to score; every query has an entry, if an empty one.
-
-        Raises:
-            ValueError: ids that don't fit the vectors; see `search` for the rest.
-        """
-        queries = as_csr(query_vectors, "query_vectors")
-        names = one_id_a_vector(query_ids, queries.shape[0])
-        return run_of(names, *self.search(queries, k, threads=threads))
-
-    def save(self, directory: str | Path) -> None:
-        """Write the index to a folder; an index that is there is replaced whole.
-
-        Args:
-            directory: the folder.
-
-        Raises:
-            OSError: it can't be written, or it holds something else.
-        """
-        import numpy as np
-
-        from tct_hf.retrieval.storage import write_directory
-
-        ids = self.ids if isinstance(self.ids, IdTable) else IdTable.of(self.ids)
-
-        def fill(staging: Path) -> None:
-            for name, part in zip(_ARRAYS, (self._starts, self._rows, self._weights), strict=True):
-                np.save(staging / f"{name}.npy", part, allow_pickle=False)
-            ids.save(staging)
-
-        settings = {
-            "format": _FORMAT,
-            "passages": len(self),
-            "dimension": self.dimension,
-            "postings": self.postings,
-            "built_by": self.built_by,
-        }
-        write_directory(directory, fill, _SETTINGS_FILE, settings)
+    def _write(self, folder: Path) -> None:
+        for name, part in zip(_ARRAYS, (self._starts, self._rows, self._weights), strict=True):
+            np.save(folder / f"{name}.npy", part, allow_pickle=False)
 
     @classmethod
-    def load(
-        cls,
-        directory: str | Path,
-        *,
-        mmap: bool = False,
-        verify: bool = True,
-        model: SparseEncoder | Mapping[str, Any] | None = None,
-    ) -> SparseIndex:
-        """Open an index that `save` wrote.
-
-        Args:
-            directory: the folder.
-            mmap: leave lists and ids on disk and map them: what is searched with stays in memory as long as there is
-                room.
-            verify: compare the files' checksums and look at every posting, which reads each file once or twice; sizes
-                are always compared. Leave it on for an index from elsewhere: search trusts its lists.
-            model: that will encode queries, or its {"id", "weights_sha256", "encoding"}, to be compared with the one
-                that built the index, as `DenseIndex.load` does.
-
-        Returns:
-            The index.
-
-        Raises:
-            FileNotFoundError: there is no such index.
-            ValueError: it was written by another version or built by another model, or a file is missing, truncated or
-                altered.
-        """
-        import numpy as np
-
-        from tct_hf.retrieval.storage import read_settings
-
-        directory = Path(directory)
-        settings = read_settings(directory, _SETTINGS_FILE, _FORMAT, "sparse index", verify=verify)
-        if model is not None:
-            check_model(directory, settings["built_by"], model if isinstance(model, Mapping) else described(model))
-        try:
-            starts, rows, weights = (
-                np.load(directory / f"{name}.npy", mmap_mode="r" if mmap else None, allow_pickle=False)
-                for name in _ARRAYS
-            )
-            ids = IdTable.load(directory, mmap=mmap)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{directory}: damaged sparse index ({error}); build and save it again") from error
+    def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> SparseIndex:
+        mode: Any = "r" if mmap else None
+        starts, rows, weights = (
+            np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in _ARRAYS
+        )
         # Compiled search trusts its arrays.
         if (
             tuple(part.dtype.name for part in (starts, rows, weights)) != tuple(_ARRAYS.values())
-            or not len(ids) == settings["passages"] > 0
+            or not len(ids)
             or starts.shape != (settings["dimension"] + 1,)
             or not rows.shape == weights.shape == (settings["postings"],)
             or starts[0] != 0
@@ -299,16 +188,23 @@ class SparseIndex(PinnedIndex):
             or (verify and not _searchable(starts, rows, weights, len(ids)))
         ):
             raise ValueError(
-                f"{directory}: its arrays are not those of {settings['passages']} passages of dimension "
-                f"{settings['dimension']} with {settings['postings']} non-zeros; build and save the index again"
+                f"its arrays are not those of {len(ids)} passages of dimension {settings['dimension']} with "
+                f"{settings['postings']} non-zeros"
             )
         return cls(starts, rows, weights, ids, built_by=settings["built_by"])
+
+    def _card(self) -> tuple[str, list[tuple[str, str]]]:
+        of_what, model = self._model_card()
+        return of_what, [
+            ("dimension", f"{self.dimension:,}"),
+            ("active dims a passage", f"{self.active_dims:,.1f}"),
+            ("bytes a passage", f"{self.nbytes / len(self):,.0f}"),
+            model,
+        ]
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
     """A plain view that can't be written to: mapped and unmapped arrays then search by one compiled function."""
-    import numpy as np
-
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
@@ -316,10 +212,6 @@ def _read_only(array: np.ndarray) -> np.ndarray:
 
 def _searchable(starts: np.ndarray, rows: np.ndarray, weights: np.ndarray, passages: int) -> bool:
     """Whether lists name passages that are there, rising, with weights that are finite and above 0."""
-    import numpy as np
-
-    from tct_hf.retrieval.inverted_lists import are_lists
-
     step = 1 << 20  # weights that are looked at together
     parts = (weights[first : first + step] for first in range(0, len(weights), step))
     return bool(are_lists(*map(_read_only, (starts, rows)), passages)) and all(

@@ -1,30 +1,28 @@
 """A folder of encoded passages: shards of vectors with their ids, and the manifest that says what they are.
 
 encoding.json     what is being encoded: model, encoding, precision; written first
-00000.npy         vectors of a shard, (passages, dim); of a sparse encoder their non-zeros as (term, weight) pairs
-00000.json        its ids, checksums of vectors and passages; written after the vectors, so that it announces them
-manifest.json     written last: all of encoding.json, and each shard's files by checksum
+00000.arrow       ids and vectors of a shard (of a sparse encoder the terms and weights of each passage), with
+                  checksums of these and of the passages they were made of
+manifest.json     written last: all of encoding.json, and each shard's count and checksum
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tct_hf.files import _first_difference, file_digest, write_json_atomic
-from tct_hf.retrieval.vector_blocks import ShardedVectors
+import numpy as np
+import pyarrow as pa
 
-if TYPE_CHECKING:
-    import numpy as np
+from tct_hf.files import _first_difference, write_aside, write_json_atomic
+from tct_hf.retrieval.rows import ShardedRows, ShardedVectors, finite_rows
 
 PLAN_FILE = "encoding.json"
 MANIFEST_FILE = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
 
 
@@ -49,16 +47,17 @@ def load_vectors(
         FileNotFoundError: there is no finished folder, or a shard is missing.
         ValueError: a file is damaged or altered, an id is there twice, or a vector has a NaN; names the file.
     """
-    import numpy as np
-
     folder = Path(directory)
     manifest = read_manifest(folder)
     ids: list[str] = []
     parts: list[Any] = []
     for number, announced in enumerate(manifest["shards"]):
-        part, part_ids = _read_shard(folder, number, announced, manifest, verify)
-        parts.append(part)
-        ids += part_ids
+        shard = _Shard(folder, number, manifest, announced["count"])
+        if verify:
+            shard.check(announced["sha256"])
+            shard.refuse_not_finite()
+        parts.append(shard.arrays)
+        ids += shard.ids
     if len(ids) != manifest["count"]:
         raise ValueError(f"{folder}: {len(ids)} vectors where {manifest['count']} are announced; encode again")
     if len(set(ids)) != len(ids):
@@ -66,111 +65,117 @@ def load_vectors(
         twice = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
         raise ValueError(f"{folder}: two passages have the id {twice!r}: give each its own id, and encode again")
     if _is_sparse(manifest):
-        from tct_hf.retrieval.sparse_rows import ShardedRows
-
         rows = ShardedRows(parts, manifest["dim"])
         return ids, rows if mmap else rows.tocsr(), manifest
-    if mmap:
-        return ids, ShardedVectors(parts, manifest["dim"]), manifest
-    vectors = np.empty((len(ids), manifest["dim"]), dtype=np.float32)
-    start = 0
-    for part in parts:
-        vectors[start : start + len(part)] = part
-        start += len(part)
-    return ids, vectors, manifest
+    vectors = ShardedVectors([part for (part,) in parts], manifest["dim"])
+    return ids, vectors if mmap else vectors[:], manifest
 
 
-def _read_shard(
-    folder: Path, number: int, announced: Mapping[str, Any], manifest: Mapping[str, Any], verify: bool
-) -> tuple[Any, list[str]]:
-    import numpy as np
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """The manifest of a finished folder, see `load_vectors`; FileNotFoundError where the encoding is not finished."""
+    folder = Path(directory)
+    if not (folder / MANIFEST_FILE).is_file():
+        if (folder / PLAN_FILE).is_file():
+            raise FileNotFoundError(f"{folder}: the encoding is not finished; run it again, and it goes on")
+        raise FileNotFoundError(f"{folder}: no encoded corpus here ({MANIFEST_FILE} is missing); encode one first")
+    return _read(folder / MANIFEST_FILE)
 
-    vectors_file, record_file = _files(folder, number)
-    mend = f"delete {vectors_file.stem}.npy and {vectors_file.stem}.json there, and encode again into the folder"
-    for file, digest in ((vectors_file, announced["vectors_sha256"]), (record_file, announced["record_sha256"])):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: {mend}")
-        if verify and file_digest(file) != digest:
-            raise ValueError(f"{file} is damaged or was altered (its checksum differs): {mend}")
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-        ids = record["ids"]
-        if _is_sparse(manifest):
-            return _read_sparse(vectors_file, record, announced["count"], manifest["dim"], verify), ids
-        part = np.load(vectors_file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"{vectors_file}: damaged shard ({error}): {mend}") from error
-    wanted = (announced["count"], manifest["dim"])
-    if part.shape != wanted or len(ids) != wanted[0] or part.dtype != np.dtype(manifest["dtype"]):
-        raise ValueError(
-            f"{vectors_file}: {part.dtype} of shape {part.shape} with {len(ids)} ids, where {manifest['dtype']} of "
-            f"{wanted} is announced: {mend}"
-        )
-    if verify:
-        for start in range(0, len(part), 65536):
-            finite = np.isfinite(part[start : start + 65536]).all(axis=1)
-            if not finite.all():
-                row = start + int(np.flatnonzero(~finite)[0])
-                raise ValueError(
-                    f"{vectors_file}: row {row} (passage {ids[row]!r}) has a NaN or infinite component: check the "
-                    f"model, then {mend}"
-                )
-    return part, ids
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = content["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}): {_BEGIN_AGAIN}") from error
+    if found != _FORMAT:
+        raise ValueError(f"{file}: format {found} where this version reads {_FORMAT}: {_BEGIN_AGAIN}")
+    return content
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.arrow"
 
 
 def _is_sparse(settings: Mapping[str, Any]) -> bool:
     return settings.get("layout") == "sparse"
 
 
-def _read_sparse(
-    file: Path, record: Mapping[str, Any], count: int, dim: int, verify: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of a shard and where rows begin."""
-    import numpy as np
-
-    from tct_hf.retrieval.sparse_rows import open_pairs
-
-    if not len(record["ids"]) == len(record["nonzeros"]) == count:
-        raise ValueError(f"{len(record['ids'])} ids and {len(record['nonzeros'])} vectors where {count} are announced")
-    pairs, begins = open_pairs(file, record["nonzeros"])
-    if verify and not (np.isfinite(pairs["weight"]).all() and pairs["term"].max(initial=0) < dim):
-        raise ValueError(f"a weight is NaN or infinite, or a term is beyond the {dim} of a vector")
-    return pairs, begins
-
-
-def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """The manifest of a finished folder; see `load_vectors`.
+class _Shard:
+    """A shard on disk, mapped.
 
     Args:
-        directory: the folder.
-
-    Raises:
-        FileNotFoundError: there is none, or the encoding is not finished.
-        ValueError: it is damaged or of another format.
+        folder: the folder.
+        number: of the shard.
+        settings: of the folder; where they name "dim", the shard must have it.
+        count: passages that it must hold; any number when None.
     """
-    folder = Path(directory)
-    if not (folder / MANIFEST_FILE).is_file():
-        if (folder / PLAN_FILE).is_file():
-            raise FileNotFoundError(f"{folder}: the encoding is not finished; run it again, and it goes on")
-        raise FileNotFoundError(f"{folder}: no encoded corpus here ({MANIFEST_FILE} is missing); encode one first")
-    return _read(folder / MANIFEST_FILE, ("format", "model", "dtype", "count", "dim", "shards"))
+
+    def __init__(self, folder: Path, number: int, settings: Mapping[str, Any], count: int | None = None) -> None:
+        self.file = _file(folder, number)
+        self.fix = f"delete {self.file.name} there, and encode again into the folder"
+        if not self.file.is_file():
+            raise FileNotFoundError(f"{self.file} is missing: {self.fix}")
+        try:
+            with pa.memory_map(str(self.file)) as source:
+                table = pa.ipc.open_file(source).read_all()
+            self.record = json.loads(table.schema.metadata[b"tct_hf"])
+            self.ids: list[str] = table["id"].to_pylist()
+            columns = [column.chunk(0) for column in table.columns[1:]]
+            flat = [column.flatten().to_numpy(zero_copy_only=True) for column in columns]
+            self.dim: int = self.record["dim"]
+            if _is_sparse(settings):
+                terms, weights = flat
+                self.arrays: list[np.ndarray] = [columns[0].offsets.to_numpy(zero_copy_only=True), terms, weights]
+                self.dtype = weights.dtype
+            else:
+                self.arrays = [flat[0].reshape(len(self.ids), self.dim)]
+                self.dtype = flat[0].dtype
+        except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
+            raise ValueError(f"{self.file} is damaged ({error}): {self.fix}") from error
+        wanted = settings.get("dim", self.dim), len(self.ids) if count is None else count, settings["dtype"]
+        if (self.dim, len(self.ids), self.dtype.name) != wanted:
+            raise ValueError(
+                f"{self.file}: {self.dtype} of shape {(len(self.ids), self.dim)}, where {wanted[2]} of "
+                f"{wanted[1::-1]} is announced: {self.fix}"
+            )
+
+    def check(self, announced: str) -> None:
+        """Compare the checksum of ids and vectors with what was announced."""
+        if not self.record["sha256"] == announced == _content_digest(self.ids, self.arrays):
+            raise ValueError(f"{self.file} is damaged or was altered (its checksum differs): {self.fix}")
+
+    def refuse_not_finite(self) -> None:
+        """Refuse vectors with a NaN, or with a term beyond the dimensions."""
+        if len(self.arrays) > 1:
+            _, terms, weights = self.arrays
+            if not np.isfinite(weights).all() or terms.max(initial=0) >= self.dim:
+                raise ValueError(
+                    f"{self.file}: a weight is NaN or infinite, or a term is beyond the {self.dim} of a vector: "
+                    f"{self.fix}"
+                )
+            return
+        for start in range(0, len(self.ids), 65_536):
+            finite = finite_rows(self.arrays[0][start : start + 65_536])
+            if not finite.all():
+                row = start + int(finite.argmin())
+                raise ValueError(
+                    f"{self.file}: row {row} (passage {self.ids[row]!r}) has a NaN or infinite component: check the "
+                    f"model, then {self.fix}"
+                )
 
 
-def _read(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        missing = [key for key in keys if key not in content]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: damaged ({error}): {_BEGIN_AGAIN}") from error
-    if missing or not isinstance(content, dict):
-        raise ValueError(f"{file}: damaged, {', '.join(missing) or 'all'} is missing: {_BEGIN_AGAIN}")
-    if content.get("format", _FORMAT) != _FORMAT:
-        raise ValueError(f"{file}: format {content['format']} where this version reads {_FORMAT}: {_BEGIN_AGAIN}")
-    return content
+def _content_digest(ids: Sequence[str], arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256("\0".join(ids).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
-def _files(folder: Path, number: int) -> tuple[Path, Path]:
-    return folder / f"{number:05d}.npy", folder / f"{number:05d}.json"
+def _passages_digest(passages: Sequence[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for passage_id, text in passages:
+        digest.update(f"{passage_id}\0{text}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def begin(
@@ -196,7 +201,17 @@ def begin(
             **json.loads(json.dumps(settings)),
             "precision": before["precision"] if precision == "auto" else precision,
         }
-        _refuse_other(folder, before, now)
+        models = [side["model"] for side in (before, now)]
+        if models[0]["weights_sha256"] != models[1]["weights_sha256"]:
+            was, is_now = (f"{model['id']} (weights {model['weights_sha256'][:12]})" for model in models)
+            raise ValueError(f"{folder} holds vectors of the model {was}, but now it is {is_now}: {_BEGIN_AGAIN}")
+        compared = [key for key in now if key != "model"]  # the same weights may lie in another place
+        sides = [{key: side.get(key) for key in compared} for side in (before, now)]
+        if found := _first_difference(sides[0], sides[1]):
+            name, was, is_now = found
+            raise ValueError(
+                f"{folder} holds vectors with {name} = {was!r}, but now {name} = {is_now!r}: {_BEGIN_AGAIN}"
+            )
     else:
         # Hidden files: what a killed process was writing aside.
         others = folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir())
@@ -210,127 +225,66 @@ def begin(
         left.unlink()
 
 
-def _refuse_other(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    models = [side["model"] for side in (before, now)]
-    if models[0]["weights_sha256"] != models[1]["weights_sha256"]:
-        was, is_now = (f"{model['id']} (weights {model['weights_sha256'][:12]})" for model in models)
-        raise ValueError(f"{folder} holds vectors of the model {was}, but now it is {is_now}: {_BEGIN_AGAIN}")
-    # The same weights may lie in another place; a folder of an earlier version does not say all that is compared now.
-    compared = [key for key in now if key != "model" and key in before]
-    if found := _first_difference({key: before.get(key) for key in compared}, {key: now[key] for key in compared}):
-        name, was, is_now = found
-        raise ValueError(f"{folder} holds vectors with {name} = {was!r}, but now {name} = {is_now!r}: {_BEGIN_AGAIN}")
-
-
 def read_plan(folder: Path) -> dict[str, Any]:
     """What is being encoded into a folder, with the precision that was chosen."""
-    return _read(folder / PLAN_FILE, ("format", "model", "encoding", "precision", "dtype", "shard_size"))
-
-
-def _announced(folder: Path) -> list[dict[str, Any]]:
-    """The shards of the manifest that is there; none where there is no manifest, or one that can't be read."""
-    try:
-        shards: list[dict[str, Any]] = _read(folder / MANIFEST_FILE, ("shards",))["shards"]
-    except (FileNotFoundError, ValueError):
-        return []
-    return shards
+    return _read(folder / PLAN_FILE)
 
 
 def finished_shards(folder: Path) -> set[int]:
-    """Numbers of the shards that are whole."""
-    numbers = {int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()}
-    return {number for number in numbers if _files(folder, number)[0].is_file()}
-
-
-def check_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], *, vectors: bool) -> None:
-    """Refuse a shard that was made of other passages, or is damaged.
-
-    Args:
-        folder: the folder.
-        number: of the shard.
-        passages: ids and texts that it should hold.
-        vectors: compare the checksum of its vectors too.
-
-    Raises:
-        ValueError: it holds others, or is damaged.
-    """
-    import numpy as np
-
-    vectors_file, record_file = _files(folder, number)
-    record = _read(record_file, ("count", "dim", "ids", "passages_sha256", "vectors_sha256"))
-    if record["passages_sha256"] != _passages_digest(passages):
-        before, now = record["ids"], [passage_id for passage_id, _ in passages]
-        differs = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
-        if differs is not None:
-            what = f"passage {differs} of it was {before[differs]!r}, but now is {now[differs]!r}"
-        elif len(before) != len(now):
-            what = f"it has {len(before)} passages, but now there are {len(now)}"
-        else:
-            what = "the ids are the same, but a text is not"
-        raise ValueError(f"{record_file} was made of another corpus ({what}): {_BEGIN_AGAIN}")
-    if record["count"] != len(passages) or record["ids"] != [passage_id for passage_id, _ in passages]:
-        raise _altered(record_file, vectors_file, "its ids are not those of its passages")
-    if vectors:
-        if file_digest(vectors_file) != record["vectors_sha256"]:
-            raise _altered(vectors_file, record_file, "its checksum differs")
-        shape = np.load(vectors_file, mmap_mode="r", allow_pickle=False).shape
-        wanted = (sum(record["nonzeros"]),) if "nonzeros" in record else (record["count"], record["dim"])
-        if shape != wanted:
-            raise _altered(record_file, vectors_file, f"it announces {' x '.join(map(str, wanted))} of {shape}")
-
-
-def _altered(file: Path, beside: Path, why: str) -> ValueError:
-    return ValueError(
-        f"{file} is damaged or was altered ({why}): delete it and {beside.name}, and encode again into the folder."
-    )
-
-
-def _passages_digest(passages: Sequence[tuple[str, str]]) -> str:
-    digest = hashlib.sha256()
-    for passage_id, text in passages:
-        digest.update(f"{passage_id}\0{text}\0".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    """Numbers of the shards that are there."""
+    return {int(file.stem) for file in folder.glob("*.arrow") if file.stem.isdecimal()}
 
 
 def write_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], vectors: Any) -> None:
-    """Write a shard, vectors first, each file aside and renamed.
+    """Write a shard aside, and rename it.
 
     Args:
         folder: the folder.
         number: of the shard.
         passages: ids and texts.
         vectors: `(passages, dim)`, an array or CSR rows.
-
-    Raises:
-        OSError: it can't be written.
     """
-    import numpy as np
-
-    from tct_hf.retrieval.sparse_rows import as_pairs, is_sparse
-
-    sparse = is_sparse(vectors)
-    vectors_file, record_file = _files(folder, number)
-    aside = vectors_file.with_name(f".{vectors_file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with aside.open("xb") as file:
-            np.save(file, as_pairs(vectors) if sparse else np.ascontiguousarray(vectors), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = file_digest(aside)
-        os.replace(aside, vectors_file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    ids = [passage_id for passage_id, _ in passages]
+    if isinstance(vectors, np.ndarray):
+        arrays = [np.ascontiguousarray(vectors)]
+        columns = {"vector": pa.FixedSizeListArray.from_arrays(pa.array(arrays[0].reshape(-1)), vectors.shape[1])}
+    else:
+        arrays = [vectors.indptr.astype(np.int64), vectors.indices.astype(np.uint32), vectors.data]
+        lists = [pa.LargeListArray.from_arrays(pa.array(arrays[0]), pa.array(values)) for values in arrays[1:]]
+        columns = dict(zip(("terms", "weights"), lists, strict=True))
     record = {
-        "count": len(passages),
         "dim": vectors.shape[1],
-        "vectors_sha256": digest,
+        "sha256": _content_digest(ids, arrays),
         "passages_sha256": _passages_digest(passages),
-        "ids": [passage_id for passage_id, _ in passages],
     }
-    if sparse:
-        record["nonzeros"] = np.diff(vectors.indptr).tolist()
-    write_json_atomic(record_file, record)
+    table = pa.table({"id": pa.array(ids, pa.string()), **columns}, metadata={"tct_hf": json.dumps(record)})
+    with write_aside(_file(folder, number)) as aside, pa.ipc.new_file(str(aside), table.schema) as writer:
+        writer.write_table(table)
+
+
+def check_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], *, vectors: bool) -> None:
+    """Refuse a shard that was made of other passages than these ids and texts, or is damaged.
+
+    Args:
+        folder: the folder.
+        number: of the shard.
+        passages: ids and texts.
+        vectors: compare the checksum of its vectors too, which reads them.
+    """
+    shard = _Shard(folder, number, read_plan(folder))
+    now = [passage_id for passage_id, _ in passages]
+    if shard.record["passages_sha256"] != _passages_digest(passages):
+        differs = next((i for i, pair in enumerate(zip(shard.ids, now, strict=False)) if pair[0] != pair[1]), None)
+        what = "the ids are the same, but a text is not"
+        if differs is not None:
+            what = f"passage {differs} of it was {shard.ids[differs]!r}, but now is {now[differs]!r}"
+        elif len(shard.ids) != len(now):
+            what = f"it has {len(shard.ids)} passages, but now there are {len(now)}"
+        raise ValueError(f"{shard.file} was made of another corpus ({what}): {_BEGIN_AGAIN}")
+    if shard.ids != now:
+        raise ValueError(f"{shard.file} is damaged or was altered (its ids): {shard.fix}")
+    if vectors:
+        shard.check(shard.record["sha256"])
 
 
 def finish(folder: Path, shards: int, count: int, *, kept: Collection[int] = ()) -> None:
@@ -345,47 +299,33 @@ def finish(folder: Path, shards: int, count: int, *, kept: Collection[int] = ())
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: there are more shards than the corpus has, their counts don't sum up, or a shard that was kept is
-            not what the manifest announces.
+        ValueError: there are more shards than the corpus has, of several dimensions, or a shard that was kept is not
+            what the manifest announces.
     """
-    found = finished_shards(folder)
-    if missing := sorted(set(range(shards)) - found):
-        raise FileNotFoundError(f"{_files(folder, missing[0])[1]} is missing: encode again into the folder")
-    if more := sorted(found - set(range(shards))):
+    if more := sorted(finished_shards(folder) - set(range(shards))):
         raise ValueError(
-            f"{_files(folder, more[0])[1]} was made of another corpus (this one has {count} passages and ends before "
+            f"{_file(folder, more[0])} was made of another corpus (this one has {count} passages and ends before "
             f"it): {_BEGIN_AGAIN}"
         )
-    announced = _announced(folder)
+    try:
+        announced = read_manifest(folder)["shards"]
+    except (FileNotFoundError, ValueError):
+        announced = []
+    plan = read_plan(folder)
     entries: list[dict[str, Any]] = []
     dims, nonzeros = set(), 0
     for number in range(shards):
-        vectors_file, record_file = _files(folder, number)
-        record = _read(record_file, ("count", "dim", "vectors_sha256"))
-        dims.add(record["dim"])
-        nonzeros += sum(record.get("nonzeros", ()))
-        entries.append(
-            {
-                "file": vectors_file.name,
-                "count": record["count"],
-                "vectors_sha256": record["vectors_sha256"],
-                "record_sha256": file_digest(record_file),
-            }
-        )
-        if number in kept and number < len(announced):
-            for file, beside, key in (
-                (vectors_file, record_file, "vectors_sha256"),
-                (record_file, vectors_file, "record_sha256"),
-            ):
-                if announced[number].get(key) != entries[-1][key]:
-                    raise _altered(file, beside, f"{MANIFEST_FILE} announces another checksum")
-    if sum(entry["count"] for entry in entries) != count:
-        raise ValueError(
-            f"{folder}: shards of {sum(e['count'] for e in entries)} passages for {count}: {_BEGIN_AGAIN}"
-        )
-    if len(dims) != 1:
-        raise ValueError(f"{folder}: shards of {sorted(dims)} dimensions: {_BEGIN_AGAIN}")
-    plan = read_plan(folder)
+        shard = _Shard(folder, number, plan)
+        dims.add(shard.dim)
+        nonzeros += len(shard.arrays[-1])
+        digest = shard.record["sha256"]
+        entries.append({"file": shard.file.name, "count": len(shard.ids), "sha256": digest})
+        if number in kept and number < len(announced) and announced[number]["sha256"] != digest:
+            raise ValueError(
+                f"{shard.file} is damaged or was altered ({MANIFEST_FILE} announces another checksum): {shard.fix}"
+            )
+    if sum(entry["count"] for entry in entries) != count or len(dims) != 1:
+        raise ValueError(f"{folder}: shards that don't fit this corpus of {count} passages: {_BEGIN_AGAIN}")
     manifest = {**plan, "count": count, "dim": dims.pop(), "shards": entries}
     if _is_sparse(plan):
         manifest["nonzeros"] = nonzeros

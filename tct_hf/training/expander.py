@@ -58,7 +58,7 @@ def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
     """
     from datasets import Dataset
 
-    from tct_hf.retrieval.negatives import positive_rows
+    from tct_hf.retrieval.mining import positive_rows
 
     split = collection.splits.get(use)
     row_of = {passage_id: row for row, passage_id in enumerate(collection.corpus["id"])}

@@ -44,7 +44,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
 
     said = killed_at("[3/3] mine", settings, tmp_path / "killed", RECIPE)
     assert "60 passages" in said and not (tmp_path / "killed" / "mined" / "summary.json").exists()
-    shard = tmp_path / "killed" / "search" / "vectors" / "00000.npy"
+    shard = tmp_path / "killed" / "search" / "vectors" / "00000.arrow"
     made = shard.stat().st_mtime_ns
     assert recipe(tmp_path / "killed") == 0 and shard.stat().st_mtime_ns == made
     said = capsys.readouterr().out

@@ -1,182 +1,209 @@
 from __future__ import annotations
 
-import builtins
-import json
-import math
-import random
-import re
-from collections import Counter
+import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
 
-from tct_hf import BM25Index, evaluate_run, load_beir
-from tests.data.test_beir import data_folder
-
-TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
-IDS = ["a", "b", "c", "d"]
-
-
-def build(texts: list[str] = TEXTS, ids: list[str] = IDS, **options: Any) -> BM25Index:
-    return BM25Index.build(texts, ids, **{"backend": "numpy", **options})
+from tct_hf import SparseIndex
+from tct_hf.retrieval import inverted_lists
+from tests.retrieval.test_index import rewrite
 
 
-def lucene_bm25(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    """The formula of Kamphuis et al., ECIR 2020 (Lucene, exact document lengths), written out."""
-    documents = [Counter(re.findall(r"\w\w+", text)) for text in texts]
-    lengths = [sum(document.values()) for document in documents]
-    average = sum(lengths) / len(lengths)
-    scores = []
-    for document, length in zip(documents, lengths, strict=True):
-        score = 0.0
-        for word in re.findall(r"\w\w+", query):
-            holders = sum(word in other for other in documents)
-            idf = math.log(1 + (len(texts) - holders + 0.5) / (holders + 0.5))
-            frequency = document[word]
-            score += idf * frequency / (frequency + k1 * (1 - b + b * length / average))
-        scores.append(score)
-    return scores
+def drawn(rows: int, dim: int, density: float, seed: int) -> sparse.csr_matrix:
+    generator = np.random.default_rng(seed)
+    found = sparse.random(rows, dim, density, format="csr", dtype=np.float32, random_state=generator)
+    return sparse.csr_matrix(found)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_scores_follow_the_formula(backend: str) -> None:
-    draw = random.Random(0)
-    words = [f"word{at}" for at in range(12)]
-    texts = [" ".join(draw.choices(words, k=draw.randint(1, 15))) for _ in range(40)]
-    ids = [f"d{at}" for at in range(40)]
-    index = build(texts, ids, k1=1.2, b=0.6, language="none", stemmer=None, backend=backend)
-    for _ in range(10):
-        query = " ".join(draw.choices(words, k=3))
-        run = index.run({"q": query}, k=40)["q"]
-        expected = {name: score for name, score in zip(ids, lucene_bm25(texts, query, 1.2, 0.6), strict=True) if score}
-        assert run == pytest.approx(expected, rel=1e-5)
+def names(count: int) -> list[str]:
+    """Ids whose order is not that of the rows."""
+    return [f"p{(7 * row) % count if count % 7 else count - row:04d}" for row in range(count)]
 
 
-def test_words_are_stemmed_and_stop_words_left_out() -> None:
-    ids, scores = build().search(["apple", "the", "PEAR"], k=4)
-    assert ids == [["a"], [], ["b"]]
-    assert [len(values) for values in scores] == [1, 0, 1]
+def by_hand(passages: Any, query: Any, ids: list[str], k: int) -> list[tuple[str, float]]:
+    """scipy's product, all of it, and Python's sort."""
+    scores = np.asarray((query @ passages.T).todense(), np.float32)[0].tolist()
+    ranked = sorted(((ids[row], score) for row, score in enumerate(scores) if score > 0), key=lambda x: (-x[1], x[0]))
+    return ranked[:k]
 
 
-def test_query_without_a_known_word_is_empty_and_keeps_its_place() -> None:
-    run = build().run({"q1": "zebra", "q2": "wine", "q3": ""}, k=2)
-    assert [(name, list(found)) for name, found in run.items()] == [("q1", []), ("q2", ["c"]), ("q3", [])]
+def test_search_finds_what_the_whole_product_finds() -> None:
+    passages, queries, ids = drawn(500, 60, 0.1, 0), drawn(20, 60, 0.1, 1), names(500)
+    index = SparseIndex.build(passages, ids, built_by={"id": "a/model"})
+    assert (len(index), index.dimension, index.postings) == (500, 60, passages.nnz)
+    assert index.active_dims == passages.nnz / 500
+    for k in (1, 10, 600):
+        found, scores = index.search(queries, k)
+        for row in range(20):
+            expected = by_hand(passages, queries[row], ids, k)
+            assert list(zip(found[row], scores[row].tolist(), strict=True)) == expected
+            assert scores[row].dtype == np.float32
+    threaded, _ = index.search(queries, 10, threads=3)
+    assert threaded == index.search(queries, 10)[0]
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_equal_scores_at_the_cut_are_chosen_by_id_whatever_the_order_of_the_corpus(backend: str) -> None:
-    names = [f"d{at:02}" for at in range(30)]
-    texts = {name: "same text here" for name in names} | {"z": "same same same here text"}
-    for seed in range(3):
-        order = list(texts)
-        random.Random(seed).shuffle(order)
-        index = build([texts[name] for name in order], order, backend=backend)
-        ids, scores = index.search(["same"], k=5)
-        assert ids == [["z", "d00", "d01", "d02", "d03"]]
-        assert np.all(np.diff(scores[0]) <= 0)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.booleans())
+def test_any_matrix_is_searched_exactly_ties_by_id(seed: int, rows: int, dim: int, k: int, whole: bool) -> None:
+    generator = np.random.default_rng(seed)
+    draw = [generator.integers(0, 3, (count, dim)) if whole else generator.random((count, dim)) for count in (rows, 4)]
+    kept = [matrix * (generator.random(matrix.shape) < 0.5) for matrix in draw]
+    if not kept[0].any():
+        kept[0][0, 0] = 1
+    passages, queries = (sparse.csr_matrix(matrix.astype(np.float32)) for matrix in kept)
+    ids = generator.permutation([f"d{row}" for row in range(rows)]).tolist()
+    found, scores = SparseIndex.build(passages, ids).search(queries, k)
+    exact = kept[1].astype(np.float32).astype(np.float64) @ kept[0].astype(np.float32).astype(np.float64).T
+    for row in range(4):
+        expected = by_hand(passages, queries[row], ids, k)
+        assert list(zip(found[row], scores[row].tolist(), strict=True)) == expected
+        np.testing.assert_allclose(scores[row], np.sort(exact[row])[::-1][: len(scores[row])], rtol=1e-5)
 
 
-def test_asking_for_more_than_there_is_gives_what_matches() -> None:
-    assert set(build().search({"q": "red green"}, k=1000)[0][0]) == {"a", "b", "c"}
+def test_lists_longer_than_a_block_of_scores_and_ties_by_the_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 150_000  # three blocks
+    terms = np.arange(count) % 3
+    passages = sparse.csr_matrix((np.ones(count, np.float32), terms, np.arange(count + 1)), shape=(count, 4))
+    ids = [f"{(row * 7919) % count:06d}" for row in range(count)]
+    index = SparseIndex.build(passages, ids)
+    query = sparse.csr_matrix(np.array([[0, 2, 1, 5]], np.float32))
+    (found,), (scores,) = index.search(query, 100)
+    assert found == sorted(ids[1::3])[:100] and set(scores.tolist()) == {2.0}
+    # Scores that rise with the row make every passage a candidate for a while.
+    rising = sparse.csr_matrix((np.arange(1, count + 1, dtype=np.float32), terms * 0, np.arange(count + 1)))
+    (found,), _ = SparseIndex.build(rising, ids).search(sparse.csr_matrix([[1.0]]), 10)
+    assert found == ids[:-11:-1]
 
 
-@pytest.mark.parametrize("mmap", [False, True])
-def test_saved_index_answers_alike(tmp_path: Path, mmap: bool) -> None:
-    index = build(k1=0.9, b=0.4)
+def test_every_kind_of_vectors_makes_the_same_index() -> None:
+    passages, query, ids = drawn(70, 30, 0.2, 3), drawn(1, 30, 0.3, 4), names(70)
+    expected = SparseIndex.build(passages, ids).search(query, 20)
+    coo = torch.from_numpy(passages.toarray()).to_sparse()
+    kinds: list[Any] = [
+        passages.tocoo(),
+        sparse.csc_array(passages),
+        passages.astype(np.float64),
+        coo,
+        coo.to_sparse_csr(),
+        [passages[:30], passages[30:]],
+        (passages[start : start + 7] for start in range(0, 70, 7)),
+        list(coo),  # one vector each
+    ]
+    for vectors in kinds:
+        found = SparseIndex.build(vectors, ids).search(query, 20)
+        assert found[0] == expected[0] and np.array_equal(found[1][0], expected[1][0])
+    index = SparseIndex.build(passages, ids)
+    assert index.search(torch.from_numpy(query.toarray()[0]).to_sparse(), 20)[0] == expected[0]
+    # Repeated entries are summed, as scipy means them; zeros are no postings.
+    twice = sparse.csr_matrix(([1.0, 2.0, 0.0], [1, 1, 0], [0, 3]), shape=(1, 2))
+    assert SparseIndex.build(twice, ["p"]).postings == 1
+    assert SparseIndex.build(twice, ["p"]).run(["q"], twice) == {"q": {"p": 9.0}}
+
+
+def test_a_query_without_a_known_term_finds_nothing() -> None:
+    index = SparseIndex.build(sparse.csr_matrix([[1.0, 0, 0], [0, 0, 2.0]]), ["a", "b"])
+    queries = sparse.csr_matrix([[0, 3.0, 0], [0, 0, 0], [0, 0, 1.0]])
+    assert index.run(["x", "y", "z"], queries, 5) == {"x": {}, "y": {}, "z": {"b": 2.0}}
+
+
+def is_mapped(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return isinstance(array, mmap.mmap)
+
+
+def test_one_compiled_function_searches_lists_mapped_or_not(tmp_path: Path) -> None:
+    index = SparseIndex.build(drawn(9, 5, 0.5, 0), names(9))
     index.save(tmp_path / "index")
-    loaded = BM25Index.load(tmp_path / "index", mmap=mmap)
-    queries = {"1": "red apple", "2": "green", "3": "nothing"}
-    assert loaded.run(queries, 3) == index.run(queries, 3)
-    assert loaded.settings == index.settings and loaded.ids == IDS
+    mapped = SparseIndex.load(tmp_path / "index", mmap=True)
+    for opened in (index, SparseIndex.load(tmp_path / "index"), mapped):
+        opened.search(drawn(1, 5, 0.9, 1))
+    assert is_mapped(mapped._weights) and not is_mapped(index._weights)
+    assert len(inverted_lists.best_rows.signatures) == 1
 
 
-def test_saving_again_replaces_the_whole_index(tmp_path: Path) -> None:
-    build().save(tmp_path / "index")
-    build(["only one"], ["x"]).save(tmp_path / "index")
-    assert BM25Index.load(tmp_path / "index").ids == ["x"]
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_folder_with_something_else_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("x")
-    with pytest.raises(FileExistsError, match="holds something other"):
-        build().save(tmp_path)
-
-
-def test_damaged_or_foreign_index_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no BM25 index here"):
-        BM25Index.load(tmp_path)
-    build().save(tmp_path / "index")
-    settings = tmp_path / "index" / "tct_bm25.json"
-    settings.write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="format 99"):
-        BM25Index.load(tmp_path / "index")
-
-
-@pytest.mark.parametrize("name", ["ids.json", "data.csc.index.npy", "vocab.index.json"])
-def test_truncated_or_altered_file_is_named(tmp_path: Path, name: str) -> None:
-    build().save(tmp_path / "index")
-    file = tmp_path / "index" / name
-    whole = file.read_bytes()
-    for broken, message in ((whole[:-1], "truncated or altered"), (whole[:-1] + bytes([whole[-1] ^ 1]), "checksum")):
-        file.write_bytes(broken)
-        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-            BM25Index.load(tmp_path / "index", mmap=True)
+def test_arrays_that_do_not_fit_what_is_announced_are_refused(tmp_path: Path) -> None:
+    index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
+    for change in ({"dimension": 21}, {"postings": 3}):
+        index.save(tmp_path)
+        rewrite(tmp_path, "tct_sparse.json", change)
+        with pytest.raises(ValueError, match="its arrays are not those of"):
+            SparseIndex.load(tmp_path)
+    index.save(tmp_path)
+    starts = np.load(tmp_path / "starts.npy")
+    starts[1] = starts[-1] + 1
+    np.save(tmp_path / "starts.npy", starts)
+    with pytest.raises(ValueError, match="its arrays are not those of"):
+        SparseIndex.load(tmp_path, verify=False)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ids": ["a"]}, "1 ids for 4 texts"),
-        ({"ids": ["a", "b", "a", "d"]}, "'a' comes twice"),
-        ({"ids": ["a", "b", 3, "d"]}, "number 2 is 3, not a string"),
-        ({"texts": [], "ids": []}, "nothing to index"),
-        ({"texts": ["the", "of", "and", "."]}, "no passage has a word"),
-        ({"k1": -1.0}, "k1=-1.0"),
-        ({"b": 1.5}, "b=1.5"),
-        ({"method": "tfidf"}, "method: 'tfidf'"),
-        ({"stemmer": "klingon"}, "stemmer: 'klingon'"),
-        ({"language": "klingon"}, "language: no stop words"),
-        ({"backend": "cuda"}, "backend: 'cuda'"),
-    ],
+    ("part", "value"),
+    [("rows", 30), ("rows", 2**32 - 1), ("rows", "as before"), ("weights", -1.0), ("weights", np.nan)],
 )
-def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(**options)
+def test_lists_that_search_would_write_beyond_are_refused_whatever_their_checksums(
+    tmp_path: Path, part: str, value: Any
+) -> None:
+    index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
+    array = np.array(getattr(index, f"_{part}"))
+    array[1] = array[0] if value == "as before" else value
+    setattr(index, f"_{part}", array)
+    index.save(tmp_path / "index")
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match="its arrays are not those of 30 passages"):
+            SparseIndex.load(tmp_path / "index", mmap=mapped)
 
 
-def test_wrong_search_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="k: 0"):
-        build().search(["red"], k=0)
-    with pytest.raises(ValueError, match="one string"):
-        build().search("red", k=1)
+def test_a_term_beyond_the_dimensions_is_refused() -> None:
+    passages = drawn(4, 6, 0.5, 0)
+    passages.indices[1] = 6
+    with pytest.raises(ValueError, match="vectors: terms from 0 to 6 in vectors of 6 dimensions"):
+        SparseIndex.build(passages, list("abcd"))
 
 
-def test_missing_numba_says_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_numba(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "numba":
-            raise ImportError("No module named 'numba'")
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without_numba)
-    with pytest.raises(ImportError, match=r'pip install numba.*backend="numpy"'):
-        build(backend="numba")
+def with_weight(value: float) -> sparse.csr_matrix:
+    return sparse.csr_matrix((np.array([1.0, value], np.float32), [0, 1], [0, 1, 2]), shape=(2, 3))
 
 
-@pytest.mark.data
-def test_scifact_comes_out_as_published(tmp_path: Path) -> None:
-    corpus, queries, qrels = load_beir(data_folder("scifact"), "test", cache_dir=tmp_path)
-    index = BM25Index.build(corpus["text"], corpus["id"], k1=0.9, b=0.4)
-    found = evaluate_run(index.run(queries, 100), qrels, ["nDCG@10"])
-    assert found.mean["nDCG@10"] == pytest.approx(0.676, abs=0.005)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])
+def test_weights_that_no_sparse_student_gives_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"vectors: row 1 has the weight .* for term 1"):
+        SparseIndex.build(with_weight(value), ["a", "b"])
+    with pytest.raises(ValueError, match=r"vectors: row 3 has the weight"):
+        SparseIndex.build([with_weight(1.0), with_weight(value)], ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match=r"query_vectors: row 1 has the weight"):
+        SparseIndex.build(with_weight(1.0), ["a", "b"]).search(with_weight(value))
 
 
-def test_settings_and_ids_that_no_index_can_keep_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"k1=inf, b=0\.5: k1 must be finite"):
-        BM25Index.build(["dense"], ["a"], k1=float("inf"), b=0.5)
-    with pytest.raises(ValueError, match=r"ids: 'a\\ud800' \(number 0\) has a lone surrogate"):
-        BM25Index.build(["dense"], ["a\ud800"], backend="numpy")
+def test_what_can_not_be_indexed_or_searched_says_why() -> None:
+    passages = drawn(4, 6, 0.5, 0)
+    index = SparseIndex.build(passages, list("abcd"))
+    dense: Any = passages.toarray()
+    with pytest.raises(ValueError, match="vectors: ndarray where sparse vectors are needed"):
+        SparseIndex.build(dense, list("abcd"))
+    with pytest.raises(ValueError, match="vectors: Tensor where sparse vectors are needed"):
+        SparseIndex.build(torch.from_numpy(dense), list("abcd"))
+    with pytest.raises(ValueError, match="query_vectors: ndarray where sparse"):
+        index.search(dense)
+    with pytest.raises(ValueError, match="dimension 5 from row 4 on where it was 6"):
+        SparseIndex.build([passages, drawn(1, 5, 0.9, 0)], list("abcde"))
+    with pytest.raises(ValueError, match="every passage is zero in all dimensions"):
+        SparseIndex.build(sparse.csr_matrix((2, 3)), ["a", "b"])
+    with pytest.raises(ValueError, match="nothing to index"):
+        SparseIndex.build([], [])
+    with pytest.raises(ValueError, match="dimension 5 where the index has 6"):
+        index.search(drawn(1, 5, 0.9, 0))
+    with pytest.raises(ValueError, match="k: 0 is below 1"):
+        index.search(passages, 0)
+    with pytest.raises(ValueError, match="threads: 0 is below 1"):
+        index.search(passages, threads=0)
+    huge = sparse.csr_matrix(np.full((1, 6), 3e38, np.float32))
+    with pytest.raises(ValueError, match="query_vectors: row 0 has a score that is infinite"):
+        SparseIndex.build(huge, ["p"]).search(huge)

@@ -1,0 +1,470 @@
+"""What all indexes share: a folder of checked files, the way to the Hub and back, and the model behind the vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyarrow as pa
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
+
+from tct_hf.data.ids import is_utf8
+from tct_hf.files import file_digest, replace_dir, staging_beside, write_text_atomic
+from tct_hf.hub_client import hub_errors, push_folder, template
+from tct_hf.retrieval.runs import Run
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_IDS_FILE = "ids.arrow"
+# Files of an earlier index in a repository, which go when the new one lacks them.
+_REPLACED = re.compile(r".*\.(faiss|npy|npz|json|bin|arrow)")
+
+
+@dataclass(frozen=True)
+class PushedIndex:
+    """Where an index was pushed: dataset repository, its URL, the commit and its tag, and the files that were new."""
+
+    repo_id: str
+    url: str
+    commit: str
+    tag: str | None
+    sent: list[str]
+
+
+class Index(ABC):
+    """Passages that can be searched, by id."""
+
+    ids: Any
+    kind: ClassVar[str]  # in messages
+    title: ClassVar[str]  # on the card
+    tags: ClassVar[Sequence[str]]
+    settings_file: ClassVar[str]
+    format: ClassVar[int]
+    usage: ClassVar[Sequence[str]] = ('ids, scores = index.search(["a question"], k=10)',)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What the settings file says besides the format and the number of passages, JSON-ready."""
+
+    @abstractmethod
+    def _write(self, folder: Path) -> None:
+        """Write all files but ids and settings."""
+
+    @classmethod
+    @abstractmethod
+    def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> Self:
+        """Read what `_write` wrote; ValueError where it does not fit the settings."""
+
+    @classmethod
+    @abstractmethod
+    def _accept(cls, folder: Path, settings: dict[str, Any]) -> None:
+        """Take the further options of `load`; ValueError where they don't fit the settings."""
+
+    @abstractmethod
+    def _card(self) -> tuple[str, list[tuple[str, str]]]:
+        """For the card: what the passages are, and rows of a table."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the index to a folder; an index of this kind that is there is replaced whole, all else refused."""
+        folder = Path(directory).resolve()  # a link to an index on another disk is followed
+        if folder.exists() and not (folder / self.settings_file).is_file() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder}: holds something other than a {self.kind}; name another folder")
+        for left in folder.parent.glob(f".{folder.name}.????????.tmp"):  # by a killed save
+            shutil.rmtree(left, ignore_errors=True)
+        with staging_beside(folder) as staging:
+            staging.mkdir()
+            self._write(staging)
+            table = pa.table({"id": self.ids if isinstance(self.ids, pa.Array) else id_array(self.ids)})
+            with pa.ipc.new_file(str(staging / _IDS_FILE), table.schema) as writer:
+                writer.write_table(table)
+            settings = {"format": self.format, "passages": len(self), **self._settings(), "files": {}}
+            for path in sorted(staging.iterdir()):
+                settings["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            settings["sha256"] = _digest(settings)
+            (staging / self.settings_file).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            for path in staging.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            replace_dir(staging, folder)
+
+    @classmethod
+    def load(cls, directory: str | Path, *, mmap: bool = False, verify: bool = True, **options: Any) -> Self:
+        """Open an index that `save` wrote.
+
+        Args:
+            directory: the folder.
+            mmap: leave files on disk and map them where that is possible.
+            verify: compare the files' checksums, which reads each once; sizes are always compared. Leave it on for an
+                index from elsewhere: search trusts its lists.
+            **options: `backend` of a BM25Index, "numba" or "numpy" instead of the saved one; `model` of the others:
+                the model that will encode queries, or its {"id", "weights_sha256", "encoding"}, refused where it is
+                not the one that built the index.
+
+        Returns:
+            The index.
+
+        Raises:
+            FileNotFoundError: there is no such index.
+            ValueError: it was written by another version or built by another model, or a file is missing, truncated or
+                altered.
+        """
+        folder = Path(directory)
+        settings = cls._checked_settings(folder, verify)
+        cls._accept(folder, settings, **options)
+        try:
+            with pa.memory_map(str(folder / _IDS_FILE)) if mmap else pa.OSFile(str(folder / _IDS_FILE)) as source:
+                ids = pa.ipc.open_file(source).read_all()["id"].chunk(0)
+            passages = settings.pop("passages")
+            if len(ids) != passages:
+                raise ValueError(f"{len(ids)} ids where {passages} are announced")
+            return cls._open(folder, settings, ids, mmap=mmap, verify=verify)
+        except (RuntimeError, OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{folder}: damaged {cls.kind} ({error}); build and save it again") from error
+
+    @classmethod
+    def _checked_settings(cls, folder: Path, verify: bool) -> dict[str, Any]:
+        """The settings of a folder whose files are those it announces."""
+        path = folder / cls.settings_file
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder}: no {cls.kind} here ({path.name} is missing); build and save one first")
+        try:
+            settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = settings["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged ({error!r}); build and save the index again") from error
+        if found != cls.format:
+            raise ValueError(f"{path}: format {found} where this version reads {cls.format}; build the index again")
+        if settings.pop("sha256", None) != _digest(settings):
+            raise ValueError(f"{path}: altered since it was saved (checksum); build and save the index again")
+        del settings["format"]
+        for name, expected in settings.pop("files").items():
+            file = folder / name
+            wrong = None
+            if not file.is_file():
+                wrong = f"missing from this {cls.kind}"
+            elif file.stat().st_size != expected["bytes"]:
+                wrong = f"{file.stat().st_size} bytes where {expected['bytes']} were saved: truncated or altered"
+            elif verify and file_digest(file) != expected["sha256"]:
+                wrong = "altered since it was saved (checksum)"
+            if wrong:
+                raise ValueError(f"{file}: {wrong}; copy it again, or build and save the index again")
+        return settings
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str,
+        license_note: str | None = None,
+        passages: str | None = None,
+        private: bool | None = None,
+        revision: str = "main",
+        tag: str | None = None,
+        token: str | None = None,
+    ) -> PushedIndex:
+        """Push the index to a dataset repository: files, manifest and a card.
+
+        Args:
+            repo_id: owner/name; made when missing.
+            license: the passages' licence, an identifier of the Hub's list.
+            license_note: what a reader must know of it.
+            passages: where the texts are, for the card, such as the Hub id of a data set.
+            private: visibility of a repository that is made; None: the account's setting. True is refused for a
+                public repository.
+            revision: branch to push to; made when missing.
+            tag: name for the commit; a tag never moves.
+            token: Hub token; the one logged in with when None.
+
+        Returns:
+            Repository, URL, commit and what was sent.
+
+        Raises:
+            ValueError: no licence, a tag that is taken, or a public repository where a private one is asked for.
+            HubError: the Hub refused or could not be reached.
+        """
+        _check_asked(repo_id, license)
+        name = type(self).__name__
+        pin = f', revision="{tag}"' if tag else ""
+        of_what, rows = self._card()
+        card = DatasetCard.from_template(
+            DatasetCardData(license=license, tags=["retrieval", "index", *self.tags]),
+            template_str=template("index"),
+            title=repo_id.split("/")[1],
+            what=f"{self.title} of {len(self):,} passages{of_what}.",
+            usage="\n".join(
+                [f"from tct_hf import {name}", "", f'index = {name}.from_hub("{repo_id}"{pin})', *self.usage]
+            ),
+            passages=passages,
+            rows=[("passages", f"{len(self):,}"), *rows],
+            settings_file=self.settings_file,
+            licence_note=license_note,
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "index"
+            self.save(folder)
+            write_text_atomic(folder / "README.md", str(card))
+            sent, commit, url = push_folder(
+                folder,
+                repo_id,
+                kind="dataset",
+                private=private,
+                revision=revision,
+                tag=tag,
+                token=token,
+                message=f"Index of {len(self):,} passages",
+                replaced=lambda name: _REPLACED.fullmatch(name) is not None,
+            )
+        return PushedIndex(repo_id, url, commit, tag, sent)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Self:
+        """Download and open an index that `push_to_hub` pushed.
+
+        Args:
+            repo_id: the dataset repository.
+            revision: branch, tag or commit.
+            token: Hub token; the one logged in with when None.
+            **options: the other arguments of `load`.
+
+        Raises:
+            HubError: the repository can't be downloaded.
+        """
+        with hub_errors(repo_id, "downloading the index"):
+            folder = snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token)
+        return cls.load(folder, **options)
+
+
+class VectorIndex(Index):
+    """An index of vectors, with a record of the model that encoded the passages.
+
+    Attributes:
+        ids: passage ids, one a row, an Arrow array of strings.
+        built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, where it was given; from
+            the Hub also "revision".
+    """
+
+    built_by: dict[str, Any] | None
+    usage = (
+        "model = index.load_model()  # the revision that built it",
+        'ids, scores = index.search(model.encode_query(["a question"]), k=10)',
+    )
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int:
+        """Components of a vector."""
+
+    @abstractmethod
+    def search(self, query_vectors: Any, k: int = 100, **options: Any) -> tuple[list[list[str]], list[Any]]:
+        """Find the passages with the greatest inner product."""
+
+    def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100, **options: Any) -> Run:
+        """Search and return a run.
+
+        Args:
+            query_ids: query ids, one a row of `query_vectors`, each once.
+            query_vectors: (queries, dimension).
+            k: passages a query, at most.
+            **options: the other arguments of `search`.
+
+        Returns:
+            Query id to passage id to score; every query has an entry.
+
+        Raises:
+            ValueError: ids that don't fit the vectors; see `search` for the rest.
+        """
+        ids, scores = self.search(query_vectors, k, **options)
+        names = list(query_ids)
+        if len(names) != len(ids) or len(set(names)) != len(names):
+            raise ValueError(
+                f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {len(ids)} vectors; pass one "
+                "id for each, each once"
+            )
+        found = zip(names, ids, scores, strict=True)
+        return {name: dict(zip(hits, values.tolist(), strict=True)) for name, hits, values in found}
+
+    def _names(self, rows: Any) -> list[str]:
+        """The ids of some rows, an integer array."""
+        names: list[str] = self.ids.take(pa.array(rows)).to_pylist()
+        return names
+
+    @classmethod
+    def _accept(cls, folder: Path, settings: dict[str, Any], *, model: Any = None) -> None:
+        if model is not None:
+            check_model(folder, settings["built_by"], model if isinstance(model, Mapping) else _described(model))
+
+    def push_to_hub(
+        self, repo_id: str, *, model_id: str | None = None, model_revision: str | None = None, **options: Any
+    ) -> PushedIndex:
+        """Push the index, pinned to the revision of the model that built it; see `Index.push_to_hub`.
+
+        The model at that revision is loaded first and its weights are compared with those that built the index. Where
+        the index does not record these, a revision must be named, and the card says that it was not checked.
+
+        Args:
+            repo_id: owner/name; made when missing.
+            model_id: Hub id of the model that built the index; by default as `built_by` names it.
+            model_revision: its branch, tag or commit; by default as `built_by` names it, or its main branch.
+            **options: the other arguments of `Index.push_to_hub`; license is needed.
+
+        Raises:
+            ValueError: no Hub id of the model, other weights, or no revision where the index records no weights.
+        """
+        _check_asked(repo_id, options.get("license"))
+        before = self.built_by
+        built_by = {key: value for key, value in (before or {}).items() if value}
+        name = model_id or built_by.get("id", "")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+            raise ValueError(
+                f"model_id: {name or None!r} is no Hub id, but whoever loads the index must encode queries with the "
+                "model that built it: push that model first (tct_hf.release), then pass model_id=."
+            )
+        commit = self._commit(name, model_revision or built_by.get("revision"), options.get("token"))
+        self.built_by = {**built_by, "id": name, "revision": commit}
+        try:
+            return super().push_to_hub(repo_id, **options)
+        finally:
+            self.built_by = before
+
+    def _model_card(self) -> tuple[str, tuple[str, str]]:
+        """What stands on the card of an index that is pushed: what its vectors are, and the row of the model."""
+        built_by = self.built_by or {}
+        link = f"[{built_by['id']}](https://huggingface.co/{built_by['id']})"
+        checked = "" if built_by.get("weights_sha256") else " (given by who pushed the index, not checked)"
+        row = ("model", f"{link} at `{built_by['revision']}`{checked}")
+        return f", encoded by {link}; scores are inner products", row
+
+    def _commit(self, name: str, revision: str | None, token: str | None) -> str:
+        """The commit of the model, whose weights are those that built the index."""
+        wanted = (self.built_by or {}).get("weights_sha256")
+        if not wanted and revision is None:
+            raise ValueError(
+                "model_revision: the index does not record which weights built it (built_by has no weights_sha256), "
+                f"so that no revision of {name} can be checked: name the commit that built it (the card will say that "
+                "it is given, not checked), or build the index again with built_by= of this model."
+            )
+        with hub_errors(name, "looking up the index's model"):
+            commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
+        if wanted:
+            found = _described(self._encoder(name, revision=commit, token=token, device="cpu"))
+            if found["weights_sha256"] != wanted:
+                raise ValueError(
+                    f"model_revision: {name} at {commit[:12]} has the weights {found['weights_sha256'][:12]}, but the "
+                    f"index was built by {wanted[:12]}: name the revision that built it, or push that model first."
+                )
+            check_model(f"model_revision {commit[:12]}: the index", self.built_by, found)
+        return commit
+
+    def load_model(self, *, token: str | None = None, device: str | None = None) -> Any:
+        """Load the model that built the index, at the revision that built it, to encode queries with.
+
+        Args:
+            token: Hub token; the one logged in with when None.
+            device: device of the model; sentence-transformers' choice when None.
+
+        Returns:
+            A SentenceTransformer, cut to the index's dimension, or of a sparse index a SparseEncoder.
+
+        Raises:
+            ValueError: the index names no model, or the model has other weights now.
+            HubError: the model can't be downloaded.
+        """
+        built_by = self.built_by or {}
+        if not built_by.get("id"):
+            raise ValueError("load_model: the index does not say which model built it; build it again with built_by=.")
+        model = self._encoder(built_by["id"], revision=built_by.get("revision"), token=token, device=device)
+        check_model("this index", built_by, _described(model))
+        return model
+
+    def _encoder(self, name: str, **options: Any) -> Any:
+        from tct_hf.encoding.convert import load_encoder  # torch: an index can be searched without
+
+        model = load_encoder(name, **options)
+        # Only where the index says what it was cut to, which is compared after this: small vectors have other causes.
+        cut = "truncate_dim" in ((self.built_by or {}).get("encoding") or {})
+        if cut and self.dimension < (model.get_embedding_dimension() or 0):
+            model.truncate_dim = self.dimension
+        return model
+
+
+def check_model(where: str | Path, built_by: Mapping[str, Any] | None, model: Mapping[str, Any]) -> None:
+    """Refuse a model that did not build an index; both as "model" in what `describe_model` gives.
+
+    They must agree by weights where both are known, otherwise by id, and in all parts of the encoding that both name.
+    """
+    if not built_by:
+        raise ValueError(
+            f"{where}: does not say which model built it, so that it can't be compared with "
+            f"{model.get('id')!r}; build it again with built_by, or load it without model"
+        )
+    by = "weights_sha256" if built_by.get("weights_sha256") and model.get("weights_sha256") else "id"
+    if built_by.get(by) != model.get(by):
+        names = [f"{one.get('id')!r} (weights {str(one.get('weights_sha256'))[:12]})" for one in (built_by, model)]
+        raise ValueError(
+            f"{where}: built by {names[0]}, but queries would be encoded by {names[1]}: their vectors don't "
+            "compare; encode queries with the first, or build the index again with the second"
+        )
+    before, now = built_by.get("encoding") or {}, model.get("encoding") or {}
+    if others := [part for part in before if part in now and before[part] != now[part]]:
+        raise ValueError(
+            f"{where}: built by {built_by.get('id')!r} with another {', '.join(others)} than {model.get('id')!r} has, "
+            "whose weights are the same: their vectors don't compare; load the model as it was, or encode the "
+            "passages and build the index again"
+        )
+
+
+def check_ids(ids: Sequence[str], count: int, what: str) -> None:
+    """Refuse passage ids that do not name `count` things, one or more, each once; `what` is for the message."""
+    if len(ids) != count:
+        raise ValueError(f"ids: {len(ids)} ids for {count} {what}; pass one id for each")
+    if not count:
+        raise ValueError(f"{what}: nothing to index; pass at least one passage")
+    seen: set[str] = set()
+    for at, passage_id in enumerate(ids):
+        if not isinstance(passage_id, str):
+            raise ValueError(f"ids: number {at} is {passage_id!r}, not a string; convert ids with str")
+        if not is_utf8(passage_id):
+            raise ValueError(
+                f"ids: {passage_id!r} (number {at}) has a lone surrogate, which no file can hold as UTF-8; rename it"
+            )
+        if passage_id in seen:
+            raise ValueError(f"ids: {passage_id!r} comes twice (again at number {at}); make ids unique")
+        seen.add(passage_id)
+
+
+def id_array(ids: Iterable[str]) -> Any:
+    """Ids as an Arrow array, whose offsets have 8 bytes only where 4 are too few."""
+    array = pa.array(ids, pa.string())
+    return array if isinstance(array, pa.Array) else array.cast(pa.large_string()).combine_chunks()
+
+
+def _check_asked(repo_id: str, license: str | None) -> None:
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id: {repo_id!r} is no Hub id; write owner/name.")
+    if not license:
+        raise ValueError('license: an index on the Hub needs one, such as license="cc-by-4.0"; that of its passages.')
+
+
+def _described(model: Any) -> Mapping[str, Any]:
+    """A model in the words of `check_model`."""
+    from tct_hf.retrieval.encode import describe_model  # torch: an index can be searched without
+
+    found: Mapping[str, Any] = describe_model(model)["model"]
+    return found
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,191 @@
+"""What all indexes share: files that are checked, replaced whole and refused with what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from tct_hf import BM25Index, DenseIndex, SparseIndex
+from tct_hf.retrieval.index import _digest
+from tests.warm_process import run_warm
+
+TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
+IDS = ["a", "é", "c", "d"]
+VECTORS = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+WEIGHTS = sparse.csr_matrix(VECTORS.clip(0))
+MINE = {"id": "mine", "weights_sha256": "a1" * 32, "encoding": {"prompt": "1", "max_length": "2"}}
+
+BUILD: dict[str, Callable[..., Any]] = {
+    "bm25": lambda ids=IDS: BM25Index.build(TEXTS, ids, k1=0.9, backend="numpy"),
+    "dense": lambda ids=IDS: DenseIndex.build(VECTORS, ids, built_by=MINE),
+    "sparse": lambda ids=IDS: SparseIndex.build(WEIGHTS, ids, built_by=MINE),
+}
+
+
+def found_by(index: Any) -> Any:
+    ids, scores = index.search(
+        ["red apples"] if isinstance(index, BM25Index) else WEIGHTS if isinstance(index, SparseIndex) else VECTORS, 3
+    )
+    return ids, [values.tolist() for values in scores]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_a_saved_index_comes_back_and_is_replaced_whole(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "index"
+    index = BUILD[kind]()
+    BUILD[kind](["w", "x", "y", "z"]).save(folder)
+    (tmp_path / ".index.12345678.tmp").mkdir()  # left by a killed save
+    index.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    for options in ({}, {"mmap": True}, {"mmap": True, "verify": False}):
+        loaded = type(index).load(folder, **options)
+        assert list(map(str, loaded.ids)) == IDS and len(loaded) == 4
+        assert found_by(loaded) == found_by(index)
+        loaded.save(tmp_path / "copy")  # from its own mapped files
+        assert content(tmp_path / "copy") == content(folder)
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_a_folder_with_something_else_is_neither_written_nor_read(tmp_path: Path, kind: str) -> None:
+    index = BUILD[kind]()
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(FileExistsError, match="holds something other"):
+        index.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no {index.kind} here"):
+        type(index).load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_a_truncated_altered_or_missing_file_is_named(tmp_path: Path, kind: str) -> None:
+    index = BUILD[kind]()
+    index.save(tmp_path / "index")
+    for file in sorted((tmp_path / "index").iterdir()):
+        if file.name == index.settings_file:
+            continue
+        whole = file.read_bytes()
+        for broken, message in (
+            (whole[:-1], f"{file.name}: {len(whole) - 1} bytes where {len(whole)} were saved: truncated or altered"),
+            (whole[:-1] + bytes([whole[-1] ^ 1]), rf"{file.name}: altered since it was saved \(checksum\)"),
+        ):
+            file.write_bytes(broken)
+            with pytest.raises(ValueError, match=message):
+                type(index).load(tmp_path / "index", mmap=True)
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{file.name}: missing from this {index.kind}"):
+            type(index).load(tmp_path / "index", verify=False)
+        file.write_bytes(whole)
+
+
+def rewrite(folder: Path, name: str, change: dict[str, Any]) -> None:
+    """Announce something else, with the right checksum."""
+    announced = {**json.loads((folder / name).read_text()), **change}
+    del announced["sha256"]
+    (folder / name).write_text(json.dumps({**announced, "sha256": _digest(announced)}))
+
+
+def test_settings_that_are_altered_damaged_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+    BUILD["dense"]().save(tmp_path)
+    settings = tmp_path / "tct_dense.json"
+    text = settings.read_text()
+    for broken, message in (
+        (text.replace('"mine"', '"other"'), r"tct_dense\.json: altered"),
+        (text[:-20], r"tct_dense\.json: damaged"),
+        ('{"format": 1}', "format 1 where this version reads"),
+    ):
+        settings.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            DenseIndex.load(tmp_path)
+    for change in ({"passages": 3}, {"dimension": 9}):
+        settings.write_text(text)
+        rewrite(tmp_path, settings.name, change)
+        with pytest.raises(ValueError, match=r"damaged dense index \(.* are announced\); build and save it again"):
+            DenseIndex.load(tmp_path)
+
+
+def test_a_model_that_did_not_build_the_index_is_refused_by_what_differs(tmp_path: Path) -> None:
+    BUILD["dense"]().save(tmp_path / "index")
+    for model in (MINE, {**MINE, "id": "mine, moved"}, {"id": "mine"}, {**MINE, "encoding": {}}):
+        assert DenseIndex.load(tmp_path / "index", model=model).built_by == MINE
+    for other in ({"id": "yours"}, {"id": "yours", "weights_sha256": "b2" * 32}):
+        with pytest.raises(ValueError, match=r"built by 'mine' .*would be encoded by 'yours'.*don't compare"):
+            DenseIndex.load(tmp_path / "index", model=other)
+    with pytest.raises(ValueError, match="built by 'mine' with another prompt, max_length than 'mine' has"):
+        DenseIndex.load(tmp_path / "index", model={**MINE, "encoding": {"prompt": "9", "max_length": "9"}})
+    DenseIndex.build(VECTORS, IDS).save(tmp_path / "unnamed")
+    with pytest.raises(ValueError, match="does not say which model built it"):
+        DenseIndex.load(tmp_path / "unnamed", model=MINE)
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS[:3], "3 ids for 4"),
+        (["a", "b", "a", "d"], "'a' comes twice"),
+        (["a", "b", 3, "d"], "number 2 is 3, not a string"),
+        (["a\ud800", "b", "c", "d"], r"ids: 'a\\ud800' \(number 0\) has a lone surrogate"),
+    ],
+)
+def test_ids_that_no_index_can_keep_are_named(kind: str, ids: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BUILD[kind](ids)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_run_needs_one_id_a_vector(kind: str) -> None:
+    index, queries = BUILD[kind](), WEIGHTS if kind == "sparse" else VECTORS
+    assert list(index.run(["x", "y", "z", "w"], queries, 2)) == ["x", "y", "z", "w"]
+    with pytest.raises(ValueError, match="query_ids: 2 ids, 1 of them distinct, for 4 vectors"):
+        index.run(["q", "q"], queries)
+
+
+KILLED_SAVE = """
+import os, signal, sys
+import faiss, numpy
+from tct_hf import DenseIndex
+from tct_hf.retrieval import index
+folder, when = sys.argv[1:]
+def die(*ignored):
+    os.kill(os.getpid(), signal.SIGKILL)
+if when == "in the index file":
+    write = faiss.write_index
+    def half(engine, path):
+        write(engine, path)
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+    faiss.write_index = half
+elif when == "before the rename":
+    index.replace_dir = die
+vectors = numpy.random.default_rng(0).standard_normal((200, 16)).astype("float32")
+DenseIndex.build(vectors, [str(row) for row in range(200)], "IVF4,RaBitQfs,Refine(SQ8)", threads=1).save(folder)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["in the index file", "before the rename"])
+def test_a_kill_in_save_keeps_the_old_index_and_the_rerun_gives_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path, when: str
+) -> None:
+    def run(folder: Path, when: str) -> int:
+        return run_warm(["-c", KILLED_SAVE, str(folder), when], env=os.environ).returncode
+
+    folder = tmp_path / "killed" / "index"
+    BUILD["dense"]().save(folder)
+    assert run(folder, when) == -signal.SIGKILL
+    assert DenseIndex.load(folder).ids.to_pylist() == IDS
+    assert run(folder, "never") == 0
+    assert run(tmp_path / "undisturbed", "never") == 0
+    assert content(folder) == content(tmp_path / "undisturbed")
+    assert [path.name for path in folder.parent.iterdir()] == ["index"]
