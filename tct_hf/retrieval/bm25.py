@@ -11,9 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import bm25s
 import numpy as np
-from bm25s.tokenization import _infer_stopwords
 
 from tct_hf.retrieval.index import Index, check_ids
 from tct_hf.retrieval.runs import Run
@@ -82,6 +80,8 @@ class BM25Index(Index):
             ValueError: a setting out of range, unequal counts, a repeated id, no passage, or no token at all.
             ImportError: the backend or the stemmer is not installed; the message says what to install.
         """
+        import bm25s  # and with it numba: a second, which the help of recipes has not
+
         if method not in METHODS:
             raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
         k1 = k1 if k1 is not None else EXPANDED_K1 if expansion else PASSAGE_K1
@@ -218,6 +218,8 @@ class BM25Index(Index):
 
     @classmethod
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> BM25Index:
+        import bm25s
+
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
         if engine.scores["num_docs"] != len(ids):
             raise ValueError(f"{engine.scores['num_docs']} indexed passages where {len(ids)} are announced")
@@ -260,6 +262,8 @@ def _keep_compiled() -> None:
 
 def _analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
     """Make the function from text to terms: lower case, words of two characters and more, stop words out, stems."""
+    from bm25s.tokenization import _infer_stopwords
+
     try:
         stop_words = frozenset() if language == "none" else frozenset(_infer_stopwords(language))
     except ValueError as error:

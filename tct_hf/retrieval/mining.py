@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 
 from tct_hf.data.near_duplicates import folded, share_most, shingles
 from tct_hf.files import claim, write_aside, write_json_atomic
@@ -25,6 +24,7 @@ from tct_hf.retrieval.runs import rank
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from datasets import Dataset
 
 Scores: TypeAlias = Mapping[str, Mapping[str, float]]
 # Queries, id to text, to a run of them: the `run` of an index.
@@ -396,6 +396,8 @@ def mine_triples(
     Source: Lin, Yang, Lin, RepL4NLP 2021 (sampled from the student's top 200, judged positives not excluded); the
         margin as in de Souza Moreira et al., "NV-Retriever", arXiv 2407.15831.
     """
+    from datasets import Dataset  # slow to import
+
     rules = Rules(num_negatives, depth, seed, margin, near_duplicate, too_few)
     if not isinstance(origin, str) or not origin.strip():
         raise ValueError(f'origin={origin!r}: name where the negatives come from, for instance "bm25"')

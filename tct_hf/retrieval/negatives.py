@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from datasets import Dataset
 
 from tct_hf.data.collection import Collection, Split
 from tct_hf.data.made_questions import MadeQuestion
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.mining import Miner, OpenRow, Rules, column_names, passage_ids, positive_rows
 from tct_hf.retrieval.runs import rank
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _QUERIES_A_BATCH = 512
 
@@ -69,6 +71,8 @@ def bm25_triples(
             another corpus, neither a positive nor an unlabelled question, a query id in both, or a corpus too small
             for so many negatives.
     """
+    from datasets import Dataset  # slow to import
+
     if num_negatives < 1 or depth < 1:
         raise ValueError(f"num_negatives={num_negatives}, depth={depth}: both must be 1 or more")
     ids = passage_ids(corpus)
