@@ -31,7 +31,8 @@ _PUBLIC = {
     "retrieval.encode": ["encode_corpus"],
     "retrieval.expanded": ["expanded_bm25"],
     "retrieval.fusion": ["fuse", "reciprocal_rank_fusion"],
-    "retrieval.mining": ["mine_triples", "MiningCounts"],
+    "retrieval.miner": ["MiningCounts"],
+    "retrieval.mining": ["mine_triples"],
     "retrieval.negatives": ["bm25_triples", "collection_bm25", "collection_triples"],
     "retrieval.runs": ["read_run", "write_run"],
     "retrieval.sparse": ["SparseIndex"],
@@ -98,7 +99,7 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.expanded import expanded_bm25 as expanded_bm25
     from tct_hf.retrieval.fusion import fuse as fuse
     from tct_hf.retrieval.fusion import reciprocal_rank_fusion as reciprocal_rank_fusion
-    from tct_hf.retrieval.mining import MiningCounts as MiningCounts
+    from tct_hf.retrieval.miner import MiningCounts as MiningCounts
     from tct_hf.retrieval.mining import mine_triples as mine_triples
     from tct_hf.retrieval.negatives import bm25_triples as bm25_triples
     from tct_hf.retrieval.negatives import collection_bm25 as collection_bm25

@@ -70,11 +70,7 @@ class BM25Index(Index):
             language: stop word list, a language bm25s knows, or "none".
             stemmer: Snowball language of PyStemmer, or None for whole words.
             backend: "numba", or "numpy" (about 100 times slower, needs no compiler).
-            expansion: what the texts hold beside the passages, JSON-ready, kept with the index; `expanded_bm25` makes
-                both.
-
-        Returns:
-            The index.
+            expansion: what the texts hold beside the passages, JSON-ready; `expanded_bm25` gives both.
 
         Raises:
             ValueError: a setting out of range, unequal counts, a repeated id, no passage, or no token at all.
@@ -165,9 +161,6 @@ class BM25Index(Index):
     def weigh(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """What each word of a passage adds to a query's score, whether the passage is in the index or not.
 
-        Args:
-            text: the passage.
-
         Returns:
             `(words,)` int32, the numbers of its known words, each once, and their float32 weights. A passage's score
             is the sum of the weights of the query's words, of :meth:`known_words`.
@@ -187,11 +180,8 @@ class BM25Index(Index):
         if self._idf is None:
             passages, holders = len(self), np.diff(self._engine.scores["indptr"])
             odds = (passages - holders + 0.5) / (holders + 0.5)
-            self._idf = np.log(
-                {"lucene": 1 + odds, "robertson": np.maximum(odds, 1), "atire": passages / holders}[
-                    self.settings["method"]
-                ]
-            )
+            ratios = {"lucene": 1 + odds, "robertson": np.maximum(odds, 1), "atire": passages / holders}
+            self._idf = np.log(ratios[self.settings["method"]])
         return self._idf
 
     def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -96,11 +96,9 @@ class DenseIndex(VectorIndex):
         "auto" is exact search up to 50,000 vectors, a graph (HNSW) up to 500,000, and beyond that inverted lists with
         codes of one bit a component (RaBitQ, read by fast scan) whose best are scored again with a byte a component.
 
-        The search parameters of an index that is not exact are the cheapest that reach `recall` on a held-out slice.
-        Give `query_vectors` for it when there are any (of training queries, say). Without, vectors made of held-out
-        passages stand for queries: they are easier to find than queries are, so that the recall measured on them is
-        too good. Part of the misses allowed is kept back for that, but that is no promise for queries unlike any
-        passage.
+        The search parameters of an index that is not exact are the cheapest that reach `recall` on a held-out slice of
+        `query_vectors`. Without these, vectors made of held-out passages stand for queries. They are easier to find:
+        part of the misses allowed is kept back; that is no promise for queries unlike any passage.
 
         Args:
             vectors: (passages, dimension), any floating type; read in blocks, so that `np.load(path, mmap_mode="r")`
@@ -111,14 +109,10 @@ class DenseIndex(VectorIndex):
             k: passages a query that `recall` speaks of.
             query_vectors: (queries, dimension) to choose the parameters with; not the queries that are reported.
             parameters: search parameters to set instead: nprobe, efSearch, k_factor.
-            built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, kept with the index:
-                "model" in the manifest of `encode_corpus`.
-            seed: of the training sample, the clustering and the held-out slice.
-            threads: for building; None leaves Faiss's own setting. One thread makes the same bytes of the same
-                vectors; several make a graph that differs from one time to the next.
-
-        Returns:
-            The index.
+            built_by: the model that encoded the passages, "model" in the manifest of `encode_corpus`.
+            seed: seed of the training sample, the clustering and the held-out slice.
+            threads: threads to build with; None leaves Faiss's own setting. One thread makes the same bytes of the
+                same vectors; several make a graph that differs from one time to the next.
 
         Raises:
             ValueError: a wrong shape, NaN or infinite components, ids that don't fit, a setting out of range, or a
@@ -169,20 +163,15 @@ class DenseIndex(VectorIndex):
         )
 
     def add(self, vectors: npt.ArrayLike, ids: Iterable[str]) -> None:
-        """Add passages.
+        """Add passages (passages, dimension) with ids that are not in the index yet.
 
         What was learned from the first vectors (clusters, ranges, search parameters) stays: build anew when the
         collection has become another. Codes of some bits a component (SQ8, Refine(SQ8), as in "auto" from 500,000
         vectors) reach no further than the greatest and least value they were trained on: what lies beyond is stored
         as if it lay there, which is warned of.
 
-        Args:
-            vectors: (passages, dimension).
-            ids: their ids, none of them in the index yet.
-
         Raises:
-            ValueError: vectors or ids that don't fit, an index that was loaded with `mmap`, or one of a kind that
-                can't grow (NSG).
+            ValueError: vectors or ids that don't fit, or an index that can't grow (loaded with `mmap`, or NSG).
         """
         if self._mapped:
             raise ValueError("add: this index is mapped from its files; load it with mmap=False to add passages")
@@ -221,9 +210,9 @@ class DenseIndex(VectorIndex):
         """Find the passages with the greatest inner product.
 
         Args:
-            query_vectors: (queries, dimension), converted to float32.
+            query_vectors: (queries, dimension).
             k: passages a query, at most.
-            threads: of Faiss, for this call; None leaves its own setting.
+            threads: threads of Faiss for this call; None leaves its own setting.
 
         Returns:
             Ids and float32 scores, one list and one array a query, best first.

@@ -18,7 +18,7 @@ from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 
 from tct_hf.batches import padding_of, passes, token_lengths
-from tct_hf.data.passages import Passage, checked_passages, passage_shards
+from tct_hf.data.passages import checked_passages, passage_shards
 from tct_hf.encoding.digests import tokenizer_digest, weights_digest
 from tct_hf.encoding.precision import has_bfloat16
 from tct_hf.files import write_json_atomic
@@ -168,7 +168,7 @@ def _passes(
                 part = block[start : start + size]
                 yield part, dict(model.preprocess([texts[row] for row in part], prompt=prompt, task=task))
             continue
-        matrices = {key: value for key, value in features.items() if _is_matrix(value)}
+        matrices = {key: value for key, value in features.items() if isinstance(value, Tensor) and value.ndim == 2}
         shared = {key: value for key, value in features.items() if key not in matrices}
         tokenised += [(matrices, place, length) for place, length in enumerate(token_lengths(features))]
         owners += block
@@ -183,16 +183,12 @@ def _passes(
             yield [owners[item] for item in part], _assemble([tokenised[item] for item in part], filler) | shared
 
 
-def _is_matrix(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 2
-
-
 def _can_be_cut(features: Mapping[str, Any]) -> bool:
     """Whether features are text padded on the right, each tensor `(rows, tokens)`."""
     mask: Any = features.get("attention_mask")
-    if not _is_matrix(mask) or not bool(mask[:, 0].all()):
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask[:, 0].all()):
         return False
-    tensors = [v for key, v in features.items() if isinstance(v, torch.Tensor) and key != "prompt_length"]
+    tensors = [v for key, v in features.items() if isinstance(v, Tensor) and key != "prompt_length"]
     return all(tensor.shape == mask.shape for tensor in tensors)
 
 
@@ -210,12 +206,7 @@ def _assemble(rows: Sequence[tuple[Mapping[str, Tensor], int, int]], filler: int
 def choose_precision(
     model: SentenceTransformer | SparseEncoder, texts: Sequence[str], *, task: str = "document"
 ) -> tuple[bool, dict[str, Any]]:
-    """Decide whether to encode in bfloat16: where the hardware has it and the vectors stay the same.
-
-    Args:
-        model: of one vector a text, dense or sparse.
-        texts: some of the texts to encode; at most 48 of them are probed.
-        task: "query" or "document".
+    """Decide whether to encode in bfloat16: where the hardware has it and the vectors of some texts stay the same.
 
     Returns:
         Whether bfloat16 is chosen, and why, JSON-ready: "hardware" and, where it was probed, "texts" and the lowest
@@ -267,14 +258,14 @@ def encode_corpus(
     neither on the number of processes nor on interruptions, as long as hardware, threads and libraries are the same.
 
     Args:
-        model: of one vector a text, dense or sparse, on the device that encodes.
+        model: dense or sparse encoder of one vector a text, on the device that encodes.
         corpus: passages with "id" and "text"; a data set, or any iterable, read once.
         out_dir: the folder; made when missing.
         model_id: name or path of the model, recorded and shown; by default what the encoder was loaded from.
-        precision: to compute in. "auto": bfloat16 where the hardware has it and a few dozen passages of the first
+        precision: what to compute in. "auto": bfloat16 where the hardware has it and a few dozen passages of the first
             shard keep a cosine of 0.9999 to float32; a folder that was begun keeps its precision.
-        dtype: to store vectors in; those of a sparse encoder only in float32.
-        shard_size: passages a shard: what is lost at most when a process is killed, and what memory holds.
+        dtype: what to store vectors in; float32 for those of a sparse encoder.
+        shard_size: passages a shard: what a kill loses at most, and what memory holds.
         tokens_per_pass: as `encode_texts`; recorded, since the last bits of a vector depend on it.
         allow_empty: encode passages without words instead of refusing them (a student's vector of one is zero).
         state: the processes of a distributed run; one process when None.
@@ -286,9 +277,8 @@ def encode_corpus(
         The manifest; see `load_vectors`.
 
     Raises:
-        ValueError: an unknown setting; a folder with vectors of another model, other settings or another corpus,
-            naming what differs; an empty corpus; a passage without id, text or words, with the id of an earlier one,
-            or with a NaN vector, naming it.
+        ValueError: an unknown setting; a folder of another model, settings or corpus, naming what differs; an empty
+            corpus; a passage without id, text or words, with an earlier one's id or a NaN vector, naming it.
         OSError: the folder can't be written, or holds something else.
     """
     sparse = is_sparse_encoder(model)
@@ -342,7 +332,14 @@ def encode_corpus(
                     tokens_per_pass=tokens_per_pass,
                     done=progress.encoded,
                 ).astype(np.dtype(dtype))
-                _refuse_not_finite(vectors, shard, plan)
+                finite = finite_rows(vectors)
+                if not finite.all():
+                    passage_id, _ = shard[int(finite.argmin())]
+                    raise ValueError(
+                        f"corpus: passage {passage_id!r} has a NaN or infinite vector (model {plan['model']['id']}, "
+                        f"computed in {plan['precision']}, stored in {dtype}): check the weights, or encode with "
+                        'precision="fp32" and dtype="float32" in another folder.'
+                    )
                 stored.write_shard(folder, number, shard, vectors)
             missing += 1
             fresh += len(shard)
@@ -367,11 +364,7 @@ def encoding_seconds(folder: str | Path) -> float | None:
 
 
 def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:
-    """What the vectors of a model depend on, JSON-ready.
-
-    Args:
-        model: of one vector a text, dense or sparse.
-        model_id: its name or path; by default what its encoder was loaded from.
+    """What the vectors of a model depend on, JSON-ready; its id is by default what its encoder was loaded from.
 
     Returns:
         "model": "id", "weights_sha256" over names and values of all weights, and a digest of each part of "encoding";
@@ -402,14 +395,3 @@ def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | N
         "model": {"id": model_id, "weights_sha256": weights_digest(model), "encoding": digests},
         "encoding": encoding,
     }
-
-
-def _refuse_not_finite(vectors: Any, shard: Sequence[Passage], plan: Mapping[str, Any]) -> None:
-    finite = finite_rows(vectors)
-    if not finite.all():
-        passage_id, _ = shard[int(finite.argmin())]
-        raise ValueError(
-            f"corpus: passage {passage_id!r} has a NaN or infinite vector (model {plan['model']['id']}, computed in "
-            f'{plan["precision"]}, stored in {plan["dtype"]}): check the weights, or encode with precision="fp32" and '
-            'dtype="float32" in another folder.'
-        )

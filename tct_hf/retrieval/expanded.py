@@ -33,12 +33,9 @@ def expanded_bm25(
         num_queries: the first so many queries of a passage; all when None.
         drop_repeats: leave out a query that equals an earlier one of its passage.
         drop_share: share of the queries to leave out by score, 0 to below 1.
-        k1: term frequency saturation; 2.18 with b 0.86 is the tuned setting for MS MARCO passages with 40 queries.
+        k1: term frequency saturation; 2.18 with b 0.86 is tuned for MS MARCO passages with 40 queries each.
         b: length normalisation, 0 to 1.
         **options: the rest of the arguments of `BM25Index.build`.
-
-    Returns:
-        The index. It searches, saves, loads and is pushed as any other.
 
     Raises:
         FileNotFoundError: no finished folder of expansions.

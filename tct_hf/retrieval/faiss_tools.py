@@ -84,9 +84,8 @@ def parts(engine: Any) -> tuple[Any, Any, Any]:
 
 
 def parameter_names(engine: Any) -> list[str]:
-    """Search parameters that an index has: nprobe, efSearch, k_factor."""
-    refine, ivf, graph = parts(engine)
-    names = (("nprobe", ivf), ("efSearch", graph), ("k_factor", refine))
+    """Search parameters that an index has."""
+    names = zip(("k_factor", "nprobe", "efSearch"), parts(engine), strict=True)
     return [name for name, part in names if part is not None]
 
 
@@ -104,15 +103,9 @@ def set_parameters(engine: Any, parameters: Mapping[str, float]) -> None:
 
 
 def search_engine(engine: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Search so many queries at a time that the tables of fast-scan codes, 6 kB a query and list, stay small.
+    """Scores (queries, k) float32 and rows (queries, k) int64, best first, -1 where there is none.
 
-    Args:
-        engine: the index.
-        queries: (queries, dimension) float32.
-        k: places a query.
-
-    Returns:
-        Scores (queries, k) float32 and rows (queries, k) int64, best first, -1 where there is none.
+    So many queries are searched at a time that the tables of fast-scan codes, 6 kB a query and list, stay small.
     """
     _, ivf, _ = parts(engine)
     block = 1024 if ivf is None else max(1, 16_384 // ivf.nprobe)
@@ -123,16 +116,7 @@ def search_engine(engine: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray,
 
 
 def search_flat(engine: Any, queries: np.ndarray, k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Search whole vectors exhaustively, with all the rows that score what the last place does.
-
-    Args:
-        engine: an index of whole vectors.
-        queries: (queries, dimension) float32.
-        k: places a query, at most as many as there are rows.
-
-    Returns:
-        Scores and rows of each query, k of them or more, best first.
-    """
+    """Scores and rows of each query by exhaustive search, best first: k, and all that score what the kth does."""
     scores, rows = search_engine(engine, queries, min(k + 1, engine.ntotal))
     found = [(values[:k], at[:k]) for values, at in zip(scores, rows, strict=True)]
     for number, values in enumerate(scores):
@@ -165,14 +149,10 @@ def make_engine(dimension: int, factory: str) -> Any:
 
 
 def train_engine(engine: Any, sample: np.ndarray, limits: np.ndarray, seed: int) -> None:
-    """Train an index.
+    """Train an index on a sample (rows, dimension).
 
-    Args:
-        engine: the empty index.
-        sample: (rows, dimension) to train on.
-        limits: (2, dimension), least and greatest value of each component over all vectors: all that scalar
-            quantizers learn, so that none of them is clipped.
-        seed: of the clustering.
+    `limits` (2, dimension), the least and greatest value of each component over all vectors, are all that scalar
+    quantizers learn: no vector is clipped.
     """
     top: Any = faiss.downcast_index(engine)
     base = faiss.downcast_index(top.base_index) if isinstance(top, faiss.IndexRefine) else top
@@ -224,13 +204,6 @@ def stand_ins(passages: np.ndarray, seed: int) -> np.ndarray:
 
     A passage lies where an index has many vectors, a query beside them: it has its passage's subject and something of
     its own. The difference of two passages gives it that, in the directions that the collection uses.
-
-    Args:
-        passages: (rows, dimension) float32.
-        seed: of what is added to which.
-
-    Returns:
-        (rows, dimension) float32.
     """
     # Neighbours in a ring, so that with three rows or more none is added to or taken from itself.
     ring = np.random.default_rng(seed).permutation(len(passages))
@@ -241,28 +214,17 @@ def stand_ins(passages: np.ndarray, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ExactNeighbours:
-    """What exhaustive search finds.
+    """What exhaustive search finds."""
 
-    Args:
-        queries: (queries, dimension) float32.
-        vectors: (rows, dimension), of any kind that gives rows by number.
-        rows: (queries, k) int64 row numbers, best first.
-        tied: (queries,) bool: other rows score what the last of these does.
-    """
-
-    queries: np.ndarray
-    vectors: Any
-    rows: np.ndarray
-    tied: np.ndarray
+    queries: np.ndarray  # (queries, dimension) float32
+    vectors: Any  # (rows, dimension), of any kind that gives rows by number
+    rows: np.ndarray  # (queries, k) int64, best first
+    tied: np.ndarray  # (queries,) bool: other rows score what the last of these does
 
     def recall(self, found: np.ndarray) -> np.ndarray:
-        """Recall@k of what an index found: a row is as good as the k-th exact one where it scores no less.
+        """Recall@k (queries,) of the rows that an index found (queries, any), -1 for none.
 
-        Args:
-            found: (queries, any) row numbers, -1 for none.
-
-        Returns:
-            (queries,) float64.
+        A row is as good as the k-th exact one where it scores no less.
         """
         recall = np.array([np.isin(best, mine).mean() for mine, best in zip(found, self.rows, strict=True)])
         k = self.rows.shape[1]
@@ -300,20 +262,13 @@ def exact_neighbours(queries: np.ndarray, vectors: Any, k: int) -> ExactNeighbou
 def tune(
     engine: Any, vectors: Any, held_out: np.ndarray, queries: np.ndarray | None, recall: float, k: int, seed: int
 ) -> dict[str, Any]:
-    """Set the cheapest search parameters that reach a recall, by a fixed estimate of their cost.
+    """Set the cheapest search parameters of a filled index that reach a recall, by a fixed estimate of their cost.
 
-    Args:
-        engine: the filled index; left with the parameters chosen.
-        vectors: (rows, dimension) that are in it.
-        held_out: rows that stand-ins for queries are made of.
-        queries: (queries, dimension) to tune on; stand-ins when None.
-        recall: wanted mean Recall@k, below 1; what is aimed at lies above it, by more where stand-ins are tuned on.
-        k: passages a query.
-        seed: of the choice of queries.
+    They are tuned on a slice of `queries`, or of stand-ins made of the held-out rows of `vectors`. The recall aimed at
+    lies above the one wanted, by more with stand-ins. Where no setting reaches that, the best is set, with a warning.
 
     Returns:
-        "parameters", "recall" wanted, "measured" on the slice, "aim", "k", "source" and "slice" (queries). A warning
-        is given when no setting reaches the wanted recall; the best is then set.
+        "parameters", "recall" wanted, "measured" on the slice, "aim", "k", "source" and "slice" (queries).
     """
     source = "passages" if queries is None else "queries"
     if queries is None:

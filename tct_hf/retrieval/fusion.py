@@ -24,15 +24,14 @@ def fuse(
     """Fuse a sparse and a dense run: `alpha * sparse + dense` over the union of their passages.
 
     A passage that one list lacks gets that list's lowest score for the query; a list that is empty, or lacks the
-    query, gives 0 to all. With `normalize` every score s of a list becomes (s - (min + max) / 2) / (max - min), and 0
-    where all scores of the list are equal. This is the rule of TCT-ColBERT's hybrid (arXiv 2010.11386, section 3.2,
-    as in Pyserini's `HybridSearcher`).
+    query, gives 0 to all. This is the rule of TCT-ColBERT's hybrid (arXiv 2010.11386, section 3.2, as in Pyserini's
+    `HybridSearcher`).
 
     Args:
         sparse_run: query id to passage id to score, of BM25 for instance.
         dense_run: the same of a student.
         alpha: weight of the sparse scores, 0 or more; see `tune_alpha`.
-        normalize: bring both lists of a query to the range -0.5 to 0.5 first.
+        normalize: make every score s of a list (s - (min + max) / 2) / (max - min) first, or 0 where all are equal.
         k: passages a query, at most; None keeps the union.
 
     Returns:
@@ -107,14 +106,8 @@ def equal_spread_alpha(
 ) -> float:
     """The weight at which both lists count the same, found without judgements.
 
-    Args:
-        sparse_run: query id to passage id to score.
-        dense_run: query id to passage id to score.
-        queries: ids of the queries to look at; all when None.
-
-    Returns:
-        The median over queries of the dense list's spread (max - min) over that of the sparse list; 1 where no query
-        has both.
+    It is the median over `queries` (all when None) of the dense list's spread (max - min) over the sparse list's; 1
+    where no query has both.
     """
     ratios = []
     for query in sparse_run if queries is None else queries:

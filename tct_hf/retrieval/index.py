@@ -55,27 +55,25 @@ class Index(ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
+    # An index says what its settings file holds besides format and passages; writes its files, but for ids and
+    # settings; reads them, with a ValueError where they don't fit; takes its own options of `load`; and says for the
+    # card what its passages are, with rows of a table.
     @abstractmethod
-    def _settings(self) -> dict[str, Any]:
-        """What the settings file says besides the format and the number of passages, JSON-ready."""
+    def _settings(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _write(self, folder: Path) -> None:
-        """Write all files but ids and settings."""
-
-    @classmethod
-    @abstractmethod
-    def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> Self:
-        """Read what `_write` wrote; ValueError where it does not fit the settings."""
+    def _write(self, folder: Path) -> None: ...
 
     @classmethod
     @abstractmethod
-    def _accept(cls, folder: Path, settings: dict[str, Any]) -> None:
-        """Take the further options of `load`; ValueError where they don't fit the settings."""
+    def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> Self: ...
+
+    @classmethod
+    @abstractmethod
+    def _accept(cls, folder: Path, settings: dict[str, Any]) -> None: ...
 
     @abstractmethod
-    def _card(self) -> tuple[str, list[tuple[str, str]]]:
-        """For the card: what the passages are, and rows of a table."""
+    def _card(self) -> tuple[str, list[tuple[str, str]]]: ...
 
     def save(self, directory: str | Path) -> None:
         """Write the index to a folder; an index of this kind that is there is replaced whole, all else refused."""
@@ -198,15 +196,14 @@ class Index(ABC):
         _check_asked(repo_id, license)
         name = type(self).__name__
         pin = f', revision="{tag}"' if tag else ""
+        usage = [f"from tct_hf import {name}", "", f'index = {name}.from_hub("{repo_id}"{pin})', *self.usage]
         of_what, rows = self._card()
         card = DatasetCard.from_template(
             DatasetCardData(license=license, tags=["retrieval", "index", *self.tags]),
             template_str=template("index"),
             title=repo_id.split("/")[1],
             what=f"{self.title} of {len(self):,} passages{of_what}.",
-            usage="\n".join(
-                [f"from tct_hf import {name}", "", f'index = {name}.from_hub("{repo_id}"{pin})', *self.usage]
-            ),
+            usage="\n".join(usage),
             passages=passages,
             rows=[("passages", f"{len(self):,}"), *rows],
             settings_file=self.settings_file,

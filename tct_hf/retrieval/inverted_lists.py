@@ -56,7 +56,7 @@ def are_lists(starts, list_rows, passages):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _replace_least(heap, value):  # type: ignore[no-untyped-def]
-    """Put `value` in place of the least of a heap, its first."""
+    """Replace the least of a heap, its first."""
     at = 0
     size = len(heap)
     while True:
@@ -86,7 +86,7 @@ def _first_from(list_rows, low, high, row):  # type: ignore[no-untyped-def]
 
 @_compiled
 def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # type: ignore[no-untyped-def]
-    """The best passages of one query, and all that equal the last of them.
+    """The k best passages of one query, and all that equal the last of them: rows int64, rising, and scores float32.
 
     Args:
         starts: (terms + 1,) int64, where each term's list begins.
@@ -95,11 +95,7 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
         passages: rows in all.
         terms: (query terms,) int64, each once, rising.
         weights: (query terms,) float32.
-        k: passages wanted, at least 1.
-
-    Returns:
-        Rows int64 and scores float32, in the order of rows: every passage of a score above 0 that reaches the kth
-        greatest. Scores are added up in float32, term after term.
+        k: passages wanted, at least 1; those of a score of 0 are left out.
     """
     heap = np.zeros(k, np.float32)  # the k greatest scores so far, the least first; zeros where there are fewer
     rows = np.empty(max(4 * k, 1024), np.int64)

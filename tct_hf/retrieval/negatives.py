@@ -12,7 +12,7 @@ import pyarrow as pa
 from tct_hf.data.collection import Collection, Split
 from tct_hf.data.made_questions import MadeQuestion
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.retrieval.mining import Miner, OpenRow, Rules, column_names, passage_ids, positive_rows
+from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, passage_ids, positive_rows
 from tct_hf.retrieval.runs import rank
 
 if TYPE_CHECKING:

@@ -188,14 +188,8 @@ def is_sparse(vectors: Any) -> bool:
 def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
     """Sparse vectors as float32 CSR rows, terms rising and each once, weights finite and above 0.
 
-    Args:
-        vectors: a matrix of scipy, a tensor of torch, `(rows, dim)` or one vector `(dim,)`, or the rows of shards.
-        what: the argument's name, for the message.
-        first_row: number of the first row, for the message.
-
-    Raises:
-        ValueError: of another kind, a term beyond the dimensions, or a weight that is NaN, infinite or negative; names
-            the row.
+    A matrix of scipy, a tensor of torch, `(rows, dim)` or one vector `(dim,)`, or the rows of shards; `what` and
+    `first_row` are for the ValueError about a wrong kind, term or weight.
     """
     if not is_sparse(vectors):
         raise ValueError(f"{what}: {type(vectors).__name__} where sparse vectors are needed: {_KINDS}")
@@ -237,15 +231,7 @@ def of_torch(tensor: Any) -> csr_matrix:
 
 
 def sparse_blocks(vectors: Any, what: str) -> Iterable[csr_matrix]:
-    """Sparse vectors in blocks of rows, each as :func:`as_csr` returns it; can be gone through again.
-
-    Args:
-        vectors: one matrix, or any iterable of matrices of one width (an iterator's blocks are kept).
-        what: the argument's name, for the message.
-
-    Raises:
-        ValueError: as :func:`as_csr`, when a block is reached; at once where it is no such thing.
-    """
+    """One sparse matrix, or an iterable of some, in blocks as :func:`as_csr` returns them; can be iterated again."""
     if is_sparse(vectors):
         if len(vectors.shape) != 2:
             raise ValueError(f"{what}: shape {tuple(vectors.shape)} where (rows, dimension) is needed")

@@ -70,11 +70,7 @@ class SparseIndex(VectorIndex):
                 `SparseEncoder.encode_document` returns, what `load_vectors` returns, or an iterable of such blocks.
                 Nothing is densified.
             ids: passage ids, one a row, each once.
-            built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, kept with the index:
-                "model" in the manifest of `encode_corpus`.
-
-        Returns:
-            The index.
+            built_by: the model that encoded the passages, "model" in the manifest of `encode_corpus`.
 
         Raises:
             ValueError: vectors of another kind or of several dimensions, a weight that is NaN, infinite or negative,

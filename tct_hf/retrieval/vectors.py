@@ -34,8 +34,7 @@ def load_vectors(
     Args:
         directory: its folder.
         mmap: leave vectors on disk until they are used.
-        verify: read every file and compare its checksum, and refuse vectors with a NaN; without, only counts and
-            dimensions are checked.
+        verify: read every file, compare its checksum and refuse a NaN; without, only shapes are checked.
 
     Returns:
         Passage ids in the corpus's order; their vectors, `(passages, dim)` float32, an array, or `ShardedVectors` with
@@ -101,14 +100,7 @@ def _is_sparse(settings: Mapping[str, Any]) -> bool:
 
 
 class _Shard:
-    """A shard on disk, mapped.
-
-    Args:
-        folder: the folder.
-        number: of the shard.
-        settings: of the folder; where they name "dim", the shard must have it.
-        count: passages that it must hold; any number when None.
-    """
+    """A shard on disk, mapped; it must have the dtype, and the "dim" and count where they are given."""
 
     def __init__(self, folder: Path, number: int, settings: Mapping[str, Any], count: int | None = None) -> None:
         self.file = _file(folder, number)
@@ -132,11 +124,12 @@ class _Shard:
                 self.dtype = flat[0].dtype
         except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
             raise ValueError(f"{self.file} is damaged ({error}): {self.fix}") from error
-        wanted = settings.get("dim", self.dim), len(self.ids) if count is None else count, settings["dtype"]
-        if (self.dim, len(self.ids), self.dtype.name) != wanted:
+        shape = len(self.ids), self.dim
+        wanted = len(self.ids) if count is None else count, settings.get("dim", self.dim)
+        if shape != wanted or self.dtype.name != settings["dtype"]:
             raise ValueError(
-                f"{self.file}: {self.dtype} of shape {(len(self.ids), self.dim)}, where {wanted[2]} of "
-                f"{wanted[1::-1]} is announced: {self.fix}"
+                f"{self.file}: {self.dtype} of shape {shape}, where {settings['dtype']} of {wanted} is announced: "
+                f"{self.fix}"
             )
 
     def check(self, announced: str) -> None:
@@ -188,10 +181,6 @@ def begin(
         settings: JSON-ready, all that vectors depend on but the precision.
         precision: "bf16", "fp32", or "auto": as the folder was begun, else as `choose` finds.
         choose: whether bfloat16 is right, and why.
-
-    Raises:
-        ValueError: the folder holds vectors of other settings; says what differs.
-        FileExistsError: the folder holds something else.
     """
     plan = folder / PLAN_FILE
     # A folder that was begun without a whole shard has nothing to lose.
@@ -236,14 +225,7 @@ def finished_shards(folder: Path) -> set[int]:
 
 
 def write_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], vectors: Any) -> None:
-    """Write a shard aside, and rename it.
-
-    Args:
-        folder: the folder.
-        number: of the shard.
-        passages: ids and texts.
-        vectors: `(passages, dim)`, an array or CSR rows.
-    """
+    """Write a shard of passages, ids and texts, with vectors `(passages, dim)`, an array or CSR rows."""
     ids = [passage_id for passage_id, _ in passages]
     if isinstance(vectors, np.ndarray):
         arrays = [np.ascontiguousarray(vectors)]
@@ -263,14 +245,7 @@ def write_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], 
 
 
 def check_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], *, vectors: bool) -> None:
-    """Refuse a shard that was made of other passages than these ids and texts, or is damaged.
-
-    Args:
-        folder: the folder.
-        number: of the shard.
-        passages: ids and texts.
-        vectors: compare the checksum of its vectors too, which reads them.
-    """
+    """Refuse a shard that was made of other ids and texts, or whose `vectors`, read where asked, are damaged."""
     shard = _Shard(folder, number, read_plan(folder))
     now = [passage_id for passage_id, _ in passages]
     if shard.record["passages_sha256"] != _passages_digest(passages):
@@ -288,19 +263,9 @@ def check_shard(folder: Path, number: int, passages: Sequence[tuple[str, str]], 
 
 
 def finish(folder: Path, shards: int, count: int, *, kept: Collection[int] = ()) -> None:
-    """Write the manifest once every shard is there.
+    """Write the manifest of so many shards and passages, all of which must be there.
 
-    Args:
-        folder: the folder.
-        shards: how many there are.
-        count: passages in all.
-        kept: numbers of the shards that an earlier call wrote; where there is a manifest, it must announce them as
-            they are.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: there are more shards than the corpus has, of several dimensions, or a shard that was kept is not
-            what the manifest announces.
+    A manifest of an earlier call must announce the shards that were `kept` as they are.
     """
     if more := sorted(finished_shards(folder) - set(range(shards))):
         raise ValueError(

@@ -79,15 +79,11 @@ def test_a_score_that_float32_cannot_hold_is_refused() -> None:
     assert index.search([[0.1, 0.0]], k=1)[0] == [["big"]]
 
 
-@pytest.mark.parametrize("factory", ["HNSW8", "IVF4,Flat", "SQ8"])
-def test_any_faiss_factory_finds_a_vector_by_itself(vectors: np.ndarray, factory: str) -> None:
+def test_any_faiss_factory_finds_a_vector_by_itself_and_drops_places_it_leaves_empty(vectors: np.ndarray) -> None:
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    assert DenseIndex.build(unit, IDS, factory).search(unit[3:4], k=1)[0] == [["d3"]]
-
-
-def test_places_an_approximate_index_leaves_empty_are_dropped(vectors: np.ndarray) -> None:
-    index = DenseIndex.build(vectors, IDS, "IVF10,Flat", parameters={"nprobe": 1})
-    ids, scores = index.search(vectors[:1], k=50)
+    for factory in ("HNSW8", "IVF4,Flat", "SQ8"):
+        assert DenseIndex.build(unit, IDS, factory).search(unit[3:4], k=1)[0] == [["d3"]]
+    ids, scores = DenseIndex.build(vectors, IDS, "IVF10,Flat", parameters={"nprobe": 1}).search(vectors[:1], k=50)
     assert 0 < len(ids[0]) < 50 and len(ids[0]) == len(scores[0])
 
 
@@ -133,10 +129,9 @@ def test_wrong_input_is_named(vectors: Any, factory: str, options: dict[str, Any
 
 def test_wrong_queries_are_named(vectors: np.ndarray) -> None:
     index = DenseIndex.build(vectors, IDS)
-    with pytest.raises(ValueError, match="dimension 4 where the index has 8"):
-        index.search(np.ones((1, 4)), k=1)
-    with pytest.raises(ValueError, match="k: 0"):
-        index.search(vectors[:1], k=0)
+    for given, k, message in ((np.ones((1, 4)), 1, "dimension 4 where the index has 8"), (vectors[:1], 0, "k: 0")):
+        with pytest.raises(ValueError, match=message):
+            index.search(given, k=k)
 
 
 # Kinds of index and their parameters
@@ -148,8 +143,10 @@ def test_auto_follows_the_number_of_vectors() -> None:
     assert [factory_for(count) for count in counts] == ["Flat", "Flat", "HNSW32", "HNSW32", *lists]
 
 
-@pytest.mark.parametrize("factory", ["HNSW16", "IVF32,Flat", "IVF32,RaBitQfs,Refine(SQ8)", "PQ16x4fs,RFlat"])
-@pytest.mark.parametrize("with_queries", [True, False])
+@pytest.mark.parametrize(
+    ("factory", "with_queries"),
+    [("HNSW16", True), ("IVF32,Flat", False), ("IVF32,RaBitQfs,Refine(SQ8)", True), ("PQ16x4fs,RFlat", False)],
+)
 def test_parameters_are_chosen_for_the_recall(factory: str, with_queries: bool) -> None:
     vectors = clustered(3000)
     queries = clustered(300, seed=1) + np.float32(0.1)

@@ -48,66 +48,29 @@ def test_one_row_for_each_query_and_positive_with_all_known_positives() -> None:
         assert row["negative"] == TEXTS[row["negative_id"]]
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_negatives_are_no_positives_nor_copies_of_one(seed: int) -> None:
-    for row in triples(seed=seed, num_negatives=2):
+def test_negatives_are_no_positives_nor_copies_of_one() -> None:
+    for row in [row for seed in range(6) for row in triples(seed=seed, num_negatives=2)]:
         negatives = {row["negative_1_id"], row["negative_2_id"]}
-        assert len(negatives) == 2
-        assert not negatives & set(row["known_positive_ids"])
-        if row["query_id"] == "q1":
-            assert "copy" not in negatives
+        assert len(negatives) == 2 and not negatives & set(row["known_positive_ids"])
+        assert row["query_id"] != "q1" or "copy" not in negatives
 
 
-def test_negatives_come_from_the_best_passages_first() -> None:
-    found = {row["negative_id"] for seed in range(12) for row in triples(seed=seed) if row["query_id"] == "q2"}
+def test_negatives_come_from_the_best_passages_and_random_ones_fill_up() -> None:
+    rows = [row for seed in range(30) for row in triples(seed=seed)]
     # Three passages besides the positive hold a query word (two of them with the same text).
-    assert found == {"apple", "copy", "plum"}
-    nearest = {
-        row["negative_id"] for seed in range(12) for row in triples(seed=seed, depth=2) if row["query_id"] == "q2"
-    }
+    assert {row["negative_id"] for row in rows if row["query_id"] == "q2"} == {"apple", "copy", "plum"}
+    assert {row["negative_id"] for row in rows if row["query_id"] == "q3"} == set(TEXTS) - {"boat"}
+    nearest = {row["negative_id"] for seed in range(12) for row in triples(seed=seed, depth=2)[2:3]}
     assert len(nearest) < 3
 
 
-def test_random_passages_fill_up_what_bm25_does_not_find() -> None:
-    found = {row["negative_id"] for seed in range(40) for row in triples(seed=seed) if row["query_id"] == "q3"}
-    assert found == set(TEXTS) - {"boat"}
-
-
 def test_a_row_does_not_depend_on_order_or_on_other_queries() -> None:
-    whole = {(row["query_id"], row["positive_id"]): row for row in triples()}
-    part = bm25_triples(corpus(), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index())
-    assert list(part) == [whole["q2", "pear"]]
-    backwards = bm25_triples(corpus(), QUERIES, dict(reversed(QRELS.items())), seed=1, index=index())
-    assert {(row["query_id"], row["positive_id"]): row for row in backwards} == whole
-
-
-def test_order_of_the_corpus_does_not_matter_where_bm25_finds_enough() -> None:
+    whole = triples()
+    [alone] = bm25_triples(corpus(), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index())
+    assert alone == whole[2]
     turned = dict(reversed(TEXTS.items()))
-    rows = list(bm25_triples(corpus(turned), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index(turned)))
-    assert rows == [row for row in triples() if row["query_id"] == "q2"]
-
-
-def test_columns_of_one_and_of_several_negatives() -> None:
-    one = bm25_triples(corpus(), QUERIES, QRELS, seed=1, index=index())
-    assert one.column_names == [
-        "query",
-        "positive",
-        "negative",
-        "query_id",
-        "positive_id",
-        "negative_id",
-        "known_positive_ids",
-    ]
-    two = bm25_triples(corpus(), QUERIES, QRELS, seed=1, num_negatives=2, index=index())
-    assert two.column_names[2:4] == ["negative_1", "negative_2"]
-    assert two.column_names[6:8] == ["negative_1_id", "negative_2_id"]
-
-
-def test_corpus_too_small_for_the_negatives_is_an_error() -> None:
-    # q1 leaves pear, plum, car and boat: the two positives and the copy of one are out.
-    assert len(triples(num_negatives=4)) == 4
-    with pytest.raises(ValueError, match=r"query 'q1' has only 4 passages.*num_negatives is 5"):
-        triples(num_negatives=5)
+    [alone] = bm25_triples(corpus(turned), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index(turned))
+    assert alone == whole[2]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +93,10 @@ def test_wrong_arguments_are_named() -> None:
         triples(index=index({"apple": "apple"}))
     with pytest.raises(ValueError, match="column 'text' is missing"):
         bm25_triples(corpus().rename_column("text", "body"), QUERIES, QRELS, seed=1)
+    # q1 leaves pear, plum, car and boat: the two positives and the copy of one are out.
+    assert len(triples(num_negatives=4)) == 4
+    with pytest.raises(ValueError, match=r"query 'q1' has only 4 passages.*num_negatives is 5"):
+        triples(num_negatives=5)
 
 
 QUESTIONS = {"u1": "plum jam on a tree", "u2": "quagga", "q4": "pear orchard"}
@@ -152,7 +119,7 @@ def test_a_question_without_judgements_has_bm25s_best_passage_as_its_positive() 
 def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positive(depth: int) -> None:
     ranked = list(index().run({"u1": QUESTIONS["u1"]}, 100)["u1"])
     assert ranked[0] == "plum" and len(ranked) == 4
-    rows = [row for seed in range(20) for row in with_questions(seed=seed, depth=depth) if row["query_id"] == "u1"]
+    rows = [row for seed in range(12) for row in with_questions(seed=seed, depth=depth) if row["query_id"] == "u1"]
     assert {row["negative_id"] for row in rows} == set(ranked[1:depth])
 
 
@@ -173,25 +140,13 @@ def test_a_question_of_unknown_words_gets_passages_all_the_same_and_the_same_one
     assert len({row["positive_id"] for row in rows}) > 3
 
 
-def test_labelled_rows_are_those_of_a_call_without_questions() -> None:
-    labelled = [{key: row[key] for key in row if key != "labelled"} for row in with_questions() if row["labelled"]]
-    assert labelled == triples()
-    assert "labelled" not in triples()[0]
-
-
-def test_an_unlabelled_row_does_not_depend_on_which_others_are_asked_for() -> None:
-    whole = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
-    for name, text in QUESTIONS.items():
-        [alone] = bm25_triples(corpus(), {}, {}, seed=1, index=index(), unlabelled={name: text})
-        assert alone == whole[name]
-    assert with_questions() == with_questions()
-
-
-def test_questions_alone_need_no_queries_and_no_judgements() -> None:
-    rows = bm25_triples(corpus(), {}, {}, seed=1, num_negatives=2, index=index(), unlabelled=QUESTIONS)
-    assert rows.column_names[-2:] == ["known_positive_ids", "labelled"]
-    assert rows["labelled"][:] == [False] * 3
-    assert rows.features["labelled"].dtype == "bool"
+def test_rows_with_and_without_labels_do_not_depend_on_one_another() -> None:
+    rows = with_questions()
+    labelled = [{key: row[key] for key in row if key != "labelled"} for row in rows if row["labelled"]]
+    assert labelled == triples() and "labelled" not in triples()[0]
+    for row in rows[len(labelled) :]:
+        asked = {row["query_id"]: row["query"]}
+        assert list(bm25_triples(corpus(), {}, {}, seed=1, index=index(), unlabelled=asked)) == [row]
 
 
 def test_a_query_with_positives_is_no_question_without_judgements() -> None:

@@ -1,0 +1,363 @@
+"""The rules of mining: which of a query's candidates may train as negatives, and which of these a row takes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tct_hf.data.near_duplicates import folded, share_most, shingles
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Scores: TypeAlias = Mapping[str, Mapping[str, float]]
+# (query text, passage text) pairs to a score each; the `predict` of a CrossEncoder is one.
+PairScorer: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
+
+_WIDTH = 3  # words a shingle, as in the built-in corpus
+
+
+@dataclass
+class MiningCounts:
+    """What mining did.
+
+    A row draws from its candidates in random order until it has its negatives: a candidate that is not drawn is not
+    looked at. `drawn` counts these looks, and the causes of refusal are shares of it.
+    """
+
+    queries: int = 0  # with positives
+    rows: int = 0
+    positives_found: int = 0  # rows whose positive is among the candidates of its query
+    drawn: int = 0
+    known_positives: int = 0  # refused as a known positive of the query
+    near_duplicates: int = 0  # refused as nearly the same text as a positive of the query
+    repeated: int = 0  # refused as the same text as another negative of the row
+    above_margin: int = 0  # refused as the teacher scores them above the positive by more than the margin
+    short_rows: int = 0  # rows with too few candidates left
+    random_negatives: int = 0  # random passages that filled such rows up
+    skipped_rows: int = 0  # such rows that were left out
+
+    def add(self, other: MiningCounts) -> None:
+        """Add the figures of another part."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+    def summary(self) -> str:
+        """Rows, what was refused, and which rows had too few candidates, in words."""
+
+        def share(count: int) -> str:
+            return f"{count:,} ({count / self.drawn:.1%})" if self.drawn else str(count)
+
+        lines = [
+            f"{self.rows:,} triples of {self.queries:,} queries; {self.positives_found:,} rows have their positive "
+            "among the candidates",
+            f"{self.drawn:,} candidates drawn; refused as known positive {share(self.known_positives)}, "
+            f"near-duplicate of one {share(self.near_duplicates)}, repeated {share(self.repeated)}, above the margin "
+            f"{share(self.above_margin)}",
+        ]
+        if self.short_rows:
+            done = f"filled up with {self.random_negatives:,} random passages"
+            if self.skipped_rows:
+                done = f"left out {self.skipped_rows:,} of them"
+            lines.append(f"{self.short_rows:,} rows had too few candidates: {done}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How negatives are chosen; see `mine_triples` for what the fields mean."""
+
+    num_negatives: int
+    depth: int
+    seed: int
+    margin: float | None = None
+    near_duplicate: float | None = None
+    too_few: str = "fill"
+
+    def __post_init__(self) -> None:
+        for name in ("num_negatives", "depth", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}={value!r}: give a whole number")
+        few, near = self.num_negatives, self.near_duplicate
+        refuse(
+            {
+                f"num_negatives={few}: it must be 1 or more": few < 1,
+                f"depth={self.depth}: too few candidates to sample num_negatives={few} from": self.depth < few,
+                f"margin={self.margin}: give a finite number, or None to keep what the teacher likes": (
+                    self.margin is not None and not math.isfinite(self.margin)
+                ),
+                f"near_duplicate={near}: give a share of common word triples above 0, at most 1, or None": (
+                    near is not None and not 0 < near <= 1
+                ),
+                f'too_few={self.too_few!r} is not known: use "fill" or "skip"': self.too_few not in ("fill", "skip"),
+            }
+        )
+
+
+def refuse(faults: Mapping[str, bool]) -> None:
+    """Raise the first message that is true."""
+    for message, wrong in faults.items():
+        if wrong:
+            raise ValueError(message)
+
+
+@dataclass
+class Candidate:
+    """A passage that may become a negative: its row in the corpus, and its scores where there are any."""
+
+    row: int
+    score: float | None
+    teacher_score: float | None = None
+
+
+@dataclass
+class OpenRow:
+    """A row of triples that is being made."""
+
+    query_id: str
+    positive: int  # a row of the corpus
+    positives: Sequence[int]  # all known ones of the query
+    candidates: Mapping[int, float]  # row of the corpus to score, best first
+    text: str | None = None  # of the positive, where it is not the passage's own
+    chosen: list[Candidate] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
+    positive_teacher_score: float | None = None
+    random_negatives: int = 0
+
+
+class Miner:
+    """Chooses the negatives of the rows of some queries, id to text; it holds the texts that were looked at.
+
+    `plain` gives what is left of a text when two are compared for being equal.
+    """
+
+    def __init__(
+        self,
+        corpus: Dataset,
+        ids: Sequence[str],
+        rules: Rules,
+        queries: Mapping[str, str],
+        teacher: PairScorer | Scores | None = None,
+        plain: Callable[[str], str] = folded,
+    ) -> None:
+        self._corpus = corpus.select_columns("text")
+        self._ids, self._rules, self._queries, self._teacher, self._plain_of = ids, rules, queries, teacher, plain
+        self._text: dict[int, str] = {}
+        self._shingles: dict[int, frozenset[int]] = {}
+        self._plain: dict[int, str] = {}
+        self._scores: dict[tuple[str, int], float] = {}
+        self.counts = MiningCounts()
+
+    def choose(self, rows: Sequence[OpenRow]) -> list[OpenRow]:
+        """Choose the negatives of rows, and return the rows that have all of them, in their order."""
+        wanted = self._rules.num_negatives
+        self.counts.positives_found += sum(row.positive in row.candidates for row in rows)
+        self.counts.queries += len({row.query_id for row in rows})
+        pending = [(row, self._order(row)) for row in rows]
+        self._read({positive for row in rows for positive in row.positives})
+        while pending:
+            # A few more than are missing: most rows are full after one turn, and a teacher scores a turn at once.
+            drawn = [(row, list(itertools.islice(order, wanted - len(row.chosen) + 2))) for row, order in pending]
+            self._read({candidate.row for _, part in drawn for candidate in part})
+            if self._teacher is not None:
+                self._score(drawn)
+            for row, part in drawn:
+                for candidate in part:
+                    self._consider(row, candidate)
+            pending = [
+                one for one, (row, part) in zip(pending, drawn, strict=True) if part and len(row.chosen) < wanted
+            ]
+        return [row for row in rows if self._is_whole(row)]
+
+    def triple(self, row: OpenRow) -> dict[str, Any]:
+        """A row with the columns of :func:`column_names`."""
+        names = negative_names(self._rules.num_negatives)
+        chosen = [candidate.row for candidate in row.chosen]
+        return {
+            "query": self._queries[row.query_id],
+            "positive": self._text[row.positive] if row.text is None else row.text,
+            **{name: self._text[at] for name, at in zip(names, chosen, strict=True)},
+            "query_id": row.query_id,
+            "positive_id": self._ids[row.positive],
+            **{f"{name}_id": self._ids[at] for name, at in zip(names, chosen, strict=True)},
+            "known_positive_ids": [self._ids[positive] for positive in row.positives],
+        }
+
+    def _order(self, row: OpenRow) -> Iterator[Candidate]:
+        """The candidates in random order, then random passages where a row is to be filled up."""
+        # A string seed goes through SHA-512: the same numbers on every platform and in every process. Query and
+        # positive are in it, so that a row does not depend on which others are asked for.
+        draw = random.Random(f"{self._rules.seed}\x1f{row.query_id}\x1f{self._ids[row.positive]}")
+        for at in draw.sample(list(row.candidates), len(row.candidates)):
+            yield Candidate(at, row.candidates[at])
+        if self._rules.too_few == "skip":
+            return
+        total = len(self._ids)
+        if total > 10_000:  # in the end every passage, but a large corpus is put in order only where it must be
+            for _ in range(100 * self._rules.num_negatives):
+                yield Candidate(draw.randrange(total), None)
+        for at in draw.sample(range(total), total):
+            yield Candidate(at, None)
+
+    def _read(self, rows: set[int]) -> None:
+        missing = sorted(rows - self._text.keys())
+        if missing:
+            self._text.update(zip(missing, self._corpus[missing]["text"], strict=True))
+
+    def _shingled(self, row: int) -> frozenset[int]:
+        if row not in self._shingles:
+            self._shingles[row] = shingles(self._text[row], _WIDTH)
+        return self._shingles[row]
+
+    def _plainly(self, row: int) -> str:
+        if row not in self._plain:
+            self._plain[row] = self._plain_of(self._text[row])
+        return self._plain[row]
+
+    def _copies_a_positive(self, row: OpenRow, candidate: int) -> bool:
+        threshold = self._rules.near_duplicate
+        text = self._plainly(candidate)
+        if row.text is not None:
+            return self._plain_of(row.text) == text
+        return any(
+            self._plainly(positive) == text
+            or (threshold is not None and share_most(self._shingled(positive), self._shingled(candidate), threshold))
+            for positive in row.positives
+        )
+
+    def _consider(self, row: OpenRow, candidate: Candidate) -> None:
+        if len(row.chosen) == self._rules.num_negatives or candidate.row in row.seen:
+            return
+        row.seen.add(candidate.row)
+        cause = self._cause(row, candidate)
+        if candidate.score is not None:
+            self.counts.drawn += 1
+            if cause is not None:
+                setattr(self.counts, cause, getattr(self.counts, cause) + 1)
+        if cause is None:
+            row.chosen.append(candidate)
+            row.texts.add(self._plainly(candidate.row))
+            row.random_negatives += candidate.score is None
+
+    def _cause(self, row: OpenRow, candidate: Candidate) -> str | None:
+        """Why a candidate is refused, by the name of its count; None where it may train."""
+        if candidate.row in row.positives:
+            return "known_positives"
+        if self._copies_a_positive(row, candidate.row):
+            return "near_duplicates"
+        if self._plainly(candidate.row) in row.texts:
+            return "repeated"
+        if candidate.score is not None:
+            candidate.teacher_score = self._scores.get((row.query_id, candidate.row))
+        margin, positive = self._rules.margin, row.positive_teacher_score
+        if margin is None or positive is None or candidate.teacher_score is None:
+            return None
+        return "above_margin" if candidate.teacher_score > positive + margin else None
+
+    def _score(self, drawn: Sequence[tuple[OpenRow, Sequence[Candidate]]]) -> None:
+        """Have the teacher score the positives and the candidates that the other rules leave."""
+        wanted: dict[tuple[str, int], None] = {}
+        for row, part in drawn:
+            wanted[row.query_id, row.positive] = None
+            for candidate in part:
+                # Random passages fill up what the margin empties, so that it must not empty it again.
+                if (
+                    candidate.score is not None
+                    and candidate.row not in row.positives
+                    and not self._copies_a_positive(row, candidate.row)
+                ):
+                    wanted[row.query_id, candidate.row] = None
+        pairs = [pair for pair in wanted if pair not in self._scores]
+        if callable(self._teacher):
+            texts = [(self._queries[query_id], self._text[row]) for query_id, row in pairs]
+            scores = [float(score) for score in self._teacher(texts)] if pairs else []
+            if len(scores) != len(pairs):
+                raise ValueError(f"teacher: it gave {len(scores)} scores for {len(pairs)} pairs; return one for each")
+        else:
+            scores = [self._known(query_id, row) for query_id, row in pairs]
+        for (query_id, passage), score in zip(pairs, scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(
+                    f"teacher: its score of query {query_id!r} and passage {self._ids[passage]!r} is {score}; "
+                    "check its weights"
+                )
+            self._scores[query_id, passage] = score
+        for row, _ in drawn:
+            row.positive_teacher_score = self._scores[row.query_id, row.positive]
+
+    def _known(self, query_id: str, row: int) -> float:
+        stored: Any = self._teacher
+        try:
+            return float(stored[query_id][self._ids[row]])
+        except KeyError:
+            raise ValueError(
+                f"teacher: it has no score of query {query_id!r} and passage {self._ids[row]!r}; score all positives "
+                f"and the best {self._rules.depth} candidates, or give a function that scores pairs of texts"
+            ) from None
+
+    def _is_whole(self, row: OpenRow) -> bool:
+        short = len(row.chosen) < self._rules.num_negatives
+        if short and self._rules.too_few == "fill":
+            raise ValueError(
+                f"corpus: query {row.query_id!r} has only {len(row.chosen)} passages that may train as its negatives, "
+                f"and num_negatives is {self._rules.num_negatives}; lower it, or add passages (mine_triples leaves "
+                'such rows out with too_few="skip")'
+            )
+        self.counts.short_rows += bool(short or row.random_negatives)
+        self.counts.skipped_rows += short
+        self.counts.random_negatives += row.random_negatives
+        self.counts.rows += not short
+        return not short
+
+
+def negative_names(num_negatives: int) -> list[str]:
+    """The columns of this many negatives a row."""
+    return ["negative"] if num_negatives == 1 else [f"negative_{place + 1}" for place in range(num_negatives)]
+
+
+def column_names(num_negatives: int) -> list[str]:
+    """The columns of `bm25_triples` with this many negatives a row, in their order."""
+    names = negative_names(num_negatives)
+    ids = ["query_id", "positive_id", *(f"{name}_id" for name in names)]
+    return ["query", "positive", *names, *ids, "known_positive_ids"]
+
+
+def passage_ids(corpus: Dataset) -> list[str]:
+    """The ids of a corpus; ValueError where it lacks a column, id or text."""
+    missing = [name for name in ("id", "text") if name not in corpus.column_names]
+    if missing:
+        raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
+    ids: list[str] = corpus["id"][:]
+    return ids
+
+
+def positive_rows(
+    queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], row_of: Mapping[str, int]
+) -> dict[str, list[int]]:
+    """The positives of each query that has any, as rows of the corpus, which `row_of` gives by id.
+
+    Raises:
+        ValueError: a query or passage that judgements name and the data lack, or no positive at all.
+    """
+    found: dict[str, list[int]] = {}
+    for query_id, grades in qrels.items():
+        wanted = [passage_id for passage_id, grade in grades.items() if grade >= 1]
+        if not wanted:
+            continue
+        if query_id not in queries:
+            raise ValueError(f"qrels: query {query_id!r} is not among the queries; load both from the same split")
+        for passage_id in wanted:
+            if passage_id not in row_of:
+                raise ValueError(
+                    f"qrels: passage {passage_id!r} (query {query_id!r}) is not in the corpus; load both together"
+                )
+        found[query_id] = [row_of[passage_id] for passage_id in wanted]
+    if not found:
+        raise ValueError("qrels: no positive judgement, so there is no triple to make; check the split")
+    return found

@@ -1,0 +1,83 @@
+"""The weight of a hybrid: found on any scale, by what fused runs measure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tct_hf import evaluate_run, fuse, tune_alpha
+from tct_hf.evaluation.tune_alpha import check_tuning_queries
+from tests.retrieval.test_fusion import DENSE, SPARSE, common
+
+
+def case(queries: int, at: float) -> tuple[dict, dict, dict]:
+    """The relevant passage is first where alpha is between 0.9 and 1.1 of `at`."""
+    sparse, dense, qrels = {}, {}, {}
+    for number in range(queries):
+        query = f"q{number}"
+        sparse[query] = {"right": 10.0, "sparse": 20.0, "neither": 0.0}
+        # right beats dense from alpha 0.9 at on, sparse beats right from 1.1 at on.
+        dense[query] = {"right": 11.0 * at, "sparse": 0.0, "dense": 20.0 * at}
+        qrels[query] = {"right": 1}
+    return sparse, dense, qrels
+
+
+@pytest.mark.parametrize("at", [0.1, 1.0, 37.0])
+def test_alpha_is_found_on_any_scale(at: float) -> None:
+    tuned = tune_alpha(*case(3, at))
+    assert 0.9 * at <= tuned <= 1.1 * at
+    assert tuned.value == 1.0 and (float(tuned), 1.0) in tuned.curve
+    assert tuned.queries == ["q0", "q1", "q2"] and tuned.measure == "RR@10"
+    assert [alpha for alpha, _ in tuned.curve] == sorted({float(f"{alpha:.3g}") for alpha, _ in tuned.curve})
+    assert tuned.curve[0][0] == 0.0
+    assert json.loads(json.dumps(tuned.to_dict()))["queries"] == 3
+
+
+@settings(max_examples=25)
+@given(
+    pair=common.filter(lambda pair: bool(pair[0] or pair[1])),
+    measure=st.sampled_from(["RR@10", "RR@1", "AP", "nDCG@3", "R(rel=2)@2"]),
+    normalize=st.booleans(),
+)
+def test_curve_is_what_fused_runs_measure(pair: tuple[dict, dict], measure: str, normalize: bool) -> None:
+    qrels = {query: {"d1": 1, "d2": 2, "d5": 1} for query in {**pair[0], **pair[1]}}
+    alphas = [0.0, 0.3, 1.0, 12.5]
+    tuned = tune_alpha(*pair, qrels, measure, normalize=normalize, alphas=alphas)
+    for alpha, value in tuned.curve:
+        fused = fuse(*pair, alpha, normalize=normalize)
+        assert value == pytest.approx(evaluate_run(fused, qrels, [measure]).mean[measure])
+    assert [alpha for alpha, _ in tuned.curve] == alphas
+    assert tuned.value == max(value for _, value in tuned.curve)
+
+
+def test_the_middle_one_of_equally_good_weights_is_taken() -> None:
+    sparse, dense, qrels = case(1, 1.0)
+    assert tune_alpha(sparse, dense, qrels, alphas=[5.0, 1.08, 0.95, 1.0, 0.1]) == 1.0
+    assert tune_alpha(sparse, dense, {"q0": {"absent": 1}}, alphas=[3.0, 1.0, 2.0, 4.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("qrels", "more", "message"),
+    [
+        ({}, {}, "no judged query"),
+        ({"other": {"a": 1}}, {}, "none of the judged queries"),
+        ({"q": {"a": 1}}, {"alphas": []}, "no weight to try"),
+        ({"q": {"a": 1}}, {"alphas": [-1.0]}, "alpha: -1.0"),
+        ({"q": {"a": 1}}, {"measure": "MRR@ten"}, "not an ir-measures name"),
+    ],
+)
+def test_what_cannot_be_tuned_on_is_named(qrels: dict, more: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune_alpha(SPARSE, DENSE, qrels, **more)
+
+
+def test_tuning_on_reported_queries_is_refused() -> None:
+    check_tuning_queries(["q1", "q2"], ["q3"])
+    check_tuning_queries({"q1": "what is it"}, {"q2": "what was it"})
+    with pytest.raises(ValueError, match=r"2 of the queries that are reported \('q1', 'q2'\); tune on dev or train"):
+        check_tuning_queries(["q2", "q1"], ["q1", "q2", "q3"])
+    with pytest.raises(ValueError, match=r"^tune_on: the texts of 1 reported queries \('q2'\) are among"):
+        check_tuning_queries({"q1": "What is  it"}, {"q2": "what is it"})
