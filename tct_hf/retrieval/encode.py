@@ -311,7 +311,7 @@ def encode_corpus(
     wait()
     plan = stored.read_plan(folder)
     finished = stored.finished_shards(folder)
-    wait()  # nobody writes a shard before all have seen which are there
+    wait()  # no process writes a shard before all have seen which are there
 
     total = len(corpus) if isinstance(corpus, Sized) else None
     begun = clock()

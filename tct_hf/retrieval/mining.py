@@ -1,4 +1,4 @@
-"""Training triples with mined negatives: what a retriever puts near the top and nobody has judged relevant."""
+"""Training triples with mined negatives: passages near the top of a run without a judgement."""
 
 from __future__ import annotations
 

@@ -83,7 +83,9 @@ def test_a_loaded_index_says_what_it_was_built_over(corpus: Dataset, folder: Pat
     assert json.loads((tmp_path / "index" / "tct_bm25.json").read_text())["expansion"] == expansion
 
 
-def test_scores_that_decide_are_recorded(corpus: Dataset, folder: Path) -> None:
+def test_scores_that_decide_are_recorded_and_other_passages_refused(corpus: Dataset, folder: Path) -> None:
+    with pytest.raises(ValueError, match="no expansions"):
+        expanded_bm25(Dataset.from_dict({"id": ["other"], "text": ["t"]}), folder)
     beside = folder / store.SCORES_FOLDER
     with pytest.raises(FileNotFoundError, match=r"drop_share is 0\.2, but the queries have no scores"):
         describe_expansion(folder, num_queries=None, drop_repeats=False, drop_share=0.2)
@@ -93,8 +95,3 @@ def test_scores_that_decide_are_recorded(corpus: Dataset, folder: Path) -> None:
     index = expanded_bm25(corpus, folder, drop_share=0.2)
     assert index.settings["expansion"]["drop_share"] == 0.2 and index.settings["expansion"]["scores_sha256"]
     assert list(index.run({"q": "ships"})["q"]) == ["p0"]
-
-
-def test_expansions_of_other_passages_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="no expansions"):
-        expanded_bm25(Dataset.from_dict({"id": ["other"], "text": ["t"]}), folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,27 +184,25 @@ def test_weights_that_no_sparse_student_gives_are_refused(value: float) -> None:
 
 
 def test_what_can_not_be_indexed_or_searched_says_why() -> None:
-    passages = drawn(4, 6, 0.5, 0)
-    index = SparseIndex.build(passages, list("abcd"))
+    passages, ids = drawn(4, 6, 0.5, 0), list("abcd")
+    index = SparseIndex.build(passages, ids)
     dense: Any = passages.toarray()
-    with pytest.raises(ValueError, match="vectors: ndarray where sparse vectors are needed"):
-        SparseIndex.build(dense, list("abcd"))
-    with pytest.raises(ValueError, match="vectors: Tensor where sparse vectors are needed"):
-        SparseIndex.build(torch.from_numpy(dense), list("abcd"))
-    with pytest.raises(ValueError, match="query_vectors: ndarray where sparse"):
-        index.search(dense)
-    with pytest.raises(ValueError, match="dimension 5 from row 4 on where it was 6"):
-        SparseIndex.build([passages, drawn(1, 5, 0.9, 0)], list("abcde"))
-    with pytest.raises(ValueError, match="every passage is zero in all dimensions"):
-        SparseIndex.build(sparse.csr_matrix((2, 3)), ["a", "b"])
-    with pytest.raises(ValueError, match="nothing to index"):
-        SparseIndex.build([], [])
-    with pytest.raises(ValueError, match="dimension 5 where the index has 6"):
-        index.search(drawn(1, 5, 0.9, 0))
-    with pytest.raises(ValueError, match="k: 0 is below 1"):
-        index.search(passages, 0)
-    with pytest.raises(ValueError, match="threads: 0 is below 1"):
-        index.search(passages, threads=0)
     huge = sparse.csr_matrix(np.full((1, 6), 3e38, np.float32))
-    with pytest.raises(ValueError, match="query_vectors: row 0 has a score that is infinite"):
-        SparseIndex.build(huge, ["p"]).search(huge)
+    faults: list[tuple[Callable[[], Any], str]] = [
+        (lambda: SparseIndex.build(dense, ids), "vectors: ndarray where sparse vectors are needed"),
+        (lambda: SparseIndex.build(torch.from_numpy(dense), ids), "vectors: Tensor where sparse vectors are needed"),
+        (
+            lambda: SparseIndex.build([passages, drawn(1, 5, 0.9, 0)], [*ids, "e"]),
+            "dimension 5 from row 4 on",
+        ),
+        (lambda: SparseIndex.build(sparse.csr_matrix((2, 3)), ["a", "b"]), "every passage is zero in all dimensions"),
+        (lambda: SparseIndex.build([], []), "nothing to index"),
+        (lambda: index.search(dense), "query_vectors: ndarray where sparse"),
+        (lambda: index.search(drawn(1, 5, 0.9, 0)), "dimension 5 where the index has 6"),
+        (lambda: index.search(passages, 0), "k: 0 is below 1"),
+        (lambda: index.search(passages, threads=0), "threads: 0 is below 1"),
+        (lambda: SparseIndex.build(huge, ["p"]).search(huge), "query_vectors: row 0 has a score that is infinite"),
+    ]
+    for fault, message in faults:
+        with pytest.raises(ValueError, match=message):
+            fault()
