@@ -36,7 +36,7 @@ def test_alpha_is_found_on_any_scale(at: float) -> None:
     assert json.loads(json.dumps(tuned.to_dict()))["queries"] == 3
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     pair=common.filter(lambda pair: bool(pair[0] or pair[1])),
     measure=st.sampled_from(["RR@10", "RR@1", "AP", "nDCG@3", "R(rel=2)@2"]),

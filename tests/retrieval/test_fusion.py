@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
@@ -51,6 +51,7 @@ def test_fused_scores_as_worked_out_by_hand() -> None:
     assert fuse(SPARSE, DENSE, 0.5, normalize=True)["q"] == pytest.approx(normalized)
 
 
+@settings(deadline=None)
 @given(pair=common, alpha=st.floats(0, 100), normalize=st.booleans(), k=st.integers(1, 14))
 def test_fusion_is_the_rule_passage_by_passage_whatever_their_order(
     pair: tuple[dict, dict], alpha: float, normalize: bool, k: int
@@ -97,6 +98,7 @@ def test_reciprocal_ranks_as_worked_out_by_hand() -> None:
     assert list(reciprocal_rank_fusion([SPARSE, DENSE], depth=2)["q"]) == ["b", "a"]
 
 
+@settings(deadline=None)
 @given(several=st.lists(runs, min_size=1, max_size=3), k=st.integers(0, 100))
 def test_reciprocal_rank_fusion_is_the_sum_over_lists(several: list[dict], k: int) -> None:
     found = reciprocal_rank_fusion(several, k)

@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tct_hf import read_run, write_run
@@ -18,6 +18,7 @@ runs = st.dictionaries(ids, st.dictionaries(ids, scores, min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("name", ["run.trec", "run.trec.gz"])
+@settings(max_examples=40, deadline=None)
 @given(run=runs)
 def test_run_round_trips_exactly(tmp_path_factory: pytest.TempPathFactory, name: str, run: dict) -> None:
     path = tmp_path_factory.mktemp("runs") / name
