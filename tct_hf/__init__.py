@@ -44,16 +44,15 @@ _PUBLIC = {
     "teachers.colbert": ["ColBERTTeacher", "DenseTeacher"],
     "teachers.cross_encoder": ["CrossEncoderTeacher"],
     "teachers.ensemble": ["TeacherEnsemble"],
-    "teachers.expansion_scores": ["score_expansions"],
     "teachers.mixture": ["free_mixture", "search_mixture"],
-    "teachers.scoring": ["score_triples"],
+    "teachers.scoring": ["score_expansions", "score_triples"],
     "teachers.stored": ["StoredScores"],
     "training.arguments": ["TCTTrainingArguments", "SparseTCTTrainingArguments"],
     "training.loss": ["coupled_loss", "TightlyCoupledLoss", "TeacherTargets"],
     "training.schedules": ["LossSchedule", "Schedule"],
     "training.sparsity": ["CollapsedStudent"],
-    "training.stalls": ["StallWatch"],
-    "training.trainer": ["TCTTrainer", "SparseTCTTrainer", "TCTDataCollator"],
+    "training.collator": ["TCTDataCollator"],
+    "training.trainer": ["TCTTrainer", "SparseTCTTrainer"],
     "evaluation.efficiency": ["measure_efficiency"],
     "evaluation.measures": ["evaluate_run"],
     "evaluation.report": ["Report"],
@@ -119,22 +118,21 @@ if TYPE_CHECKING:
     from tct_hf.teachers.colbert import DenseTeacher as DenseTeacher
     from tct_hf.teachers.cross_encoder import CrossEncoderTeacher as CrossEncoderTeacher
     from tct_hf.teachers.ensemble import TeacherEnsemble as TeacherEnsemble
-    from tct_hf.teachers.expansion_scores import score_expansions as score_expansions
     from tct_hf.teachers.mixture import free_mixture as free_mixture
     from tct_hf.teachers.mixture import search_mixture as search_mixture
+    from tct_hf.teachers.scoring import score_expansions as score_expansions
     from tct_hf.teachers.scoring import score_triples as score_triples
     from tct_hf.teachers.stored import StoredScores as StoredScores
     from tct_hf.training.arguments import SparseTCTTrainingArguments as SparseTCTTrainingArguments
     from tct_hf.training.arguments import TCTTrainingArguments as TCTTrainingArguments
+    from tct_hf.training.collator import TCTDataCollator as TCTDataCollator
     from tct_hf.training.loss import TeacherTargets as TeacherTargets
     from tct_hf.training.loss import TightlyCoupledLoss as TightlyCoupledLoss
     from tct_hf.training.loss import coupled_loss as coupled_loss
     from tct_hf.training.schedules import LossSchedule as LossSchedule
     from tct_hf.training.schedules import Schedule as Schedule
     from tct_hf.training.sparsity import CollapsedStudent as CollapsedStudent
-    from tct_hf.training.stalls import StallWatch as StallWatch
     from tct_hf.training.trainer import SparseTCTTrainer as SparseTCTTrainer
-    from tct_hf.training.trainer import TCTDataCollator as TCTDataCollator
     from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
 

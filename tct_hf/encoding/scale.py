@@ -81,20 +81,3 @@ def keep_scalar(student: Any) -> None:
     weight = length_of(getattr(student, "_orig_mod", student))
     if weight is not None and weight.requires_grad and _uniform not in (weight._backward_hooks or {}).values():
         weight.register_hook(_uniform)
-
-
-class LearnedScaleMixin:
-    """For trainers: keeps the learned scale of a student one number, and weight decay away from it."""
-
-    model: Any
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer of a student whose scale is one number; a loaded student has lost what keeps it so."""
-        keep_scalar(self.model)
-        return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the weights that decay: a scale has no reason to be small."""
-        weight = length_of(getattr(self.model, "_orig_mod", self.model))
-        kept = {name for name, parameter in model.named_parameters() if parameter is weight}
-        return [name for name in super().get_decay_parameter_names(model) if name not in kept]  # type: ignore[misc]

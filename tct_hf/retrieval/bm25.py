@@ -43,6 +43,9 @@ class BM25Index(Index):
         self._analyse = _analyser(settings["language"], settings["stemmer"])
         self._idf: np.ndarray | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._engine, self.ids, self.settings)  # an analyser is made again
+
     @classmethod
     def build(
         cls,

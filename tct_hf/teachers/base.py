@@ -6,17 +6,24 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import load_file_path
 from torch import Tensor
 
 from tct_hf.batches import sizes_of_all
 from tct_hf.encoding.kinds import TRAINING_FILE
+from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
 from tct_hf.files import write_json_atomic
+from tct_hf.hub_client import told_when_missing
 
 Features = Mapping[str, Any]
+Texts = Sequence[str]
+Columns = Sequence[Sequence[str]]  # candidate columns, each the texts of all queries
+Rows = Sequence[Mapping[str, Any]]
+Dtype = Literal["auto", "bfloat16", "float32"]
 
 
 class Teacher(ABC):
@@ -27,8 +34,8 @@ class Teacher(ABC):
     no optimizer, no checkpoint and no distributed wrapper.
 
     Attributes:
-        training_scale: what the teacher's scores were multiplied by in its own training; a temperature of
-            1 / training_scale gives back the distribution it learned.
+        training_scale: factor of the teacher's scores in its own training; a temperature of 1 / training_scale gives
+            back the distribution it learned.
         covers: "in-batch", every passage of the batch is scored for every query; or "own", only a query's own positive
             and negatives. The rest of the matrix then holds zeros, which the mask of `candidates="own"` leaves out.
         score_kind: what a score is, for records: "MaxSim", "logit", ...
@@ -42,8 +49,8 @@ class Teacher(ABC):
         """Refuse what can't be taught, before the first batch.
 
         Args:
-            columns: of a data set that will be trained or evaluated on.
-            candidates: of the loss, "in-batch" or "own".
+            columns: column names of a data set that will be trained or evaluated on.
+            candidates: candidates of the loss, "in-batch" or "own".
 
         Raises:
             ValueError: the loss asks for candidates that this teacher does not score, or a column is missing.
@@ -56,23 +63,17 @@ class Teacher(ABC):
             )
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
-        """The columns that this teacher reads beside texts and ids, whatever they are called.
-
-        Args:
-            names: all columns of a data set.
-        """
+        """The columns among a data set's that this teacher reads beside texts and ids."""
         return []
 
-    def announce(  # noqa: B027
-        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
-    ) -> None:
+    def announce(self, rows: Rows, columns: Texts, *, queries: int, batches: int) -> None:  # noqa: B027
         """Log what a batch will cost, where that is worth a word; called once, before the first step.
 
         Args:
-            rows: a few of the training set, to be timed with; none where the rows are streamed.
+            rows: a few rows of the training set, to be timed with; none where the rows are streamed.
             columns: its candidate columns.
-            queries: of a process's batch.
-            batches: whose candidates are scored together, one of each process.
+            queries: queries of a process's batch.
+            batches: batches whose candidates are scored together, one of each process.
         """
 
     def attach(self, student: SentenceTransformer) -> None:  # noqa: B027
@@ -83,9 +84,7 @@ class Teacher(ABC):
         return self
 
     @abstractmethod
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any] | None:
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any] | None:
         """Prepare what this teacher needs of a batch.
 
         Args:
@@ -102,8 +101,8 @@ class Teacher(ABC):
         """Score the batch, without gradients and in evaluation mode.
 
         Args:
-            inputs: on the device, `{"query": features, "columns": [features, ...]}` with the student's own tokens, and
-                what :meth:`collate` returned, which goes before these.
+            inputs: on the device, `{"query": features, "columns": [features, ...]}` with the student's own tokens,
+                updated with what :meth:`collate` returned.
             gather: score against the candidates of all devices.
 
         Returns:
@@ -113,15 +112,13 @@ class Teacher(ABC):
 
 
 class NoTeacher(Teacher):
-    """Stands where a teacher would when only hard labels count (`hard_label_weight=1`): costs nothing, says nothing.
+    """A teacher without a word, for hard labels alone (`hard_label_weight=1`).
 
     The baseline of every distillation, by the same trainer, candidates and masks.
     """
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        """The shape of the batch is all there is to prepare."""
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
+        """The shape of the batch."""
         return {"shape": torch.zeros(len(queries), len(columns))}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
@@ -132,46 +129,102 @@ class NoTeacher(Teacher):
         return shape.new_zeros(queries, columns * everyones)
 
 
+class ModelTeacher(Teacher):
+    """A teacher that is a frozen model of sentence-transformers, given or loaded from a path or the Hub.
+
+    Args:
+        model: a model of the class's kind, or a path or Hub id of one.
+        dtype: see the subclasses.
+        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
+        tokens_per_pass: most tokens that go through the model at once.
+        **sizes: other settings that must be at least 1.
+    """
+
+    model: Any
+    model_class: ClassVar[Any]
+
+    def __init__(
+        self, model: Any, *, dtype: Dtype, training_scale: float | None, tokens_per_pass: int, **sizes: int | None
+    ) -> None:
+        check_dtype(dtype)
+        for name, size in {"tokens_per_pass": tokens_per_pass, **sizes}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        path = str(model) if isinstance(model, (str, Path)) else None
+        if path is not None:
+            model = self.load(path)
+        if not isinstance(model, self.model_class):
+            raise ValueError(
+                f"A {type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}: "
+                f"load the model with sentence_transformers.{self.model_class.__name__}."
+            )
+        self.model = model
+        if training_scale is None:
+            training_scale = read_training_scale(path) if path is not None else 1.0
+        self.training_scale = check_scale(training_scale)
+        self.dtype: Dtype = dtype
+        self.tokens_per_pass = tokens_per_pass
+        self.to(model.device)
+        model.eval()
+
+    @classmethod
+    def load(cls, name_or_path: str) -> Any:
+        """The model of a folder or Hub id."""
+        with told_when_missing(name_or_path):
+            return cls.model_class(name_or_path)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the model computes in on its device."""
+        return compute_dtype(self.dtype, self.model.device)
+
+    def computing(self) -> torch.autocast:
+        """The context of forward passes. One for many: weights are cast to bfloat16 once, not once a pass."""
+        bf16 = self.compute_dtype == torch.bfloat16
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move the model to the device that scores."""
+        self.model.to(device)
+        unpack_half(self.model, self.dtype, device)
+        return self
+
+
+def device_of(teacher: Teacher) -> torch.device:
+    """Where a teacher scores: the device of its model, the CPU without one."""
+    model = getattr(teacher, "model", None)
+    return torch.device("cpu") if model is None else model.device
+
+
 def check_scale(value: Any) -> float:
     """A training scale as a float, refused where it is no finite number greater than 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < float("inf"):
-        raise ValueError(f"training_scale is {value!r}: it has to be a finite number greater than 0.")
+        raise ValueError(f"training_scale is {value!r}: it must be a finite number greater than 0.")
     return float(value)
 
 
-def read_training_scale(name_or_path: str) -> float:
-    """The scale a teacher was trained at, as its checkpoint records it; 1.0 where it records nothing.
+def read_json(name_or_path: str, file: str) -> Any:
+    """A JSON file of a folder or Hub repository, None where it is not there."""
+    path = load_file_path(name_or_path, file)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
-    Args:
-        name_or_path: folder or Hub id.
+
+def read_training_scale(name_or_path: str) -> float:
+    """The scale a teacher was trained at, as its folder or Hub repository records it; 1.0 where it records nothing.
 
     Raises:
         ValueError: the record is there but is not JSON, or says no finite number greater than 0.
     """
-    from sentence_transformers.util import load_file_path
-
-    path = load_file_path(name_or_path, TRAINING_FILE)
-    if path is None:
-        return 1.0
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        return check_scale(record.get("training_scale") if isinstance(record, dict) else None)
-    except ValueError as error:  # not UTF-8, not JSON, or no scale
+        record = read_json(name_or_path, TRAINING_FILE)
+        return 1.0 if record is None else check_scale(record["training_scale"] if isinstance(record, dict) else None)
+    except (ValueError, KeyError) as error:  # not UTF-8, not JSON, or no scale
         raise ValueError(
-            f'{path}: {error} Make it {{"training_scale": 1.0}} with the factor of the teacher\'s training, or remove '
-            "the file."
+            f'{name_or_path}/{TRAINING_FILE}: {error} Make it {{"training_scale": 1.0}} with the factor of the '
+            "teacher's training, or remove the file."
         ) from None
 
 
 def write_training_scale(path: str | Path, scale: float) -> None:
-    """Record beside a teacher's checkpoint what its scores were multiplied by in training.
-
-    Args:
-        path: folder of the checkpoint.
-        scale: the factor.
-
-    Raises:
-        ValueError: a scale that is not a finite number greater than 0.
-        OSError: the file cannot be written.
-    """
+    """Record in a teacher's folder the factor of its scores in training, a finite number greater than 0."""
     write_json_atomic(Path(path) / TRAINING_FILE, {"training_scale": check_scale(scale)})

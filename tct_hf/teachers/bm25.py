@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tct_hf.batches import gather_rows, sizes_of_all
-from tct_hf.teachers.base import Teacher
+from tct_hf.teachers.base import Columns, Rows, Teacher, Texts
+from tct_hf.teachers.colbert import pad_arrays
 
 if TYPE_CHECKING:
     from tct_hf.retrieval.bm25 import BM25Index
@@ -26,7 +27,8 @@ class BM25Teacher(Teacher):
     Words are matched on the device; texts become words and weights in the data loader's workers.
 
     Args:
-        index: of the corpus whose document frequencies and average length count, with its parameters and analysis.
+        index: index of the corpus whose document frequencies and average length count, with its parameters and
+            analysis.
 
     Source: Robertson and Zaragoza, The Probabilistic Relevance Framework, 2009; Kamphuis et al., ECIR 2020.
     """
@@ -38,9 +40,10 @@ class BM25Teacher(Teacher):
         self._words = lru_cache(_REMEMBERED)(lambda text: np.array(index.known_words(text), np.int32))
         self._weights = lru_cache(_REMEMBERED)(index.weigh)
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[type[BM25Teacher], tuple[BM25Index]]:
+        return type(self), (self.index,)  # a process that is spawned remembers texts of its own
+
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """Analyse the batch.
 
         Returns:
@@ -56,11 +59,11 @@ class BM25Teacher(Teacher):
         }
 
     def _queries(self, texts: Sequence[str]) -> Tensor:
-        return _padded([self._words(text) for text in texts], -1)
+        return torch.from_numpy(pad_arrays([self._words(text) for text in texts], -1))
 
     def _passages(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         words, weights = zip(*map(self._weights, texts), strict=True)
-        return _padded(words, -1), _padded(weights, 0)
+        return torch.from_numpy(pad_arrays(words, -1)), torch.from_numpy(pad_arrays(weights))
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """The sum of a candidate's weights of the query's words, `(queries, candidates)`."""
@@ -74,15 +77,7 @@ class BM25Teacher(Teacher):
         return _compare(inputs["query_words"], *(part.transpose(0, 1).flatten(0, 1) for part in (words, weights)))
 
     def scores(self, queries: Sequence[str], passages: Sequence[str]) -> Tensor:
-        """The scores of texts, on the CPU.
-
-        Args:
-            queries: texts.
-            passages: texts.
-
-        Returns:
-            `(queries, passages)` float32.
-        """
+        """The scores of texts, `(queries, passages)` float32 on the CPU."""
         return _compare(self._queries(queries), *self._passages(passages))
 
 
@@ -97,11 +92,3 @@ def _compare(queries: Tensor, words: Tensor, weights: Tensor) -> Tensor:
     counts = table.new_zeros(len(queries), len(asked))
     counts.scatter_add_(1, torch.searchsorted(asked, queries), (queries >= 0).double())
     return (counts @ table.T).float()
-
-
-def _padded(arrays: Sequence[np.ndarray], value: int) -> Tensor:
-    """`(rows, most)` of rows of different lengths, at least one wide."""
-    padded = np.full((len(arrays), max(1, *map(len, arrays))), value, arrays[0].dtype)
-    for row, array in enumerate(arrays):
-        padded[row, : len(array)] = array
-    return torch.from_numpy(padded)

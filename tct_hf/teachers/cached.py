@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from tct_hf.batches import stack_columns, take
-from tct_hf.teachers.base import Features, Teacher
+from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
 from tct_hf.teachers.colbert import TEXTS_AT_ONCE, Side, VectorTeacher, describe_teacher, halves, padded
 from tct_hf.teachers.token_store import TokenStore
 
@@ -48,10 +49,10 @@ class CachedTeacher(Teacher):
     (to the last bits, in which padding plays a part).
 
     Args:
-        teacher: to be wrapped.
+        teacher: the teacher to wrap.
         cache_dir: a folder for the vectors of any number of teachers.
-        max_gigabytes: of this teacher's files; when they are full, further texts are encoded in every epoch. A passage
-            of 60 tokens of 128 dimensions takes 15 kB.
+        max_gigabytes: size of this teacher's files; when they are full, further texts are encoded in every epoch. A
+            passage of 60 tokens of 128 dimensions takes 15 kB.
 
     Raises:
         ValueError: a teacher that has no vectors, or no room.
@@ -79,10 +80,9 @@ class CachedTeacher(Teacher):
         if self._store is None:
             model = self.teacher.model
             dim = model.get_embedding_dimension()
-            words = hashlib.sha256(_described_tokenizer(model.tokenizer).encode()).hexdigest()
             described = {
                 **describe_teacher(model),
-                "words": words,
+                "words": hashlib.sha256(_described_tokenizer(model.tokenizer).encode()).hexdigest(),
                 "computed_in": str(self.teacher.compute_dtype),
                 "dim": dim,
             }
@@ -102,18 +102,16 @@ class CachedTeacher(Teacher):
         assert self.store is not None  # before the data loader's workers start: they can't read a model on a GPU
         return self
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """Read the batch's vectors; where one is missing, prepare what the wrapped teacher needs to encode it.
 
         Returns:
             "keys" `(1 + columns, queries)` of the texts, and either "vectors" and "mask", of the queries and of all
             candidates, or what the wrapped teacher returns.
         """
+        sides = ["query", *["document"] * len(columns)]
         keys = np.array(
-            [[_key("query", text) for text in queries]]
-            + [[_key("document", text) for text in column] for column in columns],
+            [[_key(side, text) for text in texts] for side, texts in zip(sides, [queries, *columns], strict=True)],
             dtype=np.uint64,
         )
         signed = torch.from_numpy(keys.view(np.int64))  # torch's unsigned types can do little
@@ -153,36 +151,25 @@ class CachedTeacher(Teacher):
         self.hits += len(found) - len(missing)
         self.misses += len(missing)
         if missing:
-            made = self._encode(columns, keys, missing, side)
+            first = {key: row for row, key in reversed(list(enumerate(keys)))}
+            made = self._encode(columns, [first[key] for key in missing], side)
             self.store.put(missing, made)
             found |= zip(missing, made, strict=True)
-        vectors, mask = padded([found[key] for key in keys])  # type: ignore[misc]
-        device = self.teacher.model.device
-        return vectors.to(device), mask.to(device)
+        vectors, mask = send_to_device(padded([found[key] for key in keys]), self.teacher.model.device)  # type: ignore[misc]
+        return vectors, mask
 
-    def _encode(
-        self, columns: Sequence[Features], keys: list[int], missing: list[int], side: Side
-    ) -> list[np.ndarray]:
-        first = {key: row for row, key in reversed(list(enumerate(keys)))}
-        rows = [first[key] for key in missing]
+    def _encode(self, columns: Sequence[Features], rows: list[int], side: Side) -> list[np.ndarray]:
+        """The vectors of some rows of the columns; the rest is not encoded where the columns can be cut."""
         merged = stack_columns(columns)
         if merged is not None:
             index = torch.tensor(rows, device=merged["attention_mask"].device)
             columns = [{key: take(value, index, merged["attention_mask"].shape[1]) for key, value in merged.items()}]
-            rows = list(range(len(missing)))
+            rows = list(range(len(rows)))
         made = halves(*self.teacher.encode(columns, side))
         return [made[row] for row in rows]
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
-        """The vectors of any number of texts; what is missing is encoded, and kept while there is room.
-
-        Args:
-            texts: queries or passages.
-            side: which of the two they are.
-
-        Returns:
-            `(vectors, dim)` float16 of each text, in the order of the texts.
-        """
+        """As :meth:`VectorTeacher.vectors`; missing ones are encoded, and kept while there is room."""
         keyed = {_key(side, text): text for text in texts}
         self.store.refresh()
         found = self._read(list(keyed))

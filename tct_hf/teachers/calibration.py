@@ -1,9 +1,9 @@
-"""How sharp a teacher has to be: one scale a member, found where rankings are decided."""
+"""How sharp a teacher must be: one scale a member, found where rankings are decided."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,8 @@ class Reading:
     """How well a distribution over candidates fits the judgements, averaged over queries.
 
     Attributes:
-        cross_entropy: in nats, minus the log of the probability that all positives have together.
-        entropy: in nats.
+        cross_entropy: minus the log of the probability that all positives have together, in nats.
+        entropy: entropy in nats.
         positive_on_top: share of the queries whose best candidate is a positive.
     """
 
@@ -44,12 +44,12 @@ class Calibration:
     """The scales of a teacher's members, and what they are worth.
 
     Attributes:
-        weights: member to scale of its scores.
+        weights: scale of each member's scores, by name.
         queries: how many queries they were found on.
-        before: of the teacher with the scales it had.
-        after: of the teacher with these.
-        alone: of each member by itself, at its own best scale.
-        student: of the student about to learn, at its own best scale; None where none was given.
+        before: reading of the teacher with the scales it had.
+        after: reading of the teacher with these.
+        alone: reading of each member by itself, at its own best scale.
+        student: reading of the student about to learn, at its own best scale; None where none was given.
         lead: by how many nats the teacher's cross-entropy is below the student's, scales found on one half of the
             queries and read on the other; None where no student was given.
     """
@@ -107,34 +107,40 @@ def calibrate(
     Args:
         teacher: a TeacherEnsemble with normalize="none", whose weights are set; or any other teacher, whose
             training_scale is set, so that a temperature of 1 / training_scale is calibrated.
-        collection: with judgements of the split.
-        split: whose queries to use: "dev".
+        collection: collection with judgements of the split.
+        split: split of the queries.
         candidates: query id to passage ids, instead of the `depth` best of the teacher (of BM25, where the teacher
             can't search).
         depth: candidates a query.
-        most: queries, the first ones.
-        student: about to learn, for comparison; a DenseTeacher of it.
+        most: number of judged queries, drawn by a hash of their ids: the same ones whatever the order.
+        student: the student about to learn, for comparison; a DenseTeacher of it.
 
     Raises:
-        ValueError: no query has a positive among its candidates, or an ensemble that normalises scores.
+        ValueError: no query has a positive among its candidates, an ensemble that normalises scores, or one with a
+            weight that is not above 0.
 
     Source: listwise maximum likelihood (Cao et al., ICML 2007), all positives as one target.
     """
     if isinstance(teacher, TeacherEnsemble) and teacher.normalize != "none":
         raise ValueError('calibrate sets weights of raw scores: make the TeacherEnsemble with normalize="none".')
-    queries, qrels = collection.splits[split].queries, collection.splits[split].qrels
-    asked = {name: queries[name] for name in list(qrels)[:most]}
+    members, start = members_of(teacher), weights_of(teacher)
+    for name, weight in zip(members, start, strict=True):
+        if not weight > 0:
+            raise ValueError(f"calibrate starts from weights above 0, but that of {name} is {weight}.")
+    given = collection.splits[split]
+    judged = replace(given, queries={name: given.queries[name] for name in given.qrels})
+    asked = replace(collection, splits={split: judged}, also={}).part(queries=most).splits[split].queries
     best: Mapping[str, Iterable[str]] = candidates or search_mixture(teacher, collection, asked, keep=depth)
     rows = {name: row for row, name in enumerate(collection.corpus["id"])}
     texts = collection.corpus["text"][:]
     lists, of_student = [], []
     for name, query in asked.items():
         passages = list(best.get(name, ()))
-        positive = torch.tensor([qrels[name].get(passage, 0) > 0 for passage in passages])
+        positive = torch.tensor([judged.qrels[name].get(passage, 0) > 0 for passage in passages])
         if not positive.any():
             continue
         found = [texts[rows[passage]] for passage in passages]
-        lists.append((torch.stack([list_scores(one, query, found) for one in members_of(teacher).values()]), positive))
+        lists.append((torch.stack([list_scores(one, query, found) for one in members.values()]), positive))
         if student is not None:
             of_student.append((list_scores(student, query, found)[None], positive))
     if not lists:
@@ -142,31 +148,24 @@ def calibrate(
             f"calibrate: none of the {len(asked)} {split} queries has a judged positive among its candidates: judge "
             "more queries, or keep the default weights."
         )
-    names, start = list(members_of(teacher)), weights_of(teacher)
     weights = fit_scales(lists, start)
     set_weights(teacher, weights)
-    alone = {
-        name: best_reading([(scores[place : place + 1], positive) for scores, positive in lists])
-        for place, name in enumerate(names)
-    }
     return Calibration(
-        weights=dict(zip(names, weights, strict=True)),
+        weights=dict(zip(members, weights, strict=True)),
         queries=len(lists),
         before=read(lists, start),
         after=read(lists, weights),
-        alone=alone,
+        alone={
+            name: best_reading([(scores[place : place + 1], positive) for scores, positive in lists])
+            for place, name in enumerate(members)
+        },
         student=best_reading(of_student) if of_student else None,
         lead=held_out(of_student, [1.0]) - held_out(lists, start) if len(of_student) > 1 else None,
     )
 
 
 def fit_scales(lists: Lists, start: Sequence[float]) -> list[float]:
-    """The scales under which the positives are most likely, by L-BFGS on their logarithms.
-
-    Args:
-        lists: of the queries.
-        start: one positive number a member.
-    """
+    """The scales under which the positives are most likely, by L-BFGS on their logarithms from positive ones."""
     log_scales = torch.tensor(start, dtype=torch.float64).log().requires_grad_(True)
     optimizer = torch.optim.LBFGS([log_scales], max_iter=100, line_search_fn="strong_wolfe")
     ready = [(scores.double(), positive) for scores, positive in lists]

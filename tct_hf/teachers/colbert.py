@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 from sentence_transformers.util.distributed import get_world_size
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from tct_hf.batches import pad_tokens, parts_of_like_length, score_where_the_passages_are, stack_columns
 from tct_hf.encoding.digests import weights_digest
-from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
-from tct_hf.hub_client import told_when_missing
-from tct_hf.teachers.base import Features, Teacher, check_scale, read_training_scale
+from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts, read_json
 
 Side = Literal["query", "document"]
 
@@ -28,11 +26,18 @@ _TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [
 
 _KINDS = {"maxsim": "MaxSim", "meanmaxsim": "MeanMaxSim"}  # others go by the name of their similarity
 
+_CLASSES = {
+    "SentenceTransformer": "one vector a text",
+    "MultiVectorEncoder": "one vector a token",
+    "SparseEncoder": "one weight a word of the vocabulary",
+    "CrossEncoder": "one score a pair",
+}
+
 # Texts that are tokenised together, and whose vectors are held padded at once, where many are encoded.
 TEXTS_AT_ONCE = 256
 
 
-class VectorTeacher(Teacher):
+class VectorTeacher(ModelTeacher):
     """A frozen model that turns every text into vectors, and a similarity of a query's vectors and a passage's.
 
     Args:
@@ -40,81 +45,48 @@ class VectorTeacher(Teacher):
         dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
             so are the weights where the encoder computes in it.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: at most this many tokens go through the encoder at once.
-        chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
+        tokens_per_pass: most tokens that go through the encoder at once.
+        chunk_elements: most numbers that are held at once to compare tokens, whatever the batch.
 
     Raises:
         ValueError: an unknown dtype, a size or scale that is not positive, or a model of another kind.
     """
 
-    model: Any
-    model_class: ClassVar[Any]
-    what: ClassVar[str]  # it is called
+    what: ClassVar[str]  # its name in messages
 
     def __init__(
         self,
         model: Any,
         *,
-        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        dtype: Dtype = "auto",
         training_scale: float | None = None,
         tokens_per_pass: int = 16_384,
         chunk_elements: int = 1 << 24,
     ) -> None:
-        check_dtype(dtype)
-        for name, size in (("tokens_per_pass", tokens_per_pass), ("chunk_elements", chunk_elements)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
-        path = str(model) if isinstance(model, (str, Path)) else None
-        if path is not None:
-            self.refuse(path)
-            with told_when_missing(path):
-                model = self.model_class(path)
-        if not isinstance(model, self.model_class):
-            raise ValueError(
-                f"A {type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}: "
-                f"load the model with sentence_transformers.{self.model_class.__name__}."
-            )
-        self.model = model
-        if training_scale is None:
-            training_scale = read_training_scale(path) if path is not None else 1.0
-        self.training_scale = check_scale(training_scale)
-        self.score_kind = _KINDS.get(model.similarity_fn_name, model.similarity_fn_name)
-        self.dtype = dtype
-        self.tokens_per_pass = tokens_per_pass
+        super().__init__(
+            model,
+            dtype=dtype,
+            training_scale=training_scale,
+            tokens_per_pass=tokens_per_pass,
+            chunk_elements=chunk_elements,
+        )
+        self.score_kind = _KINDS.get(self.model.similarity_fn_name, self.model.similarity_fn_name)
         self.chunk_elements = chunk_elements
         self.shares_tokens = False
-        unpack_half(self.model, dtype, self.model.device)
-        self.model.eval()
 
     @classmethod
-    def refuse(cls, name_or_path: str) -> None:
-        """Refuse a checkpoint of another kind, which sentence-transformers would complete with random weights.
-
-        Args:
-            name_or_path: folder or Hub id.
-
-        Raises:
-            ValueError: it is saved as another kind.
-        """
-        kind = (_read(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
-        known = {
-            "SentenceTransformer": "one vector a text",
-            "MultiVectorEncoder": "one vector a token",
-            "SparseEncoder": "one weight a word of the vocabulary",
-            "CrossEncoder": "one score a pair",
-        }
-        if kind in known and kind != cls.model_class.__name__:
+    def load(cls, name_or_path: str) -> Any:
+        """The model, unless it is saved as another kind, which would be completed with random weights."""
+        kind = (read_json(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
+        if kind in _CLASSES and kind != cls.model_class.__name__:
             raise ValueError(
-                f"{name_or_path} is a {kind}, {known[kind]}, and no {cls.what}: name the folder or Hub id of one."
+                f"{name_or_path} is a {kind}, {_CLASSES[kind]}, and no {cls.what}: name the folder or Hub id of one."
             )
+        return super().load(name_or_path)
 
     @abstractmethod
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
-        """Encode one padded batch.
-
-        Returns:
-            `(rows, vectors, dim)` and `(rows, vectors)` bool, those that are compared.
-        """
+        """Encode one padded batch: `(rows, vectors, dim)` and `(rows, vectors)` bool, those that are compared."""
 
     @abstractmethod
     def similarity(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
@@ -122,33 +94,17 @@ class VectorTeacher(Teacher):
 
     def attach(self, student: SentenceTransformer) -> None:
         """Find out whether the student's tokens are this teacher's too."""
-        # The vocabulary too: two of one family may agree on the probes and differ in a few words.
-        self.shares_tokens = self.model.tokenizer.get_vocab() == student.tokenizer.get_vocab() and all(
-            self._same_tokens(
-                self._preprocess(probes, side),
-                student.preprocess(probes, prompt=student.prompts.get(side), task=side),
-            )
-            for side, probes in (("query", self._query_probes(student)), ("document", _TOKEN_PROBES))
-        )
-
-    def _query_probes(self, student: SentenceTransformer) -> list[str]:
         # Expanded queries show their length without a text that fills it, of which sentence-transformers warns once.
         expanded = [getattr(model[0], "query_expansion", None) for model in (self.model, student)]
         fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
-        return _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES
-
-    @staticmethod
-    def _same_tokens(mine: Features, other: Features) -> bool:
-        keys = {key for key, value in mine.items() if isinstance(value, Tensor)}
-        return keys == {key for key, value in other.items() if isinstance(value, Tensor)} and all(
-            torch.equal(mine[key], other[key]) for key in keys
+        probes = {"query": _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES, "document": _TOKEN_PROBES}
+        # The vocabulary too: two of one family may agree on the probes and differ in a few words.
+        self.shares_tokens = self.model.tokenizer.get_vocab() == student.tokenizer.get_vocab() and all(
+            _same_tokens(
+                self._preprocess(texts, side), student.preprocess(texts, prompt=student.prompts.get(side), task=side)
+            )
+            for side, texts in probes.items()
         )
-
-    def to(self, device: torch.device) -> VectorTeacher:
-        """Move the model to the device that scores."""
-        self.model.to(device)
-        unpack_half(self.model, self.dtype, device)
-        return self
 
     def _preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
         # The prompt that encode_query and encode_document would take.
@@ -157,9 +113,7 @@ class VectorTeacher(Teacher):
         name = next((name for name in names if name in prompts), self.model.default_prompt_name)
         return dict(self.model.preprocess(list(texts), prompt=prompts[name] if name else None, task=side))
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any] | None:
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any] | None:
         """Tokenise the batch this teacher's way; None when the student tokenises the same way."""
         if self.shares_tokens:
             return None
@@ -167,11 +121,6 @@ class VectorTeacher(Teacher):
             "query": self._preprocess(queries, "query"),
             "columns": [self._preprocess(column, "document") for column in columns],
         }
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the encoder computes in on its device."""
-        return compute_dtype(self.dtype, self.model.device)
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """The similarity of every query with every candidate, in chunks.
@@ -196,18 +145,15 @@ class VectorTeacher(Teacher):
         Returns:
             `(columns * rows, vectors, dim)` of the compute type and its mask, all of the first column first.
         """
-        # One context for all passes: weights are cast to bfloat16 once, not once a pass.
-        with torch.autocast(
-            self.model.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
-        ):
+        with self.computing():
             merged = stack_columns(columns)
             if merged is None:  # not padded text (packed for flash attention, images): a pass a column
                 parts = [self._pass(column, side) for column in columns]
                 width = max(vectors.shape[1] for vectors, _ in parts)
-                return (
-                    torch.cat([pad_tokens(vectors, width) for vectors, _ in parts]),
-                    torch.cat([pad_tokens(mask, width) for _, mask in parts]),
+                vectors, mask = (
+                    torch.cat([pad_tokens(one, width) for one in ones]) for ones in zip(*parts, strict=True)
                 )
+                return vectors, mask
             rows = len(merged["attention_mask"])
             embeddings: Tensor | None = None
             # The widest pass first: it says how wide the result is.
@@ -244,7 +190,7 @@ class VectorTeacher(Teacher):
             query_mask: `(queries, vectors)` bool.
             passages: `(columns * queries, vectors, dim)`, all of the first column first.
             passage_mask: `(columns * queries, vectors)` bool.
-            columns: candidate columns.
+            columns: number of candidate columns.
             gather: compare with the candidates of all devices.
 
         Returns:
@@ -261,58 +207,37 @@ class VectorTeacher(Teacher):
             return similarity(queries, passages, query_mask, passage_mask)
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
-        """Encode any number of texts, those of similar length together.
-
-        Args:
-            texts: queries or passages.
-            side: which of the two they are.
+        """Encode any number of queries or passages, those of similar length together.
 
         Returns:
             `(vectors, dim)` float16 of each text, in the order of the texts.
         """
         self.model.eval()
-        device = self.model.device
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         made: dict[int, np.ndarray] = {}
         with torch.inference_mode():
             for start in range(0, len(order), TEXTS_AT_ONCE):
                 rows = order[start : start + TEXTS_AT_ONCE]
-                features = self._preprocess([texts[row] for row in rows], side)
-                on_device = {
-                    key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()
-                }
-                made |= zip(rows, halves(*self.encode([on_device], side)), strict=True)
+                features = send_to_device(self._preprocess([texts[row] for row in rows], side), self.model.device)
+                made |= zip(rows, halves(*self.encode([features], side)), strict=True)
         return [made[row] for row in range(len(texts))]
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
-        """Compare vectors of :meth:`vectors`.
-
-        Args:
-            queries: `(vectors, dim)` of each query.
-            passages: `(vectors, dim)` of each passage.
+        """Compare vectors of :meth:`vectors`, `(vectors, dim)` each.
 
         Returns:
             `(queries, passages)` float32, on the model's device: what :meth:`score_matrix` would give.
         """
-        device = self.model.device
         with torch.inference_mode():
-            (query, query_mask), (passage, passage_mask) = (
-                (vectors.to(device), mask.to(device)) for vectors, mask in (padded(queries), padded(passages))
-            )
-            return self.compare(query, query_mask, passage, passage_mask, 1, gather=False).clone()
+            parts: Any = send_to_device((*padded(queries), *padded(passages), 1), self.model.device)
+            return self.compare(*parts, gather=False).clone()
 
 
 class ColBERTTeacher(VectorTeacher):
     """A late-interaction teacher: MaxSim over token vectors, or their mean where the model compares by MeanMaxSim.
 
-    Args:
-        model: a multi-vector model, or a path or Hub id of one (of this package, sentence-transformers, PyLate or the
-            Stanford code).
-        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
-            so are the weights where the encoder computes in it.
-        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: at most this many tokens go through the encoder at once.
-        chunk_elements: at most this many numbers are held at once to compare tokens, whatever the batch.
+    Arguments as of :class:`VectorTeacher`; the model is a multi-vector model of this package, sentence-transformers,
+    PyLate or the Stanford code.
 
     Raises:
         ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no trained ColBERT.
@@ -325,19 +250,18 @@ class ColBERTTeacher(VectorTeacher):
     what = "ColBERT"
 
     @classmethod
-    def refuse(cls, name_or_path: str) -> None:
-        """Also refuse a bare encoder, whose projection would be random."""
-        super().refuse(name_or_path)
-        config = _read(name_or_path, "config.json")
-        if config is None or _read(name_or_path, "modules.json") is not None:
-            return
-        architectures = config.get("architectures") or []
-        if not any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
-            raise ValueError(
-                f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection "
-                "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
-                "train one from it (build_colbert, recipes/train.py)."
-            )
+    def load(cls, name_or_path: str) -> Any:
+        """The model, unless it is a bare encoder, whose projection would be random."""
+        config = read_json(name_or_path, "config.json")
+        if config is not None and read_json(name_or_path, "modules.json") is None:
+            architectures = config.get("architectures") or []
+            if not any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
+                raise ValueError(
+                    f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection "
+                    "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
+                    "train one from it (build_colbert, recipes/train.py)."
+                )
+        return super().load(name_or_path)
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
         """Token vectors, and those that are scored."""
@@ -354,12 +278,8 @@ class ColBERTTeacher(VectorTeacher):
 class DenseTeacher(VectorTeacher):
     """An embedding model as a teacher: one vector a text, compared as the model compares them.
 
-    Args:
-        model: a SentenceTransformer, or a path or Hub id of one; its own prompts, pooling and similarity are used.
-        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
-            so are the weights where the encoder computes in it.
-        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: at most this many tokens go through the encoder at once.
+    Arguments as of :class:`VectorTeacher`, without chunk_elements; the model is a SentenceTransformer, whose own
+    prompts, pooling and similarity are used.
 
     Raises:
         ValueError: an unknown dtype, a size or scale that is not positive, or a model of another kind.
@@ -368,16 +288,6 @@ class DenseTeacher(VectorTeacher):
     model: SentenceTransformer
     model_class = SentenceTransformer
     what = "embedding model"
-
-    def __init__(
-        self,
-        model: SentenceTransformer | str | Path,
-        *,
-        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-        training_scale: float | None = None,
-        tokens_per_pass: int = 16_384,
-    ) -> None:
-        super().__init__(model, dtype=dtype, training_scale=training_scale, tokens_per_pass=tokens_per_pass)
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
         """The text's vector, as its only one."""
@@ -390,13 +300,24 @@ class DenseTeacher(VectorTeacher):
         return self.model.similarity(queries[:, 0], passages[:, 0])
 
 
+def _same_tokens(mine: Features, other: Features) -> bool:
+    keys = {key for key, value in mine.items() if isinstance(value, Tensor)}
+    same = keys == {key for key, value in other.items() if isinstance(value, Tensor)}
+    return same and all(torch.equal(mine[key], other[key]) for key in keys)
+
+
+def pad_arrays(arrays: Sequence[np.ndarray], value: int = 0) -> np.ndarray:
+    """`(rows, most, ...)` of arrays of different lengths, at least one wide."""
+    out = np.full((len(arrays), max(1, *map(len, arrays)), *arrays[0].shape[1:]), value, dtype=arrays[0].dtype)
+    for row, array in enumerate(arrays):
+        out[row, : len(array)] = array
+    return out
+
+
 def padded(texts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Vectors of texts `(vectors, dim)` as `(texts, most vectors, dim)` and its mask, on the CPU."""
-    widths = np.array([len(text) for text in texts])
-    mask = np.arange(widths.max()) < widths[:, None]
-    vectors = np.zeros((*mask.shape, texts[0].shape[1]), dtype=texts[0].dtype)
-    for row, text in enumerate(texts):
-        vectors[row, : len(text)] = text
+    vectors = pad_arrays(texts)
+    mask = np.arange(vectors.shape[1]) < np.array([len(text) for text in texts])[:, None]
     return torch.from_numpy(vectors), torch.from_numpy(mask)
 
 
@@ -418,10 +339,3 @@ def describe_teacher(model: Any) -> dict[str, Any]:
             "truncate_dim": getattr(model, "truncate_dim", None),
         },
     }
-
-
-def _read(name_or_path: str, file: str) -> Any:
-    from sentence_transformers.util import load_file_path
-
-    path = load_file_path(name_or_path, file)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

@@ -11,36 +11,35 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import send_to_device
 from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import gather_rows, parts_of_like_length, sizes_of_all, spread_own, stack_columns
-from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
-from tct_hf.hub_client import told_when_missing
 from tct_hf.progress import human_duration
-from tct_hf.teachers.base import Features, Teacher, check_scale, read_training_scale
+from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
 
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 
-# Pairs that are padded to one width before they are cut into passes of like length.
+# Pairs that are padded to one width before they are cut into passes of similar length.
 _PAIRS_A_CHUNK = 256
 
 
-class CrossEncoderTeacher(Teacher):
+class CrossEncoderTeacher(ModelTeacher):
     """A cross-encoder, live: its raw logit for every pair of query and passage.
 
     Args:
         model: a cross-encoder of one label, or a path or Hub id of one.
         candidates: "own", a query's own positive and negatives are scored, for `candidates="own"` of the loss; or
             "in-batch", every query with every passage of the batch (of all devices): a batch of 32 with one negative
-            is 2,048 pairs in place of 64. What a batch will take is logged before training.
+            is 2,048 pairs instead of 64. What a batch will take is logged before training.
         dtype: what the model computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
             so are the weights where the model computes in it.
         max_length: tokens that a pair keeps; the model's own limit when None.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: at most this many tokens go through the model at once.
+        tokens_per_pass: most tokens that go through the model at once.
 
     Raises:
         ValueError: an unknown setting, a model with more labels than one, or one that was never trained to score.
@@ -48,57 +47,56 @@ class CrossEncoderTeacher(Teacher):
     Source: Nogueira and Cho, arXiv 1901.04085; distilled as in Hofstätter et al., arXiv 2010.02666.
     """
 
+    model: CrossEncoder
+    model_class = CrossEncoder
     score_kind = "logit"
+    _travels = False
 
     def __init__(
         self,
         model: CrossEncoder | str | Path,
         *,
         candidates: Literal["own", "in-batch"] = "own",
-        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        dtype: Dtype = "auto",
         max_length: int | None = None,
         training_scale: float | None = None,
         tokens_per_pass: int = 16_384,
     ) -> None:
-        check_dtype(dtype)
         if candidates not in ("own", "in-batch"):
             raise ValueError(f'candidates must be "own" or "in-batch", got {candidates!r}.')
-        for name, size in (("tokens_per_pass", tokens_per_pass), ("max_length", max_length)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
-        path = str(model) if isinstance(model, (str, Path)) else None
-        loaded = _load(path) if path is not None else model
-        if not isinstance(loaded, CrossEncoder):
+        self.covers = candidates
+        super().__init__(
+            model, dtype=dtype, training_scale=training_scale, tokens_per_pass=tokens_per_pass, max_length=max_length
+        )
+        if self.model.num_labels != 1:
             raise ValueError(
-                f"A CrossEncoderTeacher needs a CrossEncoder, got {type(loaded).__name__}: load the model with "
-                "sentence_transformers.CrossEncoder."
-            )
-        if loaded.num_labels != 1:
-            raise ValueError(
-                f"The cross-encoder has {loaded.num_labels} labels, and a teacher gives one score a pair: use one "
+                f"The cross-encoder has {self.model.num_labels} labels, and a teacher gives one score a pair: use one "
                 "that was trained to rank (num_labels=1), or score with it first and distil StoredScores."
             )
-        self.model = loaded
         if max_length is not None:
             self.model.max_seq_length = max_length
-        if training_scale is None:
-            training_scale = read_training_scale(path) if path is not None else 1.0
-        self.training_scale = check_scale(training_scale)
-        self.covers = candidates
-        self.dtype = dtype
-        self.tokens_per_pass = tokens_per_pass
-        self._travels = False
-        unpack_half(self.model, dtype, self.model.device)
-        self.model.eval()
 
-    def announce(
-        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
-    ) -> None:
+    @classmethod
+    def load(cls, name_or_path: str) -> Any:
+        """The model, unless it is a bare encoder, whose head would be random."""
+        model = super().load(name_or_path)
+        architectures = getattr(model.config, "architectures", None) or []
+        alone = len(model) == 1 and isinstance(model[0], Transformer)
+        if alone and not any(name.endswith(("ForSequenceClassification", "ForCausalLM")) for name in architectures):
+            raise ValueError(
+                f"{name_or_path} is a {', '.join(architectures) or 'model of no known kind'}, which has no head that "
+                "scores a pair (it would be given a random one): name the folder or Hub id of a trained "
+                "cross-encoder, or train one from it with sentence_transformers.CrossEncoderTrainer."
+            )
+        return model
+
+    def announce(self, rows: Rows, columns: Texts, *, queries: int, batches: int) -> None:
         """Log the pairs of a batch, and how long they take by the time of a few."""
         own = queries * len(columns)
-        pairs = own if self.covers == "own" else own * queries * batches
+        whole = self.covers == "in-batch"
+        pairs = own * queries * batches if whole else own
         said = f"The cross-encoder scores {pairs:,} pairs a batch on each device"
-        if self.covers == "in-batch":
+        if whole:
             said += f" (every passage of the batch), where own candidates would be {own:,}"
         timed = [(row["query"], row[name]) for row in rows for name in columns]
         if timed:
@@ -108,22 +106,18 @@ class CrossEncoderTeacher(Teacher):
             self._score(chunks).cpu()
             each = (time.perf_counter() - begun) / len(timed)
             said += f": about {human_duration(pairs * each)}"
-            if self.covers == "in-batch":
+            if whole:
                 said += f" a batch, own candidates {human_duration(own * each)}"
             said += f", by {len(timed)} pairs that were timed"
-        logger.log(logging.WARNING if self.covers == "in-batch" else logging.INFO, f"{said}.")
+        logger.log(logging.WARNING if whole else logging.INFO, f"{said}.")
 
-    def to(self, device: torch.device) -> CrossEncoderTeacher:
+    def to(self, device: torch.device) -> Teacher:
         """Move the model to the device that scores."""
-        self.model.to(device)
-        unpack_half(self.model, self.dtype, device)
         # Workers know nothing of other processes' passages: then the texts travel, and pairs are made where they meet.
         self._travels = self.covers == "in-batch" and get_world_size() > 1
-        return self
+        return super().to(device)
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """Token pairs; of several processes that share candidates, the texts."""
         if self._travels:
             return {"queries": _as_bytes(queries), "passages": [_as_bytes(column) for column in columns]}
@@ -135,7 +129,7 @@ class CrossEncoderTeacher(Teacher):
     def _pairs(self, rows: Sequence[Sequence[str]]) -> dict[str, Any]:
         """Tokens of the pairs of each row's first text with its others, a pair once, and where each score belongs."""
         wanted = [[(query, passage) for passage in passages] for query, *passages in rows]
-        # Like lengths side by side; characters tell them well enough, and passes are cut by tokens later.
+        # Similar lengths together; characters tell them well enough, and passes are cut by tokens later.
         pairs = sorted({pair for row in wanted for pair in row}, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
         place = {pair: number for number, pair in enumerate(pairs)}
         return {
@@ -144,7 +138,7 @@ class CrossEncoderTeacher(Teacher):
         }
 
     def _tokenise(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-        model = self.model
+        model: Any = self.model
         prompt = model.prompts[model.default_prompt_name] if model.default_prompt_name else None
         return [
             dict(model.preprocess(list(pairs[start : start + _PAIRS_A_CHUNK]), prompt=prompt))
@@ -154,9 +148,7 @@ class CrossEncoderTeacher(Teacher):
     def _score(self, chunks: Sequence[Features]) -> Tensor:
         """`(pairs,)` raw scores, in the order of the chunks."""
         self.model.eval()
-        bf16 = compute_dtype(self.dtype, self.model.device) == torch.bfloat16
-        device = self.model.device.type
-        with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), self.computing():
             scores = torch.cat([self._score_chunk(chunk) for chunk in chunks])
         return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
 
@@ -174,43 +166,21 @@ class CrossEncoderTeacher(Teacher):
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """Raw logits; zeros where a query's candidates are its own alone."""
-        if "chunks" not in inputs:
-            inputs = self._met(inputs, gather=gather)
+        if "chunks" not in inputs:  # this process's queries with the passages of all
+            passages = [text for column in inputs["passages"] for text in _texts(column, gather=gather)]
+            rows = [(query, *passages) for query in _texts(inputs["queries"], gather=False)]
+            inputs = send_to_device(self._pairs(rows), self.model.device)
         scores = self._score(inputs["chunks"])[inputs["places"]]
         return spread_own(scores, gather=gather) if self.covers == "own" else scores
-
-    def _met(self, inputs: Mapping[str, Any], *, gather: bool) -> dict[str, Any]:
-        """Pairs of this process's queries with the passages of all."""
-        passages = [text for column in inputs["passages"] for text in _texts(column, gather=gather)]
-        rows = [(query, *passages) for query in _texts(inputs["queries"], gather=False)]
-        return send_to_device(self._pairs(rows), self.model.device)
-
-
-def _load(path: str) -> CrossEncoder:
-    from sentence_transformers.base.modules import Transformer
-
-    with told_when_missing(path):
-        model = CrossEncoder(path)
-    architectures = getattr(model.config, "architectures", None) or []
-    alone = len(model) == 1 and isinstance(model[0], Transformer)
-    if alone and not any(name.endswith(("ForSequenceClassification", "ForCausalLM")) for name in architectures):
-        raise ValueError(
-            f"{path} is a {', '.join(architectures) or 'model of no known kind'}, which has no head that scores a "
-            "pair (it would be given a random one): name the folder or Hub id of a trained cross-encoder, or train "
-            "one from it with sentence_transformers.CrossEncoderTrainer."
-        )
-    return model
 
 
 def _as_bytes(texts: Sequence[str]) -> dict[str, Tensor]:
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    content = bytearray(b"".join(encoded))
     return {
-        "bytes": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8) if any(encoded) else _NOTHING,
+        "bytes": torch.frombuffer(content, dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8),
         "lengths": torch.tensor([len(text) for text in encoded]),
     }
-
-
-_NOTHING = torch.zeros(0, dtype=torch.uint8)
 
 
 def _texts(column: Mapping[str, Tensor], *, gather: bool) -> list[str]:
@@ -218,8 +188,5 @@ def _texts(column: Mapping[str, Tensor], *, gather: bool) -> list[str]:
     if gather:
         content = gather_rows(content, sizes_of_all(len(content), content.device))
         lengths = gather_rows(lengths, sizes_of_all(len(lengths), lengths.device))
-    whole, texts, start = content.cpu().numpy().tobytes(), [], 0
-    for length in lengths.tolist():
-        texts.append(whole[start : start + length].decode("utf-8", "surrogatepass"))
-        start += length
-    return texts
+    parts = torch.split(content.cpu(), lengths.tolist())
+    return [part.numpy().tobytes().decode("utf-8", "surrogatepass") for part in parts]

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from tct_hf.batches import own_places, spread_own
-from tct_hf.teachers.base import Teacher
+from tct_hf.teachers.base import Columns, Rows, Teacher, Texts
 
 Normalisation = Literal["standard", "softmax", "none"]
 
@@ -34,7 +34,7 @@ class TeacherEnsemble(Teacher):
     A weight is then the factor that a teacher's scores need, and may be set later in :attr:`weights`.
 
     Args:
-        teachers: each to its weight, as a mapping or as pairs; weights are made to sum to 1, but for "none".
+        teachers: teachers and their weights, as a mapping or as pairs; weights are made to sum to 1, but for "none".
         normalize: "standard", scores of a query get zero mean and unit spread, a constant row gets zeros: scales do
             not matter, but of two candidates only the order is left; "softmax", scores times the teacher's training
             scale become log-probabilities: the margins stay, for teachers that are calibrated; "none", scores and
@@ -56,7 +56,7 @@ class TeacherEnsemble(Teacher):
     ) -> None:
         pairs = list(teachers.items()) if isinstance(teachers, Mapping) else list(teachers)
         if not pairs:
-            raise ValueError("A TeacherEnsemble needs a teacher at least: give {teacher: weight, ...}.")
+            raise ValueError("A TeacherEnsemble needs at least one teacher: give {teacher: weight, ...}.")
         if normalize not in _KINDS:
             raise ValueError(f'normalize must be "standard", "softmax" or "none", got {normalize!r}.')
         for teacher, weight in pairs:
@@ -85,9 +85,7 @@ class TeacherEnsemble(Teacher):
         """Those of all teachers."""
         return [name for teacher in self.teachers for name in teacher.columns_read(names)]
 
-    def announce(
-        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, queries: int, batches: int
-    ) -> None:
+    def announce(self, rows: Rows, columns: Texts, *, queries: int, batches: int) -> None:
         """As each of the teachers."""
         for teacher in self.teachers:
             teacher.announce(rows, columns, queries=queries, batches=batches)
@@ -103,35 +101,18 @@ class TeacherEnsemble(Teacher):
             teacher.to(device)
         return self
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """What each teacher prepares."""
         return {
             "teachers": [teacher.collate(queries, columns, rows) or {} for teacher in self.teachers],
             "shape": torch.zeros(len(queries), len(columns)),
         }
 
-    def member_scores(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """Each teacher's own scores, without weights and normalisation.
-
-        Args:
-            inputs: as for :meth:`score_matrix`.
-            gather: score against the candidates of all devices.
-
-        Returns:
-            `(teachers, queries, candidates)` float32, zeros where a teacher scores own candidates only.
-        """
-        return torch.stack(
-            [
-                teacher.score_matrix({**inputs, **prepared}, gather=gather).float()
-                for teacher, prepared in zip(self.teachers, inputs["teachers"], strict=True)
-            ]
-        )
-
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """The weighted sum; log-probabilities where teachers of both kinds are mixed."""
-        scores = self.member_scores(inputs, gather=gather)
+        prepared = zip(self.teachers, inputs["teachers"], strict=True)
+        # (teachers, queries, candidates), zeros where a teacher scores own candidates only
+        scores = torch.stack([one.score_matrix({**inputs, **own}, gather=gather).float() for one, own in prepared])
         whole = torch.tensor([teacher.covers == "in-batch" for teacher in self.teachers], device=scores.device)
         if all(teacher.covers == "in-batch" for teacher in self.teachers):
             return self._combine(scores)
@@ -168,7 +149,7 @@ def standard(scores: Tensor) -> Tensor:
     """Zero mean and unit spread of each row `(queries, candidates)`; zeros for a row that is constant."""
     centred = scores - scores.mean(1, keepdim=True)
     largest = centred.abs().amax(1, keepdim=True)
-    # What rounding leaves of a constant row is no spread. Squares are of numbers up to 1, which can't run over.
+    # What rounding leaves of a constant row is no spread. Squares are of numbers up to 1, which can't overflow.
     constant = largest <= 1e-6 * scores.abs().amax(1, keepdim=True)
     scaled = centred / largest.masked_fill(constant, 1.0)
     spread = scaled.square().mean(1, keepdim=True).sqrt()

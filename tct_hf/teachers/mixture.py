@@ -1,6 +1,6 @@
-"""The mixture of free teachers: a base's own vectors, its own token vectors and BM25, none of them trained.
+"""The mixture of free teachers: a base model's own vectors, its own token vectors and BM25, none of them trained.
 
-It searches a whole corpus before training, so that questions nobody has judged have candidates, and a first passage
+It searches a whole corpus before training, so that questions without judgements have candidates, and a first passage
 to learn from.
 """
 
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
-from tct_hf.teachers.base import Teacher
+from tct_hf.teachers.base import Dtype, Teacher, device_of
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
 from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
     from tct_hf.retrieval.bm25 import BM25Index
 
-# Of the pooled vectors' cosine, of BM25 and of the mean over the query's tokens of own MaxSim, where there are no
+# Weights of the pooled vectors' cosine, BM25 and the mean over the query's tokens of own MaxSim, where there are no
 # judgements to calibrate with: about what calibration finds on SciFact, SQuAD sentences and API documentation.
 DEFAULT_WEIGHTS = (6.0, 0.33, 12.0)
 _SCORES_AT_ONCE = 1 << 25
@@ -40,20 +41,20 @@ def free_mixture(
     *,
     weights: Sequence[float] = DEFAULT_WEIGHTS,
     reads: Mapping[str, Any] | None = None,
-    dtype: Any = "auto",
+    dtype: Dtype = "auto",
     cache_dir: str | Path | None = None,
     max_gigabytes: float = 20.0,
 ) -> TeacherEnsemble:
-    """The log-linear mixture of a base as it is, BM25 and the base's own MaxSim.
+    """The log-linear mixture of a base model as it is, BM25 and the base model's own MaxSim.
 
     Args:
         base: folder or Hub id of an embedding model.
         index: BM25 over the corpus.
-        weights: of the pooled vectors, BM25 and own MaxSim.
-        reads: lengths and prompts of the base, arguments of `build_student`; its own when None.
-        dtype: what the base computes in, see :class:`~tct_hf.ColBERTTeacher`.
-        cache_dir: folder for the base's vectors, which are then computed once.
-        max_gigabytes: of each kind of vectors.
+        weights: weights of the pooled vectors, BM25 and own MaxSim.
+        reads: lengths and prompts of the base model, arguments of `build_student`; its own when None.
+        dtype: what the base model computes in, see :class:`~tct_hf.ColBERTTeacher`.
+        cache_dir: folder for the base model's vectors, which are then computed once.
+        max_gigabytes: size of the files of each kind of vectors.
     """
     pooled: Any = DenseTeacher(by_cosine(build_student(str(base), **(reads or {}))), dtype=dtype)
     tokens: Any = ColBERTTeacher(build_colbert(str(base), **(reads or {})), dtype=dtype)
@@ -98,9 +99,9 @@ def list_scores(teacher: Teacher, query: str, passages: Sequence[str]) -> Tensor
         return teacher.scores([query], passages)[0]
     if isinstance(teacher, (VectorTeacher, CachedTeacher)):
         return teacher.scores(teacher.vectors([query], "query"), teacher.vectors(passages, "document"))[0].cpu()
-    row = {"query": query, "positive": passages[0]}
-    inputs = teacher.collate([query], [[passage] for passage in passages], [row])
-    return teacher.score_matrix({"columns": [None] * len(passages), **(inputs or {})}, gather=False)[0].cpu()
+    inputs = teacher.collate([query], [[passage] for passage in passages], [{"query": query, "positive": passages[0]}])
+    inputs = send_to_device({"columns": [None] * len(passages), **(inputs or {})}, device_of(teacher))
+    return teacher.score_matrix(inputs, gather=False)[0].cpu()
 
 
 def search_mixture(
@@ -111,14 +112,14 @@ def search_mixture(
     depth: int = 100,
     keep: int = 30,
 ) -> Run:
-    """Search a whole corpus with a mixture, as nobody would at query time.
+    """Search a whole corpus with a mixture, before training: too slow at query time.
 
     The best `depth` of each member that can search a corpus (BM25, pooled vectors) are scored by all of these, and
     the best `depth` of that sum by all members.
 
     Args:
         teacher: an ensemble, or one teacher; BM25 searches for what can't search itself.
-        collection: its corpus.
+        collection: collection whose corpus is searched.
         queries: query id to text.
         depth: passages a query that all members score.
         keep: passages a query in the run.
@@ -129,14 +130,15 @@ def search_mixture(
     if not queries:
         return {}
     members = list(zip(members_of(teacher).values(), weights_of(teacher), strict=True))
-    searchers = [(one, weight) for one, weight in members if isinstance(_inner(one), (BM25Teacher, DenseTeacher))]
+    searchers = [
+        pair for pair in members if isinstance(getattr(pair[0], "teacher", pair[0]), (BM25Teacher, DenseTeacher))
+    ]
     rerankers = [(one, weight) for one, weight in members if (one, weight) not in searchers]
     ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
     rows = {name: row for row, name in enumerate(ids)}
+    dense = [one for one, _ in searchers if not isinstance(one, BM25Teacher)]
     found = [collection_bm25(collection).run(dict(queries), depth)]
-    for one, _ in searchers:
-        if not isinstance(one, BM25Teacher):
-            found.append(dense_run(one, ids, texts, queries, depth))
+    found += [dense_run(one, ids, texts, queries, depth) for one in dense]
     run: Run = {}
     for name, query in queries.items():
         union = list(dict.fromkeys(passage for hits in found for passage in hits.get(name, ())))
@@ -150,10 +152,6 @@ def search_mixture(
     return run
 
 
-def _inner(teacher: Teacher) -> Teacher:
-    return teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
-
-
 def _sum(members: Sequence[tuple[Teacher, float]], query: str, passages: Sequence[str]) -> list[float]:
     total = torch.zeros(len(passages))
     for one, weight in members:
@@ -162,15 +160,7 @@ def _sum(members: Sequence[tuple[Teacher, float]], query: str, passages: Sequenc
 
 
 def dense_run(teacher: Any, ids: Sequence[str], texts: Sequence[str], queries: Mapping[str, str], depth: int) -> Run:
-    """Search exactly with the vectors of a teacher of one vector a text.
-
-    Args:
-        teacher: a DenseTeacher, cached or not.
-        ids: passage ids.
-        texts: their texts.
-        queries: query id to text.
-        depth: passages a query.
-    """
+    """Search `depth` passages a query exactly with a DenseTeacher, cached or not."""
     passages, names = teacher.vectors(texts, "document"), list(queries)
     vectors = teacher.vectors(list(queries.values()), "query")
     block = max(1, _SCORES_AT_ONCE // len(passages))

@@ -1,25 +1,85 @@
-"""A teacher's scores of a set of triples, written once: to distil them later without the teacher."""
+"""A teacher's scores written once, of triples or of generated queries: to distil or to filter without the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tct_hf.files import claim, write_aside, write_json_atomic
+import numpy as np
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-    from datasets import Dataset
+from tct_hf.batches import own_places
+from tct_hf.data import expansion_store as store
+from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.passages import checked_passages
+from tct_hf.files import claim, file_digest, write_aside, write_json_atomic
+from tct_hf.progress import PassageProgress, print_at_once
+from tct_hf.teachers.base import Teacher, device_of
+from tct_hf.teachers.colbert import ColBERTTeacher
+from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
+from tct_hf.teachers.ensemble import TeacherEnsemble
 
-    from tct_hf.teachers.base import Teacher
-
-__all__ = ["SCORE_NAME", "score_triples"]
+__all__ = ["SCORE_NAME", "score_expansions", "score_triples"]
 
 # What follows a candidate's name in the columns of scores, as in mined triples.
 SCORE_NAME = "teacher_score"
 TRIPLES_FOLDER = "triples"
 SUMMARY_FILE = "summary.json"
+
+Row = tuple[str, str, list[str]]  # id, text, queries
+
+
+def _begin(
+    teacher: Teacher, folder: Path, settings: Mapping[str, Any], state: PartialState | None, **sizes: int
+) -> tuple[int, int]:
+    """Refuse what can't score, claim the folder for its settings, and say which of how many processes this is."""
+    for setting, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{setting} must be at least 1, got {size}.")
+    if isinstance(teacher, CrossEncoderTeacher) and teacher.covers == "in-batch":
+        raise ValueError(
+            'The cross-encoder would score every query with every passage: load it with candidates="own".'
+        )
+    if state is None or state.is_main_process:
+        claim(folder, settings)
+        for left in folder.glob(".*.tmp"):  # by a killed process
+            left.unlink()
+    if state is None:
+        return 0, 1
+    state.wait_for_everyone()
+    teacher.to(state.device)
+    return state.process_index, state.num_processes
+
+
+def _finish(state: PartialState | None, write: Callable[[], object]) -> None:
+    """Let the main process write the end once every process has written its shards."""
+    if state is not None:
+        state.wait_for_everyone()
+    if state is None or state.is_main_process:
+        write()
+    if state is not None:
+        state.wait_for_everyone()
+
+
+def _checked(scores: Tensor, queries: Sequence[str], *, of: Sequence[str] | None = None) -> Tensor:
+    """Scores `(queries, ...)` on the CPU, in float32; `of` names each query's passage for the message."""
+    finite = torch.isfinite(scores).flatten(1).all(1) if scores.ndim > 1 else torch.isfinite(scores)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        place = f" of passage {of[row]!r}" if of is not None else ""
+        raise ValueError(
+            f"The teacher gave a score that is not finite for the query {queries[row]!r}{place}: load it with dtype "
+            "float32, and check that its checkpoint scores single texts finitely."
+        )
+    return scores.float().cpu()
 
 
 def score_triples(
@@ -39,95 +99,68 @@ def score_triples(
     Stopped and called again, it goes on after the last whole shard; finished, it returns at once.
 
     Args:
-        teacher: of any kind but an ensemble for the whole batch, whose scores depend on the other rows of a batch.
-        triples: as `load_triples` gives them.
-        output_dir: a folder of other arguments is refused.
+        teacher: teacher of any kind but an ensemble for the whole batch, whose scores depend on the other rows.
+        triples: triples of `load_triples`.
+        output_dir: folder of the result; one of other arguments is refused.
         depends: JSON-ready, all that the scores depend on beside the triples, for instance `describe_teacher`.
-        name: of the teacher, for the summary; what class it is when None.
-        rows_a_shard: what is lost at most when a process is killed.
+        name: name of the teacher in the summary; its class when None.
+        rows_a_shard: rows that are lost at most when a process is killed.
         batch_size: rows that are scored together.
-        state: the processes of a distributed run, which share the shards; one process when None.
+        state: processes of a distributed run, which share the shards; one process when None.
         write: takes a line of progress a shard.
 
     Returns:
         "rows", "candidates" a row, "shards", "positive_on_top" (share of the rows) and "margin" (mean of the
         positive's score less the best negative's; both None without negatives), "teacher", and of its scores, as they
-        are stored, "scores": "kind" (MaxSim, logit ...), "training_scale" (what the teacher's own training multiplied
-        them by, for that of `StoredScores`), "count", "min", "max" and "mean"; as in `summary.json`. The shards hold
-        the columns of the triples, and positive_teacher_score, negative_teacher_score (or negative_1_teacher_score
-        ...): `load_triples(output_dir / "triples", scores="teacher_score")` reads them for `StoredScores`.
+        are stored, "scores": "kind" (MaxSim, logit ...), "training_scale" (of the teacher's own training, for
+        `StoredScores`), "count", "min", "max" and "mean"; as in `summary.json`. The shards hold the columns of the
+        triples, and positive_teacher_score, negative_teacher_score (or negative_1_teacher_score ...):
+        `load_triples(output_dir / "triples", scores="teacher_score")` reads them for `StoredScores`.
 
     Raises:
         ValueError: sizes below 1, no row, scores that are there already or are not finite, a teacher that is not for
             a query's own candidates alone, a folder of other arguments.
         OSError: output_dir can't be written.
     """
-    from tct_hf.data.column_names import candidate_columns
-    from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
-    from tct_hf.teachers.ensemble import TeacherEnsemble
-
-    for setting, size in (("rows_a_shard", rows_a_shard), ("batch_size", batch_size)):
-        if size < 1:
-            raise ValueError(f"{setting} must be at least 1, got {size}.")
     if isinstance(teacher, TeacherEnsemble) and teacher.covers == "in-batch":
         raise ValueError(
             "A TeacherEnsemble of teachers for the whole batch normalises over it, so that its scores depend on the "
             "rows beside a row: score with each teacher alone, and mix StoredScores."
         )
-    if isinstance(teacher, CrossEncoderTeacher) and teacher.covers == "in-batch":
-        raise ValueError(
-            'The cross-encoder would score every query with every passage: load it with candidates="own".'
-        )
     if not len(triples):
         raise ValueError("triples: there is no row to score.")
     names = candidate_columns(triples.column_names)
-    taken = [f"{name}_{SCORE_NAME}" for name in names if f"{name}_{SCORE_NAME}" in triples.column_names]
-    if taken:
-        raise ValueError(f"triples: they have a column {taken[0]!r} already; remove it, or train on it as it is.")
+    columns = [f"{name}_{SCORE_NAME}" for name in names]
+    for column in columns:
+        if column in triples.column_names:
+            raise ValueError(f"triples: they have a column {column!r} already; remove it, or train on it as it is.")
     folder = Path(output_dir)
+    sizes = {"rows_a_shard": rows_a_shard, "batch_size": batch_size}
+    settings = {**depends, "triples": triples._fingerprint, "columns": list(triples.column_names)}
+    rank, processes = _begin(teacher, folder, {**settings, "rows": len(triples), **sizes}, state, **sizes)
     shards = -(-len(triples) // rows_a_shard)
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    if rank == 0:
-        sizes = {"rows": len(triples), "rows_a_shard": rows_a_shard, "batch_size": batch_size}
-        claim(folder, {**depends, "triples": triples._fingerprint, "columns": list(triples.column_names), **sizes})
-    if state is not None:
-        state.wait_for_everyone()
-        teacher.to(state.device)
+    files = [folder / TRIPLES_FOLDER / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
     for shard in range(rank, shards, processes):
-        file = _shard(folder, shard, shards)
-        if file.is_file():
+        if files[shard].is_file():
             continue
         rows = triples.select(range(shard * rows_a_shard, min((shard + 1) * rows_a_shard, len(triples))))
-        _write_shard(file, rows, names, _scores(teacher, rows, names, batch_size, state))
+        table = rows.with_format("arrow")[:]
+        for column, scores in zip(columns, _own_scores(teacher, rows, names, batch_size, state).T, strict=True):
+            table = table.append_column(column, [scores])
+        with write_aside(files[shard]) as aside:
+            pq.write_table(table.replace_schema_metadata(None), aside, compression="zstd")
         if write is not None:
             write(f"  shard {shard + 1} of {shards}: {len(rows):,} rows")
-    if state is not None:
-        state.wait_for_everyone()
-    if rank == 0:
-        found = _summary(folder, shards, names)
-        scale = {"kind": teacher.score_kind, "training_scale": teacher.training_scale}
-        found |= {"teacher": name or type(teacher).__name__, "scores": {**scale, **found["scores"]}}
-        write_json_atomic(folder / SUMMARY_FILE, found)
-    if state is not None:
-        state.wait_for_everyone()
-    import json
-
+    _finish(state, lambda: write_json_atomic(folder / SUMMARY_FILE, _summary(teacher, name, files, columns)))
     summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     return summary
 
 
-def _shard(folder: Path, number: int, shards: int) -> Path:
-    return folder / TRIPLES_FOLDER / f"train-{number:05d}-of-{shards:05d}.parquet"
-
-
-def _scores(teacher: Teacher, rows: Dataset, names: list[str], batch_size: int, state: PartialState | None) -> Any:
-    """`(rows, candidates)` float32, on the CPU."""
-    import torch
-    from accelerate.utils import send_to_device
-
-    from tct_hf.batches import own_places
-
-    device = state.device if state is not None else torch.device("cpu")
+def _own_scores(
+    teacher: Teacher, rows: Dataset, names: list[str], batch_size: int, state: PartialState | None
+) -> np.ndarray:
+    """`(rows, candidates)` float32."""
+    device = device_of(teacher) if state is None else state.device
     found = []
     for batch in rows.iter(batch_size):
         queries = batch["query"]
@@ -135,46 +168,138 @@ def _scores(teacher: Teacher, rows: Dataset, names: list[str], batch_size: int, 
         inputs = teacher.collate(queries, [batch[name] for name in names], each)
         scores = teacher.score_matrix(send_to_device(inputs or {}, device), gather=False)
         places, _ = own_places(len(queries), len(names), scores.device, gather=False)
-        own = scores.gather(1, places)
-        finite = torch.isfinite(own).all(1)
-        if not finite.all():
-            query = queries[int((~finite).nonzero()[0])]
-            raise ValueError(
-                f"The teacher gave a score that is not finite for the candidates of query {query!r}: load it with "
-                "dtype float32, and check that its checkpoint scores single texts finitely."
-            )
-        found.append(own.float().cpu())
-    return torch.cat(found)
+        found.append(_checked(scores.gather(1, places), queries))
+    return torch.cat(found).numpy()
 
 
-def _write_shard(file: Path, rows: Dataset, names: list[str], scores: Any) -> None:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+def _summary(teacher: Teacher, name: str | None, files: Sequence[Path], columns: list[str]) -> dict[str, Any]:
+    scores = np.concatenate(  # (rows, candidates)
+        [np.stack([column.to_numpy() for column in pq.read_table(file, columns=columns).columns], 1) for file in files]
+    ).astype(np.float64)
+    margins = scores[:, 0] - scores[:, 1:].max(1) if len(columns) > 1 else None
+    return {
+        "rows": len(scores),
+        "candidates": len(columns),
+        "shards": len(files),
+        "positive_on_top": None if margins is None else float((margins > 0).mean()),
+        "margin": None if margins is None else float(margins.mean()),
+        "teacher": name or type(teacher).__name__,
+        "scores": {
+            "kind": teacher.score_kind,
+            "training_scale": teacher.training_scale,
+            "count": scores.size,
+            "min": float(scores.min()),
+            "max": float(scores.max()),
+            "mean": float(scores.mean()),
+        },
+    }
 
-    table = rows.with_format("arrow")[:]
-    for name, column in zip(names, scores.T.numpy(), strict=True):
-        table = table.append_column(f"{name}_{SCORE_NAME}", [column])
-    with write_aside(file) as aside:
-        pq.write_table(table.replace_schema_metadata(None), aside, compression="zstd")
+
+def score_expansions(
+    teacher: Teacher,
+    corpus: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    depends: Mapping[str, Any],
+    batch_size: int = 256,
+    state: PartialState | None = None,
+    write: Callable[[str], None] | None = None,
+    write_every: float = 10.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, Any]:
+    """Score every generated query with its own passage, into `scores` in the folder of the expansions.
+
+    Stopped and called again, it goes on after the last whole shard. `load_expansions` then gives the scores beside the
+    queries, and `expanded_texts(..., drop_share=0.3)` leaves the lowest out.
+
+    Args:
+        teacher: a `ColBERTTeacher`, or a `CrossEncoderTeacher` of own candidates; it scores on the device it is on,
+            with `state` on that of its process.
+        corpus: the passages that were expanded, "id" and "text", in the same order; read once.
+        folder: folder of `expand_corpus` or `write_expansions`, finished.
+        depends: JSON-ready, all that the scores depend on beside the texts, for instance `describe_teacher`.
+        batch_size: most pairs that are scored together, but for a passage with more queries.
+        state: processes of a distributed run, which share the shards; one process when None.
+        write: takes a line of progress; printed by the main process when None.
+        write_every: seconds between such lines.
+        clock: seconds from a fixed moment, never going back.
+
+    Returns:
+        The manifest of the scores: `depends`, "count" and "shards".
+
+    Raises:
+        ValueError: another kind of teacher; a corpus with other passages; a score that is not finite; a folder with
+            scores of another teacher.
+        FileNotFoundError: the expansions are not there, or not finished.
+        OSError: the folder can't be written.
+
+    Source: Gospodinov, MacAvaney, Macdonald, Doc2Query--, ECIR 2023 (arXiv 2301.03266).
+    """
+    if not isinstance(teacher, (ColBERTTeacher, CrossEncoderTeacher)):
+        raise ValueError(
+            f"Generated queries can't be scored by a {type(teacher).__name__}: use a ColBERTTeacher or a "
+            "CrossEncoderTeacher."
+        )
+    place = Path(folder)
+    scores = place / store.SCORES_FOLDER
+    manifest = store.read_manifest(place, "expansions")
+    settings = {**depends, "batch_size": batch_size, "expansions": file_digest(place / store.MANIFEST_FILE)}
+    rank, processes = _begin(teacher, scores, settings, state, batch_size=batch_size)
+    passages = checked_passages(corpus, True)
+    count, shards = manifest["count"], manifest["shards"]
+    progress = PassageProgress(count, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
+    for number, entry in enumerate(shards):
+        table = store.read_shard(place, number, "queries")
+        rows = list(_with_texts(table, passages, store.shard_file(place, number)))
+        if store.is_made_of(scores, number, entry["sha256"]):
+            progress.skipped(len(rows))
+        elif number % processes == rank:
+            found: list[list[float]] = []
+            for batch in _batches(rows, batch_size):
+                found += _query_scores(teacher, batch)
+                progress.encoded(len(batch))
+            store.write_shard(scores, number, [row[0] for row in rows], "scores", found, entry["sha256"])
+    if next(passages, None) is not None:
+        raise ValueError(f"corpus: it has more passages than the {count:,} that were expanded.")
+    _finish(state, lambda: store.finish(scores, len(shards), count))
+    progress.finish(count)
+    return store.read_manifest(scores, "scores")
 
 
-def _summary(folder: Path, shards: int, names: list[str]) -> dict[str, Any]:
-    import numpy as np
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+def _with_texts(table: Any, passages: Iterator[tuple[str, str]], file: Path) -> Iterator[Row]:
+    for name, queries in zip(table["id"].to_pylist(), table["queries"].to_pylist(), strict=True):
+        passage_id, text = next(passages, (None, ""))
+        if passage_id != name:
+            there = "the corpus ends before it" if passage_id is None else f"the corpus has {passage_id!r} there"
+            raise ValueError(f"{file}: passage {name!r}, but {there}: give the corpus that was expanded.")
+        yield name, text, queries
 
-    count, on_top, margin, total = 0, 0, 0.0, 0.0
-    least, most = np.inf, -np.inf
-    for number in range(shards):
-        table = pq.read_table(_shard(folder, number, shards), columns=[f"{name}_{SCORE_NAME}" for name in names])
-        scores = np.stack([column.to_numpy() for column in table.columns]).astype(np.float64)
-        count += len(table)
-        total += float(scores.sum())
-        least, most = min(least, float(scores.min())), max(most, float(scores.max()))
-        if len(names) > 1:
-            margins = scores[0] - scores[1:].max(0)
-            on_top += int((margins > 0).sum())
-            margin += float(margins.sum())
-    found = {"positive_on_top": on_top / count, "margin": margin / count} if len(names) > 1 else {}
-    none = dict.fromkeys(("positive_on_top", "margin"))
-    number_of = count * len(names)
-    scores_are = {"count": number_of, "min": least, "max": most, "mean": total / number_of}
-    return {"rows": count, "candidates": len(names), "shards": shards, **none, **found, "scores": scores_are}
+
+def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+    """Consecutive passages with at most so many queries together."""
+    batch: list[Row] = []
+    for row in rows:
+        if batch and sum(len(queries) for *_, queries in batch) + len(row[2]) > batch_size:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _query_scores(teacher: ColBERTTeacher | CrossEncoderTeacher, batch: Sequence[Row]) -> list[list[float]]:
+    """One score a query, of each passage of a batch."""
+    # A query that was drawn several times is scored once.
+    pairs = list(dict.fromkeys((row, query) for row, (*_, queries) in enumerate(batch) for query in queries))
+    if not pairs:
+        return [[] for _ in batch]
+    of, queries = map(list, zip(*pairs, strict=True))
+    # A ColBERT encodes each passage once and compares it with all queries; other pairs cost next to nothing.
+    live = isinstance(teacher, ColBERTTeacher)
+    passages = [text for _, text, _ in batch] if live else [batch[row][1] for row in of]
+    inputs = teacher.collate(queries, [passages], [{} for _ in queries])
+    matrix = teacher.score_matrix(send_to_device(inputs or {}, device_of(teacher)), gather=False)
+    columns = torch.tensor(of if live else range(len(of)), device=matrix.device)
+    found = _checked(matrix.gather(1, columns[:, None])[:, 0], queries, of=[batch[row][0] for row in of])
+    known = dict(zip(pairs, found.tolist(), strict=True))
+    return [[known[row, query] for query in queries] for row, (*_, queries) in enumerate(batch)]

@@ -1,4 +1,4 @@
-"""A teacher that has spoken already: scores from the data set's columns, or from a table by ids."""
+"""A teacher of stored scores: from the data set's columns, or from a table by ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tct_hf.batches import spread_own
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.row_parsing import shown
 from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
-from tct_hf.teachers.base import Teacher, check_scale
+from tct_hf.teachers.base import Columns, Rows, Teacher, Texts, check_scale
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,23 +25,23 @@ _SEARCHED = ("scores", "teacher_score", "label", "score")
 
 
 class StoredScores(Teacher):
-    """Scores that are there before training: cheap, of whatever teacher, for a query's own candidates.
+    """Scores that were made before training: cheap, of whatever teacher, for a query's own candidates.
 
     Args:
         table: rows of query id, passage id and score (see :meth:`ScoreTable.open`) in a file, on the Hub or in a data
             set, found by the triples' query_id, positive_id, negative_id ...; None: the scores are in the triples' own
             columns.
-        column: of the triples: a list of one score a candidate, positive first; or what follows a candidate's name,
-            "teacher_score" for positive_teacher_score and negative_teacher_score (or negative_1_teacher_score ...).
-            None looks for scores, then _teacher_score, label, and _score.
+        column: column of the triples: a list of one score a candidate, positive first; or what follows a candidate's
+            name, "teacher_score" for positive_teacher_score and negative_teacher_score (or negative_1_teacher_score
+            ...). None looks for scores, then _teacher_score, label, and _score.
         columns: the table's names for query_id, passage_id and score.
-        training_scale: what the scores were multiplied by, see :class:`Teacher`.
-        cache_dir: where a table's prepared form is kept, 12 bytes a pair; by default that of `load_triples`.
+        training_scale: factor of the scores in the teacher's own training, see :class:`Teacher`.
+        cache_dir: folder of a table's prepared form, 12 bytes a pair; by default that of `load_triples`.
 
     Raises:
         FileNotFoundError: no such table.
         ValueError: both a table and a column, or a table that can't be used; in training, a row whose scores are
-            missing, not finite or not one a candidate, with its query id, the column and the mend.
+            missing, not finite or not one a candidate, with its query id, the column and the fix.
     """
 
     covers = "own"
@@ -84,16 +84,16 @@ class StoredScores(Teacher):
         """Look all rows up in the table, which training would do as it comes to them.
 
         Args:
-            rows: with ids.
+            rows: rows with ids.
             mend: what to do about a row without a score.
 
         Raises:
-            ValueError: the first row without a score, and the mend.
+            ValueError: the first row without a score, and what to do.
         """
         names = candidate_columns(rows.column_names, read=rows.column_names)
         for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
             each = [dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)]
-            self._looked_up(each, names, mend=mend)
+            self._looked_up(each, names, mend)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns of the scores; none of a table's."""
@@ -111,9 +111,7 @@ class StoredScores(Teacher):
             if each[0] not in there:
                 continue
             if missing := [column for column in each if column not in there]:
-                raise ValueError(
-                    f"The scores in {each[0]!r} want {', '.join(map(repr, missing))} beside them: add it."
-                )
+                raise ValueError(f"The data set has scores in {each[0]!r}, but no {', '.join(missing)}: add it.")
             if self.column is None and name == "score" and "origin" in there:
                 raise ValueError(
                     f"{each[0]!r} holds what the miner found candidates by, and there is no {names[0]}_teacher_score: "
@@ -126,30 +124,20 @@ class StoredScores(Teacher):
             "with load_triples(..., scores=...), or make them with recipes/score.py."
         )
 
-    def collate(
-        self, queries: Sequence[str], columns: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """Read and check the scores of the rows, `(queries, columns)`."""
         there = list(rows[0])
         names = candidate_columns(there, read=there)
         if self.table is not None:
             self.check(there, candidates="own")
-            return {"scores": torch.tensor(self._looked_up(rows, names), dtype=torch.float32)}
-        from_columns = self._score_columns(there, names)
-        scores = []
-        for row in rows:
-            place = f"query {row.get('query_id', row['query'])!r}"
-            mend = "score the row again, or remove it"
-            values = zip(names, _values(row, from_columns, names, place), strict=True)
-            scores.append([check_score(value, name, f"{place}, column {at!r}", mend) for name, (at, value) in values])
+            scores = self._looked_up(rows, names)
+        else:
+            from_columns = self._score_columns(there, names)
+            scores = [_values(row, from_columns, names) for row in rows]
         return {"scores": torch.tensor(scores, dtype=torch.float32)}
 
     def _looked_up(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        names: Sequence[str],
-        *,
-        mend: str = _MEND,
+        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str], mend: str = _MEND
     ) -> list[list[float]]:
         assert self.table is not None
         pairs = [(str(row["query_id"]), str(row[f"{name}_id"])) for row in rows for name in names]
@@ -168,21 +156,21 @@ class StoredScores(Teacher):
         return spread_own(inputs["scores"], gather=gather)
 
 
-def _values(
-    row: Mapping[str, Any], columns: list[str] | str, names: Sequence[str], place: str
-) -> list[tuple[str, Any]]:
-    """(column, score) of each candidate of a row."""
-    if not isinstance(columns, str):
-        return [(column, plain(row[column])) for column in columns]
-    listed = plain(row[columns])
-    if not isinstance(listed, (list, tuple)):
-        raise ValueError(
-            f"{place}, column {columns!r}: holds {shown(listed)}, where a list of {len(names)} scores is needed, "
-            "positive first; of a margin, store both scores."
-        )
-    if len(listed) != len(names):
-        raise ValueError(
-            f"{place}, column {columns!r}: {len(listed)} scores for {len(names)} candidates ({', '.join(names)}): "
-            "give one each, positive first."
-        )
-    return [(columns, value) for value in listed]
+def _values(row: Mapping[str, Any], columns: list[str] | str, names: Sequence[str]) -> list[float]:
+    """The score of each candidate of a row."""
+    place = f"query {row.get('query_id', row['query'])!r}"
+    if isinstance(columns, str):
+        listed = plain(row[columns])
+        if not isinstance(listed, (list, tuple)) or len(listed) != len(names):
+            raise ValueError(
+                f"{place}, column {columns!r}: holds {shown(listed)}, where a list of {len(names)} scores is needed "
+                f"({', '.join(names)}); of a margin, store both scores."
+            )
+        found = [(columns, value) for value in listed]
+    else:
+        found = [(column, plain(row[column])) for column in columns]
+    mend = "score the row again, or remove it"
+    return [
+        check_score(value, name, f"{place}, column {column!r}", mend)
+        for name, (column, value) in zip(names, found, strict=True)
+    ]

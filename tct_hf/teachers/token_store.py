@@ -31,10 +31,10 @@ class TokenStore:
     them, half would be found; with the oldest thrown out for the newest, none would. A full disk is a full store.
 
     Args:
-        folder: made when missing.
+        folder: folder of the files, made when missing.
         settings: JSON-ready, all that the vectors depend on: a folder of others is refused.
         dim: numbers a token.
-        max_bytes: of all files together.
+        max_bytes: most bytes of all files together.
 
     Raises:
         ValueError: a folder of other vectors, or no room at all.
@@ -65,10 +65,8 @@ class TokenStore:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
-        return sum(path.stat().st_size for path in self.folder.glob("*.f16")) + sum(
-            path.stat().st_size for path in self.folder.glob("*.index")
-        )
+        """Size of all files."""
+        return sum(path.stat().st_size for path in self.folder.glob("*.*") if path.suffix in (".f16", ".index"))
 
     def refresh(self) -> None:
         """Learn what other processes have added."""
@@ -95,7 +93,7 @@ class TokenStore:
             if name not in self._files:
                 self._files[name] = (self.folder / f"{name}.f16").open("rb")
             content = os.pread(self._files[name].fileno(), tokens * self.dim * 2, offset)
-        except FileNotFoundError:  # deleted, and its index left: as good as damaged
+        except FileNotFoundError:  # its index was left
             pass
         if len(content) != tokens * self.dim * 2 or zlib.crc32(content) != checksum:
             del self._places[key]
@@ -106,12 +104,7 @@ class TokenStore:
         return np.frombuffer(content, dtype=np.float16).reshape(tokens, self.dim)
 
     def put(self, keys: Sequence[int], vectors: Sequence[np.ndarray]) -> None:
-        """Keep vectors of texts that are not there yet, while there is room.
-
-        Args:
-            keys: of the texts.
-            vectors: `(tokens, dim)` float16 of each.
-        """
+        """Keep the vectors `(tokens, dim)` float16 of texts that are not there yet, while there is room."""
         new = {key: text for key, text in zip(keys, vectors, strict=True) if key not in self._places}
         size = sum(text.nbytes + _RECORD.itemsize for text in new.values())
         if not new or self.full:

@@ -1,8 +1,9 @@
-"""From rows to a batch: the student's tokens, the teacher's, and which candidates are known positives."""
+"""From rows to a batch: which rows go together, the student's tokens, the teacher's, and known positives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.teachers.base import Teacher
@@ -29,15 +31,15 @@ def stable_id(key: str) -> int:
 class TCTDataCollator(SentenceTransformerDataCollator):
     """Tokenises rows for the student, lets the teacher prepare what it needs, and numbers the candidates.
 
-    Args:
-        teacher: of the batch's score matrix.
-        prompts: the student's prompts, `{"query": ..., "document": ...}`.
-
     A batch holds the student's columns and, under "tct", `teacher` (what :meth:`Teacher.collate` returned),
     `candidate_ids (queries, columns)` int64 and, where the data set has them, `known_positive_ids (queries, most)`
     int64 padded with -1, `labelled (queries,)` bool and `label_weight (queries,)` float32. Ids are hashes of the data
     set's passage ids; without ids, of the texts. A row whose column labelled is false has passages in all its
-    candidate columns, but nobody has said that the one in column positive answers its query.
+    candidate columns, but no judgement says that the one in column positive answers its query.
+
+    Args:
+        teacher: the teacher that scores the batch.
+        prompts: the student's prompts, `{"query": ..., "document": ...}`.
     """
 
     teacher: Teacher | None = None
@@ -52,24 +54,20 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         """Make one batch of `(queries,)` rows."""
         if not features:
             return {}
-        dataset = features[0].get("dataset_name")
-        there = list(features[0])
-        columns = candidate_columns(there, read=self.teacher.columns_read(there) if self.teacher is not None else ())
+        first = features[0]
+        columns = candidate_columns(list(first), read=self.teacher.columns_read(list(first)) if self.teacher else ())
         texts = {name: [row[name] for row in features] for name in ("query", *columns)}
         for name, values in texts.items():
-            if not all(isinstance(value, str) for value in values):
-                bad = next(value for value in values if not isinstance(value, str))
-                raise ValueError(f"Column {name!r} holds {bad!r}, which is no text: remove such rows before training.")
+            for value in values:
+                if not isinstance(value, str):
+                    raise ValueError(f"Column {name!r} holds {value!r}, not text: remove such rows before training.")
         batch = super().__call__([dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])
-        if dataset is not None:
-            batch["dataset_name"] = dataset
-        rest: dict[str, Any] = {"candidate_ids": _candidate_ids(features, columns)}
-        known = _known_positive_ids(features, columns)
-        if known is not None:
-            rest["known_positive_ids"] = known
-        if "labelled" in features[0]:
+        if first.get("dataset_name") is not None:
+            batch["dataset_name"] = first["dataset_name"]
+        rest: dict[str, Any] = _ids(features, columns)
+        if "labelled" in first:
             rest["labelled"] = torch.tensor([_flag(row["labelled"]) for row in features], dtype=torch.bool)
-        if "label_weight" in features[0]:
+        if "label_weight" in first:
             rest["label_weight"] = torch.tensor([row["label_weight"] for row in features], dtype=torch.float32)
         if self.teacher is not None:
             prepared = self.teacher.collate(texts["query"], [texts[name] for name in columns], features)
@@ -79,35 +77,58 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         return batch
 
 
-def _has_ids(row: Mapping[str, Any], columns: Sequence[str]) -> bool:
-    present = [f"{name}_id" in row for name in columns]
-    if any(present) and not all(present):
-        missing = [f"{name}_id" for name, there in zip(columns, present, strict=True) if not there]
-        raise ValueError(
-            f"The data set has passage ids for some columns only: add {', '.join(missing)}, or remove the other ids."
-        )
-    return all(present)
-
-
-def _candidate_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Tensor:
-    names = [f"{name}_id" for name in columns] if _has_ids(rows[0], columns) else list(columns)
-    return torch.tensor([[stable_id(str(row[name])) for name in names] for row in rows], dtype=torch.int64)
-
-
-def _known_positive_ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Tensor | None:
-    if "known_positive_ids" not in rows[0]:
-        return None
-    if not _has_ids(rows[0], columns):
-        raise ValueError(
-            "known_positive_ids are there, but not the candidates' ids they are compared with: add "
-            f"{', '.join(f'{name}_id' for name in columns)}, or remove known_positive_ids."
-        )
-    known = [[stable_id(str(key)) for key in row["known_positive_ids"] or ()] for row in rows]
-    width = max(1, max(len(row) for row in known))
-    return torch.tensor([row + [NO_ID] * (width - len(row)) for row in known], dtype=torch.int64)
+def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Tensor]:
+    missing = [f"{name}_id" for name in columns if f"{name}_id" not in rows[0]]
+    known = "known_positive_ids" in rows[0]
+    if missing and (known or len(missing) < len(columns)):
+        what = "known_positive_ids" if known else "passage ids for some columns"
+        raise ValueError(f"The data set has {what}, but no {', '.join(missing)}: add these ids, or remove the others.")
+    names = columns if missing else [f"{name}_id" for name in columns]
+    ids = {"candidate_ids": torch.tensor([[stable_id(str(row[name])) for name in names] for row in rows])}
+    if known:
+        found = [[stable_id(str(key)) for key in row["known_positive_ids"] or ()] for row in rows]
+        width = max(1, *map(len, found))
+        ids["known_positive_ids"] = torch.tensor([row + [NO_ID] * (width - len(row)) for row in found])
+    return ids
 
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"Column 'labelled' holds {value!r}: give true, or false for a row without a label.")
     return value
+
+
+class SameDatasetBatchSampler(BatchSampler):
+    """Regroups batches so that every `world` in a row, which go to `world` devices, come from one data set.
+
+    Args:
+        sampler: sentence-transformers' sampler over several data sets: batches of row numbers, each of one data set.
+        ends: row number after the last of each data set.
+        world: number of devices. Batches of a data set that fill no group at the end are dropped.
+    """
+
+    def __init__(self, sampler: Any, ends: Sequence[int], world: int) -> None:
+        self.inner: Any = sampler
+        self.ends = list(ends)
+        self.world = world
+        self.batch_size = getattr(sampler, "batch_size", 1)
+        self.drop_last = True
+
+    def __iter__(self) -> Iterator[list[int]]:
+        waiting: dict[int, list[list[int]]] = {}
+        for batch in self.inner:
+            group = waiting.setdefault(bisect_right(self.ends, batch[0]), [])
+            group.append(batch)
+            if len(group) == self.world:
+                yield from group
+                group.clear()
+
+    def __len__(self) -> int:
+        counts = [len(part) for part in self.inner.batch_samplers]
+        if len(self.inner) != sum(counts):  # in turn, until the smallest data set is used up
+            counts = [len(self.inner) // len(counts)] * len(counts)
+        return sum(count // self.world * self.world for count in counts)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler which epoch it shuffles for."""
+        self.inner.set_epoch(epoch)

@@ -7,16 +7,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
 
-from tct_hf.files import is_claimed
+from tct_hf.retrieval.mining import positive_rows
 from tct_hf.settings import setting
-from tct_hf.training.saving import SavedWholeMixin
-from tct_hf.training.stages import check_stage, claim_stage, publish_stage, run_stage
+from tct_hf.training.resumable import ResumableTrainer
+from tct_hf.training.stages import check_stage, run_stage
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from tct_hf.data.collection import Collection
 
 __all__ = ["ExpanderSizes", "expander_pairs", "new_expander", "train_expander"]
@@ -33,33 +41,18 @@ class ExpanderSizes:
     d_ff: int = setting(1024, "dimensions between")
 
 
-class ExpanderTrainer(SavedWholeMixin, Seq2SeqTrainer):  # type: ignore[misc]
-    """transformers' seq2seq trainer, with checkpoints that are whole or not there."""
+class ExpanderTrainer(ResumableTrainer, Seq2SeqTrainer):  # type: ignore[misc]
+    """transformers' seq2seq trainer, resumable."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        # T5 and its kin take any keyword and average over the batch at hand all the same. Believed to divide by the
-        # tokens of all batches of a step, they would add up losses and gradients where a mean is meant.
+        # T5 and models like it take any keyword and average over the batch at hand all the same. Believed to divide by
+        # the tokens of all batches of a step, they would add up losses and gradients where a mean is meant.
         self.model_accepts_loss_kwargs = False
 
 
 def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
-    """The relevant (passage, query) pairs of a split, in the order of its judgements.
-
-    Args:
-        collection: with that split.
-        use: "train" or "dev".
-
-    Returns:
-        Columns passage and query.
-
-    Raises:
-        ValueError: there is no pair.
-    """
-    from datasets import Dataset
-
-    from tct_hf.retrieval.mining import positive_rows
-
+    """The relevant pairs of a split, "train" or "dev", in the order of its judgements: columns passage and query."""
     split = collection.splits.get(use)
     row_of = {passage_id: row for row, passage_id in enumerate(collection.corpus["id"])}
     positives = positive_rows(split.queries, split.qrels, row_of) if split is not None else {}
@@ -71,29 +64,14 @@ def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
 
 
 def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tuple[Any, Any]:
-    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had.
-
-    Args:
-        texts: passages and queries.
-        sizes: of the model.
-        seed: of its weights.
-
-    Returns:
-        The model and the tokenizer.
-
-    Raises:
-        ValueError: a size below 1, or dimensions that the heads don't divide.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, set_seed
-
+    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had."""
     for name, size in asdict(sizes).items():
         if size < 1:
             raise ValueError(f"sizes.{name} must be at least 1, got {size}.")
     if sizes.d_model % sizes.heads:
         raise ValueError(f"sizes.d_model is {sizes.d_model}, which {sizes.heads} heads don't divide.")
     special = ["<pad>", "</s>", "<unk>"]
-    # Not Unigram: its trainer gives another vocabulary each time, and a run that goes on makes its tokenizer anew.
+    # Not Unigram: its trainer gives another vocabulary each time, and a run that goes on makes its tokenizer again.
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -136,25 +114,20 @@ def train_expander(
     make_dev_pairs: Callable[[], Dataset] | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
-    """Train a model to write a passage's query, and save it with its tokenizer.
-
-    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+    """Train a model to write a passage's query, and save it with its tokenizer; see :func:`run_stage`.
 
     Args:
-        make_model: the model and its tokenizer; called when there is something to train.
-        make_pairs: columns passage and query; likewise.
+        make_model: makes the model and its tokenizer.
+        make_pairs: makes the data set, columns passage and query.
         final: folder for the trained model.
         work: folder for checkpoints.
-        arguments: of Seq2SeqTrainingArguments, without output_dir.
-        settings: JSON-ready, all that the model depends on: a folder with others is refused.
+        arguments: arguments of Seq2SeqTrainingArguments, without output_dir.
+        settings: JSON-ready, all that the model depends on.
         passage_length: tokens a passage keeps.
         query_length: tokens a query keeps.
-        prompt: before each passage; `expand_corpus` then needs the same.
-        make_dev_pairs: pairs whose loss is measured where `eval_strategy` asks for it.
+        prompt: text before each passage; `expand_corpus` then needs the same.
+        make_dev_pairs: makes the pairs whose loss is measured where `eval_strategy` asks for it.
         write: takes lines of progress.
-
-    Returns:
-        `final`.
 
     Raises:
         ValueError: a folder that belongs to other settings, or arguments that don't fit.
@@ -167,47 +140,39 @@ def train_expander(
     evaluates = str(arguments.get("eval_strategy", "no")) != "no"
     if evaluates and make_dev_pairs is None:
         raise ValueError("training.eval_strategy: there are no dev queries to evaluate on: leave it out.")
-    final, work = Path(final), Path(work)
-    if is_claimed(final, settings):
-        return final
-    claim_stage(work, settings)
-    model, tokenizer = make_model()
 
-    def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
-        inputs = tokenizer([prompt + text for text in batch["passage"]], truncation=True, max_length=passage_length)
-        labels = tokenizer(text_target=batch["query"], truncation=True, max_length=query_length)
-        return {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "labels": labels["input_ids"],
-        }
+    def make() -> tuple[Any, Callable[[Path], object]]:
+        model, tokenizer = make_model()
 
-    def prepared(make: Callable[[], Dataset]) -> Dataset:
-        # Tokenised as they are asked for: no copy of the pairs in tokens, whatever their number.
-        return make().with_transform(tokens)
+        def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
+            texts = [prompt + text for text in batch["passage"]]
+            inputs = tokenizer(texts, truncation=True, max_length=passage_length)
+            labels = tokenizer(text_target=batch["query"], truncation=True, max_length=query_length)
+            return {
+                "input_ids": inputs["input_ids"],
+                "attention_mask": inputs["attention_mask"],
+                "labels": labels["input_ids"],
+            }
 
-    args = Seq2SeqTrainingArguments(
-        output_dir=str(work), disable_tqdm=True, **{"remove_unused_columns": False, **arguments}
-    )
-    trainer = ExpanderTrainer(
-        model=model,
-        args=args,
-        train_dataset=prepared(make_pairs),
-        eval_dataset=prepared(make_dev_pairs) if evaluates and make_dev_pairs is not None else None,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),  # pads to the longest of a batch
-    )
-    run_stage(trainer, work, write)
+        trainer = ExpanderTrainer(
+            model=model,
+            args=Seq2SeqTrainingArguments(
+                output_dir=str(work), disable_tqdm=True, **{"remove_unused_columns": False, **arguments}
+            ),
+            # Tokenised as they are asked for: no copy of the pairs in tokens, whatever their number.
+            train_dataset=make_pairs().with_transform(tokens),
+            eval_dataset=make_dev_pairs().with_transform(tokens) if evaluates and make_dev_pairs else None,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),  # pads to the longest of a batch
+        )
 
-    def save(folder: Path) -> None:
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        whole.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        def save(folder: Path) -> None:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
 
-    if trainer.is_world_process_zero():
-        publish_stage(work, final, save)
-    trainer.accelerator.wait_for_everyone()
-    return final
+        return trainer, save
+
+    return run_stage(make, final, work=work, settings=settings, write=write)
 
 
 def expander_texts(collection: Collection) -> Iterator[str]:

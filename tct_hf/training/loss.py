@@ -16,7 +16,6 @@ from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
 from tct_hf.batches import (
-    check_mini_batch_size,
     gather_rows,
     pad_tokens,
     parts_of_like_length,
@@ -26,9 +25,10 @@ from tct_hf.batches import (
     token_lengths,
 )
 from tct_hf.training.score_losses import (
+    LOSS_SETTINGS,
+    NUMBERS,
     KLDirection,
     at_least_float32,
-    check_scale,
     check_settings,
     coupled_loss,
     masked,
@@ -36,7 +36,7 @@ from tct_hf.training.score_losses import (
 )
 from tct_hf.training.sparsity import active_dims
 
-__all__ = ["NO_LABEL", "TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part", "teacher_entropy"]
+__all__ = ["TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part"]
 
 NO_LABEL = -1  # of a row's positive_index
 COSINE_SCALE = 20.0  # sentence-transformers' default too
@@ -47,15 +47,14 @@ class TeacherTargets:
     """What a batch's teacher says, and which candidates count.
 
     Rows are this process's queries. Columns are the candidates: all positives of the (gathered) batch in rank order,
-    then all first negatives, and so on.
-
-    A dataclass and not a tensor, because losses that wrap others slice or scale tensor labels.
+    then all first negatives, and so on. A dataclass and not a tensor, because losses that wrap others slice or scale
+    tensor labels.
 
     Args:
         scores: `(queries, candidates)` float32, the teacher's scores.
         mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
         positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
-        label_weight: `(queries,)` float32, how much each row's hard label counts; all alike when None.
+        label_weight: `(queries,)` float32, weight of each row's hard label; equal weights when None.
         report: figures of this batch that the loss leaves for the log: each part of the loss, the teacher's entropy
             in nats and the share of rows where student and teacher agree on the top candidate; of a sparse student
             also the mean active dimensions of queries and passages, and the share of all dimensions that are not.
@@ -84,27 +83,28 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         model: the student, dense or sparse. Its embeddings are compared by dot product, normalised where the model
             compares by cosine. A sparse one needs a SpladeLoss around this loss, so that it stays sparse:
             :class:`~tct_hf.SparseTCTTrainer` makes it.
-        temperature: divides the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
-        student_temperature: divides the student's scores in the distillation part.
-        hard_label_weight: weight of the hard labels, from 0 to 1.
-        margin_mse_weight: weight of MarginMSE beside these, over the same candidates; see :func:`coupled_loss`.
+        temperature: divisor of the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
+        student_temperature: as `hard_label_weight`, `margin_mse_weight`, `student_divisor` and `kl_direction` an
+            argument of :func:`coupled_loss`.
+        hard_label_weight: see there.
+        margin_mse_weight: see there.
         student_scale: factor of the student's scores before anything else, which is no part of its checkpoint. None:
             20.0 where the student compares by cosine or ends in Normalize, 1.0 otherwise.
-        student_divisor: divides the student's scores before anything else.
-        kl_direction: "forward", KL(teacher || student), the paper's, or "reverse".
+        student_divisor: see there.
+        kl_direction: see there.
         candidates: "in-batch", every passage of the batch is a candidate of every query (the paper's method), or
             "own", only a query's own positive and negatives (its baseline).
         mini_batch_size: rows a forward pass when gradients are cached (large batches in little memory); None runs
             the whole batch at once.
         gather_across_devices: candidates are those of all devices' batches.
-        matryoshka_dims: also train the first d dimensions of the embeddings, for each d; the parts are averaged.
-            Those of a student that compares by cosine are normalised after slicing, others never.
+        matryoshka_dims: sizes d for which the first d dimensions of the embeddings are trained too; the parts are
+            averaged. Slices of a student that compares by cosine are normalised, others never.
         self_coupled: weights of the student's own pooled score and own MaxSim, of the same forward pass and without
-            gradient, beside the teacher's scores: the student is its own teacher. Hard labels then train both of its
-            readings. Needs the whole batch in one pass on one device.
+            gradient, added to the teacher's scores: the student is its own teacher. Hard labels then train both of
+            its readings. Needs a dense student and the whole batch in one pass of one process.
 
     Raises:
-        ValueError: a setting that is no such thing.
+        ValueError: a setting out of range.
 
     Requirements:
         1. Columns (query, positive, negative_1, ..., negative_n) with n >= 0 negatives.
@@ -124,11 +124,6 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
 
     Example:
         ::
-
-            from tct_hf.encoding.build import student_from_teacher
-            from tct_hf.teachers.colbert import ColBERTTeacher
-            from tct_hf.training.loss import TightlyCoupledLoss
-            from tct_hf.training.trainer import TCTTrainer
 
             teacher = ColBERTTeacher("path/to/colbert")
             student = student_from_teacher(teacher)
@@ -156,29 +151,13 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self_coupled: list[float] | None = None,
     ) -> None:
         super().__init__()
-        if candidates not in ("in-batch", "own"):
-            raise ValueError(f'candidates must be "in-batch" or "own", got {candidates!r}.')
-        check_mini_batch_size(mini_batch_size)
-        check_scale(student_scale)
-        check_settings(
-            temperature=temperature,
-            student_temperature=student_temperature,
-            hard_label_weight=hard_label_weight,
-            margin_mse_weight=margin_mse_weight,
-            student_divisor=student_divisor,
-            kl_direction=kl_direction,
-        )
-        dimension = model.get_embedding_dimension()
-        for d in matryoshka_dims or []:
-            if not 0 < d <= (dimension or d):
-                raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
         self.model = model
         self.is_sparse = isinstance(model, SparseEncoder)
+        self.compares_by_cosine = not self.is_sparse and model.similarity_fn_name == "cosine"
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
         self.margin_mse_weight = margin_mse_weight
-        self.compares_by_cosine = not self.is_sparse and model.similarity_fn_name == "cosine"
         if student_scale is None:
             unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
             student_scale = COSINE_SCALE if unit else 1.0
@@ -190,13 +169,22 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.uses_gradient_cache = mini_batch_size is not None
         self.gather_across_devices = gather_across_devices
         self.matryoshka_dims = matryoshka_dims
-        if self_coupled is not None and (self.is_sparse or mini_batch_size is not None or get_world_size() > 1):
-            raise ValueError(
-                "self_coupled compares the token vectors of a whole batch of a dense student on one device: leave out "
-                "mini_batch_size, and train in one process."
-            )
         self.self_coupled = self_coupled
         self.reported_settings: tuple[str, ...] = ()  # those that change over training
+        self.check(get_world_size())
+
+    def check(self, processes: int) -> None:
+        """Refuse settings that are out of range, or that don't fit the student or the number of processes."""
+        check_settings(self.get_config_dict())
+        dimension = self.model.get_embedding_dimension()
+        for d in self.matryoshka_dims or []:
+            if not 0 < d <= (dimension or d):
+                raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
+        if self.self_coupled is not None and (self.is_sparse or processes > 1):
+            raise ValueError(
+                "self_coupled compares the token vectors of a whole batch of a dense student: train a dense student, "
+                "in one process."
+            )
 
     @property
     def asks_teacher(self) -> bool:
@@ -237,7 +225,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         passages, passage_tokens, passage_mask = self._embed_tokens(features[1:])
         with torch.autocast(queries.device.type, enabled=False):
             maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask, passage_mask)
-            unit = torch.nn.functional.normalize
+            unit = nn.functional.normalize
             cosines = unit(queries.float(), dim=1) @ unit(passages.float(), dim=1).T
             own = (pooled * cosines + tokens * maxsim).detach()
         targets = replace(labels, scores=labels.scores + own)
@@ -263,15 +251,19 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         for rows, part in parts_of_like_length(merged):
             out = self.model(part)
             pooled.append(out["sentence_embedding"])
-            tokens.append(pad_tokens(torch.nn.functional.normalize(out["token_embeddings"].float(), dim=2), width))
+            tokens.append(pad_tokens(nn.functional.normalize(out["token_embeddings"].float(), dim=2), width))
             masks.append(pad_tokens(out["attention_mask"], width))
             order.append(rows)
         back = torch.cat(order).argsort()
         return torch.cat(pooled)[back], torch.cat(tokens)[back], torch.cat(masks)[back].bool()
 
+    def _merged(self, columns: list[dict[str, Tensor]]) -> dict[str, Any] | None:
+        # A compiled model is compiled for a few shapes: one pass a column.
+        return None if hasattr(self.model, "_orig_mod") else stack_columns(columns)
+
     def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
-        """The loss with gradients cached: passages of like length share a mini-batch, whatever their column."""
-        merged = None if hasattr(self.model, "_orig_mod") else stack_columns(features[1:])
+        """The loss with gradients cached: passages of similar length share a mini-batch, whatever their column."""
+        merged = self._merged(features[1:])
         if merged is None:
             return self.forward_cached(features, _Cached(labels))  # type: ignore[arg-type]
         order = torch.tensor(token_lengths(merged), device=merged["attention_mask"].device).argsort(stable=True)
@@ -283,9 +275,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         return self.forward_cached([features[0], passages], cached)  # type: ignore[arg-type]
 
     def _embed_passages(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
-        """`(queries, dim)` of each candidate column, passages of like length in one forward pass."""
-        merged = None if hasattr(self.model, "_orig_mod") else stack_columns(columns)
-        if merged is None:  # compiled for a few shapes, or not padded text: a pass a column
+        """`(queries, dim)` of each candidate column, passages of similar length in one forward pass."""
+        merged = self._merged(columns)
+        if merged is None:
             return [self.model(column)["sentence_embedding"] for column in columns]
         parts = [(rows, self.model(part)["sentence_embedding"]) for rows, part in parts_of_like_length(merged)]
         order = torch.cat([rows for rows, _ in parts])
@@ -339,12 +331,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             parts = coupled_loss(
                 scores,
                 labels.scores,
-                temperature=self.temperature,
-                student_temperature=self.student_temperature,
-                hard_label_weight=self.hard_label_weight,
-                margin_mse_weight=self.margin_mse_weight,
-                student_divisor=self.student_divisor,
-                kl_direction=self.kl_direction,
+                **{name: getattr(self, name) for name in (*NUMBERS, "kl_direction")},
                 candidate_mask=labels.mask,
                 positive_index=labels.positive_index,
                 label_weight=labels.label_weight,
@@ -367,7 +354,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     def _compared(self, embeddings: Tensor, d: int) -> Tensor:
         """The first d dimensions, `(rows, d)`, whose dot products are the student's scores."""
         sliced = at_least_float32(embeddings[:, :d])
-        return torch.nn.functional.normalize(sliced, dim=1) if self.compares_by_cosine else sliced
+        return nn.functional.normalize(sliced, dim=1) if self.compares_by_cosine else sliced
 
     def _against_teacher(self, scores: Tensor, labels: TeacherTargets) -> dict[str, Tensor]:
         """The teacher's entropy and how often the student's top candidate is the teacher's, for the log."""
@@ -380,7 +367,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     def _shares(self, labels: TeacherTargets) -> dict[str, Tensor]:
         """What turns this device's mean of each part into its share of the mean over all devices' rows.
 
-        A distributed wrapper averages over the devices, whatever each of them holds.
+        A distributed wrapper averages over the devices, however many rows each of them holds.
         """
         labelled = (labels.positive_index >= 0).float()
         weight = labelled if labels.label_weight is None else labels.label_weight * labelled
@@ -394,20 +381,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The loss's settings, as the model card shows them."""
-        return {
-            "temperature": self.temperature,
-            "student_temperature": self.student_temperature,
-            "hard_label_weight": self.hard_label_weight,
-            "margin_mse_weight": self.margin_mse_weight,
-            "student_scale": self.student_scale,
-            "student_divisor": self.student_divisor,
-            "kl_direction": self.kl_direction,
-            "candidates": self.candidates,
-            "mini_batch_size": self.mini_batch_size,
-            "gather_across_devices": self.gather_across_devices,
-            "matryoshka_dims": self.matryoshka_dims,
-            "self_coupled": self.self_coupled,
-        }
+        return {name: getattr(self, name) for name in (*LOSS_SETTINGS, "gather_across_devices")}
 
     @property
     def citation(self) -> str:
@@ -428,3 +402,8 @@ def coupled_part(loss: Any) -> Any:
     """The coupled loss that a loss is, or holds: a sparse student's stands inside a SpladeLoss."""
     inner = getattr(loss, "loss", None)
     return inner if isinstance(inner, TightlyCoupledLoss) else loss
+
+
+def coupled_parts(loss: Any) -> list[Any]:
+    """The coupled losses of a trainer's loss, or of its dict of losses by data set."""
+    return [coupled_part(one) for one in (loss.values() if isinstance(loss, dict) else [loss])]

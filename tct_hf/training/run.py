@@ -1,4 +1,4 @@
-"""The two training stages of the method, resumable: a ColBERT teacher, then a student distilled from it."""
+"""The training stages of the method, resumable: a ColBERT teacher, a student distilled from it, the stock baseline."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
     SparseEncoder,
 )
+from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.multi_vector_encoder.losses import (
     CachedMultiVectorMultipleNegativesRankingLoss,
     MultiVectorMultipleNegativesRankingLoss,
 )
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.encoding.build import save_student
-from tct_hf.files import is_claimed
 from tct_hf.teachers.base import Teacher, write_training_scale
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import COSINE_SCALE
-from tct_hf.training.saving import WholeCheckpointsMixin
+from tct_hf.training.resumable import ResumableTrainer
 from tct_hf.training.schedules import LossSchedule, Schedule
-from tct_hf.training.stages import check_stage, claim_stage, publish_stage, run_stage
-from tct_hf.training.streaming import StreamedTrainingMixin
+from tct_hf.training.stages import check_stage, run_stage
 from tct_hf.training.trainer import SparseTCTTrainer, TCTTrainer
 
 if TYPE_CHECKING:
@@ -44,23 +45,22 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
 
 
-class ColBERTTrainer(StreamedTrainingMixin, WholeCheckpointsMixin, MultiVectorEncoderTrainer):
-    """sentence-transformers' trainer of multi-vector models, with checkpoints that are whole or not there."""
+class ColBERTTrainer(ResumableTrainer, MultiVectorEncoderTrainer):
+    """sentence-transformers' trainer of multi-vector models, resumable."""
 
     def finalise(self, path: str) -> None:
         """Record what the scores are multiplied by, so that every saved or pushed teacher says it."""
-        if isinstance(
-            self.loss, (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss)
-        ):
+        kinds = (MultiVectorMultipleNegativesRankingLoss, CachedMultiVectorMultipleNegativesRankingLoss)
+        if isinstance(self.loss, kinds):
             write_training_scale(path, self.loss.scale)
 
 
-class StockTrainer(StreamedTrainingMixin, WholeCheckpointsMixin, SentenceTransformerTrainer):
-    """sentence-transformers' own trainer, with checkpoints that are whole or not there."""
+class StockTrainer(ResumableTrainer, SentenceTransformerTrainer):
+    """sentence-transformers' own trainer, resumable."""
 
 
 class _HalfPrecisionEncoding:
-    """Of an evaluator: encodes in bfloat16 when training does, and compares in float32."""
+    """For evaluators: encodes in bfloat16 when training does, and compares in float32."""
 
     bf16 = False
 
@@ -68,6 +68,13 @@ class _HalfPrecisionEncoding:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             vectors = super().embed_inputs(model, *args, **kwargs)  # type: ignore[misc]
         return vectors.float() if isinstance(vectors, torch.Tensor) else [one.float() for one in vectors]
+
+
+_EVALUATORS: dict[str, type] = {
+    "dense": InformationRetrievalEvaluator,
+    "late interaction": MultiVectorInformationRetrievalEvaluator,
+    "sparse": SparseInformationRetrievalEvaluator,
+}
 
 
 def dev_evaluator(
@@ -80,9 +87,9 @@ def dev_evaluator(
     """An evaluator on the dev queries where the arguments ask for evaluation, None where they do not.
 
     Args:
-        collection: with a dev split.
-        arguments: of the training; eval_strategy says whether there is evaluation, bf16 what it encodes in.
-        kind: of model; the evaluator of a sparse one also tells the active dimensions.
+        collection: collection with a dev split.
+        arguments: training arguments: eval_strategy, and bf16 for the encoding.
+        kind: kind of the model; the evaluator of a sparse one also tells the active dimensions.
         **part: `queries` and `passages` of :meth:`Collection.part`: quick, and too easy to be compared with
             anything but itself.
 
@@ -94,20 +101,7 @@ def dev_evaluator(
     """
     if not _evaluates(collection, arguments):
         return None
-    from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-    from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
-
-    class Dense(_HalfPrecisionEncoding, InformationRetrievalEvaluator):
-        bf16 = bool(arguments.get("bf16"))
-
-    class LateInteraction(_HalfPrecisionEncoding, MultiVectorInformationRetrievalEvaluator):
-        bf16 = bool(arguments.get("bf16"))
-
-    class Sparse(_HalfPrecisionEncoding, SparseInformationRetrievalEvaluator):
-        bf16 = bool(arguments.get("bf16"))
-
-    make: Any = {"dense": Dense, "late interaction": LateInteraction, "sparse": Sparse}[kind]
+    make: Any = type(kind, (_HalfPrecisionEncoding, _EVALUATORS[kind]), {"bf16": bool(arguments.get("bf16"))})
     searched = replace(collection, splits={"dev": collection.splits["dev"]}).part(**part)
     dev = searched.splits["dev"]
     return make(
@@ -135,16 +129,7 @@ def _evaluates(collection: Collection, arguments: Mapping[str, Any]) -> bool:
 def check_arguments(
     arguments: Mapping[str, Any], collection: Collection, *, of: Literal["colbert", "dense", "splade"]
 ) -> None:
-    """Find out before any training what is wrong with training arguments.
-
-    Args:
-        arguments: as for :func:`train_colbert` or :func:`train_student`.
-        collection: with a dev split, where they ask for evaluation.
-        of: what they train.
-
-    Raises:
-        ValueError, TypeError: with the mend.
-    """
+    """Find out before any training what is wrong with the arguments of :func:`train_colbert` or of a student."""
     check_stage(arguments)
     _evaluates(collection, arguments)
     kinds: dict[str, Any] = {
@@ -155,14 +140,16 @@ def check_arguments(
     kinds[of](output_dir="unused", **arguments)
 
 
-def _push_finished(trainer: Any, write: Callable[[str], None]) -> None:
-    """Push the finished model where that was asked for; it is saved by now, and a failure loses nothing."""
-    if not trainer.args.push_to_hub:
-        return
-    try:
-        trainer.push_to_hub()
-    except OSError as error:
-        write(f"  not pushed: {error} The model is saved; push it with recipes/release.py.")
+def _labelled(triples: Dataset) -> Dataset:
+    """The texts of the rows that have a positive."""
+    columns = ["query", *candidate_columns(triples.column_names)]
+    if "labelled" in triples.column_names:
+        triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
+    return triples.select_columns(columns)
+
+
+def _prompts(model: Any, columns: list[str]) -> dict[str, str]:
+    return {name: model.prompts.get("query" if name == "query" else "document") or "" for name in columns}
 
 
 def train_colbert(
@@ -177,20 +164,18 @@ def train_colbert(
     evaluator: BaseEvaluator | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
-    """Train a ColBERT teacher by softmax over the in-batch candidates, and save it.
-
-    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+    """Train a ColBERT teacher by softmax over the in-batch candidates, and save it; see :func:`run_stage`.
 
     Args:
-        make_model: the untrained model, on the device; called when there is something to train.
-        make_triples: the data set, columns query, positive, negative ...; called when there is something to train.
+        make_model: makes the untrained model, on the device.
+        make_triples: makes the data set, columns query, positive, negative ...
         final: folder for the trained model.
         work: folder for checkpoints.
-        arguments: of MultiVectorEncoderTrainingArguments, without output_dir.
+        arguments: arguments of MultiVectorEncoderTrainingArguments, without output_dir.
         settings: JSON-ready, all that the model depends on: a folder with others is refused.
-        scale: of the scores in the softmax, recorded with the teacher for the student's default temperature. None: 1
-            of MaxSim, 20 of its mean over the query's tokens.
-        evaluator: on dev queries.
+        scale: factor of the scores in the softmax, recorded with the teacher for the student's default temperature.
+            None: 1 of MaxSim, 20 of its mean over the query's tokens.
+        evaluator: evaluator on dev queries.
         write: takes lines of progress.
 
     Returns:
@@ -202,53 +187,35 @@ def train_colbert(
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
     check_stage(arguments)
-    final, work = Path(final), Path(work)
-    if is_claimed(final, settings):
-        return final
-    claim_stage(work, settings)
-    model = make_model()
-    is_mean = model.similarity_fn_name == "meanmaxsim"
-    if scale is None:
-        scale = COSINE_SCALE if is_mean else 1.0
-    triples = _labelled(make_triples())
-    columns = triples.column_names
-    # A query with several positives has several rows: in one batch each would be the others' negative.
-    arguments = {"batch_sampler": "no_duplicates", **arguments}
-    args = MultiVectorEncoderTrainingArguments(output_dir=str(work), disable_tqdm=True, **arguments)
-    trainer = ColBERTTrainer(
-        model=model,
-        args=args,
-        train_dataset=triples,
-        loss=MultiVectorMultipleNegativesRankingLoss(
-            model,
-            scale=scale,
-            similarity_fct=mean_colbert_scores if is_mean else None,
-            gather_across_devices=PartialState().num_processes > 1,
-        ),
-        evaluator=evaluator,
-    )
-    trainer.data_collator.prompts = {
-        name: model.prompts["query" if name == "query" else "document"] or "" for name in columns
-    }
-    run_stage(trainer, work, write)
 
-    def save(folder: Path) -> None:
-        model.save_pretrained(str(folder))
-        write_training_scale(folder, scale)
+    def make() -> tuple[Any, Callable[[Path], object]]:
+        model = make_model()
+        is_mean = model.similarity_fn_name == "meanmaxsim"
+        factor = scale if scale is not None else COSINE_SCALE if is_mean else 1.0
+        triples = _labelled(make_triples())
+        # A query with several positives has several rows: in one batch each would be the others' negative.
+        own = {"batch_sampler": "no_duplicates", **arguments}
+        trainer = ColBERTTrainer(
+            model=model,
+            args=MultiVectorEncoderTrainingArguments(output_dir=str(work), disable_tqdm=True, **own),
+            train_dataset=triples,
+            loss=MultiVectorMultipleNegativesRankingLoss(
+                model,
+                scale=factor,
+                similarity_fct=mean_colbert_scores if is_mean else None,
+                gather_across_devices=PartialState().num_processes > 1,
+            ),
+            evaluator=evaluator,
+        )
+        trainer.data_collator.prompts = _prompts(model, triples.column_names)
 
-    if trainer.is_world_process_zero():
-        publish_stage(work, final, save)
-    trainer.accelerator.wait_for_everyone()
-    _push_finished(trainer, write)
-    return final
+        def save(folder: Path) -> None:
+            model.save_pretrained(str(folder))
+            write_training_scale(folder, factor)
 
+        return trainer, save
 
-def _labelled(triples: Dataset) -> Dataset:
-    """The texts of the rows that have a positive."""
-    columns = ["query", *candidate_columns(triples.column_names)]
-    if "labelled" in triples.column_names:
-        triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
-    return triples.select_columns(columns)
+    return run_stage(make, final, work=work, settings=settings, write=write)
 
 
 def train_stock(
@@ -264,52 +231,31 @@ def train_stock(
 ) -> Path:
     """Train an embedding model as sentence-transformers does by itself, the baseline of a distilled student.
 
-    The loss is MultipleNegativesRankingLoss: cosines times 20, softmax over the passages of the batch. Stopped and
-    called again, it goes on from the last checkpoint; finished, it returns at once.
-
-    Args:
-        make_model: the base as it is, on the device; called when there is something to train.
-        make_triples: the data set, columns query, positive, negative ...; called when there is something to train.
-        final: folder for the trained model.
-        work: folder for checkpoints.
-        arguments: of a student's training, without output_dir; what sentence-transformers' own arguments lack, and
-            push_to_hub, is left out.
-        settings: JSON-ready, all that the model depends on: a folder with others is refused.
-        evaluator: on dev queries.
-        write: takes lines of progress.
-
-    Returns:
-        `final`.
-
-    Raises:
-        ValueError: a folder that belongs to other settings, or a data set without the columns.
+    The loss is MultipleNegativesRankingLoss: cosines times 20, softmax over the passages of the batch. Arguments,
+    return value and errors as of :func:`train_colbert`; arguments of a student's training that sentence-transformers'
+    own lack, and push_to_hub, are left out.
 
     Source: sentence-transformers' training overview, for (anchor, positive, negative) triplets.
     """
     check_stage(arguments)
-    final, work = Path(final), Path(work)
-    if is_claimed(final, settings):
-        return final
-    claim_stage(work, settings)
-    model = make_model()
-    triples = _labelled(make_triples())
-    known = {field.name for field in fields(SentenceTransformerTrainingArguments)} - {"push_to_hub"}
-    own = {"batch_sampler": "no_duplicates", **{name: arguments[name] for name in arguments if name in known}}
-    prompts = {
-        name: model.prompts.get("query" if name == "query" else "document") or "" for name in triples.column_names
-    }
-    trainer = StockTrainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(output_dir=str(work), disable_tqdm=True, prompts=prompts, **own),
-        train_dataset=triples,
-        loss=MultipleNegativesRankingLoss(model, scale=20.0, gather_across_devices=PartialState().num_processes > 1),
-        evaluator=evaluator,
-    )
-    run_stage(trainer, work, write)
-    if trainer.is_world_process_zero():
-        publish_stage(work, final, lambda folder: model.save_pretrained(str(folder)))
-    trainer.accelerator.wait_for_everyone()
-    return final
+
+    def make() -> tuple[Any, Callable[[Path], object]]:
+        model = make_model()
+        triples = _labelled(make_triples())
+        known = {field.name for field in fields(SentenceTransformerTrainingArguments)} - {"push_to_hub"}
+        own = {"batch_sampler": "no_duplicates", **{name: arguments[name] for name in arguments if name in known}}
+        own["prompts"] = _prompts(model, triples.column_names)
+        gather = PartialState().num_processes > 1
+        trainer = StockTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(output_dir=str(work), disable_tqdm=True, **own),
+            train_dataset=triples,
+            loss=MultipleNegativesRankingLoss(model, scale=COSINE_SCALE, gather_across_devices=gather),
+            evaluator=evaluator,
+        )
+        return trainer, lambda folder: model.save_pretrained(str(folder))
+
+    return run_stage(make, final, work=work, settings=settings, write=write)
 
 
 def train_student(
@@ -325,55 +271,35 @@ def train_student(
     schedules: Mapping[str, Schedule] | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
-    """Distil a live teacher into a student, and save it.
+    """Distil a live teacher into a student, and save it; see :func:`run_stage`.
 
-    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+    Arguments that are not listed here, return value and errors as of :func:`train_colbert`.
 
     Args:
-        make_student: the untrained student, dense or sparse; called when there is something to train.
-        make_teacher: the teacher; likewise.
-        make_triples: the data set, columns query, positive, negative ... and ids; likewise.
-        final: folder for the trained student.
-        work: folder for checkpoints.
-        arguments: of TCTTrainingArguments, or SparseTCTTrainingArguments for a sparse student; without output_dir.
-        settings: JSON-ready, all that the student depends on: a folder with others is refused.
-        evaluator: on dev queries.
-        schedules: of the loss's settings over training, for :class:`LossSchedule`.
-        write: takes lines of progress.
-
-    Returns:
-        `final`.
+        make_student: makes the untrained student, dense or sparse.
+        make_teacher: makes the teacher.
+        make_triples: makes the data set, columns query, positive, negative ... and ids.
+        arguments: arguments of TCTTrainingArguments, or SparseTCTTrainingArguments for a sparse student.
+        schedules: schedules of the loss's settings over training, for :class:`LossSchedule`.
 
     Raises:
-        ValueError: a folder that belongs to other settings, or a data set without the columns.
         CollapsedStudent: a sparse student is about to lose all active dimensions.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """
     check_stage(arguments)
-    final, work = Path(final), Path(work)
-    if is_claimed(final, settings):
-        return final
-    claim_stage(work, settings)
-    student = make_student()
-    sparse = isinstance(student, SparseEncoder)
-    make_args: Any = SparseTCTTrainingArguments if sparse else TCTTrainingArguments
-    make_trainer: Any = SparseTCTTrainer if sparse else TCTTrainer
-    args = make_args(output_dir=str(work), disable_tqdm=True, **arguments)
-    trainer = make_trainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)
-    if schedules:
-        trainer.add_callback(LossSchedule(trainer.loss, **schedules))
-    run_stage(trainer, work, write)
-    if trainer.is_world_process_zero():
-        publish_stage(
-            work,
-            final,
-            lambda folder: (
-                student.save_pretrained(str(folder))
-                if isinstance(student, SparseEncoder)
-                else save_student(student, folder)
-            ),
-        )
-    trainer.accelerator.wait_for_everyone()
-    _push_finished(trainer, write)
-    return final
+
+    def make() -> tuple[Any, Callable[[Path], object]]:
+        student = make_student()
+        sparse = isinstance(student, SparseEncoder)
+        make_args: Any = SparseTCTTrainingArguments if sparse else TCTTrainingArguments
+        make_trainer: Any = SparseTCTTrainer if sparse else TCTTrainer
+        args = make_args(output_dir=str(work), disable_tqdm=True, **arguments)
+        trainer = make_trainer(student, make_teacher(), args, train_dataset=make_triples(), evaluator=evaluator)
+        if schedules:
+            trainer.add_callback(LossSchedule(trainer.loss, **schedules))
+        if isinstance(student, SparseEncoder):
+            return trainer, lambda folder: student.save_pretrained(str(folder))
+        return trainer, lambda folder: save_student(student, folder)
+
+    return run_stage(make, final, work=work, settings=settings, write=write)

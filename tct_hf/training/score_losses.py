@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from tct_hf.batches import check_mini_batch_size
+
 KLDirection = Literal["forward", "reverse"]
+# Each setting of the coupled loss, with a value in its range; those that are numbers may follow a schedule.
+NUMBERS: dict[str, float] = {
+    "temperature": 1.0,
+    "student_temperature": 1.0,
+    "hard_label_weight": 0.1,
+    "margin_mse_weight": 0.0,
+    "student_divisor": 1.0,
+}
+LOSS_SETTINGS = (
+    *NUMBERS,
+    "student_scale",
+    "kl_direction",
+    "candidates",
+    "mini_batch_size",
+    "matryoshka_dims",
+    "self_coupled",
+)
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -21,77 +41,60 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of the coupled loss that are out of range, by name; None is not set yet."""
+    for name in ("temperature", "student_temperature", "student_divisor", "student_scale"):
+        value = settings.get(name)
+        if value is not None and not 0.0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be a finite number greater than 0.")
+    for name, most in (("hard_label_weight", 1.0), ("margin_mse_weight", float("inf"))):
+        value = settings.get(name)
+        if value is not None and not (0.0 <= value <= most and value < float("inf")):
+            wanted = "number from 0 to 1" if most == 1 else "finite number, 0 or greater"
+            raise ValueError(f"{name}={value} must be a {wanted}.")
+    for name, known in (("kl_direction", get_args(KLDirection)), ("candidates", ("in-batch", "own"))):
+        if settings.get(name, known[0]) not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {settings[name]!r}.")
+    check_mini_batch_size(settings.get("mini_batch_size"))
+    if settings.get("self_coupled") is not None and settings.get("mini_batch_size") is not None:
+        raise ValueError(
+            "self_coupled compares the token vectors of a whole batch: leave out mini_batch_size, or self_coupled."
+        )
+
+
 def _check_matrices(
-    student_scores: Tensor, teacher_scores: Tensor, candidate_mask: Tensor | None, positive_index: Tensor | None
+    student_scores: Tensor, teacher_scores: Tensor, candidate_mask: Tensor | None, positive_index: Tensor
 ) -> None:
-    if student_scores.ndim != 2 or student_scores.shape != teacher_scores.shape:
+    shape = student_scores.shape
+    if student_scores.ndim != 2 or shape != teacher_scores.shape:
         raise ValueError(
             "student_scores and teacher_scores must be two (queries, candidates) matrices of one shape, got "
-            f"{tuple(student_scores.shape)} and {tuple(teacher_scores.shape)}."
+            f"{tuple(shape)} and {tuple(teacher_scores.shape)}."
         )
-    if candidate_mask is not None and candidate_mask.shape != student_scores.shape:
+    if candidate_mask is not None and (candidate_mask.shape != shape or candidate_mask.dtype != torch.bool):
         raise ValueError(
-            f"candidate_mask has shape {tuple(candidate_mask.shape)}, the score matrices "
-            f"{tuple(student_scores.shape)}: give one bool per query and candidate."
+            f"candidate_mask has shape {tuple(candidate_mask.shape)} and is {candidate_mask.dtype}: give one bool a "
+            f"query and candidate, {tuple(shape)}, True for what counts."
         )
-    if candidate_mask is not None and candidate_mask.dtype != torch.bool:
-        raise ValueError(f"candidate_mask is {candidate_mask.dtype}: give bool, True for what counts.")
-    queries, candidates = student_scores.shape
-    if positive_index is None:
-        if queries > candidates:
-            raise ValueError(
-                f"Without positive_index row i's positive is column i, but there are {queries} queries and only "
-                f"{candidates} candidates: pass positive_index."
-            )
-        positive_index = torch.arange(queries, device=student_scores.device)
-    if positive_index.shape != (queries,) or positive_index.dtype != torch.int64:
+    if positive_index.shape != shape[:1] or positive_index.dtype != torch.int64:
         raise ValueError(
             f"positive_index has shape {tuple(positive_index.shape)} and is {positive_index.dtype}: give one int64 "
-            f"column per query, {(queries,)}, and -1 for a query without a label."
+            f"column a query, {tuple(shape[:1])}, and -1 for a query without a label."
         )
     if positive_index.device.type != "cpu":
         return  # reading values would make the host wait for the device at every step
-    if bool(((positive_index < -1) | (positive_index >= candidates)).any()):
+    if bool(((positive_index < -1) | (positive_index >= shape[1])).any()):
         raise ValueError(
-            f"positive_index holds {positive_index.tolist()}: columns are 0 to {candidates - 1}, and -1 is no label."
+            f"positive_index holds {positive_index.tolist()}: columns are 0 to {shape[1] - 1}, and -1 is no label."
         )
     if candidate_mask is not None:
         kept = candidate_mask.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
         lost = ((positive_index >= 0) & ~kept & candidate_mask.any(dim=1)).nonzero().flatten().tolist()
         if lost:
             raise ValueError(
-                f"candidate_mask leaves out the positive of rows {lost[:10]}, so that their loss is infinite: keep "
+                f"candidate_mask leaves out the positive of rows {lost[:5]}, so that their loss is infinite: keep "
                 "each row's positive, or give -1 as its positive_index."
             )
-
-
-def check_settings(
-    *,
-    temperature: float | None,
-    student_temperature: float,
-    hard_label_weight: float,
-    margin_mse_weight: float,
-    student_divisor: float,
-    kl_direction: str,
-) -> None:
-    """Refuse a setting of the coupled loss that is no such thing, by name; a temperature of None is not set yet."""
-    for name, value in (("temperature", temperature), ("student_temperature", student_temperature)):
-        if value is not None and not 0.0 < value < float("inf"):
-            raise ValueError(f"{name}={value} is no temperature: give a finite number greater than 0.")
-    if not 0.0 <= hard_label_weight <= 1.0:
-        raise ValueError(f"hard_label_weight={hard_label_weight} is no weight: give a number from 0 to 1.")
-    if not 0.0 <= margin_mse_weight < float("inf"):
-        raise ValueError(f"margin_mse_weight={margin_mse_weight} is no weight: give a finite number, 0 or greater.")
-    if not 0.0 < student_divisor < float("inf"):
-        raise ValueError(f"student_divisor={student_divisor} divides scores: give a finite number greater than 0.")
-    if kl_direction not in get_args(KLDirection):
-        raise ValueError(f"kl_direction={kl_direction!r} is not known: use one of {', '.join(get_args(KLDirection))}.")
-
-
-def check_scale(student_scale: float | None) -> None:
-    """Refuse a factor of the student's scores that is none; None is not set yet."""
-    if student_scale is not None and not 0.0 < student_scale < float("inf"):
-        raise ValueError(f"student_scale={student_scale} is no factor: give a finite number greater than 0.")
 
 
 def coupled_loss(
@@ -111,32 +114,28 @@ def coupled_loss(
     """The loss of tightly-coupled distillation as a pure function of two score matrices.
 
     `hard_label_weight * -log P_student(positive) + (1 - hard_label_weight) * KL(P_teacher || P_student)`, the first
-    averaged over the rows that have a label, the second over all rows. `P_teacher = softmax(teacher / temperature)`;
-    the student's temperature divides its scores in the distillation part only, and there is no temperature-squared
-    factor. Beside these two, `margin_mse_weight * MarginMSE`: for each labelled row the mean, over its candidates
-    that count other than the positive, of `((s_positive - s_c) - (t_positive - t_c))^2`, averaged over the rows that
-    have a label. The candidates are those of the softmaxes: a query's own negatives, or all of the batch where these
-    count. Its weight stands beside the other two and takes nothing from them.
+    averaged over labelled rows, the second over all rows. `P_teacher = softmax(teacher / temperature)`; the student's
+    temperature divides its scores in the distillation part only, and there is no temperature-squared factor. MarginMSE
+    is added with its own weight: for each labelled row the mean, over the candidates other than the positive, of
+    `((s_positive - s_c) - (t_positive - t_c))^2`, averaged over labelled rows.
 
     Args:
         student_scores: `(queries, candidates)`, the student's raw scores (dot products).
         teacher_scores: `(queries, candidates)`, the teacher's raw scores; no gradient flows into them.
-        temperature: divides the teacher's scores. The paper's 0.25 belongs to its own teacher.
-        student_temperature: divides the student's scores in the distillation part.
+        temperature: divisor of the teacher's scores. The paper's 0.25 belongs to its own teacher.
+        student_temperature: divisor of the student's scores in the distillation part.
         hard_label_weight: weight of the hard labels, from 0 to 1 (gamma of the paper).
-        margin_mse_weight: weight of MarginMSE, which compares raw scores: no temperature divides the teacher's, and
-            only `student_divisor` the student's.
-        student_divisor: divides the student's scores before anything else, hard labels and margins included: for a
-            student whose scores are on another scale than the teacher's.
+        margin_mse_weight: weight of MarginMSE, which compares raw scores: no temperature, only `student_divisor`.
+        student_divisor: divisor of the student's scores in every part, for a student whose scores are on another
+            scale than the teacher's.
         kl_direction: "forward", KL(teacher || student), the paper's: the student covers all that the teacher finds
             likely; or "reverse", KL(student || teacher): it keeps to what the teacher finds likely.
-        candidate_mask: `(queries, candidates)` bool, False for candidates that count in neither softmax. A row's
-            positive must not be masked out: its loss is infinite (on the CPU, where looking costs nothing, an
-            error). A row without any candidate adds 0 to both sums.
-        positive_index: `(queries,)` int64, the column of each row's positive; row i's is column i when None; -1 marks
-            a row without a label, which takes part in the distillation only.
-        label_weight: `(queries,)` float, how much each row's hard label counts in their mean: 1 for a judged
-            positive, less for one that a teacher has named. All count alike when None.
+        candidate_mask: `(queries, candidates)` bool, False for candidates that do not count. A row's positive must
+            not be masked out: its loss is infinite (on the CPU, where looking costs nothing, an error). A row without
+            any candidate adds 0 to every sum.
+        positive_index: `(queries,)` int64, the column of each row's positive; column i for row i when None; -1 for a
+            row without a label, which takes part in the distillation only.
+        label_weight: `(queries,)` float, weight of each row's hard label in their mean; equal weights when None.
 
     Returns:
         `{"hard_label": (), "distillation": ()}`, each already weighted, so that their sum is the loss; with a
@@ -148,22 +147,24 @@ def coupled_loss(
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2, equations 4 and 5. MarginMSE: Hofstätter et al., arXiv
     2010.02666, equation 8.
     """
-    _check_matrices(student_scores, teacher_scores, candidate_mask, positive_index)
-    check_settings(
-        temperature=temperature,
-        student_temperature=student_temperature,
-        hard_label_weight=hard_label_weight,
-        margin_mse_weight=margin_mse_weight,
-        student_divisor=student_divisor,
-        kl_direction=kl_direction,
-    )
     if positive_index is None:
         positive_index = torch.arange(len(student_scores), device=student_scores.device)
+    _check_matrices(student_scores, teacher_scores, candidate_mask, positive_index)
+    check_settings(
+        {
+            "temperature": temperature,
+            "student_temperature": student_temperature,
+            "hard_label_weight": hard_label_weight,
+            "margin_mse_weight": margin_mse_weight,
+            "student_divisor": student_divisor,
+            "kl_direction": kl_direction,
+        }
+    )
     student_scores = at_least_float32(student_scores) / student_divisor
     teacher_scores = teacher_scores.detach().to(student_scores.dtype)
-    margins = (
-        _margin_mse(student_scores, teacher_scores, candidate_mask, positive_index) if margin_mse_weight > 0 else None
-    )
+    margins = None
+    if margin_mse_weight > 0:
+        margins = _margin_mse(student_scores, teacher_scores, candidate_mask, positive_index)
 
     student_scores = masked(student_scores, candidate_mask)
     teacher_scores = masked(teacher_scores, candidate_mask)
@@ -181,7 +182,7 @@ def coupled_loss(
         # Where the teacher gives nothing (masked, or underflow) both logs may be -inf: 0 * (-inf - -inf) is nan.
         divergence = torch.where(teacher_p > 0, teacher_p * (teacher_log_p - student_log_p), 0.0)
     else:
-        # Here the gradient flows through both factors: what is masked has to be gone before they meet.
+        # The gradient flows through both factors: masked candidates must be gone before they meet.
         difference = student_log_p - teacher_log_p
         if candidate_mask is not None:
             difference = difference.masked_fill(~candidate_mask, 0.0)
@@ -199,9 +200,7 @@ def coupled_loss(
         "hard_label": hard_label_weight * hard_label,
         "distillation": (1.0 - hard_label_weight) * distillation,
     }
-    if margins is not None:
-        parts["margin_mse"] = margin_mse_weight * margins
-    return parts
+    return parts if margins is None else {**parts, "margin_mse": margin_mse_weight * margins}
 
 
 def _margin_mse(
@@ -212,24 +211,14 @@ def _margin_mse(
     counts = torch.ones_like(student_scores, dtype=torch.bool) if candidate_mask is None else candidate_mask
     labelled = (positive_index >= 0) & counts.gather(1, positive).squeeze(1)  # a row without candidates has no margins
     others = (counts & labelled.unsqueeze(1)).scatter(1, positive, False)
-    # The difference of margins is that of the differences. Masked scores may be anything, nan too: filled, not
-    # multiplied by 0.
+    # The difference of margins is the margin of differences. Masked scores may be nan: filled, not multiplied by 0.
     difference = (student_scores - teacher_scores).masked_fill(~counts, 0.0)
     squares = (difference.gather(1, positive) - difference).square().masked_fill(~others, 0.0)
     return (squares.sum(1) / others.sum(1).clamp(min=1)).sum() / (positive_index >= 0).sum().clamp(min=1)
 
 
 def teacher_entropy(teacher_scores: Tensor, candidate_mask: Tensor, temperature: float) -> Tensor:
-    """Entropy of the teacher's distribution over each row's candidates.
-
-    Args:
-        teacher_scores: `(queries, candidates)`.
-        candidate_mask: `(queries, candidates)` bool.
-        temperature: divides the teacher's scores.
-
-    Returns:
-        `(queries,)` in nats; 0 where the softmax has underflowed to a single candidate.
-    """
+    """Entropy `(queries,)` in nats of the teacher's distribution over each row `(queries, candidates)`."""
     log_p = torch.log_softmax(masked(teacher_scores, candidate_mask) / temperature, dim=1)
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)

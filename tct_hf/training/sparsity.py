@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from sentence_transformers.sparse_encoder.losses import FlopsLoss, SpladeLoss
@@ -25,7 +26,7 @@ class FlopsOfAllDevices(FlopsLoss):
     """FLOPS of the whole batch, however many devices it lies on: the sum over dimensions of the squared mean weight.
 
     sentence-transformers' own takes the mean over a device's rows: with several devices that is another regulariser,
-    and a weaker one is needed. In half precision it would also be rounded to 3 digits.
+    and in half precision it would be rounded to 3 digits.
 
     Args:
         model: the student.
@@ -52,7 +53,7 @@ class RegularizerWarmup(SpladeRegularizerWeightSchedulerCallback):
     The weights depend on the step alone, so that a run that resumes goes on where it was.
 
     Args:
-        loss: whose weights grow from 0 to what they are now.
+        loss: the loss whose regularisers' weights grow from 0 to what they are now.
         warmup: share of the steps (below 1), or steps; 0 for the whole weights from the first step on.
         shape: "quadratic" or "linear".
     """
@@ -76,54 +77,49 @@ class CollapseWatch:
 
     A vector of zeros has no gradient: once a student is empty it stays empty, and its loss is a constant. Sparse
     training that goes well also begins with a fall, to a level where the regulariser and the loss are even; so a fall
-    counts only where it leads, at the pace of the last steps, below one dimension soon, and does so several steps on
-    end.
+    counts only where it leads, at the pace of the last steps, below one dimension soon, several steps in a row.
 
     Args:
         window: steps that the pace is taken from.
         horizon: how many steps ahead is soon.
-        patience: steps on end.
+        patience: steps in a row.
     """
 
     def __init__(self, *, window: int = 5, horizon: int = 5, patience: int = 3) -> None:
-        self.horizon = horizon
-        self.patience = patience
+        self.window, self.horizon, self.patience = window, horizon, patience
         self._seen: dict[str, deque[float]] = {}
         self._bad: dict[str, int] = {}
-        self._window = window
 
     def step(self, dims: Mapping[str, float], settings: Mapping[str, Any]) -> None:
         """Take in one step.
 
         Args:
-            dims: mean active dimensions, of all devices, by what they are of: "queries", "passages".
-            settings: name to value, of what is to be changed; for the message.
+            dims: "queries" and "passages" to their mean active dimensions, of all devices.
+            settings: names and values of the settings that may be changed, for the message.
 
         Raises:
-            CollapsedStudent: with the last figures and the mend.
+            CollapsedStudent: with the last figures and what to change.
         """
         for what, value in dims.items():
-            seen = self._seen.setdefault(what, deque(maxlen=self._window))
+            seen = self._seen.setdefault(what, deque(maxlen=self.window))
             seen.append(value)
             self._bad[what] = self._bad.get(what, 0) + 1 if self._steps_left(list(seen)) <= self.horizon else 0
             if self._bad[what] >= self.patience:
                 raise CollapsedStudent(
                     f"The student's {what} are heading for zero active dimensions: "
-                    f"{', '.join(f'{one:.4g}' for one in seen)} on average in the last steps. A vector of zeros "
-                    "has no gradient, so that they will not come back. Start again with a higher temperature and "
-                    "student_temperature, a lower regularizer weight, a longer regularizer_warmup or a lower "
-                    f"learning_rate; now {', '.join(f'{name}={setting}' for name, setting in settings.items())}."
+                    f"{', '.join(f'{one:.4g}' for one in seen)} on average in the last steps, and vectors of zeros "
+                    "have no gradient. Start again with a higher temperature and student_temperature, a lower "
+                    "regularizer weight, a longer regularizer_warmup or a lower learning_rate; now "
+                    f"{', '.join(f'{name}={setting}' for name, setting in settings.items())}."
                 )
 
     @staticmethod
     def _steps_left(seen: list[float]) -> float:
-        """Until the mean is below 1, at the pace of an exponential through the window's values."""
+        """Steps until the mean is below 1, at the pace of an exponential through the window's values."""
         if seen[-1] < 1.0:
             return 0.0
         if len(seen) < 3:
             return math.inf
-        logs = [math.log(max(value, 1e-3)) for value in seen]
-        middle = (len(logs) - 1) / 2
-        spread = sum((i - middle) ** 2 for i in range(len(logs)))
-        pace = sum((i - middle) * value for i, value in enumerate(logs)) / spread  # least squares
-        return logs[-1] / -pace if pace < 0 else math.inf
+        logs = np.log(np.maximum(seen, 1e-3))
+        pace = float(np.polyfit(range(len(logs)), logs, 1)[0])  # least squares
+        return float(logs[-1]) / -pace if pace < 0 else math.inf

@@ -1,4 +1,4 @@
-"""What all stages of training do alike: processes and precision, lines, a folder, going on, publishing."""
+"""What all stages of training share: processes and precision, lines, a folder, going on, publishing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from tct_hf.encoding.precision import has_bfloat16
-from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, replace_dir, write_json_atomic
+from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, is_claimed, replace_dir, write_json_atomic
 from tct_hf.progress import human_duration
 from tct_hf.settings import environment, refuse_secret
-from tct_hf.training.stalls import StallWatch
 
 _SECONDS_FILE = "seconds.json"
 
-# How long processes wait for one another. One prepares the data of all, which NCCL's ten minutes may not be enough
-# for; and in training StallWatch, which names who is behind, has to come first.
+# How long processes wait for one another: one prepares the data of all, which may take longer than NCCL's ten minutes.
 _PATIENCE = timedelta(hours=3)
 
 
@@ -35,7 +33,7 @@ class StepLines(TrainerCallback):
 
     Args:
         write: takes one line.
-        clock: seconds.
+        clock: seconds from a fixed moment.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,10 +53,10 @@ class StepLines(TrainerCallback):
         left = (self.clock() - since) / max(state.global_step - first, 1) * (state.max_steps - state.global_step)
         line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
         if "top_agreement" in logs:
+            margins = f"MarginMSE {logs['margin_mse']:.3f}, " if "margin_mse" in logs else ""
             line += (
-                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, "
-                + (f"MarginMSE {logs['margin_mse']:.3f}, " if "margin_mse" in logs else "")
-                + f"agreement with the teacher {logs['top_agreement']:.0%})"
+                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, {margins}"
+                f"agreement with the teacher {logs['top_agreement']:.0%})"
             )
         if "document_active_dims" in logs:
             line += (
@@ -69,11 +67,11 @@ class StepLines(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Keeps the seconds that training has taken, over all interruptions, in a file.
+    """Keeps the seconds that training has taken, over all interruptions, in a JSON file beside the checkpoints.
 
     Args:
-        file: JSON, brought up to date with every checkpoint.
-        clock: seconds.
+        file: updated with every checkpoint.
+        clock: seconds from a fixed moment.
     """
 
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -94,8 +92,7 @@ class Stopwatch(TrainerCallback):
             write_json_atomic(self.file, self.seconds() + now - self.since)
             self.since = now
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.on_save(args, state, control)
+    on_train_end = on_save
 
 
 def process_state() -> PartialState:
@@ -113,15 +110,7 @@ def process_state() -> PartialState:
 
 
 def precision(choice: str, device: torch.device) -> dict[str, bool]:
-    """Training arguments for a precision: "bf16", "fp32", or "auto", bf16 where the hardware has it.
-
-    Args:
-        choice: the name.
-        device: that trains.
-
-    Raises:
-        ValueError: another name.
-    """
+    """Training arguments for a precision on a device: "bf16", "fp32", or "auto", bf16 where the hardware has it."""
     if choice not in ("auto", "bf16", "fp32"):
         raise ValueError(f'precision={choice!r} is not known: use "auto", "bf16" or "fp32".')
     bf16 = choice == "bf16" or (choice == "auto" and has_bfloat16(device))
@@ -129,11 +118,7 @@ def precision(choice: str, device: torch.device) -> dict[str, bool]:
 
 
 def check_stage(arguments: Mapping[str, Any]) -> None:
-    """Refuse training arguments that a stage sets itself, and secrets.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Refuse training arguments that a stage sets itself, and secrets, by name."""
     for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
         if name in arguments:
             raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
@@ -141,29 +126,42 @@ def check_stage(arguments: Mapping[str, Any]) -> None:
         refuse_secret(f"training.{name}", value)
 
 
-def claim_stage(work: Path, settings: Mapping[str, Any]) -> None:
-    """Make a stage's folder, or find it its own, before any process goes on.
+def run_stage(
+    make: Callable[[], tuple[Any, Callable[[Path], object]]],
+    final: str | Path,
+    *,
+    work: str | Path,
+    settings: Mapping[str, Any],
+    write: Callable[[str], None],
+) -> Path:
+    """Train to the end from the last checkpoint in `work`, and publish the model as `final`.
+
+    Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
+
+    Args:
+        make: makes the trainer, whose checkpoints go to `work`, and what saves its model into a folder; called when
+            there is something to train.
+        final: folder for the trained model.
+        work: folder for checkpoints.
+        settings: JSON-ready, all that the model depends on.
+        write: takes lines of progress.
+
+    Returns:
+        `final`.
 
     Raises:
-        ValueError: it holds a run with other settings.
+        ValueError: a folder that belongs to other settings.
     """
+    final, work = Path(final), Path(work)
+    if is_claimed(final, settings):
+        return final
     state = PartialState()
     if state.is_main_process:
         claim(work, settings)
     state.wait_for_everyone()
-
-
-def run_stage(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
-    """Train to the end from the last checkpoint in `work`, and leave the log there.
-
-    Args:
-        trainer: a transformers Trainer whose checkpoints go to `work`.
-        work: the stage's folder.
-        write: takes lines of progress.
-    """
+    trainer, save = make()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepLines(write))
-    trainer.add_callback(StallWatch())
     stopwatch = Stopwatch(work / _SECONDS_FILE)
     trainer.add_callback(stopwatch)
     last = get_last_checkpoint(str(work))
@@ -176,19 +174,25 @@ def run_stage(trainer: Any, work: Path, write: Callable[[str], None]) -> None:
     else:
         trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
-        step = trainer.state.global_step
-        write_json_atomic(
-            work / LOG_FILE, [*trainer.state.log_history, {"step": step, "seconds": stopwatch.seconds()}]
-        )
+        end = {"step": trainer.state.global_step, "seconds": stopwatch.seconds()}
+        write_json_atomic(work / LOG_FILE, [*trainer.state.log_history, end])
+        _publish(work, final, save)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except OSError as error:
+            write(f"  not pushed: {error} The model is saved; push it with recipes/release.py.")
+    return final
 
 
-def publish_stage(work: Path, final: Path, save: Callable[[Path], object]) -> None:
+def _publish(work: Path, final: Path, save: Callable[[Path], object]) -> None:
     """Save a trained model aside and give it its final name when it is whole; then the checkpoints can go."""
     staging = work / "finished"
     shutil.rmtree(staging, ignore_errors=True)
     save(staging)
-    shutil.copyfile(work / LOG_FILE, staging / LOG_FILE)
-    shutil.copyfile(work / CLAIM_FILE, staging / CLAIM_FILE)
+    for name in (LOG_FILE, CLAIM_FILE):
+        shutil.copyfile(work / name, staging / name)
     write_json_atomic(staging / "environment.json", environment())  # of this stage: others may run elsewhere
     replace_dir(staging, final)
     for checkpoint in work.glob("checkpoint-*"):

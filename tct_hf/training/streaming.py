@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import IterableDataset
 from torch.utils import data
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from tct_hf.batches import sizes_of_all
 from tct_hf.data.streamed import StreamedTriples
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 Row = dict[str, Any]
 _ROWS_AT_ONCE = 100
@@ -36,12 +33,11 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
 
     Args:
         rows: in an order that is the same in every process and after a restart: shuffled with a seed, or not at all.
-            (Without a seed, `shuffle` draws another one each time, and rows are then lost and repeated.)
         batch_size: rows of a batch of one process.
         process: number of this process, from 0.
         processes: how many there are.
-        passes: over the rows; None for no end. After the last one, the processes share what is left over as a last,
-            shorter batch; rows that do not make one for each of them are left out.
+        passes: passes over the rows; None for no end. After the last one, the processes share what is left over as a
+            last, shorter batch; rows that do not make one for each of them are left out.
 
     Raises:
         ValueError: a batch size below 1; while it is read: there are fewer rows than all processes need for one batch
@@ -59,10 +55,8 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}: such batches would never be full.")
-        self.rows = rows
-        self.batch_size = batch_size
-        self.process = process
-        self.processes = processes
+        self.rows, self.batch_size = rows, batch_size
+        self.process, self.processes = process, processes
         self.passes = passes
         self.first_pass = 0
         self.trained = 0
@@ -75,7 +69,7 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
         """Read from the start of the first pass.
 
         Yields:
-            Batches; None in place of each of the first `trained` ones of this process, which are not wanted again.
+            Batches; None for each of the first `trained` ones of this process, which a resumed run has trained on.
         """
         info = data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
@@ -133,18 +127,17 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
 def _one_pass(rows: IterableDataset, number: int) -> Iterator[Row]:
     # Each process and worker goes through all rows, but reads only its own.
     rows = rows.ordered if isinstance(rows, StreamedTriples) else rows
-    # An IterableDataset's epoch is in memory that all workers share: each of them has to have one of its own.
+    # An IterableDataset's epoch is in memory that all workers share: each of them needs its own.
     own = rows.with_format(None)
     own.set_epoch(number)
-    # Iterated plainly in a worker, it would be divided among the workers once more.
+    # Iterated row by row in a worker, it would be divided among the workers once more.
     for batch in own.iter(_ROWS_AT_ONCE):
-        names = list(batch)
         for values in zip(*batch.values(), strict=True):
-            yield dict(zip(names, values, strict=True))
+            yield dict(zip(batch, values, strict=True))
 
 
 class _Collate:
-    """Gives the collator the batches that are wanted."""
+    """Gives the collator the batches that are not trained on yet."""
 
     def __init__(self, collate: Callable[[list[Row]], dict[str, Any]]) -> None:
         self.collate = collate
@@ -153,10 +146,10 @@ class _Collate:
         return {} if batch is None else self.collate(batch)
 
 
-class _PassOver(TrainerCallback, ExportableState):
-    """A run that goes on skips the batches it has trained on: these are read, but not tokenised again.
+class PassOver(TrainerCallback, ExportableState):
+    """Lets a resumed run skip the batches it has trained on: these are read, but not tokenised again.
 
-    Every checkpoint says what a step was made of: where steps are others now, the rows that follow are not known.
+    Every checkpoint says what a step was made of: with other steps now, the rows that follow are not known.
     """
 
     def __init__(self) -> None:
@@ -184,7 +177,7 @@ class _PassOver(TrainerCallback, ExportableState):
                     "many rows a step (per_device_train_batch_size * processes * gradient_accumulation_steps), "
                     "shuffled with the same seed, or begin with the first row: ignore_data_skip=True."
                 )
-            # As the trainer counts: a run that goes on after its last step begins anew.
+            # As the trainer counts: a run that goes on after its last step begins again.
             batches.trained = state.global_step % state.max_steps * args.gradient_accumulation_steps
         self.steps = now
 
@@ -192,7 +185,7 @@ class _PassOver(TrainerCallback, ExportableState):
 def _steps_before(state: TrainerState) -> dict[str, int] | None:
     """What a checkpoint says of its steps; None where it does not."""
     callbacks: Any = state.stateful_callbacks or {}
-    kept = callbacks.get(_PassOver.__name__)
+    kept = callbacks.get(PassOver.__name__)
     kept = kept[0] if isinstance(kept, list) and kept else kept
     return kept.get("attributes", {}).get("steps") if isinstance(kept, dict) else None
 
@@ -208,95 +201,54 @@ def _order(rows: IterableDataset) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-class StreamedTrainingMixin:
-    """Training and evaluation on an `IterableDataset`, by :class:`StreamedBatches`; others are left to the base class.
+def check_streamed(rows: Any, args: Any) -> None:
+    """Refuse streamed rows that a trainer can't train on: one stream of several data sets, or no number of steps."""
+    for name, one in rows.items() if isinstance(rows, dict) else ():
+        if isinstance(one, IterableDataset):
+            raise ValueError(
+                f"train_dataset: {name!r} is streamed, and one of several: which comes next is drawn by their "
+                "lengths. Join the streams with datasets.interleave_datasets or concatenate_datasets, or load "
+                "them whole."
+            )
+    if isinstance(rows, IterableDataset) and (args is None or args.max_steps <= 0):
+        raise ValueError(
+            "max_steps is not set, and train_dataset is streamed: it has no length, so num_train_epochs can't say "
+            "when training ends. Set max_steps (for e passes over n rows: e * n / (per_device_train_batch_size * "
+            "processes * gradient_accumulation_steps))."
+        )
 
-    To the trainer, all passes of training together are one epoch of `max_steps` steps. Where a run goes on is a number
-    of batches from its start, over the ends of passes; steps of another size, or rows in another order, than those of
-    the checkpoint are refused. `dataloader_drop_last` has no say: nothing is left over. An evaluation is one pass, in
-    the same batches each time.
+
+def same_order_everywhere(rows: IterableDataset, device: torch.device) -> None:
+    """Refuse rows that are shuffled in another order in each process."""
+    if len(set(sizes_of_all(_order(rows), device))) > 1:
+        raise ValueError(
+            "train_dataset is shuffled in another order in each process: rows would be lost and repeated. Shuffle "
+            "it with a seed, .shuffle(seed=...), the same one everywhere."
+        )
+
+
+def streamed_loader(trainer: Any, rows: IterableDataset, size: int, passes: int | None) -> data.DataLoader[Any]:
+    """A trainer's data loader of streamed rows, in batches of this process's own.
+
+    Without a length, the base class counts a last, shorter batch of streamed rows like a whole one.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        settings = kwargs.get("args")
-        several = kwargs.get("train_dataset")
-        for name, rows in several.items() if isinstance(several, dict) else ():
-            if isinstance(rows, IterableDataset):
-                raise ValueError(
-                    f"train_dataset: {name!r} is streamed, and one of several: which comes next is drawn by their "
-                    "lengths. Join the streams with datasets.interleave_datasets or concatenate_datasets, or load "
-                    "them whole."
-                )
-        if isinstance(kwargs.get("train_dataset"), IterableDataset) and (settings is None or settings.max_steps <= 0):
-            raise ValueError(
-                "max_steps is not set, and train_dataset is streamed: it has no length, so num_train_epochs can't say "
-                "when training ends. Set max_steps (for e passes over n rows: e * n / (per_device_train_batch_size * "
-                "processes * gradient_accumulation_steps))."
-            )
-        super().__init__(*args, **kwargs)
-        self.add_callback(_PassOver())  # type: ignore[attr-defined]
-
-    def get_train_dataloader(self) -> data.DataLoader[Any]:
-        """The batches of training, without end for a streamed data set; of one pass where nothing is being trained."""
-        trainer: Any = self
-        if not isinstance(trainer.train_dataset, IterableDataset):
-            return super().get_train_dataloader()  # type: ignore[misc]
-        orders = sizes_of_all(_order(trainer.train_dataset), trainer.accelerator.device)
-        if len(set(orders)) > 1:
-            raise ValueError(
-                "train_dataset is shuffled in another order in each process: rows would be lost and repeated. Shuffle "
-                "it with a seed, .shuffle(seed=...), the same one everywhere."
-            )
-        passes = None if trainer.is_in_train else 1
-        prepared = self._streamed(trainer.train_dataset, trainer.args.train_batch_size, passes)
-        trainer._train_dataloader = prepared
-        return prepared
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> data.DataLoader[Any]:
-        """The batches of evaluation, one pass.
-
-        Without a length, the base class counts a last, shorter batch of streamed rows like a whole one.
-
-        Args:
-            eval_dataset: the data set, or its name among several; the trainer's own when None.
-        """
-        trainer: Any = self
-        rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            rows = trainer.eval_dataset[rows]
-        if not isinstance(rows, IterableDataset):
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
-        # By default one process reads for all: it joins their batches, and fails where these are of unequal width.
-        return self._streamed(rows, trainer.args.eval_batch_size, 1)
-
-    def _streamed(self, rows: IterableDataset, batch_size: int, passes: int | None) -> data.DataLoader[Any]:
-        from accelerate.data_loader import prepare_data_loader
-
-        trainer: Any = self
-        args, accelerator = trainer.args, trainer.accelerator
-        batches = StreamedBatches(
-            rows,
-            batch_size,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            passes=passes,
-        )
-        loader = data.DataLoader(
-            batches,
-            batch_size=None,
-            collate_fn=_Collate(trainer.data_collator),
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers and passes is None,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        # The batches are this process's own already.
-        return prepare_data_loader(
-            loader,
-            accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            rng_types=accelerator.rng_types.copy(),
-            dispatch_batches=False,
-        )
+    args, accelerator = trainer.args, trainer.accelerator
+    processes = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    loader: data.DataLoader[Any] = data.DataLoader(
+        StreamedBatches(rows, size, **processes, passes=passes),
+        batch_size=None,
+        collate_fn=_Collate(trainer.data_collator),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers and passes is None,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        rng_types=accelerator.rng_types.copy(),
+        dispatch_batches=False,
+    )

@@ -22,16 +22,14 @@ from torch import Tensor, nn
 from tct_hf.batches import first_row, gather_rows, sizes_of_all
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.encoding.build import finalise_checkpoint, has_tct_encoding
-from tct_hf.encoding.scale import LearnedScaleMixin
+from tct_hf.encoding.scale import keep_scalar, length_of
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
-from tct_hf.training.collator import BATCH_KEY, TCTDataCollator
-from tct_hf.training.loss import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part
-from tct_hf.training.sampling import SameDatasetBatchSampler
-from tct_hf.training.saving import WholeCheckpointsMixin
+from tct_hf.training.collator import BATCH_KEY, SameDatasetBatchSampler, TCTDataCollator
+from tct_hf.training.loss import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part, coupled_parts
+from tct_hf.training.resumable import ResumableTrainer
 from tct_hf.training.sparsity import CollapseWatch, FlopsOfAllDevices, RegularizerWarmup
-from tct_hf.training.streaming import StreamedTrainingMixin
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDataset
@@ -65,13 +63,13 @@ def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive
     return mask
 
 
-class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
-    """What every trainer with a live teacher shares: scoring, the loss, logging, saving whole checkpoints."""
+class CoupledTrainer(ResumableTrainer):
+    """The base of the trainers with a live teacher: scoring, the loss, logging."""
 
     teacher: Teacher
     loss: Any
+    model_class: Any
     other_model: ClassVar[str]  # what to do with a model of another kind
-    _warned: set[str]
 
     def __init__(
         self,
@@ -84,28 +82,26 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         loss: Any = None,
         **kwargs: Any,
     ) -> None:
+        own = type(self).__name__
         if teacher is None:
+            raise ValueError(f"A {own} needs a teacher: a ColBERTTeacher, or a multi-vector model or its path.")
+        if model is not None and not isinstance(model, self.model_class):
             raise ValueError(
-                f"A {type(self).__name__} needs a teacher: a ColBERTTeacher, or a multi-vector model or its path."
-            )
-        kind: Any = self.model_class
-        if model is not None and not isinstance(model, kind):
-            raise ValueError(
-                f"A {type(self).__name__} trains a {kind.__name__}, got {type(model).__name__}: {self.other_model}"
+                f"A {own} trains a {self.model_class.__name__}, got {type(model).__name__}: {self.other_model}"
             )
         self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
-        self._warned = set()
+        self._warned = False
         collator = kwargs.get("data_collator")
+        if collator is not None and not isinstance(collator, TCTDataCollator):
+            raise ValueError(
+                f"data_collator is a {type(collator).__name__}: a {own} needs a TCTDataCollator, "
+                "which also lets the teacher prepare a batch. Leave it out, or subclass TCTDataCollator."
+            )
         lacks_prompts = model is not None and any(model.prompts.values()) and not getattr(collator, "prompts", None)
-        if isinstance(collator, TCTDataCollator) and (collator.teacher is not self.teacher or lacks_prompts):
+        if collator is not None and (collator.teacher is not self.teacher or lacks_prompts):
             raise ValueError(
                 "data_collator has another teacher than the trainer, or no prompts: make it with teacher= the same "
                 "Teacher and prompts=model.prompts, or leave it out."
-            )
-        if collator is not None and not isinstance(collator, TCTDataCollator):
-            raise ValueError(
-                f"data_collator is a {type(collator).__name__}: a {type(self).__name__} needs a TCTDataCollator, "
-                "which also lets the teacher prepare a batch. Leave it out, or subclass TCTDataCollator."
             )
         if model is not None:
             self.teacher.attach(model)
@@ -119,18 +115,21 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
             **kwargs,
         )
         self.teacher.to(self.args.device)
-        for one in self.loss.values() if isinstance(self.loss, dict) else [self.loss]:
-            self._refuse_no_teacher(coupled_part(one))
-        self.prepare_teacher()
+        for one in coupled_parts(self.loss):
+            self._refuse_no_teacher(one)
+            if isinstance(one, TightlyCoupledLoss):  # a loss that was made before the processes met
+                one.check(self.accelerator.num_processes)
+        self._prepare_teacher()
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
 
     def _refuse_no_teacher(self, loss: Any) -> None:
         if isinstance(self.teacher, NoTeacher) and getattr(loss, "asks_teacher", False):
             wanted = {"hard_label_weight": 1.0, "margin_mse_weight": 0.0}
-            asks = {name: value for name, value in wanted.items() if getattr(loss, name) != value}
             said = " and ".join(
-                f"{name} is {getattr(loss, name)}: set it to {value:g}" for name, value in asks.items()
+                f"{name} is {getattr(loss, name)}: set it to {value:g}"
+                for name, value in wanted.items()
+                if getattr(loss, name) != value
             )
             raise ValueError(f"There is no teacher to distil, but {said}, or give a teacher.")
 
@@ -143,7 +142,7 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
 
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
         """Refuse a data set without the columns of training, before the first step."""
-        super().validate_column_names(dataset, dataset_name=dataset_name)
+        super().validate_column_names(dataset, dataset_name=dataset_name)  # type: ignore[misc]
         if not isinstance(dataset, dict):
             self._candidates(dataset.column_names)
 
@@ -151,68 +150,52 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
         """sentence-transformers' sampler, shown the texts alone: equal labels make no duplicates."""
         if isinstance(dataset, Dataset) and "query" in dataset.column_names:
             dataset = dataset.select_columns(["query", *self._candidates(dataset.column_names)])
-        return super().get_batch_sampler(dataset, *args, **kwargs)
+        return super().get_batch_sampler(dataset, *args, **kwargs)  # type: ignore[misc]
 
     def get_multi_dataset_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Batches of one data set at a time, on all devices at once: their passages become one set of candidates."""
-        sampler = super().get_multi_dataset_batch_sampler(dataset, *args, **kwargs)
+        sampler = super().get_multi_dataset_batch_sampler(dataset, *args, **kwargs)  # type: ignore[misc]
         world = self.accelerator.num_processes
         return SameDatasetBatchSampler(sampler, dataset.cumulative_sizes, world) if world > 1 else sampler
 
     def _build_dataloader(self, dataset: Any, batch_size: int, dataset_kind: str) -> Any:
-        if dataset_kind == "train":
-            return super()._build_dataloader(dataset, batch_size, dataset_kind)
         # Several devices need whole batches in training only: dropping the last one in evaluation can leave none.
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and dataset_kind == "train"
         try:
-            return super()._build_dataloader(dataset, batch_size, dataset_kind)
+            return super()._build_dataloader(dataset, batch_size, dataset_kind)  # type: ignore[misc]
         finally:
             self.args.dataloader_drop_last = drop_last
 
-    def prepare_teacher(self) -> None:
+    def _prepare_teacher(self) -> None:
         """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
-        losses = [coupled_part(one) for one in (self.loss.values() if isinstance(self.loss, dict) else [self.loss])]
-        every: list[Any] = [self.train_dataset, self.eval_dataset]
-        for given in every:
-            for dataset in given.values() if isinstance(given, dict) else [given] if given is not None else []:
-                if not dataset.column_names:  # a stream that does not say
-                    continue
-                for loss in losses:
-                    self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
-        train: Any = self.train_dataset
-        dataset = next(iter(train.values())) if isinstance(train, dict) else train
-        if dataset is None or not dataset.column_names or not self.is_world_process_zero():
+        losses = coupled_parts(self.loss)
+        train: list[Any]
+        train, evaluated = (
+            list(given.values()) if isinstance(given, dict) else [given] if given is not None else []
+            for given in (self.train_dataset, self.eval_dataset)
+        )
+        for dataset in [*train, *evaluated]:
+            for loss in losses if dataset.column_names else []:  # a stream may not say
+                self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
+        if not train or not train[0].column_names or not self.is_world_process_zero():
             return
-        rows = [dataset[row] for row in range(min(4, len(dataset)))] if isinstance(dataset, Dataset) else []
-        columns = self._candidates(dataset.column_names)
+        rows = [train[0][row] for row in range(min(4, len(train[0])))] if isinstance(train[0], Dataset) else []
+        columns = self._candidates(train[0].column_names)
         batches = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
         self.teacher.announce(rows, columns, queries=self.args.per_device_train_batch_size, batches=batches)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Let the teacher score the batch, then the loss compare it with the student's scores.
-
-        Args:
-            model: the student, wrapped or not.
-            inputs: a batch of :class:`TCTDataCollator`, on the device.
-            return_outputs: also return an (empty) dict of outputs.
-            num_items_in_batch: not used; the loss is a mean over the batch.
-
-        Returns:
-            The loss `()`.
-        """
+        """The loss `()` of a batch of :class:`TCTDataCollator`, which the teacher scores first."""
         inputs = dict(inputs)
         batch = inputs.pop(BATCH_KEY)
         dataset_name = inputs.pop("dataset_name", None)
-        features, _ = self.collect_features(inputs)
+        features, _ = self.collect_features(inputs)  # type: ignore[attr-defined]
         loss_fn = self.loss[dataset_name] if isinstance(self.loss, dict) else self.loss
         if model is self.model_wrapped and getattr(loss_fn, "model", model) is not model:
-            loss_fn = self.override_model_in_loss(loss_fn, cast("BaseModel", model))
+            loss_fn = self.override_model_in_loss(loss_fn, cast("BaseModel", model))  # type: ignore[attr-defined]
         targets = self.teacher_targets(features, batch, coupled_part(loss_fn))
         loss = loss_fn(features, targets)
         report = targets.report
@@ -220,19 +203,16 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
             # A cached loss puts its whole gradient into its first part, which the report has as it is.
             report = {**loss, **report}
             loss = torch.stack(list(loss.values())).sum()
-        self.track_loss_components(report)
+        self.track_loss_components(report)  # type: ignore[attr-defined]
         return (loss, {}) if return_outputs else loss
 
     def teacher_targets(self, features: list[dict[str, Any]], batch: dict[str, Any], loss: Any) -> TeacherTargets:
-        """What the teacher says of a batch.
+        """Scores, mask and positives of this device's queries against the candidates of a coupled loss.
 
         Args:
             features: the student's features of query, positive, negative_1, ..., negative_n.
             batch: the collator's other part of the batch.
-            loss: that the targets are for.
-
-        Returns:
-            Scores, mask and positives of this device's queries against the candidates of the loss.
+            loss: the coupled loss.
 
         Raises:
             ValueError: the teacher gave a score that is not finite, or there is none and the loss asks for it.
@@ -270,8 +250,8 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
                 f"{int((~finite).nonzero()[0])}). Load it with dtype='float32' if it is not, and check that its "
                 "checkpoint scores single texts finitely."
             )
-        if peaked and "one-hot" not in self._warned:
-            self._warned.add("one-hot")
+        if peaked and not self._warned:
+            self._warned = True
             logger.warning(
                 f"The teacher's distribution is one-hot to float precision for {peaked} of {len(scores)} queries at "
                 f"temperature {temperature}: there it teaches no more than a hard label. Raise the temperature (1 / "
@@ -279,23 +259,23 @@ class CoupledTrainerMixin(StreamedTrainingMixin, WholeCheckpointsMixin):
             )
 
 
-class TCTTrainer(LearnedScaleMixin, CoupledTrainerMixin, SentenceTransformerTrainer):
+class TCTTrainer(CoupledTrainer, SentenceTransformerTrainer):
     """Distil a live teacher into a single-vector student.
 
     Args:
         model: the student, of :func:`~tct_hf.student_from_teacher` or :func:`~tct_hf.build_student`. Any other
             SentenceTransformer is trained as it is too, with its own prompts, pooling and similarity.
         teacher: a :class:`~tct_hf.Teacher`, or a multi-vector model (or its path or Hub id) for a ColBERTTeacher.
-        args: of the run.
+        args: arguments of the run.
         train_dataset: columns query, positive, negative (or negative_1 ... negative_n); where there are ids, also
             positive_id, negative_id and known_positive_ids, so that known positives are no negatives. Rows with
-            false in a column labelled learn from the teacher alone: their passages are candidates that nobody judged.
-            A column label_weight says how much the passage in column positive counts as one, whoever named it.
-        eval_dataset: of the same columns, for the loss on held-out queries.
+            false in a column labelled learn from the teacher alone: their passages are candidates without judgement.
+            A column label_weight weighs the passage in column positive as one, whoever named it.
+        eval_dataset: data set with the same columns, for the loss on held-out queries.
         evaluator: such as an InformationRetrievalEvaluator on dev queries; models are chosen by it.
         loss: a TightlyCoupledLoss of the student; by default one with the arguments' settings, which a loss that is
             given here takes none of.
-        **kwargs: of :class:`sentence_transformers.SentenceTransformerTrainer`.
+        **kwargs: arguments of :class:`sentence_transformers.SentenceTransformerTrainer`.
 
     Raises:
         ValueError: a data set without the columns, no teacher, a collator that is no TCTDataCollator, teacher scores
@@ -313,13 +293,25 @@ class TCTTrainer(LearnedScaleMixin, CoupledTrainerMixin, SentenceTransformerTrai
         """The coupled loss with the arguments' settings and this teacher's temperature."""
         return TightlyCoupledLoss(model, **self.args.loss_settings(self.teacher.training_scale))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer; a student's learned scale stays one number, which a loaded student has forgotten."""
+        keep_scalar(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the weights that decay: a learned scale has no reason to be small."""
+        student: Any = getattr(self.model, "_orig_mod", self.model)
+        weight = length_of(student)
+        kept = {name for name, parameter in model.named_parameters() if parameter is weight}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
     def finalise(self, path: str) -> None:
         """Complete a saved student with the TCT encoding; every other is right as it was saved."""
         if has_tct_encoding(self.model):
             finalise_checkpoint(path)
 
 
-class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
+class SparseTCTTrainer(CoupledTrainer, SparseEncoderTrainer):
     """Distil a live teacher into a sparse student.
 
     The loss is the coupled loss inside sentence-transformers' SpladeLoss (CachedSpladeLoss with a `mini_batch_size`),
@@ -330,13 +322,13 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
         model: the student, of :func:`~tct_hf.build_splade` or any SparseEncoder, compared by dot product; with a
             Router, columns go to its routes "query" and "document".
         teacher: as of :class:`TCTTrainer`.
-        args: of the run.
+        args: arguments of the run.
         train_dataset: as of :class:`TCTTrainer`.
-        eval_dataset: likewise.
+        eval_dataset: data set with the same columns, for the loss on held-out queries.
         evaluator: such as a SparseInformationRetrievalEvaluator on dev queries; models are chosen by it.
         loss: a SpladeLoss of a TightlyCoupledLoss of the student; by default one with the arguments' settings, which
             a loss that is given here takes none of but the warm-up.
-        **kwargs: of :class:`sentence_transformers.SparseEncoderTrainer`.
+        **kwargs: arguments of :class:`sentence_transformers.SparseEncoderTrainer`.
 
     Raises:
         ValueError: as :class:`TCTTrainer`.
@@ -356,9 +348,8 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
         """The coupled loss with the arguments' settings, this teacher's temperature and the regularisers."""
         settings = self.args.loss_settings(self.teacher.training_scale)
         # The gradient cache is the outer loss's: it holds the embeddings that all parts of the loss take.
-        mini_batch_size = settings.pop("mini_batch_size")
-        cached: dict[str, Any] = {} if mini_batch_size is None else {"mini_batch_size": mini_batch_size}
-        kind = SpladeLoss if mini_batch_size is None else CachedSpladeLoss
+        size = settings.pop("mini_batch_size")
+        kind, cached = (SpladeLoss, {}) if size is None else (CachedSpladeLoss, {"mini_batch_size": size})
         return kind(
             model,
             TightlyCoupledLoss(model, **settings),
@@ -372,15 +363,11 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
     def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
         """The loss on the model's device, and the regularisers' warm-up as the arguments say."""
         loss = loss if isinstance(loss, nn.Module) else loss(model)
-        if not isinstance(loss, SpladeLoss):
+        if not isinstance(loss, SpladeLoss) or not isinstance(loss.loss, TightlyCoupledLoss):
+            inner = f" of a {type(loss.loss).__name__}" if isinstance(loss, SpladeLoss) else ""
             raise ValueError(
-                f"The loss is a {type(loss).__name__}: a SparseTCTTrainer needs a SpladeLoss or CachedSpladeLoss of a "
-                "TightlyCoupledLoss, or none for one with the arguments' settings."
-            )
-        if not isinstance(loss.loss, TightlyCoupledLoss):
-            raise ValueError(
-                f"The loss is a {type(loss).__name__} of a {type(loss.loss).__name__}, which asks no teacher: put a "
-                "TightlyCoupledLoss into it, or train it with sentence-transformers' SparseEncoderTrainer."
+                f"The loss is a {type(loss).__name__}{inner}: a SparseTCTTrainer needs a SpladeLoss or "
+                "CachedSpladeLoss of a TightlyCoupledLoss, or none for one with the arguments' settings."
             )
         if loss.loss.mini_batch_size is not None:
             raise ValueError(
@@ -408,19 +395,14 @@ class SparseTCTTrainer(CoupledTrainerMixin, SparseEncoderTrainer):
             return
         dims = torch.stack(self._dims).mean(0)
         self._dims.clear()
-        if get_world_size() > 1:  # all processes decide alike
+        if get_world_size() > 1:  # all processes decide the same
             dist.all_reduce(dims)
             dims = dims / get_world_size()
         queries, passages = dims.tolist()
-        part = coupled_part(self.loss if not isinstance(self.loss, dict) else next(iter(self.loss.values())))
+        part = coupled_parts(self.loss)[0]
+        changeable = ("document_regularizer_weight", "query_regularizer_weight", "regularizer_warmup", "learning_rate")
         self._watch.step(
             {"queries": queries, "passages": passages},
-            {
-                "temperature": getattr(part, "temperature", None),
-                "student_temperature": getattr(part, "student_temperature", None),
-                "document_regularizer_weight": self.args.document_regularizer_weight,
-                "query_regularizer_weight": self.args.query_regularizer_weight,
-                "regularizer_warmup": self.args.regularizer_warmup,
-                "learning_rate": self.args.learning_rate,
-            },
+            {name: getattr(part, name, None) for name in ("temperature", "student_temperature")}
+            | {name: getattr(self.args, name) for name in changeable},
         )

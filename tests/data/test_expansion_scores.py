@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
     colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tct_hf import NoTeacher
-    from tct_hf.teachers import expansion_scores
+    from tct_hf.teachers import scoring
 
     score(colbert, folder)
     whole = {file.name: file.read_bytes() for file in (folder / "scores").iterdir()}
@@ -84,8 +84,8 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
         (folder / "scores" / name).unlink()
     assert load_expansions(folder).column_names == ["id", "queries"]
     computed: list[int] = []
-    real = expansion_scores._scores
-    monkeypatch.setattr(expansion_scores, "_scores", lambda *args: computed.append(1) or real(*args))
+    real = scoring._query_scores
+    monkeypatch.setattr(scoring, "_query_scores", lambda *args: computed.append(1) or real(*args))
     score(colbert, folder)
     assert computed == [1]  # the one passage of the last shard
     assert {file.name: file.read_bytes() for file in (folder / "scores").iterdir()} == whole
@@ -117,7 +117,7 @@ def test_texts_go_to_the_device_that_the_teacher_is_on(
     import torch
 
     seen: list[Any] = []
-    monkeypatch.setattr("accelerate.utils.send_to_device", lambda inputs, device: seen.append(device) or inputs)
+    monkeypatch.setattr("tct_hf.teachers.scoring.send_to_device", lambda inputs, device: seen.append(device) or inputs)
     monkeypatch.setattr(type(colbert.model), "device", torch.device("cuda:3"))
     monkeypatch.setattr(colbert, "score_matrix", lambda inputs, gather: torch.zeros(99, 99))
     score(colbert, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections import Counter
 from pathlib import Path
@@ -106,6 +107,13 @@ def test_a_passage_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         teacher.collate(QUERIES[:2], [PASSAGES[:2], PASSAGES[1:3]], [{}] * 2)
     assert sorted(seen) == sorted(QUERIES[:2] + PASSAGES[:3])
+
+
+def test_it_goes_to_workers_that_are_spawned() -> None:
+    teacher = BM25Teacher(index_of(PASSAGES))
+    expected = teacher.scores(QUERIES, PASSAGES)
+    again = pickle.loads(pickle.dumps(teacher))
+    assert torch.equal(again.scores(QUERIES, PASSAGES), expected)
 
 
 def test_it_teaches_a_student(tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
-from tokenizers import normalizers
 
-from tct_hf import CachedTeacher, ColBERTTeacher, DenseTeacher, NoTeacher
+from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher
 from tct_hf.teachers import token_store
 from tct_hf.teachers.token_store import TokenStore
-from tests.models import tiny_bert, tiny_colbert
+from tests.models import tiny_colbert
 from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
 
 SETTINGS = {"weights": "w"}
@@ -68,23 +66,6 @@ def test_a_batch_of_stored_texts_is_read_not_tokenised(
     assert len(again) == 11 and again.get(int(batch["keys"].numpy().view(np.uint64)[0, 0])) is not None
 
 
-@pytest.mark.parametrize("kind", ["colbert", "dense"])
-def test_the_cache_is_filled_ahead_and_read_by_text(colbert: ColBERTTeacher, tmp_path: Path, kind: str) -> None:
-    base = SentenceTransformer(str(tiny_bert(tmp_path / "base")), device="cpu")
-    teacher = colbert if kind == "colbert" else DenseTeacher(base, dtype="float32")
-    cached = CachedTeacher(teacher, tmp_path / "cache")
-    assert cached.score_kind == teacher.score_kind
-    passages, queries = cached.vectors([*PASSAGES, PASSAGES[0]], "document"), cached.vectors(QUERIES, "query")
-    assert len(cached.store) == len(PASSAGES) + len(QUERIES) and np.array_equal(passages[0], passages[-1])
-    for made, encoded in zip(passages, teacher.vectors(PASSAGES, "document"), strict=False):
-        assert made.dtype == np.float16 and np.array_equal(made, encoded)
-    scores = cached.score_matrix(inputs(cached, QUERIES, [PASSAGES]), gather=False)
-    assert cached.misses == 0
-    torch.testing.assert_close(cached.scores(queries, passages[:-1]), scores)
-    live = teacher.score_matrix(inputs(teacher, QUERIES, [PASSAGES]), gather=False)
-    torch.testing.assert_close(scores, live, atol=5e-3, rtol=0)
-
-
 def test_another_teacher_has_another_folder(colbert: ColBERTTeacher, tmp_path: Path) -> None:
     other = ColBERTTeacher(str(tiny_colbert(tmp_path / "other")), dtype="float32")
     with torch.no_grad():
@@ -95,18 +76,6 @@ def test_another_teacher_has_another_folder(colbert: ColBERTTeacher, tmp_path: P
         live = teacher.score_matrix(inputs(teacher, QUERIES[:2], [PASSAGES[:2]]), gather=False)
         torch.testing.assert_close(scores, live, atol=5e-3, rtol=0)
     assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_another_tokenizer_over_the_same_words_has_another_folder(colbert: ColBERTTeacher, tmp_path: Path) -> None:
-    def folder() -> Path:
-        return CachedTeacher(colbert, tmp_path / "cache").store.folder
-
-    before = folder()
-    colbert.score_matrix(inputs(colbert, QUERIES[:2], [PASSAGES[:2]]), gather=False)
-    assert folder() == before  # whatever the last batch was padded to
-    backend = colbert.model.tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Sequence([normalizers.Replace("dense", "sparse"), backend.normalizer])
-    assert folder() != before
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -166,16 +135,6 @@ def test_a_damaged_vector_counts_as_missing_and_is_told_once(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         assert after.get(1) is None and after.get(2) is not None
     assert "damaged at byte 0" in caplog.text
-    after.put([1], [text(1)])
-    assert np.array_equal(after.get(1), text(1))
-
-
-def test_vectors_whose_file_is_gone_are_computed_again(tmp_path: Path) -> None:
-    store(tmp_path).put([1], [text(1)])
-    [file] = tmp_path.glob("*.f16")
-    file.unlink()
-    after = store(tmp_path)
-    assert after.get(1) is None
     after.put([1], [text(1)])
     assert np.array_equal(after.get(1), text(1))
 

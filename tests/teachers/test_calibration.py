@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from tct_hf.data.collection import Collection, Split
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.calibration import Calibration, fit_scales, held_out, read
-from tct_hf.teachers.mixture import members_of
+from tct_hf.teachers.mixture import list_scores, members_of
 from tests.models import tiny_bert
 
 
@@ -142,6 +144,42 @@ def test_calibration_sets_the_mixture_and_says_what_each_member_is_worth(
     done.save(tmp_path)
     assert (tmp_path / "tct_calibration.json").is_file()
     assert "positive on top" in done.summary()
+
+
+def test_the_queries_are_drawn_by_a_hash_of_their_ids_whatever_their_order(collection: Collection) -> None:
+    split = collection.splits["dev"]
+    turned = Split(dict(reversed(split.queries.items())), dict(reversed(split.qrels.items())))
+    seen: list[set[str]] = []
+
+    class Watched(Fixed):
+        def collate(self, queries: Sequence[str], *rest: Any) -> dict[str, Any]:
+            seen[-1].update(queries)
+            return super().collate(queries, *rest)
+
+    table = {(query, text): float(len(text)) for query in split.queries.values() for text in collection.corpus["text"]}
+    for one in (split, turned):
+        seen.append(set())
+        calibrate(Watched(table, 1.0), replace(collection, splits={"dev": one}), most=7)
+    assert seen[0] == seen[1] and len(seen[0]) == 7
+    assert seen[0] != set(list(split.queries.values())[:7])
+
+
+def test_a_weight_that_has_no_logarithm_is_refused_before_anything_is_scored(collection: Collection) -> None:
+    members = [(Fixed({}, 1.0), 1.0), (Fixed({}, 1.0), 0.0)]
+    with pytest.raises(ValueError, match=r"starts from weights above 0, but that of table 2 is 0\.0"):
+        calibrate(TeacherEnsemble(members, normalize="none"), collection)
+
+
+def test_a_teachers_inputs_go_to_its_device() -> None:
+    class OnAnotherDevice(Fixed):
+        model = SimpleNamespace(device=torch.device("meta"))
+
+        def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+            assert inputs["scores"].device.type == "meta"
+            return torch.ones(1, 2)
+
+    teacher = OnAnotherDevice({("q", "a"): 1.0, ("q", "b"): 2.0}, 1.0)
+    assert list_scores(teacher, "q", ["a", "b"]).tolist() == [1.0, 1.0]
 
 
 def test_a_teacher_worse_than_its_student_is_said_so(collection: Collection) -> None:

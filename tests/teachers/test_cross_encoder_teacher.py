@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +77,6 @@ def test_long_pairs_are_cut_and_half_precision_is_near(path: Path) -> None:
     torch.testing.assert_close(half, longer, atol=0.1, rtol=0.1)
 
 
-def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(
-    path: Path, tmp_path: Path
-) -> None:
-    model = CrossEncoder(str(path), device="cpu")
-    model.half().save_pretrained(str(tmp_path / "half"))
-    expected = score(CrossEncoderTeacher(model.float(), dtype="float32"))  # of the rounded weights
-    teacher = CrossEncoderTeacher(str(tmp_path / "half"), dtype="float32")
-    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
-    torch.testing.assert_close(score(teacher), expected, atol=1e-6, rtol=1e-6)
-
-
 def test_texts_that_travelled_give_the_same_scores(path: Path) -> None:
     teacher = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
     columns = [["", "Ünïcode 検索"], ["a passage", "\x00"]]
@@ -98,11 +86,6 @@ def test_texts_that_travelled_give_the_same_scores(path: Path) -> None:
     anything = ["", "\ud800 x", "", "\x00"]
     assert cross_encoder_teacher._texts(cross_encoder_teacher._as_bytes(anything), gather=False) == anything
     torch.testing.assert_close(score(teacher, columns), expected)
-
-
-def test_workers_get_a_copy(path: Path) -> None:
-    teacher = CrossEncoderTeacher(str(path), dtype="float32")
-    torch.testing.assert_close(score(pickle.loads(pickle.dumps(teacher))), score(teacher))
 
 
 @pytest.mark.parametrize("candidates", ["own", "in-batch"])

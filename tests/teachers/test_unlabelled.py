@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import ColBERTTeacher, NoTeacher
-from tct_hf.training.trainer import candidate_mask
-from tests.train_helpers import logged, make_models, make_trainer, reference_of_batch, triples
+from tests.train_helpers import make_models, make_trainer, reference_of_batch, triples
 
 MIXED = [True, False, False, True, False, False, True, False]
 
@@ -78,52 +76,12 @@ def test_unlabelled_rows_mask_no_candidate_and_have_no_positive(models: Path, tm
     assert not targets.mask[flags].all(dim=1).any()  # each labelled row's positive is in the batch once more
 
 
-def test_known_positives_of_a_row_without_a_label_stay_candidates() -> None:
-    ids = torch.tensor([10, 11, 12, 10])
-    known = torch.tensor([[10, 11], [11, 12]])
-    mask = candidate_mask(ids, torch.tensor([0, -1]), known)
-    assert mask.tolist() == [[True, False, True, False], [True, True, True, True]]
-
-
-@pytest.mark.parametrize("labelled", [MIXED, [False] * 8], ids=["mixed", "none"])
-def test_gradient_caching_changes_no_loss_of_unlabelled_rows(
-    models: Path, tmp_path: Path, labelled: list[bool]
-) -> None:
-    losses = []
-    for size in (None, 3):
-        trainer = make_trainer(tmp_path, *load(models), flagged(labelled), mini_batch_size=size, num_train_epochs=2)
-        trainer.train()
-        losses.append([*logged(trainer), *logged(trainer, "hard_label")])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # the log rounds to four digits
-    assert len(losses[0]) == 4
-
-
-def test_the_hard_label_gradient_of_an_unlabelled_row_is_none(models: Path, tmp_path: Path) -> None:
-    """With hard labels alone, a batch with unlabelled rows teaches what its labelled rows teach."""
-    weights = []
-    for text in ("what is dense retrieval", "another question about tokens"):
-        student, _ = load(models)
-        dataset = flagged(MIXED).map(lambda row, text=text: row if row["labelled"] else {**row, "query": text})
-        trainer = make_trainer(tmp_path, student, NoTeacher(), dataset, hard_label_weight=1.0)
-        trainer.train()
-        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("wrong", [1, "yes", None])
 def test_a_flag_that_is_no_bool_is_refused(models: Path, tmp_path: Path, wrong: Any) -> None:
     dataset = triples(8).add_column("labelled", [wrong] * 8)  # type: ignore[call-arg]
     trainer = make_trainer(tmp_path, *load(models), dataset)
     with pytest.raises(ValueError, match=r"Column 'labelled' holds .*give true, or false"):
         list(trainer.get_train_dataloader())
-
-
-def test_streamed_rows_keep_their_flags(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
-    stream = flagged(MIXED).to_iterable_dataset()
-    trainer = make_trainer(tmp_path, student, teacher, stream, max_steps=1)
-    [batch] = list(trainer.get_train_dataloader())
-    assert batch["tct"]["labelled"].tolist() == MIXED
 
 
 @pytest.mark.parametrize("candidates", ["in-batch", "own"])
@@ -139,35 +97,10 @@ def test_without_a_teacher_the_loss_is_that_of_the_hard_labels(models: Path, tmp
     assert parts == pytest.approx({"hard_label": hard, "distillation": 0.0}, abs=2e-5)
 
 
-def test_a_teacher_that_nobody_asks_changes_no_step(models: Path, tmp_path: Path) -> None:
-    losses = []
-    for teacher in (load(models)[1], NoTeacher()):
-        trainer = make_trainer(tmp_path, load(models)[0], teacher, triples(16), hard_label_weight=1.0)
-        trainer.train()
-        losses.append(logged(trainer))
-        # The log says nothing of a teacher whose scores do not count.
-        assert not {"teacher_entropy", "top_agreement"} & {name for e in trainer.state.log_history for name in e}
-    assert losses[0] == losses[1] and len(losses[0]) == 2
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.999])
 def test_distillation_without_a_teacher_is_refused_with_the_mend(models: Path, tmp_path: Path, weight: float) -> None:
     with pytest.raises(ValueError, match=rf"no teacher to distil, but hard_label_weight is {weight}: set it to 1"):
         make_trainer(tmp_path, load(models)[0], NoTeacher(), triples(8), hard_label_weight=weight)
-
-
-def test_no_teacher_is_not_one_hot_nor_a_teachers_scale(models: Path, tmp_path: Path) -> None:
-    student, _ = load(models)
-    trainer = make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0, temperature=None)
-    assert trainer.loss.temperature == 1.0
-    loss_of_batch(trainer, student)
-    assert not trainer._warned
-
-
-def test_evaluation_loss_counts_labelled_rows_only_in_its_hard_part(models: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, *load(models), triples(8), eval_dataset=flagged([False] * 8))
-    assert np.isfinite(trainer.evaluate()["eval_loss"])
-    assert logged(trainer, "eval_hard_label") == [0]
 
 
 def test_rows_with_the_same_flags_and_known_positives_are_no_duplicates(models: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from sentence_transformers.base.sampler import DefaultBatchSampler, ProportionalBatchSampler, RoundRobinBatchSampler
 from torch.utils.data import ConcatDataset, RandomSampler
 
-from tct_hf.training.sampling import SameDatasetBatchSampler
+from tct_hf.training.collator import SameDatasetBatchSampler
 
 
 @pytest.mark.parametrize("kind", [ProportionalBatchSampler, RoundRobinBatchSampler])

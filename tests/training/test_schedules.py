@@ -81,22 +81,15 @@ def test_without_a_teacher_no_schedule_may_ask_for_one(tmp_path: Path) -> None:
     [
         (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' is not known: use one of constant"),
         (lambda: Schedule(1.0, 2.0, "constant"), "A constant of 1.0 has no end of 2.0"),
-        (lambda: Schedule(1.0, until=0.0), "until=0.0 is no share"),
-        (lambda: Schedule("2"), "start='2' is no number"),  # type: ignore[arg-type]
-        (lambda: Schedule(1.0, until=True), "until=True is no number"),
-        (lambda: Schedule(1.0, float("inf")), "end=inf leaves no value between"),
-        (lambda: Schedule(float("nan")), "start=nan leaves no value between"),
+        (lambda: Schedule(1.0, until=0.0), "until=0.0 must be a share"),
+        (lambda: Schedule("2"), "start='2' must be a finite number"),  # type: ignore[arg-type]
+        (lambda: Schedule(1.0, float("inf")), "end=inf must be a finite number"),
         (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),
         (lambda: LossSchedule({}, candidates=Schedule(1.0)), "'candidates' has no schedule"),
-        (lambda: LossSchedule({}, hard_label_weight=Schedule(0.5, 1.5)), "hard_label_weight goes to 1.5"),
-        (lambda: LossSchedule({}, temperature=Schedule(1.0, 0.0)), "temperature goes to 0.0"),
-        (
-            lambda: LossSchedule({}, margin_mse_weight=Schedule(0.0, -1.0)),
-            "margin_mse_weight goes to -1.0: .*0 or gre",
-        ),
-        (lambda: LossSchedule({}, student_divisor=Schedule(30.0, 0.0)), "student_divisor goes to 0.0"),
+        (lambda: LossSchedule({}, hard_label_weight=Schedule(0.5, 1.5)), "hard_label_weight=1.5 must be"),
+        (lambda: LossSchedule({}, temperature=Schedule(1.0, 0.0)), "temperature=0.0 must be"),
     ],
 )
-def test_what_is_no_schedule_is_refused(make: Any, message: str) -> None:
+def test_an_invalid_schedule_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

@@ -85,12 +85,14 @@ def tensors(mask: np.ndarray | None, positive: list[int] | None) -> dict[str, An
 
 @settings(max_examples=150, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1),
-    queries=st.integers(2, 17),
-    negatives=st.integers(1, 5),
-    masked=st.booleans(),
-    indexed=st.booleans(),
-    empty=st.booleans(),
+    made=st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 2**32 - 1),
+            "queries": st.integers(2, 17),
+            "negatives": st.integers(1, 5),
+            **{name: st.booleans() for name in ("masked", "indexed", "empty")},
+        }
+    ),
     temperature=st.floats(0.05, 20),
     student_temperature=st.floats(0.05, 20),
     weight=st.floats(0, 1),
@@ -99,43 +101,21 @@ def tensors(mask: np.ndarray | None, positive: list[int] | None) -> dict[str, An
     reverse=st.booleans(),
 )
 def test_loss_equals_an_independent_numpy_version(
-    seed: int,
-    queries: int,
-    negatives: int,
-    masked: bool,
-    indexed: bool,
-    empty: bool,
-    temperature: float,
-    student_temperature: float,
-    weight: float,
-    margin_weight: float,
-    divisor: float,
-    reverse: bool,
+    made: dict[str, Any], weight: float, margin_weight: float, divisor: float, reverse: bool, **temperatures: float
 ) -> None:
-    student, teacher, mask, positive = case(seed, queries, negatives, masked=masked, indexed=indexed, empty=empty)
+    student, teacher, mask, positive = case(**made)
+    theirs = {"weight": weight, "margin_weight": margin_weight, "divisor": divisor, "reverse": reverse, **temperatures}
     for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
         s, t = student.astype(dtype), teacher.astype(dtype)
-        expected = numpy_loss(
-            s,
-            t,
-            temperature=temperature,
-            student_temperature=student_temperature,
-            weight=weight,
-            margin_weight=margin_weight,
-            divisor=divisor,
-            reverse=reverse,
-            mask=mask,
-            positive=positive,
-        )
+        expected = numpy_loss(s, t, mask=mask, positive=positive, **theirs)  # type: ignore[arg-type]
         parts = coupled_loss(
             torch.from_numpy(s),
             torch.from_numpy(t),
-            temperature=temperature,
-            student_temperature=student_temperature,
             hard_label_weight=weight,
             margin_mse_weight=margin_weight,
             student_divisor=divisor,
             kl_direction="reverse" if reverse else "forward",
+            **temperatures,
             **tensors(mask, positive),
         )
         assert list(parts) == ["hard_label", "distillation", "margin_mse"][: len(expected)]
@@ -188,12 +168,6 @@ def test_row_without_a_label_takes_part_in_the_distillation_only() -> None:
         positive_index=index[labelled],
     )
     assert parts["hard_label"].item() == pytest.approx(alone["hard_label"].item(), rel=1e-12)
-
-
-def test_batch_without_any_label_has_no_hard_label_part() -> None:
-    student, teacher, _, _ = case(6, 3, 1, masked=False, indexed=False)
-    parts = coupled_loss(torch.from_numpy(student), torch.from_numpy(teacher), positive_index=torch.full((3,), -1))
-    assert parts["hard_label"].item() == 0 and parts["distillation"].item() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -259,30 +233,6 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
     assert {k: v.item() for k, v in half.items()} == {k: v.item() for k, v in full.items()}
 
 
-@pytest.mark.parametrize("student_temperature", [1.0, 7.0])
-def test_hard_labels_alone_are_cross_entropy_at_raw_scores(student_temperature: float) -> None:
-    student = torch.randn(5, 15, dtype=torch.float64)
-    index = torch.tensor([3, 0, 14, 7, 7])
-    parts = coupled_loss(
-        student,
-        torch.randn(5, 15),
-        hard_label_weight=1.0,
-        student_temperature=student_temperature,
-        positive_index=index,
-    )
-    expected = torch.nn.functional.cross_entropy(student, index)
-    assert parts["hard_label"].item() == pytest.approx(expected.item(), rel=1e-12)
-    assert parts["distillation"].item() == 0
-
-
-def test_divergence_is_zero_where_both_distributions_agree() -> None:
-    student = torch.randn(4, 8, dtype=torch.float64)
-    teacher = (student / 2.0 + torch.arange(4).unsqueeze(1)) * 0.25  # softmax knows no shift
-    parts = coupled_loss(student, teacher, temperature=0.25, student_temperature=2.0, hard_label_weight=0.0)
-    assert parts["distillation"].item() == pytest.approx(0, abs=1e-14)
-    assert parts["hard_label"].item() == 0
-
-
 def test_loss_of_a_two_by_two_batch_by_hand() -> None:
     # Student: odds 3:1 and 1:1. Teacher at temperature 0.5: odds 1:1 and 4:1.
     student = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], dtype=torch.float64)
@@ -292,13 +242,6 @@ def test_loss_of_a_two_by_two_batch_by_hand() -> None:
     soft = (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25) + 0.8 * math.log(1.6) + 0.2 * math.log(0.4)) / 2
     assert parts["hard_label"].item() == pytest.approx(0.25 * hard, rel=1e-12)
     assert parts["distillation"].item() == pytest.approx(0.75 * soft, rel=1e-12)
-
-
-def test_reverse_divergence_by_hand() -> None:
-    # Student: odds 3:1. Teacher: odds 1:1.
-    student = torch.tensor([[math.log(3), 0.0]], dtype=torch.float64)
-    parts = coupled_loss(student, torch.zeros(1, 2), temperature=1.0, hard_label_weight=0.0, kl_direction="reverse")
-    assert parts["distillation"].item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
 
 
 def test_margins_of_a_row_by_hand_and_other_parts_unchanged() -> None:
@@ -311,16 +254,6 @@ def test_margins_of_a_row_by_hand_and_other_parts_unchanged() -> None:
     assert without == {name: parts[name] for name in ("hard_label", "distillation")}
 
 
-def test_divisor_is_the_same_as_smaller_scores_in_every_part() -> None:
-    student, teacher, mask, _ = case(11, 4, 2, masked=True, indexed=False)
-    keep, scores = torch.from_numpy(mask), torch.from_numpy(student)
-    divided = coupled_loss(
-        scores, torch.from_numpy(teacher), margin_mse_weight=1.0, student_divisor=30.0, candidate_mask=keep
-    )
-    smaller = coupled_loss(scores / 30.0, torch.from_numpy(teacher), margin_mse_weight=1.0, candidate_mask=keep)
-    assert divided == smaller
-
-
 SCORES = torch.zeros(3, 6)
 
 
@@ -328,24 +261,18 @@ SCORES = torch.zeros(3, 6)
     ("arguments", "message"),
     [
         ({"teacher_scores": torch.zeros(3, 5)}, r"one shape, got \(3, 6\) and \(3, 5\)"),
-        ({"student_scores": torch.zeros(6), "teacher_scores": torch.zeros(6)}, r"got \(6,\) and \(6,\)"),
         ({"candidate_mask": torch.ones(3, 5, dtype=torch.bool)}, r"candidate_mask has shape \(3, 5\).*\(3, 6\)"),
-        ({"candidate_mask": torch.ones(3, 6)}, "candidate_mask is torch.float32: give bool"),
+        ({"candidate_mask": torch.ones(3, 6)}, "and is torch.float32: give one bool"),
         ({"candidate_mask": torch.eye(3, 6).bool().flip(1)}, r"leaves out the positive of rows \[0, 1, 2\]"),
         ({"positive_index": torch.zeros(4, dtype=torch.int64)}, r"shape \(4,\).*\(3,\)"),
-        ({"positive_index": torch.zeros(3)}, "is torch.float32: give one int64"),
         ({"positive_index": torch.tensor([0, 6, 1])}, r"holds \[0, 6, 1\]: columns are 0 to 5"),
         ({"positive_index": torch.tensor([0, -2, 1])}, "-1 is no label"),
-        ({"student_scores": torch.zeros(3, 2), "teacher_scores": torch.zeros(3, 2)}, "pass positive_index"),
         ({"temperature": 0.0}, r"^temperature=0.0"),
-        ({"temperature": float("nan")}, r"^temperature=nan"),
-        ({"student_temperature": -1.0}, "student_temperature=-1.0"),
+        ({"student_temperature": math.nan}, "student_temperature=nan"),
         ({"hard_label_weight": 1.01}, "hard_label_weight=1.01"),
-        ({"hard_label_weight": -0.1}, "hard_label_weight=-0.1"),
-        ({"margin_mse_weight": -0.1}, "margin_mse_weight=-0.1"),
         ({"margin_mse_weight": math.inf}, "margin_mse_weight=inf"),
         ({"student_divisor": 0.0}, "student_divisor=0.0"),
-        ({"kl_direction": "backward"}, "kl_direction='backward' is not known: use one of forward, reverse"),
+        ({"kl_direction": "backward"}, "kl_direction must be 'forward' or 'reverse', got 'backward'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,34 +58,6 @@ def test_processes_and_workers_share_every_row_once_a_pass(
     assert (once == again) == (not shuffled)
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
-def test_several_files_lose_no_row_to_workers(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "set" / "data").mkdir(parents=True)
-    for part in range(2):
-        texts = {name: [f"{name} {i}" for i in range(10 * part, 10 * part + 10)] for name in COLUMNS}
-        Dataset.from_dict(texts).to_parquet(tmp_path / "set" / "data" / f"train-{part:05d}-of-00002.parquet")
-    rows = load_triples(tmp_path / "set", streaming=True)
-    loader = DataLoader(rows, batch_size=None, num_workers=workers)
-    assert sorted(numbers(list(loader))) == list(range(20))
-    steps = passes(rows.shuffle(seed=1, buffer_size=8), 5, 2, workers, steps=4)
-    assert sorted(chain(*steps[:2])) == sorted(chain(*steps[2:])) == list(range(20))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_data_set_of_several_shards_is_shared_by_rows(workers: int) -> None:
-    texts = {name: [f"{name} {i}" for i in range(24)] for name in COLUMNS}
-    rows = Dataset.from_dict(texts).to_iterable_dataset(num_shards=3).shuffle(seed=1, buffer_size=5)
-    steps = passes(rows, 4, 2, workers, steps=3)
-    assert sorted(chain(*steps)) == list(range(24))
-    assert steps == passes(rows, 8, 1, 0, steps=3)
-
-
-def test_batches_of_no_rows_are_refused(tmp_path: Path) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 4), streaming=True)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        StreamedBatches(rows, 0)
-
-
 def test_pass_is_filled_up_from_the_next(tmp_path: Path) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
     steps = passes(rows, 2, 2, 1, steps=5)  # 20 rows in steps of 4
@@ -118,16 +87,6 @@ def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"has 2 rows, fewer than one batch of 1 rows on each of 3 processes \(3\)"):
         next(iter(StreamedBatches(rows, 1, process=2, processes=3)))
     assert numbers(next(iter(StreamedBatches(rows, 8)))) == [0, 1]  # alone, it is a small batch
-
-
-def test_bad_row_in_mid_stream_ends_it_with_file_and_line(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "t.tsv", 2000)
-    with path.open("a") as file:
-        file.write("no tabs here\n")
-    rows = load_triples(path, streaming=True).shuffle(seed=1, buffer_size=100)
-    loader = DataLoader(StreamedBatches(rows, 50), batch_size=None, collate_fn=len, num_workers=1)
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 2001: 1 field where 3"):
-        list(islice(loader, 100))
 
 
 def test_trainer_wants_a_number_of_steps(tmp_path: Path) -> None:
@@ -216,12 +175,3 @@ def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, mo
     monkeypatch.setattr(streaming, "sizes_of_all", lambda own, device: [own, streaming._order(plain.shuffle())])
     with pytest.raises(ValueError, match=r"in another order in each process.*\.shuffle\(seed=\.\.\.\)"):
         trainer.get_train_dataloader()
-
-
-@pytest.mark.slow
-def test_memory_is_flat() -> None:
-    """Own memory at 1 % and at the end of 300,000 rows, measured by the benchmark."""
-    command = [sys.executable, "recipes/benchmarks/streaming.py", "--rows", "300000", "--kinds", "text"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    growth = done.stdout.strip().splitlines()[-1].split("|")[-2]
-    assert int(growth.split("(")[1].split(")")[0]) < 20, done.stdout

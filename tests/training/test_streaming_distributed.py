@@ -17,8 +17,6 @@ ROWS = 24
 # 24 rows in steps of 12 make two steps a pass; in steps of 18, the second step ends one pass and begins the next.
 CASES: dict[str, dict[str, Any]] = {
     "in order": {"step": 12},
-    "shuffled": {"step": 12, "shuffle_buffer": 7},
-    "shuffled, one worker": {"step": 12, "shuffle_buffer": 7, "dataloader_num_workers": 1},
     "shuffled, two workers": {"step": 12, "shuffle_buffer": 7, "dataloader_num_workers": 2},
     "over the end of a pass": {"step": 18, "shuffle_buffer": 7},
     "evaluated": {"step": 12, "eval_strategy": "steps", "eval_steps": 2, "evaluated": "e.tsv"},
@@ -70,7 +68,8 @@ def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_processes_train_on_the_rows_of_one(models: Path, alone: Path, tmp_path: Path, processes: int) -> None:
     launch(models, tmp_path, processes, CASES)
     for name, case in CASES.items():

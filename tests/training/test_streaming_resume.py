@@ -23,7 +23,6 @@ BASE: dict[str, Any] = {
 }
 ROWS = 22
 CASES: dict[str, dict[str, Any]] = {
-    "in order": {"kill_in_step": 4},
     "in the second pass, shuffled, with workers": {
         "kill_in_step": 9,
         "shuffle_buffer": 6,

@@ -64,14 +64,6 @@ def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(ba
     assert sorted(entry.name for entry in (tmp_path / "work").iterdir()) == ["tct_settings.json", "training_log.json"]
 
 
-def test_the_scale_multiplies_the_scores_in_the_softmax(base: Path, tmp_path: Path) -> None:
-    first = []
-    for scale in (1.0, 4.0):
-        final = colbert(tmp_path / str(scale), base, scale=scale, arguments={**ARGUMENTS, "learning_rate": 0.0})
-        first.append(json.loads((final / "training_log.json").read_text())[0]["loss"])
-    assert first[0] != pytest.approx(first[1], rel=0.05)
-
-
 def test_a_finished_stage_makes_neither_model_nor_triples(base: Path, tmp_path: Path) -> None:
     final = colbert(tmp_path, base)
     before = (final / "model.safetensors").stat().st_mtime_ns
@@ -143,24 +135,6 @@ def test_a_student_is_distilled_published_and_not_made_again(tmp_path: Path) -> 
     log = json.loads((final / "training_log.json").read_text())
     assert {"hard_label", "distillation", "top_agreement"} <= log[0].keys()
     assert train_student(never, never, never, tmp_path / "student", **options) == final
-
-
-def test_the_teacher_of_a_student_is_not_changed(tmp_path: Path) -> None:
-    from tct_hf import ColBERTTeacher, student_from_teacher
-
-    path = tiny_colbert(tmp_path / "teacher")
-    before = (path / "model.safetensors").read_bytes()
-    train_student(
-        lambda: student_from_teacher(str(path), layers=[1], query_length=16, document_length=64),
-        lambda: ColBERTTeacher(str(path), dtype="float32"),
-        triples,
-        tmp_path / "student",
-        work=tmp_path / "work",
-        arguments=ARGUMENTS,
-        settings={},
-        write=lambda line: None,
-    )
-    assert (path / "model.safetensors").read_bytes() == before
 
 
 @pytest.fixture
@@ -254,19 +228,3 @@ def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(
     ]
     expected = torch.nn.functional.cross_entropy(20 * queries @ torch.cat(passages).T, torch.arange(4))
     assert json.loads((final / "training_log.json").read_text())[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
-
-
-def test_a_stopped_stock_training_goes_on_and_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
-    whole = stock(tmp_path / "whole", base)
-    assert stock(tmp_path / "whole", base, make=never, make_triples=never) == whole
-
-    def stop(line: str) -> None:
-        if "step     2 of" in line:
-            raise Stop
-
-    with pytest.raises(Stop):
-        stock(tmp_path / "stopped", base, write=stop)
-    said: list[str] = []
-    again = stock(tmp_path / "stopped", base, write=said.append)
-    assert said[0] == "  goes on after step 1 of 3"
-    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
