@@ -428,7 +428,7 @@ def test_first_dimensions_are_measured_as_trained_or_as_asked(
     whole, first = trained.system("dense-exact"), trained.system("dense-first-8")
     assert first.title == "dense, first 8 dimensions" and whole.cost is not None and first.cost is not None
     saved = whole.cost["disk_bytes_per_passage"] - first.cost["disk_bytes_per_passage"]
-    assert saved == pytest.approx((32 - 8) * 4, abs=3)
+    assert saved == pytest.approx((32 - 8) * 4, abs=5)  # the manifests of both are a few bytes a passage
     student = SentenceTransformer(str(tmp_path / "student"), device="cpu", truncate_dim=8)
     queries = material.collection().splits["test"].queries
     scores = (
