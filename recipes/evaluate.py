@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tct_hf.evaluation.report_settings import ReportSettings
+from tct_hf.evaluation.settings import ReportSettings
 from tct_hf.pipeline import steps as pipeline
 from tct_hf.pipeline.steps import DataSettings
 from tct_hf.progress import Stages
@@ -29,7 +29,7 @@ class Settings(ReportSettings):
     sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
     base: str | None = setting(None, "folder, Hub id or bundled model to report as it is; the student's base")
     teacher: str | None = setting(
-        "own", "folder or Hub id of a ColBERT; own: the student's own token vectors; the report does without when none"
+        "own", "folder or Hub id of a ColBERT; own: the student's own token vectors; no late interaction when none"
     )
     dims: list[int] | None = setting(
         None, "first dimensions of the student to measure alone too; those a recipe trained it at when none"
@@ -39,8 +39,7 @@ class Settings(ReportSettings):
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.evaluation.reporting import build_report, check_report, check_student
-    from tct_hf.evaluation.stores import BASE_FOLDER, SPARSE_FOLDER, Stores, open_beside, open_student
+    from tct_hf.evaluation.reporting import build_report, check_report, encode_corpora
     from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
@@ -57,48 +56,17 @@ def main(settings: Settings) -> None:
         if state.is_main_process:
             print(f"  {collection.summary()}", flush=True)
         check_report(collection, settings, settings.runs)
+    models = {name: getattr(settings, name) for name in ("teacher", "sparse_student", "base", "dims", "runs")}
+    arguments = (collection, settings.student, output)
     if state.num_processes > 1:
         with stages.stage("encode"):
-            device, write = str(state.device), partial(print, flush=True)
-            opened = open_student(settings.student, device)
-            stores = Stores(collection, opened, settings.student, output, precision=settings.precision, write=write)
-            check_student(
-                stores,
-                settings,
-                settings.runs,
-                settings.dims,
-                beside=settings.sparse_student is not None,
-                teacher=settings.teacher,
-                base=settings.base is not None,
-            )
-            stores.encode(state)
-            if (name := settings.base) is not None:
-                model, place = open_student(name, device), output / BASE_FOLDER
-                Stores(collection, model, name, place, precision=settings.precision, write=write).encode(state)
-                del model
-            if (name := settings.sparse_student) is not None:
-                beside, place = open_beside(stores, name, device), output / SPARSE_FOLDER
-                stores = Stores(collection, beside, name, place, precision=settings.precision, write=write)
-                stores.encode(state)
-                del beside
-            del stores, opened
+            encode_corpora(*arguments, settings=settings, state=state, write=partial(print, flush=True), **models)
     # One process searches and measures; the others are done, and wait at no barrier that could time out.
     state.destroy_process_group()
     if state.is_main_process:
         with stages.stage("report"):
-            report = build_report(
-                collection,
-                settings.student,
-                output,
-                teacher=settings.teacher,
-                sparse_student=settings.sparse_student,
-                base=settings.base,
-                settings=settings,
-                runs=settings.runs,
-                record=asdict(settings),
-                dims=settings.dims,
-                write=partial(print, flush=True),
-            )
+            write = partial(print, flush=True)
+            report = build_report(*arguments, settings=settings, record=asdict(settings), write=write, **models)
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
         print("\n" + report.markdown())
     stages.finish()

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
+from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
 from tct_hf.pipeline import steps as pipeline
 from tct_hf.pipeline.steps import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
@@ -131,8 +131,8 @@ def questions(*, answers_alone: bool) -> Iterator[str]:
 
 
 def shown(question: str, hits: list[Hit], width: int, systems: list[str]) -> str:
-    from tct_hf.evaluation.comparison import shorten
     from tct_hf.evaluation.searcher import SYSTEMS
+    from tct_hf.evaluation.tables import shorten
 
     lines = ["", question]
     for hit in hits:

@@ -265,6 +265,7 @@ def evaluate(
         vectors=pipeline.vectors_folder(settings.teacher, settings.student, output),
         prompts=settings.encoder.prompts,
         dims=settings.student.training.get("matryoshka_dims"),
+        labels=settings.data.labels > 0,
         **asdict(settings.evaluation),
     )
 

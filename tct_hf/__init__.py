@@ -53,7 +53,7 @@ _PUBLIC = {
     "training.sparsity": ["CollapsedStudent"],
     "training.collator": ["TCTDataCollator"],
     "training.trainer": ["TCTTrainer", "SparseTCTTrainer"],
-    "evaluation.efficiency": ["measure_efficiency"],
+    "evaluation.cost": ["measure_efficiency"],
     "evaluation.measures": ["evaluate_run"],
     "evaluation.report": ["Report"],
     "evaluation.reporting": ["build_report"],
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from tct_hf.encoding.convert import convert_checkpoint as convert_checkpoint
     from tct_hf.encoding.convert import load_student as load_student
     from tct_hf.encoding.splade import build_splade as build_splade
-    from tct_hf.evaluation.efficiency import measure_efficiency as measure_efficiency
+    from tct_hf.evaluation.cost import measure_efficiency as measure_efficiency
     from tct_hf.evaluation.measures import evaluate_run as evaluate_run
     from tct_hf.evaluation.report import Report as Report
     from tct_hf.evaluation.reporting import build_report as build_report

@@ -100,7 +100,7 @@ def _student_systems(
     from sentence_transformers import SentenceTransformer
 
     from tct_hf.evaluation.quick_report import dense_system
-    from tct_hf.evaluation.systems import dense_and_reranked_run
+    from tct_hf.evaluation.references import dense_and_reranked_run
 
     if reranking is None:
         return [

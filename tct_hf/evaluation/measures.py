@@ -10,14 +10,13 @@ from typing import Any
 from tct_hf.retrieval.runs import rank
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
-# What is measured where these queries are reported. Passages of MS MARCO dev are relevant or not; those of TREC Deep
-# Learning have grades, of which the track counts 2 and 3 as relevant for all but nDCG. Recall is often told from grade
-# 1 on, too: the two are told apart by name.
+# TREC Deep Learning counts grades 2 and 3 as relevant for all but nDCG. Recall is often given from grade 1 on, too:
+# the two have different names.
 MEASURE_SETS = {
     "msmarco-dev": ("RR@10", "R@1000"),
     "trec-dl": ("nDCG@10", "RR(rel=2)@10", "R(rel=2)@1000", "R(rel=1)@1000"),
 }
-# An engine of ir-measures that runs a Perl script, which dies of query ids that are not numbers.
+# A Perl script, which fails on query ids that are not numbers.
 _UNUSABLE_ENGINES = ("gdeval",)
 
 
@@ -38,18 +37,17 @@ def evaluate_run(
 ) -> Evaluation:
     """Measure a run against judgements.
 
-    Every judged query counts; one for which the run has no passage, or for which no passage is relevant, scores 0.
-    Queries of the run without judgements are left out. A negative grade (TREC's -2 for junk) counts as 0, judged and
-    never relevant. Equal scores are ordered by passage id, ascending, before any engine sees
-    them: trec_eval orders ties by descending id and compares in single precision.
+    Every judged query counts: one without a passage in the run, or without a relevant passage, scores 0. Queries
+    without judgements are left out. A negative grade (TREC's -2 for junk) counts as 0. Equal scores are ordered by
+    passage id, ascending; trec_eval by itself orders ties by descending id and compares in single precision.
 
     Args:
         run: query id to passage id to score.
         qrels: query id to passage id to relevance.
         measures: ir-measures names, for instance RR@10, nDCG@10, R@1000, AP, R(rel=2)@1000, or
-            nDCG(dcg='exp-log2')@10 for gains of 2^relevance - 1. nDCG has gains in place of a cut-off of relevance.
-        relevance: from which grade on a passage is relevant, for measures that do not say it themselves by (rel=...).
-            The passage task of TREC Deep Learning takes 2 for all but nDCG.
+            nDCG(dcg='exp-log2')@10 for gains of 2^relevance - 1.
+        relevance: lowest relevant grade of measures without (rel=...); nDCG takes grades as gains. TREC Deep Learning
+            takes 2.
 
     Returns:
         The means over the judged queries and the value of each query, under the names given.
@@ -64,14 +62,17 @@ def evaluate_run(
         raise ValueError("measures is empty; name at least one, for instance RR@10")
     if not qrels:
         raise ValueError("qrels: no judged query; load the judgements of a split that has some")
-    if isinstance(relevance, bool) or not isinstance(relevance, int) or relevance < 1:
+    if type(relevance) is not int or relevance < 1:
         raise ValueError(f"relevance: {relevance!r} is no grade of 1 or more")
     # Copied into fresh dictionaries: engines accept nothing but plain int and float. Negative grades have a meaning of
     # their own in trec_eval, and crash it where a query has no others.
     judged = {
         query: {passage: max(int(grade), 0) for passage, grade in grades.items()} for query, grades in qrels.items()
     }
-    engine = _engine()
+    import ir_measures
+
+    usable = [one for one in ir_measures.DefaultPipeline.providers if one.NAME not in _UNUSABLE_ENGINES]
+    engine = ir_measures.providers.FallbackProvider(usable)
     grades_judged = {grade for grades in judged.values() for grade in grades.values()}
     parsed = {name: _parse(name, relevance, grades_judged, engine) for name in measures}
     # No measure is asked for what has no passages: some engines divide by their number.
@@ -90,59 +91,38 @@ def evaluate_run(
     return Evaluation(mean=mean, per_query=per_query)
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over queries."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1) / len(values))
+
+
 def named_measures(names: Sequence[str]) -> list[str]:
-    """The measures that are named, one by one.
-
-    Args:
-        names: ir-measures names, or keys of MEASURE_SETS, which stand for their measures.
-
-    Returns:
-        ir-measures names, each once.
-    """
+    """The ir-measures names that `names`, which may hold keys of MEASURE_SETS, stand for, each once."""
     return list(dict.fromkeys(one for name in names for one in MEASURE_SETS.get(name, (name,))))
 
 
 def cutoff_of(measure: str) -> int | None:
-    """How many passages from the top a measure looks at, None where it looks at all.
-
-    Args:
-        measure: ir-measures name.
-
-    Returns:
-        10 for RR@10, for instance.
-
-    Raises:
-        ValueError: it is not an ir-measures name.
-    """
+    """The number of top passages a measure looks at (10 for RR@10); None for all."""
     found = _named(measure)
     # Where unjudged passages are taken out first, those below the cut move up.
-    if found.params.get("judged_only"):
-        return None
-    return found.params.get("cutoff")
+    return None if found.params.get("judged_only") else found.params.get("cutoff")
 
 
 def relevant_from(measure: str, relevance: int) -> int | None:
-    """The grade from which a measure takes a passage as relevant; None where grades are gains.
-
-    Args:
-        measure: ir-measures name.
-        relevance: as in :func:`evaluate_run`.
-
-    Raises:
-        ValueError: it is not an ir-measures name.
-    """
+    """The grade from which a measure takes a passage as relevant; None where grades are gains."""
     found = _named(measure)
     if found.params.get("rel") is not None:
         return int(found.params["rel"])
     return relevance if "rel" in found.SUPPORTED_PARAMS else None
 
 
-def _engine() -> Any:
-    """The engines of ir-measures that need no program outside Python, the first that knows a measure computing it."""
-    import ir_measures
-
-    usable = [engine for engine in ir_measures.DefaultPipeline.providers if engine.NAME not in _UNUSABLE_ENGINES]
-    return ir_measures.providers.FallbackProvider(usable)
+def check_measures(measures: Sequence[str], depth: int, *, setting: str, relevance: int = 1) -> None:
+    """Refuse an unknown measure, or one that looks deeper than runs of `depth` passages."""
+    evaluate_run({}, {"query": {"passage": 1}}, measures, relevance=relevance)
+    for measure in measures:
+        if (cutoff := cutoff_of(measure)) is not None and cutoff > depth:
+            raise ValueError(f"{setting} is {depth}, too little for {measure}: {cutoff} or more.")
 
 
 def _named(name: str) -> Any:
@@ -168,18 +148,16 @@ def _parse(name: str, relevance: int, grades: Set[int], engine: Any) -> Any:
         # The same measure in the words of trec_eval, which has the discount and takes any gains.
         measure = measure(dcg="log2", gains={grade: 2 ** max(grade, 0) - 1 for grade in grades})
     if not engine.supports(measure):
+        fixes = [
+            f" ({one.install_instructions()} adds one that does)"
+            for one in engine.providers
+            if not one.is_available() and one.supports(measure) and one.install_instructions()
+        ]
         raise ValueError(
-            f"measures: no installed engine computes {name!r}"
-            f"{_mend(measure, engine)}; use for instance RR@10, nDCG@10, R@1000, AP"
+            f"measures: no installed engine computes {name!r}{''.join(fixes[:1])}; use for instance RR@10, nDCG@10, "
+            "R@1000, AP"
         )
     return measure
-
-
-def _mend(measure: Any, engine: Any) -> str:
-    for missing in engine.providers:
-        if not missing.is_available() and missing.supports(measure) and missing.install_instructions():
-            return f" ({missing.install_instructions()} adds one that does)"
-    return ""
 
 
 def _values(

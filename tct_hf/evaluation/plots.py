@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from tct_hf.files import write_aside
 
 
 def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
     """Plot the training loss of each stage over its steps, one panel a stage.
-
-    Args:
-        logs: title of a panel to a trainer's log history.
-        path: PNG file to write.
-
-    Returns:
-        The file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -50,11 +43,7 @@ def plot_dev_curves(
 
     Args:
         panels: title to arm's name to one {step: value} a seed. The line is the mean over seeds, the band their range.
-        path: PNG file to write.
         ylabel: what is measured.
-
-    Returns:
-        The file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -91,22 +80,15 @@ def plot_sweep(
     title: str,
     doubling: bool = False,
 ) -> Path:
-    """Plot a measure against something that was varied, one line a series.
+    """Plot a measure against something that was varied, one line a series; a line of one point is drawn across.
 
     Args:
-        lines: name to (what was varied, value, half the length of the error bar); a line of one point is drawn across.
+        lines: name to (what was varied, value, half the length of the error bar).
         path: PNG file to write.
         xlabel: what was varied.
         ylabel: what is measured, and what the bars are.
-        title: of the plot.
+        title: title of the plot.
         doubling: each point of the axis is about twice the one before it.
-
-    Returns:
-        The file.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no line has two points.
     """
     if not any(len(points) > 1 for points in lines.values()):
         raise ValueError("There is nothing to plot: a sweep needs two points.")
@@ -130,17 +112,8 @@ def plot_sweep(
     return _save(figure, path)
 
 
-@dataclass(frozen=True)
-class TradeOff:
-    """A system in a plot of effectiveness against cost.
-
-    Args:
-        label: written beside its point.
-        cost: above 0.
-        effect: what is measured.
-        error: its standard error, drawn as a bar up and down.
-        kind: systems of one kind share a colour and a mark.
-    """
+class TradeOff(NamedTuple):
+    """A system in a plot of effectiveness, with its standard error, against a cost above 0; `kind` sets its mark."""
 
     label: str
     cost: float
@@ -153,137 +126,56 @@ _MARKS = {"sparse": "s", "learned sparse": "v", "dense": "o", "hybrid": "D", "la
 
 
 def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str, ylabel: str, title: str) -> Path:
-    """Plot effectiveness against cost on a logarithmic axis, every point labelled, labels clear of each other.
-
-    Args:
-        points: the systems.
-        path: PNG file to write.
-        xlabel: what it costs.
-        ylabel: what is measured.
-        title: of the plot.
-
-    Returns:
-        The file.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there is nothing to plot, or a cost is not above 0.
-    """
+    """Plot effectiveness against cost on a logarithmic axis, a mark for each kind and a colour for each system."""
     if not points:
         raise ValueError("There is no system with a cost to plot.")
     for point in points:
         if not point.cost > 0:
             raise ValueError(f"{point.label}: its cost of {point.cost} has no place on a logarithmic axis.")
-    figure = _figure(7.4, 4.6)
+    figure = _figure(8.6, 4.6)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes = figure.add_subplot(1, 1, 1)
-    kinds = list(dict.fromkeys(point.kind for point in points))
-    for number, kind in enumerate(kinds):
-        own = [point for point in points if point.kind == kind]
+    for number, point in enumerate(points):
         axes.errorbar(
-            [point.cost for point in own],
-            [point.effect for point in own],
-            yerr=[point.error for point in own],
-            fmt=_MARKS.get(kind, "o"),
-            markersize=7,
+            point.cost,
+            point.effect,
+            yerr=point.error,
+            fmt=_MARKS.get(point.kind, "P"),
+            markersize=8,
             linewidth=1,
             capsize=2,
-            color=f"C{number}",
-            label=kind,
+            color=f"C{number % 10}",
+            label=point.label,
         )
     axes.set_xscale("log")
-    # Room for labels beside the outermost points.
-    low, high = min(point.cost for point in points), max(point.cost for point in points)
-    room = max((high / low) ** 0.25, 2.0)
-    axes.set_xlim(low / room, high * room)
-    axes.margins(y=0.18)
-    _plain_ticks(axes, low / room, high * room)
+    costs = [point.cost for point in points]
+    axes.set_xlim(min(costs) / 2, max(costs) * 2)
+    # Numbers such as 0.5, 20 and 3,000 instead of powers of ten.
+    axes.xaxis.set_major_locator(
+        LogLocator(base=10, subs=(1.0, 2.0, 5.0) if max(costs) / min(costs) < 100 else (1.0,))
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(title=title, xlabel=f"{xlabel} (log scale)", ylabel=f"{ylabel} (± standard error)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(kinds), frameon=False)
-    _label(figure, axes, points)
+    figure.legend(fontsize="small", loc="outside right upper", frameon=False)
     return _save(figure, path)
 
 
-def _plain_ticks(axes: Any, low: float, high: float) -> None:
-    """Numbers such as 0.5, 20 and 3,000 in place of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    steps = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=steps))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _label(figure: Any, axes: Any, points: Sequence[TradeOff]) -> None:
-    """Write each label where it covers no point and no other label, as near to its point as that allows."""
-    from matplotlib.transforms import Bbox
-
-    figure.canvas.draw()  # places are known only after the layout
-    renderer = figure.canvas.get_renderer()
-    inside = axes.get_window_extent(renderer)
-    pixels = figure.dpi / 72
-    spots = axes.transData.transform([(point.cost, point.effect) for point in points])
-    taken = [Bbox.from_extents(x - 5 * pixels, y - 5 * pixels, x + 5 * pixels, y + 5 * pixels) for x, y in spots]
-    for point, (x, y) in zip(points, spots, strict=True):
-        bar = abs(axes.transData.transform((point.cost, point.effect + point.error))[1] - y)
-        taken.append(Bbox.from_extents(x - pixels, y - bar, x + pixels, y + bar))
-    for point in points:
-        text, best = None, None
-        for across, up, horizontal, vertical in _places():
-            text = axes.annotate(
-                point.label,
-                (point.cost, point.effect),
-                xytext=(across, up),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize="small",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.6} if abs(up) > 16 else None,
-            )
-            box = text.get_window_extent(renderer).padded(1)
-            covered = sum(_overlap(box, other) for other in taken)
-            covered += box.width * box.height - _overlap(box, inside)  # what would be cut off
-            text.remove()
-            if best is None or covered < best[0]:
-                best = covered, text, box
-            if covered <= 0:
-                break
-        assert best is not None
-        axes.add_artist(best[1])
-        taken.append(best[2])
-
-
-def _places() -> Iterator[tuple[float, float, str, str]]:
-    """Offsets in points with alignments, nearest first."""
-    for distance in (9, 22, 36, 50, 64):
-        if distance == 9:
-            yield from ((9, 0, "left", "center"), (-9, 0, "right", "center"))
-        for up, vertical in ((distance, "bottom"), (-distance, "top")):
-            yield from ((0, up, "center", vertical), (8, up, "left", vertical), (-8, up, "right", vertical))
-
-
-def _overlap(one: Any, other: Any) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(width, 0.0) * max(height, 0.0)
-
-
 def _figure(width: float, height: float) -> Any:
+    """A figure that is drawn without a display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"Plots need matplotlib ({error}): pip install 'tct_hf[plots]'.") from error
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(aside, dpi=150)
-    os.replace(aside, path)
-    return path
+    with write_aside(path) as aside:
+        figure.savefig(aside, dpi=150, format="png")
+    return Path(path)

@@ -14,8 +14,8 @@ format          1
 collection      name, passages, split, queries, fingerprint (sha256 of texts and judgements, and more)
 models          student: name, weights_sha256, parameters, dimension, similarity, encoded_in ("bf16" or "fp32"), and of
                 a sparse one query_active_dims, document_active_dims (means);
-                sparse_student: alike, of one beside a dense student, where there is one;
-                base: alike, of the base as it is, where it is reported;
+                sparse_student: the same of one beside a dense student, where there is one;
+                base: the same of the base as it is, where it is reported;
                 teacher: name ("own" of the student's own token vectors), weights_sha256, parameters, dimension,
                 tokens_per_passage, encoded_in; or null
 measures        ir-measures names, the first one plotted
@@ -23,7 +23,7 @@ relevance       grade from which a passage is relevant
 depth           passages a query in the runs
 baseline        key of the system that the others are tested against
 tuning          hybrid: fusion ("alpha" or "ranks"), alpha, split, queries, left_out, measure, value, curve, normalize;
-                hybrids: alike, by the key of each hybrid's system, where there are several;
+                hybrids: the same by the key of each hybrid's system, where there are several;
                 ann: factory, parameters, recall wanted ("recall") and measured, k, source, slice, split; null of a
                 sparse student
 systems         list, in the order of the table:
@@ -53,14 +53,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tct_hf.evaluation.measures import relevant_from
+from tct_hf.evaluation.plots import TradeOff, plot_trade_off
+from tct_hf.evaluation.settings import LEARNED as LEARNED
+from tct_hf.evaluation.settings import LEARNED_BM25 as LEARNED_BM25
+from tct_hf.evaluation.tables import best_of, difference_cells, markdown_table, mean_cells, milliseconds, whole
 from tct_hf.files import write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
 FORMAT = 1
-# Keys of the systems of a sparse student: alone, fused with BM25, fused with a dense student.
-LEARNED, LEARNED_BM25, DENSE_LEARNED = "learned-sparse", "learned-sparse-bm25", "dense-learned-sparse"
-# Of BM25 over passages with generated queries: alone, fused with a sparse student.
-EXPANDED, LEARNED_EXPANDED = "bm25-expanded", "learned-sparse-bm25-expanded"
 SIGNIFICANT = 0.05
 
 
@@ -149,37 +150,18 @@ class Report:
 
         The best of each measure is bold; a dagger marks what differs from the baseline.
         """
-        best = {name: max(one.effectiveness[name]["mean"] for one in self.systems) for name in self.measures}
         rows = [["system", *self.measures, "p50 ms", "bytes a passage"]]
-        for system in self.systems:
-            row = [system.title]
-            for name in self.measures:
-                mean = system.effectiveness[name]["mean"]
-                shown = f"**{mean:.3f}**" if mean == best[name] else f"{mean:.3f}"
-                row.append(shown + (" †" if system.differs(name) else ""))
+        found = [(one.title, one.effectiveness, one.significance) for one in self.systems]
+        for system, cells in zip(self.systems, _effect_rows(found, self.measures), strict=True):
             cost = system.cost
-            row += [
-                "" if cost is None else _milliseconds(cost["latency"]["total"]["p50"]),
-                "" if cost is None else _whole(cost["disk_bytes_per_passage"]),
-            ]
-            rows.append(row)
+            p50 = "" if cost is None else milliseconds(cost["latency"]["total"]["p50"])
+            rows.append([*cells, p50, "" if cost is None else whole(cost["disk_bytes_per_passage"])])
         return markdown_table(rows)
 
     def cost_table(self) -> str:
         """Latency, throughput, storage and building time, one line a system, as a Markdown table."""
-        rows = [
-            [
-                "system",
-                "p50 ms",
-                "p95 ms",
-                "p99 ms",
-                "timed",
-                "queries/s",
-                "B/passage, disk",
-                "B/passage, memory",
-                "build s",
-            ],
-        ]
+        heads = ["system", "p50 ms", "p95 ms", "p99 ms", "timed", "queries/s"]
+        rows = [[*heads, "B/passage, disk", "B/passage, memory", "build s"]]
         for system in self.systems:
             if (cost := system.cost) is None:
                 continue
@@ -188,11 +170,11 @@ class Report:
             rows.append(
                 [
                     system.title,
-                    *(_milliseconds(total[name]) for name in ("p50", "p95", "p99")),
+                    *(milliseconds(total[name]) for name in ("p50", "p95", "p99")),
                     str(total["queries"]),
                     "?" if rate is None else f"{rate:,.1f}",
-                    _whole(cost["disk_bytes_per_passage"]),
-                    _whole(cost["memory_bytes_per_passage"]),
+                    whole(cost["disk_bytes_per_passage"]),
+                    whole(cost["memory_bytes_per_passage"]),
                     "?" if build is None else f"{build:,.1f}",
                 ]
             )
@@ -200,17 +182,13 @@ class Report:
 
     def significance_table(self, measure: str | None = None) -> str:
         """Every system against the baseline in one measure, the first by default, as a Markdown table."""
-        measure = measure or self.measures[0]
-        systems = {one.key: (one.title, one.effectiveness, one.significance) for one in self.systems}
-        return significance_rows(systems, measure, self.baseline)
+        found = {one.key: (one.title, one.effectiveness, one.significance) for one in self.systems}
+        return _significance(found, measure or self.measures[0], self.baseline)
 
     def markdown(self) -> str:
         """What report.md holds."""
-        from tct_hf.evaluation.report_splits import grades_line, split_lines
-
-        collection = self.collection
-        base = self.system(self.baseline)
-        others = len(self.systems) - 1
+        collection, base, others = self.collection, self.system(self.baseline).title, len(self.systems) - 1
+        titles = {system.key: system.title for system in self.systems}
         threads = ", ".join(f"{name} {count}" for name, count in self.threads.items()) or "not known"
         lines = [
             f"# {collection['name']}: {collection['passages']:,} passages, {collection['queries']:,} "
@@ -218,18 +196,32 @@ class Report:
             "",
             self.table(),
             "",
-            f"Bold: the best. †: differs from {base.title} (paired randomisation test, p < {SIGNIFICANT}, "
+            f"Bold: the best. †: differs from {base} (paired randomisation test, p < {SIGNIFICANT}, "
             f"Holm-corrected over {others} systems). p50 ms: median time of a query from text to ranking. "
             f"Bytes a passage: of all that searching needs on disk, models aside.",
-            f"{grades_line(self.measures, self.relevance)} Runs hold {self.depth} passages a query.",
+            f"{_grades(self.measures, self.relevance)} Runs hold {self.depth} passages a query.",
+            "",
+            *(f"- {note}" for note in self.notes),
             "",
         ]
-        lines += [*(f"- {note}" for note in self.notes), ""]
-        titles = {system.key: system.title for system in self.systems}
         for name, split in self.also.items():
-            lines += split_lines(name, split, titles, self.baseline, SIGNIFICANT)
-        lines += ["## Cost", "", self.cost_table(), ""]
+            systems, measures = split["systems"], split["measures"]
+            found = [(titles[key], one["effectiveness"], one["significance"]) for key, one in systems.items()]
+            lacking = {titles[key]: one["run"]["missing_queries"] for key, one in systems.items()}
+            lines += [
+                f"## {name}: {split['queries']:,} queries",
+                "",
+                markdown_table([["system", *measures], *_effect_rows(found, measures)]),
+                "",
+                f"†: differs from {base}, as above. {_grades(measures, split['relevance'])}",
+                *(f"- {one}: no passage for {n:,} queries, which count as 0." for one, n in lacking.items() if n),
+                "",
+            ]
         lines += [
+            "## Cost",
+            "",
+            self.cost_table(),
+            "",
             "From text to ranking, one query at a time after warm-up; queries/s in batches. Models take no part in "
             "the bytes. Building includes encoding the corpus, with the threads of the run.",
             f"CPU threads while timing: {threads}. {self.machine['processor']}, {self.machine['cpu_count']} cores, "
@@ -241,38 +233,32 @@ class Report:
         for system in self.systems:
             if system.cost is not None and len(system.cost["latency"]) > 2:
                 stages = [(name, one["p50"]) for name, one in system.cost["latency"].items() if name != "total"]
-                lines.append(f"- {system.title}: {', '.join(f'{name} {_milliseconds(ms)}' for name, ms in stages)}")
+                lines.append(f"- {system.title}: {', '.join(f'{name} {milliseconds(ms)}' for name, ms in stages)}")
         for measure in self.measures:
             lines += ["", f"## Significance, {measure}", "", self.significance_table(measure)]
-        over = f", Holm-corrected over {others} systems" if others > 1 else ""
         for name, split in self.also.items():
-            found = split["systems"]
-            tested = {key: (titles[key], one["effectiveness"], one["significance"]) for key, one in found.items()}
+            tested = {
+                key: (titles[key], one["effectiveness"], one["significance"]) for key, one in split["systems"].items()
+            }
             for measure in split["measures"]:
-                table = significance_rows(tested, measure, self.baseline)
-                lines += ["", f"## Significance, {name} ({split['queries']:,} queries), {measure}", "", table]
+                head = f"## Significance, {name} ({split['queries']:,} queries), {measure}"
+                lines += ["", head, "", _significance(tested, measure, self.baseline)]
+        over = f", Holm-corrected over {others} systems" if others > 1 else ""
         lines += [
             "",
             f"{collection['queries']:,} queries where no other number stands; ±: standard error of the mean; "
-            f"two-sided paired tests against {base.title}{over}.",
+            f"two-sided paired tests against {base}{over}.",
             "",
             "## Models",
             "",
         ]
         for role, model in self.models.items():
             if model is not None:
-                figures = ", ".join(
-                    f"{name.replace('_', ' ')} {_figure(value)}"
-                    for name, value in model.items()
-                    if name != "name" and value is not None
-                )
+                known = {name: value for name, value in model.items() if name != "name" and value is not None}
+                figures = ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in known.items())
                 lines.append(f"- {role}: {model['name']} ({figures})")
-        lines += [
-            "",
-            f"Plots: {LATENCY_FILE}, {STORAGE_FILE}. All figures: {JSON_FILE}. Runs (TREC format): runs/.",
-            "",
-        ]
-        return "\n".join(lines)
+        files = f"Plots: {LATENCY_FILE}, {STORAGE_FILE}. All figures: {JSON_FILE}. Runs (TREC format): runs/."
+        return "\n".join([*lines, "", files, ""])
 
     def save(self, folder: str | Path) -> list[str]:
         """Write report.json, report.md and the plots.
@@ -293,27 +279,18 @@ class Report:
         return self._plot(folder)
 
     def _plot(self, folder: Path) -> list[str]:
-        from tct_hf.evaluation.plots import TradeOff, plot_trade_off
-
-        measure = self.measures[0]
-        timed = [(system, system.cost) for system in self.systems if system.cost is not None]
-        problems = []
+        measure, name, problems = self.measures[0], self.collection["name"], []
+        timed = [(one, one.effectiveness[measure], one.cost) for one in self.systems if one.cost is not None]
         for file, xlabel, value in (
             (LATENCY_FILE, "milliseconds a query, median", lambda cost: cost["latency"]["total"]["p50"]),
             (STORAGE_FILE, "bytes a passage on disk", lambda cost: cost["disk_bytes_per_passage"]),
         ):
             points = [
-                TradeOff(
-                    system.title,
-                    value(cost),
-                    system.effectiveness[measure]["mean"],
-                    system.effectiveness[measure]["standard_error"],
-                    system.kind,
-                )
-                for system, cost in timed
+                TradeOff(one.title, value(cost), found["mean"], found["standard_error"], one.kind)
+                for one, found, cost in timed
             ]
             try:
-                plot_trade_off(points, folder / file, xlabel=xlabel, ylabel=measure, title=self.collection["name"])
+                plot_trade_off(points, folder / file, xlabel=xlabel, ylabel=measure, title=name)
             except (ImportError, ValueError) as error:  # the figures count, the plot is for the eye
                 problems.append(f"no {file}: {error}")
         return problems
@@ -322,55 +299,46 @@ class Report:
         return self.table()
 
 
-def significance_rows(
-    systems: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any] | None]], measure: str, baseline: str
-) -> str:
-    """Systems against a baseline in one measure, as a Markdown table.
+def _effect_rows(systems: Sequence[tuple[str, Any, Any]], measures: Sequence[str]) -> list[list[str]]:
+    """Title and means of (title, effectiveness, significance) each, the best bold, a dagger on differences."""
+    means = [{name: effects[name]["mean"] for name in measures} for _, effects, _ in systems]
+    best = best_of(means, measures)
+    return [
+        [
+            title,
+            *(
+                cell + (" †" if tests is not None and tests[name]["p_randomisation_holm"] < SIGNIFICANT else "")
+                for name, cell in zip(measures, mean_cells(own, best), strict=True)
+            ),
+        ]
+        for (title, _, tests), own in zip(systems, means, strict=True)
+    ]
 
-    Args:
-        systems: title, effectiveness and significance, as in report.json, by key.
-        measure: one of theirs.
-        baseline: key of a system, which comes first.
-    """
+
+def _significance(systems: Mapping[str, tuple[str, Any, Any]], measure: str, baseline: str) -> str:
+    """Systems, (title, effectiveness, significance) by key, against a baseline in one measure, which comes first."""
     rows = [["system", measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"]]
     for key in (baseline, *(key for key in systems if key != baseline)):
-        title, effectiveness, significance = systems[key]
-        found = effectiveness[measure]
-        row = [title, f"{found['mean']:.4f} ± {found['standard_error']:.4f}"]
-        if significance is None:
-            rows.append([f"{title} (baseline)" if key == baseline else title, row[1], "", "", "", ""])
-            continue
-        one = significance[measure]
-        p_values = (_p(one[name]) for name in ("p_randomisation_holm", "p_t_test_holm"))
-        rows.append([*row, f"{one['difference']:+.4f}", f"{one['better']}/{one['worse']}", *p_values])
+        title, effects, tests = systems[key]
+        mean = f"{effects[measure]['mean']:.4f} ± {effects[measure]['standard_error']:.4f}"
+        cells = difference_cells(tests[measure]) if tests is not None else [""] * 4
+        rows.append([f"{title} (baseline)" if key == baseline else title, mean, *cells])
     return markdown_table(rows)
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells, the first row its head, the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(f"{cell:{'>' if at else '<'}{widths[at]}}" for at, cell in enumerate(row)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if at else "-") for at, width in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _milliseconds(value: float) -> str:
-    """Three digits that say something, not seven."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _whole(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.0f}"
+def _grades(measures: Sequence[str], relevance: int) -> str:
+    """The lowest relevant grade of each measure, in a sentence."""
+    grades: dict[int | None, list[str]] = {}
+    for measure in measures:
+        grades.setdefault(relevant_from(measure, relevance), []).append(measure)
+    parts = [f"from grade {grade} on in {', '.join(names)}" for grade, names in grades.items() if grade is not None]
+    said = [f"A passage is relevant {', '.join(parts)}."] if parts else []
+    if None in grades:
+        said.append(f"Grades are gains in {', '.join(grades[None])}.")
+    return " ".join(said)
 
 
 def _figure(value: Any) -> str:
     if isinstance(value, str):
         return value[:12] if len(value) == 64 else value
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
-
-
-def _p(value: float) -> str:
-    return "<0.0001" if value < 0.0001 else f"{value:.4f}"

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.report import DENSE_LEARNED, LEARNED_BM25, LEARNED_EXPANDED
-from tct_hf.evaluation.report_checks import check_expansion
-from tct_hf.evaluation.report_settings import ExpansionSettings, HybridSettings
-from tct_hf.evaluation.report_systems import HYBRID, HYBRID_EXPANDED
-from tct_hf.evaluation.stores import Stores
-from tct_hf.evaluation.systems import check_dims
-from tct_hf.evaluation.tune_alpha import tune_alpha
-from tct_hf.evaluation.tuning import check_weight, tuning_queries, weight_text
+from tct_hf.evaluation import settings as keys
+from tct_hf.evaluation.maxsim import rerank_run
+from tct_hf.evaluation.references import check_dims
+from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
+from tct_hf.evaluation.stores import Stored, Stores
+from tct_hf.evaluation.systems import System, bm25_system, joiner, student_system
+from tct_hf.evaluation.tables import weight_text
+from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
 from tct_hf.files import claim, write_json_atomic
 from tct_hf.retrieval.faiss_tools import factory_for
-from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
-from tct_hf.retrieval.runs import Run, rank
+from tct_hf.retrieval.runs import rank
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
@@ -49,19 +48,15 @@ class Searcher:
 
     Args:
         stores: indexes of BM25 and of the student, dense or sparse; made now where they are not there.
-        reranker: of one vector a token; puts the best `depth` fused passages in order. None leaves it out.
+        reranker: model of one vector a token that puts the best `depth` fused passages in order.
         depth: passages that each system finds.
-        hybrid: the weight of BM25 (of the sparse student, where there are two), or where it is tuned; where there is
-            nothing to tune it on, ranks are fused.
-        sparse_stores: of a sparse student beside a dense one.
-        expansion: of the passages in BM25; None, or one without a path, takes the passages alone.
+        hybrid: weight of the first of the pair, or where to tune it; ranks are fused where there is no query for it.
+        sparse_stores: indexes of a sparse student beside a dense one.
+        expansion: generated queries of the passages in BM25.
         dims: first dimensions that a dense student is searched with, exactly; all when None.
 
-    Raises:
-        ValueError: a weight out of range, or dimensions that the student does not have; and as `Stores`.
-
     Attributes:
-        systems: what there is to show, keys of SYSTEMS.
+        systems: keys of SYSTEMS that there are scores of.
     """
 
     def __init__(
@@ -75,50 +70,36 @@ class Searcher:
         expansion: ExpansionSettings | None = None,
         dims: int | None = None,
     ) -> None:
-        check_weight(hybrid)
-        if expansion is None or expansion.path is None:
-            expansion = None
-        else:
-            check_expansion(expansion)
+        hybrid.check()
+        self._expansion = expansion if expansion is not None and expansion.path is not None else None
+        if self._expansion is not None:
+            self._expansion.check()
         if dims is not None and stores.is_sparse:
             raise ValueError("dims: a sparse student's first dimensions are no smaller student; leave it out")
         check_dims([dims], stores.student.get_embedding_dimension())
-        self._expansion, self._dims = expansion, dims
-        self._stores, self._reranker, self._depth, self._hybrid = stores, reranker, depth, hybrid
-        self._students: dict[str, tuple[Stores, Any]] = {}
+        self._dims, self._stores, self._reranker, self._depth, self._hybrid = dims, stores, reranker, depth, hybrid
+        self._sparse = stores if stores.is_sparse else sparse_stores
+        words = stores.bm25() if self._expansion is None else stores.expanded(self._expansion)
+        self._found_by: dict[str, System] = {"bm25": bm25_system("bm25", SYSTEMS["bm25"], words, depth)}
         if not stores.is_sparse:
-            if dims is not None:
-                dense = stores.first_dims(dims).index
-            else:
-                # Tuned for a k of its own, so that another depth finds the same index.
-                dense = stores.dense(factory_for(len(stores.collection.corpus))).index
-            self._students["dense"] = (stores, dense)
-        else:
-            sparse_stores = stores
-        if sparse_stores is not None:
-            self._students["sparse"] = (sparse_stores, sparse_stores.sparse().index)
-        self._bm25 = (stores.bm25() if expansion is None else stores.expanded(expansion)).index
+            # An approximate index is tuned for a k of its own, so that another depth finds the same index.
+            factory = factory_for(len(stores.collection.corpus))
+            index: Stored[Any] = stores.first_dims(dims) if dims is not None else stores.dense(factory)
+            self._found_by["dense"] = student_system("dense", SYSTEMS["dense"], stores, index, depth, size=dims)
+        if self._sparse is not None:
+            index = self._sparse.sparse()
+            self._found_by["sparse"] = student_system("sparse", SYSTEMS["sparse"], self._sparse, index, depth)
         # The first is multiplied by alpha.
-        self._fused = ("sparse", "dense") if len(self._students) > 1 else ("bm25", next(iter(self._students)))
-        self.systems = [
-            name
-            for name in SYSTEMS
-            if name in (*self._students, "bm25", "fused") or (name == "maxsim" and reranker is not None)
-        ]
+        self._fused = ("sparse", "dense") if len(self._found_by) > 2 else ("bm25", [*self._found_by][-1])
+        there = {*self._found_by, "fused", *(["maxsim"] if reranker is not None else [])}
+        self.systems = [name for name in SYSTEMS if name in there]
         self._rows = {name: row for row, name in enumerate(stores.collection.corpus["id"])}
         self.alpha, self.fusion = self._choose_alpha()
 
     def ask(self, question: str, k: int, *, rank_by: str | None = None) -> list[Hit]:
-        """Find the best passages of a question.
+        """The best k passages of a question, in the order of a system ("maxsim" with a reranker, else "fused").
 
-        Args:
-            question: its text.
-            k: passages, at most.
-            rank_by: the system that orders them: "maxsim", "fused", "dense", "sparse" or "bm25"; None: the reranker's
-                "maxsim" where there is one, else "fused".
-
-        Returns:
-            Best first; fewer than k where BM25 orders and fewer passages have a word of the question.
+        There are fewer where BM25 orders and fewer passages have a word of the question.
 
         Raises:
             ValueError: the question is blank, k is below 1, or `rank_by` is no system of this searcher.
@@ -131,13 +112,17 @@ class Searcher:
             rank_by = "maxsim" if self._reranker is not None else "fused"
         if rank_by not in self.systems:
             raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, self.systems))}")
-        asked = {_QUESTION: question}
-        found = {name: self._run(name, asked) for name in ("bm25", *self._students)}
-        found["fused"] = self._join(*(found[name] for name in self._fused))
+        found = {name: system.run({_QUESTION: question}) for name, system in self._found_by.items()}
+        join = joiner(self.alpha, self._hybrid.normalize, None)
+        found["fused"] = join(*(found[name] for name in self._fused))
         scores = {name: run.get(_QUESTION, {}) for name, run in found.items()}
         first, count = ("fused", self._depth) if rank_by == "maxsim" else (rank_by, k)
         texts = self._texts([name for name, _ in rank(scores[first])[:count]])
-        scores["maxsim"] = self._maxsim(question, texts)
+        scores["maxsim"] = {}
+        if self._reranker is not None and texts:
+            pool = {_QUESTION: dict.fromkeys(texts, 0.0)}
+            reranked = rerank_run(self._reranker, pool, texts, {_QUESTION: question}, len(texts))
+            scores["maxsim"] = reranked[_QUESTION]
         shown = [name for name, _ in rank(scores["maxsim"])[:k]] if rank_by == "maxsim" else list(texts)
         return [
             Hit(place, name, texts[name], **{system: found_by.get(name) for system, found_by in scores.items()})
@@ -148,29 +133,6 @@ class Searcher:
         rows = self._stores.collection.corpus[[self._rows[name] for name in names]] if names else {"text": []}
         return dict(zip(names, rows["text"], strict=True))
 
-    def _run(self, system: str, queries: Mapping[str, str]) -> Run:
-        if system == "bm25":
-            return self._bm25.run(queries, self._depth)
-        stores, index = self._students[system]
-        vectors = stores.encode_queries(queries)
-        if system == "dense" and self._dims is not None:
-            vectors = stores.sliced(vectors, self._dims)[:]
-        run: Run = index.run(list(queries), vectors, self._depth)
-        return run
-
-    def _join(self, weighted: Run, first: Run) -> Run:
-        if self.alpha is None:
-            return reciprocal_rank_fusion([weighted, first])
-        return fuse(weighted, first, self.alpha, normalize=self._hybrid.normalize)
-
-    def _maxsim(self, question: str, texts: Mapping[str, str]) -> dict[str, float]:
-        from tct_hf.evaluation.reranking import rerank_run
-
-        if self._reranker is None or not texts:
-            return {}
-        run = {_QUESTION: dict.fromkeys(texts, 0.0)}
-        return rerank_run(self._reranker, run, texts, {_QUESTION: question}, len(texts))[_QUESTION]
-
     def _choose_alpha(self) -> tuple[float | None, str]:
         """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""
         weighted, first = (SYSTEMS[name] for name in self._fused)
@@ -180,8 +142,8 @@ class Searcher:
         if given is not None:
             return given, f"{given:g} * {weighted} + {first}"
         tuned_by: dict[str, Any] = {"hybrid": asdict(self._hybrid), "depth": self._depth}
-        if len(self._students) > 1:
-            tuned_by["sparse_student"] = self._students["sparse"][0].depends["student"]
+        if self._fused[0] == "sparse" and self._sparse is not None:
+            tuned_by["sparse_student"] = self._sparse.depends["student"]
         if self._dims is not None:
             tuned_by["dims"] = self._dims
         if self._expansion is not None and self._fused[0] == "bm25":
@@ -203,15 +165,15 @@ class Searcher:
         """The key that the fused pair has in a report."""
         expanded = self._expansion is not None
         return {
-            ("sparse", "dense"): DENSE_LEARNED,
-            ("bm25", "dense"): HYBRID_EXPANDED if expanded else HYBRID,
-            ("bm25", "sparse"): LEARNED_EXPANDED if expanded else LEARNED_BM25,
+            ("sparse", "dense"): keys.DENSE_LEARNED,
+            ("bm25", "dense"): keys.HYBRID_EXPANDED if expanded else keys.HYBRID,
+            ("bm25", "sparse"): keys.LEARNED_EXPANDED if expanded else keys.LEARNED_BM25,
         }[self._fused]
 
     def _tuned(self) -> dict[str, Any]:
         tuning = tuning_queries(self._stores.collection, self._hybrid)
         if tuning is None:
             return {"alpha": None}
-        weighted, first = (self._run(name, tuning.queries) for name in self._fused)
+        weighted, first = (self._found_by[name].run(tuning.queries) for name in self._fused)
         found = tune_alpha(weighted, first, tuning.qrels, normalize=self._hybrid.normalize)
         return {**found.to_dict(), "split": tuning.split}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import Any
 
-from tct_hf.evaluation.measures import evaluate_run
+import numpy as np
+import scipy.stats
 
-if TYPE_CHECKING:
-    import numpy as np
+from tct_hf.evaluation.measures import Evaluation, evaluate_run
+from tct_hf.evaluation.tables import difference_cells, markdown_table
 
-    Scores = Mapping[str, Mapping[str, float]]
-    Judgements = Mapping[str, Mapping[str, int]]
+Judgements = Mapping[str, Mapping[str, int]]
 
 # Sign flips drawn at a time: (flips, queries) float64 of about 32 MB, whatever the number of queries.
 _FLIPS_PER_BLOCK = 1 << 22
@@ -30,10 +29,10 @@ class SystemDifference:
         difference: its mean minus the baseline's.
         better: queries on which it is above the baseline.
         worse: queries on which it is below.
-        p_randomisation: of the paired randomisation test, two-sided.
-        p_t_test: of the paired t-test, two-sided.
-        p_randomisation_holm: the former, Holm-corrected over the systems compared.
-        p_t_test_holm: the latter, alike.
+        p_randomisation: two-sided p value of the paired randomisation test.
+        p_t_test: two-sided p value of the paired t-test.
+        p_randomisation_holm: `p_randomisation`, Holm-corrected over the systems compared.
+        p_t_test_holm: `p_t_test`, Holm-corrected over the systems compared.
     """
 
     mean: float
@@ -69,59 +68,19 @@ class Comparison:
         return asdict(self)
 
     def table(self) -> str:
-        """A Markdown table, one line a system, p values Holm-corrected, and a line that says what they are."""
-        head = ("system", self.measure, "difference", "better/worse", "p (randomisation)", "p (t-test)")
-        rows = [head, (f"{self.baseline} (baseline)", f"{self.baseline_mean:.4f}", "", "", "", "")]
-        for name, found in self.systems.items():
-            rows.append(
-                (
-                    name,
-                    f"{found.mean:.4f}",
-                    f"{found.difference:+.4f}",
-                    f"{found.better}/{found.worse}",
-                    _shown(found.p_randomisation_holm),
-                    _shown(found.p_t_test_holm),
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = [
-            "| " + " | ".join(f"{cell:{'>' if at else '<'}{widths[at]}}" for at, cell in enumerate(row)) + " |"
-            for row in rows
+        """A Markdown table, one line a system, p values Holm-corrected, and a line that explains them."""
+        rows = [
+            ["system", self.measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"],
+            [f"{self.baseline} (baseline)", f"{self.baseline_mean:.4f}", "", "", "", ""],
         ]
-        rule = "|" + "|".join("-" * (width + 1) + (":" if at else "-") for at, width in enumerate(widths)) + "|"
+        for name, one in self.systems.items():
+            rows.append([name, f"{one.mean:.4f}", *difference_cells(asdict(one))])
         over = f", Holm-corrected over {len(self.systems)} systems" if len(self.systems) > 1 else ""
         note = f"{self.queries} queries; two-sided paired tests against {self.baseline}{over}."
-        return "\n".join([lines[0], rule, *lines[1:], "", note])
+        return f"{markdown_table(rows)}\n\n{note}"
 
     def __str__(self) -> str:
         return self.table()
-
-
-@overload
-def compare_runs(
-    a: Mapping[str, Scores],
-    b: Judgements,
-    /,
-    *,
-    baseline: str,
-    measure: str = "RR@10",
-    relevance: int = 1,
-    samples: int = 10_000,
-    seed: int = 0,
-) -> Comparison: ...
-
-
-@overload
-def compare_runs(
-    a: Scores,
-    b: Scores,
-    qrels: Judgements,
-    *,
-    measure: str = "RR@10",
-    relevance: int = 1,
-    samples: int = 10_000,
-    seed: int = 0,
-) -> Comparison: ...
 
 
 def compare_runs(
@@ -159,7 +118,7 @@ def compare_runs(
             are judged, or a run has results but none for a judged query.
     """
     if qrels is None:
-        runs, qrels = dict(a), cast("Judgements", b)
+        runs, qrels = dict(a), b
         if baseline is None:
             raise ValueError(f"baseline: name the system to compare with, one of {', '.join(map(repr, runs))}")
     elif baseline is not None:
@@ -179,25 +138,47 @@ def compare_runs(
                 f"{next(iter(qrels))!r}); take the run and the judgements of one split, with the same ids"
             )
     evaluations = {name: evaluate_run(run, qrels, [measure], relevance=relevance) for name, run in runs.items()}
-    values = {name: [found.per_query[measure][query] for query in qrels] for name, found in evaluations.items()}
-    base = values[baseline]
-    others = [name for name in runs if name != baseline]
-    randomised = [paired_randomisation_test(values[name], base, samples=samples, seed=seed) for name in others]
-    t_tested = [paired_t_test(values[name], base) for name in others]
-    systems = {
-        name: SystemDifference(
-            mean=evaluations[name].mean[measure],
-            difference=evaluations[name].mean[measure] - evaluations[baseline].mean[measure],
-            better=sum(value > against for value, against in zip(values[name], base, strict=True)),
-            worse=sum(value < against for value, against in zip(values[name], base, strict=True)),
-            p_randomisation=randomised[at],
-            p_t_test=t_tested[at],
-            p_randomisation_holm=holm(randomised)[at],
-            p_t_test_holm=holm(t_tested)[at],
+    return compare_evaluations(evaluations, baseline, measure, samples=samples, seed=seed)
+
+
+def compare_evaluations(
+    evaluations: Mapping[str, Evaluation], baseline: str, measure: str, *, samples: int = 10_000, seed: int = 0
+) -> Comparison:
+    """The tests of `compare_runs` on runs that are evaluated already."""
+    base, others = evaluations[baseline], [name for name in evaluations if name != baseline]
+    values = {name: list(found.per_query[measure].values()) for name, found in evaluations.items()}
+    randomised = [
+        paired_randomisation_test(values[one], values[baseline], samples=samples, seed=seed) for one in others
+    ]
+    t_tested = [paired_t_test(values[one], values[baseline]) for one in others]
+    systems = {}
+    for name, *ps in zip(others, randomised, t_tested, holm(randomised), holm(t_tested), strict=True):
+        pairs = list(zip(values[name], values[baseline], strict=True))
+        systems[name] = SystemDifference(
+            evaluations[name].mean[measure],
+            evaluations[name].mean[measure] - base.mean[measure],
+            sum(own > other for own, other in pairs),
+            sum(own < other for own, other in pairs),
+            *ps,
         )
-        for at, name in enumerate(others)
-    }
-    return Comparison(measure, len(base), baseline, evaluations[baseline].mean[measure], systems)
+    return Comparison(measure, len(values[baseline]), baseline, base.mean[measure], systems)
+
+
+def compare_pairs(
+    evaluations: Mapping[str, Evaluation], pairs: Sequence[tuple[str, str]], measure: str
+) -> list[dict[str, Any]]:
+    """Each pair of systems by the paired randomisation test, p values Holm-corrected over all pairs, JSON-ready."""
+    found = [difference(evaluations[one], evaluations[other], measure) for one, other in pairs]
+    return [
+        {"system": one, "against": other, "measure": measure, "difference": change, "p": p, "p_holm": corrected}
+        for (one, other), (change, p), corrected in zip(pairs, found, holm([p for _, p in found]), strict=True)
+    ]
+
+
+def difference(one: Evaluation, other: Evaluation, measure: str) -> tuple[float, float]:
+    """Difference of the means, and the p value of the paired randomisation test."""
+    a, b = (list(evaluation.per_query[measure].values()) for evaluation in (one, other))
+    return one.mean[measure] - other.mean[measure], paired_randomisation_test(a, b)
 
 
 def paired_randomisation_test(
@@ -205,24 +186,9 @@ def paired_randomisation_test(
 ) -> float:
     """The chance of a mean difference this large, up or down, if each query's two values were swapped at random.
 
-    All swaps are gone through where there are no more than `samples` of them, which makes the p value exact;
-    otherwise it is (hits + 1) / (samples + 1), never 0 (Smucker, Allan and Carterette, CIKM 2007; Phipson and
-    Smyth, 2010, for the added one).
-
-    Args:
-        a: values of one system, one a query.
-        b: values of the other, in the same order of queries.
-        samples: random swaps of all queries.
-        seed: of the swaps.
-
-    Returns:
-        The two-sided p value; 1 for equal values.
-
-    Raises:
-        ValueError: unequal or no values, one that is not finite, or samples below 1.
+    All swaps are gone through where there are no more than `samples` of them, which makes the p value exact; otherwise
+    it is (hits + 1) / (samples + 1), never 0 (Smucker, Allan and Carterette, CIKM 2007; Phipson and Smyth, 2010).
     """
-    import numpy as np
-
     if samples < 1:
         raise ValueError(f"samples: {samples} is below 1; 10,000 is usual")
     differences = _differences(a, b, at_least=1)
@@ -254,57 +220,15 @@ def paired_randomisation_test(
 
 
 def paired_t_test(a: Sequence[float], b: Sequence[float]) -> float:
-    """Student's paired t-test of the mean difference, two-sided.
-
-    Args:
-        a: values of one system, one a query.
-        b: values of the other, in the same order of queries.
-
-    Returns:
-        The p value; 1 where no query differs, 0 where all differ by the same amount.
-
-    Raises:
-        ValueError: unequal numbers of values, fewer than two, or one that is not finite.
-    """
+    """Two-sided p value of Student's paired t-test; 1 where no query differs, 0 where all differ by one amount."""
     differences = _differences(a, b, at_least=2)
-    count = len(differences)
-    mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
-    if mean == 0:
-        return 1.0
-    if deviation == 0:
-        return 0.0
-    t = mean / (deviation / math.sqrt(count))
-    return t_two_sided(t, count - 1)
-
-
-def t_two_sided(t: float, degrees: float) -> float:
-    """The chance that Student's t lies at least this far from 0, on either side.
-
-    Args:
-        t: the statistic.
-        degrees: of freedom, above 0.
-
-    Returns:
-        A probability.
-    """
-    # Both arguments of the beta integral are formed without a subtraction, so that neither tail loses digits.
-    square = t * t
-    return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + square), square / (degrees + square))
+    if differences.mean() == 0 or differences.std() == 0:  # where the statistic is 0 / 0 or infinite
+        return float(differences.mean() == 0)
+    return float(scipy.stats.ttest_1samp(differences, 0).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values for their number, keeping the family-wise error rate (Holm, 1979).
-
-    Args:
-        p_values: of the comparisons.
-
-    Returns:
-        The corrected p values in the same order: the smallest times their number, the next times one less and so
-        on, none below one before it, none above 1.
-
-    Raises:
-        ValueError: a value is not between 0 and 1.
-    """
+    """P values corrected for their number, in their order, keeping the family-wise error rate (Holm, 1979)."""
     for value in p_values:
         if not 0 <= value <= 1:
             raise ValueError(f"p_values: {value} is not between 0 and 1")
@@ -317,8 +241,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _differences(a: Sequence[float], b: Sequence[float], *, at_least: int) -> np.ndarray:
-    import numpy as np
-
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
         raise ValueError(
@@ -329,38 +251,3 @@ def _differences(a: Sequence[float], b: Sequence[float], *, at_least: int) -> np
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("a, b: a value is not finite; look for the query whose measure is NaN")
     return first - second
-
-
-def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), where `rest` is 1 - x (DLMF 8.17.22)."""
-    if x <= 0:
-        return 0.0
-    if rest <= 0:
-        return 1.0
-    # The fraction converges quickly below the mean of the beta distribution; above it, take the other tail.
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - _incomplete_beta(b, a, rest, x)
-    scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
-    return math.exp(scale) / a / _beta_fraction(a, b, x)
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """The continued fraction 1 + d1/(1 + d2/(1 + ...)), evaluated forwards by the modified Lentz method."""
-    tiny = 1e-300
-    value, numerator, denominator = 1.0, 1.0, 0.0
-    for step in range(1, 10_000):
-        m = step // 2
-        if step % 2:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        denominator = 1 / (1 + term * denominator or tiny)
-        numerator = 1 + term / numerator or tiny
-        value *= numerator * denominator
-        if abs(numerator * denominator - 1) < 1e-15:
-            return value
-    raise ArithmeticError(f"incomplete beta function of a={a}, b={b}, x={x} does not converge")
-
-
-def _shown(p: float) -> str:
-    return "<0.0001" if p < 0.0001 else f"{p:.4f}"

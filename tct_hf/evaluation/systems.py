@@ -1,226 +1,178 @@
-"""From a model and a corpus to a run, one function a kind of system, exact search throughout."""
+"""A retriever is a list of named stages, from which its runs, its batches and its times follow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.encode import encode_texts
-from tct_hf.retrieval.runs import Run, rank
+from tct_hf.evaluation.cost import Efficiency, compute_threads, measure_efficiency
+from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
+from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+    from tct_hf.evaluation.settings import CostSettings
+    from tct_hf.evaluation.stores import Stored, Stores
 
-# Token vectors of this many passages are scored at a time: about 40 MB of them, whatever the corpus.
-_PASSAGES_PER_CHUNK = 1024
-_QUERIES_PER_BLOCK = 64
-
-
-def _autocast(model: Any, bf16: bool) -> Any:
-    import torch
-
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16)
+_ENCODING = "query encoding"
 
 
-def dense_run(
-    model: SentenceTransformer,
-    corpus_ids: Sequence[str],
-    corpus_texts: Sequence[str],
-    queries: Mapping[str, str],
-    *,
-    k: int = 100,
-    bf16: bool = False,
-) -> Run:
-    """Search exactly with one vector a text and the model's own similarity (dot product, or cosine).
+@dataclass(frozen=True)
+class Batch:
+    """Queries on their way through the stages of a system.
 
     Args:
-        model: of one vector a text.
-        corpus_ids: passage ids.
-        corpus_texts: their texts.
         queries: query id to text.
-        k: passages a query.
-        bf16: encode in bfloat16.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: a model whose similarity is neither dot product nor cosine.
+        runs: lists that the stages so far have found.
+        vectors: the encoded queries, between an encoding stage and the one that uses them.
     """
-    [run] = dense_runs(model, corpus_ids, corpus_texts, queries, dims=[None], k=k, bf16=bf16)
-    return run
+
+    queries: Mapping[str, str]
+    runs: tuple[Run, ...] = ()
+    vectors: Any = None
+
+    def found(self, run: Run) -> Batch:
+        """With one more list."""
+        return Batch(self.queries, (*self.runs, run))
+
+    def joined(self, run: Run) -> Batch:
+        """With one list made of all."""
+        return Batch(self.queries, (run,))
 
 
-def dense_runs(
-    model: SentenceTransformer,
-    corpus_ids: Sequence[str],
-    corpus_texts: Sequence[str],
-    queries: Mapping[str, str],
-    *,
-    dims: Sequence[int | None],
-    k: int = 100,
-    bf16: bool = False,
-) -> list[Run]:
-    """As :func:`dense_run`, once with each number of first dimensions: texts are encoded once, and vectors sliced.
+Stage = Callable[[Batch], Batch]
+
+
+@dataclass(frozen=True)
+class System:
+    """A retriever, with its name and its costs.
 
     Args:
-        model: of one vector a text.
-        corpus_ids: passage ids.
-        corpus_texts: their texts.
-        queries: query id to text.
-        dims: how many of the first dimensions count, all where None. Dot products are of the slices as they are.
-        k: passages a query.
-        bf16: encode in bfloat16.
-
-    Returns:
-        A run for each of `dims`.
-
-    Raises:
-        ValueError: a model whose similarity is neither dot product nor cosine, or more dimensions than it has.
+        key: name of its run's file and in the metrics.
+        title: name in tables.
+        search: named stages in order, or one function from queries, id to text, and the runs of `of`, to a run.
+        of: keys of the systems whose runs the last stages put in another order.
+        own: number of last stages that take the runs of `of` up; all when None.
+        kind: "sparse", "learned sparse", "dense", "hybrid", "late interaction" or "other".
+        disk: folders that searching needs, or their bytes.
+        memory: bytes of what searching holds in memory, models aside.
+        build_seconds: encoding included; None where it is not known.
     """
-    _check_similarity(model)
-    check_dims(dims, model.get_embedding_dimension())
-    passages = encode_texts(model, corpus_texts, task="document", bf16=bf16)
-    vectors = encode_texts(model, list(queries.values()), task="query", bf16=bf16)
-    return [
-        DenseIndex.build(_compared(model, passages, size), list(corpus_ids)).run(
-            list(queries), _compared(model, vectors, size), k
+
+    key: str
+    title: str
+    search: Mapping[str, Stage] | Callable[..., Run]
+    of: tuple[str, ...] = ()
+    own: int | None = None
+    kind: str = "other"
+    disk: int | Sequence[Path] = ()
+    memory: Callable[[], int] = int
+    build_seconds: float | None = None
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        """The stages by name."""
+        if isinstance(self.search, Mapping):
+            return self.search
+        search = self.search
+        return {"search": lambda batch: batch.joined(search(batch.queries, *batch.runs))}
+
+    def run(self, queries: Mapping[str, str], *runs: Run) -> Run:
+        """Search, or go on from the runs of the systems in `of`."""
+        stages = list(self.stages.values())
+        batch = Batch(queries, runs)
+        for stage in stages[-self.own :] if runs and self.own else stages:
+            batch = stage(batch)
+        return batch.runs[-1]
+
+
+def measure_cost(system: System, queries: Mapping[str, str], passages: int, settings: CostSettings) -> Efficiency:
+    """Time a system on some of the reported queries, evenly spaced, one at a time and in batches."""
+    texts = list(queries.values())
+    wanted = min(len(texts), settings.teacher_queries if system.kind == "late interaction" else settings.queries)
+    with compute_threads(settings.threads):
+        return measure_efficiency(
+            system.stages,
+            [Batch({"query": texts[at * len(texts) // wanted]}) for at in range(wanted)],
+            passages=passages,
+            batch=lambda part: system.run({f"query{at}": one.queries["query"] for at, one in enumerate(part)}),
+            batch_size=settings.batch_size,
+            disk=system.disk,
+            memory=system.memory(),
+            build_seconds=system.build_seconds,
+            warm_up=settings.warm_up,
         )
-        for size in dims
-    ]
 
 
-def dense_and_reranked_run(
-    model: SentenceTransformer,
-    corpus_ids: Sequence[str],
-    corpus_texts: Sequence[str],
-    queries: Mapping[str, str],
-    first: Mapping[str, Mapping[str, float]],
-    *,
-    k: int = 100,
-    bf16: bool = False,
-) -> tuple[Run, Run]:
-    """As :func:`dense_run`, and another system's run in the order of the model's scores; texts are encoded once.
-
-    Args:
-        model: of one vector a text.
-        corpus_ids: passage ids.
-        corpus_texts: their texts.
-        queries: query id to text.
-        first: the other system's run, all of which is scored again; a query that it lacks has no passage.
-        k: passages a query of the search.
-        bf16: encode in bfloat16.
-
-    Returns:
-        The run of the search, and `first` with the model's scores, best first.
-
-    Raises:
-        ValueError: a model whose similarity is neither dot product nor cosine, or a passage of `first` that is not
-            in the corpus.
-    """
-    _check_similarity(model)
-    rows = {name: row for row, name in enumerate(corpus_ids)}
-    if lost := [name for hits in first.values() for name in hits if name not in rows]:
-        raise ValueError(f"first: passage {lost[0]!r} is not there; pass the corpus that the run was made on")
-    passages = _compared(model, encode_texts(model, corpus_texts, task="document", bf16=bf16), None)
-    vectors = _compared(model, encode_texts(model, list(queries.values()), task="query", bf16=bf16), None)
-    searched = DenseIndex.build(passages, list(corpus_ids)).run(list(queries), vectors, k)
-    reranked: Run = {}
-    for query, vector in zip(queries, vectors, strict=True):
-        names = list(first.get(query, {}))
-        scores = passages[[rows[name] for name in names]] @ vector
-        reranked[query] = dict(rank(dict(zip(names, scores.tolist(), strict=True))))
-    return searched, reranked
+def added(*seconds: float | None) -> float | None:
+    """The sum, None where a part is not known."""
+    return None if any(part is None for part in seconds) else sum(part or 0.0 for part in seconds)
 
 
-def _check_similarity(model: SentenceTransformer) -> None:
-    if model.similarity_fn_name not in ("dot", "cosine"):
-        raise ValueError(f"The model compares by {model.similarity_fn_name!r}: only dot and cosine can be searched.")
+def bm25_system(key: str, title: str, stored: Stored[Any], depth: int) -> System:
+    """BM25, of passages as they are or expanded."""
+    return System(
+        key,
+        title,
+        {"BM25 search": lambda batch: batch.found(stored.index.run(batch.queries, depth))},
+        kind="sparse",
+        disk=[stored.folder],
+        memory=lambda: stored.memory_bytes,
+        build_seconds=stored.build_seconds,
+    )
 
 
-def _compared(model: SentenceTransformer, whole: Any, size: int | None) -> Any:
-    """Vectors, cut to their first dimensions, whose products are the model's scores."""
-    import numpy as np
+def student_system(
+    key: str, title: str, stores: Stores, stored: Stored[Any], depth: int, *, size: int | None = None
+) -> System:
+    """A student's vectors, or their first `size` dimensions, in one index of Faiss or of inverted lists."""
+    kind = "learned sparse" if stores.is_sparse else "dense"
 
-    sliced = np.ascontiguousarray(whole[:, :size])
-    if model.similarity_fn_name == "cosine":
-        return sliced / np.linalg.norm(sliced, axis=1, keepdims=True).clip(1e-12)
-    return sliced
+    def search(batch: Batch) -> Batch:
+        return batch.found(stored.index.run(list(batch.queries), batch.vectors, depth))
 
-
-def check_dims(dims: Sequence[int | None], dimension: int | None) -> None:
-    """Refuse sizes that a student's vectors can't be cut to.
-
-    Raises:
-        ValueError: one that is not between 1 and the dimensions of the vectors.
-    """
-    for size in dims:
-        if size is not None and dimension is not None and not 0 < size <= dimension:
-            raise ValueError(f"dims: {size} is not between 1 and the {dimension} dimensions of the vectors.")
-
-
-def late_interaction_run(
-    model: MultiVectorEncoder,
-    corpus_ids: Sequence[str],
-    corpus_texts: Sequence[str],
-    queries: Mapping[str, str],
-    *,
-    k: int = 100,
-    bf16: bool = False,
-    batch_size: int = 32,
-) -> Run:
-    """Score every passage by MaxSim: exhaustive, for comparison.
-
-    Memory holds the token vectors of the queries and of a chunk of passages, and the best k of each query.
-
-    Args:
-        model: of one vector a token.
-        corpus_ids: passage ids.
-        corpus_texts: their texts.
-        queries: query id to text.
-        k: passages a query.
-        bf16: encode, and multiply token vectors, in bfloat16.
-        batch_size: texts a forward pass.
-
-    Returns:
-        The run.
-    """
-    import numpy as np
-    import torch
-
-    query_ids = list(queries)
-    with _autocast(model, bf16):
-        encoded = model.encode_query(list(queries.values()), batch_size=batch_size, show_progress_bar=False)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    query_vectors = [vectors.to(dtype) for vectors in encoded]
-    # Of equal scores the first id in order comes first, and stays where the list is cut.
-    places = np.empty(len(corpus_ids), np.int64)
-    places[sorted(range(len(corpus_ids)), key=corpus_ids.__getitem__)] = np.arange(len(corpus_ids))
-    best_scores = np.empty((len(query_ids), 0), np.float32)
-    best_rows = np.empty((len(query_ids), 0), np.int64)
-    for part in _by_length(corpus_texts):
-        with _autocast(model, bf16):
-            vectors = model.encode_document([corpus_texts[row] for row in part], batch_size=batch_size)
-        passages = [v.to(dtype) for v in vectors]
-        # A few queries at a time: against thousands the passages would be compared one by one, and the small results
-        # between blocks of ever other sizes keep the memory of them all from going back.
-        scored = [
-            model.similarity(query_vectors[at : at + _QUERIES_PER_BLOCK], passages, chunk_elements=1 << 24)
-            for at in range(0, len(query_vectors), _QUERIES_PER_BLOCK)
-        ]
-        scores = np.hstack([best_scores, torch.cat(scored).float().cpu().numpy()])
-        rows = np.hstack([best_rows, np.broadcast_to(np.array(part), (len(query_ids), len(part)))])
-        chosen = np.lexsort((places[rows], -scores))[:, :k]
-        best_scores, best_rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
-    return {
-        query: {corpus_ids[row]: score for row, score in zip(rows, scores, strict=True)}
-        for query, rows, scores in zip(query_ids, best_rows.tolist(), best_scores.tolist(), strict=True)
-    }
+    return System(
+        key,
+        title,
+        {
+            _ENCODING: lambda batch: replace(batch, vectors=stores.encode_queries(batch.queries, size)),
+            f"{kind.split()[-1]} search": search,
+        },
+        kind=kind,
+        disk=[stored.folder],
+        memory=lambda: stored.memory_bytes,
+        build_seconds=added(stores.encoding_seconds, stored.build_seconds),
+    )
 
 
-def _by_length(texts: Sequence[str]) -> Iterator[list[int]]:
-    """Chunks of rows of like length, so that token matrices are padded little."""
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    for start in range(0, len(order), _PASSAGES_PER_CHUNK):
-        yield order[start : start + _PASSAGES_PER_CHUNK]
+def hybrid_system(
+    key: str, title: str, first: System, weighted: System, *, alpha: float | None, normalize: bool, depth: int
+) -> System:
+    """Two lists of `depth` passages fused: `alpha * weighted + first`, or by ranks where alpha is None."""
+    join = joiner(alpha, normalize, depth)
+    parts = [first.stages, weighted.stages]
+    if all(_ENCODING in stages for stages in parts):
+        for at, (stages, word) in enumerate(zip(parts, ("dense", "sparse"), strict=True)):
+            parts[at] = {name.replace(_ENCODING, f"{word} {_ENCODING}"): stage for name, stage in stages.items()}
+    fusion = {"fusion": lambda batch: batch.joined(join(batch.runs[-1], batch.runs[-2]))}
+    disk = [*cast("Sequence[Path]", weighted.disk), *cast("Sequence[Path]", first.disk)]
+    return System(
+        key,
+        title,
+        {**parts[0], **parts[1], **fusion},
+        of=(first.key, weighted.key),
+        own=1,
+        kind="hybrid",
+        disk=disk,
+        memory=lambda: weighted.memory() + first.memory(),
+        build_seconds=added(first.build_seconds, weighted.build_seconds),
+    )
+
+
+def joiner(alpha: float | None, normalize: bool, depth: int | None) -> Callable[[Run, Run], Run]:
+    """The fusion of a weighted list and another one, by ranks where alpha is None."""
+    if alpha is None:
+        return lambda weighted, first: reciprocal_rank_fusion([weighted, first], depth=depth)
+    return partial(fuse, alpha=alpha, normalize=normalize, k=depth)

@@ -1,25 +1,23 @@
-"""The weight of the sparse scores in a hybrid, found on judged queries."""
+"""The weight of the sparse scores in a hybrid, found on judged queries that are never reported."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from tct_hf.data.collection import Collection, _place
 from tct_hf.evaluation.measures import cutoff_of, evaluate_run
+from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
 from tct_hf.retrieval.runs import Run
 
 # Weights tried at first, in units of (spread of dense scores) / (spread of sparse scores): none at all, and four a
 # factor of ten from a hundredth to a hundred.
 _GRID = (0.0, *(10 ** (step / 4) for step in range(-8, 9)))
-
-
-# Then twice as many between the best one and its neighbours on either side, finer each time.
-_REFINEMENTS = 2
-
-
-_BETWEEN = 3
+# Then three between the best one and each of its neighbours, twice.
+_REFINEMENTS, _BETWEEN = 2, 3
 
 
 class TunedAlpha(float):
@@ -30,7 +28,7 @@ class TunedAlpha(float):
         value: its mean at this weight over the judged queries.
         curve: (weight, mean) of every weight tried, weights ascending.
         normalize: whether scores were normalised; fuse with the same.
-        queries: ids of the judged queries, none of which may be reported on (`check_tuning_queries`).
+        queries: ids of the judged queries, none of which may be reported on.
     """
 
     measure: str
@@ -71,12 +69,12 @@ def tune_alpha(
 
     Args:
         sparse_run: query id to passage id to score.
-        dense_run: alike.
-        qrels: judgements of the tuning queries, query id to passage id to relevance; each of them counts.
-        measure: ir-measures name of what to maximise.
-        normalize: as for `fuse`.
-        relevance: from which grade on a passage is relevant, as in `evaluate_run`.
-        alphas: try exactly these weights in place of the grid.
+        dense_run: query id to passage id to score.
+        qrels: judgements of the tuning queries, query id to passage id to relevance; each query counts.
+        measure: ir-measures name of the measure to maximise.
+        normalize: bring both lists of a query to one range first, as in `fuse`.
+        relevance: lowest relevant grade, as in `evaluate_run`.
+        alphas: weights to try instead of the grid.
 
     Returns:
         The best weight, with the curve.
@@ -85,7 +83,6 @@ def tune_alpha(
         ValueError: no query is judged, both runs lack all that are, a weight is negative or not finite, or the measure
             is unknown.
     """
-
     if not qrels:
         raise ValueError("qrels: no judged query to tune on; take dev or train queries with judgements")
     if qrels.keys().isdisjoint([*sparse_run, *dense_run]):
@@ -128,35 +125,53 @@ def tune_alpha(
     return tuned
 
 
-def check_tuning_queries(
-    tuned_on: Collection[str], reported: Collection[str], *, what: str = "alpha", setting: str = "tune_on"
-) -> None:
-    """Refuse to report on queries that something was tuned on.
+@dataclass(frozen=True)
+class TuningQueries:
+    """Judged queries to tune on, and how many of their split were left out for being reported."""
 
-    Args:
-        tuned_on: ids of the tuning queries, or {id: text}.
-        reported: ids of the queries to report on, or {id: text}; where both have texts, the same text under another
-            id is found too.
-        what: was tuned, for the message.
-        setting: names the tuning queries, for the message.
+    split: str
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    left_out: int
 
-    Raises:
-        ValueError: a query is on both sides; the message counts them and names some.
+
+def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQueries | None:
+    """Choose the queries to tune on: of dev, of train where there is no dev.
+
+    Queries with the text of a reported one are left out; of the others, those kept are drawn by a hash of the id.
+    None where `tune_on` is "auto" and there is none; a split with a reported query, by its id, is refused.
     """
-    shared = sorted(set(tuned_on) & set(reported))
-    if shared:
-        raise ValueError(
-            f"{setting}: {what} would be tuned on {len(shared)} of the queries that are reported ({_some(shared)}); "
-            "tune on dev or train queries"
-        )
-    if isinstance(tuned_on, Mapping) and isinstance(reported, Mapping):
-        texts = {" ".join(str(text).casefold().split()) for text in tuned_on.values()}
-        same = [query for query, text in reported.items() if " ".join(str(text).casefold().split()) in texts]
-        if same:
+    if settings.tune_queries < 1:
+        raise ValueError(f"hybrid.tune_queries: {settings.tune_queries} is below 1; set hybrid.alpha to tune nothing")
+    reported = collection.splits["test"].queries if "test" in collection.splits else {}
+    also = {query: text for split in collection.also.values() for query, text in split.queries.items()}
+    known = {_plain(text) for queries in (reported, also) for text in queries.values()}
+    for name in ("dev", "train") if settings.tune_on == "auto" else (settings.tune_on,):
+        split = collection.splits.get(name)
+        if split is None or not split.queries:
+            continue
+        if shared := sorted(split.queries.keys() & reported.keys()):
             raise ValueError(
-                f"{setting}: the texts of {len(same)} reported queries ({_some(same)}) are among those that {what} "
-                "would be tuned on, under other ids; take them out of the tuning queries"
+                f"hybrid.tune_on: alpha would be tuned on {len(shared)} of the queries that are reported "
+                f"({', '.join(map(repr, shared[:3]))}); tune on dev or train queries"
             )
+        free = [query for query, text in split.queries.items() if query not in also and _plain(text) not in known]
+        if free:
+            kept = sorted(free, key=_place)[: settings.tune_queries]
+            queries = {query: split.queries[query] for query in kept}
+            judged = {query: split.qrels[query] for query in kept}
+            return TuningQueries(name, queries, judged, len(split.queries) - len(free))
+    if settings.tune_on != "auto":
+        there = ", ".join(name for name in collection.splits if name != "test") or "none"
+        raise ValueError(
+            f"hybrid.tune_on: {collection.name} has no {settings.tune_on} query to tune on (splits besides test: "
+            f"{there}); name another split, or set hybrid.alpha"
+        )
+    return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _between(low: float, high: float) -> list[float]:
@@ -174,7 +189,3 @@ def _best(found: Mapping[float, float]) -> float:
     highest = max(found.values())
     best = sorted(alpha for alpha, value in found.items() if value == highest)
     return best[(len(best) - 1) // 2]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

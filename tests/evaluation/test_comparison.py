@@ -14,13 +14,13 @@ from tct_hf.evaluation.comparison import (
     evaluate_all,
     read_log,
     run_systems,
-    shorten,
     show_examples,
     standard_error,
     table,
     write_metrics,
 )
 from tct_hf.evaluation.measures import Evaluation
+from tct_hf.evaluation.tables import shorten, weight_text
 
 QRELS = {f"q{row}": {f"p{row}": 1} for row in range(8)}
 QUERIES = {name: f"what is {name}" for name in reversed(QRELS)}
@@ -132,3 +132,11 @@ def test_metrics_hold_mean_and_standard_error_of_each_split_and_system(tmp_path:
 
 def test_a_model_without_a_log_has_an_empty_one(tmp_path: Path) -> None:
     assert read_log(tmp_path) == [] and read_log("owner/name") == []
+
+
+@pytest.mark.parametrize(
+    ("alpha", "text"),
+    [(0.0, "0"), (0.26149, "0.261"), (3.541, "3.54"), (999.4, "999"), (999.7, "1,000"), (3094.2, "3,094")],
+)
+def test_a_weight_is_never_a_power_of_ten(alpha: float, text: str) -> None:
+    assert weight_text(alpha) == text

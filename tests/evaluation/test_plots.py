@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tct_hf.evaluation import plots
-from tct_hf.evaluation.plots import plot_dev_curves, plot_losses, plot_sweep
+from tct_hf.evaluation.plots import TradeOff, plot_dev_curves, plot_losses, plot_sweep, plot_trade_off
 
 TEACHER = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "train_loss": 1.7}]
 STUDENT = [{"step": 1, "loss": 0.9, "hard_label": 0.4, "distillation": 0.5}]
@@ -99,3 +99,20 @@ def test_a_sweep_draws_a_line_a_series_and_single_points_across(
 def test_a_sweep_of_single_points_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs two points"):
         plot_sweep({"BM25": [(0, 0.3, 0.0)]}, tmp_path / "x.png", xlabel="x", ylabel="y", title="t")
+
+
+def test_costs_are_plotted_with_a_mark_a_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+    points = [TradeOff("BM25", 0.3, 0.49, 0.01, "sparse"), TradeOff("dense", 410.0, 0.43, 0.012, "dense")]
+    options = {"xlabel": "milliseconds a query", "ylabel": "RR@10", "title": "t"}
+    assert width(plot_trade_off(points, tmp_path / "x.png", **options)) > 0
+    [axes], [legend] = drawn[0].axes, drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["BM25", "dense"] and axes.get_xscale() == "log"
+    marks = [line.get_marker() for line in axes.lines if line.get_marker() in "so"]
+    assert marks == ["s", "o"] and len({line.get_color() for line in axes.lines}) == 2
+    with pytest.raises(ValueError, match="no system with a cost"):
+        plot_trade_off([], tmp_path / "plot.png", **options)
+    with pytest.raises(ValueError, match="BM25: its cost of 0 has no place"):
+        plot_trade_off([TradeOff("BM25", 0, 0.5, 0.0, "sparse")], tmp_path / "plot.png", **options)

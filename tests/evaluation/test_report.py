@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from tct_hf import Report, build_report, read_run, write_run
 from tct_hf.data.collection import Collection, Split
-from tct_hf.evaluation.report_settings import (
+from tct_hf.evaluation.settings import (
     AnnSettings,
     CostSettings,
     HybridSettings,
@@ -79,20 +78,12 @@ def test_every_system_has_effectiveness_latency_bytes_and_a_run(report: Report, 
         assert read_run(output / system.run["file"])
     stages = list(report.system("hybrid").cost["latency"])  # type: ignore[index]
     assert stages == ["query encoding", "dense search", "BM25 search", "fusion", "total"]
-
-
-def test_the_teachers_bytes_are_those_of_its_token_vectors(report: Report) -> None:
     teacher = report.models["teacher"]
     assert teacher["dimension"] == 16
     cost = report.system("teacher").cost
     assert cost is not None
     vectors = teacher["tokens_per_passage"] * 16 * 2
     assert vectors < cost["disk_bytes_per_passage"] < vectors + 20  # lengths and headers of the files
-
-
-def test_a_saved_report_is_loaded_as_it_was(report: Report, output: Path) -> None:
-    assert Report.load(output) == report == Report.load(output / "report.json")
-    assert json.loads((output / "report.json").read_text()) == report.to_dict()
 
 
 def test_the_table_says_what_the_json_says(report: Report, output: Path) -> None:
@@ -108,9 +99,6 @@ def test_the_table_says_what_the_json_says(report: Report, output: Path) -> None
     text = (output / "report.md").read_text()
     assert report.table() in text and report.cost_table() in text
     assert all(report.significance_table(measure) in text for measure in report.measures)
-
-
-def test_both_plots_are_png_files(report: Report, output: Path) -> None:
     for name in ("latency.png", "storage.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
@@ -128,20 +116,6 @@ def test_systems_are_tested_against_the_baseline_with_holms_correction(report: R
         assert found["RR@10"] == json.loads(json.dumps(difference.__dict__))
 
 
-def test_bm25_can_be_the_baseline(material: Material, tmp_path: Path) -> None:
-    measures = MeasureSettings(names=["RR@10"], depth=20, baseline="bm25")
-    found = make(material, tmp_path, teacher=None, settings=tiny_settings(measures=measures))
-    assert found.system("bm25").significance is None and found.system("dense-exact").significance is not None
-    assert "(baseline)" in found.significance_table().splitlines()[2] and "BM25" in found.significance_table()
-
-
-def test_the_report_does_without_a_teacher(material: Material, tmp_path: Path) -> None:
-    found = make(material, tmp_path, teacher=None)
-    assert [system.key for system in found.systems] == KEYS[:4]
-    assert found.models["teacher"] is None
-    assert not (tmp_path / "tokens").exists()
-
-
 def test_alpha_is_tuned_on_dev_and_the_report_says_so(report: Report, output: Path) -> None:
     hybrid = report.tuning["hybrid"]
     assert hybrid["split"] == report.tuning["ann"]["split"] == "dev" and hybrid["queries"] == 10
@@ -150,11 +124,11 @@ def test_alpha_is_tuned_on_dev_and_the_report_says_so(report: Report, output: Pa
     assert set(read_run(output / "runs" / "dense-exact.dev.trec")) == {f"dev{number}" for number in range(10)}
 
 
-@pytest.mark.parametrize("tune_on", ["auto", "dev", "train"])
+@pytest.mark.parametrize("tune_on", ["auto", "train"])
 def test_alpha_is_never_tuned_on_the_reported_queries(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune_on: Any
 ) -> None:
-    from tct_hf.retrieval import fusion as hybrid
+    from tct_hf.evaluation import report_work as hybrid
 
     collection = material.collection()
     test, dev = collection.splits["test"], collection.splits["dev"]
@@ -195,20 +169,10 @@ def test_without_other_queries_lists_are_fused_by_rank(material: Material, tmp_p
         make(material, tmp_path / "other", collection, settings=settings)
 
 
-def test_a_given_alpha_is_used_as_it_is(material: Material, tmp_path: Path) -> None:
-    from tct_hf import fuse
-
-    found = make(material, tmp_path, teacher=None, settings=tiny_settings(hybrid=HybridSettings(alpha=0.5)))
-    assert found.tuning["hybrid"]["alpha"] == 0.5 and found.tuning["hybrid"]["split"] is None
-    runs = {key: read_run(tmp_path / "runs" / f"{key}.test.trec") for key in ("bm25", "dense-exact", "hybrid")}
-    assert runs["hybrid"] == fuse(runs["bm25"], runs["dense-exact"], 0.5, k=20)
-
-
 def test_the_teachers_runs_are_those_of_exhaustive_search_and_of_reranking(
     report: Report, material: Material, output: Path
 ) -> None:
-    from tct_hf.evaluation.reranking import rerank_run
-    from tct_hf.evaluation.systems import late_interaction_run
+    from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
     from tests.models import load_colbert
 
     collection, model = material.collection(), load_colbert(material.teacher)
@@ -255,16 +219,9 @@ def test_by_default_the_students_own_token_vectors_search_and_rerank_by_the_mean
         assert min(exhaustive[query].values()) >= sorted(scores.values())[-20] - 0.002
 
 
-def test_a_student_in_tct_encoding_is_reported_without_its_own_token_vectors(
-    material: Material, tmp_path: Path
-) -> None:
-    found = make(material, tmp_path, teacher="own")
-    assert [system.key for system in found.systems] == KEYS[:4]
-
-
 def test_the_base_as_it_is_has_a_row_and_one_fused_with_bm25(material: Material, tmp_path: Path) -> None:
     from tct_hf import fuse
-    from tct_hf.evaluation.systems import dense_run
+    from tct_hf.evaluation.references import dense_run
 
     base = material.folder / "base"
     found = make(material, tmp_path, teacher=None, base=str(base))
@@ -310,7 +267,7 @@ def test_what_is_lost_is_made_again_as_it_was(report: Report, material: Material
     import shutil
 
     shutil.copytree(material.folder / "output", tmp_path / "copy")
-    for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/vectors/00000.lengths.npy"):
+    for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/vectors/00000.npz"):
         (tmp_path / "copy" / lost).unlink()
     for lost in ("indexes/dense-flat/index", "indexes/dense-hnsw32/index"):
         shutil.rmtree(tmp_path / "copy" / lost)
@@ -321,7 +278,6 @@ def test_what_is_lost_is_made_again_as_it_was(report: Report, material: Material
     ("changes", "named"),
     [
         ({"measures": MeasureSettings(names=["RR@10"], depth=30)}, "settings.depth = 20, but now settings.depth = 30"),
-        ({"hybrid": HybridSettings(alpha=1.0)}, "settings.hybrid.alpha = None, but now settings.hybrid.alpha = 1.0"),
         ({"cost": CostSettings(queries=5)}, "cost.queries = 4, but now cost.queries = 5"),
     ],
 )
@@ -333,24 +289,6 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
         make(material, output, settings=tiny_settings(**changes))
     assert "choose another --output_dir" in str(refused.value)
     assert (output / "report.json").read_bytes() == before
-
-
-def test_another_student_in_the_same_folder_is_refused(report: Report, material: Material, output: Path) -> None:
-    from tct_hf import build_student, save_student
-    from tests.models import tiny_bert
-
-    other = build_student(
-        str(tiny_bert(material.folder / "other-base", seed=9)), encoding="tct", query_length=16, document_length=48
-    )
-    save_student(other, material.folder / "other")
-    with pytest.raises(ValueError, match=r"holds a run with student\.weights"):
-        build_report(
-            material.collection(),
-            str(material.folder / "other"),
-            output,
-            teacher=str(material.teacher),
-            settings=tiny_settings(),
-        )
 
 
 def test_a_run_from_elsewhere_stands_in_the_table_without_a_cost(material: Material, tmp_path: Path) -> None:
@@ -367,108 +305,51 @@ def test_a_run_from_elsewhere_stands_in_the_table_without_a_cost(material: Mater
     assert Report.load(tmp_path / "out") == found
 
 
-def blank(collection: Collection, tmp_path: Path) -> dict[str, Any]:
-    collection.splits["test"].queries["test1"] = " \t"
-    return {}
+def test_what_would_stop_the_report_is_said_before_any_model_is_loaded(material: Material, tmp_path: Path) -> None:
+    def refused(said: str, collection: Collection | None = None, **options: Any) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            build_report(collection or material.collection(), "no-such-model", tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
 
+    def foreign(run: dict[str, dict[str, float]]) -> dict[str, str]:
+        write_run(run, tmp_path / "other.trec", "other")
+        return {"other": str(tmp_path / "other.trec")}
 
-def no_query(collection: Collection, tmp_path: Path) -> dict[str, Any]:
-    collection.splits["test"] = Split({}, {})
-    return {}
-
-
-def foreign_passage(collection: Collection, tmp_path: Path) -> dict[str, Any]:
-    write_run({"test0": {"p1": 2.0, "nowhere": 1.0}}, tmp_path / "other.trec", "other")
-    return {"runs": {"other": str(tmp_path / "other.trec")}}
-
-
-def foreign_queries(collection: Collection, tmp_path: Path) -> dict[str, Any]:
-    write_run({"q": {"p1": 2.0}}, tmp_path / "other.trec", "other")
-    return {"runs": {"other": str(tmp_path / "other.trec")}}
-
-
-def taken_name(collection: Collection, tmp_path: Path) -> dict[str, Any]:
-    return {"runs": {"bm25": "other.trec"}}
-
-
-def shallow(collection: Collection, tmp_path: Path) -> dict[str, Any]:
-    return {"settings": tiny_settings(measures=MeasureSettings(names=["R@1000"]))}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (blank, "query 'test1' is blank"),
-        (no_query, "no judged query to report on"),
-        (foreign_passage, "passage 'nowhere' for query 'test0', which is not in the corpus"),
-        (foreign_queries, "none of the 12 reported queries"),
-        (taken_name, r"runs\.bm25: a system of the report has this name"),
-        (shallow, r"measures\.depth is 100, too little for R@1000"),
-    ],
-)
-def test_what_would_stop_the_report_is_said_before_any_model_is_loaded(
-    material: Material, tmp_path: Path, spoil: Callable[[Collection, Path], dict[str, Any]], said: str
-) -> None:
-    collection = material.collection()
-    options = spoil(collection, tmp_path)
-    with pytest.raises(ValueError, match=said):
-        build_report(collection, "no-such-model", tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+    spoilt = material.collection()
+    spoilt.splits["test"].queries["test1"] = " \t"
+    refused("query 'test1' is blank", spoilt)
+    spoilt.splits["test"] = Split({}, {})
+    refused("no judged query to report on", spoilt)
+    unknown = foreign({"test0": {"p1": 2.0, "nowhere": 1.0}})
+    refused("passage 'nowhere' for query 'test0', which is not in the corpus", runs=unknown)
+    refused("none of the 12 reported queries", runs=foreign({"q": {"p1": 2.0}}))
+    refused(r"runs\.bm25: a system of the report has this name", runs={"bm25": "other.trec"})
+    for changes, said in (
+        ({"measures": MeasureSettings(names=["R@1000"])}, r"measures\.depth is 100, too little for R@1000"),
         ({"cost": CostSettings(batch_size=0)}, r"cost\.batch_size: 0 is below 1"),
-        ({"cost": CostSettings(threads=0)}, r"cost\.threads: 0 is below 1"),
-        ({"cost": CostSettings(warm_up=-1)}, r"cost\.warm_up: -1 is below 0"),
-        ({"ann": AnnSettings(recall=1.5)}, r"ann\.recall: 1\.5 is not between"),
         ({"ann": AnnSettings(recall=1.0)}, r"ann\.recall: 1\.0 is not between"),
         ({"ann": AnnSettings(factory="nonsense")}, r"ann\.factory: Faiss knows no index 'nonsense'"),
         ({"ann": AnnSettings(factory="IVF64,Flat")}, r"ann\.factory: 'IVF64,Flat' has 64 lists for 60 passages"),
         ({"hybrid": HybridSettings(alpha=-3.0)}, r"hybrid\.alpha: -3\.0 must be finite"),
-        ({"hybrid": HybridSettings(alpha=float("inf"))}, r"hybrid\.alpha: inf must be finite"),
-    ],
-)
-def test_a_setting_out_of_range_is_said_before_any_model_is_loaded(
-    material: Material, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(ValueError, match=said):
-        make(material, tmp_path / "out", settings=tiny_settings(**changes), teacher="no-such-model")
-    assert not (tmp_path / "out").exists()
+    ):
+        refused(said, settings=tiny_settings(**changes))
+    for factory in ("OPQ16_64,IVF8,PQ16x4fs,RFlat", "PQ48"):
+        tiny_settings(ann=AnnSettings(factory=factory)).check(60)
 
 
 @pytest.mark.parametrize(
-    "factory", ["auto", "Flat", "IVF32,PQ28", "OPQ16_64,IVF8,PQ16x4fs,RFlat", "HNSW32_SQ8", "PQ48"]
-)
-def test_factories_of_any_dimension_pass_the_check(material: Material, factory: str) -> None:
-    from tct_hf.evaluation.report_checks import check_report
-
-    measures = MeasureSettings(names=["RR@10", "Judged@10"], depth=20)
-    settings = tiny_settings(ann=AnnSettings(factory=factory), measures=measures, cost=CostSettings(threads=None))
-    assert check_report(material.collection(), settings, {}) == {}
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "error", "said"),
+    ("student", "teacher", "said"),
     [
-        ("no/such/folder", None, FileNotFoundError, "student: there is no folder no/such/folder"),
-        ("teacher", None, ValueError, "one vector a token, and no student is"),
-        ("student", "student", ValueError, "is a SentenceTransformer, one vector a text, and no ColBERT"),
+        ("no/such/folder", None, "student: there is no folder no/such/folder"),
+        ("teacher", None, "one vector a token, and no student is"),
+        ("student", "student", "is a SentenceTransformer, one vector a text, and no ColBERT"),
     ],
 )
-def test_a_wrong_model_is_refused_with_the_mend(
-    material: Material, tmp_path: Path, student: str, teacher: str | None, error: type[Exception], said: str
-) -> None:
-    places = {"teacher": str(material.teacher), "student": str(material.student)}
-    with pytest.raises(error, match=said):
-        build_report(
-            material.collection(),
-            places.get(student, student),
-            tmp_path,
-            teacher=places.get(teacher or "", teacher),
-            settings=tiny_settings(),
-        )
+def test_a_wrong_model_is_refused(material: Material, tmp_path: Path, student: str, teacher: Any, said: str) -> None:
+    places = {"teacher": str(material.teacher), "student": str(material.student), None: None}
+    options = {"teacher": places[teacher], "settings": tiny_settings()}
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        build_report(material.collection(), places.get(student) or student, tmp_path, **options)
 
 
 @pytest.mark.parametrize(("side", "said"), [("student", "passage 'p0'"), ("teacher", "passage 'p0' has a NaN")])
@@ -477,7 +358,7 @@ def test_a_model_that_gives_nan_is_named_with_the_passage(
 ) -> None:
     import torch
 
-    from tct_hf.evaluation import reporting as module
+    from tct_hf.evaluation import report_work as module
 
     opener = {"student": "open_student", "teacher": "open_reranker"}[side]
     load = getattr(module, opener)
@@ -493,7 +374,9 @@ def test_a_model_that_gives_nan_is_named_with_the_passage(
         make(material, tmp_path)
 
 
-def test_a_damaged_or_foreign_report_is_refused(report: Report, output: Path, tmp_path: Path) -> None:
+def test_a_report_is_loaded_as_it_was_saved_or_refused(report: Report, output: Path, tmp_path: Path) -> None:
+    assert Report.load(output) == report == Report.load(output / "report.json")
+    assert json.loads((output / "report.json").read_text()) == report.to_dict()
     with pytest.raises(FileNotFoundError, match="no such report"):
         Report.load(tmp_path / "report.json")
     content = json.loads((output / "report.json").read_text())
@@ -511,15 +394,15 @@ def test_ties_of_token_vectors_are_ordered_by_id() -> None:
     import numpy as np
     import torch
 
-    from tct_hf.evaluation.token_vectors import TokenVectors
+    from tct_hf.evaluation.maxsim import TokenVectors
 
     vectors = np.array([[1, 0], [0, 1], [1, 0], [1, 0], [0, 1]], np.float16)
-    stored = TokenVectors(["b", "c", "a"], vectors, np.array([2, 1, 2]))
+    stored = TokenVectors(["b", "c", "a"], torch.from_numpy(vectors), np.array([2, 1, 2]))
     query = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     assert stored.search([query], 2) == [{"a": 5.0, "b": 5.0}]
     assert list(stored.search([query], 2)[0]) == ["a", "b"]
     assert stored.search([query], 9) == [{"a": 5.0, "b": 5.0, "c": 2.0}]
-    assert stored.rerank(query, np.array([1, 0])) == {"b": 5.0, "c": 2.0}
+    assert stored.rerank(query, ["c", "b"]) == {"b": 5.0, "c": 2.0}
     assert stored.nbytes == 5 * 2 * 2
 
 
@@ -545,7 +428,7 @@ def test_first_dimensions_are_measured_as_trained_or_as_asked(
     whole, first = trained.system("dense-exact"), trained.system("dense-first-8")
     assert first.title == "dense, first 8 dimensions" and whole.cost is not None and first.cost is not None
     saved = whole.cost["disk_bytes_per_passage"] - first.cost["disk_bytes_per_passage"]
-    assert saved == pytest.approx((32 - 8) * 4, abs=3)
+    assert saved == pytest.approx((32 - 8) * 4, abs=5)  # the manifests of both are a few bytes a passage
     student = SentenceTransformer(str(tmp_path / "student"), device="cpu", truncate_dim=8)
     queries = material.collection().splits["test"].queries
     scores = (

@@ -7,18 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tct_hf import read_run, write_run
 from tct_hf.evaluation import significance
-from tct_hf.evaluation.significance import (
-    compare_runs,
-    holm,
-    paired_randomisation_test,
-    paired_t_test,
-    t_two_sided,
-)
+from tct_hf.evaluation.significance import compare_runs, holm, paired_randomisation_test, paired_t_test
 
 # q0's passage is found first by "good" on all twelve, by "poor" on the even ones; "same" is "poor" again.
 QRELS = {f"q{at}": {"d": 1} for at in range(12)}
@@ -50,7 +43,7 @@ def test_sums_that_differ_by_rounding_only_count_as_equal() -> None:
     assert paired_randomisation_test([0.1, 0.2, 0.0], [0.0, 0.0, 0.3]) == 1.0
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.2, 0.5])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_sampled_p_value_is_near_the_exact_one(shift: float) -> None:
     from scipy.stats import permutation_test
 
@@ -80,26 +73,13 @@ def test_p_value_does_not_depend_on_the_blocks_drawn_at_a_time(monkeypatch: pyte
     assert paired_randomisation_test(a, b, samples=500, seed=4) != whole
 
 
-def test_queries_without_a_difference_change_nothing() -> None:
-    a, b = draw(20, 0.3, 2)
-    assert paired_randomisation_test(a + [1.0] * 30, b + [1.0] * 30, seed=5) == paired_randomisation_test(a, b, seed=5)
-
-
-@pytest.mark.parametrize(("count", "shift"), [(2, 0.5), (3, 0.0), (10, 1.0), (200, 0.1), (200, 2.0), (7000, 0.02)])
+@pytest.mark.parametrize(("count", "shift"), [(2, 0.5), (10, 1.0), (7000, 0.02)])
 def test_t_test_agrees_with_scipy(count: int, shift: float) -> None:
     from scipy.stats import ttest_rel
 
     a, b = draw(count, shift, count)
     assert paired_t_test(a, b) == pytest.approx(ttest_rel(a, b).pvalue, rel=1e-9)
     assert paired_t_test(a, b) == pytest.approx(paired_t_test(b, a))
-
-
-@settings(max_examples=300)
-@given(t=st.floats(-1e4, 1e4), degrees=st.integers(1, 20_000))
-def test_t_distribution_agrees_with_scipy(t: float, degrees: int) -> None:
-    from scipy.stats import t as student
-
-    assert t_two_sided(t, degrees) == pytest.approx(2 * student.sf(abs(t), degrees), rel=1e-8, abs=1e-300)
 
 
 def test_equal_values_have_p_value_one_and_a_constant_difference_zero() -> None:
@@ -145,20 +125,6 @@ def test_a_p_value_does_not_depend_on_the_other_systems() -> None:
     alone = compare_runs({"poor": POOR, "good": GOOD}, QRELS, baseline="poor", samples=20)
     among = compare_runs({"same": POOR, "good": GOOD, "poor": POOR}, QRELS, baseline="poor", samples=20)
     assert alone.systems["good"].p_randomisation == among.systems["good"].p_randomisation
-
-
-def test_runs_of_other_systems_are_compared_from_their_files(tmp_path: Any) -> None:
-    (tmp_path / "other.trec").write_text("".join(f"{query} Q0 d 1 17.5 lucene\n" for query in QRELS))
-    write_run(POOR, tmp_path / "ours.trec", "ours")
-    found = compare_runs(
-        {name: read_run(tmp_path / f"{name}.trec") for name in ("ours", "other")}, QRELS, baseline="ours"
-    )
-    assert found.systems["other"].difference == 0.25
-
-
-def test_a_query_that_a_run_lacks_counts_zero() -> None:
-    part = {query: GOOD[query] for query in list(QRELS)[:3]}
-    assert compare_runs(GOOD, part, QRELS).systems["b"].difference == -0.75
 
 
 def test_the_table_reads_as_markdown_and_the_rest_as_json() -> None:

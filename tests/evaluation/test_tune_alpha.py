@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tct_hf import evaluate_run, fuse, tune_alpha
-from tct_hf.evaluation.tune_alpha import check_tuning_queries
 from tests.retrieval.test_fusion import DENSE, SPARSE, common
 
 
@@ -72,12 +71,3 @@ def test_the_middle_one_of_equally_good_weights_is_taken() -> None:
 def test_what_cannot_be_tuned_on_is_named(qrels: dict, more: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tune_alpha(SPARSE, DENSE, qrels, **more)
-
-
-def test_tuning_on_reported_queries_is_refused() -> None:
-    check_tuning_queries(["q1", "q2"], ["q3"])
-    check_tuning_queries({"q1": "what is it"}, {"q2": "what was it"})
-    with pytest.raises(ValueError, match=r"2 of the queries that are reported \('q1', 'q2'\); tune on dev or train"):
-        check_tuning_queries(["q2", "q1"], ["q1", "q2", "q3"])
-    with pytest.raises(ValueError, match=r"^tune_on: the texts of 1 reported queries \('q2'\) are among"):
-        check_tuning_queries({"q1": "What is  it"}, {"q2": "what is it"})

@@ -45,7 +45,7 @@ def test_pairs_are_scored_as_the_model_scores_them_one_by_one(folder: Path) -> N
 
 
 def test_a_student_gives_the_run_of_exact_search(folder: Path, collection, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from tct_hf.evaluation.systems import dense_run
+    from tct_hf.evaluation.references import dense_run
 
     student = open_student(str(folder / "student"), "cpu")
     stores = Stores(collection, student, "student", tmp_path, precision="fp32", write=lambda line: None)

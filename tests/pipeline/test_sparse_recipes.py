@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tct_hf import Report, fuse, load_vectors
-from tct_hf.evaluation.report_settings import HybridSettings
 from tct_hf.evaluation.searcher import Searcher
+from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_student
 from tests.searching import Material, run_recipe, write_material
 from tests.splade import tiny_splade
@@ -95,7 +95,7 @@ def test_two_students_are_fused_with_each_other(material: Material, splade: Path
     both = searcher(material, material.student, splade, alpha=0.5)
     assert both.fusion == "0.5 * sparse student + dense"
     question = {"question": "dense retrieval tokens"}
-    runs = [both._run(name, question) for name in ("sparse", "dense")]
+    runs = [both._found_by[name].run(question) for name in ("sparse", "dense")]
     expected = fuse(*runs, 0.5)["question"]
     hits = both.ask(question["question"], 10)
     assert [hit.id for hit in hits] == list(expected)[:10]

@@ -128,6 +128,7 @@ def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_ju
     assert [entry["hard_label"] > 0 for entry in log if "hard_label" in entry] == [True] * 3
     report = (tmp_path / "report.md").read_text()
     assert "what it would put first: base reranked by its own MaxSim, untrained." in report
+    assert "alpha that gives both lists the same spread (this run uses no labels)" in report
 
 
 def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_split_is_measured(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
+from tct_hf.evaluation.tables import markdown_table
 from tct_hf.settings import environment
 
 TOTAL = "total"
@@ -35,12 +39,12 @@ class Efficiency:
     Args:
         latency: stage to its latency, and under "total" that of all stages of a query together.
         queries_per_second: in batches, None where no batch was measured.
-        batch_size: queries a batch, None alike.
+        batch_size: queries a batch, None where no batch was measured.
         passages: searched.
         disk_bytes: of the index on disk, None where unknown.
         memory_bytes: of the index in memory, None where unknown.
-        build_seconds: that making the index took, None where unknown.
-        threads: library to the threads it was set to.
+        build_seconds: seconds to make the index, None where unknown.
+        threads: library to its number of threads.
         machine: versions of packages and the machine (`tct_hf.settings.environment`), processor and memory.
     """
 
@@ -73,15 +77,10 @@ class Efficiency:
 
     def table(self) -> str:
         """A Markdown table of the latencies, and a line of each other figure that is known."""
-        width = max(len("stage"), *map(len, self.latency))
-        lines = [
-            f"| {'stage':{width}} |  p50 ms |  p95 ms |  p99 ms | mean ms |",
-            f"|{'-' * (width + 2)}|" + "--------:|" * 4,
-        ]
-        for stage, found in self.latency.items():
-            cells = " | ".join(f"{value:7.2f}" for value in (found.p50, found.p95, found.p99, found.mean))
-            lines.append(f"| {stage:{width}} | {cells} |")
-        lines.append("")
+        rows = [["stage", " p50 ms", " p95 ms", " p99 ms", "mean ms"]]
+        for stage, one in self.latency.items():
+            rows.append([stage, *(f"{value:7.2f}" for value in (one.p50, one.p95, one.p99, one.mean))])
+        lines = [markdown_table(rows), ""]
         if self.queries_per_second is not None:
             lines.append(f"Throughput: {self.queries_per_second:,.1f} queries/s in batches of {self.batch_size}.")
         for where, size, each in (
@@ -115,24 +114,23 @@ def measure_efficiency(
     repeats: int = 1,
     clock: Callable[[], float] = perf_counter,
 ) -> Efficiency:
-    """Time a system one query at a time, stage by stage, then in batches, and put its size beside.
+    """Time a system one query at a time, stage by stage, then in batches, with the size of its index.
 
     A stage takes what the one before it returned, the first takes the query:
-    `{"encode": lambda text: encode([text]), "search": lambda vector: index.search(vector, 100)}`. A system that needs
-    two searches at the end (a hybrid) hands both on from stage to stage as a tuple. A stage on an accelerator must
-    wait for its result, or the next one is charged for it.
+    `{"encode": lambda text: encode([text]), "search": lambda vector: index.search(vector, 100)}`. A stage on an
+    accelerator must wait for its result, or the next stage is charged for it.
 
     Args:
         stages: name to function, in order.
-        queries: what the first stage takes, one by one.
-        passages: how many are searched, for bytes a passage.
-        batch: answers a list of queries through all stages; throughput is left out without it.
+        queries: arguments of the first stage.
+        passages: number of passages searched, for bytes a passage.
+        batch: function that answers a list of queries; throughput is left out without it.
         batch_size: queries a batch; the last one may be smaller.
-        disk: bytes of the index on disk, or the file or folder it is in, or several.
-        memory: bytes of the index in memory; `resident_bytes` before and after loading gives them.
-        build_seconds: that making the index took.
-        warm_up: queries, and one batch, put through before any is timed; the queries begin again when there are fewer.
-        repeats: times that every query is timed, and that the batches are.
+        disk: bytes of the index on disk, or its files or folders.
+        memory: bytes of the index in memory.
+        build_seconds: seconds to make the index.
+        warm_up: queries run before any is timed, repeated where there are fewer; one batch is run too.
+        repeats: number of timed passes over queries and batches.
         clock: seconds from any fixed moment.
 
     Returns:
@@ -180,17 +178,7 @@ def measure_efficiency(
 
 
 def bytes_on_disk(paths: str | Path | Sequence[str | Path]) -> int:
-    """The size of files, and of all files under folders.
-
-    Args:
-        paths: one or several.
-
-    Returns:
-        Bytes, as the files' lengths say.
-
-    Raises:
-        FileNotFoundError: one is not there.
-    """
+    """The size of files, and of all files under folders."""
     total = 0
     for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         if not path.exists():
@@ -198,15 +186,6 @@ def bytes_on_disk(paths: str | Path | Sequence[str | Path]) -> int:
         files = path.rglob("*") if path.is_dir() else [path]
         total += sum(file.stat().st_size for file in files if file.is_file())
     return total
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM now; None where the system has no /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None  # not Linux: there is nothing to read, and the caller shows "unknown"
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def threads_in_use() -> dict[str, int]:
@@ -224,6 +203,23 @@ def threads_in_use() -> dict[str, int]:
     return found
 
 
+@contextmanager
+def compute_threads(threads: int | None) -> Iterator[None]:
+    """Give torch and Faiss a number of CPU threads for a while; None leaves their own settings."""
+    import torch
+
+    from tct_hf.retrieval.faiss_tools import faiss_threads
+
+    before = torch.get_num_threads()
+    with faiss_threads(threads):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 def _timed(stages: Mapping[str, Callable[[Any], Any]], query: Any, clock: Callable[[], float]) -> list[float]:
     """Seconds of each stage for one query, and of all together."""
     moments = [clock()]
@@ -236,8 +232,6 @@ def _timed(stages: Mapping[str, Callable[[Any], Any]], query: Any, clock: Callab
 
 
 def _latency(seconds: Sequence[float]) -> Latency:
-    import numpy as np
-
     milliseconds = 1000 * np.asarray(seconds)
     p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99]).tolist()
     return Latency(p50, p95, p99, float(milliseconds.mean()), len(seconds))
@@ -262,6 +256,19 @@ def _throughput(
     if seconds <= 0:
         raise ValueError("clock: no time passed over the batches; pass a finer clock, or raise repeats")
     return repeats * len(queries) / seconds
+
+
+def machine_key() -> dict[str, Any]:
+    """What times depend on: those of another machine are not mixed in."""
+    return {"processor": _processor(), "cpu_count": os.cpu_count(), "system": platform.system()}
+
+
+def load_average() -> float | None:
+    """Processes that want to compute, a mean over the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def _processor() -> str:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tct_hf.evaluation import systems
-from tct_hf.evaluation.systems import dense_and_reranked_run, dense_run, dense_runs, encode_texts, late_interaction_run
-from tests.models import load_colbert, tiny_bert, tiny_colbert
+from tct_hf.evaluation import references
+from tct_hf.evaluation.references import dense_and_reranked_run, dense_run, dense_runs, encode_texts
+from tests.models import tiny_bert
 from tests.train_helpers import PASSAGES, QUERIES
 
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
@@ -20,11 +20,6 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     from tct_hf import build_student
 
     return build_student(str(tiny_bert(tmp_path_factory.mktemp("base"))), encoding="tct", document_length=64).to("cpu")
-
-
-@pytest.fixture(scope="module")
-def colbert(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_colbert(tiny_colbert(tmp_path_factory.mktemp("colbert")))
 
 
 def check(run: dict[str, dict[str, float]], scores: np.ndarray, k: int) -> None:
@@ -79,7 +74,7 @@ def test_dense_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
         encoded.append(list(texts))
         return encode_texts(model, texts, **options)
 
-    monkeypatch.setattr(systems, "encode_texts", counted)
+    monkeypatch.setattr(references, "encode_texts", counted)
     monkeypatch.setattr(student, "similarity_fn_name", similarity)
     runs = dense_runs(student, IDS, PASSAGES, ASKED, dims=[8, None, 1], k=5)
     assert encoded == [PASSAGES, QUERIES]
@@ -106,43 +101,3 @@ def test_a_similarity_that_no_index_can_search_is_refused(student: Any) -> None:
             dense_run(student, IDS, PASSAGES, ASKED)
     finally:
         student.similarity_fn_name = "dot"
-
-
-def test_texts_are_encoded_with_the_prompt_of_their_task_in_order(student: Any) -> None:
-    for task, encode in (("query", student.encode_query), ("document", student.encode_document)):
-        np.testing.assert_allclose(encode_texts(student, QUERIES, task=task, batch_size=3), encode(QUERIES), atol=1e-5)
-
-
-def test_bfloat16_encodes_nearly_the_same_vectors_as_float32(student: Any) -> None:
-    full, half = (encode_texts(student, PASSAGES, task="document", bf16=bf16) for bf16 in (False, True))
-    assert half.dtype == np.float32
-    assert 0 < np.abs(full - half).max() < 0.05 * np.abs(full).max()
-
-
-def max_sim(colbert: Any) -> np.ndarray:
-    """In plain loops: the sum over query tokens of the best passage token."""
-    queries = [np.asarray(v) for v in colbert.encode_query(QUERIES)]
-    passages = [np.asarray(v) for v in colbert.encode_document(PASSAGES)]
-    return np.array([[sum(max(float(t @ s) for s in p) for t in q) for p in passages] for q in queries])
-
-
-@pytest.mark.parametrize("k", [3, 50])
-@pytest.mark.parametrize("chunk", [1, 3, 1024])
-def test_late_interaction_run_is_max_sim_whatever_the_chunks(
-    colbert: Any, monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
-) -> None:
-    monkeypatch.setattr(systems, "_PASSAGES_PER_CHUNK", chunk)
-    check(late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=k), max_sim(colbert), k)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 1024])
-def test_equal_scores_at_the_cut_are_chosen_by_id(colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(systems, "_PASSAGES_PER_CHUNK", chunk)
-    run = late_interaction_run(colbert, ["e", "d", "c", "b", "a"], [PASSAGES[0]] * 5, {"q": QUERIES[0]}, k=2)
-    assert list(run["q"]) == ["a", "b"]
-
-
-def test_late_interaction_in_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
-    run = late_interaction_run(colbert, IDS, PASSAGES, ASKED, bf16=True)
-    found = np.array([[hits[name] for name in IDS] for hits in run.values()])
-    np.testing.assert_allclose(found, max_sim(colbert), rtol=0.02)

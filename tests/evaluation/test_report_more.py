@@ -1,4 +1,4 @@
-"""Reports with expanded BM25, its hybrids, and further test splits with measures of their own."""
+"""Reports with a sparse student, with expanded BM25, and with further test splits and measures of their own."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sentence_transformers import SparseEncoder
 
 from tct_hf import Report, build_report, evaluate_run, fuse, read_run, tune_alpha, write_expansions
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.evaluation.measures import named_measures, relevant_from
-from tct_hf.evaluation.report_checks import check_report
-from tct_hf.evaluation.report_settings import (
-    CostSettings,
-    ExpansionSettings,
-    HybridSettings,
-    MeasureSettings,
-    ReportSettings,
-)
-from tct_hf.evaluation.report_work import rows_of
+from tct_hf.evaluation.reporting import check_report
+from tct_hf.evaluation.settings import CostSettings, ExpansionSettings, HybridSettings, MeasureSettings, ReportSettings
 from tct_hf.evaluation.stores import Stores, open_student
-from tct_hf.evaluation.tuning import tuning_queries
+from tct_hf.evaluation.tune_alpha import tuning_queries
+from tests.hub.models import TEXTS, published_tct, pyserini_vectors
 from tests.searching import Material, write_material
 from tests.splade import tiny_splade
 
@@ -98,8 +93,32 @@ def report(material: Material, output: Path, splade: str) -> Report:
     return make(material, output, sparse_student=splade)
 
 
+@pytest.fixture(scope="module")
+def alone(material: Material, splade: str) -> Report:
+    settings = tiny_settings(material, also_report={}, expansion=ExpansionSettings())
+    options: dict[str, Any] = {"teacher": str(material.teacher), "settings": settings, "write": lambda line: None}
+    return build_report(material.collection(), splade, material.folder / "alone", **options)
+
+
+def test_a_sparse_student_alone_is_searched_fused_and_reranked(alone: Report, report: Report) -> None:
+    keys = ["bm25", "learned-sparse", "learned-sparse-bm25"]
+    assert [system.key for system in alone.systems] == [*keys, "teacher", "reranked"]
+    assert alone.baseline == "learned-sparse" and alone.tuning["ann"] is None
+    assert alone.system("learned-sparse").title == "sparse student (learned)"
+    assert alone.system("learned-sparse-bm25").title.startswith("sparse student + BM25, alpha ")
+    stages = {key: list(one.system(key).cost["latency"]) for one, key in ((alone, keys[1]), (report, KEYS[-1]))}  # type: ignore[index]
+    assert stages[keys[1]] == ["query encoding", "sparse search", "total"]
+    assert stages[KEYS[-1]] == [
+        *("dense query encoding", "dense search", "sparse query encoding", "sparse search", "fusion", "total"),
+    ]
+    for key in keys:
+        assert alone.system(key).effectiveness == report.system(key).effectiveness
+
+
 def test_every_pair_has_a_row_with_its_own_weight(report: Report, output: Path, material: Material) -> None:
     assert [system.key for system in report.systems] == KEYS
+    [note] = [note for note in report.notes if note.startswith("Expanded BM25: ")]
+    assert "with 2 generated queries of a/writer" in note and "k1 2.18, b 0.86" in note
     hybrids = report.tuning["hybrids"]
     assert list(hybrids) == list(HYBRIDS) and report.tuning["hybrid"] == hybrids["hybrid"]
     tuning = tuning_queries(collection(material), HybridSettings())
@@ -118,9 +137,7 @@ def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(
     settings = tiny_settings(material)
     alpha = {"hybrid-expanded": 0.25, "dense-learned-sparse": 0.5}
     settings = replace(
-        settings,
-        measures=replace(settings.measures, baseline="bm25-expanded"),
-        hybrid=HybridSettings(alpha=alpha),
+        settings, measures=replace(settings.measures, baseline="bm25-expanded"), hybrid=HybridSettings(alpha=alpha)
     )
     made = make(material, material.folder / "weights", settings=settings, sparse_student=splade)
     hybrids = made.tuning["hybrids"]
@@ -147,33 +164,13 @@ def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(
             make(material, material.folder / "refused", settings=refused)
 
 
-def test_the_rows_are_known_before_anything_is_made(report: Report, material: Material) -> None:
-    settings = tiny_settings(material)
-    assert rows_of(settings, 60, sparse=False, beside=True, teacher=False, dims=[]) == [
-        one.key for one in report.systems
-    ]
-    plain = replace(settings, expansion=ExpansionSettings())
-    rows = rows_of(plain, 60, sparse=False, beside=False, teacher=True, dims=[16])
-    assert rows == ["bm25", "dense-exact", "dense-ann", "dense-first-16", "hybrid", "teacher", "reranked"]
-    assert rows_of(plain, 50_001, sparse=True, beside=False, teacher=True, dims=[]) == [
-        *("bm25", "learned-sparse", "learned-sparse-bm25", "reranked"),
-    ]
-
-
 def test_a_hybrid_with_expanded_bm25_costs_both_its_parts(report: Report) -> None:
     costs = {key: report.system(key).cost for key in ("bm25-expanded", "dense-exact", "hybrid-expanded")}
     parts = [cost["disk_bytes_per_passage"] for cost in costs.values() if cost is not None]
     assert parts[2] == pytest.approx(parts[0] + parts[1])
     assert list(costs["hybrid-expanded"]["latency"]) == [  # type: ignore[index]
-        *("query encoding", "dense search", "BM25 search", "fusion", "total"),
+        *("query encoding", "dense search", "BM25 search", "fusion", "total")
     ]
-
-
-def test_the_report_says_what_was_expanded_with(report: Report) -> None:
-    [note] = [note for note in report.notes if note.startswith("Expanded BM25: ")]
-    assert "with 2 generated queries of a/writer" in note and "k1 2.18, b 0.86" in note
-    assert report.system("bm25-expanded").title == "expanded BM25"
-    assert report.system("hybrid-expanded").title.startswith("dense + expanded BM25, alpha ")
 
 
 def test_a_further_split_is_measured_on_its_judged_queries_alone(
@@ -241,57 +238,23 @@ def test_a_further_split_that_takes_tuning_queries_needs_a_folder_of_its_own(
         build_report(found, str(material.student), output, settings=tiny_settings(material), write=lambda line: None)
 
 
-def test_dev_can_be_reported_and_is_then_not_tuned_on(material: Material) -> None:
-    found = load_collection(str(material.beir), also=["dev"])
-    assert "dev" not in found.splits and len(found.also["dev"].queries) == 10
-    tuning = tuning_queries(found, HybridSettings())
-    assert tuning is not None and tuning.split == "train"
-    assert "dev" not in load_collection(str(material.beir), test_split="dev").splits
-
-
-def test_a_part_of_a_collection_has_its_further_splits(material: Material) -> None:
-    part = collection(material).part(queries=3)
-    assert len(part.also["graded"].queries) == 3 == len(part.also["graded"].qrels)
-    assert load_collection(str(material.beir), test_split="dev").part(queries=3).test_split == "dev"
-    assert collection(material).fingerprint == collection(material, also=()).fingerprint
-
-
-@pytest.mark.parametrize("name", ["test", "train"])
-def test_a_split_has_one_use(material: Material, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"also_report: '{name}' is no split to report beside the others"):
-        load_collection(str(material.beir), also=[name])
-    with pytest.raises(ValueError, match="also_report: 'dev'"):
-        load_collection(str(material.beir), dev_split="dev", also=["dev"])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"also_report": {"graded": []}}, r"also_report\.graded is empty"),
         ({"also_report": {"graded": ["trec-dl"]}}, r"measures\.depth is 20, too little for R\(rel=2\)@1000"),
         ({"also_report": {"other": ["RR@10"]}}, r"also_report\.other: .* no judged query of this split"),
-        ({"expansion": {"num_queries": 0}}, r"expansion\.num_queries: 0 is below 1"),
-        ({"expansion": {"drop_share": 1.0}}, r"expansion\.drop_share: 1\.0 is not from 0 to below 1"),
-        ({"expansion": {"drop_share": 0.3}}, "drop_share is 0.3, but the queries have no scores"),
-        ({"expansion": {"b": 1.5}}, r"expansion\.k1 2\.18, expansion\.b 1\.5"),
-        ({"expansion": {"path": "nowhere"}}, "nowhere: no expansions here"),
+        (
+            {"expansion": ExpansionSettings(path="nowhere", drop_share=1.0)},
+            r"drop_share: 1\.0 is not from 0 to below 1",
+        ),
+        ({"expansion": ExpansionSettings(path="nowhere", b=1.5)}, r"expansion\.k1 2\.18, expansion\.b 1\.5"),
+        ({"expansion": ExpansionSettings(path="nowhere")}, "nowhere: no expansions here"),
     ],
 )
 def test_what_would_stop_the_report_is_said_at_once(material: Material, changes: dict[str, Any], message: str) -> None:
-    if "expansion" in changes:
-        changes = {
-            "expansion": ExpansionSettings(**{"path": str(material.folder / "queries"), **changes["expansion"]})
-        }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check_report(collection(material), tiny_settings(material, **changes), {})
-
-
-def test_names_of_measure_sets_stand_for_their_measures() -> None:
-    assert named_measures(["trec-dl", "nDCG@10", "AP"]) == [
-        *("nDCG@10", "RR(rel=2)@10", "R(rel=2)@1000", "R(rel=1)@1000", "AP"),
-    ]
-    assert [relevant_from(one, 1) for one in named_measures(["msmarco-dev", "trec-dl"])] == [1, 1, None, 2, 2, 1]
-    assert relevant_from("RR@10", 2) == 2
 
 
 def test_each_choice_of_generated_queries_is_an_index_of_its_own(material: Material, tmp_path: Path) -> None:
@@ -307,3 +270,77 @@ def test_each_choice_of_generated_queries_is_an_index_of_its_own(material: Mater
     assert stores.expanded(replace(chosen)) is first
     with pytest.raises(ValueError, match=r"num_queries = 1, but now expansion\.num_queries = 2"):
         stores.expanded(replace(chosen, num_queries=2))  # not the other index
+
+
+def test_a_split_has_one_use(material: Material) -> None:
+    found = load_collection(str(material.beir), also=["dev"])
+    assert "dev" not in found.splits and len(found.also["dev"].queries) == 10
+    tuning = tuning_queries(found, HybridSettings())
+    assert tuning is not None and tuning.split == "train"
+    part = collection(material).part(queries=3)
+    assert len(part.also["graded"].queries) == 3 == len(part.also["graded"].qrels)
+    for name, options in (("test", {}), ("dev", {"dev_split": "dev"})):
+        with pytest.raises(ValueError, match=f"also_report: '{name}'"):
+            load_collection(str(material.beir), also=[name], **options)
+
+
+def test_the_run_is_that_of_the_whole_product(report: Report, output: Path, material: Material, splade: str) -> None:
+    model = SparseEncoder(splade, device="cpu")
+    collection = material.collection()
+    run = read_run(output / "runs" / "learned-sparse.test.trec")
+    queries = collection.splits["test"].queries
+    passages = model.encode_document(list(collection.corpus["text"])).to_dense().numpy()
+    vectors = model.encode_query(list(queries.values())).to_dense().numpy()
+    for scores, found in zip(vectors @ passages.T, run.values(), strict=True):
+        np.testing.assert_allclose(list(found.values()), np.sort(scores)[::-1][: len(found)], rtol=1e-4)
+
+
+def test_active_dims_and_bytes_are_told(report: Report, alone: Report, material: Material, splade: str) -> None:
+    model = SparseEncoder(splade, device="cpu")
+    collection = material.collection()
+    passages = model.encode_document(list(collection.corpus["text"])).to_dense()
+    queries = model.encode_query(list(collection.splits["test"].queries.values())).to_dense()
+    for one, role in ((report, "sparse_student"), (alone, "student")):
+        measured = one.models[role]
+        assert measured["document_active_dims"] == pytest.approx((passages > 0).sum(1).float().mean().item())
+        assert measured["query_active_dims"] == pytest.approx((queries > 0).sum(1).float().mean().item())
+        assert measured["name"] == splade and measured["dimension"] == passages.shape[1]
+        cost = one.system("learned-sparse").cost
+        assert cost is not None
+        assert cost["disk_bytes_per_passage"] > 8 * measured["document_active_dims"]
+        assert cost["memory_bytes_per_passage"] > 8 * measured["document_active_dims"]
+        text = one.markdown()
+        assert f"{measured['document_active_dims']:.1f} a passage" in text and "query active dims" in text
+    assert "query_active_dims" not in report.models["student"]
+    assert any("alpha * BM25 + sparse student, alpha" in note for note in report.notes)
+    assert any("alpha * sparse student + dense, alpha" in note for note in report.notes)
+
+
+def test_students_in_the_wrong_place_are_refused(material: Material, splade: str) -> None:
+    def refused(student: str, message: str, **options: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            build_report(collection(material), student, material.folder / "wrong", **options)
+
+    student = str(material.student)
+    refused(splade, "which is sparse itself", sparse_student=splade)
+    refused(student, "is no SparseEncoder", sparse_student=student)
+    for one, baseline in ((splade, "dense-exact"), (student, "learned-sparse")):
+        settings = replace(ReportSettings(), measures=MeasureSettings(names=["RR@10"], baseline=baseline))
+        message = rf"measures\.baseline: there is no row '{baseline}'; there are bm25, "
+        refused(one, message, settings=settings)
+
+
+def test_a_sparse_student_that_compares_by_cosine_is_refused(material: Material, splade: str, tmp_path: Path) -> None:
+    student = open_student(splade, "cpu")
+    student.similarity_fn_name = "cosine"
+    with pytest.raises(ValueError, match="of a sparse student only dot can be searched"):
+        Stores(collection(material), student, "student", tmp_path)
+
+
+def test_a_bare_tct_checkpoint_is_searched_with_its_own_vectors(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    published = published_tct(tmp_path / "tct_colbert-msmarco")
+    student = open_student(str(published), "cpu")
+    np.testing.assert_allclose(
+        student.encode_query(TEXTS[:3]), pyserini_vectors(published, TEXTS[:3], "query"), atol=1e-5
+    )

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tct_hf.evaluation import reranking
-from tct_hf.evaluation.reranking import rerank_run
-from tct_hf.evaluation.systems import late_interaction_run
+from tct_hf.evaluation import maxsim
+from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
 from tct_hf.retrieval.runs import rank
 from tests.models import load_colbert, tiny_colbert
 from tests.train_helpers import PASSAGES, QUERIES
@@ -33,7 +32,7 @@ def colbert(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_top_k_is_ordered_by_max_sim_and_the_rest_stays_below_in_its_order(
     colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, k: int
 ) -> None:
-    monkeypatch.setattr(reranking, "_PASSAGES_PER_CHUNK", chunk)
+    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
     exhaustive = late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=len(IDS))
     found = rerank_run(colbert, RUN, CORPUS, ASKED, k)
     assert list(found) == list(ASKED)
@@ -84,3 +83,41 @@ def test_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
 def test_what_cannot_be_reranked_is_named(colbert: Any, run: Any, k: int, message: str, corpus: Any) -> None:
     with pytest.raises(ValueError, match=message):
         rerank_run(colbert, run, corpus, ASKED, k)
+
+
+def check(run: dict[str, dict[str, float]], scores: np.ndarray, k: int) -> None:
+    """The run holds the k best of `scores` (queries, passages)."""
+    assert list(run) == list(ASKED)
+    for row, hits in enumerate(run.values()):
+        order = np.argsort(-scores[row], kind="stable")[:k]
+        assert sorted(hits, key=lambda name: -hits[name]) == [IDS[column] for column in order]
+        assert [hits[IDS[column]] for column in order] == pytest.approx(scores[row][order].tolist(), abs=1e-4)
+
+
+def max_sim(colbert: Any) -> np.ndarray:
+    """In plain loops: the sum over query tokens of the best passage token."""
+    queries = [np.asarray(v) for v in colbert.encode_query(QUERIES)]
+    passages = [np.asarray(v) for v in colbert.encode_document(PASSAGES)]
+    return np.array([[sum(max(float(t @ s) for s in p) for t in q) for p in passages] for q in queries])
+
+
+@pytest.mark.parametrize("k", [3, 50])
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_late_interaction_run_is_max_sim_whatever_the_chunks(
+    colbert: Any, monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
+) -> None:
+    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
+    check(late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=k), max_sim(colbert), k)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_equal_scores_at_the_cut_are_chosen_by_id(colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
+    run = late_interaction_run(colbert, ["e", "d", "c", "b", "a"], [PASSAGES[0]] * 5, {"q": QUERIES[0]}, k=2)
+    assert list(run["q"]) == ["a", "b"]
+
+
+def test_late_interaction_in_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
+    run = late_interaction_run(colbert, IDS, PASSAGES, ASKED, bf16=True)
+    found = np.array([[hits[name] for name in IDS] for hits in run.values()])
+    np.testing.assert_allclose(found, max_sim(colbert), rtol=0.02)

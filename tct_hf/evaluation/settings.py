@@ -1,0 +1,202 @@
+"""The settings of a report, shared by the recipe and the function, and their checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tct_hf.evaluation.measures import check_measures, named_measures
+from tct_hf.settings import setting
+
+# The rows of a report, by their keys.
+BM25, EXPANDED, EXACT, ANN, HYBRID = "bm25", "bm25-expanded", "dense-exact", "dense-ann", "hybrid"
+HYBRID_EXPANDED = "hybrid-expanded"
+LEARNED, LEARNED_BM25, LEARNED_EXPANDED = "learned-sparse", "learned-sparse-bm25", "learned-sparse-bm25-expanded"
+DENSE_LEARNED, BASE, BASE_BM25 = "dense-learned-sparse", "base", "base-bm25"
+TEACHER, RERANKED = "teacher", "reranked"
+HYBRIDS = (HYBRID, HYBRID_EXPANDED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, BASE_BM25)
+KEYS = (BM25, EXPANDED, EXACT, ANN, *HYBRIDS, LEARNED, BASE, TEACHER, RERANKED)
+# Codes of a fixed number of parts need a dimension that they divide: these have many divisors, and one is a student's.
+_DIMENSIONS = (384, 768, 5040, 64)
+
+
+@dataclass
+class MeasureSettings:
+    """What is measured, how deep, and against which system."""
+
+    names: list[str] = setting(
+        ["RR@10", "nDCG@10", "R@100"],
+        "ir-measures names, or msmarco-dev or trec-dl for those of their sources; the first is plotted and tuned for",
+    )
+    relevance: int = setting(1, "grade from which a passage is relevant, but for nDCG (TREC Deep Learning: 2)")
+    depth: int = setting(100, "passages a query in the runs, and of each list that is fused")
+    baseline: str | None = setting(
+        None,
+        "key of the row that the others are tested against (bm25, dense-exact, hybrid ..., or a name in runs); the "
+        "student's exact search when none",
+    )
+
+
+@dataclass
+class HybridSettings:
+    """How BM25 and the student's lists are fused, and what the weight is tuned on."""
+
+    alpha: float | dict[str, float] | None = setting(
+        None,
+        "weight of BM25 in alpha * BM25 + student, or of several pairs by the keys of their rows, such as {hybrid: "
+        "0.1, hybrid-expanded: 0.2}; tuned where none is given",
+    )
+    tune_on: Literal["auto", "dev", "train"] = setting("auto", "split alpha is tuned on; auto: dev, else train")
+    tune_queries: int = setting(500, "at most so many queries of it")
+    normalize: bool = setting(False, "bring the scores of both lists to one range first")
+
+    def weight(self, key: str, *, alone: bool) -> float | None:
+        """The weight given for the pair of a report's row, a single number being that of `alone`; None to tune it."""
+        if isinstance(self.alpha, dict):
+            return self.alpha.get(key)
+        return self.alpha if alone else None
+
+    def check(self) -> None:
+        """Refuse a weight that no fusion can take, or of a pair that there is none of."""
+        given: Mapping[str, float | None] = self.alpha if isinstance(self.alpha, dict) else {"": self.alpha}
+        for key, weight in given.items():
+            name = f"hybrid.alpha.{key}".rstrip(".")
+            if key and key not in HYBRIDS:
+                raise ValueError(f"{name}: there is no such pair; there are {', '.join(HYBRIDS)}")
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ValueError(f"{name}: {weight} must be finite and 0 or more; leave it out to have it tuned")
+
+
+@dataclass
+class ExpansionSettings:
+    """Generated queries that a second BM25 index has beside the passages."""
+
+    path: str | None = setting(None, "folder of recipes/expand.py; no expanded BM25 when none")
+    num_queries: int | None = setting(None, "of each passage, the first so many; all when none")
+    drop_repeats: bool = setting(False, "leave out what equals an earlier query of its passage")
+    drop_share: float = setting(0.0, "share of the scored queries that is left out, lowest scores first")
+    k1: float = setting(2.18, "of BM25 over expanded passages")
+    b: float = setting(0.86, "of BM25 over expanded passages")
+
+    def kept(self) -> dict[str, Any]:
+        """The arguments of `expanded_bm25` that choose queries."""
+        return {"num_queries": self.num_queries, "drop_repeats": self.drop_repeats, "drop_share": self.drop_share}
+
+    def check(self) -> None:
+        """Refuse a number out of range, or a folder without finished expansions."""
+        if self.path is None:
+            return
+        if self.num_queries is not None and self.num_queries < 1:
+            raise ValueError(f"expansion.num_queries: {self.num_queries} is below 1; leave it out to take all")
+        if not 0 <= self.drop_share < 1:
+            raise ValueError(f"expansion.drop_share: {self.drop_share} is not from 0 to below 1")
+        if not 0 <= self.k1 < math.inf or not 0 <= self.b <= 1:
+            raise ValueError(
+                f"expansion.k1 {self.k1}, expansion.b {self.b}: k1 must be finite and 0 or more, b from 0 to 1"
+            )
+        self.depends()
+
+    def depends(self) -> dict[str, Any]:
+        """All that an index depends on besides the corpus, JSON-ready."""
+        from tct_hf.retrieval.expanded import describe_expansion
+
+        assert self.path is not None
+        return {"expansion": describe_expansion(self.path, **self.kept()), "k1": self.k1, "b": self.b}
+
+
+@dataclass
+class AnnSettings:
+    """The approximate index that is measured beside exact search."""
+
+    factory: str = setting("auto", "Faiss factory; auto: by size, and HNSW32 where that would be exact search")
+    recall: float = setting(0.97, "Recall@100 against exact search that its parameters are tuned for")
+
+
+@dataclass
+class LateInteractionSettings:
+    """The part of a ColBERT or of own MaxSim: reranking, and search over all token vectors where they fit."""
+
+    rerank: int = setting(100, "passages of the hybrid that are scored again")
+    max_passages: int = setting(
+        50_000, "up to here token vectors are kept and searched; beyond, passages are only reranked, encoded anew"
+    )
+
+
+@dataclass
+class CostSettings:
+    """How latency and throughput are timed."""
+
+    queries: int = setting(100, "queries timed, one at a time")
+    teacher_queries: int = setting(30, "queries timed where token vectors take part")
+    warm_up: int = setting(10, "queries put through before")
+    batch_size: int = setting(32, "queries a batch, for throughput")
+    threads: int | None = setting(1, "CPU threads while timing; unchanged when none")
+
+
+@dataclass
+class ReportSettings:
+    """All sections of a report."""
+
+    measures: MeasureSettings = field(default_factory=MeasureSettings)
+    also_report: dict[str, list[str]] = setting(
+        {}, "more test splits, each with its measures, such as {dl19: [trec-dl], dl20: [trec-dl]}"
+    )
+    hybrid: HybridSettings = field(default_factory=HybridSettings)
+    expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
+    ann: AnnSettings = field(default_factory=AnnSettings)
+    late_interaction: LateInteractionSettings = field(default_factory=LateInteractionSettings)
+    cost: CostSettings = field(default_factory=CostSettings)
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
+    build_threads: int = setting(1, "CPU threads of building indexes; one makes the same index every time")
+
+    def check(self, passages: int) -> None:
+        """Refuse what would stop a report of so many passages after hours: a number, a measure, an index."""
+        for setting_name, names in (
+            ("measures.names", self.measures.names),
+            *((f"also_report.{split}", names) for split, names in self.also_report.items()),
+        ):
+            if not names:
+                raise ValueError(f"{setting_name} is empty; name at least one, for instance RR@10")
+            depth, relevance = self.measures.depth, self.measures.relevance
+            check_measures(named_measures(names), depth, setting="measures.depth", relevance=relevance)
+        for name, number, least in (
+            ("measures.depth", self.measures.depth, 1),
+            ("late_interaction.rerank", self.late_interaction.rerank, 1),
+            ("late_interaction.max_passages", self.late_interaction.max_passages, 0),
+            ("cost.queries", self.cost.queries, 1),
+            ("cost.teacher_queries", self.cost.teacher_queries, 1),
+            ("cost.batch_size", self.cost.batch_size, 1),
+            ("cost.threads", self.cost.threads, 1),
+            ("cost.warm_up", self.cost.warm_up, 0),
+            ("build_threads", self.build_threads, 1),
+        ):
+            if number is not None and number < least:
+                raise ValueError(f"{name}: {number} is below {least}")
+        if not 0 < self.ann.recall < 1:
+            raise ValueError(
+                f"ann.recall: {self.ann.recall} is not between 0 and 1 (1 is the exact search that is reported anyway)"
+            )
+        self.hybrid.check()
+        self.expansion.check()
+        if self.ann.factory != "auto":
+            _check_factory(self.ann.factory, passages)
+
+
+def _check_factory(factory: str, passages: int) -> None:
+    from tct_hf.retrieval.faiss_tools import make_engine, parts
+
+    for dimension in _DIMENSIONS:
+        try:
+            _, lists, _ = parts(make_engine(dimension, factory))
+        except RuntimeError:
+            continue
+        if lists is not None and lists.nlist > passages:
+            raise ValueError(
+                f"ann.factory: {factory!r} has {lists.nlist:,} lists for {passages:,} passages; take fewer"
+            )
+        return
+    raise ValueError(
+        f'ann.factory: Faiss knows no index {factory!r} for inner products; use "auto", "HNSW32" or "IVF256,Flat"'
+    )

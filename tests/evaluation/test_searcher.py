@@ -1,0 +1,165 @@
+"""Single questions answered by BM25, a student and the two fused, with every score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from tct_hf import build_colbert, build_student, save_student, write_expansions
+from tct_hf.data.collection import Collection
+from tct_hf.evaluation.maxsim import rerank_run
+from tct_hf.evaluation.searcher import Searcher
+from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
+from tct_hf.evaluation.stores import Stores, open_reranker, open_student, open_teacher
+from tct_hf.retrieval import faiss_tools
+from tests.searching import Material, write_material
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture
+def searcher(material: Material, monkeypatch: pytest.MonkeyPatch) -> Searcher:
+    monkeypatch.setenv("TCT_HF_CACHE", str(material.folder / "cache"))
+    return make_searcher(material, material.collection(), material.folder / "kept")
+
+
+def make_searcher(material: Material, collection: Collection, folder: Path, **options: Any) -> Searcher:
+    student = open_student(str(material.student))
+    stores = Stores(collection, student, "student", folder, precision="fp32", write=lambda line: None)
+    return Searcher(
+        stores,
+        reranker=options.pop("reranker", None),
+        depth=options.pop("depth", 20),
+        expansion=options.pop("expansion", None),
+        dims=options.pop("dims", None),
+        hybrid=HybridSettings(**options),
+    )
+
+
+def test_passages_are_ordered_by_the_system_asked_for(searcher: Searcher) -> None:
+    for system in ("fused", "dense", "bm25"):
+        scores = [getattr(hit, system) for hit in searcher.ask("dense retrieval tokens", 5, rank_by=system)]
+        assert scores == sorted(scores, reverse=True) and None not in scores
+    hits = searcher.ask("dense", 60, rank_by="fused")
+    both = [hit for hit in hits if hit.bm25 is not None and hit.dense is not None]
+    assert both and [hit for hit in hits if hit.bm25 is None] and searcher.alpha is not None
+    for hit in both:
+        assert hit.fused == pytest.approx(searcher.alpha * hit.bm25 + hit.dense, rel=1e-5)  # type: ignore[operator]
+    unknown = searcher.ask("检索 zzzzzz", 3)  # answered by the student alone
+    assert len(unknown) == 3 and all(hit.bm25 is None and hit.dense is not None for hit in unknown)
+
+
+def test_a_weight_is_given_or_ranks_are_fused_where_nothing_is_judged(material: Material, tmp_path: Path) -> None:
+    searcher = make_searcher(material, material.collection(), tmp_path, alpha=2.0)
+    assert searcher.alpha == 2.0 and not (tmp_path / "fusion").exists()
+    collection = material.collection()
+    collection.splits.clear()
+    searcher = make_searcher(material, collection, tmp_path)
+    assert searcher.alpha is None and "reciprocal ranks" in searcher.fusion
+    assert searcher.ask("dense", 2)
+
+
+def test_wrong_requests_are_refused(searcher: Searcher, material: Material, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hybrid\.alpha: -1\.0 must be finite"):
+        make_searcher(material, material.collection(), tmp_path, alpha=-1.0)
+    for options, message in (
+        ({"question": " \n", "k": 3}, "question: it is blank"),
+        ({"question": "dense", "k": 0}, "k: 0 is below 1"),
+        ({"question": "dense", "k": 3, "rank_by": "splade"}, "rank_by: 'splade' is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            searcher.ask(**options)  # type: ignore[arg-type]
+
+
+def test_a_reranker_puts_the_best_of_the_fused_list_in_the_order_of_max_sim(
+    material: Material, searcher: Searcher
+) -> None:
+    model = open_teacher(str(material.teacher))
+    reranking = make_searcher(material, material.collection(), material.folder / "kept", reranker=model)
+    fused = searcher.ask("dense tokens", 20)
+    texts = {hit.id: hit.text for hit in fused}
+    expected = rerank_run(model, {"q": dict.fromkeys(texts, 0.0)}, texts, {"q": "dense tokens"})["q"]
+    hits = reranking.ask("dense tokens", 4)
+    assert [hit.id for hit in hits] == list(expected)[:4]
+    assert [hit.maxsim for hit in hits] == pytest.approx(list(expected.values())[:4])
+    assert [hit.fused for hit in hits] == [one.fused for hit in hits for one in fused if one.id == hit.id]
+    assert [hit.id for hit in reranking.ask("dense tokens", 4, rank_by="fused")] == list(texts)[:4]
+
+
+def test_own_reranking_compares_the_students_own_token_vectors(material: Material, tmp_path: Path) -> None:
+    folder = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
+    stores = Stores(material.collection(), open_student(folder), folder, tmp_path / "own")
+    own, texts = build_colbert(folder, encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
+    run, asked = {"q": dict.fromkeys(texts, 0.0)}, {"q": "dense retrieval"}
+    assert rerank_run(open_reranker("own", stores), run, texts, asked) == rerank_run(own, run, texts, asked)
+    tct = Stores(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
+    with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
+        open_reranker("own", tct)
+
+
+def test_first_dimensions_are_searched_as_a_truncated_student_would(material: Material, tmp_path: Path) -> None:
+    collection = material.collection()
+    searcher = make_searcher(material, collection, tmp_path, dims=8)
+    student = SentenceTransformer(str(material.student), truncate_dim=8, device="cpu")
+    scores = student.encode_document(list(collection.corpus["text"])) @ student.encode_query("dense tokens")
+    found = [hit.dense for hit in searcher.ask("dense tokens", 20, rank_by="dense")]
+    np.testing.assert_allclose(np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-4)
+    with pytest.raises(ValueError, match="dims: 4000 is not between 1 and"):
+        make_searcher(material, collection, tmp_path, dims=4000)
+
+
+def test_bm25_may_have_generated_queries(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    collection = material.collection()
+    rows = [{"id": name, "queries": ["zebra"] if name == "p7" else []} for name in collection.corpus["id"]]
+    write_expansions(rows, tmp_path / "queries", settings={})
+    expansion = ExpansionSettings(path=str(tmp_path / "queries"))
+    searcher = make_searcher(material, collection, tmp_path / "kept", expansion=expansion)
+    assert "* expanded BM25 + dense" in searcher.fusion
+    assert [hit.id for hit in searcher.ask("zebra", 5, rank_by="bm25")] == ["p7"]
+    # The passages alone have an index of their own beside it.
+    assert make_searcher(material, collection, tmp_path / "kept").ask("zebra", 5, rank_by="bm25") == []
+
+
+def test_another_depth_in_the_same_folder_has_a_weight_of_its_own(searcher: Searcher, material: Material) -> None:
+    kept = material.folder / "kept"
+    wider = make_searcher(material, material.collection(), kept, depth=40)
+    rescaled = make_searcher(material, material.collection(), kept, normalize=True)
+    assert wider.alpha is not None and rescaled.alpha is not None
+    assert len({file.parent for file in kept.glob("fusion/*/alpha.json")}) >= 3
+    assert make_searcher(material, material.collection(), kept).alpha == searcher.alpha
+
+
+def test_an_index_that_is_not_exact_serves_every_depth(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_tools, "EXACT_UP_TO", 10)
+    for depth in (5, 20):
+        assert make_searcher(material, material.collection(), tmp_path, depth=depth).ask("dense", 5)
+    assert [folder.name for folder in tmp_path.glob("indexes/dense-*")] == ["dense-hnsw32"]
+
+
+def test_the_kept_folder_of_another_student_is_refused(
+    searcher: Searcher, material: Material, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = open_student(str(material.student))
+    with torch.no_grad():
+        next(student.parameters()).add_(0.5)
+    stores = Stores(material.collection(), student, "other", material.folder / "kept", write=lambda line: None)
+    with pytest.raises(ValueError, match=r"student\.weights"):
+        Searcher(stores, depth=20, hybrid=HybridSettings())
+
+
+def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = searcher._stores
+    monkeypatch.setattr(stores, "encode_texts", lambda texts: np.full((len(texts), 32), np.nan, np.float32))
+    with pytest.raises(ValueError, match="query 'question' has a NaN or infinite vector"):
+        searcher.ask("dense", 3)
