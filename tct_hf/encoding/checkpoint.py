@@ -75,7 +75,7 @@ def _read_layout(path: Path) -> _Layout:
         )
         if weight is None:
             raise ValueError(f"{path / dense} does more than multiply by one number, {not_ours}")
-        length = float(weight[0, 0])
+        length = float(weight[0, 0].detach())
     cut = read_json(path / "config_sentence_transformers.json", required=True).get("truncate_dim")
     return _Layout(settings, query_length, document_length, bool(expansion), pooling, pooling_file, length, cut)
 
