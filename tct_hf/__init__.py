@@ -14,9 +14,8 @@ _PUBLIC = {
         "student_from_teacher",
         "build_colbert",
         "save_student",
-        "finalise_checkpoint",
-        "validate_checkpoint",
     ],
+    "encoding.checkpoint": ["finalise_checkpoint", "validate_checkpoint"],
     "encoding.convert": ["load_student", "convert_checkpoint"],
     "encoding.splade": ["build_splade"],
     "data.beir": ["load_beir"],
@@ -78,10 +77,10 @@ if TYPE_CHECKING:
     from tct_hf.data.row_parsing import SkippedRows as SkippedRows
     from tct_hf.encoding.build import build_colbert as build_colbert
     from tct_hf.encoding.build import build_student as build_student
-    from tct_hf.encoding.build import finalise_checkpoint as finalise_checkpoint
     from tct_hf.encoding.build import save_student as save_student
     from tct_hf.encoding.build import student_from_teacher as student_from_teacher
-    from tct_hf.encoding.build import validate_checkpoint as validate_checkpoint
+    from tct_hf.encoding.checkpoint import finalise_checkpoint as finalise_checkpoint
+    from tct_hf.encoding.checkpoint import validate_checkpoint as validate_checkpoint
     from tct_hf.encoding.convert import convert_checkpoint as convert_checkpoint
     from tct_hf.encoding.convert import load_student as load_student
     from tct_hf.encoding.splade import build_splade as build_splade

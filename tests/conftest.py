@@ -46,14 +46,12 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture
 def warm_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints are loaded without this package in a process that has the rest imported already."""
-    from tct_hf.encoding import checkpoint as checkpoints
-    from tct_hf.hub import release as releasing
+    from tct_hf.encoding import checkpoint
 
     def run(command: list[str], *, cwd: str | Path = ".", **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return run_warm(command[1:], env=_ENVIRONMENT, cwd=Path(cwd).resolve())
 
-    for module in (checkpoints, releasing):
-        monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(checkpoint, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """A Hub on the loopback interface: real HTTP for the real client, repositories in memory, faults on demand.
 
-Models and datasets, tokens and private repositories, LFS (in parts too), commits with stale parents refused, branches,
+Models and datasets, tokens and private repositories, LFS, commits with stale parents refused, branches,
 tags and pinned revisions. `uploaded` counts what was really sent, `requests` what was asked.
 """
 
@@ -47,7 +47,6 @@ class Commit:
     oid: str
     title: str
     files: dict[str, Blob]
-    parent: str | None
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Repo:
         parent = self.branches.get(branch)
         content = json.dumps([title, parent, sorted((path, blob.etag) for path, blob in files.items())])
         oid = hashlib.sha1(f"{content}{len(self.commits)}".encode()).hexdigest()
-        self.commits[oid] = Commit(oid, title, files, parent)
+        self.commits[oid] = Commit(oid, title, files)
         self.branches[branch] = oid
         return self.commits[oid]
 
@@ -76,7 +75,6 @@ class Fault:
     status: int | None  # None: the connection is cut after some of the body, of a GET the answer's
     times: int
     headers: dict[str, str]
-    after: int = 0
 
 
 class Refusal(Exception):
@@ -102,12 +100,10 @@ class LoopbackHub(ThreadingHTTPServer):
         self.users = {WRITER: ("tester", "write"), READER: ("tester", "read"), STRANGER: ("stranger", "write")}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
-        self.parts: dict[str, dict[int, bytes]] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.uploaded: Counter[str] = Counter()  # sha256 of an LFS object or path of a regular file -> times sent
         self.ranges: list[str] = []  # that downloads asked for
-        self.part_size: int | None = None  # LFS objects above it are asked for in parts
         self.on_request: Callable[[str, str], None] | None = None
 
     def start(self) -> None:
@@ -115,17 +111,10 @@ class LoopbackHub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def fail(
-        self,
-        path: str,
-        status: int | None,
-        *,
-        method: str = "",
-        times: int = 1,
-        headers: dict[str, str] | None = None,
-        after: int = 0,
+        self, path: str, status: int | None, *, method: str = "", times: int = 1, headers: dict[str, str] | None = None
     ) -> None:
         """Answer the next `times` requests whose path matches with a status, or cut them off (None)."""
-        self.faults.append(Fault(method, path, status, times, headers or {}, after))
+        self.faults.append(Fault(method, path, status, times, headers or {}))
 
     def publish(self, folder: Path, name: str, kind: str = "models", *, private: bool = False) -> str:
         """Put a folder there as its owner would have; the commit."""
@@ -176,17 +165,8 @@ class Handler(BaseHTTPRequestHandler):
         path, self.query = unquote(parts.path), parse_qs(parts.query)
         with self.server.lock:
             self.server.requests.append((self.command, path))
-            fault = next(
-                (
-                    f
-                    for f in self.server.faults
-                    if f.times and f.method in ("", self.command) and re.search(f.path, path)
-                ),
-                None,
-            )
-            if fault is not None and fault.after:
-                fault.after -= 1
-                fault = None
+            matching = (f for f in self.server.faults if f.times and f.method in ("", self.command))
+            fault = next((f for f in matching if re.search(f.path, path)), None)
             if fault is not None:
                 fault.times -= 1
         if self.server.on_request is not None:
@@ -200,14 +180,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline().strip(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(length)
+        body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         if fault is not None:
             self._send(fault.status or 500, {"error": "a fault on purpose"}, fault.headers)
             return
@@ -219,6 +192,14 @@ class Handler(BaseHTTPRequestHandler):
             if refusal.message:
                 headers["X-Error-Message"] = refusal.message
             self._send(refusal.status, {"error": refusal.message or refusal.code}, headers)
+
+    def _chunks(self) -> bytes:
+        body = b""
+        while size := int(self.rfile.readline().strip(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _send(self, status: int, content: Any = b"", headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -236,11 +217,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _user(self) -> tuple[str, str] | None:
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if not given:
-            return None
-        if given not in self.server.users:
+        if given and given not in self.server.users:
             raise Refusal(401, message="Invalid credentials in Authorization header")
-        return self.server.users[given]
+        return self.server.users.get(given)
 
     def _repo(self, kind: str, name: str, *, write: bool = False) -> Repo:
         user = self._user()
@@ -260,8 +239,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str, body: bytes) -> None:
         if path == "/api/whoami-v2":
-            user = self._user()
-            if user is None:
+            if (user := self._user()) is None:
                 raise Refusal(401, message="Invalid credentials in Authorization header")
             token = {"accessToken": {"role": user[1], "displayName": "tests"}}
             return self._send(200, {"type": "user", "name": user[0], "fullname": user[0], "orgs": [], "auth": token})
@@ -269,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
-        if found := re.fullmatch(r"/lfs/([0-9a-f]{64})(?:/(\d+|done|verify))?", path):
+        if found := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):
             return self._lfs_object(found[1], found[2], body)
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._repo("datasets" if found[1] else "models", found[2], write=True)
@@ -304,32 +282,21 @@ class Handler(BaseHTTPRequestHandler):
             info = {"id": name, "modelId": name, "sha": commit.oid, "siblings": siblings, "private": repo.private}
             return self._send(200, {**info, "lastModified": _DATE, "tags": [], "downloads": 0, "likes": 0})
         if call == "refs":
-            names = (("branches", repo.branches, "heads"), ("tags", repo.tags, "tags"))
-            refs = {
-                key: [{"name": one, "ref": f"refs/{ref}/{one}", "targetCommit": oid} for one, oid in places.items()]
-                for key, places, ref in names
-            }
-            return self._send(200, {**refs, "converts": []})
-        if call == "commits":
-            commit, history = self._commit(repo, revision or "main"), []
-            while True:
-                history.append({"id": commit.oid, "title": commit.title, "message": "", "date": _DATE, "authors": []})
-                if commit.parent is None:
-                    return self._send(200, history)
-                commit = repo.commits[commit.parent]
+            refs: dict[str, Any] = {"converts": []}
+            for key, places, ref in (("branches", repo.branches, "heads"), ("tags", repo.tags, "tags")):
+                refs[key] = [{"name": n, "ref": f"refs/{ref}/{n}", "targetCommit": oid} for n, oid in places.items()]
+            return self._send(200, refs)
         if call == "tree":
             return self._tree(self._commit(repo, revision or "main"), rest)
         if call in ("tag", "branch"):
             return self._ref(repo, call, revision or "main", json.loads(body or b"{}"))
         if call == "preupload":
             known = repo.at(revision or "main")
-            files = known.files if known else {}
             answer = []
-            for file in json.loads(body)["files"]:
-                there = files.get(file["path"])
-                mode = "lfs" if file["path"].endswith(_LFS) else "regular"
-                oid = there.etag if there else None
-                answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            for path in (file["path"] for file in json.loads(body)["files"]):
+                there = known.files.get(path) if known else None
+                mode, oid = "lfs" if path.endswith(_LFS) else "regular", there.etag if there else None
+                answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
             return self._send(200, {"files": answer})
         if call == "commit":
             return self._take_commit(name, kind, repo, revision or "main", body)
@@ -376,10 +343,11 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.server.lfs:
                     raise Refusal(400, message=f"LFS pointer of {value['path']} points to an object that is not here")
                 files[value["path"]] = Blob(self.server.lfs[value["oid"]], True)
-            elif line["key"] == "deletedFile":
-                files.pop(value["path"], None)
-            elif line["key"] == "deletedFolder":
-                files = {path: blob for path, blob in files.items() if not path.startswith(value["path"])}
+            elif line["key"] in ("deletedFile", "deletedFolder"):
+                gone = value["path"]
+                files = {
+                    p: blob for p, blob in files.items() if p != gone and not p.startswith(f"{gone.rstrip('/')}/")
+                }
         commit = repo.commit(branch, header["summary"], files)
         prefix = "datasets/" if kind == "datasets" else ""
         url = f"{self.server.url}/{prefix}{name}/commit/{commit.oid}"
@@ -389,32 +357,20 @@ class Handler(BaseHTTPRequestHandler):
         answer = []
         for one in asked["objects"]:
             href = f"{self.server.url}/lfs/{one['oid']}"
-            entry: dict[str, Any] = {"oid": one["oid"], "size": one["size"]}
-            if one["oid"] not in self.server.lfs:
-                upload: dict[str, Any] = {"href": href}
-                size = self.server.part_size
-                if size is not None and one["size"] > size:
-                    count = -(-one["size"] // size)
-                    parts = {str(part): f"{href}/{part}" for part in range(1, count + 1)}
-                    upload = {"href": f"{href}/done", "header": {"chunk_size": str(size), **parts}}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{href}/verify"}}
-            answer.append(entry)
-        multipart = any("header" in one.get("actions", {}).get("upload", {}) for one in answer)
-        self._send(200, {"transfer": "multipart" if multipart else "basic", "objects": answer})
+            actions = {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+            new = one["oid"] not in self.server.lfs
+            answer.append({"oid": one["oid"], "size": one["size"], **(actions if new else {})})
+        self._send(200, {"transfer": "basic", "objects": answer})
 
-    def _lfs_object(self, oid: str, part: str | None, body: bytes) -> None:
+    def _lfs_object(self, oid: str, verify: str | None, body: bytes) -> None:
         if self.command in ("GET", "HEAD"):
             return self._content(self.server.lfs[oid], {"ETag": f'"{oid}"'})
-        if part == "verify":
+        if verify:
             known = self.server.lfs.get(oid)
             return self._send(200 if known is not None and len(known) == json.loads(body)["size"] else 404, {})
-        if part is not None and part != "done":
-            self.server.parts.setdefault(oid, {})[int(part)] = body
-            return self._send(200, b"", {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
-        content = b"".join(v for _, v in sorted(self.server.parts.pop(oid, {}).items())) if part == "done" else body
-        if hashlib.sha256(content).hexdigest() != oid:
+        if hashlib.sha256(body).hexdigest() != oid:
             raise Refusal(400, message="the content does not have this sha256")
-        self.server.lfs[oid] = content
+        self.server.lfs[oid] = body
         self.server.uploaded[oid] += 1
         self._send(200)
 

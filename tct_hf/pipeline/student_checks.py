@@ -23,7 +23,7 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
             Matryoshka sizes that the encoder does not have, settings of dense students for a sparse one, or a base
             that it can't start from.
     """
-    from tct_hf.encoding.encoders import check_layers
+    from tct_hf.encoding.encoders import keep_layers
     from tct_hf.encoding.scale import scale_modules
 
     if student.kind == "splade":
@@ -84,7 +84,7 @@ def check_student(encoder: EncoderSettings, student: StudentSettings, teacher: T
         with torch.device("meta"):
             model = AutoModel.from_config(config)
         try:
-            check_layers(model, student.layers)
+            keep_layers(model, student.layers)
         except ValueError as error:
             raise SettingsError(f"student.{error}") from error
     for size in student.training.get("matryoshka_dims") or []:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from tct_hf.batches import first_row, gather_rows, sizes_of_all
 from tct_hf.data.column_names import candidate_columns
-from tct_hf.encoding.build import finalise_checkpoint, has_tct_encoding
+from tct_hf.encoding.build import has_tct_encoding
+from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.scale import keep_scalar, length_of
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher

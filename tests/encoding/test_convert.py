@@ -8,16 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
-from tct_hf import build_student, convert_checkpoint, load_student, save_student, validate_checkpoint
+from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_student, save_student, validate_checkpoint
+from tct_hf.encoding.kinds import recognise
 from tct_hf.hub_client import HubError
+from tct_hf.teachers.base import read_training_scale, write_training_scale
 from tests.hub.models import TEXTS, dual_encoder, published_tct, pyserini_vectors
 from tests.loopback_hub import LoopbackHub
-from tests.models import pylate_colbert, stanford_colbert, tiny_bert
+from tests.models import pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert
 from tests.recipe import ROOT, in_this_process
 
 NAME = "castorini/tct_colbert-msmarco"
@@ -29,46 +33,33 @@ def assert_pyserini(student: SentenceTransformer, source: Path) -> None:
         assert np.abs(encode(TEXTS) - expected).max() <= 1e-5 * max(1.0, float(np.abs(expected).max())), side
 
 
+def save_part(source: Path, weights: dict[str, torch.Tensor], without: str) -> None:
+    kept = {name: tensor for name, tensor in weights.items() if without not in name}
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+
+
+# --- load_student ---
+
+
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
-def test_a_published_checkpoint_gives_its_own_vectors_in_one_line(
-    hub: LoopbackHub, tmp_path: Path, weights: str
+def test_a_published_checkpoint_gives_its_own_vectors_in_one_line_and_is_kept(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
     source = published_tct(tmp_path / "source", weights=weights)
-    hub.publish(source, NAME)
+    old = hub.publish(source, NAME)
     assert_pyserini(load_student(NAME, device="cpu"), source)
-
-
-def test_plain_sentence_transformers_gets_it_wrong(hub: LoopbackHub, tmp_path: Path) -> None:
-    source = published_tct(tmp_path / "source")
-    hub.publish(source, NAME)
     plain = SentenceTransformer(NAME, device="cpu").encode(TEXTS[:1])
     assert np.abs(plain - pyserini_vectors(source, TEXTS[:1], "query")).max() > 0.05
-
-
-def test_the_conversion_is_kept_and_serves_offline(
-    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub.constants
-
-    source = published_tct(tmp_path / "source")
-    hub.publish(source, NAME)
-    first = load_student(NAME, device="cpu").encode_query(TEXTS[:1])
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(
-        "tct_hf.encoding.convert._write_student", lambda *args, **options: pytest.fail("converted again")
-    )
-    hub.requests.clear()
-    assert (load_student(NAME, device="cpu").encode_query(TEXTS[:1]) == first).all()
-    assert not hub.requests
-    with pytest.raises(HubError, match="not in the local cache"):
-        load_student("castorini/tct_colbert-v2-msmarco")
-
-
-def test_a_revision_is_the_one_that_is_loaded(hub: LoopbackHub, tmp_path: Path) -> None:
-    first = published_tct(tmp_path / "first")
-    old = hub.publish(first, NAME)
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        offline.setattr("tct_hf.encoding.convert._write_student", lambda *args, **options: pytest.fail("again"))
+        hub.requests.clear()
+        load_student(NAME, device="cpu")
+        assert not hub.requests
+        with pytest.raises(HubError, match="not in the local cache"):
+            load_student("castorini/tct_colbert-v2-msmarco")
     hub.publish(tiny_bert(tmp_path / "second", seed=9), NAME)
-    assert_pyserini(load_student(NAME, revision=old, device="cpu"), first)
+    assert_pyserini(load_student(NAME, revision=old, device="cpu"), source)
     with pytest.raises(HubError, match="no such revision"):
         load_student(NAME, revision="v9")
 
@@ -78,38 +69,38 @@ def test_a_clone_and_a_declared_encoder_are_converted_too(tmp_path: Path, monkey
     clone = published_tct(tmp_path / "tct_colbert-v2-msmarco")
     assert_pyserini(load_student(str(clone), device="cpu"), clone)
     own = published_tct(tmp_path / "own")
-    with pytest.raises(ValueError, match='say so with encoding="tct"'):
+    with pytest.raises(ValueError, match='pass encoding="tct"'):
         load_student(str(own))
     assert_pyserini(load_student(str(own), encoding="tct", device="cpu"), own)
+    cached = tmp_path / "models--castorini--tct_colbert-msmarco" / "snapshots" / ("0" * 40)
+    other = tmp_path / "castorini--tct_colbert-msmarco" / "mine"
+    assert [recognise(str(folder), tiny_bert(folder)).kind for folder in (cached, other)] == ["tct", "bare"]
 
 
-def test_a_student_of_this_package_is_loaded_as_it_is(hub: LoopbackHub, tmp_path: Path) -> None:
-    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
-    hub.publish(save_student(student, tmp_path / "student"), "tester/student")
-    loaded = load_student("tester/student", device="cpu")
-    assert (loaded.encode_document(TEXTS) == student.encode_document(TEXTS)).all()
-
-
-def test_a_student_saved_by_other_means_is_put_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tct_hf.encoding.kinds import read_json
-    from tct_hf.files import write_json_atomic
-
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+def test_a_student_is_loaded_as_it_is_and_put_right_where_it_was_saved_by_other_means(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
     student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     path = save_student(student, tmp_path / "student")
-    config = read_json(path / "tokenizer_config.json")
-    write_json_atomic(path / "tokenizer_config.json", config | {"tokenizer_class": "BertTokenizer"})
+    hub.publish(path, "tester/student")
+    assert (load_student("tester/student", device="cpu").encode(TEXTS) == student.encode(TEXTS)).all()
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))
     assert np.abs(SentenceTransformer(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() > 0.05
+    weights = (path / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors, are missing"):
+        load_student(str(path), device="cpu")
+    weights.rename(path / "model.safetensors")  # what failed was not kept
     assert np.abs(load_student(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() < 1e-6
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: tiny_bert(path), "No file says how its texts are encoded"),
-        (lambda path: dual_encoder(path), "SentenceTransformer of .'Transformer', 'Pooling'. with mean pooling"),
-        (lambda path: stanford_colbert(path), "It is a teacher: ColBERTTeacher"),
-        (lambda path: pylate_colbert(path), "It is a teacher: ColBERTTeacher"),
+        (tiny_bert, "No file says how its texts are encoded"),
+        (dual_encoder, "SentenceTransformer of .'Transformer', 'Pooling'. with mean pooling"),
+        (stanford_colbert, "It is a teacher: ColBERTTeacher"),
+        (pylate_colbert, "It is a teacher: ColBERTTeacher"),
     ],
 )
 def test_what_is_no_tct_student_is_refused_with_the_way_to_load_it(tmp_path: Path, make: Any, message: str) -> None:
@@ -127,27 +118,32 @@ def test_names_that_lead_nowhere(hub: LoopbackHub, tmp_path: Path) -> None:
         load_student(str(tmp_path / "empty"))
 
 
+# --- convert_checkpoint ---
+
+
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
 @pytest.mark.usefixtures("warm_checks")
 def test_a_conversion_is_a_folder_that_stock_modules_load(tmp_path: Path, weights: str) -> None:
     source = published_tct(tmp_path / "source", weights=weights)
     made = convert_checkpoint(source, tmp_path / "out", kind="tct")
     assert made.kind == "student"
-    assert_pyserini(SentenceTransformer(str(made.path), device="cpu"), source)
+    student = SentenceTransformer(str(made.path), device="cpu")
+    assert_pyserini(student, source)
     validate_checkpoint(made.path)
     assert [file.name for file in made.path.rglob("*.safetensors")] == ["model.safetensors"]
-    assert not list(made.path.rglob("*.bin"))
-    keys = "".join(SentenceTransformer(str(made.path), device="cpu").state_dict())
-    assert "cls" not in keys and "seq_relationship" not in keys
+    assert not list(made.path.rglob("*.bin")) and "seq_relationship" not in "".join(student.state_dict())
 
 
-@pytest.mark.parametrize("make", [stanford_colbert, pylate_colbert])
+@pytest.mark.parametrize("make", [stanford_colbert, pylate_colbert, tiny_colbert])
 def test_a_colbert_becomes_a_teacher_of_the_same_token_vectors(tmp_path: Path, make: Any) -> None:
-    from tct_hf import ColBERTTeacher
-
     source = make(tmp_path / "source")
+    write_training_scale(source, 4.0)
+    # Of pickles only weights are read, and only where there are no safe ones.
+    for name in ("training_args.bin", "pytorch_model.bin", "checkpoint-5/pytorch_model.bin"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"no weights")
     made = convert_checkpoint(source, tmp_path / "out")
-    assert made.kind == "teacher"
+    assert made.kind == "teacher" and read_training_scale(str(tmp_path / "out")) == 4.0
     before, after = MultiVectorEncoder(str(source), device="cpu"), ColBERTTeacher(str(made.path)).model
     for name in ("encode_query", "encode_document"):
         for a, b in zip(getattr(before, name)(TEXTS[:3]), getattr(after, name)(TEXTS[:3]), strict=True):
@@ -166,30 +162,30 @@ def test_a_dual_encoder_becomes_a_student_to_start_from(tmp_path: Path, pooling:
 
 
 def test_nothing_is_guessed_in_a_conversion(tmp_path: Path) -> None:
-    bare = tiny_bert(tmp_path / "bare")
-    with pytest.raises(ValueError, match='pass kind="tct" if it was trained with the TCT encoding'):
-        convert_checkpoint(bare, tmp_path / "out")
-    with pytest.raises(ValueError, match="whichever it was trained with"):
-        convert_checkpoint(bare, tmp_path / "out", kind="dual-encoder")
-    with pytest.raises(ValueError, match='not "tct"; leave kind at "auto"'):
-        convert_checkpoint(dual_encoder(tmp_path / "dual"), tmp_path / "out", kind="tct")
-    with pytest.raises(ValueError, match="pooling 'max' is not part"):
-        convert_checkpoint(dual_encoder(tmp_path / "max", "max"), tmp_path / "out")
+    bare, out = tiny_bert(tmp_path / "bare"), tmp_path / "out"
     student = save_student(build_student(str(bare), encoding="tct"), tmp_path / "student")
-    with pytest.raises(ValueError, match="there is nothing to convert"):
-        convert_checkpoint(student, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for source, kind, message in (
+        (bare, "auto", 'pass kind="tct" if it was trained with the TCT encoding'),
+        (bare, "dual-encoder", "whichever it was trained with"),
+        (bare, "colbert", "a bare encoder without a projection"),
+        (dual_encoder(tmp_path / "dual"), "tct", 'not "tct"; leave kind at "auto"'),
+        (dual_encoder(tmp_path / "max", "max"), "auto", "pooling 'max' is not part"),
+        (student, "auto", "there is nothing to convert"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(source, out, kind=kind)  # type: ignore[arg-type]
+    assert not out.exists()
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_only_an_earlier_conversion_is_replaced(tmp_path: Path) -> None:
     source = published_tct(tmp_path / "source")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="something other than a conversion"):
         convert_checkpoint(source, tmp_path / "out", kind="tct")
-    for _ in range(2):  # one of ours is replaced
+    for _ in range(2):
         convert_checkpoint(source, tmp_path / "again", kind="tct")
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out", "source"]
 
 
 class _Attack:
@@ -201,50 +197,29 @@ def test_a_pickle_that_holds_code_is_refused_unread(tmp_path: Path, monkeypatch:
     source = published_tct(tmp_path / "source", weights="bin")
     monkeypatch.setenv("TCT_HF_TEST_ATTACK", str(tmp_path / "pwned"))
     torch.save({"x": _Attack()}, source / "pytorch_model.bin", pickle_module=pickle)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: holds more than tensors"):
+    with pytest.raises(ValueError, match="its weights hold more than tensors"):
         convert_checkpoint(source, tmp_path / "out", kind="tct")
     assert not (tmp_path / "pwned").exists()
 
 
-def test_weights_that_would_leave_the_encoder_partly_random_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_weights_that_would_leave_a_model_partly_random_are_refused(tmp_path: Path) -> None:
     source = published_tct(tmp_path / "source")
-    weights = load_file(source / "model.safetensors")
-    save_file(
-        {k: v for k, v in weights.items() if "layer.1." not in k}, source / "model.safetensors", {"format": "pt"}
-    )
+    save_part(source, load_file(source / "model.safetensors"), "layer.1.")
     with pytest.raises(ValueError, match="the model would be partly random"):
         convert_checkpoint(source, tmp_path / "out", kind="tct")
     (source / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="there are no weights to read"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         convert_checkpoint(source, tmp_path / "out", kind="tct")
-
-
-def test_a_projection_is_never_made_up(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    with pytest.raises(ValueError, match="a bare encoder without a projection"):
-        convert_checkpoint(tiny_bert(tmp_path / "bare"), tmp_path / "out", kind="colbert")
     stanford = stanford_colbert(tmp_path / "stanford")
     weights = load_file(stanford / "model.safetensors")
-    save_file(
-        {k: v for k, v in weights.items() if k != "linear.weight"}, stanford / "model.safetensors", {"format": "pt"}
-    )
-    with pytest.raises(ValueError, match=r"weights don't fit its modules .*linear\.weight"):
-        convert_checkpoint(stanford, tmp_path / "out")
-    save_file({k: v for k, v in weights.items() if "layer.1." not in k}, stanford / "model.safetensors")
-    with pytest.raises(ValueError, match="the model would be partly random"):
-        convert_checkpoint(stanford, tmp_path / "out")
+    for without, message in (
+        ("linear.weight", r"weights don't fit its modules .*linear\.weight"),
+        ("layer.1.", "partly"),
+    ):
+        save_part(stanford, weights, without)
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(stanford, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_only_weights_are_read_and_only_where_there_are_no_safe_ones(tmp_path: Path) -> None:
-    source = pylate_colbert(tmp_path / "source")
-    for name in ("training_args.bin", "pytorch_model.bin", "checkpoint-5/pytorch_model.bin"):
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes(b"no weights")
-    assert convert_checkpoint(source, tmp_path / "out").kind == "teacher"
 
 
 @pytest.mark.network
@@ -283,39 +258,3 @@ def test_the_recipe_converts_and_says_how_to_load(
     assert run(tmp_path / "out", "--kind=tct") == 0
     said = capsys.readouterr().out
     assert "| student |" in said and f'SentenceTransformer("{tmp_path / "out"}")' in said
-
-
-def test_a_converted_teacher_keeps_its_training_scale(tmp_path: Path) -> None:
-    from tct_hf.teachers.base import read_training_scale, write_training_scale
-    from tests.models import tiny_colbert
-
-    source = tiny_colbert(tmp_path / "source")
-    write_training_scale(source, 4.0)
-    convert_checkpoint(source, tmp_path / "out")
-    assert read_training_scale(str(tmp_path / "out")) == 4.0
-
-
-def test_a_bert_in_the_folder_of_a_published_one_is_not_taken_for_it(tmp_path: Path) -> None:
-    from tct_hf.encoding.kinds import recognise
-    from tests.models import tiny_bert
-
-    cached = tmp_path / "models--castorini--tct_colbert-msmarco" / "snapshots" / ("0" * 40)
-    other = tmp_path / "castorini--tct_colbert-msmarco" / "mine"
-    kinds = [recognise(str(folder), tiny_bert(folder)).kind for folder in (cached, other)]
-    assert kinds == ["tct", "bare"]
-
-
-def test_a_student_without_weights_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    from tct_hf import build_student
-    from tests.models import tiny_bert
-
-    build_student(str(tiny_bert(tmp_path / "bert")), encoding="tct").save_pretrained(str(tmp_path / "student"))
-    path = tmp_path / "student"
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))
-    weights = (path / "model.safetensors").rename(tmp_path / "weights")
-    with pytest.raises(ValueError, match=r"model\.safetensors, are missing"):
-        load_student(str(path), device="cpu")
-    weights.rename(path / "model.safetensors")
-    assert load_student(str(path), device="cpu").encode_query("dense").shape == (32,)

@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from tct_hf import build_student, save_student
-from tct_hf.encoding.scale import is_multiple_of_identity, keep_scalar, length_of, scale_modules
+from tct_hf.encoding.scale import keep_scalar, length_of, scale_modules
 from tests.models import tiny_bert
 from tests.train_helpers import PASSAGES, QUERIES, make_models, make_trainer, triples
 
-FAST = {"learning_rate_mapping": {r"\.3\.linear\.weight": 0.1}}  # a few steps have to show
+FAST = {"learning_rate_mapping": {r"\.3\.linear\.weight": 0.1}}  # so that a few steps show
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,7 @@ def length(student: Any) -> float:
 
 def test_scores_begin_as_the_scale_times_cosine(student: SentenceTransformer, base: Path) -> None:
     plain = build_student(str(base), encoding="tct", document_length=64).to("cpu")
-    queries, passages = (
-        vectors.astype(np.float64) for vectors in (plain.encode_query(QUERIES), plain.encode(PASSAGES))
-    )
+    queries, passages = (v.astype(np.float64) for v in (plain.encode_query(QUERIES), plain.encode(PASSAGES)))
     queries, passages = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, passages))
     found = student.encode_query(QUERIES) @ student.encode(PASSAGES).T
     np.testing.assert_allclose(found, 20.0 * queries @ passages.T, rtol=1e-5)
@@ -56,31 +54,31 @@ def test_the_gradient_is_that_of_the_one_number_on_the_diagonal(student: Sentenc
     keep_scalar(student)
     weight = student[3].linear.weight
 
+    def scores() -> torch.Tensor:
+        vectors = student(student.preprocess(PASSAGES, prompt="[D] ", task="document"))["sentence_embedding"].double()
+        return (vectors @ vectors.T).square().sum()
+
     def score(s: float) -> float:
         with torch.no_grad():
             weight.copy_(torch.eye(32) * s)
-            vectors = student(student.preprocess(PASSAGES, prompt="[D] ", task="document"))["sentence_embedding"]
-        return float((vectors.double() @ vectors.double().T).square().sum())
+            return float(scores())
 
     by_differences = (score(3.01) - score(2.99)) / 0.02
     score(3.0)
-    vectors = student(student.preprocess(PASSAGES, prompt="[D] ", task="document"))["sentence_embedding"]
-    (vectors @ vectors.T).square().sum().backward()
+    scores().backward()
     expected = torch.eye(32) * by_differences / 32  # of equal parts of the number's own derivative
     torch.testing.assert_close(weight.grad, expected, rtol=1e-3, atol=0.0)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
 @pytest.mark.parametrize(
-    "settings",
+    ("optim", "settings"),
     [
-        {},
-        {"bf16": True},
-        {"gradient_accumulation_steps": 2},
-        {"mini_batch_size": 3},
-        {"matryoshka_dims": [8, 32], "weight_decay": 0.5},
+        ("adamw_torch", {}),
+        ("adamw_torch_fused", {"bf16": True}),
+        ("adafactor", {"gradient_accumulation_steps": 2}),
+        ("adamw_torch", {"mini_batch_size": 3}),
+        ("sgd", {"matryoshka_dims": [8, 32], "weight_decay": 0.5}),
     ],
-    ids=str,
 )
 def test_after_training_the_matrix_is_one_number_that_has_changed(
     student: SentenceTransformer, teacher: Any, tmp_path: Path, settings: dict[str, Any], optim: str
@@ -88,15 +86,13 @@ def test_after_training_the_matrix_is_one_number_that_has_changed(
     begun = length(student)
     make_trainer(tmp_path, student, teacher, triples(32), optim=optim, **FAST, **settings).train()
     weight = student[3].linear.weight.detach()
-    assert torch.equal(weight, weight[0, 0] * torch.eye(32))
-    assert length(student) != begun
+    assert torch.equal(weight, weight[0, 0] * torch.eye(32)) and length(student) != begun
 
 
-def test_a_trained_student_is_saved_with_its_length_and_goes_on_training(
+def test_a_trained_student_is_saved_with_its_length_and_continues_training(
     student: SentenceTransformer, teacher: Any, tmp_path: Path
 ) -> None:
-    settings = {**FAST, "save_strategy": "epoch"}
-    make_trainer(tmp_path / "run", student, teacher, triples(16), **settings).train()
+    make_trainer(tmp_path / "run", student, teacher, triples(16), save_strategy="epoch", **FAST).train()
     for path in (tmp_path / "run" / "checkpoint-2", save_student(student, tmp_path / "student")):
         loaded = SentenceTransformer(str(path), device="cpu")
         assert length(loaded) == length(student)
@@ -106,17 +102,7 @@ def test_a_trained_student_is_saved_with_its_length_and_goes_on_training(
     assert length(loaded) != length(student)
 
 
-def test_weight_decay_leaves_the_scale_alone(student: SentenceTransformer, teacher: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, student, teacher, triples(8), weight_decay=0.1)
-    groups = trainer.create_optimizer().param_groups
-    [decay] = {
-        group["weight_decay"] for group in groups if any(p is student[3].linear.weight for p in group["params"])
-    }
-    assert decay == 0.0
-    assert any(group["weight_decay"] == 0.1 and len(group["params"]) > 5 for group in groups)
-
-
-def test_the_scale_alone_takes_a_learning_rate_of_its_own(
+def test_the_scale_has_no_weight_decay_and_may_have_its_own_learning_rate(
     student: SentenceTransformer, teacher: Any, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tmp_path, student, teacher, triples(8), weight_decay=0.1, **FAST)
@@ -124,6 +110,10 @@ def test_the_scale_alone_takes_a_learning_rate_of_its_own(
     [own] = [group for group in groups if group["lr"] == 0.1]
     assert [id(one) for one in own["params"]] == [id(student[3].linear.weight)] and own["weight_decay"] == 0.0
     assert sum(len(group["params"]) for group in groups) == len(list(student.parameters()))
+    assert any(group["weight_decay"] == 0.1 and len(group["params"]) > 5 for group in groups)
+    plain = make_trainer(tmp_path, student, teacher, triples(8), weight_decay=0.1).create_optimizer().param_groups
+    decays = {group["weight_decay"] for group in plain for one in group["params"] if one is student[3].linear.weight}
+    assert decays == {0.0}
 
 
 def test_what_keeps_the_number_one_is_attached_once(student: SentenceTransformer) -> None:
@@ -135,30 +125,22 @@ def test_what_keeps_the_number_one_is_attached_once(student: SentenceTransformer
     assert len(copied[3].linear.weight._backward_hooks) == 1
 
 
-def test_a_projection_of_another_kind_is_left_alone(base: Path) -> None:
-    student = build_student(str(base), encoding="tct", document_length=64, scale=4.0)
+def test_a_projection_of_another_kind_is_left_alone(student: SentenceTransformer) -> None:
     with torch.no_grad():
         student[3].linear.weight[0, 1] = 0.1
-    assert length_of(student) is None
     keep_scalar(student)
-    assert not student[3].linear.weight._backward_hooks
+    assert length_of(student) is None and not student[3].linear.weight._backward_hooks
     with_tanh = scale_modules(32, 4.0)
     with_tanh[1].activation_function = nn.Tanh()
-    assert length_of(with_tanh) is None and length_of([]) is None and length_of(list(student)[:2]) is None
-
-
-def test_only_one_number_times_the_identity_is_a_multiple_of_it() -> None:
-    assert is_multiple_of_identity(torch.eye(3) * 0.7) and is_multiple_of_identity(torch.eye(1))
-    for other in (
-        torch.ones(3, 3),
-        torch.ones(2, 3),
-        torch.eye(3) * float("nan"),
-        torch.diag(torch.tensor([1.0, 2.0])),
-    ):
-        assert not is_multiple_of_identity(other)
+    nan, uneven = scale_modules(3, 4.0), scale_modules(3, 4.0)
+    with torch.no_grad():
+        nan[1].linear.weight.fill_(float("nan"))
+        uneven[1].linear.weight[2, 2] = 1.0
+    for other in (with_tanh, nan, uneven, [], list(student)[:2]):
+        assert length_of(other) is None
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), True])
-def test_a_scale_that_is_none_is_refused(base: Path, scale: float) -> None:
+def test_a_scale_that_is_none_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match=r"scale=.*finite number greater than 0"):
-        build_student(str(base), encoding="tct", scale=scale)
+        scale_modules(8, scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ def mlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_mlm(tmp_path_factory.mktemp("mlm"))
 
 
-def rule(path: Path, texts: list[str], length: int, *, pooling: str = "max", twice: bool = False) -> np.ndarray:
+def rule(path: Path, length: int, *, pooling: str, twice: bool) -> np.ndarray:
     """`(texts, vocabulary)`, one text at a time."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForMaskedLM.from_pretrained(path).eval()
     found = []
-    for text in texts:
+    for text in TEXTS:
         tokens = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
         with torch.no_grad():
             weights = np.log1p(np.maximum(model(**tokens).logits[0].double().numpy(), 0.0))
@@ -36,28 +38,35 @@ def rule(path: Path, texts: list[str], length: int, *, pooling: str = "max", twi
     return np.stack(found)
 
 
-@pytest.mark.parametrize("pooling", ["max", "sum"])
-@pytest.mark.parametrize("activation", ["relu", "log1p_relu"])
-def test_vectors_are_those_of_the_rule(mlm: Path, pooling: Any, activation: Any) -> None:
-    student = build_splade(str(mlm), query_length=16, document_length=40, pooling=pooling, activation=activation)
-    for encode, length in ((student.encode_query, 16), (student.encode_document, 40), (student.encode, 40)):
-        found = encode(TEXTS, convert_to_sparse_tensor=False).cpu().numpy()
-        expected = rule(mlm, TEXTS, length, pooling=pooling, twice=activation == "log1p_relu")
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+def encoded(student: SparseEncoder) -> list[torch.Tensor]:
+    ways = (student.encode_query, student.encode_document, student.encode)
+    return [encode(TEXTS, convert_to_sparse_tensor=False).cpu() for encode in ways]
+
+
+@pytest.mark.parametrize(("pooling", "activation"), [("max", "relu"), ("sum", "log1p_relu")])
+def test_vectors_are_those_of_the_rule_and_a_saved_student_is_a_stock_sparse_encoder(
+    mlm: Path, tmp_path: Path, pooling: Any, activation: Any
+) -> None:
+    settings: dict[str, Any] = {
+        "query_length": 16,
+        "document_length": 40,
+        "pooling": pooling,
+        "activation": activation,
+    }
+    student = build_splade(str(mlm), **settings)
+    for found, length in zip(encoded(student), (16, 40, 40), strict=True):
+        expected = rule(mlm, length, pooling=pooling, twice=activation == "log1p_relu")
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert student.similarity_fn_name == "dot" and student.get_embedding_dimension() == expected.shape[1]
-
-
-def test_a_saved_student_loads_as_a_stock_sparse_encoder(mlm: Path, tmp_path: Path) -> None:
-    student = build_splade(str(mlm), query_length=16, document_length=40)
     student.save_pretrained(str(tmp_path / "saved"))
-    loaded = SparseEncoder(str(tmp_path / "saved"), device="cpu")
-    for side in ("encode_query", "encode_document", "encode"):
-        assert torch.equal(
-            getattr(loaded, side)(TEXTS, convert_to_sparse_tensor=False),
-            getattr(student, side)(TEXTS, convert_to_sparse_tensor=False),
-        )
-    again = build_splade(str(tmp_path / "saved"), query_length=16, document_length=40)
-    assert torch.equal(again.encode(TEXTS).to_dense(), student.encode(TEXTS).to_dense())
+    config = json.loads((shutil.copytree(mlm, tmp_path / "nameless") / "config.json").read_text())
+    (tmp_path / "nameless" / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    for other in (
+        SparseEncoder(str(tmp_path / "saved"), device="cpu"),
+        build_splade(str(tmp_path / "saved"), **settings),
+        build_splade(str(tmp_path / "nameless"), **settings),  # its weights hold the head
+    ):
+        assert all(map(torch.equal, encoded(other), encoded(student)))
 
 
 def test_half_precision_weights_become_float32(mlm: Path, tmp_path: Path) -> None:
@@ -65,28 +74,10 @@ def test_half_precision_weights_become_float32(mlm: Path, tmp_path: Path) -> Non
     assert build_splade(str(tmp_path / "half"), document_length=40).dtype == torch.float32
 
 
-def test_an_encoder_without_the_head_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lacks cls\.predictions.*masked-language-model head"):
-        build_splade(str(tiny_bert(tmp_path / "plain")))
-
-
-def test_weights_without_the_name_of_the_architecture_will_do(mlm: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
-
-    shutil.copytree(mlm, tmp_path / "nameless")
-    config = json.loads((mlm / "config.json").read_text())
-    (tmp_path / "nameless" / "config.json").write_text(json.dumps({**config, "architectures": None}))
-    assert torch.equal(
-        build_splade(str(tmp_path / "nameless"), document_length=40).encode(TEXTS).to_dense(),
-        build_splade(str(mlm), document_length=40).encode(TEXTS).to_dense(),
-    )
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"document_length": 500}, "document_length=500, but the encoder takes 192"),
+        ({"document_length": 500}, "document_length=500, but the encoder has 192 positions"),
         ({"query_length": 2}, "query_length=2 leaves no token"),
         ({"pooling": "mean"}, "pooling_strategy must be"),
     ],
@@ -94,3 +85,8 @@ def test_weights_without_the_name_of_the_architecture_will_do(mlm: Path, tmp_pat
 def test_settings_that_do_not_fit_are_refused(mlm: Path, setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_splade(str(mlm), **{"document_length": 40, **setting})
+
+
+def test_an_encoder_without_the_head_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lacks cls\.predictions.*masked-language-model head"):
+        build_splade(str(tiny_bert(tmp_path / "plain")))

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from huggingface_hub import DatasetCard
+from sentence_transformers import SentenceTransformer
 
 from tct_hf import BM25Index, DenseIndex, build_student, release, save_student
 from tct_hf.hub.cards import CardFacts
 from tct_hf.hub_client import HubError
 from tct_hf.retrieval.encode import describe_model
-from tests.loopback_hub import LoopbackHub
+from tests.hub.models import dual_encoder
+from tests.loopback_hub import Blob, LoopbackHub
 from tests.models import tiny_bert
 from tests.train_helpers import PASSAGES, QUERIES
 
@@ -21,7 +24,7 @@ IDS = [f"p{row}" for row in range(len(PASSAGES))]
 @pytest.fixture
 def index(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenseIndex:
     """An index of a student that is on the Hub."""
-    monkeypatch.setattr("tct_hf.encoding.checkpoint.validate_checkpoint", lambda path: None)
+    monkeypatch.setattr("tct_hf.hub.release.validate_checkpoint", lambda path: None)
     student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
     release(save_student(student, tmp_path / "student"), "tester/student", facts=FACTS)
     built_by = describe_model(student, "tester/student")["model"]
@@ -43,39 +46,31 @@ def test_a_dense_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub,
     assert index.built_by is not None and "revision" not in index.built_by  # the one in memory is as it was
 
 
-def test_an_index_of_first_dimensions_comes_back_with_the_model_cut_to_them(
-    hub: LoopbackHub, index: DenseIndex
+def test_an_index_of_first_dimensions_or_another_encoder_comes_back_with_its_model(
+    hub: LoopbackHub, index: DenseIndex, tmp_path: Path
 ) -> None:
     student = index.load_model(device="cpu")
     student.truncate_dim = 8
-    built_by = describe_model(student, "tester/student")["model"]
-    small = DenseIndex.build(student.encode_document(PASSAGES), IDS, built_by=built_by)
-    small.push_to_hub("tester/small", license="mit")
-    back = DenseIndex.from_hub("tester/small")
-    queries = back.load_model(device="cpu").encode_query(QUERIES)
-    assert queries.shape == (len(QUERIES), 8)
-    assert back.search(queries, 5)[0] == small.search(student.encode_query(QUERIES), 5)[0]
+    hub.publish(dual_encoder(tmp_path / "dual"), "tester/dual")
+    dual = SentenceTransformer("tester/dual", device="cpu")
+    for name, model in (("tester/student", student), ("tester/dual", dual)):
+        vectors = model.encode_document(PASSAGES)
+        made = DenseIndex.build(vectors, IDS, built_by=describe_model(model, name)["model"])
+        made.push_to_hub("tester/other", license="mit")
+        back = DenseIndex.from_hub("tester/other").load_model(device="cpu")
+        assert np.array_equal(back.encode_document(PASSAGES), vectors)
 
 
 def test_the_model_is_pinned_where_it_moves_on(hub: LoopbackHub, index: DenseIndex, tmp_path: Path) -> None:
     index.push_to_hub("tester/index", license="mit")
     other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), encoding="tct", document_length=64)
-    release(save_student(other, tmp_path / "next"), "tester/student", facts=FACTS)
+    release(save_student(other, tmp_path / "next"), "tester/student", facts=replace(FACTS, limits=["Next."]))
     model = DenseIndex.from_hub("tester/index").load_model(device="cpu")
     assert describe_model(model)["model"]["weights_sha256"] == (index.built_by or {})["weights_sha256"]
     with pytest.raises(ValueError, match="but the index was built by"):
         index.push_to_hub("tester/index", license="mit")
     with pytest.raises(ValueError, match="their vectors don't compare"):
         DenseIndex.from_hub("tester/index", model=other)
-
-
-def test_an_index_of_passages_encoded_otherwise_is_not_pinned_to_the_model(index: DenseIndex) -> None:
-    assert index.built_by is not None
-    index.built_by = {**index.built_by, "encoding": {**index.built_by["encoding"], "prompt": "another"}}
-    with pytest.raises(
-        ValueError, match=r"model_revision .*: the index: built by 'tester/student' with another prompt"
-    ):
-        index.push_to_hub("tester/index", license="mit")
 
 
 def test_an_index_pushed_again_sends_what_has_changed(hub: LoopbackHub, index: DenseIndex) -> None:
@@ -88,6 +83,12 @@ def test_an_index_pushed_again_sends_what_has_changed(hub: LoopbackHub, index: D
 
 
 def test_an_index_nobody_could_search_is_refused(hub: LoopbackHub, index: DenseIndex) -> None:
+    built_by = index.built_by or {}
+    index.built_by = {**built_by, "encoding": {**built_by["encoding"], "prompt": "another"}}
+    with pytest.raises(
+        ValueError, match=r"model_revision .*: the index: built by 'tester/student' with another prompt"
+    ):
+        index.push_to_hub("tester/index", license="mit")
     index.built_by = {"id": "/tmp/student", "weights_sha256": "0" * 64}
     with pytest.raises(ValueError, match="push that model first"):
         index.push_to_hub("tester/index", license="mit")
@@ -111,50 +112,24 @@ def test_a_revision_that_can_not_be_checked_has_to_be_given(hub: LoopbackHub, in
     assert f"`{commit}` (given by who pushed the index, not checked)" in card
 
 
-def test_a_bm25_index_comes_back(hub: LoopbackHub, tmp_path: Path) -> None:
-    index = BM25Index.build(PASSAGES, IDS, k1=1.2)
+def test_a_bm25_index_comes_back_with_its_expansion_on_the_card_and_unaltered(hub: LoopbackHub) -> None:
+    expansion = {"model": "a/writer", "num_queries": 40, "drop_repeats": False, "scores_sha256": None}
+    index = BM25Index.build(PASSAGES, IDS, k1=1.2, expansion=expansion)
     index.push_to_hub("tester/words", license="mit", private=True)
     back = BM25Index.from_hub("tester/words", mmap=True)
-    assert back.settings["k1"] == 1.2
+    assert back.settings["k1"] == 1.2 and back.settings["expansion"] == expansion
     assert back.run({"q": QUERIES[0]}, 5) == index.run({"q": QUERIES[0]}, 5)
-    assert hub.repo("tester/words", "datasets").private
-    with pytest.raises(FileNotFoundError, match="no dense index here"):
-        DenseIndex.from_hub("tester/words")
-
-
-def test_the_card_of_an_expanded_bm25_index_says_so(hub: LoopbackHub) -> None:
-    expansion = {"model": "a/writer", "num_queries": 40, "drop_repeats": False, "scores_sha256": None}
-    BM25Index.build(PASSAGES, IDS, expansion=expansion).push_to_hub("tester/words", license="mit")
-    assert BM25Index.from_hub("tester/words").settings["expansion"] == expansion
+    repo = hub.repo("tester/words", "datasets")
     card = hub.files("tester/words", kind="datasets")["README.md"].decode()
     assert "each with queries that were generated for it" in card and "expansion: model" in card
     assert "expansion: num_queries" in card and "drop_repeats" not in card and "{" not in card.split("expansion:")[1]
-
-
-def test_an_altered_download_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
-    from tests.loopback_hub import Blob
-
-    BM25Index.build(PASSAGES, IDS).push_to_hub("tester/words", license="mit")
-    repo = hub.repo("tester/words", "datasets")
+    with pytest.raises(FileNotFoundError, match="no dense index here"):
+        DenseIndex.from_hub("tester/words")
+    assert repo.private
+    index.push_to_hub("tester/altered", license="mit")
+    repo = hub.repo("tester/altered", "datasets")
     files = repo.commits[repo.branches["main"]].files
     name = "vocab.index.json"
     files[name] = Blob(files[name].content.swapcase(), False)
     with pytest.raises(ValueError, match=r"vocab\.index\.json: altered since it was saved"):
-        BM25Index.from_hub("tester/words")
-
-
-def test_an_index_of_another_encoder_comes_back_with_it(hub: LoopbackHub, tmp_path: Path) -> None:
-    from huggingface_hub import HfApi
-    from sentence_transformers import SentenceTransformer
-
-    from tct_hf.retrieval.encode import describe_model
-    from tests.hub.models import dual_encoder
-
-    HfApi().create_repo("tester/dual")
-    HfApi().upload_folder(repo_id="tester/dual", folder_path=dual_encoder(tmp_path / "dual"))
-    model = SentenceTransformer("tester/dual", device="cpu")
-    vectors = model.encode(["a passage", "another"])
-    built = DenseIndex.build(vectors, ["a", "b"], built_by=describe_model(model, "tester/dual")["model"])
-    built.push_to_hub("tester/dual-index", license="mit")
-    back = DenseIndex.from_hub("tester/dual-index").load_model(device="cpu")
-    assert (back.encode(["a passage", "another"]) == vectors).all()
+        BM25Index.from_hub("tester/altered")

@@ -2,20 +2,26 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoCard
+from huggingface_hub import HfApi, ModelCard, RepoCard
+from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
-from tct_hf import build_student, release, save_student
+from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_student, release, save_student
+from tct_hf.encoding import checkpoint
+from tct_hf.encoding.digests import weights_digest
 from tct_hf.hub.cards import CardFacts
-from tct_hf.hub_client import HubError
+from tct_hf.hub.contents import without_local_paths
+from tct_hf.hub_client import HubError, template
+from tct_hf.teachers.base import write_training_scale
 from tests.hub.models import dual_encoder, small_report
 from tests.loopback_hub import READER, LoopbackHub
 from tests.models import tiny_bert, tiny_colbert
@@ -25,12 +31,12 @@ FACTS = CardFacts(
     license="apache-2.0",
     base_model="google-bert/bert-base-uncased",
     training_data="sentences made up for a test",
-    teacher="tester/teacher",
     datasets=["BeIR/scifact"],
-    language=["en"],
     limits=["It has learned nothing."],
 )
+CHANGED = replace(FACTS, limits=["Another."])
 TEXTS = ["a dense passage", "the teacher", ""]
+NAME = "tester/student"
 
 pytestmark = pytest.mark.usefixtures("warm_checks")
 
@@ -39,63 +45,52 @@ pytestmark = pytest.mark.usefixtures("warm_checks")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run")
     made = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64)
-    (path / "settings.yaml").write_text("seed: 13\n")
     return save_student(made, path / "student")
+
+
+@pytest.fixture
+def copy(student: Path, tmp_path: Path) -> Path:
+    """A copy to change, with a folder of its own around it."""
+    return Path(shutil.copytree(student, tmp_path / "run" / "student"))
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the interpreter of its own that looks at the vectors: for tests of what is pushed."""
-    monkeypatch.setattr("tct_hf.encoding.checkpoint.validate_checkpoint", lambda path: None)
+    monkeypatch.setattr("tct_hf.hub.release.validate_checkpoint", lambda path: None)
+
+
+def spoil(path: Path, name: str, change: Callable[[Any], Any]) -> None:
+    content = json.loads((path / name).read_text())
+    change(content)
+    (path / name).write_text(json.dumps(content))
+
+
+# --- what comes back ---
 
 
 def test_a_student_comes_back_with_equal_weights_and_vectors(hub: LoopbackHub, student: Path) -> None:
-    done = release(student, "tester/student", facts=FACTS, tag="v1.0")
+    done = release(student, NAME, facts=FACTS, tag="v1.0")
     before = SentenceTransformer(str(student), device="cpu")
-    after = SentenceTransformer("tester/student", revision="v1.0", device="cpu")
-    for name, tensor in before.state_dict().items():
-        assert torch.equal(after.state_dict()[name], tensor)
-    for encode in ("encode_query", "encode_document", "encode"):
-        assert (getattr(before, encode)(TEXTS) == getattr(after, encode)(TEXTS)).all()
     namespace: dict[str, Any] = {}
     exec(done.loading(), namespace)
-    assert (namespace["model"].encode(TEXTS) == before.encode(TEXTS)).all()
-    assert done.url == f"{hub.url}/tester/student" and 'revision="v1.0"' in done.loading()
-
-
-def test_a_student_cut_to_its_first_dimensions_is_one_of_them_alone(student: Path, tmp_path: Path) -> None:
-    small = SentenceTransformer(str(student), device="cpu", truncate_dim=8)
-    done = release(
-        save_student(small, tmp_path / "small"), "tester/small", facts=FACTS, dry_run=True, folder=tmp_path / "r"
+    after = namespace["model"].to("cpu")
+    assert all(torch.equal(after.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
+    for encode in ("encode_query", "encode_document", "encode"):
+        assert (getattr(before, encode)(TEXTS) == getattr(after, encode)(TEXTS)).all()
+    assert done.url == f"{hub.url}/{NAME}" and 'revision="v1.0"' in done.loading()
+    card = ModelCard(hub.files(NAME)["README.md"].decode())
+    card.validate()
+    assert (card.data.license, card.data.base_model, card.data.datasets) == (
+        "apache-2.0",
+        FACTS.base_model,
+        ["BeIR/scifact"],
     )
-    assert "one 8-dimensional vector" in (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
-    assert done.family == "student" and SentenceTransformer(str(tmp_path / "r")).encode("x").shape == (8,)
-
-
-def test_an_own_encoding_student_that_is_another_in_a_fresh_interpreter_is_not_released(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tct_hf.hub import release as releasing
-
-    base = str(tiny_bert(tmp_path / "base"))
-    made = build_student(base, query_length=16, document_length=24)
-    save_student(made, tmp_path / "own")
-    release(tmp_path / "own", "tester/own", facts=FACTS, dry_run=True)
-
-    def other(command: list[str], **options: Any) -> Any:
-        for number in range(2):
-            np.save(Path(command[-1]) / f"{number}.npy", np.ones(32, np.float32))
-        return type("Done", (), {"returncode": 0, "stderr": ""})
-
-    monkeypatch.setattr(releasing.subprocess, "run", other)
-    with pytest.raises(ValueError, match="the query vector of 'a question' is another in a fresh interpreter"):
-        release(tmp_path / "own", "tester/own", facts=FACTS, dry_run=True)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert {"dense", "tct-colbert"} <= set(card.data.tags) and "It has learned nothing." in card.content
 
 
 def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_path: Path) -> None:
-    from tct_hf import ColBERTTeacher
-    from tct_hf.teachers.base import write_training_scale
-
     folder = tiny_colbert(tmp_path)
     write_training_scale(folder, 4.0)
     release(folder, "tester/teacher", facts=FACTS)
@@ -104,192 +99,117 @@ def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_pat
         assert np.array_equal(np.asarray(a), np.asarray(b))
     assert after.training_scale == 4.0
     card = hub.files("tester/teacher")["README.md"].decode()
-    assert "multiplied by 4.0 in its own training; a temperature of 0.25" in card
+    assert "multiplied by 4.0 in its own training; a temperature of 0.25" in card and "- colbert" in card
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_other_students_are_released_byte_for_byte(student: Path, tmp_path: Path, own: bool) -> None:
+    """One that reads texts its own way, and one cut to its first dimensions."""
+    if own:
+        made = build_student(str(dual_encoder(tmp_path / "dual")), document_length=64)
+    else:
+        made = SentenceTransformer(str(student), device="cpu", truncate_dim=8)
+    source = save_student(made, tmp_path / "own")
+    done = release(source, "tester/own", facts=FACTS, dry_run=True, folder=tmp_path / "r")
+    for name in set(done.sent) - {"README.md"}:
+        assert (tmp_path / "r" / name).read_bytes() == (source / name).read_bytes(), name
+    card = (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
+    for said in (
+        ("needs sentence-transformers, and no other", "Passages are cut at 64") if own else ("one 8-dimensional",)
+    ):
+        assert said in card
+
+
+# --- what is pushed ---
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_is_pushed_is_the_model_its_card_and_its_recipe(hub: LoopbackHub, student: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(student, tmp_path / "run" / "student")
-    (copy.parent / "settings.yaml").write_text("seed: 13\n")
+def test_what_is_pushed_is_the_model_its_card_and_its_recipe(hub: LoopbackHub, copy: Path, tmp_path: Path) -> None:
+    (copy.parent / "settings.yaml").write_text(f"seed: 13\ndata:\n  source: {tmp_path}/of me/corpus\n")
+    (copy / "tct_origin.json").write_text(json.dumps({"source": f"{tmp_path}/gone", "made": "student"}))
+    spoil(copy, "config.json", lambda config: config.update(_name_or_path=f"{tmp_path}/base"))
     (copy / "training_args.bin").write_bytes(b"pickle")
     (copy / "notes.txt").write_text("private")
-    done = release(copy, "tester/student", facts=FACTS, folder=tmp_path / "kept")
-    files = hub.files("tester/student")
+    done = release(copy, NAME, facts=FACTS, folder=tmp_path / "kept")
+    files = hub.files(NAME)
     assert done.left_out == ["notes.txt", "training_args.bin"]
     assert not any(name.endswith((".bin", ".pt", ".py", ".pkl")) for name in files)
-    assert files["recipe.yaml"] == b"seed: 13\n"
-    kept = {
-        file.relative_to(tmp_path / "kept").as_posix() for file in (tmp_path / "kept").rglob("*") if file.is_file()
-    }
+    assert files["recipe.yaml"] == b"seed: 13\ndata:\n  source: corpus\n"
+    assert json.loads(files["tct_origin.json"])["source"] == "gone"
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    kept = {f.relative_to(tmp_path / "kept").as_posix() for f in (tmp_path / "kept").rglob("*") if f.is_file()}
     assert kept - {".tct_release.json"} == set(files) - {".gitattributes"} == set(done.sent)
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_second_release_sends_what_has_changed(hub: LoopbackHub, student: Path) -> None:
-    first = release(student, "tester/student", facts=FACTS)
-    again = release(student, "tester/student", facts=FACTS)
-    assert (again.sent, again.commit) == ([], first.commit) and again.unchanged == first.sent
+def test_a_second_release_sends_what_has_changed_and_removes_what_is_stale(hub: LoopbackHub, student: Path) -> None:
+    first = release(student, NAME, facts=FACTS)
+    again = release(student, NAME, facts=FACTS)
+    assert (again.sent, again.commit, again.unchanged) == ([], first.commit, first.sent)
     sent_before = dict(hub.uploaded)
-    changed = release(student, "tester/student", facts=CardFacts(**{**vars(FACTS), "limits": ["Another."]}))
-    assert changed.sent == ["README.md"]
-    assert {name: hub.uploaded[name] - sent_before.get(name, 0) for name in hub.uploaded} == {
-        name: int(name == "README.md") for name in hub.uploaded
-    }
+    assert release(student, NAME, facts=CHANGED).sent == ["README.md"]
+    assert [name for name in hub.uploaded if hub.uploaded[name] != sent_before.get(name, 0)] == ["README.md"]
+    stale = (
+        "model-00001-of-00002.safetensors",
+        "tct_teacher.json",
+        "report.json",
+        "last-checkpoint/optimizer.pt",
+        "checkpoint-25/training_args.bin",
+        "training_args.bin",
+    )
+    for name in (*stale, "picture.jpg", "mine/notes.txt"):
+        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id=NAME)
+    again = release(student, NAME, facts=CHANGED)
+    files = hub.files(NAME)
+    assert again.sent == [] and not set(stale) & set(files) and {"picture.jpg", "mine/notes.txt"} <= set(files)
+    assert release(student, NAME, facts=CHANGED).commit == again.commit
 
 
 @pytest.mark.usefixtures("quick")
-def test_weights_of_an_earlier_release_do_not_stay(hub: LoopbackHub, student: Path) -> None:
-    from huggingface_hub import HfApi
-
-    release(student, "tester/student", facts=FACTS)
-    stale = "model-00001-of-00002.safetensors"
-    HfApi().upload_file(path_or_fileobj=b"x" * 9, path_in_repo=stale, repo_id="tester/student")
-    HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="picture.jpg", repo_id="tester/student")
-    release(student, "tester/student", facts=CardFacts(**{**vars(FACTS), "limits": ["Another."]}))
-    assert stale not in hub.files("tester/student") and "picture.jpg" in hub.files("tester/student")
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_tag_does_not_move(hub: LoopbackHub, student: Path) -> None:
-    release(student, "tester/student", facts=FACTS, tag="v1.0")
-    release(student, "tester/student", facts=FACTS, tag="v1.0")  # nothing has changed: it names this commit
-    requests = len(hub.repo("tester/student").commits)
+def test_a_tag_does_not_move_and_a_branch_leaves_the_main_one(hub: LoopbackHub, student: Path) -> None:
+    release(student, NAME, facts=FACTS, tag="v1.0")
+    release(student, NAME, facts=FACTS, tag="v1.0")  # nothing has changed: it names this commit
+    commits = len(hub.repo(NAME).commits)
     with pytest.raises(ValueError, match=r"has a tag v1\.0 already, of the commit \w{12}"):
-        release(student, "tester/student", facts=CardFacts(**{**vars(FACTS), "limits": ["Another."]}), tag="v1.0")
-    assert len(hub.repo("tester/student").commits) == requests
+        release(student, NAME, facts=CHANGED, tag="v1.0")
+    assert len(hub.repo(NAME).commits) == commits
+    release(student, NAME, facts=CHANGED, revision="next")
+    assert b"Another." in hub.files(NAME, "next")["README.md"] and b"Another." not in hub.files(NAME)["README.md"]
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_branch_is_made_and_the_main_one_stays(hub: LoopbackHub, student: Path) -> None:
-    release(student, "tester/student", facts=FACTS)
-    release(student, "tester/student", facts=CardFacts(**{**vars(FACTS), "limits": ["Next."]}), revision="next")
-    assert b"Next." in hub.files("tester/student", "next")["README.md"]
-    assert b"Next." not in hub.files("tester/student")["README.md"]
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_private_repository_is_refused_without_a_token_with_the_mend(
+def test_a_private_repository_needs_a_token_and_is_not_promised_of_a_public_one(
     hub: LoopbackHub, student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf import load_student
-
-    release(student, "tester/student", facts=FACTS, private=True)
-    assert hub.repo("tester/student").private
+    for _ in range(2):
+        release(student, NAME, facts=FACTS, private=True)
+    assert hub.repo(NAME).private
+    HfApi().create_repo("tester/public", private=False)
+    with pytest.raises(ValueError, match=r"is there already and public.*make it private in its settings"):
+        release(student, "tester/public", facts=FACTS, private=True)
+    assert set(hub.files("tester/public")) == {".gitattributes"}
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match=r"it is private and your token does not open it.*log in with `hf auth login`"):
-        load_student("tester/student")
-    assert load_student("tester/student", token=READER, device="cpu").encode(TEXTS).shape == (3, 32)
-
-
-@pytest.mark.usefixtures("quick")
-def test_dry_run_writes_all_and_asks_the_hub_nothing(hub: LoopbackHub, student: Path, tmp_path: Path) -> None:
-    done = release(student, "tester/student", facts=FACTS, folder=tmp_path / "kept", dry_run=True)
-    assert not hub.requests and done.url is None and "README.md" in done.sent
-    loaded = SentenceTransformer(str(tmp_path / "kept"), device="cpu")
-    assert (loaded.encode(TEXTS) == SentenceTransformer(str(student), device="cpu").encode(TEXTS)).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "only the pickle pytorch_model.bin"),
-        (
-            lambda p: spoil(p, "modules.json", lambda m: m[1].update(type="my.Pooling")),
-            "a SentenceTransformer|my.Pooling",
-        ),
-        (lambda p: spoil(p, "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"})), "auto_map names code"),
-        (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
-        (lambda p: spoil_weights(p), "does not load|vectors differ|not finite"),
-    ],
-)
-def test_an_unfit_checkpoint_is_refused_before_anything_is_asked(
-    hub: LoopbackHub, student: Path, tmp_path: Path, change: Any, message: str
-) -> None:
-    copy = shutil.copytree(student, tmp_path / "student")
-    change(copy)
-    with pytest.raises((ValueError, OSError), match=message):
-        release(copy, "tester/student", facts=FACTS)
-    assert not hub.requests
-
-
-def spoil(path: Path, name: str, change: Any) -> None:
-    content = json.loads((path / name).read_text())
-    change(content)
-    (path / name).write_text(json.dumps(content))
-
-
-def spoil_weights(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(path / "model.safetensors")
-    weights["embeddings.LayerNorm.weight"] *= float("nan")
-    save_file(weights, path / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_card_that_is_not_complete_names_what_to_give(hub: LoopbackHub, student: Path) -> None:
-    with pytest.raises(ValueError, match=r"give license \(such as .*base_model \(a Hub id.*training_data"):
-        release(student, "tester/student")
-    with pytest.raises(ValueError, match="'/tmp/encoder' is none"):
-        release(student, "tester/student", facts=CardFacts(**{**vars(FACTS), "base_model": "/tmp/encoder"}))
-    assert not hub.requests
-
-
-def test_a_full_disk_says_how_much_room_it_takes(
-    hub: LoopbackHub, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(source: Any, target: Any) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
-
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match=r"the disk is full.* takes \d+ MB"):
-        release(student, "tester/student", facts=FACTS, folder=tmp_path / "kept")
-    assert list(tmp_path.iterdir()) == [tmp_path / "hub-cache"] or list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("quick")
-def test_card_metadata_are_what_the_hub_reads(hub: LoopbackHub, student: Path) -> None:
-    release(student, "tester/student", facts=FACTS)
-    card = ModelCard(hub.files("tester/student")["README.md"].decode())
-    card.validate()
-    data = card.data
-    assert (data.license, data.base_model, data.library_name) == (
-        FACTS.license,
-        FACTS.base_model,
-        "sentence-transformers",
-    )
-    assert data.datasets == ["BeIR/scifact"] and data.pipeline_tag == "sentence-similarity"
-    assert "tct-colbert" in data.tags and data.eval_results is None
-    words = card.content
-    for said in (
-        "encode_query",
-        "IndexFlatIP",
-        "always 36 tokens",
-        "up to 64 tokens",
-        "It has learned nothing.",
-        "@misc",
-    ):
-        assert said in words, said
-    assert "alpha" not in words and "Effectiveness" not in words  # nobody measured any
-    assert not re.search(r"None|\{\{|\{%", words)
+        load_student(NAME)
+    assert load_student(NAME, token=READER, device="cpu").encode(TEXTS).shape == (3, 32)
 
 
 @pytest.mark.usefixtures("quick")
 def test_figures_go_along_and_only_those_of_this_model(hub: LoopbackHub, student: Path, tmp_path: Path) -> None:
-    from tct_hf.retrieval.encode import describe_model
-
-    weights = describe_model(SentenceTransformer(str(student), device="cpu"))["model"]["weights_sha256"]
-    small_report(weights).save(tmp_path / "own")
-    release(student, "tester/student", facts=FACTS, report=tmp_path / "own")
-    files = hub.files("tester/student")
+    small_report(weights_digest(SentenceTransformer(str(student), device="cpu"))).save(tmp_path / "own")
+    release(student, NAME, facts=FACTS, report=tmp_path / "own")
+    files = hub.files(NAME)
     assert {"report.json", "report.md", "latency.png", "storage.png"} <= set(files)
     assert ModelCard(files["README.md"].decode()).data.eval_results[0].metric_value == 0.6432
     small_report("0" * 64).save(tmp_path / "other")
     with pytest.raises(ValueError, match="it measured the student 'x', whose weights are not those"):
-        release(student, "tester/student", facts=FACTS, report=tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="no such report"):
-        release(student, "tester/student", facts=FACTS, report=tmp_path / "none")
+        release(student, NAME, facts=FACTS, report=tmp_path / "other")
+    for given, message in (
+        ({"report": tmp_path / "none"}, "no such report"),
+        ({"recipe": "none.yaml"}, "no such recipe"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            release(student, NAME, facts=FACTS, **given)
 
 
 @pytest.mark.usefixtures("quick")
@@ -300,25 +220,24 @@ def test_the_recipe_lists_what_would_go_then_pushes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "release.yaml").write_text(
-        "license: mit\nbase_model: google-bert/bert-base-uncased\ntraining_data: words\nlanguage: [en]\n"
-    )
+    given = "license: mit\nbase_model: google-bert/bert-base-uncased\ntraining_data: words\nlanguage: [en]\n"
+    (tmp_path / "release.yaml").write_text(given)
     run = in_this_process(ROOT / "recipes" / "release.py", tmp_path / "release.yaml", monkeypatch)
     options = [f"--path={student}", "--repo_id=tester/a", "--tag=v1.0"]
     assert run(tmp_path / "out", *options, "--dry_run") == 0
     said = capsys.readouterr().out
-    assert "| model.safetensors | to be pushed |" in said and "Nothing was pushed" in said
+    assert "| model.safetensors | to be pushed |" in said and "Nothing was pushed" in said and not hub.requests
+    loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert (loaded.encode(TEXTS) == SentenceTransformer(str(student), device="cpu").encode(TEXTS)).all()
     assert run(tmp_path / "out", *options) == 0
     said = capsys.readouterr().out
     assert f"{hub.url}/tester/a" in said and 'SentenceTransformer("tester/a", revision="v1.0")' in said
     assert run(tmp_path / "out", "--repo_id=tester/a") == 2
-    assert "path: must be given" in capsys.readouterr().err
+    assert "path, repo_id: must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["student", "sparse_student", "teacher", "index"])
 def test_templates_are_in_the_source_tree_and_in_a_wheel(name: str) -> None:
-    from tct_hf.hub_client import template
-
     assert RepoCard(template(name).replace("{{ card_data }}", "license: mit")).data.license == "mit"
     tomllib = pytest.importorskip("tomllib")
     targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
@@ -329,121 +248,98 @@ def test_templates_are_in_the_source_tree_and_in_a_wheel(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "suffix", "expected"),
     [
-        ("source: /home/me/my data/set one\n", ".yaml", 'source: "set one"\n'),
-        ('a: "/no/such/x"  # from /home/me/x\n', ".yaml", 'a: "x"  # from x\n'),
-        ("a: [~/run/student, ../other/teacher, /data]\n", ".yaml", "a: [student, teacher, data]\n"),
-        ("/home/me/x: 1\nb:\n  - '~me/y'\n", ".yaml", 'x: 1\nb:\n  - "y"\n'),
+        ("source: /home/me/my data/set one\n", ".yaml", "source: set one\n"),
+        ("a: BeIR/scifact  # from /home/me/x\n", ".yaml", "a: BeIR/scifact  # from x\n"),
+        ("a: [~/run/student, ../other/teacher, /data]\n", ".yaml", "a:\n- student\n- teacher\n- data\n"),
+        ("/home/me/x: 1\nb:\n  - '~me/y'\n", ".yaml", "x: 1\nb:\n- y\n"),
         ("u: https://a.b/c/d\nh: BeIR/scifact\nr: 1/2\nn: ~\ne: 1e-4\n", ".yaml", None),
-        ('{"a": "C:\\\\Users\\\\me\\\\x", "b": ["file:///home/me/y z"]}', ".json", '{"a": "x", "b": ["y z"]}'),
+        (
+            '{"a": "C:\\\\Users\\\\me\\\\x", "b": ["file:///home/me/y z"]}',
+            ".json",
+            '{\n  "a": "x",\n  "b": [\n    "y z"\n  ]\n}\n',
+        ),
         ("measured on /home/me/corpus/x, see [it](https://a.b/c)", ".md", "measured on x, see [it](https://a.b/c)"),
     ],
 )
 def test_what_is_released_names_no_folder_of_this_machine(text: str, suffix: str, expected: str | None) -> None:
-    from tct_hf.hub.contents import without_local_paths
-
     found = without_local_paths(text, suffix)
-    if suffix == ".json" and expected is not None:
-        assert json.loads(found) == json.loads(expected)
-    else:
-        assert found == (text if expected is None else expected)
-    assert without_local_paths(found, suffix) == found
+    assert found == (text if expected is None else expected) and without_local_paths(found, suffix) == found
 
 
-@pytest.mark.usefixtures("quick")
-def test_files_of_a_release_say_nothing_of_where_they_were_made(
-    hub: LoopbackHub, student: Path, tmp_path: Path
+# --- what is refused ---
+
+
+def spoil_weights(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"] *= float("nan")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "only the pickle pytorch_model.bin"),
+        (lambda p: spoil(p, "modules.json", lambda m: m[1].update(type="my.Pooling")), "my.Pooling is not one of"),
+        (lambda p: spoil(p, "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"})), "auto_map names code"),
+        (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+        (spoil_weights, "vectors differ"),
+    ],
+)
+def test_an_unfit_checkpoint_is_refused_before_anything_is_asked(
+    hub: LoopbackHub, copy: Path, change: Any, message: str
 ) -> None:
-    copy = shutil.copytree(student, tmp_path / "run" / "student")
-    (copy.parent / "settings.yaml").write_text(f"data:\n  source: {tmp_path}/of me/corpus\n")
-    (copy / "tct_origin.json").write_text(json.dumps({"source": f"{tmp_path}/gone", "made": "student"}))
-    spoil(copy, "config.json", lambda config: config.update(_name_or_path=f"{tmp_path}/base"))
-    release(copy, "tester/student", facts=FACTS)
-    files = hub.files("tester/student")
-    assert files["recipe.yaml"] == b"data:\n  source: corpus\n"
-    assert json.loads(files["tct_origin.json"])["source"] == "gone"
-    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    change(copy)
+    with pytest.raises((ValueError, OSError), match=message):
+        release(copy, NAME, facts=FACTS)
+    assert not hub.requests
+
+
+def test_a_student_to_start_from_or_that_is_another_elsewhere_is_not_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dual_encoder(tmp_path / "dual")
+    convert_checkpoint(source, tmp_path / "start")
+    with pytest.raises(ValueError, match=r"tct_origin\.json: this is a student to start from.*train it"):
+        release(tmp_path / "start", "me/it", facts=FACTS, dry_run=True)
+    other = checkpoint.own_vectors(source)
+    other["document"][0] += 0.1
+    monkeypatch.setattr(checkpoint, "fresh_vectors", lambda *args: other)
+    with pytest.raises(ValueError, match=r"document vectors differ from those of .* here"):
+        release(source, "tester/own", facts=FACTS, dry_run=True)
+
+
+def test_a_full_disk_says_how_much_room_it_takes(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Any, target: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match=r"the disk is full.* takes \d+ MB"):
+        release(student, NAME, facts=FACTS, folder=tmp_path / "kept")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_that_holds_something_else_is_left_alone(student: Path, tmp_path: Path) -> None:
-    def keep(folder: Path, source: Path = student) -> Any:
-        return release(source, "tester/a", facts=FACTS, folder=folder, dry_run=True)
+def test_a_folder_that_holds_something_else_is_left_alone(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keep(folder: Path | str) -> Any:
+        return release(copy, "tester/a", facts=FACTS, folder=folder, dry_run=True)
 
     thesis = tmp_path / "mine" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     with pytest.raises(FileExistsError, match=r"holds thesis\.txt, which no earlier release put there"):
         keep(thesis.parent)
-    copy = shutil.copytree(student, tmp_path / "run" / "student")
     for folder in (copy, copy.parent, copy / "release"):
         with pytest.raises(ValueError, match="lie in one another"):
-            keep(folder, copy)
+            keep(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for _ in range(2):  # an earlier release is replaced
-        keep(tmp_path / "kept")
+        assert keep("~/kept").folder == tmp_path / "kept"
     (tmp_path / "kept" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds notes\.txt"):
         keep(tmp_path / "kept")
     assert thesis.read_text() == "years of work" and (copy / "model.safetensors").is_file()
-
-
-@pytest.mark.usefixtures("quick")
-def test_home_is_written_out(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    done = release(student, "tester/a", facts=FACTS, folder="~/kept", dry_run=True)
-    assert done.folder == tmp_path / "kept" and not (tmp_path / "~").exists()
-
-
-@pytest.mark.usefixtures("quick")
-def test_nothing_of_an_earlier_release_or_a_training_stays(hub: LoopbackHub, student: Path) -> None:
-    from huggingface_hub import HfApi
-
-    first = release(student, "tester/student", facts=FACTS)
-    left = [
-        "tct_teacher.json",
-        "report.json",
-        "report.md",
-        "last-checkpoint/optimizer.pt",
-        "checkpoint-25/training_args.bin",
-        "training_args.bin",
-    ]
-    for name in [*left, "mine/notes.txt"]:
-        HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=name, repo_id="tester/student")
-    again = release(student, "tester/student", facts=FACTS)
-    assert again.sent == [] and again.commit != first.commit
-    files = hub.files("tester/student")
-    assert not set(left) & set(files) and "mine/notes.txt" in files
-    assert release(student, "tester/student", facts=FACTS).commit == again.commit
-
-
-@pytest.mark.usefixtures("quick")
-def test_private_is_not_promised_of_a_public_repository(hub: LoopbackHub, student: Path) -> None:
-    from huggingface_hub import HfApi
-
-    HfApi().create_repo("tester/student", private=False)
-    with pytest.raises(ValueError, match=r"is there already and public.*make it private in its settings"):
-        release(student, "tester/student", facts=FACTS, private=True)
-    assert set(hub.files("tester/student")) == {".gitattributes"}
-    release(student, "tester/other", facts=FACTS, private=True)
-    release(student, "tester/other", facts=FACTS, private=True)
-    assert hub.repo("tester/other").private
-
-
-def test_a_student_to_start_from_is_not_released(tmp_path: Path) -> None:
-    from tct_hf import convert_checkpoint
-
-    convert_checkpoint(dual_encoder(tmp_path / "dual"), tmp_path / "start")
-    with pytest.raises(ValueError, match=r"tct_origin\.json: this is a student to start from.*train it"):
-        release(tmp_path / "start", "me/it", facts=FACTS, dry_run=True)
-
-
-def test_an_own_encoding_student_is_released_byte_for_byte(tmp_path: Path) -> None:
-    source = save_student(build_student(str(dual_encoder(tmp_path / "dual")), document_length=64), tmp_path / "own")
-    done = release(source, "tester/own", facts=FACTS, dry_run=True, folder=tmp_path / "r")
-    assert done.family == "student"
-    for name in done.sent:
-        if name != "README.md":
-            assert (tmp_path / "r" / name).read_bytes() == (source / name).read_bytes(), name
-    card = (tmp_path / "r" / "README.md").read_text(encoding="utf-8")
-    assert "Plain `encode` gives the same vectors" in card and "Passages are cut at 64 tokens." in card
-    assert "needs sentence-transformers, and no other package" in card

@@ -24,7 +24,6 @@ texts = json.loads(sys.argv[2])
 queries = model.encode_query(texts) if hasattr(model, "encode_query") else model.encode(texts, prompt_name="query")
 print(json.dumps([queries.tolist(), model.encode(texts).tolist()]))
 """
-
 # A model of that version's own making: what fails for a student must not fail for everything.
 CONTROL = """
 import sys
@@ -52,21 +51,17 @@ REASON = r"TokenizersBackend|No module named 'sentence_transformers\.|sentence[-
 @pytest.mark.parametrize("version", ["3.4.1", "5.1.2"])
 @pytest.mark.parametrize("augmented", [True, False])
 def test_an_old_version_fails_loudly_or_gives_the_right_vectors(tmp_path: Path, version: str, augmented: bool) -> None:
-    student = build_student(
-        str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64, query_augmentation=augmented
-    )
+    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", query_augmentation=augmented)
     path = save_student(student, tmp_path / "student")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "old")], check=True)
-    python = tmp_path / "old" / "bin" / "python"
+    python = str(tmp_path / "old" / "bin" / "python")
     wanted = [f"sentence-transformers=={version}", "transformers<5", "torch==2.13.0", "numpy"]
-    installed = subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True
-    )
+    installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], capture_output=True, text=True)
     if installed.returncode:
         pytest.skip(f"the wheels can't be had here: {installed.stderr.strip().splitlines()[-1]}")
-    control = subprocess.run([str(python), "-c", CONTROL, str(tmp_path / "control")], capture_output=True, text=True)
+    control = subprocess.run([python, "-c", CONTROL, str(tmp_path / "control")], capture_output=True, text=True)
     assert control.returncode == 0, control.stderr
-    done = subprocess.run([str(python), "-c", SCRIPT, str(path), json.dumps(TEXTS)], capture_output=True, text=True)
+    done = subprocess.run([python, "-c", SCRIPT, str(path), json.dumps(TEXTS)], capture_output=True, text=True)
     if done.returncode:
         assert re.search(REASON, done.stderr), done.stderr
         return
