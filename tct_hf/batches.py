@@ -91,10 +91,6 @@ def passes(lengths: Sequence[int], budget: int, padding: int) -> list[list[int]]
 def parts_of_like_length(merged: Features, budget: int | None = None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Cut a padded batch into passes.
 
-    Args:
-        merged: the batch, from :func:`stack_columns`.
-        budget: tokens a pass may hold; None for no limit but padding.
-
     Yields:
         Row numbers `(rows,)` and the features of these rows, cut to the longest of them.
     """
@@ -176,12 +172,6 @@ def first_row(sizes: list[int]) -> int:
 
 def own_places(queries: int, columns: int, device: torch.device, *, gather: bool) -> tuple[Tensor, int]:
     """Columns of the score matrix that hold the candidates of this process's own rows.
-
-    Args:
-        queries: rows of this process.
-        columns: number of candidate columns.
-        device: device of the result.
-        gather: the matrix has the candidates of all processes.
 
     Returns:
         `(queries, columns)` int64, and the number of all candidates.

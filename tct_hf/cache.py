@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def default_cache_dir() -> Path:
-    """The folder for prepared data, which may not exist yet.
-
-    Returns:
-        `$TCT_HF_CACHE`, else `tct_hf` under `$XDG_CACHE_HOME`, else `~/.cache/tct_hf`.
-    """
+    """The folder for prepared data, which may not exist yet."""
     own = os.environ.get("TCT_HF_CACHE")
     return Path(own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/tct_hf").expanduser()
 
@@ -29,16 +25,6 @@ def build_once(final: Path, build: Callable[[Path], None]) -> Path:
 
     Each process that finds it missing builds its own copy beside it; the first to finish renames it into place and
     the others drop theirs, so that a reader never sees half a folder and no process waits for the lock of a dead one.
-
-    Args:
-        final: the folder.
-        build: fills the empty folder it is given; what it writes must depend on nothing but what `final` names.
-
-    Returns:
-        `final`.
-
-    Raises:
-        OSError: the folder can't be written; the message names the setting that moves it.
     """
     if final.is_dir():
         return final
@@ -62,11 +48,7 @@ def build_once(final: Path, build: Callable[[Path], None]) -> Path:
 
 
 def write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> int:
-    """Write (id, text) pairs as an Arrow stream, in constant memory.
-
-    Returns:
-        The number of passages.
-    """
+    """Write (id, text) pairs as an Arrow stream, in constant memory."""
     import pyarrow as pa
 
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])

@@ -23,15 +23,7 @@ def _aside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 @contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write a file under that takes its own when the block ends well; otherwise nothing is left.
-
-    Args:
-        path: the file; a symbolic link is followed, missing parent folders are made, and a file already there is
-            replaced.
-
-    Yields:
-        A path in the same folder.
-    """
+    """A name to write a file under that takes its own when the block ends well; otherwise nothing is left."""
     final, aside = _aside(path)
     try:
         yield aside
@@ -43,22 +35,14 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a UTF-8 text file that appears whole or not at all; line ends are written as they are.
-
-    Returns:
-        The path of the file written, links followed.
-    """
+    """Write a UTF-8 text file that appears whole or not at all; line ends are written as they are."""
     with write_aside(path) as aside, open(aside, "x", encoding="utf-8", newline="") as file:
         file.write(text)
     return Path(os.path.realpath(path))
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
-    """Write an object as indented JSON that appears whole or not at all.
-
-    Raises:
-        ValueError: the object holds something JSON cannot express, such as NaN.
-    """
+    """Write an object as indented JSON that appears whole or not at all."""
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -68,14 +52,7 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
 
 @contextmanager
 def staging_beside(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside a folder to write its new content under; what is still there at the end is removed.
-
-    Args:
-        final: the folder that :func:`replace_dir` will put in place; missing parent folders are made.
-
-    Yields:
-        A path at which there is nothing yet.
-    """
+    """A name beside a folder to write its new content under; what is still there at the end is removed."""
     _, staging = _aside(final)
     try:
         yield staging
@@ -89,16 +66,6 @@ def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) 
     At no moment is a half-written folder at `final`. A folder already there is first moved aside, to
     `.<name>.replaced` beside it, and deleted last; a process killed between the two renames leaves it under that
     name, whole, and the next call for the same `final` clears it away.
-
-    Args:
-        staging: the finished folder, on the same file system as `final`.
-        final: the name it takes; missing parent folders are made, a symbolic link is followed.
-
-    Returns:
-        The folder in its final place.
-
-    Raises:
-        OSError: a rename fails; the old folder is then back at `final`.
     """
     target = Path(os.path.realpath(final))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,15 +103,7 @@ LOG_FILE = "training_log.json"
 
 
 def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Record which settings a folder's content belongs to, or refuse the folder if they are others.
-
-    Args:
-        folder: made when missing.
-        settings: JSON-ready, all that the content depends on.
-
-    Raises:
-        ValueError: the folder holds the work of other settings; names the first that differs, and the fix.
-    """
+    """Record which settings a folder's content belongs to, or refuse the folder if they are others."""
     folder = Path(folder)
     wanted = json.loads(json.dumps(settings))
     file = folder / CLAIM_FILE
@@ -161,11 +120,7 @@ def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
 
 
 def is_claimed(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
-    """Whether a folder, which may be missing, holds a finished result of these settings.
-
-    Raises:
-        ValueError: it holds the work of other settings.
-    """
+    """Whether a folder, which may be missing, holds a finished result of these settings."""
     if not (Path(folder) / CLAIM_FILE).is_file():
         return False
     claim(folder, settings)

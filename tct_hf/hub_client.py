@@ -29,15 +29,7 @@ class HubError(OSError):
 
 @contextmanager
 def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one message with the fix.
-
-    Args:
-        repo_id: the repository that is asked.
-        doing: what is tried, for the message, such as "pushing a release".
-
-    Raises:
-        HubError: instead of every error of the client or the network.
-    """
+    """Turn what huggingface_hub raises into one message with the fix."""
     try:
         yield
     except HubError:
@@ -108,14 +100,7 @@ BUNDLED = {
 
 @contextmanager
 def told_when_missing(name_or_path: str) -> Iterator[None]:
-    """Say in one line which model a library could not find or read.
-
-    Args:
-        name_or_path: the folder or Hub id that is loaded.
-
-    Raises:
-        OSError: what the library raised, in its first line and with the name; a FileNotFoundError stays one.
-    """
+    """Say in one line which model a library could not find or read."""
     try:
         yield
     except OSError as error:
@@ -128,16 +113,6 @@ def resolve_model(name_or_path: str) -> str:
     """The folder of a bundled model; every other path or Hub id comes back as it is.
 
     The package is located, never imported: only its files are used.
-
-    Args:
-        name_or_path: a name of :data:`BUNDLED`, a folder or a Hub id.
-
-    Returns:
-        What to load the model from.
-
-    Raises:
-        FileNotFoundError: the package is not installed, or lacks the weights.
-        ValueError: the weights are other than the known ones.
     """
     model = BUNDLED.get(name_or_path)
     if model is None:
@@ -167,20 +142,7 @@ _OTHER_RUNTIMES = ["onnx/*", "openvino/*", "last-checkpoint/*", "checkpoint-*"]
 
 
 def fetch_model(name_or_path: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of a model: a local one as it is, a repository downloaded into the client's cache.
-
-    Args:
-        name_or_path: folder, Hub id or the name of a bundled model.
-        revision: branch, tag or commit of a repository.
-        token: the Hub token; None for the one logged in with.
-
-    Returns:
-        The folder. Of a repository, its name is the commit.
-
-    Raises:
-        FileNotFoundError: no folder, and no Hub id either.
-        HubError: the repository can't be had.
-    """
+    """The folder of a model: a local one as it is, a repository downloaded into the client's cache."""
     folder = Path(resolve_model(name_or_path)).expanduser()
     if folder.is_dir():
         return folder
@@ -211,23 +173,7 @@ def fetch_checkpoint(
     revision: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Download a training checkpoint that `hub_strategy` "checkpoint" or "all_checkpoints" pushed.
-
-    Args:
-        repo_id: the repository that the run was pushed to.
-        output_dir: where the run goes on; the checkpoint is put below it.
-        checkpoint: its folder in the repository.
-        revision: branch, tag or commit.
-        token: the Hub token; None for the one logged in with.
-
-    Returns:
-        The folder, for `trainer.train(resume_from_checkpoint=...)`. It holds pickles: take it only from somebody you
-        trust.
-
-    Raises:
-        HubError: the repository can't be had.
-        FileNotFoundError: it holds no such checkpoint.
-    """
+    """Download a training checkpoint that `hub_strategy` "checkpoint" or "all_checkpoints" pushed."""
     with hub_errors(repo_id, "downloading the checkpoint"):
         snapshot_download(
             repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*", local_dir=output_dir
@@ -252,26 +198,7 @@ def push_folder(
     message: str,
     replaced: Callable[[str], bool],
 ) -> tuple[list[str], str, str]:
-    """Push what has changed of a folder to a repository, in one commit, and tag it.
-
-    Args:
-        folder: the folder; all its files are pushed.
-        repo_id: owner/name; made when missing.
-        kind: "model" or "dataset".
-        private: whether a new repository is private; True is refused for one that is there and public.
-        revision: branch; made when missing.
-        tag: name for the commit; one that names another commit is refused before anything is sent.
-        token: the Hub token.
-        message: the commit message.
-        replaced: whether a file, by its name, goes when the folder has it no more.
-
-    Returns:
-        Names of the files that were new or changed, the commit, the repository's URL.
-
-    Raises:
-        ValueError: the tag is taken, or the repository is public where a private one is asked for.
-        HubError: the Hub refused or could not be reached.
-    """
+    """Push what has changed of a folder to a repository, in one commit, and tag it."""
     api = HfApi(token=token)
     doing = "pushing the release" if kind == "model" else "pushing the index"
     with hub_errors(repo_id, doing):
@@ -336,14 +263,7 @@ def active_token() -> str | None:
 
 
 def template(name: str) -> str:
-    """The text of a card template.
-
-    Args:
-        name: "student", "sparse_student" or "teacher".
-
-    Raises:
-        FileNotFoundError: the installation lacks it.
-    """
+    """The text of a card template."""
     here = Path(__file__).resolve()
     # In an installed package, and in a source tree.
     places = [here.parent / "hub" / "templates" / f"{name}.md", here.parents[1] / "model_cards" / f"{name}.md"]

@@ -39,25 +39,14 @@ class SettingsError(ValueError):
 
 
 def setting(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field of a schema: its default and its help.
-
-    Args:
-        default: value where nothing is given; lists and dicts are copied for each instance.
-        text: one line for --help.
-        **more: further metadata; `keys_of="module:Class"` for a dict whose keys are fields of that dataclass, imported
-            only when a key is given.
-    """
+    """A dataclass field of a schema: its default and its help."""
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": text, **more})
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 def refuse_secret(name: str, value: Any) -> None:
-    """Refuse a token: settings are written beside every result and released with it.
-
-    Raises:
-        SettingsError: the last part of the dotted name is that of a token, or the value is one of the Hub's.
-    """
+    """Refuse a token: settings are written beside every result and released with it."""
     key = name.rpartition(".")[2]
     if key == "hub_token" or (isinstance(value, str) and re.search(r"\bhf_[A-Za-z0-9]{20,}", value)):
         raise SettingsError(
@@ -162,18 +151,7 @@ def _fit(one: _Setting, value: Any, name: str = "") -> Any:
 
 
 def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read a settings file and those that it extends.
-
-    Args:
-        path: the file; `extends` in it is relative to its folder.
-        chain: the files that extend this one.
-
-    Returns:
-        The merged settings, without `extends`.
-
-    Raises:
-        SettingsError: a file cannot be read, or extends itself.
-    """
+    """Read a settings file and those that it extends."""
     path = Path(path).resolve()
     asked = f"{chain[-1].name}: extends: " if chain else ""
     if path in chain:
@@ -266,18 +244,7 @@ def _help(schema: type, prefix: str = "", defaults: Any = None) -> list[str]:
 
 
 def load_settings(schema: type[T], argv: Sequence[str] | None, *, description: str) -> T:
-    """Fill a settings dataclass from the command line and the YAML file it names.
-
-    Args:
-        schema: a dataclass. Fields may be str, int, float, bool, Any, Literal, lists, dicts with text keys, other
-            dataclasses (sections) and unions of these; see :func:`setting`.
-        argv: the arguments after the script's name; None takes those of the process.
-        description: what the script does, for --help.
-
-    Raises:
-        SettingsError: a setting is unknown, missing or of a wrong type, or a file cannot be read.
-        SystemExit: with status 0, after --help.
-    """
+    """Fill a settings dataclass from the command line and the YAML file it names."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         print(f"usage: {Path(sys.argv[0]).name} [settings.yaml] [--key value | --key=value | --section.key value ...]")
@@ -326,13 +293,7 @@ def environment() -> dict[str, Any]:
 
 
 def save_resolved(settings: Any, output_dir: str | os.PathLike[str], *, extra: dict[str, Any]) -> None:
-    """Write what a run was: `settings.yaml`, loadable again, and `environment.json`, what it ran on.
-
-    Args:
-        settings: the filled settings dataclass.
-        output_dir: the folder, made when missing.
-        extra: more to record in `environment.json`, such as the fingerprint of the corpus.
-    """
+    """Write what a run was: `settings.yaml`, loadable again, and `environment.json`, what it ran on."""
     write_text_atomic(Path(output_dir) / "settings.yaml", resolved_yaml(settings))
     write_json_atomic(Path(output_dir) / "environment.json", environment() | extra)
 
@@ -349,16 +310,6 @@ def run_recipe(
     """Load the settings, run a recipe with them, and end the process as a command-line program should.
 
     A recipe script ends with `if __name__ == "__main__": run_recipe(main, Settings, __doc__)`.
-
-    Args:
-        main: what to do with the settings.
-        schema: the settings dataclass, as for :func:`load_settings`.
-        description: what the script does, for --help; usually its docstring.
-        argv: the arguments after the script's name; None takes those of the process.
-
-    Raises:
-        SystemExit: status 2 after a wrong setting and 1 after an error this package raised on purpose, each shown as
-            one message; 130 after Ctrl-C. Every other error passes through with its traceback: it is a bug.
     """
     try:
         main(load_settings(schema, argv, description=description or ""))

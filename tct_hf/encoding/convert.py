@@ -38,14 +38,7 @@ _CONVERTER = 1  # raised when a conversion changes, so that no earlier cached on
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert_checkpoint` made.
-
-    Attributes:
-        path: the folder.
-        kind: "student" (the same vectors as the source's), "teacher", or "starting student" (to be trained: the
-            source was trained with another encoding).
-        why: what the source was recognised by.
-    """
+    """What :func:`convert_checkpoint` made."""
 
     path: Path
     kind: Literal["student", "teacher", "starting student"]

@@ -107,12 +107,7 @@ def check_length(config: Any, name: str, length: int, *, taken: int) -> None:
 
 
 def keep_layers(model: Any, layers: Sequence[int] | None) -> None:
-    """Leave an encoder, in place, with these layers, counted from 0; None: all.
-
-    Raises:
-        ValueError: layers that it doesn't have, an encoder whose layers are not one stack, or a layer whose weights
-            are not those of its new place, so that a saved checkpoint would not give it back.
-    """
+    """Leave an encoder, in place, with these layers, counted from 0; None: all."""
     if layers is None:
         return
     config = model.config

@@ -87,16 +87,7 @@ def published_name(name_or_path: str, folder: Path) -> str | None:
 
 
 def recognise(name_or_path: str, folder: Path) -> Recognised:
-    """What the checkpoint in a folder is.
-
-    Args:
-        name_or_path: its name as the user gave it: a bare TCT checkpoint is known by its name alone.
-        folder: the checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder holds no model.
-        ValueError: a file is damaged.
-    """
+    """What the checkpoint in a folder is."""
     config, modules = read_json(folder / "config.json"), read_json(folder / "modules.json")
     own = read_json(folder / "config_sentence_transformers.json") or {}
     if config is None and modules is None:
@@ -143,12 +134,7 @@ def kind_of(name_or_path: str) -> Kind | None:
 
 
 def is_tct(folder: Path) -> bool:
-    """Whether a saved model reads TCT input, also where files of it were altered by a stock save or by hand.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: it is no SentenceTransformer.
-    """
+    """Whether a saved model reads TCT input, also where files of it were altered by a stock save or by hand."""
     modules = read_json(folder / "modules.json", required=True)
     config = read_json(folder / "config_sentence_transformers.json", required=True)
     if config.get("model_type") not in (None, "SentenceTransformer"):

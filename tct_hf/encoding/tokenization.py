@@ -32,11 +32,6 @@ def tct_tokenizer(
 
     Its class is `TokenizersBackend`, because model-specific classes (`BertTokenizer`) put `[SEP]` back on load. It
     truncates at `document_length`; `markers` are added tokens to leave out, such as the `[unused0]` of a ColBERT.
-
-    Raises:
-        ValueError: the tokenizer has no start token, is not backed by the tokenizers library, joins a prompt with the
-            text after it, or ends a prompt with a special token, so that the prompt's tokens could not be left out of
-            the pooling.
     """
     tokenizer = _fast(tokenizer)
     start = tokenizer.cls_token or tokenizer.bos_token
@@ -61,12 +56,7 @@ def tct_tokenizer(
 def own_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, *, document_length: int, markers: Iterable[str] = ()
 ) -> Any:
-    """A tokenizer without a ColBERT's markers, with the encoder's own special tokens; unchanged without markers.
-
-    Raises:
-        ValueError: the tokenizer is not backed by the tokenizers library, or makes TCT input: the encoder's own
-            special tokens are no longer known.
-    """
+    """A tokenizer without a ColBERT's markers, with the encoder's own special tokens; unchanged without markers."""
     tokenizer = _fast(tokenizer)
     start = tokenizer.cls_token or tokenizer.bos_token
     if start and tokenizer("a")["input_ids"] == tokenizer(f"{start}a", add_special_tokens=False)["input_ids"]:

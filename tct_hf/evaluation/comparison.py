@@ -27,17 +27,7 @@ def run_systems(
     *,
     write: Callable[[str], None] = print,
 ) -> dict[tuple[str, str], Run]:
-    """Run every system on every set of queries, or read the run that an earlier call has left in the folder.
-
-    Args:
-        systems: systems to run, those in another's `of` before it.
-        queries: name of a set ("dev", "test") to its queries, id to text.
-        folder: folder of the runs, a TREC file each.
-        write: takes lines of progress.
-
-    Returns:
-        (key, set) to run.
-    """
+    """Run every system on every set of queries, or read the run that an earlier call has left in the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merged = {f"{name}\0{query}": text for name, part in queries.items() for query, text in part.items()}

@@ -11,12 +11,7 @@ from tct_hf.files import write_aside
 
 
 def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
-    """Plot the training loss of each stage over its steps, one panel a stage.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there is no loss in any log.
-    """
+    """Plot the training loss of each stage over its steps, one panel a stage."""
     curves = {title: [entry for entry in log if "loss" in entry] for title, log in logs.items()}
     curves = {title: log for title, log in curves.items() if log}
     if not curves:
@@ -39,16 +34,7 @@ def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
 def plot_dev_curves(
     panels: Mapping[str, Mapping[str, Sequence[Mapping[int, float]]]], path: str | Path, *, ylabel: str
 ) -> Path:
-    """Plot a measure on dev over the steps of training, one panel a kind of student, one line an arm.
-
-    Args:
-        panels: title to arm's name to one {step: value} a seed. The line is the mean over seeds, the band their range.
-        ylabel: what is measured.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there is nothing to plot.
-    """
+    """Plot a measure on dev over the steps of training, one panel a kind of student, one line an arm."""
     panels = {title: {arm: [c for c in curves if c] for arm, curves in arms.items()} for title, arms in panels.items()}
     panels = {title: kept for title, arms in panels.items() if (kept := {a: c for a, c in arms.items() if c})}
     if not panels:
@@ -80,16 +66,7 @@ def plot_sweep(
     title: str,
     doubling: bool = False,
 ) -> Path:
-    """Plot a measure against something that was varied, one line a series; a line of one point is drawn across.
-
-    Args:
-        lines: name to (what was varied, value, half the length of the error bar).
-        path: PNG file to write.
-        xlabel: what was varied.
-        ylabel: what is measured, and what the bars are.
-        title: title of the plot.
-        doubling: each point of the axis is about twice the one before it.
-    """
+    """Plot a measure against something that was varied, one line a series; a line of one point is drawn across."""
     if not any(len(points) > 1 for points in lines.values()):
         raise ValueError("There is nothing to plot: a sweep needs two points.")
     figure = _figure(5.6, 3.8)

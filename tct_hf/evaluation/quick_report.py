@@ -93,21 +93,7 @@ def quick_report(
     write: Callable[[str], None] = print,
     **more: Any,
 ) -> None:
-    """Search with every system, and write runs, metrics.json, report.md and losses.png.
-
-    Args:
-        collection: collection with its test split and, where there is one, dev.
-        output: folder of everything; runs of other `settings`, JSON-ready, are refused.
-        base_model, teacher, lengths, bf16, depth: as in `reference_systems`.
-        students: key, which STUDENT_TITLES may name, to folder or Hub id; the finds of the last one are shown.
-        measures: ir-measures names; the first one is tested and tuned for.
-        examples: number of questions to show.
-        judge: key of the system whose best passage counts as the answer where the test queries are not judged; the
-            ColBERT teacher, or own MaxSim without one, when None.
-        labels: whether the run uses labels; without them no weight is tuned on those of dev.
-        write: takes lines of progress.
-        **more: stock, vectors, prompts and dims, as in `training_systems`.
-    """
+    """Search with every system, and write runs, metrics.json, report.md and losses.png."""
     runs_folder = output / "runs"
     claim(runs_folder, settings)
     models: dict[str, Any] = {"base_model": base_model, "students": students, "teacher": teacher, **more}

@@ -49,11 +49,7 @@ def dense_runs(
     k: int = 100,
     bf16: bool = False,
 ) -> list[Run]:
-    """Search exactly, in memory, once with each number of first dimensions (None: all); texts are encoded once.
-
-    Raises:
-        ValueError: a model whose similarity is neither dot product nor cosine, or more dimensions than it has.
-    """
+    """Search exactly, in memory, once with each number of first dimensions (None: all); texts are encoded once."""
     if model.similarity_fn_name not in ("dot", "cosine"):
         raise ValueError(f"The model compares by {model.similarity_fn_name!r}: only dot and cosine can be searched.")
     check_dims(dims, model.get_embedding_dimension())
@@ -182,17 +178,7 @@ def reference_systems(
     lengths: Mapping[str, int] | None = None,
     vectors: str | None = None,
 ) -> list[System]:
-    """The systems that students are measured against, in the order of the table, the teacher last.
-
-    Args:
-        collection: collection to search.
-        base_model: encoder that the students come from: bundled, folder or Hub id; None where it is not known.
-        teacher: folder or Hub id of a ColBERT; None where the teacher is none.
-        depth, bf16: passages a query, and whether to encode in bfloat16.
-        stock: folder of a model that sentence-transformers trained by itself.
-        prompts, lengths: of the base, where its own files have none or its students read other lengths.
-        vectors: folder where a mixture has left the base's vectors of these texts; encoded again when None.
-    """
+    """The systems that students are measured against, in the order of the table, the teacher last."""
     systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
     dense = partial(dense_system, collection, depth=depth, bf16=bf16)
     if base_model is not None:

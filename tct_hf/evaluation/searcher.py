@@ -45,18 +45,6 @@ class Searcher:
     """BM25, one or two students, and two of these fused, over one collection.
 
     A student is fused with BM25; of a dense and a sparse student, the two are fused.
-
-    Args:
-        stores: indexes of BM25 and of the student, dense or sparse; made now where they are not there.
-        reranker: model of one vector a token that puts the best `depth` fused passages in order.
-        depth: passages that each system finds.
-        hybrid: weight of the first of the pair, or where to tune it; ranks are fused where there is no query for it.
-        sparse_stores: indexes of a sparse student beside a dense one.
-        expansion: generated queries of the passages in BM25.
-        dims: first dimensions that a dense student is searched with, exactly; all when None.
-
-    Attributes:
-        systems: keys of SYSTEMS that there are scores of.
     """
 
     def __init__(
@@ -100,9 +88,6 @@ class Searcher:
         """The best k passages of a question, in the order of a system ("maxsim" with a reranker, else "fused").
 
         There are fewer where BM25 orders and fewer passages have a word of the question.
-
-        Raises:
-            ValueError: the question is blank, k is below 1, or `rank_by` is no system of this searcher.
         """
         if not question.strip():
             raise ValueError("question: it is blank; write some words")

@@ -22,18 +22,7 @@ _SAME_SUM = 1e-12
 
 @dataclass(frozen=True)
 class SystemDifference:
-    """One system against the baseline.
-
-    Args:
-        mean: the system's mean over the judged queries.
-        difference: its mean minus the baseline's.
-        better: queries on which it is above the baseline.
-        worse: queries on which it is below.
-        p_randomisation: two-sided p value of the paired randomisation test.
-        p_t_test: two-sided p value of the paired t-test.
-        p_randomisation_holm: `p_randomisation`, Holm-corrected over the systems compared.
-        p_t_test_holm: `p_t_test`, Holm-corrected over the systems compared.
-    """
+    """One system against the baseline."""
 
     mean: float
     difference: float
@@ -47,15 +36,7 @@ class SystemDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Systems against one baseline on the same queries; `str()` of it is a Markdown table.
-
-    Args:
-        measure: ir-measures name.
-        queries: judged queries.
-        baseline: the baseline's name.
-        baseline_mean: its mean over the judged queries.
-        systems: name of each other system to its difference.
-    """
+    """Systems against one baseline on the same queries; `str()` of it is a Markdown table."""
 
     measure: str
     queries: int

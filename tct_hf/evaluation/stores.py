@@ -62,18 +62,7 @@ class Stored(Generic[Index]):
 
 
 class Stores:
-    """The encoded corpus and the indexes of a collection and a student, each made when it is first asked for.
-
-    Args:
-        student: model of one vector a text, compared by dot product or cosine; a sparse one by dot product only.
-        name: name of the student, as it was given.
-        folder: folder of `vectors` and `indexes`; None takes one of the cache, named by all that they depend on.
-        precision: "auto", "bf16" or "fp32", of encoding.
-        threads: CPU threads of building indexes; one makes the same index every time.
-
-    Raises:
-        ValueError: the student compares otherwise, or the folder holds the work of another corpus, student or setting.
-    """
+    """The encoded corpus and the indexes of a collection and a student, each made when it is first asked for."""
 
     def __init__(
         self,

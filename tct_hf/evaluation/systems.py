@@ -21,13 +21,7 @@ _ENCODING = "query encoding"
 
 @dataclass(frozen=True)
 class Batch:
-    """Queries on their way through the stages of a system.
-
-    Args:
-        queries: query id to text.
-        runs: lists that the stages so far have found.
-        vectors: the encoded queries, between an encoding stage and the one that uses them.
-    """
+    """Queries on their way through the stages of a system."""
 
     queries: Mapping[str, str]
     runs: tuple[Run, ...] = ()

@@ -21,15 +21,7 @@ _REFINEMENTS, _BETWEEN = 2, 3
 
 
 class TunedAlpha(float):
-    """The weight that did best, which is a float, with how it was found.
-
-    Attributes:
-        measure: ir-measures name of what was maximised.
-        value: its mean at this weight over the judged queries.
-        curve: (weight, mean) of every weight tried, weights ascending.
-        normalize: whether scores were normalised; fuse with the same.
-        queries: ids of the judged queries, none of which may be reported on.
-    """
+    """The weight that did best, which is a float, with how it was found."""
 
     measure: str
     value: float

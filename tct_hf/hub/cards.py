@@ -54,22 +54,7 @@ _HARD = "hard labels"  # the signal of a sweep arm without a teacher
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says that no measurement can.
-
-    Attributes:
-        license: identifier of the Hub's list, such as "apache-2.0" or "mit".
-        base_model: Hub id of the encoder that training began with.
-        training_data: what it was trained on, in words.
-        teacher: Hub id or name of the teacher.
-        datasets: Hub ids of the training data.
-        language: ISO codes.
-        limits: more limits, a sentence each.
-        license_note: what the reader must know about the licence of weights or data.
-        steps: settings of the training, as pairs of name and value.
-        distilled: whether tct_hf trained it with a teacher, as TCT-ColBERT does; None: what the training recorded.
-        converted_from: what tct_hf converted it from; None: what the conversion recorded.
-        dims: numbers of first dimensions that can be used alone; none: what the training recorded.
-    """
+    """What a card says that no measurement can."""
 
     license: str | None = None
     base_model: str | None = None
@@ -172,11 +157,7 @@ def write_card(
     report: Report | None = None,
     tag: str | None = None,
 ) -> str:
-    """The card of a checkpoint in Markdown with its metadata, by the template of its family.
-
-    Raises:
-        ValueError: the facts, already completed by the record, lack something (names what to give).
-    """
+    """The card of a checkpoint in Markdown with its metadata, by the template of its family."""
     if wrong := facts.missing():
         raise ValueError(f"the model card is not complete: give {'; '.join(wrong)}.")
     title = repo_id.split("/")[-1]

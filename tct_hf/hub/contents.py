@@ -53,12 +53,7 @@ def is_replaced(name: str) -> bool:
 
 
 def check_folder(folder: str | Path, source: Path) -> Path:
-    """The folder that a release of the checkpoint `source` is kept in, with the home directory in full.
-
-    Raises:
-        ValueError: it is, holds or lies in the checkpoint's folder.
-        FileExistsError: it holds something other than an earlier release.
-    """
+    """The folder that a release of the checkpoint `source` is kept in, with the home directory in full."""
     place = Path(folder).expanduser()
     kept, checkpoint = place.resolve(), source.resolve()
     if kept.is_relative_to(checkpoint) or checkpoint.is_relative_to(kept):
@@ -112,16 +107,7 @@ def cut_local_paths(staging: Path) -> None:
 
 
 def without_local_paths(text: str, suffix: str = ".yaml") -> str:
-    """A text with absolute paths and those that begin with ~ or .. cut to their last name: they tell who works where.
-
-    Args:
-        text: a recipe, a report or a record.
-        suffix: ".yaml" and ".json" are cut value by value, so that a path may hold spaces; others by what looks like a
-            path of two names or more. URLs and Hub ids stay. A YAML file in which a value is cut loses its comments.
-
-    Raises:
-        ValueError: it is not the format that its suffix says.
-    """
+    """A text with absolute paths and those that begin with ~ or .. cut to their last name: they tell who works where."""
     if suffix == ".json":
         content = json.loads(text)
         cut = _cut_values(content)
@@ -152,11 +138,7 @@ def _last_name(path: str) -> str:
 
 
 def refuse_tokens(staging: Path, token: str | None) -> None:
-    """Refuse a release that has a Hub token in a file, or `token`, whatever its form.
-
-    Raises:
-        ValueError: names the file and not the token.
-    """
+    """Refuse a release that has a Hub token in a file, or `token`, whatever its form."""
     for file in sorted(path for path in staging.rglob("*") if path.is_file()):
         with file.open("rb") as opened:  # of weights their header
             weights = file.suffix == ".safetensors"

@@ -36,19 +36,7 @@ _LOADERS = {"student": "SentenceTransformer", "sparse_student": "SparseEncoder",
 
 @dataclass(frozen=True)
 class Release:
-    """What :func:`release` did, or would do.
-
-    Attributes:
-        repo_id: the repository.
-        family: "student", "sparse_student" or "teacher".
-        sent: files that are new or changed.
-        unchanged: files that are there already.
-        left_out: files of the folder that are no part of a checkpoint.
-        url: URL of the repository; None after a dry run.
-        commit: the revision that holds it; None after a dry run.
-        tag: tag of the commit.
-        folder: where what was or would be pushed is kept.
-    """
+    """What :func:`release` did, or would do."""
 
     repo_id: str
     family: Family

@@ -63,21 +63,8 @@ def encode_texts(
     Texts are tokenised once, sorted by their number of tokens and encoded in passes of similar length, so that hardly
     any padding is computed. A text without words is encoded like any other.
 
-    Args:
-        model: of one vector a text, dense or sparse.
-        texts: queries or passages.
-        task: "query" or "document".
-        bf16: compute in bfloat16.
-        batch_size: at most so many texts a forward pass; no limit of its own when None.
-        tokens_per_pass: at most so many tokens a forward pass, padding included (a single text may be longer); by
-            the model's device when None.
-        done: told after every pass how many texts it held.
-
     Returns:
         `(texts, dim)` float32, in the order of `texts`: an array, or of a sparse encoder a scipy CSR matrix.
-
-    Raises:
-        ValueError: an unknown task, or a limit below 1.
     """
     if task not in ("query", "document"):
         raise ValueError(f'task={task!r} is not known: use "query" or "document".')
@@ -206,12 +193,7 @@ def _assemble(rows: Sequence[tuple[Mapping[str, Tensor], int, int]], filler: int
 def choose_precision(
     model: SentenceTransformer | SparseEncoder, texts: Sequence[str], *, task: str = "document"
 ) -> tuple[bool, dict[str, Any]]:
-    """Decide whether to encode in bfloat16: where the hardware has it and the vectors of some texts stay the same.
-
-    Returns:
-        Whether bfloat16 is chosen, and why, JSON-ready: "hardware" and, where it was probed, "texts" and the lowest
-        "cosine" between the two vectors of a text.
-    """
+    """Decide whether to encode in bfloat16: where the hardware has it and the vectors of some texts stay the same."""
     if not has_bfloat16(model.device):
         return False, {"hardware": False}
     step = max(1, len(texts) // PROBE_TEXTS)
@@ -364,12 +346,7 @@ def encoding_seconds(folder: str | Path) -> float | None:
 
 
 def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:
-    """What the vectors of a model depend on, JSON-ready; its id is by default what its encoder was loaded from.
-
-    Returns:
-        "model": "id", "weights_sha256" over names and values of all weights, and a digest of each part of "encoding";
-        "encoding": prompt, tokenizer, lengths and the configuration of each module.
-    """
+    """What the vectors of a model depend on, JSON-ready; its id is by default what its encoder was loaded from."""
     if model_id is None:
         model_id = getattr(getattr(getattr(model[0], "model", None), "config", None), "_name_or_path", None)
     sparse = is_sparse_encoder(model)

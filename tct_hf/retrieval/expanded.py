@@ -55,16 +55,7 @@ def expanded_bm25(
 def describe_expansion(
     expansions: str | Path, *, num_queries: int | None, drop_repeats: bool, drop_share: float
 ) -> dict[str, Any]:
-    """What an expanded index is built over, JSON-ready; the arguments are those of :func:`expanded_bm25`.
-
-    Returns:
-        The model that wrote the queries, where it is known, how many a passage has, and checksums of all of them, and
-        of their scores where these decide.
-
-    Raises:
-        FileNotFoundError: no finished folder of expansions, or none of scores where `drop_share` asks for them.
-        ValueError: its manifest is damaged.
-    """
+    """What an expanded index is built over, JSON-ready; the arguments are those of :func:`expanded_bm25`."""
     folder = Path(expansions)
     manifest = store.read_manifest(folder, "expansions")
     generated = manifest.get("num_queries")

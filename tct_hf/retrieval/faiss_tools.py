@@ -266,9 +266,6 @@ def tune(
 
     They are tuned on a slice of `queries`, or of stand-ins made of the held-out rows of `vectors`. The recall aimed at
     lies above the one wanted, by more with stand-ins. Where no setting reaches that, the best is set, with a warning.
-
-    Returns:
-        "parameters", "recall" wanted, "measured" on the slice, "aim", "k", "source" and "slice" (queries).
     """
     source = "passages" if queries is None else "queries"
     if queries is None:

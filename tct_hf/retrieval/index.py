@@ -100,25 +100,7 @@ class Index(ABC):
 
     @classmethod
     def load(cls, directory: str | Path, *, mmap: bool = False, verify: bool = True, **options: Any) -> Self:
-        """Open an index that `save` wrote.
-
-        Args:
-            directory: the folder.
-            mmap: leave files on disk and map them where that is possible.
-            verify: compare the files' checksums, which reads each once; sizes are always compared. Leave it on for an
-                index from elsewhere: search trusts its lists.
-            **options: `backend` of a BM25Index, "numba" or "numpy" instead of the saved one; `model` of the others:
-                the model that will encode queries, or its {"id", "weights_sha256", "encoding"}, refused where it is
-                not the one that built the index.
-
-        Returns:
-            The index.
-
-        Raises:
-            FileNotFoundError: there is no such index.
-            ValueError: it was written by another version or built by another model, or a file is missing, truncated or
-                altered.
-        """
+        """Open an index that `save` wrote."""
         folder = Path(directory)
         settings = cls._checked_settings(folder, verify)
         cls._accept(folder, settings, **options)
@@ -173,26 +155,7 @@ class Index(ABC):
         tag: str | None = None,
         token: str | None = None,
     ) -> PushedIndex:
-        """Push the index to a dataset repository: files, manifest and a card.
-
-        Args:
-            repo_id: owner/name; made when missing.
-            license: the passages' licence, an identifier of the Hub's list.
-            license_note: what a reader must know of it.
-            passages: where the texts are, for the card, such as the Hub id of a data set.
-            private: visibility of a repository that is made; None: the account's setting. True is refused for a
-                public repository.
-            revision: branch to push to; made when missing.
-            tag: name for the commit; a tag never moves.
-            token: Hub token; the one logged in with when None.
-
-        Returns:
-            Repository, URL, commit and what was sent.
-
-        Raises:
-            ValueError: no licence, a tag that is taken, or a public repository where a private one is asked for.
-            HubError: the Hub refused or could not be reached.
-        """
+        """Push the index to a dataset repository: files, manifest and a card."""
         _check_asked(repo_id, license)
         name = type(self).__name__
         pin = f', revision="{tag}"' if tag else ""
@@ -228,30 +191,14 @@ class Index(ABC):
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Self:
-        """Download and open an index that `push_to_hub` pushed.
-
-        Args:
-            repo_id: the dataset repository.
-            revision: branch, tag or commit.
-            token: Hub token; the one logged in with when None.
-            **options: the other arguments of `load`.
-
-        Raises:
-            HubError: the repository can't be downloaded.
-        """
+        """Download and open an index that `push_to_hub` pushed."""
         with hub_errors(repo_id, "downloading the index"):
             folder = snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token)
         return cls.load(folder, **options)
 
 
 class VectorIndex(Index):
-    """An index of vectors, with a record of the model that encoded the passages.
-
-    Attributes:
-        ids: passage ids, one a row, an Arrow array of strings.
-        built_by: {"id", "weights_sha256", "encoding"} of the model that encoded the passages, where it was given; from
-            the Hub also "revision".
-    """
+    """An index of vectors, with a record of the model that encoded the passages."""
 
     built_by: dict[str, Any] | None
     usage = (
@@ -269,20 +216,7 @@ class VectorIndex(Index):
         """Find the passages with the greatest inner product."""
 
     def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100, **options: Any) -> Run:
-        """Search and return a run.
-
-        Args:
-            query_ids: query ids, one a row of `query_vectors`, each once.
-            query_vectors: (queries, dimension).
-            k: passages a query, at most.
-            **options: the other arguments of `search`.
-
-        Returns:
-            Query id to passage id to score; every query has an entry.
-
-        Raises:
-            ValueError: ids that don't fit the vectors; see `search` for the rest.
-        """
+        """Search and return a run."""
         ids, scores = self.search(query_vectors, k, **options)
         names = list(query_ids)
         if len(names) != len(ids) or len(set(names)) != len(names):
@@ -310,15 +244,6 @@ class VectorIndex(Index):
 
         The model at that revision is loaded first and its weights are compared with those that built the index. Where
         the index does not record these, a revision must be named, and the card says that it was not checked.
-
-        Args:
-            repo_id: owner/name; made when missing.
-            model_id: Hub id of the model that built the index; by default as `built_by` names it.
-            model_revision: its branch, tag or commit; by default as `built_by` names it, or its main branch.
-            **options: the other arguments of `Index.push_to_hub`; license is needed.
-
-        Raises:
-            ValueError: no Hub id of the model, other weights, or no revision where the index records no weights.
         """
         _check_asked(repo_id, options.get("license"))
         before = self.built_by
@@ -366,19 +291,7 @@ class VectorIndex(Index):
         return commit
 
     def load_model(self, *, token: str | None = None, device: str | None = None) -> Any:
-        """Load the model that built the index, at the revision that built it, to encode queries with.
-
-        Args:
-            token: Hub token; the one logged in with when None.
-            device: device of the model; sentence-transformers' choice when None.
-
-        Returns:
-            A SentenceTransformer, cut to the index's dimension, or of a sparse index a SparseEncoder.
-
-        Raises:
-            ValueError: the index names no model, or the model has other weights now.
-            HubError: the model can't be downloaded.
-        """
+        """Load the model that built the index, at the revision that built it, to encode queries with."""
         built_by = self.built_by or {}
         if not built_by.get("id"):
             raise ValueError("load_model: the index does not say which model built it; build it again with built_by=.")

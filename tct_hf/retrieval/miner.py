@@ -340,11 +340,7 @@ def passage_ids(corpus: Dataset) -> list[str]:
 def positive_rows(
     queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]], row_of: Mapping[str, int]
 ) -> dict[str, list[int]]:
-    """The positives of each query that has any, as rows of the corpus, which `row_of` gives by id.
-
-    Raises:
-        ValueError: a query or passage that judgements name and the data lack, or no positive at all.
-    """
+    """The positives of each query that has any, as rows of the corpus, which `row_of` gives by id."""
     found: dict[str, list[int]] = {}
     for query_id, grades in qrels.items():
         wanted = [passage_id for passage_id, grade in grades.items() if grade >= 1]

@@ -174,14 +174,7 @@ def _passages_digest(passages: Sequence[tuple[str, str]]) -> str:
 def begin(
     folder: Path, settings: Mapping[str, Any], precision: str, choose: Callable[[], tuple[bool, dict[str, Any]]]
 ) -> None:
-    """Record what will be encoded into a folder, or refuse it when it holds something else.
-
-    Args:
-        folder: made when missing.
-        settings: JSON-ready, all that vectors depend on but the precision.
-        precision: "bf16", "fp32", or "auto": as the folder was begun, else as `choose` finds.
-        choose: whether bfloat16 is right, and why.
-    """
+    """Record what will be encoded into a folder, or refuse it when it holds something else."""
     plan = folder / PLAN_FILE
     # A folder that was begun without a whole shard has nothing to lose.
     if plan.is_file() and (finished_shards(folder) or (folder / MANIFEST_FILE).is_file()):

@@ -130,15 +130,7 @@ class NoTeacher(Teacher):
 
 
 class ModelTeacher(Teacher):
-    """A teacher that is a frozen model of sentence-transformers, given or loaded from a path or the Hub.
-
-    Args:
-        model: a model of the class's kind, or a path or Hub id of one.
-        dtype: see the subclasses.
-        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: most tokens that go through the model at once.
-        **sizes: other settings that must be at least 1.
-    """
+    """A teacher that is a frozen model of sentence-transformers, given or loaded from a path or the Hub."""
 
     model: Any
     model_class: ClassVar[Any]
@@ -210,11 +202,7 @@ def read_json(name_or_path: str, file: str) -> Any:
 
 
 def read_training_scale(name_or_path: str) -> float:
-    """The scale a teacher was trained at, as its folder or Hub repository records it; 1.0 where it records nothing.
-
-    Raises:
-        ValueError: the record is there but is not JSON, or says no finite number greater than 0.
-    """
+    """The scale a teacher was trained at, as its folder or Hub repository records it; 1.0 where it records nothing."""
     try:
         record = read_json(name_or_path, TRAINING_FILE)
         return 1.0 if record is None else check_scale(record["training_scale"] if isinstance(record, dict) else None)

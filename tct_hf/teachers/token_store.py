@@ -35,9 +35,6 @@ class TokenStore:
         settings: JSON-ready, all that the vectors depend on: a folder of others is refused.
         dim: numbers a token.
         max_bytes: most bytes of all files together.
-
-    Raises:
-        ValueError: a folder of other vectors, or no room at all.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dim: int, max_bytes: int) -> None:

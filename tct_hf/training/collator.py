@@ -99,13 +99,7 @@ def _flag(value: Any) -> bool:
 
 
 class SameDatasetBatchSampler(BatchSampler):
-    """Regroups batches so that every `world` in a row, which go to `world` devices, come from one data set.
-
-    Args:
-        sampler: sentence-transformers' sampler over several data sets: batches of row numbers, each of one data set.
-        ends: row number after the last of each data set.
-        world: number of devices. Batches of a data set that fill no group at the end are dropped.
-    """
+    """Regroups batches so that every `world` in a row, which go to `world` devices, come from one data set."""
 
     def __init__(self, sampler: Any, ends: Sequence[int], world: int) -> None:
         self.inner: Any = sampler

@@ -116,22 +116,6 @@ def train_expander(
 ) -> Path:
     """Train a model to write a passage's query, and save it with its tokenizer; see :func:`run_stage`.
 
-    Args:
-        make_model: makes the model and its tokenizer.
-        make_pairs: makes the data set, columns passage and query.
-        final: folder for the trained model.
-        work: folder for checkpoints.
-        arguments: arguments of Seq2SeqTrainingArguments, without output_dir.
-        settings: JSON-ready, all that the model depends on.
-        passage_length: tokens a passage keeps.
-        query_length: tokens a query keeps.
-        prompt: text before each passage; `expand_corpus` then needs the same.
-        make_dev_pairs: makes the pairs whose loss is measured where `eval_strategy` asks for it.
-        write: takes lines of progress.
-
-    Raises:
-        ValueError: a folder that belongs to other settings, or arguments that don't fit.
-
     Source: Nogueira and Lin, From doc2query to docTTTTTquery, 2019.
     """
     check_stage(arguments)

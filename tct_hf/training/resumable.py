@@ -175,9 +175,6 @@ class ResumableTrainer(Trainer):
         The pushed files are saved once more into a folder of their own: in `output_dir` there may be downloaded
         checkpoints, logs and other files.
         Arguments and result as of `transformers.Trainer.push_to_hub`.
-
-        Raises:
-            HubError: the Hub refused or could not be reached.
         """
         args: Any = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)

@@ -84,21 +84,7 @@ def dev_evaluator(
     kind: Literal["dense", "late interaction", "sparse"],
     **part: int | None,
 ) -> Any:
-    """An evaluator on the dev queries where the arguments ask for evaluation, None where they do not.
-
-    Args:
-        collection: collection with a dev split.
-        arguments: training arguments: eval_strategy, and bf16 for the encoding.
-        kind: kind of the model; the evaluator of a sparse one also tells the active dimensions.
-        **part: `queries` and `passages` of :meth:`Collection.part`: quick, and too easy to be compared with
-            anything but itself.
-
-    Returns:
-        Its measures are named eval_dev_dot_mrr@10 and so on (eval_dev_maxsim_mrr@10 for a multi-vector model).
-
-    Raises:
-        ValueError: evaluation is asked for and there is no dev split.
-    """
+    """An evaluator on the dev queries where the arguments ask for evaluation, None where they do not."""
     if not _evaluates(collection, arguments):
         return None
     make: Any = type(kind, (_HalfPrecisionEncoding, _EVALUATORS[kind]), {"bf16": bool(arguments.get("bf16"))})
@@ -165,24 +151,6 @@ def train_colbert(
     write: Callable[[str], None] = print,
 ) -> Path:
     """Train a ColBERT teacher by softmax over the in-batch candidates, and save it; see :func:`run_stage`.
-
-    Args:
-        make_model: makes the untrained model, on the device.
-        make_triples: makes the data set, columns query, positive, negative ...
-        final: folder for the trained model.
-        work: folder for checkpoints.
-        arguments: arguments of MultiVectorEncoderTrainingArguments, without output_dir.
-        settings: JSON-ready, all that the model depends on: a folder with others is refused.
-        scale: factor of the scores in the softmax, recorded with the teacher for the student's default temperature.
-            None: 1 of MaxSim, 20 of its mean over the query's tokens.
-        evaluator: evaluator on dev queries.
-        write: takes lines of progress.
-
-    Returns:
-        `final`.
-
-    Raises:
-        ValueError: a folder that belongs to other settings, or a data set without the columns.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
@@ -274,16 +242,6 @@ def train_student(
     """Distil a live teacher into a student, and save it; see :func:`run_stage`.
 
     Arguments that are not listed here, return value and errors as of :func:`train_colbert`.
-
-    Args:
-        make_student: makes the untrained student, dense or sparse.
-        make_teacher: makes the teacher.
-        make_triples: makes the data set, columns query, positive, negative ... and ids.
-        arguments: arguments of TCTTrainingArguments, or SparseTCTTrainingArguments for a sparse student.
-        schedules: schedules of the loss's settings over training, for :class:`LossSchedule`.
-
-    Raises:
-        CollapsedStudent: a sparse student is about to lose all active dimensions.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """

@@ -28,10 +28,6 @@ class FlopsOfAllDevices(FlopsLoss):
     sentence-transformers' own takes the mean over a device's rows: with several devices that is another regulariser,
     and in half precision it would be rounded to 3 digits.
 
-    Args:
-        model: the student.
-        threshold: only texts with more active dimensions than this count; the mean is over all.
-
     Source: Paria et al., arXiv 2004.05665, section 4; threshold: arXiv 2504.14839.
     """
 
@@ -51,11 +47,6 @@ class RegularizerWarmup(SpladeRegularizerWeightSchedulerCallback):
     """sentence-transformers' warm-up of the regularisers' weights, over a share of the steps or a number of them.
 
     The weights depend on the step alone, so that a run that resumes goes on where it was.
-
-    Args:
-        loss: the loss whose regularisers' weights grow from 0 to what they are now.
-        warmup: share of the steps (below 1), or steps; 0 for the whole weights from the first step on.
-        shape: "quadratic" or "linear".
     """
 
     def __init__(self, loss: SpladeLoss, *, warmup: float, shape: str) -> None:
@@ -78,11 +69,6 @@ class CollapseWatch:
     A vector of zeros has no gradient: once a student is empty it stays empty, and its loss is a constant. Sparse
     training that goes well also begins with a fall, to a level where the regulariser and the loss are even; so a fall
     counts only where it leads, at the pace of the last steps, below one dimension soon, several steps in a row.
-
-    Args:
-        window: steps that the pace is taken from.
-        horizon: how many steps ahead is soon.
-        patience: steps in a row.
     """
 
     def __init__(self, *, window: int = 5, horizon: int = 5, patience: int = 3) -> None:
@@ -91,15 +77,7 @@ class CollapseWatch:
         self._bad: dict[str, int] = {}
 
     def step(self, dims: Mapping[str, float], settings: Mapping[str, Any]) -> None:
-        """Take in one step.
-
-        Args:
-            dims: "queries" and "passages" to their mean active dimensions, of all devices.
-            settings: names and values of the settings that may be changed, for the message.
-
-        Raises:
-            CollapsedStudent: with the last figures and what to change.
-        """
+        """Take in one step."""
         for what, value in dims.items():
             seen = self._seen.setdefault(what, deque(maxlen=self.window))
             seen.append(value)

@@ -96,12 +96,7 @@ class Stopwatch(TrainerCallback):
 
 
 def process_state() -> PartialState:
-    """The processes of this run, as `accelerate launch` started them.
-
-    Returns:
-        accelerate's state, with every process counted. Its own default counts one where several are launched on a
-        machine without an accelerator, so that each would take itself for the main one.
-    """
+    """The processes of this run, as `accelerate launch` started them."""
     state = PartialState(timeout=_PATIENCE)
     if state.device.type == "cpu" and not state.use_distributed and "LOCAL_RANK" in os.environ:
         PartialState._reset_state()
@@ -137,20 +132,6 @@ def run_stage(
     """Train to the end from the last checkpoint in `work`, and publish the model as `final`.
 
     Stopped and called again, it goes on from the last checkpoint; finished, it returns at once.
-
-    Args:
-        make: makes the trainer, whose checkpoints go to `work`, and what saves its model into a folder; called when
-            there is something to train.
-        final: folder for the trained model.
-        work: folder for checkpoints.
-        settings: JSON-ready, all that the model depends on.
-        write: takes lines of progress.
-
-    Returns:
-        `final`.
-
-    Raises:
-        ValueError: a folder that belongs to other settings.
     """
     final, work = Path(final), Path(work)
     if is_claimed(final, settings):

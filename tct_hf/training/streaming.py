@@ -30,18 +30,6 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
     parses and looks up only its own rows of `load_triples`: files need neither be many nor equally long.
 
     A batch that a pass ends in is filled up from the next pass: no row is left out, whatever the batch size.
-
-    Args:
-        rows: in an order that is the same in every process and after a restart: shuffled with a seed, or not at all.
-        batch_size: rows of a batch of one process.
-        process: number of this process, from 0.
-        processes: how many there are.
-        passes: passes over the rows; None for no end. After the last one, the processes share what is left over as a
-            last, shorter batch; rows that do not make one for each of them are left out.
-
-    Raises:
-        ValueError: a batch size below 1; while it is read: there are fewer rows than all processes need for one batch
-            each, or, where passes have an end, for one row each.
     """
 
     def __init__(
@@ -66,11 +54,7 @@ class StreamedBatches(data.IterableDataset[list[Row] | None]):
         self.first_pass = epoch
 
     def __iter__(self) -> Iterator[list[Row] | None]:
-        """Read from the start of the first pass.
-
-        Yields:
-            Batches; None for each of the first `trained` ones of this process, which a resumed run has trained on.
-        """
+        """Read from the start of the first pass."""
         info = data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         for number, batch in enumerate(self._filled(self.batch_size * self.processes)):
