@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tct_hf.pipeline import one_row
 from tct_hf.settings import SettingsError, run_recipe, setting
 
 
@@ -90,7 +91,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> str:
         "bytes a passage": f"{size / manifest['count']:,.0f}",
         "folder": str(folder),
     }
-    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+    return one_row(cells)
 
 
 if __name__ == "__main__":

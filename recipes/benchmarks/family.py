@@ -81,8 +81,8 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import set_seed
 
+    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.precision import has_bfloat16
-    from tct_hf.hub_client import resolve_model
 
     columns = [name for name in triples.column_names if name == "positive" or name.startswith("negative")]
     columns = [name for name in columns if not name.endswith(("_id", "_score"))]
@@ -145,9 +145,9 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="dev: while developing")
     args = parser.parse_args()
 
-    from tct_hf.pipeline import steps as pipeline
-    from tct_hf.pipeline.steps import DataSettings
-    from tct_hf.progress import quieten
+    from tct_hf.pipeline.data import read_collection
+    from tct_hf.pipeline.settings import DataSettings
+    from tct_hf.quiet import quieten
 
     quieten()
     output: Path = args.output_dir
@@ -159,7 +159,7 @@ def main() -> None:
         "data.num_negatives": NEGATIVES,
     }
     common = {**data, "encoder.document_length": args.document_length}
-    collection = pipeline.read_collection(DataSettings(**{key.removeprefix("data."): v for key, v in data.items()}))
+    collection = read_collection(DataSettings(**{key.removeprefix("data."): v for key, v in data.items()}))
     colbert, cross, triples = output / "colbert" / "teacher", output / "cross-encoder", output / "triples.parquet"
     recipe(
         "train.py",

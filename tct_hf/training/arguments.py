@@ -52,7 +52,7 @@ class CoupledArguments:
 
     softening: ClassVar[float] = 1.0
 
-    temperature: float | None = field(default=None, metadata={"help": "Divides the teacher's scores."})
+    temperature: float | str | None = field(default=None, metadata={"help": "Divides the teacher's scores."})
     student_temperature: float | None = field(
         default=None, metadata={"help": "Divides the student's scores in the distillation part."}
     )
@@ -90,7 +90,7 @@ class CoupledArguments:
                 setattr(self, name, value)
         check_scale(self.student_scale)
         check_settings(
-            temperature=self.temperature,
+            temperature=args.temperature,
             student_temperature=args.student_temperature,
             hard_label_weight=args.hard_label_weight,
             margin_mse_weight=self.margin_mse_weight,

@@ -14,7 +14,7 @@ import pytest
 from tct_hf import build_student, load_student, release, save_student
 from tct_hf.hub.cards import CardFacts
 from tct_hf.hub_client import HubError
-from tct_hf.pipeline.steps import TeacherSettings
+from tct_hf.pipeline.settings import TeacherSettings
 from tct_hf.settings import SettingsError, load_settings
 from tests.loopback_hub import READER, STRANGER, WRITER, LoopbackHub
 from tests.models import tiny_bert
