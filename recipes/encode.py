@@ -24,10 +24,10 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "to compute in; auto: bf16 where the hardware has it and the vectors stay the same"
     )
-    truncate_dim: int | None = setting(None, "keep so many first dimensions, of a Matryoshka student; all when none")
+    truncate_dim: int | None = setting(None, "keep so many first dimensions, of a Matryoshka student; all when null")
     dtype: Literal["float32", "float16"] = setting("float32", "to store vectors in")
     shard_size: int = setting(4096, "passages a shard, which is what a kill loses at most")
-    tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when none")
+    tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when null")
     allow_empty: bool = setting(False, "encode passages without words instead of refusing them")
     progress_every: float = setting(10.0, "seconds between lines of progress")
 

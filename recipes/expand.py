@@ -34,7 +34,7 @@ class Settings:
     seed: int = setting(13, "of what is drawn; with it a passage's queries are the same in any split of the work")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "to compute in; auto: bfloat16 where there is")
     shard_size: int = setting(1024, "passages a shard, which is what a kill loses at most")
-    tokens_per_pass: int | None = setting(None, "passage tokens times queries a pass; by the device when none")
+    tokens_per_pass: int | None = setting(None, "passage tokens times queries a pass; by the device when null")
     teacher: str | None = setting(None, "folder or Hub id of a model that scores the queries; none: no scores")
     kind: Literal["colbert", "cross-encoder"] = setting("colbert", "what the teacher is")
     batch_size: int = setting(256, "pairs that the teacher scores together")

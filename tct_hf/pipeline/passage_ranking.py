@@ -32,7 +32,7 @@ class SplitFiles:
         None, "judgements: a file (TREC's four fields, BEIR's three) or owner/name:config:split"
     )
     expected_queries: int | None = setting(None, "judged queries there must be; unchecked when none")
-    expected_qrels: int | None = setting(None, "judgements there must be, repeated lines counted; likewise")
+    expected_qrels: int | None = setting(None, "judgements there must be, repeated lines counted; any number when null")
     without: str | None = setting(None, "another split, whose queries are left out of this one")
     most: int | None = setting(None, "keep so many of its queries, drawn by a hash of the id; all when none")
 

@@ -344,7 +344,7 @@ def test_two_steps_of_every_system_and_each_of_its_numbers_arrives(system: str, 
 def test_every_recipe_of_the_folders_is_a_system_with_a_line_in_the_readme() -> None:
     found = {f"{name}/{file.stem}" for name in FOLDERS for file in (ROOT / "recipes" / name).glob("*.yaml")}
     assert found == {*SYSTEMS, *ABSTRACT}
-    readme = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     outputs = set()
     for system in SYSTEMS:
         assert f"{system}.yaml" in readme
