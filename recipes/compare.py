@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation, reference_systems
     from tct_hf.files import claim, file_digest
     from tct_hf.pipeline.compare import Comparison, arms_of
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
     seeds = [settings.seed] if settings.seeds is None else settings.seeds

@@ -41,7 +41,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report, check_student
     from tct_hf.evaluation.stores import BASE_FOLDER, SPARSE_FOLDER, Stores, open_beside, open_student
     from tct_hf.pipeline.data import read_collection
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
     if settings.student is None:

@@ -44,7 +44,7 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf import expand_corpus
     from tct_hf.data.collection import read_corpus
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
     if settings.teacher is not None:

@@ -36,7 +36,7 @@ class Settings(MiningSettings):
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_collection
     from tct_hf.pipeline.mine import check_judged, check_mining, mine
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import precision, process_state
 
     if settings.model is not None and settings.run is not None:

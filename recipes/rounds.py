@@ -35,7 +35,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.quick_report import check_evaluation
     from tct_hf.evaluation.round_report import report_rounds
     from tct_hf.pipeline.rounds import Rounds
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
     quieten()

@@ -35,7 +35,7 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_triples
     from tct_hf.pipeline.teacher import make_part
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.teachers.colbert import describe_teacher
     from tct_hf.teachers.scoring import score_triples
     from tct_hf.training.stages import process_state

@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.searcher import Searcher
     from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_reranker, open_student
     from tct_hf.pipeline.data import read_collection
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to search with, --student PATH")

@@ -19,7 +19,7 @@ WEIGHTS = {"data": 0.5, "teacher": 6.0, "unlabelled": 6.0, "stock": 6.0, "studen
 
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.train import Training
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
     quieten()

@@ -81,8 +81,8 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import set_seed
 
-    from tct_hf.bundled import resolve_model
     from tct_hf.encoding.precision import has_bfloat16
+    from tct_hf.hub_client import resolve_model
 
     columns = [name for name in triples.column_names if name == "positive" or name.startswith("negative")]
     columns = [name for name in columns if not name.endswith(("_id", "_score"))]
@@ -147,7 +147,7 @@ def main() -> None:
 
     from tct_hf.pipeline.data import read_collection
     from tct_hf.pipeline.settings import DataSettings
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     output: Path = args.output_dir

@@ -58,7 +58,7 @@ def main() -> None:
     from tct_hf.evaluation.significance import holm, paired_randomisation_test
     from tct_hf.pipeline.data import read_collection
     from tct_hf.pipeline.settings import DataSettings
-    from tct_hf.quiet import quieten
+    from tct_hf.progress import quieten
 
     quieten()
     extra: dict[str, Any] = dict(one.split("=", 1) for one in args.set)

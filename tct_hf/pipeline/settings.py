@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from tct_hf.bundled import resolve_model
 from tct_hf.data.hub_tables import is_hub_table
 from tct_hf.data.score_table import is_score_file
 from tct_hf.files import file_digest
+from tct_hf.hub_client import resolve_model
 from tct_hf.settings import SettingsError, load_settings, save_resolved, setting
 
 # Training arguments where nothing else is said. Checkpoints are small and frequent: a run is made to be interrupted.

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from tct_hf.bundled import resolve_model
 from tct_hf.encoding.build import build_colbert, build_student
+from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import OneTeacher, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.teachers.base import Teacher

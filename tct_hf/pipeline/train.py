@@ -14,12 +14,12 @@ from datasets import Dataset, IterableDataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from transformers import set_seed
 
-from tct_hf.bundled import resolve_model
 from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert, build_student, student_from_teacher
 from tct_hf.encoding.splade import build_splade
 from tct_hf.evaluation.quick_report import check_evaluation, quick_report
 from tct_hf.files import CLAIM_FILE, file_digest, is_claimed, replace_dir, staging_beside, write_json_atomic
+from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.data import read_collection, read_triples, refuse_reported_queries
 from tct_hf.pipeline.settings import (
     TRAINING,
