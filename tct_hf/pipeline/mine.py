@@ -14,8 +14,7 @@ from tct_hf.data.collection import Collection
 from tct_hf.evaluation.reranking import rerank_run
 from tct_hf.evaluation.stores import Stores, open_teacher
 from tct_hf.pipeline.settings import MiningSettings, named
-from tct_hf.retrieval.mining import MiningCounts, mine_triples
-from tct_hf.retrieval.mining_rules import PairScorer, Rules, Scores
+from tct_hf.retrieval.mining import MiningCounts, PairScorer, Rules, Scores, mine_triples
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import read_run, read_tag
 from tct_hf.settings import SettingsError
