@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tct_hf.pipeline import one_row
 from tct_hf.settings import SettingsError, run_recipe, setting
 
 
@@ -23,10 +24,10 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "to compute in; auto: bf16 where the hardware has it and the vectors stay the same"
     )
-    truncate_dim: int | None = setting(None, "keep so many first dimensions, of a Matryoshka student; all when none")
+    truncate_dim: int | None = setting(None, "keep so many first dimensions, of a Matryoshka student; all when null")
     dtype: Literal["float32", "float16"] = setting("float32", "to store vectors in")
     shard_size: int = setting(4096, "passages a shard, which is what a kill loses at most")
-    tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when none")
+    tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when null")
     allow_empty: bool = setting(False, "encode passages without words instead of refusing them")
     progress_every: float = setting(10.0, "seconds between lines of progress")
 
@@ -90,7 +91,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> str:
         "bytes a passage": f"{size / manifest['count']:,.0f}",
         "folder": str(folder),
     }
-    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+    return one_row(cells)
 
 
 if __name__ == "__main__":

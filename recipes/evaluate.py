@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from tct_hf.evaluation.settings import ReportSettings
-from tct_hf.pipeline import steps as pipeline
-from tct_hf.pipeline.steps import DataSettings
+from tct_hf.pipeline.settings import DataSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -40,6 +39,7 @@ class Settings(ReportSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report, encode_corpora
+    from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
@@ -52,7 +52,7 @@ def main(settings: Settings) -> None:
     weights = {"data": 0.5, "encode": 5.0, "report": 5.0} if state.num_processes > 1 else {"data": 0.5, "report": 5.0}
     stages = Stages(weights, enabled=state.is_main_process)
     with stages.stage("data"), state.main_process_first():
-        collection = pipeline.read_collection(settings.data, train=False, also=list(settings.also_report))
+        collection = read_collection(settings.data, train=False, also=list(settings.also_report))
         if state.is_main_process:
             print(f"  {collection.summary()}", flush=True)
         check_report(collection, settings, settings.runs)

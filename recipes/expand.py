@@ -9,12 +9,13 @@ processes share the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tct_hf.pipeline import one_row
+from tct_hf.pipeline.settings import OneTeacher, check_part
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -33,7 +34,7 @@ class Settings:
     seed: int = setting(13, "of what is drawn; with it a passage's queries are the same in any split of the work")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "to compute in; auto: bfloat16 where there is")
     shard_size: int = setting(1024, "passages a shard, which is what a kill loses at most")
-    tokens_per_pass: int | None = setting(None, "passage tokens times queries a pass; by the device when none")
+    tokens_per_pass: int | None = setting(None, "passage tokens times queries a pass; by the device when null")
     teacher: str | None = setting(None, "folder or Hub id of a model that scores the queries; none: no scores")
     kind: Literal["colbert", "cross-encoder"] = setting("colbert", "what the teacher is")
     batch_size: int = setting(256, "pairs that the teacher scores together")
@@ -43,7 +44,6 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf import expand_corpus
     from tct_hf.data.collection import read_corpus
-    from tct_hf.pipeline.teacher import OneTeacher, check_part
     from tct_hf.progress import quieten
     from tct_hf.training.stages import process_state
 
@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
             raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
     quieten()
     state = process_state()
-    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+    write = partial(print, flush=True) if state.is_main_process else lambda line: None
     weights = {"data": 0.5, "expand": 20.0, **({} if settings.teacher is None else {"score": 5.0})}
     stages = Stages(weights, enabled=state.is_main_process)
     with stages.stage("data"), state.main_process_first():
@@ -89,7 +89,7 @@ def main(settings: Settings) -> None:
 
 def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
     from tct_hf import score_expansions
-    from tct_hf.pipeline.teacher import OneTeacher, make_part
+    from tct_hf.pipeline.teacher import make_part
     from tct_hf.teachers.colbert import describe_teacher
 
     teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), name, dtype=settings.dtype)
@@ -124,7 +124,7 @@ def table(manifest: dict[str, Any], settings: Settings) -> str:
         "bytes a passage": f"{sum(f.stat().st_size for f in folder.glob('*.parquet')) / manifest['count']:,.0f}",
         "folder": str(folder),
     }
-    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+    return one_row(cells)
 
 
 if __name__ == "__main__":

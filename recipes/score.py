@@ -10,14 +10,13 @@ last whole shard. Several processes share the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tct_hf.pipeline import steps as pipeline
-from tct_hf.pipeline.steps import TriplesSettings
+from tct_hf.pipeline import one_row
+from tct_hf.pipeline.settings import OneTeacher, TriplesSettings, check_part
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -34,7 +33,8 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.pipeline.teacher import OneTeacher, check_part, make_part
+    from tct_hf.pipeline.data import read_triples
+    from tct_hf.pipeline.teacher import make_part
     from tct_hf.progress import quieten
     from tct_hf.teachers.colbert import describe_teacher
     from tct_hf.teachers.scoring import score_triples
@@ -50,10 +50,10 @@ def main(settings: Settings) -> None:
     check_part(part, "", model="teacher")
     quieten()
     state = process_state()
-    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+    write = partial(print, flush=True) if state.is_main_process else lambda line: None
     stages = Stages({"data": 0.5, "score": 5.0}, enabled=state.is_main_process)
     with stages.stage("data"), state.main_process_first():
-        rows = pipeline.read_triples(settings.triples, seed=0, write=write)
+        rows = read_triples(settings.triples, seed=0, write=write)
     with stages.stage("score"):
         teacher: Any = make_part(part, settings.teacher, dtype=settings.dtype)
         summary = score_triples(
@@ -86,7 +86,7 @@ def table(summary: dict[str, Any], teacher: str) -> str:
         f"{scores['kind']}, least to most (mean)": f"{least} to {most} ({mean})",
         "shards": f"{summary['shards']:,}",
     }
-    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+    return one_row(cells)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
-from tct_hf.pipeline import steps as pipeline
-from tct_hf.pipeline.steps import DataSettings
+from tct_hf.pipeline.settings import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.searcher import Searcher
     from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_reranker, open_student
+    from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
 
     if settings.student is None:
@@ -65,7 +65,7 @@ def main(settings: Settings) -> None:
     # Progress goes where it can't be taken for an answer.
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     # Searching needs no judgements.
-    collection = pipeline.read_collection(replace(settings.data, labels=0.0), train=False)
+    collection = read_collection(replace(settings.data, labels=0.0), train=False)
     folder = Path(settings.index_dir) if settings.index_dir is not None else None
     student = open_student(settings.student)
     stores = Stores(collection, student, settings.student, folder, precision=settings.precision, write=tell)

@@ -10,25 +10,26 @@ where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tct_hf.pipeline import steps as pipeline
-from tct_hf.pipeline.steps import DataSettings
+from tct_hf.pipeline import one_row
+from tct_hf.pipeline.settings import TRAINING as SHARED
+from tct_hf.pipeline.settings import DataSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
-from tct_hf.training.expander import ExpanderSizes
 
 
 @dataclass
 class Settings:
     output_dir: str = setting("outputs/train_expander", "where everything is written")
     model: str = setting("google-t5/t5-base", "folder or Hub id of the seq2seq model to begin with")
-    from_scratch: bool = setting(False, "begin with a small T5 of random weights in place of model")
-    sizes: ExpanderSizes = field(default_factory=ExpanderSizes)
+    from_scratch: bool = setting(False, "begin with a small T5 of random weights instead of model")
+    sizes: dict[str, Any] = setting(
+        {}, "shape of that T5, about 11 million weights by default", keys_of="tct_hf.training.expander:ExpanderSizes"
+    )
     passage_length: int = setting(512, "tokens a passage keeps")
     query_length: int = setting(64, "tokens a query keeps")
     prompt: str = setting("", "before each passage; recipes/expand.py then needs the same")
@@ -40,10 +41,10 @@ class Settings:
     )
 
 
-# docTTTTTquery's: a constant learning rate of 1e-4 and batches of 256 (here 32, eight times over), AdamW in place of
+# docTTTTTquery's: a constant learning rate of 1e-4 and batches of 256 (here 32, eight times over), AdamW instead of
 # Adafactor. Its 4,000 steps are 2 epochs of MS MARCO; a collection decides by its own size.
 TRAINING: dict[str, Any] = {
-    **pipeline.TRAINING,
+    **SHARED,
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 8,
     "learning_rate": 1e-4,
@@ -54,6 +55,7 @@ TRAINING: dict[str, Any] = {
 
 def main(settings: Settings) -> None:
     from tct_hf.data.expansion_corpus import load_expander
+    from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
     from tct_hf.training import expander as training
     from tct_hf.training.stages import precision, process_state
@@ -64,10 +66,10 @@ def main(settings: Settings) -> None:
     quieten()
     state = process_state()
     output = Path(settings.output_dir)
-    write: Callable[[str], None] = partial(print, flush=True) if state.is_main_process else lambda line: None
+    write = partial(print, flush=True) if state.is_main_process else lambda line: None
     stages = Stages({"data": 0.5, "train": 20.0}, enabled=state.is_main_process)
     with stages.stage("data"), state.main_process_first():
-        collection = pipeline.read_collection(settings.data, test=False)
+        collection = read_collection(settings.data, test=False)
         write(f"  {collection.summary()}")
         pairs = training.expander_pairs(collection)
         write(f"  {len(pairs):,} pairs of a passage and its query")
@@ -75,7 +77,8 @@ def main(settings: Settings) -> None:
 
     def make_model() -> tuple[Any, Any]:
         if settings.from_scratch:
-            return training.new_expander(training.expander_texts(collection), settings.sizes, seed=settings.seed)
+            sizes = training.ExpanderSizes(**settings.sizes)
+            return training.new_expander(training.expander_texts(collection), sizes, seed=settings.seed)
         return load_expander(settings.model, dtype="float32")
 
     dev = partial(training.expander_pairs, collection, "dev") if "dev" in collection.splits else None
@@ -101,7 +104,7 @@ def main(settings: Settings) -> None:
 
 
 def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    begun = {"sizes": asdict(settings.sizes)} if settings.from_scratch else {"model": settings.model}
+    begun = {"sizes": settings.sizes} if settings.from_scratch else {"model": settings.model}
     lengths = {"passage_length": settings.passage_length, "query_length": settings.query_length}
     return {
         **begun,
@@ -129,7 +132,7 @@ def table(final: Path, pairs: int, settings: Settings) -> str:
         "trained for": human_duration(log[-1]["seconds"]),
         "folder": str(final),
     }
-    return f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}\n| {' | '.join(cells.values())} |"
+    return one_row(cells)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="dev: while developing")
     args = parser.parse_args()
 
-    from tct_hf.pipeline import steps as pipeline
-    from tct_hf.pipeline.steps import DataSettings
+    from tct_hf.pipeline.data import read_collection
+    from tct_hf.pipeline.settings import DataSettings
     from tct_hf.progress import quieten
 
     quieten()
@@ -159,7 +159,7 @@ def main() -> None:
         "data.num_negatives": NEGATIVES,
     }
     common = {**data, "encoder.document_length": args.document_length}
-    collection = pipeline.read_collection(DataSettings(**{key.removeprefix("data."): v for key, v in data.items()}))
+    collection = read_collection(DataSettings(**{key.removeprefix("data."): v for key, v in data.items()}))
     colbert, cross, triples = output / "colbert" / "teacher", output / "cross-encoder", output / "triples.parquet"
     recipe(
         "train.py",

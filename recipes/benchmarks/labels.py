@@ -55,16 +55,16 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="further settings, such as data.dev_share=0.15")
     args = parser.parse_args()
 
-    from tct_hf import pipeline
     from tct_hf.evaluation.significance import holm, paired_randomisation_test
-    from tct_hf.pipeline import DataSettings
+    from tct_hf.pipeline.data import read_collection
+    from tct_hf.pipeline.settings import DataSettings
     from tct_hf.progress import quieten
 
     quieten()
     extra: dict[str, Any] = dict(one.split("=", 1) for one in args.set)
     data = {name.removeprefix("data."): float(value) for name, value in extra.items() if name.startswith("data.")}
     counts = {name: int(value) if name.startswith("max_") else value for name, value in data.items()}
-    collection = pipeline.read_collection(DataSettings(source=args.source, **counts), train=False)
+    collection = read_collection(DataSettings(source=args.source, **counts), train=False)
     extra |= {"data.source": args.source, "student.teacher_cache": args.output_dir / "vectors"}
 
     def student(name: str, stage: str, seed: int, settings: dict[str, Any]) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -65,7 +66,7 @@ def write_files(source: Path, folder: Path) -> dict[str, int]:
 
 
 def write_settings(folder: Path, counts: dict[str, int]) -> None:
-    """A data.yaml with the counts of these files in place of MS MARCO's."""
+    """A data.yaml with the counts of these files instead of MS MARCO's."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {"train": "train", "tune": "dev", "dev": "dev.small", "dl19": "dl19", "dl20": "dl20"}
     lines = [
@@ -84,40 +85,23 @@ def run(work: Path, name: str, sample: int, kill: dict[str, str]) -> float:
     """The experiment in a folder of its own; seconds. Each step of `kill` is killed once at its line."""
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    sys.path.insert(0, str(RECIPE))
-    import run as recipe  # type: ignore[import-not-found]
-
-    from tct_hf.pipeline.commands import run_steps
-
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TCT_HF_CACHE": str(work / f"cache-{name}"), "HF_HUB_OFFLINE": "1"}
-    settings = recipe.Settings(files=str(work / "msmarco"), sample=sample, settings=str(work / "settings"))
-    steps = recipe.steps_of(settings)
-    left = dict(kill)
-    told: list[str] = []
-
-    def start(words: list[str]) -> int:
-        step = told[-1].split()[1].rstrip(":")
-        line = left.pop(step, None)
-        if line is not None:
-            words = [words[0], "-m", "tests.recipe_worker", line, *words[1:]]
-        return subprocess.run(words, env=env, check=False).returncode
-
-    def write(line: str) -> None:
-        told.append(line)
-        print(line, flush=True)
-
+    options = ["--files", str(work / "msmarco"), "--sample", str(sample), "--settings", str(work / "settings")]
+    told = subprocess.run(
+        ["sh", str(RECIPE / "run.sh"), *options],
+        env={**env, "LAUNCH": "echo", "PYTHON": "echo"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     begun = time.monotonic()
-    while True:
-        try:
-            run_steps(steps, "outputs", launcher="python", start=start, write=write)
-            break
-        except ChildProcessError as error:
-            if "ended by signal 9" not in str(error):
-                raise
-            print(f"  killed: {error}", flush=True)
-    if left:
-        raise SystemExit(f"{', '.join(left)}: not killed, the line did not come; choose another in KILLED")
+    for step, line in zip(KILLED, told.stdout.splitlines(), strict=True):
+        print(f"{step}: {line}", flush=True)
+        if step in kill:
+            words = [sys.executable, "-m", "tests.recipe_worker", kill[step], *shlex.split(line)]
+            if subprocess.run(words, env=env, cwd=folder, check=False).returncode != -9:
+                raise SystemExit(f"{step}: not killed, the line did not come; choose another in KILLED")
+        subprocess.run([sys.executable, *shlex.split(line)], env=env, cwd=folder, check=True)
     return time.monotonic() - begun
 
 

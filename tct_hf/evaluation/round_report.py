@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tct_hf.data.collection import Collection
 from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, standard_error, table, write_metrics
 from tct_hf.evaluation.measures import Evaluation
-from tct_hf.evaluation.quick_report import (
-    BM25,
-    STUDENT,
-    TEACHER,
-    placed,
-    reference_systems,
-    teacher_system,
-)
+from tct_hf.evaluation.plots import plot_sweep
+from tct_hf.evaluation.quick_report import BM25, STUDENT, TEACHER, placed, reference_systems, teacher_system
+from tct_hf.evaluation.stores import Stores, open_student
 from tct_hf.files import claim, file_digest, write_text_atomic
-
-if TYPE_CHECKING:
-    from tct_hf.data.collection import Collection
-    from tct_hf.retrieval.mining import MiningCounts
+from tct_hf.retrieval.mining import MiningCounts
 
 
 @dataclass(frozen=True)
@@ -85,66 +77,49 @@ def report_rounds(
         ValueError: a folder of runs belongs to other models or settings.
     """
     queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
-    corpus = collection.fingerprint["sha256"]
-    weights = file_digest(Path(teacher) / "model.safetensors")
-    claim(
-        output / "runs",
-        {
-            "corpus": corpus,
-            "teacher": teacher if weights is None else weights,
-            "base": base_model,
-            "depth": depth,
-            "bf16": bf16,
-        },
-    )
-    systems = reference_systems(
-        collection,
-        base_model=base_model,
-        teacher=teacher,
-        depth=depth,
-        bf16=bf16,
-    )
+    shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16}
+    weights = file_digest(Path(teacher) / "model.safetensors") or teacher
+    claim(output / "runs", {**shared, "teacher": weights, "base": base_model})
+    systems = reference_systems(collection, base_model=base_model, teacher=teacher, depth=depth, bf16=bf16)
     runs = run_systems(systems, queries, output / "runs", write=write)
     titles = {system.key: system.title for system in systems}
-    teachers = {0: TEACHER}
+    students, teachers = [f"{STUDENT}-{number}" for number in range(len(rounds))], {0: TEACHER}
     for number, result in enumerate(rounds):
         name = round_name(number)
-        key = f"{STUDENT}-{number}"
-        own = [_student_system(result, key, f"student, {name}", collection, depth, precision, write)]
-        models = {"student": result.student, "teacher": result.teacher}
+        own = [_student_system(result, students[number], f"student, {name}", collection, depth, precision, write)]
         if number and result.teacher is not None:
-            teachers[number] = f"{TEACHER}-{number}"
-            title = f"ColBERT teacher, {name}"
-            own.append(
-                teacher_system(collection, teachers[number], title, str(result.teacher), depth=depth, bf16=bf16)
-            )
+            key, title = f"{TEACHER}-{number}", f"ColBERT teacher, {name}"
+            teachers[number] = key
+            own.append(teacher_system(collection, key, title, str(result.teacher), depth=depth, bf16=bf16))
+        models = {"student": result.student, "teacher": result.teacher}
         digests = {role: path and file_digest(path / "model.safetensors") for role, path in models.items()}
-        depends = {"corpus": corpus, "depth": depth, "bf16": bf16, "precision": precision}
-        claim(result.folder / "runs", {**digests, **depends})
+        claim(result.folder / "runs", {**digests, **shared, "precision": precision})
         runs |= run_systems(own, queries, result.folder / "runs", write=write)
         titles |= {system.key: system.title for system in own}
     evaluations = evaluate_all(runs, collection, measures)
     write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))
-
-    students = [f"{STUDENT}-{number}" for number in range(len(rounds))]
     order = [key for key in titles if key not in (*students, *teachers.values())]
-    order += [*students, *teachers.values()]
-    report = "\n".join(
-        [
-            f"# {collection.summary()}",
-            "",
-            f"Exact search; {' and '.join(evaluations)} queries.",
-            "",
-            _table([(titles[key], key) for key in order], evaluations, measures),
-            "",
-            *_remarks(rounds, students, teachers, evaluations, measures[0]),
-            "",
-            *_mined(rounds),
-            *_plot(output / "rounds.png", evaluations["test"], students, teachers, measures[0]),
-        ]
-    )
+    columns = [(split, measure) for split in evaluations for measure in measures]
+    rows = [
+        (titles[key], Evaluation({f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns}, {}))
+        for key in (*order, *students, *teachers.values())
+    ]
+    lines = [
+        f"# {collection.summary()}",
+        "",
+        f"Exact search; {' and '.join(evaluations)} queries.",
+        "",
+        table(rows, [f"{split} {measure}" for split, measure in columns]),
+        "",
+        *_remarks(rounds, students, teachers, evaluations, measures[0]),
+        "",
+    ]
+    for number, result in enumerate(rounds):
+        if result.mined is not None:
+            lines += [f"Mined for {round_name(number)}: {'; '.join(result.mined.summary().splitlines())}.", ""]
+    lines += _plot(output / "rounds.png", evaluations["test"], students, teachers, measures[0])
     path = output / "report.md"
-    write_text_atomic(path, report)
+    write_text_atomic(path, "\n".join(lines))
     return path
 
 
@@ -174,28 +149,11 @@ def open_stores(
     precision: str,
     device: str | None = None,
     write: Callable[[str], None] = print,
-) -> Any:
+) -> Stores:
     """The encoded corpus and index of a round's student, in `folder/search`; see `Stores`."""
-    from tct_hf.evaluation.stores import Stores, open_student
-
     model = open_student(student, device)
     # Named without its folder, so that a run that is moved stays the same run.
     return Stores(collection, model, "student", folder / "search", precision=precision, write=write)
-
-
-def _table(
-    rows: Sequence[tuple[str, str]],
-    evaluations: Mapping[str, Mapping[str, Evaluation]],
-    measures: Sequence[str],
-) -> str:
-    columns = [(split, measure) for split in evaluations for measure in measures]
-    return table(
-        [
-            (title, Evaluation({f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns}, {}))
-            for title, key in rows
-        ],
-        [f"{split} {measure}" for split, measure in columns],
-    )
 
 
 def _remarks(
@@ -207,7 +165,6 @@ def _remarks(
 ) -> list[str]:
     """Which round is best on dev, and which differences on test may be chance."""
     lines = []
-    compare = partial(placed, measure=measure)
     if "dev" in evaluations:
         best = max(range(len(students)), key=lambda number: evaluations["dev"][students[number]].mean[measure])
         lines.append(
@@ -215,30 +172,21 @@ def _remarks(
         )
     test = evaluations["test"]
     for number in range(1, len(students)):
-        before, own = test[students[number - 1]], test[students[number]]
-        teacher = test[teachers[max(at for at in teachers if at <= number)]]
-        lines.append(
-            f"On the test queries the student of {round_name(number)} is, in {measure}, {compare(own, before)} the "
-            f"one before it, {compare(own, test[BM25])} BM25, {compare(own, teacher)} its teacher."
-        )
-    lines.append("p: paired randomisation test, above 0.05 it may be chance.")
-    return lines
-
-
-def _mined(rounds: Sequence[RoundResult]) -> list[str]:
-    lines = []
-    for number, result in enumerate(rounds):
-        if result.mined is not None:
-            lines += [f"Mined for {round_name(number)}: {result.mined.summary().replace(chr(10), '; ')}.", ""]
-    return lines
+        others = {
+            "the one before it": students[number - 1],
+            "BM25": BM25,
+            "its teacher": teachers[max(at for at in teachers if at <= number)],
+        }
+        own = test[students[number]]
+        places = [f"{placed(own, test[key], measure)} {title}" for title, key in others.items()]
+        lines.append(f"On the test queries the student of {round_name(number)} is, in {measure}, {', '.join(places)}.")
+    return [*lines, "p: paired randomisation test, above 0.05 it may be chance."]
 
 
 def _plot(
     path: Path, test: Mapping[str, Evaluation], students: Sequence[str], teachers: Mapping[int, str], measure: str
 ) -> list[str]:
     """Plot the rounds' students, and teachers where each has its own; what to say in the report."""
-    from tct_hf.evaluation.plots import plot_sweep
-
     if len(students) < 2:
         return []
 
@@ -250,14 +198,9 @@ def _plot(
         "ColBERT teacher": [point(number, key) for number, key in teachers.items()],
         "BM25": [point(0, BM25)],
     }
+    labels = {"ylabel": f"test {measure} (bar: its standard error)", "title": "Hard-negative rounds"}
     try:
-        plot_sweep(
-            lines,
-            path,
-            xlabel="rounds of hard negatives",
-            ylabel=f"test {measure} (bar: its standard error)",
-            title="Hard-negative rounds",
-        )
+        plot_sweep(lines, path, xlabel="rounds of hard negatives", **labels)  # type: ignore[arg-type]
     except ImportError as error:
         return [f"No plot: {error}", ""]
     return [f"Plot: {path.name}", ""]

@@ -107,7 +107,7 @@ def cut_local_paths(staging: Path) -> None:
 
 
 def without_local_paths(text: str, suffix: str = ".yaml") -> str:
-    """A text with absolute paths and those that begin with ~ or .. cut to their last name: they tell who works where."""
+    """A text with absolute paths, and those that begin with ~ or .., cut to their last name: they name people."""
     if suffix == ".json":
         content = json.loads(text)
         cut = _cut_values(content)

@@ -31,10 +31,10 @@ class SplitFiles:
     qrels: str | None = setting(
         None, "judgements: a file (TREC's four fields, BEIR's three) or owner/name:config:split"
     )
-    expected_queries: int | None = setting(None, "judged queries there must be; unchecked when none")
-    expected_qrels: int | None = setting(None, "judgements there must be, repeated lines counted; likewise")
+    expected_queries: int | None = setting(None, "judged queries there must be; unchecked when null")
+    expected_qrels: int | None = setting(None, "judgements there must be, repeated lines counted; unchecked when null")
     without: str | None = setting(None, "another split, whose queries are left out of this one")
-    most: int | None = setting(None, "keep so many of its queries, drawn by a hash of the id; all when none")
+    most: int | None = setting(None, "keep so many of its queries, drawn by a hash of the id; all when null")
 
 
 @dataclass
@@ -45,13 +45,13 @@ class PassageRankingFiles:
         None, "folder that the names of files below are relative to; what is not there is looked for with .gz"
     )
     collection: str = setting("collection.tsv", "passages: a file of id and text, or a Hub id (owner/name:config)")
-    expected_passages: int | None = setting(None, "passages there must be; unchecked when none")
+    expected_passages: int | None = setting(None, "passages there must be; unchecked when null")
     splits: dict[str, SplitFiles] = setting({}, "name to the files of a split; train is trained on")
     triples: str | None = setting(
         None,
         "query, positive, negative, as ids or texts: counted; a sample keeps its part, and draws with BM25 when none",
     )
-    expected_triples: int | None = setting(None, "triples there must be; unchecked when none")
+    expected_triples: int | None = setting(None, "triples there must be; unchecked when null")
 
 
 @dataclass

@@ -1,235 +1,193 @@
-"""Mining for a collection: sources of candidates, the ColBERT that judges by the margin, the rules as settings."""
+"""Rounds of hard negatives: a training run each, on what the last round's student finds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tct_hf.retrieval.negatives import collection_bm25
-from tct_hf.settings import SettingsError, setting
+from accelerate import PartialState
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
-    from sentence_transformers import MultiVectorEncoder
-
-    from tct_hf.data.collection import Collection
-    from tct_hf.evaluation.stores import Stores
-    from tct_hf.retrieval.mining import MiningCounts, PairScorer, Scores
-
-__all__ = [
-    "MiningSettings",
-    "Source",
-    "bm25_source",
-    "check_judged",
-    "check_mining",
-    "mine",
-    "pair_scorer",
-    "run_source",
-    "student_source",
-]
+from tct_hf.data.collection import Collection
+from tct_hf.evaluation.round_report import RoundResult, open_stores, round_name
+from tct_hf.files import claim
+from tct_hf.pipeline.mine import check_judged, check_mining, mine, student_source
+from tct_hf.pipeline.settings import MiningSettings, TrainSettings, check_colbert, overridden
+from tct_hf.pipeline.train import Training
+from tct_hf.progress import Stages
+from tct_hf.retrieval.mining import SUMMARY_FILE, TRIPLES_FILE, MiningCounts, read_counts
+from tct_hf.retrieval.triples import load_triples
+from tct_hf.settings import SettingsError
 
 
 @dataclass
-class MiningSettings:
-    """How negatives are mined, as :func:`tct_hf.mine_triples` takes it."""
-
-    depth: int = setting(200, "ranks that negatives are sampled from")
-    num_negatives: int = setting(1, "negatives a (query, positive)")
-    margin: float | None = setting(
-        None, "refuse candidates that the teacher scores above the positive by more than this; none: keep them"
-    )
-    near_duplicate: float | None = setting(
-        0.6, "refuse candidates that share so much of their word triples with a positive (0 to 1)"
-    )
-    too_few: Literal["fill", "skip"] = setting("fill", "rows with too few candidates: random passages, or left out")
-    queries_a_part: int = setting(2048, "queries that a process mines and writes at a time")
-
-
-def check_mining(settings: MiningSettings, section: str = "") -> None:
-    """Refuse settings that nothing could be mined with, before there are candidates.
+class Rounds:
+    """A base and rounds of mining and training after it, each in a folder of its own: round-0, round-1, ...
 
     Args:
-        settings: how negatives are chosen.
-        section: that they have in a recipe, such as "mining.".
-
-    Raises:
-        SettingsError: with the mend.
-    """
-    from tct_hf.retrieval.mining import Rules
-
-    given = asdict(settings)
-    if given.pop("queries_a_part") < 1:
-        raise SettingsError(f"{section}queries_a_part={settings.queries_a_part}: it must be 1 or more")
-    try:
-        Rules(**given, seed=0)
-    except ValueError as error:
-        raise SettingsError(f"{section}{error}") from error
-
-
-def check_judged(collection: Collection, labels: float) -> None:
-    """Refuse a collection without queries to mine for.
-
-    Args:
-        collection: to be mined.
-        labels: share of the train queries whose judgements are used.
-
-    Raises:
-        SettingsError: with the mend.
-    """
-    if not collection.labelled(labels):
-        raise SettingsError(f"data: {collection.name} has no judged train queries to mine for; raise data.labels")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where candidates come from.
-
-    Args:
-        origin: its name in the triples.
-        run: a run, or a function from queries to one.
-        depends: JSON-ready, all that the run depends on.
-    """
-
-    origin: str
-    run: Scores | Callable[[Mapping[str, str]], Scores]
-    depends: Mapping[str, Any]
-
-
-def student_source(stores: Stores, origin: str, *, depth: int, state: PartialState | None = None) -> Source:
-    """Exact search with a student; the corpus is encoded first, or gone on with.
-
-    Args:
-        stores: of the collection and the student.
-        origin: name of the source.
-        depth: passages a query.
-        state: the processes that share the encoding.
-    """
-    if state is None:
-        index = stores.exact().index
-    else:
-        stores.encode(state)
-        with state.main_process_first():  # one writes the index, the others open it
-            index = stores.exact().index
-
-    def search(queries: Mapping[str, str]) -> Scores:
-        return index.run(list(queries), stores.encode_queries(queries), depth)
-
-    return Source(origin, search, stores.depends)
-
-
-def bm25_source(collection: Collection, *, depth: int) -> Source:
-    """BM25's best passages.
-
-    Args:
-        collection: to search.
-        depth: passages a query.
-    """
-    return Source("bm25", lambda queries: collection_bm25(collection).run(queries, depth), {"system": "bm25"})
-
-
-def run_source(path: str | Path, origin: str | None = None) -> Source:
-    """A TREC run of any system on the train queries.
-
-    Args:
-        path: the file, plain or .gz.
-        origin: name of the source; the run's own tag when None.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_run`.
-    """
-    from tct_hf.retrieval.runs import read_run, read_tag
-
-    run = read_run(path)
-    return Source(origin or read_tag(path) or "run", run, {})
-
-
-def pair_scorer(model: MultiVectorEncoder, *, bf16: bool = False) -> PairScorer:
-    """A function that scores (query, passage) texts by MaxSim, for the margin of `mine_triples`.
-
-    Args:
-        model: of one vector a token.
-        bf16: compute in bfloat16.
-
-    Returns:
-        The function; each text of a call is encoded once.
-    """
-    from tct_hf.evaluation.reranking import rerank_run
-
-    def score(pairs: Sequence[tuple[str, str]]) -> list[float]:
-        run: dict[str, dict[str, float]] = {}
-        for query, passage in pairs:
-            run.setdefault(query, {})[passage] = 0.0
-        most = max(map(len, run.values()))
-        found = rerank_run(model, run, {p: p for _, p in pairs}, {q: q for q in run}, k=most, bf16=bf16)
-        return [found[query][passage] for query, passage in pairs]
-
-    return score
-
-
-def mine(
-    collection: Collection,
-    source: Source,
-    settings: MiningSettings,
-    output: Path,
-    *,
-    seed: int,
-    labels: float = 1.0,
-    teacher: str | None = None,
-    bf16: bool = False,
-    state: PartialState | None = None,
-    write: Callable[[str], None] = print,
-) -> MiningCounts:
-    """Mine negatives for the judged train queries of a collection, into `output/triples.parquet`.
-
-    Stopped and called again, it goes on after the last whole part; finished, it returns at once.
-
-    Args:
-        collection: with a train split.
-        source: of the candidates.
-        settings: how they are chosen.
-        output: folder.
-        seed: of the sample.
-        labels: share of the train queries whose judgements are used.
-        teacher: folder or Hub id of the ColBERT that judges by the margin; not loaded without one.
-        bf16: the teacher computes in bfloat16.
+        settings: of the base.
+        later: what differs in the rounds, by dotted or nested names.
+        mining: how negatives are chosen.
+        count: rounds after the base.
+        variant: "HN", the student alone is trained on mined negatives, or "HN+", first its teacher.
+        start_from: "previous", a round's student is the last round's trained further, or "new".
         state: the processes that share the work.
         write: takes lines of progress.
-
-    Returns:
-        What was refused, filled up and left out.
-
-    Raises:
-        ValueError: a margin without a teacher, or as `mine_triples`.
     """
-    from tct_hf.retrieval.mining import MiningCounts, mine_triples
 
-    judge: PairScorer | None = None
-    depends: dict[str, Any] = dict(source.depends)
-    if settings.margin is not None:
-        if teacher is None:
-            raise ValueError(f"margin is {settings.margin}, but there is no teacher to judge by it: name a ColBERT")
-        from tct_hf.evaluation.stores import open_teacher
-        from tct_hf.teachers.colbert import describe_teacher
+    settings: TrainSettings
+    later: Mapping[str, Any]
+    mining: MiningSettings
+    count: int
+    variant: Literal["HN", "HN+"]
+    start_from: Literal["previous", "new"]
+    state: PartialState
+    write: Callable[[str], None] = print
+    results: list[RoundResult] = field(default_factory=list)
 
-        model = open_teacher(teacher)
-        judge = pair_scorer(model, bf16=bf16)
-        depends["teacher"] = {**describe_teacher(model), "bf16": bf16}
-    counts = MiningCounts()
-    mine_triples(
-        source.run,
-        collection.corpus,
-        collection.splits["train"].queries,
-        collection.labelled(labels),
-        **asdict(settings),
-        origin=source.origin,
-        seed=seed,
-        teacher=judge,
-        counts=counts,
-        output_dir=output,
-        depends=depends,
-        state=state,
-        write=write,
-    )
-    return counts
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if self.count < 0:
+            raise SettingsError(f"rounds: {self.count} is below 0")
+        if settings.data.unlabelled or settings.data.questions is not None or settings.triples.path is not None:
+            raise SettingsError(
+                "data.unlabelled, data.questions, triples.path: negatives are mined for judged train queries; leave "
+                "them out, or train with recipes/train.py"
+            )
+        if settings.student.kind != "dense":
+            raise SettingsError(
+                "student.kind: negatives are mined with a dense student; train a sparse one on its triples"
+            )
+        check_colbert(settings.teacher)
+        check_mining(self.mining, "mining")
+        self.output = Path(settings.output_dir)
+        own = {"stages": ["teacher", "student"], "evaluation.depth": settings.evaluation.depth}
+        self.rounds = [self._training(number, overridden(settings, own, "rounds")) for number in range(self.count + 1)]
+
+    def _training(self, number: int, settings: TrainSettings) -> Training:
+        folder = self.output / f"round-{number}"
+        if number == 0:
+            return Training(settings, self.state, self.write, output=folder)
+        last, with_teacher = self.output / f"round-{number - 1}", self.variant == "HN+"
+        teacher = settings.teacher.model or str(self.output / "round-0" / "teacher")
+        if with_teacher and number > 1:
+            teacher = str(last / "teacher")
+        start = {"teacher": teacher} if with_teacher else {}
+        if self.start_from == "previous":
+            start["student"] = str(last / "student")
+        ready = None if with_teacher or settings.teacher.model is not None else Path(teacher)
+        changed = overridden(settings, self.later, "later")
+        changed.stages = ["teacher", "student"] if with_teacher else ["student"]
+        return Training(
+            changed,
+            self.state,
+            self.write,
+            output=folder,
+            teacher=ready,
+            start=start,
+            make_rows=partial(load_triples, folder / "mined" / TRIPLES_FILE),
+            also_depends={
+                "variant": self.variant,
+                "start_from": self.start_from,
+                "mining": asdict(self.mining),
+                "base": {"teacher": asdict(settings.teacher), "student": asdict(settings.student)},
+                "round": number,
+            },
+        )
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Name to expected share of the time of all stages, in order."""
+        found: dict[str, float] = {}
+        for number, run in enumerate(self.rounds):
+            name = round_name(number)
+            found |= {f"{name}: mine": 3.0} if number else {}
+            found |= {f"{name}: teacher": 6.0} if number == 0 or run.trains_teacher else {}
+            found |= {f"{name}: student": 6.0}
+        return found
+
+    def read(self) -> Collection:
+        """Read the data, build what is to be trained once, and refuse folders of other settings.
+
+        Raises:
+            ValueError: names the setting and the fix.
+        """
+        first, *later = self.rounds
+        first.read()
+        check_judged(first.collection, first.settings.data.labels)
+        for run in later:
+            try:
+                run.read(lambda *args, **kwargs: first.collection)
+            except SettingsError as error:
+                raise SettingsError(f"later.{error}") from error
+        for run in self.rounds:
+            for name in (*(["teacher"] if run.trains_teacher else []), "student"):
+                run.is_trained(name)
+        return first.collection
+
+    @property
+    def depends(self) -> dict[str, Any]:
+        """All that the last round's student depends on."""
+        return self.rounds[-1].depends("student")
+
+    @property
+    def base_teacher(self) -> str:
+        """Folder or Hub id of the base's ColBERT."""
+        return str(self.rounds[0].teacher_model)
+
+    def train(self, number: int, stages: Stages) -> None:
+        """Run a round: mine, train the teacher where that is asked for, train the student; or find it done.
+
+        Args:
+            number: of the round, the next one in order; 0 for the base.
+            stages: with those of `stages`.
+        """
+        run, name = self.rounds[number], round_name(number)
+        if self.state.is_main_process:
+            claim(run.folder, run.depends("student"))
+        mined = self._mined(number, stages) if number else None
+        for stage in ("teacher", "student"):
+            if stage == "teacher" and number and not run.trains_teacher:
+                continue
+            if reason := run.reason_to_skip(stage):
+                stages.skip(f"{name}: {stage}", reason)
+            else:
+                with stages.stage(f"{name}: {stage}"):
+                    run.train(stage)
+        own = run.folder_of("teacher") if run.trains_teacher else None
+        self.results.append(RoundResult(run.folder, run.folder / "student", own, mined))
+
+    def _mined(self, number: int, stages: Stages) -> MiningCounts:
+        """Mine the round's triples with the student of the last round, or find them mined."""
+        run, last, name = self.rounds[number], self.results[-1], f"{round_name(number)}: mine"
+        mined = run.folder / "mined"
+        if (mined / SUMMARY_FILE).is_file():
+            stages.skip(name, "they are mined")
+        else:
+            with stages.stage(name):
+                stores = open_stores(
+                    run.collection,
+                    str(last.student),
+                    last.folder,
+                    precision=self.settings.precision,
+                    device=str(self.state.device),
+                    write=self.write,
+                )
+                origin = f"student {round_name(number - 1)}"
+                mine(
+                    run.collection,
+                    student_source(stores, origin, depth=self.mining.depth, state=self.state),
+                    self.mining,
+                    mined,
+                    seed=self.settings.seed + number,
+                    labels=self.settings.data.labels,
+                    teacher=run.start.get("teacher", run.teacher_model),
+                    bf16=run.base["bf16"],
+                    state=self.state,
+                    write=self.write,
+                )
+        counts = read_counts(mined)
+        self.write("  " + counts.summary().replace("\n", "\n  "))
+        return counts

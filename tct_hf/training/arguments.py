@@ -44,7 +44,7 @@ class CoupledArguments:
 
     softening: ClassVar[float] = 1.0
 
-    temperature: float | None = None
+    temperature: float | str | None = None
     student_temperature: float | None = None
     hard_label_weight: float | None = None
     margin_mse_weight: float = 0.0

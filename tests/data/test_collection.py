@@ -316,7 +316,8 @@ def test_a_mistyped_split_and_missing_queries_are_errors_even_where_nothing_is_r
 
 
 def test_settings_without_labels_still_name_a_mistyped_split(beir: Path) -> None:
-    from tct_hf.pipeline.steps import DataSettings, read_collection
+    from tct_hf.pipeline.data import read_collection
+    from tct_hf.pipeline.settings import DataSettings
 
     data = DataSettings(source=str(beir), labels=0.0, test_split="tets")
     with pytest.raises(FileNotFoundError, match=r"no tets\.tsv"):

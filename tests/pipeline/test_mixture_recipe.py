@@ -12,11 +12,12 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import build_student, validate_checkpoint
-from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline import train as pipeline
 from tests.models import tiny_bert
 from tests.recipe import RECIPE, ROOT, in_this_process, killed_at, run, write_beir
 
 SYSTEMS = ["bm25", "base-native", "base-maxsim", "stock", "unlabelled", "labelled"]
+STORED = "--teacher.mixed_with=[{kind: stored, scores: SCORES}]"
 FUSED = ["base-native-bm25", "stock-bm25", "unlabelled-bm25", "labelled-bm25"]
 
 
@@ -50,13 +51,13 @@ def test_students_with_and_without_labels_are_measured_beside_the_base_and_stock
     recipe: Callable[..., int], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    original = pipeline.training_triples
+    original = pipeline.collection_triples
 
     def recorded(*args: Any, **options: Any) -> Any:
         made.append((options, original(*args, **options)))
         return made[-1][1]
 
-    monkeypatch.setattr(pipeline, "training_triples", recorded)
+    monkeypatch.setattr(pipeline, "collection_triples", recorded)
     assert recipe(tmp_path) == 0
     assert {file.name.split(".")[0] for file in (tmp_path / "runs").glob("*.trec")} == {*SYSTEMS, *FUSED}
     unlabelled = next(rows for options, rows in made if options["unlabelled"])
@@ -96,3 +97,39 @@ def test_a_run_that_was_killed_after_the_search_does_not_search_again(settings: 
     assert "the mixture searches" in said
     again = run(settings, tmp_path, "--stages=unlabelled").stdout
     assert "the mixture searches" not in again and "step     4 of 4" in again
+
+
+def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
+    recipe: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ValueError("calibrate: none of the 10 dev queries has a judged positive among its candidates.")
+
+    monkeypatch.setattr(pipeline, "calibrate", refuse)
+    assert recipe(tmp_path, "--stages=student", "--student.training.max_steps=1") == 0
+    assert "not calibrated, the default weights stay: calibrate: none of the 10 dev" in capsys.readouterr().out
+    assert json.loads((tmp_path / "mixture-student" / "weights.json").read_text()) == [6.0, 0.33, 12.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.unlabelled=true", STORED], "data.unlabelled: the"),
+        (
+            ["--stages=student", "--data.negatives=teacher", "--teacher.mixed_with=[{kind: stored, scores: SCORES}]"],
+            "data.negatives: the",
+        ),
+        (["--data.negatives=teacher", "--teacher.kind=bm25"], "data.negatives: only a mixture searches the corpus"),
+        (["--data.made_questions=3", "--stages=student"], "data.made_questions: questions without labels"),
+        (["--teacher.mixture_weights=[1, 2]"], "teacher.mixture_weights: give three numbers"),
+        (["--teacher.weight=2"], "teacher.weight has no effect on a mixture"),
+        (["--student.training.preset=paper"], "student.training.preset: its temperature belongs to the paper's"),
+    ],
+)
+def test_settings_that_a_mixture_cannot_keep_are_refused_before_anything(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    (tmp_path / "scores.jsonl").write_text("")
+    options = [option.replace("SCORES", str(tmp_path / "scores.jsonl")) for option in options]
+    assert recipe(tmp_path / "new", *options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "new").exists()

@@ -1,12 +1,13 @@
-"""The whole experiment on files in MS MARCO's formats: every step, a kill in each, steps that are done or refused."""
+"""The whole experiment on files in MS MARCO's formats: every command of run.sh, a kill in each."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +67,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         + "".join(f"  {n}: {{expected_queries: {c}, expected_qrels: null}}\n" for n, c in counts.items()),
         "train": f"precision: fp32\n{encoder}\nteacher:\n  dim: 16\n  {training}\nstudent:\n  {training}\n",
         "rounds": f"precision: fp32\n{encoder}\nstudent:\n  {training}\nmining: {{depth: 10}}\n"
-        "later: {student: {max_steps: 2}}\nevaluation: {depth: 20, measures: [RR@10, R@20]}\n",
+        "later: {student: {training: {max_steps: 2}}}\nevaluation: {depth: 20, measures: [RR@10, R@20]}\n",
         "report": "precision: fp32\n",
         "index": "precision: fp32\n",
         "expander": "precision: fp32\nsizes: {vocabulary: 200, d_model: 16, layers: 1, heads: 2, d_ff: 32}\n"
@@ -80,164 +81,77 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def experiment(material: Path) -> Callable[..., list[str]]:
-    """A function of a folder that runs the experiment there, and returns the lines of progress."""
-    from tct_hf.pipeline.commands import run_steps
+def commands(*options: str) -> list[list[str]]:
+    """The words of the commands that run.sh would run, in order."""
+    env = {**os.environ, "LAUNCH": "echo", "PYTHON": "echo"}
+    words = ["sh", str(RECIPE / "run.sh"), *options]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines()]
 
-    module = load(RECIPE / "run.py")
+
+@pytest.mark.slow
+def test_a_kill_in_each_step_changes_no_result_and_every_step_reads_what_another_left(material: Path) -> None:
     env = environment(material)
-
-    def run(folder: Path, *, kill: dict[str, str] | None = None, steps: list[str] | None = None) -> list[str]:
-        settings = module.Settings(
-            files=str(material / "msmarco"), sample=60, settings=str(material / "settings"), steps=steps
-        )
-        told: list[str] = []
-
-        def start(words: list[str]) -> int:
-            name = told[-1].split()[1].rstrip(":")
-            words = words[1:]
-            if kill and name in kill:
-                words = ["-m", "tests.recipe_worker", kill[name], *words]
-            done = run_warm(words, env=env, cwd=folder)
-            assert done.returncode in (0, -9), f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-            return done.returncode
-
-        here = Path.cwd()
-        folder.mkdir(exist_ok=True)
-        os.chdir(folder)
-        try:
-            steps_ = module.steps_of(settings)
-            run_steps(steps_, "outputs", only=steps, launcher="python", start=start, write=told.append)
-        finally:
-            os.chdir(here)
-        return told
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(experiment: Callable[..., list[str]], material: Path) -> tuple[Path, list[str]]:
-    folder = material / "whole"
-    return folder / "outputs" / "msmarco-passage" / "sample", experiment(folder)
-
-
-@pytest.mark.slow
-def test_every_step_leaves_what_the_next_one_reads(whole: tuple[Path, list[str]]) -> None:
-    folder, told = whole
-    assert [line.split()[1] for line in told] == [f"{name}:" for name in names()]
-    assert json.loads((folder / "data" / "counts.json").read_text())["passages"] == 60
-    assert (folder / "release" / "README.md").is_file() and (folder / "report-hn" / "report.md").is_file()
-
-
-@pytest.mark.slow
-def test_what_is_done_is_left(whole: tuple[Path, list[str]], experiment: Callable[..., list[str]]) -> None:
-    folder, _ = whole
-    before = results(folder)
-    assert all(line.endswith("it is done") for line in experiment(folder.parents[2]))
-    assert results(folder) == before
-
-
-@pytest.mark.slow
-def test_a_kill_in_each_step_changes_no_result(
-    whole: tuple[Path, list[str]], experiment: Callable[..., list[str]], material: Path
-) -> None:
-    folder = material / "killed"
-    for name, line in KILLED.items():
-        with pytest.raises(ChildProcessError, match=f"^{name}: .* was ended by signal 9; mend"):
-            experiment(folder, kill={name: line})
-    experiment(folder)
-    found, wanted = results(folder / "outputs" / "msmarco-passage" / "sample"), results(whole[0])
-    assert found.keys() == wanted.keys()
-    assert [name for name in wanted if found[name] != wanted[name]] == []
-
-
-def names() -> list[str]:
-    module = load(RECIPE / "run.py")
-    return [name for name, script, file, *_ in module.STEPS if (RECIPE / "sample" / file).is_file()]
+    files, settings = str(material / "msmarco"), str(material / "settings")
+    steps = commands("--files", files, "--sample", "60", "--settings", settings)
+    found = []
+    for name in ("whole", "killed"):
+        (material / name).mkdir()
+        for line, words in zip(KILLED.values(), steps, strict=True):
+            if name == "killed":
+                done = run_warm(["-m", "tests.recipe_worker", line, *words], env=env, cwd=material / name)
+                assert done.returncode == -9, f"{line}: {done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+            done = run_warm(words, env=env, cwd=material / name)
+            assert done.returncode == 0, f"{words}: {done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        found.append(results(material / name / "outputs" / "msmarco-passage" / "sample"))
+    assert found[0].keys() == found[1].keys()
+    assert [name for name in found[0] if found[0][name] != found[1][name]] == []
+    sample = material / "whole" / "outputs" / "msmarco-passage" / "sample"
+    assert json.loads((sample / "data" / "counts.json").read_text())["passages"] == 60
+    assert (sample / "release" / "README.md").is_file() and (sample / "report-hn" / "report.md").is_file()
 
 
 def test_every_command_stands_in_the_readme_and_in_its_settings() -> None:
-    module = load(RECIPE / "run.py")
-    readme = (RECIPE / "README.md").read_text(encoding="utf-8")
-    for name, script, file, options, _, alone in module.STEPS:
-        if name == "expander":  # of a sample alone
-            continue
-        words = ["python" if alone else "accelerate launch", script.relative_to(ROOT), RECIPE.relative_to(ROOT) / file]
-        command = " ".join(map(str, [*words, *options]))
-        assert f"| {name} | `{command}` |" in readme
-        assert f"# {command}" in (RECIPE / file).read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "msmarco.md").read_text(encoding="utf-8")
+    for script, file, *options in commands():
+        launch = "python" if Path(script).name in ("data.py", "release.py") else "accelerate launch"
+        paths = (str(Path(path).relative_to(ROOT)) for path in (script, file))
+        command = " ".join([launch, *paths, *options])
+        assert f"| `{command}` |" in readme
+        assert f"# {command}" in Path(file).read_text(encoding="utf-8")
 
 
 def test_files_elsewhere_are_those_that_training_reads_too(tmp_path: Path) -> None:
-    module = load(RECIPE / "run.py")
-
-    def options(**settings: object) -> dict[str, tuple[str, ...]]:
-        return {step.name: step.options for step in module.steps_of(module.Settings(**settings))}
-
     write_few(tmp_path / "files")
+    folder = str(tmp_path / "files")
     triples, packed = (tmp_path / "files" / f"triples.train.small.tsv{end}" for end in ("", ".gz"))
     for place in (triples, packed):
-        found = options(files=str(tmp_path / "files"))
-        assert found["data"] == ("--files", str(tmp_path / "files"))
-        for name in ("teacher", "student"):
-            assert found[name] == ("--stages", name, "--triples.path", str(place))
+        data, teacher, student, *_ = commands("--files", folder)
+        assert data[2:] == ["--files", folder]
+        for name, words in (("teacher", teacher), ("student", student)):
+            assert words[2:] == ["--stages", name, "--triples.path", str(place)]
         if place == triples:
             triples.rename(packed)
-    assert options()["teacher"] == ("--stages", "teacher")
-    # A sample has triples of its own, and so has the Hub.
-    assert options(files=str(tmp_path / "files"), sample=9)["teacher"] == ("--stages", "teacher")
-    assert options(settings=str(RECIPE / "hub"))["teacher"] == ("--stages", "teacher")
+    # A sample has triples of its own.
+    assert commands("--files", folder, "--sample", "9")[1][2:] == ["--stages", "teacher"]
+    refused = subprocess.run(["sh", str(RECIPE / "run.sh"), "--steps", "x"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "there is no option --steps" in refused.stderr
 
 
-def test_settings_and_samples_that_would_run_something_else_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tct_hf.settings import SettingsError
-
-    module = load(RECIPE / "run.py")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match="sample: 0 is below 1; leave it out"):
-        module.main(module.Settings(sample=0))
-    for folder in ("nowhere", "."):
-        with pytest.raises(SettingsError, match=f"settings: {folder} holds none of data.yaml, train.yaml"):
-            module.main(module.Settings(settings=folder))
-    data = tmp_path / "outputs" / "msmarco-passage" / "sample" / "data"
-    data.mkdir(parents=True)
-    (data / "counts.json").write_text("{}")
-    (data / "tct_settings.json").write_text('{"sample": 600}')
-    with pytest.raises(
-        SettingsError, match=r"outputs/msmarco-passage/sample holds .* = 600, but now it is 700; delete"
-    ):
-        module.main(module.Settings(sample=700))
-    (data / "tct_settings.json").write_text('{"sample": null}')
-    with pytest.raises(SettingsError, match="sample = none, but now it is 700"):
-        module.main(module.Settings(sample=700))
-    # Data that no step of the experiment reads.
-    (tmp_path / "own").mkdir()
-    for wrong, sample, right in (("data.yaml", 700, "sample/data.yaml"), ("sample/data.yaml", None, "data.yaml")):
-        (tmp_path / "own" / "data.yaml").write_text(f"extends: {RECIPE / wrong}\n")
-        told = rf"own/data.yaml writes .*, but .*train.yaml reads .*sample = {sample or 'none'}, .* {RECIPE / right}$"
-        with pytest.raises(SettingsError, match=told):
-            module.main(module.Settings(sample=sample, settings="own"))
-
-
-@pytest.mark.parametrize(("sample", "own"), [(None, None), (100, None), (None, "hub")])
-def test_the_settings_of_every_step_are_known_and_fit_together(sample: int | None, own: str | None) -> None:
+@pytest.mark.parametrize("options", [[], ["--sample", "100"], ["--settings", str(RECIPE / "hub")]], ids=str)
+def test_the_settings_of_every_step_are_known_and_fit_together(options: list[str]) -> None:
     from tct_hf.settings import load_settings
 
-    module = load(RECIPE / "run.py")
     made: set[str] = set()
     splits: set[str] = set()
-    for step in module.steps_of(module.Settings(sample=sample, settings=own and str(RECIPE / own))):
-        options = [word for word in step.options if word not in ("--sample", str(sample))]
-        settings = load_settings(load(step.script).Settings, [str(step.settings), *options], description="")
+    for script, file, *more in commands(*options):
+        settings = load_settings(load(Path(script)).Settings, [file, *more], description="")
         said = json.dumps(asdict(settings))
         # What a step reads below the folder of the experiment, another has made before it.
         read = set(re.findall(r"outputs/msmarco-passage/[^\"]*", said)) - {settings.output_dir}
-        assert all(any(place.startswith(one) for one in made) for place in read), (step.name, read)
-        assert ("/sample/" in said) == (sample is not None)
+        assert all(any(place.startswith(one) for one in made) for place in read), (file, read)
+        assert ("/sample/" in said) == ("--sample" in options)
         # What a step reports on, the data has.
         splits |= set(getattr(settings, "splits", {}))
-        assert splits >= set(getattr(settings, "also_report", {})), step.name
+        assert splits >= set(getattr(settings, "also_report", {})), file
         made.add(settings.output_dir)

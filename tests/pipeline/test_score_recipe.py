@@ -111,8 +111,8 @@ def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(setti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--teacher=none"], "teacher: name the folder or Hub id"),
-        (["--triples.path=none"], "triples.path: name the triples"),
+        (["--teacher=null"], "teacher: name the folder or Hub id"),
+        (["--triples.path=null"], "triples.path: name the triples"),
         (["--triples.streaming"], "triples.streaming: shards"),
         (["--teacher=./nowhere"], "teacher: ./nowhere is not there"),
         (["--kind=stored"], "kind"),

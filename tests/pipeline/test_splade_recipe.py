@@ -59,18 +59,20 @@ def test_a_sparse_student_is_trained_saved_and_measured(
     [
         (
             ["--student.training.document_regularizer_weight=1"],
-            "student.training.document_regularizer_weight is of",
+            "unexpected keyword argument 'document_regularizer_weight'",
         ),
-        ([*SPLADE, "--student.initialise_from=teacher"], "student.initialise_from: a ColBERT has no masked-language"),
-        ([*SPLADE, "--student.layers=[1]"], "student.layers: a sparse student keeps all layers"),
-        ([*SPLADE, "--student.training.regularizer_warmup=-1"], "student.training: regularizer_warmup must be"),
-        ([*SPLADE, "--student.training.matryoshka_dims=[8]"], "student.training: matryoshka_dims are for dense"),
+        (
+            [*SPLADE, "--student.initialise_from=teacher"],
+            "there is no encoder to take for a sparse student",
+        ),
+        ([*SPLADE, "--student.layers=[1]"], "student.layers is of dense students"),
+        ([*SPLADE, "--student.training.regularizer_warmup=-1"], "regularizer_warmup must be"),
+        ([*SPLADE, "--student.training.matryoshka_dims=[8]"], "matryoshka_dims are for dense"),
         (
             [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=own", "--encoder.prompts={query: 'q: '}"],
             "encoder.prompts: a sparse student reads texts without any",
         ),
-        (["--student.training.kl_direction=both"], "student.training: kl_direction='both' is not known"),
-        (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
+        (["--student.training.kl_direction=both"], "student.training.kl_direction='both' is not known"),
     ],
 )
 def test_settings_of_the_other_kind_are_refused_before_anything(
@@ -90,4 +92,4 @@ def test_a_base_without_its_head_is_refused_before_anything(
 ) -> None:
     plain = tiny_bert(tmp_path / "plain")
     assert recipe(tmp_path / "new", *SPLADE, f"--encoder.base_model={plain}") == 2
-    assert f"encoder.base_model: {plain} lacks cls.predictions" in capsys.readouterr().err
+    assert f"{plain} lacks cls.predictions" in capsys.readouterr().err

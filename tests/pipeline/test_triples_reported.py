@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from tct_hf.data.collection import Collection, Split
-from tct_hf.pipeline.steps import refuse_reported_queries
+from tct_hf.pipeline.data import refuse_reported_queries
 
 SPLITS = {
     "train": Split({"1": "trained on"}, {}),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tct_hf import build_student
-from tct_hf.pipeline import steps as pipeline
+from tct_hf.pipeline import train as pipeline
 from tests.models import tiny_bert, tiny_colbert
 from tests.recipe import RECIPE, ROOT, in_this_process, write_beir
 
@@ -60,13 +60,13 @@ def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_wha
     from tct_hf import read_run, validate_checkpoint
 
     trained: list[Any] = []
-    original = pipeline.training_triples
+    original = pipeline.collection_triples
 
     def recorded(*args: Any, **options: Any) -> Any:
         trained.append(original(*args, **options))
         return trained[-1]
 
-    monkeypatch.setattr(pipeline, "training_triples", recorded)
+    monkeypatch.setattr(pipeline, "collection_triples", recorded)
     assert recipe(tmp_path) == 0
     assert f"{QUESTIONS - 4} without judgements" in capsys.readouterr().out
 
@@ -113,15 +113,15 @@ def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_ju
     base.similarity_fn_name = "cosine"
     base.save_pretrained(str(settings.parent / "base"))
     trained: list[Any] = []
-    original = pipeline.training_triples
+    original = pipeline.collection_triples
 
     def recorded(*args: Any, **options: Any) -> Any:
         trained.append(original(*args, **options))
         return trained[-1]
 
-    monkeypatch.setattr(pipeline, "training_triples", recorded)
-    own = [f"--encoder.base_model={settings.parent / 'base'}", "--encoder.encoding=own", "--encoder.query_length=none"]
-    assert recipe(tmp_path, *own, "--teacher.model=none", "--student.layers=none", "--data.made_questions=5") == 0
+    monkeypatch.setattr(pipeline, "collection_triples", recorded)
+    own = [f"--encoder.base_model={settings.parent / 'base'}", "--encoder.encoding=own", "--encoder.query_length=null"]
+    assert recipe(tmp_path, *own, "--teacher.model=null", "--student.layers=null", "--data.made_questions=5") == 0
     [rows] = trained
     assert not any(rows["labelled"]) and all(weight > 0 for weight in rows["label_weight"])
     log = json.loads((tmp_path / "student" / "training_log.json").read_text())
@@ -143,7 +143,7 @@ def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_spli
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.questions=none"], "has no test split, and there are no data.questions to hold some out"),
+        (["--data.questions=null"], "has no test split, and there are no data.questions or data.made_questions"),
         (["--data.unlabelled=false"], "data.questions: these have no labels; set data.unlabelled"),
     ],
 )
@@ -158,7 +158,7 @@ def test_what_is_missing_is_said_before_any_training(
 def test_a_student_of_no_question_at_all_is_refused_with_the_mend(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert recipe(tmp_path / "new", "--data.questions=none", "--stages=student") == 1
+    assert recipe(tmp_path / "new", "--data.questions=null", "--stages=student") == 1
     assert "give a file of them as data.questions" in capsys.readouterr().err
 
 
@@ -167,3 +167,24 @@ def test_judgements_missing_from_a_folder_are_an_error_where_labels_are_asked_fo
 ) -> None:
     assert recipe(tmp_path / "new", "--data.labels=1.0") == 1
     assert "qrels: no train.tsv" in capsys.readouterr().err
+
+
+def test_made_questions_are_held_out_where_there_is_no_test_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tct_hf.pipeline.data import read_collection
+    from tct_hf.pipeline.settings import DataSettings
+
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    texts = [
+        f"The {one} {two} holds the vectors of {three}. It answers the question {one} of a {three}."
+        for one in "abcd"
+        for two in ("index", "run")
+        for three in ("text", "user")
+    ]
+    lines = [json.dumps({"_id": f"p{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(texts)]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    data = DataSettings(source=str(tmp_path), labels=0.0, unlabelled=True, made_questions=16)
+    collection = read_collection(data)
+    test, left = collection.splits["test"].queries, collection.questions
+    assert test and left and not test.keys() & left.keys() and not collection.splits["test"].qrels

@@ -1,4 +1,4 @@
-"""What the rounds put together: sources of candidates, and the ColBERT that judges by the margin."""
+"""Sources of candidates, and the ColBERT that judges by the margin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from tct_hf import read_run, write_run
 from tct_hf.data.collection import load_collection
 from tct_hf.evaluation.stores import Stores, open_student
-from tct_hf.pipeline.rounds import MiningSettings, bm25_source, mine, pair_scorer, run_source, student_source
+from tct_hf.pipeline.mine import bm25_source, mine, pair_scorer, run_source, student_source
+from tct_hf.pipeline.settings import MiningSettings
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
 from tct_hf.retrieval.runs import read_tag
 from tests.models import load_colbert, tiny_bert, tiny_colbert

@@ -1,0 +1,298 @@
+"""Ways to train compared: every student searched, means over seeds, paired tests, a plot of dev figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tct_hf.data.collection import Collection
+from tct_hf.evaluation.comparison import (
+    System,
+    evaluate_all,
+    fuse_with_bm25,
+    fused_key,
+    read_log,
+    run_systems,
+    write_metrics,
+)
+from tct_hf.evaluation.measures import Evaluation
+from tct_hf.evaluation.plots import plot_dev_curves
+from tct_hf.evaluation.quick_report import BASE_NATIVE, BM25, STUDENT, training_systems
+from tct_hf.evaluation.significance import holm, paired_randomisation_test
+from tct_hf.files import claim, file_digest, write_text_atomic
+from tct_hf.retrieval.runs import Run
+
+Split = Mapping[str, Evaluation]
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm's students came to.
+
+    Args:
+        says: what the arm changes, in words.
+        against: names of the arms and keys of the systems that it is tested against.
+        evaluations: seed to split ("dev", "test") to evaluation.
+        logs: seed to the training log.
+    """
+
+    says: str
+    against: Sequence[str]
+    evaluations: Mapping[int, Split]
+    logs: Mapping[int, Sequence[Mapping[str, Any]]]
+
+    def values(self, split: str, measure: str) -> list[float]:
+        """The mean over queries of each seed."""
+        return [parts[split].mean[measure] for parts in self.evaluations.values()]
+
+    def per_query(self, split: str, measure: str, seeds: Iterable[int]) -> list[float]:
+        """Each query's mean over some seeds, in the order of the queries' ids."""
+        several = [self.evaluations[seed][split].per_query[measure] for seed in seeds]
+        return [math.fsum(one[query] for one in several) / len(several) for query in sorted(several[0])]
+
+
+def fused_name(measure: str) -> str:
+    """What a measure is called where a system is fused with BM25."""
+    return f"{measure} + BM25"
+
+
+def search_student(
+    student: Path,
+    title: str,
+    collection: Collection,
+    queries: Mapping[str, Mapping[str, str]],
+    *,
+    measures: Sequence[str],
+    depth: int,
+    bf16: bool,
+    bm25: Mapping[str, Run],
+) -> Split:
+    """Search with a student, alone and fused with BM25, or read the runs that an earlier call has left.
+
+    Args:
+        student: its folder; the runs go beside it.
+        title: in lines of progress.
+        collection: to search.
+        queries: split to its queries.
+        measures: ir-measures names.
+        depth: passages a query.
+        bf16: encode in bfloat16.
+        bm25: split to BM25's run.
+
+    Returns:
+        Split to evaluation.
+    """
+    runs = student.parent / "runs"
+    claim(runs, {"weights": file_digest(student / "model.safetensors"), "depth": depth})
+    systems = training_systems(
+        collection, students={STUDENT: str(student)}, base_model=None, teacher=None, depth=depth, bf16=bf16
+    )
+    [system] = [System(one.key, title, one.search) for one in systems if one.key == STUDENT]
+    searched = run_systems([system], queries, runs)
+    fuse_with_bm25([STUDENT], searched, bm25, collection, measures[0], depth=depth, folder=runs)
+    found = evaluate_all(searched, collection, measures)
+    return {split: with_fused(parts, STUDENT, measures[0])[STUDENT] for split, parts in found.items()}
+
+
+def with_fused(evaluations: Split, key: str, measure: str) -> dict[str, Evaluation]:
+    """Put what a system reached fused with BM25 beside what it reached alone, as one more measure."""
+    kept = dict(evaluations)
+    fused, own, name = kept.pop(fused_key(key)), kept[key], fused_name(measure)
+    kept[key] = Evaluation(own.mean | {name: fused.mean[measure]}, own.per_query | {name: fused.per_query[measure]})
+    return kept
+
+
+def report_arms(
+    students: Mapping[str, Mapping[int, Path]],
+    says: Mapping[str, str],
+    against: Mapping[str, Sequence[str]],
+    systems: Sequence[System],
+    collection: Collection,
+    output: Path,
+    *,
+    split: str,
+    measures: Sequence[str],
+    depth: int,
+    bf16: bool,
+    name: str,
+    settings: Mapping[str, Any],
+    write: Callable[[str], None] = print,
+) -> Path:
+    """Search with the students of every arm and the reference systems; write report, metrics and plot.
+
+    Args:
+        students: arm to seed to the student's folder.
+        says: arm to what it changes, in words.
+        against: arm to the arms and systems it is tested against; those that are not there are left out.
+        systems: references, BM25 first.
+        collection: to search.
+        output: folder.
+        split: "test", or "dev", which never searches for the test queries.
+        measures: ir-measures names.
+        depth: passages a query.
+        bf16: encode in bfloat16.
+        name: of the report, in the names of all its files.
+        settings: JSON-ready, of the comparison.
+        write: takes lines of progress.
+
+    Returns:
+        The report, Markdown.
+    """
+    splits = [one for one in ("dev", split) if one in collection.splits]
+    queries = {one: collection.splits[one].queries for one in dict.fromkeys(splits)}
+    runs = run_systems(systems, queries, output / "runs", write=write)
+    titles = {system.key: system.title for system in systems}
+    bm25 = {one: runs[BM25, one] for one in queries}
+    base = [BASE_NATIVE] if BASE_NATIVE in titles else []
+    fuse_with_bm25(base, runs, bm25, collection, measures[0], depth=depth, folder=output / "runs")
+    measured = evaluate_all(runs, collection, measures)
+    for one in queries:
+        for key in base:
+            measured[one] = with_fused(measured[one], key, measures[0])
+    references = dict(measured[split])
+    search = {"measures": measures, "depth": depth, "bf16": bf16, "bm25": bm25}
+    results: dict[str, ArmResult] = {}
+    for arm, folders in students.items():
+        found = {
+            seed: search_student(folder, f"{arm}, seed {seed}", collection, queries, **search)  # type: ignore[arg-type]
+            for seed, folder in folders.items()
+        }
+        logs = {seed: read_log(folder) for seed, folder in folders.items()}
+        results[arm] = ArmResult(says[arm], against[arm], found, logs)
+        for seed, parts in found.items():
+            for one, evaluation in parts.items():
+                measured[one][f"{arm}, seed {seed}"] = evaluation
+    shown = [*measures, fused_name(measures[0])]
+    lines = [
+        f"# {collection.summary()}",
+        "",
+        f"{split} queries, exact search. Mean over seeds ± their standard deviation; minutes of a training.",
+        f"{shown[-1]}: fused with BM25, alpha tuned on dev where it is judged.",
+        "",
+        arm_table(results, {titles[key]: found for key, found in references.items()}, split, shown),
+        "",
+        *(f"- {arm}: {result.says}" for arm, result in results.items()),
+        "",
+    ]
+    if tests := against_table(results, references, split, shown):
+        lines += [
+            "Gains (p of the paired randomisation test over the queries; the same after Holm's correction over the "
+            "lines). A query counts with its mean over the seeds that both have; with one seed, p says nothing about "
+            "another seed.",
+            "",
+            tests,
+            "",
+        ]
+    lines += _plot_curves(results, output / f"curves.{name}.png")
+    write_metrics(output / f"metrics.{name}.json", measured, corpus=collection.fingerprint, settings=settings)
+    path = output / f"report.{name}.md"
+    write_text_atomic(path, "\n".join(lines))
+    return path
+
+
+def arm_table(results: Mapping[str, ArmResult], references: Split, split: str, measures: Sequence[str]) -> str:
+    """A Markdown table: the reference systems, then a line for each arm, mean over seeds ± their deviation.
+
+    Args:
+        results: arm to result.
+        references: title to evaluation of systems that no arm trained.
+        split: "dev" or "test".
+        measures: columns; empty for a reference that was not measured by one.
+    """
+    rows = [["system", *measures, "seeds", "steps", "minutes"]]
+    for title, evaluation in references.items():
+        figures = [f"{evaluation.mean[name]:.3f}" if name in evaluation.mean else "" for name in measures]
+        rows.append([title, *figures, "", "", ""])
+    for name, result in results.items():
+        cells = []
+        for measure in measures:
+            values = result.values(split, measure)
+            mean = math.fsum(values) / len(values)
+            spread = math.sqrt(math.fsum((one - mean) ** 2 for one in values) / max(len(values) - 1, 1))
+            cells.append(f"{mean:.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else ""))
+        entries = [entry for log in result.logs.values() for entry in log]
+        steps = max(int(entry["step"]) for entry in entries)
+        minutes = math.fsum(entry.get("seconds", 0.0) for entry in entries) / len(result.logs) / 60
+        rows.append([name, *cells, str(len(result.evaluations)), str(steps), f"{minutes:.1f}"])
+    return _markdown(rows, left=1)
+
+
+def against_table(results: Mapping[str, ArmResult], references: Split, split: str, measures: Sequence[str]) -> str:
+    """A Markdown table of gains over what each arm is tested against, with p values; empty without any.
+
+    Args:
+        results: arm to result.
+        references: key to evaluation of systems that no arm trained.
+        split: "dev" or "test".
+        measures: columns; a cell is empty where its reference was not measured by one.
+
+    Raises:
+        ValueError: two arms have no seed in common.
+    """
+    pairs = [(name, other) for name, result in results.items() for other in result.against]
+    pairs = [(name, other) for name, other in pairs if name != other and (other in results or other in references)]
+    if not pairs:
+        return ""
+    rows = [["arm", "against", "seeds"], *([name, other, ""] for name, other in pairs)]
+    for measure in measures:
+        rows[0].append(f"{measure} (p; Holm)")
+        found: list[tuple[list[str], float, float]] = []
+        for row in rows[1:]:
+            name, other = row[:2]
+            row.append("")
+            if other not in results and measure not in references[other].mean:
+                continue
+            seeds = sorted(results[name].evaluations)
+            if other in results:
+                seeds = [seed for seed in seeds if seed in results[other].evaluations]
+                if not seeds:
+                    raise ValueError(f"arms.{name}.against: {other!r} has no seed in common with it: set their seeds")
+                b = results[other].per_query(split, measure, seeds)
+            else:
+                values = references[other].per_query[measure]
+                b = [values[query] for query in sorted(values)]
+            a = results[name].per_query(split, measure, seeds)
+            row[2] = str(len(seeds))
+            found.append((row, (math.fsum(a) - math.fsum(b)) / len(a), paired_randomisation_test(a, b)))
+        for (row, gain, p), corrected in zip(found, holm([p for *_, p in found]), strict=True):
+            row[-1] = f"{gain:+.3f} ({_shown(p)}; {_shown(corrected)})"
+    return _markdown(rows, left=2)
+
+
+def _shown(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _markdown(rows: list[list[str]], *, left: int) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    marks = ["-" * (width + 2) if at < left else "-" * (width + 1) + ":" for at, width in enumerate(widths)]
+    lines.insert(1, "|" + "|".join(marks) + "|")
+    return "\n".join(lines)
+
+
+def _plot_curves(results: Mapping[str, ArmResult], path: Path) -> list[str]:
+    """Plot RR@10 on dev as training measured it, where it did; what to say in the report."""
+    curves = {
+        name: [
+            {entry["step"]: entry[key] for entry in log for key in entry if key.endswith("_mrr@10")}
+            for log in result.logs.values()
+        ]
+        for name, result in results.items()
+    }
+    if not any(any(found) for found in curves.values()):
+        return []
+    try:
+        plot_dev_curves({"": curves}, path, ylabel="dev RR@10")
+    except (ImportError, ValueError) as error:
+        return [f"No plot: {error}", ""]
+    return [f"Plot: {path.name}", ""]

@@ -1,0 +1,152 @@
+"""What a run trains and is measured on: a collection, and triples of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from tct_hf.data.collection import Collection, load_collection
+from tct_hf.data.row_parsing import SkippedRows
+from tct_hf.data.streamed import StreamedTriples
+from tct_hf.pipeline.settings import DataSettings, TriplesSettings
+from tct_hf.retrieval.triples import load_triples
+
+# Of questions without judgements, where there are no judgements to measure with.
+_HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 500
+
+
+def read_collection(
+    data: DataSettings, *, train: bool = True, test: bool = True, also: Sequence[str] = ()
+) -> Collection:
+    """Load the splits that `data` names, a part of them, and questions without judgements.
+
+    Args:
+        data: the settings.
+        train: whether the train split must be there where `labels` asks for it.
+        test: whether the split to report must be there.
+        also: more splits to report, by name.
+
+    Returns:
+        The collection. Without labels (`labels` 0, or questions alone) it may lack train and test; where there are
+        questions, a tenth of them is then held out for test.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_collection`.
+    """
+    required = [use for use, needed in (("train", train), ("test", test)) if needed and data.labels > 0]
+    if data.dev_split not in ("auto", None):
+        required.append("dev")
+    collection = load_collection(
+        data.source,
+        packages=data.packages,
+        test_split=data.test_split,
+        dev_split=data.dev_split,
+        required=required,
+        also=also,
+    )
+    if data.dev_share and "train" in collection.splits:
+        collection.hold_out_dev(data.dev_share)
+    collection = collection.part(passages=data.max_passages, queries=data.max_queries)
+    if data.questions is not None:
+        collection.add_questions(data.questions)
+        _hold_out(collection)
+    if data.made_questions:
+        collection.make_questions(data.made_questions, seed=0)
+        _hold_out(collection)
+    return collection
+
+
+def _hold_out(collection: Collection) -> None:
+    """Take a part of the questions for test, where there is none with judgements."""
+    if "test" not in collection.splits:
+        collection.hold_out_questions(_HELD_OUT_SHARE, most=_MOST_HELD_OUT)
+
+
+def read_triples(
+    triples: TriplesSettings, *, seed: int, write: Callable[[str], None], scores: str | None = None
+) -> Dataset | IterableDataset | None:
+    """Load and check the triples that are named, None where none are.
+
+    Args:
+        triples: the settings; see `load_triples`.
+        seed: seed of the order of streamed rows.
+        write: takes a line of how many there are, and what was left out.
+        scores: columns of a teacher's scores to keep, as in `load_triples`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_triples`.
+    """
+    if triples.path is None:
+        return None
+    skipped = SkippedRows()
+    rows = load_triples(
+        triples.path,
+        split=triples.split,
+        config=triples.config,
+        revision=triples.revision,
+        columns=triples.columns,
+        collection=triples.collection,
+        queries=triples.queries,
+        qrels=triples.qrels,
+        num_negatives=triples.num_negatives,
+        scores=scores,
+        skip_bad_rows=triples.skip_bad_rows,
+        skipped=skipped,
+        streaming=triples.streaming,
+    )
+    if triples.streaming:
+        return rows.shuffle(seed=seed, buffer_size=triples.shuffle_buffer)
+    write(f"  {triples.path}: {len(rows):,} triples")
+    if skipped.total:
+        write("  " + skipped.summary().replace("\n", "\n  "))
+    return rows
+
+
+def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collection) -> Dataset | IterableDataset:
+    """Refuse triples that hold queries of dev or test: figures on these would say nothing.
+
+    Args:
+        rows: training triples, of which the column query is read.
+        collection: its dev and test queries, compared whatever their case and white space.
+
+    Returns:
+        The rows. Streamed ones are checked as they pass: the first of a dev or test query ends the run.
+
+    Raises:
+        ValueError: how many rows there are of such queries, one of them, and the fix.
+    """
+    reported = {
+        _plain(text): use
+        for use, split in collection.splits.items()
+        if use != "train"
+        for text in split.queries.values()
+    }
+    if isinstance(rows, IterableDataset):
+        check = partial(_refuse_reported, reported=reported, name=collection.name)
+        if isinstance(rows, StreamedTriples):
+            return rows.checked(check, "query")
+        return rows.map(check, input_columns="query", features=rows.features)
+    found: list[str] = []
+    for batch in rows.select_columns("query").iter(10_000):
+        found += [query for query in batch["query"] if _plain(query) in reported]
+    if found:
+        _refuse_reported(found[0], reported, collection.name, f"{len(found):,} of the {len(rows):,} rows have")
+    return rows
+
+
+def _refuse_reported(query: str, reported: Mapping[str, str], name: str, count: str = "a row has") -> dict[str, Any]:
+    use = reported.get(_plain(query))
+    if use is not None:
+        raise ValueError(
+            f"triples.path: {count} a query of dev or test, such as {query!r} ({use} of {name}). Figures on queries "
+            "that were trained on say nothing: leave these rows out, or measure on others with data.dev_split and "
+            "data.test_split."
+        )
+    return {}  # nothing of the row changes
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()

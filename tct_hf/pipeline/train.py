@@ -1,0 +1,533 @@
+"""One training run: what it reads, what each of its models depends on, and the stages that train and measure them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from transformers import set_seed
+
+from tct_hf.data.collection import Collection
+from tct_hf.encoding.build import build_colbert, build_student, student_from_teacher
+from tct_hf.encoding.splade import build_splade
+from tct_hf.evaluation.quick_report import check_evaluation, quick_report
+from tct_hf.files import CLAIM_FILE, file_digest, is_claimed, replace_dir, staging_beside, write_json_atomic
+from tct_hf.hub_client import resolve_model
+from tct_hf.pipeline.data import read_collection, read_triples, refuse_reported_queries
+from tct_hf.pipeline.settings import (
+    TRAINING,
+    DataSettings,
+    EncoderSettings,
+    StudentSettings,
+    TeacherSettings,
+    TrainSettings,
+    check_together,
+    named,
+)
+from tct_hf.pipeline.teacher import check_scores, make_teacher
+from tct_hf.retrieval.negatives import collection_bm25, collection_triples
+from tct_hf.retrieval.runs import Run, read_run, write_run
+from tct_hf.settings import SettingsError
+from tct_hf.teachers.base import NoTeacher, Teacher, read_training_scale
+from tct_hf.teachers.calibration import calibrate
+from tct_hf.teachers.colbert import DenseTeacher
+from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, members_of, search_mixture
+from tct_hf.teachers.mixture import weights_of as weights_of_members
+from tct_hf.training import run as training
+from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
+from tct_hf.training.loss import TightlyCoupledLoss
+from tct_hf.training.schedules import LossSchedule, Schedule
+from tct_hf.training.stages import precision
+
+Rows: TypeAlias = Dataset | IterableDataset  # type: ignore[valid-type]
+STUDENTS = ("unlabelled", "stock", "student")
+
+
+@dataclass
+class Training:
+    """A training run: models in an output folder, each trained once.
+
+    `read` comes first; then the stages, in any number of calls, of which a finished one is skipped and a stopped one
+    goes on.
+
+    Args:
+        settings: of the run; its teacher is settled.
+        state: the processes that share the work.
+        write: takes lines of progress.
+        output: folder of the models; `settings.output_dir` when None.
+        teacher: folder where a ColBERT is trained, or, without the stage teacher, was; `output/teacher` when None.
+        teacher_seed: seed that it is trained with; that of the run when None.
+        mixtures: folder of what a mixture finds before training; `output` when None.
+        vectors: folder of a mixture's vectors; `output/vectors` when None.
+        start: folders of models to train further, by "teacher" and "student".
+        make_rows: gives the rows to train on; those of the settings when None.
+        also_depends: what the models depend on besides the settings, JSON-ready.
+    """
+
+    settings: TrainSettings
+    state: PartialState
+    write: Callable[[str], None] = print
+    output: Path | None = None
+    teacher: Path | None = None
+    teacher_seed: int | None = None
+    mixtures: Path | None = None
+    vectors: Path | None = None
+    start: Mapping[str, str] = field(default_factory=dict)
+    make_rows: Callable[[], Rows] | None = None
+    also_depends: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        settings.teacher.settle(settings.encoder)
+        check_together(settings)
+        self.folder = self.output or Path(settings.output_dir)
+        ready = self.teacher is not None and "teacher" not in settings.stages
+        self.trains_teacher = not ready and (settings.teacher.is_trained_here or "teacher" in self.start)
+        self.base: dict[str, Any] = {"seed": settings.seed, **precision(settings.precision, self.state.device)}
+        self.schedules = schedules_of(settings.student)
+
+    @property
+    def teacher_model(self) -> str | None:
+        """Folder or Hub id of the model that teaches, None where there is none."""
+        here = self.trains_teacher or self.teacher is not None
+        return str(self.folder_of("teacher")) if here else self.settings.teacher.model
+
+    # What is read.
+
+    def read(self, read: Callable[..., Collection] = read_collection) -> None:
+        """Read the data, and build what is to be trained once, so that nothing stops the run after hours.
+
+        Args:
+            read: gives the collection.
+
+        Raises:
+            ValueError, FileNotFoundError: with the file or the setting, and the fix.
+        """
+        settings = self.settings
+        self.collection = read(settings.data, train=settings.triples.path is None)
+        self.write(f"  {self.collection.summary()}")
+        scores = settings.teacher.score_columns
+        self.rows = read_triples(settings.triples, seed=settings.seed, write=self.write, scores=scores)
+        if self.rows is not None:
+            self.rows = refuse_reported_queries(self.rows, self.collection)
+        if "student" in settings.stages and not (self.folder / "student").is_dir():
+            check_scores(settings.teacher, self.rows, lambda: self.plain_rows)
+        if "evaluate" in settings.stages:
+            if "test" not in self.collection.splits:
+                raise SettingsError(
+                    f"data.test_split: {self.collection.name} has no {settings.data.test_split} split, and there are "
+                    "no data.questions or data.made_questions to hold some out: give one of them, or leave the stage "
+                    "evaluate out."
+                )
+            check_evaluation(self.collection, settings.evaluation.measures, settings.evaluation.depth)
+        self._build_once()
+
+    def _build_once(self) -> None:
+        """Build the models and the training arguments, whose own errors name what is wrong with the settings."""
+        settings, student = self.settings, self.settings.student
+        if self.trains_teacher and "teacher" in settings.stages and not self.start:
+            with named("teacher"):
+                self._new_colbert()
+        if self.trains_teacher:
+            with named("teacher.training"):
+                training.check_arguments(self._arguments("teacher"), self.collection, of="colbert")
+        with named("student.training"):
+            training.check_arguments(self._arguments("student"), self.collection, of=student.kind)
+        if not any(
+            name in settings.stages and not (self.folder / name).is_dir() for name in ("unlabelled", "student")
+        ):
+            return
+        with named("student"):
+            if student.kind == "splade":
+                build_splade(resolve_model(settings.encoder.base_model), **settings.encoder.lengths)
+                return
+            # The teacher that it starts from may not be there yet: it has the base's encoder.
+            here = self.trains_teacher or self.teacher is not None
+            initialise_from = "base" if here else student.initialise_from
+            model = new_student(
+                settings.encoder, replace(student, initialise_from=initialise_from), self.teacher_model
+            )
+        with named("student.training"):
+            TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
+
+    def _triples(self, data: DataSettings, *, unlabelled: bool, candidates: Run | None = None) -> Dataset:
+        return collection_triples(
+            self.collection,
+            num_negatives=data.num_negatives,
+            depth=data.negative_depth,
+            seed=self.settings.seed,
+            labels=data.labels,
+            unlabelled=unlabelled,
+            max_questions=data.max_questions,
+            candidates=candidates,
+        )
+
+    @cached_property
+    def plain_rows(self) -> Any:
+        """The rows of the student's stage, without what a mixture finds."""
+        return self._rows_of(self.settings.data, unlabelled=self.settings.data.unlabelled)
+
+    def _rows_of(self, data: DataSettings, *, unlabelled: bool) -> Rows:
+        if self.make_rows is not None:
+            return self.make_rows()
+        return self.rows if self.rows is not None else self._triples(data, unlabelled=unlabelled)
+
+    def _labelled_rows(self) -> Any:
+        return self._rows_of(self.settings.data, unlabelled=False)
+
+    # What each model depends on: a folder that holds the work of anything else is refused.
+
+    @cached_property
+    def of_teacher(self) -> dict[str, Any]:
+        """All that a trained teacher depends on, JSON-ready; of one used as it is, its weights."""
+        settings = self.settings
+        found = {
+            **self.base,
+            **({} if self.teacher_seed is None else {"seed": self.teacher_seed}),
+            "data": settings.data.of_labelled,
+            "encoder": asdict(settings.encoder),
+            "teacher": settings.teacher.depends(),
+            "corpus": self.collection.fingerprint["sha256"],
+            **self.also_depends,
+        }
+        if self.rows is not None:
+            fingerprint = None if isinstance(self.rows, IterableDataset) else self.rows._fingerprint
+            found["triples"] = {**asdict(settings.triples), "fingerprint": fingerprint}
+        return found
+
+    def data_of(self, name: str) -> DataSettings:
+        """The data of a stage: the student without labels looks at no judgement."""
+        data = self.settings.data
+        return replace(data, labels=0.0, unlabelled=True, dev_split=None) if name == "unlabelled" else data
+
+    def depends(self, name: str) -> dict[str, Any]:
+        """All that the model of a stage depends on, JSON-ready."""
+        if name == "teacher":
+            return self.of_teacher
+        questions = {key: self.collection.fingerprint.get(key) for key in ("questions", "made_questions")}
+        data = {**self.of_teacher, "seed": self.settings.seed, "data": asdict(self.data_of(name)), **questions}
+        return {**data, "student": asdict(self.settings.student)}
+
+    def of_runs(self) -> dict[str, Any]:
+        """All that the runs of the report depend on."""
+        models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
+        weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
+        evaluation = {"depth": self.settings.evaluation.depth}
+        return {**self.depends("student"), "evaluation": evaluation, "weights": weights}
+
+    @property
+    def students(self) -> dict[str, Path]:
+        """The folders of the models to report, by name, in the order of the table."""
+        names = [name for name in ("stock", "unlabelled") if name in self.settings.stages]
+        return {name: self.folder / name for name in [*names, "student"]}
+
+    def claim(self) -> None:
+        """Refuse an output folder that holds models or runs of other settings.
+
+        Raises:
+            ValueError: names the first setting that differs, and the fix.
+        """
+        is_claimed(self.folder / "runs", self.of_runs())
+        self.claim_models()
+
+    def claim_models(self) -> None:
+        """Refuse an output folder that holds models of other settings.
+
+        Raises:
+            ValueError: names the first setting that differs, and the fix.
+        """
+        for name in (*(["teacher"] if self.trains_teacher else []), *STUDENTS):
+            self.is_trained(name)
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of the model of a stage."""
+        return self.teacher if name == "teacher" and self.teacher is not None else self.folder / name
+
+    def _work_of(self, name: str) -> Path:
+        final = self.folder_of(name)
+        return final.parent / "training" / final.name
+
+    def is_trained(self, name: str) -> bool:
+        """Whether the model of a stage is there; refuses one of other settings."""
+        is_claimed(self._work_of(name), self.depends(name))
+        return is_claimed(self.folder_of(name), self.depends(name))
+
+    def reason_to_skip(self, name: str) -> str | None:
+        """Why a stage has nothing to do; None where it has."""
+        if name == "teacher" and not self.trains_teacher:
+            names = [one.name for one in self.settings.teacher.parts]
+            return f"{' and '.join(names)} {'is used as it is' if len(names) == 1 else 'are used as they are'}"
+        return "it is trained" if self.is_trained(name) else None
+
+    # The stages.
+
+    def train(self, name: str) -> Path:
+        """Train the model of a stage: "teacher", "stock", "unlabelled" or "student".
+
+        Returns:
+            Its folder.
+
+        Raises:
+            SettingsError: the ColBERT that a student learns from is not there.
+        """
+        if name == "teacher":
+            return self._train_teacher()
+        if name == "stock":
+            encoder = replace(self.settings.encoder, encoding="own")
+            student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
+            make = partial(new_student, encoder, student, None)
+            return training.train_stock(make, self._labelled_rows, **self._stage(name, "student", "dense"))
+        here = self.trains_teacher or self.teacher is not None
+        if here and not self.folder_of("teacher").is_dir():
+            raise SettingsError(
+                f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
+                "name a trained ColBERT with --teacher.model."
+            )
+        return self._distil(name)
+
+    def _arguments(self, section: str) -> dict[str, Any]:
+        return {**TRAINING, **self.base, **getattr(self.settings, section).training}
+
+    def _stage(self, name: str, section: str, kind: Any) -> dict[str, Any]:
+        """What every stage of training is given."""
+        arguments = self._arguments(section)
+        return {
+            "final": self.folder_of(name),
+            "work": self._work_of(name),
+            "arguments": arguments,
+            "settings": self.depends(name),
+            "evaluator": training.dev_evaluator(self.collection, arguments, kind=kind),
+        }
+
+    def _new_colbert(self) -> MultiVectorEncoder:
+        set_seed(self.of_teacher["seed"])
+        if "teacher" in self.start:
+            return MultiVectorEncoder(self.start["teacher"])
+        encoder = self.settings.encoder
+        return build_colbert(
+            resolve_model(encoder.base_model),
+            dim=self.settings.teacher.dim,
+            encoding=encoder.encoding,
+            prompts=encoder.prompts,
+            **encoder.lengths,
+        )
+
+    def _train_teacher(self) -> Path:
+        start = self.start.get("teacher")
+        stage = self._stage("teacher", "teacher", "late interaction")
+        stage["arguments"]["seed"] = self.of_teacher["seed"]
+        scale = None if start is None else read_training_scale(start)
+        return training.train_colbert(self._new_colbert, self._labelled_rows, scale=scale, **stage)
+
+    def _distil(self, name: str) -> Path:
+        with self.state.main_process_first():
+            student, teaching, candidates = self._prepare(name)
+        data = self.data_of(name)
+
+        def rows() -> Any:
+            if candidates:
+                return self._triples(data, unlabelled=data.unlabelled, candidates=candidates)
+            return self.plain_rows if name == "student" else self._rows_of(data, unlabelled=data.unlabelled)
+
+        kind = "sparse" if student.kind == "splade" else "dense"
+        stage = self._stage(name, "student", kind)
+        stage["arguments"] |= student.training
+        return training.train_student(
+            partial(self._new_student, student),
+            partial(self._make_teacher, teaching, student),
+            rows,
+            schedules=self.schedules,
+            **stage,
+        )
+
+    def _new_student(self, student: StudentSettings) -> SentenceTransformer | SparseEncoder:
+        encoder, start = self.settings.encoder, self.start.get("student")
+        if start is not None:
+            return SparseEncoder(start) if student.kind == "splade" else SentenceTransformer(start)
+        if student.kind == "splade":
+            return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
+        return new_student(encoder, student, self.teacher_model)
+
+    def _make_teacher(self, teaching: TeacherSettings, student: StudentSettings) -> Teacher:
+        said = student.training
+        also = self.schedules or said.get("margin_mse_weight") or said.get("self_coupled")
+        if said.get("hard_label_weight") == 1.0 and not also:
+            return NoTeacher()  # hard labels are all that the student learns from
+        return make_teacher(
+            teaching,
+            self.teacher_model,
+            index=partial(collection_bm25, self.collection),
+            reads=self.settings.encoder.reads,
+            cache=self.vectors_folder,
+            cache_gigabytes=student.teacher_cache_gigabytes,
+        )
+
+    @property
+    def vectors_folder(self) -> str | None:
+        """Where a teacher's vectors are kept; those of a mixture, which every step reads, are kept always."""
+        if self.settings.student.teacher_cache is not None or not self.settings.teacher.is_mixture:
+            return self.settings.student.teacher_cache
+        return str(self.vectors or self.folder / "vectors")
+
+    def _prepare(self, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:
+        """Calibrate a teacher where that is asked for, and let a mixture search for questions without judgements.
+
+        A mixture is calibrated where labels are used, dev is judged and no weights are given; any other teacher where
+        `student.training.temperature` is "auto".
+
+        Returns:
+            The settings of student and teacher with what was found, and the best passages of questions.
+        """
+        data, student, teaching = self.data_of(name), self.settings.student, self.settings.teacher
+        temperature = student.training.get("temperature")
+        calibrates = (
+            (teaching.is_mixture if temperature is None else temperature == "auto")
+            and teaching.mixture_weights is None
+            and data.labels > 0
+            and "dev" in self.collection.splits
+            and bool(self.collection.splits["dev"].qrels)
+            # Stored scores are known of their own pairs alone, not of what a search finds.
+            and not any(one.kind == "stored" for one in teaching.parts)
+        )
+        queries: dict[str, str] = {}
+        if teaching.is_mixture and self.rows is None:
+            queries = self.collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
+            if data.negatives == "teacher" and "train" in self.collection.splits:
+                queries |= self.collection.splits["train"].queries
+        if teaching.is_mixture and not calibrates:
+            shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
+            self.write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
+        found: Run = {}
+        if calibrates or queries:
+            weights, found = self._searched(name, queries, calibrates=calibrates)
+            if not teaching.is_mixture:
+                softening = (
+                    SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments
+                ).softening
+                return (
+                    replace(student, training={**student.training, "temperature": softening / weights[0]}),
+                    teaching,
+                    {},
+                )
+            others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
+            teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
+        if teaching.kind == "self":
+            pooled, _, tokens = teaching.mixture_weights or DEFAULT_WEIGHTS
+            student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
+        return student, teaching, found
+
+    def _searched(self, name: str, queries: Mapping[str, str], *, calibrates: bool) -> tuple[list[float], Run]:
+        """The weights of the teacher's members and the best passages of `queries`, found once."""
+        folder = (self.mixtures or self.folder) / f"mixture-{name}"
+        depends = {**self.depends(name), "queries": len(queries), "calibrated": calibrates}
+        for other in ("seed", "student"):
+            del depends[other]
+        if not is_claimed(folder, depends):
+            teaching, encoder = self.settings.teacher, self.settings.encoder
+            mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
+            teacher = self._make_teacher(mixture, replace(self.settings.student, training={}))
+            with staging_beside(folder) as staging:
+                staging.mkdir(parents=True)
+                if calibrates:
+                    if teaching.is_mixture:  # its first member is the base, which the student starts from
+                        about_to_learn = next(iter(members_of(teacher).values()))
+                    else:
+                        about_to_learn = DenseTeacher(
+                            build_student(resolve_model(encoder.base_model), **encoder.reads)
+                        )
+                    try:
+                        found = calibrate(teacher, self.collection, student=about_to_learn)
+                    except ValueError as error:
+                        if not teaching.is_mixture:
+                            raise
+                        self.write(f"  not calibrated, the default weights stay: {error}")
+                    else:
+                        self.write("  " + found.summary().replace("\n", "\n  "))
+                        found.save(staging)
+                if queries:
+                    passages = len(self.collection.corpus)
+                    self.write(f"  {len(queries):,} questions: the mixture searches {passages:,} passages")
+                write_run(search_mixture(teacher, self.collection, queries), staging / "candidates.trec", "mixture")
+                write_json_atomic(staging / "weights.json", weights_of_members(teacher))
+                write_json_atomic(staging / CLAIM_FILE, depends)
+                replace_dir(staging, folder)
+        weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
+        return weights, read_run(folder / "candidates.trec") if queries else {}
+
+    def report(self) -> str:
+        """Search with every system and compare them; the report, Markdown, is also in the output folder.
+
+        Raises:
+            SettingsError: a student is not there.
+        """
+        settings = self.settings
+        models = {name: str(folder) for name, folder in self.students.items()}
+        for name, folder in models.items():
+            if not Path(folder).is_dir():
+                raise SettingsError(f"stages: {folder} is not there to be evaluated. Add the stage {name}.")
+        stock = models.pop("stock", None)
+        if "unlabelled" in models:
+            models = {"unlabelled": models["unlabelled"], "labelled": models["student"]}
+        colbert = settings.teacher.kind == "colbert"
+        quick_report(
+            self.collection,
+            self.folder,
+            # The base of a ColBERT from elsewhere is not known.
+            base_model=None if colbert and settings.teacher.model else settings.encoder.base_model,
+            students=models,
+            stock=stock,
+            teacher=self.teacher_model if colbert else None,
+            settings=self.of_runs(),
+            bf16=self.base["bf16"],
+            lengths=settings.encoder.lengths,
+            vectors=self.vectors_folder,
+            prompts=settings.encoder.prompts,
+            dims=settings.student.training.get("matryoshka_dims"),
+            labels=settings.data.labels > 0,
+            **asdict(settings.evaluation),
+        )
+        return (self.folder / "report.md").read_text(encoding="utf-8")
+
+
+def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
+    """The schedules of `student.schedules`.
+
+    Raises:
+        SettingsError: a setting without a schedule, or a schedule with wrong values.
+    """
+    try:
+        made = {name: Schedule(**schedule) for name, schedule in student.schedules.items()}
+        if made:
+            LossSchedule({}, **made)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"student.schedules: {error}") from error
+    return made
+
+
+def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> SentenceTransformer:
+    """An untrained dense student: the teacher's encoder or the base, reading texts as `encoder` says.
+
+    Args:
+        encoder: encoding, lengths, and the base.
+        student: what it starts from, and what it keeps of it.
+        teacher: folder or Hub id; needed to initialise from.
+    """
+    from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
+    make: Any = student_from_teacher if from_teacher else build_student
+    return make(
+        teacher if from_teacher else resolve_model(encoder.base_model),
+        layers=student.layers,
+        query_augmentation=student.query_augmentation,
+        pooling=student.pooling,
+        scale=student.scale,
+        encoding=encoder.encoding,
+        prompts=encoder.prompts,
+        **encoder.lengths,
+    )

@@ -1,0 +1,108 @@
+"""The tables of a comparison, against means, deviations and p values worked out another way."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tct_hf.evaluation.arms import ArmResult, against_table, arm_table
+from tct_hf.evaluation.measures import Evaluation
+
+QUERIES = [f"q{at}" for at in range(10)]
+MEASURES = ["RR@10", "R@100"]
+
+
+def evaluation(seed: int, shift: float = 0.0) -> Evaluation:
+    """Values of ten queries, rounded so that some pairs are equal, in another order of queries for each seed."""
+    draw = np.random.default_rng(seed)
+    values = {name: np.clip(draw.uniform(0, 1, 10) + shift, 0, 1).round(1).tolist() for name in MEASURES}
+    order = draw.permutation(10).tolist()
+    per_query = {name: {QUERIES[at]: values[name][at] for at in order} for name in MEASURES}
+    return Evaluation({name: statistics.fmean(values[name]) for name in MEASURES}, per_query)
+
+
+def result(seeds: list[int], *, shift: float = 0.0, offset: int = 0, against: Sequence[str] = ()) -> ArmResult:
+    logs = {seed: [{"step": 5, "loss": 1.0}, {"step": 8, "seconds": 120 + 60 * at}] for at, seed in enumerate(seeds)}
+    return ArmResult("", against, {seed: {"test": evaluation(seed + offset, shift)} for seed in seeds}, logs)
+
+
+@pytest.fixture
+def results() -> dict[str, ArmResult]:
+    return {
+        "plain": result([1, 2, 3]),
+        "taught": result([2, 3, 4], shift=0.3, offset=50, against=["plain", "bm25", "gone"]),
+        "once": result([3], against=["plain"]),
+    }
+
+
+def cells(table: str) -> list[list[str]]:
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1 and set(lines[1]) <= set("|-:")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def test_a_line_holds_the_mean_and_the_deviation_over_seeds(results: dict[str, ArmResult]) -> None:
+    head, reference, *lines = cells(arm_table(results, {"BM25": evaluation(9)}, "test", MEASURES))
+    assert head == ["system", *MEASURES, "seeds", "steps", "minutes"]
+    assert reference == ["BM25", *(f"{evaluation(9).mean[name]:.3f}" for name in MEASURES), "", "", ""]
+    for line, (name, found) in zip(lines, results.items(), strict=True):
+        means = [[parts["test"].mean[measure] for parts in found.evaluations.values()] for measure in MEASURES]
+        shown = [f"{np.mean(m):.3f}" + (f" ± {np.std(m, ddof=1):.3f}" if len(m) > 1 else "") for m in means]
+        assert line[0] == name and line[1:3] == shown
+    assert [line[3:] for line in lines] == [["3", "8", "3.0"], ["3", "8", "3.0"], ["1", "8", "2.0"]]
+
+
+def p_by_enumeration(differences: list[float]) -> float:
+    signs = itertools.product((1, -1), repeat=10)
+    sums = [abs(sum(s * d for s, d in zip(one, differences, strict=True))) for one in signs]
+    return sum(value >= abs(sum(differences)) - 1e-9 for value in sums) / len(sums)
+
+
+def shown(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def test_arms_are_tested_query_by_query_on_their_common_seeds_and_corrected_over_the_lines(
+    results: dict[str, ArmResult],
+) -> None:
+    bm25 = evaluation(9)
+    head, *lines = cells(against_table(results, {"bm25": bm25}, "test", MEASURES))
+    assert head == ["arm", "against", "seeds", *(f"{name} (p; Holm)" for name in MEASURES)]
+    assert [line[:3] for line in lines] == [["taught", "plain", "2"], ["taught", "bm25", "3"], ["once", "plain", "1"]]
+    for column, measure in enumerate(MEASURES, 3):
+        gains, ps = [], []
+        for name, other, _ in (line[:3] for line in lines):
+            seeds = sorted(
+                results[name].evaluations.keys() & (results["plain"].evaluations if other == "plain" else {2, 3, 4})
+            )
+            found = {
+                q: statistics.fmean(results[name].evaluations[seed]["test"].per_query[measure][q] for seed in seeds)
+                for q in QUERIES
+            }
+            there = (
+                bm25.per_query[measure]
+                if other == "bm25"
+                else {
+                    q: statistics.fmean(results["plain"].evaluations[s]["test"].per_query[measure][q] for s in seeds)
+                    for q in QUERIES
+                }
+            )
+            differences = [found[q] - there[q] for q in QUERIES]
+            gains.append(statistics.fmean(differences))
+            ps.append(p_by_enumeration(differences))
+        least = sorted(range(3), key=ps.__getitem__)
+        corrected = [0.0] * 3
+        for place, at in enumerate(least):
+            corrected[at] = max([min(1.0, (3 - place) * ps[at]), *(corrected[one] for one in least[:place])])
+        wanted = [f"{g:+.3f} ({shown(p)}; {shown(h)})" for g, p, h in zip(gains, ps, corrected, strict=True)]
+        assert [line[column] for line in lines] == wanted
+
+
+def test_arms_without_a_common_seed_or_anything_to_be_tested_against(results: dict[str, ArmResult]) -> None:
+    assert against_table({"plain": results["plain"]}, {}, "test", MEASURES) == ""
+    with pytest.raises(ValueError, match="'plain' has no seed in common with it"):
+        against_table({"plain": result([1]), "once": results["once"]}, {}, "test", MEASURES)

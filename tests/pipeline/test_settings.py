@@ -1,0 +1,66 @@
+"""One tree of settings: overrides of it, and what contradicts itself in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tct_hf.pipeline.settings import OneTeacher, TrainSettings, check_part, named, overridden
+from tct_hf.settings import SettingsError
+
+
+def test_overrides_are_dotted_or_nested_and_leave_the_rest() -> None:
+    settings = TrainSettings(seed=5)
+    settings.student.training = {"max_steps": 3, "temperature": 2.0}
+    changes = {
+        "data.labels": 0.25,
+        "student": {"layers": [0, 2], "training": {"temperature": 4.0}},
+        "stages": ["stock"],
+        "encoder.prompts": {"query": "query: "},
+        "teacher.mixed_with": [{"kind": "bm25", "weight": 0.5}],
+        "data.dev_split": None,
+    }
+    found = overridden(settings, changes, "arms.x")
+    assert (found.data.labels, found.student.layers, found.stages, found.seed) == (0.25, [0, 2], ["stock"], 5)
+    assert found.student.training == {"max_steps": 3, "temperature": 4.0}
+    assert found.encoder.prompts == {"query": "query: "} and found.data.dev_split is None
+    assert found.teacher.mixed_with[0].weight == 0.5
+    assert settings.data.labels == 1.0 and settings.student.training["temperature"] == 2.0
+    assert overridden(settings, {}, "arms.x") == settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.training.temprature": 1.0}, r"^arms\.x: .*student\.training\.temperature"),
+        ({"data": {"labels": "many"}}, r"^arms\.x: .*data\.labels"),
+    ],
+)
+def test_a_wrong_override_is_an_error_of_its_arm(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        overridden(TrainSettings(), changes, "arms.x")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said", "told"),
+    [
+        ("student", "layers: there is no layer 7", "student.layers: there is no layer 7"),
+        ("student", "query_length=3: too few", "encoder.query_length=3: too few"),
+        ("student.training", "training.output_dir is set", "student.training.output_dir is set"),
+        ("teacher", "Some other error", "teacher: Some other error"),
+    ],
+)
+def test_what_a_constructor_refuses_is_an_error_of_its_section(prefix: str, said: str, told: str) -> None:
+    with pytest.raises(SettingsError) as error, named(prefix):
+        raise ValueError(said)
+    assert str(error.value) == told
+
+
+def test_a_bundled_model_is_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tct_hf.pipeline.settings.resolve_model", {"bundled": str(tmp_path), "other": "other"}.get)
+    for kind in ("own", "dense"):
+        check_part(OneTeacher(kind, model="bundled"), "teacher.")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"teacher\.model: other is not there"):
+        check_part(OneTeacher("own", model="other"), "teacher.")
