@@ -87,7 +87,7 @@ def read_triples(
     Raises:
         ValueError, FileNotFoundError: as `load_triples`.
     """
-    from tct_hf.data.row_parsing import SkippedRows
+    from tct_hf.data.rows import SkippedRows
     from tct_hf.retrieval.triples import load_triples
 
     if triples.path is None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tct_hf.data.hub_tables import is_hub_table
+from tct_hf.data.rows import is_hub_id, is_score_file
 from tct_hf.files import file_digest
 from tct_hf.settings import SettingsError, setting
 
@@ -50,8 +50,6 @@ class OneTeacher:
     @property
     def column(self) -> str | None:
         """The triples' columns that stored scores are in; None where they are in a file."""
-        from tct_hf.data.score_table import is_score_file
-
         return None if self.scores is None or is_score_file(self.scores) else self.scores
 
 
@@ -138,7 +136,7 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         if one.candidates == "in-batch":
             raise SettingsError(f"{prefix}candidates: stored scores are of a query's own candidates; leave it out")
         path = Path(one.scores)
-        if one.column is None and not path.is_file() and not is_hub_table(one.scores):
+        if one.column is None and not path.is_file() and not is_hub_id(one.scores):
             raise SettingsError(f"{prefix}scores: {path}: no such file of scores; give the right path")
         return
     if one.scores is not None:
