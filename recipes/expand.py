@@ -121,7 +121,7 @@ def table(manifest: dict[str, Any], settings: Settings) -> str:
         "distinct": f"{distinct / queries:.1%}" if queries else "",
         "scored": "no" if settings.teacher is None else settings.kind,
         "shards": f"{len(manifest['shards']):,}",
-        "bytes a passage": f"{sum(f.stat().st_size for f in folder.glob('*.parquet')) / manifest['count']:,.0f}",
+        "bytes a passage": f"{sum(f.stat().st_size for f in folder.glob('*.arrow')) / manifest['count']:,.0f}",
         "folder": str(folder),
     }
     return one_row(cells)

@@ -54,7 +54,7 @@ TRAINING: dict[str, Any] = {
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.data.expansion_corpus import load_expander
+    from tct_hf.data.expander import load_expander
     from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
     from tct_hf.training import expander as training

@@ -22,8 +22,8 @@ _PUBLIC = {
     "data.builtin": ["builtin_corpus"],
     "data.collection": ["Collection", "load_collection"],
     "data.expansion": ["expanded_texts", "load_expansions", "write_expansions"],
-    "data.expansion_corpus": ["expand_corpus", "load_expander"],
-    "data.row_parsing": ["SkippedRows"],
+    "data.expander": ["expand_corpus", "load_expander"],
+    "data.rows": ["SkippedRows"],
     "retrieval.triples": ["load_triples"],
     "retrieval.bm25": ["BM25Index"],
     "retrieval.dense": ["DenseIndex"],
@@ -69,12 +69,12 @@ if TYPE_CHECKING:
     from tct_hf.data.builtin import builtin_corpus as builtin_corpus
     from tct_hf.data.collection import Collection as Collection
     from tct_hf.data.collection import load_collection as load_collection
+    from tct_hf.data.expander import expand_corpus as expand_corpus
+    from tct_hf.data.expander import load_expander as load_expander
     from tct_hf.data.expansion import expanded_texts as expanded_texts
     from tct_hf.data.expansion import load_expansions as load_expansions
     from tct_hf.data.expansion import write_expansions as write_expansions
-    from tct_hf.data.expansion_corpus import expand_corpus as expand_corpus
-    from tct_hf.data.expansion_corpus import load_expander as load_expander
-    from tct_hf.data.row_parsing import SkippedRows as SkippedRows
+    from tct_hf.data.rows import SkippedRows as SkippedRows
     from tct_hf.encoding.build import build_colbert as build_colbert
     from tct_hf.encoding.build import build_student as build_student
     from tct_hf.encoding.build import save_student as save_student

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tct_hf.files import staging_beside
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def default_cache_dir() -> Path:
@@ -45,23 +40,3 @@ def build_once(final: Path, build: Callable[[Path], None]) -> Path:
             if not final.is_dir():
                 raise
     return final
-
-
-def write_corpus(path: Path, passages: Iterable[tuple[str, str]]) -> int:
-    """Write (id, text) pairs as an Arrow stream, in constant memory."""
-    import pyarrow as pa
-
-    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
-    left, count = iter(passages), 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(left, 1000)):
-            writer.write_batch(pa.record_batch([pa.array(column, pa.string()) for column in zip(*batch)], schema))  # noqa: B905
-            count += len(batch)
-    return count
-
-
-def read_corpus(path: Path) -> Dataset:
-    """Open what `write_corpus` wrote: a memory-mapped data set with the columns id and text."""
-    from datasets import Dataset
-
-    return Dataset.from_file(str(path))

@@ -95,7 +95,7 @@ def obey(model: Any, rule: Lengths) -> None:
 def sides_of(model: Any, tokenizer: Any, texts: list[str], queries: int) -> dict[str, Callable[[], list[list[str]]]]:
     import torch
 
-    from tct_hf.data import expansion_decoding as decoding
+    from tct_hf.data import expander as decoding
 
     @torch.inference_mode()
     def plain() -> list[list[str]]:
@@ -171,7 +171,7 @@ def measure_memory(counts: list[int]) -> None:
                 model, corpus(count), folder, tokenizer=tokenizer, num_queries=2, max_length=4, write=lambda line: None
             )
             seconds, first = time.perf_counter() - begun, peak()
-            expansions = load_expansions(folder, cache_dir=f"{folder}/cache")
+            expansions = load_expansions(folder)
             for _ in expanded_texts(corpus(count), expansions):
                 pass
         print(f"| {count:,} | {seconds:.0f} | {first} | {peak()} |", flush=True)

@@ -16,9 +16,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.cache import build_once, default_cache_dir, read_corpus, write_corpus
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.data.docstrings import STDLIB, Docstring, package_roots, read_docstrings
 from tct_hf.data.near_duplicates import DisjointSets, near_duplicate_pairs
+from tct_hf.data.sources import write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +33,7 @@ SPLITS = ("train", "dev", "test")
 EXTRACTION_VERSION = 2
 _SUMMARY_WORDS = (4, 40)
 _BODY_WORDS = 15
-# A name that so many docstrings of a package share (fit, transform, get) says nothing about likeness.
+# A name that so many docstrings of a package share (fit, transform, get) says nothing about similarity.
 _COMMON_NAME = 8
 # A group with more than this share of all passages trains: in dev or test it would outweigh everything else there.
 _LARGEST_HELD_OUT_GROUP = 0.01
@@ -63,27 +66,21 @@ def builtin_corpus(
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+    from datasets import Dataset
+
     folder, _ = _prepared(packages, cache_dir)
     part = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-    return read_corpus(folder / "corpus.arrow"), part["queries"], part["qrels"]
+    return Dataset.from_file(str(folder / "corpus.arrow")), part["queries"], part["qrels"]
 
 
 def builtin_fingerprint(
     *, packages: Sequence[str] = DEFAULT_PACKAGES, cache_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """Say which built-in corpus a result was measured on; to be stored beside it.
-
-    Args:
-        packages: as in `builtin_corpus`.
-        cache_dir: as in `builtin_corpus`.
+    """The identity of the built-in corpus a result was measured on; to be stored beside it.
 
     Returns:
         JSON-ready: "sha256" over ids, texts, queries, judgements and versions; "packages" {name: version};
         "extraction_version"; "passages"; "queries" {split: count}; "unparsed_files".
-
-    Raises:
-        ValueError: a package that is not installed.
-        OSError: the cache can't be written or read.
     """
     return _prepared(packages, cache_dir)[1]
 
@@ -137,7 +134,8 @@ def _build(staging: Path, versions: dict[str, str]) -> None:
         )
     digest = hashlib.sha256()
     digest.update(json.dumps([versions, passages, parts], sort_keys=True, ensure_ascii=True).encode())
-    write_corpus(staging / "corpus.arrow", passages.items())
+    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+    write_rows(staging / "corpus.arrow", schema, ({"id": name, "text": text} for name, text in passages.items()))
     for split, part in parts.items():
         (staging / f"{split}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
     fingerprint = {

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tct_hf.data.beir import MissingSplitError, open_beir
+from tct_hf.data.builtin import builtin_corpus, builtin_fingerprint
+from tct_hf.data.ids import order_of as _place
 from tct_hf.data.made_questions import MadeQuestion, questions_from
 from tct_hf.data.near_duplicates import folded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from datasets import Dataset
-
 
 BUILTIN = "builtin"
 AUTO = "auto"
@@ -34,15 +34,15 @@ class Collection:
     """A corpus with its splits.
 
     Args:
-        name: to be shown.
-        corpus: columns id and text.
+        name: the name shown.
+        corpus: columns id and text, and title where the source has titles (they begin the texts).
         splits: by the name of their use: "train", "test" and, where there is one, "dev".
-        fingerprint: JSON-ready, says which texts and judgements results belong to.
-        questions: query id to text, of questions that nobody has judged.
-        made: those of them that are sentences of passages, query id to where it comes from.
+        fingerprint: JSON-ready, identifies the texts and judgements that results belong to.
+        questions: query id to text, of questions without judgements.
+        made: those of them that were taken out of passages, by query id.
         also: splits that are reported beside "test", by their own names.
-        test_split: what the split of the use "test" is called in the source.
-        index: BM25 over the corpus, once somebody has built it.
+        test_split: the source's name of the split of the use "test".
+        index: BM25 over the corpus, once it has been built.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Collection:
         """Train queries whose judgements are not used, and `questions`, id to text.
 
         Args:
-            labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
-            most: at most so many, drawn by a hash of the id; all when None.
+            labels: share of the train queries whose judgements are used, 0 to 1, whatever the seed.
+            most: the largest number of them, drawn by a hash of the id; all when None.
         """
         train = self.splits.get("train", Split({}, {}))
         kept = set(_share(train.queries, labels))
@@ -68,11 +68,7 @@ class Collection:
         return _first_queries(Split(others, {}), most).queries
 
     def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
-        """Judgements of the train queries, query id to passage id to grade.
-
-        Args:
-            labels: share of the queries whose judgements are used, 0 to 1; the same ones whatever the seed.
-        """
+        """Judgements of that share of the train queries, query id to passage id to grade."""
         train = self.splits.get("train", Split({}, {}))
         kept = set(_share(train.queries, labels))
         return {name: grades for name, grades in train.qrels.items() if name in kept}
@@ -83,7 +79,7 @@ class Collection:
         Args:
             passages: keep this many: all that are judged relevant to a query that is kept, the rest drawn by a hash
                 of the id. All when None.
-            queries: keep at most this many of each split, drawn likewise. All when None.
+            queries: keep at most this many of each split, drawn in the same way. All when None.
 
         Raises:
             ValueError: the relevant passages alone are more.
@@ -117,11 +113,7 @@ class Collection:
         )
 
     def hold_out_dev(self, share: float) -> None:
-        """Take a share of the train queries, drawn by a hash of the id, for dev where there is no dev split.
-
-        Args:
-            share: 0 to 1.
-        """
+        """Take a share (0 to 1) of the train queries, drawn by a hash of the id, for a dev split that is not there."""
         if "dev" in self.splits or not share:
             return
         train = self.splits["train"]
@@ -177,12 +169,7 @@ class Collection:
         }
 
     def make_questions(self, count: int, *, seed: int) -> None:
-        """Add questions made of the passages' own sentences; they join the fingerprint.
-
-        Args:
-            count: at most so many.
-            seed: of the draw.
-        """
+        """Add at most `count` questions made of the passages' own titles and sentences; they join the fingerprint."""
         splits = (*self.splits.values(), *self.also.values())
         asked = [text for split in splits for text in split.queries.values()] + list(self.questions.values())
         found = questions_from(self.corpus, count, seed=seed, without=asked)
@@ -191,14 +178,9 @@ class Collection:
         self.fingerprint = {**self.fingerprint, "made_questions": {"count": len(self.made), "seed": seed}}
 
     def hold_out_questions(self, share: float, *, most: int) -> None:
-        """Take a share of the questions, drawn by a hash of the id, for test where there are no judgements at all.
+        """Take a share of the questions (0 to 1, at most `most`), drawn by a hash of the id, for test.
 
-        Args:
-            share: 0 to 1.
-            most: at most so many.
-
-        Raises:
-            ValueError: the share of so few questions is none.
+        For collections without any judgements; a ValueError where the share of so few questions is none.
         """
         held_out = _share(self.questions, share)[:most]
         if not held_out:
@@ -218,11 +200,6 @@ class Collection:
             parts.append(f"{len(self.questions):,} without judgements")
         without = "" if "dev" in self.splits else " (no dev split)"
         return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}"
-
-
-def _place(name: str) -> int:
-    """Where an id comes in an order that depends on nothing else."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 def _share(names: Iterable[str], share: float) -> list[str]:
@@ -292,8 +269,6 @@ def load_collection(
                 f"{test_split!r}, data.dev_split {dev_split!r}: report the split named test as data.test_split, and "
                 "set data.dev_split to none to report dev."
             )
-    from tct_hf.data.beir_format import MissingSplitError
-
     corpus = None
     splits = {}
     for use, split in names.items():
@@ -308,13 +283,9 @@ def load_collection(
             splits[use] = Split(queries, qrels)
     more = {name: Split(*_load(source, packages, name)[1:]) for name in also}
     if corpus is None:
-        from tct_hf.data.beir import load_beir_corpus
-
-        corpus = load_beir_corpus(source)
+        corpus = open_beir(source).corpus()
     named: dict[str, Any] = {"also": more, "test_split": test_split}
     if source == BUILTIN:
-        from tct_hf.data.builtin import builtin_fingerprint
-
         return Collection("built-in API docs", corpus, splits, builtin_fingerprint(packages=packages), **named)
     return Collection(source, corpus, splits, _fingerprint(corpus, splits), **named)
 
@@ -331,22 +302,14 @@ def read_corpus(source: str, packages: Sequence[str], *, allow_empty: bool = Fal
         ValueError, OSError: as `builtin_corpus` and `load_beir_corpus` do.
     """
     if source == BUILTIN:
-        from tct_hf.data.builtin import builtin_corpus
-
         return builtin_corpus("test", packages=packages)[0]
-    from tct_hf.data.beir import load_beir_corpus
-
-    return load_beir_corpus(source, allow_empty=allow_empty)
+    return open_beir(source).corpus(allow_empty=allow_empty)
 
 
 def _load(source: str, packages: Sequence[str], split: str) -> tuple[Any, dict[str, str], dict[str, dict[str, int]]]:
     if source == BUILTIN:
-        from tct_hf.data.builtin import builtin_corpus
-
         return builtin_corpus(split, packages=packages)
-    from tct_hf.data.beir import load_beir
-
-    return load_beir(source, split)
+    return open_beir(source).load(split)
 
 
 def _fingerprint(corpus: Dataset, splits: dict[str, Split]) -> dict[str, Any]:

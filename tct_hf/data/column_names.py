@@ -1,4 +1,4 @@
-"""The names that columns of training rows go by."""
+"""The names of the columns of training rows."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 KNOWN = "known_positive_ids"
-# False in rows that nobody has judged: a teacher says what their passages are worth.
+# False in rows that are not judged: a teacher says what their passages are worth.
 LABELLED = "labelled"
 # A teacher's scores of a row's candidates, positive first.
 SCORES = "scores"
-# Names that mean something here, each to the form it has in the output; lists are spread over numbered columns.
-TEXT = re.compile(r"query|positive|positives|negative|negatives|negative_[1-9][0-9]*")
-_ID = re.compile(r"query_id|positive_id|positive_ids|negative_id|negative_ids|negative_[1-9][0-9]*_id|" + KNOWN)
+_NUMBERED = "negative_[1-9][0-9]*"
+TEXT = re.compile(rf"query|positives?|negatives?|{_NUMBERED}")
+_ID = re.compile(rf"query_id|positive_ids?|negative_ids?|{_NUMBERED}_id|{KNOWN}|{LABELLED}")
+_CANDIDATE = re.compile(rf"positive|negative|{_NUMBERED}")
+# Ids and labels beside the texts, scores that a teacher may read (a list, or one a candidate), and mining's records.
+_BESIDE = re.compile(
+    rf"(query|positive|negative|{_NUMBERED})_id|{KNOWN}|{LABELLED}|label_weight|origin|scores|label"
+    rf"|(positive|negative|{_NUMBERED})(_teacher)?_score"
+)
+
+
+def negative_columns(count: int) -> list[str]:
+    """Names of so many negatives: negative, or negative_1 to negative_n."""
+    return ["negative"] if count == 1 else [f"negative_{place + 1}" for place in range(count)]
 
 
 def is_ours(name: str) -> bool:
     """Whether a column name has a meaning for training."""
-    return name == LABELLED or bool(TEXT.fullmatch(name) or _ID.fullmatch(name))
+    return bool(TEXT.fullmatch(name) or _ID.fullmatch(name))
 
 
 def check_mapping(columns: Mapping[str, str | None]) -> None:
-    """Refuse a mapping to names that training does not know.
-
-    Args:
-        columns: our name to the source's.
-
-    Raises:
-        ValueError: with the names there are.
-    """
+    """Refuse a mapping, our name to the source's, whose names training does not know."""
     for name in columns:
         if not is_ours(name):
             raise ValueError(
@@ -38,48 +42,28 @@ def check_mapping(columns: Mapping[str, str | None]) -> None:
             )
 
 
-_CANDIDATE = re.compile(r"positive|negative|negative_[1-9][0-9]*")
-
-
-_IDENTIFIER = re.compile(
-    r"query_id|(positive|negative|negative_[1-9][0-9]*)_id|known_positive_ids|labelled|label_weight"
-)
-
-
-# Scores that a teacher may read (a list, or one a candidate), and what mining records of a row.
-_RECORD = re.compile(r"origin|scores|label|(positive|negative|negative_[1-9][0-9]*)(_teacher)?_score")
-
-
 def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> list[str]:
     """The candidate columns of a data set in the order of the score matrix: positive, then the negatives.
 
     Args:
         names: all columns of the data set.
-        read: those of other names that the teacher reads.
+        read: other columns that the teacher reads.
 
     Returns:
         `["positive", "negative"]`, or `["positive", "negative_1", ..., "negative_n"]`, n >= 0.
 
     Raises:
-        ValueError: a column is missing, unknown or numbered with a gap, with the mend.
+        ValueError: a column is missing, unknown or numbered with a gap; says the fix.
     """
     known = {name for name in names if name == "query" or _CANDIDATE.fullmatch(name)}
-    others = {*read, "dataset_name"}
-    unknown = [
-        name
-        for name in names
-        if name not in known | others and not _IDENTIFIER.fullmatch(name) and not _RECORD.fullmatch(name)
-    ]
-    missing = [name for name in ("query", "positive") if name not in known]
-    if missing or unknown:
+    others = {*known, *read, "dataset_name"}
+    wrong = [f"{name!r} is missing" for name in ("query", "positive") if name not in known]
+    wrong += [f"{name!r} is not known" for name in names if name not in others and not _BESIDE.fullmatch(name)]
+    if wrong:
         raise ValueError(
-            f"The data set has the columns {list(names)}, but "
-            + " and ".join(
-                [f"{name!r} is missing" for name in missing] + [f"{name!r} is not known" for name in unknown]
-            )
-            + ". Training takes query, positive, negative (or negative_1 to negative_n), and ids as query_id, "
-            "positive_id, negative_id (or negative_1_id ...), known_positive_ids, labelled and label_weight: "
-            "rename_column or remove_columns."
+            f"The data set has the columns {list(names)}, but {' and '.join(wrong)}. Training takes query, positive, "
+            "negative (or negative_1 to negative_n), and ids as query_id, positive_id, negative_id (or "
+            "negative_1_id ...), known_positive_ids, labelled and label_weight: rename_column or remove_columns."
         )
     negatives = [name for name in names if name in known and name.startswith("negative")]
     wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i + 1}" for i in range(len(negatives))]

@@ -7,10 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, TEXT, check_mapping, is_ours
-from tct_hf.data.passage_objects import IDS_OF, is_passages, split_passages
-from tct_hf.data.row_parsing import BadRow, get, shown, there_are
-from tct_hf.data.row_scores import RowScores
+from tct_hf.data.beir import joined
+from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, TEXT, is_ours, negative_columns
+from tct_hf.data.ids import is_utf8
+from tct_hf.data.rows import BadRow, get, shown, there_are
+from tct_hf.data.scores import check_score
+
+# What the ids of a column of passage objects are called once they are taken out of it.
+_IDS_OF = "[].id"
+_ID_KEYS = ("docid", "_id", "id")
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,12 @@ class RowReader:
     Args:
         names: the columns of the source, or the keys of its first row.
         first: the first row; shows which columns hold lists.
-        columns: our name to the source's name; None leaves a column out. Columns that go by our names need no entry.
-        num_negatives: take the first this many; None takes all, the same number in every row.
+        columns, num_negatives, scores: as in `load_triples`.
         has_queries: query texts can be found by query_id.
         has_passages: passage texts can be found by id.
-        scores: the name of a teacher's scores, see `load_triples`; they are left out when None.
 
     Raises:
-        BadRow: a column is missing or doubled; the message lists what there is, and the mend.
+        BadRow: a column is missing or doubled; the message lists what there is, and the fix.
     """
 
     def __init__(
@@ -60,10 +63,9 @@ class RowReader:
     ) -> None:
         self._names = frozenset(names)
         self._columns = dict(columns or {})
-        check_mapping(self._columns)
         self._source = self._mapped(names)
         self._objects = [
-            theirs for ours, theirs in self._source.items() if TEXT.fullmatch(ours) and is_passages(first.get(theirs))
+            theirs for ours, theirs in self._source.items() if TEXT.fullmatch(ours) and _is_passages(first.get(theirs))
         ]
         first = self._flat(first)
         self._add_object_ids(first)
@@ -78,20 +80,19 @@ class RowReader:
             negative = negative_id = None
         self._negative, self._negative_id = negative, negative_id
         present = self._negative_id if self._negative is None else self._negative
-        self.num_negatives = num_negatives if num_negatives is not None else self._count(present, first)
+        count = 0 if present is None else len(present.values(first))
+        self.num_negatives = count if num_negatives is None else num_negatives
         self._check_complete(has_queries, has_passages)
         self._check_ids()
         self._kinds: dict[str, tuple[str, str]] = {}
-        self._scores = None if scores is None else RowScores(scores, names, self._in_source(first))
+        self._scores = None if scores is None else _score_columns(scores, names, len(self._in_source(first)[1]))
 
     # What the output has -------------------------------------------------------------------------------------------
 
     @property
     def negatives(self) -> list[str]:
         """The names of the negative columns."""
-        if self.num_negatives == 1:
-            return ["negative"]
-        return [f"negative_{place + 1}" for place in range(self.num_negatives)]
+        return negative_columns(self.num_negatives)
 
     @property
     def has_query_id(self) -> bool:
@@ -136,7 +137,7 @@ class RowReader:
 
     def source_columns(self) -> list[str]:
         """The columns of the source that are read."""
-        return sorted({name.removesuffix(IDS_OF) for name in self._used()})
+        return sorted({name.removesuffix(_IDS_OF) for name in self._used()})
 
     def output_columns(self, known: bool) -> list[str]:
         """The columns of the training rows, in order."""
@@ -154,18 +155,7 @@ class RowReader:
     # Reading -------------------------------------------------------------------------------------------------------
 
     def read(self, row: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
-        """Check one row; give one training row for each of its positives.
-
-        Args:
-            row: the source's.
-            place: where it was read, remembered as the first row of its types.
-
-        Yields:
-            The training row, without the texts that are still to be looked up.
-
-        Raises:
-            BadRow: what is wrong with it.
-        """
+        """Check one row read at a place; a training row for each positive, without texts that are looked up later."""
         if not row.keys() <= self._names:
             self._check_names(row)
         row = self._flat(row)
@@ -186,28 +176,25 @@ class RowReader:
         if self._labelled is not None:
             shared[LABELLED] = _flag(*self._labelled.values(row)[0])
         if self._scores is not None:
-            shared[SCORES] = self._scores.read(row, self._in_source(row), 1 + self.num_negatives)
+            shared[SCORES] = _read_scores(row, self._scores, *self._in_source(row))[: 1 + self.num_negatives]
         texts = None if self._positive is None else self._positive.values(row)
         ids = None if self._positive_id is None else self._positive_id.values(row)
         if texts is not None and ids is not None and len(texts) != len(ids):
             raise BadRow("different lengths", f"{len(texts)} positives but {len(ids)} positive ids; match them")
         count = len(texts if texts is not None else ids or ())
         if not count:
-            raise BadRow(
-                "no positive", "the list is empty; add a positive or remove the row", self._name_of_positive()
-            )
+            name = next(found.columns[0] for found in (self._positive, self._positive_id) if found is not None)
+            raise BadRow("no positive", "the list is empty; add a positive or remove the row", name)
         if ids is not None and self.has_known:
             judged = shared.get(LABELLED, True)
             every = [self._id(label, value, place) for label, value in ids] if judged else []
             shared[KNOWN] = list(dict.fromkeys([*every, *shared.get(KNOWN, ())]))
-        out = []
-        for at in range(count):
-            one = dict(shared)
+        out = [dict(shared) for _ in range(count)]
+        for at, one in enumerate(out):
             if texts is not None:
                 one["positive"] = self._text(*texts[at])
             if ids is not None:
                 one["positive_id"] = self._id(*ids[at], place)
-            out.append(one)
         yield from out
 
     def _in_source(self, row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -217,10 +204,6 @@ class RowReader:
             [label for label, _ in positives.values(row)] if positives is not None else [],
             [label for label, _ in negatives.values(row)] if negatives is not None else [],
         )
-
-    def _name_of_positive(self) -> str:
-        found = self._positive or self._positive_id
-        return found.columns[0] if found is not None else "positive"
 
     def _cut(self, values: list[tuple[str, Any]], source: _Field) -> list[tuple[str, Any]]:
         wanted = self.num_negatives
@@ -262,7 +245,7 @@ class RowReader:
         if kind != first:
             raise BadRow(
                 "mixed types",
-                f"holds {shown(value)}, {kind}, but {first} in {where}; write all ids of a column alike",
+                f"holds {shown(value)}, {kind}, but {first} in {where}; write all ids of a column as one type",
                 label,
             )
         if kind == "text":
@@ -321,9 +304,6 @@ class RowReader:
         theirs = self._source[forms[0]]
         return _Field((theirs,), listed=isinstance(first.get(theirs), (list, tuple)) or forms[0] == plural)
 
-    def _count(self, negative: _Field | None, first: Mapping[str, Any]) -> int:
-        return 0 if negative is None else len(negative.values(first))
-
     def _check_complete(self, has_queries: bool, has_passages: bool) -> None:
         there = there_are(sorted(name for name in self._names))
         for text, by_id, name, can, setting in (
@@ -367,8 +347,7 @@ class RowReader:
             self._query, self._query_id, self._positive, self._positive_id, self._negative, self._negative_id,
             self._known, self._labelled,
         )  # fmt: skip
-        scores = set() if self._scores is None else set(self._scores.columns)
-        return scores | {name for found in fields if found is not None for name in found.columns}
+        return {name for found in (*fields, self._scores) if found is not None for name in found.columns}
 
     def _check_names(self, row: Mapping[str, Any]) -> None:
         """Refuse what would be read otherwise, had it come first."""
@@ -381,11 +360,11 @@ class RowReader:
             )
 
     def _flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        return split_passages(row, self._objects) if self._objects else row
+        return _split_passages(row, self._objects) if self._objects else row
 
     def _add_object_ids(self, first: Mapping[str, Any]) -> None:
         for ours, theirs in list(self._source.items()):
-            name = theirs + IDS_OF
+            name = theirs + _IDS_OF
             if theirs not in self._objects or any(value is None for value in first[name]):
                 continue
             id_name = "positive_ids" if ours.startswith("positive") else "negative_ids"
@@ -397,7 +376,7 @@ def _flag(label: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise BadRow(
             "mixed types",
-            f"holds {shown(value)} where true is needed, or false for a row that nobody has judged; write one of them "
+            f"holds {shown(value)} where true is needed, or false for a row that is not judged; write one of them "
             f"(not as text), or leave the column out with columns={{{LABELLED!r}: None}}",
             label,
         )
@@ -405,9 +384,81 @@ def _flag(label: str, value: Any) -> bool:
 
 
 def _check_encodable(value: str, label: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
+    if not is_utf8(value):
+        raise BadRow("not UTF-8", "half a surrogate pair; it is not text in any encoding", label)
+
+
+# Lists of passages as objects {docid, title, text} ----------------------------------------------------------------
+
+
+def _is_passages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _split_passages(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """The row with lists of texts for lists of objects, and their ids (None where there is none) in columns beside."""
+    flat = dict(row)
+    for name in columns:
+        value = get(row, name)
+        if (value and not _is_passages(value)) or not isinstance(value, (list, tuple)):
+            raise BadRow("mixed types", f"holds {shown(value)} where a list of objects is needed", name)
+        for place, item in enumerate(value):
+            if "text" not in item:
+                raise BadRow("missing column", "a passage without the key 'text'; add it", f"{name}[{place}]")
+        flat[name] = [_joined(item["text"], item.get("title")) for item in value]
+        flat[name + _IDS_OF] = [next((item[key] for key in _ID_KEYS if key in item), None) for item in value]
+    return flat
+
+
+def _joined(text: Any, title: Any) -> Any:
+    return joined(title.strip(), text.strip()) if isinstance(title, str) and isinstance(text, str) else text
+
+
+# A teacher's scores of a row ---------------------------------------------------------------------------------------
+
+
+def _score_columns(name: str, names: Sequence[str], negatives: int) -> _Field:
+    """One column of lists, or one a candidate: positive_teacher_score and negative_teacher_score and so on."""
+    if name in names:
+        return _Field((name,), listed=True)
+    one = ["negative"] if negatives == 1 and f"negative_{name}" in names else []
+    numbered = one or [f"negative_{place + 1}" for place in range(negatives)]
+    columns = tuple(f"{candidate}_{name}" for candidate in ("positive", *numbered))
+    if missing := [column for column in columns if column not in names]:
         raise BadRow(
-            "not UTF-8", f"half a surrogate pair at character {error.start}; it is not text in any encoding", label
-        ) from None
+            "missing column",
+            f"there is neither a column {name!r} nor {missing[0]!r} ({there_are(names)}); give scores= the name "
+            "of a list, one score a candidate and the positive first, or what follows positive_ and negative_",
+        )
+    return _Field(columns)
+
+
+def _read_scores(row: Mapping[str, Any], found: _Field, positives: list[str], negatives: list[str]) -> list[float]:
+    labels, column = [*positives, *negatives], found.columns[0]
+    if len(positives) != 1:
+        raise BadRow(
+            "misaligned scores",
+            f"{len(positives)} positives in a row with scores; write a row of each, with scores of its own",
+            column,
+        )
+    if found.listed and not isinstance(get(row, column), (list, tuple)):
+        raise BadRow(
+            "mixed types",
+            f"holds {shown(row[column])}, where a list of {len(labels)} scores is needed, positive first",
+            column,
+        )
+    values = found.values(row)
+    if len(values) != len(labels):
+        raise BadRow(
+            "misaligned scores",
+            f"{len(values)} scores for {len(labels)} candidates; give one each, positive first",
+            column,
+        )
+    query = next((f", query {row[name]!r}" for name in ("query_id", "query") if name in row), "")
+    try:
+        return [
+            check_score(value, label, f"column {name.split('[')[0]!r}{query}", "score it again, or remove the row")
+            for label, (name, value) in zip(labels, values, strict=True)
+        ]
+    except ValueError as error:
+        raise BadRow("bad score", str(error)) from None

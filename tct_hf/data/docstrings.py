@@ -53,17 +53,7 @@ class Docstring:
 
 
 def package_roots(package: str) -> list[Path]:
-    """Find the folders or the single file that hold a package's source, without importing it.
-
-    Args:
-        package: the importable top-level name (`sklearn`, not `scikit-learn`), or "stdlib".
-
-    Returns:
-        The roots to read; for "stdlib" its top-level modules and packages.
-
-    Raises:
-        ValueError: the name is not a top-level module name, or nothing of that name is installed as Python source.
-    """
+    """Folders or the single file of a package's source ("stdlib": its modules), found without importing it."""
     if package == STDLIB:
         base = Path(sysconfig.get_path("stdlib"))
         names = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
@@ -90,19 +80,13 @@ def package_roots(package: str) -> list[Path]:
 
 
 def read_docstrings(package: str) -> tuple[list[Docstring], int]:
-    """Read the documented public names of an installed package from its source files.
+    """Read the documented public names of an installed package, or of "stdlib", from its source files.
 
     Nothing of the package is imported or run: files are parsed with `ast`. Docstrings of compiled functions that a
     package attaches by a call (`add_newdoc`, `add_docstr`) are read from that call.
 
-    Args:
-        package: the importable top-level name, or "stdlib".
-
     Returns:
         The docstrings, ordered by file path and place in the file, and how many files could not be parsed.
-
-    Raises:
-        ValueError: see `package_roots`.
     """
     found: list[Docstring] = []
     unreadable = 0
@@ -132,15 +116,7 @@ def read_docstrings(package: str) -> tuple[list[Docstring], int]:
 
 
 def split_docstring(full_name: str, text: str) -> Docstring | None:
-    """Split a docstring into its summary and the rest, both as plain text.
-
-    Args:
-        full_name: the dotted name in the source tree, private modules included.
-        text: the docstring, already dedented.
-
-    Returns:
-        The parts (the body may be empty), or None when the name is private or there is no summary.
-    """
+    """Summary and rest of a dedented docstring as plain text; None for a private name or without a summary."""
     parts = full_name.split(".")
     public = [part for part in parts if not part.startswith("_")]
     if parts[-1].startswith("_") or len(public) < 2:
@@ -163,16 +139,10 @@ def split_docstring(full_name: str, text: str) -> Docstring | None:
 
 
 def plain_text(text: str) -> str:
-    """Strip reStructuredText to running text.
+    """Strip reStructuredText to one line of running text.
 
     Doctests, mathematics, figures, version notes, footnotes and the list of references go; notes and parameter
     descriptions stay, without their markers.
-
-    Args:
-        text: a docstring or a part of one.
-
-    Returns:
-        One line of text with single spaces.
     """
     kept: list[str] = []
     lines = text.expandtabs().split("\n")

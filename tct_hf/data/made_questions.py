@@ -1,4 +1,4 @@
-"""Questions made from passages, for corpora that nobody has asked anything yet."""
+"""Questions made from passages, for corpora without queries."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _LEAST_REST = 3  # words that a passage keeps
+_SENTENCE_WORDS = range(5, 31)
+_TITLE_WORDS = range(3, 31)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+|\n(?=\s*[-*#])")
 
 
 @dataclass(frozen=True)
 class MadeQuestion:
-    """A sentence that stands for a question, and its passage without it."""
+    """A title or sentence that stands for a question, and its passage without it."""
 
     text: str
     passage_id: str
@@ -27,13 +29,14 @@ class MadeQuestion:
 
 
 def questions_from(corpus: Dataset, count: int, *, seed: int, without: Iterable[str] = ()) -> Iterator[MadeQuestion]:
-    """Take a sentence, title or heading of 5 to 30 words out of passages drawn at random, one a passage.
+    """Take the title, or else a sentence or heading, out of passages drawn at random, one a passage.
 
-    The sentence is removed from its passage: otherwise BM25 would answer it word for word.
+    A title of 3 to 30 words is the question; where there is none, a sentence or heading of 5 to 30 words is drawn.
+    It is removed from its passage: otherwise BM25 would answer it word for word.
 
     Args:
-        corpus: columns id and text.
-        count: at most so many questions; passages without such a sentence, or with nothing else, give none.
+        corpus: columns id and text, and perhaps title; a title begins the text.
+        count: the largest number of questions; passages with nothing that fits, or with nothing else, give none.
         seed: of the draw.
         without: texts that must not become questions, whatever their case and punctuation: queries of dev and test.
 
@@ -46,13 +49,23 @@ def questions_from(corpus: Dataset, count: int, *, seed: int, without: Iterable[
     for row in order:
         if made == count:
             return
-        passage_id, text = corpus[row]["id"], corpus[row]["text"]
-        sentences = [part.strip() for part in _SENTENCE_END.split(text)]
-        fit = [one for one in sentences if 5 <= len(one.split()) <= 30 and _is_prose(one) and folded(one) not in taken]
-        if not fit:
-            continue
-        chosen = random.Random(f"{seed}\x1f{passage_id}").choice(fit)
-        rest = " ".join(text.replace(chosen, " ").split())
+        passage = corpus[row]
+        passage_id, text, title = passage["id"], passage["text"], passage.get("title") or ""
+        body = text.removeprefix(title)
+
+        def fits(one: str, words: range) -> bool:
+            return len(one.split()) in words and _is_prose(one) and folded(one) not in taken
+
+        if fits(title, _TITLE_WORDS):
+            chosen, rest = title, body
+        else:
+            sentences = [part.strip() for part in _SENTENCE_END.split(body)]
+            fit = [one for one in sentences if fits(one, _SENTENCE_WORDS)]
+            if not fit:
+                continue
+            chosen = random.Random(f"{seed}\x1f{passage_id}").choice(fit)
+            rest = text.replace(chosen, " ")
+        rest = " ".join(rest.split())
         if len(rest.split()) < _LEAST_REST:
             continue
         taken.add(folded(chosen))

@@ -44,8 +44,7 @@ class DisjointSets:
 def folded(text: str) -> str:
     """Fold case, punctuation and white space away: texts that differ in nothing else are equal.
 
-    Args:
-        text: any; one of nothing but punctuation keeps it.
+    A text of nothing but punctuation keeps it.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     # Symbols stay, "C" and "C++" differ; so do the marks that some scripts write vowels with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from tct_hf.data.ids import SeenIds, is_utf8
@@ -24,7 +25,7 @@ def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> 
         for key in ("id", "text"):
             if not isinstance(row.get(key), str):
                 raise ValueError(
-                    f"corpus: passage number {number} (id {row.get('id')!r}) has {key} = {row.get(key)!r}: it has to "
+                    f"corpus: passage number {number} (id {row.get('id')!r}) has {key} = {row.get(key)!r}: it must "
                     "be a string; name the columns id and text, or repair the row."
                 )
         if not allow_empty and not row["text"].strip():
@@ -56,8 +57,6 @@ def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Pass
     Raises:
         ValueError: two passages have one id, naming it.
     """
-    from itertools import islice
-
     seen, count = SeenIds(), 0
     while shard := list(islice(passages, size)):
         again = seen.add([passage_id for passage_id, _ in shard])

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.data.row_parsing import SkippedRows
+from tct_hf.data.rows import SkippedRows
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.pipeline.settings import DataSettings, TriplesSettings
 from tct_hf.retrieval.triples import load_triples

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tct_hf.data.beir_format import HEADER, Qrels, add_judgement, check_positives, check_record
-from tct_hf.data.hub_tables import is_hub_table, load_hub_table
-from tct_hf.data.known_positives import judgement_lines
-from tct_hf.data.lookups import TSV_SUFFIXES, file_key, format_of, open_texts, read_tsv_texts
-from tct_hf.data.row_parsing import byte_lines
+from tct_hf.data.beir import Record, joined, load_beir, records_of
+from tct_hf.data.ids import order_of
+from tct_hf.data.qrels import HEADER, Judgements, Qrels, read_qrels
+from tct_hf.data.rows import BadRow, byte_lines, file_key, is_hub_id, parse_tsv_line
+from tct_hf.data.sources import load_from_hub
+from tct_hf.data.texts import text_rows
 from tct_hf.files import claim, write_aside, write_json_atomic
 from tct_hf.settings import setting
 
+# Of a sample: at most so much for passages that are relevant to a query, and for negatives of its triples.
+_RELEVANT, _NEGATIVES = 0.5, 0.25
+# Queries of train that are drawn for each of every other split.
+_TRAIN_A_TURN = 4
+# Negatives kept of a query, as they come in the file: it may hold a thousand of each.
+_NEGATIVES_A_QUERY = 8
 # What is written beside the collection: how many there are of everything.
 COUNTS_FILE = "counts.json"
 TRIPLES_FILE = "triples.tsv"
@@ -54,15 +61,6 @@ class PassageRankingFiles:
     expected_triples: int | None = setting(None, "triples there must be; unchecked when null")
 
 
-@dataclass
-class Judged:
-    """A split as it is read: judgements, and how many of them and of queries there were in the source."""
-
-    qrels: Qrels
-    queries: int
-    lines: int
-
-
 def prepare_passage_ranking(
     source: PassageRankingFiles,
     out_dir: str | Path,
@@ -78,8 +76,8 @@ def prepare_passage_ranking(
     Args:
         source: what to read, and how many there must be.
         out_dir: gets corpus.jsonl, queries.jsonl, qrels/<split>.tsv, counts.json, and of a sample triples.tsv (ids).
-        sample: keep so many passages, see :func:`tct_hf.pipeline.passage_sample.draw_sample`; all when None.
-        cache_dir: where texts that are no TSV are prepared; by default `default_cache_dir()`.
+        sample: keep so many passages, see :class:`_Sample`; all when None.
+        cache_dir: folder of the prepared corpus, from which BM25 draws triples; by default `default_cache_dir()`.
         write: takes lines of progress.
 
     Returns:
@@ -102,47 +100,40 @@ def prepare_passage_ranking(
     if triples is not None and source.expected_triples is not None:
         found = _count_lines(triples, write)
         _check_count(found, source.expected_triples, triples, "triples", "expected_triples")
-    judged = {name: split.qrels for name, split in _drawn(source, splits).items()}
+    judged = _drawn(source, splits)
     for name, grades in judged.items():
         write(f"  {name}: {len(grades):,} queries, {sum(map(len, grades.values())):,} judgements")
-    collection = place_of(source.files, source.collection)
-    passages = lambda: read_texts(collection, "passage", "collection", cache_dir)  # noqa: E731
-    kept: set[str] | None = None
+    drawn = None
     if sample is not None:
-        from tct_hf.pipeline.passage_sample import draw_sample, write_triples
-
-        texts = lambda: _query_texts(source, judged, cache_dir)  # noqa: E731
-        drawn = draw_sample(passages, judged, texts, triples, size=sample, write=write)
-        kept, judged = drawn.passages, drawn.qrels
+        drawn = _draw(source, judged, triples, sample, write)
+        judged = drawn.qrels
     if not (out / "queries.jsonl").is_file():
-        _write_jsonl(out / "queries.jsonl", _query_texts(source, judged, cache_dir).items())
+        with write_aside(out / "queries.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
+            file.writelines(_line(query_id, "", text) for query_id, text in _query_texts(source, judged).items())
     for name, grades in judged.items():
         if not (out / "qrels" / f"{name}.tsv").is_file():
             lines = ("\t".join((q, p, str(grade))) for q, found in grades.items() for p, grade in found.items())
             with write_aside(out / "qrels" / f"{name}.tsv") as aside:
                 aside.write_text("\n".join(["\t".join(HEADER), *lines]) + "\n", encoding="utf-8")
-    count = _write_corpus(out / "corpus.jsonl", passages, kept, judged, source, write)
-    if sample is not None and not (out / TRIPLES_FILE).is_file():
-        write_triples(out / TRIPLES_FILE, out, drawn, cache_dir=cache_dir)
+    count = _write_corpus(out / "corpus.jsonl", None if drawn is None else drawn.passages, judged, source, write)
+    if drawn is not None and not (out / TRIPLES_FILE).is_file():
+        rows = drawn.triples if drawn.triples is not None else _bm25_triples(out, cache_dir)
+        with write_aside(out / TRIPLES_FILE) as aside:
+            aside.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     counts = {
         "passages": count,
         "splits": {
             name: {"queries": len(grades), "judgements": sum(map(len, grades.values()))}
             for name, grades in judged.items()
         },
-        "read": {name: {"queries": split.queries, "judgements": split.lines} for name, split in splits.items()},
+        "read": {name: {"queries": len(split.qrels), "judgements": split.count} for name, split in splits.items()},
     }
     write_json_atomic(out / COUNTS_FILE, counts)
     return counts
 
 
 def check_source(source: PassageRankingFiles) -> None:
-    """Refuse settings that name too little, or files that are not there, before anything is read.
-
-    Raises:
-        ValueError: a split without files or train, or one that is to be without a split that is not there.
-        FileNotFoundError: a missing file.
-    """
+    """Refuse settings that name too little, or files that are not there, before anything is read."""
     if not source.splits:
         raise ValueError("splits: there is none; name the queries and qrels of train, and of a split to report")
     for name, split in source.splits.items():
@@ -159,121 +150,67 @@ def check_source(source: PassageRankingFiles) -> None:
             )
     for setting_name, place in _places(source):
         path = Path(place)
-        if not path.is_file() and not (is_hub_table(place) and setting_name != "triples"):
+        if not path.is_file() and not (is_hub_id(place) and setting_name != "triples"):
             raise FileNotFoundError(
                 f"{setting_name}: {path}: no such file; download it, or name its folder with --files"
             )
 
 
 def place_of(files: str | None, name: str) -> str:
-    """Where something of these settings is.
-
-    Args:
-        files: folder of the files, None where names stand for themselves.
-        name: of a file, or a Hub id.
-
-    Returns:
-        The file's path below the folder, that of its .gz where this alone is there, or the Hub id as it is.
-    """
+    """The path of a file below the folder of files, with .gz where this alone is there; or a Hub id."""
     path = Path(name) if files is None else Path(files) / name
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and packed.is_file():
         return str(packed)
-    return name if not path.exists() and is_hub_table(name) else str(path)
+    return name if not path.exists() and is_hub_id(name) else str(path)
 
 
-def read_texts(source: str, what: str, setting_name: str, cache_dir: Path | None) -> Iterator[tuple[str, str, str]]:
-    """Read texts by id: a TSV file line by line, anything else as :func:`tct_hf.data.lookups.open_texts` opens it.
-
-    Yields:
-        (place, id, text).
-
-    Raises:
-        ValueError: a malformed line, or an empty id or text.
-    """
-    from tct_hf.cache import default_cache_dir
-
-    path = Path(source)
-    if path.is_file() and format_of(path) in TSV_SUFFIXES:
-        rows: Iterable[tuple[str, str, str]] = read_tsv_texts(path)
-    else:
-        dataset = open_texts(source, what, setting_name, cache_dir or default_cache_dir()).dataset
-        rows = (
-            (f"{source}, {text_id!r}", text_id, text)
-            for batch in dataset.iter(1000)
-            for text_id, text in zip(batch["id"], batch["text"], strict=True)
-        )
-    for place, text_id, text in rows:
-        yield check_record({"_id": text_id, "text": text}, place, title=False, allow_empty=False)
+def _texts(place: str, setting_name: str) -> Iterator[Record]:
+    return records_of(*text_rows(place, setting_name))
 
 
-def order_of(text_id: str) -> int:
-    """Where an id comes in an order that depends on nothing else."""
-    return int.from_bytes(blake2b(text_id.encode(), digest_size=8).digest(), "big")
+def _passages(source: PassageRankingFiles) -> Iterator[Record]:
+    return _texts(place_of(source.files, source.collection), "collection")
 
 
-def _read_split(name: str, source: PassageRankingFiles) -> Judged:
+def _read_split(name: str, source: PassageRankingFiles) -> Judgements:
     split = source.splits[name]
-    assert split.qrels is not None
-    place = place_of(source.files, split.qrels)
-    qrels: Qrels = {}
-    places: dict[str, str] = {}
-    count = 0
-    for where, fields in _judgements(place):
-        count += 1
-        # MS MARCO's qrels.train.tsv has the same line twice here and there.
-        if qrels.get(fields[0], {}).get(fields[1]) == _number(fields[2]):
-            continue
-        add_judgement(fields, where, qrels, places)
-    check_positives(qrels, place)
-    _check_count(len(qrels), split.expected_queries, place, "judged queries", f"splits.{name}.expected_queries")
-    _check_count(count, split.expected_qrels, place, "judgements", f"splits.{name}.expected_qrels")
-    return Judged(qrels, len(qrels), count)
+    place = place_of(source.files, str(split.qrels))
+    hub_id, _, rest = place.partition(":")
+    config, _, part = rest.partition(":")
+    rows = place if Path(place).is_file() else load_from_hub(hub_id, config or None, part or None)
+    # MS MARCO's qrels.train.tsv has the same line twice here and there.
+    found = read_qrels(rows, place, allow_repeats=True)
+    _check_count(len(found.qrels), split.expected_queries, place, "judged queries", f"splits.{name}.expected_queries")
+    _check_count(found.count, split.expected_qrels, place, "judgements", f"splits.{name}.expected_qrels")
+    return found
 
 
-def _number(text: str) -> int | None:
-    return int(text) if text.strip().lstrip("-").isdigit() else None
-
-
-def _judgements(place: str) -> Iterator[tuple[str, list[str]]]:
-    if Path(place).is_file():
-        yield from judgement_lines(Path(place))
-        return
-    rows = load_hub_table(place)
-    if missing := [name for name in HEADER if name not in rows.column_names]:
-        raise ValueError(f"{place}: column {missing[0]!r} is missing (there are: {', '.join(rows.column_names)})")
-    for number, row in enumerate(rows):
-        score = row["score"]
-        score = int(score) if isinstance(score, float) and score.is_integer() else score
-        yield f"{place}, row {number}", [str(row["query-id"]), str(row["corpus-id"]), str(score)]
-
-
-def _drawn(source: PassageRankingFiles, splits: Mapping[str, Judged]) -> dict[str, Judged]:
+def _drawn(source: PassageRankingFiles, splits: Mapping[str, Judgements]) -> dict[str, Qrels]:
     """Leave out what another split has, then keep the first queries by hash."""
+    done: dict[str, Qrels] = {}
     # Those that others are without come first.
-    done: dict[str, Judged] = {}
     for name in sorted(splits, key=lambda name: source.splits[name].without is not None):
-        settings, read = source.splits[name], splits[name]
-        others = done[settings.without].qrels if settings.without is not None else {}
-        left = [query for query in read.qrels if query not in others]
+        settings, qrels = source.splits[name], splits[name].qrels
+        others = done[settings.without] if settings.without is not None else {}
+        left = [query for query in qrels if query not in others]
         kept = set(left if settings.most is None else sorted(left, key=order_of)[: settings.most])
         if not kept:
             raise ValueError(f"splits.{name}: no query is left of it without those of {settings.without}")
-        done[name] = Judged({q: found for q, found in read.qrels.items() if q in kept}, read.queries, read.lines)
+        done[name] = {query: grades for query, grades in qrels.items() if query in kept}
     return {name: done[name] for name in splits}
 
 
-def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels], cache_dir: Path | None) -> dict[str, str]:
+def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels]) -> dict[str, str]:
     """The texts of all judged queries, each once, in the order of the splits."""
     texts: dict[str, str] = {}
     for name, grades in judged.items():
-        queries = source.splits[name].queries
-        assert queries is not None
-        place = place_of(source.files, queries)
+        place = place_of(source.files, str(source.splits[name].queries))
         found: dict[str, str] = {}
-        for where, query_id, text in read_texts(place, "query", f"splits.{name}.queries", cache_dir):
+        for where, query_id, title, text in _texts(place, f"splits.{name}.queries"):
             if query_id not in grades:
                 continue
+            text = joined(title, text)
             if found.setdefault(query_id, text) != text or texts.get(query_id, text) != text:
                 raise ValueError(f"{where}: query {query_id!r} has another text elsewhere; give it another id")
         for query_id in grades:
@@ -288,7 +225,6 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels], cache
 
 def _write_corpus(
     path: Path,
-    passages: Callable[[], Iterable[tuple[str, str, str]]],
     kept: set[str] | None,
     judged: Mapping[str, Qrels],
     source: PassageRankingFiles,
@@ -301,11 +237,11 @@ def _write_corpus(
     wanted = set(chain.from_iterable(found for grades in judged.values() for found in grades.values()))
     read = written = 0
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
-        for _, passage_id, text in passages():
+        for _, passage_id, title, text in _passages(source):
             read += 1
             wanted.discard(passage_id)
             if kept is None or passage_id in kept:
-                file.write(_line(passage_id, text))
+                file.write(_line(passage_id, title, text))
                 written += 1
             if read % 1_000_000 == 0:
                 write(f"  {read:,} passages read")
@@ -320,13 +256,9 @@ def _write_corpus(
     return written
 
 
-def _write_jsonl(path: Path, texts: Iterable[tuple[str, str]]) -> None:
-    with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
-        file.writelines(_line(text_id, text) for text_id, text in texts)
-
-
-def _line(text_id: str, text: str) -> str:
-    return json.dumps({"_id": text_id, "text": text}, ensure_ascii=False) + "\n"
+def _line(text_id: str, title: str, text: str) -> str:
+    row = {"_id": text_id, "title": title, "text": text} if title else {"_id": text_id, "text": text}
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _count_lines(file: str, write: Callable[[str], None]) -> int:
@@ -357,3 +289,141 @@ def _places(source: PassageRankingFiles) -> Iterator[tuple[str, str]]:
 
 def _keys(source: PassageRankingFiles) -> dict[str, Any]:
     return {name: file_key(Path(place)) for name, place in _places(source) if Path(place).is_file()}
+
+
+# A sample -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A part of the collection: its passages, judgements among them, and triples of ids, None where there are none.
+
+    Queries are drawn in the order of a hash of their ids, four of train for one of each other split, with all
+    passages that are relevant to them, up to half of the sample. Negatives of their triples take up to a quarter.
+    Then come other passages, in the order of a hash. Queries are easier in a sample: figures of it stand for
+    themselves alone.
+    """
+
+    passages: set[str]
+    qrels: dict[str, Qrels]
+    triples: list[tuple[str, str, str]] | None
+
+
+def _draw(
+    source: PassageRankingFiles,
+    qrels: Mapping[str, Qrels],
+    triples: str | None,
+    size: int,
+    write: Callable[[str], None],
+) -> _Sample:
+    chosen = _choose_queries(qrels, int(size * _RELEVANT))
+    if lacking := [name for name, found in chosen.items() if not found]:
+        raise ValueError(
+            f"sample: {size} passages can't hold those relevant to one query of {', '.join(lacking)}; take more"
+        )
+    relevant = {
+        p for found in chosen.values() for grades in found.values() for p, grade in grades.items() if grade > 0
+    }
+    rows = None
+    kept = set(relevant)
+    if triples is not None:
+        rows = _choose_triples(source, triples, chosen["train"], int(size * _NEGATIVES), write)
+        if not rows:
+            raise ValueError(f"sample: {triples} has no row of the {len(chosen['train'])} train queries; take more")
+        kept.update(negative for _, _, negative in rows)
+    # The heap holds the smallest hashes seen; negated, since heapq's root is the smallest.
+    room = size - len(kept)
+    heap: list[tuple[int, str]] = []
+    for _, passage_id, _, _ in _passages(source):
+        if passage_id not in kept and room > 0:
+            place = (-order_of(passage_id), passage_id)
+            if len(heap) < room:
+                heapq.heappush(heap, place)
+            elif place > heap[0]:
+                heapq.heapreplace(heap, place)
+    kept.update(passage_id for _, passage_id in heap)
+    within = {
+        name: {query: {p: grade for p, grade in grades.items() if p in kept} for query, grades in found.items()}
+        for name, found in chosen.items()
+    }
+    shown = ", ".join(f"{len(found):,} {name}" for name, found in within.items())
+    write(f"  sample: {len(kept):,} passages, {len(relevant):,} of them relevant; queries: {shown}")
+    return _Sample(kept, within, rows)
+
+
+def _bm25_triples(folder: Path, cache_dir: Path | None) -> Iterable[tuple[str, str, str]]:
+    """One triple a judgement."""
+    from tct_hf.retrieval.negatives import bm25_triples  # heavy: numba
+
+    corpus, queries, qrels = load_beir(folder, "train", cache_dir=cache_dir)
+    drawn = bm25_triples(corpus, queries, qrels, num_negatives=1, depth=100, seed=0)
+    return zip(drawn["query_id"], drawn["positive_id"], drawn["negative_id"], strict=True)
+
+
+def _choose_queries(qrels: Mapping[str, Qrels], room: int) -> dict[str, Qrels]:
+    waiting = {
+        name: iter(sorted((q for q, grades in found.items() if max(grades.values()) > 0), key=order_of))
+        for name, found in qrels.items()
+    }
+    chosen: dict[str, Qrels] = {name: {} for name in qrels}
+    taken: set[str] = set()
+    while waiting:
+        for name in list(waiting):
+            turn = list(islice(waiting[name], _TRAIN_A_TURN if name == "train" else 1))
+            if not turn:
+                del waiting[name]
+            for query in turn:
+                grades = qrels[name][query]
+                new = {passage for passage, grade in grades.items() if grade > 0} - taken
+                if len(taken) + len(new) <= room:
+                    taken |= new
+                    chosen[name][query] = grades
+    return chosen
+
+
+def _choose_triples(
+    source: PassageRankingFiles, file: str, train: Qrels, room: int, write: Callable[[str], None]
+) -> list[tuple[str, str, str]]:
+    by_text = _holds_texts(Path(file))
+    texts = {text: query for query, text in _query_texts(source, {"train": train}).items()} if by_text else {}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for number, line in byte_lines(Path(file)):
+        if number % 10_000_000 == 0:
+            write(f"  {number:,} triples read")
+        query, positive, negative = _fields(line, file, number)
+        query_id = texts.get(query) if by_text else query
+        if query_id in train and len(rows := found.setdefault(query_id, [])) < _NEGATIVES_A_QUERY:
+            rows.append((positive, negative))
+    ids: dict[str, str] = {}
+    if by_text:
+        wanted = {text for rows in found.values() for row in rows for text in row}
+        for _, passage_id, title, text in _passages(source):
+            if (text := joined(title, text)) in wanted:
+                ids.setdefault(text, passage_id)
+    chosen: list[tuple[str, str, str]] = []
+    negatives: set[str] = set()
+    for query, rows in found.items():
+        for positive, negative in rows:
+            pair = (ids.get(positive, ""), ids.get(negative, "")) if by_text else (positive, negative)
+            # Another passage may have the text of the judged one.
+            if pair[0] not in train[query] or not pair[1] or train[query].get(pair[1], 0) > 0:
+                continue
+            if pair[1] in negatives or len(negatives) < room:
+                negatives.add(pair[1])
+                chosen.append((query, *pair))
+    return chosen
+
+
+def _holds_texts(path: Path) -> bool:
+    for number, line in byte_lines(path):
+        fields = _fields(line, str(path), number)
+        return any(" " in one for one in fields)
+    raise ValueError(f"{path}: no triple in it; it is empty")
+
+
+def _fields(line: bytes, file: str, number: int) -> tuple[str, str, str]:
+    try:
+        row = parse_tsv_line(line, ("query", "positive", "negative"))
+    except BadRow as error:
+        raise ValueError(error.at(f"{file}, line {number}")) from None
+    return row["query"].strip(), row["positive"].strip(), row["negative"].strip()

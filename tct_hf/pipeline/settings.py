@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tct_hf.data.hub_tables import is_hub_table
-from tct_hf.data.score_table import is_score_file
+from tct_hf.data.rows import is_hub_id, is_score_file
 from tct_hf.files import file_digest
 from tct_hf.hub_client import resolve_model
 from tct_hf.settings import SettingsError, load_settings, save_resolved, setting
@@ -358,7 +357,7 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
             raise SettingsError(
                 f"{prefix}scores: name the stored scores, columns of the triples (scores, teacher_score) or a file"
             )
-        if one.column is None and not Path(one.scores).is_file() and not is_hub_table(one.scores):
+        if one.column is None and not Path(one.scores).is_file() and not is_hub_id(one.scores):
             raise SettingsError(f"{prefix}scores: {one.scores}: no such file of scores; give the right path")
         return
     what = {"colbert": "a ColBERT", "cross-encoder": "a cross-encoder"}.get(one.kind, "an embedding model")

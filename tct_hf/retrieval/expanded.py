@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.data import expansion_store as store
-from tct_hf.data.expansion import expanded_texts, load_expansions
+from tct_hf.data import shards as store
+from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
 from tct_hf.files import file_digest
 from tct_hf.retrieval.bm25 import EXPANDED_B, EXPANDED_K1, BM25Index
 
@@ -62,7 +62,7 @@ def describe_expansion(
     wanted = [count for count in (num_queries, generated) if isinstance(count, int)]
     scores_sha256 = None
     if drop_share:
-        scores = folder / store.SCORES_FOLDER
+        scores = folder / SCORES_FOLDER
         if not scores.is_dir():
             raise FileNotFoundError(
                 f"{scores}: drop_share is {drop_share}, but the queries have no scores: score them with "

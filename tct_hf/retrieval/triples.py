@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 
 from tct_hf.cache import build_once, default_cache_dir
-from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, check_mapping
-from tct_hf.data.known_positives import KnownPositives, SeenPositives
-from tct_hf.data.lookups import HUB_ID, JSON_SUFFIXES, TSV_SUFFIXES, TextSource, format_of, open_texts
-from tct_hf.data.row_parsing import SkippedRows
-from tct_hf.data.sources import DatasetSource, JsonSource, ParquetSource, Source, load_from_hub
-from tct_hf.data.triple_stream import ROWS_A_BATCH, TripleStream
-from tct_hf.data.tsv_fields import open_tsv
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+from tct_hf.data.beir import hub_configurations, load_beir
+from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, check_mapping, negative_columns
+from tct_hf.data.qrels import KnownPositives, own_positive
+from tct_hf.data.rows import BadRow, SkippedRows, byte_lines, decode, is_hub_id
+from tct_hf.data.sources import ROWS_A_BATCH, DatasetSource, LineSource, Source, load_from_hub, open_source, write_rows
+from tct_hf.data.streamed import RowsAsStored, RowsRead, StreamedTriples, TripleStream
+from tct_hf.data.texts import TextSource, open_texts
+from tct_hf.retrieval.negatives import bm25_triples
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 2
-_SUFFIXES = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+_FORMAT = 3
+_TYPES = {KNOWN: pa.list_(pa.string()), LABELLED: pa.bool_(), SCORES: pa.list_(pa.float64())}
+# First lines that are recognised as a header, whatever the columns are used for; so is one of nothing but id columns.
+_HEADERS = (("query", "positive", "negative"), ("anchor", "positive", "negative"), ("query", "pos", "neg"))
+_ID_NAME = re.compile(r"(q|p|(query|pos|neg|passage|doc|corpus)[_-]?|(positive|negative)([_-]?[0-9]+)?[_-]?)id[+-]?")
 
 
 def load_triples(
@@ -60,7 +67,7 @@ def load_triples(
     Ids: query_id, positive_id, negative_id, or negative_1_id ... negative_n_id, or a list, negative_ids. A list of
     positives makes one row of each. Lists may hold passages as objects {docid, title, text}. Ids stand in for texts
     when `queries` or `collection` have them, under a text's name too (query, positive, negative that hold ids). A
-    column labelled is true, or false in rows that nobody has judged: their positive is a mere candidate. Other columns
+    column labelled is true, or false in rows that are not judged: their positive is a mere candidate. Other columns
     are left out.
 
     Args:
@@ -72,7 +79,7 @@ def load_triples(
             column that is named here has no other use under its own name.
         collection: passage texts by id: a TSV (id, text), JSONL (_id, title, text) or parquet file, a Hub id
             ("owner/name:configuration:split"), a data set or a mapping.
-        queries: query texts by id, likewise.
+        queries: query texts by id, from the same kinds of sources.
         qrels: a file of judgements (BEIR or TREC) or {query id: {passage id: grade}}: known positives that must not
             train as negatives. Without it they are all positives that the source itself gives for a query (not when
             streaming: that would take a whole pass).
@@ -102,8 +109,8 @@ def load_triples(
         ValueError: a bad row (missing column, empty text, unknown id, wrong number of fields, not UTF-8, mixed
             types), an id that comes twice, a broken .gz, nothing to train on, texts where ids are to be looked up, or
             settings that do not fit the source.
-            The message names file, line, column and the mend.
-        OSError: the cache can't be written, or the Hub not be reached.
+            The message names file, line, column and the fix.
+        OSError: the cache can't be written, or the Hub can't be reached.
     """
     check_mapping(columns or {})
     if num_negatives is not None and num_negatives < 0:
@@ -112,14 +119,12 @@ def load_triples(
     skipped = skipped if skipped is not None else SkippedRows()
     # BEIR first: its folder would also pass for one in the Hub's layout.
     if _is_beir(path_or_hub_id, config):
-        _refuse_for_beir(
-            columns=columns or None,
-            collection=collection,
-            queries=queries,
-            qrels=qrels,
-            scores=scores,
-            streaming=streaming or None,
-        )
+        refused = {"columns": columns or None, "collection": collection, "queries": queries, "qrels": qrels}
+        for name, value in {**refused, "scores": scores, "streaming": streaming or None}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name}= does not go with a BEIR collection, whose texts and judgements are its own; leave it out"
+                )
         if revision is not None:
             raise ValueError(
                 f"revision= does not go with a BEIR collection, whose judgements may be in another repository; "
@@ -127,9 +132,21 @@ def load_triples(
             )
         skipped.replace(SkippedRows())
         return _from_beir(path_or_hub_id, split, num_negatives, depth, seed, cache)
-    source = _open_source(
-        path_or_hub_id, split, config, revision, columns, collection, queries, num_negatives, streaming
-    )
+
+    def tsv(path: Path) -> LineSource:
+        return _open_tsv(path, columns, queries is not None, collection is not None, num_negatives)
+
+    place = Path(path_or_hub_id) if isinstance(path_or_hub_id, (str, Path)) else None
+    source: Source
+    if place is None:
+        source = _open_dataset(path_or_hub_id, split)
+    elif place.is_dir() or is_hub_id(str(path_or_hub_id)):
+        if place.is_dir() and not any(place.iterdir()):
+            raise FileNotFoundError(f"{place}: an empty folder; give the folder or file that holds the triples")
+        loaded = load_from_hub(str(path_or_hub_id), config, split, revision=revision, streaming=streaming)
+        source = DatasetSource(loaded, f"{path_or_hub_id} ({f'{config}, ' if config else ''}{split})")
+    else:
+        source = open_source(path_or_hub_id, "triples", tsv)
     stream = TripleStream(
         source,
         columns,
@@ -151,38 +168,7 @@ def load_triples(
 # Sources -----------------------------------------------------------------------------------------------------------
 
 
-def _open_source(
-    given: Any,
-    split: str,
-    config: str | None,
-    revision: str | None,
-    columns: Mapping[str, str | None] | None,
-    collection: TextSource | None,
-    queries: TextSource | None,
-    num_negatives: int | None,
-    streaming: bool,
-) -> Source:
-    if not isinstance(given, (str, Path)):
-        return _open_dataset(given, split, streaming)
-    path = Path(given)
-    if path.is_file():
-        return _open_file(path, columns, collection, queries, num_negatives)
-    name = str(given)
-    if not path.is_dir() and (
-        not HUB_ID.fullmatch(name) or format_of(path) in _SUFFIXES or path.suffix.lower() == ".gz"
-    ):
-        raise FileNotFoundError(
-            f"{given}: no such file or folder, and not a Hub id (owner/name) either; check the path"
-        )
-    if path.is_dir() and not any(path.iterdir()):
-        raise FileNotFoundError(f"{given}: an empty folder; give the folder or file that holds the triples")
-    loaded = load_from_hub(name, config, split, revision=revision, streaming=streaming)
-    return DatasetSource(loaded, f"{name} ({config}, {split})" if config else f"{name} ({split})")
-
-
-def _open_dataset(given: Any, split: str, streaming: bool) -> Source:
-    from datasets import Dataset, IterableDataset
-
+def _open_dataset(given: Any, split: str) -> Source:
     if isinstance(given, dict) and given:  # DatasetDict and IterableDatasetDict
         if split not in given:
             raise ValueError(f"the data set has no split {split!r}; splits there: {', '.join(map(str, given))}")
@@ -195,30 +181,46 @@ def _open_dataset(given: Any, split: str, streaming: bool) -> Source:
     return DatasetSource(given, "the data set")
 
 
-def _open_file(
+def _open_tsv(
     path: Path,
     columns: Mapping[str, str | None] | None,
-    collection: TextSource | None,
-    queries: TextSource | None,
+    has_queries: bool,
+    has_passages: bool,
     num_negatives: int | None,
-) -> Source:
-    suffix = format_of(path)
-    if suffix in JSON_SUFFIXES:
-        return JsonSource(path)
-    if suffix == ".parquet":
-        return ParquetSource(path)
-    if suffix in TSV_SUFFIXES:
-        return open_tsv(
-            path,
-            columns,
-            has_queries=queries is not None,
-            has_passages=collection is not None,
-            num_negatives=num_negatives,
+) -> LineSource:
+    """A file of triples; fields go by position, or with `columns` by the header that the file then must have."""
+    lines: list[list[str]] = []  # the fields of the first two; none where a line can't be read, which is said later
+    for _, line in byte_lines(path):
+        try:
+            lines.append(decode(line).split("\t"))
+        except BadRow:
+            lines.append([])
+        if len(lines) == 2:
+            break
+    if not lines:
+        raise ValueError(f"{path}: no row to train on; it is empty")
+    first = lines[0]
+    if any(theirs is not None for theirs in (columns or {}).values()):
+        if len(set(first)) != len(first):
+            raise ValueError(f"{path}, line 1: columns= needs a header, and this one has equal names: {first}")
+        return LineSource(path, first, header=True)
+    suffix = "_id" if has_passages else ""
+    candidates = ["positive", *negative_columns(1 if num_negatives is None else num_negatives)]
+    names = ["query_id" if has_queries else "query", *(f"{name}{suffix}" for name in candidates)]
+    lower = tuple(field.strip().lower() for field in first)
+    of_ids = bool(lower) and all(_ID_NAME.fullmatch(field) for field in lower)
+    header = of_ids or lower in _HEADERS or first == names
+    # Numbers are taken for ids in the first line with data; it shows what the others are.
+    numbers = len(lines) > header and len(lines[header]) == len(names) and all(map(str.isdigit, lines[header]))
+    lacks = [name for name, there in (("queries", has_queries), ("collection", has_passages)) if not there]
+    if lacks and (of_ids or numbers):
+        shown, what = (first, "are names of ids") if of_ids else (lines[header], "look like ids")
+        raise ValueError(
+            f"{path}, line {1 if of_ids else header + 1}: {shown} {what}, not texts; pass "
+            f"{' and '.join(f'{name}=' for name in lacks)} with their texts"
+            + ("; remove this line if they are texts" if of_ids else "")
         )
-    raise ValueError(
-        f"{path}: ends in {suffix or 'nothing'}; known are {', '.join(_SUFFIXES[:-1])} (plain or .gz) and .parquet. "
-        "Unpack archives first."
-    )
+    return LineSource(path, names, header=header)
 
 
 # BEIR --------------------------------------------------------------------------------------------------------------
@@ -230,29 +232,10 @@ def _is_beir(given: Any, config: str | None) -> bool:
     path = Path(given)
     if path.is_dir():
         return any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz"))
-    if path.exists() or config is not None or not HUB_ID.fullmatch(str(given)) or "/" not in str(given):
-        return False
-    from datasets import get_dataset_config_names
-
-    from tct_hf.data.beir_hub import _reach
-
-    return {"corpus", "queries"} <= set(_reach(str(given), lambda: get_dataset_config_names(str(given))))
-
-
-def _refuse_for_beir(**settings: Any) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}= does not go with a BEIR collection, whose texts and judgements are its own; leave it out"
-            )
+    return config is None and is_hub_id(str(given)) and {"corpus", "queries"} <= set(hub_configurations(str(given)))
 
 
 def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, seed: int, cache: Path) -> Dataset:
-    from datasets import Dataset
-
-    from tct_hf.data.beir import load_beir
-    from tct_hf.retrieval.negatives import bm25_triples
-
     corpus, queries, qrels = load_beir(given, split, cache_dir=cache)
     count = 1 if num_negatives is None else num_negatives
     judgements = sha256(json.dumps([queries, qrels]).encode()).hexdigest()
@@ -261,7 +244,7 @@ def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, se
 
     def build(staging: Path) -> None:
         triples = bm25_triples(corpus, queries, qrels, num_negatives=count, depth=depth, seed=seed)
-        _write_arrow(staging / "rows.arrow", triples.column_names, (dict(row) for row in triples))
+        _write(staging / "rows.arrow", triples.column_names, (dict(row) for row in triples))
 
     folder = build_once(_folder(cache, ["beir", made_from, judgements, count, depth, seed]), build)
     return Dataset.from_file(str(folder / "rows.arrow"))
@@ -288,75 +271,61 @@ def _key_of(stream: TripleStream) -> list[Any]:
 
 
 def _prepared(stream: TripleStream, cache: Path) -> Dataset:
-    from datasets import Dataset, concatenate_datasets
-
     def build(staging: Path) -> None:
         names = stream.output_columns()
-        seen = None
         if "positive_id" in names and stream.known is None:
             # What all rows of a query say together is known at the end only: a column of its own, beside the rows.
-            seen = SeenPositives()
+            seen = _SeenPositives()
             names = [name for name in names if name != KNOWN]
-
-        def rows() -> Any:
-            for row in stream():
-                if seen is not None:
-                    seen.add(row)
-                    row.pop(KNOWN, None)
-                yield row
-
-        _write_arrow(staging / "rows.arrow", names, rows())
-        if seen is not None:
-            seen.write(staging / "known.arrow")
+            _write(staging / "rows.arrow", names, map(seen.note, stream()))
+            _write(staging / "known.arrow", [KNOWN], seen.rows())
+        else:
+            _write(staging / "rows.arrow", names, stream())
         report = {"counts": stream.skipped.counts, "examples": stream.skipped.examples}
         (staging / "skipped.json").write_text(json.dumps(report), encoding="utf-8")
 
     folder = build_once(_folder(cache, _key_of(stream)), build)
-    parts = [Dataset.from_file(str(folder / "rows.arrow"))]
-    if (folder / "known.arrow").is_file():
-        parts.append(Dataset.from_file(str(folder / "known.arrow")))
+    parts = [
+        Dataset.from_file(str(file)) for name in ("rows", "known") if (file := folder / f"{name}.arrow").is_file()
+    ]
     dataset = concatenate_datasets(parts, axis=1) if len(parts) > 1 else parts[0]
     stream.skipped.replace(SkippedRows(**json.loads((folder / "skipped.json").read_text(encoding="utf-8"))))
     dataset.info.description = stream.skipped.summary()
     return dataset
 
 
-def _write_arrow(path: Path, names: Sequence[str], rows: Any) -> None:
-    import pyarrow as pa  # type: ignore[import-untyped]
+def _write(path: Path, names: Sequence[str], rows: Any) -> None:
+    write_rows(path, pa.schema([(name, _TYPES.get(name, pa.string())) for name in names]), rows)
 
-    types = {KNOWN: pa.list_(pa.string()), LABELLED: pa.bool_(), SCORES: pa.list_(pa.float64())}
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        batch: list[dict[str, Any]] = []
 
-        def flush() -> None:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-            batch.clear()
+class _SeenPositives:
+    """Positives by query, gathered from the triples themselves.
 
-        for row in rows:
-            batch.append(row)
-            if len(batch) == ROWS_A_BATCH:
-                flush()
-        if batch:
-            flush()
+    It holds each (query, positive) pair once, not each row: memory grows with the judgements, not with the file.
+    """
+
+    def __init__(self) -> None:
+        self._number: dict[str, int] = {}
+        self._of_query: list[dict[str, None]] = []
+        # Which query each row has, in the order of the rows.
+        self._rows = array("Q")
+
+    def note(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Note one row, and give it back; queries without an id are told apart by their text."""
+        at = self._number.setdefault(row.get("query_id", row["query"]), len(self._of_query))
+        if at == len(self._of_query):
+            self._of_query.append({})
+        self._of_query[at].update(dict.fromkeys((*own_positive(row), *row.get(KNOWN, ()))))
+        self._rows.append(at)
+        return row
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The known positives of each row."""
+        return ({KNOWN: list(self._of_query[at])} for at in self._rows)
 
 
 def _streamed(stream: TripleStream) -> IterableDataset:
-    from datasets import Features, IterableDataset, Value
-    from datasets import List as ListOf
-
-    from tct_hf.data.streamed import RowsAsStored, RowsRead, StreamedTriples
-
-    head = TripleStream(
-        stream.source,
-        stream.columns,
-        stream.num_negatives,
-        stream.queries,
-        stream.passages,
-        stream.known,
-        stream.skip_bad_rows,
-        scores=stream.scores,
-    )
+    head = replace(stream, skipped=SkippedRows())
     # The first rows are checked now: what is wrong with all of them should not wait for the first step.
     judged = 0
     for number, row in enumerate(head(), start=1):
@@ -364,7 +333,7 @@ def _streamed(stream: TripleStream) -> IterableDataset:
         if number == ROWS_A_BATCH:
             head.check_judged(judged)
             break
-    types = {KNOWN: ListOf(Value("string")), LABELLED: Value("bool"), SCORES: ListOf(Value("float64"))}
     names = stream.output_columns()
-    features = Features({name: types.get(name, Value("string")) for name in names})
+    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in names])
+    features = Features.from_arrow_schema(schema)
     return StreamedTriples.of(IterableDataset.from_generator(RowsAsStored(stream)), RowsRead(stream, names), features)

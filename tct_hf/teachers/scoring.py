@@ -17,8 +17,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from tct_hf.batches import own_places
-from tct_hf.data import expansion_store as store
+from tct_hf.data import shards
 from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.expansion import SCORES_FOLDER, score_columns
 from tct_hf.data.passages import checked_passages
 from tct_hf.files import claim, file_digest, write_aside, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
@@ -241,29 +242,32 @@ def score_expansions(
             "CrossEncoderTeacher."
         )
     place = Path(folder)
-    scores = place / store.SCORES_FOLDER
-    manifest = store.read_manifest(place, "expansions")
-    settings = {**depends, "batch_size": batch_size, "expansions": file_digest(place / store.MANIFEST_FILE)}
+    scores = place / SCORES_FOLDER
+    manifest = shards.read_manifest(place, "expansions")
+    settings = {**depends, "batch_size": batch_size, "expansions": file_digest(place / shards.MANIFEST_FILE)}
+    settings["format"] = shards.FORMAT
     rank, processes = _begin(teacher, scores, settings, state, batch_size=batch_size)
     passages = checked_passages(corpus, True)
-    count, shards = manifest["count"], manifest["shards"]
+    count = manifest["count"]
     progress = PassageProgress(count, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
-    for number, entry in enumerate(shards):
-        table = store.read_shard(place, number, "queries")
-        rows = list(_with_texts(table, passages, store.shard_file(place, number)))
-        if store.is_made_of(scores, number, entry["sha256"]):
-            progress.skipped(len(rows))
-        elif number % processes == rank:
-            found: list[list[float]] = []
-            for batch in _batches(rows, batch_size):
-                found += _query_scores(teacher, batch)
-                progress.encoded(len(batch))
-            store.write_shard(scores, number, [row[0] for row in rows], "scores", found, entry["sha256"])
-    if next(passages, None) is not None:
-        raise ValueError(f"corpus: it has more passages than the {count:,} that were expanded.")
-    _finish(state, lambda: store.finish(scores, len(shards), count))
+
+    def parts() -> Iterator[tuple[str, list[Row]]]:
+        for number, entry in enumerate(manifest["shards"]):
+            table = shards.read_shard(place, number)
+            yield entry["sha256"], list(_with_texts(table, passages, shards.shard_file(place, number)))
+        if next(passages, None) is not None:
+            raise ValueError(f"corpus: it has more passages than the {count:,} that were expanded.")
+
+    def make(rows: Sequence[Row]) -> dict[str, Any]:
+        found: list[list[float]] = []
+        for batch in _batches(rows, batch_size):
+            found += _query_scores(teacher, batch)
+            progress.encoded(len(batch))
+        return score_columns([row[0] for row in rows], found)
+
+    made = shards.run_shards(scores, settings, parts(), make, state=state, progress=progress)
     progress.finish(count)
-    return store.read_manifest(scores, "scores")
+    return made
 
 
 def _with_texts(table: Any, passages: Iterator[tuple[str, str]], file: Path) -> Iterator[Row]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tct_hf.batches import spread_own
 from tct_hf.data.column_names import candidate_columns
-from tct_hf.data.row_parsing import shown
-from tct_hf.data.score_table import ScoreSource, ScoreTable, check_score, plain
+from tct_hf.data.rows import shown
+from tct_hf.data.scores import ScoreSource, ScoreTable, check_score, plain
 from tct_hf.teachers.base import Columns, Rows, Teacher, Texts, check_scale
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.cache import build_once, default_cache_dir, read_corpus, write_corpus
+from tct_hf.cache import build_once, default_cache_dir
 
 
 def test_folder_is_built_once(tmp_path: Path) -> None:
@@ -40,13 +40,6 @@ def test_unwritable_place_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="TCT_HF_CACHE"):
         build_once(tmp_path / "file" / "done", lambda staging: None)
-
-
-def test_corpus_of_several_batches_round_trips(tmp_path: Path) -> None:
-    passages = [(f"p{at}", f"text \u00e9 {at}") for at in range(2500)]
-    assert write_corpus(tmp_path / "c.arrow", passages) == 2500
-    corpus = read_corpus(tmp_path / "c.arrow")
-    assert list(zip(corpus["id"], corpus["text"], strict=True)) == passages
 
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

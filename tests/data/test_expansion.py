@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tct_hf import expanded_texts, load_expansions, write_expansions
-from tct_hf.data import expansion_store as store
-from tct_hf.data.expansion import _border
-from tct_hf.files import claim
+from tct_hf.data import shards
+from tct_hf.data.expansion import SCORES_FOLDER, _threshold, score_columns
 
 QUERIES = [["what is a", "where is a", "What  is a"], [], ["how b", "how b", "who c"], ["d"]]
 
@@ -34,14 +33,10 @@ def corpus(count: int = 4) -> list[dict[str, str]]:
 
 def score(folder: Path, scores: list[list[float]], shard_size: int) -> None:
     """As `score_expansions` would."""
-    beside = folder / store.SCORES_FOLDER
-    claim(beside, {"teacher": "t"})
-    shards = -(-len(scores) // shard_size)
-    for number in range(shards):
-        part = slice(number * shard_size, (number + 1) * shard_size)
-        ids = [f"p{row}" for row in range(len(scores))][part]
-        store.write_shard(beside, number, ids, "scores", scores[part], "x")
-    store.finish(beside, shards, len(scores))
+    rows = [(f"p{row}", of_row) for row, of_row in enumerate(scores)]
+    parts = (("x", rows[start : start + shard_size]) for start in range(0, len(rows), shard_size))
+    make = lambda part: score_columns(*zip(*part, strict=True))  # noqa: E731
+    shards.run_shards(folder / SCORES_FOLDER, {"teacher": "t"}, parts, make)
 
 
 def test_queries_come_back_in_order_with_their_settings(tmp_path: Path) -> None:
@@ -57,7 +52,7 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, queries: li
     folder = tmp_path_factory.mktemp("any")
     made = [{"id": f"p{row}", "queries": texts} for row, texts in enumerate(queries)]
     write_expansions(made, folder / "out", settings={}, shard_size=2)
-    assert load_expansions(folder / "out", cache_dir=folder / "cache").to_list() == made
+    assert load_expansions(folder / "out").to_list() == made
 
 
 def test_passages_are_followed_by_their_first_queries(tmp_path: Path) -> None:
@@ -95,10 +90,10 @@ def test_the_lowest_scores_of_the_whole_corpus_are_left_out(tmp_path: Path) -> N
     ),
     share=st.floats(0.0, 1.0, exclude_max=True),
 )
-def test_the_border_is_the_score_of_that_rank(scores: list[list[float]], share: float) -> None:
+def test_the_threshold_is_the_score_of_that_rank(scores: list[list[float]], share: float) -> None:
     flat = sorted(np.float32(score) for row in scores for score in row)
     expected = float(flat[int(share * len(flat))]) if flat else float("-inf")
-    assert _border(lambda: scores, share) == expected
+    assert _threshold(scores, share) == expected
 
 
 def test_another_corpus_is_one_message_that_names_passages(tmp_path: Path) -> None:
@@ -106,18 +101,13 @@ def test_another_corpus_is_one_message_that_names_passages(tmp_path: Path) -> No
 
     write_expansions(rows(), tmp_path / "out", settings={})
     found = load_expansions(tmp_path / "out")
-    for given_, message in (
-        (corpus(6), r"2 of 6 passages have no expansions \('p4', 'p5'\): expand this corpus"),
-        (corpus(3), r"1 of 4 passages have expansions but no passage \('p3'\)"),
-        (corpus()[::-1], "another order than the corpus .passage number 0 is 'p3', the expansions there are of 'p0'"),
+    for texts, message in (
+        (corpus(5), "at passage number 4 the corpus has 'p4' there and the expansion ends before it"),
+        (corpus()[1:], "at passage number 0 the corpus has 'p1' there and the expansion has 'p0' there"),
+        (corpus(2), "at passage number 2 the corpus ends before it and the expansion has 'p2' there"),
     ):
         with pytest.raises(ValueError, match=message):
-            expanded_texts(Dataset.from_list(given_), found)  # before any text is taken
-    for texts, message in (
-        (corpus(5), r"passage 'p4' \(number 4\) has none at its place, they end before it"),
-        (corpus()[1:], r"passage 'p1' \(number 0\) has none at its place, there are those of 'p0'"),
-        (corpus(2), r"of 4 passages, but the corpus ends after 2; 'p2' is the first"),
-    ):
+            expanded_texts(Dataset.from_list(texts), found)  # before any text is taken
         with pytest.raises(ValueError, match=message):
             list(expanded_texts(iter(texts), found))
 
@@ -135,7 +125,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     for bad, message in (
         ([{"id": 1, "queries": []}], "number 0 has id = 1"),
         ([{"id": "a", "queries": "what"}], "'a' .number 0. has queries = 'what'"),
-        ([], "rows: there is none"),
+        ([], "nothing to write, the corpus or the rows are empty"),
     ):
         with pytest.raises(ValueError, match=message):
             write_expansions(bad, tmp_path / "bad", settings={})
@@ -149,22 +139,26 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         write_expansions(rows()[::-1], tmp_path / "out", settings={}, shard_size=3)
     with pytest.raises(ValueError, match="shard_size = 3, but now shard_size = 2"):
         write_expansions(rows(), tmp_path / "out", settings={}, shard_size=2)
-    shard = tmp_path / "out" / "00001.parquet"
+    shard = tmp_path / "out" / "00001.arrow"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"00001.parquet is damaged or was altered"):
+    with pytest.raises(ValueError, match=r"00001.arrow is damaged or was altered"):
         load_expansions(tmp_path / "out")
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r"00001.parquet is missing"):
+    with pytest.raises(FileNotFoundError, match=r"00001.arrow is missing"):
         load_expansions(tmp_path / "out")
     write_expansions(rows(), tmp_path / "out", settings={}, shard_size=3)
     assert shard.read_bytes() == whole
     score(tmp_path / "out", [[0.5, 1.0], [], [1.0, 2.0, 3.0], [1.0]], shard_size=3)
-    with pytest.raises(ValueError, match=r"scores/00000.parquet: it has not one score a query"):
+    with pytest.raises(ValueError, match=r"scores/00000.arrow: it has not one score a query"):
         load_expansions(tmp_path / "out")
     (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="not finished; run again"):
         load_expansions(tmp_path / "out")
-    (tmp_path / "out" / "manifest.json").write_text(json.dumps({"count": 4}))
-    with pytest.raises(ValueError, match="shards is missing"):
-        load_expansions(tmp_path / "out")
+    for content, message in (
+        ({"count": 4}, "shards is missing"),
+        ({"count": 0, "shards": []}, "another version of tct_hf"),
+    ):
+        (tmp_path / "out" / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            load_expansions(tmp_path / "out")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
-from tct_hf.data.expansion_decoding import exact_dtype, generate_queries, sample, uniform_numbers
+from tct_hf.data.expander import exact_dtype, generate_queries, sample, uniform_numbers
 from tests.encode_worker import passages
 from tests.models import tiny_t5
 
@@ -151,11 +151,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(model: tuple[Any, Any]
     expand(model, tmp_path / "whole")
     with pytest.raises(_Killed):
         expand(model, tmp_path / "stopped", _until(12))
-    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "stopped").glob("*.parquet")}
-    assert sorted(made) == ["00000.parquet", "00001.parquet"]
+    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "stopped").glob("*.arrow")}
+    assert sorted(made) == ["00000.arrow", "00001.arrow"]
     with pytest.raises(FileNotFoundError, match="not finished; run again"):
         load_expansions(tmp_path / "stopped")
-    (tmp_path / "stopped" / ".00002.parquet.0.tmp").write_bytes(b"half")
+    (tmp_path / "stopped" / ".00002.arrow.0.tmp").write_bytes(b"half")
     expand(model, tmp_path / "stopped")
     assert all((tmp_path / "stopped" / file).stat().st_mtime_ns == at for file, at in made.items())
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
@@ -173,17 +173,15 @@ class _State:
 
 def test_processes_share_the_shards(model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expand(model, tmp_path / "whole")
-    from tct_hf.data import expansion_corpus
-
     # One after the other in one process, each seeing what was there when all began: nothing.
-    monkeypatch.setattr(expansion_corpus, "_there", lambda folder: set())
+    monkeypatch.setattr("tct_hf.data.shards._there", lambda folder: set())
     shared: Any = tmp_path / "shared"
-    with pytest.raises(FileNotFoundError, match=r"00001.parquet is missing"):
+    with pytest.raises(FileNotFoundError, match=r"00001.arrow is missing"):
         expand(model, shared, state=_State(0, 3))
     for rank in (1, 2):
         with pytest.raises(FileNotFoundError, match="not finished"):
             expand(model, shared, state=_State(rank, 3))
-    assert len(list(shared.glob("*.parquet"))) == 5
+    assert len(list(shared.glob("*.arrow"))) == 5
     monkeypatch.undo()
     expand(model, shared, state=_State(0, 3))
     assert {k: v for k, v in files(shared).items()} == files(tmp_path / "whole")
@@ -195,7 +193,7 @@ def test_a_folder_of_something_else_is_refused(model: tuple[Any, Any], tmp_path:
         expand(model, tmp_path / "out", num_queries=5)
     changed = list(passages())
     changed[7] = {**changed[7], "text": "another"}
-    with pytest.raises(ValueError, match=r"00001.parquet was made of other passages"):
+    with pytest.raises(ValueError, match=r"00001.arrow was made of other passages"):
         expand(model, tmp_path / "out", changed)
     with pytest.raises(ValueError, match=r"made of another corpus .this one has 20 passages"):
         expand(model, tmp_path / "out", list(passages())[:20])
@@ -210,7 +208,7 @@ def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tm
     for more, message in (
         ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
         ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
-        ({"corpus": []}, "it has no passage"),
+        ({"corpus": []}, "the corpus or the rows are empty"),
         ({"corpus": [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]}, "two passages have the id 'a'"),
         ({"corpus": [{"id": 3, "text": "x"}]}, "passage number 0 .id 3. has id = 3"),
     ):
@@ -218,7 +216,7 @@ def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tm
             expand(model, tmp_path / "out", **more)
     with pytest.raises(ValueError, match="tokenizer: give that of the model"):
         expand_corpus(model[0], passages(), tmp_path / "out")
-    assert not list(tmp_path.glob("out/*.parquet"))
+    assert not list(tmp_path.glob("out/*.arrow"))
 
 
 def test_a_passage_without_words_gets_no_queries(model: tuple[Any, Any], tmp_path: Path) -> None:
@@ -270,7 +268,7 @@ def test_other_seq2seq_families_write_too(model: tuple[Any, Any], tmp_path: Path
 def test_a_model_that_is_named_generates_on_the_accelerator(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf.data import expansion_corpus
+    from tct_hf.data import expander
 
     asked: list[Any] = []
 
@@ -278,8 +276,8 @@ def test_a_model_that_is_named_generates_on_the_accelerator(
         asked.append(str(device))
         return load_expander(name, dtype=dtype)
 
-    monkeypatch.setattr(expansion_corpus, "load_expander", load)
-    monkeypatch.setattr("sentence_transformers.util.get_device_name", lambda: "cuda")
+    monkeypatch.setattr(expander, "load_expander", load)
+    monkeypatch.setattr("tct_hf.data.expander.get_device_name", lambda: "cuda")
     corpus = list(passages())[:2]
     for number, state in enumerate((None, _State(0, 1))):
         more: Any = {"num_queries": 1, "max_length": 2, "state": state, "write": lambda line: None}

@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
 
     score(colbert, folder)
     whole = {file.name: file.read_bytes() for file in (folder / "scores").iterdir()}
-    for name in ("00002.parquet", "manifest.json"):
+    for name in ("00002.arrow", "manifest.json"):
         (folder / "scores" / name).unlink()
     assert load_expansions(folder).column_names == ["id", "queries"]
     computed: list[int] = []

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from tct_hf.data.hub_tables import is_hub_table
-from tct_hf.data.score_table import ScoreTable, is_score_file
+from tct_hf.data.rows import is_hub_id, is_score_file
+from tct_hf.data.scores import ScoreTable
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_a_hub_table_is(here: Path, name: str, expected: bool) -> None:
-    assert is_hub_table(name) is expected
+    assert is_hub_id(name) is expected
     assert not expected or is_score_file(name)
 
 

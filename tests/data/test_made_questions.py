@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
 from datasets import Dataset
 
-from tct_hf.data.collection import Collection
+from tct_hf.data.collection import Collection, load_collection
 from tct_hf.data.made_questions import questions_from
 from tct_hf.retrieval.negatives import collection_triples
 
@@ -25,6 +29,27 @@ def test_a_question_is_a_sentence_that_its_passage_no_longer_holds() -> None:
     assert made["a"].rest == "Sorting an array. It returns nothing."
     assert made["d"].text == "The median of all values is computed along one axis."
     assert list(questions_from(corpus(), 1, seed=1)) == list(questions_from(corpus(), 10, seed=1))[:1]
+
+
+def test_a_title_long_enough_is_the_question_and_leaves_its_passage() -> None:
+    titles = ["How arrays are sorted", "Too short", ""]
+    bodies = ["The values all stay in place. It returns nothing.", "The median is computed along one axis.", ""]
+    texts = [f"{title} {body}".strip() for title, body in zip(titles, bodies, strict=True)]
+    corpus = Dataset.from_dict({"id": ["a", "b", "c"], "title": titles, "text": texts})
+    (made,) = questions_from(corpus, 10, seed=1)  # b would keep two words
+    assert (made.passage_id, made.text, made.rest) == ("a", titles[0], bodies[0])
+    (made,) = questions_from(corpus, 10, seed=1, without=["how arrays are sorted?"])
+    assert (made.text, made.rest) == ("The values all stay in place.", "How arrays are sorted It returns nothing.")
+
+
+def test_titles_reach_the_collection_of_a_beir_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    row = {"_id": "d1", "title": "How arrays are sorted", "text": "The values stay where they are."}
+    (tmp_path / "corpus.jsonl").write_text(json.dumps(row) + "\n")
+    collection = load_collection(str(tmp_path), required=())
+    collection.make_questions(5, seed=0)
+    assert collection.questions == {"made-d1": "How arrays are sorted"}
+    assert collection.made["made-d1"].rest == "The values stay where they are."
 
 
 def test_rows_of_made_questions_learn_from_the_rest_of_their_passage() -> None:

@@ -14,8 +14,9 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tct_hf.data import score_table
-from tct_hf.data.score_table import ScoreTable, is_score_file
+from tct_hf.data import scores as score_table
+from tct_hf.data.rows import is_score_file
+from tct_hf.data.scores import ScoreTable
 
 ROWS = [("1", "7", 0.5), ("1", "8", -2.25), ("2", "7", 3.0)]
 

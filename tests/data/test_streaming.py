@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from torch.utils.data import DataLoader
 
 from tct_hf import load_triples
-from tct_hf.data.sources import TsvSource
+from tct_hf.data.sources import LineSource
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.training.streaming import StreamedBatches
 
@@ -130,8 +130,8 @@ def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: str, 
 def test_a_process_parses_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = load_triples(tsv(tmp_path / "t.tsv"), streaming=True).shuffle(seed=0, buffer_size=10)
     parsed: list[bytes] = []
-    parse = TsvSource.parse
-    monkeypatch.setattr(TsvSource, "parse", lambda self, raw: parsed.append(raw) or parse(self, raw))
+    parse = LineSource.parse
+    monkeypatch.setattr(LineSource, "parse", lambda self, raw: parsed.append(raw) or parse(self, raw))
     given = [numbers(batch) for batch in islice(of_process(rows, 4, 1, 3, 0), 3)]
     assert [int(line.split(b"\t")[0].split()[1]) for line in parsed] == [*chain(*given)]
 
@@ -151,15 +151,15 @@ def test_a_restart_gives_the_rows_that_follow(tmp_path: Path, rows: int, trained
 def test_a_restart_reads_no_more_than_two_passes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = load_triples(tsv(tmp_path / "t.tsv"), streaming=True).shuffle(seed=1, buffer_size=10)
     lines = 0
-    raw = TsvSource.raw
+    raw = LineSource.raw
 
-    def counted(self: TsvSource, columns: Any = None) -> Any:
+    def counted(self: LineSource, columns: Any = None) -> Any:
         nonlocal lines
         for one in raw(self, columns):
             lines += 1
             yield one
 
-    monkeypatch.setattr(TsvSource, "raw", counted)
+    monkeypatch.setattr(LineSource, "raw", counted)
     loader = of_process(stream, 6, 0, 1, 0, trained=1000)  # in the 167th pass
     assert next(batch for batch in loader if batch)
     assert lines <= 2 * ROWS

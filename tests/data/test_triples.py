@@ -4,8 +4,6 @@ import gzip
 import json
 import logging
 import pickle
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -546,13 +544,3 @@ def test_bad_first_row_does_not_decide_the_columns_when_skipped(tmp_path: Path) 
     loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(rows)), skip_bad_rows=True, skipped=skipped)
     assert rows_of(loaded) == ROWS
     assert skipped.total == 2
-
-
-def test_importing_the_loader_loads_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom tct_hf.data import SkippedRows, load_triples\n"
-        "heavy = {'torch', 'datasets', 'numpy', 'pyarrow', 'sentence_transformers', 'bm25s'}\n"
-        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")

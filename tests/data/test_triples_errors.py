@@ -159,7 +159,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, dict[str, Any], str, str]] = {
         jsonl({**GOOD, "query_id": 1}, {**GOOD, "query_id": "2"}),
         {},
         "mixed types",
-        r"line 2, column 'query_id': holds '2', text, but a number in .*line 1; write all ids of a column alike",
+        r"line 2, column 'query_id': holds '2', text, but a number in .*line 1; write all ids of a column as one type",
     ),
     "id a fraction": (
         "t.jsonl",
@@ -180,7 +180,7 @@ BAD_ROWS: dict[str, tuple[str, bytes, dict[str, Any], str, str]] = {
         jsonl({**GOOD, "labelled": True}, {**GOOD, "labelled": "false"}),
         {},
         "mixed types",
-        r"t\.jsonl, line 2, column 'labelled': holds 'false' where true is needed, or false for a row that nobody.*"
+        r"t\.jsonl, line 2, column 'labelled': holds 'false' where true is needed, or false for a row that is not.*"
         r"columns=\{'labelled': None\}",
     ),
     "label a number": (
@@ -352,13 +352,13 @@ BAD_FILES: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
         "t.tsv",
         b"1\td1\td2\n",
         {**TEXTS, "collection": b"d1\ta\nd2\0\tb\n"},
-        r"texts\.tsv, line 2: the id 'd2\\x00' holds a NUL character; remove it",
+        r"texts\.tsv, line 2: _id is 'd2.x00'; it must be a string that is not empty and has no NUL",
     ),
     "collection without ids": (
         "t.tsv",
         b"1\td1\td2\n",
         {**TEXTS, "collection": Dataset.from_dict({"a": ["x"], "b": ["y"]})},
-        r"collection: .*has the columns a, b; name them id and text",
+        r"collection: .*has other columns \(there are: a, b\); name them id and text",
     ),
     "qrels without positives": (
         "t.jsonl",
@@ -475,7 +475,7 @@ def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     (tmp_path / "other" / "a.bin").write_bytes(b"x")
     (tmp_path / "t.tsv").write_bytes(b"1\td1\td2\n")
     for source, options, message in (
-        (tmp_path / "gone.jsonl", {}, r"gone\.jsonl: no such file or folder"),
+        (tmp_path / "gone.jsonl", {}, r"gone\.jsonl: no such file"),
         ("gone.tsv.gz", {}, r"gone\.tsv\.gz: no such file"),
         (tmp_path / "empty", {}, "an empty folder"),
         (tmp_path / "other", {}, "no data files that can be read"),

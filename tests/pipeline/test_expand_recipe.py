@@ -69,7 +69,7 @@ def test_a_killed_run_and_one_of_two_processes_give_the_same_files(
     assert [cell.strip() for cell in row.split("|")[1:3]] == ["60", "180"] and "| colbert | 3 |" in row
     killed_at("40 of 60 passages", folder / "expand.yaml", tmp_path / "killed", EXPAND)
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
+    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.arrow")}
     assert made
     assert expand(tmp_path / "killed", teacher) == 0
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in made.items())

@@ -130,7 +130,6 @@ def test_a_stopped_call_goes_on_to_the_same_files(
             return aside(path)
 
         monkeypatch.setattr("tct_hf.pipeline.passage_ranking.write_aside", stopping)
-        monkeypatch.setattr("tct_hf.pipeline.passage_sample.write_aside", stopping)
         with pytest.raises(KeyboardInterrupt):
             prepare(files, out, sample)
         monkeypatch.undo()

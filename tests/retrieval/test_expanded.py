@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset
 
 from tct_hf import BM25Index, expanded_bm25, write_expansions
-from tct_hf.data import expansion_store as store
-from tct_hf.files import claim
+from tct_hf.data.expansion import SCORES_FOLDER, score_columns
+from tct_hf.data.shards import run_shards
 from tct_hf.retrieval.expanded import describe_expansion
 
 PASSAGES = ["boats sail on rivers", "engines burn fuel", "rivers carry water to the sea"]
@@ -84,14 +84,12 @@ def test_a_loaded_index_says_what_it_was_built_over(corpus: Dataset, folder: Pat
 
 
 def test_scores_that_decide_are_recorded_and_other_passages_refused(corpus: Dataset, folder: Path) -> None:
-    with pytest.raises(ValueError, match="no expansions"):
+    with pytest.raises(ValueError, match="they are not of this corpus"):
         expanded_bm25(Dataset.from_dict({"id": ["other"], "text": ["t"]}), folder)
-    beside = folder / store.SCORES_FOLDER
+    scores = [[1.0, 1.0], [2.0, -3.0], [0.5]]
     with pytest.raises(FileNotFoundError, match=r"drop_share is 0\.2, but the queries have no scores"):
         describe_expansion(folder, num_queries=None, drop_repeats=False, drop_share=0.2)
-    claim(beside, {"teacher": "t"})
-    store.write_shard(beside, 0, IDS, "scores", [[1.0, 1.0], [2.0, -3.0], [0.5]], "x")
-    store.finish(beside, 1, 3)
+    run_shards(folder / SCORES_FOLDER, {"teacher": "t"}, [("x", IDS)], lambda ids: score_columns(ids, scores))
     index = expanded_bm25(corpus, folder, drop_share=0.2)
     assert index.settings["expansion"]["drop_share"] == 0.2 and index.settings["expansion"]["scores_sha256"]
     assert list(index.run({"q": "ships"})["q"]) == ["p0"]

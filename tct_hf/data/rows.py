@@ -1,14 +1,46 @@
-"""Lines of bytes to raw rows, and what is said of a row that can't be used."""
+"""Lines of bytes to raw rows, what is said of a row that can't be used, and what a name stands for."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+TSV_SUFFIXES = (".tsv", ".txt")
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+PICKLES = (".pkl", ".pickle", ".pt", ".bin", ".joblib")
+# A Hub id has an owner: a bare word may be a column. A name that ends like a file is one, there or not.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = (*TSV_SUFFIXES, *JSON_SUFFIXES, *PICKLES, ".parquet", ".csv", ".gz")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is "owner/name", "owner/name:configuration" or "owner/name:configuration:split", and no path."""
+    hub_id, _, _ = name.partition(":")
+    return (
+        _HUB_ID.fullmatch(hub_id) is not None and Path(hub_id).suffix.lower() not in _FILES and not Path(name).exists()
+    )
+
+
+def is_score_file(name: str) -> bool:
+    """Whether a setting names a file of scores, there or not, or a Hub table, rather than columns of the triples."""
+    return Path(name).is_file() or format_of(Path(name)) in _FILES or name.endswith(".gz") or is_hub_id(name)
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says how a file is written, without .gz, in lower case."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def file_key(path: Path) -> list[Any]:
+    """What identifies a file's content without reading it: path, bytes, time."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 class BadRow(ValueError):
@@ -16,8 +48,8 @@ class BadRow(ValueError):
 
     Args:
         kind: the class of problem, under which skipped rows are counted, for instance "empty text".
-        problem: what is wrong and the mend.
-        column: where in the row, if it is one column.
+        problem: the problem and its fix.
+        column: the column it is in, if it is in one.
     """
 
     def __init__(self, kind: str, problem: str, column: str | None = None) -> None:
@@ -89,18 +121,10 @@ def shown(value: Any) -> str:
 
 
 def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Read a file line by line.
-
-    Args:
-        path: the file, plain or .gz.
-
-    Yields:
-        The number of the line, from 1, and its bytes without the line end (LF or CR LF). A byte order mark at the
-        start of the file is dropped.
+    """Number, from 1, and bytes of each line of a file, plain or .gz, without line end and byte order mark.
 
     Raises:
         ValueError: a truncated or damaged .gz; the message names the last line that was read.
-        OSError: the file can't be read.
     """
     number = 0
     try:
@@ -116,14 +140,7 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(line: bytes) -> str:
-    """Decode one line.
-
-    Args:
-        line: without its line end.
-
-    Raises:
-        BadRow: it is not UTF-8.
-    """
+    """The text of one line; a BadRow where it is not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -133,18 +150,7 @@ def decode(line: bytes) -> str:
 
 
 def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
-    """Parse one line of fields separated by tabs; there is no quoting.
-
-    Args:
-        line: without its line end.
-        names: what the fields are.
-
-    Returns:
-        Name to field, each exactly as it stands in the line.
-
-    Raises:
-        BadRow: not UTF-8, or another number of fields.
-    """
+    """Name to field of one line of fields separated by tabs, without quoting; a BadRow for another number of them."""
     fields = decode(line).split("\t")
     if len(fields) != len(names):
         raise BadRow(
@@ -156,17 +162,7 @@ def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
 
 
 def parse_json_line(line: bytes) -> dict[str, Any]:
-    """Parse one line of JSONL.
-
-    Args:
-        line: without its line end.
-
-    Returns:
-        The object.
-
-    Raises:
-        BadRow: not UTF-8, not JSON, not an object, or a key that comes twice.
-    """
+    """The object of one line of JSONL; a BadRow for what is not JSON, not an object, or has a key twice."""
     text = decode(line)
     try:
         row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)

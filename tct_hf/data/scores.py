@@ -6,25 +6,24 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b, sha256
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
+import numpy as np
+
 from tct_hf.cache import build_once, default_cache_dir
-from tct_hf.data.hub_tables import is_hub_table, load_hub_table
-from tct_hf.data.lookups import JSON_SUFFIXES, TSV_SUFFIXES, format_of
-from tct_hf.data.row_parsing import BadRow, byte_lines, shown, there_are
-from tct_hf.data.sources import DatasetSource, JsonSource, ParquetSource, Source, TsvSource
+from tct_hf.data.rows import BadRow, byte_lines, shown, there_are
+from tct_hf.data.sources import LineSource, Source, open_source
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
 
 # What `ScoreTable.open` takes.
 ScoreSource: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Mapping[str, float]]]
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 1
-_BUCKETS = 256
+_FORMAT = 2
 _FLOAT32_MAX = 3.4028234663852886e38
 _ROWS_A_BLOCK = 100_000
 _FIELDS = ("query_id", "passage_id", "score")
@@ -37,14 +36,6 @@ _NAMES = {
     ),
     "score": ("score", "scores", "label"),
 }
-SCORE_SUFFIXES = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".parquet")
-
-
-def is_score_file(name: str) -> bool:
-    """Whether a setting names a file of scores, there or not, or a Hub table, rather than columns of the triples."""
-    path = Path(name)
-    known = format_of(path) in SCORE_SUFFIXES or path.suffix in (".gz", ".pkl", ".pickle")
-    return path.is_file() or known or is_hub_table(name)
 
 
 def pair_key(query_id: str, passage_id: str) -> int:
@@ -87,7 +78,7 @@ class ScoreTable:
         Raises:
             FileNotFoundError: no such file or Hub data set.
             ValueError: a pickle, a row with a missing, misaligned or not finite score, a pair that comes twice with
-                different scores, or no score at all; with the row, the query id and the mend.
+                different scores, or no score at all; with the row, the query id and the fix.
             OSError: the cache can't be written, or the Hub not be reached.
         """
         cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -98,7 +89,7 @@ class ScoreTable:
             key = list[Any](["mapping", digest.hexdigest()])
             rows: Any = lambda: _mapped(source, name)  # noqa: E731
         else:
-            opened = _open(source)
+            opened = open_source(source, "scores", lambda path: LineSource(path, _FIELDS, header=_has_header(path)))
             if opened.key is None:
                 raise ValueError(f"{opened.name}: an IterableDataset, which can't be looked up by id: give a Dataset.")
             name, key = opened.name, [opened.key, sorted((columns or {}).items())]
@@ -113,8 +104,6 @@ class ScoreTable:
         return len(self._open_arrays()[0])
 
     def _open_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-
         if self._arrays is None:
             keys, scores = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("keys", "scores"))
             self._arrays = keys, scores
@@ -122,8 +111,6 @@ class ScoreTable:
 
     def get(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """The score of each (query id, passage id); None where there is none."""
-        import numpy as np
-
         keys, scores = self._open_arrays()
         wanted = np.array([pair_key(*pair) for pair in pairs], dtype=np.uint64)
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -132,54 +119,19 @@ class ScoreTable:
 
 
 def plain(value: Any) -> Any:
-    """A number or a list in place of what numpy and torch hold them in."""
+    """A number or a list instead of what numpy and torch hold them in."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def check_score(value: Any, what: str, place: str, mend: str) -> float:
-    """A finite number that float32 can hold.
-
-    Args:
-        value: of any type.
-        what: whose score it is, for the message.
-        place: where it stands, likewise.
-        mend: what to do about it.
-
-    Raises:
-        ValueError: it is none.
-    """
+def check_score(value: Any, what: str, place: str, fix: str) -> float:
+    """A finite number that float32 can hold; another value is a ValueError that names its place and the fix."""
     if value is None:
-        raise ValueError(f"{place}: {what} has no score (null): {mend}")
+        raise ValueError(f"{place}: {what} has no score (null): {fix}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{place}: the score of {what} is {shown(value)}, which is no number: {mend}")
+        raise ValueError(f"{place}: the score of {what} is {shown(value)}, which is no number: {fix}")
     if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
-        raise ValueError(f"{place}: the score of {what} is {value}, which is not finite: {mend}")
+        raise ValueError(f"{place}: the score of {what} is {value}, which is not finite: {fix}")
     return float(value)
-
-
-def _open(source: Any) -> Source:
-    if not isinstance(source, (str, Path)):
-        return DatasetSource(source, "scores (a data set)")
-    if is_hub_table(str(source)):
-        return DatasetSource(load_hub_table(str(source)), str(source))
-    path = Path(source)
-    suffix = format_of(path)
-    if suffix in (".pkl", ".pickle", ".pt", ".bin", ".joblib"):
-        raise ValueError(
-            f"{path}: a pickle, which may run code when it is read. Convert it where you trust it, to a parquet or "
-            "JSONL file with the columns query_id, passage_id and score, one row a pair."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of scores; give the right path")
-    if suffix in JSON_SUFFIXES:
-        return JsonSource(path)
-    if suffix == ".parquet":
-        return ParquetSource(path)
-    if suffix in TSV_SUFFIXES:
-        return TsvSource(path, _FIELDS, header=_has_header(path))
-    raise ValueError(
-        f"{path}: ends in {suffix or 'nothing'}; known are {', '.join(SCORE_SUFFIXES)} (all but parquet plain or .gz)"
-    )
 
 
 def _has_header(path: Path) -> bool:
@@ -213,7 +165,7 @@ def _read(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str, str
             yield from _listed(query_id, passage, score, names, place)
             continue
         passage_id = _id(passage, names[1], place)
-        if isinstance(source, TsvSource):
+        if isinstance(source, LineSource) and source.names:
             try:
                 score = float(score)
             except ValueError:
@@ -237,8 +189,8 @@ def _listed(
 
 
 def _checked(score: Any, passage_id: str, column: str, place: str) -> float:
-    mend = "score the pair again, or remove it"
-    return check_score(score, f"passage {passage_id!r}", f"{place}, column {column!r}", mend)
+    fix = "score the pair again, or remove it"
+    return check_score(score, f"passage {passage_id!r}", f"{place}, column {column!r}", fix)
 
 
 def _mapped(scores: Mapping[str, Mapping[str, float]], name: str) -> Iterator[tuple[str, str, float]]:
@@ -273,64 +225,22 @@ def _id(value: Any, column: str, place: str) -> str:
 
 
 def _build(staging: Path, rows: Iterator[tuple[str, str, float]], name: str) -> None:
-    """Sort by key without holding it all: pairs go to files by the first byte of their key, which are sorted alone."""
-    import numpy as np
-
-    kind = np.dtype([("key", "<u8"), ("score", "<f4")])
-    aside = staging / "buckets"
-    aside.mkdir(parents=True)
-    block: list[tuple[int, float]] = []
-
-    def flush() -> None:
-        pairs = np.array(block, dtype=kind)
-        of = (pairs["key"] >> np.uint64(56)).astype(np.int64)
-        for bucket in np.unique(of):
-            with open(aside / f"{bucket:03d}", "ab") as file:
-                pairs[of == bucket].tofile(file)
-        block.clear()
-
-    count = 0
-    for query_id, passage_id, score in rows:
-        block.append((pair_key(query_id, passage_id), score))
-        count += 1
-        if len(block) == _ROWS_A_BLOCK:
-            flush()
-    if block:
-        flush()
-    if not count:
+    """Sort by key, in 20 bytes of memory a pair."""
+    blocks = []
+    while block := [(pair_key(query, passage), score) for query, passage, score in islice(rows, _ROWS_A_BLOCK)]:
+        blocks.append(np.array(block, dtype=[("key", "<u8"), ("score", "<f4")]))
+    if not blocks:
         raise ValueError(f"{name}: it holds no score; check the file")
-    kept = 0
-    for bucket in range(_BUCKETS):
-        file = aside / f"{bucket:03d}"
-        if not file.is_file():
-            continue
-        pairs = np.fromfile(file, dtype=kind)
-        keys, first = np.unique(pairs["key"], return_index=True)
-        scores = pairs["score"][first]
-        at = np.searchsorted(keys, pairs["key"])
-        if (scores[at] != pairs["score"]).any():
-            raise ValueError(
-                f"{name}: a pair of query and passage comes twice with different scores, such as "
-                f"{_twice(scores[at], pairs['score'])}; keep one of them"
-            )
-        keys.tofile(file)
-        scores.tofile(aside / f"{bucket:03d}.scores")
-        kept += len(keys)
-    for part, suffix, dtype in (("keys", "", "<u8"), ("scores", ".scores", "<f4")):
-        whole = np.lib.format.open_memmap(staging / f"{part}.npy", mode="w+", dtype=np.dtype(dtype), shape=(kept,))
-        start = 0
-        for bucket in range(_BUCKETS):
-            file = aside / f"{bucket:03d}{suffix}"
-            if file.is_file():
-                values = np.fromfile(file, dtype=dtype)
-                whole[start : start + len(values)] = values
-                start += len(values)
-        whole.flush()
-    for file in aside.iterdir():
-        file.unlink()
-    aside.rmdir()
-
-
-def _twice(one: np.ndarray, other: np.ndarray) -> str:
-    at = int((one != other).argmax())
-    return f"{float(one[at]):g} and {float(other[at]):g}"
+    pairs = np.concatenate(blocks)
+    blocks.clear()
+    keys, first = np.unique(pairs["key"], return_index=True)
+    scores = pairs["score"][first]
+    its = scores[np.searchsorted(keys, pairs["key"])]
+    if (differ := its != pairs["score"]).any():
+        at = int(differ.argmax())
+        raise ValueError(
+            f"{name}: a pair of query and passage comes twice with different scores, such as {float(its[at]):g} and "
+            f"{float(pairs['score'][at]):g}; keep one of them"
+        )
+    np.save(staging / "keys.npy", keys)
+    np.save(staging / "scores.npy", scores)

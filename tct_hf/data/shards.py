@@ -1,0 +1,209 @@
+"""A folder of numbered Arrow files: work that survives a kill and is shared out among processes.
+
+tct_settings.json   what the work depends on; written first
+00000.arrow         the rows of one shard, an Arrow stream whose schema says what they were made of
+manifest.json       written last: the settings, and each shard by count and checksum
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from tct_hf.files import CLAIM_FILE, claim, file_digest, write_aside, write_json_atomic
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from tct_hf.progress import PassageProgress
+
+MANIFEST_FILE = "manifest.json"
+# Raise it when files of the same settings change.
+FORMAT = 2
+_MADE_OF = b"tct_hf"
+_BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
+_RUN_AGAIN = "delete it, and run again what wrote the folder"
+
+
+def run_shards(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    parts: Iterable[tuple[str, Sequence[Any]]],
+    make: Callable[[Sequence[Any]], Mapping[str, Any]],
+    *,
+    about: Mapping[str, Any] | None = None,
+    state: PartialState | None = None,
+    progress: PassageProgress | None = None,
+) -> dict[str, Any]:
+    """Write a shard of each part that has none yet, then the manifest; called again after a kill, it goes on.
+
+    Args:
+        folder: made when missing.
+        settings: JSON-ready, all that the shards depend on besides the parts.
+        parts: a checksum of what a shard is made of, and its items; the same parts in every process.
+        make: items to columns, name to Arrow array.
+        about: JSON-ready, said in the manifest besides the settings.
+        state: the processes of a distributed run, which share the missing shards; one process when None.
+        progress: told of items whose shard is there already.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: no part at all; a folder of other settings or parts, or a damaged shard.
+    """
+    folder = Path(folder)
+    wait = state.wait_for_everyone if state is not None else lambda: None
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    if rank == 0:
+        claim(folder, {**settings, "format": FORMAT})
+        for left in folder.glob(".*.tmp"):  # by a killed process
+            left.unlink()
+    wait()
+    there = _there(folder)
+    wait()  # a shard is written only after every process has seen which are there
+    shards = count = missing = 0
+    for shards, (made_of, items) in enumerate(parts, 1):
+        file = shard_file(folder, shards - 1)
+        if file.name in there:
+            if _schema(file).metadata.get(_MADE_OF, b"").decode() != made_of:
+                raise ValueError(
+                    f"{file} was made of other passages (a text, an id or their order differs): {_BEGIN_AGAIN}"
+                )
+            if progress is not None:
+                progress.skipped(len(items))
+        else:
+            if missing % processes == rank:
+                write_shard(folder, shards - 1, make(items), made_of)
+            missing += 1
+        count += len(items)
+    if not shards:
+        raise ValueError(f"{folder}: nothing to write, the corpus or the rows are empty; check where they come from.")
+    wait()
+    if rank == 0:
+        _finish(folder, shards, count, about or {})
+    wait()
+    return read_manifest(folder, "shards")
+
+
+def _there(folder: Path) -> set[str]:
+    return {file.name for file in folder.glob("*.arrow")}
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    """Where a shard is, written or not."""
+    return folder / f"{number:05d}.arrow"
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """A checksum of texts and of where each ends."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(b"%d " % len(data) + data)
+    return digest.hexdigest()
+
+
+def write_shard(folder: Path, number: int, columns: Mapping[str, Any], made_of: str) -> None:
+    """Write a shard aside, and rename it."""
+    table = pa.table(dict(columns)).replace_schema_metadata({_MADE_OF: made_of})
+    with (
+        write_aside(shard_file(folder, number)) as aside,
+        pa.OSFile(str(aside), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def read_shard(folder: Path, number: int) -> Any:
+    """A shard as a memory-mapped table.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged.
+    """
+    file = shard_file(folder, number)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: run again what wrote the folder, and it makes this shard anew")
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().replace_schema_metadata(None)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
+
+
+def _schema(file: Path) -> Any:
+    try:
+        with pa.memory_map(str(file)) as source:
+            schema = pa.ipc.open_stream(source).schema
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
+    return schema.with_metadata(schema.metadata or {})
+
+
+def _finish(folder: Path, shards: int, count: int, about: Mapping[str, Any]) -> None:
+    if shard_file(folder, shards).is_file():
+        raise ValueError(
+            f"{shard_file(folder, shards)} was made of another corpus (this one has {count:,} passages and ends "
+            f"before it): {_BEGIN_AGAIN}"
+        )
+    entries = []
+    for number in range(shards):
+        rows, file = len(read_shard(folder, number)), shard_file(folder, number)
+        entries.append({"file": file.name, "count": rows, "sha256": file_digest(file)})
+    settings = json.loads((folder / CLAIM_FILE).read_text(encoding="utf-8"))
+    write_json_atomic(folder / MANIFEST_FILE, {**settings, **about, "count": count, "shards": entries})
+
+
+def read_manifest(folder: Path, what: str) -> dict[str, Any]:
+    """The manifest of a finished folder.
+
+    Args:
+        folder: the folder of shards.
+        what: its content, for messages.
+
+    Raises:
+        FileNotFoundError: there is none, or the work is not finished.
+        ValueError: it is damaged, or of an older version.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        if (folder / CLAIM_FILE).is_file():
+            raise FileNotFoundError(f"{folder}: its {what} are not finished; run again what made them, and it goes on")
+        raise FileNotFoundError(
+            f"{folder}: no {what} here ({MANIFEST_FILE} is missing); give the folder that has them"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if missing := [key for key in ("count", "shards") if key not in manifest]:
+            raise ValueError(f"{', '.join(missing)} is missing")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}: {what} in the format of another version of tct_hf: delete the folder, and run again what "
+            "wrote it"
+        )
+    return manifest
+
+
+def checked_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
+    """The files of all shards in order, each compared with its checksum in the manifest.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: a shard is damaged or was altered.
+    """
+    for number, entry in enumerate(manifest["shards"]):
+        file = shard_file(folder, number)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: run again what wrote the folder, and it makes this shard anew"
+            )
+        if file_digest(file) != entry["sha256"]:
+            raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
+        yield file
