@@ -39,7 +39,6 @@ class TCTDataCollator(SentenceTransformerDataCollator):
 
     Args:
         teacher: the teacher that scores the batch.
-        prompts: the student's prompts, `{"query": ..., "document": ...}`.
     """
 
     teacher: Teacher | None = None
