@@ -123,25 +123,13 @@ class BM25Index(Index):
         Raises:
             ValueError: k is below 1.
         """
-        rows, scores = self.search_rows(queries, k)
-        return [[self.ids[row] for row in found] for found in rows], scores
-
-    def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
-        """Search queries, id to text, and return a run, in which every query has an entry."""
-        found = zip(queries, *self.search(queries, k), strict=True)
-        return {name: dict(zip(ids, scores.tolist(), strict=True)) for name, ids, scores in found}
-
-    def search_rows(
-        self, queries: Sequence[str] | Mapping[str, str], k: int = 100
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Like `search`, with the passages' row numbers instead of their ids."""
         if k < 1:
             raise ValueError(f"k: {k} is below 1; ask for at least one passage")
         if isinstance(queries, str):
             raise ValueError("queries: one string; pass a list of query texts or {query id: text}")
         texts = list(queries.values()) if isinstance(queries, Mapping) else list(queries)
         tokens = [self.known_words(text) for text in texts]
-        rows: list[np.ndarray] = [np.empty(0, np.int64) for _ in texts]
+        ids: list[list[str]] = [[] for _ in texts]
         scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in texts]
         answerable = [at for at, words in enumerate(tokens) if words]
         # One more than asked for shows whether equal scores straddle the cut.
@@ -153,8 +141,13 @@ class BM25Index(Index):
                 [tokens[at] for at in part], k=depth, show_progress=False, n_threads=0, sorted=True
             )
             for at, hits, hit_scores in zip(part, found, values, strict=True):
-                rows[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
-        return rows, scores
+                ids[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
+        return ids, scores
+
+    def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
+        """Search queries, id to text, and return a run, in which every query has an entry."""
+        found = zip(queries, *self.search(queries, k), strict=True)
+        return {name: dict(zip(ids, scores.tolist(), strict=True)) for name, ids, scores in found}
 
     def known_words(self, text: str) -> list[int]:
         """The numbers of a query's words in the vocabulary, each as often as it comes; other words are left out."""
@@ -187,7 +180,7 @@ class BM25Index(Index):
             self._idf = np.log(ratios[self.settings["method"]])
         return self._idf
 
-    def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[list[str], np.ndarray]:
         if len(scores) > k and scores[k] == scores[k - 1] and scores[k] > 0:
             # The engine kept any of the equals: take them all and let the ids decide.
             everything = self._engine.get_scores_from_ids(tokens)
@@ -195,8 +188,9 @@ class BM25Index(Index):
             scores = everything[rows]
         positive = scores > 0
         rows, scores = rows[positive], scores[positive]
-        order = sorted(range(len(rows)), key=lambda at: (-scores[at], self.ids[rows[at]]))[:k]
-        return rows[order], scores[order].astype(np.float32)
+        names = [self.ids[row] for row in rows]
+        order = sorted(range(len(names)), key=lambda at: (-scores[at], names[at]))[:k]
+        return [names[at] for at in order], scores[order].astype(np.float32)
 
     def _settings(self) -> dict[str, Any]:
         return self.settings

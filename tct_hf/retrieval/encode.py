@@ -37,6 +37,7 @@ PROBE_TEXTS = 48
 POOL = 4096
 # Texts a call of the tokenizer; sorted by characters before, so that its own padding stays small.
 _TOKENISED_TOGETHER = 256
+_OWN_BATCH = 32  # texts a pass where features can't be cut
 # Measured on the CPU with a 6-layer MiniLM: 1,024 and 2,048 tokens take the same time, 16,384 more.
 # Accelerators are filled by tens of thousands: an estimate, not a measurement.
 CPU_TOKENS = 2048
@@ -54,7 +55,6 @@ def encode_texts(
     *,
     task: str,
     bf16: bool = False,
-    batch_size: int | None = None,
     tokens_per_pass: int | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Any:
@@ -68,7 +68,7 @@ def encode_texts(
     """
     if task not in ("query", "document"):
         raise ValueError(f'task={task!r} is not known: use "query" or "document".')
-    _at_least_one(batch_size=batch_size, tokens_per_pass=tokens_per_pass)
+    _at_least_one(tokens_per_pass=tokens_per_pass)
     device = model.device
     budget = budget_of(model, tokens_per_pass)
     model.eval()
@@ -81,7 +81,7 @@ def encode_texts(
         for start in range(0, len(texts), POOL):
             pool = list(texts[start : start + POOL])
             pending: list[tuple[list[int], Tensor]] = []
-            for rows, features in _passes(model, pool, task, budget, batch_size):
+            for rows, features in _passes(model, pool, task, budget):
                 inputs = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in features.items()}
                 embeddings = model(inputs, task=task, **options)["sentence_embedding"]
                 if sparse:
@@ -136,9 +136,7 @@ def prompt_of(model: Any, task: str) -> str | None:
     return model.prompts[name] if name else None
 
 
-def _passes(
-    model: Any, texts: Sequence[str], task: str, budget: int, batch_size: int | None
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
+def _passes(model: Any, texts: Sequence[str], task: str, budget: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Row numbers and features of each forward pass over some texts."""
     prompt = prompt_of(model, task)
     by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -150,9 +148,8 @@ def _passes(
         features = dict(model.preprocess([texts[row] for row in block], prompt=prompt, task=task))
         if not _can_be_cut(features):
             # Packed for flash attention, padded on the left, not text: the model's own batches, of similar length.
-            size = min(batch_size or 32, 32)
-            for start in range(0, len(block), size):
-                part = block[start : start + size]
+            for start in range(0, len(block), _OWN_BATCH):
+                part = block[start : start + _OWN_BATCH]
                 yield part, dict(model.preprocess([texts[row] for row in part], prompt=prompt, task=task))
             continue
         matrices = {key: value for key, value in features.items() if isinstance(value, Tensor) and value.ndim == 2}
@@ -164,10 +161,7 @@ def _passes(
     filler = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
     # From the longest to the shortest: a pass that doesn't fit in memory fails at once.
     for group in reversed(passes([length for *_, length in tokenised], budget, padding_of(model.device))):
-        size = batch_size or len(group)
-        for start in range(0, len(group), size):
-            part = group[start : start + size]
-            yield [owners[item] for item in part], _assemble([tokenised[item] for item in part], filler) | shared
+        yield [owners[item] for item in group], _assemble([tokenised[item] for item in group], filler) | shared
 
 
 def _can_be_cut(features: Mapping[str, Any]) -> bool:

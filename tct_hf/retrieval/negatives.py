@@ -101,8 +101,8 @@ def bm25_triples(
     for start in range(0, len(asked), _QUERIES_A_BATCH):
         part = asked[start : start + _QUERIES_A_BATCH]
         searched = [query_id for query_id in part if query_id not in candidates]
-        found, _ = index.search_rows([texts[query_id] for query_id in searched], depth)
-        best = {name: [row_of[index.ids[hit]] for hit in hits] for name, hits in zip(searched, found, strict=True)}
+        found, _ = index.search([texts[query_id] for query_id in searched], depth)
+        best = {name: [row_of[hit] for hit in hits] for name, hits in zip(searched, found, strict=True)}
         opened: list[OpenRow] = []
         for query_id in part:
             hits = best.get(query_id)

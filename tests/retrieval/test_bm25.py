@@ -114,7 +114,7 @@ def test_wrong_search_arguments_are_named() -> None:
         build().search("red", k=1)
 
 
-def test_missing_numba_says_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_numba_says_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def without_numba(name: str, *rest: Any, **more: Any) -> Any:
