@@ -6,8 +6,12 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -329,6 +333,22 @@ def test_a_killed_run_goes_on_to_the_bytes_of_an_undisturbed_one(
     assert content(output) == content(undisturbed)
 
 
+def test_processes_share_the_shards_and_give_the_bytes_of_one(saved: Path, undisturbed: Path, tmp_path: Path) -> None:
+    barrier = threading.Barrier(2)
+    models = [SentenceTransformer(str(saved), device="cpu") for _ in range(2)]
+
+    def process(rank: int) -> dict[str, Any]:
+        wait = partial(barrier.wait, 60)
+        state: Any = SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=wait)
+        return encoded(models[rank], tmp_path / "v", state=state)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    assert first == second
+    assert content(tmp_path / "v") == content(undisturbed)
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_shards_and_give_the_bytes_of_one(
     saved: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
