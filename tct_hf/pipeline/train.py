@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -15,35 +14,24 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 from transformers import set_seed
 
 from tct_hf.data.collection import Collection
-from tct_hf.encoding.build import build_colbert, build_student, student_from_teacher
+from tct_hf.encoding.build import build_colbert
 from tct_hf.encoding.splade import build_splade
 from tct_hf.evaluation.quick_report import check_evaluation, quick_report
-from tct_hf.files import CLAIM_FILE, file_digest, is_claimed, replace_dir, staging_beside, write_json_atomic
+from tct_hf.files import file_digest, is_claimed
 from tct_hf.hub_client import resolve_model
+from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import read_collection, read_triples, refuse_reported_queries
-from tct_hf.pipeline.settings import (
-    TRAINING,
-    DataSettings,
-    EncoderSettings,
-    StudentSettings,
-    TeacherSettings,
-    TrainSettings,
-    check_together,
-    named,
-)
-from tct_hf.pipeline.teacher import check_scores, make_teacher
+from tct_hf.pipeline.mixture import find, what_to_find
+from tct_hf.pipeline.models import check_scores, make_teacher, new_student, schedules_of
+from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TeacherSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
-from tct_hf.retrieval.runs import Run, read_run, write_run
+from tct_hf.retrieval.runs import Run
 from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import NoTeacher, Teacher, read_training_scale
-from tct_hf.teachers.calibration import calibrate
-from tct_hf.teachers.colbert import DenseTeacher
-from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, members_of, search_mixture
-from tct_hf.teachers.mixture import weights_of as weights_of_members
+from tct_hf.teachers.mixture import DEFAULT_WEIGHTS
 from tct_hf.training import run as training
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import TightlyCoupledLoss
-from tct_hf.training.schedules import LossSchedule, Schedule
 from tct_hf.training.stages import precision
 
 Rows: TypeAlias = Dataset | IterableDataset  # type: ignore[valid-type]
@@ -102,14 +90,7 @@ class Training:
     # What is read.
 
     def read(self, read: Callable[..., Collection] = read_collection) -> None:
-        """Read the data, and build what is to be trained once, so that nothing stops the run after hours.
-
-        Args:
-            read: gives the collection.
-
-        Raises:
-            ValueError, FileNotFoundError: with the file or the setting, and the fix.
-        """
+        """Read the data, and build what is to be trained once, so that nothing stops the run after hours."""
         settings = self.settings
         self.collection = read(settings.data, train=settings.triples.path is None)
         self.write(f"  {self.collection.summary()}")
@@ -229,20 +210,12 @@ class Training:
         return {name: self.folder / name for name in [*names, "student"]}
 
     def claim(self) -> None:
-        """Refuse an output folder that holds models or runs of other settings.
-
-        Raises:
-            ValueError: names the first setting that differs, and the fix.
-        """
+        """Refuse an output folder that holds models or runs of other settings."""
         is_claimed(self.folder / "runs", self.of_runs())
         self.claim_models()
 
     def claim_models(self) -> None:
-        """Refuse an output folder that holds models of other settings.
-
-        Raises:
-            ValueError: names the first setting that differs, and the fix.
-        """
+        """Refuse an output folder that holds models of other settings."""
         for name in (*(["teacher"] if self.trains_teacher else []), *STUDENTS):
             self.is_trained(name)
 
@@ -269,14 +242,7 @@ class Training:
     # The stages.
 
     def train(self, name: str) -> Path:
-        """Train the model of a stage: "teacher", "stock", "unlabelled" or "student".
-
-        Returns:
-            Its folder.
-
-        Raises:
-            SettingsError: the ColBERT that a student learns from is not there.
-        """
+        """Train the model of a stage ("teacher", "stock", "unlabelled" or "student"); its folder."""
         if name == "teacher":
             return self._train_teacher()
         if name == "stock":
@@ -377,45 +343,33 @@ class Training:
         return str(self.vectors or self.folder / "vectors")
 
     def _prepare(self, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:
-        """Calibrate a teacher where that is asked for, and let a mixture search for questions without judgements.
-
-        A mixture is calibrated where labels are used, dev is judged and no weights are given; any other teacher where
-        `student.training.temperature` is "auto".
-
-        Returns:
-            The settings of student and teacher with what was found, and the best passages of questions.
-        """
-        data, student, teaching = self.data_of(name), self.settings.student, self.settings.teacher
-        temperature = student.training.get("temperature")
-        calibrates = (
-            (teaching.is_mixture if temperature is None else temperature == "auto")
-            and teaching.mixture_weights is None
-            and data.labels > 0
-            and "dev" in self.collection.splits
-            and bool(self.collection.splits["dev"].qrels)
-            # Stored scores are known of their own pairs alone, not of what a search finds.
-            and not any(one.kind == "stored" for one in teaching.parts)
-        )
-        queries: dict[str, str] = {}
-        if teaching.is_mixture and self.rows is None:
-            queries = self.collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
-            if data.negatives == "teacher" and "train" in self.collection.splits:
-                queries |= self.collection.splits["train"].queries
+        """Student and teacher settings with what is found before training, and the best passages of questions."""
+        student, teaching = self.settings.student, self.settings.teacher
+        calibrates, queries = what_to_find(self.settings, self.data_of(name), self.collection, self.rows is not None)
         if teaching.is_mixture and not calibrates:
             shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
             self.write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
         found: Run = {}
         if calibrates or queries:
-            weights, found = self._searched(name, queries, calibrates=calibrates)
+            depends = {**self.depends(name), "queries": len(queries), "calibrated": calibrates}
+            for other in ("seed", "student"):
+                del depends[other]
+            mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
+            weights, found = find(
+                (self.mixtures or self.folder) / f"mixture-{name}",
+                depends,
+                self.collection,
+                partial(self._make_teacher, mixture, replace(student, training={})),
+                self.settings.encoder,
+                queries,
+                calibrates=calibrates,
+                is_mixture=teaching.is_mixture,
+                write=self.write,
+            )
             if not teaching.is_mixture:
-                softening = (
-                    SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments
-                ).softening
-                return (
-                    replace(student, training={**student.training, "temperature": softening / weights[0]}),
-                    teaching,
-                    {},
-                )
+                made: Any = SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments
+                temperature = made.softening / weights[0]
+                return replace(student, training={**student.training, "temperature": temperature}), teaching, {}
             others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
             teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
         if teaching.kind == "self":
@@ -423,50 +377,8 @@ class Training:
             student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
         return student, teaching, found
 
-    def _searched(self, name: str, queries: Mapping[str, str], *, calibrates: bool) -> tuple[list[float], Run]:
-        """The weights of the teacher's members and the best passages of `queries`, found once."""
-        folder = (self.mixtures or self.folder) / f"mixture-{name}"
-        depends = {**self.depends(name), "queries": len(queries), "calibrated": calibrates}
-        for other in ("seed", "student"):
-            del depends[other]
-        if not is_claimed(folder, depends):
-            teaching, encoder = self.settings.teacher, self.settings.encoder
-            mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
-            teacher = self._make_teacher(mixture, replace(self.settings.student, training={}))
-            with staging_beside(folder) as staging:
-                staging.mkdir(parents=True)
-                if calibrates:
-                    if teaching.is_mixture:  # its first member is the base, which the student starts from
-                        about_to_learn = next(iter(members_of(teacher).values()))
-                    else:
-                        about_to_learn = DenseTeacher(
-                            build_student(resolve_model(encoder.base_model), **encoder.reads)
-                        )
-                    try:
-                        found = calibrate(teacher, self.collection, student=about_to_learn)
-                    except ValueError as error:
-                        if not teaching.is_mixture:
-                            raise
-                        self.write(f"  not calibrated, the default weights stay: {error}")
-                    else:
-                        self.write("  " + found.summary().replace("\n", "\n  "))
-                        found.save(staging)
-                if queries:
-                    passages = len(self.collection.corpus)
-                    self.write(f"  {len(queries):,} questions: the mixture searches {passages:,} passages")
-                write_run(search_mixture(teacher, self.collection, queries), staging / "candidates.trec", "mixture")
-                write_json_atomic(staging / "weights.json", weights_of_members(teacher))
-                write_json_atomic(staging / CLAIM_FILE, depends)
-                replace_dir(staging, folder)
-        weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
-        return weights, read_run(folder / "candidates.trec") if queries else {}
-
     def report(self) -> str:
-        """Search with every system and compare them; the report, Markdown, is also in the output folder.
-
-        Raises:
-            SettingsError: a student is not there.
-        """
+        """Search with every system and compare them; the report, Markdown, is also in the output folder."""
         settings = self.settings
         models = {name: str(folder) for name, folder in self.students.items()}
         for name, folder in models.items():
@@ -494,40 +406,3 @@ class Training:
             **asdict(settings.evaluation),
         )
         return (self.folder / "report.md").read_text(encoding="utf-8")
-
-
-def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
-    """The schedules of `student.schedules`.
-
-    Raises:
-        SettingsError: a setting without a schedule, or a schedule with wrong values.
-    """
-    try:
-        made = {name: Schedule(**schedule) for name, schedule in student.schedules.items()}
-        if made:
-            LossSchedule({}, **made)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"student.schedules: {error}") from error
-    return made
-
-
-def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> SentenceTransformer:
-    """An untrained dense student: the teacher's encoder or the base, reading texts as `encoder` says.
-
-    Args:
-        encoder: encoding, lengths, and the base.
-        student: what it starts from, and what it keeps of it.
-        teacher: folder or Hub id; needed to initialise from.
-    """
-    from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
-    make: Any = student_from_teacher if from_teacher else build_student
-    return make(
-        teacher if from_teacher else resolve_model(encoder.base_model),
-        layers=student.layers,
-        query_augmentation=student.query_augmentation,
-        pooling=student.pooling,
-        scale=student.scale,
-        encoding=encoder.encoding,
-        prompts=encoder.prompts,
-        **encoder.lengths,
-    )

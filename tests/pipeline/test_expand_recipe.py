@@ -83,7 +83,8 @@ def test_a_killed_run_and_one_of_two_processes_give_the_same_files(
     assert len(list(expanded_texts(corpus, found, drop_share=0.3, drop_repeats=True))) == 60
 
 
-def test_a_model_from_nothing_is_trained_and_writes(
+@pytest.mark.slow
+def test_a_killed_expander_is_trained_and_writes(
     folder: Path,
     train: Callable[..., int],
     tmp_path: Path,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tct_hf.pipeline.settings import OneTeacher, TrainSettings, check_part, named, overridden
+from tct_hf.pipeline.checks import check_part, named
+from tct_hf.pipeline.settings import OneTeacher, TrainSettings, overridden
 from tct_hf.settings import SettingsError
 
 
@@ -59,7 +60,7 @@ def test_what_a_constructor_refuses_is_an_error_of_its_section(prefix: str, said
 
 
 def test_a_bundled_model_is_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tct_hf.pipeline.settings.resolve_model", {"bundled": str(tmp_path), "other": "other"}.get)
+    monkeypatch.setattr("tct_hf.pipeline.checks.resolve_model", {"bundled": str(tmp_path), "other": "other"}.get)
     for kind in ("own", "dense"):
         check_part(OneTeacher(kind, model="bundled"), "teacher.")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=r"teacher\.model: other is not there"):
