@@ -117,8 +117,7 @@ class Rounds:
             except SettingsError as error:
                 raise SettingsError(f"later.{error}") from error
         for run in self.rounds:
-            for name in (*(["teacher"] if run.trains_teacher else []), "student"):
-                run.is_trained(name)
+            run.claim_models()
         return first.collection
 
     @property

@@ -46,9 +46,6 @@ class Training:
     goes on.
 
     Args:
-        settings: of the run; its teacher is settled.
-        state: the processes that share the work.
-        write: takes lines of progress.
         output: folder of the models; `settings.output_dir` when None.
         teacher: folder where a ColBERT is trained, or, without the stage teacher, was; `output/teacher` when None.
         teacher_seed: seed that it is trained with; that of the run when None.
@@ -82,12 +79,14 @@ class Training:
         self.schedules = schedules_of(settings.student)
 
     @property
+    def has_own_teacher(self) -> bool:
+        """Whether the teacher is a ColBERT that this run, or one before it, trains."""
+        return self.trains_teacher or self.teacher is not None
+
+    @property
     def teacher_model(self) -> str | None:
         """Folder or Hub id of the model that teaches, None where there is none."""
-        here = self.trains_teacher or self.teacher is not None
-        return str(self.folder_of("teacher")) if here else self.settings.teacher.model
-
-    # What is read.
+        return str(self.folder_of("teacher")) if self.has_own_teacher else self.settings.teacher.model
 
     def read(self, read: Callable[..., Collection] = read_collection) -> None:
         """Read the data, and build what is to be trained once, so that nothing stops the run after hours."""
@@ -104,8 +103,7 @@ class Training:
             if "test" not in self.collection.splits:
                 raise SettingsError(
                     f"data.test_split: {self.collection.name} has no {settings.data.test_split} split, and there are "
-                    "no data.questions or data.made_questions to hold some out: give one of them, or leave the stage "
-                    "evaluate out."
+                    "no data.questions or data.made_questions to hold some out: give one, or leave evaluate out."
                 )
             check_evaluation(self.collection, settings.evaluation.measures, settings.evaluation.depth)
         self._build_once()
@@ -121,20 +119,16 @@ class Training:
                 training.check_arguments(self._arguments("teacher"), self.collection, of="colbert")
         with named("student.training"):
             training.check_arguments(self._arguments("student"), self.collection, of=student.kind)
-        if not any(
-            name in settings.stages and not (self.folder / name).is_dir() for name in ("unlabelled", "student")
-        ):
+        distilled = [name for name in ("unlabelled", "student") if name in settings.stages]
+        if all((self.folder / name).is_dir() for name in distilled):
             return
         with named("student"):
             if student.kind == "splade":
                 build_splade(resolve_model(settings.encoder.base_model), **settings.encoder.lengths)
                 return
             # The teacher that it starts from may not be there yet: it has the base's encoder.
-            here = self.trains_teacher or self.teacher is not None
-            initialise_from = "base" if here else student.initialise_from
-            model = new_student(
-                settings.encoder, replace(student, initialise_from=initialise_from), self.teacher_model
-            )
+            begun = replace(student, initialise_from="base") if self.has_own_teacher else student
+            model = new_student(settings.encoder, begun, self.teacher_model)
         with named("student.training"):
             TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
 
@@ -193,15 +187,18 @@ class Training:
         if name == "teacher":
             return self.of_teacher
         questions = {key: self.collection.fingerprint.get(key) for key in ("questions", "made_questions")}
-        data = {**self.of_teacher, "seed": self.settings.seed, "data": asdict(self.data_of(name)), **questions}
-        return {**data, "student": asdict(self.settings.student)}
+        own = {
+            "seed": self.settings.seed,
+            "data": asdict(self.data_of(name)),
+            "student": asdict(self.settings.student),
+        }
+        return {**self.of_teacher, **questions, **own}
 
     def of_runs(self) -> dict[str, Any]:
-        """All that the runs of the report depend on."""
+        """Everything the runs of the report depend on."""
         models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
         weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
-        evaluation = {"depth": self.settings.evaluation.depth}
-        return {**self.depends("student"), "evaluation": evaluation, "weights": weights}
+        return {**self.depends("student"), "evaluation": {"depth": self.settings.evaluation.depth}, "weights": weights}
 
     @property
     def students(self) -> dict[str, Path]:
@@ -239,8 +236,6 @@ class Training:
             return f"{' and '.join(names)} {'is used as it is' if len(names) == 1 else 'are used as they are'}"
         return "it is trained" if self.is_trained(name) else None
 
-    # The stages.
-
     def train(self, name: str) -> Path:
         """Train the model of a stage ("teacher", "stock", "unlabelled" or "student"); its folder."""
         if name == "teacher":
@@ -250,8 +245,7 @@ class Training:
             student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
             make = partial(new_student, encoder, student, None)
             return training.train_stock(make, self._labelled_rows, **self._stage(name, "student", "dense"))
-        here = self.trains_teacher or self.teacher is not None
-        if here and not self.folder_of("teacher").is_dir():
+        if self.has_own_teacher and not self.folder_of("teacher").is_dir():
             raise SettingsError(
                 f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
                 "name a trained ColBERT with --teacher.model."

@@ -326,7 +326,7 @@ def test_wrong_training_arguments_of_the_student_are_refused_before_the_teacher_
     for option, message in (
         (
             "--student.training.hard_label_weight=2",
-            "student.training.hard_label_weight=2.0 must be a number from 0 to 1",
+            "hard_label_weight=2.0 must be a number from 0 to 1",
         ),
         ("--student.training.output_dir=x", "student.training.output_dir is set by the stage itself"),
     ):
