@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf.pipeline import one_row
-from tct_hf.pipeline.settings import OneTeacher, check_part
+from tct_hf.pipeline.checks import check_part
+from tct_hf.pipeline.settings import OneTeacher
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -89,7 +90,7 @@ def main(settings: Settings) -> None:
 
 def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
     from tct_hf import score_expansions
-    from tct_hf.pipeline.teacher import make_part
+    from tct_hf.pipeline.models import make_part
     from tct_hf.teachers.colbert import describe_teacher
 
     teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), name, dtype=settings.dtype)

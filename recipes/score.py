@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf.pipeline import one_row
-from tct_hf.pipeline.settings import OneTeacher, TriplesSettings, check_part
+from tct_hf.pipeline.checks import check_part
+from tct_hf.pipeline.settings import OneTeacher, TriplesSettings
 from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
@@ -34,7 +35,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_triples
-    from tct_hf.pipeline.teacher import make_part
+    from tct_hf.pipeline.models import make_part
     from tct_hf.progress import quieten
     from tct_hf.teachers.colbert import describe_teacher
     from tct_hf.teachers.scoring import score_triples

@@ -29,15 +29,7 @@ def slug_of(name: str) -> str:
 
 @dataclass
 class Arm:
-    """One way to train: what it changes, and what it is tested against.
-
-    Args:
-        name: of the arm.
-        settings: of its training runs.
-        changes: settings that differ from the comparison's.
-        against: arms, and keys of REFERENCES.
-        seeds: one student each.
-    """
+    """One way to train: its settings, what they change, the arms and references it is tested against, its seeds."""
 
     name: str
     settings: TrainSettings
@@ -62,13 +54,9 @@ def arms_of(
     """The arms of a comparison.
 
     Args:
-        settings: that all arms share.
+        settings: what all arms share.
         arms: name to what an arm changes, by dotted or nested names; its own `seeds` and `against` beside these.
-        seeds: of arms that name none.
-        against: of arms that name none.
-
-    Raises:
-        SettingsError: names the arm, the setting and the fix.
+        seeds, against: of arms that name none.
     """
     if not arms or not seeds:
         raise SettingsError("arms, seeds: there is nothing to compare; recipes/compare/labels.yaml is an example")
@@ -94,12 +82,6 @@ class Comparison:
     """The training runs of some arms, in one folder.
 
     Teachers, collections and the vectors of a mixture are shared by all arms that would make the same.
-
-    Args:
-        arms: by name.
-        state: the processes that share the work.
-        output: folder.
-        write: takes lines of progress.
     """
 
     def __init__(
@@ -143,14 +125,8 @@ class Comparison:
     def read(self, split: str) -> Collection:
         """Read the data of all arms, build what is to be trained once, and refuse folders of other settings.
 
-        Args:
-            split: that is reported, the same for all.
-
         Returns:
-            The collection that is searched.
-
-        Raises:
-            ValueError: names the arm, the setting and the fix.
+            The collection whose `split` is reported, the same for all arms.
         """
         for (name, _), run in self.runs.items():
             try:
@@ -194,11 +170,7 @@ class Comparison:
             run.teacher = self.output / "teachers" / digest
 
     def train(self, stages: Stages) -> None:
-        """Train the teachers, then every student; what is there is skipped.
-
-        Args:
-            stages: with those of `stages`.
-        """
+        """Train the teachers, then every student; what is there is skipped."""
         for folder, run in self.teachers.items():
             self._stage(stages, f"teacher {folder.name}", run, "teacher")
         for (name, seed), run in self.runs.items():

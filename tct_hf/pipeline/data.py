@@ -23,18 +23,13 @@ def read_collection(
 ) -> Collection:
     """Load the splits that `data` names, a part of them, and questions without judgements.
 
+    Without labels (`labels` 0, or questions alone) it may lack train and test; where there are questions, a tenth of
+    them is then held out for test.
+
     Args:
-        data: the settings.
         train: whether the train split must be there where `labels` asks for it.
         test: whether the split to report must be there.
         also: more splits to report, by name.
-
-    Returns:
-        The collection. Without labels (`labels` 0, or questions alone) it may lack train and test; where there are
-        questions, a tenth of them is then held out for test.
-
-    Raises:
-        ValueError, FileNotFoundError: as `load_collection`.
     """
     required = [use for use, needed in (("train", train), ("test", test)) if needed and data.labels > 0]
     if data.dev_split not in ("auto", None):
@@ -68,17 +63,7 @@ def _hold_out(collection: Collection) -> None:
 def read_triples(
     triples: TriplesSettings, *, seed: int, write: Callable[[str], None], scores: str | None = None
 ) -> Dataset | IterableDataset | None:
-    """Load and check the triples that are named, None where none are.
-
-    Args:
-        triples: the settings; see `load_triples`.
-        seed: seed of the order of streamed rows.
-        write: takes a line of how many there are, and what was left out.
-        scores: columns of a teacher's scores to keep, as in `load_triples`.
-
-    Raises:
-        ValueError, FileNotFoundError: as `load_triples`.
-    """
+    """Load and check the triples that are named, None where none are; `seed` is of the order of streamed rows."""
     if triples.path is None:
         return None
     skipped = SkippedRows()
@@ -108,15 +93,8 @@ def read_triples(
 def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collection) -> Dataset | IterableDataset:
     """Refuse triples that hold queries of dev or test: figures on these would say nothing.
 
-    Args:
-        rows: training triples, of which the column query is read.
-        collection: its dev and test queries, compared whatever their case and white space.
-
-    Returns:
-        The rows. Streamed ones are checked as they pass: the first of a dev or test query ends the run.
-
-    Raises:
-        ValueError: how many rows there are of such queries, one of them, and the fix.
+    Queries are compared whatever their case and white space. Streamed rows are checked as they pass: the first of a
+    dev or test query ends the run.
     """
     reported = {
         _plain(text): use

@@ -13,7 +13,8 @@ from sentence_transformers import MultiVectorEncoder
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.maxsim import rerank_run
 from tct_hf.evaluation.stores import Stores, open_teacher
-from tct_hf.pipeline.settings import MiningSettings, named
+from tct_hf.pipeline.checks import named
+from tct_hf.pipeline.settings import MiningSettings
 from tct_hf.retrieval.mining import MiningCounts, PairScorer, Rules, Scores, mine_triples
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import read_run, read_tag
@@ -22,15 +23,7 @@ from tct_hf.teachers.colbert import describe_teacher
 
 
 def check_mining(settings: MiningSettings, section: str = "") -> None:
-    """Refuse rules that nothing could be mined with, before there are candidates.
-
-    Args:
-        settings: how negatives are chosen.
-        section: name of the section in a recipe, such as "mining".
-
-    Raises:
-        SettingsError: with the fix.
-    """
+    """Refuse rules that nothing could be mined with, before there are candidates; `section` is theirs in a recipe."""
     given = asdict(settings)
     if given.pop("queries_a_part") < 1:
         raise SettingsError(f"{section}.queries_a_part: {settings.queries_a_part} is below 1".lstrip("."))
@@ -39,12 +32,7 @@ def check_mining(settings: MiningSettings, section: str = "") -> None:
 
 
 def check_judged(collection: Collection, labels: float) -> None:
-    """Refuse a collection without queries to mine for.
-
-    Args:
-        collection: to be mined.
-        labels: share of the train queries whose judgements are used.
-    """
+    """Refuse a collection without queries to mine for."""
     if not collection.labelled(labels):
         raise SettingsError(f"data: {collection.name} has no judged train queries to mine for; raise data.labels")
 
@@ -65,14 +53,7 @@ class Source:
 
 
 def student_source(stores: Stores, origin: str, *, depth: int, state: PartialState | None = None) -> Source:
-    """Exact search with a student; the corpus is encoded first, or the encoding is resumed.
-
-    Args:
-        stores: of the collection and the student.
-        origin: name of the source.
-        depth: passages a query.
-        state: the processes that share the encoding.
-    """
+    """Exact search with a student; the corpus is encoded first, or the encoding is resumed."""
     if state is None:
         index = stores.exact().index
     else:
@@ -87,40 +68,18 @@ def student_source(stores: Stores, origin: str, *, depth: int, state: PartialSta
 
 
 def bm25_source(collection: Collection, *, depth: int, origin: str = "bm25") -> Source:
-    """BM25's best passages.
-
-    Args:
-        collection: to search.
-        depth: passages a query.
-        origin: name of the source.
-    """
+    """BM25's best passages."""
     return Source(origin, lambda queries: collection_bm25(collection).run(queries, depth), {"system": "bm25"})
 
 
 def run_source(path: str | Path, origin: str | None = None) -> Source:
-    """A TREC run of any system on the train queries.
-
-    Args:
-        path: the file, plain or .gz.
-        origin: name of the source; the run's own tag when None.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_run`.
-    """
+    """A TREC run of any system on the train queries, named after its own tag without `origin`."""
     run = read_run(path)
     return Source(origin or read_tag(path) or "run", run, {})
 
 
 def pair_scorer(model: MultiVectorEncoder, *, bf16: bool = False) -> PairScorer:
-    """A function that scores (query, passage) texts by MaxSim, for the margin of `mine_triples`.
-
-    Args:
-        model: of one vector a token.
-        bf16: compute in bfloat16.
-
-    Returns:
-        The function; each text of a call is encoded once.
-    """
+    """A function that scores (query, passage) texts by MaxSim; it encodes each text of a call once."""
 
     def score(pairs: Sequence[tuple[str, str]]) -> list[float]:
         run: dict[str, dict[str, float]] = {}
@@ -151,22 +110,11 @@ def mine(
     Stopped and called again, it goes on after the last whole part; finished, it returns at once.
 
     Args:
-        collection: with a train split.
-        source: of the candidates.
-        settings: how they are chosen.
-        output: folder.
-        seed: seed of the sample.
         labels: share of the train queries whose judgements are used.
         teacher: folder or Hub id of the ColBERT that judges by the margin; not loaded without one.
-        bf16: the teacher computes in bfloat16.
-        state: the processes that share the work.
-        write: takes lines of progress.
 
     Returns:
         What was refused, filled up and left out.
-
-    Raises:
-        ValueError: a margin without a teacher, or as `mine_triples`.
     """
     judge: PairScorer | None = None
     depends: dict[str, Any] = dict(source.depends)

@@ -13,8 +13,9 @@ from accelerate import PartialState
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.round_report import RoundResult, open_stores, round_name
 from tct_hf.files import claim
+from tct_hf.pipeline.checks import check_colbert
 from tct_hf.pipeline.mine import check_judged, check_mining, mine, student_source
-from tct_hf.pipeline.settings import MiningSettings, TrainSettings, check_colbert, overridden
+from tct_hf.pipeline.settings import MiningSettings, TrainSettings, overridden
 from tct_hf.pipeline.train import Training
 from tct_hf.progress import Stages
 from tct_hf.retrieval.mining import SUMMARY_FILE, TRIPLES_FILE, MiningCounts, read_counts
@@ -27,14 +28,11 @@ class Rounds:
     """A base and rounds of mining and training after it, each in a folder of its own: round-0, round-1, ...
 
     Args:
-        settings: of the base.
+        settings: settings of the base.
         later: what differs in the rounds, by dotted or nested names.
-        mining: how negatives are chosen.
-        count: rounds after the base.
+        count: number of rounds after the base.
         variant: "HN", the student alone is trained on mined negatives, or "HN+", first its teacher.
         start_from: "previous", a round's student is the last round's trained further, or "new".
-        state: the processes that share the work.
-        write: takes lines of progress.
     """
 
     settings: TrainSettings
@@ -109,11 +107,7 @@ class Rounds:
         return found
 
     def read(self) -> Collection:
-        """Read the data, build what is to be trained once, and refuse folders of other settings.
-
-        Raises:
-            ValueError: names the setting and the fix.
-        """
+        """Read the data, build what is to be trained once, and refuse folders of other settings."""
         first, *later = self.rounds
         first.read()
         check_judged(first.collection, first.settings.data.labels)
@@ -123,8 +117,7 @@ class Rounds:
             except SettingsError as error:
                 raise SettingsError(f"later.{error}") from error
         for run in self.rounds:
-            for name in (*(["teacher"] if run.trains_teacher else []), "student"):
-                run.is_trained(name)
+            run.claim_models()
         return first.collection
 
     @property
@@ -138,12 +131,7 @@ class Rounds:
         return str(self.rounds[0].teacher_model)
 
     def train(self, number: int, stages: Stages) -> None:
-        """Run a round: mine, train the teacher where that is asked for, train the student; or find it done.
-
-        Args:
-            number: of the round, the next one in order; 0 for the base.
-            stages: with those of `stages`.
-        """
+        """Run a round, 0 for the base: mine, train the teacher where that is asked for, train the student."""
         run, name = self.rounds[number], round_name(number)
         if self.state.is_main_process:
             claim(run.folder, run.depends("student"))

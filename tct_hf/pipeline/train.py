@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -15,35 +14,24 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 from transformers import set_seed
 
 from tct_hf.data.collection import Collection
-from tct_hf.encoding.build import build_colbert, build_student, student_from_teacher
+from tct_hf.encoding.build import build_colbert
 from tct_hf.encoding.splade import build_splade
 from tct_hf.evaluation.quick_report import check_evaluation, quick_report
-from tct_hf.files import CLAIM_FILE, file_digest, is_claimed, replace_dir, staging_beside, write_json_atomic
+from tct_hf.files import file_digest, is_claimed
 from tct_hf.hub_client import resolve_model
+from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import read_collection, read_triples, refuse_reported_queries
-from tct_hf.pipeline.settings import (
-    TRAINING,
-    DataSettings,
-    EncoderSettings,
-    StudentSettings,
-    TeacherSettings,
-    TrainSettings,
-    check_together,
-    named,
-)
-from tct_hf.pipeline.teacher import check_scores, make_teacher
+from tct_hf.pipeline.mixture import find, what_to_find
+from tct_hf.pipeline.models import check_scores, make_teacher, new_student, schedules_of
+from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TeacherSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
-from tct_hf.retrieval.runs import Run, read_run, write_run
+from tct_hf.retrieval.runs import Run
 from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import NoTeacher, Teacher, read_training_scale
-from tct_hf.teachers.calibration import calibrate
-from tct_hf.teachers.colbert import DenseTeacher
-from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, members_of, search_mixture
-from tct_hf.teachers.mixture import weights_of as weights_of_members
+from tct_hf.teachers.mixture import DEFAULT_WEIGHTS
 from tct_hf.training import run as training
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import TightlyCoupledLoss
-from tct_hf.training.schedules import LossSchedule, Schedule
 from tct_hf.training.stages import precision
 
 Rows: TypeAlias = Dataset | IterableDataset  # type: ignore[valid-type]
@@ -58,9 +46,6 @@ class Training:
     goes on.
 
     Args:
-        settings: of the run; its teacher is settled.
-        state: the processes that share the work.
-        write: takes lines of progress.
         output: folder of the models; `settings.output_dir` when None.
         teacher: folder where a ColBERT is trained, or, without the stage teacher, was; `output/teacher` when None.
         teacher_seed: seed that it is trained with; that of the run when None.
@@ -94,22 +79,17 @@ class Training:
         self.schedules = schedules_of(settings.student)
 
     @property
+    def has_own_teacher(self) -> bool:
+        """Whether the teacher is a ColBERT that this run, or one before it, trains."""
+        return self.trains_teacher or self.teacher is not None
+
+    @property
     def teacher_model(self) -> str | None:
         """Folder or Hub id of the model that teaches, None where there is none."""
-        here = self.trains_teacher or self.teacher is not None
-        return str(self.folder_of("teacher")) if here else self.settings.teacher.model
-
-    # What is read.
+        return str(self.folder_of("teacher")) if self.has_own_teacher else self.settings.teacher.model
 
     def read(self, read: Callable[..., Collection] = read_collection) -> None:
-        """Read the data, and build what is to be trained once, so that nothing stops the run after hours.
-
-        Args:
-            read: gives the collection.
-
-        Raises:
-            ValueError, FileNotFoundError: with the file or the setting, and the fix.
-        """
+        """Read the data, and build what is to be trained once, so that nothing stops the run after hours."""
         settings = self.settings
         self.collection = read(settings.data, train=settings.triples.path is None)
         self.write(f"  {self.collection.summary()}")
@@ -123,8 +103,7 @@ class Training:
             if "test" not in self.collection.splits:
                 raise SettingsError(
                     f"data.test_split: {self.collection.name} has no {settings.data.test_split} split, and there are "
-                    "no data.questions or data.made_questions to hold some out: give one of them, or leave the stage "
-                    "evaluate out."
+                    "no data.questions or data.made_questions to hold some out: give one, or leave evaluate out."
                 )
             check_evaluation(self.collection, settings.evaluation.measures, settings.evaluation.depth)
         self._build_once()
@@ -140,20 +119,16 @@ class Training:
                 training.check_arguments(self._arguments("teacher"), self.collection, of="colbert")
         with named("student.training"):
             training.check_arguments(self._arguments("student"), self.collection, of=student.kind)
-        if not any(
-            name in settings.stages and not (self.folder / name).is_dir() for name in ("unlabelled", "student")
-        ):
+        distilled = [name for name in ("unlabelled", "student") if name in settings.stages]
+        if all((self.folder / name).is_dir() for name in distilled):
             return
         with named("student"):
             if student.kind == "splade":
                 build_splade(resolve_model(settings.encoder.base_model), **settings.encoder.lengths)
                 return
             # The teacher that it starts from may not be there yet: it has the base's encoder.
-            here = self.trains_teacher or self.teacher is not None
-            initialise_from = "base" if here else student.initialise_from
-            model = new_student(
-                settings.encoder, replace(student, initialise_from=initialise_from), self.teacher_model
-            )
+            begun = replace(student, initialise_from="base") if self.has_own_teacher else student
+            model = new_student(settings.encoder, begun, self.teacher_model)
         with named("student.training"):
             TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
 
@@ -212,15 +187,18 @@ class Training:
         if name == "teacher":
             return self.of_teacher
         questions = {key: self.collection.fingerprint.get(key) for key in ("questions", "made_questions")}
-        data = {**self.of_teacher, "seed": self.settings.seed, "data": asdict(self.data_of(name)), **questions}
-        return {**data, "student": asdict(self.settings.student)}
+        own = {
+            "seed": self.settings.seed,
+            "data": asdict(self.data_of(name)),
+            "student": asdict(self.settings.student),
+        }
+        return {**self.of_teacher, **questions, **own}
 
     def of_runs(self) -> dict[str, Any]:
-        """All that the runs of the report depend on."""
+        """Everything the runs of the report depend on."""
         models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
         weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
-        evaluation = {"depth": self.settings.evaluation.depth}
-        return {**self.depends("student"), "evaluation": evaluation, "weights": weights}
+        return {**self.depends("student"), "evaluation": {"depth": self.settings.evaluation.depth}, "weights": weights}
 
     @property
     def students(self) -> dict[str, Path]:
@@ -229,20 +207,12 @@ class Training:
         return {name: self.folder / name for name in [*names, "student"]}
 
     def claim(self) -> None:
-        """Refuse an output folder that holds models or runs of other settings.
-
-        Raises:
-            ValueError: names the first setting that differs, and the fix.
-        """
+        """Refuse an output folder that holds models or runs of other settings."""
         is_claimed(self.folder / "runs", self.of_runs())
         self.claim_models()
 
     def claim_models(self) -> None:
-        """Refuse an output folder that holds models of other settings.
-
-        Raises:
-            ValueError: names the first setting that differs, and the fix.
-        """
+        """Refuse an output folder that holds models of other settings."""
         for name in (*(["teacher"] if self.trains_teacher else []), *STUDENTS):
             self.is_trained(name)
 
@@ -266,17 +236,8 @@ class Training:
             return f"{' and '.join(names)} {'is used as it is' if len(names) == 1 else 'are used as they are'}"
         return "it is trained" if self.is_trained(name) else None
 
-    # The stages.
-
     def train(self, name: str) -> Path:
-        """Train the model of a stage: "teacher", "stock", "unlabelled" or "student".
-
-        Returns:
-            Its folder.
-
-        Raises:
-            SettingsError: the ColBERT that a student learns from is not there.
-        """
+        """Train the model of a stage ("teacher", "stock", "unlabelled" or "student"); its folder."""
         if name == "teacher":
             return self._train_teacher()
         if name == "stock":
@@ -284,8 +245,7 @@ class Training:
             student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
             make = partial(new_student, encoder, student, None)
             return training.train_stock(make, self._labelled_rows, **self._stage(name, "student", "dense"))
-        here = self.trains_teacher or self.teacher is not None
-        if here and not self.folder_of("teacher").is_dir():
+        if self.has_own_teacher and not self.folder_of("teacher").is_dir():
             raise SettingsError(
                 f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
                 "name a trained ColBERT with --teacher.model."
@@ -377,45 +337,33 @@ class Training:
         return str(self.vectors or self.folder / "vectors")
 
     def _prepare(self, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:
-        """Calibrate a teacher where that is asked for, and let a mixture search for questions without judgements.
-
-        A mixture is calibrated where labels are used, dev is judged and no weights are given; any other teacher where
-        `student.training.temperature` is "auto".
-
-        Returns:
-            The settings of student and teacher with what was found, and the best passages of questions.
-        """
-        data, student, teaching = self.data_of(name), self.settings.student, self.settings.teacher
-        temperature = student.training.get("temperature")
-        calibrates = (
-            (teaching.is_mixture if temperature is None else temperature == "auto")
-            and teaching.mixture_weights is None
-            and data.labels > 0
-            and "dev" in self.collection.splits
-            and bool(self.collection.splits["dev"].qrels)
-            # Stored scores are known of their own pairs alone, not of what a search finds.
-            and not any(one.kind == "stored" for one in teaching.parts)
-        )
-        queries: dict[str, str] = {}
-        if teaching.is_mixture and self.rows is None:
-            queries = self.collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
-            if data.negatives == "teacher" and "train" in self.collection.splits:
-                queries |= self.collection.splits["train"].queries
+        """Student and teacher settings with what is found before training, and the best passages of questions."""
+        student, teaching = self.settings.student, self.settings.teacher
+        calibrates, queries = what_to_find(self.settings, self.data_of(name), self.collection, self.rows is not None)
         if teaching.is_mixture and not calibrates:
             shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
             self.write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
         found: Run = {}
         if calibrates or queries:
-            weights, found = self._searched(name, queries, calibrates=calibrates)
+            depends = {**self.depends(name), "queries": len(queries), "calibrated": calibrates}
+            for other in ("seed", "student"):
+                del depends[other]
+            mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
+            weights, found = find(
+                (self.mixtures or self.folder) / f"mixture-{name}",
+                depends,
+                self.collection,
+                partial(self._make_teacher, mixture, replace(student, training={})),
+                self.settings.encoder,
+                queries,
+                calibrates=calibrates,
+                is_mixture=teaching.is_mixture,
+                write=self.write,
+            )
             if not teaching.is_mixture:
-                softening = (
-                    SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments
-                ).softening
-                return (
-                    replace(student, training={**student.training, "temperature": softening / weights[0]}),
-                    teaching,
-                    {},
-                )
+                made: Any = SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments
+                temperature = made.softening / weights[0]
+                return replace(student, training={**student.training, "temperature": temperature}), teaching, {}
             others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
             teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
         if teaching.kind == "self":
@@ -423,50 +371,8 @@ class Training:
             student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
         return student, teaching, found
 
-    def _searched(self, name: str, queries: Mapping[str, str], *, calibrates: bool) -> tuple[list[float], Run]:
-        """The weights of the teacher's members and the best passages of `queries`, found once."""
-        folder = (self.mixtures or self.folder) / f"mixture-{name}"
-        depends = {**self.depends(name), "queries": len(queries), "calibrated": calibrates}
-        for other in ("seed", "student"):
-            del depends[other]
-        if not is_claimed(folder, depends):
-            teaching, encoder = self.settings.teacher, self.settings.encoder
-            mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
-            teacher = self._make_teacher(mixture, replace(self.settings.student, training={}))
-            with staging_beside(folder) as staging:
-                staging.mkdir(parents=True)
-                if calibrates:
-                    if teaching.is_mixture:  # its first member is the base, which the student starts from
-                        about_to_learn = next(iter(members_of(teacher).values()))
-                    else:
-                        about_to_learn = DenseTeacher(
-                            build_student(resolve_model(encoder.base_model), **encoder.reads)
-                        )
-                    try:
-                        found = calibrate(teacher, self.collection, student=about_to_learn)
-                    except ValueError as error:
-                        if not teaching.is_mixture:
-                            raise
-                        self.write(f"  not calibrated, the default weights stay: {error}")
-                    else:
-                        self.write("  " + found.summary().replace("\n", "\n  "))
-                        found.save(staging)
-                if queries:
-                    passages = len(self.collection.corpus)
-                    self.write(f"  {len(queries):,} questions: the mixture searches {passages:,} passages")
-                write_run(search_mixture(teacher, self.collection, queries), staging / "candidates.trec", "mixture")
-                write_json_atomic(staging / "weights.json", weights_of_members(teacher))
-                write_json_atomic(staging / CLAIM_FILE, depends)
-                replace_dir(staging, folder)
-        weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
-        return weights, read_run(folder / "candidates.trec") if queries else {}
-
     def report(self) -> str:
-        """Search with every system and compare them; the report, Markdown, is also in the output folder.
-
-        Raises:
-            SettingsError: a student is not there.
-        """
+        """Search with every system and compare them; the report, Markdown, is also in the output folder."""
         settings = self.settings
         models = {name: str(folder) for name, folder in self.students.items()}
         for name, folder in models.items():
@@ -494,40 +400,3 @@ class Training:
             **asdict(settings.evaluation),
         )
         return (self.folder / "report.md").read_text(encoding="utf-8")
-
-
-def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
-    """The schedules of `student.schedules`.
-
-    Raises:
-        SettingsError: a setting without a schedule, or a schedule with wrong values.
-    """
-    try:
-        made = {name: Schedule(**schedule) for name, schedule in student.schedules.items()}
-        if made:
-            LossSchedule({}, **made)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"student.schedules: {error}") from error
-    return made
-
-
-def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> SentenceTransformer:
-    """An untrained dense student: the teacher's encoder or the base, reading texts as `encoder` says.
-
-    Args:
-        encoder: encoding, lengths, and the base.
-        student: what it starts from, and what it keeps of it.
-        teacher: folder or Hub id; needed to initialise from.
-    """
-    from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
-    make: Any = student_from_teacher if from_teacher else build_student
-    return make(
-        teacher if from_teacher else resolve_model(encoder.base_model),
-        layers=student.layers,
-        query_augmentation=student.query_augmentation,
-        pooling=student.pooling,
-        scale=student.scale,
-        encoding=encoder.encoding,
-        prompts=encoder.prompts,
-        **encoder.lengths,
-    )

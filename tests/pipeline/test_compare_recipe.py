@@ -159,8 +159,8 @@ def test_a_wrong_comparison_is_one_message_before_anything_runs(
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "compare").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_comparisons_that_come_along_are_valid_settings(file: Path, recipe: Callable[..., int]) -> None:
+    from tct_hf.pipeline.checks import check_together
     from tct_hf.pipeline.compare import arms_of
-    from tct_hf.pipeline.settings import check_together
     from tct_hf.settings import load_settings
 
     loaded = load_settings(sys.modules["compare_recipe"].Settings, [str(file)], description="")

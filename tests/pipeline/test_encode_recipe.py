@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,9 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(
-    folder: Path, output: str, *options: str, before: list[str] | None = None, code: int = 0, anew: bool = False
-) -> tuple[str, str]:
+def run(folder: Path, output: str, *options: str, before: list[str] | None = None, code: int = 0) -> tuple[str, str]:
     words = [
         *(before or [sys.executable]),
         str(RECIPE),
@@ -44,17 +40,14 @@ def run(
         "--precision=fp32",
         *options,
     ]
-    if anew:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(folder))
-    else:
-        done = run_warm(words[1:], env=environment(folder))
+    done = run_warm(words[1:], env=environment(folder))
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> tuple[str, str]:
-    return run(folder, "whole", anew=True)
+    return run(folder, "whole")
 
 
 def test_a_collection_becomes_vectors_and_one_table(folder: Path, whole: tuple[str, str]) -> None:
@@ -90,18 +83,6 @@ def test_a_folder_of_another_setting_is_one_message(folder: Path, whole: tuple[s
     _, errors = run(folder, "whole", "--dtype=float16", code=1)
     [line] = errors.splitlines()
     assert "dtype = 'float32', but now dtype = 'float16'" in line
-
-
-def test_help_is_instant_and_names_every_setting() -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(RECIPE), "--help"],
-        capture_output=True,
-        text=True,
-        env={**os.environ},
-        check=True,
-    )
-    assert "--shard_size" in done.stdout and "--source" in done.stdout
-    assert "torch" not in done.stderr
 
 
 @pytest.mark.slow

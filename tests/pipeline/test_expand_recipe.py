@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
+from tct_hf.data.beir import load_beir_corpus
+from tct_hf.data.collection import load_collection
+from tct_hf.training.expander import expander_pairs
 from tests.models import tiny_colbert, tiny_t5
-from tests.recipe import ROOT, environment, in_this_process, killed_at, launch, write_beir
+from tests.recipe import ROOT, in_this_process, killed_at, run, write_beir
 
 EXPAND = ROOT / "recipes" / "expand.py"
 TRAIN = ROOT / "recipes" / "train_expander.py"
@@ -56,71 +57,70 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
-def test_a_killed_run_and_one_of_two_processes_give_the_same_files(
-    folder: Path, expand: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tct_hf import expanded_texts, load_expansions
-    from tct_hf.data.beir import load_beir_corpus
+@pytest.fixture(scope="module")
+def whole(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """The folder of a whole run with a teacher."""
+    expand = in_this_process(EXPAND, folder / "expand.yaml", patch)
+    assert expand(folder / "whole", f"--teacher={folder / 'colbert'}") == 0
+    return folder / "whole"
 
-    teacher = f"--teacher={folder / 'colbert'}"
-    assert expand(tmp_path / "whole", teacher) == 0
+
+def test_each_passage_gets_queries_with_scores_and_a_finished_run_says_so_again(
+    folder: Path, whole: Path, expand: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(whole)
+    assert expand(whole, f"--teacher={folder / 'colbert'}") == 0 and files(whole) == before
     row = capsys.readouterr().out.splitlines()[-2]
     assert [cell.strip() for cell in row.split("|")[1:3]] == ["60", "180"] and "| colbert | 3 |" in row
-    killed_at("40 of 60 passages", folder / "expand.yaml", tmp_path / "killed", EXPAND)
-    assert not (tmp_path / "killed" / "manifest.json").exists()
-    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.arrow")}
-    assert made
-    assert expand(tmp_path / "killed", teacher) == 0
-    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in made.items())
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    words = [*launch(2), str(EXPAND), str(folder / "expand.yaml"), f"--output_dir={tmp_path / 'two'}", teacher]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(folder))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert files(tmp_path / "two") == files(tmp_path / "whole")
-    corpus = load_beir_corpus(folder / "collection")
-    found = load_expansions(tmp_path / "two")
+    corpus, found = load_beir_corpus(folder / "collection"), load_expansions(whole)
     assert len(list(expanded_texts(corpus, found, drop_share=0.3, drop_repeats=True))) == 60
 
 
-def test_a_model_from_nothing_is_trained_and_writes(
-    folder: Path,
-    train: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.slow
+def test_a_killed_run_and_one_of_two_processes_give_the_same_files(
+    folder: Path, whole: Path, expand: Callable[..., int], tmp_path: Path
 ) -> None:
-    from tct_hf import expand_corpus, load_expander
-    from tct_hf.data.collection import load_collection
-    from tct_hf.training.expander import expander_pairs
+    teacher = f"--teacher={folder / 'colbert'}"
+    killed_at("40 of 60 passages", folder / "expand.yaml", tmp_path / "killed", EXPAND)
+    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.arrow")}
+    assert made and not (tmp_path / "killed" / "manifest.json").exists()
+    assert expand(tmp_path / "killed", teacher) == 0
+    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in made.items())
+    run(folder / "expand.yaml", tmp_path / "two", teacher, recipe=EXPAND, processes=2)
+    assert files(tmp_path / "killed") == files(tmp_path / "two") == files(whole)
 
-    killed_at("step     3 of 4", folder / "train.yaml", tmp_path / "killed", TRAIN)
-    assert (tmp_path / "killed" / "training" / "checkpoint-2").is_dir()
-    assert train(tmp_path / "killed") == 0
-    said = capsys.readouterr().out
-    assert "goes on after step 2 of 4" in said
-    assert train(tmp_path / "whole") == 0
-    weights = [(tmp_path / name / "expander" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
-    assert weights[0] == weights[1]
-    assert not list((tmp_path / "whole" / "training").glob("checkpoint-*"))
-    log = json.loads((tmp_path / "whole" / "expander" / "training_log.json").read_text())
+
+def test_a_model_from_nothing_is_trained_and_writes(
+    folder: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "whole"
+    assert train(made) == 0
+    assert not list((made / "training").glob("checkpoint-*"))
+    log = json.loads((made / "expander" / "training_log.json").read_text())
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) == 4 and losses[-1] < losses[0] and any("eval_loss" in entry for entry in log)
-    model, tokenizer = load_expander(str(tmp_path / "whole" / "expander"))
-    manifest = expand_corpus(
-        model,
-        [{"id": "a", "text": "what is dense retrieval"}],
-        tmp_path / "out",
-        tokenizer=tokenizer,
-        num_queries=2,
-        write=lambda line: None,
-    )
-    assert manifest["count"] == 1 and manifest["model"] == str(tmp_path / "whole" / "expander")
+    model, tokenizer = load_expander(str(made / "expander"))
+    texts, out = [{"id": "a", "text": "what is dense retrieval"}], tmp_path / "out"
+    manifest = expand_corpus(model, texts, out, tokenizer=tokenizer, num_queries=2, write=lambda line: None)
+    assert manifest["count"] == 1 and manifest["model"] == str(made / "expander")
     pairs = expander_pairs(load_collection(str(folder / "collection")))
     assert len(pairs) == 40 and set(pairs[0]["query"].split()) <= set(pairs[0]["passage"].split())
     capsys.readouterr()
-    assert train(tmp_path / "whole", "--query_length=9") == 1
+    assert train(made, "--query_length=9") == 1
     assert "query_length = 8, but now query_length = 9" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_training_of_an_expander_goes_on_to_the_same_weights(
+    folder: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed_at("step     3 of 4", folder / "train.yaml", tmp_path / "killed", TRAIN)
+    assert (tmp_path / "killed" / "training" / "checkpoint-2").is_dir()
+    assert train(tmp_path / "killed") == 0
+    assert "goes on after step 2 of 4" in capsys.readouterr().out
+    assert train(tmp_path / "whole") == 0
+    weights = [(tmp_path / name / "expander" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,3 @@ def test_wrong_settings_of_training_are_one_message(
 ) -> None:
     assert train(tmp_path / "new", *options) == code
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("recipe", [EXPAND, TRAIN])
-def test_help_is_instant_and_names_every_setting(recipe: Path) -> None:
-    words = [sys.executable, "-X", "importtime", str(recipe), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ}, check=True)
-    assert "--prompt" in done.stdout and "torch" not in done.stderr

@@ -7,8 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from tct_hf import build_student, load_triples, save_student, write_run
+from tct_hf.data.collection import load_collection
 from tct_hf.retrieval.negatives import collection_bm25
 from tests.models import tiny_bert
 from tests.recipe import ROOT, in_this_process, killed_at, run, write_beir
@@ -18,8 +21,6 @@ RECIPE = ROOT / "recipes" / "mine.py"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tct_hf import build_student, save_student
-
     folder = tmp_path_factory.mktemp("mine")
     write_beir(folder / "collection", train=30)
     base = tiny_bert(folder / "encoder")
@@ -38,10 +39,6 @@ def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
 def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
     settings: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pyarrow.parquet as pq
-
-    from tct_hf import load_triples
-
     said = killed_at("[3/3] mine", settings, tmp_path / "killed", RECIPE)
     assert "60 passages" in said and not (tmp_path / "killed" / "mined" / "summary.json").exists()
     shard = tmp_path / "killed" / "search" / "vectors" / "00000.arrow"
@@ -61,8 +58,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_two_processes_mine_the_rows_of_one(settings: Path, recipe: Callable[..., int], tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     done = run(settings, tmp_path / "two", "--queries_a_part=4", processes=2, recipe=RECIPE)
     assert "part 1 of 8" in done.stdout and "part 3 of 8" in done.stdout  # the other process mines those between
     assert "part 2 of 8" not in done.stdout and done.stdout.count("[3/3] mine") == 1
@@ -76,11 +71,6 @@ def test_two_processes_mine_the_rows_of_one(settings: Path, recipe: Callable[...
 def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: Path
 ) -> None:
-    import pyarrow.parquet as pq
-
-    from tct_hf import write_run
-    from tct_hf.data.collection import load_collection
-
     def mined(name: str) -> list[dict]:
         rows: list[dict] = pq.read_table(tmp_path / name / "mined" / "triples.parquet").to_pylist()
         return rows
@@ -112,7 +102,6 @@ def test_a_folder_without_a_test_split_is_mined(recipe: Callable[..., int], tmp_
         (["--depth=1", "--num_negatives=2"], "depth=1: too few candidates"),
         (["--queries_a_part=0"], "queries_a_part: 0 is below 1"),
         (["--data.labels=0.0"], "has no judged train queries"),
-        (["--depht=3"], 'did you mean "depth"?'),
     ],
 )
 def test_wrong_settings_are_one_message(

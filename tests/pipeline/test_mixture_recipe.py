@@ -47,6 +47,7 @@ def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     return in_this_process(RECIPE, settings, monkeypatch)
 
 
+@pytest.mark.usefixtures("warm_checks")
 def test_students_with_and_without_labels_are_measured_beside_the_base_and_stock(
     recipe: Callable[..., int], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_self_coupled_student_is_trained_beside_bm25(recipe: Callable[..., int
     assert [entry["token_hard_label"] > 0 for entry in log if "token_hard_label" in entry] == [True] * 4
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_the_search_does_not_search_again(settings: Path, tmp_path: Path) -> None:
     said = killed_at("step     3 of 4   loss", settings, tmp_path)
     assert "the mixture searches" in said
@@ -105,7 +107,7 @@ def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
     def refuse(*args: Any, **options: Any) -> None:
         raise ValueError("calibrate: none of the 10 dev queries has a judged positive among its candidates.")
 
-    monkeypatch.setattr(pipeline, "calibrate", refuse)
+    monkeypatch.setattr("tct_hf.pipeline.mixture.calibrate", refuse)
     assert recipe(tmp_path, "--stages=student", "--student.training.max_steps=1") == 0
     assert "not calibrated, the default weights stay: calibrate: none of the 10 dev" in capsys.readouterr().out
     assert json.loads((tmp_path / "mixture-student" / "weights.json").read_text()) == [6.0, 0.33, 12.0]

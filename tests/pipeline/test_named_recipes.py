@@ -58,12 +58,8 @@ def tct(hard_label_weight: float) -> dict[str, float]:
     }
 
 
-# Of the two families, one of each kind.
-QUICK = (
-    "tct_colbert-msmarco/paper",
-    "tct_colbert-msmarco/v2-HN+",
-    "splade-cocondenser-msmarco-kldiv-minilm/temp-4-4-threshold",
-)
+# One of each family and of each script.
+QUICK = ("tct_colbert-msmarco/v2-HN+", "splade-cocondenser-msmarco-kldiv-minilm/temp-4-4-threshold")
 # What makes each system what it is, written out once more.
 SYSTEMS: dict[str, dict[str, float]] = {
     "tct_colbert-msmarco/paper": tct(0.1),
@@ -198,10 +194,14 @@ def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
             rounds.mine,
         )
 
-        def train(trainer: Any, *rest: Any) -> None:
-            ran.trainers.append(trainer)
-            ran.rows.append(trainer.train_dataset)
-            real_run(trainer, *rest)
+        def train(make: Any, *rest: Any, **named: Any) -> Any:
+            def made() -> Any:
+                trainer, save = make()
+                ran.trainers.append(trainer)
+                ran.rows.append(trainer.train_dataset)
+                return trainer, save
+
+            return real_run(made, *rest, **named)
 
         def new_student(*given: Any, **named: Any) -> Any:
             ran.students.append({"initialise_from": given[1].initialise_from})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tct_hf.pipeline.settings import OneTeacher, TrainSettings, check_part, named, overridden
+from tct_hf.pipeline.checks import check_part, named
+from tct_hf.pipeline.settings import OneTeacher, TrainSettings, overridden
 from tct_hf.settings import SettingsError
+from tests.recipe import ROOT
 
 
 def test_overrides_are_dotted_or_nested_and_leave_the_rest() -> None:
@@ -59,8 +63,14 @@ def test_what_a_constructor_refuses_is_an_error_of_its_section(prefix: str, said
 
 
 def test_a_bundled_model_is_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tct_hf.pipeline.settings.resolve_model", {"bundled": str(tmp_path), "other": "other"}.get)
+    monkeypatch.setattr("tct_hf.pipeline.checks.resolve_model", {"bundled": str(tmp_path), "other": "other"}.get)
     for kind in ("own", "dense"):
         check_part(OneTeacher(kind, model="bundled"), "teacher.")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=r"teacher\.model: other is not there"):
         check_part(OneTeacher("own", model="other"), "teacher.")
+
+
+def test_no_recipe_imports_torch_before_it_has_its_settings() -> None:
+    scripts = [str(file) for file in (ROOT / "recipes").glob("*.py")]
+    code = "import runpy, sys; [runpy.run_path(file) for file in sys.argv[1:]]; sys.exit('torch' in sys.modules)"
+    assert len(scripts) > 9 and subprocess.run([sys.executable, "-c", code, *scripts]).returncode == 0

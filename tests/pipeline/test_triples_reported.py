@@ -28,7 +28,7 @@ def test_triples_of_other_queries_pass_as_they_are() -> None:
     assert refuse_reported_queries(given, COLLECTION) is given
 
 
-def test_triples_of_dev_or_test_queries_are_counted_and_refused_with_the_mend() -> None:
+def test_triples_of_dev_or_test_queries_are_counted_and_refused_with_the_fix() -> None:
     given = rows("another", *["WHERE  is it "] * 3, *["more"] * 12_000, "what is dense?")
     message = (
         r"triples\.path: 4 of the 12,005 rows have a query of dev or test, such as 'WHERE  is it ' "

@@ -49,24 +49,30 @@ def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     return in_this_process(RECIPE, settings, monkeypatch)
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The rows that students were trained on."""
+    found: list[Any] = []
+    original = pipeline.collection_triples
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        found.append(original(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(pipeline, "collection_triples", recorded)
+    return found
+
+
 @pytest.mark.usefixtures("warm_checks")
 def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_what_the_teacher_finds(
     settings: Path,
     recipe: Callable[..., int],
+    trained: list[Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from tct_hf import read_run, validate_checkpoint
 
-    trained: list[Any] = []
-    original = pipeline.collection_triples
-
-    def recorded(*args: Any, **options: Any) -> Any:
-        trained.append(original(*args, **options))
-        return trained[-1]
-
-    monkeypatch.setattr(pipeline, "collection_triples", recorded)
     assert recipe(tmp_path) == 0
     assert f"{QUESTIONS - 4} without judgements" in capsys.readouterr().out
 
@@ -107,19 +113,11 @@ def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_wha
 
 
 def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_judges(
-    settings: Path, recipe: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Path, recipe: Callable[..., int], trained: list[Any], tmp_path: Path
 ) -> None:
     base = build_student(str(tiny_bert(settings.parent / "encoder")))
     base.similarity_fn_name = "cosine"
     base.save_pretrained(str(settings.parent / "base"))
-    trained: list[Any] = []
-    original = pipeline.collection_triples
-
-    def recorded(*args: Any, **options: Any) -> Any:
-        trained.append(original(*args, **options))
-        return trained[-1]
-
-    monkeypatch.setattr(pipeline, "collection_triples", recorded)
     own = [f"--encoder.base_model={settings.parent / 'base'}", "--encoder.encoding=own", "--encoder.query_length=null"]
     assert recipe(tmp_path, *own, "--teacher.model=null", "--student.layers=null", "--data.made_questions=5") == 0
     [rows] = trained
@@ -141,32 +139,25 @@ def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_spli
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "message"),
     [
-        (["--data.questions=null"], "has no test split, and there are no data.questions or data.made_questions"),
-        (["--data.unlabelled=false"], "data.questions: these have no labels; set data.unlabelled"),
+        (["--data.questions=null"], 2, "has no test split, and there are no data.questions or data.made_questions"),
+        (["--data.unlabelled=false"], 2, "data.questions: these have no labels; set data.unlabelled"),
+        (["--data.questions=null", "--stages=student"], 1, "give a file of them as data.questions"),
+        (["--data.labels=1.0"], 1, "qrels: no train.tsv"),
     ],
 )
 def test_what_is_missing_is_said_before_any_training(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    message: str,
 ) -> None:
-    assert recipe(tmp_path / "new", *options) == 2
+    assert recipe(tmp_path / "new", *options) == code
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_student_of_no_question_at_all_is_refused_with_the_mend(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert recipe(tmp_path / "new", "--data.questions=null", "--stages=student") == 1
-    assert "give a file of them as data.questions" in capsys.readouterr().err
-
-
-def test_judgements_missing_from_a_folder_are_an_error_where_labels_are_asked_for(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert recipe(tmp_path / "new", "--data.labels=1.0") == 1
-    assert "qrels: no train.tsv" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "student").exists()
 
 
 def test_made_questions_are_held_out_where_there_is_no_test_split(

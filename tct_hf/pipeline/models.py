@@ -1,4 +1,4 @@
-"""The teacher of a recipe, made of its settings."""
+"""The models of a run, made of its settings: teachers, and a student before its training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from sentence_transformers import SentenceTransformer
 
-from tct_hf.encoding.build import build_colbert, build_student
+from tct_hf.encoding.build import build_colbert, build_student, student_from_teacher
 from tct_hf.hub_client import resolve_model
-from tct_hf.pipeline.settings import OneTeacher, TeacherSettings
+from tct_hf.pipeline.settings import EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
+from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
@@ -19,6 +21,7 @@ from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 from tct_hf.teachers.mixture import by_cosine
 from tct_hf.teachers.stored import StoredScores
+from tct_hf.training.schedules import LossSchedule, Schedule
 
 
 def make_part(
@@ -29,12 +32,9 @@ def make_part(
     index: Callable[[], BM25Index] | None = None,
     reads: Mapping[str, Any] | None = None,
 ) -> Teacher:
-    """Load one teacher.
+    """Load one teacher from `model`, a folder or Hub id.
 
     Args:
-        one: its settings.
-        model: folder or Hub id; None where the kind has none.
-        dtype: what it computes in.
         index: gives the collection's BM25 index, for the kind bm25.
         reads: lengths and prompts of an embedding model, arguments of `build_student`; its own when None.
     """
@@ -63,13 +63,11 @@ def make_teacher(
     cache: str | None = None,
     cache_gigabytes: float = 20.0,
 ) -> Teacher:
-    """The teacher of a run: one, or several mixed.
+    """The teacher of a run: one from `model`, or several mixed.
 
     Args:
-        teacher: the settings.
-        model: folder or Hub id of the first one, None where it has no model.
         index: gives the collection's BM25 index, for a part of the kind bm25.
-        reads: lengths and prompts of the base of a mixture, as in :func:`make_part`.
+        reads: lengths and prompts of the base of a mixture.
         cache: folder for vectors of ColBERTs and embedding models; None: encode every time.
         cache_gigabytes: maximum size of each one's vectors.
     """
@@ -99,12 +97,8 @@ def check_scores(
     """Look every row up in the files of stored scores, before a teacher is trained for hours.
 
     Args:
-        teacher: the settings.
         rows: the user's own triples; streamed ones are looked up as they come.
         make_rows: gives those of the collection, where there are no others.
-
-    Raises:
-        ValueError, FileNotFoundError: as `StoredScores`; a row's score is missing.
     """
     for one in teacher.parts:
         if one.kind != "stored" or one.column is not None:
@@ -120,3 +114,30 @@ def check_scores(
             stored.check(rows.column_names, candidates="own")
             if isinstance(rows, Dataset):
                 stored.check_rows(rows)
+
+
+def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
+    """The schedules of `student.schedules`; SettingsError where one is wrong."""
+    try:
+        made = {name: Schedule(**schedule) for name, schedule in student.schedules.items()}
+        if made:
+            LossSchedule({}, **made)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"student.schedules: {error}") from error
+    return made
+
+
+def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> SentenceTransformer:
+    """An untrained dense student: the encoder of `teacher` (folder or Hub id) or the base, read as `encoder` says."""
+    from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
+    make: Any = student_from_teacher if from_teacher else build_student
+    return make(
+        teacher if from_teacher else resolve_model(encoder.base_model),
+        layers=student.layers,
+        query_augmentation=student.query_augmentation,
+        pooling=student.pooling,
+        scale=student.scale,
+        encoding=encoder.encoding,
+        prompts=encoder.prompts,
+        **encoder.lengths,
+    )
