@@ -121,12 +121,7 @@ def write_shard(folder: Path, number: int, columns: Mapping[str, Any], made_of: 
 
 
 def read_shard(folder: Path, number: int) -> Any:
-    """A shard as a memory-mapped table.
-
-    Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged.
-    """
+    """A shard as a memory-mapped table."""
     return _opened(_shard_there(folder, number)).read_all().replace_schema_metadata(None)
 
 
@@ -159,16 +154,7 @@ def _finish(folder: Path, shards: int, count: int, about: Mapping[str, Any]) -> 
 
 
 def read_manifest(folder: Path, what: str) -> dict[str, Any]:
-    """The manifest of a finished folder.
-
-    Args:
-        folder: the folder of shards.
-        what: its content, for messages.
-
-    Raises:
-        FileNotFoundError: there is none, or the work is not finished.
-        ValueError: it is damaged, or of an older version.
-    """
+    """The manifest of a finished folder; `what` names its content in messages."""
     file = folder / MANIFEST_FILE
     if not file.is_file():
         if (folder / CLAIM_FILE).is_file():
@@ -191,12 +177,7 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
 
 
 def checked_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """The files of all shards in order, each compared with its checksum in the manifest.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: a shard is damaged or was altered.
-    """
+    """The files of all shards in order, each compared with its checksum in the manifest."""
     for number, entry in enumerate(manifest["shards"]):
         file = _shard_there(folder, number)
         if file_digest(file) != entry["sha256"]:
