@@ -166,17 +166,7 @@ def hub_configurations(hub_id: str) -> list[str]:
 def records_of(
     source: Source, names: Sequence[str] = (), *, title: bool = True, allow_empty: bool = False
 ) -> Iterator[Record]:
-    """Check a source's texts one by one.
-
-    Args:
-        source: the raw rows.
-        names: the source's columns of _id, text and title, where they have other names.
-        title: keep titles.
-        allow_empty: let records without text pass.
-
-    Raises:
-        ValueError: a missing key, an id or text that is not a string, or no text; with file and line.
-    """
+    """Check a source's texts one by one; `names` are its columns of _id, text, title if named otherwise."""
     for number, row in source.rows(names or None):
         place = source.place(number)
         if isinstance(row, BadRow):
@@ -256,15 +246,7 @@ def prepare_corpus(
 ) -> Dataset:
     """Convert texts by id once, in constant memory, and open the converted form: memory-mapped id, text, title.
 
-    Args:
-        source: the raw rows.
-        cache_dir: folder of the converted form; by default `default_cache_dir()`.
-        names: as in :func:`records_of`.
-        allow_empty: as in :func:`records_of`.
-        what: "passage" or "query", for messages.
-
-    Raises:
-        ValueError: a malformed record, an id that comes twice, or no record.
+    Refuses a malformed record, an id that comes twice, and no record; `what` is "passage" or "query", for messages.
     """
     from datasets import Dataset
 

@@ -20,7 +20,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.data.docstrings import STDLIB, Docstring, package_roots, read_docstrings
-from tct_hf.data.near_duplicates import DisjointSets, near_duplicate_pairs
+from tct_hf.data.near_duplicates import groups, near_duplicate_pairs
 from tct_hf.data.sources import write_rows
 
 if TYPE_CHECKING:
@@ -182,11 +182,10 @@ def make_collection(
         passage_id = id_of_text.setdefault(f"{_title(entry.name)}: {entry.body}", name)
         chosen.setdefault(passage_id, entry)
         summary = _normal(entry.summary)
-        if summary not in first_of:
-            first_of[summary] = (name, entry.summary)
+        first_of.setdefault(summary, (name, entry.summary))
         if passage_id not in members[summary]:
             members[summary].append(passage_id)
-    group_of = _group(chosen, members)
+    group_of = _group(chosen, members) if chosen else {}
     sizes = Counter(group_of.values())
 
     parts: dict[str, dict[str, Any]] = {split: {"queries": {}, "qrels": {}} for split in SPLITS}
@@ -204,18 +203,13 @@ def _group(chosen: dict[str, Docstring], members: dict[str, list[str]]) -> dict[
     """Give each passage the id of its group of near-duplicates."""
     ids = list(chosen)
     row = {passage_id: at for at, passage_id in enumerate(ids)}
-    sets = DisjointSets(len(ids))
-    for passage_ids in members.values():
-        for other in passage_ids[1:]:
-            sets.join(row[passage_ids[0]], row[other])
+    pairs = [(row[first], row[other]) for first, *others in members.values() for other in others]
     short = [(name.split(".")[0], name.split(".")[-1].lower()) for name in (chosen[i].name for i in ids)]
-    common = Counter(short)
-    sets.join_equal(name if common[name] <= _COMMON_NAME else None for name in short)
-    for left, right in near_duplicate_pairs([chosen[i].body for i in ids], width=3, threshold=0.6):
-        sets.join(left, right)
-    for left, right in near_duplicate_pairs([chosen[i].summary for i in ids], width=1, threshold=0.8):
-        sets.join(left, right)
-    return {passage_id: ids[sets.find(at)] for passage_id, at in row.items()}
+    common, first_of = Counter(short), dict[tuple[str, str], int]()
+    pairs += [(first_of.setdefault(name, at), at) for at, name in enumerate(short) if common[name] <= _COMMON_NAME]
+    pairs += near_duplicate_pairs([chosen[i].body for i in ids], width=3, threshold=0.6)
+    pairs += near_duplicate_pairs([chosen[i].summary for i in ids], width=1, threshold=0.8)
+    return {passage_id: ids[group] for passage_id, group in zip(ids, groups(pairs, len(ids)), strict=True)}
 
 
 def _split_of(group: str) -> str:

@@ -17,6 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
+from tct_hf.data.passages import rows_in_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["expanded_texts", "load_expansions", "write_expansions"]
 
 SCORES_FOLDER = "scores"
-_ROWS_A_BATCH = 1000
 
 
 def query_columns(ids: Sequence[str], queries: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def expanded_texts(
             "(recipes/expand.py --teacher), or leave drop_share at 0."
         )
     if hasattr(corpus, "select_columns") and hasattr(corpus, "__len__"):  # before hours of indexing
-        for _ in _beside(*(_rows(one.select_columns("id")) for one in (corpus, expansions))):
+        for _ in _beside(*(rows_in_batches(one.select_columns("id")) for one in (corpus, expansions))):
             pass
     threshold = float("-inf")
     if drop_share:
@@ -171,14 +171,14 @@ def expanded_texts(
 
 
 def _joined(corpus: Any, kept: Iterator[dict[str, Any]], threshold: float) -> Iterator[str]:
-    for passage, row in _beside(_rows(corpus), kept):
+    for passage, row in _beside(rows_in_batches(corpus), kept):
         queries = row["queries"]
         if threshold > float("-inf"):
             queries = [query for query, score in zip(queries, row["scores"], strict=True) if score >= threshold]
         yield " ".join([passage["text"], *queries])
 
 
-def _beside(passages: Iterator[Any], expansions: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _beside(passages: Iterator[Any], expansions: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
     """Passages with their expansions; refuses others."""
     for number, (passage, row) in enumerate(zip_longest(passages, expansions)):
         if passage is None or row is None or passage["id"] != row["id"]:
@@ -190,18 +190,9 @@ def _beside(passages: Iterator[Any], expansions: Iterator[dict[str, Any]]) -> It
         yield passage, row
 
 
-def _rows(rows: Any) -> Iterator[Any]:
-    if not hasattr(rows, "iter"):
-        yield from rows
-        return
-    for batch in rows.iter(_ROWS_A_BATCH):  # a data set gives a thousand rows in little more time than one
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
-
-
 def _kept(expansions: Dataset, num_queries: int | None, drop_repeats: bool) -> Iterator[dict[str, Any]]:
     """Rows without the queries that are left out for their number or as repeats."""
-    for row in _rows(expansions):
+    for row in rows_in_batches(expansions):
         places = list(range(len(row["queries"])))[:num_queries]
         if drop_repeats:
             first: dict[str, int] = {}

@@ -7,7 +7,11 @@ import re
 import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 # Thai, Lao, Burmese, Khmer, kana and Han are written without blanks: there each letter is a word.
 _UNSPACED = (
@@ -17,28 +21,12 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _MARK = re.compile(r"[^\w\s]|_")
 
 
-class DisjointSets:
-    """Groups of items 0 .. n-1 that grow by joining (union-find); a group's name is its smallest member."""
-
-    def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
-
-    def find(self, item: int) -> int:
-        while self._parent[item] != item:
-            self._parent[item] = self._parent[self._parent[item]]
-            item = self._parent[item]
-        return item
-
-    def join(self, left: int, right: int) -> None:
-        left, right = self.find(left), self.find(right)
-        self._parent[max(left, right)] = min(left, right)
-
-    def join_equal(self, keys: Iterable[Hashable]) -> None:
-        """Join the items whose keys are equal; None joins nothing."""
-        first: dict[Hashable, int] = {}
-        for item, key in enumerate(keys):
-            if key is not None:
-                self.join(first.setdefault(key, item), item)
+def groups(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
+    """The group of each of the items 0 .. size-1 that pairs join, named by its smallest member."""
+    left, right = np.array(pairs, int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(left)), (left, right)), shape=(size, size))
+    _, first, group = np.unique(connected_components(graph, directed=False)[1], return_index=True, return_inverse=True)
+    return list(first[group].tolist())
 
 
 def folded(text: str) -> str:
@@ -70,8 +58,8 @@ def share_most(a: frozenset[int], b: frozenset[int], threshold: float) -> bool:
 
 
 def near_duplicate_pairs(
-    texts: Sequence[str], *, width: int = 3, threshold: float = 0.6, sketch: int = 24, max_bucket: int = 200
-) -> Iterable[tuple[int, int]]:
+    texts: Sequence[str], *, width: int, threshold: float, sketch: int = 24, max_bucket: int = 200
+) -> list[tuple[int, int]]:
     """Find pairs of texts that share most of their word shingles.
 
     Candidates share at least one of their `sketch` smallest shingle hashes (bottom-k sketch; Broder, "On the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> 
     Raises:
         ValueError: a row that is no passage, with its number and id.
     """
-    for number, row in enumerate(_rows(corpus)):
+    for number, row in enumerate(rows_in_batches(corpus, ("id", "text"))):
         for key in ("id", "text"):
             if not isinstance(row.get(key), str):
                 raise ValueError(
@@ -41,14 +41,15 @@ def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> 
         yield row["id"], row["text"]
 
 
-def _rows(corpus: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    if not hasattr(corpus, "iter"):
-        yield from corpus
+def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set or any iterable; of a data set, only the columns `keys` where there are some."""
+    if not hasattr(rows, "iter"):
+        yield from rows
         return
-    for batch in corpus.iter(1000):  # a data set gives a thousand rows in little more time than one
-        columns = {key: batch.get(key) for key in ("id", "text")}
+    for batch in rows.iter(1000):  # a data set gives a thousand rows in little more time than one
+        columns = {key: values for key, values in batch.items() if not keys or key in keys}
         for place in range(len(next(iter(batch.values())))):
-            yield {key: values[place] for key, values in columns.items() if values is not None}
+            yield {key: values[place] for key, values in columns.items()}
 
 
 def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:

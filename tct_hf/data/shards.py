@@ -71,7 +71,7 @@ def run_shards(
     for shards, (made_of, items) in enumerate(parts, 1):
         file = shard_file(folder, shards - 1)
         if file.name in there:
-            if _schema(file).metadata.get(_MADE_OF, b"").decode() != made_of:
+            if (_opened(file).schema.metadata or {}).get(_MADE_OF, b"").decode() != made_of:
                 raise ValueError(
                     f"{file} was made of other passages (a text, an id or their order differs): {_BEGIN_AGAIN}"
                 )
@@ -121,28 +121,22 @@ def write_shard(folder: Path, number: int, columns: Mapping[str, Any], made_of: 
 
 
 def read_shard(folder: Path, number: int) -> Any:
-    """A shard as a memory-mapped table.
+    """A shard as a memory-mapped table."""
+    return _opened(_shard_there(folder, number)).read_all().replace_schema_metadata(None)
 
-    Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged.
-    """
+
+def _opened(file: Path) -> Any:
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(file)))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
+
+
+def _shard_there(folder: Path, number: int) -> Path:
     file = shard_file(folder, number)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: run again what wrote the folder, and it makes this shard anew")
-    try:
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().replace_schema_metadata(None)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
-
-
-def _schema(file: Path) -> Any:
-    try:
-        with pa.memory_map(str(file)) as source:
-            schema = pa.ipc.open_stream(source).schema
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
-    return schema.with_metadata(schema.metadata or {})
+    return file
 
 
 def _finish(folder: Path, shards: int, count: int, about: Mapping[str, Any]) -> None:
@@ -160,16 +154,7 @@ def _finish(folder: Path, shards: int, count: int, about: Mapping[str, Any]) -> 
 
 
 def read_manifest(folder: Path, what: str) -> dict[str, Any]:
-    """The manifest of a finished folder.
-
-    Args:
-        folder: the folder of shards.
-        what: its content, for messages.
-
-    Raises:
-        FileNotFoundError: there is none, or the work is not finished.
-        ValueError: it is damaged, or of an older version.
-    """
+    """The manifest of a finished folder; `what` names its content in messages."""
     file = folder / MANIFEST_FILE
     if not file.is_file():
         if (folder / CLAIM_FILE).is_file():
@@ -192,18 +177,9 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
 
 
 def checked_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """The files of all shards in order, each compared with its checksum in the manifest.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-        ValueError: a shard is damaged or was altered.
-    """
+    """The files of all shards in order, each compared with its checksum in the manifest."""
     for number, entry in enumerate(manifest["shards"]):
-        file = shard_file(folder, number)
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file} is missing: run again what wrote the folder, and it makes this shard anew"
-            )
+        file = _shard_there(folder, number)
         if file_digest(file) != entry["sha256"]:
             raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
         yield file

@@ -147,17 +147,7 @@ class DatasetSource(Source):
 
 
 def open_source(given: Any, setting: str, tsv: Callable[[Path], LineSource]) -> Source:
-    """Rows of a file, a Hub id ("owner/name:configuration:split") or a data set.
-
-    Args:
-        given: the source.
-        setting: the setting it comes from, for messages.
-        tsv: opens a file of tabs.
-
-    Raises:
-        FileNotFoundError: no such file or Hub data set.
-        ValueError: a folder, a pickle, or another kind of file or value.
-    """
+    """Rows of a file, a Hub id ("owner/name:configuration:split") or a data set; `setting` names it in messages."""
     if not isinstance(given, (str, Path)):
         if not hasattr(given, "column_names") or isinstance(given, dict):
             raise ValueError(
@@ -200,13 +190,7 @@ def load_from_hub(
     revision: str | None = None,
     streaming: bool = False,
 ) -> Dataset:
-    """Load one split of a Hub data set, or of a folder in the Hub's layout; the only split when None.
-
-    Raises:
-        FileNotFoundError: the data set, configuration or split is not there.
-        ValueError: it can't be read, or has several splits.
-        OSError: the Hub can't be reached.
-    """
+    """Load one split of a Hub data set, or of a folder in the Hub's layout; the only split when None."""
     from datasets import load_dataset
 
     options: dict[str, Any] = {"revision": revision} if revision else {}

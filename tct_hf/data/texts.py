@@ -53,11 +53,6 @@ def open_texts(source: TextSource, what: str, setting: str, cache_dir: str | Pat
         what: "passage" or "query", for messages.
         setting: the setting that named it, for messages.
         cache_dir: folder of the converted form.
-
-    Raises:
-        FileNotFoundError: no such file or Hub data set.
-        ValueError: a malformed line, an id that comes twice, or no text at all; with file and line.
-        OSError: the cache can't be written, or the Hub can't be reached.
     """
     opened, names = text_rows(source, setting)
     dataset = prepare_corpus(opened, cache_dir, names=names, allow_empty=True, what=what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -89,23 +89,23 @@ def prepare_passage_ranking(
             sample too small to hold anything.
     """
     out = Path(out_dir)
-    check_source(source)
-    claim(out, {"source": asdict(source), "sample": sample, "files": _keys(source)})
+    keys = {"source": asdict(source), "sample": sample}
+    source = _located(source)
+    claim(out, {**keys, "files": {n: file_key(Path(p)) for n, p in _places(source) if Path(p).is_file()}})
     if (out / COUNTS_FILE).is_file():
         write(f"  {out}: it is there already")
         counts: dict[str, Any] = json.loads((out / COUNTS_FILE).read_text(encoding="utf-8"))
         return counts
     splits = {name: _read_split(name, source) for name in source.splits}
-    triples = place_of(source.files, source.triples) if source.triples is not None else None
-    if triples is not None and source.expected_triples is not None:
-        found = _count_lines(triples, write)
-        _check_count(found, source.expected_triples, triples, "triples", "expected_triples")
+    if source.triples is not None and source.expected_triples is not None:
+        found = _count_lines(source.triples, write)
+        _check_count(found, source.expected_triples, source.triples, "triples", "expected_triples")
     judged = _drawn(source, splits)
     for name, grades in judged.items():
         write(f"  {name}: {len(grades):,} queries, {sum(map(len, grades.values())):,} judgements")
     drawn = None
     if sample is not None:
-        drawn = _draw(source, judged, triples, sample, write)
+        drawn = _draw(source, judged, sample, write)
         judged = drawn.qrels
     if not (out / "queries.jsonl").is_file():
         with write_aside(out / "queries.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
@@ -132,8 +132,8 @@ def prepare_passage_ranking(
     return counts
 
 
-def check_source(source: PassageRankingFiles) -> None:
-    """Refuse settings that name too little, or files that are not there, before anything is read."""
+def _located(source: PassageRankingFiles) -> PassageRankingFiles:
+    """Put paths and Hub ids for names; refuses settings that name too little, and files that are not there."""
     if not source.splits:
         raise ValueError("splits: there is none; name the queries and qrels of train, and of a split to report")
     for name, split in source.splits.items():
@@ -148,16 +148,27 @@ def check_source(source: PassageRankingFiles) -> None:
             raise ValueError(
                 f"splits.{name}.without: {split.without!r} is itself without another; give one that stands alone"
             )
-    for setting_name, place in _places(source):
+    splits = {
+        name: replace(
+            split, queries=_place_of(source.files, split.queries), qrels=_place_of(source.files, split.qrels)
+        )
+        for name, split in source.splits.items()
+    }
+    collection, triples = (_place_of(source.files, name) for name in (source.collection, source.triples))
+    found = replace(source, collection=str(collection), triples=triples, splits=splits)
+    for setting_name, place in _places(found):
         path = Path(place)
         if not path.is_file() and not (is_hub_id(place) and setting_name != "triples"):
             raise FileNotFoundError(
                 f"{setting_name}: {path}: no such file; download it, or name its folder with --files"
             )
+    return found
 
 
-def place_of(files: str | None, name: str) -> str:
+def _place_of(files: str | None, name: str | None) -> str | None:
     """The path of a file below the folder of files, with .gz where this alone is there; or a Hub id."""
+    if name is None:
+        return None
     path = Path(name) if files is None else Path(files) / name
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and packed.is_file():
@@ -169,13 +180,9 @@ def _texts(place: str, setting_name: str) -> Iterator[Record]:
     return records_of(*text_rows(place, setting_name))
 
 
-def _passages(source: PassageRankingFiles) -> Iterator[Record]:
-    return _texts(place_of(source.files, source.collection), "collection")
-
-
 def _read_split(name: str, source: PassageRankingFiles) -> Judgements:
     split = source.splits[name]
-    place = place_of(source.files, str(split.qrels))
+    place = str(split.qrels)
     hub_id, _, rest = place.partition(":")
     config, _, part = rest.partition(":")
     rows = place if Path(place).is_file() else load_from_hub(hub_id, config or None, part or None)
@@ -205,7 +212,7 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels]) -> di
     """The texts of all judged queries, each once, in the order of the splits."""
     texts: dict[str, str] = {}
     for name, grades in judged.items():
-        place = place_of(source.files, str(source.splits[name].queries))
+        place = str(source.splits[name].queries)
         found: dict[str, str] = {}
         for where, query_id, title, text in _texts(place, f"splits.{name}.queries"):
             if query_id not in grades:
@@ -216,8 +223,8 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels]) -> di
         for query_id in grades:
             if query_id not in found:
                 raise ValueError(
-                    f"{place_of(source.files, str(source.splits[name].qrels))}: query {query_id!r} is judged, but "
-                    f"has no text in {place}; give the file of all queries as splits.{name}.queries"
+                    f"{source.splits[name].qrels}: query {query_id!r} is judged, but has no text in {place}; give the "
+                    f"file of all queries as splits.{name}.queries"
                 )
         texts.update((query_id, found[query_id]) for query_id in grades)
     return texts
@@ -237,7 +244,7 @@ def _write_corpus(
     wanted = set(chain.from_iterable(found for grades in judged.values() for found in grades.values()))
     read = written = 0
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
-        for _, passage_id, title, text in _passages(source):
+        for _, passage_id, title, text in _texts(source.collection, "collection"):
             read += 1
             wanted.discard(passage_id)
             if kept is None or passage_id in kept:
@@ -246,7 +253,7 @@ def _write_corpus(
             if read % 1_000_000 == 0:
                 write(f"  {read:,} passages read")
         # Before the file takes its name: one that is whole has been checked.
-        place = place_of(source.files, source.collection)
+        place = source.collection
         _check_count(read, source.expected_passages, place, "passages", "expected_passages")
         if wanted:
             raise ValueError(
@@ -279,16 +286,11 @@ def _check_count(found: int, expected: int | None, place: str, what: str, settin
 
 def _places(source: PassageRankingFiles) -> Iterator[tuple[str, str]]:
     """Each setting that names a file or Hub id, with the place."""
-    yield "collection", place_of(source.files, source.collection)
+    yield "collection", source.collection
     for name, split in source.splits.items():
-        for part in ("queries", "qrels"):
-            yield f"splits.{name}.{part}", place_of(source.files, getattr(split, part))
+        yield from ((f"splits.{name}.{part}", getattr(split, part)) for part in ("queries", "qrels"))
     if source.triples is not None:
-        yield "triples", place_of(source.files, source.triples)
-
-
-def _keys(source: PassageRankingFiles) -> dict[str, Any]:
-    return {name: file_key(Path(place)) for name, place in _places(source) if Path(place).is_file()}
+        yield "triples", source.triples
 
 
 # A sample -----------------------------------------------------------------------------------------------------------
@@ -312,7 +314,6 @@ class _Sample:
 def _draw(
     source: PassageRankingFiles,
     qrels: Mapping[str, Qrels],
-    triples: str | None,
     size: int,
     write: Callable[[str], None],
 ) -> _Sample:
@@ -326,15 +327,17 @@ def _draw(
     }
     rows = None
     kept = set(relevant)
-    if triples is not None:
-        rows = _choose_triples(source, triples, chosen["train"], int(size * _NEGATIVES), write)
+    if source.triples is not None:
+        rows = _choose_triples(source, source.triples, chosen["train"], int(size * _NEGATIVES), write)
         if not rows:
-            raise ValueError(f"sample: {triples} has no row of the {len(chosen['train'])} train queries; take more")
+            raise ValueError(
+                f"sample: {source.triples} has no row of the {len(chosen['train'])} train queries; take more"
+            )
         kept.update(negative for _, _, negative in rows)
     # The heap holds the smallest hashes seen; negated, since heapq's root is the smallest.
     room = size - len(kept)
     heap: list[tuple[int, str]] = []
-    for _, passage_id, _, _ in _passages(source):
+    for _, passage_id, _, _ in _texts(source.collection, "collection"):
         if passage_id not in kept and room > 0:
             place = (-order_of(passage_id), passage_id)
             if len(heap) < room:
@@ -397,7 +400,7 @@ def _choose_triples(
     ids: dict[str, str] = {}
     if by_text:
         wanted = {text for rows in found.values() for row in rows for text in row}
-        for _, passage_id, title, text in _passages(source):
+        for _, passage_id, title, text in _texts(source.collection, "collection"):
             if (text := joined(title, text)) in wanted:
                 ids.setdefault(text, passage_id)
     chosen: list[tuple[str, str, str]] = []

@@ -138,9 +138,12 @@ def load_triples(
 
     place = Path(path_or_hub_id) if isinstance(path_or_hub_id, (str, Path)) else None
     source: Source
-    if place is None:
-        source = _open_dataset(path_or_hub_id, split)
-    elif place.is_dir() or is_hub_id(str(path_or_hub_id)):
+    if isinstance(path_or_hub_id, dict):  # DatasetDict and IterableDatasetDict
+        if split not in path_or_hub_id:
+            there = ", ".join(map(str, path_or_hub_id))
+            raise ValueError(f"the data set has no split {split!r}; splits there: {there}")
+        source = open_source(path_or_hub_id[split], "triples", tsv)
+    elif place is not None and (place.is_dir() or is_hub_id(str(path_or_hub_id))):
         if place.is_dir() and not any(place.iterdir()):
             raise FileNotFoundError(f"{place}: an empty folder; give the folder or file that holds the triples")
         loaded = load_from_hub(str(path_or_hub_id), config, split, revision=revision, streaming=streaming)
@@ -166,19 +169,6 @@ def load_triples(
 
 
 # Sources -----------------------------------------------------------------------------------------------------------
-
-
-def _open_dataset(given: Any, split: str) -> Source:
-    if isinstance(given, dict) and given:  # DatasetDict and IterableDatasetDict
-        if split not in given:
-            raise ValueError(f"the data set has no split {split!r}; splits there: {', '.join(map(str, given))}")
-        given = given[split]
-    if not isinstance(given, (Dataset, IterableDataset)):
-        raise ValueError(
-            f"a {type(given).__name__} can't be loaded; give a path, a Hub id, or a datasets.Dataset "
-            "(Dataset.from_list makes one)"
-        )
-    return DatasetSource(given, "the data set")
 
 
 def _open_tsv(

@@ -13,10 +13,10 @@ from tct_hf.data.beir import BeirOnHub, MissingSplitError, load_beir_corpus
 CORPUS = [
     {"_id": "d1", "title": "Title", "text": "one"},
     {"_id": "d2", "title": "", "text": "two"},
-    {"_id": "d3", "text": "three"},
+    {"_id": 3, "text": "three"},
 ]
 QUERIES = [{"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"}, {"_id": "q3", "text": "unjudged"}]
-QRELS = "query-id\tcorpus-id\tscore\nq2\td1\t1\nq1\td2\t2\nq1\td3\t0\n"
+QRELS = "query-id\tcorpus-id\tscore\nq2\td1\t1\nq1\td2\t2\nq1\t3\t0\n"
 
 
 def jsonl(rows: list[dict]) -> str:
@@ -40,10 +40,10 @@ def load(folder: Path, split: str = "test", **options: bool) -> tuple:
 def check(loaded: tuple) -> None:
     corpus, queries, qrels = loaded
     assert corpus.column_names[:2] == ["id", "text"]
-    assert corpus["id"][:] == ["d1", "d2", "d3"]
+    assert corpus["id"][:] == ["d1", "d2", "3"]
     assert corpus["text"][:] == ["Title one", "two", "three"]
     assert queries == {"q2": "second", "q1": "first"}
-    assert qrels == {"q2": {"d1": 1}, "q1": {"d2": 2, "d3": 0}}
+    assert qrels == {"q2": {"d1": 1}, "q1": {"d2": 2, "3": 0}}
 
 
 def test_plain_folder(folder: Path) -> None:
@@ -63,18 +63,12 @@ def test_compressed_folder_without_header(folder: Path) -> None:
 def test_changed_corpus_is_converted_again(folder: Path) -> None:
     check(load(folder))
     (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "text": "four"}]))
-    assert load(folder)[0]["id"][:] == ["d1", "d2", "d3", "d4"]
+    assert load(folder)[0]["id"][:] == ["d1", "d2", "3", "d4"]
 
 
 def test_windows_line_ends_and_byte_order_mark_are_read(folder: Path) -> None:
     (folder / "qrels" / "test.tsv").write_bytes(b"\xef\xbb\xbf" + QRELS.replace("\n", "\r\n").encode())
     check(load(folder))
-
-
-def test_integer_ids_become_strings(folder: Path) -> None:
-    (folder / "corpus.jsonl").write_text(jsonl([{"_id": 7, "text": "seven"}]))
-    (folder / "qrels" / "test.tsv").write_text("q1\t7\t1\n")
-    assert load(folder)[0]["id"][:] == ["7"]
 
 
 def test_empty_passages_are_kept_when_asked_for(folder: Path) -> None:
@@ -84,77 +78,36 @@ def test_empty_passages_are_kept_when_asked_for(folder: Path) -> None:
     assert load(folder, allow_empty=True)[0]["text"][3] == ""
 
 
-BAD_FILES = {
-    "corpus not JSON": ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
-    "corpus not an object": ("corpus.jsonl", "[1]\n", r"corpus\.jsonl, line 1: a JSON list"),
-    "key twice": (
-        "corpus.jsonl",
-        '{"_id": "d1", "text": "x", "text": "y"}\n',
-        r"corpus\.jsonl, line 1: the key 'text' comes twice",
-    ),
-    "query with a key twice": (
-        "queries.jsonl",
-        '{"_id": "q1", "_id": "q2", "text": "x"}\n',
-        r"queries\.jsonl, line 1: the key '_id' comes twice",
-    ),
-    "title a number": ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1: title and text must be"),
-    "corpus without text": (
-        "corpus.jsonl",
-        '{"_id": "d1", "body": "x"}\n',
-        r"line 1: key 'text' is missing.*_id, body",
-    ),
-    "corpus id empty": ("corpus.jsonl", '{"_id": "", "text": "x"}\n', r"line 1: _id is ''"),
-    "corpus text a number": ("corpus.jsonl", '{"_id": "d1", "text": 3}\n', r"line 1: title and text must be strings"),
-    "corpus with half a surrogate pair": (
-        "corpus.jsonl",
-        '{"_id": "d1", "text": "\\ud800"}\n',
-        r"corpus\.jsonl, line 1: half a surrogate pair",
-    ),
-    "corpus empty": ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),
-    "corpus id twice": (
-        "corpus.jsonl",
-        jsonl([*CORPUS, CORPUS[1]]),
-        r"line 4: passage id 'd2'.*corpus\.jsonl, line 2",
-    ),
-    "query without text": (
-        "queries.jsonl",
-        '{"_id": "q1", "text": ""}\n',
-        r"queries\.jsonl, line 1: the text of 'q1'",
-    ),
-    "query id twice": (
-        "queries.jsonl",
-        jsonl([*QUERIES, QUERIES[0]]),
-        r"line 4: query id 'q1'.*queries\.jsonl, line 1",
-    ),
-    "unknown query": (
-        "qrels/test.tsv",
-        "q1\td1\t1\nq9\td1\t1\n",
-        r"test\.tsv, line 2: query 'q9' is not in .*queries",
-    ),
-    "unknown passage": ("qrels/test.tsv", "q1\td1\t1\nq1\td9\t1\n", r"test\.tsv, line 1 and after: .*'d9'.*corpus"),
-    "two fields": ("qrels/test.tsv", "q1\td1\t1\nq1 d1 1\n", r"test\.tsv, line 2: 1 fields where 3 are needed"),
-    "score a fraction": ("qrels/test.tsv", "q1\td1\t0.5\n", r"test\.tsv, line 1: score '0\.5' is not an integer"),
-    "judged twice": ("qrels/test.tsv", "q1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 2: .*judged twice"),
-    "empty id": ("qrels/test.tsv", "\td1\t1\n", r"test\.tsv, line 1: empty query-id"),
-    "no positives": ("qrels/test.tsv", "q1\td1\t0\n", r"test\.tsv: no judgement with a score of 1"),
-}
+BAD_FILES = [
+    ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
+    ("corpus.jsonl", "[1]\n", r"corpus\.jsonl, line 1: a JSON list"),
+    ("corpus.jsonl", '{"_id": "d1", "text": "x", "text": "y"}\n', "line 1: the key 'text' comes twice"),
+    ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1: title and text must be"),
+    ("corpus.jsonl", '{"_id": "d1", "body": "x"}\n', "line 1: key 'text' is missing.*_id, body"),
+    ("corpus.jsonl", '{"_id": "", "text": "x"}\n', "line 1: _id is ''"),
+    ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}\n', "line 1: half a surrogate pair"),
+    ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),
+    ("corpus.jsonl", jsonl([*CORPUS, CORPUS[1]]), r"line 4: passage id 'd2'.*corpus\.jsonl, line 2"),
+    ("queries.jsonl", '{"_id": "q1", "text": ""}\n', r"queries\.jsonl, line 1: the text of 'q1'"),
+    ("queries.jsonl", jsonl([*QUERIES, QUERIES[0]]), r"line 4: query id 'q1'.*queries\.jsonl, line 1"),
+    ("queries.jsonl", "\udcff\n", r"queries\.jsonl, line 1: not UTF-8"),
+    ("qrels/test.tsv", "q1\td1\t1\nq9\td1\t1\n", r"test\.tsv, line 2: query 'q9' is not in .*queries"),
+    ("qrels/test.tsv", "q1\td1\t1\nq1\td9\t1\n", r"test\.tsv, line 1 and after: .*'d9'.*corpus"),
+    ("qrels/test.tsv", "q1\td1\t1\nq1 d1 1\n", r"test\.tsv, line 2: 1 fields where 3 are needed"),
+    ("qrels/test.tsv", "q1\td1\t0.5\n", r"test\.tsv, line 1: score '0\.5' is not an integer"),
+    ("qrels/test.tsv", "q1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 2: .*judged twice"),
+    ("qrels/test.tsv", "\td1\t1\n", r"test\.tsv, line 1: empty query-id"),
+    ("qrels/test.tsv", "q1\td1\t0\n", r"test\.tsv: no judgement with a score of 1"),
+    ("qrels/test.tsv", "q1\td1\t1\n\udcff\n", r"test\.tsv, line 2: not UTF-8"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_malformed_file_is_named_with_its_line(folder: Path, case: str) -> None:
-    name, content, message = BAD_FILES[case]
-    (folder / name).write_text(content)
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES, ids=range(len(BAD_FILES)))
+def test_malformed_file_is_named_with_its_line(folder: Path, name: str, content: str, message: str) -> None:
+    (folder / name).write_text(content, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         load(folder)
     assert not list((folder.parent).glob("cache/*.tmp"))
-
-
-@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
-def test_text_that_is_not_utf8_is_named_with_its_line(folder: Path, name: str) -> None:
-    path = folder / name
-    path.write_bytes(path.read_bytes() + b"\xff\xfe\n")
-    with pytest.raises(ValueError, match=rf"{path.name}, line \d+: not UTF-8"):
-        load(folder)
 
 
 def test_truncated_gz_is_named_with_the_last_good_line(folder: Path) -> None:
@@ -162,12 +115,6 @@ def test_truncated_gz_is_named_with_the_last_good_line(folder: Path) -> None:
     (folder / "corpus.jsonl").unlink()
     (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:-2000])
     with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz, after line \d+: broken \.gz"):
-        load(folder)
-
-
-def test_plain_file_under_a_gz_name_is_refused(folder: Path) -> None:
-    (folder / "corpus.jsonl").rename(folder / "corpus.jsonl.gz")
-    with pytest.raises(ValueError, match=r"broken \.gz"):
         load(folder)
 
 
@@ -200,14 +147,11 @@ def test_path_that_is_nothing_is_an_error(tmp_path: Path) -> None:
         load_beir(tmp_path / "file", "test", cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_passages_load_alone_from_a_folder_that_holds_nothing_else(folder: Path, compressed: bool) -> None:
+def test_passages_load_alone_from_a_folder_that_holds_nothing_else(folder: Path) -> None:
     whole, _, _ = load(folder)
-    file = folder / "corpus.jsonl"
     alone = folder.parent / "alone"
     alone.mkdir()
-    content = file.read_bytes()
-    (alone / f"{file.name}{'.gz' * compressed}").write_bytes(gzip.compress(content) if compressed else content)
+    (alone / "corpus.jsonl.gz").write_bytes(gzip.compress((folder / "corpus.jsonl").read_bytes()))
     corpus = load_beir_corpus(alone, cache_dir=folder.parent / "cache")
     assert corpus.column_names == ["id", "text"] and list(corpus) == list(whole)
     assert corpus.cache_files
@@ -228,11 +172,15 @@ def test_passages_alone_are_checked_as_in_a_whole_collection(folder: Path) -> No
         load_beir_corpus(folder / "nothing", cache_dir=cache)
 
 
-def hub_repository(root: Path) -> None:
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set in the Hub's layout on disk: `load_dataset` reads a local folder like a repository."""
-    root.mkdir(exist_ok=True)
-    (root / "corpus.jsonl").write_text(jsonl([{"title": "", **row} for row in CORPUS]))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "corpus.jsonl").write_text(jsonl([{"title": "", **row, "_id": str(row["_id"])} for row in CORPUS]))
     (root / "queries.jsonl").write_text(jsonl([{"title": "", **row} for row in QUERIES]))
+    return root
 
 
 CONFIGS = """---
@@ -244,52 +192,38 @@ configs:
 """
 
 
-def test_hub_layout_with_a_repository_of_judgements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    root = tmp_path / "set"
-    hub_repository(root)
+def test_hub_layout_with_a_repository_of_judgements(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "set-qrels").mkdir()
     (tmp_path / "set-qrels" / "test.tsv").write_text(QRELS)
-    (root / "README.md").write_text(CONFIGS + "---\n")
-    check(BeirOnHub(str(root)).load("test", cache_dir=tmp_path / "cache"))
+    (repository / "README.md").write_text(CONFIGS + "---\n")
+    check(BeirOnHub(str(repository)).load("test", cache_dir=tmp_path / "cache"))
     with pytest.raises(FileNotFoundError, match="set-qrels: no split 'dev'; splits there: test"):
-        BeirOnHub(str(root)).load("dev", cache_dir=tmp_path / "cache")
+        BeirOnHub(str(repository)).load("dev", cache_dir=tmp_path / "cache")
 
 
-def test_hub_layout_with_judgements_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    root = tmp_path / "set"
-    hub_repository(root)
+def test_hub_layout_with_judgements_of_its_own(repository: Path, tmp_path: Path) -> None:
     names = ("query-id", "corpus-id", "score")
     # Some published judgements hold their scores as floats.
-    rows = [("q2", "d1", 1.0), ("q1", "d2", 2.0), ("q1", "d3", 0.0)]
-    (root / "qrels.jsonl").write_text(jsonl([dict(zip(names, row, strict=True)) for row in rows]))
+    rows = [("q2", "d1", 1.0), ("q1", "d2", 2.0), ("q1", "3", 0.0)]
+    (repository / "qrels.jsonl").write_text(jsonl([dict(zip(names, row, strict=True)) for row in rows]))
     own = "- config_name: default\n  data_files: [{split: test, path: qrels.jsonl}]\n---\n"
-    (root / "README.md").write_text(CONFIGS + own)
-    check(BeirOnHub(str(root)).load("test", cache_dir=tmp_path / "cache"))
+    (repository / "README.md").write_text(CONFIGS + own)
+    check(BeirOnHub(str(repository)).load("test", cache_dir=tmp_path / "cache"))
 
 
-def test_split_missing_from_the_hub_layout_is_told_from_a_missing_data_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    root = tmp_path / "set"
-    hub_repository(root)
+def test_split_missing_from_the_hub_layout_is_told_from_a_missing_data_set(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingSplitError):
-        BeirOnHub(str(root)).load("test", cache_dir=tmp_path / "cache")
+        BeirOnHub(str(repository)).load("test", cache_dir=tmp_path / "cache")
     with pytest.raises(FileNotFoundError) as caught:
         BeirOnHub(str(tmp_path / "gone")).load("test", cache_dir=tmp_path / "cache")
     assert not isinstance(caught.value, MissingSplitError)
 
 
-def test_hub_layout_with_passages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    root = tmp_path / "set"
-    hub_repository(root)
-    (root / "queries.jsonl").unlink()
-    (root / "README.md").write_text(CONFIGS.partition("- config_name: queries")[0] + "---\n")
-    corpus = BeirOnHub(str(root)).corpus(cache_dir=tmp_path / "cache")
-    assert corpus["id"][:] == ["d1", "d2", "d3"] and corpus["text"][0] == "Title one"
+def test_hub_layout_with_passages_alone(repository: Path, tmp_path: Path) -> None:
+    (repository / "queries.jsonl").unlink()
+    (repository / "README.md").write_text(CONFIGS.partition("- config_name: queries")[0] + "---\n")
+    corpus = BeirOnHub(str(repository)).corpus(cache_dir=tmp_path / "cache")
+    assert corpus["id"][:] == ["d1", "d2", "3"] and corpus["text"][0] == "Title one"
 
 
 def test_hub_id_out_of_reach_says_so(tmp_path: Path) -> None:

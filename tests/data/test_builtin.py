@@ -44,14 +44,11 @@ def test_too_short_and_too_long_are_left_out(summary: str, rest: str) -> None:
     assert passages == {} and every(parts, "queries") == {}
 
 
-def test_identical_summaries_are_one_query_with_several_positives() -> None:
+def test_identical_summaries_are_one_query_and_identical_passages_one_passage() -> None:
     _, parts = make_collection(
         [entry("p.a", "Return the sum of it", body("x")), entry("q.b", "return the  sum of it", body("y"))]
     )
     assert every(parts, "qrels") == {"q-p.a": {"p.a": 1, "q.b": 1}}
-
-
-def test_identical_passages_are_one_passage_that_answers_both_queries() -> None:
     passages, parts = make_collection(
         [entry("p.a", "Return the sum of it", body("x")), entry("p.b", "Add up the whole thing", body("x"))]
     )
@@ -117,6 +114,7 @@ def test_fingerprint_counts_and_versions_what_was_built(cache: Path) -> None:
     json.dumps(fingerprint)
 
 
+@pytest.mark.slow
 def test_building_again_elsewhere_gives_the_same_fingerprint(cache: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:

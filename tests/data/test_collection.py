@@ -108,7 +108,7 @@ def test_judgements_of_an_unlabelled_query_change_no_row(larger: Collection) -> 
         assert list(made(larger, 0.25, unlabelled=True)) == before
 
 
-def test_nothing_to_train_on_is_an_error_with_the_mend(larger: Collection) -> None:
+def test_nothing_to_train_on_is_an_error_with_the_fix(larger: Collection) -> None:
     with pytest.raises(ValueError, match=r"no train query has a label \(data.labels is 0.0\).*set data.unlabelled"):
         made(larger, 0.0)
     del larger.splits["train"]
@@ -119,8 +119,11 @@ def test_nothing_to_train_on_is_an_error_with_the_mend(larger: Collection) -> No
 
 
 def test_a_part_keeps_relevant_passages_and_a_number_of_queries_of_each_split(larger: Collection) -> None:
+    larger.questions = {"more": "dense retrieval"}
     part = larger.part(passages=20, queries=4)
-    assert len(part.corpus) == 20 and part.name == f"{larger.name}, a part"
+    assert len(part.corpus) == 20 and part.name == f"{larger.name}, a part" and part.questions == larger.questions
+    with pytest.raises(ValueError, match=r"A part of 3 passages can't hold the \d+.*data.max_queries"):
+        larger.part(passages=3)
     kept = set(part.corpus["id"])
     for use, split in part.splits.items():
         assert len(split.queries) == 4 and split.queries.items() <= larger.splits[use].queries.items()
@@ -151,18 +154,6 @@ def test_a_passage_judged_irrelevant_is_not_kept_for_it(larger: Collection) -> N
         assert set(grades) == kept and {p for p, g in test.qrels[name].items() if g > 0} <= kept
 
 
-def test_a_part_too_small_for_the_relevant_passages_is_refused(larger: Collection) -> None:
-    relevant = {p for split in larger.splits.values() for grades in split.qrels.values() for p in grades}
-    assert len(larger.part(passages=len(relevant)).corpus) == len(relevant)
-    with pytest.raises(ValueError, match=rf"A part of 3 passages can't hold the {len(relevant)}.*data.max_queries"):
-        larger.part(passages=3)
-
-
-def test_a_part_keeps_questions(larger: Collection) -> None:
-    larger.questions = {"more": "dense retrieval"}
-    assert larger.part(passages=50).questions == {"more": "dense retrieval"}
-
-
 def test_dev_is_held_out_of_the_train_queries_where_there_is_none(beir: Path) -> None:
     found = load_collection(str(beir), dev_split=None)
     train = dict(found.splits["train"].queries)
@@ -175,22 +166,12 @@ def test_dev_is_held_out_of_the_train_queries_where_there_is_none(beir: Path) ->
     assert {**dev.queries, **rest.queries} == train
     assert dev.qrels.keys() == dev.queries.keys() and rest.qrels.keys() == rest.queries.keys()
     assert found.fingerprint["dev_share"] == 0.34
-    again = load_collection(str(beir), dev_split=None)
-    again.hold_out_dev(0.34)
-    assert again.splits["dev"].queries == dev.queries
-
-
-def test_a_dev_split_of_its_own_stays(beir: Path) -> None:
-    found = load_collection(str(beir))
-    found.hold_out_dev(0.5)
-    assert len(found.splits["dev"].queries) == 3 and len(found.splits["train"].queries) == 6
-
-
-def test_dev_can_be_held_out_without_a_test_split(beir: Path) -> None:
+    found.hold_out_dev(0.5)  # a dev split that is there stays
+    assert found.splits["dev"] is dev
     (beir / "qrels" / "test.tsv").unlink()
-    found = load_collection(str(beir), dev_split=None, required=["train"])
-    found.hold_out_dev(0.5)
-    assert {name: len(split.queries) for name, split in found.splits.items()} == {"train": 3, "dev": 3}
+    again = load_collection(str(beir), dev_split=None, required=["train"])
+    again.hold_out_dev(0.34)
+    assert list(again.splits) == ["train", "dev"] and again.splits["dev"].queries == dev.queries
 
 
 def test_questions_are_one_a_line_and_join_the_fingerprint(beir: Path, tmp_path: Path) -> None:
@@ -205,15 +186,12 @@ def test_questions_are_one_a_line_and_join_the_fingerprint(beir: Path, tmp_path:
     assert "3 without judgements" in found.summary()
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_questions_that_are_not_utf8_are_named_with_their_line(beir: Path, tmp_path: Path, mark: bytes) -> None:
+def test_questions_that_are_not_utf8_are_named_with_their_line(beir: Path, tmp_path: Path) -> None:
     file = tmp_path / "questions.txt"
-    file.write_bytes(mark + b"one\ntwo\nthr\xe9e\n")
-    with pytest.raises(ValueError, match=r"questions\.txt, line 3: not UTF-8"):
-        load_collection(str(beir)).add_questions(file)
-    file.write_bytes(mark + b"one\n\xff")
-    with pytest.raises(ValueError, match=r"questions\.txt, line 2: not UTF-8"):
-        load_collection(str(beir)).add_questions(file)
+    for content, line in ((b"one\ntwo\nthr\xe9e\n", 3), (b"\xef\xbb\xbfone\n\xff", 2)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"questions\.txt, line {line}: not UTF-8"):
+            load_collection(str(beir)).add_questions(file)
 
 
 def test_a_file_without_a_question_is_refused(beir: Path, tmp_path: Path) -> None:
@@ -261,17 +239,6 @@ def test_splits_may_be_missing_where_they_are_not_required(beir: Path) -> None:
     assert alone.fingerprint["passages"] == 20
 
 
-def test_a_wrong_path_is_an_error_even_where_no_split_is_required(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_collection(str(tmp_path / "nothing"), required=())
-
-
-def test_a_malformed_split_is_an_error_even_where_it_is_not_required(beir: Path) -> None:
-    (beir / "qrels" / "train.tsv").write_text("only one field\n")
-    with pytest.raises(ValueError, match=r"train\.tsv, line 1"):
-        load_collection(str(beir), required=())
-
-
 def test_questions_that_are_queries_of_a_split_are_left_out_whatever_their_case_and_punctuation(
     beir: Path, tmp_path: Path
 ) -> None:
@@ -305,13 +272,18 @@ def test_held_out_questions_have_no_near_equal_among_those_trained_on(beir: Path
     }
 
 
-def test_a_mistyped_split_and_missing_queries_are_errors_even_where_nothing_is_required(beir: Path) -> None:
+def test_wrong_paths_and_splits_and_missing_queries_are_errors_even_where_nothing_is_required(beir: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_collection(str(beir / "nothing"), required=())
     with pytest.raises(FileNotFoundError, match=r"no tets\.tsv.*splits there: dev, test, train"):
         load_collection(str(beir), test_split="tets", required=())
     with pytest.raises(FileNotFoundError, match=r"no validation\.tsv"):
         load_collection(str(beir), dev_split="validation", required=())
     (beir / "queries.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither queries\.jsonl nor"):
+        load_collection(str(beir), required=())
+    (beir / "qrels" / "train.tsv").write_text("only one field\n")
+    with pytest.raises(ValueError, match=r"train\.tsv, line 1"):
         load_collection(str(beir), required=())
 
 

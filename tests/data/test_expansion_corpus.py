@@ -14,7 +14,7 @@ import torch
 from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
 from tct_hf.data.expander import exact_dtype, generate_queries, sample, uniform_numbers
 from tests.encode_worker import passages
-from tests.models import tiny_t5
+from tests.models import tiny_bert, tiny_t5
 
 COUNT = 23
 
@@ -75,9 +75,7 @@ def test_any_split_of_the_work_gives_the_same_queries(model: tuple[Any, Any], tm
     for number, more in enumerate(
         (
             {"tokens_per_pass": 1},
-            {"tokens_per_pass": 100_000},
-            {"shard_size": 23},
-            {"shard_size": 2},
+            {"tokens_per_pass": 100_000, "shard_size": 23},
             {"num_queries": 2},
         )
     ):
@@ -171,6 +169,7 @@ class _State:
         pass
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards(model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expand(model, tmp_path / "whole")
     # One after the other in one process, each seeing what was there when all began: nothing.
@@ -214,45 +213,32 @@ def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tm
     ):
         with pytest.raises(ValueError, match=message):
             expand(model, tmp_path / "out", **more)
+    with pytest.raises(ValueError, match="no seq2seq model"):
+        load_expander(str(tiny_bert(tmp_path / "bert")))
     with pytest.raises(ValueError, match="tokenizer: give that of the model"):
         expand_corpus(model[0], passages(), tmp_path / "out")
     assert not list(tmp_path.glob("out/*.arrow"))
 
 
-def test_a_passage_without_words_gets_no_queries(model: tuple[Any, Any], tmp_path: Path) -> None:
-    expand(
-        model, tmp_path / "out", [{"id": "a", "text": " "}, {"id": "b", "text": "what is"}, {"id": "c", "text": ""}]
-    )
-    assert [len(row) for row in queries(tmp_path / "out")] == [0, 4, 0]
-
-
-def test_an_encoder_alone_is_refused(tmp_path: Path) -> None:
-    from tests.models import tiny_bert
-
-    with pytest.raises(ValueError, match="no seq2seq model"):
-        load_expander(str(tiny_bert(tmp_path / "bert")))
+def test_a_passage_without_words_gets_no_queries(model: tuple[Any, Any]) -> None:
+    assert [len(row) for row in generate(model, [("a", " "), ("b", "what is"), ("c", "")])] == [0, 4, 0]
 
 
 def test_other_seq2seq_families_write_too(model: tuple[Any, Any], tmp_path: Path) -> None:
     from transformers import BartConfig, BartForConditionalGeneration
 
     torch.manual_seed(0)
+    heads = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
+    tokens = {
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 1,
+        "forced_eos_token_id": 1,
+    }
     config = BartConfig(
-        vocab_size=len(model[1]),
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=80,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=1,
-        decoder_start_token_id=1,
-        forced_eos_token_id=1,
-        init_std=0.4,
+        vocab_size=len(model[1]), d_model=32, max_position_embeddings=80, init_std=0.4, **heads, **tokens
     )
     bart = BartForConditionalGeneration(config).eval()
     bart.generation_config.update(max_length=20, num_beams=4, early_stopping=True)  # as published ones
@@ -285,7 +271,7 @@ def test_a_model_that_is_named_generates_on_the_accelerator(
     assert asked == ["cuda", "cpu"]
 
 
-def test_single_precision_draws_alike() -> None:
+def test_single_precision_draws_the_same() -> None:
     logits = torch.randn(500, 30, generator=torch.Generator().manual_seed(1))
     uniform = torch.from_numpy(uniform_numbers(3, "p", 500, 1)[:, 0])
     assert torch.equal(sample(logits, uniform, 10), sample(logits, uniform.float(), 10))

@@ -3,18 +3,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tct_hf.data.near_duplicates import DisjointSets, folded, near_duplicate_pairs, shingles
+from tct_hf.data.near_duplicates import folded, groups, near_duplicate_pairs, shingles
 
 LONG = "return the sum of the values over the requested axis and skip missing values unless told otherwise"
 
 
 def test_texts_that_share_most_words_are_paired() -> None:
     texts = [LONG, "compute the singular value decomposition of a matrix", LONG.replace("sum", "mean")]
-    assert list(near_duplicate_pairs(texts, threshold=0.5)) == [(0, 2)]
+    assert list(near_duplicate_pairs(texts, width=3, threshold=0.5)) == [(0, 2)]
 
 
 def test_boilerplate_bucket_still_pairs_neighbours() -> None:
-    assert list(near_duplicate_pairs([LONG] * 4, max_bucket=2)) == [(0, 1), (1, 2), (2, 3)]
+    assert list(near_duplicate_pairs([LONG] * 4, width=3, threshold=0.6, max_bucket=2)) == [(0, 1), (1, 2), (2, 3)]
 
 
 words = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), min_size=1, max_size=8).map(" ".join)
@@ -33,11 +33,8 @@ def test_pairs_equal_brute_force_when_the_sketch_holds_every_shingle(texts: list
 
 
 def test_group_is_named_by_its_smallest_member() -> None:
-    sets = DisjointSets(5)
-    sets.join(4, 2)
-    sets.join(2, 3)
-    sets.join_equal(["x", None, None, "x", None])
-    assert [sets.find(item) for item in range(5)] == [0, 1, 0, 0, 0]
+    assert groups([(4, 2), (2, 3), (0, 3)], 5) == [0, 1, 0, 0, 0]
+    assert groups([], 2) == [0, 1]
 
 
 def test_case_punctuation_and_white_space_are_folded_away_and_nothing_else() -> None:

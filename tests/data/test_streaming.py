@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +11,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
+from pyarrow import csv
 from torch.utils.data import DataLoader
 
 from tct_hf import load_triples
@@ -43,11 +42,6 @@ def of_jsonl(path: Path) -> Any:
     with gzip.open(path / "t.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row(number)) + "\n" for number in range(ROWS))
     return load_triples(path / "t.jsonl.gz", streaming=True)
-
-
-def of_parquet(path: Path) -> Any:
-    Dataset.from_list([row(number) for number in range(ROWS)]).to_parquet(path / "t.parquet")
-    return load_triples(path / "t.parquet", streaming=True)
 
 
 def several_files(path: Path) -> Path:
@@ -91,7 +85,6 @@ def of_lists(path: Path) -> Any:
 SOURCES: dict[str, Callable[[Path], Any]] = {
     "tsv": of_tsv,
     "jsonl.gz": of_jsonl,
-    "parquet": of_parquet,
     "folder of files": of_folder,
     "data set of files": of_stream,
     "ids": of_ids,
@@ -117,7 +110,7 @@ def of_process(
 def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: str, shuffled: bool) -> None:
     rows = SOURCES[source](tmp_path)
     rows = rows.shuffle(seed=3, buffer_size=10) if shuffled else rows
-    for processes, workers in ((1, 0), (1, 2), (3, 0), (2, 2)):
+    for processes, workers in ((1, 0), (3, 0), (2, 2)):
         size = 12 // processes
         loaders = [of_process(rows, size, process, processes, workers) for process in range(processes)]
         steps = [[number for loader in loaders for number in numbers(next(loader))] for _ in range(6)]
@@ -137,8 +130,7 @@ def test_a_process_parses_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("rows", [36, 31])  # 31: batches run over the ends of passes
-@pytest.mark.parametrize("trained", [0, 2, 3, 4, 9, 20, 21])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("trained", "workers"), [(0, 0), (3, 2), (4, 0), (9, 2), (21, 0)])
 def test_a_restart_gives_the_rows_that_follow(tmp_path: Path, rows: int, trained: int, workers: int) -> None:
     stream = load_triples(tsv(tmp_path / "t.tsv", rows), streaming=True).shuffle(seed=1, buffer_size=10)
     for process in (0, 1):
@@ -191,15 +183,6 @@ def test_a_bad_row_in_mid_stream_is_named(tmp_path: Path, workers: int) -> None:
         next(loader)
 
 
-def test_an_unknown_id_in_mid_stream_is_named(tmp_path: Path) -> None:
-    (tmp_path / "i.tsv").write_text("1\ta\tb\n" * 1500 + "1\ta\tc\n")
-    rows = load_triples(
-        tmp_path / "i.tsv", collection={"a": "x", "b": "y"}, queries={"1": "q"}, streaming=True, cache_dir=tmp_path
-    )
-    with pytest.raises(ValueError, match=r"i\.tsv, line 1501, column 'negative_id': 'c' is not in collection"):
-        list(of_process(rows, 500, 0, 1, 0))
-
-
 def test_fewer_rows_than_processes_take_are_refused(tmp_path: Path) -> None:
     rows = load_triples(tsv(tmp_path / "t.tsv", 5), streaming=True)
     with pytest.raises(ValueError, match="has 5 rows, fewer than one batch of 2 rows on each of 3 processes"):
@@ -236,23 +219,16 @@ print(number + 1, resident() - begun)
 """
 
 
-def parquet(path: Path, rows: int) -> Path:
-    """Many row groups of texts that can't be packed."""
-    draw = random.Random(0)
-    with pq.ParquetWriter(path, pa.schema([(name, pa.string()) for name in row(0)]), compression="none") as writer:
-        for _ in range(0, rows, 10_000):
-            writer.write_table(
-                pa.table({name: [f"{draw.getrandbits(200):x}" for _ in range(10_000)] for name in row(0)})
-            )
-    return path
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("write", [tsv, parquet])
-def test_memory_is_flat_once_the_buffer_is_full(tmp_path: Path, write: Callable[[Path, int], Path]) -> None:
+@pytest.mark.parametrize("kind", ["tsv", "parquet"])
+def test_memory_is_flat_once_the_buffer_is_full(tmp_path: Path, kind: str) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("reads /proc")
-    path = write(tmp_path / f"t.{write.__name__}", 300_000)
+    path = tsv(tmp_path / "t.tsv", 300_000)
+    if kind == "parquet":
+        table = csv.read_csv(path, csv.ReadOptions(column_names=list(row(0))), csv.ParseOptions(delimiter="\t"))
+        path = tmp_path / "t.parquet"
+        pq.write_table(table, path, compression="none", row_group_size=10_000, use_dictionary=False)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
     rows, growth = done.stdout.split()
     assert int(rows) == 300_000

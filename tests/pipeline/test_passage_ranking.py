@@ -160,52 +160,26 @@ def test_a_line_of_judgements_that_is_repeated_counts_once(files: Path, tmp_path
     assert counts["splits"]["train"]["judgements"] == 30 and counts["read"]["train"]["judgements"] == 31
 
 
-def drop_a_passage(files: Path) -> None:
-    rows = (files / "collection.tsv").read_text().splitlines(keepends=True)
-    (files / "collection.tsv").write_text("".join(rows[:-1]))
+def last_line(name: str, new: str = "") -> Callable[[Path], None]:
+    """Take the place of a file's last line, or drop it."""
 
+    def damage(files: Path) -> None:
+        rows = (files / name).read_text().splitlines(keepends=True)
+        query = rows[-1].split("\t")[0]
+        (files / name).write_text("".join([*rows[:-1], new.format(query=query, row=rows[-1].rpartition("\t")[0])]))
 
-def drop_a_judgement(files: Path) -> None:
-    rows = (files / QRELS["train"]).read_text().splitlines(keepends=True)
-    (files / QRELS["train"]).write_text("".join(rows[:-1]))
-
-
-def drop_a_triple(files: Path) -> None:
-    rows = (files / "triples.train.small.tsv").read_text().splitlines(keepends=True)
-    (files / "triples.train.small.tsv").write_text("".join(rows[:-1]))
-
-
-def drop_a_query(files: Path) -> None:
-    rows = (files / QUERIES["train"]).read_text().splitlines(keepends=True)
-    (files / QUERIES["train"]).write_text("".join(rows[:-1]))
-
-
-def judge_two_ways(files: Path) -> None:
-    judged = (files / QRELS["train"]).read_text()
-    first = judged.splitlines()[0].rpartition("\t")[0]
-    (files / QRELS["train"]).write_text(f"{judged}{first}\t0\n")
-
-
-def judge_elsewhere(files: Path) -> None:
-    judged = (files / QRELS["train"]).read_text().splitlines(keepends=True)
-    query = judged[-1].split("\t")[0]
-    (files / QRELS["train"]).write_text("".join([*judged[:-1], f"{query}\t0\telsewhere\t1\n"]))
-
-
-def empty_a_passage(files: Path) -> None:
-    rows = (files / "collection.tsv").read_text().splitlines(keepends=True)
-    (files / "collection.tsv").write_text("".join([*rows[:-1], "79\t \n"]))
+    return damage
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_a_passage, "collection.tsv: 79 passages, but 80 are expected: download"),
-        (drop_a_judgement, "qrels.train.tsv: 29 judged queries, but 30 are expected"),
-        (drop_a_query, "is judged, but has no text in .*queries.train.tsv"),
-        (judge_two_ways, "qrels.train.tsv, line 31: .* are judged twice"),
-        (judge_elsewhere, "1 judged passages are not in it, such as 'elsewhere'"),
-        (empty_a_passage, "collection.tsv, line 80: the text of '79' is empty"),
+        (last_line("collection.tsv"), "collection.tsv: 79 passages, but 80 are expected: download"),
+        (last_line("collection.tsv", "79\t \n"), "collection.tsv, line 80: the text of '79' is empty"),
+        (last_line(QUERIES["train"]), "is judged, but has no text in .*queries.train.tsv"),
+        (last_line(QRELS["train"]), "qrels.train.tsv: 29 judged queries, but 30 are expected"),
+        (last_line(QRELS["train"], "{row}\t1\n{row}\t0\n"), "qrels.train.tsv, line 31: .* are judged twice"),
+        (last_line(QRELS["train"], "{query}\t0\telsewhere\t1\n"), "1 judged passages are not in it, such as 'elsew"),
         (lambda files: (files / "collection.tsv").unlink(), "collection: .*collection.tsv: no such file; download"),
     ],
 )
@@ -223,7 +197,10 @@ def test_what_is_wrong_is_said_and_nothing_takes_its_name(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (drop_a_triple, "triples.train.small.tsv: 89 triples, but 90 are expected: download .* set expected_triples"),
+        (
+            last_line("triples.train.small.tsv"),
+            "small.tsv: 89 triples, but 90 are .* download .* set expected_triples",
+        ),
         (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
     ],
 )
