@@ -35,7 +35,8 @@ class Settings(TrainSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.arms import report_arms
-    from tct_hf.evaluation.quick_report import check_evaluation, reference_systems
+    from tct_hf.evaluation.quick_report import check_evaluation
+    from tct_hf.evaluation.references import reference_systems
     from tct_hf.files import claim, file_digest
     from tct_hf.pipeline.compare import Comparison, arms_of
     from tct_hf.progress import quieten

@@ -228,7 +228,7 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
     from tct_hf import build_splade
     from tct_hf.encoding.precision import has_bfloat16
     from tct_hf.evaluation.comparison import evaluate_all, run_systems
-    from tct_hf.evaluation.quick_report import reference_systems, sparse_system, student_systems
+    from tct_hf.evaluation.references import reference_systems, sparse_system, student_systems
     from tct_hf.evaluation.significance import paired_randomisation_test
 
     precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}

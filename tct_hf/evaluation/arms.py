@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from tct_hf.evaluation.comparison import (
 )
 from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.plots import plot_dev_curves
-from tct_hf.evaluation.quick_report import BASE_NATIVE, BM25, STUDENT, training_systems
+from tct_hf.evaluation.references import BASE_NATIVE, BM25, STUDENT, own_systems
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
+from tct_hf.evaluation.tables import markdown_table, p_value
 from tct_hf.files import claim, file_digest, write_text_atomic
 from tct_hf.retrieval.runs import Run
 
@@ -87,10 +88,8 @@ def search_student(
     """
     runs = student.parent / "runs"
     claim(runs, {"weights": file_digest(student / "model.safetensors"), "depth": depth})
-    systems = training_systems(
-        collection, students={STUDENT: str(student)}, base_model=None, teacher=None, depth=depth, bf16=bf16
-    )
-    [system] = [System(one.key, title, one.search) for one in systems if one.key == STUDENT]
+    [own] = own_systems(collection, {STUDENT: str(student)}, depth=depth, bf16=bf16)
+    system = replace(own, title=title)
     searched = run_systems([system], queries, runs)
     fuse_with_bm25([STUDENT], searched, bm25, collection, measures[0], depth=depth, folder=runs)
     found = evaluate_all(searched, collection, measures)
@@ -217,7 +216,7 @@ def arm_table(results: Mapping[str, ArmResult], references: Split, split: str, m
         steps = max(int(entry["step"]) for entry in entries)
         minutes = math.fsum(entry.get("seconds", 0.0) for entry in entries) / len(result.logs) / 60
         rows.append([name, *cells, str(len(result.evaluations)), str(steps), f"{minutes:.1f}"])
-    return _markdown(rows, left=1)
+    return markdown_table(rows)
 
 
 def against_table(results: Mapping[str, ArmResult], references: Split, split: str, measures: Sequence[str]) -> str:
@@ -258,26 +257,8 @@ def against_table(results: Mapping[str, ArmResult], references: Split, split: st
             row[2] = str(len(seeds))
             found.append((row, (math.fsum(a) - math.fsum(b)) / len(a), paired_randomisation_test(a, b)))
         for (row, gain, p), corrected in zip(found, holm([p for *_, p in found]), strict=True):
-            row[-1] = f"{gain:+.3f} ({_shown(p)}; {_shown(corrected)})"
-    return _markdown(rows, left=2)
-
-
-def _shown(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _markdown(rows: list[list[str]], *, left: int) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if at < left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    marks = ["-" * (width + 2) if at < left else "-" * (width + 1) + ":" for at, width in enumerate(widths)]
-    lines.insert(1, "|" + "|".join(marks) + "|")
-    return "\n".join(lines)
+            row[-1] = f"{gain:+.3f} ({p_value(p)}; {p_value(corrected)})"
+    return markdown_table(rows, left=2)
 
 
 def _plot_curves(results: Mapping[str, ArmResult], path: Path) -> list[str]:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.measures import Evaluation, evaluate_run
-from tct_hf.evaluation.measures import standard_error as standard_error
+from tct_hf.evaluation.measures import Evaluation, evaluate_run, standard_error
 from tct_hf.evaluation.systems import System
-from tct_hf.evaluation.tables import best_of, markdown_table, mean_cells, shorten
+from tct_hf.evaluation.tables import shorten
 from tct_hf.evaluation.tune_alpha import tune_alpha
 from tct_hf.files import LOG_FILE, write_json_atomic
 from tct_hf.retrieval.fusion import equal_spread_alpha, fuse
@@ -85,13 +84,6 @@ def fuse_with_bm25(
             if not (file := folder / f"{name}.{split}.trec").is_file():
                 write_run(runs[name, split], file, name)
     return alphas
-
-
-def table(rows: Sequence[tuple[str, Evaluation]], measures: Sequence[str]) -> str:
-    """A Markdown table, one line a system, the best of each column in bold."""
-    best = best_of([evaluation.mean for _, evaluation in rows], measures)
-    cells = [[title, *mean_cells(evaluation.mean, best)] for title, evaluation in rows]
-    return markdown_table([["system", *measures], *cells])
 
 
 def show_examples(collection: Collection, run: Run, *, count: int, depth: int = 3) -> str:

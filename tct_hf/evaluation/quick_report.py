@@ -15,47 +15,18 @@ from tct_hf.evaluation.comparison import (
     read_log,
     run_systems,
     show_examples,
-    table,
     write_metrics,
 )
 from tct_hf.evaluation.measures import Evaluation, check_measures
 from tct_hf.evaluation.plots import plot_losses
-from tct_hf.evaluation.references import (
-    BASE_NATIVE,
-    BM25,
-    OWN_MAXSIM,
-    STOCK,
-    STUDENT,
-    TEACHER,
-    dense_system,
-    reference_systems,
-    sparse_system,
-    student_systems,
-    teacher_system,
-    training_systems,
-)
+from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, TEACHER, training_systems
 from tct_hf.evaluation.significance import compare_pairs, difference
-from tct_hf.evaluation.tables import p_text, weight_text
+from tct_hf.evaluation.tables import means_table, p_text, weight_text
 from tct_hf.files import claim, write_text_atomic
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
-
-__all__ = [
-    "BASE_NATIVE",
-    "BM25",
-    "STUDENT",
-    "TEACHER",
-    "check_evaluation",
-    "dense_system",
-    "quick_report",
-    "reference_systems",
-    "sparse_system",
-    "student_systems",
-    "teacher_system",
-    "training_systems",
-]
 
 
 def check_evaluation(
@@ -146,7 +117,7 @@ def quick_report(
     lines = [
         f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
         "",
-        table([(title, evaluations["test"][key]) for key, title in {**titles, **fused}.items()], measures),
+        means_table([(title, evaluations["test"][key].mean) for key, title in {**titles, **fused}.items()], measures),
         "",
         f"Encoded in {'bfloat16' if bf16 else 'float32'}.{kept}",
         f"Fused: alpha * BM25 + the other, alpha {tuned}: "

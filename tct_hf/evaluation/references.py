@@ -72,32 +72,6 @@ def dense_run(model: Any, corpus_ids: Any, corpus_texts: Any, queries: Mapping[s
     return run
 
 
-def dense_and_reranked_run(
-    model: SentenceTransformer,
-    corpus_ids: Sequence[str],
-    corpus_texts: Sequence[str],
-    queries: Mapping[str, str],
-    first: Mapping[str, Mapping[str, float]],
-    *,
-    k: int = 100,
-    bf16: bool = False,
-) -> tuple[Run, Run]:
-    """The run of :func:`dense_run`, and the run `first` in the order of the model's scores; one encoding."""
-    rows = {name: row for row, name in enumerate(corpus_ids)}
-    if lost := [name for hits in first.values() for name in hits if name not in rows]:
-        raise ValueError(f"first: passage {lost[0]!r} is not there; pass the corpus that the run was made on")
-    cosine = model.similarity_fn_name == "cosine"
-    passages = _cut(encode_texts(model, corpus_texts, task="document", bf16=bf16), None, cosine)
-    vectors = _cut(encode_texts(model, list(queries.values()), task="query", bf16=bf16), None, cosine)
-    searched = DenseIndex.build(passages, list(corpus_ids)).run(list(queries), vectors, k)
-    reranked: Run = {}
-    for query, vector in zip(queries, vectors, strict=True):
-        names = list(first.get(query, {}))
-        scores = passages[[rows[name] for name in names]] @ vector
-        reranked[query] = dict(rank(dict(zip(names, scores.tolist(), strict=True))))
-    return searched, reranked
-
-
 def _cut(whole: Any, size: int | None, cosine: bool) -> Any:
     """Vectors, cut to their first dimensions, whose products are the model's scores."""
     sliced = np.ascontiguousarray(whole[:, :size])
@@ -247,6 +221,22 @@ def _kept_systems(
     ]
 
 
+def own_systems(
+    collection: Collection, students: Mapping[str, str], *, depth: int, bf16: bool, dims: Sequence[int] | None = None
+) -> list[System]:
+    """Exact search with the students (folders) of a training run by their keys, dense or sparse."""
+    own = []
+    for key, student in students.items():
+        if kind_of(student) == "sparse":
+            own.append(sparse_system(collection, key, student, depth=depth, bf16=bf16))
+            continue
+        # The largest size is often the whole vector.
+        sizes = [size for size in dims if size != AutoConfig.from_pretrained(student).hidden_size] if dims else None
+        load = partial(SentenceTransformer, student)
+        own += student_systems(collection, load, dims=sizes, depth=depth, bf16=bf16, key=key)
+    return own
+
+
 def training_systems(
     collection: Collection,
     *,
@@ -259,13 +249,4 @@ def training_systems(
     """The :func:`reference_systems` of a training run, with its students before the teacher."""
     others = reference_systems(collection, depth=depth, bf16=bf16, **reference)
     last = [others.pop()] if others[-1].key == TEACHER else []
-    own = []
-    for key, student in students.items():
-        if kind_of(student) == "sparse":
-            own.append(sparse_system(collection, key, student, depth=depth, bf16=bf16))
-            continue
-        # The largest size is often the whole vector.
-        sizes = [size for size in dims if size != AutoConfig.from_pretrained(student).hidden_size] if dims else None
-        load = partial(SentenceTransformer, student)
-        own += student_systems(collection, load, dims=sizes, depth=depth, bf16=bf16, key=key)
-    return [*others, *own, *last]
+    return [*others, *own_systems(collection, students, depth=depth, bf16=bf16, dims=dims), *last]

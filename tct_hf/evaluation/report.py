@@ -57,7 +57,7 @@ from tct_hf.evaluation.measures import relevant_from
 from tct_hf.evaluation.plots import TradeOff, plot_trade_off
 from tct_hf.evaluation.settings import LEARNED as LEARNED
 from tct_hf.evaluation.settings import LEARNED_BM25 as LEARNED_BM25
-from tct_hf.evaluation.tables import best_of, difference_cells, markdown_table, mean_cells, milliseconds, whole
+from tct_hf.evaluation.tables import difference_cells, markdown_table, mean_rows, milliseconds, whole
 from tct_hf.files import write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
@@ -301,18 +301,14 @@ class Report:
 
 def _effect_rows(systems: Sequence[tuple[str, Any, Any]], measures: Sequence[str]) -> list[list[str]]:
     """Title and means of (title, effectiveness, significance) each, the best bold, a dagger on differences."""
-    means = [{name: effects[name]["mean"] for name in measures} for _, effects, _ in systems]
-    best = best_of(means, measures)
-    return [
-        [
-            title,
-            *(
-                cell + (" †" if tests is not None and tests[name]["p_randomisation_holm"] < SIGNIFICANT else "")
-                for name, cell in zip(measures, mean_cells(own, best), strict=True)
-            ),
-        ]
-        for (title, _, tests), own in zip(systems, means, strict=True)
-    ]
+    marked = {
+        (row, name)
+        for row, (_, _, tests) in enumerate(systems)
+        for name in measures
+        if tests is not None and tests[name]["p_randomisation_holm"] < SIGNIFICANT
+    }
+    means = [(title, {name: effects[name]["mean"] for name in measures}) for title, effects, _ in systems]
+    return mean_rows(means, measures, marked)
 
 
 def _significance(systems: Mapping[str, tuple[str, Any, Any]], measure: str, baseline: str) -> str:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tct_hf.data.collection import Collection
-from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, standard_error, table, write_metrics
-from tct_hf.evaluation.measures import Evaluation
+from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, write_metrics
+from tct_hf.evaluation.measures import Evaluation, standard_error
 from tct_hf.evaluation.plots import plot_sweep
-from tct_hf.evaluation.quick_report import BM25, STUDENT, TEACHER, placed, reference_systems, teacher_system
+from tct_hf.evaluation.quick_report import placed
+from tct_hf.evaluation.references import BM25, STUDENT, TEACHER, reference_systems, teacher_system
 from tct_hf.evaluation.stores import Stores, open_student
+from tct_hf.evaluation.tables import means_table
 from tct_hf.files import claim, file_digest, write_text_atomic
 from tct_hf.retrieval.mining import MiningCounts
 
@@ -101,7 +103,7 @@ def report_rounds(
     order = [key for key in titles if key not in (*students, *teachers.values())]
     columns = [(split, measure) for split in evaluations for measure in measures]
     rows = [
-        (titles[key], Evaluation({f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns}, {}))
+        (titles[key], {f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns})
         for key in (*order, *students, *teachers.values())
     ]
     lines = [
@@ -109,7 +111,7 @@ def report_rounds(
         "",
         f"Exact search; {' and '.join(evaluations)} queries.",
         "",
-        table(rows, [f"{split} {measure}" for split, measure in columns]),
+        means_table(rows, [f"{split} {measure}" for split, measure in columns]),
         "",
         *_remarks(rounds, students, teachers, evaluations, measures[0]),
         "",

@@ -60,6 +60,11 @@ class Stored(Generic[Index]):
     memory_bytes: int
     build_seconds: float | None
 
+    @property
+    def disk(self) -> list[Path]:
+        """The files that searching needs; the limits of components are for adding passages."""
+        return [file for file in sorted(self.folder.iterdir()) if file.name != "limits.npy"]
+
 
 class Stores:
     """The encoded corpus and the indexes of a collection and a student, each made when it is first asked for."""

@@ -112,7 +112,7 @@ def bm25_system(key: str, title: str, stored: Stored[Any], depth: int) -> System
         title,
         {"BM25 search": lambda batch: batch.found(stored.index.run(batch.queries, depth))},
         kind="sparse",
-        disk=[stored.folder],
+        disk=stored.disk,
         memory=lambda: stored.memory_bytes,
         build_seconds=stored.build_seconds,
     )
@@ -135,7 +135,7 @@ def student_system(
             f"{kind.split()[-1]} search": search,
         },
         kind=kind,
-        disk=[stored.folder],
+        disk=stored.disk,
         memory=lambda: stored.memory_bytes,
         build_seconds=added(stores.encoding_seconds, stored.build_seconds),
     )

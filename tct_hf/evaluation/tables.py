@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of cells, the first row its head, the first column to the left, the others to the right."""
+def markdown_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table of cells, the first row its head, the first `left` columns aligned left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "| " + " | ".join(f"{cell:{'>' if at else '<'}{widths[at]}}" for at, cell in enumerate(row)) + " |"
+        "| " + " | ".join(f"{cell:{'<' if at < left else '>'}{widths[at]}}" for at, cell in enumerate(row)) + " |"
         for row in rows
     ]
-    rule = "|" + "|".join("-" * (width + 1) + (":" if at else "-") for at, width in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (width + 1) + ("-" if at < left else ":") for at, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def best_of(rows: Sequence[Mapping[str, float]], measures: Sequence[str]) -> dict[str, float]:
-    """The highest mean of each measure."""
-    return {measure: max(row[measure] for row in rows) for measure in measures}
+def mean_rows(
+    systems: Sequence[tuple[str, Mapping[str, float]]],
+    measures: Sequence[str],
+    marked: Container[tuple[int, str]] = (),
+) -> list[list[str]]:
+    """Title and means of each system, the best of a measure in bold, a dagger where (row, measure) is marked."""
+    best = {name: max(means[name] for _, means in systems) for name in measures}
+    rows = []
+    for row, (title, means) in enumerate(systems):
+        cells = [f"**{means[name]:.3f}**" if means[name] == best[name] else f"{means[name]:.3f}" for name in measures]
+        marks = [" †" if (row, name) in marked else "" for name in measures]
+        rows.append([title, *map("".join, zip(cells, marks, strict=True))])
+    return rows
 
 
-def mean_cells(means: Mapping[str, float], best: Mapping[str, float]) -> list[str]:
-    """A system's means, the best of each measure in bold."""
-    return [f"**{means[name]:.3f}**" if means[name] == top else f"{means[name]:.3f}" for name, top in best.items()]
+def means_table(systems: Sequence[tuple[str, Mapping[str, float]]], measures: Sequence[str]) -> str:
+    """A Markdown table of means, one line a system, the best of each column in bold."""
+    return markdown_table([["system", *measures], *mean_rows(systems, measures)])
 
 
 def difference_cells(one: Mapping[str, Any]) -> list[str]:
     """Difference, better/worse and the two Holm-corrected p values, with the fields of `SystemDifference`."""
-    ps = (one["p_randomisation_holm"], one["p_t_test_holm"])
-    shown = ["<0.0001" if p < 0.0001 else f"{p:.4f}" for p in ps]
-    return [f"{one['difference']:+.4f}", f"{one['better']}/{one['worse']}", *shown]
+    ps = [p_value(one[name], 4) for name in ("p_randomisation_holm", "p_t_test_holm")]
+    return [f"{one['difference']:+.4f}", f"{one['better']}/{one['worse']}", *ps]
+
+
+def p_value(p: float, digits: int = 3) -> str:
+    """A p value, or that it is below the least that is shown."""
+    least = 10**-digits
+    return f"<{least:.{digits}f}" if p < least else f"{p:.{digits}f}"
 
 
 def milliseconds(value: float) -> str:

@@ -15,12 +15,10 @@ from tct_hf.evaluation.comparison import (
     read_log,
     run_systems,
     show_examples,
-    standard_error,
-    table,
     write_metrics,
 )
-from tct_hf.evaluation.measures import Evaluation
-from tct_hf.evaluation.tables import shorten, weight_text
+from tct_hf.evaluation.measures import standard_error
+from tct_hf.evaluation.tables import means_table, shorten, weight_text
 
 QRELS = {f"q{row}": {f"p{row}": 1} for row in range(8)}
 QUERIES = {name: f"what is {name}" for name in reversed(QRELS)}
@@ -50,10 +48,10 @@ def test_standard_error_equals_the_one_worked_out_by_hand() -> None:
 
 def test_table_marks_the_best_of_each_column_and_lines_up() -> None:
     rows = [
-        ("first", evaluate_run(found(1), QRELS, ["RR@10", "R@3"])),
-        ("a longer second", evaluate_run(found(2), QRELS, ["RR@10", "R@3"])),
+        ("first", evaluate_run(found(1), QRELS, ["RR@10", "R@3"]).mean),
+        ("a longer second", evaluate_run(found(2), QRELS, ["RR@10", "R@3"]).mean),
     ]
-    lines = table(rows, ["RR@10", "R@3"]).splitlines()
+    lines = means_table(rows, ["RR@10", "R@3"]).splitlines()
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])] == [
         ["system", "RR@10", "R@3"],
         ["first", "**1.000**", "**1.000**"],
@@ -65,7 +63,7 @@ def test_table_marks_the_best_of_each_column_and_lines_up() -> None:
 
 def test_a_measure_with_a_long_name_keeps_the_table_in_line() -> None:
     measure = "nDCG(dcg='exp-log2')@10"
-    lines = table([("x", Evaluation({measure: 0.5}, {}))], [measure]).splitlines()
+    lines = means_table([("x", {measure: 0.5})], [measure]).splitlines()
     assert len({len(line) for line in lines}) == 1
 
 

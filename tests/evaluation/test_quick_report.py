@@ -114,7 +114,7 @@ def test_the_base_as_it_is_reranks_what_it_and_bm25_find_by_its_own_token_vector
 
     monkeypatch.setattr(references, "RERANKED", 3)
     base = str(tiny_bert(tmp_path / "base"))
-    systems = module.reference_systems(collection, base_model=base, teacher=None, depth=5, bf16=False)
+    systems = references.reference_systems(collection, base_model=base, teacher=None, depth=5, bf16=False)
     queries = {name: collection.splits[name].queries for name in ("dev", "test")}
     runs = module.run_systems(systems, queries, tmp_path / "runs", write=lambda line: None)
     model = SentenceTransformer(base, device="cpu")
@@ -209,12 +209,13 @@ def test_a_student_of_several_sizes_has_a_system_each_of_one_encoding(collection
     import numpy as np
 
     from tct_hf import build_student
-    from tct_hf.evaluation.quick_report import student_systems
     from tests.models import tiny_bert
 
     student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=48).to("cpu")
     loads = []
-    whole, *parts = student_systems(collection, lambda: loads.append(1) or student, dims=[8, 16], depth=5, bf16=False)
+    whole, *parts = references.student_systems(
+        collection, lambda: loads.append(1) or student, dims=[8, 16], depth=5, bf16=False
+    )
     assert [(system.key, system.title) for system in (whole, *parts)] == [
         ("student", "student"),
         ("student-16", "student, first 16 dimensions"),

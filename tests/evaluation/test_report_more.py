@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,14 @@ def test_every_pair_has_a_row_with_its_own_weight(report: Report, output: Path, 
 
 
 def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(
-    report: Report, material: Material, splade: str
+    report: Report, output: Path, material: Material, splade: str
 ) -> None:
     settings = tiny_settings(material)
     alpha = {"hybrid-expanded": 0.25, "dense-learned-sparse": 0.5}
     settings = replace(
         settings, measures=replace(settings.measures, baseline="bm25-expanded"), hybrid=HybridSettings(alpha=alpha)
     )
+    shutil.copytree(output, material.folder / "weights", ignore=shutil.ignore_patterns("runs", "costs"))
     made = make(material, material.folder / "weights", settings=settings, sparse_student=splade)
     hybrids = made.tuning["hybrids"]
     assert {key: hybrids[key]["alpha"] for key in alpha} == alpha
