@@ -64,7 +64,6 @@ def plot_sweep(
     xlabel: str,
     ylabel: str,
     title: str,
-    doubling: bool = False,
 ) -> Path:
     """Plot a measure against something that was varied, one line a series; a line of one point is drawn across."""
     if not any(len(points) > 1 for points in lines.values()):
@@ -79,8 +78,6 @@ def plot_sweep(
         else:
             axes.errorbar(xs, ys, yerr=bars, marker="o", markersize=3, capsize=3, label=name)
     ticks = sorted({x for points in lines.values() if len(points) > 1 for x, _, _ in points})
-    if doubling:
-        axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.minorticks_off()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -61,12 +61,6 @@ def test_table_marks_the_best_of_each_column_and_lines_up() -> None:
     assert lines[1].count("|") == 4 and set(lines[1]) == {"|", "-", ":"}
 
 
-def test_a_measure_with_a_long_name_keeps_the_table_in_line() -> None:
-    measure = "nDCG(dcg='exp-log2')@10"
-    lines = means_table([("x", {measure: 0.5})], [measure]).splitlines()
-    assert len({len(line) for line in lines}) == 1
-
-
 def test_examples_are_evenly_spaced_in_the_order_of_ids() -> None:
     shown = show_examples(COLLECTION, found(2), count=2, depth=2)
     assert shown.splitlines() == [

@@ -154,7 +154,7 @@ def test_dense_rows_are_fused_with_bm25_by_a_weight_tuned_on_dev(
                 assert score == pytest.approx(wanted)
 
 
-def test_without_a_judged_dev_split_both_lists_of_a_fused_row_spread_alike(
+def test_without_a_judged_dev_split_both_lists_of_a_fused_row_have_the_same_spread(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del collection.splits["dev"]
