@@ -87,7 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cross-encoder": {"teacher": "cross-encoder", "candidates": "own"},
     "cross-encoder, in-batch": {"teacher": "cross-encoder in-batch"},  # of passages that others have read
     "table of scores": {"teacher": "table", "candidates": "own"},
-    "mixture, fewer rows": {"teacher": "mixture", "uneven": True, "mini_batch_size": 3},
+    "mixture, fewer rows": {"teacher": "mixture", "uneven": True},
     "embedding model": {"teacher": "dense"},
     "BM25, fewer rows": {"teacher": "bm25", "uneven": True},
     "log-linear, fewer rows": {"teacher": "log-linear", "uneven": True},
