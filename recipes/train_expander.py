@@ -28,7 +28,9 @@ class Settings:
     model: str = setting("google-t5/t5-base", "folder or Hub id of the seq2seq model to begin with")
     from_scratch: bool = setting(False, "begin with a small T5 of random weights instead of model")
     sizes: dict[str, Any] = setting(
-        {}, "shape of that T5, about 11 million weights by default", keys_of="tct_hf.training.expander:ExpanderSizes"
+        {},
+        "shape of that T5, about 11 million weights by default",
+        keys_of="tct_hf.training.expander_sizes:ExpanderSizes",
     )
     passage_length: int = setting(512, "tokens a passage keeps")
     query_length: int = setting(64, "tokens a query keeps")
@@ -58,6 +60,7 @@ def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
     from tct_hf.training import expander as training
+    from tct_hf.training.expander_sizes import ExpanderSizes
     from tct_hf.training.stages import precision, process_state
 
     for name in ("passage_length", "query_length"):
@@ -77,7 +80,7 @@ def main(settings: Settings) -> None:
 
     def make_model() -> tuple[Any, Any]:
         if settings.from_scratch:
-            sizes = training.ExpanderSizes(**settings.sizes)
+            sizes = ExpanderSizes(**settings.sizes)
             return training.new_expander(training.expander_texts(collection), sizes, seed=settings.seed)
         return load_expander(settings.model, dtype="float32")
 

@@ -41,7 +41,8 @@ def make_model(shape: str, texts: list[str]) -> tuple[Any, Any, list[int]]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     from tct_hf import builtin_corpus
-    from tct_hf.training.expander import ExpanderSizes, new_expander
+    from tct_hf.training.expander import new_expander
+    from tct_hf.training.expander_sizes import ExpanderSizes
 
     size = SHAPES[shape]
     pieces = min(size["vocab_size"], 4000)

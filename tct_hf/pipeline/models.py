@@ -107,7 +107,7 @@ def check_scores(
         if rows is None:
             stored.check_rows(
                 make_rows(),
-                mend="score the pair, or name triples that are scored with triples.path (of a collection's own, seed, "
+                fix="score the pair, or name triples that are scored with triples.path (of a collection's own, seed, "
                 "data.num_negatives and data.negative_depth choose the negatives)",
             )
         elif rows.column_names:

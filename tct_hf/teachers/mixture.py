@@ -133,7 +133,7 @@ def search_mixture(
     searchers = [
         pair for pair in members if isinstance(getattr(pair[0], "teacher", pair[0]), (BM25Teacher, DenseTeacher))
     ]
-    rerankers = [(one, weight) for one, weight in members if (one, weight) not in searchers]
+    rerankers = [pair for pair in members if pair not in searchers]
     ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
     rows = {name: row for row, name in enumerate(ids)}
     dense = [one for one, _ in searchers if not isinstance(one, BM25Teacher)]

@@ -206,7 +206,6 @@ def score_expansions(
     state: PartialState | None = None,
     write: Callable[[str], None] | None = None,
     write_every: float = 10.0,
-    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Score every generated query with its own passage, into `scores` in the folder of the expansions.
 
@@ -223,7 +222,6 @@ def score_expansions(
         state: processes of a distributed run, which share the shards; one process when None.
         write: takes a line of progress; printed by the main process when None.
         write_every: seconds between such lines.
-        clock: seconds from a fixed moment, never going back.
 
     Returns:
         The manifest of the scores: `depends`, "count" and "shards".
@@ -249,7 +247,9 @@ def score_expansions(
     rank, processes = _begin(teacher, scores, settings, state, batch_size=batch_size)
     passages = checked_passages(corpus, True)
     count = manifest["count"]
-    progress = PassageProgress(count, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
+    progress = PassageProgress(
+        count, processes, write or print_at_once, write_every, time.monotonic, enabled=rank == 0
+    )
 
     def parts() -> Iterator[tuple[str, list[Row]]]:
         for number, entry in enumerate(manifest["shards"]):

@@ -18,7 +18,7 @@ from tct_hf.teachers.base import Columns, Rows, Teacher, Texts, check_scale
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MEND = "score the pair, or remove the row"
+_FIX = "score the pair, or remove the row"
 
 # What is looked for where no column is named: a list of this name, or columns of candidates' names and this.
 _SEARCHED = ("scores", "teacher_score", "label", "score")
@@ -80,12 +80,12 @@ class StoredScores(Teacher):
                 "triples with ids (load_triples keeps them), or scores in columns."
             )
 
-    def check_rows(self, rows: Dataset, *, mend: str = _MEND) -> None:
+    def check_rows(self, rows: Dataset, *, fix: str = _FIX) -> None:
         """Look all rows up in the table, which training would do as it comes to them.
 
         Args:
             rows: rows with ids.
-            mend: what to do about a row without a score.
+            fix: what to do about a row without a score.
 
         Raises:
             ValueError: the first row without a score, and what to do.
@@ -93,7 +93,7 @@ class StoredScores(Teacher):
         names = candidate_columns(rows.column_names, read=rows.column_names)
         for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
             each = [dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)]
-            self._looked_up(each, names, mend)
+            self._looked_up(each, names, fix)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns of the scores; none of a table's."""
@@ -137,7 +137,7 @@ class StoredScores(Teacher):
         return {"scores": torch.tensor(scores, dtype=torch.float32)}
 
     def _looked_up(
-        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str], mend: str = _MEND
+        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str], fix: str = _FIX
     ) -> list[list[float]]:
         assert self.table is not None
         pairs = [(str(row["query_id"]), str(row[f"{name}_id"])) for row in rows for name in names]
@@ -146,7 +146,7 @@ class StoredScores(Teacher):
             if score is None:
                 raise ValueError(
                     f"query {query!r}, column {names[number % len(names)] + '_id'!r}: {self.table.name} has no score "
-                    f"of passage {passage!r}: {mend}."
+                    f"of passage {passage!r}: {fix}."
                 )
             scores.append(score)
         return [scores[start : start + len(names)] for start in range(0, len(scores), len(names))]
@@ -169,8 +169,8 @@ def _values(row: Mapping[str, Any], columns: list[str] | str, names: Sequence[st
         found = [(columns, value) for value in listed]
     else:
         found = [(column, plain(row[column])) for column in columns]
-    mend = "score the row again, or remove it"
+    fix = "score the row again, or remove it"
     return [
-        check_score(value, name, f"{place}, column {column!r}", mend)
+        check_score(value, name, f"{place}, column {column!r}", fix)
         for name, (column, value) in zip(names, found, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +20,14 @@ from transformers import (
 )
 
 from tct_hf.retrieval.mining import positive_rows
-from tct_hf.settings import setting
+from tct_hf.training.expander_sizes import ExpanderSizes
 from tct_hf.training.resumable import ResumableTrainer
 from tct_hf.training.stages import check_stage, run_stage
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
 
-__all__ = ["ExpanderSizes", "expander_pairs", "new_expander", "train_expander"]
-
-
-@dataclass
-class ExpanderSizes:
-    """The shape of a T5 that begins from nothing; about 11 million weights as it is."""
-
-    vocabulary: int = setting(8000, "pieces of its tokenizer, which is trained on the passages and train queries")
-    d_model: int = setting(256, "dimensions of a token")
-    layers: int = setting(4, "of the encoder, and of the decoder")
-    heads: int = setting(4, "of attention")
-    d_ff: int = setting(1024, "dimensions between")
+__all__ = ["expander_pairs", "new_expander", "train_expander"]
 
 
 class ExpanderTrainer(ResumableTrainer, Seq2SeqTrainer):  # type: ignore[misc]

@@ -47,7 +47,6 @@ def test_columns_give_own_scores_in_their_places(column: str | None, names: tupl
     ("column", "names"),
     [
         ("minilm", ["minilm"]),
-        (None, ["teacher_score"]),
         ("minilm", ["positive_minilm", "negative_minilm"]),
     ],
 )

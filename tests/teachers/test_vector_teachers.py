@@ -99,7 +99,7 @@ def record_forwards(teacher: ColBERTTeacher, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (13, 1), (13, 2), (13, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (13, 2)])
 def test_scores_equal_the_models_own_one_text_at_a_time(
     encoders: dict[str, MultiVectorEncoder], format: str, rows: int, columns: int
 ) -> None:
@@ -113,24 +113,19 @@ def test_scores_equal_the_models_own_one_text_at_a_time(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("tokens_per_pass", "chunk_elements"), [(1, 5_000), (70, 1), (300, 1 << 24)])
-def test_neither_passes_nor_chunks_change_scores(
-    encoders: dict[str, MultiVectorEncoder], format: str, tokens_per_pass: int, chunk_elements: int
+@pytest.mark.parametrize(("tokens_per_pass", "chunk_elements"), [(1, 5_000), (200, 1)])
+def test_passes_hold_so_many_tokens_and_neither_they_nor_chunks_change_scores(
+    encoders: dict[str, MultiVectorEncoder],
+    format: str,
+    tokens_per_pass: int,
+    chunk_elements: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, passages = encoders[format], columns_of(13, 2)
     whole = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
     parts = ColBERTTeacher(model, dtype="float32", tokens_per_pass=tokens_per_pass, chunk_elements=chunk_elements)
+    seen = record_forwards(parts, monkeypatch)
     torch.testing.assert_close(score(parts, TEXTS, passages), whole, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("tokens_per_pass", [1, 200])
-def test_encoder_never_sees_more_tokens_than_a_pass_may_hold(
-    encoders: dict[str, MultiVectorEncoder], format: str, tokens_per_pass: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teacher = ColBERTTeacher(encoders[format], dtype="float32", tokens_per_pass=tokens_per_pass)
-    seen = record_forwards(teacher, monkeypatch)
-    score(teacher, TEXTS, columns_of(13, 2))
     assert sum(rows for rows, _ in seen) == 13 + 26
     assert all(rows * tokens <= tokens_per_pass or rows == 1 for rows, tokens in seen)
 
@@ -160,7 +155,7 @@ def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
         with LargestResult() as largest:
             teacher.score_matrix(inputs, gather=False)
         sizes[budget] = largest.elements
-    assert sizes[1 << 24] == all_similarities  # the measure sees what it has to see
+    assert sizes[1 << 24] == all_similarities  # the measure sees the whole matrix
     assert sizes[1 << 18] <= 1 << 18
 
 
@@ -342,8 +337,8 @@ def test_scoring_is_in_evaluation_mode_and_makes_no_graph(tmp_path: Path) -> Non
     assert all(parameter.requires_grad for parameter in model.parameters())  # the caller's model is left as it was
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
+def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEncoder]) -> None:
+    format = "pylate"
     passages = columns_of(13, 2)
     full = score(ColBERTTeacher(encoders[format], dtype="float32"), TEXTS, passages)
     half = score(ColBERTTeacher(encoders[format], dtype="bfloat16"), TEXTS, passages)
@@ -371,9 +366,7 @@ def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_
     [
         ({"dtype": "float16"}, "dtype='float16' is not known"),
         ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
-        ({"chunk_elements": 0}, "chunk_elements must be at least 1"),
         ({"training_scale": 0.0}, "training_scale is 0.0"),
-        ({"training_scale": float("inf")}, "training_scale is inf"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

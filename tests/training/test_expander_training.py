@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset
 
 from tct_hf.files import LOG_FILE
-from tct_hf.training.expander import ExpanderSizes, new_expander, train_expander
+from tct_hf.training.expander import new_expander, train_expander
+from tct_hf.training.expander_sizes import ExpanderSizes
 
 
 def test_the_same_texts_make_the_same_tokenizer_and_weights() -> None:

@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
+    student, _ = make_models(path, dropout=0.1)  # dropout: the random state must come back too
     student.save_pretrained(str(path / "student"))
     make_splade(path, dropout=0.1).save_pretrained(str(path / "sparse"))
     scaled = build_student(str(path / "base"), encoding="tct", document_length=64, pooling="cls", scale=20.0)

@@ -72,19 +72,10 @@ def warmed(steps: int, *, query: float | None = 4.0, **settings: Any) -> list[tu
     return found
 
 
-def test_warm_up_goes_over_a_share_of_the_steps() -> None:
+def test_warm_up_goes_over_a_share_or_a_number_of_steps_or_is_left_out() -> None:
     assert warmed(8, warmup=0.5, shape="quadratic") == [(2 * s, 4 * s) for s in (0, 1 / 16, 1 / 4, 9 / 16, 1, 1, 1, 1)]
-
-
-def test_warm_up_goes_over_a_number_of_steps() -> None:
     assert warmed(5, warmup=2, shape="linear") == [(2 * s, 4 * s) for s in (0, 0.5, 1, 1, 1)]
-
-
-def test_without_warm_up_the_whole_weights_count_from_the_first_step() -> None:
     assert warmed(2, warmup=0.0, shape="linear") == [(2.0, 4.0)] * 2
-
-
-def test_warm_up_without_a_regulariser_of_queries() -> None:
     assert warmed(3, query=None, warmup=2, shape="linear") == [(0.0, None), (1.0, None), (2.0, None)]
 
 
@@ -125,7 +116,7 @@ def test_a_healthy_run_is_left_alone(passages: list[float]) -> None:
     assert watch(passages) is None
 
 
-def test_the_error_names_figures_and_mend() -> None:
+def test_the_error_names_figures_and_fix() -> None:
     one = CollapseWatch()
     with pytest.raises(CollapsedStudent) as error:
         for value in (8.0, 3.0, 0.5, 0.25, 0.125):

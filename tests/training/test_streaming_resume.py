@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    student, _ = make_models(path, dropout=0.1)  # dropout: the random state has to come back too
+    student, _ = make_models(path, dropout=0.1)  # dropout: the random state must come back too
     student.save_pretrained(str(path / "student"))
     lines = [f"query {i}\tpositive {i}\tnegative {i}\n" for i in range(ROWS)]
     (path / "t.tsv").write_text("".join(lines))
@@ -58,6 +58,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[list[int]]]:
     return json.loads((folder / "said.json").read_text()), rows
 
 
+@pytest.mark.slow
 def test_resumed_run_trains_on_the_rows_that_follow(models: Path, tmp_path: Path) -> None:
     whole = {name: {**BASE, "path": str(models / "t.tsv"), **case} for name, case in CASES.items()}
     stops = {name: case["kill_in_step"] for name, case in whole.items()}

@@ -49,6 +49,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("base"), dropout=0.1)
 
 
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colbert(tmp_path_factory.mktemp("whole"), base)
+
+
 def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(base: Path, tmp_path: Path) -> None:
     from tct_hf import ColBERTTeacher
 
@@ -64,22 +69,19 @@ def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(ba
     assert sorted(entry.name for entry in (tmp_path / "work").iterdir()) == ["tct_settings.json", "training_log.json"]
 
 
-def test_a_finished_stage_makes_neither_model_nor_triples(base: Path, tmp_path: Path) -> None:
-    final = colbert(tmp_path, base)
-    before = (final / "model.safetensors").stat().st_mtime_ns
-    assert colbert(tmp_path, base, make=never, make_triples=never) == final
-    assert (final / "model.safetensors").stat().st_mtime_ns == before
+def test_a_finished_stage_makes_neither_model_nor_triples(base: Path, whole: Path) -> None:
+    before = (whole / "model.safetensors").stat().st_mtime_ns
+    assert colbert(whole.parent, base, make=never, make_triples=never) == whole
+    assert (whole / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds a run with seed = 3, but now seed = 4"):
-        colbert(tmp_path, base, make=never, make_triples=never, settings={"seed": 4})
+        colbert(whole.parent, base, make=never, make_triples=never, settings={"seed": 4})
 
 
 class Stop(Exception):
     pass
 
 
-def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
-    whole = colbert(tmp_path / "whole", base)
-
+def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, whole: Path, tmp_path: Path) -> None:
     def stop(line: str) -> None:
         if "step     2 of" in line:
             raise Stop
@@ -97,7 +99,7 @@ def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, tm
 
 
 def test_a_kill_between_training_and_publishing_costs_no_step(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*args: Any) -> None:
         raise Stop
@@ -110,7 +112,6 @@ def test_a_kill_between_training_and_publishing_costs_no_step(
     said: list[str] = []
     final = colbert(tmp_path, base, write=said.append)
     assert said == []
-    whole = colbert(tmp_path / "whole", base)
     assert (final / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     log = json.loads((final / "training_log.json").read_text())
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
