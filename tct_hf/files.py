@@ -137,3 +137,11 @@ def _first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, 
         if found := _first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key):
             return found
     return None
+
+
+def command(recipe: str) -> str:
+    """How a recipe is run where the user is: `train paper` from a source tree, or in an installation."""
+    name, *settings = recipe.split()
+    if (Path(__file__).parent / "recipes").is_dir():
+        return " ".join(["tct-hf", name.replace("_", "-"), *settings])
+    return " ".join([f"recipes/{name}.py", *(f"recipes/{one}.yaml" for one in settings)])

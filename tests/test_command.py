@@ -52,3 +52,14 @@ def test_the_api_page_has_every_public_name() -> None:
 
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^::: tct_hf\.(\w+)$", page, re.MULTILINE)) == set(tct_hf.__all__) - {"__version__"}
+
+
+def test_messages_name_the_command_that_exists_where_the_user_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tct_hf import files
+
+    assert files.command("train paper") == "recipes/train.py recipes/paper.yaml"
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
+    assert files.command("train_expander") == "tct-hf train-expander"

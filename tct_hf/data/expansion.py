@@ -18,6 +18,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
 from tct_hf.data.passages import rows_in_batches
+from tct_hf.files import command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -159,7 +160,7 @@ def expanded_texts(
     if drop_share and "scores" not in expansions.column_names:
         raise ValueError(
             f"drop_share is {drop_share}, but the queries have no scores: score them with score_expansions "
-            "(recipes/expand.py --teacher), or leave drop_share at 0."
+            f"({command('expand')} --teacher), or leave drop_share at 0."
         )
     if hasattr(corpus, "select_columns") and hasattr(corpus, "__len__"):  # before hours of indexing
         for _ in _beside(*(rows_in_batches(one.select_columns("id")) for one in (corpus, expansions))):

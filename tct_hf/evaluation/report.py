@@ -58,7 +58,7 @@ from tct_hf.evaluation.plots import TradeOff, plot_trade_off
 from tct_hf.evaluation.settings import LEARNED as LEARNED
 from tct_hf.evaluation.settings import LEARNED_BM25 as LEARNED_BM25
 from tct_hf.evaluation.tables import difference_cells, markdown_table, mean_rows, milliseconds, whole
-from tct_hf.files import write_json_atomic, write_text_atomic
+from tct_hf.files import command, write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
 FORMAT = 1
@@ -117,7 +117,7 @@ class Report:
         """
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such report; make one with recipes/evaluate.py")
+            raise FileNotFoundError(f"{file}: no such report; make one with {command('evaluate')}")
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             found = content.pop("format")

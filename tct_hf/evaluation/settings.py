@@ -73,7 +73,7 @@ class HybridSettings:
 class ExpansionSettings:
     """Generated queries that a second BM25 index has beside the passages."""
 
-    path: str | None = setting(None, "folder of recipes/expand.py; no expanded BM25 when none")
+    path: str | None = setting(None, "folder of the command expand; no expanded BM25 when none")
     num_queries: int | None = setting(None, "of each passage, the first so many; all when none")
     drop_repeats: bool = setting(False, "leave out what equals an earlier query of its passage")
     drop_share: float = setting(0.0, "share of the scored queries that is left out, lowest scores first")

@@ -20,7 +20,7 @@ from tct_hf.cache import default_cache_dir
 from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
-from tct_hf.files import claim, write_json_atomic
+from tct_hf.files import claim, command, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.dense import DenseIndex
@@ -287,7 +287,7 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
     if kind == "colbert":
         raise ValueError(
             f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of one "
-            "vector a text (beside a teacher of recipes/train.py that is the folder student)."
+            f"vector a text (beside a teacher of {command('train')} that is the folder student)."
         )
     try:
         return SparseEncoder(place, device=device) if kind == "sparse" else SentenceTransformer(place, device=device)
@@ -341,7 +341,7 @@ def _existing(name: str, role: str) -> str:
     place = resolve_model(name)
     if not Path(place).is_dir() and (Path(place).exists() or not _HUB_ID.fullmatch(place)):
         raise FileNotFoundError(
-            f"{role}: there is no folder {name}, and it is no Hub id (owner/name) either; recipes/train.py makes one, "
+            f"{role}: there is no folder {name}, and no Hub id (owner/name) either; {command('train')} makes one, "
             "or give the right path"
         )
     return place

@@ -16,7 +16,7 @@ from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_v
 from tct_hf.encoding.digests import weights_digest
 from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, read_json, read_modules, recognise
 from tct_hf.evaluation.report import Report
-from tct_hf.files import replace_dir, staging_beside, write_text_atomic
+from tct_hf.files import command, replace_dir, staging_beside, write_text_atomic
 from tct_hf.hub.cards import CardFacts, Family, write_card
 from tct_hf.hub.contents import (
     FIGURES,
@@ -194,7 +194,7 @@ def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | P
     if report is not None:
         place = Path(report) if Path(report).is_dir() else Path(report).parent
         if not (place / "report.json").is_file():
-            raise FileNotFoundError(f"{place / 'report.json'}: no such report; make one with recipes/evaluate.py.")
+            raise FileNotFoundError(f"{place / 'report.json'}: no such report; make one with {command('evaluate')}.")
         for name in FIGURES:
             if (place / name).is_file():
                 shutil.copyfile(place / name, staging / name)
@@ -254,7 +254,7 @@ def _check_report(report: Report, staging: Path, family: Family) -> None:
         name, kind = measured.get("name"), role.replace("_", " ")
         raise ValueError(
             f"report: it measured {f'the {kind} {name!r}' if name else f'no {kind}'}, whose weights are not those of "
-            "this checkpoint; evaluate this one with recipes/evaluate.py, or leave report out."
+            f"this checkpoint; evaluate this one with {command('evaluate')}, or leave report out."
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from tct_hf.data.rows import is_hub_id
+from tct_hf.files import command
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import EncoderSettings, OneTeacher, StudentSettings, TeacherSettings, TrainSettings
 from tct_hf.settings import SettingsError
@@ -56,7 +57,7 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         if not trains:
             raise SettingsError(f"{prefix}{model}: name the folder or Hub id of {what}")
     elif not Path(resolve_model(name)).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        train = "Train one with recipes/train.py recipes/paper.yaml, or name" if one.kind == "colbert" else "Name"
+        train = f"Train one with {command('train paper')}, or name" if one.kind == "colbert" else "Name"
         raise SettingsError(
             f"{prefix}{model}: {name} is not there, and no Hub id (owner/name) either. {train} the folder of {what}."
         )
@@ -88,7 +89,7 @@ def check_colbert(teacher: TeacherSettings) -> None:
     teacher.kind = teacher.kind or "colbert"
     if teacher.kind != "colbert" or teacher.mixed_with:
         raise SettingsError(
-            "teacher.kind, teacher.mixed_with: this recipe works with a ColBERT alone; use recipes/train.py for others"
+            f"teacher.kind, teacher.mixed_with: only a ColBERT alone works here; use {command('train')} for others"
         )
 
 
@@ -152,7 +153,7 @@ def check_together(settings: TrainSettings) -> None:
     if triples.path is None and teacher.score_columns is not None:
         raise SettingsError(
             f"teacher.scores: {teacher.score_columns} are columns of triples, or a file that is not there; name the "
-            "triples with triples.path (recipes/score.py writes them), or give the right path of a file"
+            f"triples with triples.path ({command('score')} writes them), or give the right path of a file"
         )
     if triples.streaming:
         if triples.path is None:

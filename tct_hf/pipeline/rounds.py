@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.round_report import RoundResult, open_stores, round_name
-from tct_hf.files import claim
+from tct_hf.files import claim, command
 from tct_hf.pipeline.checks import check_colbert
 from tct_hf.pipeline.mine import check_judged, check_mining, mine, student_source
 from tct_hf.pipeline.settings import MiningSettings, TrainSettings, overridden
@@ -52,7 +52,7 @@ class Rounds:
         if settings.data.unlabelled or settings.data.questions is not None or settings.triples.path is not None:
             raise SettingsError(
                 "data.unlabelled, data.questions, triples.path: negatives are mined for judged train queries; leave "
-                "them out, or train with recipes/train.py"
+                f"them out, or train with {command('train')}"
             )
         if settings.student.kind != "dense":
             raise SettingsError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.data import shards as store
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
-from tct_hf.files import file_digest
+from tct_hf.files import command, file_digest
 from tct_hf.retrieval.bm25 import EXPANDED_B, EXPANDED_K1, BM25Index
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def describe_expansion(
         if not scores.is_dir():
             raise FileNotFoundError(
                 f"{scores}: drop_share is {drop_share}, but the queries have no scores: score them with "
-                "score_expansions (recipes/expand.py --teacher), or leave drop_share at 0"
+                f"score_expansions ({command('expand')} --teacher), or leave drop_share at 0"
             )
         store.read_manifest(scores, "scores")
         scores_sha256 = file_digest(scores / store.MANIFEST_FILE)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tct_hf.batches import pad_tokens, parts_of_like_length, score_where_the_passages_are, stack_columns
 from tct_hf.encoding.digests import weights_digest
+from tct_hf.files import command
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts, read_json
 
 Side = Literal["query", "document"]
@@ -259,7 +260,7 @@ class ColBERTTeacher(VectorTeacher):
                 raise ValueError(
                     f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection "
                     "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
-                    "train one from it (build_colbert, recipes/train.py)."
+                    f"train one from it (build_colbert, {command('train')})."
                 )
         return super().load(name_or_path)
 

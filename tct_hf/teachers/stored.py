@@ -13,6 +13,7 @@ from tct_hf.batches import spread_own
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.rows import shown
 from tct_hf.data.scores import ScoreSource, ScoreTable, check_score, plain
+from tct_hf.files import command
 from tct_hf.teachers.base import Columns, Rows, Teacher, Texts, check_scale
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ class StoredScores(Teacher):
             if self.column is None and name == "score" and "origin" in there:
                 raise ValueError(
                     f"{each[0]!r} holds what the miner found candidates by, and there is no {names[0]}_teacher_score: "
-                    'score the triples with recipes/score.py, or name these with column="score".'
+                    f'score the triples with {command("score")}, or name these with column="score".'
                 )
             return each
         wanted = "scores (a list, positive first)" if self.column is None else f"{self.column!r}"
         raise ValueError(
             f"The data set has the columns {list(there)}, but no {wanted}: name the scores with column=, keep them "
-            "with load_triples(..., scores=...), or make them with recipes/score.py."
+            f"with load_triples(..., scores=...), or make them with {command('score')}."
         )
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from tct_hf.encoding.precision import has_bfloat16
-from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, is_claimed, replace_dir, write_json_atomic
+from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, command, is_claimed, replace_dir, write_json_atomic
 from tct_hf.progress import human_duration
 from tct_hf.settings import environment, refuse_secret
 
@@ -163,7 +163,7 @@ def run_stage(
         try:
             trainer.push_to_hub()
         except OSError as error:
-            write(f"  not pushed: {error} The model is saved; push it with recipes/release.py.")
+            write(f"  not pushed: {error} The model is saved; push it with {command('release')}.")
     return final
 
 
