@@ -89,7 +89,7 @@ def check_colbert(teacher: TeacherSettings) -> None:
     teacher.kind = teacher.kind or "colbert"
     if teacher.kind != "colbert" or teacher.mixed_with:
         raise SettingsError(
-            f"teacher.kind, teacher.mixed_with: only a ColBERT alone works here; use {command('train')} for others"
+            f"teacher.kind, teacher.mixed_with: only a ColBERT works here; use {command('train')} for others"
         )
 
 

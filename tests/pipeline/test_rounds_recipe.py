@@ -182,7 +182,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
     [
         (["--rounds=-1"], "rounds: -1 is below 0"),
         (["--data.unlabelled=true"], "negatives are mined for judged train queries"),
-        (["--teacher.kind=bm25"], "this recipe works with a ColBERT alone"),
+        (["--teacher.kind=bm25"], "only a ColBERT works here"),
         (["--mining.depth=0"], "mining.depth=0: too few candidates"),
         (["--data.labels=0"], "has no judged train queries to mine for"),
         (["--later={student: {training: {temperature: -1}}}"], "later.student.training.temperature=-1"),
