@@ -218,7 +218,7 @@ def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(setti
     done = run(settings, tmp_path / "two", before=before)
     for line, times in (("[1/4] data", 1), ("[4/4] evaluate", 1), ("# ", 1), (f"step     6 of {STEPS}", 2)):
         assert sum(said.strip().startswith(line) for said in done.stdout.splitlines()) == times, line
-    assert len(results(tmp_path / "two")) == 13
+    assert len(results(tmp_path / "two")) == 17
     shutil.rmtree(tmp_path / "two" / "runs")
     before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
     again = run(settings, tmp_path / "two", before=before)
