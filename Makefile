@@ -80,7 +80,7 @@ format: $(VENV)/.installed-dev
 	"$(RUN)" -m ruff format .
 
 clean:
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist site .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 	find . -maxdepth 1 -name "*.egg-info" -print0 | xargs -0 rm -rf
 

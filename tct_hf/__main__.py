@@ -47,7 +47,7 @@ def main() -> None:
             sys.exit("tct-hf copy: name one new folder, such as tct-hf copy my-recipes")
         shutil.copytree(recipes, words[0], ignore=shutil.ignore_patterns("__pycache__"))
         print(f"Run one with: accelerate launch {words[0]}/train.py {words[0]}/quickstart.yaml")
-    elif command not in commands:
+    elif (command := command.replace("_", "-")) not in commands:
         sys.exit(f"tct-hf: there is no command {command!r}; choose from {', '.join([*commands, 'list', 'copy'])}")
     else:
         if words and not words[0].startswith("-") and not Path(words[0]).exists():

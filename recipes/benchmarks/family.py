@@ -158,7 +158,7 @@ def main() -> None:
         "data.max_queries": args.max_queries,
         "data.num_negatives": NEGATIVES,
     }
-    common = {**data, "encoder.document_length": args.document_length}
+    common = {**data, "encoder.encoding": "tct", "encoder.document_length": args.document_length}
     collection = read_collection(DataSettings(**{key.removeprefix("data."): v for key, v in data.items()}))
     colbert, cross, triples = output / "colbert" / "teacher", output / "cross-encoder", output / "triples.parquet"
     recipe(

@@ -59,7 +59,9 @@ def arms_of(
         seeds, against: of arms that name none.
     """
     if not arms or not seeds:
-        raise SettingsError("arms, seeds: there is nothing to compare; recipes/compare/labels.yaml is an example")
+        raise SettingsError(
+            "arms, seeds: there is nothing to compare; compare/labels.yaml, among the recipes, is an example"
+        )
     found: dict[str, Arm] = {}
     for name, given in arms.items():
         changes = dict(given or {})

@@ -216,7 +216,9 @@ class StudentSettings:
     scale: float | None = setting(
         None, "with tct: normalise vectors and learn the factor of cosines from here on; not when null"
     )
-    teacher_cache: str | None = setting(None, "folder to keep the teacher's token vectors in; null: encode every time")
+    teacher_cache: str | None = setting(
+        None, "folder of the teacher's vectors; null: OUTPUT/vectors for a mixture, else encode every time"
+    )
     teacher_cache_gigabytes: float = setting(20.0, "maximum size of that folder, at 15 kB a passage of 60 tokens")
     schedules: dict[str, Any] = setting(
         {}, "loss settings over training, such as {temperature: {start: 2.0, end: 0.5, shape: cosine}}"
