@@ -32,6 +32,7 @@ def named_settings(recipes: Path) -> dict[str, Path]:
 
 
 def main() -> None:
+    """Run the command that the process was started with."""
     recipes = recipes_folder()
     commands = {file.stem.replace("_", "-"): file for file in sorted(recipes.glob("*.py"))}
     command, *words = sys.argv[1:] or ["--help"]

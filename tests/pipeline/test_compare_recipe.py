@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tct_hf import read_run
-from tests.recipe import ROOT, in_this_process, write_material
+from tests.recipe import ROOT, write_material
 
 RECIPE = ROOT / "recipes" / "compare.py"
 ARMS = {"stock": [13, 14], "few-labels": [13, 14], "trained-ColBERT": [13]}
@@ -46,17 +46,6 @@ arms:
 """
     )
     return folder / "compare.yaml"
-
-
-@pytest.fixture(scope="module")
-def recipe(settings: Path, patch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(RECIPE, settings, patch)
-
-
-@pytest.fixture(scope="module")
-def whole(settings: Path, recipe: Callable[..., int]) -> Path:
-    assert recipe(settings.parent / "whole") == 0
-    return settings.parent / "whole"
 
 
 def results(folder: Path) -> dict[str, bytes]:

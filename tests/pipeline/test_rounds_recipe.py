@@ -14,7 +14,7 @@ from sentence_transformers import MultiVectorEncoder
 
 from tct_hf import validate_checkpoint
 from tests.models import tiny_colbert
-from tests.recipe import ROOT, STEPS, in_this_process, killed_at, run, write_material
+from tests.recipe import ROOT, STEPS, killed_at, run, write_material
 
 RECIPE = ROOT / "recipes" / "rounds.py"
 KILLED = ["round 1: mine", f"step     3 of {STEPS}", "round 1: student", "ColBERT teacher, round 1"]
@@ -36,17 +36,6 @@ later:
 """
     )
     return folder / "rounds.yaml"
-
-
-@pytest.fixture(scope="module")
-def recipe(settings: Path, patch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(RECIPE, settings, patch)
-
-
-@pytest.fixture(scope="module")
-def whole(settings: Path, recipe: Callable[..., int]) -> Path:
-    assert recipe(settings.parent / "whole") == 0
-    return settings.parent / "whole"
 
 
 def results(folder: Path) -> dict[str, bytes]:

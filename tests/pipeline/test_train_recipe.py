@@ -14,7 +14,8 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from tct_hf import read_run, validate_checkpoint
 from tct_hf.files import LOG_FILE
 from tests.models import tiny_colbert, tiny_modernbert
-from tests.recipe import RECIPE, STEPS, in_this_process, killed_at, launch, run, write_material
+from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
+from tests.recipe import STEPS, killed_at, launch, run, write_material
 from tests.warm_process import free_port
 
 SYSTEMS = ["bm25", "base-native", "base-maxsim", "student", "teacher"]
@@ -32,19 +33,6 @@ KILLED = {  # where the interrupted run is killed: the line it has just printed
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_material(tmp_path_factory.mktemp("material"))
-
-
-@pytest.fixture(scope="module")
-def recipe(settings: Path, patch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the recipe in this process; the exit status."""
-    return in_this_process(RECIPE, settings, patch)
-
-
-@pytest.fixture(scope="module")
-def whole(settings: Path, recipe: Callable[..., int]) -> Path:
-    """The folder of a whole run."""
-    assert recipe(settings.parent / "whole") == 0
-    return settings.parent / "whole"
 
 
 def results(folder: Path) -> dict[str, bytes]:
