@@ -14,67 +14,49 @@ import torch
 from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher
 from tct_hf.teachers import token_store
 from tct_hf.teachers.token_store import TokenStore
-from tests.models import tiny_colbert
-from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
+from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_teacher, make_trainer, triples
 
 SETTINGS = {"weights": "w"}
 
 
 def inputs(teacher: Any, queries: list[str], columns: list[list[str]]) -> dict[str, Any]:
-    rows = [{} for _ in queries]
-    return dict(teacher.collate(queries, columns, rows))
+    return dict(teacher.collate(queries, columns, [{} for _ in queries]))
 
 
 @pytest.fixture
-def colbert(tmp_path: Path) -> ColBERTTeacher:
-    return ColBERTTeacher(str(tiny_colbert(tmp_path / "colbert")), dtype="float32")
+def colbert(models: Path) -> ColBERTTeacher:
+    return make_teacher(models, "colbert")
 
 
-def test_scores_are_the_live_ones_in_half_precision_and_stay(colbert: ColBERTTeacher, tmp_path: Path) -> None:
+def test_scores_are_the_live_ones_in_half_precision_and_a_stored_text_is_neither_tokenised_nor_encoded(
+    colbert: ColBERTTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     columns = [PASSAGES[:4], PASSAGES[3:7]]  # one passage twice
     live = colbert.score_matrix(inputs(colbert, QUERIES[:4], columns), gather=False)
     cached = CachedTeacher(colbert, tmp_path / "cache")
-    batch = inputs(cached, QUERIES[:4], columns)
-    first = cached.score_matrix(batch, gather=False)
+    first = cached.score_matrix(inputs(cached, QUERIES[:4], columns), gather=False)
     assert (cached.hits, cached.misses) == (0, 4 + 7)
     torch.testing.assert_close(first, live, atol=5e-3, rtol=0)
     again = CachedTeacher(colbert, tmp_path / "cache")
     calls: list[str] = []
     colbert.model.register_forward_pre_hook(lambda module, args: calls.append("forward"))
-    second = again.score_matrix(batch, gather=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(colbert, "_preprocess", lambda *args: pytest.fail("tokenised"))
+        assert torch.equal(again.score_matrix(inputs(again, QUERIES[:4], columns), gather=False), first)
     assert not calls and (again.hits, again.misses) == (11, 0)
-    assert torch.equal(first, second)
     again.score_matrix(inputs(again, ["a new query"], [PASSAGES[:1]]), gather=False)
     assert calls == ["forward"] and again.misses == 1
-
-
-def test_a_batch_of_stored_texts_is_read_not_tokenised(
-    colbert: ColBERTTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cached = CachedTeacher(colbert, tmp_path / "cache")
-    columns = [PASSAGES[:4], PASSAGES[3:7]]
-    first = cached.score_matrix(inputs(cached, QUERIES[:4], columns), gather=False)
-
-    def refused(*args: Any) -> None:
-        raise AssertionError("tokenised")
-
-    monkeypatch.setattr(colbert, "_preprocess", refused)
-    batch = inputs(cached, QUERIES[:4], columns)
-    assert torch.equal(cached.score_matrix(batch, gather=False), first)
-    assert (cached.hits, cached.misses) == (11, 11)
-    again = pickle.loads(pickle.dumps(cached.store))  # for workers that are not forked
-    assert len(again) == 11 and again.get(int(batch["keys"].numpy().view(np.uint64)[0, 0])) is not None
+    assert len(pickle.loads(pickle.dumps(again.store))) == 12  # for workers that are not forked
 
 
 def test_another_teacher_has_another_folder(colbert: ColBERTTeacher, tmp_path: Path) -> None:
-    other = ColBERTTeacher(str(tiny_colbert(tmp_path / "other")), dtype="float32")
-    with torch.no_grad():
-        next(other.model.parameters()).add_(0.5)
-    for teacher in (colbert, other):
-        cached = CachedTeacher(teacher, tmp_path / "cache")
+    for _ in range(2):
+        cached = CachedTeacher(colbert, tmp_path / "cache")
         scores = cached.score_matrix(inputs(cached, QUERIES[:2], [PASSAGES[:2]]), gather=False)
-        live = teacher.score_matrix(inputs(teacher, QUERIES[:2], [PASSAGES[:2]]), gather=False)
+        live = colbert.score_matrix(inputs(colbert, QUERIES[:2], [PASSAGES[:2]]), gather=False)
         torch.testing.assert_close(scores, live, atol=5e-3, rtol=0)
+        with torch.no_grad():
+            next(colbert.model.parameters()).add_(0.5)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 

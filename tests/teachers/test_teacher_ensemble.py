@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tct_hf import CachedTeacher, NoTeacher, StoredScores, Teacher, TeacherEnsemble
+from tct_hf import NoTeacher, Teacher, TeacherEnsemble
 from tct_hf.batches import spread_own
-from tests.train_helpers import logged, make_models, make_trainer, with_scores
 
 
 class Fixed(Teacher):
@@ -139,37 +137,18 @@ def test_standard_scores_are_finite_and_do_not_know_scale_and_shift(
         np.testing.assert_allclose(other, one, atol=2e-2)
 
 
-def test_of_two_candidates_standard_leaves_the_order_and_of_equal_ones_nothing() -> None:
-    scores = np.array([[3.0, 2.999], [7.7, 7.7], [-5.0, 100.0]])
-    own = said(TeacherEnsemble({Fixed(scores, "own"): 1.0}), 3, 2)
-    np.testing.assert_allclose(np.take_along_axis(own, PLACES, 1), [[1, -1], [0, 0], [-1, 1]], atol=1e-3)
-
-
-def test_a_mixture_teaches_with_stored_scores_and_a_cached_colbert(tmp_path: Path) -> None:
-    student, colbert = make_models(tmp_path)
-    cached = CachedTeacher(colbert, tmp_path / "cache")
-    mixture = TeacherEnsemble({StoredScores(column="scores"): 2.0, cached: 1.0})
-    trainer = make_trainer(tmp_path / "run", student, mixture, with_scores(16), num_train_epochs=6)
-    trainer.train()
-    losses = logged(trainer)
-    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] and cached.hits > 0
-    with pytest.raises(ValueError, match="but no 'label'"):
-        ensemble = TeacherEnsemble({StoredScores(column="label"): 1.0, colbert: 1.0})
-        make_trainer(tmp_path / "run", student, ensemble, with_scores(16))
-    with pytest.raises(ValueError, match="TeacherEnsemble here scores a query's own candidates only"):
-        make_trainer(tmp_path / "run", student, TeacherEnsemble({StoredScores(): 1.0}), with_scores(16))
-
-
-def test_what_is_no_ensemble_is_refused() -> None:
-    one = NoTeacher()
-    for teachers, message in (
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
         ({}, "needs at least one teacher"),
-        ({one: 0.0}, "weight of a NoTeacher is 0.0"),
-        ({one: math.nan}, "weight of a NoTeacher is nan"),
+        ({NoTeacher(): 0.0}, "weight of a NoTeacher is 0.0"),
+        ({NoTeacher(): math.nan}, "weight of a NoTeacher is nan"),
         ([("colbert", 1.0)], "holds teachers, no str"),
-        ({TeacherEnsemble({one: 1.0}): 1.0}, "go into one list"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TeacherEnsemble(teachers)  # type: ignore[arg-type]
+        ({TeacherEnsemble({NoTeacher(): 1.0}): 1.0}, "go into one list"),
+    ],
+)
+def test_what_is_no_ensemble_is_refused(teachers: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeacherEnsemble(teachers)
     with pytest.raises(ValueError, match='must be "standard", "softmax" or "none"'):
-        TeacherEnsemble({one: 1.0}, normalize="rank")  # type: ignore[arg-type]
+        TeacherEnsemble({NoTeacher(): 1.0}, normalize="rank")  # type: ignore[arg-type]

@@ -8,25 +8,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
 
 from tct_hf import ColBERTTeacher, NoTeacher
-from tests.train_helpers import make_models, make_trainer, reference_of_batch, triples
+from tests.train_helpers import make_teacher, make_trainer, reference_of_batch, triples
 
 MIXED = [True, False, False, True, False, False, True, False]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    student, _ = make_models(path)
-    student.save_pretrained(str(path / "student"))
-    return path
-
-
-def load(models: Path) -> tuple[SentenceTransformer, ColBERTTeacher]:
-    teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
-    return SentenceTransformer(str(models / "student"), device="cpu"), teacher
+def teacher_of(models: Path) -> ColBERTTeacher:
+    return make_teacher(models, "colbert")
 
 
 def flagged(labelled: list[bool], *, negatives: int = 2) -> Dataset:
@@ -48,32 +38,31 @@ def loss_of_batch(trainer: Any, student: Any) -> tuple[float, dict[str, float], 
     ("labelled", "candidates", "weight"),
     [
         (MIXED, "in-batch", 0.3),
-        (MIXED, "own", 0.3),
-        (MIXED, "in-batch", 0.0),
+        (MIXED, "own", 0.0),
         ([False] * 8, "in-batch", 0.3),
         ([True] * 8, "own", 0.3),
+        ([True] * 8, "in-batch", 1.0),  # without a teacher
     ],
 )
 def test_loss_of_a_batch_with_unlabelled_rows_equals_an_independent_numpy_version(
-    models: Path, tmp_path: Path, labelled: list[bool], candidates: str, weight: float
+    models: Path, student: Any, tmp_path: Path, labelled: list[bool], candidates: str, weight: float
 ) -> None:
-    student, teacher = load(models)
+    teacher = teacher_of(models) if weight < 1 else None
     dataset = flagged(labelled)
     settings = {"temperature": 0.5, "student_temperature": 2.0}
     options = {**settings, "hard_label_weight": weight, "candidates": candidates}
-    trainer = make_trainer(tmp_path, student, teacher, dataset, **options)
+    trainer = make_trainer(tmp_path, student, teacher or NoTeacher(), dataset, **options)
     loss, parts, batch = loss_of_batch(trainer, student)
     hard, soft = reference_of_batch(
         student, teacher, dataset, batch, **settings, weight=weight, own_only=candidates == "own"
     )
     assert loss == pytest.approx(hard + soft, abs=2e-5)
     assert (parts["hard_label"], parts["distillation"]) == pytest.approx((hard, soft), abs=2e-5)
-    assert bool(hard > 0) is (weight > 0 and any(labelled)) and soft > 0
+    assert bool(hard > 0) is (weight > 0 and any(labelled)) and bool(soft > 0) is (weight < 1)
 
 
-def test_unlabelled_rows_mask_no_candidate_and_have_no_positive(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
-    trainer = make_trainer(tmp_path, student, teacher, flagged(MIXED))
+def test_unlabelled_rows_mask_no_candidate_and_have_no_positive(models: Path, student: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, student, teacher_of(models), flagged(MIXED))
     [batch] = list(trainer.get_train_dataloader())
     targets = trainer.teacher_targets(trainer.collect_features(batch)[0], batch["tct"], trainer.loss)
     flags = batch["tct"]["labelled"]
@@ -83,39 +72,25 @@ def test_unlabelled_rows_mask_no_candidate_and_have_no_positive(models: Path, tm
     assert not targets.mask[flags].all(dim=1).any()  # each labelled row's positive is in the batch once more
 
 
-@pytest.mark.parametrize("wrong", [1, "yes", None])
-def test_a_flag_that_is_no_bool_is_refused(models: Path, tmp_path: Path, wrong: Any) -> None:
+@pytest.mark.parametrize("wrong", [1, None])
+def test_a_flag_that_is_no_bool_is_refused(student: Any, tmp_path: Path, wrong: Any) -> None:
     dataset = triples(8).add_column("labelled", [wrong] * 8)  # type: ignore[call-arg]
-    trainer = make_trainer(tmp_path, *load(models), dataset)
+    trainer = make_trainer(tmp_path, student, NoTeacher(), dataset, hard_label_weight=1.0)
     with pytest.raises(ValueError, match=r"Column 'labelled' holds .*give true, or false"):
         list(trainer.get_train_dataloader())
 
 
-@pytest.mark.parametrize("candidates", ["in-batch", "own"])
-def test_without_a_teacher_the_loss_is_that_of_the_hard_labels(models: Path, tmp_path: Path, candidates: str) -> None:
-    student, _ = load(models)
-    dataset = triples(8, negatives=2)
-    trainer = make_trainer(tmp_path, student, NoTeacher(), dataset, hard_label_weight=1.0, candidates=candidates)
-    loss, parts, batch = loss_of_batch(trainer, student)
-    hard, _ = reference_of_batch(
-        student, None, dataset, batch, temperature=1.0, weight=1.0, own_only=candidates == "own"
-    )
-    assert loss == pytest.approx(hard, abs=2e-5)
-    assert parts == pytest.approx({"hard_label": hard, "distillation": 0.0}, abs=2e-5)
-
-
-def test_rows_with_the_same_flags_and_known_positives_are_no_duplicates(models: Path, tmp_path: Path) -> None:
+def test_rows_with_the_same_flags_and_known_positives_are_no_duplicates(
+    models: Path, student: Any, tmp_path: Path
+) -> None:
     texts = [f"{word} {number}" for number, word in enumerate(["tokens", "dense", "query", "teacher"] * 2)]
     rows = Dataset.from_dict(
         {
-            "query": [f"what is {text}" for text in texts],
-            "positive": [f"the passage of {text}" for text in texts],
-            "negative": [f"a student of {text}" for text in texts],
-            "positive_id": [f"p{number}" for number in range(8)],
-            "negative_id": [f"n{number}" for number in range(8)],
+            **{name: [f"{name} of {text}" for text in texts] for name in ("query", "positive", "negative")},
+            **{f"{name}_id": [f"{name}{number}" for number in range(8)] for name in ("positive", "negative")},
             "known_positive_ids": [["p"]] * 8,
             "labelled": [False] * 8,
         }
     )
-    trainer = make_trainer(tmp_path, *load(models), rows, batch_sampler="no_duplicates")
+    trainer = make_trainer(tmp_path, student, teacher_of(models), rows, batch_sampler="no_duplicates")
     assert [len(batch["tct"]["labelled"]) for batch in trainer.get_train_dataloader()] == [8]

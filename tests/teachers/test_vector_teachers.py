@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tct_hf import ColBERTTeacher, DenseTeacher, build_student, student_from_teacher
+from tct_hf import ColBERTTeacher, DenseTeacher, student_from_teacher
 from tct_hf.batches import passes as cut_into_passes
 from tct_hf.encoding.kinds import TRAINING_FILE
-from tct_hf.teachers.base import read_training_scale, write_training_scale
+from tct_hf.teachers.base import write_training_scale
 from tests.models import (
     load_colbert,
     pylate_colbert,
@@ -78,7 +80,7 @@ def own_scores(model: MultiVectorEncoder, queries: Sequence[str], columns: Seque
     )
 
 
-def score(teacher: ColBERTTeacher, queries: Sequence[str], columns: Sequence[Sequence[str]]) -> Tensor:
+def score(teacher: Any, queries: Sequence[str], columns: Sequence[Sequence[str]]) -> Tensor:
     inputs = teacher.collate(queries, columns, [{}] * len(queries))
     assert inputs is not None
     return teacher.score_matrix(inputs, gather=False)
@@ -99,29 +101,23 @@ def record_forwards(teacher: ColBERTTeacher, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (13, 2)])
-def test_scores_equal_the_models_own_one_text_at_a_time(
-    encoders: dict[str, MultiVectorEncoder], format: str, rows: int, columns: int
-) -> None:
-    model = encoders[format]
-    queries, passages = TEXTS[:rows], columns_of(rows, columns)
-    expected = own_scores(model, queries, passages)
-    found = score(ColBERTTeacher(model, dtype="float32"), queries, passages)
-    assert found.dtype == torch.float32 and found.shape == (rows, rows * columns)
+def test_scores_equal_the_models_own_one_text_at_a_time(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
+    model, passages = encoders[format], columns_of(13, 2)
+    expected = own_scores(model, TEXTS, passages)
+    found = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
+    assert found.dtype == torch.float32 and found.shape == (13, 26)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert rows == 1 or expected.std() > 0.1  # scores that tell the candidates apart
+    assert expected.std() > 0.1  # scores that tell the candidates apart
 
 
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(("tokens_per_pass", "chunk_elements"), [(1, 5_000), (200, 1)])
 def test_passes_hold_so_many_tokens_and_neither_they_nor_chunks_change_scores(
     encoders: dict[str, MultiVectorEncoder],
-    format: str,
     tokens_per_pass: int,
     chunk_elements: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, passages = encoders[format], columns_of(13, 2)
+    model, passages = encoders["stanford"], columns_of(13, 2)
     whole = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
     parts = ColBERTTeacher(model, dtype="float32", tokens_per_pass=tokens_per_pass, chunk_elements=chunk_elements)
     seen = record_forwards(parts, monkeypatch)
@@ -159,20 +155,18 @@ def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
     assert sizes[1 << 18] <= 1 << 18
 
 
-@pytest.mark.parametrize("format", FORMATS)
 def test_a_model_that_compares_by_the_mean_over_query_tokens_is_scored_so(
-    encoders: dict[str, MultiVectorEncoder], format: str
+    encoders: dict[str, MultiVectorEncoder],
 ) -> None:
-    model = copy.deepcopy(encoders[format])
+    model = copy.deepcopy(encoders["pylate"])
     model.similarity_fn_name = "meanmaxsim"
     teacher, passages = ColBERTTeacher(model, dtype="float32"), columns_of(13, 2)
-    assert teacher.score_kind == "MeanMaxSim" and ColBERTTeacher(encoders[format]).score_kind == "MaxSim"
+    assert teacher.score_kind == "MeanMaxSim" and ColBERTTeacher(encoders["pylate"]).score_kind == "MaxSim"
     found = score(teacher, TEXTS, passages)
     torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-5, rtol=0)
-    assert found.max() <= 1.001  # the mean of cosines, however long and padded the query
     inputs = teacher.collate(TEXTS, passages, [{}] * 13)
     assert inputs is not None
-    inputs["query"] = {
+    inputs["query"] = {  # the mean of cosines, however padded the query
         key: torch.nn.functional.pad(value, (0, 7)) if isinstance(value, Tensor) and value.ndim == 2 else value
         for key, value in inputs["query"].items()
     }
@@ -200,22 +194,11 @@ def test_an_embedding_models_scores_are_those_of_its_own_encoding_and_similarity
     passages = columns_of(13, 2)
     expected = model.similarity(model.encode_query(TEXTS), model.encode_document(passages[0] + passages[1]))
     model.save_pretrained(str(tmp_path / "saved"))
-    for given in (model, tmp_path / "saved"):
-        teacher = DenseTeacher(given, dtype="float32", tokens_per_pass=100)
+    for source in (model, tmp_path / "saved"):
+        teacher = DenseTeacher(source, dtype="float32", tokens_per_pass=100)
         assert teacher.score_kind == similarity and teacher.training_scale == 1.0
-        found = score(teacher, TEXTS, passages)  # type: ignore[arg-type]
+        found = score(teacher, TEXTS, passages)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    half = score(DenseTeacher(model, dtype="bfloat16"), TEXTS, passages)  # type: ignore[arg-type]
-    torch.testing.assert_close(half, expected, atol=0.05 * float(expected.abs().max()), rtol=0)
-
-
-def test_a_colbert_is_no_embedding_model(
-    checkpoints: dict[str, Path], encoders: dict[str, MultiVectorEncoder]
-) -> None:
-    with pytest.raises(ValueError, match="needs a SentenceTransformer, got MultiVectorEncoder"):
-        DenseTeacher(encoders["tct"])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is a MultiVectorEncoder, one vector a token, and no embedding model"):
-        DenseTeacher(checkpoints["tct"])
 
 
 # Tokens: the student's where they are the same, its own elsewhere.
@@ -230,45 +213,34 @@ def student_inputs(
     return {"query": features(queries, "query"), "columns": [features(column, "document") for column in columns]}
 
 
-def test_a_student_of_the_same_tokens_is_not_tokenised_twice_and_scores_are_right(
-    encoders: dict[str, MultiVectorEncoder],
+# For our own format, only the length of passages differs at 63: no short text would show it.
+@pytest.mark.parametrize(
+    ("format", "length", "shared"), [("tct", 64, True), ("tct", 63, False), ("pylate", 59, False)]
+)
+def test_only_a_student_of_the_same_tokens_is_not_tokenised_twice_and_scores_are_right(
+    encoders: dict[str, MultiVectorEncoder], format: str, length: int, shared: bool
 ) -> None:
-    teacher = ColBERTTeacher(encoders["tct"], dtype="float32")
-    student = student_from_teacher(teacher, document_length=64)
-    passages = columns_of(13, 2)
-    teacher.attach(student)
-    assert teacher.shares_tokens and teacher.collate(TEXTS, passages, [{}] * 13) is None
-    found = teacher.score_matrix(student_inputs(student, TEXTS, passages), gather=False)
-    torch.testing.assert_close(found, own_scores(encoders["tct"], TEXTS, passages), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_student_of_other_tokens_gets_its_own(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
     teacher = ColBERTTeacher(encoders[format], dtype="float32")
-    # For our own format, only the length of passages differs: no short text would show it.
-    student = student_from_teacher(teacher, document_length=63)
-    teacher.attach(student)
-    assert not teacher.shares_tokens
+    student = student_from_teacher(teacher, document_length=length)
     passages = columns_of(13, 2)
-    found = score(teacher, TEXTS, passages)
+    teacher.attach(student)
+    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
+    assert (inputs is None) is teacher.shares_tokens is shared
+    found = teacher.score_matrix(inputs or student_inputs(student, TEXTS, passages), gather=False)
     torch.testing.assert_close(found, own_scores(encoders[format], TEXTS, passages), atol=1e-4, rtol=0)
 
 
 def test_attaching_to_another_student_is_decided_anew(encoders: dict[str, MultiVectorEncoder], tmp_path: Path) -> None:
     teacher = ColBERTTeacher(encoders["tct"])
     for settings, shared in (
-        ({"document_length": 64}, True),
         ({"document_length": 64, "query_augmentation": False}, False),
         ({"document_length": 64, "query_length": 35}, False),
         ({"document_length": 64}, True),
     ):
-        teacher.attach(student_from_teacher(teacher, **settings))
+        student = student_from_teacher(teacher, **settings)
+        teacher.attach(student)
         assert teacher.shares_tokens is shared, settings
     # The same model with one more word in its vocabulary reads some texts differently.
-    base = tiny_bert(tmp_path / "base")
-    student = build_student(str(base), encoding="tct", document_length=64)
-    teacher.attach(student)
-    assert teacher.shares_tokens
     student.tokenizer.add_tokens(["zyxw"])
     teacher.attach(student)
     assert not teacher.shares_tokens
@@ -310,15 +282,12 @@ def test_passages_padded_on_the_left_keep_their_positions(encoders: dict[str, Mu
     torch.testing.assert_close(teacher.score_matrix(inputs, gather=False), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("prompts", [{"query": "", "passage": "the "}, {"query": "a ", "corpus": "of "}])
-def test_prompts_are_those_the_model_encodes_with(
-    encoders: dict[str, MultiVectorEncoder], prompts: dict[str, str]
-) -> None:
+def test_prompts_are_those_the_model_encodes_with(encoders: dict[str, MultiVectorEncoder]) -> None:
     model = copy.deepcopy(encoders["stanford"])
-    model.prompts = prompts
-    passages = columns_of(13, 1)
-    found = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
-    torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-4, rtol=0)
+    for prompts in ({"query": "", "passage": "the "}, {"query": "a ", "corpus": "of "}):
+        model.prompts = prompts
+        found = score(ColBERTTeacher(model, dtype="float32"), TEXTS, columns_of(13, 1))
+        torch.testing.assert_close(found, own_scores(model, TEXTS, columns_of(13, 1)), atol=1e-4, rtol=0)
 
 
 # Mode, gradients and types.
@@ -327,26 +296,22 @@ def test_prompts_are_those_the_model_encodes_with(
 def test_scoring_is_in_evaluation_mode_and_makes_no_graph(tmp_path: Path) -> None:
     model = load_colbert(tiny_colbert(tmp_path, dropout=0.5))
     teacher = ColBERTTeacher(model, dtype="float32")
-    assert not any(module.training for module in model.modules())
     expected = score(teacher, TEXTS, columns_of(13, 1))
     model.train()
     found = score(teacher, TEXTS, columns_of(13, 1))
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected) and not found.requires_grad
     assert not any(module.training for module in model.modules())
-    assert not found.requires_grad and found.grad_fn is None
     assert all(parameter.requires_grad for parameter in model.parameters())  # the caller's model is left as it was
 
 
 def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEncoder]) -> None:
-    format = "pylate"
-    passages = columns_of(13, 2)
-    full = score(ColBERTTeacher(encoders[format], dtype="float32"), TEXTS, passages)
-    half = score(ColBERTTeacher(encoders[format], dtype="bfloat16"), TEXTS, passages)
+    model, passages = encoders["pylate"], columns_of(13, 2)
+    full, half = (score(ColBERTTeacher(model, dtype=dtype), TEXTS, passages) for dtype in ("float32", "bfloat16"))
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     # Sums of 32 or 36 cosines, each of vectors that are right to about 1%.
     torch.testing.assert_close(half, full, atol=0.3, rtol=0)
     assert (half - full).abs().mean() < 0.1
-    assert all(parameter.dtype == torch.float32 for parameter in encoders[format].parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -361,19 +326,14 @@ def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_
 # Making one.
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_make_no_sense_are_refused(encoders: dict[str, MultiVectorEncoder]) -> None:
+    for settings, message in (
         ({"dtype": "float16"}, "dtype='float16' is not known"),
         ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
         ({"training_scale": 0.0}, "training_scale is 0.0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(
-    encoders: dict[str, MultiVectorEncoder], settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        ColBERTTeacher(encoders["tct"], **settings)
+    ):
+        with pytest.raises(ValueError, match=message):
+            ColBERTTeacher(encoders["tct"], **settings)
 
 
 def test_training_scale_is_written_beside_a_checkpoint_and_read_back(
@@ -381,9 +341,8 @@ def test_training_scale_is_written_beside_a_checkpoint_and_read_back(
 ) -> None:
     path = tmp_path / "colbert"
     encoders["tct"].save_pretrained(str(path))
-    assert ColBERTTeacher(path).training_scale == read_training_scale(str(path)) == 1.0
+    assert ColBERTTeacher(path).training_scale == 1.0
     write_training_scale(path, 384)
-    assert read_training_scale(str(path)) == 384.0
     assert ColBERTTeacher(path).training_scale == ColBERTTeacher(str(path)).training_scale == 384.0
     assert ColBERTTeacher(path, training_scale=2.0).training_scale == 2.0
     assert json.loads((path / TRAINING_FILE).read_text()) == {"training_scale": 384.0}
@@ -392,24 +351,30 @@ def test_training_scale_is_written_beside_a_checkpoint_and_read_back(
 # The cut into passes.
 
 
-@pytest.mark.parametrize("budget", [1, 50, 1000])
-@pytest.mark.parametrize("padding", [0, 64, 10_000])
-def test_passes_hold_every_row_once_within_both_limits(budget: int, padding: int) -> None:
-    generator = torch.Generator().manual_seed(budget + padding)
-    lengths = torch.randint(1, 155, (100,), generator=generator).tolist()
+@given(
+    lengths=st.lists(st.integers(1, 155), min_size=1, max_size=60),
+    budget=st.integers(1, 1000),
+    padding=st.sampled_from([0, 64, 10_000]),
+)
+def test_passes_hold_every_row_once_within_both_limits(lengths: list[int], budget: int, padding: int) -> None:
     passes = cut_into_passes(lengths, budget, padding)
-    assert sorted(row for rows in passes for row in rows) == list(range(100))
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
     for rows in passes:
         tokens = len(rows) * max(lengths[row] for row in rows)
         assert tokens <= budget or len(rows) == 1
         assert tokens - sum(lengths[row] for row in rows) <= padding
 
 
-def test_a_model_that_would_get_a_random_projection_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a BertModel and no ColBERT: its projection would be random"):
-        ColBERTTeacher(str(tiny_bert(tmp_path / "base")))
-    with pytest.raises(ValueError, match="is a BertForSequenceClassification and no ColBERT"):
-        ColBERTTeacher(str(tiny_cross_encoder(tmp_path / "cross-encoder")))
-    CrossEncoder(str(tmp_path / "cross-encoder"), device="cpu").save_pretrained(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="is a CrossEncoder, one score a pair, and no ColBERT"):
-        ColBERTTeacher(str(tmp_path / "saved"))
+def test_a_model_of_another_kind_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    cross_encoder = tiny_cross_encoder(tmp_path / "cross-encoder")
+    CrossEncoder(str(cross_encoder), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    teachers: list[tuple[Any, Any, str]] = [
+        (ColBERTTeacher, tiny_bert(tmp_path / "b"), "BertModel and no ColBERT: its projection would be random"),
+        (ColBERTTeacher, cross_encoder, "is a BertForSequenceClassification and no ColBERT"),
+        (ColBERTTeacher, tmp_path / "saved", "is a CrossEncoder, one score a pair, and no ColBERT"),
+        (DenseTeacher, load_colbert(checkpoints["tct"]), "needs a SentenceTransformer, got MultiVectorEncoder"),
+        (DenseTeacher, checkpoints["tct"], "is a MultiVectorEncoder, one vector a token, and no embedding model"),
+    ]
+    for kind, model, message in teachers:
+        with pytest.raises(ValueError, match=message):
+            kind(model)
