@@ -12,11 +12,23 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
 from tct_hf.batches import stack_columns, take
+from tct_hf.encoding.digests import weights_digest
 from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
-from tct_hf.teachers.colbert import TEXTS_AT_ONCE, Side, VectorTeacher, describe_teacher, halves, padded
+from tct_hf.teachers.colbert import (
+    TEXTS_AT_ONCE,
+    ColBERTTeacher,
+    DenseTeacher,
+    Side,
+    VectorTeacher,
+    describe_teacher,
+    halves,
+    padded,
+)
 from tct_hf.teachers.token_store import TokenStore
 
 
@@ -184,3 +196,45 @@ class CachedTeacher(Teacher):
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
         """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
         return self.teacher.scores(queries, passages)
+
+
+class _PooledAndTokens(ColBERTTeacher):
+    """The pooled vector of a text, then its token vectors, of one forward pass."""
+
+    def __init__(self, pooled: DenseTeacher, tokens: ColBERTTeacher) -> None:
+        super().__init__(tokens.model, dtype=tokens.dtype, tokens_per_pass=pooled.tokens_per_pass)
+        self.pooled = pooled
+
+    def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
+        vector, one = self.pooled.forward(features, side)  # leaves what is pooled in the features
+        out: Any = features
+        for module in list(self.model)[1:]:
+            out = module(out, **({"task": side} if isinstance(module, MultiVectorMask) else {}))
+        return torch.cat([vector, out["token_embeddings"]], 1), torch.cat([one, out["attention_mask"].bool()], 1)
+
+
+def encode_together(pooled: CachedTeacher, tokens: CachedTeacher, texts: Sequence[str]) -> None:
+    """Keep the pooled and the token vectors of passages, of one forward pass; nothing where two encoders make them."""
+    one, other = pooled.teacher, tokens.teacher
+    assert isinstance(one, DenseTeacher) and isinstance(other, ColBERTTeacher)
+    if (
+        not isinstance(one.model[1], Pooling)
+        or not isinstance(other.model[1], MultiVectorMask)  # no projection
+        or one.model.get_embedding_dimension() != other.model.get_embedding_dimension()
+        or one.compute_dtype != other.compute_dtype
+        or weights_digest(one.model[0]) != weights_digest(other.model[0])
+        or not one.reads_like(other.model, other.preprocess)
+    ):
+        return
+    both, keyed = _PooledAndTokens(one, other), {_key("document", text): text for text in texts}
+    for store in (pooled.store, tokens.store):
+        store.refresh()
+    missing = [key for key in keyed if pooled.store.get(key) is None and tokens.store.get(key) is None]
+    missing.sort(key=lambda key: len(keyed[key]))
+    for start in range(0, len(missing), TEXTS_AT_ONCE):
+        if pooled.store.full or tokens.store.full:
+            return
+        keys = missing[start : start + TEXTS_AT_ONCE]
+        made = both.vectors([keyed[key] for key in keys], "document")
+        pooled.store.put(keys, [vectors[:1] for vectors in made])
+        tokens.store.put(keys, [vectors[1:] for vectors in made])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -95,20 +95,25 @@ class VectorTeacher(ModelTeacher):
 
     def attach(self, student: SentenceTransformer) -> None:
         """Find out whether the student's tokens are this teacher's too."""
+
+        def preprocess(texts: Sequence[str], side: str) -> dict[str, Any]:
+            return student.preprocess(texts, prompt=student.prompts.get(side), task=side)
+
+        self.shares_tokens = self.reads_like(student, preprocess)
+
+    def reads_like(self, model: Any, preprocess: Callable[[Sequence[str], str], Features]) -> bool:
+        """Whether another model makes the same tokens of texts."""
         # Expanded queries show their length without a text that fills it, of which sentence-transformers warns once.
-        expanded = [getattr(model[0], "query_expansion", None) for model in (self.model, student)]
+        expanded = [getattr(one[0], "query_expansion", None) for one in (self.model, model)]
         fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
         probes = {"query": _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES, "document": _TOKEN_PROBES}
         # The vocabulary too: two of one family may agree on the probes and differ in a few words.
-        self.shares_tokens = self.model.tokenizer.get_vocab() == student.tokenizer.get_vocab() and all(
-            _same_tokens(
-                self._preprocess(texts, side), student.preprocess(texts, prompt=student.prompts.get(side), task=side)
-            )
-            for side, texts in probes.items()
+        return self.model.tokenizer.get_vocab() == model.tokenizer.get_vocab() and all(
+            _same_tokens(self.preprocess(texts, side), preprocess(texts, side)) for side, texts in probes.items()
         )
 
-    def _preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
-        # The prompt that encode_query and encode_document would take.
+    def preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
+        """Tokens of texts, with the prompt that encode_query and encode_document would take."""
         names = ("query",) if side == "query" else ("document", "passage", "corpus")
         prompts = self.model.prompts
         name = next((name for name in names if name in prompts), self.model.default_prompt_name)
@@ -119,8 +124,8 @@ class VectorTeacher(ModelTeacher):
         if self.shares_tokens:
             return None
         return {
-            "query": self._preprocess(queries, "query"),
-            "columns": [self._preprocess(column, "document") for column in columns],
+            "query": self.preprocess(queries, "query"),
+            "columns": [self.preprocess(column, "document") for column in columns],
         }
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
@@ -219,7 +224,7 @@ class VectorTeacher(ModelTeacher):
         with torch.inference_mode():
             for start in range(0, len(order), TEXTS_AT_ONCE):
                 rows = order[start : start + TEXTS_AT_ONCE]
-                features = send_to_device(self._preprocess([texts[row] for row in rows], side), self.model.device)
+                features = send_to_device(self.preprocess([texts[row] for row in rows], side), self.model.device)
                 made |= zip(rows, halves(*self.encode([features], side)), strict=True)
         return [made[row] for row in range(len(texts))]
 

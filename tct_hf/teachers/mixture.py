@@ -19,7 +19,7 @@ from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
 from tct_hf.teachers.base import Dtype, Teacher, device_of
 from tct_hf.teachers.bm25 import BM25Teacher
-from tct_hf.teachers.cached import CachedTeacher
+from tct_hf.teachers.cached import CachedTeacher, encode_together
 from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 
@@ -137,6 +137,9 @@ def search_mixture(
     ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
     rows = {name: row for row, name in enumerate(ids)}
     dense = [one for one, _ in searchers if not isinstance(one, BM25Teacher)]
+    kept = [[one for one, _ in some if isinstance(one, CachedTeacher)] for some in (searchers, rerankers)]
+    if all(kept) and len(texts) <= len(queries) * depth:  # then most passages will be scored by all
+        encode_together(kept[0][0], kept[1][0], texts)
     found = [collection_bm25(collection).run(dict(queries), depth)]
     found += [dense_run(one, ids, texts, queries, depth) for one in dense]
     run: Run = {}

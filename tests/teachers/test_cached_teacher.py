@@ -41,7 +41,7 @@ def test_scores_are_the_live_ones_in_half_precision_and_a_stored_text_is_neither
     calls: list[str] = []
     colbert.model.register_forward_pre_hook(lambda module, args: calls.append("forward"))
     with monkeypatch.context() as patch:
-        patch.setattr(colbert, "_preprocess", lambda *args: pytest.fail("tokenised"))
+        patch.setattr(colbert, "preprocess", lambda *args: pytest.fail("tokenised"))
         assert torch.equal(again.score_matrix(inputs(again, QUERIES[:4], columns), gather=False), first)
     assert not calls and (again.hits, again.misses) == (11, 0)
     again.score_matrix(inputs(again, ["a new query"], [PASSAGES[:1]]), gather=False)

@@ -19,6 +19,7 @@ from tct_hf import BM25Teacher, TeacherEnsemble, build_student, calibrate, free_
 from tct_hf.data.collection import Collection, Split
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.teachers.base import Teacher
+from tct_hf.teachers.cached import encode_together
 from tct_hf.teachers.calibration import Calibration, fit_scales, held_out, read
 from tct_hf.teachers.mixture import list_scores, members_of
 from tests.models import tiny_bert
@@ -197,3 +198,31 @@ def test_cross_entropy_is_read_on_queries_that_the_scales_were_not_found_on() ->
     by_hand = [read(one, fit_scales(other, start)).cross_entropy for one, other in ((even, odd), (odd, even))]
     assert held_out(lists(), start) == pytest.approx(sum(by_hand) / 2)
     assert held_out(lists(), start) > read(lists(), fit_scales(lists(), start)).cross_entropy
+
+
+def test_one_forward_pass_gives_the_pooled_and_the_token_vectors_of_a_passage(
+    collection: Collection, base: str, tmp_path: Path
+) -> None:
+    texts = [*collection.corpus["text"], "", "word " * 200]
+    members = [
+        members_of(free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path / name))
+        for name in ("apart", "together")
+    ]
+    apart, together = ([made["cosine"], made["MeanMaxSim"]] for made in members)
+    encode_together(*together, texts)
+    passes: list[int] = []
+    for one in together:
+        one.teacher.model[0].register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    for one, other in zip(apart, together, strict=True):
+        for alone, shared in zip(one.vectors(texts, "document"), other.vectors(texts, "document"), strict=True):
+            assert np.array_equal(alone, shared)
+    assert not passes
+
+
+def test_two_encoders_share_no_forward_pass(collection: Collection, base: str, tmp_path: Path) -> None:
+    made = members_of(free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path))
+    pooled, tokens = made["cosine"], made["MeanMaxSim"]
+    with torch.no_grad():
+        next(tokens.teacher.model.parameters()).add_(0.5)
+    encode_together(pooled, tokens, collection.corpus["text"][:])
+    assert not len(pooled.store) and not len(tokens.store)
