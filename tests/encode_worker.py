@@ -2,7 +2,7 @@
 
 python -m tests.encode_worker MODEL OUTPUT [KILLED]
 
-KILLED: "read" (as a passage of the third shard is read), or a file's name (before it is put in place).
+KILLED: the name of a file; the process ends before it is put in place.
 """
 
 from __future__ import annotations
@@ -24,17 +24,6 @@ def passages(count: int = COUNT) -> Iterator[dict[str, str]]:
         yield {"id": f"p{row}", "text": " ".join(WORDS[(row * 5 + place) % 14] for place in range(1 + row * 7 % 30))}
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _killed_while_reading() -> Iterator[dict[str, str]]:
-    for row, passage in enumerate(passages()):
-        if row == 2 * SHARD + 2:
-            _die()
-        yield passage
-
-
 def main(model: str, output: str, killed: str = "") -> None:
     import torch
 
@@ -46,12 +35,16 @@ def main(model: str, output: str, killed: str = "") -> None:
 
     replace = os.replace
     if killed:
-        os.replace = lambda *args: _die() if os.path.basename(args[1]) == killed else replace(*args)
+
+        def put(source: str, target: str) -> None:
+            if os.path.basename(target) == killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = put  # type: ignore[assignment]
     state = process_state()
-    corpus = _killed_while_reading() if killed == "read" else passages()
-    encode_corpus(
-        SentenceTransformer(model, device="cpu"), corpus, output, precision="fp32", shard_size=SHARD, state=state
-    )
+    encoder = SentenceTransformer(model, device="cpu")
+    encode_corpus(encoder, passages(), output, precision="fp32", shard_size=SHARD, state=state)
     print(f"process {state.process_index} of {state.num_processes}", flush=True)
     state.destroy_process_group()
 

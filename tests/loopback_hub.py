@@ -72,7 +72,7 @@ class Repo:
 class Fault:
     method: str
     path: str
-    status: int | None  # None: the connection is cut after some of the body, of a GET the answer's
+    status: int | None  # None: the connection is cut after some of the body
     times: int
     headers: dict[str, str]
 
@@ -103,7 +103,6 @@ class LoopbackHub(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.uploaded: Counter[str] = Counter()  # sha256 of an LFS object or path of a regular file -> times sent
-        self.ranges: list[str] = []  # that downloads asked for
         self.on_request: Callable[[str, str], None] | None = None
 
     def start(self) -> None:
@@ -172,9 +171,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.on_request is not None:
             self.server.on_request(self.command, path)
         length = int(self.headers.get("Content-Length") or 0)
-        self.cut = fault is not None and fault.status is None and self.command == "GET"
-        if self.cut:
-            fault = None
         if fault is not None and fault.status is None:
             self.rfile.read(length // 2)
             self.close_connection = True
@@ -210,10 +206,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if self.cut else body)
-        if self.cut:
-            self.wfile.flush()
-            self.close_connection = True
+            self.wfile.write(body)
 
     def _user(self) -> tuple[str, str] | None:
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -389,10 +382,4 @@ class Handler(BaseHTTPRequestHandler):
         self._send(302, b"", {**headers, "Location": f"{place}/lfs/{quote(blob.sha256)}"})
 
     def _content(self, content: bytes, headers: dict[str, str]) -> None:
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            self.server.ranges.append(found[0])
-            first, last = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            part = content[first : last + 1]
-            return self._send(206, part, {**headers, "Content-Length": str(len(part))})
-        self._send(200, content, {**headers, "Content-Length": str(len(content)), "Accept-Ranges": "bytes"})
+        self._send(200, content, {**headers, "Content-Length": str(len(content))})

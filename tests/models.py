@@ -54,12 +54,17 @@ def wordpiece_vocabulary(special: list[str]) -> dict[str, int]:
     return {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def _save_bert_tokenizer(path: Path) -> int:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = wordpiece_vocabulary(special)
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+def _wordpiece(special: list[str], unknown: str = "[UNK]") -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(wordpiece_vocabulary(special), unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _save_bert_tokenizer(path: Path) -> int:
+    path.mkdir(parents=True, exist_ok=True)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = _wordpiece(special)
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -71,24 +76,25 @@ def _save_bert_tokenizer(path: Path) -> int:
         path / "tokenizer_config.json",
         tokenizer_class="BertTokenizer", do_lower_case=True, model_max_length=192, mask_token="[MASK]", **tokens,
     )  # fmt: skip
+    vocabulary = wordpiece_vocabulary(special)
     (path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     return len(vocabulary)
 
 
-def _tiny_bert_config(size: int, layers: int, dropout: float, hidden: int) -> BertConfig:
-    sizes = {**SIZES, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
-    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return BertConfig(vocab_size=size, max_position_embeddings=192, initializer_range=0.2, **sizes, **drop)
+def _save_model(path: Path, kind: Any, config: Any, seed: int) -> Path:
+    torch.manual_seed(seed)
+    kind(config).save_pretrained(path)
+    return path
 
 
 def tiny_bert(
     path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 0, hidden: int = 32, kind: Any = BertModel
 ) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
     size = _save_bert_tokenizer(path)
-    torch.manual_seed(seed)
-    kind(_tiny_bert_config(size, layers, dropout, hidden)).save_pretrained(path)
-    return path
+    sizes = {**SIZES, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(vocab_size=size, max_position_embeddings=192, initializer_range=0.2, **sizes, **drop)
+    return _save_model(path, kind, config, seed)
 
 
 def tiny_mlm(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 6, hidden: int = 32) -> Path:
@@ -98,78 +104,58 @@ def tiny_mlm(path: Path, *, layers: int = 2, dropout: float = 0.0, seed: int = 6
 
 def tiny_mpnet(path: Path) -> Path:
     """A WordPiece encoder with RoBERTa's special tokens and positions."""
-    path.mkdir(parents=True, exist_ok=True)
     special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
-    vocabulary = wordpiece_vocabulary(special)
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = _wordpiece(special)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    named = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
-    _save_fast(path, tokenizer, named, bos_token="<s>", eos_token="</s>", model_max_length=192)
-    torch.manual_seed(1)
+    _save_fast(path, tokenizer, special, bos_token="<s>", eos_token="</s>", model_max_length=192)
     drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    config = MPNetConfig(vocab_size=len(vocabulary), max_position_embeddings=194, **SIZES, **drop, **ids)
-    MPNetModel(config).save_pretrained(path)
-    return path
+    size = len(wordpiece_vocabulary(special))
+    config = MPNetConfig(vocab_size=size, max_position_embeddings=194, **SIZES, **drop, **ids)
+    return _save_model(path, MPNetModel, config, 1)
 
 
 def tiny_distilbert(path: Path) -> Path:
     """An encoder of another family with BERT's tokenizer."""
-    path.mkdir(parents=True, exist_ok=True)
     size = _save_bert_tokenizer(path)
-    torch.manual_seed(8)
     sizes: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
     config = DistilBertConfig(vocab_size=size, max_position_embeddings=192, initializer_range=0.2, **sizes)
-    DistilBertModel(config).save_pretrained(path)
-    return path
+    return _save_model(path, DistilBertModel, config, 8)
 
 
 def byte_level(special: list[str]) -> Tokenizer:
     """A byte-level BPE tokenizer, trained on a few words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    alphabet = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **alphabet)
     tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
     return tokenizer
 
 
 def tiny_roberta(path: Path) -> Path:
     """An encoder with a byte-level BPE tokenizer."""
-    path.mkdir(parents=True, exist_ok=True)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer = byte_level(special)
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     _save_fast(path, tokenizer, special, bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(2)
     config = RobertaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=194, pad_token_id=1, **SIZES)
-    RobertaModel(config).save_pretrained(path)
-    return path
+    return _save_model(path, RobertaModel, config, 2)
 
 
 def tiny_modernbert(path: Path, *, dropout: float = 0.0) -> Path:
     """An encoder of another family, its tokenizer byte-level BPE with BERT's special tokens."""
-    path.mkdir(parents=True, exist_ok=True)
     special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
     tokenizer = byte_level(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 2)]
     )
     _save_fast(path, tokenizer, special, model_input_names=["input_ids", "attention_mask"])
-    torch.manual_seed(6)
     drop = dict.fromkeys(("embedding_dropout", "mlp_dropout", "attention_dropout"), dropout)
     ids = {"pad_token_id": 1, "bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 2, "sep_token_id": 2}
     attention = {"local_attention": 8, "global_attn_every_n_layers": 2, "max_position_embeddings": 192}
-    config = ModernBertConfig(
-        vocab_size=tokenizer.get_vocab_size(), initializer_range=0.2, **{**SIZES, "num_hidden_layers": 3},
-        **drop, **attention, **ids,
-    )  # fmt: skip
-    ModernBertModel(config).save_pretrained(path)
-    return path
+    sizes = {**SIZES, "num_hidden_layers": 3, "vocab_size": tokenizer.get_vocab_size(), "initializer_range": 0.2}
+    return _save_model(path, ModernBertModel, ModernBertConfig(**sizes, **drop, **attention, **ids), 6)
 
 
 def tiny_colbert(path: Path, *, seed: int = 3, layers: int = 2, dropout: float = 0.0) -> Path:

@@ -2,54 +2,58 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import tct_hf
+from tct_hf import files
 from tct_hf.__main__ import main
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["tct-hf", *words])
-    main()
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command as it is typed, without its name."""
+
+    def call(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["tct-hf", *words])
+        main()
+
+    return call
 
 
-def test_list_names_every_command_with_its_first_line_and_every_settings_file(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_list_names_every_command_and_settings_file_and_an_unknown_one_is_refused(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(monkeypatch, "list")
+    run("list")
     said = capsys.readouterr().out
     assert "train           Train a single-vector student" in said and "train-expander" in said
     assert "quickstart" in said and "compare/" in said and "accelerate/" not in said
+    with pytest.raises(SystemExit, match=r"no command 'trian'; choose from .*train"):
+        run("trian")
 
 
 def test_copy_makes_a_new_folder_of_recipes_and_refuses_one_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Callable[..., None], tmp_path: Path
 ) -> None:
-    run(monkeypatch, "copy", str(tmp_path / "mine"))
+    run("copy", str(tmp_path / "mine"))
     assert (tmp_path / "mine" / "train.py").is_file() and (tmp_path / "mine" / "quickstart.yaml").is_file()
     with pytest.raises(SystemExit, match="name one new folder"):
-        run(monkeypatch, "copy", str(tmp_path / "mine"))
+        run("copy", str(tmp_path / "mine"))
 
 
 def test_a_name_stands_for_the_settings_that_come_along(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file is found, or the recipe would complain of it before the setting that does not exist."""
     with pytest.raises(SystemExit):
-        run(monkeypatch, "train", "quickstart", "--no_such_setting", "1")
+        run("train", "quickstart", "--no_such_setting", "1")
     assert "no_such_setting" in capsys.readouterr().err
     assert sys.argv[1].endswith("recipes/quickstart.yaml")
 
 
-def test_an_unknown_command_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"no command 'trian'; choose from .*train"):
-        run(monkeypatch, "trian")
-
-
 def test_the_api_page_has_every_public_name() -> None:
-    import tct_hf
-
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^::: tct_hf\.(\w+)$", page, re.MULTILINE)) == set(tct_hf.__all__) - {"__version__"}
 
@@ -57,8 +61,6 @@ def test_the_api_page_has_every_public_name() -> None:
 def test_messages_name_the_command_that_exists_where_the_user_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from tct_hf import files
-
     assert files.command("train paper") == "recipes/train.py recipes/paper.yaml"
     (tmp_path / "recipes").mkdir()
     monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))

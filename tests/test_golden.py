@@ -160,9 +160,8 @@ def test_what_the_public_names_give_is_what_they_gave() -> None:
     assert not differences(made(), json.loads(GOLDEN.read_text()))
 
 
-@pytest.mark.parametrize("name", tct_hf.__all__)
-def test_every_public_name_resolves(name: str) -> None:
-    assert getattr(tct_hf, name) is not None
+def test_every_public_name_resolves() -> None:
+    assert all(getattr(tct_hf, name) is not None for name in tct_hf.__all__)
 
 
 if __name__ == "__main__":

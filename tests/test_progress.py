@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import pytest
+import transformers
+from sentence_transformers.base import model_card
 
 from tct_hf.progress import NOTICES, PassageProgress, Stages, _no_notice, human_duration, quieten
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
+    now = 100.0
 
     def __call__(self) -> float:
         return self.now
@@ -26,7 +28,9 @@ def test_durations_read_well() -> None:
     assert [human_duration(one) for one in seconds] == said
 
 
-def test_time_taken_so_far_scales_the_estimate_by_weight_without_skipped_stages() -> None:
+def test_time_taken_so_far_scales_the_estimate_by_weight_without_skipped_stages(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     clock, lines = Clock(), list[str]()
     stages = Stages({"old": 5, "read": 1, "train": 4, "measure": 1}, clock=clock, write=lines.append)
     stages.skip("old", "already there")
@@ -48,10 +52,7 @@ def test_time_taken_so_far_scales_the_estimate_by_weight_without_skipped_stages(
         "[4/4] measure (about 1 min left in all)",
         "done in 6 min 6 s",
     ]
-
-
-def test_only_the_main_process_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    for enabled, expected in ((False, ""), (True, "[1/1] train\n")):
+    for enabled, expected in ((False, ""), (True, "[1/1] train\n")):  # only the main process prints
         with Stages({"train": 1}, enabled=enabled).stage("train"):
             pass
         assert capsys.readouterr().out == expected
@@ -78,10 +79,6 @@ def test_passages_are_counted_over_all_processes_with_what_was_there_before() ->
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Made quiet for one test."""
-    import datasets
-    import transformers
-    from sentence_transformers.base import model_card
-
     monkeypatch.setattr(model_card, "tqdm", model_card.tqdm)
     level = transformers.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -98,16 +95,15 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_bars_and_notices_are_dropped_and_other_warnings_kept(quiet: None, capsys: pytest.CaptureFixture[str]) -> None:
-    from sentence_transformers.base import model_card
-
     seen: list[str] = []
     keep = logging.Handler()
     keep.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
-    for logger, start in NOTICES.items():
-        logging.getLogger(logger).addHandler(keep)
-        logging.getLogger(logger).warning(f"{start} and so on")
-        logging.getLogger(logger).warning("Something is wrong")
-        logging.getLogger(logger).removeHandler(keep)
+    for name, start in NOTICES.items():
+        logger = logging.getLogger(name)
+        logger.addHandler(keep)
+        logger.warning(f"{start} and so on")
+        logger.warning("Something is wrong")
+        logger.removeHandler(keep)
     assert seen == ["Something is wrong"] * len(NOTICES)
     with pytest.warns(UserWarning, match="fix this"):
         warnings.warn("fix this", stacklevel=1)

@@ -14,13 +14,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tct_hf.settings import (
-    SettingsError,
-    load_settings,
-    resolved_yaml,
-    run_recipe,
-    save_resolved,
-)
+from tct_hf.files import write_json_atomic
+from tct_hf.settings import SettingsError, load_settings, resolved_yaml, run_recipe, save_resolved
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -95,23 +90,17 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) 
     settings = load(config, "--epochs", "3", "--index.probes=4")
     assert (settings.output_dir, settings.epochs, settings.temperature, settings.resume) == ("out", 3, 1.0, False)
     assert settings.index == Index("Flat", 4) and type(settings.temperature) is float
-
-
-def test_a_section_keeps_what_the_schema_made_for_it(tmp_path: Path) -> None:
+    # A section keeps what the schema made for it.
     assert load("--output_dir", "o", "--index.factory", "Flat").index == Index("Flat", 8)
 
 
 def test_extends_merges_mappings_and_replaces_lists_along_the_chain(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    write(
-        tmp_path / "base" / "root.yaml", "output_dir: out\nepochs: 5\nmeasures: [AP, RR@10]\ncolumns: {a: x, b: y}\n"
-    )
+    root = "output_dir: out\nepochs: 5\nmeasures: [AP, RR@10]\ncolumns: {a: x, b: y}\n"
+    write(tmp_path / "base" / "root.yaml", root)
     write(tmp_path / "base" / "middle.yaml", "extends: root.yaml\nepochs: 6\ntraining: {bf16: true}\n")
-    leaf = write(
-        tmp_path / "leaf.yaml",
-        "extends: base/middle.yaml\nmeasures: [nDCG@10]\ncolumns: {b: z}\ntraining: {learning_rate: 1e-4}\n",
-    )
-    settings = load(leaf)
+    leaf = "extends: base/middle.yaml\nmeasures: [nDCG@10]\ncolumns: {b: z}\ntraining: {learning_rate: 1e-4}\n"
+    settings = load(write(tmp_path / "leaf.yaml", leaf))
     assert settings.epochs == 6 and settings.measures == ["nDCG@10"] and settings.columns == {"a": "x", "b": "z"}
     assert settings.training == {"bf16": True, "learning_rate": 1e-4}
 
@@ -133,8 +122,6 @@ def test_files_that_cannot_be_read_are_named_with_who_asked_for_them(tmp_path: P
         ("probes: 3\n", 'unknown setting "probes": did you mean "index.probes"?'),
         ("zzz: 3\n", 'unknown setting "zzz": known here: output_dir, '),
         ("epochs: three\n", '"epochs" must be int, got "three"'),
-        ("epochs: 3.0\n", '"epochs" must be int, got 3.0'),
-        ("epochs: true\n", '"epochs" must be int, got true'),
         ("epochs:\n", '"epochs" must be int, got null'),
         ("limit: none\n", '"limit" must be int or null, got "none"'),
         ("revision: 2024\n", '"revision" must be str or null, got 2024; write it in quotes'),
@@ -180,44 +167,30 @@ def test_command_line_mistakes_name_the_option_and_the_fix(argv: list[str], expe
 def test_yaml_numbers_switches_and_dates_are_read_as_people_mean_them(tmp_path: Path) -> None:
     config = write(
         tmp_path / "a.yaml",
-        "output_dir: out\nepochs: 1_000\ntemperature: 1e-4\nresume: yes\nrevision: 2024-01-01\n"
+        "output_dir: out\nepochs: 1_000\ntemperature: 1e-4\nresume: yes\nrevision: 2024-01-01\nlimit: 3\n"
         "training: {save_strategy: 'no', bf16: off, report_to: none}\nmodel_kwargs: {a: '${output_dir}/b'}\n",
     )
     settings = load(config)
     assert (settings.epochs, settings.temperature, settings.resume) == (1000, 1e-4, True)
     assert settings.revision == "2024-01-01" and settings.model_kwargs == {"a": "out/b"}
     assert settings.training == {"save_strategy": "no", "bf16": False, "report_to": "none"}
-
-
-@pytest.mark.parametrize("word", ["null", "none", "~"])
-def test_the_command_line_takes_an_optional_setting_back(tmp_path: Path, word: str) -> None:
-    settings = load(
-        write(tmp_path / "b.yaml", "output_dir: o\nlimit: 3\nrevision: main\n"), "--limit", word, f"--revision={word}"
-    )
-    assert settings.limit is None and settings.revision is None
-
-
-def test_dashes_and_underscores_in_option_names_are_the_same() -> None:
-    settings = load("--output-dir=o", "--training.learning-rate", "1e-3", "--columns.my-key", "v")
-    assert settings.output_dir == "o" and settings.training == {"learning_rate": 1e-3}
-    assert settings.columns == {"my-key": "v"}
-
-
-def test_switches_may_stand_alone(tmp_path: Path) -> None:
-    config = write(tmp_path / "a.yaml", "output_dir: o\n")
-    assert load("--resume", config).resume is True
-    assert load(config, "--resume", "--training.bf16").training == {"bf16": True}
-    assert load(config, "--resume", "false").resume is False
-    assert load(config, "--resume=no").resume is False
+    for word in ("null", "none", "~"):  # takes an optional setting back
+        settings = load(config, "--limit", word, f"--revision={word}")
+        assert settings.limit is None and settings.revision is None
+    for option in (["--resume", "false"], ["--resume=no"]):
+        assert load(config, *option).resume is False
+    assert load("--resume", config, "--training.bf16").training["bf16"] is True  # switches may stand alone
 
 
 def test_command_line_values_are_yaml_except_where_text_is_wanted() -> None:
     settings = load(
         "--output_dir", "[Q] x: {", "--measures", "RR@10,AP", "--columns", "{query: anchor}", "--alpha", "0.1",
         "--temperature", "-1", "--model_kwargs.a.b", "[1, x]", "--revision", "007", "--epochs", "2", "--epochs", "3",
+        "--training.learning-rate", "1e-3", "--columns.my-key", "v",
     )  # fmt: skip
     assert settings.output_dir == "[Q] x: {" and settings.measures == ["RR@10", "AP"]
-    assert settings.columns == {"query": "anchor"} and settings.temperature == -1.0 and settings.alpha == 0.1
+    assert settings.columns == {"query": "anchor", "my-key": "v"}
+    assert settings.temperature == -1.0 and settings.alpha == 0.1 and settings.training == {"learning_rate": 1e-3}
     assert settings.model_kwargs == {"a": {"b": [1, "x"]}} and settings.revision == "007"
     assert settings.epochs == 3  # the last of repeated options
 
@@ -238,11 +211,20 @@ def test_help_shows_every_setting_and_ends_well(capsys: pytest.CaptureFixture[st
     assert f"--training.KEY  any field of {__name__}:Arguments (default {{}})" in shown
 
 
-def test_importing_settings_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, tct_hf, tct_hf.settings, tct_hf.files, tct_hf.progress, tct_hf.hub_client\n"
-        "sys.exit(' '.join({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (" settings files progress hub_client", {"torch", "transformers", "datasets", "numpy"}),
+        (
+            " data data.builtin data.beir pipeline.passage_ranking retrieval.negatives retrieval.runs "
+            "retrieval.bm25 retrieval.dense evaluation.measures",
+            {"torch", "transformers", "sentence_transformers", "accelerate"},
+        ),
+    ],
+)
+def test_importing_loads_nothing_heavy(modules: str, heavy: set[str]) -> None:
+    imported = ", ".join(f"tct_hf.{name}" for name in modules.split())
+    code = f"import sys, tct_hf, {imported}\nsys.exit(' '.join({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
 
@@ -270,37 +252,23 @@ def test_a_run_leaves_its_settings_and_what_it_ran_on(tmp_path: Path) -> None:
     assert {"python", "platform", "cpu_count", "torch_threads"} <= environment.keys()
 
 
-def raise_bug(settings: Settings) -> None:
-    raise ValueError("a bug")
+def raises(error: BaseException) -> Any:
+    def main(settings: Settings) -> None:
+        raise error
+
+    return main
 
 
-def raise_on_purpose(settings: Settings) -> None:
-    from tct_hf.files import write_json_atomic
-
-    write_json_atomic("a.json", float("nan"))
-
-
-def interrupt(settings: Settings) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("main", "argv", "status", "shown"),
-    [
-        (raise_bug, ["--epoch", "1"], 2, 'error: unknown setting "epoch"'),
-        (raise_on_purpose, ["--output_dir", "o"], 1, "this cannot be written as JSON"),
-        (interrupt, ["--output_dir", "o"], 130, "interrupted"),
-    ],
-)
-def test_recipes_end_with_one_message_and_a_status(
-    capsys: pytest.CaptureFixture[str], main: Any, argv: list[str], status: int, shown: str
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run_recipe(main, Settings, "Test.", argv)
-    message = capsys.readouterr().err
-    assert caught.value.code == status and shown in message and message.count("\n") == 1
-
-
-def test_bugs_keep_their_traceback() -> None:
-    with pytest.raises(ValueError, match="a bug"):
-        run_recipe(raise_bug, Settings, "Test.", ["--output_dir", "o"])
+def test_recipes_end_with_one_message_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    right = ["--output_dir", "o"]
+    for main, argv, status, shown in (
+        (raises(ValueError("a bug")), ["--epoch", "1"], 2, 'error: unknown setting "epoch"'),
+        (lambda settings: write_json_atomic("a.json", float("nan")), right, 1, "this cannot be written as JSON"),
+        (raises(KeyboardInterrupt()), right, 130, "interrupted"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run_recipe(main, Settings, "Test.", argv)
+        message = capsys.readouterr().err
+        assert caught.value.code == status and shown in message and message.count("\n") == 1
+    with pytest.raises(ValueError, match="a bug"):  # which keeps its traceback
+        run_recipe(raises(ValueError("a bug")), Settings, "Test.", right)

@@ -29,19 +29,17 @@ def split_of(parts: dict[str, dict[str, dict]], query_id: str) -> str:
 
 
 def test_summary_is_the_query_and_not_part_of_the_passage() -> None:
-    passages, parts = make_collection([entry("pkg.sub.Thing.make", "Make a thing of parts", body("w"))])
+    passages, parts = make_collection(
+        [
+            entry("pkg.sub.Thing.make", "Make a thing of parts", body("w")),
+            entry("p.a", "Only three words", body("w")),
+            entry("p.b", "w " * 41, body("w")),
+            entry("p.c", "A summary of five words", body("w", 14)),
+        ]
+    )
     assert every(parts, "queries") == {"q-pkg.sub.Thing.make": "Make a thing of parts"}
     assert passages == {"pkg.sub.Thing.make": f"pkg sub Thing: {body('w')}"}
     assert every(parts, "qrels") == {"q-pkg.sub.Thing.make": {"pkg.sub.Thing.make": 1}}
-
-
-@pytest.mark.parametrize(
-    ("summary", "rest"),
-    [("Only three words", body("w")), ("w " * 41, body("w")), ("A summary of five words", body("w", 14))],
-)
-def test_too_short_and_too_long_are_left_out(summary: str, rest: str) -> None:
-    passages, parts = make_collection([entry("p.a", summary, rest)])
-    assert passages == {} and every(parts, "queries") == {}
 
 
 def test_identical_summaries_are_one_query_and_identical_passages_one_passage() -> None:
@@ -56,19 +54,16 @@ def test_identical_summaries_are_one_query_and_identical_passages_one_passage() 
     assert every(parts, "qrels") == {"q-p.a": {"p.a": 1}, "q-p.b": {"p.a": 1}}
 
 
-def test_near_duplicates_go_to_one_split() -> None:
+@pytest.mark.parametrize(
+    ("names", "bodies"),
+    [(("Series.add", "DataFrame.add"), ("x", "y")), (("a", "b"), ("x", "x"))],
+    ids=["name", "text"],
+)
+def test_near_duplicates_go_to_one_split(names: tuple[str, str], bodies: tuple[str, str]) -> None:
     for number in range(40):
-        same_name = [
-            entry(f"p.Series.add{number}", f"Add a series to another {number}", body("x")),
-            entry(f"p.DataFrame.add{number}", f"Combine two frames by their sum {number}", body("y")),
-        ]
-        _, parts = make_collection(same_name)
-        assert len({split_of(parts, name) for name in every(parts, "queries")}) == 1
-        near_body = [
-            entry(f"p.a{number}", f"First words that differ much {number}", body("x")),
-            entry(f"p.b{number}", f"Other terms with no overlap {number}", body("x") + " more"),
-        ]
-        _, parts = make_collection(near_body)
+        first = entry(f"p.{names[0]}{number}", f"First words that differ much {number}", body(bodies[0]))
+        second = entry(f"p.{names[1]}{number}", f"Other terms with no overlap {number}", body(bodies[1]) + " more")
+        _, parts = make_collection([first, second])
         assert len({split_of(parts, name) for name in every(parts, "queries")}) == 1
 
 
@@ -94,22 +89,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_installed_package_gives_disjoint_splits_over_one_corpus(cache: Path) -> None:
     corpora, seen = [], set()
+    fingerprint = builtin_fingerprint(packages=["numpy"], cache_dir=cache)
     for split in SPLITS:
         corpus, queries, qrels = builtin_corpus(split, packages=["numpy"], cache_dir=cache)
         assert corpus.column_names == ["id", "text"] and corpus.cache_files
         assert list(queries) == list(qrels) and not seen & set(queries)
+        assert fingerprint["passages"] == len(corpus) and fingerprint["queries"][split] == len(queries)
         seen |= set(queries)
         assert {passage for grades in qrels.values() for passage in grades} <= set(corpus["id"])
         corpora.append(corpus["id"][:])
     assert corpora[0] == corpora[1] == corpora[2]
     assert len(set(corpora[0])) == len(corpora[0])
-
-
-def test_fingerprint_counts_and_versions_what_was_built(cache: Path) -> None:
-    fingerprint = builtin_fingerprint(packages=["numpy"], cache_dir=cache)
-    corpus, queries, _ = builtin_corpus("dev", packages=["numpy"], cache_dir=cache)
-    assert fingerprint["passages"] == len(corpus)
-    assert fingerprint["queries"]["dev"] == len(queries)
     assert list(fingerprint["packages"]) == ["numpy"] and len(fingerprint["sha256"]) == 64
     json.dumps(fingerprint)
 
@@ -151,23 +141,20 @@ def test_wrong_arguments_are_named(split: str, packages: list[str], message: str
         builtin_corpus(split, packages=packages, cache_dir=tmp_path)
 
 
-def test_package_without_a_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "loose_demo.py").write_text("x = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="'loose_demo' has source here but no version"):
-        builtin_corpus("dev", packages=["loose_demo"], cache_dir=tmp_path / "cache")
-
-
-def test_package_without_usable_docstrings_is_an_error_and_leaves_nothing(
+def test_packages_that_give_nothing_are_named_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "bare_demo").mkdir()
-    (tmp_path / "bare_demo" / "__init__.py").write_text("x = 1\n")
+    (tmp_path / "loose_demo.py").write_text("x = 1\n")
+    (tmp_path / "bare_demo.py").write_text("x = 1\n")
     info = tmp_path / "bare_demo-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bare_demo\nVersion: 1.0\n")
-    (info / "RECORD").write_text("bare_demo/__init__.py,,\n")
+    (info / "RECORD").write_text("bare_demo.py,,\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="bare_demo hold no docstring"):
-        builtin_corpus("dev", packages=["bare_demo"], cache_dir=tmp_path / "cache")
+    for name, message in (
+        ("loose_demo", "'loose_demo' has source here but no version"),
+        ("bare_demo", "bare_demo hold no docstring"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            builtin_corpus("dev", packages=[name], cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -73,17 +73,17 @@ def test_docstrings_are_read_without_importing_the_package(package: str) -> None
     assert {entry.name: entry.body for entry in found}["demo.core.fast"] == "The rest of it."
 
 
-def test_summary_with_a_gap_filled_in_at_run_time_is_left_out() -> None:
-    assert split_docstring("a.b", "Return the %(klass)s as it is.\n\nRest.") is None
-
-
-def test_parameter_description_is_not_a_summary() -> None:
-    assert split_docstring("a.b", "ids (torch.LongTensor, optional): the ids of tokens.\n\nRest.") is None
-
-
-def test_private_and_bare_names_are_left_out() -> None:
-    assert split_docstring("a._b", "Some summary of it.") is None
-    assert split_docstring("_a.b", "Some summary of it.") is None
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.b", "Return the %(klass)s as it is.\n\nRest."),  # a gap filled in at run time
+        ("a.b", "ids (torch.LongTensor, optional): the ids of tokens.\n\nRest."),  # of a parameter
+        ("a._b", "Some summary of it."),
+        ("_a.b", "Some summary of it."),
+    ],
+)
+def test_what_is_no_summary_or_private_is_left_out(name: str, text: str) -> None:
+    assert split_docstring(name, text) is None
 
 
 def test_signature_lines_before_the_summary_are_dropped() -> None:
@@ -128,23 +128,13 @@ References
         "Parameters x : array The input, see Lib <https://example.org> and Thing. "
         "Kept, with code and bold and 2 * 3 * 4. Then: literal"
     )
-
-
-def test_empty_headings_go() -> None:
     assert plain_text("Text.\n\nArgs:\n\nKeyword args:\n\nReturns:\n    a thing") == "Text. Returns: a thing"
 
 
-def test_standard_library_is_found_without_importing() -> None:
-    names = {path.name for path in package_roots("stdlib")}
-    assert {"json", "argparse.py"} <= names
-
-
-@pytest.mark.parametrize("name", ["no_such_package_here", "sys"])
-def test_package_without_source_is_an_error_that_names_it(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' is not installed here as Python source"):
-        package_roots(name)
-
-
-def test_dotted_name_is_refused_since_finding_it_would_import_its_parent() -> None:
-    with pytest.raises(ValueError, match="scikit-learn"):
+def test_packages_are_found_without_importing_or_named() -> None:
+    assert {"json", "argparse.py"} <= {path.name for path in package_roots("stdlib")}
+    for name in ("no_such_package_here", "sys"):
+        with pytest.raises(ValueError, match=f"'{name}' is not installed here as Python source"):
+            package_roots(name)
+    with pytest.raises(ValueError, match="scikit-learn"):  # finding a dotted name would import its parent
         package_roots("sklearn.linear_model")

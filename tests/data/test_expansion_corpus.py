@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
+from tct_hf.data import expander
 from tct_hf.data.expander import exact_dtype, generate_queries, sample, uniform_numbers
 from tests.encode_worker import passages
 from tests.models import tiny_bert, tiny_t5
@@ -46,7 +49,7 @@ def expand(model: tuple[Any, Any], folder: Path, corpus: Any = None, **more: Any
     )
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -59,35 +62,36 @@ def generate(model: tuple[Any, Any], texts: list[tuple[str, str]], **more: Any) 
     return generate_queries(*model, texts, **{**settings, "prompt": "", "seed": 13, "tokens_per_pass": 400, **more})
 
 
-def test_each_passage_has_its_queries_in_the_corpus_s_order(model: tuple[Any, Any], tmp_path: Path) -> None:
-    manifest = expand(model, tmp_path / "out")
-    assert manifest["count"] == COUNT and manifest["num_queries"] == 4 and manifest["dtype"] == "float32"
-    found = load_expansions(tmp_path / "out")
+@pytest.fixture(scope="module")
+def whole(model: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expansion that no test changes."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    expand(model, folder)
+    return folder
+
+
+def test_each_passage_has_its_queries_in_the_corpus_s_order(whole: Path) -> None:
+    found = load_expansions(whole)
     assert list(found["id"]) == [f"p{row}" for row in range(COUNT)]
     flat = [query for row in found["queries"] for query in row]
     assert len(flat) == 4 * COUNT and len(set(flat)) > COUNT and {len(q.split()) for q in flat} > {2, 3}
     assert next(expanded_texts(passages(), found, num_queries=1)).endswith(found[0]["queries"][0])
 
 
-def test_any_split_of_the_work_gives_the_same_queries(model: tuple[Any, Any], tmp_path: Path) -> None:
-    expand(model, tmp_path / "whole")
-    expected = queries(tmp_path / "whole")
-    for number, more in enumerate(
-        (
-            {"tokens_per_pass": 1},
-            {"tokens_per_pass": 100_000, "shard_size": 23},
-            {"num_queries": 2},
-        )
-    ):
+def test_any_split_of_the_work_gives_the_same_queries(model: tuple[Any, Any], whole: Path, tmp_path: Path) -> None:
+    expected = queries(whole)
+    limits: tuple[dict[str, int], ...] = (
+        {"tokens_per_pass": 30}, {"tokens_per_pass": 100_000, "shard_size": 23}, {"num_queries": 2},
+    )  # fmt: skip
+    for number, more in enumerate(limits):
         expand(model, tmp_path / str(number), **more)
         assert queries(tmp_path / str(number)) == [row[: more.get("num_queries", 4)] for row in expected]
     # A part of the corpus, in another order: a passage's own id decides.
-    part = list(passages())[::-3]
-    assert generate(model, [(row["id"], row["text"]) for row in part]) == [
-        expected[int(row["id"][1:])] for row in part
-    ]
+    part = [(row["id"], row["text"]) for row in passages()][::-3]
+    assert generate(model, part) == [expected[int(name[1:])] for name, _ in part]
     expand(model, tmp_path / "seed", seed=14)
     assert queries(tmp_path / "seed") != expected
+    assert [len(row) for row in generate(model, [("a", " "), ("b", "what is"), ("c", "")])] == [0, 4, 0]
 
 
 def test_what_is_drawn_follows_the_model_s_probabilities(model: tuple[Any, Any]) -> None:
@@ -114,93 +118,59 @@ def test_what_is_drawn_follows_the_model_s_probabilities(model: tuple[Any, Any])
             assert words[word] / 3000 == pytest.approx(share, abs=0.03)
 
 
-def test_without_chance_it_writes_what_generate_writes(model: tuple[Any, Any]) -> None:
+def tiny_bart(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    heads = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 1}
+    sizes = {"vocab_size": len(tokenizer), "d_model": 32, "max_position_embeddings": 80}
+    config = BartConfig(**sizes, init_std=0.4, forced_eos_token_id=1, **heads, **ids)
+    bart = BartForConditionalGeneration(config).eval()
+    bart.generation_config.update(max_length=20, num_beams=4, early_stopping=True)  # as published ones
+    return bart
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_without_chance_it_writes_what_generate_writes(model: tuple[Any, Any], family: str) -> None:
+    writer = model if family == "t5" else (tiny_bart(model[1]), model[1])
     texts = [(row["id"], row["text"]) for row in passages()]
-    written = generate(model, texts, num_queries=1, top_k=1, max_length=12)
-    inputs = model[1]([text for _, text in texts], padding=True, return_tensors="pt")
-    tokens = model[0].generate(**inputs, do_sample=False, max_new_tokens=12)
-    expected = [text.strip() for text in model[1].batch_decode(tokens, skip_special_tokens=True)]
-    assert [row[0] for row in written] == expected and len(set(expected)) > 3
-    assert {query for row in generate(model, texts[:3], top_k=1) for query in row} <= {
-        query for row in generate(model, texts[:3], top_k=1, num_queries=1) for query in row
-    }
+    written = generate(writer, texts, num_queries=1, top_k=1, max_length=7)
+    inputs = writer[1]([text for _, text in texts], padding=True, return_tensors="pt")
+    alone = {"do_sample": False, "num_beams": 1, "early_stopping": False, "max_new_tokens": 7}
+    tokens = writer[0].generate(**inputs, **alone)
+    expected = [text.strip() for text in writer[1].batch_decode(tokens, skip_special_tokens=True)]
+    assert [row[0] for row in written] == expected and len(set(expected)) > 1
+    assert generate(writer, texts) == generate(writer, texts, tokens_per_pass=60)
 
 
-def test_random_numbers_are_of_the_passage_alone() -> None:
-    wide, narrow = uniform_numbers(1, "p", 8, 5), uniform_numbers(1, "p", 3, 5)
-    np.testing.assert_array_equal(wide[:3], narrow)
-    assert not np.isin(wide, uniform_numbers(1, "q", 8, 5)).any()
-    assert not np.isin(wide, uniform_numbers(2, "p", 8, 5)).any()
-    assert wide.min() >= 0 and wide.max() < 1 and len(np.unique(wide)) == 40
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(model: tuple[Any, Any], whole: Path, tmp_path: Path) -> None:
+    def stopping() -> Iterator[dict[str, str]]:
+        yield from list(passages())[:12]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        expand(model, tmp_path, stopping())
+    assert sorted(file.name for file in tmp_path.glob("*.arrow")) == ["00000.arrow", "00001.arrow"]
+    expand(model, tmp_path)
+    assert content(tmp_path) == content(whole)
 
 
-class _Killed(BaseException):
-    pass
-
-
-def _until(row: int) -> Iterator[dict[str, str]]:
-    for number, passage in enumerate(passages()):
-        if number == row:
-            raise _Killed
-        yield passage
-
-
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(model: tuple[Any, Any], tmp_path: Path) -> None:
-    expand(model, tmp_path / "whole")
-    with pytest.raises(_Killed):
-        expand(model, tmp_path / "stopped", _until(12))
-    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "stopped").glob("*.arrow")}
-    assert sorted(made) == ["00000.arrow", "00001.arrow"]
-    with pytest.raises(FileNotFoundError, match="not finished; run again"):
-        load_expansions(tmp_path / "stopped")
-    (tmp_path / "stopped" / ".00002.arrow.0.tmp").write_bytes(b"half")
-    expand(model, tmp_path / "stopped")
-    assert all((tmp_path / "stopped" / file).stat().st_mtime_ns == at for file, at in made.items())
-    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
-
-
-class _State:
-    """One of several processes, after the others have done their part."""
-
-    def __init__(self, rank: int, processes: int) -> None:
-        self.process_index, self.num_processes, self.device = rank, processes, torch.device("cpu")
-
-    def wait_for_everyone(self) -> None:
-        pass
-
-
-@pytest.mark.slow
-def test_processes_share_the_shards(model: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expand(model, tmp_path / "whole")
-    # One after the other in one process, each seeing what was there when all began: nothing.
-    monkeypatch.setattr("tct_hf.data.shards._there", lambda folder: set())
-    shared: Any = tmp_path / "shared"
-    with pytest.raises(FileNotFoundError, match=r"00001.arrow is missing"):
-        expand(model, shared, state=_State(0, 3))
-    for rank in (1, 2):
-        with pytest.raises(FileNotFoundError, match="not finished"):
-            expand(model, shared, state=_State(rank, 3))
-    assert len(list(shared.glob("*.arrow"))) == 5
-    monkeypatch.undo()
-    expand(model, shared, state=_State(0, 3))
-    assert {k: v for k, v in files(shared).items()} == files(tmp_path / "whole")
-
-
-def test_a_folder_of_something_else_is_refused(model: tuple[Any, Any], tmp_path: Path) -> None:
-    expand(model, tmp_path / "out")
-    with pytest.raises(ValueError, match="num_queries = 4, but now num_queries = 5"):
-        expand(model, tmp_path / "out", num_queries=5)
+def test_a_folder_of_something_else_is_refused(model: tuple[Any, Any], whole: Path, tmp_path: Path) -> None:
+    before = content(whole)
     changed = list(passages())
     changed[7] = {**changed[7], "text": "another"}
-    with pytest.raises(ValueError, match=r"00001.arrow was made of other passages"):
-        expand(model, tmp_path / "out", changed)
-    with pytest.raises(ValueError, match=r"made of another corpus .this one has 20 passages"):
-        expand(model, tmp_path / "out", list(passages())[:20])
     other = load_expander(model[0].config._name_or_path, dtype="float32")
     with torch.no_grad():
         other[0].shared.weight[3] += 1
-    with pytest.raises(ValueError, match="weights_sha256"):
-        expand(other, tmp_path / "out")
+    for writer, corpus, more, message in (
+        (model, None, {"num_queries": 5}, "num_queries = 4, but now num_queries = 5"),
+        (model, changed, {}, r"00001.arrow was made of other passages"),
+        (model, changed[:5], {}, r"made of another corpus .this one has 5 passages"),
+        (other, None, {}, "weights_sha256"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand(writer, whole, corpus, **more)
+    assert content(whole) == before
 
 
 def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tmp_path: Path) -> None:
@@ -220,42 +190,9 @@ def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tm
     assert not list(tmp_path.glob("out/*.arrow"))
 
 
-def test_a_passage_without_words_gets_no_queries(model: tuple[Any, Any]) -> None:
-    assert [len(row) for row in generate(model, [("a", " "), ("b", "what is"), ("c", "")])] == [0, 4, 0]
-
-
-def test_other_seq2seq_families_write_too(model: tuple[Any, Any], tmp_path: Path) -> None:
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    torch.manual_seed(0)
-    heads = {f"{part}_{what}": size for part in ("encoder", "decoder") for what, size in
-             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}  # fmt: skip
-    tokens = {
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 1,
-        "forced_eos_token_id": 1,
-    }
-    config = BartConfig(
-        vocab_size=len(model[1]), d_model=32, max_position_embeddings=80, init_std=0.4, **heads, **tokens
-    )
-    bart = BartForConditionalGeneration(config).eval()
-    bart.generation_config.update(max_length=20, num_beams=4, early_stopping=True)  # as published ones
-    texts = [(row["id"], row["text"]) for row in passages()]
-    written = generate((bart, model[1]), texts)
-    assert written == generate((bart, model[1]), texts, tokens_per_pass=60)
-    greedy = generate((bart, model[1]), texts, num_queries=1, top_k=1, max_length=7)
-    inputs = model[1]([text for _, text in texts], padding=True, return_tensors="pt")
-    tokens = bart.generate(**inputs, do_sample=False, num_beams=1, early_stopping=False, max_new_tokens=7)
-    assert [row[0] for row in greedy] == [t.strip() for t in model[1].batch_decode(tokens, skip_special_tokens=True)]
-
-
 def test_a_model_that_is_named_generates_on_the_accelerator(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf.data import expander
-
     asked: list[Any] = []
 
     def load(name: str, *, dtype: str, device: Any) -> tuple[Any, Any]:
@@ -264,14 +201,18 @@ def test_a_model_that_is_named_generates_on_the_accelerator(
 
     monkeypatch.setattr(expander, "load_expander", load)
     monkeypatch.setattr("tct_hf.data.expander.get_device_name", lambda: "cuda")
-    corpus = list(passages())[:2]
-    for number, state in enumerate((None, _State(0, 1))):
+    alone = SimpleNamespace(process_index=0, num_processes=1, device="cpu", wait_for_everyone=lambda: None)
+    for number, state in enumerate((None, alone)):
         more: Any = {"num_queries": 1, "max_length": 2, "state": state, "write": lambda line: None}
-        expand_corpus(name, corpus, tmp_path / str(number), **more)
+        expand_corpus(name, list(passages())[:2], tmp_path / str(number), **more)
     assert asked == ["cuda", "cpu"]
 
 
-def test_single_precision_draws_the_same() -> None:
+def test_random_numbers_are_of_the_passage_alone_and_single_precision_draws_the_same() -> None:
+    wide, narrow = uniform_numbers(1, "p", 8, 5), uniform_numbers(1, "p", 3, 5)
+    np.testing.assert_array_equal(wide[:3], narrow)
+    assert not np.isin(wide, [uniform_numbers(1, "q", 8, 5), uniform_numbers(2, "p", 8, 5)]).any()
+    assert wide.min() >= 0 and wide.max() < 1 and len(np.unique(wide)) == 40
     logits = torch.randn(500, 30, generator=torch.Generator().manual_seed(1))
     uniform = torch.from_numpy(uniform_numbers(3, "p", 500, 1)[:, 0])
     assert torch.equal(sample(logits, uniform, 10), sample(logits, uniform.float(), 10))

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tct_hf import (
     ColBERTTeacher,
     CrossEncoderTeacher,
-    expanded_texts,
+    NoTeacher,
     load_expansions,
     score_expansions,
     write_expansions,
 )
+from tct_hf.teachers import scoring
 from tests.encode_worker import passages
 from tests.models import WORDS, tiny_colbert, tiny_cross_encoder
 
@@ -49,17 +51,12 @@ def score(teacher: Any, folder: Path, **more: Any) -> dict[str, Any]:
 def test_scores_are_those_of_a_colbert(colbert: ColBERTTeacher, folder: Path) -> None:
     manifest = score(colbert, folder)
     assert manifest["count"] == COUNT and manifest["teacher"] == "tiny"
-    texts = [row["text"] for row in corpus()]
-    for row, found in enumerate(load_expansions(folder)):
+    for passage, found in zip(corpus(), load_expansions(folder), strict=True):
         assert len(found["scores"]) == len(found["queries"])
         for query, value in zip(found["queries"], found["scores"], strict=True):
             model = colbert.model
-            expected = model.similarity(model.encode_query([query]), model.encode_document([texts[row]]))
+            expected = model.similarity(model.encode_query([query]), model.encode_document([passage["text"]]))
             assert value == pytest.approx(float(expected), abs=1e-4)
-    kept = [
-        len(text.split("what is")) - 1 for text in expanded_texts(corpus(), load_expansions(folder), drop_share=0.5)
-    ]
-    assert 0 < sum(kept) < sum(len(queries) for queries in load_expansions(folder)["queries"])
 
 
 def test_scores_are_those_of_a_cross_encoder(folder: Path, tmp_path: Path) -> None:
@@ -75,9 +72,6 @@ def test_scores_are_those_of_a_cross_encoder(folder: Path, tmp_path: Path) -> No
 def test_a_stopped_run_goes_on_and_others_are_refused(
     colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf import NoTeacher
-    from tct_hf.teachers import scoring
-
     score(colbert, folder)
     whole = {file.name: file.read_bytes() for file in (folder / "scores").iterdir()}
     for name in ("00002.arrow", "manifest.json"):
@@ -102,23 +96,13 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
         score(NoTeacher(), folder)
 
 
-def test_a_score_that_is_not_finite_names_query_and_passage(
+def test_texts_go_to_the_device_of_the_teacher_and_a_score_that_is_not_finite_is_named(
     colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = colbert.score_matrix
-    monkeypatch.setattr(colbert, "score_matrix", lambda *args, **more: real(*args, **more) * float("nan"))
+    seen: list[str] = []
+    monkeypatch.setattr(scoring, "send_to_device", lambda inputs, device: seen.append(str(device)) or inputs)
+    monkeypatch.setattr(type(colbert.model), "device", torch.device("cuda:3"))
+    monkeypatch.setattr(colbert, "score_matrix", lambda inputs, gather: torch.full((99, 99), torch.nan))
     with pytest.raises(ValueError, match=r"not finite for the query 'what is \w+' of passage 'p1'"):
         score(colbert, folder)
-
-
-def test_texts_go_to_the_device_that_the_teacher_is_on(
-    colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    seen: list[Any] = []
-    monkeypatch.setattr("tct_hf.teachers.scoring.send_to_device", lambda inputs, device: seen.append(device) or inputs)
-    monkeypatch.setattr(type(colbert.model), "device", torch.device("cuda:3"))
-    monkeypatch.setattr(colbert, "score_matrix", lambda inputs, gather: torch.zeros(99, 99))
-    score(colbert, folder)
-    assert set(map(str, seen)) == {"cuda:3"}
+    assert set(seen) == {"cuda:3"}

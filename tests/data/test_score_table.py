@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tct_hf.data import scores as score_table
-from tct_hf.data.rows import is_score_file
+from tct_hf.data.rows import is_hub_id, is_score_file
 from tct_hf.data.scores import ScoreTable
 
 ROWS = [("1", "7", 0.5), ("1", "8", -2.25), ("2", "7", 3.0)]
@@ -72,9 +73,6 @@ def test_any_pairs_are_found_again(
 
 
 def test_a_mapping_may_hold_what_models_give(tmp_path: Path) -> None:
-    import numpy as np
-    import torch
-
     given: Any = {1: {7: np.float32(0.5), 8: torch.tensor(-2.25)}, 2: {7: np.float64(3.0)}}
     assert ScoreTable.open(given, cache_dir=tmp_path).get([("1", "7"), ("1", "8"), ("2", "7")]) == [0.5, -2.25, 3.0]
     for wrong, message in (({"1": 0.5}, "query '1'.: holds 0.5 where"), ({"1": {"7": "x"}}, "passage '7' is 'x'")):
@@ -95,71 +93,84 @@ def test_names_are_mapped(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"a": "1", "b": "7", "c": 1.0}])
     table = ScoreTable.open(rows, columns={"query_id": "a", "passage_id": "b", "score": "c"}, cache_dir=tmp_path)
     assert table.get([("1", "7")]) == [1.0]
-    with pytest.raises(ValueError, match=r"column 'query_id' is missing .*columns=\{'query_id'"):
-        ScoreTable.open(rows, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="'text' is no field of a score table"):
-        ScoreTable.open(rows, columns={"text": "a"}, cache_dir=tmp_path)
+    for columns, message in (
+        (None, r"column 'query_id' is missing .*columns=\{'query_id'"),
+        ({"text": "a"}, "'text' is no field of a score table"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ScoreTable.open(rows, columns=columns, cache_dir=tmp_path)
+
+
+PAIR = '{"query_id": "1", "passage_id": "7", "score": 1}\n'
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("text", "message"),
     [
-        (
-            ['{"query_id": "1", "passage_id": "7", "score": null}'],
-            "line 1 .query '1'., column 'score': passage '7' has no",
-        ),
-        (['{"query_id": "1", "passage_id": "7", "score": 1e999}'], "line 1 .query '1'.*is inf, which is not finite"),
-        (['{"query_id": "1", "passage_id": "7", "score": NaN}'], "line 1: not JSON"),
-        (['{"query_id": "1", "passage_id": "7", "score": "x"}'], "is 'x', which is no number"),
-        (
-            ['{"query_id": "1", "passage_id": "7", "score": 1}', '{"query_id": "1", "score": 1}'],
-            "line 2: column 'passage",
-        ),
-        (['{"query_id": null, "passage_id": "7", "score": 1}'], "column 'query_id': holds None where an id"),
-        (
-            ['{"query_id": 4, "passage_ids": [1, 2], "scores": [0.5]}'],
-            "line 1 .query '4'.: 2 passages in 'passage_ids' but 1 scores in 'scores'",
-        ),
-        (['{"query_id": 4, "passage_ids": [1], "scores": 0.5}'], "must both be lists"),
-        (
-            ['{"query_id": "1", "passage_id": "7", "score": 1}', '{"query_id": "1", "passage_id": "7", "score": 2}'],
-            "comes twice with different scores, such as 1 and 2",
-        ),
-        ([], "it holds no score"),
-    ],
-)
-def test_what_is_wrong_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
-    (tmp_path / "s.jsonl").write_text("".join(line + "\n" for line in lines))
-    with pytest.raises(ValueError, match=message):
-        ScoreTable.open(tmp_path / "s.jsonl", cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("scores-*"))  # nothing half-made is left
-
-
-def test_tsv_scores_that_are_no_numbers_are_named(tmp_path: Path) -> None:
-    for text, message in (
+        (PAIR.replace("1}", "null}"), "line 1 .query '1'., column 'score': passage '7' has no"),
+        (PAIR.replace("1}", "1e999}"), "line 1 .query '1'.*is inf, which is not finite"),
+        (PAIR.replace("1}", "NaN}"), "line 1: not JSON"),
+        (PAIR.replace("1}", '"x"}'), "is 'x', which is no number"),
+        (PAIR + '{"query_id": "1", "score": 1}\n', "line 2: column 'passage"),
+        (PAIR.replace('"1"', "null"), "column 'query_id': holds None where an id"),
+        ('{"query_id": 4, "passage_ids": [1, 2], "scores": [0.5]}\n', "line 1 .query '4'.: 2 passages in .* but 1 s"),
+        ('{"query_id": 4, "passage_ids": [1], "scores": 0.5}\n', "must both be lists"),
+        (PAIR + PAIR.replace("1}", "2}"), "comes twice with different scores, such as 1 and 2"),
+        ("", "it holds no score"),
         ("1\t7\t1\n1\t8\tnan\n", "line 2 .*is nan"),
         ("1\t7\t1\n1\t8\tx\n", "line 2 .*'x' is no score"),
-    ):
-        (tmp_path / "s.tsv").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            ScoreTable.open(tmp_path / "s.tsv", cache_dir=tmp_path / "cache")
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / ("s.tsv" if "\t" in text else "s.jsonl")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        ScoreTable.open(path, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("scores-*"))  # nothing half-made is left
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
     path = tmp_path / "scores.pkl.gz"
     path.write_bytes(gzip.compress(pickle.dumps({1: {7: 0.5}})))
-    with pytest.raises(
-        ValueError, match=r"a pickle, which may run code .*Convert it where you trust it, to a parquet"
+    for wrong, message in (
+        (path, r"a pickle, which may run code .*Convert it where you trust it, to a parquet"),
+        (tmp_path / "s.csv", "s.csv"),
+        (Dataset.from_dict({"a": [1]}).to_iterable_dataset(), "give a Dataset"),
     ):
-        ScoreTable.open(path, cache_dir=tmp_path)
-    for name in ("no.parquet", "s.csv"):
-        with pytest.raises((FileNotFoundError, ValueError)):
-            ScoreTable.open(tmp_path / name, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="give a Dataset"):
-        ScoreTable.open(Dataset.from_dict({"a": [1]}).to_iterable_dataset(), cache_dir=tmp_path)  # type: ignore[arg-type]
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            ScoreTable.open(wrong, cache_dir=tmp_path)  # type: ignore[arg-type]
 
 
-def test_a_setting_names_a_file_or_columns() -> None:
-    assert [is_score_file(name) for name in ("scores", "teacher_score", "label")] == [False] * 3
-    assert all(is_score_file(name) for name in ("s.parquet", "a/s.jsonl.gz", "s.tsv", "s.pkl", "s.pkl.gz"))
-    assert math.isfinite(score_table.check_score(1, "x", "here", "mend"))
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a data set of the published form, lists of passages and scores, under its Hub id."""
+    folder = tmp_path / "owner" / "scores-L6-v1.5"
+    (folder / "list").mkdir(parents=True)
+    rows = {"query_id": [1, 2], "corpus_id": [[10, 11], [11]], "score": [[1.5, -2.0], [0.25]]}
+    Dataset.from_dict(rows).to_parquet(folder / "list" / "train.parquet")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: list\n  data_files: list/*.parquet\n---\n")
+    (tmp_path / "owner" / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    return tmp_path
+
+
+def test_a_setting_names_a_file_a_hub_table_or_columns(here: Path) -> None:
+    for name in ("owner/name", "owner/name:list", "owner/scores-L6-v1.5:list:train"):
+        assert is_hub_id(name) and is_score_file(name)
+    for name in ("s.parquet", "a/s.jsonl.gz", "owner/s.tsv", "s.pkl", "s.pkl.gz"):
+        assert is_score_file(name) and not is_hub_id(name)
+    for name in ("scores", "teacher_score", "./owner/name", "/owner/name", "a/b/c", "owner/file"):
+        assert not is_hub_id(name)
+    assert not any(is_score_file(name) for name in ("scores", "teacher_score", "label"))
+
+
+def test_scores_are_read_from_lists_of_a_hub_table(here: Path) -> None:
+    for name in ("owner/scores-L6-v1.5:list:train", "owner/scores-L6-v1.5:list"):
+        table = ScoreTable.open(name, cache_dir=here / "cache")
+        assert table.name == name
+        assert table.get([("1", "10"), ("1", "11"), ("2", "11"), ("2", "10")]) == [1.5, -2.0, 0.25, None]
+    with pytest.raises(FileNotFoundError, match="no split 'dev'; splits there: train"):
+        ScoreTable.open("owner/scores-L6-v1.5:list:dev", cache_dir=here / "cache")
+    with pytest.raises(OSError, match="nobody/nothing: not a folder here, and"):
+        ScoreTable.open("nobody/nothing:list:train", cache_dir=here / "cache")

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from tct_hf import SkippedRows, bm25_triples, load_beir, load_triples
+from tests.recipe import write_beir
 
 ROWS = [
     {"query": "first query", "positive": "right one", "negative": "wrong one"},
@@ -61,68 +62,51 @@ def test_text_triples_are_read_with_and_without_header(tmp_path: Path, name: str
     assert loaded.cache_files  # memory-mapped
 
 
-@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.json"])
-def test_jsonl_is_read(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.json", "t.parquet"])
+def test_jsonl_and_parquet_are_read_with_more_columns(tmp_path: Path, name: str) -> None:
     rows = [{**row, "score": 0.5, "meta": {"any": [1]}} for row in ROWS]
-    assert rows_of(load_triples(write(tmp_path / name, jsonl(rows) + "\n"))) == ROWS
-
-
-def test_parquet_is_read(tmp_path: Path) -> None:
-    Dataset.from_list([{**row, "embedding": [0.0]} for row in ROWS]).to_parquet(tmp_path / "t.parquet")
-    assert rows_of(load_triples(tmp_path / "t.parquet")) == ROWS
+    if name.endswith("parquet"):
+        Dataset.from_list(rows).to_parquet(tmp_path / name)
+    else:
+        write(tmp_path / name, jsonl(rows) + "\n")
+    assert rows_of(load_triples(tmp_path / name)) == ROWS
 
 
 def test_data_set_in_memory_is_read_whatever_its_format() -> None:
     dataset = Dataset.from_list(ROWS)
-    assert rows_of(load_triples(dataset)) == ROWS
     assert rows_of(load_triples(dataset.with_format("numpy"))) == ROWS
     assert rows_of(load_triples(DatasetDict({"train": dataset, "dev": dataset.select([0])}), split="dev")) == ROWS[:1]
-
-
-def test_data_set_with_a_transform_gives_what_the_transform_gives() -> None:
-    dataset = Dataset.from_dict({"at": [1, 0]})
-    dataset.set_transform(lambda batch: {name: [ROWS[at][name] for at in batch["at"]] for name in ROWS[0]})
-    assert rows_of(load_triples(dataset)) == ROWS[::-1]
+    turned = Dataset.from_dict({"at": [1, 0]})
+    turned.set_transform(lambda batch: {name: [ROWS[at][name] for at in batch["at"]] for name in ROWS[0]})
+    assert rows_of(load_triples(turned)) == ROWS[::-1]
 
 
 def test_columns_are_mapped_or_left_out(tmp_path: Path) -> None:
     rows = [{"anchor": "a", "pos": "b", "neg": "c", "query": "another", "positive_id": "x"}]
-    path = write(tmp_path / "t.jsonl", jsonl(rows))
-    mapping = {"query": "anchor", "positive": "pos", "negative": "neg", "positive_id": None}
-    assert rows_of(load_triples(path, columns=mapping)) == [{"query": "a", "positive": "b", "negative": "c"}]
-
-
-def test_columns_of_tsv_are_mapped_by_its_header(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.tsv", "score\tneg\tanchor\tpos\n1\tc\ta\tb\n")
     mapping = {"query": "anchor", "positive": "pos", "negative": "neg"}
-    assert rows_of(load_triples(path, columns=mapping)) == [{"query": "a", "positive": "b", "negative": "c"}]
+    for path, columns in (
+        (write(tmp_path / "t.jsonl", jsonl(rows)), {**mapping, "positive_id": None}),
+        (write(tmp_path / "t.tsv", "score\tneg\tanchor\tpos\n1\tc\ta\tb\n"), mapping),
+    ):
+        assert rows_of(load_triples(path, columns=columns)) == [{"query": "a", "positive": "b", "negative": "c"}]
 
 
-def test_lists_of_negatives_are_spread(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", jsonl([{"query": "q", "positive": "p", "negative": ["a", "b", "c"]}]))
-    loaded = load_triples(path)
-    assert loaded.column_names == ["query", "positive", "negative_1", "negative_2", "negative_3"]
-    assert load_triples(path, num_negatives=2).column_names == ["query", "positive", "negative_1", "negative_2"]
-    assert rows_of(load_triples(path, num_negatives=1)) == [{"query": "q", "positive": "p", "negative": "a"}]
-    assert load_triples(path, num_negatives=0).column_names == ["query", "positive"]
-
-
-def test_numbered_negatives_are_kept_in_order() -> None:
-    row = {"query": "q", "positive": "p", **{f"negative_{place}": f"n{place}" for place in range(11, 0, -1)}}
-    loaded = load_triples(Dataset.from_list([row]))
-    assert loaded.column_names[2:] == [f"negative_{place}" for place in range(1, 12)]
-    assert [loaded[0][f"negative_{place}"] for place in range(1, 12)] == [f"n{place}" for place in range(1, 12)]
-    assert load_triples(Dataset.from_list([row]), num_negatives=2).column_names[2:] == ["negative_1", "negative_2"]
-
-
-def test_tsv_of_several_negatives_needs_their_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.tsv", "q\tp\ta\tb\n")
-    row = {"query": "q", "positive": "p", "negative_1": "a", "negative_2": "b"}
-    assert rows_of(load_triples(path, num_negatives=2)) == [row]
-    with pytest.raises(ValueError, match="4 fields where 3"):
-        load_triples(path)
-    pair = write(tmp_path / "p.tsv", "q\tp\n")
-    assert rows_of(load_triples(pair, num_negatives=0)) == [{"query": "q", "positive": "p"}]
+def test_several_negatives_are_spread_in_order_as_many_as_asked_for(tmp_path: Path) -> None:
+    numbered = [f"negative_{place}" for place in range(1, 12)]
+    listed = write(tmp_path / "t.jsonl", jsonl([{"query": "q", "positive": "p", "negative": numbered}]))
+    table = Dataset.from_list([{"query": "q", "positive": "p", **{name: name for name in numbered[::-1]}}])
+    tsv = write(tmp_path / "t.tsv", "\t".join(["q", "p", *numbered]) + "\n")
+    for source, options in ((listed, {}), (table, {}), (tsv, {"num_negatives": 11})):
+        [row] = rows_of(load_triples(source, **options))
+        assert list(row) == ["query", "positive", *numbered] and [row[name] for name in numbered] == numbered
+    for source in (listed, table):
+        assert load_triples(source, num_negatives=2).column_names == ["query", "positive", *numbered[:2]]
+        assert rows_of(load_triples(source, num_negatives=1)) == [
+            {"query": "q", "positive": "p", "negative": numbered[0]}
+        ]
+        assert load_triples(source, num_negatives=0).column_names == ["query", "positive"]
+    with pytest.raises(ValueError, match="13 fields where 3"):
+        load_triples(tsv)
 
 
 def test_lists_of_passage_objects_give_texts_and_ids() -> None:
@@ -149,20 +133,23 @@ def test_lists_of_passage_objects_give_texts_and_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "header"), [("", ""), (".gz", "qid\tpid+\tpid-\r\n"), ("", "query_id\tpositive_id\tnegative_id\n")]
+    ("suffix", "header"), [(".gz", "qid\tpid+\tpid-\r\n"), ("", "query_id\tpositive_id\tnegative_id\n"), ("", "")]
 )
 def test_id_triples_are_resolved_and_keep_their_ids(tmp_path: Path, suffix: str, header: str) -> None:
-    loaded = load_triples(
-        write(tmp_path / f"ids.tsv{suffix}", header + ID_LINES),
-        collection=write(tmp_path / f"collection.tsv{suffix}", tsv(PASSAGES)),
-        queries=write(tmp_path / f"queries.tsv{suffix}", tsv(QUERIES)),
-    )
+    ids = write(tmp_path / f"ids.tsv{suffix}", header + ID_LINES)
+    collection = write(tmp_path / f"collection.tsv{suffix}", tsv(PASSAGES))
+    queries = write(tmp_path / f"queries.tsv{suffix}", tsv(QUERIES))
+    loaded = load_triples(ids, collection=collection, queries=queries)
     assert loaded[1] == {
         "query": "query one", "positive": "passage 3", "negative": "passage 4",
         "query_id": "1", "positive_id": "d3", "negative_id": "d4", "known_positive_ids": ["d1", "d3"],
     }  # fmt: skip
     assert loaded["known_positive_ids"][:] == [["d1", "d3"], ["d1", "d3"], ["d5"]]
     assert loaded.cache_files
+    streamed = load_triples(ids, collection=collection, queries=queries, streaming=True)
+    first = rows_of(streamed)
+    assert first[2]["negative"] == "passage 1"
+    assert rows_of(pickle.loads(pickle.dumps(streamed))) == first  # as it is sent to a worker
 
 
 def test_texts_come_from_any_kind_of_collection(tmp_path: Path) -> None:
@@ -187,15 +174,6 @@ def test_id_only_distillation_set_is_resolved() -> None:
         "query_id": "2", "positive_id": "d2", "negative_1_id": "d1", "negative_2_id": "d5",
         "known_positive_ids": ["d2"],
     }  # fmt: skip
-
-
-def test_query_texts_beside_passage_ids_need_a_collection_only() -> None:
-    rows = [{"query": "own words", "positive_id": "d1", "negative_id": "d2"}] * 2 + [
-        {"query": "own words", "positive_id": "d3", "negative_id": "d2"}
-    ]
-    loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES)
-    assert loaded[0]["positive"] == "passage 1"
-    assert loaded["known_positive_ids"][:] == [["d1", "d3"]] * 3
 
 
 ID_ROW = {
@@ -226,52 +204,30 @@ def test_ids_under_the_names_of_texts_are_looked_up(
     assert rows_of(loaded) == [ID_ROW]
 
 
-def test_query_ids_are_looked_up_beside_texts_of_passages(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", jsonl([{"query": "2", "positive": "p", "negative": "n"}]))
-    assert rows_of(load_triples(path, queries=QUERIES)) == [
-        {"query": "query two", "positive": "p", "negative": "n", "query_id": "2"}
-    ]
-
-
-def test_unknown_id_under_the_name_of_a_text_is_skipped_like_any_other(tmp_path: Path) -> None:
-    rows = [
-        {"query": "1", "positive": "gone", "negative": "d2"},
-        {"query": None, "positive": "d1", "negative": "d2"},
-        {"query": "1", "positive": "d1", "negative": "d2"},
-    ]
-    path = write(tmp_path / "t.jsonl", jsonl(rows))
-    skipped = SkippedRows()
-    for given in (rows, rows[1:]):
-        write(path, jsonl(given))
-        loaded = load_triples(path, collection=PASSAGES, queries=QUERIES, skip_bad_rows=True, skipped=skipped)
-        assert rows_of(loaded) == [ID_ROW] and skipped.total == len(given) - 1
+def test_ids_of_one_kind_are_looked_up_beside_texts_of_the_other() -> None:
+    row = {"query": "2", "positive": "p", "negative": "n"}
+    found = rows_of(load_triples(Dataset.from_list([row]), queries=QUERIES))
+    assert found == [{**row, "query": "query two", "query_id": "2"}]
+    rows = [{"query": "own words", "positive_id": key, "negative_id": "d2"} for key in ("d1", "d1", "d3")]
+    loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES)
+    assert loaded[0]["positive"] == "passage 1"
+    assert loaded["known_positive_ids"][:] == [["d1", "d3"]] * 3
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_that_nobody_has_judged_stay_marked(tmp_path: Path, streaming: bool) -> None:
+def test_rows_without_judgements_stay_marked(tmp_path: Path, streaming: bool) -> None:
     judged = {**ROWS[0], "query_id": "1", "positive_id": "d1", "negative_id": "d2", "labelled": True}
     rows = [judged, {**judged, "positive_id": "d3", "labelled": False}]
     path = write(tmp_path / "t.jsonl", jsonl(rows))
     loaded = load_triples(path, streaming=streaming, qrels={"1": {"d1": 1}} if streaming else None)
-    known = [["d1"], ["d1"]]  # the candidate of a row without a label is not known to be positive
-    assert rows_of(loaded) == [{**row, "known_positive_ids": ids} for row, ids in zip(rows, known, strict=True)]
+    # The candidate of a row without a label is not known to be positive.
+    assert rows_of(loaded) == [{**row, "known_positive_ids": ["d1"]} for row in rows]
     assert loaded.features is not None and loaded.features["labelled"] == datasets.Value("bool")
-    (first, _) = rows_of(load_triples(path, columns={"labelled": None}))
-    assert "labelled" not in first
-
-
-def test_triples_of_a_collection_come_back_as_they_were(tmp_path: Path) -> None:
-    corpus = Dataset.from_dict({"id": [f"d{at}" for at in range(8)], "text": [f"word{at} of" for at in range(8)]})
-    made = bm25_triples(corpus, {"q1": "word1"}, {"q1": {"d1": 1}}, seed=1, unlabelled={"q2": "word2"})
-    made.to_parquet(tmp_path / "t.parquet")
-    assert set(made["labelled"]) == {True, False}
-    loaded = load_triples(tmp_path / "t.parquet")
-    assert [dict(row) for row in loaded.select_columns(made.column_names)] == rows_of(made)
+    assert "labelled" not in load_triples(path, columns={"labelled": None}).column_names
 
 
 QRELS_FILES = {
     "beir.tsv": "query-id\tcorpus-id\tscore\n1\td1\t1\n1\td6\t2\n1\td2\t0\n",
-    "plain.tsv": "1\td1\t1\n1\td6\t2\n1\td2\t0\n",
     "trec.txt": "1 0 d1 1\n1 0 d6 2\n1 0 d2 0\n",
     "trec.tsv.gz": "1\t0\td1\t1\n1\t0\td6\t2\n1\t0\td2\t0\n",
 }
@@ -279,13 +235,9 @@ QRELS_FILES = {
 
 @pytest.mark.parametrize(("name", "streaming"), [(name, name[0] == "t") for name in QRELS_FILES])
 def test_known_positives_come_from_qrels(tmp_path: Path, name: str, streaming: bool) -> None:
-    loaded = load_triples(
-        write(tmp_path / "ids.tsv", ID_LINES),
-        collection=PASSAGES,
-        queries=QUERIES,
-        qrels=write(tmp_path / name, QRELS_FILES[name]),
-        streaming=streaming,
-    )
+    qrels = write(tmp_path / name, QRELS_FILES[name])
+    given: dict[str, Any] = {"collection": PASSAGES, "queries": QUERIES, "qrels": qrels, "streaming": streaming}
+    loaded = load_triples(write(tmp_path / "ids.tsv", ID_LINES), **given)
     # The row's own positive is known even where it is not judged.
     assert [row["known_positive_ids"] for row in loaded] == [["d1", "d6"], ["d1", "d6", "d3"], ["d5"]]
 
@@ -301,16 +253,8 @@ def test_given_known_positives_are_kept_and_joined_over_the_rows_of_a_query() ->
 # Folders and the Hub -----------------------------------------------------------------------------------------------
 
 
-def beir_folder(root: Path) -> Path:
-    passages = [{"_id": f"d{at}", "title": "", "text": f"word{at} of {at}"} for at in range(8)]
-    write(root / "corpus.jsonl", jsonl(passages))
-    write(root / "queries.jsonl", jsonl([{"_id": "q1", "text": "word1"}, {"_id": "q2", "text": "word2"}]))
-    write(root / "qrels" / "train.tsv", "q1\td1\t1\nq1\td3\t1\nq2\td2\t1\n")
-    return root
-
-
 def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
-    folder = beir_folder(tmp_path / "set")
+    folder = write_beir(tmp_path / "set", passages=8, train=3, dev=1, test=1)
     loaded = load_triples(folder, num_negatives=2, seed=3, columns={})  # as a recipe has them that maps none
     expected = bm25_triples(*load_beir(folder, "train"), num_negatives=2, seed=3)
     assert rows_of(loaded) == rows_of(expected)
@@ -333,47 +277,27 @@ def test_folder_in_the_hubs_layout_is_read(tmp_path: Path, streaming: bool) -> N
         load_triples(tmp_path / "set", split="test", streaming=streaming)
 
 
-def test_configurations_of_a_folder_are_told_apart(tmp_path: Path) -> None:
-    card = "".join(f"- config_name: {name}\n  data_files: {name[0]}.jsonl\n" for name in ("train", "collection"))
-    write(tmp_path / "set" / "README.md", f"---\nconfigs:\n{card}---\n")
-    write(tmp_path / "set" / "t.jsonl", jsonl([{"query": "q", "positive_id": "d1", "negative_id": "d2"}]))
-    write(tmp_path / "set" / "c.jsonl", jsonl([{"id": key, "text": text} for key, text in PASSAGES.items()]))
-    texts = datasets.load_dataset(str(tmp_path / "set"), "collection", split="train")
-    loaded = load_triples(tmp_path / "set", config="train", collection=texts)
-    assert (loaded[0]["positive"], loaded[0]["negative_id"]) == ("passage 1", "d2")
-    with pytest.raises(ValueError, match=r"train.*collection"):
-        load_triples(tmp_path / "set")
-
-
 def test_hub_data_set_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
+    parts: dict[str | None, list[dict[str, Any]]] = {
+        "texts": [{"id": key, "text": text} for key, text in PASSAGES.items()],
+        "ids": [{"query": "q", "positive_id": "d1", "negative_id": "d2"}],
+        # The BEIR layout.
+        "corpus": [{"_id": f"d{at}", "title": "", "text": f"word{at}"} for at in range(4)],
+        "queries": [{"_id": "q1", "text": "word1"}],
+        "default": [{"query-id": "q1", "corpus-id": "d1", "score": 1}],
+    }
 
     def load_dataset(name: str, config: str | None = None, **options: Any) -> DatasetDict:
         asked.append((name, config, options.get("revision")))
-        if config == "texts":
-            return DatasetDict({"train": Dataset.from_dict({"id": list(PASSAGES), "text": list(PASSAGES.values())})})
-        return DatasetDict({"train": Dataset.from_list([{"query": "q", "positive_id": "d1", "negative_id": "d2"}])})
+        split = str(config) if config in ("corpus", "queries") else "train"
+        return DatasetDict({split: Dataset.from_list(parts[config])})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     loaded = load_triples("owner/name", config="ids", revision="v1", collection="owner/name:texts")
     assert loaded[0]["positive"] == "passage 1"
     assert asked == [("owner/name", "ids", "v1"), ("owner/name", "texts", None)]
-
-
-def test_hub_data_set_in_the_beir_layout_gives_bm25_triples(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {
-        "corpus": [{"_id": f"d{at}", "title": "", "text": f"word{at}"} for at in range(4)],
-        "queries": [{"_id": "q1", "text": "word1"}],
-        "default": [{"query-id": "q1", "corpus-id": "d1", "score": 1}],
-    }
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: list(parts))
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda name, config: DatasetDict(
-            {"train" if config == "default" else config: Dataset.from_list(parts[config])}
-        ),
-    )
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["corpus", "queries", "default"])
     loaded = load_triples("owner/name")
     assert loaded[0]["positive_id"] == "d1" and loaded[0]["negative_id"] != "d1"
 
@@ -387,39 +311,22 @@ def test_offline_hub_error_says_the_fix() -> None:
 
 
 @pytest.mark.parametrize("name", ["t.jsonl.gz", "t.tsv"])
-def test_streaming_gives_the_same_rows_again_and_again(tmp_path: Path, name: str) -> None:
+def test_streaming_gives_the_same_rows_again_and_goes_on_from_a_saved_state(tmp_path: Path, name: str) -> None:
     text = jsonl(ROWS) if "json" in name else "".join("\t".join(row.values()) + "\n" for row in ROWS)
     loaded = load_triples(write(tmp_path / name, text), streaming=True)
     assert isinstance(loaded, IterableDataset)
     assert loaded.column_names == ["query", "positive", "negative"]
     assert rows_of(loaded) == rows_of(loaded) == ROWS
     assert not (tmp_path / "cache").exists()
-
-
-def test_streaming_resolves_ids_and_can_be_sent_to_a_worker(tmp_path: Path) -> None:
-    path = write(tmp_path / "ids.tsv", ID_LINES)
-    loaded = load_triples(path, collection=PASSAGES, queries=QUERIES, streaming=True)
-    first = rows_of(loaded)
-    assert first[2]["negative"] == "passage 1"
-    assert rows_of(pickle.loads(pickle.dumps(loaded))) == first
-
-
-def test_streaming_goes_on_from_a_saved_state(tmp_path: Path) -> None:
-    loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(ROWS)), streaming=True)
     next(iter(loaded))
-    state = loaded.state_dict()
-    loaded.load_state_dict(state)
+    loaded.load_state_dict(loaded.state_dict())
     assert rows_of(loaded) == ROWS[1:]
 
 
-def test_streaming_checks_the_first_rows_at_once(tmp_path: Path) -> None:
+def test_streaming_checks_the_first_rows_at_once_and_counts_what_it_skips(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", jsonl([*ROWS, {**ROWS[0], "positive": " "}]))
     with pytest.raises(ValueError, match=r"t\.jsonl, line 3, column 'positive'"):
         load_triples(path, streaming=True)
-
-
-def test_streaming_counts_what_it_skips(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", jsonl([ROWS[0], {**ROWS[0], "query": ""}, ROWS[1]]))
     skipped = SkippedRows()
     loaded = load_triples(path, streaming=True, skip_bad_rows=True, skipped=skipped)
     for _ in range(2):
@@ -445,18 +352,14 @@ def test_same_source_and_settings_are_prepared_once(tmp_path: Path) -> None:
     assert len(load_triples(path)) == 4
 
 
-def test_changed_collection_is_looked_up_anew(tmp_path: Path) -> None:
+def test_changed_collection_is_looked_up_anew_and_a_failed_load_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="line 3"):
+        load_triples(write(tmp_path / "t.jsonl", jsonl([*ROWS, {}])))
+    assert list((tmp_path / "cache").iterdir()) == []
     path = write(tmp_path / "ids.tsv", ID_LINES)
     load_triples(path, collection=PASSAGES, queries=QUERIES)
     loaded = load_triples(path, collection={**PASSAGES, "d1": "new text"}, queries=QUERIES)
     assert loaded[0]["positive"] == "new text"
-
-
-def test_failed_load_leaves_nothing(tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", jsonl([*ROWS, {}]))
-    with pytest.raises(ValueError, match="line 3"):
-        load_triples(path)
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_skipped_rows_are_reported_each_time_and_logged_when_read(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tct_hf import SkippedRows, load_triples
 from tct_hf.data.beir import joined, records_of
 from tct_hf.data.columns import RowReader
-from tct_hf.data.rows import BadRow, byte_lines, parse_json_line, parse_tsv_line
+from tct_hf.data.rows import BadRow, byte_lines, parse_json_line
 from tct_hf.data.sources import LineSource
 
 NAMES = ("query", "positive", "negative")
@@ -120,12 +120,11 @@ def mutated_file(valid: Iterator[bytes], count: int, draw: random.Random) -> byt
     return b"\n".join([first, *(mutate(next(valid), draw) for _ in range(count))]) + b"\n"
 
 
-def compare(path: Path, data: bytes, right: list[list[str]], wrong: int, **options: Any) -> None:
+def compare(path: Path, data: bytes, right: list[list[str]], wrong: int) -> None:
     path.write_bytes(data)
     skipped = SkippedRows()
-    loaded = load_triples(path, skip_bad_rows=True, skipped=skipped, cache_dir=path.parent / "cache", **options)
-    read = list(zip(*(loaded[name][:] for name in loaded.column_names if name in NAMES), strict=True))
-    assert read == [tuple(row) for row in right]
+    loaded = load_triples(path, skip_bad_rows=True, skipped=skipped, cache_dir=path.parent / "cache")
+    assert list(zip(*(loaded[name][:] for name in NAMES), strict=True)) == [tuple(row) for row in right]
     assert skipped.total == wrong
 
 
@@ -153,28 +152,6 @@ def test_2000_mutated_lines_of_jsonl_are_read_right_or_refused(tmp_path: Path) -
     compare(tmp_path / "triples.jsonl", data, right, len(rows) - len(right))
 
 
-def test_1500_mutated_lines_of_id_triples_are_resolved_right_or_refused(tmp_path: Path) -> None:
-    draw = random.Random(3)
-    queries = {str(place): f"query {place}" for place in range(200)}
-    passages = {f"d{place}": f"passage {place}" for place in range(2000)}
-
-    def lines() -> Iterator[bytes]:
-        while True:
-            ids = (draw.choice(list(queries)), *draw.sample(sorted(passages), 2))
-            yield "\t".join(ids).encode()
-
-    data = mutated_file(lines(), 1_500, draw)
-    right, wrong = [], 0
-    for line in simple_lines(data):
-        fields = simple_tsv(line) or []
-        if len(fields) == 3 and fields[0] in queries and fields[1] in passages and fields[2] in passages:
-            right.append([queries[fields[0]], passages[fields[1]], passages[fields[2]]])
-        elif line:
-            wrong += 1
-    assert 100 < len(right) < 1_400
-    compare(tmp_path / "ids.tsv", data, right, wrong, queries=queries, collection=passages)
-
-
 def simple_record(line: bytes) -> tuple[str, str] | None:
     """Id and text (the title before it) of one object, or None."""
     text = simple_decode(line)
@@ -192,35 +169,20 @@ def simple_record(line: bytes) -> tuple[str, str] | None:
     return None if bad else found
 
 
-def simple_id_and_text(line: bytes) -> tuple[str, str] | None:
-    key, tab, rest = line.partition(b"\t")
-    found, text = simple_decode(key), simple_decode(rest)
-    if not tab or b"\t" in rest or found is None or text is None or not found.strip() or "\0" in found:
-        return None
-    return found, text.strip()
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "tsv"])
-def test_400_mutated_lines_of_collections_are_read_right_or_refused_with_their_place(
-    tmp_path: Path, kind: str
-) -> None:
+def test_400_mutated_lines_of_collections_are_read_right_or_refused_with_their_place(tmp_path: Path) -> None:
     draw = random.Random(4)
-    path = tmp_path / f"collection.{kind}"
+    path = tmp_path / "collection.jsonl"
     good = 0
     for number in range(400):
         title, text, _ = texts(draw)
-        if kind == "jsonl":
-            record = {"_id": draw.choice((number, f"d{number}")), "title": title, "text": text}
-            valid = json.dumps(record, ensure_ascii=draw.random() < 0.5).encode()
-        else:
-            valid = f"d{number}\t{text}".encode()
-        data = mutate(valid, draw)
+        record = {"_id": draw.choice((number, f"d{number}")), "title": title, "text": text}
+        data = mutate(json.dumps(record, ensure_ascii=draw.random() < 0.5).encode(), draw)
         path.write_bytes(data)
         lines = simple_lines(data.removeprefix(codecs.BOM_UTF8))
-        wanted = [line for line in lines if (line.strip() if kind == "jsonl" else line)]
-        right = [(simple_record if kind == "jsonl" else simple_id_and_text)(line) for line in wanted]
+        right = [simple_record(line) for line in lines if line.strip()]
         try:
-            read = [(key, joined(title, text)) for _, key, title, text in records(path)]
+            found = records_of(LineSource(path, None), (), allow_empty=True)
+            read = [(key, joined(title, text)) for _, key, title, text in found]
         except ValueError as error:
             assert None in right, data
             assert str(error).startswith(f"{path}, line "), data
@@ -230,62 +192,32 @@ def test_400_mutated_lines_of_collections_are_read_right_or_refused_with_their_p
     assert 40 < good < 360  # both happen
 
 
-def records(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    names = ("id", "text") if path.suffix == ".tsv" else ()
-    return records_of(LineSource(path, names or None), names, allow_empty=True)
-
-
 # Properties --------------------------------------------------------------------------------------------------------
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\r"), min_size=1)
-NOT_BLANK = TEXT.filter(str.strip)
-
-
-@given(st.lists(TEXT, min_size=1, max_size=6))
-def test_tsv_fields_round_trip(fields: list[str]) -> None:
-    names = [f"column {place}" for place in range(len(fields))]
-    assert list(parse_tsv_line("\t".join(fields).encode(), names).values()) == fields
-
-
-@given(st.binary())
-def test_any_bytes_as_tsv_are_read_as_the_simple_parser_reads_them_or_refused(line: bytes) -> None:
-    right = simple_tsv(line)
-    try:
-        row = next(RowReader(NAMES, {}).read(parse_tsv_line(line, NAMES), "line 1"))
-    except BadRow:
-        assert right is None or len(right) < 3
-    else:
-        assert list(row.values()) == [row[name] for name in ("query", "negative", "positive")]
-        assert [row[name] for name in NAMES] == right
+NOT_BLANK = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 
 @given(st.lists(st.tuples(NOT_BLANK, NOT_BLANK, st.lists(NOT_BLANK, min_size=2, max_size=2)), min_size=1))
 def test_rows_with_lists_of_negatives_round_trip(rows: list[tuple[str, str, list[str]]]) -> None:
     raw = [{"query": query, "positive": positive, "negatives": negatives} for query, positive, negatives in rows]
     reader = RowReader(list(raw[0]), raw[0])
-    for row, (query, positive, negatives) in zip(raw, rows, strict=True):
+    for row, (query, positive, (first, second)) in zip(raw, rows, strict=True):
         (read,) = reader.read(row, "row")
-        assert read == {
-            "query": query, "positive": positive, "negative_1": negatives[0], "negative_2": negatives[1]
-        }  # fmt: skip
+        assert read == {"query": query, "positive": positive, "negative_1": first, "negative_2": second}
 
 
-@pytest.mark.parametrize(
-    ("line", "kind"),
-    [
+def test_what_is_no_json_object_is_refused_by_kind() -> None:
+    for line, kind in (
         (b'{"a": 1, "a": 2}', "repeated key"),
         (b'{"a": NaN}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'"text"', "not a JSON object"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        (b"", "not JSON"),
-    ],
-)
-def test_what_is_no_json_object_is_refused_by_kind(line: bytes, kind: str) -> None:
-    with pytest.raises(BadRow) as caught:
-        parse_json_line(line)
-    assert caught.value.kind == kind
+    ):
+        with pytest.raises(BadRow) as caught:
+            parse_json_line(line)
+        assert caught.value.kind == kind
 
 
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,6 @@ def test_the_gradient_is_that_of_the_one_number_on_the_diagonal(student: Sentenc
 @pytest.mark.parametrize(
     ("optim", "settings"),
     [
-        ("adamw_torch", {}),
         ("adamw_torch_fused", {"bf16": True}),
         ("adafactor", {"gradient_accumulation_steps": 2}),
         ("adamw_torch", {"mini_batch_size": 3}),
@@ -84,7 +82,7 @@ def test_after_training_the_matrix_is_one_number_that_has_changed(
     student: SentenceTransformer, teacher: Any, tmp_path: Path, settings: dict[str, Any], optim: str
 ) -> None:
     begun = length(student)
-    make_trainer(tmp_path, student, teacher, triples(32), optim=optim, **FAST, **settings).train()
+    make_trainer(tmp_path, student, teacher, triples(16), optim=optim, **FAST, **settings).train()
     weight = student[3].linear.weight.detach()
     assert torch.equal(weight, weight[0, 0] * torch.eye(32)) and length(student) != begun
 
@@ -116,20 +114,15 @@ def test_the_scale_has_no_weight_decay_and_may_have_its_own_learning_rate(
     assert decays == {0.0}
 
 
-def test_what_keeps_the_number_one_is_attached_once(student: SentenceTransformer) -> None:
-    keep_scalar(student)
-    keep_scalar(student)
+def test_what_keeps_the_number_one_is_attached_once_and_another_projection_left_alone(
+    student: SentenceTransformer,
+) -> None:
+    for _ in range(2):
+        keep_scalar(student)
     assert len(student[3].linear.weight._backward_hooks) == 1
-    copied = copy.deepcopy(student)  # which loses it
-    keep_scalar(copied)
-    assert len(copied[3].linear.weight._backward_hooks) == 1
-
-
-def test_a_projection_of_another_kind_is_left_alone(student: SentenceTransformer) -> None:
     with torch.no_grad():
         student[3].linear.weight[0, 1] = 0.1
-    keep_scalar(student)
-    assert length_of(student) is None and not student[3].linear.weight._backward_hooks
+    assert length_of(student) is None
     with_tanh = scale_modules(32, 4.0)
     with_tanh[1].activation_function = nn.Tanh()
     nan, uneven = scale_modules(3, 4.0), scale_modules(3, 4.0)
@@ -138,9 +131,6 @@ def test_a_projection_of_another_kind_is_left_alone(student: SentenceTransformer
         uneven[1].linear.weight[2, 2] = 1.0
     for other in (with_tanh, nan, uneven, [], list(student)[:2]):
         assert length_of(other) is None
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), True])
-def test_a_scale_that_is_none_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match=r"scale=.*finite number greater than 0"):
-        scale_modules(8, scale)
+    for scale in (0.0, -1.0, float("inf"), float("nan"), True):
+        with pytest.raises(ValueError, match=r"scale=.*finite number greater than 0"):
+            scale_modules(8, scale)

@@ -47,12 +47,8 @@ def encoded(student: SparseEncoder) -> list[torch.Tensor]:
 def test_vectors_are_those_of_the_rule_and_a_saved_student_is_a_stock_sparse_encoder(
     mlm: Path, tmp_path: Path, pooling: Any, activation: Any
 ) -> None:
-    settings: dict[str, Any] = {
-        "query_length": 16,
-        "document_length": 40,
-        "pooling": pooling,
-        "activation": activation,
-    }
+    lengths: dict[str, Any] = {"query_length": 16, "document_length": 40}
+    settings = {**lengths, "pooling": pooling, "activation": activation}
     student = build_splade(str(mlm), **settings)
     for found, length in zip(encoded(student), (16, 40, 40), strict=True):
         expected = rule(mlm, length, pooling=pooling, twice=activation == "log1p_relu")
@@ -69,24 +65,16 @@ def test_vectors_are_those_of_the_rule_and_a_saved_student_is_a_stock_sparse_enc
         assert all(map(torch.equal, encoded(other), encoded(student)))
 
 
-def test_half_precision_weights_become_float32(mlm: Path, tmp_path: Path) -> None:
+def test_settings_and_encoders_that_do_not_fit_are_refused(mlm: Path, tmp_path: Path) -> None:
+    plain = tiny_bert(tmp_path / "plain")
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (mlm, {"document_length": 500}, "document_length=500, but the encoder has 192 positions"),
+        (mlm, {"query_length": 2}, "query_length=2 leaves no token"),
+        (mlm, {"pooling": "mean"}, "pooling_strategy must be"),
+        (plain, {}, r"lacks cls\.predictions.*masked-language-model head"),
+    ]
+    for base, setting, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build_splade(str(base), **{"document_length": 40, **setting})
     build_splade(str(mlm), document_length=40, dtype=torch.float16).save_pretrained(str(tmp_path / "half"))
     assert build_splade(str(tmp_path / "half"), document_length=40).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"document_length": 500}, "document_length=500, but the encoder has 192 positions"),
-        ({"query_length": 2}, "query_length=2 leaves no token"),
-        ({"pooling": "mean"}, "pooling_strategy must be"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused(mlm: Path, setting: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_splade(str(mlm), **{"document_length": 40, **setting})
-
-
-def test_an_encoder_without_the_head_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lacks cls\.predictions.*masked-language-model head"):
-        build_splade(str(tiny_bert(tmp_path / "plain")))

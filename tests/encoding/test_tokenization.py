@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from tct_hf.encoding.tokenization import tct_tokenizer
-from tests.models import tiny_bert, tiny_mpnet, tiny_roberta
+from tests.models import tiny_bert, tiny_mpnet
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    make = {"bert": tiny_bert, "mpnet": tiny_mpnet, "roberta": tiny_roberta}
-    return {name: function(root / name) for name, function in make.items()}
+    return {"bert": tiny_bert(root / "bert"), "mpnet": tiny_mpnet(root / "mpnet")}
 
 
 @pytest.fixture
@@ -65,36 +63,14 @@ def test_the_tokenizer_given_stays_as_it_is_and_hands_down_no_padding_or_truncat
     ]
 
 
-@pytest.mark.parametrize("marker", ["[unused0]", "[Q] ", "[Q]"])
-def test_markers_become_text_again_and_other_added_tokens_stay(given: Any, marker: str) -> None:
-    given.add_tokens(["tct"])
-    plain = tct_tokenizer(given, document_length=20)
-    given.add_tokens([marker], special_tokens=True)
-    fresh = tct_tokenizer(given, document_length=20, markers=[f"{marker.strip()} ", "", "[D] "])
-    text = f"[Q] a {marker} the tct"
-    assert fresh(text)["input_ids"] == plain(text)["input_ids"] and tokens(fresh, text)[-1] == "tct"
-
-
-def test_save_and_load_keep_class_and_ids(given: Any, tmp_path: Path) -> None:
-    fresh = tct_tokenizer(given, document_length=20)
-    fresh.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(loaded) is TokenizersBackend and loaded.model_max_length == 20
-    assert loaded("[Q] the é [MASK]")["input_ids"] == fresh("[Q] the é [MASK]")["input_ids"]
-
-
-def test_what_can_not_make_tct_input_is_refused(paths: dict[str, Path]) -> None:
-    added = wordpiece("[CLS]", "[", "]", "q", "d", cls_token="[CLS]")
-    added.add_special_tokens({"extra_special_tokens": ["[Q]"]})
+def test_what_can_not_make_tct_input_is_refused() -> None:
     for tokenizer, message in (
         (wordpiece("[", "]", "q", "d"), "neither a cls_token nor a bos_token"),
-        (
-            AutoTokenizer.from_pretrained(paths["roberta"]),
-            r"(?s)joins the prompt '\[Q\] '.*'Ġ'\].*before 'a'.*WordPiece",
-        ),
         (wordpiece("[CLS]", "q", "d", cls_token="[CLS]"), r"ends the prompt '\[Q\] ' with a special token"),
         (None, "tokenizers library"),
     ):
         with pytest.raises(ValueError, match=message):
             tct_tokenizer(tokenizer, document_length=20)
+    added = wordpiece("[CLS]", "[", "]", "q", "d", cls_token="[CLS]")
+    added.add_special_tokens({"extra_special_tokens": ["[Q]"]})
     assert tokens(tct_tokenizer(added, document_length=20, markers=["[Q] "]), "[Q] q") == ["[CLS]", "[", "q", "]", "q"]

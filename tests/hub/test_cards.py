@@ -67,12 +67,9 @@ def test_a_card_says_what_was_measured_and_how_to_use_it(student: Path, report: 
     assert eval_results(report, "teacher") == []
 
 
-def test_what_nobody_measured_or_gave_is_not_in_a_card(student: Path) -> None:
+def test_a_card_holds_nothing_that_was_not_measured_or_given(student: Path, report: Report) -> None:
     unsaid = ("alpha", "model-index", "Effectiveness", "teacher:", "distilled from", "datasets", "in its own training")
     check(write_card(student, "student", "me/it", PLAIN), unsaid=unsaid)
-
-
-def test_a_teacher_card_gives_the_scale_where_it_is_known(student: Path, report: Report) -> None:
     check(write_card(student, "teacher", "me/it", FACTS, report=report), unsaid=("in its own training",))
     write_json_atomic(student / TRAINING_FILE, {"training_scale": 4.0})
     check(write_card(student, "teacher", "me/it", FACTS), ("multiplied by 4.0 in its own training",))
@@ -92,17 +89,15 @@ def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(base: str
     check(card, (*said, "Questions go through `encode_query`."), ("[Q]",))
 
 
-@pytest.mark.parametrize(
-    ("facts", "said", "unsaid"),
-    [
+def test_a_card_claims_what_files_and_record_say(student: Path) -> None:
+    cases: tuple[tuple[dict[str, Any], str, str], ...] = (
         ({"distilled": True}, "Trained with\nTCT-ColBERT", "Converted"),
         ({"converted_from": "me/it"}, "Converted with tct_hf\nfrom me/it, with the encoding of", "Trained with"),
         ({}, "Texts are encoded\nas in TCT-ColBERT", "implemented in tct_hf"),
-    ],
-)
-def test_a_card_claims_what_files_and_record_say(student: Path, facts: Any, said: str, unsaid: str) -> None:
-    card = write_card(student, "student", "me/it", replace(FACTS, **facts))
-    check(card, (said, "tct-colbert", "lin2020distilling", "queries @ passages.T"), (unsaid,))
+    )
+    for facts, said, unsaid in cases:
+        card = write_card(student, "student", "me/it", replace(FACTS, **facts))
+        check(card, (said, "tct-colbert", "lin2020distilling", "queries @ passages.T"), (unsaid,))
 
 
 def test_a_card_says_what_is_beyond_the_papers_student(base: str, tmp_path: Path) -> None:
@@ -186,15 +181,12 @@ def test_the_record_of_the_training_fills_what_was_not_given(
         assert CardFacts().completed_by(tmp_path).training_data == name
 
 
-def test_a_teacher_in_a_folder_here_says_itself_what_it_began_with(tmp_path: Path) -> None:
+def test_a_teacher_in_a_folder_here_and_a_conversion_say_what_they_began_with(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "teacher" / CLAIM_FILE, {"encoder": {"base_model": "me/encoder"}, "teacher": {}})
     student = {"teacher": {"model": f"{tmp_path}/teacher"}, "student": {"initialise_from": "teacher"}}
     write_json_atomic(tmp_path / "it" / CLAIM_FILE, student)
     facts = CardFacts().completed_by(tmp_path / "it")
     assert (facts.base_model, facts.teacher) == ("me/encoder", "teacher")
-
-
-def test_a_conversion_says_what_it_was_made_from(tmp_path: Path) -> None:
     write_json_atomic(tmp_path / ORIGIN_FILE, {"source": "castorini/tct_colbert-msmarco", "made": "student"})
     facts = CardFacts().completed_by(tmp_path)
     assert facts.converted_from == facts.base_model == "castorini/tct_colbert-msmarco" and not facts.distilled

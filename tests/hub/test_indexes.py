@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,7 @@ import pytest
 from huggingface_hub import DatasetCard
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import BM25Index, DenseIndex, build_student, release, save_student
-from tct_hf.hub.cards import CardFacts
+from tct_hf import BM25Index, DenseIndex, build_student, save_student
 from tct_hf.hub_client import HubError
 from tct_hf.retrieval.encode import describe_model
 from tests.hub.models import dual_encoder
@@ -17,18 +15,23 @@ from tests.loopback_hub import Blob, LoopbackHub
 from tests.models import tiny_bert
 from tests.train_helpers import PASSAGES, QUERIES
 
-FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    made = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64)
+    return save_student(made, path / "student")
+
+
 @pytest.fixture
-def index(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenseIndex:
+def index(hub: LoopbackHub, student: Path) -> DenseIndex:
     """An index of a student that is on the Hub."""
-    monkeypatch.setattr("tct_hf.hub.release.validate_checkpoint", lambda path: None)
-    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
-    release(save_student(student, tmp_path / "student"), "tester/student", facts=FACTS)
-    built_by = describe_model(student, "tester/student")["model"]
-    return DenseIndex.build(student.encode_document(PASSAGES), IDS, built_by=built_by)
+    hub.publish(student, "tester/student")
+    model = SentenceTransformer(str(student), device="cpu")
+    built_by = describe_model(model, "tester/student")["model"]
+    return DenseIndex.build(model.encode_document(PASSAGES), IDS, built_by=built_by)
 
 
 def test_a_dense_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub, index: DenseIndex) -> None:
@@ -64,7 +67,7 @@ def test_an_index_of_first_dimensions_or_another_encoder_comes_back_with_its_mod
 def test_the_model_is_pinned_where_it_moves_on(hub: LoopbackHub, index: DenseIndex, tmp_path: Path) -> None:
     index.push_to_hub("tester/index", license="mit")
     other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), encoding="tct", document_length=64)
-    release(save_student(other, tmp_path / "next"), "tester/student", facts=replace(FACTS, limits=["Next."]))
+    hub.publish(save_student(other, tmp_path / "next"), "tester/student")
     model = DenseIndex.from_hub("tester/index").load_model(device="cpu")
     assert describe_model(model)["model"]["weights_sha256"] == (index.built_by or {})["weights_sha256"]
     with pytest.raises(ValueError, match="but the index was built by"):
@@ -102,7 +105,7 @@ def test_an_index_nobody_could_search_is_refused(hub: LoopbackHub, index: DenseI
     assert ("datasets", "tester/index") not in hub.repos
 
 
-def test_a_revision_that_can_not_be_checked_has_to_be_given(hub: LoopbackHub, index: DenseIndex) -> None:
+def test_a_revision_that_can_not_be_checked_must_be_given(hub: LoopbackHub, index: DenseIndex) -> None:
     index.built_by = {"id": "tester/student"}
     with pytest.raises(ValueError, match=r"model_revision: the index does not record .*name the commit"):
         index.push_to_hub("tester/index", license="mit")
@@ -126,10 +129,7 @@ def test_a_bm25_index_comes_back_with_its_expansion_on_the_card_and_unaltered(hu
     with pytest.raises(FileNotFoundError, match="no dense index here"):
         DenseIndex.from_hub("tester/words")
     assert repo.private
-    index.push_to_hub("tester/altered", license="mit")
-    repo = hub.repo("tester/altered", "datasets")
-    files = repo.commits[repo.branches["main"]].files
-    name = "vocab.index.json"
-    files[name] = Blob(files[name].content.swapcase(), False)
+    files, name = repo.commits[repo.branches["main"]].files, "vocab.index.json"
+    repo.commit("main", "altered", {**files, name: Blob(files[name].content.swapcase(), False)})
     with pytest.raises(ValueError, match=r"vocab\.index\.json: altered since it was saved"):
-        BM25Index.from_hub("tester/altered")
+        BM25Index.from_hub("tester/words")

@@ -14,7 +14,6 @@ from huggingface_hub import DatasetCard, ModelCard
 from sentence_transformers import SparseEncoder
 
 from tct_hf import SparseIndex, release
-from tct_hf.encoding import checkpoint
 from tct_hf.encoding.digests import weights_digest
 from tct_hf.evaluation.report import Report
 from tct_hf.hub.cards import CardFacts
@@ -114,19 +113,13 @@ def test_the_figures_of_a_report_go_into_the_card(
             release(splade, "tester/splade", facts=FACTS, report=tmp_path / name)
 
 
-def test_a_collapsed_student_or_one_that_is_another_elsewhere_is_not_released(
-    hub: LoopbackHub, splade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_collapsed_student_is_not_released(hub: LoopbackHub, splade: Path, tmp_path: Path) -> None:
     student = SparseEncoder(str(splade), device="cpu")
     with torch.no_grad():
         student[0].model.cls.predictions.bias.fill_(-1e4)
     student.save_pretrained(str(tmp_path / "zero"))
     with pytest.raises(ValueError, match="all vectors are zero in all dimensions: the student has collapsed"):
         release(tmp_path / "zero", "tester/zero", facts=FACTS)
-    other = {"query": np.ones((7, 132), np.float32)}
-    monkeypatch.setattr(checkpoint, "fresh_vectors", lambda *args: other)
-    with pytest.raises(ValueError, match=r"query vectors differ from those of .* here"):
-        release(splade, "tester/zero", facts=FACTS)
     assert ("models", "tester/zero") not in hub.repos
 
 

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
-import builtins
 import math
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
-from tct_hf import BM25Index, evaluate_run, load_beir
+from tct_hf import BM25Index, evaluate_run, expanded_bm25, load_beir, write_expansions
+from tct_hf.data.expansion import SCORES_FOLDER, score_columns
+from tct_hf.data.shards import run_shards
 from tests.data.test_beir import data_folder
 
 TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
@@ -55,15 +58,9 @@ def test_scores_follow_the_formula(backend: str) -> None:
 
 def test_words_are_stemmed_and_stop_words_left_out() -> None:
     ids, scores = build().search(["apple", "the", "PEAR"], k=4)
-    assert ids == [["a"], [], ["b"]]
-    assert [len(values) for values in scores] == [1, 0, 1]
+    assert ids == [["a"], [], ["b"]] and [len(values) for values in scores] == [1, 0, 1]
     run = build().run({"q1": "zebra", "q2": "wine", "q3": "", "q4": "red green"}, k=1000)
-    assert [(name, set(found)) for name, found in run.items()] == [
-        ("q1", set()),
-        ("q2", {"c"}),
-        ("q3", set()),
-        ("q4", {"a", "b", "c"}),
-    ]
+    assert {name: set(found) for name, found in run.items()} == {"q1": set(), "q2": {"c"}, "q3": set(), "q4": {*"abc"}}
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
@@ -103,28 +100,66 @@ def test_settings_come_back_and_the_backend_can_be_another(tmp_path: Path) -> No
     index.save(tmp_path)
     assert BM25Index.load(tmp_path).settings == index.settings and BM25Index.load(tmp_path).ids == IDS
     assert BM25Index.load(tmp_path, backend="numba").settings == {**index.settings, "backend": "numba"}
-    with pytest.raises(ValueError, match=r"^backend: 'cuda'"):
-        BM25Index.load(tmp_path, backend="cuda")
-
-
-def test_wrong_search_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="k: 0"):
-        build().search(["red"], k=0)
-    with pytest.raises(ValueError, match="one string"):
-        build().search("red", k=1)
+    for wrong, message in (
+        (lambda: BM25Index.load(tmp_path, backend="cuda"), "^backend: 'cuda'"),
+        (lambda: index.search(["red"], k=0), "k: 0"),
+        (lambda: index.search("red", k=1), "one string"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 def test_missing_numba_says_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_numba(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "numba":
-            raise ImportError("No module named 'numba'")
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without_numba)
+    monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(ImportError, match=r'pip install numba.*backend="numpy"'):
         build(backend="numba")
+
+
+# Passages with generated queries
+
+QUERIES = [["how do apples grow", "how do apples grow"], [], ["wine for pears", "red"], ["d"]]
+
+
+@pytest.fixture
+def expansion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    rows = [{"id": name, "queries": queries} for name, queries in zip(IDS, QUERIES, strict=True)]
+    write_expansions(rows, tmp_path / "queries", settings={"model": "a/writer", "num_queries": 2})
+    return tmp_path / "queries"
+
+
+def test_scores_are_those_of_passages_with_their_queries(expansion: Path, tmp_path: Path) -> None:
+    corpus = Dataset.from_dict({"id": IDS, "text": TEXTS})
+    for used in (2, 1):
+        index = expanded_bm25(corpus, expansion, num_queries=used, language="none", stemmer=None)
+        texts = [" ".join([text, *queries[:used]]) for text, queries in zip(TEXTS, QUERIES, strict=True)]
+        wanted = dict(zip(IDS, lucene_bm25(texts, "red apples", 2.18, 0.86), strict=True))
+        assert index.run({"q": "red apples"})["q"] == pytest.approx({k: v for k, v in wanted.items() if v}, rel=1e-5)
+    index = expanded_bm25(corpus, expansion, num_queries=9, drop_repeats=True)
+    index.save(tmp_path / "index")
+    settings = BM25Index.load(tmp_path / "index").settings
+    assert settings == index.settings
+    expected = {"model": "a/writer", "num_queries": 2, "drop_repeats": True, "scores_sha256": None}
+    assert expected.items() <= settings["expansion"].items()
+    with pytest.raises(ValueError, match="they are not of this corpus"):
+        expanded_bm25(Dataset.from_dict({"id": ["other"], "text": ["t"]}), expansion)
+    with pytest.raises(ValueError, match=r"drop_share is 0\.2, but the queries have no scores"):
+        expanded_bm25(corpus, expansion, drop_share=0.2)
+    scores = [[1.0, 1.0], [], [-3.0, 2.0], [0.5]]
+    run_shards(expansion / SCORES_FOLDER, {"teacher": "t"}, [("x", IDS)], lambda ids: score_columns(ids, scores))
+    index = expanded_bm25(corpus, expansion, drop_share=0.2)
+    assert index.settings["expansion"]["drop_share"] == 0.2 and index.settings["expansion"]["scores_sha256"]
+    assert list(index.run({"q": "pears"})["q"]) == ["b"]  # the query of c that has the word was dropped
+
+
+def test_k1_and_b_depend_on_what_is_indexed() -> None:
+    for options, expected in (
+        ({}, (0.82, 0.68)),
+        ({"expansion": {"model": "m"}}, (2.18, 0.86)),
+        ({"expansion": {"model": "m"}, "k1": 0.0, "b": 0.0}, (0.0, 0.0)),
+    ):
+        settings = build(**options).settings
+        assert (settings["k1"], settings["b"]) == expected and ("expansion" in settings) is bool(options)
 
 
 @pytest.mark.data

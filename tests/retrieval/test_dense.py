@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from tct_hf import DenseIndex
 from tct_hf.retrieval import faiss_tools, rows
-from tct_hf.retrieval.faiss_tools import exact_neighbours, factory_for, stand_ins
+from tct_hf.retrieval.faiss_tools import factory_for
 from tests.retrieval.test_index import content
 
 IDS = [f"d{at}" for at in range(50)]
@@ -87,26 +88,6 @@ def test_any_faiss_factory_finds_a_vector_by_itself_and_drops_places_it_leaves_e
     assert 0 < len(ids[0]) < 50 and len(ids[0]) == len(scores[0])
 
 
-def test_one_query_and_a_batch_find_the_same() -> None:
-    vectors, queries = clustered(2000), clustered(40, seed=1)
-    parameters = {"nprobe": 6, "k_factor": 4}
-    index = DenseIndex.build(
-        vectors, names_of(vectors), "IVF16,RaBitQfs,Refine(SQ8)", parameters=parameters, threads=1
-    )
-    together, _ = index.search(queries, 10)
-    alone = [index.search(query[None], 10)[0][0] for query in queries]
-    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(together, alone, strict=True)]) > 0.98
-
-
-def test_threads_are_set_for_the_call_only(vectors: np.ndarray) -> None:
-    before = faiss.omp_get_max_threads()
-    index = DenseIndex.build(vectors, IDS, threads=2)
-    index.search(vectors, 3, threads=2)
-    assert faiss.omp_get_max_threads() == before
-    with pytest.raises(ValueError, match="threads: 0"):
-        index.search(vectors, 3, threads=0)
-
-
 @pytest.mark.parametrize(
     ("vectors", "factory", "options", "message"),
     [
@@ -118,7 +99,6 @@ def test_threads_are_set_for_the_call_only(vectors: np.ndarray) -> None:
         (np.ones((2, 3)), "auto", {"recall": 1.0}, "recall: 1.0 is not between"),
         (np.ones((2, 3)), "auto", {"k": 0}, "k: 0"),
         (np.ones((2, 3)), "auto", {"query_vectors": np.ones((2, 4))}, r"query_vectors: shape \(2, 4\)"),
-        (np.ones((2, 3)), "auto", {"query_vectors": np.full((2, 3), np.nan)}, "query_vectors: row 0 has a NaN"),
     ],
 )
 def test_wrong_input_is_named(vectors: Any, factory: str, options: dict[str, Any], message: str) -> None:
@@ -126,11 +106,18 @@ def test_wrong_input_is_named(vectors: Any, factory: str, options: dict[str, Any
         DenseIndex.build(vectors, [str(row) for row in range(np.shape(vectors)[0])], factory, **options)
 
 
-def test_wrong_queries_are_named(vectors: np.ndarray) -> None:
-    index = DenseIndex.build(vectors, IDS)
-    for given, k, message in ((np.ones((1, 4)), 1, "dimension 4 where the index has 8"), (vectors[:1], 0, "k: 0")):
+def test_threads_are_set_for_the_call_only_and_wrong_queries_named(vectors: np.ndarray) -> None:
+    before = faiss.omp_get_max_threads()
+    index = DenseIndex.build(vectors, IDS, threads=2)
+    index.search(vectors, 3, threads=2)
+    assert faiss.omp_get_max_threads() == before
+    for given, options, message in (
+        (np.ones((1, 4)), {}, "dimension 4 where the index has 8"),
+        (vectors, {"k": 0}, "k: 0"),
+        (vectors, {"threads": 0}, "threads: 0"),
+    ):
         with pytest.raises(ValueError, match=message):
-            index.search(given, k=k)
+            index.search(given, **options)
 
 
 # Kinds of index and their parameters
@@ -183,27 +170,15 @@ def test_given_parameters_are_set_and_unknown_ones_refused(vectors: np.ndarray) 
     index = DenseIndex.build(vectors, IDS, "IVF4,Flat", parameters={"nprobe": 4})
     assert index.parameters == {"nprobe": 4} and index.tuning is None
     assert DenseIndex.build(vectors, IDS, "IVF4,Flat", recall=None).parameters == {}
-    with pytest.raises(ValueError, match=r"this index has \['nprobe'\], not 'efSearch'"):
-        DenseIndex.build(vectors, IDS, "IVF4,Flat", parameters={"efSearch": 4})
-    with pytest.raises(ValueError, match="nprobe=0 is below 1"):
-        DenseIndex.build(vectors, IDS, "IVF4,Flat", parameters={"nprobe": 0})
+    for given, message in (
+        ({"efSearch": 4}, r"has \['nprobe'\], not 'efSearch'"),
+        ({"nprobe": 0}, "nprobe=0 is below 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DenseIndex.build(vectors, IDS, "IVF4,Flat", parameters=given)
 
 
-def test_stand_ins_are_passages_with_the_difference_of_two_others() -> None:
-    passages = np.eye(5, dtype=np.float32)
-    made = stand_ins(passages, seed=0)
-    assert np.all(made.diagonal() == 1) and np.array_equal(np.sort(made), [[-1, 0, 0, 1, 1]] * 5)
-    assert np.array_equal(made, stand_ins(passages, seed=0))
-
-
-def test_a_row_that_scores_what_the_last_exact_one_does_is_found() -> None:
-    vectors = np.array([[3.0], [2], [2], [2], [1]], np.float32)
-    exact = exact_neighbours(np.array([[1.0], [-1.0]], np.float32), vectors, 2)
-    assert exact.tied.tolist() == [True, True] and int(exact.rows[0, 0]) == 0
-    for row, recall in ((1, 1.0), (2, 1.0), (3, 1.0), (4, 0.5), (-1, 0.5)):
-        assert exact.recall(np.array([[0, row], [4, row]])).tolist() == [recall, 0.5 if row in (4, -1) else 1.0]
-    assert exact.recall(np.array([[1, 2], [0, 3]])).tolist() == [1.0, 0.5]
-    # So that passages of one vector don't stand in the way of a recall.
+def test_passages_of_one_vector_do_not_stand_in_the_way_of_a_recall() -> None:
     vectors = np.repeat(clustered(100), 10, axis=0)
     index = DenseIndex.build(vectors, names_of(vectors), "IVF8,Flat", recall=0.99, k=5, threads=1)
     assert index.tuning is not None and index.tuning["measured"] >= 0.99
@@ -216,24 +191,21 @@ def test_mapped_half_precision_vectors_are_read_in_blocks(tmp_path: Path, monkey
     monkeypatch.setattr(rows, "BLOCK", 64)
     vectors = clustered(300).astype(np.float16)
     np.save(tmp_path / "vectors.npy", vectors)
-    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-    index = DenseIndex.build(mapped, names_of(vectors))
+    index = DenseIndex.build(np.load(tmp_path / "vectors.npy", mmap_mode="r"), names_of(vectors))
     assert numpy_recall(index, clustered(5, seed=1), vectors.astype(np.float32), 300) == 1
-    broken = vectors.copy()
-    broken[150, 3] = np.nan
+    vectors[150, 3] = np.nan
     with pytest.raises(ValueError, match="vectors: row 150 has a NaN"):
-        DenseIndex.build(broken, names_of(broken), "IVF4,Flat")
+        DenseIndex.build(vectors, names_of(vectors), "IVF4,Flat")
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF8,Flat", AUTO])
-def test_an_index_comes_back_mapped_or_not_with_the_same_bytes_every_time(tmp_path: Path, factory: str) -> None:
+def test_an_index_comes_back_with_the_same_bytes_every_time(tmp_path: Path, factory: str) -> None:
     vectors, queries = clustered(800), clustered(9, seed=3)
     index = DenseIndex.build(vectors, names_of(vectors), factory, threads=1)
-    index.save(tmp_path / "index")
     expected = index.search(queries, 20)
-    index.save(tmp_path / "searched")  # searching first changes no byte
+    index.save(tmp_path / "index")
     DenseIndex.build(vectors, names_of(vectors), factory, threads=1).save(tmp_path / "again")
-    assert content(tmp_path / "index") == content(tmp_path / "searched") == content(tmp_path / "again")
+    assert content(tmp_path / "index") == content(tmp_path / "again")
     for mmap in (False, True):
         loaded = DenseIndex.load(tmp_path / "index", mmap=mmap)
         found = loaded.search(queries, 20, threads=1)
@@ -269,15 +241,14 @@ def test_added_passages_are_found_and_saved(tmp_path: Path, vectors: np.ndarray,
 def test_an_addition_beyond_the_range_of_the_codes_is_warned_of(vectors: np.ndarray, factory: str) -> None:
     index = DenseIndex.build(vectors, IDS, factory, parameters={})
     far = vectors[:4] * np.array([[0.5], [0.5], [40], [40]], np.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         index.add(vectors[:10], [f"same{at}" for at in range(10)])
-        if factory == "Flat":
-            index.add(far, [f"x{at}" for at in range(4)])
-            return
-    with pytest.warns(UserWarning, match=r"row 2 \(passage 'x2'\) lies outside .* as 2 of 4 rows do.*build the index"):
+        assert not seen
         index.add(far, [f"x{at}" for at in range(4)])
-    assert len(index) == 64
+    said = " ".join(str(one.message) for one in seen)
+    expected = r"row 2 \(passage 'x2'\) lies outside .* as 2 of 4 rows do.*build the index"
+    assert len(index) == 64 and (said == "" if factory == "Flat" else re.search(expected, said))
 
 
 def test_a_refused_addition_leaves_the_index_as_it_was(tmp_path: Path, vectors: np.ndarray) -> None:
@@ -297,4 +268,3 @@ def test_a_refused_addition_leaves_the_index_as_it_was(tmp_path: Path, vectors: 
     fixed = DenseIndex.build(clustered(200, dimension=8), names_of(clustered(200)), "NSG8,Flat")
     with pytest.raises(ValueError, match=r"add: Faiss can't add to NSG8,Flat .*build the index anew"):
         fixed.add(vectors, IDS)
-    assert len(fixed) == 200

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,19 +75,24 @@ def test_equal_scores_and_empty_lists_survive_normalisation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sparse", "dense", "alpha", "more", "message"),
+    ("wrong", "message"),
     [
-        (SPARSE, DENSE, -0.1, {}, "alpha: -0.1"),
-        (SPARSE, DENSE, math.nan, {}, "alpha: nan"),
-        (SPARSE, DENSE, 0.1, {"k": 0}, "k: 0"),
-        (SPARSE, {"other": {"a": 1.0}}, 0.1, {}, "no query in common"),
-        ({"q": {"a": math.nan}}, DENSE, 0.1, {}, "query 'q', passage 'a': score nan"),
-        (SPARSE, {"q": {"z": 1.0, "y": math.inf}}, 0.1, {"normalize": True}, "passage 'y': score inf"),
+        (lambda: fuse(SPARSE, DENSE, -0.1), "alpha: -0.1"),
+        (lambda: fuse(SPARSE, DENSE, math.nan), "alpha: nan"),
+        (lambda: fuse(SPARSE, DENSE, 0.1, k=0), "k: 0"),
+        (lambda: fuse(SPARSE, {"other": {"a": 1.0}}, 0.1), "no query in common"),
+        (lambda: fuse({"q": {"a": math.nan}}, DENSE, 0.1), "query 'q', passage 'a': score nan"),
+        (lambda: fuse(SPARSE, {"q": {"z": 1.0, "y": math.inf}}, 0.1, normalize=True), "passage 'y': score inf"),
+        (lambda: reciprocal_rank_fusion([]), "one or more runs"),
+        (lambda: reciprocal_rank_fusion(SPARSE), "one or more runs"),  # type: ignore[arg-type]
+        (lambda: reciprocal_rank_fusion([SPARSE], k=-1), "k: -1"),
+        (lambda: reciprocal_rank_fusion([SPARSE], depth=0), "depth: 0"),
+        (lambda: reciprocal_rank_fusion([{"q": {"a": math.nan}}]), "passage 'a': score nan"),
     ],
 )
-def test_what_cannot_be_fused_is_named(sparse: Any, dense: Any, alpha: float, more: dict, message: str) -> None:
+def test_what_cannot_be_fused_is_named(wrong: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fuse(sparse, dense, alpha, **more)
+        wrong()
 
 
 def test_reciprocal_ranks_as_worked_out_by_hand() -> None:
@@ -109,18 +115,3 @@ def test_reciprocal_rank_fusion_is_the_sum_over_lists(several: list[dict], k: in
         for passage, score in hits.items():
             assert score == pytest.approx(sum(1 / (k + 1 + o.index(passage)) for o in ordered if passage in o))
         assert set(hits) == {passage for order in ordered for passage in order}
-
-
-@pytest.mark.parametrize(
-    ("several", "more", "message"),
-    [
-        ([], {}, "one or more runs"),
-        (SPARSE, {}, "one or more runs"),
-        ([SPARSE], {"k": -1}, "k: -1"),
-        ([SPARSE], {"depth": 0}, "depth: 0"),
-        ([{"q": {"a": math.nan}}], {}, "passage 'a': score nan"),
-    ],
-)
-def test_what_cannot_be_fused_by_rank_is_named(several: Any, more: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        reciprocal_rank_fusion(several, **more)

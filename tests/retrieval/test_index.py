@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from scipy import sparse
 
 from tct_hf import BM25Index, DenseIndex, SparseIndex
 from tct_hf.retrieval.index import _digest
-from tests.warm_process import run_warm
 
 TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
 IDS = ["a", "é", "c", "d"]
@@ -42,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", BUILD)
-def test_a_saved_index_comes_back_and_is_replaced_whole(tmp_path: Path, kind: str) -> None:
+def test_a_saved_index_comes_back_and_replaces_an_index_and_nothing_else(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "index"
     index = BUILD[kind]()
     BUILD[kind](["w", "x", "y", "z"]).save(folder)
@@ -55,12 +52,6 @@ def test_a_saved_index_comes_back_and_is_replaced_whole(tmp_path: Path, kind: st
         assert found_by(loaded) == found_by(index)
         loaded.save(tmp_path / "copy")  # from its own mapped files
         assert content(tmp_path / "copy") == content(folder)
-
-
-@pytest.mark.parametrize("kind", BUILD)
-def test_a_folder_with_something_else_is_neither_written_nor_read(tmp_path: Path, kind: str) -> None:
-    index = BUILD[kind]()
-    (tmp_path / "precious").write_text("x")
     with pytest.raises(FileExistsError, match="holds something other"):
         index.save(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no {index.kind} here"):
@@ -149,43 +140,3 @@ def test_a_run_needs_one_id_a_vector(kind: str) -> None:
     assert list(index.run(["x", "y", "z", "w"], queries, 2)) == ["x", "y", "z", "w"]
     with pytest.raises(ValueError, match="query_ids: 2 ids, 1 of them distinct, for 4 vectors"):
         index.run(["q", "q"], queries)
-
-
-KILLED_SAVE = """
-import os, signal, sys
-import faiss, numpy
-from tct_hf import DenseIndex
-from tct_hf.retrieval import index
-folder, when = sys.argv[1:]
-def die(*ignored):
-    os.kill(os.getpid(), signal.SIGKILL)
-if when == "in the index file":
-    write = faiss.write_index
-    def half(engine, path):
-        write(engine, path)
-        os.truncate(path, os.path.getsize(path) // 2)
-        die()
-    faiss.write_index = half
-elif when == "before the rename":
-    index.replace_dir = die
-vectors = numpy.random.default_rng(0).standard_normal((200, 16)).astype("float32")
-DenseIndex.build(vectors, [str(row) for row in range(200)], "IVF4,RaBitQfs,Refine(SQ8)", threads=1).save(folder)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["in the index file", "before the rename"])
-def test_a_kill_in_save_keeps_the_old_index_and_the_rerun_gives_the_bytes_of_an_undisturbed_one(
-    tmp_path: Path, when: str
-) -> None:
-    def run(folder: Path, when: str) -> int:
-        return run_warm(["-c", KILLED_SAVE, str(folder), when], env=os.environ).returncode
-
-    folder = tmp_path / "killed" / "index"
-    BUILD["dense"]().save(folder)
-    assert run(folder, when) == -signal.SIGKILL
-    assert DenseIndex.load(folder).ids.to_pylist() == IDS
-    assert run(folder, "never") == 0
-    assert run(tmp_path / "undisturbed", "never") == 0
-    assert content(folder) == content(tmp_path / "undisturbed")
-    assert [path.name for path in folder.parent.iterdir()] == ["index"]

@@ -16,7 +16,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tct_hf import BM25Index, MiningCounts, bm25_triples, load_triples, mine_triples
+from tct_hf import MiningCounts, load_triples, mine_triples
+from tct_hf.data.column_names import candidate_columns
 from tests.retrieval.test_negatives import QRELS, QUERIES
 
 TEXTS = {
@@ -102,14 +103,8 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
         return [table[query.replace("query ", "q"), passage.partition(" ")[0]] for query, passage in pairs]
 
     marked = {name: f"{name} {body}" for name, body in texts.items()}  # each text its own
-    given: dict[str, Any] = {
-        "teacher": predict,
-        "margin": margin,
-        "depth": depth,
-        "num_negatives": count,
-        "seed": seed,
-        "near_duplicate": 0.6,
-    }
+    given: dict[str, Any] = {"depth": depth, "num_negatives": count, "seed": seed, "near_duplicate": 0.6}
+    given |= {"teacher": predict, "margin": margin}
     counts = MiningCounts()
     try:
         rows = list(
@@ -146,19 +141,14 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
         assert (counts.rows, counts.skipped_rows, counts.random_negatives) == (len(rows), skipped, 0)
 
 
-def test_no_known_positive_and_no_near_duplicate_of_one_comes_out() -> None:
+def test_no_near_duplicate_of_a_known_positive_and_no_text_twice_comes_out() -> None:
     for seed in range(6):
-        rows = mined(seed=seed, num_negatives=2)
-        pairs = [(row["query_id"], row["positive_id"]) for row in rows]
-        assert pairs == [("q1", "apple"), ("q1", "apple2"), ("q2", "pear"), ("q3", "boat")]
-        for row in rows:
+        for row in mined(seed=seed, num_negatives=2):
             negatives = {row["negative_1_id"], row["negative_2_id"]}
             assert len(negatives) == 2 and not negatives & set(row["known_positive_ids"])
-            if row["query_id"] == "q1":
-                assert not negatives & {"copy", "near"}
-            if row["query_id"] == "q2":
-                assert not {"apple", "copy"} <= negatives  # one text
-    found = {row["negative_id"] for seed in range(25) for row in mined(seed=seed, near_duplicate=None)[:2]}
+            assert row["query_id"] != "q1" or not negatives & {"copy", "near"}
+            assert not {"apple", "copy"} <= negatives  # one text
+    found = {row["negative_id"] for seed in range(15) for row in mined(seed=seed, near_duplicate=None)[:2]}
     assert found == {"near", "plum", "pear", "car"}  # without a threshold only equal texts are refused
     texts = {"a": "密集检索的老师和学生模型的蒸馏方法在这里被描述", "c": "今天天气很好我们去公园散步"}
     passages = corpus({**texts, "b": texts["a"] + "了"})  # words without blanks between them
@@ -192,7 +182,7 @@ def test_the_files_are_the_rows_and_a_finished_folder_is_read_again(tmp_path: Pa
         mined(**options)
 
 
-def test_only_the_best_are_sampled_from_and_random_passages_fill_up_with_null_for_their_score() -> None:
+def test_random_passages_fill_rows_up_or_short_rows_are_left_out_and_what_was_refused_is_counted() -> None:
     counts = MiningCounts()
     rows = [row for seed in range(20) for row in mined(seed=seed, depth=2, counts=counts)]
     assert {row["negative_id"] for row in rows if row["query_id"] == "q2"} == {"apple", "plum"}
@@ -201,10 +191,6 @@ def test_only_the_best_are_sampled_from_and_random_passages_fill_up_with_null_fo
     assert {row["negative_id"] for row in filled} == {"plum", "pear", "car", "boat"}
     assert (counts.rows, counts.short_rows, counts.random_negatives) == (4, 2, 2)
     assert "2 rows had too few candidates: filled up with 2 random passages" in counts.summary()
-
-
-def test_rows_that_are_too_short_can_be_left_out_and_what_was_refused_is_counted() -> None:
-    counts = MiningCounts()
     mined(num_negatives=4, depth=5, counts=counts)
     assert (counts.queries, counts.rows, counts.positives_found, counts.drawn) == (3, 4, 3, 5 + 5 + 5 + 2)
     assert (counts.known_positives, counts.near_duplicates, counts.repeated) == (5, 4, 1)
@@ -227,25 +213,17 @@ TEACHER = {
 def test_candidates_far_above_the_rows_own_positive_are_refused() -> None:
     names = {text: name for name, text in TEXTS.items()}
     of_query = {text: name for name, text in QUERIES.items()}
-    asked: list[tuple[str, str]] = []
 
     def predict(pairs: list[tuple[str, str]]) -> list[float]:
-        asked.extend(pairs)
-        return [TEACHER[of_query[query]][names[passage]] for query, passage in pairs]
+        return [TEACHER[of_query[query]][names[passage]] for query, passage in pairs]  # not of copies, near and q9
 
-    def negatives(margin: float, row_of: int) -> set[str]:
-        made = [mined(teacher=predict, margin=margin, seed=seed) for seed in range(15)]
-        for row in [row for rows in made for row in rows]:
-            judged = row["negative_teacher_score"]
-            assert (judged is None) is (row["negative_score"] is None)
-            assert judged is None or judged == TEACHER[row["query_id"]][row["negative_id"]]
-            assert row["positive_teacher_score"] == TEACHER[row["query_id"]][row["positive_id"]]
-        return {rows[row_of]["negative_id"] for rows in made}
-
-    assert negatives(1.0, 0) == {"plum", "pear", "car"}  # q1, apple: above by no more than the margin
-    assert negatives(0.5, 1) == {"car"}  # q1, apple2
-    assert negatives(-1.0, 2) == {"apple", "copy", "boat"}  # q2, pear
-    assert not any(names[passage] in ("copy", "near") for query, passage in asked if query == QUERIES["q1"])
+    for margin, row_of, expected in (
+        (1.0, 0, {"plum", "pear", "car"}),  # q1, apple: above by no more than the margin
+        (0.5, 1, {"car"}),  # q1, apple2
+        (-1.0, 2, {"apple", "copy", "boat"}),  # q2, pear
+    ):
+        made = [mined(teacher=predict, margin=margin, seed=seed)[row_of] for seed in range(15)]
+        assert {row["negative_id"] for row in made} == expected
     assert mined(teacher=TEACHER, margin=0.5) == mined(teacher=predict, margin=0.5)
 
 
@@ -253,19 +231,11 @@ def test_a_function_gives_what_its_run_gives_and_is_asked_for_some_queries_at_a_
     asked = []
 
     def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
-        asked.append(dict(queries))
+        asked.append(list(queries))
         return {name: RUN[name] for name in queries}
 
     assert mined(search, queries_a_part=2) == mined()
-    assert asked == [{"q1": QUERIES["q1"], "q2": QUERIES["q2"]}, {"q3": QUERIES["q3"]}]
-    index = BM25Index.build(TEXTS.values(), TEXTS.keys(), backend="numpy")
-    rows = mined(index.run, origin="bm25")
-    assert [row["origin"] for row in rows] == ["bm25"] * 4
-    bm25 = bm25_triples(corpus(), QUERIES, QRELS, seed=1, index=index)
-    shared = [{name: row[name] for name in bm25.column_names} for row in rows if row["query_id"] == "q2"]
-    assert [{**row, "negative": None, "negative_id": None} for row in shared] == [
-        {**row, "negative": None, "negative_id": None} for row in bm25 if row["query_id"] == "q2"
-    ]
+    assert asked == [["q1", "q2"], ["q3"]]
 
 
 def test_a_call_that_was_stopped_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
@@ -312,11 +282,8 @@ def test_processes_share_the_parts_and_end_with_the_bytes_of_one(tmp_path: Path)
 
 
 def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
-    from tct_hf.data.column_names import candidate_columns
-
-    names = mine_triples(
-        RUN, corpus(), QUERIES, QRELS, origin="x", seed=1, teacher=TEACHER, num_negatives=2
-    ).column_names
+    judged = (corpus(), QUERIES, QRELS)
+    names = mine_triples(RUN, *judged, origin="x", seed=1, teacher=TEACHER, num_negatives=2).column_names
     assert names[:2] == ["query", "positive"] and names[-1] == "origin" and "negative_2_teacher_score" in names
     assert candidate_columns(names) == ["positive", "negative_1", "negative_2"]
     mined(output_dir=tmp_path / "out", num_negatives=2)

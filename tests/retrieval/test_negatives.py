@@ -35,20 +35,12 @@ def triples(**options: object) -> list[dict]:
 
 def test_one_row_for_each_query_and_positive_with_all_known_positives() -> None:
     rows = triples()
-    assert [(row["query_id"], row["positive_id"]) for row in rows] == [
-        ("q1", "apple"),
-        ("q1", "apple2"),
-        ("q2", "pear"),
-        ("q3", "boat"),
-    ]
+    pairs = [(row["query_id"], row["positive_id"]) for row in rows]
+    assert pairs == [("q1", "apple"), ("q1", "apple2"), ("q2", "pear"), ("q3", "boat")]
     assert rows[0]["known_positive_ids"] == ["apple", "apple2"]
     for row in rows:
         assert row["query"] == QUERIES[row["query_id"]]
-        assert row["positive"] == TEXTS[row["positive_id"]]
-        assert row["negative"] == TEXTS[row["negative_id"]]
-
-
-def test_negatives_are_no_positives_nor_copies_of_one() -> None:
+        assert row["positive"] == TEXTS[row["positive_id"]] and row["negative"] == TEXTS[row["negative_id"]]
     for row in [row for seed in range(6) for row in triples(seed=seed, num_negatives=2)]:
         negatives = {row["negative_1_id"], row["negative_2_id"]}
         assert len(negatives) == 2 and not negatives & set(row["known_positive_ids"])
@@ -66,37 +58,33 @@ def test_negatives_come_from_the_best_passages_and_random_ones_fill_up() -> None
 
 def test_a_row_does_not_depend_on_order_or_on_other_queries() -> None:
     whole = triples()
-    [alone] = bm25_triples(corpus(), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index())
-    assert alone == whole[2]
-    turned = dict(reversed(TEXTS.items()))
-    [alone] = bm25_triples(corpus(turned), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index(turned))
-    assert alone == whole[2]
+    for texts in (TEXTS, dict(reversed(TEXTS.items()))):
+        [alone] = bm25_triples(corpus(texts), QUERIES, {"q2": {"pear": 1}}, seed=1, index=index(texts))
+        assert alone == whole[2]
+    rows = with_questions()
+    judged = [{key: row[key] for key in row if key != "labelled"} for row in rows if row["labelled"]]
+    assert judged == whole and "labelled" not in whole[0]
+    for row in rows[len(judged) :]:
+        asked = {row["query_id"]: row["query"]}
+        assert list(bm25_triples(corpus(), {}, {}, seed=1, index=index(), unlabelled=asked)) == [row]
 
 
-@pytest.mark.parametrize(
-    ("qrels", "message"),
-    [
-        ({"q9": {"apple": 1}}, "query 'q9' is not among the queries"),
-        ({"q1": {"nothing": 1}}, "passage 'nothing'.*not in the corpus"),
-        ({"q1": {"apple": 0}}, "no positive judgement"),
-    ],
-)
-def test_judgements_that_do_not_fit_the_data_are_named(qrels: dict[str, dict[str, int]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        bm25_triples(corpus(), QUERIES, qrels, seed=1, index=index())
-
-
-def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="num_negatives=0"):
-        triples(num_negatives=0)
-    with pytest.raises(ValueError, match="build it from this corpus"):
-        triples(index=index({"apple": "apple"}))
+def test_wrong_arguments_and_judgements_are_named() -> None:
+    for qrels, options, message in (
+        ({"q9": {"apple": 1}}, {}, "query 'q9' is not among the queries"),
+        ({"q1": {"nothing": 1}}, {}, "passage 'nothing'.*not in the corpus"),
+        ({"q1": {"apple": 0}}, {}, "no positive judgement"),
+        ({}, {"unlabelled": {}}, "no positive judgement"),
+        (QRELS, {"unlabelled": {"u1": "a", "q1": "b"}}, r"unlabelled: query 'q1' has positives in qrels; leave"),
+        (QRELS, {"num_negatives": 0}, "num_negatives=0"),
+        (QRELS, {"index": index({"apple": "apple"})}, "build it from this corpus"),
+        # q1 leaves pear, plum, car and boat: the two positives and the copy of one are out.
+        (QRELS, {"num_negatives": 5}, r"query 'q1' has only 4 passages.*num_negatives is 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bm25_triples(corpus(), QUERIES, qrels, **{"seed": 1, "index": index(), **options})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="column 'text' is missing"):
         bm25_triples(corpus().rename_column("text", "body"), QUERIES, QRELS, seed=1)
-    # q1 leaves pear, plum, car and boat: the two positives and the copy of one are out.
-    assert len(triples(num_negatives=4)) == 4
-    with pytest.raises(ValueError, match=r"query 'q1' has only 4 passages.*num_negatives is 5"):
-        triples(num_negatives=5)
 
 
 QUESTIONS = {"u1": "plum jam on a tree", "u2": "quagga", "q4": "pear orchard"}
@@ -124,10 +112,9 @@ def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positiv
 
 
 def test_a_copy_of_the_best_passage_is_no_negative_of_an_unlabelled_question() -> None:
+    asked = {"u": "apple tree fruit garden"}
     for seed in range(8):
-        [row] = bm25_triples(
-            corpus(), {}, {}, seed=seed, num_negatives=3, index=index(), unlabelled={"u": "apple tree fruit garden"}
-        )
+        [row] = bm25_triples(corpus(), {}, {}, seed=seed, num_negatives=3, index=index(), unlabelled=asked)
         assert row["positive_id"] in ("apple", "copy")
         assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"apple", "copy"}
 
@@ -140,37 +127,17 @@ def test_a_question_of_unknown_words_gets_passages_all_the_same_and_the_same_one
     assert len({row["positive_id"] for row in rows}) > 3
 
 
-def test_rows_with_and_without_labels_do_not_depend_on_one_another() -> None:
-    rows = with_questions()
-    labelled = [{key: row[key] for key in row if key != "labelled"} for row in rows if row["labelled"]]
-    assert labelled == triples() and "labelled" not in triples()[0]
-    for row in rows[len(labelled) :]:
-        asked = {row["query_id"]: row["query"]}
-        assert list(bm25_triples(corpus(), {}, {}, seed=1, index=index(), unlabelled=asked)) == [row]
-
-
-def test_a_query_with_positives_is_no_question_without_judgements() -> None:
-    with pytest.raises(ValueError, match=r"unlabelled: query 'q1' has positives in qrels; leave it out of one"):
-        with_questions({"u1": "apple", "q1": "apple fruit"})
-    with pytest.raises(ValueError, match="no positive judgement"):
-        bm25_triples(corpus(), QUERIES, {}, seed=1, index=index(), unlabelled={})
-
-
 def test_the_first_candidate_of_an_unlabelled_question_is_a_positive_as_sure_as_its_softmax() -> None:
-    candidates = {"u1": {"boat": 1.0, "plum": 3.0, "car": 2.0}}
+    candidates = {"u1": {"boat": 1.0, "plum": 3.0, "car": 2.0}, "q2": {"boat": 2.0, "pear": 1.0, "car": 0.5}}
     questions = {"u1": "apple tree", "u2": "pear orchard"}
     rows = triples(unlabelled=questions, candidates=candidates, num_negatives=2)
     by_query = {row["query_id"]: row for row in rows}
-    pseudo = by_query["u1"]
+    pseudo, judged = by_query["u1"], by_query["q2"]
     assert pseudo["positive_id"] == "plum" and not pseudo["labelled"]
     assert {pseudo["negative_1_id"], pseudo["negative_2_id"]} == {"car", "boat"}
     assert pseudo["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
     # A question without candidates has BM25's, and no positive; a judged one counts whole.
     assert by_query["u2"]["positive_id"] == "pear" and by_query["u2"]["label_weight"] == 0.0
-    assert by_query["q2"]["labelled"] and by_query["q2"]["label_weight"] == 1.0
-
-
-def test_negatives_of_a_judged_query_come_from_its_candidates_where_there_are_some() -> None:
-    rows = triples(candidates={"q2": {"boat": 2.0, "pear": 1.0, "car": 0.5}}, num_negatives=2)
-    [row] = [row for row in rows if row["query_id"] == "q2"]
-    assert {row["negative_1_id"], row["negative_2_id"]} == {"boat", "car"} and "label_weight" not in row
+    assert judged["labelled"] and judged["label_weight"] == 1.0
+    assert {judged["negative_1_id"], judged["negative_2_id"]} == {"boat", "car"}
+    assert "label_weight" not in triples(candidates=candidates)[0]
