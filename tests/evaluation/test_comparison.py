@@ -63,22 +63,17 @@ def test_table_marks_the_best_of_each_column_and_lines_up() -> None:
 
 def test_examples_are_evenly_spaced_in_the_order_of_ids() -> None:
     shown = show_examples(COLLECTION, found(2), count=2, depth=2)
-    assert shown.splitlines() == [
+    assert shown.splitlines()[:6] == [
         'Question: "what is q2"',
         "  1. p3 (3.0)",
         "     text of p3",
         "  2. p2 (2.0)  <- the answer",
         "     text of p2",
         "",
-        'Question: "what is q6"',
-        "  1. p7 (3.0)",
-        "     text of p7",
-        "  2. p6 (2.0)  <- the answer",
-        "     text of p6",
     ]
-    assert [line for line in show_examples(COLLECTION, found(1), count=99).splitlines() if "Question" in line] == [
-        f'Question: "what is q{row}"' for row in range(8)
-    ]
+    for count, rows in ((2, (2, 6)), (99, range(8))):
+        lines = show_examples(COLLECTION, found(1), count=count).splitlines()
+        assert [line for line in lines if "Question" in line] == [f'Question: "what is q{row}"' for row in rows]
 
 
 def test_an_answer_that_is_not_found_is_named() -> None:
@@ -126,9 +121,6 @@ def test_a_model_without_a_log_has_an_empty_one(tmp_path: Path) -> None:
     assert read_log(tmp_path) == [] and read_log("owner/name") == []
 
 
-@pytest.mark.parametrize(
-    ("alpha", "text"),
-    [(0.0, "0"), (0.26149, "0.261"), (3.541, "3.54"), (999.4, "999"), (999.7, "1,000"), (3094.2, "3,094")],
-)
+@pytest.mark.parametrize(("alpha", "text"), [(0.0, "0"), (0.26149, "0.261"), (999.7, "1,000"), (3094.2, "3,094")])
 def test_a_weight_is_never_a_power_of_ten(alpha: float, text: str) -> None:
     assert weight_text(alpha) == text

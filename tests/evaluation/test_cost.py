@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tct_hf import measure_efficiency
 from tct_hf.evaluation.cost import bytes_on_disk
@@ -67,27 +68,16 @@ def test_what_warms_up_is_not_timed() -> None:
 
 
 def test_throughput_counts_all_queries_of_all_batches() -> None:
-    clock = Clock()
-    sizes: list[int] = []
-
-    def answer(batch: list[str]) -> None:
-        sizes.append(len(batch))
-        clock.now += 0.1
-
-    found = measure_efficiency(
-        {"search": clock.stage(lambda _: 1.0)},
-        [str(number) for number in range(10)],
-        passages=1,
-        batch=answer,
-        batch_size=4,
-        repeats=2,
-        clock=clock,
-    )
+    clock, sizes = Clock(), list[int]()
+    answer = clock.stage(lambda batch: sizes.append(len(batch)) or 0.1)
+    batches: dict[str, Any] = {"batch": answer, "batch_size": 4, "repeats": 2}
+    queries = [str(number) for number in range(10)]
+    found = measure_efficiency({"search": clock.stage(lambda _: 1.0)}, queries, passages=1, clock=clock, **batches)
     assert sizes == [4] + [4, 4, 2] * 2
     assert found.queries_per_second == pytest.approx(20 / 0.6) and found.batch_size == 4
 
 
-def test_sizes_come_from_paths_or_numbers(tmp_path: Path) -> None:
+def test_sizes_come_from_paths_or_numbers_and_figures_are_json(tmp_path: Path) -> None:
     (tmp_path / "index" / "deep").mkdir(parents=True)
     (tmp_path / "index" / "a.bin").write_bytes(b"x" * 1000)
     (tmp_path / "index" / "deep" / "b.bin").write_bytes(b"x" * 500)
@@ -96,23 +86,16 @@ def test_sizes_come_from_paths_or_numbers(tmp_path: Path) -> None:
     found = measure_efficiency(**common, disk=tmp_path / "index", memory=600, build_seconds=2.5)
     assert (found.disk_bytes, found.disk_bytes_per_passage) == (1500, 50.0)
     assert (found.memory_bytes_per_passage, found.build_seconds) == (20.0, 2.5)
+    back = json.loads(json.dumps(found.to_dict()))
+    assert back["latency"]["search"].keys() == {"p50", "p95", "p99", "mean", "queries"}
+    assert back["disk_bytes_per_passage"] == 50.0 and back["memory_bytes_per_passage"] == 20.0
+    assert back["threads"]["torch"] == torch.get_num_threads()
+    assert back["machine"]["processor"] and back["machine"]["packages"]["numpy"]
     assert measure_efficiency(**common, disk=[tmp_path / "index", str(tmp_path / "other.json")]).disk_bytes == 1520
-    assert measure_efficiency(**common, disk=90).disk_bytes_per_passage == 3.0
     nothing = measure_efficiency(**common)
     assert nothing.disk_bytes_per_passage is None and nothing.memory_bytes_per_passage is None
     with pytest.raises(FileNotFoundError, match="absent: no such file or folder"):
         bytes_on_disk(tmp_path / "absent")
-
-
-def test_figures_are_json_and_name_threads_and_machine() -> None:
-    import torch
-
-    found = measure_efficiency({"search": str}, ["q"], passages=3, batch=list, disk=30, memory=60, build_seconds=1.0)
-    back = json.loads(json.dumps(found.to_dict()))
-    assert back["latency"]["search"].keys() == {"p50", "p95", "p99", "mean", "queries"}
-    assert back["disk_bytes_per_passage"] == 10.0 and back["memory_bytes_per_passage"] == 20.0
-    assert back["threads"]["torch"] == torch.get_num_threads()
-    assert back["machine"]["processor"] and back["machine"]["packages"]["numpy"]
 
 
 def test_the_table_shows_what_is_known() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tct_hf import read_run
+from tct_hf import fuse, read_run
 from tct_hf.data.collection import Collection, Split, load_collection
 from tct_hf.evaluation import quick_report as module
 from tct_hf.evaluation import references
@@ -91,19 +91,6 @@ def test_the_bundled_encoder_losses_and_runs_of_other_settings(
         report(collection, tmp_path, monkeypatch, settings={"seed": 2})
 
 
-def test_systems_stand_in_the_order_of_the_table_and_load_no_model_yet(collection: Collection) -> None:
-    systems = references.training_systems(
-        collection,
-        base_model="no/base",
-        students={"unlabelled": "no/unlabelled", "student": "no/student"},
-        teacher="no/teacher",
-        stock="no/stock",
-        depth=5,
-        bf16=False,
-    )
-    assert [system.key for system in systems] == KEYS
-
-
 def test_the_base_as_it_is_reranks_what_it_and_bm25_find_by_its_own_token_vectors(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,38 +125,27 @@ def test_dense_rows_are_fused_with_bm25_by_a_weight_tuned_on_dev(
 ) -> None:
     text = report(collection, tmp_path, monkeypatch, best="student")
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
-    assert rows[: len(KEYS)] == [f"the {key}" for key in KEYS]
     fused = ["base-native", "stock", "unlabelled", "student"]
-    assert rows[len(KEYS) :] == [f"the {key} + BM25" for key in fused]
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(written["alphas"]) == {f"{key}-bm25" for key in fused}
-    assert "tuned for RR@10 on the dev queries" in text
+    assert rows == [*(f"the {key}" for key in KEYS), *(f"the {key} + BM25" for key in fused)]
+    alphas = json.loads((tmp_path / "metrics.json").read_text())["alphas"]
+    assert set(alphas) == {f"{key}-bm25" for key in fused} and "tuned for RR@10 on the dev queries" in text
     for split in ("dev", "test"):
         lists = [read_run(tmp_path / "runs" / f"{key}.{split}.trec") for key in ("bm25", "student", "student-bm25")]
-        for query, hits in lists[2].items():
-            bm25, student = (one[query] for one in lists[:2])
-            low = [min(one.values()) for one in (bm25, student)]
-            for passage, score in hits.items():
-                wanted = written["alphas"]["student-bm25"] * bm25.get(passage, low[0]) + student.get(passage, low[1])
-                assert score == pytest.approx(wanted)
+        assert lists[2] == fuse(*lists[:2], alphas["student-bm25"], k=10)
 
 
-def test_without_a_judged_dev_split_both_lists_of_a_fused_row_have_the_same_spread(
+def test_without_labels_of_dev_both_lists_of_a_fused_row_have_the_same_spread(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tct_hf.evaluation.comparison.tune_alpha", lambda *args: pytest.fail("labels of dev are used"))
+        text = report(collection, tmp_path / "unused", monkeypatch, best="bm25", labels=False)
+    said = "alpha that gives both lists the same spread (this run uses no labels): 1 (the base-native + BM25)"
+    assert said in text
     del collection.splits["dev"]
-    text = report(collection, tmp_path, monkeypatch, best="bm25")
-    assert "alpha that gives both lists the same spread" in text
+    assert "alpha that gives both lists the same spread" in report(collection, tmp_path, monkeypatch, best="bm25")
     # Of the answers' run every query has one passage, and no spread.
     assert set(json.loads((tmp_path / "metrics.json").read_text())["alphas"].values()) == {1.0}
-
-
-def test_a_run_without_labels_tunes_no_weight_on_those_of_dev(
-    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tct_hf.evaluation.comparison.tune_alpha", lambda *args: pytest.fail("labels of dev are used"))
-    text = report(collection, tmp_path, monkeypatch, best="bm25", labels=False)
-    assert "alpha that gives both lists the same spread (this run uses no labels): 1 (the base-native + BM25)" in text
 
 
 def test_students_are_tested_against_base_bm25_and_stock_with_holms_correction_over_all(
@@ -203,29 +179,3 @@ def test_without_judgements_the_best_passage_of_the_judge_is_the_answer(
         assert "These questions are not judged" in text and f"put first: the {judge}." in text
         measured = json.loads((output / "metrics.json").read_text())["measured"]["test"]
         assert measured[judge]["RR@10"]["mean"] == 1.0
-
-
-def test_a_student_of_several_sizes_has_a_system_each_of_one_encoding(collection: Collection, tmp_path: Path) -> None:
-    import numpy as np
-
-    from tct_hf import build_student
-    from tests.models import tiny_bert
-
-    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=48).to("cpu")
-    loads = []
-    whole, *parts = references.student_systems(
-        collection, lambda: loads.append(1) or student, dims=[8, 16], depth=5, bf16=False
-    )
-    assert [(system.key, system.title) for system in (whole, *parts)] == [
-        ("student", "student"),
-        ("student-16", "student, first 16 dimensions"),
-        ("student-8", "student, first 8 dimensions"),
-    ]
-    queries = collection.splits["test"].queries
-    vectors = student.encode_query(list(queries.values())), student.encode_document(collection.corpus["text"])
-    for system, size in ((whole, 32), *zip(parts, (16, 8), strict=True)):
-        scores = vectors[0][:, :size] @ vectors[1][:, :size].T
-        for hits, row in zip(system.run(queries).values(), scores, strict=True):
-            wanted = np.sort(row)[::-1][:5]
-            assert sorted(hits.values(), reverse=True) == pytest.approx(wanted.tolist(), abs=1e-4)
-    assert len(loads) == 1

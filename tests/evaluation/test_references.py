@@ -8,11 +8,9 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf.evaluation import references
 from tct_hf.evaluation.references import dense_run, dense_runs, encode_texts
+from tests.evaluation.test_maxsim import ASKED, IDS, check
 from tests.models import tiny_bert
 from tests.train_helpers import PASSAGES, QUERIES
-
-IDS = [f"p{row}" for row in range(len(PASSAGES))]
-ASKED = {f"q{row}": text for row, text in enumerate(QUERIES)}
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +18,6 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
     from tct_hf import build_student
 
     return build_student(str(tiny_bert(tmp_path_factory.mktemp("base"))), encoding="tct", document_length=64).to("cpu")
-
-
-def check(run: dict[str, dict[str, float]], scores: np.ndarray, k: int) -> None:
-    """The run holds the k best of `scores` (queries, passages)."""
-    assert list(run) == list(ASKED)
-    for row, hits in enumerate(run.values()):
-        order = np.argsort(-scores[row], kind="stable")[:k]
-        assert sorted(hits, key=lambda name: -hits[name]) == [IDS[column] for column in order]
-        assert [hits[IDS[column]] for column in order] == pytest.approx(scores[row][order].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize(("similarity", "k"), [("dot", 5), ("cosine", 3), ("cosine", 50)])

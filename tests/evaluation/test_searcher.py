@@ -10,36 +10,34 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import build_colbert, build_student, save_student, write_expansions
+from tct_hf import build_colbert, build_student, fuse, save_student, write_expansions
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.maxsim import rerank_run
 from tct_hf.evaluation.searcher import Searcher
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
 from tct_hf.evaluation.stores import Stores, open_reranker, open_student, open_teacher
 from tct_hf.retrieval import faiss_tools
-from tests.searching import Material, write_material
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return write_material(tmp_path_factory.mktemp("material"))
+from tests.searching import Material
 
 
 @pytest.fixture
-def searcher(material: Material, monkeypatch: pytest.MonkeyPatch) -> Searcher:
-    monkeypatch.setenv("TCT_HF_CACHE", str(material.folder / "cache"))
+def searcher(material: Material) -> Searcher:
     return make_searcher(material, material.collection(), material.folder / "kept")
 
 
-def make_searcher(material: Material, collection: Collection, folder: Path, **options: Any) -> Searcher:
-    student = open_student(str(material.student))
-    stores = Stores(collection, student, "student", folder, precision="fp32", write=lambda line: None)
+def make_searcher(
+    material: Material, collection: Collection, folder: Path, *, student: str = "", sparse: str = "", **options: Any
+) -> Searcher:
+    def stores(name: str, place: Path) -> Stores:
+        return Stores(collection, open_student(name), name, place, precision="fp32", write=lambda line: None)
+
     return Searcher(
-        stores,
+        stores(student or str(material.student), folder),
         reranker=options.pop("reranker", None),
         depth=options.pop("depth", 20),
         expansion=options.pop("expansion", None),
         dims=options.pop("dims", None),
+        sparse_stores=stores(sparse, folder / "sparse") if sparse else None,
         hybrid=HybridSettings(**options),
     )
 
@@ -163,3 +161,28 @@ def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: py
     monkeypatch.setattr(stores, "encode_texts", lambda texts: np.full((len(texts), 32), np.nan, np.float32))
     with pytest.raises(ValueError, match="query 'question' has a NaN or infinite vector"):
         searcher.ask("dense", 3)
+
+
+def test_a_sparse_student_alone_is_fused_with_bm25(material: Material, splade: str, tmp_path: Path) -> None:
+    found = make_searcher(material, material.collection(), tmp_path, student=splade)
+    assert found.systems == ["bm25", "sparse", "fused"] and "* BM25 + sparse student (tuned on" in found.fusion
+    for system in ("fused", "sparse", "bm25"):
+        scores = [getattr(hit, system) for hit in found.ask("dense retrieval tokens", 5, rank_by=system)]
+        assert scores == sorted(scores, reverse=True) and None not in scores
+    assert all(hit.dense is None and hit.maxsim is None for hit in found.ask("dense", 5))
+    with pytest.raises(ValueError, match='rank_by: \'dense\' is not one of "bm25", "sparse", "fused"'):
+        found.ask("dense", 5, rank_by="dense")
+
+
+def test_two_students_are_fused_with_each_other(material: Material, splade: str, tmp_path: Path) -> None:
+    both = make_searcher(material, material.collection(), tmp_path, sparse=splade, alpha=0.5)
+    assert both.fusion == "0.5 * sparse student + dense"
+    runs = [
+        {"q": {hit.id: getattr(hit, name) for hit in both.ask("dense retrieval tokens", 20, rank_by=name)}}
+        for name in ("sparse", "dense")
+    ]
+    expected = fuse(*runs, 0.5)["q"]
+    hits = both.ask("dense retrieval tokens", 10)
+    assert [hit.id for hit in hits] == list(expected)[:10]
+    np.testing.assert_allclose([hit.fused for hit in hits], list(expected.values())[:10])  # type: ignore[arg-type]
+    assert any(hit.bm25 is not None for hit in hits)

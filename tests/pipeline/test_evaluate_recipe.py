@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tct_hf import Report, read_run, write_run
-from tests.recipe import ROOT
-from tests.searching import Material, run_recipe, write_material
+from tct_hf.settings import load_settings
+from tests.recipe import ROOT, environment, launch, load_recipe
+from tests.searching import Material, run_recipe
+from tests.splade import tiny_splade
+from tests.warm_process import free_port
 
 KEYS = ["bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"]
 # Where an interrupted run is killed: the line it has just printed.
@@ -30,17 +35,17 @@ def options(material: Material, output: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return write_material(tmp_path_factory.mktemp("material"))
-
-
 def test_one_command_gives_table_json_plots_and_runs(material: Material) -> None:
     foreign, output = material.folder / "foreign.trec", material.folder / "whole"
     write_run({f"test{number}": {"p0": 2.0, "p1": 1.0} for number in range(12)}, foreign, "foreign")
-    said = run_recipe("evaluate", material, *options(material, output, f"--runs.elsewhere={foreign}")).stdout
+    splade = tiny_splade(material.folder / "reported-sparse")
+    more = [f"--runs.elsewhere={foreign}", f"--sparse_student={splade}"]
+    said = run_recipe("evaluate", material, *options(material, output, *more)).stdout
     report = Report.load(output)
-    assert [system.key for system in report.systems] == [*KEYS, "elsewhere"]
+    keys = [system.key for system in report.systems]
+    assert keys[-1] == "elsewhere" and {*KEYS, "learned-sparse", "dense-learned-sparse"} < {*keys}
+    assert "sparse student (learned)" in said and "active dims a query" in said
+    assert report.settings["sparse_student"] == str(splade)
     assert report.table() in said and (output / "report.md").read_text() in said
     for name in ("latency.png", "storage.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
@@ -48,7 +53,8 @@ def test_one_command_gives_table_json_plots_and_runs(material: Material) -> None
         assert set(read_run(output / "runs" / f"{key}.test.trec")) <= {f"test{number}" for number in range(12)}
     assert "settings.yaml" in {file.name for file in output.iterdir()}
     assert report.tuning["hybrid"]["split"] == "dev"
-    assert {file.name for file in (output / "runs").glob("*.dev.trec")} == {"bm25.dev.trec", "dense-exact.dev.trec"}
+    tuned = {file.name for file in (output / "runs").glob("*.dev.trec")}
+    assert tuned == {f"{key}.dev.trec" for key in ("bm25", "dense-exact", "learned-sparse")}
     assert report.settings["measures"]["depth"] == 20 and report.settings["student"] == str(material.student)
     assert len(report.collection["fingerprint"]["sha256"]) == 64 and report.threads["torch"] == 1
     assert report.environment["packages"]["torch"] and report.machine["processor"]
@@ -73,28 +79,16 @@ def test_killed_three_times_it_ends_with_the_figures_of_an_undisturbed_run(mater
         assert one.significance == other.significance
 
 
-def test_the_quickstarts_settings_file_names_the_quickstarts_models(tmp_path: Path) -> None:
-    import importlib.util
-    import sys
-
-    from tct_hf.settings import load_settings
-
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate_recipe"] = module
-    spec.loader.exec_module(module)
-    settings = load_settings(module.Settings, [str(ROOT / "recipes" / "evaluate.yaml")], description="")
-    del sys.modules["evaluate_recipe"]
+def test_the_quickstarts_settings_file_names_the_quickstarts_models() -> None:
+    schema = load_recipe(ROOT / "recipes" / "evaluate.py").Settings
+    settings = load_settings(schema, [str(ROOT / "recipes" / "evaluate.yaml")], description="")
     assert (settings.student, settings.teacher) == ("outputs/quickstart/student", "own")
     quickstart = (ROOT / "recipes" / "quickstart.yaml").read_text()
     assert "output_dir: outputs/quickstart" in quickstart
     assert f"packages: [{', '.join(settings.data.packages)}]" in quickstart
 
 
-def test_a_faulty_collection_is_one_message_that_names_the_place(material: Material, tmp_path: Path) -> None:
-    import shutil
-
+def test_a_faulty_collection_and_a_missing_student_are_one_message(material: Material, tmp_path: Path) -> None:
     shutil.copytree(material.beir, tmp_path / "beir")
     (tmp_path / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\ntest0\tp999\t1\n")
     more = [f"--data.source={tmp_path / 'beir'}", "--data.dev_split=null"]
@@ -102,9 +96,6 @@ def test_a_faulty_collection_is_one_message_that_names_the_place(material: Mater
     [message] = done.stderr.splitlines()
     assert message.startswith("error: ") and "p999" in message
     assert not (tmp_path / "output").exists()
-
-
-def test_the_student_must_be_named(material: Material, tmp_path: Path) -> None:
     done = run_recipe("evaluate", material, f"--output_dir={tmp_path / 'output'}", code=2)
     [message] = done.stderr.splitlines()
     assert "student: name the folder or Hub id" in message
@@ -112,18 +103,8 @@ def test_the_student_must_be_named(material: Material, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_encode_together_and_one_reports(material: Material, tmp_path: Path) -> None:
-    import subprocess
-
-    from tests.recipe import environment, launch
-    from tests.warm_process import free_port
-
     words = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
-    done = subprocess.run(
-        [*words, str(ROOT / "recipes" / "evaluate.py"), *options(material, tmp_path, "--teacher=null")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment(material.folder),
-    )
+    words += [str(ROOT / "recipes" / "evaluate.py"), *options(material, tmp_path, "--teacher=null")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(material.folder))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("[3/3] report") == 1 and done.stdout.count("\n# ") == 1

@@ -12,41 +12,58 @@ from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
 from tct_hf.data.beir import load_beir_corpus
 from tct_hf.data.collection import load_collection
 from tct_hf.training.expander import expander_pairs
-from tests.models import tiny_colbert, tiny_t5
-from tests.recipe import ROOT, in_this_process, killed_at, run, write_beir
+from tests.models import tiny_t5
+from tests.recipe import ROOT, in_this_process, killed_at, run
+from tests.searching import Material
 
-EXPAND = ROOT / "recipes" / "expand.py"
+RECIPE = EXPAND = ROOT / "recipes" / "expand.py"
 TRAIN = ROOT / "recipes" / "train_expander.py"
 
 
+# Of expanding, by the fixture `settings`; of training an expander.
+SETTINGS = """
+model: FOLDER/t5
+source: FOLDER/collection
+dtype: float32
+num_queries: 3
+max_length: 6
+shard_size: 20
+progress_every: 0
+"""
+TRAINING = """
+data: {source: FOLDER/collection}
+precision: fp32
+passage_length: 32
+query_length: 8
+from_scratch: true
+sizes: {vocabulary: 90, d_model: 16, layers: 1, heads: 2, d_ff: 32}
+training:
+  per_device_train_batch_size: 8
+  gradient_accumulation_steps: 1
+  max_steps: 4
+  save_steps: 2
+  logging_steps: 1
+  learning_rate: 1.0e-2
+  eval_strategy: steps
+  eval_steps: 2
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def writer(material: Material) -> Path:
+    return tiny_t5(material.folder / "t5")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("expand")
-    tiny_t5(folder / "t5")
-    colbert = tiny_colbert(folder / "made")
-    colbert.rename(folder / "colbert")
-    write_beir(folder / "collection")
-    (folder / "expand.yaml").write_text(
-        f"model: {folder / 't5'}\nsource: {folder / 'collection'}\ndtype: float32\nnum_queries: 3\nmax_length: 6\n"
-        "shard_size: 20\nprogress_every: 0\n"
-    )
-    (folder / "train.yaml").write_text(
-        f"data: {{source: {folder / 'collection'}}}\nprecision: fp32\npassage_length: 32\nquery_length: 8\n"
-        "from_scratch: true\nsizes: {vocabulary: 90, d_model: 16, layers: 1, heads: 2, d_ff: 32}\n"
-        "training:\n  per_device_train_batch_size: 8\n  gradient_accumulation_steps: 1\n  max_steps: 4\n"
-        "  save_steps: 2\n  logging_steps: 1\n  learning_rate: 1.0e-2\n  eval_strategy: steps\n  eval_steps: 2\n"
-    )
-    return folder
+def training(material: Material) -> Path:
+    file = material.folder / "train_expander.yaml"
+    file.write_text(TRAINING.replace("FOLDER", str(material.folder)))
+    return file
 
 
 @pytest.fixture
-def expand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(EXPAND, folder / "expand.yaml", monkeypatch)
-
-
-@pytest.fixture
-def train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(TRAIN, folder / "train.yaml", monkeypatch)
+def train(training: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return in_this_process(TRAIN, training, monkeypatch)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -58,40 +75,39 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+def whole(material: Material, recipe: Callable[..., int]) -> Path:
     """The folder of a whole run with a teacher."""
-    expand = in_this_process(EXPAND, folder / "expand.yaml", patch)
-    assert expand(folder / "whole", f"--teacher={folder / 'colbert'}") == 0
-    return folder / "whole"
+    assert recipe(material.folder / "expansions", f"--teacher={material.teacher}") == 0
+    return material.folder / "expansions"
 
 
 def test_each_passage_gets_queries_with_scores_and_a_finished_run_says_so_again(
-    folder: Path, whole: Path, expand: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    material: Material, whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(whole)
-    assert expand(whole, f"--teacher={folder / 'colbert'}") == 0 and files(whole) == before
+    assert recipe(whole, f"--teacher={material.teacher}") == 0 and files(whole) == before
     row = capsys.readouterr().out.splitlines()[-2]
     assert [cell.strip() for cell in row.split("|")[1:3]] == ["60", "180"] and "| colbert | 3 |" in row
-    corpus, found = load_beir_corpus(folder / "collection"), load_expansions(whole)
+    corpus, found = load_beir_corpus(material.beir), load_expansions(whole)
     assert len(list(expanded_texts(corpus, found, drop_share=0.3, drop_repeats=True))) == 60
 
 
 @pytest.mark.slow
 def test_a_killed_run_and_one_of_two_processes_give_the_same_files(
-    folder: Path, whole: Path, expand: Callable[..., int], tmp_path: Path
+    settings: Path, material: Material, whole: Path, recipe: Callable[..., int], tmp_path: Path
 ) -> None:
-    teacher = f"--teacher={folder / 'colbert'}"
-    killed_at("40 of 60 passages", folder / "expand.yaml", tmp_path / "killed", EXPAND)
+    teacher = f"--teacher={material.teacher}"
+    killed_at("40 of 60 passages", settings, tmp_path / "killed", EXPAND)
     made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.arrow")}
     assert made and not (tmp_path / "killed" / "manifest.json").exists()
-    assert expand(tmp_path / "killed", teacher) == 0
+    assert recipe(tmp_path / "killed", teacher) == 0
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in made.items())
-    run(folder / "expand.yaml", tmp_path / "two", teacher, recipe=EXPAND, processes=2)
+    run(settings, tmp_path / "two", teacher, recipe=EXPAND, processes=2)
     assert files(tmp_path / "killed") == files(tmp_path / "two") == files(whole)
 
 
 def test_a_model_from_nothing_is_trained_and_writes(
-    folder: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    material: Material, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = tmp_path / "whole"
     assert train(made) == 0
@@ -103,7 +119,7 @@ def test_a_model_from_nothing_is_trained_and_writes(
     texts, out = [{"id": "a", "text": "what is dense retrieval"}], tmp_path / "out"
     manifest = expand_corpus(model, texts, out, tokenizer=tokenizer, num_queries=2, write=lambda line: None)
     assert manifest["count"] == 1 and manifest["model"] == str(made / "expander")
-    pairs = expander_pairs(load_collection(str(folder / "collection")))
+    pairs = expander_pairs(load_collection(str(material.beir)))
     assert len(pairs) == 40 and set(pairs[0]["query"].split()) <= set(pairs[0]["passage"].split())
     capsys.readouterr()
     assert train(made, "--query_length=9") == 1
@@ -112,9 +128,9 @@ def test_a_model_from_nothing_is_trained_and_writes(
 
 @pytest.mark.slow
 def test_a_killed_training_of_an_expander_goes_on_to_the_same_weights(
-    folder: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    training: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed_at("step     3 of 4", folder / "train.yaml", tmp_path / "killed", TRAIN)
+    killed_at("step     3 of 4", training, tmp_path / "killed", TRAIN)
     assert (tmp_path / "killed" / "training" / "checkpoint-2").is_dir()
     assert train(tmp_path / "killed") == 0
     assert "goes on after step 2 of 4" in capsys.readouterr().out
@@ -132,29 +148,21 @@ def test_a_killed_training_of_an_expander_goes_on_to_the_same_weights(
     ],
 )
 def test_wrong_settings_of_expanding_are_one_message(
-    expand: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    refused: Callable[..., None], options: list[str], message: str
 ) -> None:
-    assert expand(tmp_path / "new", *options) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "new").exists()
+    refused(options, message)
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("option", "code", "message"),
     [
-        (["--query_length=0"], 2, "query_length: must be at least 1, got 0"),
-        (["--training.hub_token=abc"], 2, "hub_token"),
-        (["--training.push_to_hub=true"], 1, "releases are of students; upload the finished folder yourself"),
-        (["--sizes.heads=3"], 1, "d_model is 16, which 3 heads don't divide"),
+        ("--query_length=0", 2, "query_length: must be at least 1, got 0"),
+        ("--training.push_to_hub=true", 1, "releases are of students; upload the finished folder yourself"),
+        ("--sizes.heads=3", 1, "d_model is 16, which 3 heads don't divide"),
     ],
 )
 def test_wrong_settings_of_training_are_one_message(
-    train: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    code: int,
-    message: str,
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, code: int, message: str
 ) -> None:
-    assert train(tmp_path / "new", *options) == code
+    assert train(tmp_path / "new", option) == code
     assert message in capsys.readouterr().err.splitlines()[-1]

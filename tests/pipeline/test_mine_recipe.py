@@ -6,34 +6,34 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from sentence_transformers import SentenceTransformer
 
-from tct_hf import build_student, load_triples, save_student, write_run
+from tct_hf import load_triples, write_run
 from tct_hf.data.collection import load_collection
+from tct_hf.evaluation.references import dense_run
 from tct_hf.retrieval.negatives import collection_bm25
-from tests.models import tiny_bert
-from tests.recipe import ROOT, in_this_process, killed_at, run, write_beir
+from tests.models import load_colbert
+from tests.recipe import ROOT, killed_at, run
+from tests.searching import Material
 
 RECIPE = ROOT / "recipes" / "mine.py"
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mine")
-    write_beir(folder / "collection", train=30)
-    base = tiny_bert(folder / "encoder")
-    save_student(build_student(str(base), encoding="tct", query_length=16, document_length=48), folder / "student")
-    (folder / "mine.yaml").write_text(
-        f"precision: fp32\ndepth: 10\nmodel: {folder / 'student'}\ndata: {{source: {folder / 'collection'}}}\n"
-    )
-    return folder / "mine.yaml"
+SETTINGS = "precision: fp32\ndepth: 10\nmodel: FOLDER/student\ndata: {source: FOLDER/collection}\n"
 
 
-@pytest.fixture
-def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(RECIPE, settings, monkeypatch)
+def mined(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "mined" / "triples.parquet").to_pylist()
+    return rows
+
+
+def counts(folder: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((folder / "mined" / "summary.json").read_text())["counts"]
+    return found
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
@@ -46,52 +46,75 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
     assert recipe(tmp_path / "killed") == 0 and shard.stat().st_mtime_ns == made
     said = capsys.readouterr().out
     assert recipe(tmp_path / "whole") == 0
-    tables = [pq.read_table(tmp_path / name / "mined" / "triples.parquet") for name in ("killed", "whole")]
-    assert tables[0].equals(tables[1]) and len(tables[0]) == 30
-    assert tables[0]["origin"].to_pylist() == [f"student {settings.parent / 'student'}"] * 30
-    counts = json.loads((tmp_path / "whole" / "mined" / "summary.json").read_text())["counts"]
+    rows = mined(tmp_path / "whole")
+    assert mined(tmp_path / "killed") == rows and len(rows) == 40
     [row] = [line for line in said.splitlines() if line.startswith("| student ")]
-    assert [cell.strip() for cell in row.split("|")[2:5]] == ["30", "30", str(counts["positives_found"])]
-    rows = load_triples(tmp_path / "whole" / "mined" / "triples.parquet", cache_dir=tmp_path / "cache")
-    assert rows.column_names == tables[0].column_names[:7]
+    found = counts(tmp_path / "whole")["positives_found"]
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["40", "40", str(found)]
+    loaded = load_triples(tmp_path / "whole" / "mined" / "triples.parquet", cache_dir=tmp_path / "cache")
+    assert loaded.column_names == list(rows[0])[:7]
+    # Candidates are those that exact search with the student finds.
+    collection, student = load_collection(str(settings.parent / "collection")), settings.parent / "student"
+    queries, corpus = collection.splits["train"].queries, collection.corpus
+    search = dense_run(SentenceTransformer(str(student), device="cpu"), corpus["id"], corpus["text"], queries, k=10)
+    for one in rows:
+        assert one["origin"] == f"student {student}" and one["negative_id"] in search[one["query_id"]]
+    assert recipe(tmp_path / "whole", f"--model={settings.parent / 'mean'}") == 1  # another student
+    assert "choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_two_processes_mine_the_rows_of_one(settings: Path, recipe: Callable[..., int], tmp_path: Path) -> None:
     done = run(settings, tmp_path / "two", "--queries_a_part=4", processes=2, recipe=RECIPE)
-    assert "part 1 of 8" in done.stdout and "part 3 of 8" in done.stdout  # the other process mines those between
-    assert "part 2 of 8" not in done.stdout and done.stdout.count("[3/3] mine") == 1
+    assert "part 1 of 10" in done.stdout and "part 3 of 10" in done.stdout  # the other process mines those between
+    assert "part 2 of 10" not in done.stdout and done.stdout.count("[3/3] mine") == 1
     assert recipe(tmp_path / "one") == 0
-    tables = [pq.read_table(tmp_path / name / "mined" / "triples.parquet") for name in ("two", "one")]
-    assert tables[0].equals(tables[1]) and len(tables[0]) == 30
-    counts = [json.loads((tmp_path / n / "mined" / "summary.json").read_text())["counts"] for n in ("two", "one")]
-    assert counts[0] == counts[1]
+    assert mined(tmp_path / "two") == mined(tmp_path / "one") and len(mined(tmp_path / "one")) == 40
+    assert counts(tmp_path / "two") == counts(tmp_path / "one")
 
 
 def test_bm25_and_a_run_give_triples_and_other_settings_are_refused(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: Path
 ) -> None:
-    def mined(name: str) -> list[dict]:
-        rows: list[dict] = pq.read_table(tmp_path / name / "mined" / "triples.parquet").to_pylist()
-        return rows
-
-    assert recipe(tmp_path / "bm25", "--model=null", "--num_negatives=2") == 0
+    options = ["--model=null", "--num_negatives=2"]
+    assert recipe(tmp_path / "bm25", *options) == 0
     collection = load_collection(str(settings.parent / "collection"))
-    write_run(collection_bm25(collection).run(collection.splits["train"].queries, 10), tmp_path / "run.trec", "bm25")
-    assert recipe(tmp_path / "run", "--model=null", "--num_negatives=2", f"--run={tmp_path / 'run.trec'}") == 0
-    assert mined("run") == mined("bm25") and mined("bm25")[0]["origin"] == "bm25"
+    write_run(collection_bm25(collection).run(collection.splits["train"].queries, 10), tmp_path / "run.gz", "theirs")
+    assert recipe(tmp_path / "run", *options, f"--run={tmp_path / 'run.gz'}") == 0
+    rows = [{**row, "origin": "theirs"} for row in mined(tmp_path / "bm25")]
+    assert mined(tmp_path / "run") == rows and mined(tmp_path / "bm25")[0]["origin"] == "bm25"
     capsys.readouterr()
     assert recipe(tmp_path / "bm25", "--model=null", "--num_negatives=1") == 1
     assert "holds a run with num_negatives = 2, but now num_negatives = 1" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_test_split_is_mined(recipe: Callable[..., int], tmp_path: Path, settings: Path) -> None:
+def test_of_a_folder_without_a_test_split_the_labels_that_are_used_are_mined_for(
+    recipe: Callable[..., int], tmp_path: Path, settings: Path
+) -> None:
     folder = tmp_path / "collection"
     shutil.copytree(settings.parent / "collection", folder)
     for file in (folder / "qrels").glob("test.tsv*"):
         file.unlink()
-    assert recipe(tmp_path / "out", "--model=null", f"--data.source={folder}") == 0
-    assert (tmp_path / "out" / "mined" / "triples.parquet").is_file()
+    assert recipe(tmp_path / "out", "--model=null", f"--data.source={folder}", "--data.labels=0.5") == 0
+    queries = load_collection(str(settings.parent / "collection")).labelled(0.5)
+    assert {row["query_id"] for row in mined(tmp_path / "out")} == set(queries)
+    assert counts(tmp_path / "out")["queries"] == len(queries) == 20
+
+
+def test_a_margin_refuses_what_the_teacher_prefers_to_the_positive(
+    recipe: Callable[..., int], material: Material, tmp_path: Path
+) -> None:
+    assert recipe(tmp_path, "--model=null", "--margin=0.0", f"--teacher={material.teacher}") == 0
+    assert counts(tmp_path)["above_margin"] > 0 and counts(tmp_path)["rows"] == 40
+    model = load_colbert(material.teacher)
+    for row in mined(tmp_path):
+        if row["negative_teacher_score"] is not None:
+            passages = model.encode_document([row["positive"], row["negative"]])
+            [[own, other]] = model.similarity(model.encode_query([row["query"]]), passages).tolist()
+            assert (own, other) == pytest.approx(
+                (row["positive_teacher_score"], row["negative_teacher_score"]), abs=1e-5
+            )
+            assert other <= own + 1e-5
 
 
 @pytest.mark.parametrize(
@@ -104,13 +127,5 @@ def test_a_folder_without_a_test_split_is_mined(recipe: Callable[..., int], tmp_
         (["--data.labels=0.0"], "has no judged train queries"),
     ],
 )
-def test_wrong_settings_are_one_message(
-    recipe: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    assert recipe(tmp_path / "new", *options) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "new").exists()
+def test_wrong_settings_are_one_message(refused: Callable[..., None], options: list[str], message: str) -> None:
+    refused(options, message)

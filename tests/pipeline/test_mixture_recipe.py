@@ -11,80 +11,49 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import build_student, validate_checkpoint
-from tct_hf.pipeline import train as pipeline
-from tests.models import tiny_bert
-from tests.recipe import RECIPE, ROOT, in_this_process, killed_at, run, write_beir
+from tct_hf import validate_checkpoint
+from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
+from tests.recipe import ROOT, killed_at, run
 
 SYSTEMS = ["bm25", "base-native", "base-maxsim", "stock", "unlabelled", "labelled"]
 STORED = "--teacher.mixed_with=[{kind: stored, scores: SCORES}]"
 FUSED = ["base-native-bm25", "stock-bm25", "unlabelled-bm25", "labelled-bm25"]
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixture")
-    base = build_student(str(tiny_bert(folder / "encoder")))
-    base.similarity_fn_name = "cosine"
-    base.save_pretrained(str(folder / "base"))
-    write_beir(folder / "collection")
-    (folder / "tiny.yaml").write_text(
-        f"""
+SETTINGS = f"""
 extends: {ROOT / "recipes" / "quickstart.yaml"}
 precision: fp32
-data: {{source: {folder / "collection"}, negative_depth: 10}}
-encoder: {{base_model: {folder / "base"}, document_length: 24}}
+data: {{source: FOLDER/collection, negative_depth: 10}}
+encoder: {{base_model: FOLDER/mean, document_length: 24}}
 student:
   training: {{per_device_train_batch_size: 8, max_steps: 4, warmup_steps: 1, logging_steps: 1, save_steps: 2}}
 evaluation: {{depth: 20, measures: [RR@10, nDCG@10]}}
 """
-    )
-    return folder / "tiny.yaml"
-
-
-@pytest.fixture
-def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(RECIPE, settings, monkeypatch)
 
 
 @pytest.mark.usefixtures("warm_checks")
 def test_students_with_and_without_labels_are_measured_beside_the_base_and_stock(
-    recipe: Callable[..., int], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., int], trained: list[Any], tmp_path: Path
 ) -> None:
-    made: list[Any] = []
-    original = pipeline.collection_triples
-
-    def recorded(*args: Any, **options: Any) -> Any:
-        made.append((options, original(*args, **options)))
-        return made[-1][1]
-
-    monkeypatch.setattr(pipeline, "collection_triples", recorded)
-    assert recipe(tmp_path) == 0
+    assert recipe(tmp_path, "--student.training.max_steps=2") == 0
     assert {file.name.split(".")[0] for file in (tmp_path / "runs").glob("*.trec")} == {*SYSTEMS, *FUSED}
-    unlabelled = next(rows for options, rows in made if options["unlabelled"])
-    assert not any(unlabelled["labelled"]) and all(0 < weight <= 1 for weight in unlabelled["label_weight"])
+    unlabelled = next(rows for rows in trained if not any(rows["labelled"]))
+    assert all(0 < weight <= 1 for weight in unlabelled["label_weight"])
     assert unlabelled["known_positive_ids"][:] == [[]] * len(unlabelled)  # no judgement is looked at
     # Without labels the default weights, with labels those that dev is calibrated to.
-    weights = {
-        name: json.loads((tmp_path / f"mixture-{name}" / "weights.json").read_text())
-        for name in ("unlabelled", "student")
-    }
-    assert weights["unlabelled"] == [6.0, 0.33, 12.0] != weights["student"]
+    weights = [json.loads((tmp_path / f"mixture-{n}" / "weights.json").read_text()) for n in ("unlabelled", "student")]
+    assert weights[0] == [6.0, 0.33, 12.0] != weights[1]
     assert (tmp_path / "mixture-student" / "tct_calibration.json").is_file()
     assert not (tmp_path / "mixture-unlabelled" / "tct_calibration.json").exists()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert set(metrics["measured"]["test"]) == {*SYSTEMS, *FUSED}
-    for name in ("unlabelled", "student", "stock"):
-        model = SentenceTransformer(str(tmp_path / name), device="cpu")
-        assert model.max_seq_length == 24
+    models = [SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("unlabelled", "stock", "student")]
+    assert [model.max_seq_length for model in models] == [24] * 3
     validate_checkpoint(tmp_path / "unlabelled")
     # Any client's default call gives the same vectors.
-    student, texts = (
-        SentenceTransformer(str(tmp_path / "student"), device="cpu"),
-        ["dense retrieval", "of tokens " * 30],
-    )
-    for encode in (student.encode_query, student.encode_document):
-        np.testing.assert_allclose(encode(texts), student.encode(texts), atol=1e-6)
+    texts = ["dense retrieval", "of tokens " * 30]
+    for encode in (models[-1].encode_query, models[-1].encode_document):
+        np.testing.assert_allclose(encode(texts), models[-1].encode(texts), atol=1e-6)
 
 
 def test_a_self_coupled_student_is_trained_beside_bm25(recipe: Callable[..., int], tmp_path: Path) -> None:
@@ -117,10 +86,7 @@ def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
     ("options", "message"),
     [
         (["--data.unlabelled=true", STORED], "data.unlabelled: the"),
-        (
-            ["--stages=student", "--data.negatives=teacher", "--teacher.mixed_with=[{kind: stored, scores: SCORES}]"],
-            "data.negatives: the",
-        ),
+        (["--stages=student", "--data.negatives=teacher", STORED], "data.negatives: the"),
         (["--data.negatives=teacher", "--teacher.kind=bm25"], "data.negatives: only a mixture searches the corpus"),
         (["--data.made_questions=3", "--stages=student"], "data.made_questions: questions without labels"),
         (["--teacher.mixture_weights=[1, 2]"], "teacher.mixture_weights: give three numbers"),
@@ -129,9 +95,7 @@ def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
     ],
 )
 def test_settings_that_a_mixture_cannot_keep_are_refused_before_anything(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    refused: Callable[..., None], tmp_path: Path, options: list[str], message: str
 ) -> None:
     (tmp_path / "scores.jsonl").write_text("")
-    options = [option.replace("SCORES", str(tmp_path / "scores.jsonl")) for option in options]
-    assert recipe(tmp_path / "new", *options) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "new").exists()
+    refused([option.replace("SCORES", str(tmp_path / "scores.jsonl")) for option in options], message)

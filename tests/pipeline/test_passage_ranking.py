@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,17 +69,18 @@ def test_every_text_and_judgement_arrives(files: Path, tmp_path: Path) -> None:
 
 
 def test_queries_to_tune_on_are_of_no_other_split(files: Path, tmp_path: Path) -> None:
-    prepare(files, tmp_path / "out")
-    found = {split: set(load_beir(tmp_path / "out", split)[2]) for split in ("train", "tune", "dev")}
-    assert len(found["tune"]) == 4 and not found["tune"] & (found["dev"] | found["train"])
+    def split(out: Path, *names: str) -> list[set[str]]:
+        return [set(load_beir(out, name)[2]) for name in names]
 
-
-def test_queries_may_be_held_out_of_train(files: Path, tmp_path: Path) -> None:
-    train = {"queries": QUERIES["train"], "qrels": QRELS["train"]}
-    splits = {"train": SplitFiles(**train, without="tune"), "tune": SplitFiles(**train, most=7)}
-    counts = prepare(files, tmp_path / "out", splits=splits)
+    prepare(files, tmp_path / "of dev")
+    tune, dev, train = split(tmp_path / "of dev", "tune", "dev", "train")
+    assert len(tune) == 4 and not tune & (dev | train)
+    names = {"queries": QUERIES["train"], "qrels": QRELS["train"]}
+    splits = {"train": SplitFiles(**names, without="tune"), "tune": SplitFiles(**names, most=7)}
+    counts = prepare(files, tmp_path / "of train", splits=splits)
     assert [counts["splits"][name]["queries"] for name in ("train", "tune")] == [23, 7]
-    assert not set(load_beir(tmp_path / "out", "train")[2]) & set(load_beir(tmp_path / "out", "tune")[2])
+    tune, train = split(tmp_path / "of train", "tune", "train")
+    assert not tune & train
 
 
 @pytest.mark.parametrize("triples", ["qidpidtriples.train.tsv", "triples.train.small.tsv", None])
@@ -112,11 +114,10 @@ def test_a_sample_is_the_same_whatever_the_order_of_the_collection(files: Path, 
     assert a == b
 
 
-@pytest.mark.parametrize("sample", [None, 40])
 def test_a_stopped_call_goes_on_to_the_same_files(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: int | None
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(files, tmp_path / "whole", sample)
+    prepare(files, tmp_path / "whole", 40)
     aside = passage_ranking.write_aside
     left = len(contents(tmp_path / "whole")) - 1  # counts.json is written otherwise
     for stop in range(left):
@@ -129,35 +130,31 @@ def test_a_stopped_call_goes_on_to_the_same_files(
                 raise KeyboardInterrupt
             return aside(path)
 
-        monkeypatch.setattr("tct_hf.pipeline.passage_ranking.write_aside", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(files, out, sample)
-        monkeypatch.undo()
-        prepare(files, out, sample)
+        with monkeypatch.context() as patch:
+            patch.setattr(passage_ranking, "write_aside", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(files, out, 40)
+        prepare(files, out, 40)
         assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_compressed_and_jsonl_files_give_the_same(files: Path, tmp_path: Path) -> None:
+def test_compressed_and_jsonl_files_and_repeated_judgements_give_the_same(files: Path, tmp_path: Path) -> None:
     other = shutil.copytree(files, tmp_path / "other")
     (other / "collection.tsv.gz").write_bytes(gzip.compress((other / "collection.tsv").read_bytes()))
+    (other / "collection.tsv").unlink()  # the settings name it, and its .gz is there
     queries = [{"_id": q, "text": text} for q, text in lines(other / QUERIES["train"])]
     (other / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    (other / "collection.tsv").unlink()  # the settings name it, and its .gz is there
-    named = source(other)
-    named.splits["train"].queries = "train.jsonl"
-    prepare_passage_ranking(named, tmp_path / "b", cache_dir=tmp_path / "cache")
-    prepare(files, tmp_path / "a")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def test_a_line_of_judgements_that_is_repeated_counts_once(files: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(files, tmp_path / "other")
     judged = (files / QRELS["train"]).read_text()
     (other / QRELS["train"]).write_text(judged + judged.splitlines(keepends=True)[0])
     named = source(other)
-    named.splits["train"].expected_qrels = 31
-    counts = prepare_passage_ranking(named, tmp_path / "out")
+    named.splits["train"].queries, named.splits["train"].expected_qrels = "train.jsonl", 31
+    counts = prepare_passage_ranking(named, tmp_path / "b", cache_dir=tmp_path / "cache")
     assert counts["splits"]["train"]["judgements"] == 30 and counts["read"]["train"]["judgements"] == 31
+    prepare(files, tmp_path / "a")
+    found = [contents(tmp_path / name) for name in "ab"]
+    for one in found:
+        del one["counts.json"]
+    assert found[0] == found[1]
 
 
 def last_line(name: str, new: str = "") -> Callable[[Path], None]:
@@ -194,53 +191,32 @@ def test_what_is_wrong_is_said_and_nothing_takes_its_name(
 
 
 @pytest.mark.parametrize("sample", [None, 40])
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            last_line("triples.train.small.tsv"),
-            "small.tsv: 89 triples, but 90 are .* download .* set expected_triples",
-        ),
-        (lambda files: (files / "triples.train.small.tsv").unlink(), "triples: .*small.tsv: no such file; download"),
-    ],
-)
 def test_triples_that_are_not_whole_are_refused_before_anything_is_written(
-    files: Path, tmp_path: Path, sample: int | None, damage: Callable[[Path], None], message: str
+    files: Path, tmp_path: Path, sample: int | None
 ) -> None:
-    other = shutil.copytree(files, tmp_path / "other")
-    counted = {"triples": "triples.train.small.tsv", "expected_triples": 90}
-    prepare(other, tmp_path / "whole", sample, **counted)
-    damage(other)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        prepare(other, tmp_path / "out", sample, **counted)
-    assert not (tmp_path / "out" / "queries.jsonl").exists()
+    other, name = shutil.copytree(files, tmp_path / "other"), "triples.train.small.tsv"
+    for damage, message in (
+        (last_line(name), "small.tsv: 89 triples, but 90 are .* download .* set expected_triples"),
+        (lambda files: (files / name).unlink(), "triples: .*small.tsv: no such file; download"),
+    ):
+        damage(other)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            prepare(other, tmp_path / "out", sample, triples=name, expected_triples=90)
+        assert not (tmp_path / "out" / "queries.jsonl").exists()
 
 
-def test_a_sample_that_holds_nothing_is_refused(files: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sample: 4 passages can't hold those relevant to one query of"):
-        prepare(files, tmp_path / "out", 4)
+def test_what_can_not_be_prepared_is_refused(files: Path, tmp_path: Path) -> None:
+    def refused(message: str, sample: int | None = None, **change: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            prepare(files, tmp_path / "out", sample, **change)
 
-
-def test_a_folder_of_other_files_is_refused(files: Path, tmp_path: Path) -> None:
+    refused("sample: 4 passages can't hold those relevant to one query of", 4)
+    refused("splits: there is none", splits={})
+    refused(r"splits.train.qrels: name the file", splits={"train": SplitFiles(queries="a.tsv")})
+    few = {"train": SplitFiles("a.tsv", "b.tsv", most=0)}
+    refused(r"splits.train.most: 0 is below 1; leave it out", splits=few)
     prepare(files, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds a run with sample = None, but now sample = 40"):
-        prepare(files, tmp_path / "out", 40)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"splits": {}}, "splits: there is none"),
-        ({"splits": {"train": SplitFiles(queries="a.tsv")}}, r"splits.train.qrels: name the file"),
-        (
-            {"splits": {"train": SplitFiles("a.tsv", "b.tsv", most=0)}},
-            r"splits.train.most: 0 is below 1; leave it out",
-        ),
-    ],
-)
-def test_settings_that_name_too_little_are_refused(files: Path, tmp_path: Path, change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        prepare(files, tmp_path / "out", **change)
+    refused(r"holds a run with sample = None, but now sample = 40", 40)
 
 
 @pytest.mark.parametrize("name", ["data.yaml", "hub/data.yaml"])

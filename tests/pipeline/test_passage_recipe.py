@@ -7,16 +7,15 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from tct_hf.settings import load_settings
 from tests.models import tiny_bert
 from tests.passage_files import results, write_few
-from tests.recipe import ROOT, environment
+from tests.recipe import ROOT, environment, load_recipe
 from tests.warm_process import run_warm
 
 RECIPE = ROOT / "recipes" / "msmarco-passage"
@@ -35,17 +34,6 @@ KILLED = {
     "release": "checking the vectors",
     "release-hn": "checking the vectors",
 }
-
-
-def load(path: Path) -> ModuleType:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_passages", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +128,11 @@ def test_files_elsewhere_are_those_that_training_reads_too(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("options", [[], ["--sample", "100"], ["--settings", str(RECIPE / "hub")]], ids=str)
 def test_the_settings_of_every_step_are_known_and_fit_together(options: list[str]) -> None:
-    from tct_hf.settings import load_settings
 
     made: set[str] = set()
     splits: set[str] = set()
     for script, file, *more in commands(*options):
-        settings = load_settings(load(Path(script)).Settings, [file, *more], description="")
+        settings = load_settings(load_recipe(Path(script)).Settings, [file, *more], description="")
         said = json.dumps(asdict(settings))
         # What a step reads below the folder of the experiment, another has made before it.
         read = set(re.findall(r"outputs/msmarco-passage/[^\"]*", said)) - {settings.output_dir}

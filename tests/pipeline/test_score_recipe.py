@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 
 from tct_hf import (
@@ -20,33 +22,34 @@ from tct_hf import (
     score_triples,
 )
 from tct_hf.teachers.base import write_training_scale
-from tests.models import tiny_colbert, tiny_cross_encoder
-from tests.recipe import ROOT, in_this_process, killed_at
+from tests.recipe import ROOT, killed_at
+from tests.searching import Material
 from tests.train_helpers import triples
 
 RECIPE = ROOT / "recipes" / "score.py"
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("score")
-    triples(20, negatives=2).to_parquet(folder / "triples.parquet")
-    teacher = tiny_cross_encoder(folder / "cross-encoder")
-    (folder / "score.yaml").write_text(
-        f"kind: cross-encoder\nteacher: {teacher}\ndtype: float32\nrows_a_shard: 6\nbatch_size: 4\n"
-        f"triples: {{path: {folder / 'triples.parquet'}}}\n"
-    )
-    return folder / "score.yaml"
+SETTINGS = """
+kind: cross-encoder
+teacher: FOLDER/cross-encoder
+dtype: float32
+rows_a_shard: 6
+batch_size: 4
+triples: {path: FOLDER/to-score.parquet}
+"""
 
 
-@pytest.fixture
-def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(RECIPE, settings, monkeypatch)
+@pytest.fixture(scope="module", autouse=True)
+def source(material: Material) -> Dataset:
+    rows = triples(20, negatives=2)
+    rows.to_parquet(material.folder / "to-score.parquet")
+    return rows
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_scores_of_the_teacher(
-    settings: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Path, source: Dataset, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    teacher = settings.parent / "cross-encoder"
     killed_at("shard 2 of 4", settings, tmp_path / "killed", RECIPE)
     shards = sorted((tmp_path / "killed" / "triples").glob("*.parquet"))
     assert len(shards) == 2 and not (tmp_path / "killed" / "summary.json").exists()
@@ -57,22 +60,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_scores_of_the_teacher(
     files = [{f.name: f.read_bytes() for f in (tmp_path / n / "triples").iterdir()} for n in ("killed", "whole")]
     assert files[0] == files[1] and len(files[0]) == 4
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
-    [row] = [line for line in said.splitlines() if line.startswith(f"| {settings.parent / 'cross-encoder'}")]
+    [row] = [line for line in said.splitlines() if line.startswith(f"| {teacher}")]
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["20", "3", f"{summary['positive_on_top']:.1%}"]
 
     rows = load_triples(tmp_path / "whole" / "triples", scores="teacher_score", cache_dir=tmp_path / "cache")
-    source = triples(20, negatives=2)
-    for name in ("query", "positive_id"):
-        assert list(rows[name]) == list(source[name])
+    assert [list(rows[name]) for name in ("query", "positive_id")] == [source["query"][:], source["positive_id"][:]]
     columns = [list(rows[name]) for name in ("positive", "negative_1", "negative_2")]
-    live = CrossEncoderTeacher(str(settings.parent / "cross-encoder"), dtype="float32")
-    expected = live.score_matrix(live.collate(list(rows["query"]), columns, list(rows)), gather=False)
-    stored = StoredScores()
-    found = stored.score_matrix(stored.collate(list(rows["query"]), columns, list(rows)), gather=False)
+    live, stored = CrossEncoderTeacher(str(teacher), dtype="float32"), StoredScores()
+    expected, found = (
+        one.score_matrix(one.collate(list(rows["query"]), columns, list(rows)), gather=False) for one in (live, stored)
+    )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
     scores = np.array(list(rows["scores"]), dtype=np.float64)
-    assert summary["teacher"] == str(settings.parent / "cross-encoder")
+    assert summary["teacher"] == str(teacher)
     assert summary["scores"] == {
         **{"kind": "logit", "training_scale": 1.0, "count": 60},
         **{"min": scores.min(), "max": scores.max(), "mean": pytest.approx(scores.mean())},
@@ -81,9 +81,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_scores_of_the_teacher(
 
 
 def test_a_colbert_scores_too_and_other_settings_are_refused(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Callable[..., int], material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    colbert = tiny_colbert(tmp_path / "colbert")
+    colbert = shutil.copytree(material.teacher, tmp_path / "colbert")
     write_training_scale(colbert, 2.0)
     assert recipe(tmp_path / "out", "--kind=colbert", f"--teacher={colbert}") == 0
     said = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]
@@ -97,9 +97,9 @@ def test_a_colbert_scores_too_and_other_settings_are_refused(
     assert "choose another --output_dir" in capsys.readouterr().err
 
 
-def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(settings: Path, tmp_path: Path) -> None:
-    colbert = ColBERTTeacher(str(tiny_colbert(tmp_path / "colbert")))
-    every = CrossEncoderTeacher(str(settings.parent / "cross-encoder"), candidates="in-batch")
+def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(material: Material, tmp_path: Path) -> None:
+    colbert = ColBERTTeacher(str(material.teacher))
+    every = CrossEncoderTeacher(str(material.folder / "cross-encoder"), candidates="in-batch")
     for teacher, message in (
         (TeacherEnsemble({colbert: 1.0}), "depend on the rows beside a row: score with each teacher alone"),
         (every, 'load it with candidates="own"'),
@@ -118,9 +118,5 @@ def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(setti
         (["--teacher=./nowhere"], "teacher: ./nowhere is not there"),
     ],
 )
-def test_wrong_settings_are_one_message(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    assert recipe(tmp_path / "new", *options) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "new").exists()
+def test_wrong_settings_are_one_message(refused: Callable[..., None], options: list[str], message: str) -> None:
+    refused(options, message)

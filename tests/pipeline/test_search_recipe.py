@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tct_hf.evaluation.stores import SPARSE_FOLDER
 from tests.recipe import ROOT
-from tests.searching import Material, run_recipe, write_material
+from tests.searching import Material, run_recipe
+from tests.splade import tiny_splade
 
 QUESTIONS = ["dense retrieval", "what is a passage"]
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def test_each_question_of_standard_input_gets_its_passages_with_every_score(material: Material) -> None:
@@ -46,6 +43,19 @@ def test_each_question_of_standard_input_gets_its_passages_with_every_score(mate
         assert passage["maxsim"] is None and passage["text"]
 
 
+def test_questions_are_answered_with_both_students(material: Material) -> None:
+    splade, place = tiny_splade(material.folder / "sparse-student"), material.folder / "search"
+    words = [f"--sparse_student={splade}", f"--data.source={material.beir}", "--k=3", f"--index_dir={place}"]
+    done = run_recipe("search", material, f"--student={material.student}", *words, stdin="dense retrieval\n")
+    assert "sparse student + dense (tuned on 10 dev queries)" in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("  ") and ". p" in line]
+    assert len(lines) == 3
+    assert all(f"   {name} " in line for line in lines for name in ("BM25", "sparse student", "dense", "fused"))
+    assert (place / SPARSE_FOLDER / "indexes" / "learned-sparse").is_dir()
+    refused = run_recipe("search", material, f"--student={splade}", *words[1:3], "--rank_by=dense", code=2)
+    assert "rank_by: there is no dense student to order by" in refused.stderr
+
+
 def test_standard_input_without_a_question_is_refused(material: Material, tmp_path: Path) -> None:
     words = [f"--student={material.student}", f"--data.source={material.beir}", "--json"]
     done = run_recipe("search", material, *words, stdin="  \t\n\n", code=2)
@@ -57,12 +67,10 @@ def test_standard_input_without_a_question_is_refused(material: Material, tmp_pa
 def test_prompts_stay_out_of_the_answers(
     answers_alone: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     questions = runpy.run_path(str(ROOT / "recipes" / "search.py"))["questions"]
-    monkeypatch.setattr(sys, "stdin", Terminal("dense\ntokens\n"))
+    terminal = io.StringIO("dense\ntokens\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
     assert list(questions(answers_alone=answers_alone)) == ["dense", "tokens"]
     said = capsys.readouterr()
     prompts = "question: question: question: \n"

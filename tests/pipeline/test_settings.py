@@ -5,11 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tct_hf.pipeline.checks import check_part, named
+from tct_hf.pipeline.checks import check_part
 from tct_hf.pipeline.settings import OneTeacher, TrainSettings, overridden
 from tct_hf.settings import SettingsError
 from tests.recipe import ROOT
@@ -33,33 +32,6 @@ def test_overrides_are_dotted_or_nested_and_leave_the_rest() -> None:
     assert found.teacher.mixed_with[0].weight == 0.5
     assert settings.data.labels == 1.0 and settings.student.training["temperature"] == 2.0
     assert overridden(settings, {}, "arms.x") == settings
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"student.training.temprature": 1.0}, r"^arms\.x: .*student\.training\.temperature"),
-        ({"data": {"labels": "many"}}, r"^arms\.x: .*data\.labels"),
-    ],
-)
-def test_a_wrong_override_is_an_error_of_its_arm(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        overridden(TrainSettings(), changes, "arms.x")
-
-
-@pytest.mark.parametrize(
-    ("prefix", "said", "told"),
-    [
-        ("student", "layers: there is no layer 7", "student.layers: there is no layer 7"),
-        ("student", "query_length=3: too few", "encoder.query_length=3: too few"),
-        ("student.training", "training.output_dir is set", "student.training.output_dir is set"),
-        ("teacher", "Some other error", "teacher: Some other error"),
-    ],
-)
-def test_what_a_constructor_refuses_is_an_error_of_its_section(prefix: str, said: str, told: str) -> None:
-    with pytest.raises(SettingsError) as error, named(prefix):
-        raise ValueError(said)
-    assert str(error.value) == told
 
 
 def test_a_bundled_model_is_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,30 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 from tct_hf import read_run, validate_checkpoint
 from tct_hf.files import LOG_FILE
-from tests.models import tiny_colbert, tiny_modernbert
+from tests.models import tiny_modernbert
 from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
-from tests.recipe import STEPS, killed_at, launch, run, write_material
+from tests.recipe import STEPS, killed_at, launch, run
 from tests.warm_process import free_port
 
 SYSTEMS = ["bm25", "base-native", "base-maxsim", "student", "teacher"]
 FUSED = ["base-native-bm25", "student-bm25"]
 TITLES = ["BM25", "base as it is", "base reranked by its own MaxSim", "student", "ColBERT teacher"]
 TITLES += ["base as it is + BM25", "student + BM25"]
-SPLADE = ["--student.kind=splade", "--student.initialise_from=base", "--student.layers=null"]
+SETTINGS = "extends: tiny.yaml\n"
 KILLED = {  # where the interrupted run is killed: the line it has just printed
     "teacher": f"step     3 of {STEPS}   loss",
     "student": f"step     5 of {STEPS}   loss",
     "evaluate": ": student",
 }
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -43,14 +38,13 @@ def results(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("warm_checks")
 def test_a_whole_run_leaves_models_that_load_without_this_package(whole: Path) -> None:
-    output = whole
-    student = SentenceTransformer(str(output / "student"), device="cpu")
+    student = SentenceTransformer(str(whole / "student"), device="cpu")
     assert student.encode_query("dense tokens").shape == (32,)
     assert student[0].model.config.num_hidden_layers == 1
-    validate_checkpoint(output / "student")
-    teacher = MultiVectorEncoder(str(output / "teacher"), device="cpu")
+    validate_checkpoint(whole / "student")
+    teacher = MultiVectorEncoder(str(whole / "teacher"), device="cpu")
     assert teacher.encode_query("dense tokens").shape == (16, 16)
-    assert not list(output.glob("training/*/checkpoint-*"))
+    assert not list(whole.glob("training/*/checkpoint-*"))
 
 
 def test_a_whole_run_leaves_complete_runs_of_all_systems(whole: Path) -> None:
@@ -66,31 +60,21 @@ def test_a_whole_run_leaves_complete_runs_of_all_systems(whole: Path) -> None:
                 assert all(len(hits) == 20 for hits in found.values())
 
 
-def test_a_whole_run_reports_one_row_a_system_and_the_same_figures_as_json(
-    whole: Path,
-) -> None:
-    output = whole
-    report = (output / "report.md").read_text()
+def test_a_whole_run_reports_one_row_a_system_and_the_same_figures_as_json(whole: Path) -> None:
+    report = (whole / "report.md").read_text()
     rows = [line for line in report.splitlines() if line.startswith("| ")][1:]
     assert [row[2:].startswith(title) for row, title in zip(rows, TITLES, strict=True)] == [True] * 7
-    metrics = json.loads((output / "metrics.json").read_text())
+    metrics = json.loads((whole / "metrics.json").read_text())
     for row, system in zip(rows, [*SYSTEMS, *FUSED], strict=True):
         shown = [cell.strip(" *") for cell in row.split("|")[2:-1]]
         measured = metrics["measured"]["test"][system]
         assert shown == [f"{measured[name]['mean']:.3f}" for name in ("RR@10", "nDCG@10", "R@20")]
-    assert set(metrics["measured"]) == {"dev", "test"}
-    assert report.count("Question: ") == 3
-    assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_whole_run_records_its_settings_and_the_corpus(whole: Path) -> None:
-    output = whole
-    environment = json.loads((output / "environment.json").read_text())
-    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["measured"]) == {"dev", "test"} and report.count("Question: ") == 3
+    assert (whole / "losses.png").read_bytes().startswith(b"\x89PNG")
+    environment = json.loads((whole / "environment.json").read_text())
     assert environment["corpus"] == metrics["corpus"]
     assert len(environment["corpus"]["sha256"]) == 64 and environment["corpus"]["passages"] == 60
-    resolved = (output / "settings.yaml").read_text()
-    assert f"max_steps: {STEPS}" in resolved and "learning_rate" in resolved
+    assert f"max_steps: {STEPS}" in (whole / "settings.yaml").read_text()
 
 
 @pytest.mark.slow
@@ -118,86 +102,28 @@ def test_stages_alone_give_the_bytes_of_all_at_once(whole: Path, tmp_path: Path,
     assert results(tmp_path / "alone") == results(whole)
 
 
-def test_a_ready_teacher_is_not_trained(
-    tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    colbert, output = tiny_colbert(tmp_path / "ready"), tmp_path / "output"
-    assert recipe(output, "--teacher.model", str(colbert), "--stages=[teacher, student]") == 0
-    assert f"teacher: skipped, {colbert} is used as it is" in capsys.readouterr().out
-    assert (output / "student" / "model.safetensors").is_file()
-    assert not (output / "teacher").exists() and not (output / "training" / "teacher").exists()
-
-
 def test_a_finished_run_called_again_redoes_nothing_and_prints_the_report(
     whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = whole
-
     def made() -> dict[Path, tuple[int, bytes]]:
         return {
-            file: (file.stat().st_mtime_ns if file.parent != output else 0, file.read_bytes())
-            for file in output.rglob("*")
+            file: (file.stat().st_mtime_ns if file.parent != whole else 0, file.read_bytes())
+            for file in whole.rglob("*")
             if file.is_file()
         }
 
     before = made()
-    assert recipe(output) == 0
+    assert recipe(whole) == 0
     assert made() == before
     said = capsys.readouterr().out
-    assert "  step " not in said and (output / "report.md").read_text() in said
+    assert "  step " not in said and (whole / "report.md").read_text() in said
 
 
-def test_the_student_without_a_teacher_is_refused_with_the_fix(
-    settings: Path, tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert recipe(tmp_path / "new", "--stages=student") == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "which is not there. Add the stage teacher, or name a trained ColBERT with --teacher.model" in message
-    assert recipe(tmp_path / "new", "--stages=evaluate") == 2
-    assert "Add the stage student" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("option", "name"),
-    [
-        ("--data.num_negatives=2", "data.num_negatives"),
-        ("--teacher.training.learning_rate=0.1", "teacher.training.learning_rate"),
-        ("--evaluation.depth=30", "evaluation.depth"),
-    ],
-)
+@pytest.mark.parametrize("name", ["data.num_negatives", "teacher.training.learning_rate", "evaluation.depth"])
 def test_other_settings_in_the_same_output_are_refused_by_name_with_the_fix(
-    whole: Path,
-    recipe: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    option: str,
-    name: str,
+    kept: Callable[[str, str], None], name: str
 ) -> None:
-    output = whole
-    before = results(output)
-    settings_before = (output / "settings.yaml").read_text()
-    assert recipe(output, option) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert f"holds a run with {name} = " in message and f"but now {name} = {option.partition('=')[2]}" in message
-    assert "choose another --output_dir, or delete the folder" in message
-    assert results(output) == before
-    assert (output / "settings.yaml").read_text() == settings_before
-
-
-@pytest.mark.parametrize(
-    ("option", "fix"),
-    [
-        ("--encoder.base_modle=x", 'did you mean "encoder.base_model"?'),
-        ("--student.training.temprature=2", 'did you mean "student.training.temperature"?'),
-        ("--stages=train", "teacher or unlabelled or stock or student or evaluate"),
-    ],
-)
-def test_a_wrong_setting_is_one_message_before_anything_runs(
-    tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str], option: str, fix: str
-) -> None:
-    assert recipe(tmp_path / "new", option) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ") and fix in message
-    assert not (tmp_path / "new").exists()
+    kept(f"--{name}=30", name)
 
 
 @pytest.mark.slow
@@ -213,13 +139,15 @@ def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(setti
     assert again.stdout.count(": base as it is\n") == 1  # of both, one evaluates
 
 
-def test_a_cached_teacher_and_schedules_are_settings_of_the_student(
-    recipe: Callable[..., int], whole: Path, tmp_path: Path
+def test_a_ready_teacher_is_not_trained_and_may_be_cached_and_followed_on_a_schedule(
+    recipe: Callable[..., int], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--stages=[student]", f"--teacher.model={whole / 'teacher'}"]
+    options = ["--stages=[teacher, student]", f"--teacher.model={whole / 'teacher'}"]
     options += [f"--student.teacher_cache={tmp_path / 'cache'}"]
     options += ["--student.schedules={temperature: {start: 2.0, end: 0.5}}"]
     assert recipe(tmp_path / "run", *options) == 0
+    assert f"teacher: skipped, {whole / 'teacher'} is used as it is" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "teacher").exists() and not (tmp_path / "run" / "training" / "teacher").exists()
     log = json.loads((tmp_path / "run" / "student" / LOG_FILE).read_text())
     assert [entry["temperature"] for entry in log if "temperature" in entry] == pytest.approx(
         [2.0 - 0.3 * step for step in range(STEPS)], abs=1e-3
@@ -227,21 +155,14 @@ def test_a_cached_teacher_and_schedules_are_settings_of_the_student(
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.f16")) > 10_000
 
 
-def test_a_schedule_that_is_none_is_refused_before_anything(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert recipe(tmp_path / "run", "--student.schedules={temprature: {start: 2.0}}") == 2
-    assert "student.schedules: 'temprature' has no schedule" in capsys.readouterr().err
-
-
 @pytest.mark.usefixtures("warm_checks")
 def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [f"--encoder.base_model={tiny_modernbert(tmp_path / 'base')}", "--encoder.encoding=own"]
-    options += ["--teacher.kind=colbert"]
-    options += ['--encoder.prompts={query: "query: ", document: "passage: "}', "--student.layers=[0, 2]"]
-    options += ["--teacher.dim=null", "--student.pooling=cls", "--student.training.matryoshka_dims=[8, 16, 32]"]
+    options = [*OWN, f"--encoder.base_model={tiny_modernbert(tmp_path / 'base')}", "--student.layers=[0, 2]"]
+    options += ['--encoder.prompts={query: "query: ", document: "passage: "}']
+    options += ["--student.pooling=cls", "--student.training.matryoshka_dims=[8, 16, 32]"]
+    options += ["--teacher.training.max_steps=1", "--student.training.max_steps=2"]
     output = tmp_path / "output"
     assert recipe(output, *options) == 0
     said = capsys.readouterr().out
@@ -258,65 +179,73 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
     }
 
 
+@pytest.mark.usefixtures("warm_checks")
+def test_a_sparse_student_is_trained_saved_and_measured(
+    recipe: Callable[..., int], settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    options = [*SPLADE, f"--encoder.base_model={settings.parent / 'mlm'}"]
+    options += ["--student.training.document_regularizer_weight=0.003"]
+    options += ["--student.training.query_regularizer_weight=0.002"]
+    options += ["--student.training.eval_strategy=steps", "--student.training.eval_steps=3"]
+    assert recipe(output, *options) == 0
+    said, report = capsys.readouterr().out, (output / "report.md").read_text()
+    assert "active dimensions: " in said and "| student (weights of words)" in said
+    assert f"SparseEncoder('{output / 'student'}')" in report
+    assert f"in the last batches of its training (step {STEPS}): " in report
+    log = json.loads((output / "student" / LOG_FILE).read_text())
+    assert len([entry for entry in log if "document_active_dims" in entry]) == STEPS
+    assert any("eval_dev_dot_mrr@10" in entry for entry in log)
+    student = SparseEncoder(str(output / "student"), device="cpu")
+    assert student.encode_query("dense tokens").is_sparse
+    assert (student[0].query_length, student[0].document_length) == (16, 48)
+    found = read_run(output / "runs" / "student.test.trec")
+    assert len(found) == 12 and all(found.values())
+
+
+def test_a_stage_without_what_it_needs_is_refused_with_the_fix(
+    tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe(tmp_path / "new", "--stages=student") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "which is not there. Add the stage teacher, or name a trained ColBERT with --teacher.model" in message
+    assert recipe(tmp_path / "new", "--stages=evaluate") == 2
+    assert "Add the stage student" in capsys.readouterr().err
+
+
+OWN = ["--encoder.encoding=own", "--teacher.kind=colbert", "--teacher.dim=null"]
+SPLADE = ["--student.kind=splade", "--student.initialise_from=base", "--student.layers=null"]
+STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            [*SPLADE, "--student.scale=20"],
-            "student.scale is of dense students",
-        ),
+        (["--encoder.base_modle=x"], 'did you mean "encoder.base_model"?'),
+        (["--stages=train"], "teacher or unlabelled or stock or student or evaluate"),
+        (["--student.training.temprature=2"], 'did you mean "student.training.temperature"?'),
+        (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
+        (["--student.training.kl_direction=both"], "student.training: kl_direction must be"),
+        (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
         (["--student.teacher_cache_gigabytes=0"], "student.teacher_cache_gigabytes=0.0: give a finite number"),
-        (["--student.scale=0"], "student.scale=0.0: give a finite number greater than 0"),
         (["--student.layers=[2]"], "student.layers=[2]: name distinct layers of the encoder, 0 to 1"),
-        (
-            ["--student.training.matryoshka_dims=[16, 33]"],
-            "student.training.matryoshka_dims: 33 is not between 1 and the",
-        ),
+        (["--student.training.matryoshka_dims=[16, 33]"], "matryoshka_dims: 33 is not between 1 and the"),
         (['--encoder.prompts={query: "query: "}'], "encoder.prompts={'query': 'query: '}: the TCT encoding"),
+        ([*OWN, "--student.scale=20"], "scale and query_augmentation are settings of encoding"),
+        ([*STREAMED, "--teacher.training.max_steps=-1"], "training.max_steps: streamed triples have no length"),
+        ([*STREAMED, "--triples.shuffle_buffer=0"], "triples.shuffle_buffer: 0 is below 1"),
+        ([*STREAMED, "--triples.path=null"], "triples.streaming: there is nothing to stream"),
+        ([*SPLADE, "--student.scale=20"], "student.scale is of dense students"),
+        ([*SPLADE, "--student.initialise_from=teacher"], "there is no encoder to take for a sparse student"),
         (
-            ["--encoder.encoding=own", "--teacher.kind=colbert", "--teacher.dim=null", "--student.scale=20"],
-            "scale and query_augmentation are settings of encoding",
+            [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=own", "--encoder.prompts={query: 'q: '}"],
+            "encoder.prompts: a sparse student reads texts without any",
         ),
+        (SPLADE, "lacks cls.predictions"),  # the base has no head
+        (["--student.training.document_regularizer_weight=1"], "argument 'document_regularizer_weight'"),
     ],
 )
-def test_an_impossible_student_is_refused_before_its_teacher_is_trained(
-    recipe: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
+def test_impossible_settings_are_one_message_before_anything_runs(
+    refused: Callable[..., None], options: list[str], message: str
 ) -> None:
-    assert recipe(tmp_path / "run", *options) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--teacher.training.max_steps=-1"], "teacher.training.max_steps: streamed triples have no length"),
-        (["--triples.shuffle_buffer=0"], "triples.shuffle_buffer: 0 is below 1"),
-        (["--triples.path=null"], "triples.streaming: there is nothing to stream"),
-    ],
-)
-def test_streamed_triples_without_an_end_are_refused_before_anything(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
-    options = ["--triples.streaming=true", f"--triples.path={tmp_path / 'triples.tsv'}", *options]
-    assert recipe(tmp_path / "run", *options) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert message in said and not (tmp_path / "run").exists()
-
-
-def test_wrong_training_arguments_of_the_student_are_refused_before_the_teacher_is_trained(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for option, message in (
-        (
-            "--student.training.hard_label_weight=2",
-            "hard_label_weight=2.0 must be a number from 0 to 1",
-        ),
-        ("--student.training.output_dir=x", "student.training.output_dir is set by the stage itself"),
-    ):
-        assert recipe(tmp_path / "run", option) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+    refused(options, message)

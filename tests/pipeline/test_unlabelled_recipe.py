@@ -10,69 +10,48 @@ from typing import Any
 
 import pytest
 
-from tct_hf import build_student
-from tct_hf.pipeline import train as pipeline
-from tests.models import tiny_bert, tiny_colbert
-from tests.recipe import RECIPE, ROOT, in_this_process, write_beir
+from tct_hf import read_run, validate_checkpoint
+from tct_hf.pipeline.data import read_collection
+from tct_hf.pipeline.settings import DataSettings
+from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
+from tests.recipe import ROOT
+from tests.searching import Material
 
 QUESTIONS = 40
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unlabelled")
-    colbert = tiny_colbert(folder / "teacher")
-    write_beir(folder / "whole", train=QUESTIONS)
-    (folder / "passages").mkdir()
-    shutil.copyfile(folder / "whole" / "corpus.jsonl", folder / "passages" / "corpus.jsonl")
-    lines = (folder / "whole" / "queries.jsonl").read_text().splitlines()[:QUESTIONS]
-    texts = [f"{json.loads(line)['text']} {number}" for number, line in enumerate(lines)]  # each a question of its own
-    (folder / "questions.txt").write_text("\n".join([*texts, "", texts[0]]) + "\n")
-    (folder / "tiny.yaml").write_text(
-        f"""
+SETTINGS = f"""
 extends: {ROOT / "recipes" / "unlabelled.yaml"}
 precision: fp32
-data: {{source: {folder / "passages"}, questions: {folder / "questions.txt"}, negative_depth: 10}}
+data: {{source: FOLDER/passages, questions: FOLDER/questions.txt, negative_depth: 10}}
 encoder: {{encoding: tct, query_length: 16, document_length: 48}}
-teacher: {{model: {colbert}}}
+teacher: {{model: FOLDER/teacher/colbert}}
 student:
   layers: [1]
   training: {{per_device_train_batch_size: 8, max_steps: 3, logging_steps: 1}}
 evaluation: {{depth: 20, measures: [RR@10, R@20]}}
 """
-    )
-    return folder / "tiny.yaml"
 
 
-@pytest.fixture
-def recipe(settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(RECIPE, settings, monkeypatch)
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The rows that students were trained on."""
-    found: list[Any] = []
-    original = pipeline.collection_triples
-
-    def recorded(*args: Any, **options: Any) -> Any:
-        found.append(original(*args, **options))
-        return found[-1]
-
-    monkeypatch.setattr(pipeline, "collection_triples", recorded)
-    return found
+@pytest.fixture(scope="module", autouse=True)
+def questions(material: Material) -> list[str]:
+    """A file of questions, one of them twice, and passages that nobody has judged."""
+    (material.folder / "passages").mkdir()
+    shutil.copyfile(material.beir / "corpus.jsonl", material.folder / "passages" / "corpus.jsonl")
+    lines = (material.beir / "queries.jsonl").read_text().splitlines()[:QUESTIONS]
+    texts = [f"{json.loads(line)['text']} {number}" for number, line in enumerate(lines)]  # each a question of its own
+    (material.folder / "questions.txt").write_text("\n".join([*texts, "", texts[0]]) + "\n")
+    return texts
 
 
 @pytest.mark.usefixtures("warm_checks")
 def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_what_the_teacher_finds(
-    settings: Path,
+    questions: list[str],
     recipe: Callable[..., int],
     trained: list[Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from tct_hf import read_run, validate_checkpoint
-
     assert recipe(tmp_path) == 0
     assert f"{QUESTIONS - 4} without judgements" in capsys.readouterr().out
 
@@ -81,9 +60,7 @@ def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_wha
     assert len(test) == 4 and not test & set(rows["query_id"])
     assert test | set(rows["query_id"]) == {f"question-{number}" for number in range(1, QUESTIONS + 1)}
     assert rows["labelled"][:] == [False] * len(rows)
-    texts = list(dict.fromkeys((settings.parent / "questions.txt").read_text().split("\n")))
-    held_out = {texts[int(name.partition("-")[2]) - 1] for name in test}
-    assert not held_out & set(rows["query"])
+    assert not {questions[int(name.partition("-")[2]) - 1] for name in test} & set(rows["query"])
 
     validate_checkpoint(tmp_path / "student")
     log = json.loads((tmp_path / "student" / "training_log.json").read_text())
@@ -103,22 +80,16 @@ def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_wha
         reciprocal.append(1 / (1 + order.index(best)) if best in order else 0.0)
     assert measured["test"]["student"]["RR@10"]["mean"] == pytest.approx(sum(reciprocal) / 4, abs=1e-6)
 
-    # Called again, nothing is done again; with other questions, the student is another.
-    assert recipe(tmp_path) == 0
-    assert "  step " not in capsys.readouterr().out and len(trained) == 1
-    other = tmp_path.with_name("other.txt")
-    other.write_text((settings.parent / "questions.txt").read_text() + "one more question\n")
-    assert recipe(tmp_path, f"--data.questions={other}") == 1
+    # With other questions, the student is another.
+    (tmp_path / "other.txt").write_text("\n".join([*questions, "one more question\n"]))
+    assert recipe(tmp_path, f"--data.questions={tmp_path / 'other.txt'}") == 1
     assert "holds a run with data.questions = " in capsys.readouterr().err
 
 
 def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_judges(
-    settings: Path, recipe: Callable[..., int], trained: list[Any], tmp_path: Path
+    material: Material, recipe: Callable[..., int], trained: list[Any], tmp_path: Path
 ) -> None:
-    base = build_student(str(tiny_bert(settings.parent / "encoder")))
-    base.similarity_fn_name = "cosine"
-    base.save_pretrained(str(settings.parent / "base"))
-    own = [f"--encoder.base_model={settings.parent / 'base'}", "--encoder.encoding=own", "--encoder.query_length=null"]
+    own = [f"--encoder.base_model={material.folder / 'mean'}", "--encoder.encoding=own", "--encoder.query_length=null"]
     assert recipe(tmp_path, *own, "--teacher.model=null", "--student.layers=null", "--data.made_questions=5") == 0
     [rows] = trained
     assert not any(rows["labelled"]) and all(weight > 0 for weight in rows["label_weight"])
@@ -130,9 +101,9 @@ def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_ju
 
 
 def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_split_is_measured(
-    settings: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    material: Material, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert recipe(tmp_path, f"--data.source={settings.parent / 'whole'}", "--stages=evaluate") == 2
+    assert recipe(tmp_path, f"--data.source={material.beir}", "--stages=evaluate") == 2
     said = capsys.readouterr()
     assert f"{QUESTIONS} train, 10 dev, 12 test, {QUESTIONS} without judgements" in said.out
     assert "Add the stage student" in said.err
@@ -163,9 +134,6 @@ def test_what_is_missing_is_said_before_any_training(
 def test_made_questions_are_held_out_where_there_is_no_test_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tct_hf.pipeline.data import read_collection
-    from tct_hf.pipeline.settings import DataSettings
-
     monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
     texts = [
         f"The {one} {two} holds the vectors of {three}. It answers the question {one} of a {three}."

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import T5ForConditionalGeneration
 
 from tct_hf.files import LOG_FILE
 from tct_hf.training.expander import new_expander, train_expander
@@ -42,18 +43,9 @@ def test_a_step_of_several_batches_is_a_step_of_their_mean(tmp_path: Path) -> No
         return model, tokenizer
 
     def trained(name: str, batch: int, batches: int) -> tuple[float, dict[str, torch.Tensor]]:
-        arguments = {
-            "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": batches,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "use_cpu": True,
-            "report_to": "none",
-        }
+        arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": batches}
+        arguments |= {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
+        arguments |= {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
         final = train_expander(
             make_model,
             lambda: Dataset.from_dict({"passage": texts, "query": texts}),
@@ -64,8 +56,6 @@ def test_a_step_of_several_batches_is_a_step_of_their_mean(tmp_path: Path) -> No
             query_length=4,  # of all, so that the mean of means is the mean
             write=lambda line: None,
         )
-        from transformers import T5ForConditionalGeneration
-
         weights = T5ForConditionalGeneration.from_pretrained(final).state_dict()
         return json.loads((final / LOG_FILE).read_text())[0]["loss"], weights
 
@@ -75,7 +65,6 @@ def test_a_step_of_several_batches_is_a_step_of_their_mean(tmp_path: Path) -> No
     with torch.no_grad():
         logits = model(**passages, labels=labels).logits.double()
     expected = float(-logits.log_softmax(-1).gather(-1, labels[..., None]).mean())
-
     (loss, weights), (whole, of_whole) = trained("parts", 1, 4), trained("whole", 4, 1)
     assert loss == pytest.approx(expected, rel=1e-4) and whole == pytest.approx(expected, rel=1e-4)
     for name, one in weights.items():

@@ -20,15 +20,7 @@ from tct_hf import batches as batching
 from tests.models import tiny_bert
 from tests.training.test_score_losses import numpy_loss
 
-QUERIES = [
-    "what is dense",
-    "the teacher",
-    "tokens",
-    "student of a query",
-    "of the passage",
-    "retrieval",
-    "distillation",
-]
+QUERIES = ["what is dense", "the teacher", "tokens", "student of a query", "of the passage", "retrieval", "distilled"]
 
 
 def passages(column: int) -> list[str]:
@@ -70,9 +62,29 @@ def gradients(student: SentenceTransformer, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
-def embeddings(student: SentenceTransformer, negatives: int) -> list[np.ndarray]:
-    encoded = [student.encode_query(QUERIES)]
-    return encoded + [student.encode_document(passages(column)) for column in range(1 + negatives)]
+def expected_loss(
+    student: SentenceTransformer, negatives: int, labels: TeacherTargets, dims: list[int], scale: float | None = None
+) -> np.ndarray:
+    """Both parts, means over first dimensions, of texts encoded anew: dot products, or cosines times `scale`."""
+    queries = student.encode_query(QUERIES).astype(np.float64)
+    documents = [student.encode_document(passages(column)) for column in range(1 + negatives)]
+    parts = []
+    for d in dims:
+        q, p = queries[:, :d], np.concatenate(documents)[:, :d].astype(np.float64)
+        if scale is not None:
+            q, p = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (q, p))
+        parts.append(
+            numpy_loss(
+                (scale or 1.0) * q @ p.T,
+                labels.scores.numpy(),
+                temperature=0.7,
+                student_temperature=1.5,
+                weight=0.3,
+                mask=labels.mask.numpy(),
+                positive=labels.positive_index.tolist(),
+            )
+        )
+    return np.mean(parts, axis=0)
 
 
 @pytest.mark.parametrize("padding", [0, 40])
@@ -96,62 +108,35 @@ def test_passes_of_like_length_change_neither_loss_nor_gradients(
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("negatives", [0, 1, 3])
-def test_module_scores_dot_products_of_the_columns_in_order(student: SentenceTransformer, negatives: int) -> None:
-    loss = TightlyCoupledLoss(student, temperature=0.7, student_temperature=1.5, hard_label_weight=0.3)
+@pytest.mark.parametrize(
+    ("similarity", "negatives", "dims"),
+    [("dot", 0, None), ("dot", 3, None), ("dot", 1, [32, 4, 16]), ("cosine", 1, None), ("cosine", 1, [8, 32])],
+)
+def test_the_columns_are_compared_in_order_as_the_student_compares_at_every_size(
+    base: Path, student: SentenceTransformer, similarity: str, negatives: int, dims: list[int] | None
+) -> None:
+    settings: dict[str, Any] = {"temperature": 0.7, "student_temperature": 1.5, "hard_label_weight": 0.3}
+    if similarity == "cosine":
+        student = embedding_model(base, similarity=similarity)
+        settings["student_scale"] = 5.0
     labels = targets(negatives)
+    loss = TightlyCoupledLoss(student, matryoshka_dims=dims, **settings)
     parts = loss(features(student, negatives), labels)
-    assert isinstance(parts, dict)
-    queries, *columns = embeddings(student, negatives)
-    expected = numpy_loss(
-        queries.astype(np.float64) @ np.concatenate(columns).astype(np.float64).T,
-        labels.scores.numpy(),
-        temperature=0.7,
-        student_temperature=1.5,
-        weight=0.3,
-        mask=labels.mask.numpy(),
-        positive=labels.positive_index.tolist(),
-    )
-    assert (parts["hard_label"].item(), parts["distillation"].item()) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert list(parts) == ["hard_label", "distillation"]
+    wanted = expected_loss(student, negatives, labels, dims or [32], settings.get("student_scale"))
+    assert [part.item() for part in parts.values()] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
-def test_matryoshka_is_the_mean_of_the_losses_of_sliced_embeddings(student: SentenceTransformer) -> None:
-    labels = targets(1)
-    found = TightlyCoupledLoss(student, temperature=1.0, matryoshka_dims=[32, 4, 16])(features(student, 1), labels)
-    queries, *columns = embeddings(student, 1)
-    expected = [
-        numpy_loss(
-            queries[:, :d].astype(np.float64) @ np.concatenate(columns)[:, :d].astype(np.float64).T,
-            labels.scores.numpy(),
-            temperature=1.0,
-            student_temperature=1.0,
-            weight=0.1,
-            mask=labels.mask.numpy(),
-            positive=labels.positive_index.tolist(),
-        )
-        for d in (4, 16, 32)
-    ]
-    assert found["hard_label"].item() == pytest.approx(np.mean([hard for hard, _ in expected]), rel=1e-4)
-    assert found["distillation"].item() == pytest.approx(np.mean([soft for _, soft in expected]), rel=1e-4)
-
-
-def by_hand(student: SentenceTransformer, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def test_report_holds_the_parts_the_entropy_and_the_agreement(student: SentenceTransformer) -> None:
     """Two queries, four candidates. The student's scores are (2, 0, 0, 1) and (0, 1, 3, 0); row 1 masks the third."""
-    queries = torch.eye(2)
     columns = [torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 3.0], [1.0, 0.0]])]
     labels = TeacherTargets(
         scores=torch.tensor([[0.0, 0.0, 0.0, 2 * math.log(3)], [0.0, 0.0, 9.0, -1e9]]),
         mask=torch.tensor([[True, True, True, True], [True, True, False, True]]),
         positive_index=torch.tensor([0, -1]),
     )
-    parts = TightlyCoupledLoss(student, temperature=2.0, **settings).compute_loss_from_embeddings(
-        [queries, *columns], labels
-    )
-    return parts, labels.report
-
-
-def test_report_holds_the_parts_the_entropy_and_the_agreement(student: SentenceTransformer) -> None:
-    parts, report = by_hand(student, hard_label_weight=0.5)
+    loss = TightlyCoupledLoss(student, temperature=2.0, hard_label_weight=0.5)
+    parts, report = loss.compute_loss_from_embeddings([torch.eye(2), *columns], labels), labels.report
     assert set(report) == {"hard_label", "distillation", "teacher_entropy", "top_agreement"}
     assert not any(value.requires_grad for value in report.values())
     hard = math.log(math.exp(2) + 2 + math.e) - 2
@@ -205,29 +190,6 @@ def test_hard_labels_alone_are_stocks_ranking_loss_of_cosines_times_20(
     wanted, ours = gradients(student, stock), gradients(student, found)
     for name, gradient in wanted.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-3)
-
-
-def test_slices_of_a_cosine_students_embeddings_are_normalised(base: Path) -> None:
-    student = embedding_model(base, similarity="cosine")
-    labels = targets(1)
-    parts = TightlyCoupledLoss(student, temperature=0.7, student_scale=5.0, matryoshka_dims=[8, 32])(
-        features(student, 1), labels
-    )
-    queries, *columns = embeddings(student, 1)
-    wanted = 0.0
-    for d in (8, 32):
-        q, p = (v[:, :d] / np.linalg.norm(v[:, :d], axis=1, keepdims=True) for v in (queries, np.concatenate(columns)))
-        expected = numpy_loss(
-            5.0 * q.astype(np.float64) @ p.astype(np.float64).T,
-            labels.scores.numpy(),
-            temperature=0.7,
-            student_temperature=1.0,
-            weight=0.1,
-            mask=labels.mask.numpy(),
-            positive=labels.positive_index.tolist(),
-        )
-        wanted += sum(expected) / 2
-    assert total(parts).item() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_student_of_dot_products_and_a_learned_scale_are_taken_as_they_are(base: Path) -> None:

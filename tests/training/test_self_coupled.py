@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from tct_hf import TightlyCoupledLoss, build_student
 from tct_hf.training.loss import TeacherTargets
 from tests.models import tiny_bert
-from tests.train_helpers import make_models, make_splade, make_trainer, triples
+from tests.train_helpers import make_trainer, triples
 
 QUERIES = ["what is a teacher", "dense retrieval", "the student"]
 PASSAGES = [["a teacher of students", "retrieval of passages", "the student is a query"], ["of", "a b c", "is"]]
@@ -47,17 +48,16 @@ def test_the_self_coupled_loss_equals_plain_torch(tmp_path: Path) -> None:
 
 
 def test_what_self_coupling_can_not_do_is_refused_when_the_trainer_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    student: Any, teacher: Any, sparse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, teacher = make_models(tmp_path)
     loss = TightlyCoupledLoss(student, self_coupled=[6.0, 12.0])
-    monkeypatch.setattr(Accelerator, "num_processes", 2)  # that have met after the loss was made
-    with pytest.raises(ValueError, match="train a dense student, in one process"):
-        make_trainer(tmp_path / "run", student, teacher, triples(8), loss=loss)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "num_processes", 2)  # that have met after the loss was made
+        with pytest.raises(ValueError, match="train a dense student, in one process"):
+            make_trainer(tmp_path / "run", student, teacher, triples(8), loss=loss)
     make_trainer(tmp_path / "run", student, teacher, triples(8), loss=loss)
     loss.mini_batch_size = 2
     with pytest.raises(ValueError, match="leave out mini_batch_size"):
         make_trainer(tmp_path / "run", student, teacher, triples(8), loss=loss)
     with pytest.raises(ValueError, match="train a dense student, in one process"):
-        TightlyCoupledLoss(make_splade(tmp_path), self_coupled=[6.0, 12.0])
+        TightlyCoupledLoss(sparse, self_coupled=[6.0, 12.0])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sparse_encoder.losses import (
     CachedSpladeLoss,
@@ -18,7 +18,6 @@ from sentence_transformers.sparse_encoder.losses import (
     SpladeLoss,
 )
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
-from transformers import TrainerCallback
 
 from tct_hf import (
     ColBERTTeacher,
@@ -30,24 +29,17 @@ from tct_hf import (
     SparseTCTTrainingArguments,
     TCTTrainer,
     TightlyCoupledLoss,
-    build_student,
 )
 from tct_hf.training.collator import BATCH_KEY
 from tct_hf.training.sparsity import CollapseWatch
-from tests.models import tiny_bert
-from tests.train_helpers import logged, make_models, make_splade, make_trainer, triples
+from tests.train_helpers import logged, make_trainer, triples
 from tests.training.test_score_losses import numpy_loss
 from tests.warm_process import run_warm
 
 
 @pytest.fixture
-def student(tmp_path: Path) -> Any:
-    return make_splade(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_models(tmp_path_factory.mktemp("models"))[1]
+def student(sparse: Any) -> Any:
+    return sparse
 
 
 def one_batch(trainer: Any, rows: int = 8) -> tuple[Any, Any]:
@@ -64,33 +56,21 @@ def test_loss_is_numpys_over_encoded_texts(
     student: Any, teacher: Any, tmp_path: Path, candidates: str, threshold: int | None
 ) -> None:
     dataset = triples(8)
-    trainer = make_trainer(
-        tmp_path,
-        student,
-        teacher,
-        dataset,
-        candidates=candidates,
-        margin_mse_weight=0.05,
-        student_divisor=3.0,
-        document_regularizer_weight=0.02,
-        query_regularizer_weight=0.03,
-        document_regularizer_threshold=threshold,
-        query_regularizer_threshold=threshold,
-    )
+    settings = {"document_regularizer_weight": 0.02, "query_regularizer_weight": 0.03, "margin_mse_weight": 0.05}
+    settings |= {"document_regularizer_threshold": threshold, "query_regularizer_threshold": threshold}
+    trainer = make_trainer(tmp_path, student, teacher, dataset, candidates=candidates, student_divisor=3.0, **settings)
     batch, targets = one_batch(trainer)
     found = trainer.compute_loss(trainer.model, batch).item()
 
     queries = student.encode_query(dataset["query"]).to_dense().double().cpu().numpy()
     passages = [*dataset["positive"], *dataset["negative"]]
     documents = student.encode_document(passages).to_dense().double().cpu().numpy()
-    colbert = teacher.model
-    teacher_scores = colbert.similarity(colbert.encode_query(dataset["query"]), colbert.encode_document(passages))
-    mask = targets.mask.numpy()
+    colbert, mask = teacher.model, targets.mask.numpy()
     if candidates == "own":
         assert (mask.sum(1) == 2).all()
     parts = numpy_loss(
         queries @ documents.T,
-        teacher_scores.numpy(),
+        colbert.similarity(colbert.encode_query(dataset["query"]), colbert.encode_document(passages)).numpy(),
         temperature=1.0,
         student_temperature=2.0,  # of a sparse student that names none
         weight=0.1,
@@ -103,8 +83,7 @@ def test_loss_is_numpys_over_encoded_texts(
         counted = vectors if threshold is None else vectors * ((vectors > 0).sum(1, keepdims=True) > threshold)
         return float((counted.mean(0) ** 2).sum())
 
-    expected = sum(parts) + 0.02 * flops(documents) + 0.03 * flops(queries)
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(sum(parts) + 0.02 * flops(documents) + 0.03 * flops(queries), rel=1e-4)
 
 
 def test_default_temperatures_are_two_at_the_teachers_scale(student: Any, teacher: Any, tmp_path: Path) -> None:
@@ -133,34 +112,25 @@ def test_cached_gradients_are_those_of_the_whole_batch(student: Any, teacher: An
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
-class Weights(TrainerCallback):
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-        self.seen: list[tuple[float, float, float]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        loss = self.trainer.loss
-        self.seen.append((loss.document_regularizer_weight, loss.query_regularizer_weight, loss.loss.temperature))
-
-
-def test_warm_up_and_schedules_reach_the_loss_at_every_step(student: Any, teacher: Any, tmp_path: Path) -> None:
+def test_warm_up_and_schedules_reach_the_loss_at_every_step(
+    student: Any, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"document_regularizer_weight": 0.4, "query_regularizer_weight": 0.8, "regularizer_warmup": 2}
     trainer = make_trainer(
-        tmp_path,
-        student,
-        teacher,
-        triples(32),
-        max_steps=4,
-        document_regularizer_weight=0.4,
-        query_regularizer_weight=0.8,
-        regularizer_warmup=2,
-        regularizer_warmup_shape="linear",
+        tmp_path, student, teacher, triples(32), max_steps=4, regularizer_warmup_shape="linear", **settings
     )
-    weights = Weights(trainer)
-    trainer.add_callback(LossSchedule(trainer.loss, temperature=Schedule(4.0, 1.0)))
-    trainer.add_callback(weights)
+    seen: list[tuple[float, float, float]] = []
+    compute, loss = trainer.compute_loss, trainer.loss
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append((loss.document_regularizer_weight, loss.query_regularizer_weight, loss.loss.temperature))
+        return compute(*args, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.add_callback(LossSchedule(loss, temperature=Schedule(4.0, 1.0)))
     trainer.train()
     expected = [(0.0, 0.0, 4.0), (0.2, 0.4, 3.0), (0.4, 0.8, 2.0), (0.4, 0.8, 1.0)]
-    assert weights.seen == [pytest.approx(step) for step in expected]
+    assert seen == [pytest.approx(step) for step in expected]
     assert logged(trainer, "temperature") == pytest.approx([4.0, 3.0, 2.0, 1.0])
 
 
@@ -178,10 +148,8 @@ torch.save([model.encode_query(texts).to_dense(), model.encode_document(texts).t
 def test_a_checkpoint_loads_as_a_stock_sparse_encoder_and_holds_no_token(
     student: Any, teacher: Any, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(
-        tmp_path / "run", student, teacher, triples(16), save_strategy="steps", save_steps=2, hub_token="hf_secret"
-    )
-    trainer.train()
+    saving = {"save_strategy": "steps", "save_steps": 2, "hub_token": "hf_secret"}
+    make_trainer(tmp_path / "run", student, teacher, triples(16), **saving).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert b"hf_secret" not in (checkpoint / "training_args.bin").read_bytes()
     (tmp_path / "load.py").write_text(LOADER)
@@ -189,26 +157,18 @@ def test_a_checkpoint_loads_as_a_stock_sparse_encoder_and_holds_no_token(
     words = [str(tmp_path / "load.py"), str(checkpoint), json.dumps(texts), str(tmp_path / "vectors.pt")]
     done = run_warm(words, env={**os.environ})
     assert done.returncode == 0, done.stderr
-    queries, documents = torch.load(tmp_path / "vectors.pt", weights_only=True)
-    torch.testing.assert_close(queries, student.encode_query(texts).to_dense().cpu(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(documents, student.encode_document(texts).to_dense().cpu(), rtol=1e-5, atol=1e-6)
+    for found, encode in zip(
+        torch.load(tmp_path / "vectors.pt"), (student.encode_query, student.encode_document), strict=True
+    ):
+        torch.testing.assert_close(found, encode(texts).to_dense().cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [None, 4])
 def test_a_student_that_collapses_is_stopped_with_the_fix(
     student: Any, teacher: Any, tmp_path: Path, size: int | None
 ) -> None:
-    trainer = make_trainer(
-        tmp_path,
-        student,
-        teacher,
-        triples(32),
-        max_steps=200,
-        document_regularizer_weight=10.0,
-        regularizer_warmup=0,
-        learning_rate=2e-2,
-        mini_batch_size=size,
-    )
+    settings = {"document_regularizer_weight": 10.0, "regularizer_warmup": 0, "learning_rate": 2e-2}
+    trainer = make_trainer(tmp_path, student, teacher, triples(32), max_steps=200, mini_batch_size=size, **settings)
     with pytest.raises(CollapsedStudent, match=r"heading for zero.*document_regularizer_weight=10\.0"):
         trainer.train()
     assert trainer.state.global_step < 40
@@ -244,23 +204,23 @@ def test_hard_labels_alone_train_a_sparse_student_without_a_teacher(student: Any
     assert trainer.state.log_history[0]["distillation"] == 0.0
 
 
-def test_a_model_or_a_loss_of_the_other_kind_is_refused(student: Any, teacher: Any, tmp_path: Path) -> None:
-    dense = build_student(str(tiny_bert(tmp_path / "dense")), encoding="tct", document_length=48)
+def test_a_model_or_a_loss_of_the_other_kind_is_refused(
+    models: Path, student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    dense = SentenceTransformer(str(models / "student"), device="cpu")
     args = SparseTCTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="trains a SparseEncoder, got SentenceTransformer: build one with build_spl"):
         SparseTCTTrainer(dense, teacher, args, train_dataset=triples(8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"trains a SentenceTransformer, got SparseEncoder.*SparseTCTTrainer"):
         TCTTrainer(student, teacher, train_dataset=triples(8))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="TightlyCoupledLoss: a SparseTCTTrainer needs a SpladeLoss"):
-        SparseTCTTrainer(student, teacher, args, train_dataset=triples(8), loss=TightlyCoupledLoss(student))
-    other = SpladeLoss(student, SparseMultipleNegativesRankingLoss(student), document_regularizer_weight=0.1)
-    with pytest.raises(
-        ValueError, match="SpladeLoss of a SparseMultipleNegativesRankingLoss: a SparseTCTTrainer needs a"
+    ranking, cached = SparseMultipleNegativesRankingLoss(student), TightlyCoupledLoss(student, mini_batch_size=2)
+    for loss, message in (
+        (TightlyCoupledLoss(student), "TightlyCoupledLoss: a SparseTCTTrainer needs a SpladeLoss"),
+        (SpladeLoss(student, ranking, 0.1), "SpladeLoss of a SparseMultipleNegativesRankingLoss: a SparseTCTTrainer"),
+        (SpladeLoss(student, cached, 0.1), r"no effect inside another loss.*CachedSpladeLoss"),
     ):
-        make_trainer(tmp_path, student, teacher, triples(8), loss=other)
-    inner = SpladeLoss(student, TightlyCoupledLoss(student, mini_batch_size=2), document_regularizer_weight=0.1)
-    with pytest.raises(ValueError, match=r"no effect inside another loss.*CachedSpladeLoss"):
-        make_trainer(tmp_path, student, teacher, triples(8), loss=inner)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, student, teacher, triples(8), loss=loss)
 
 
 def test_the_watch_takes_one_figure_a_step_of_accumulated_batches(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tct_hf.training import stages
-from tct_hf.training.stages import StepLines, Stopwatch, precision, process_state
+from tct_hf.training.stages import StepLines, Stopwatch, precision
 
 
 def test_step_lines_tell_loss_parts_and_time_left() -> None:
@@ -39,11 +39,6 @@ def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.Monke
         assert precision("auto", cpu) == {"bf16": has, "use_cpu": True}
     with pytest.raises(ValueError, match=r"precision='half' is not known: use \"auto\", \"bf16\" or \"fp32\""):
         precision("half", cpu)
-
-
-def test_one_process_is_the_main_one() -> None:
-    state = process_state()
-    assert state.is_main_process and state.num_processes == 1
 
 
 def test_the_stopwatch_adds_up_what_each_start_took_until_its_last_checkpoint(tmp_path: Path) -> None:

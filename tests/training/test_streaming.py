@@ -11,10 +11,10 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from tct_hf import load_triples
+from tct_hf.training import streaming
 from tct_hf.training.streaming import StreamedBatches
-from tests.train_helpers import make_models, make_trainer, triples
+from tests.train_helpers import make_trainer, triples
 
-ROOT = Path(__file__).parents[2]
 COLUMNS = ("query", "positive", "negative")
 
 
@@ -86,28 +86,32 @@ def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) 
     assert numbers(next(iter(StreamedBatches(rows, 8)))) == [0, 1]  # alone, it is a small batch
 
 
-def test_trainer_wants_a_number_of_steps_and_one_stream(tmp_path: Path) -> None:
-    student, teacher = make_models(tmp_path)
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 8), streaming=True)
+def test_trainer_wants_a_number_of_steps_and_one_stream(student: Any, teacher: Any, tmp_path: Path) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 20), streaming=True)
     with pytest.raises(ValueError, match="max_steps is not set, and train_dataset is streamed"):
         make_trainer(tmp_path, student, teacher, rows, num_train_epochs=3)
     with pytest.raises(ValueError, match=r"train_dataset: 'b' is streamed, and one of several.*interleave_datasets"):
         make_trainer(tmp_path, student, teacher, {"a": triples(8), "b": rows}, max_steps=1)
+    trainer = make_trainer(tmp_path, student, teacher, rows, max_steps=1)
+    # Outside of training, the loader gives one pass.
+    assert [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()] == [8, 8, 4]
 
 
-def test_a_run_goes_on_with_steps_of_as_many_rows_in_the_same_order_or_not_at_all(tmp_path: Path) -> None:
-    models = make_models(tmp_path)
+def test_a_run_goes_on_with_steps_of_as_many_rows_in_the_same_order_or_not_at_all(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "t.tsv", 40)
     taken: list[int] = []
 
     def train(steps: int, batch: int, *, seed: int = 1, resume: bool = True, **settings: Any) -> None:
         rows = load_triples(path, streaming=True).shuffle(seed=seed, buffer_size=10)
         settings |= {"max_steps": steps, "per_device_train_batch_size": batch, "save_steps": 2}
-        trainer = make_trainer(tmp_path / "run", *models, rows, save_strategy="steps", save_total_limit=1, **settings)
+        settings |= {"save_strategy": "steps", "save_total_limit": 1}
+        trainer = make_trainer(tmp_path / "run", student, teacher, rows, **settings)
         loss = trainer.compute_loss
 
         def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            texts = models[0].tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
+            texts = student.tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
             taken.extend(int(text.split()[-1]) for text in texts)
             return loss(model, inputs, *args, **kwargs)
 
@@ -122,22 +126,14 @@ def test_a_run_goes_on_with_steps_of_as_many_rows_in_the_same_order_or_not_at_al
     assert len(taken) == 8
     train(10, 2, gradient_accumulation_steps=2)
     assert sorted(taken) == [*range(40)]
-    before = len(taken)
     train(10, 4)  # there is nothing left: the trainer takes one step more
-    assert len(taken) == before + 4
-
-
-def test_loader_outside_of_training_gives_one_pass(tmp_path: Path) -> None:
-    student, teacher = make_models(tmp_path)
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 20), streaming=True)
-    trainer = make_trainer(tmp_path, student, teacher, rows, max_steps=1)
-    widths = [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()]
-    assert widths == [8, 8, 4]
+    assert len(taken) == 44
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(tmp_path: Path, workers: int) -> None:
-    student, teacher = make_models(tmp_path)
+def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(
+    student: Any, teacher: Any, tmp_path: Path, workers: int
+) -> None:
     path = write_rows(tmp_path / "t.tsv", 24)
     # One batch of all rows: those in memory are shuffled, and the candidates are those of a batch.
     settings = {"per_device_eval_batch_size": 24, "dataloader_num_workers": workers, "max_steps": 1}
@@ -151,9 +147,9 @@ def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(tmp_path: P
     assert streamed == again == pytest.approx(expected, rel=1e-5)
 
 
-def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tct_hf.training import streaming
-
+def test_rows_shuffled_otherwise_in_every_process_are_refused(
+    student: Any, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = Dataset.from_dict({name: [f"{name} {i}" for i in range(24)] for name in COLUMNS}).to_iterable_dataset(3)
     streamed = load_triples(write_rows(tmp_path / "t.tsv", 24), streaming=True)
     for rows in (plain, streamed, plain.map(lambda row: row), streamed.select_columns(["query", "positive"])):
@@ -162,7 +158,6 @@ def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, mo
         assert one == streaming._order(rows.shuffle(seed=1).map(lambda row: row))
     assert streaming._order(plain.shuffle()) != streaming._order(plain.shuffle())
     assert streaming._order(streamed.shuffle()) == streaming._order(streamed.shuffle())
-    student, teacher = make_models(tmp_path)
     trainer = make_trainer(tmp_path, student, teacher, plain.shuffle(), max_steps=1)
     monkeypatch.setattr(streaming, "sizes_of_all", lambda own, device: [own, streaming._order(plain.shuffle())])
     with pytest.raises(ValueError, match=r"in another order in each process.*\.shuffle\(seed=\.\.\.\)"):

@@ -14,33 +14,18 @@ from datasets import DatasetDict
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import EarlyStoppingCallback
 
-from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, triples
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved student and teacher, loaded afresh by each test."""
-    path = tmp_path_factory.mktemp("models")
-    student, _ = make_models(path)
-    student.save_pretrained(str(path / "student"))
-    return path
-
-
-def load(models: Path, student: str = "student") -> tuple[SentenceTransformer, Any]:
-    from tct_hf import ColBERTTeacher
-
-    teacher = ColBERTTeacher(str(models / "teacher" / "colbert"), dtype="float32")
-    return SentenceTransformer(str(models / student), device="cpu"), teacher
+from tct_hf import TCTTrainer, TCTTrainingArguments, validate_checkpoint
+from tests.train_helpers import QUERIES, logged, make_teacher, make_trainer, triples
 
 
 def batches(trainer: Any) -> list[Any]:
     return list(trainer.get_train_dataloader())
 
 
-def test_without_ids_the_same_text_is_masked(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
+def test_without_ids_the_same_text_is_masked(student: Any, teacher: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, student, teacher, triples(8, ids=False))
     [batch] = batches(trainer)
     part = batch["tct"]
@@ -52,22 +37,22 @@ def test_without_ids_the_same_text_is_masked(models: Path, tmp_path: Path) -> No
 
 
 def plain_losses(models: Path, path: Path, **settings: Any) -> list[float]:
-    student, teacher = load(models)
-    trainer = make_trainer(path, student, teacher, triples(16), **settings)
+    student = SentenceTransformer(str(models / "student"), device="cpu")
+    trainer = make_trainer(path, student, make_teacher(models, "colbert"), triples(16), **settings)
     trainer.train()
     return logged(trainer)
 
 
-def test_gradient_accumulation_takes_the_mean_of_its_batches(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
+def test_gradient_accumulation_takes_the_mean_of_its_batches(
+    student: Any, teacher: Any, models: Path, tmp_path: Path
+) -> None:
     trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_accumulation_steps=2)
     trainer.train()
     still = plain_losses(models, tmp_path, learning_rate=0.0)  # both batches at the same weights
     assert logged(trainer) == pytest.approx([np.mean(still)], abs=1e-6)
 
 
-def test_gradient_checkpointing_changes_no_loss(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
+def test_gradient_checkpointing_changes_no_loss(student: Any, teacher: Any, models: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_checkpointing=True)
     trainer.train()
     assert student[0].model.is_gradient_checkpointing
@@ -94,9 +79,8 @@ def test_torch_compile_changes_no_loss(models: Path, tmp_path: Path) -> None:
     assert losses == pytest.approx(plain_losses(models, tmp_path), abs=1e-4)
 
 
-def test_dataset_dict_mixes_no_data_sets_in_a_batch(models: Path, tmp_path: Path) -> None:
+def test_dataset_dict_mixes_no_data_sets_in_a_batch(student: Any, teacher: Any, tmp_path: Path) -> None:
     a, b = triples(16), triples(16).map(lambda row: {"query": "other " + row["query"]})
-    student, teacher = load(models)
     trainer = make_trainer(tmp_path, student, teacher, DatasetDict(a=a, b=b))
     kinds = []
     for batch in batches(trainer):
@@ -106,21 +90,22 @@ def test_dataset_dict_mixes_no_data_sets_in_a_batch(models: Path, tmp_path: Path
 
     # With one batch a data set, each logged loss is that of one data set trained alone.
     both = make_trainer(
-        tmp_path, *load(models), DatasetDict(a=a, b=b), learning_rate=0.0, per_device_train_batch_size=16
+        tmp_path, student, teacher, DatasetDict(a=a, b=b), learning_rate=0.0, per_device_train_batch_size=16
     )
     both.train()
     alone = []
     for rows in (a, b):
-        trainer = make_trainer(tmp_path, *load(models), rows, learning_rate=0.0, per_device_train_batch_size=16)
+        trainer = make_trainer(tmp_path, student, teacher, rows, learning_rate=0.0, per_device_train_batch_size=16)
         trainer.train()
         alone += logged(trainer)
     assert sorted(logged(both)) == pytest.approx(sorted(alone), abs=1e-5)
     assert abs(alone[0] - alone[1]) > 1e-3
 
 
-def test_lora_student_trains_only_its_adapter_and_starts_at_the_plain_loss(models: Path, tmp_path: Path) -> None:
+def test_lora_student_trains_only_its_adapter_and_starts_at_the_plain_loss(
+    student: Any, teacher: Any, models: Path, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft")
-    student, teacher = load(models)
     student.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2, init_lora_weights=True))
     trainer = make_trainer(tmp_path, student, teacher, triples(16))
     trainer.train()
@@ -147,19 +132,9 @@ class Scripted(BaseEvaluator):
         return {"score": self.scores[len(self.seen) - 1]}
 
 
-SELECTION: dict[str, Any] = {
-    "num_train_epochs": 20,
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "save_total_limit": 1,
-    "load_best_model_at_end": True,
-}
-
-
-def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
+def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
     scripted = Scripted([0.1, 0.7, 0.3, 0.2, 0.9])
     trainer = make_trainer(
         tmp_path,
@@ -170,7 +145,10 @@ def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(models: Pa
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
         metric_for_best_model="eval_score",
         greater_is_better=True,
-        **SELECTION,
+        num_train_epochs=20,
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+        save_total_limit=1,
+        load_best_model_at_end=True,
     )
     trainer.train()
     assert trainer.state.global_step == 4  # two steps without a better score
@@ -183,10 +161,9 @@ def test_the_best_model_is_loaded_at_the_end_and_training_stops_early(models: Pa
 
 
 @pytest.mark.usefixtures("warm_checks")
-def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models: Path, tmp_path: Path) -> None:
-    from tct_hf import validate_checkpoint
-
-    student, teacher = load(models)
+def test_checkpoints_hold_the_student_alone_and_load_without_this_package(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
     trainer = make_trainer(
         tmp_path, student, teacher, triples(16), save_strategy="steps", save_steps=1, hub_token="hf_secret_token"
     )
@@ -206,9 +183,8 @@ def test_checkpoints_hold_the_student_alone_and_load_without_this_package(models
 
 @pytest.mark.parametrize(("gap", "reported"), [(8.0, False), (30.0, True), (200.0, True)])
 def test_one_hot_means_that_float32_rounds_everything_else_away(
-    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, gap: float, reported: bool
+    student: Any, teacher: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, gap: float, reported: bool
 ) -> None:
-    student, teacher = load(models)
     trainer = make_trainer(tmp_path, student, teacher, triples(8))
     scores = torch.tensor([[gap, 0.0, 0.0], [0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True], [False, True, False]])  # one candidate is no choice
@@ -217,8 +193,9 @@ def test_one_hot_means_that_float32_rounds_everything_else_away(
     assert any("one-hot" in r.message for r in caplog.records) is reported
 
 
-def test_teacher_scores_that_are_not_finite_stop_training_with_the_fix(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
+def test_teacher_scores_that_are_not_finite_stop_training_with_the_fix(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
     with torch.no_grad():
         teacher.model[1].linear.weight[0, 0] = float("nan")
     trainer = make_trainer(tmp_path, student, teacher, triples(16))
@@ -235,73 +212,40 @@ def test_teacher_scores_that_are_not_finite_stop_training_with_the_fix(models: P
     ],
 )
 def test_a_data_set_without_the_columns_is_refused_before_training(
-    models: Path, tmp_path: Path, change: Any, message: str
+    student: Any, teacher: Any, tmp_path: Path, change: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, *load(models), change(triples(8, ids=False)))
-
-
-def test_any_other_student_is_trained_and_saved_as_it_is(models: Path, tmp_path: Path) -> None:
-    plain = SentenceTransformer(str(models / "base"), device="cpu")
-    _, teacher = load(models)
-    trainer = make_trainer(tmp_path, plain, teacher, triples(16))
-    trainer.train()
-    trainer.save_model(str(tmp_path / "plain"))
-    loaded = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
-    assert loaded.prompts == plain.prompts != {"query": "[Q] ", "document": "[D] "}
-    assert np.abs(loaded.encode(PASSAGES) - plain.encode(PASSAGES)).max() < 1e-6
-
-
-def test_a_collator_of_another_kind_is_refused(models: Path, tmp_path: Path) -> None:
-    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-
-    from tct_hf import TCTTrainer
-
-    student, teacher = load(models)
+        make_trainer(tmp_path, student, teacher, change(triples(8, ids=False)))
+    trainer = make_trainer(tmp_path, student, teacher, triples(8).remove_columns("negative_id"))
+    with pytest.raises(ValueError, match="but no negative_id: add these ids"):
+        batches(trainer)
     with pytest.raises(ValueError, match="needs a TCTDataCollator"):
         TCTTrainer(student, teacher, data_collator=SentenceTransformerDataCollator(student.preprocess))
 
 
-def test_ids_for_some_columns_only_are_refused(models: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, *load(models), triples(8).remove_columns("negative_id"))
-    with pytest.raises(ValueError, match="but no negative_id: add these ids"):
-        batches(trainer)
-
-
-def test_evaluation_batch_is_the_training_batch_unless_given(tmp_path: Path) -> None:
-    from tct_hf import TCTTrainingArguments
-
-    args = TCTTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=24)
-    assert args.per_device_eval_batch_size == 24
-    args = TCTTrainingArguments(output_dir=str(tmp_path), per_device_eval_batch_size=3)
-    assert args.per_device_eval_batch_size == 3
-
-
 def test_presets_keep_the_published_numbers_and_give_way_to_explicit_ones(tmp_path: Path) -> None:
-    from tct_hf import TCTTrainingArguments
-
     paper = TCTTrainingArguments(output_dir=str(tmp_path), preset="paper")
     assert (paper.temperature, paper.student_temperature, paper.hard_label_weight) == (0.25, 1.0, 0.1)
     code = TCTTrainingArguments(output_dir=str(tmp_path), preset="released-code", temperature=2.0)
     assert (code.temperature, code.hard_label_weight) == (2.0, 0.0)
-    with pytest.raises(ValueError, match=r"preset='papers' is not known"):
-        TCTTrainingArguments(output_dir=str(tmp_path), preset="papers")
+    batch = TCTTrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=24)
+    assert batch.per_device_eval_batch_size == 24
     wrong: Any
     for wrong, message in (
+        ({"preset": "papers"}, "preset='papers' is not known"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number greater than 0"),
         ({"hard_label_weight": 1.5}, "hard_label_weight=1.5 must be a number from 0 to 1"),
         ({"candidates": "all"}, "candidates must be 'in-batch' or 'own', got 'all'"),
         ({"prompts": "x"}, "prompts and router_mapping come from the student's encoding"),
         ({"matryoshka_dims": [8, 0]}, "matryoshka_dims="),
         ({"mini_batch_size": 2.5}, "mini_batch_size must be a whole number"),
-        ({"mini_batch_size": 0}, "mini_batch_size must be a whole number"),
         ({"self_coupled": [6.0, 12.0], "mini_batch_size": 2}, "leave out mini_batch_size"),
     ):
         with pytest.raises(ValueError, match=message):
             TCTTrainingArguments(output_dir=str(tmp_path), **wrong)
 
 
-def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_path: Path) -> None:
+def test_every_loss_setting_of_the_arguments_reaches_the_loss(student: Any, teacher: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "temperature": 0.5,
         "student_temperature": 3.0,
@@ -315,16 +259,12 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(models: Path, tmp_
         "matryoshka_dims": [8, 32],
         "self_coupled": None,
     }
-    trainer = make_trainer(tmp_path, *load(models), triples(8), **settings)
+    trainer = make_trainer(tmp_path, student, teacher, triples(8), **settings)
     assert trainer.loss.get_config_dict() == {**settings, "gather_across_devices": True}
     assert "2010.11386" in trainer.loss.citation and trainer.loss.citation.strip().startswith("@misc{")
+    teacher.training_scale = 4.0  # the default temperature is relative to it
+    assert make_trainer(tmp_path, student, teacher, triples(8), temperature=None).loss.temperature == 0.25
     trainer.train()
     entry = trainer.state.log_history[0]
     parts = ("hard_label", "distillation", "margin_mse")
     assert entry["loss"] == pytest.approx(sum(entry[name] for name in parts), abs=1e-3)
-
-
-def test_default_temperature_is_relative_to_the_teachers_own_training(models: Path, tmp_path: Path) -> None:
-    student, teacher = load(models)
-    teacher.training_scale = 4.0
-    assert make_trainer(tmp_path, student, teacher, triples(8), temperature=None).loss.temperature == 0.25

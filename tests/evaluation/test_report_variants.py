@@ -1,0 +1,315 @@
+"""Reports with fewer systems, other models, other splits and runs from elsewhere; what stops one is said at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from tct_hf import DenseIndex, Report, build_report, build_student, fuse, read_run, save_student, write_run
+from tct_hf.data.collection import Collection, Split, load_collection
+from tct_hf.evaluation import report_work
+from tct_hf.evaluation.references import dense_run
+from tct_hf.evaluation.reporting import check_report
+from tct_hf.evaluation.settings import (
+    AnnSettings,
+    CostSettings,
+    ExpansionSettings,
+    HybridSettings,
+    LateInteractionSettings,
+    MeasureSettings,
+)
+from tct_hf.evaluation.stores import Stores, open_student
+from tct_hf.evaluation.tune_alpha import tuning_queries
+from tct_hf.files import CLAIM_FILE, write_json_atomic
+from tests.evaluation.reports import graded, make, tiny_settings
+from tests.hub.models import TEXTS, published_tct, pyserini_vectors
+from tests.searching import Material
+
+KEYS = ["bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"]
+
+
+def runs_of(folder: Path, *keys: str) -> list[dict[str, dict[str, float]]]:
+    return [read_run(folder / "runs" / f"{key}.test.trec") for key in keys]
+
+
+# What the weight is tuned on.
+
+
+@pytest.mark.parametrize("tune_on", ["auto", "train"])
+def test_alpha_is_never_tuned_on_the_reported_queries(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune_on: Any
+) -> None:
+    collection = material.collection()
+    test, dev = collection.splits["test"], collection.splits["dev"]
+    # A reported question is also among those of dev, in other words of the same letters.
+    dev.queries["dev0"] = f"  {test.queries['test0'].upper()} "
+    seen: list[set[str]] = []
+    tune = report_work.tune_alpha
+
+    def watched(sparse: Any, dense: Any, qrels: Any, *more: Any, **options: Any) -> Any:
+        seen.append({*sparse, *dense, *qrels})
+        return tune(sparse, dense, qrels, *more, **options)
+
+    monkeypatch.setattr(report_work, "tune_alpha", watched)
+    settings = tiny_settings(hybrid=HybridSettings(tune_on=tune_on))
+    found = make(material, tmp_path, collection=collection, teacher=None, settings=settings)
+    [tuned] = seen
+    assert tuned and tuned.isdisjoint(test.queries) and "dev0" not in tuned
+    assert found.tuning["hybrid"]["left_out"] == (0 if tune_on == "train" else 1)
+
+
+def test_queries_of_a_further_split_are_not_tuned_on(
+    material: Material, output: Path, report: Report, splade: str
+) -> None:
+    options = graded(material)
+    found = options["collection"]
+    taken = next(iter(found.splits["dev"].queries))
+    found.also["graded"].queries["other-id"] = found.splits["dev"].queries[taken].upper()
+    tuning = tuning_queries(found, HybridSettings())
+    assert tuning is not None and taken not in tuning.queries and tuning.left_out >= 1
+    with pytest.raises(ValueError, match=r"also_report = None, but now also_report = .'graded'"):
+        make(material, output, sparse_student=splade, **options)
+    found.also["graded"].queries.update(found.splits["dev"].queries)
+    tuning = tuning_queries(found, HybridSettings())
+    assert tuning is not None and tuning.split == "train"
+
+
+def test_a_split_has_one_use(material: Material) -> None:
+    found = load_collection(str(material.beir), also=["dev"])
+    assert "dev" not in found.splits and len(found.also["dev"].queries) == 10
+    part = graded(material)["collection"].part(queries=3)
+    assert len(part.also["graded"].queries) == 3 == len(part.also["graded"].qrels)
+    for name, options in (("test", {}), ("dev", {"dev_split": "dev"})):
+        with pytest.raises(ValueError, match=f"also_report: '{name}'"):
+            load_collection(str(material.beir), also=[name], **options)
+
+
+def test_without_other_queries_lists_are_fused_by_rank(material: Material, tmp_path: Path) -> None:
+    collection = material.collection()
+    del collection.splits["dev"], collection.splits["train"]
+    found = make(material, tmp_path, collection=collection, teacher=None)
+    assert found.tuning["hybrid"]["fusion"] == "ranks" and found.tuning["hybrid"]["alpha"] is None
+    assert found.tuning["ann"]["source"] == "passages"
+    assert "fused by reciprocal ranks" in found.markdown()
+    settings = tiny_settings(hybrid=HybridSettings(tune_on="train"))
+    with pytest.raises(ValueError, match=r"hybrid\.tune_on: .* no train query to tune on .* set hybrid\.alpha"):
+        make(material, tmp_path / "other", collection=collection, settings=settings)
+
+
+# Other systems.
+
+
+def test_by_default_the_students_own_token_vectors_search_and_rerank_by_the_mean_over_query_tokens(
+    material: Material, tmp_path: Path
+) -> None:
+    student = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
+    options: dict[str, Any] = {"settings": tiny_settings(), "write": lambda line: None}
+    found = build_report(material.collection(), student, tmp_path / "output", **options)
+    assert [system.key for system in found.systems] == KEYS
+    assert found.system("reranked").title == "own MaxSim over the hybrid's top 20"
+    assert found.models["teacher"]["name"] == "own" and found.system("reranked").cost is not None
+    collection, model = material.collection(), SentenceTransformer(student, device="cpu")
+
+    def tokens(text: str, task: str) -> torch.Tensor:
+        [one] = getattr(model, f"encode_{task}")([text], output_value="token_embeddings")
+        return torch.nn.functional.normalize(one, dim=-1)
+
+    texts = {one["id"]: tokens(one["text"], "document") for one in collection.corpus}
+    hybrid, reranked, exhaustive = runs_of(tmp_path / "output", "hybrid", "reranked", "teacher")
+    for query, text in collection.splits["test"].queries.items():
+        asked = tokens(text, "query")
+        scores = {name: float((asked @ texts[name].T).amax(1).mean()) for name in texts}
+        assert reranked[query] == pytest.approx({name: scores[name] for name in hybrid[query]}, abs=0.002)
+        assert exhaustive[query] == pytest.approx({name: scores[name] for name in exhaustive[query]}, abs=0.002)
+        assert min(exhaustive[query].values()) >= sorted(scores.values())[-20] - 0.002
+
+
+def test_the_base_as_it_is_has_a_row_and_one_fused_with_bm25(material: Material, tmp_path: Path) -> None:
+    base = str(material.folder / "base")
+    found = make(material, tmp_path, teacher=None, base=base)
+    assert [system.key for system in found.systems] == [*KEYS[:4], "base", "base-bm25"]
+    assert found.system("base").title == "base as it is" and found.models["base"]["name"] == base
+    assert set(found.tuning["hybrids"]) == {"hybrid", "base-bm25"}
+    collection = material.collection()
+    ids, texts = collection.corpus["id"], collection.corpus["text"]
+    expected = dense_run(SentenceTransformer(base), ids, texts, collection.splits["test"].queries, k=20)
+    bm25, dense, fused = runs_of(tmp_path, "bm25", "base", "base-bm25")
+    for query, hits in expected.items():
+        assert dense[query] == pytest.approx(hits, abs=1e-4)
+    assert fused == fuse(bm25, dense, found.tuning["hybrids"]["base-bm25"]["alpha"], k=20)
+
+
+def test_too_many_passages_for_token_vectors_are_only_reranked(material: Material, tmp_path: Path) -> None:
+    settings = tiny_settings(late_interaction=LateInteractionSettings(max_passages=59, rerank=5))
+    found = make(material, tmp_path, settings=settings)
+    assert [system.key for system in found.systems] == [*KEYS[:4], "reranked"]
+    assert "max_passages" in found.markdown() and "top 5" in found.system("reranked").title
+    first, again = runs_of(tmp_path, "hybrid", "reranked")
+    for query, hits in again.items():
+        assert list(hits)[5:] == list(first[query])[5:] and set(hits) == set(first[query])
+
+
+def test_a_run_from_elsewhere_stands_in_the_table_without_a_cost(material: Material, tmp_path: Path) -> None:
+    collection = material.collection()
+    perfect = {query: dict.fromkeys(grades, 1.0) for query, grades in collection.splits["test"].qrels.items()}
+    perfect.pop("test3")
+    write_run(perfect, tmp_path / "ideal.trec", "ideal")
+    found = make(material, tmp_path / "out", teacher=None, runs={"ideal system": str(tmp_path / "ideal.trec")})
+    system = found.systems[-1]
+    assert (system.title, system.kind, system.cost) == ("ideal system", "other", None)
+    assert system.effectiveness["RR@10"]["mean"] == pytest.approx(11 / 12)
+    assert system.significance is not None and system.run["missing_queries"] == 1
+    assert "lacks 1 of the reported queries" in found.markdown()
+    assert Report.load(tmp_path / "out") == found
+
+
+def test_first_dimensions_are_measured_as_trained_or_as_asked(material: Material, tmp_path: Path) -> None:
+    student = save_student(open_student(str(material.student), "cpu"), tmp_path / "student")
+    write_json_atomic(student / CLAIM_FILE, {"student": {"training": {"matryoshka_dims": [8, 16, 32]}}})
+    options: dict[str, Any] = {"student": str(student), "teacher": None}
+    trained = make(material, tmp_path / "trained", **options)
+    sizes = ["dense-first-16", "dense-first-8"]
+    assert [system.key for system in trained.systems] == [*KEYS[:3], *sizes, "hybrid"]
+    whole, first = trained.system("dense-exact"), trained.system("dense-first-8")
+    assert first.title == "dense, first 8 dimensions" and whole.cost is not None and first.cost is not None
+    saved = whole.cost["disk_bytes_per_passage"] - first.cost["disk_bytes_per_passage"]
+    assert saved == pytest.approx((32 - 8) * 4, abs=3)
+    cut = SentenceTransformer(str(student), device="cpu", truncate_dim=8)
+    queries, texts = material.collection().splits["test"].queries, material.collection().corpus["text"]
+    scores = cut.encode_query(list(queries.values())) @ cut.encode_document(texts).T
+    [run] = runs_of(tmp_path / "trained", "dense-first-8")
+    for row, query in enumerate(queries):
+        assert sorted(run[query].values(), reverse=True) == pytest.approx(np.sort(scores[row])[::-1][:20], abs=1e-4)
+    folder = tmp_path / "trained" / "indexes" / "dense-first-8" / "index"
+    assert DenseIndex.load(folder, model=cut).dimension == 8
+    with pytest.raises(ValueError, match="with another truncate_dim than"):
+        DenseIndex.load(folder, model=SentenceTransformer(str(student), device="cpu"))
+    # Asked for, and not at all, in a folder that has all the rest.
+    for dims in ([4], []):
+        asked = make(material, tmp_path / "trained", dims=dims, **options)
+        assert [one.key for one in asked.systems] == [*KEYS[:3], *(f"dense-first-{size}" for size in dims), "hybrid"]
+        for one in asked.systems:
+            if one.key in KEYS:
+                assert one.effectiveness == trained.system(one.key).effectiveness
+
+
+def test_each_choice_of_generated_queries_is_an_index_of_its_own(material: Material, tmp_path: Path) -> None:
+    student = open_student(str(material.student))
+    stores = Stores(material.collection(), student, "student", tmp_path, write=lambda line: None)
+    chosen = ExpansionSettings(path=str(material.folder / "queries"), num_queries=1)
+    first = stores.expanded(chosen)
+    assert stores.expanded(replace(chosen)) is first
+    with pytest.raises(ValueError, match=r"num_queries = 1, but now expansion\.num_queries = 2"):
+        stores.expanded(replace(chosen, num_queries=2))  # not the other index
+
+
+def test_a_bare_tct_checkpoint_is_searched_with_its_own_vectors(tmp_path: Path) -> None:
+    published = published_tct(tmp_path / "tct_colbert-msmarco")
+    student = open_student(str(published), "cpu")
+    np.testing.assert_allclose(
+        student.encode_query(TEXTS[:3]), pyserini_vectors(published, TEXTS[:3], "query"), atol=1e-5
+    )
+
+
+# What is refused.
+
+
+def test_what_would_stop_the_report_is_said_before_any_model_is_loaded(material: Material, tmp_path: Path) -> None:
+    def refused(said: str, collection: Collection | None = None, **options: Any) -> None:
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            build_report(collection or material.collection(), "no-such-model", tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+    def foreign(run: dict[str, dict[str, float]]) -> dict[str, str]:
+        write_run(run, tmp_path / "other.trec", "other")
+        return {"other": str(tmp_path / "other.trec")}
+
+    spoilt = material.collection()
+    spoilt.splits["dev"] = spoilt.splits["test"]
+    refused(r"hybrid\.tune_on: alpha would be tuned on 12 of the queries .* reported", spoilt)
+    spoilt.splits["test"].queries["test1"] = " \t"
+    refused("query 'test1' is blank", spoilt)
+    spoilt.splits["test"] = Split({}, {})
+    refused("no judged query to report on", spoilt)
+    unknown = foreign({"test0": {"p1": 2.0, "nowhere": 1.0}})
+    refused("passage 'nowhere' for query 'test0', which is not in the corpus", runs=unknown)
+    refused("none of the 12 reported queries", runs=foreign({"q": {"p1": 2.0}}))
+    refused(r"runs\.bm25: a system of the report has this name", runs={"bm25": "other.trec"})
+    for factory in ("OPQ16_64,IVF8,PQ16x4fs,RFlat", "PQ48"):
+        tiny_settings(ann=AnnSettings(factory=factory)).check(60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measures": MeasureSettings(names=["R@1000"])}, r"measures\.depth is 100, too little for R@1000"),
+        ({"cost": CostSettings(batch_size=0)}, r"cost\.batch_size: 0 is below 1"),
+        ({"ann": AnnSettings(recall=1.0)}, r"ann\.recall: 1\.0 is not between"),
+        ({"ann": AnnSettings(factory="nonsense")}, r"ann\.factory: Faiss knows no index 'nonsense'"),
+        ({"ann": AnnSettings(factory="IVF64,Flat")}, r"ann\.factory: 'IVF64,Flat' has 64 lists for 60 passages"),
+        ({"hybrid": HybridSettings(alpha=-3.0)}, r"hybrid\.alpha: -3\.0 must be finite"),
+        ({"also_report": {"graded": []}}, r"also_report\.graded is empty"),
+        ({"also_report": {"graded": ["trec-dl"]}}, r"measures\.depth is 20, too little for R\(rel=2\)@1000"),
+        ({"also_report": {"other": ["RR@10"]}}, r"also_report\.other: .* no judged query of this split"),
+        ({"expansion": ExpansionSettings(path="x", drop_share=1.0)}, r"drop_share: 1\.0 is not from 0 to below 1"),
+        ({"expansion": ExpansionSettings(path="x", b=1.5)}, r"expansion\.k1 2\.18, expansion\.b 1\.5"),
+        ({"expansion": ExpansionSettings(path="nowhere")}, "nowhere: no expansions here"),
+    ],
+)
+def test_settings_that_would_stop_the_report_are_refused_by_name(
+    material: Material, changes: dict[str, Any], message: str
+) -> None:
+    options = graded(material, **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_report(options["collection"], options["settings"], {})
+
+
+def test_a_wrong_model_is_refused(material: Material, splade: str, tmp_path: Path) -> None:
+    student, teacher = str(material.student), str(material.teacher)
+    run = tmp_path / "run.trec"
+    write_run({"test0": {"p0": 1.0}}, run, "run")
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("student: there is no folder no/such/folder", {"student": "no/such/folder"}),
+        ("one vector a token, and no student is", {"student": teacher}),
+        ("is a SentenceTransformer, one vector a text, and no ColBERT", {"teacher": student}),
+        ("which is sparse itself", {"student": splade, "sparse_student": splade}),
+        ("is no SparseEncoder", {"sparse_student": student}),
+        ("dims: 33 is not between 1 and the 32 dimensions", {"dims": [33]}),
+        (r"runs\.dense-first-8: the report has a system of", {"dims": [8], "runs": {"dense-first-8": str(run)}}),
+    ]
+    for model, baseline in ((splade, "dense-exact"), (student, "learned-sparse")):
+        settings = tiny_settings(measures=MeasureSettings(names=["RR@10"], baseline=baseline))
+        message = rf"measures\.baseline: there is no row '{baseline}'; there are bm25, "
+        wrong.append((message, {"student": model, "settings": settings}))
+    for message, options in wrong:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            make(material, tmp_path / "out", **{"teacher": None, **options})
+    cosine = open_student(splade, "cpu")
+    cosine.similarity_fn_name = "cosine"
+    with pytest.raises(ValueError, match="of a sparse student only dot can be searched"):
+        Stores(material.collection(), cosine, "student", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("opener", "said"), [("open_student", "passage 'p0'"), ("open_reranker", "passage 'p0' has a NaN")]
+)
+def test_a_model_that_gives_nan_is_named_with_the_passage(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: str, said: str
+) -> None:
+    load = getattr(report_work, opener)
+
+    def spoilt(*names: Any) -> Any:
+        model = load(*names)
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(report_work, opener, spoilt)
+    with pytest.raises(ValueError, match=said):
+        make(material, tmp_path)
