@@ -34,32 +34,18 @@ QUERIES = [
 
 def triples(rows: int = 16, *, ids: bool = True, negatives: int = 1) -> Dataset:
     """Rows with repeated passages and, for every third query, a second known positive that is in the batch."""
-    data: dict[str, list[Any]] = {
-        "query": [],
-        "positive": [],
-        "query_id": [],
-        "positive_id": [],
-        "known_positive_ids": [],
-    }
     names = ["negative"] if negatives == 1 else [f"negative_{i + 1}" for i in range(negatives)]
-    for name in names:
-        data[name], data[f"{name}_id"] = [], []
+    made = []
     for i in range(rows):
-        positive = i % 5  # fewer passages than rows: the same positive comes back in a batch
-        data["query"].append(f"{QUERIES[i % 8]} {i}")
-        data["query_id"].append(f"q{i}")
-        data["positive"].append(PASSAGES[positive])
-        data["positive_id"].append(f"p{positive}")
-        known = [f"p{positive}"] + ([f"p{(positive + 1) % 5}"] if i % 3 == 0 else [])
-        data["known_positive_ids"].append(known)
-        for k, name in enumerate(names):
-            negative = 5 + (i + k) % 3
-            data[name].append(PASSAGES[negative])
-            data[f"{name}_id"].append(f"p{negative}")
-    dataset = Dataset.from_dict(data)
-    order = ["query", "positive", *names]
-    kept = [*order, "query_id", *(f"{name}_id" for name in order[1:]), "known_positive_ids"] if ids else order
-    return dataset.select_columns(kept)
+        # Fewer passages than rows: the same positive comes back in a batch.
+        numbers = {"positive": i % 5, **{name: 5 + (i + k) % 3 for k, name in enumerate(names)}}
+        row: dict[str, Any] = {"query": f"{QUERIES[i % 8]} {i}"}
+        row |= {name: PASSAGES[number] for name, number in numbers.items()}
+        if ids:
+            row |= {"query_id": f"q{i}", **{f"{name}_id": f"p{number}" for name, number in numbers.items()}}
+            row["known_positive_ids"] = [f"p{i % 5}", f"p{(i + 1) % 5}"][: 2 if i % 3 == 0 else 1]
+        made.append(row)
+    return Dataset.from_list(made)
 
 
 def with_scores(rows: int = 16, *, negatives: int = 1) -> Dataset:

@@ -267,8 +267,7 @@ def test_a_teachers_student_encodes_by_the_rule_with_the_teachers_encoder(
     # All the tiny models have one vocabulary; this tokenizer is untouched by the teacher's markers.
     for settings, options in (
         ({}, {}),
-        ({"query_augmentation": False}, {"augmented": False}),
-        ({"pooling": "cls", "scale": 9.0}, {"pooling": "cls", "norm": 3.0}),
+        ({"pooling": "cls", "scale": 9.0, "query_augmentation": False}, {"pooling": "cls", "norm": 3.0}),
         ({"encoding": "own", "prompts": PROMPTS}, {"prompts": PROMPTS, "query_length": LENGTH}),
     ):
         if name == "ours" and "encoding" in settings:
@@ -276,9 +275,10 @@ def test_a_teachers_student_encodes_by_the_rule_with_the_teachers_encoder(
                 student_from_teacher(teacher, **settings)
             continue
         student = student_from_teacher(teacher, document_length=LENGTH, **settings)
-        rule = Rule(encoder(teacher), bases["bert"], **options)
+        augmented = settings.get("query_augmentation", True)
+        rule = Rule(encoder(teacher), bases["bert"], augmented=augmented, **options)
         for model in (student, load(save_student(student, tmp_path / "student"))):
-            if options.get("augmented", True) and not settings.get("encoding"):
+            if not settings:
                 ids = model.preprocess(MARKED, prompt="[Q] ", task="query")["input_ids"]
                 assert ids.tolist() == [rule.ids(text, "query") for text in MARKED]
             close(model.encode_query(MARKED), rule.vectors(MARKED, "query"))
@@ -308,20 +308,18 @@ def test_a_teacher_is_a_path_or_a_frozen_half_precision_colbert_too(teachers: di
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in student.parameters())
 
 
-def test_an_own_colbert_shares_tokens_with_its_student(tmp_path: Path) -> None:
-    base = str(tiny_modernbert(tmp_path / "base"))
+def test_an_own_colbert_shares_tokens_with_its_student(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = str(bases["modernbert"])
     lengths: dict[str, Any] = {"query_length": 16, "document_length": LENGTH}
-    for prompts in (None, PROMPTS):
-        build_colbert(base, prompts=prompts, **lengths).save_pretrained(str(tmp_path / "colbert"))
-        teacher = ColBERTTeacher(str(tmp_path / "colbert"), dtype="float32")
-        for student in (
-            student_from_teacher(teacher, encoding="own"),  # prompts and lengths are the teacher's
-            build_student(base, prompts=prompts, **lengths),
-        ):
-            teacher.attach(student)
-            assert teacher.shares_tokens
-        teacher.attach(student_from_teacher(teacher, encoding="own", prompts={"query": "other: "}))
-        assert not teacher.shares_tokens
+    build_colbert(base, prompts=PROMPTS, **lengths).save_pretrained(str(tmp_path / "colbert"))
+    teacher = ColBERTTeacher(str(tmp_path / "colbert"), dtype="float32")
+    for student, shared in (
+        (student_from_teacher(teacher, encoding="own"), True),  # prompts and lengths are the teacher's
+        (build_student(base, prompts=PROMPTS, **lengths), True),
+        (student_from_teacher(teacher, encoding="own", prompts={"query": "other: "}), False),
+    ):
+        teacher.attach(student)
+        assert teacher.shares_tokens is shared
 
 
 # --- layers ---

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizer
 
 from tct_hf.evaluation.report import Report, SystemResult
-from tests.models import tiny_bert, wordpiece_vocabulary
+from tct_hf.hub.cards import CardFacts
+from tests.models import SIZES, tiny_bert, wordpiece_vocabulary
 
+FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
 TEXTS = ["what is a dense teacher", "", "the student of a query: tokens!", "retrieval " * 60, "passage " * 700]
 
 
@@ -22,15 +26,7 @@ def published_tct(path: Path, *, weights: str = "safetensors") -> Path:
     (path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     (path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
     torch.manual_seed(11)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=512, initializer_range=0.2, **SIZES)
     model = BertForPreTraining(config)
     model.save_pretrained(path)
     if weights == "bin":
@@ -57,9 +53,6 @@ def pyserini_vectors(path: Path, texts: list[str], side: str, *, document_length
 
 def dual_encoder(path: Path, pooling: str = "mean") -> Path:
     """A SentenceTransformer with its own pooling and no TCT encoding."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
     transformer = Transformer(str(tiny_bert(path / "base", seed=3)))
     pool = Pooling(transformer.get_embedding_dimension(), pooling)
     SentenceTransformer(modules=[transformer, pool]).save_pretrained(str(path / "model"))

@@ -13,11 +13,11 @@ from tct_hf.encoding.kinds import ORIGIN_FILE, TCT_CHECKPOINTS, TRAINING_FILE
 from tct_hf.evaluation.report import Report
 from tct_hf.files import CLAIM_FILE, write_json_atomic
 from tct_hf.hub.cards import CardFacts, eval_results, write_card
+from tests.hub.models import FACTS as PLAIN
 from tests.hub.models import dual_encoder, small_report
 from tests.models import tiny_bert
 from tests.recipe import ROOT
 
-PLAIN = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
 FACTS = replace(PLAIN, teacher="the ColBERT")
 
 

@@ -15,28 +15,19 @@ import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi
 
-from tct_hf import build_student, load_student, release, save_student
-from tct_hf.hub.cards import CardFacts
+from tct_hf import load_student, release
 from tct_hf.hub_client import HubError
 from tct_hf.training.run import train_colbert
+from tests.hub.models import FACTS
 from tests.loopback_hub import READER, STRANGER, WRITER, LoopbackHub
-from tests.models import tiny_bert
 
 NAME = "tester/student"
-FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run")
-    return save_student(build_student(str(tiny_bert(path / "base")), encoding="tct"), path / "student")
 
 
 @pytest.fixture(autouse=True)
-def without_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's waits between attempts take no time; the vectors are other tests' business."""
+def without_waits(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's waits between attempts take no time."""
     monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr("tct_hf.hub.release.validate_checkpoint", lambda path: None)
 
 
 def push(student: Path, **options: Any) -> Any:

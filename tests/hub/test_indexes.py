@@ -18,13 +18,6 @@ from tests.train_helpers import PASSAGES, QUERIES
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run")
-    made = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64)
-    return save_student(made, path / "student")
-
-
 @pytest.fixture
 def index(hub: LoopbackHub, student: Path) -> DenseIndex:
     """An index of a student that is on the Hub."""

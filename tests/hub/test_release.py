@@ -24,7 +24,7 @@ from tct_hf.hub_client import HubError, template
 from tct_hf.teachers.base import write_training_scale
 from tests.hub.models import dual_encoder, small_report
 from tests.loopback_hub import READER, Blob, LoopbackHub
-from tests.models import tiny_bert, tiny_colbert
+from tests.models import tiny_colbert
 from tests.recipe import ROOT, in_this_process
 
 FACTS = CardFacts(
@@ -41,23 +41,10 @@ NAME = "tester/student"
 pytestmark = pytest.mark.usefixtures("warm_checks")
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run")
-    made = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64)
-    return save_student(made, path / "student")
-
-
 @pytest.fixture
 def copy(student: Path, tmp_path: Path) -> Path:
     """A copy to change, with a folder of its own around it."""
     return Path(shutil.copytree(student, tmp_path / "run" / "student"))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the interpreter of its own that looks at the vectors: for tests of what is pushed."""
-    monkeypatch.setattr("tct_hf.hub.release.validate_checkpoint", lambda path: None)
 
 
 def spoil(path: Path, name: str, change: Callable[[Any], Any]) -> None:

@@ -16,14 +16,12 @@ from sentence_transformers import SparseEncoder
 from tct_hf import SparseIndex, release
 from tct_hf.encoding.digests import weights_digest
 from tct_hf.evaluation.report import Report
-from tct_hf.hub.cards import CardFacts
 from tct_hf.retrieval.encode import describe_model
-from tests.hub.models import small_report, system
+from tests.hub.models import FACTS, small_report, system
 from tests.loopback_hub import LoopbackHub
 from tests.splade import tiny_router, tiny_splade
 from tests.train_helpers import PASSAGES, QUERIES
 
-FACTS = CardFacts(license="mit", base_model="google-bert/bert-base-uncased", training_data="words")
 IDS = [f"p{row}" for row in range(len(PASSAGES))]
 
 pytestmark = pytest.mark.usefixtures("warm_checks")
@@ -32,12 +30,6 @@ pytestmark = pytest.mark.usefixtures("warm_checks")
 @pytest.fixture(scope="module")
 def splade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_splade(tmp_path_factory.mktemp("splade"))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an interpreter of its own: for tests of what is pushed."""
-    monkeypatch.setattr("tct_hf.hub.release._check", lambda staging, family, source: None)
 
 
 def loaded(lines: str) -> SparseEncoder:

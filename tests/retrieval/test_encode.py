@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 
 from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_vectors, save_student
+from tct_hf.data.ids import SeenIds
 from tct_hf.retrieval import encode, rows, vectors
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.rows import ShardedVectors, UnitRows
@@ -451,7 +453,7 @@ def test_a_corrupt_or_missing_shard_is_refused_by_name_and_fixed_as_told(
 def test_a_shard_that_is_whole_but_not_what_the_manifest_announces_is_refused(student: Any, tmp_path: Path) -> None:
     encoded(student, tmp_path)
     pairs = [(passage["id"], passage["text"]) for passage in list(passages())[5:10]]
-    _, whole, _ = load_vectors(tmp_path)
+    _, whole, manifest = load_vectors(tmp_path)
     vectors.write_shard(tmp_path, 1, pairs, whole[5:10][::-1])
     for again in (load_vectors, lambda folder: encoded(student, folder)):
         with pytest.raises(ValueError, match=r"00001\.arrow is damaged or was altered"):
@@ -459,3 +461,22 @@ def test_a_shard_that_is_whole_but_not_what_the_manifest_announces_is_refused(st
     vectors.write_shard(tmp_path, 1, pairs, np.zeros((5, 7), np.float32))
     with pytest.raises(ValueError, match=r"00001\.arrow: float32 of shape \(5, 7\), .*\(5, 32\) is announced"):
         load_vectors(tmp_path, verify=False, mmap=True)
+    for name, value, message in (("p7", np.nan, r"row 2 \(passage 'p7'\) has a NaN"), ("p3", 0.0, "have the id 'p3'")):
+        wrong = whole[5:10].copy()
+        wrong[2, 3] = value
+        pairs[2] = (name, "x")
+        vectors.write_shard(tmp_path, 1, pairs, wrong)
+        (tmp_path / "manifest.json").unlink()
+        vectors.finish(tmp_path, len(manifest["shards"]), COUNT)
+        with pytest.raises(ValueError, match=message):
+            load_vectors(tmp_path)
+
+
+def test_seen_ids_are_those_of_a_set() -> None:
+    draw, seen, known = random.Random(0), SeenIds(), set[str]()
+    for _ in range(200):
+        ids = [str(draw.randint(0, 20_000)) for _ in range(draw.randint(0, 30))]
+        first = next((at for at, name in enumerate(ids) if name in known or name in ids[:at]), None)
+        assert seen.add(ids) == first
+        if first is None:
+            known.update(ids)
