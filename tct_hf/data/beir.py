@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from hashlib import sha256
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from tct_hf.cache import build_once, default_cache_dir
-from tct_hf.data.ids import SeenIds, is_utf8
 from tct_hf.data.qrels import Judgements, Qrels, read_qrels
-from tct_hf.data.rows import BadRow, is_hub_id, there_are
-from tct_hf.data.sources import ROWS_A_BATCH, DatasetSource, LineSource, Source, reach, write_rows
+from tct_hf.data.rows import is_hub_id
+from tct_hf.data.sources import DatasetSource, LineSource, Source, one_split, reach
+from tct_hf.data.texts import prepare_corpus, records_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# "file, line n", id, title, text.
-Record = tuple[str, str, str, str]
-
-# Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 2
-_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "title")])
 
 
 class MissingSplitError(FileNotFoundError):
@@ -58,36 +46,27 @@ def load_beir(
         ValueError: a malformed file, named with its line, or a split without positives.
         OSError: the cache can't be written, or the Hub can't be reached.
     """
-    collection = open_beir(path_or_hub_id)
-    corpus, queries, qrels = collection.load(split, allow_empty=allow_empty, cache_dir=cache_dir)
+    corpus, queries, qrels = open_beir(path_or_hub_id, cache_dir).load(split, allow_empty=allow_empty)
     return corpus.select_columns(["id", "text"]), queries, qrels
 
 
-def load_beir_corpus(
-    path_or_hub_id: str | Path, *, allow_empty: bool = False, cache_dir: str | Path | None = None
-) -> Dataset:
-    """Load the passages alone of a collection in the BEIR layout; the arguments are those of `load_beir`."""
-    corpus = open_beir(path_or_hub_id).corpus(allow_empty=allow_empty, cache_dir=cache_dir)
-    return corpus.select_columns(["id", "text"])
-
-
-def open_beir(path_or_hub_id: str | Path) -> BeirFolder:
+def open_beir(path_or_hub_id: str | Path, cache_dir: str | Path | None = None) -> BeirFolder:
     """The collection of a folder or Hub id, not read yet."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():
-        return BeirFolder(folder)
+        return BeirFolder(folder, cache_dir)
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the folder that holds corpus.jsonl, queries.jsonl and qrels/")
     if is_hub_id(str(path_or_hub_id)):
-        return BeirOnHub(str(path_or_hub_id))
+        return BeirOnHub(path_or_hub_id, cache_dir)
     raise FileNotFoundError(f"{folder}: no such folder, and not a Hub id (owner/name) either; give the right path")
 
 
 class BeirFolder:
     """A folder with corpus.jsonl, queries.jsonl and qrels/."""
 
-    def __init__(self, place: Path | str) -> None:
-        self.place = place
+    def __init__(self, place: str | Path, cache_dir: str | Path | None = None) -> None:
+        self.place, self.cache_dir = str(place), cache_dir
 
     def part(self, name: str) -> Source:
         """The raw rows of "corpus" or "queries"."""
@@ -109,21 +88,17 @@ class BeirFolder:
             f"{folder}: no {split}.tsv or {split}.tsv.gz; splits there: {', '.join(splits) or 'none'}"
         )
 
-    def load(
-        self, split: str, *, allow_empty: bool = False, cache_dir: str | Path | None = None
-    ) -> tuple[Dataset, dict[str, str], Qrels]:
+    def load(self, split: str, *, allow_empty: bool = False) -> tuple[Dataset, dict[str, str], Qrels]:
         """As :func:`load_beir`; the corpus has a column title besides, empty where a passage has none."""
-        judged = self.judgements(split)
-        passages = self.part("corpus")
-        source = self.part("queries")
-        queries = _check_queries(records_of(source, title=False), judged, source.name)
-        corpus = prepare_corpus(passages, cache_dir, allow_empty=allow_empty)
+        judged, passages, queries = self.judgements(split), self.part("corpus"), self.part("queries")
+        texts = _judged_queries(queries, judged)
+        corpus = prepare_corpus(passages, self.cache_dir, allow_empty=allow_empty)
         _check_passages(corpus, judged, passages.name)
-        return corpus, queries, judged.qrels
+        return corpus, texts, judged.qrels
 
-    def corpus(self, *, allow_empty: bool = False, cache_dir: str | Path | None = None) -> Dataset:
+    def corpus(self, *, allow_empty: bool = False) -> Dataset:
         """The passages alone: id, text and title."""
-        return prepare_corpus(self.part("corpus"), cache_dir, allow_empty=allow_empty)
+        return prepare_corpus(self.part("corpus"), self.cache_dir, allow_empty=allow_empty)
 
 
 class BeirOnHub(BeirFolder):
@@ -132,25 +107,22 @@ class BeirOnHub(BeirFolder):
     def part(self, name: str) -> Source:
         from datasets import load_dataset
 
+        source = f"{self.place} ({name})"
         # A configuration "corpus" or "queries", whose only split usually has the same name.
-        parts = reach(str(self.place), lambda: load_dataset(self.place, name))
-        if name not in parts and len(parts) != 1:
-            raise FileNotFoundError(f"{self.place} ({name}): no split {name!r}; splits there: {', '.join(parts)}")
-        rows = parts[name] if name in parts else next(iter(parts.values()))
-        return DatasetSource(rows, f"{self.place} ({name})")
+        parts = reach(self.place, lambda: load_dataset(self.place, name))
+        return DatasetSource(one_split(parts, None if len(parts) == 1 else name, source), source)
 
     def judgements(self, split: str) -> Judgements:
         from datasets import load_dataset
 
-        own = [name for name in hub_configurations(str(self.place)) if name in ("default", "qrels")]
+        own = [name for name in hub_configurations(self.place) if name in ("default", "qrels")]
         source = f"{self.place} ({own[0]})" if own else f"{self.place}-qrels"
         try:
             parts = reach(source, lambda: load_dataset(self.place, own[0]) if own else load_dataset(source))
+            rows = one_split(parts, split, source)
         except FileNotFoundError as error:
-            raise error if own else MissingSplitError(str(error)) from error
-        if split not in parts:
-            raise MissingSplitError(f"{source}: no split {split!r}; splits there: {', '.join(parts)}")
-        return read_qrels(parts[split], source)
+            raise MissingSplitError(str(error)) from error
+        return read_qrels(rows, source)
 
 
 def hub_configurations(hub_id: str) -> list[str]:
@@ -160,56 +132,11 @@ def hub_configurations(hub_id: str) -> list[str]:
     return list(reach(hub_id, lambda: get_dataset_config_names(hub_id)))
 
 
-# Records -----------------------------------------------------------------------------------------------------------
-
-
-def records_of(
-    source: Source, names: Sequence[str] = (), *, title: bool = True, allow_empty: bool = False
-) -> Iterator[Record]:
-    """Check a source's texts one by one; `names` are its columns of _id, text, title if named otherwise."""
-    for number, row in source.rows(names or None):
-        place = source.place(number)
-        if isinstance(row, BadRow):
-            raise ValueError(row.at(place))
-        if names:
-            row = dict(zip(("_id", "text", "title"), (row[name] for name in names), strict=False))
-        yield _checked(row, place, title, allow_empty)
-
-
-def _checked(row: Mapping[str, Any], place: str, title: bool, allow_empty: bool) -> Record:
-    for key in ("_id", "text"):
-        if key not in row:
-            raise ValueError(f"{place}: key {key!r} is missing ({there_are(list(row))}); add it")
-    record_id, text = row["_id"], row["text"]
-    if isinstance(record_id, int) and not isinstance(record_id, bool):
-        record_id = str(record_id)
-    if not isinstance(record_id, str) or not record_id.strip() or "\0" in record_id:
-        raise ValueError(f"{place}: _id is {record_id!r}; it must be a string that is not empty and has no NUL")
-    # A title may be null, as in data sets where only some have one.
-    heading = row.get("title") if title else None
-    if not isinstance(text, str) or not isinstance(heading, (str, type(None))):
-        raise ValueError(f"{place}: title and text must be strings")
-    heading, text = (heading or "").strip(), text.strip()
-    if not is_utf8(f"{record_id}{heading}{text}"):
-        raise ValueError(
-            f"{place}: half a surrogate pair (\\ud800 to \\udfff) in the id or text; it is not text in any encoding"
-        )
-    if not heading and not text and not allow_empty:
-        fix = "fill it in, remove the line, or pass allow_empty=True" if title else "fill it in or remove the line"
-        raise ValueError(f"{place}: the text of {record_id!r} is empty; {fix}")
-    return place, record_id, heading, text
-
-
-def joined(title: str, text: str) -> str:
-    """The text that is searched: title and text joined by a space."""
-    return f"{title} {text}" if title and text else title or text
-
-
-def _check_queries(records: Iterable[Record], judged: Judgements, source: str) -> dict[str, str]:
+def _judged_queries(source: Source, judged: Judgements) -> dict[str, str]:
     """The judged queries, in the order of the judgements."""
     texts: dict[str, str] = {}
     places: dict[str, str] = {}
-    for place, query_id, _, text in records:
+    for place, (query_id, _, text) in records_of(source, title=False):
         if query_id in places:
             raise ValueError(f"{place}: query id {query_id!r} was used before, in {places[query_id]}; make ids unique")
         places[query_id] = place
@@ -217,7 +144,9 @@ def _check_queries(records: Iterable[Record], judged: Judgements, source: str) -
             texts[query_id] = text
     for query_id, place in judged.places.items():
         if query_id not in texts:
-            raise ValueError(f"{place}: query {query_id!r} is not in {source}; add the query or remove its judgements")
+            raise ValueError(
+                f"{place}: query {query_id!r} is not in {source.name}; add the query or remove its judgements"
+            )
     return {query_id: texts[query_id] for query_id in judged.qrels}
 
 
@@ -234,41 +163,3 @@ def _check_passages(corpus: Dataset, judged: Judgements, source: str) -> None:
             f"{judged.places[query_id]} and after: query {query_id!r} is judged with passage {passage_id!r}, which is "
             f"not in {source}; add the passage or remove the judgement ({len(wanted)} passages are missing)"
         )
-
-
-def prepare_corpus(
-    source: Source,
-    cache_dir: str | Path | None = None,
-    *,
-    names: Sequence[str] = (),
-    allow_empty: bool = False,
-    what: str = "passage",
-) -> Dataset:
-    """Convert texts by id once, in constant memory, and open the converted form: memory-mapped id, text, title.
-
-    Refuses a malformed record, an id that comes twice, and no record; `what` is "passage" or "query", for messages.
-    """
-    from datasets import Dataset
-
-    def records() -> Iterator[Record]:
-        return records_of(source, names, allow_empty=allow_empty)
-
-    def unique() -> Iterator[dict[str, str]]:
-        seen, every = SeenIds(), records()
-        while batch := list(islice(every, ROWS_A_BATCH)):
-            again = seen.add([record_id for _, record_id, _, _ in batch])
-            if again is not None:
-                place, twice, _, _ = batch[again]
-                first = next(where for where, record_id, _, _ in records() if record_id == twice)
-                raise ValueError(f"{place}: {what} id {twice!r} was used before, in {first}; make ids unique")
-            for _, record_id, title, text in batch:
-                yield {"id": record_id, "text": joined(title, text), "title": title}
-
-    def build(staging: Path) -> None:
-        if not write_rows(staging / "corpus.arrow", _SCHEMA, unique()):
-            raise ValueError(f"{source.name}: no {what} in it; write one JSON object with _id, title and text a line")
-
-    key = json.dumps([_FORMAT, source.key, list(names), allow_empty])
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    folder = build_once(cache / f"beir-{sha256(key.encode()).hexdigest()[:16]}", build)
-    return Dataset.from_file(str(folder / "corpus.arrow"))

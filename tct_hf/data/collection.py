@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.beir import MissingSplitError, open_beir
 from tct_hf.data.builtin import builtin_corpus, builtin_fingerprint
-from tct_hf.data.ids import order_of as _place
-from tct_hf.data.made_questions import MadeQuestion, questions_from
+from tct_hf.data.ids import hash_of
 from tct_hf.data.near_duplicates import folded
+from tct_hf.data.questions import MadeQuestion, questions_from
+from tct_hf.data.rows import text_lines
+from tct_hf.files import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +29,20 @@ class Split:
 
     queries: dict[str, str]
     qrels: dict[str, dict[str, int]]
+
+    def only(self, names: Container[str]) -> Split:
+        """These queries and their judgements."""
+        return Split(
+            {name: text for name, text in self.queries.items() if name in names},
+            {name: grades for name, grades in self.qrels.items() if name in names},
+        )
+
+    def within(self, passages: Container[str]) -> Split:
+        """The same queries with the judgements of these passages."""
+        return Split(
+            self.queries,
+            {name: {p: grade for p, grade in grades.items() if p in passages} for name, grades in self.qrels.items()},
+        )
 
 
 @dataclass
@@ -62,16 +78,18 @@ class Collection:
             labels: share of the train queries whose judgements are used, 0 to 1, whatever the seed.
             most: the largest number of them, drawn by a hash of the id; all when None.
         """
-        train = self.splits.get("train", Split({}, {}))
-        kept = set(_share(train.queries, labels))
-        others = {name: text for name, text in train.queries.items() if name not in kept} | self.questions
-        return _first_queries(Split(others, {}), most).queries
+        train = self._train.queries
+        kept = set(_share(train, labels))
+        others = {name: text for name, text in train.items() if name not in kept} | self.questions
+        return Split(others, {}).only(set(sorted(others, key=hash_of)[:most])).queries
 
     def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
         """Judgements of that share of the train queries, query id to passage id to grade."""
-        train = self.splits.get("train", Split({}, {}))
-        kept = set(_share(train.queries, labels))
-        return {name: grades for name, grades in train.qrels.items() if name in kept}
+        return self._train.only(set(_share(self._train.queries, labels))).qrels
+
+    @property
+    def _train(self) -> Split:
+        return self.splits.get("train", Split({}, {}))
 
     def part(self, *, passages: int | None = None, queries: int | None = None) -> Collection:
         """A smaller collection, for a quick comparison: easier to search, so its figures stand for itself alone.
@@ -86,14 +104,14 @@ class Collection:
         """
         if passages is None and queries is None:
             return self
-        splits, also = (
-            {name: _first_queries(split, queries) for name, split in every.items()}
-            for every in (self.splits, self.also)
-        )
-        corpus = self.corpus
+        corpus, every = self.corpus, [self.splits, self.also]
+        every = [
+            {name: split.only(set(sorted(split.queries, key=hash_of)[:queries])) for name, split in splits.items()}
+            for splits in every
+        ]
         if passages is not None and passages < len(corpus):
             ids = corpus["id"][:]
-            judged = [grades for split in (*splits.values(), *also.values()) for grades in split.qrels.values()]
+            judged = [grades for splits in every for split in splits.values() for grades in split.qrels.values()]
             positives = {name for grades in judged for name, grade in grades.items() if grade > 0}
             if len(positives) > passages:
                 raise ValueError(
@@ -101,15 +119,17 @@ class Collection:
                     "kept: raise data.max_passages (curve.passages for the figures on dev during training), or lower "
                     "data.max_queries (curve.queries)."
                 )
-            kept = set(sorted(ids, key=lambda name: (name not in positives, _place(name)))[:passages])
+            kept = set(sorted(ids, key=lambda name: (name not in positives, hash_of(name)))[:passages])
             corpus = corpus.select([row for row, name in enumerate(ids) if name in kept])
-            splits, also = (
-                {name: Split(split.queries, _within(split.qrels, kept)) for name, split in every.items()}
-                for every in (splits, also)
-            )
-        name = f"{self.name}, a part"
+            every = [{name: split.within(kept) for name, split in splits.items()} for splits in every]
         return Collection(
-            name, corpus, splits, _fingerprint(corpus, splits), self.questions, also=also, test_split=self.test_split
+            f"{self.name}, a part",
+            corpus,
+            every[0],
+            _fingerprint(corpus, every[0]),
+            self.questions,
+            also=every[1],
+            test_split=self.test_split,
         )
 
     def hold_out_dev(self, share: float) -> None:
@@ -118,13 +138,9 @@ class Collection:
             return
         train = self.splits["train"]
         held_out = set(_share(train.queries, share))
-        for use, inside in (("dev", True), ("train", False)):
-            self.splits[use] = Split(
-                {name: text for name, text in train.queries.items() if (name in held_out) is inside},
-                {name: grades for name, grades in train.qrels.items() if (name in held_out) is inside},
-            )
-        if "test" in self.splits:
-            self.splits["test"] = self.splits.pop("test")  # shown in the order train, dev, test
+        parts = {"train": train.only(train.queries.keys() - held_out), "dev": train.only(held_out)}
+        # Shown in the order train, dev, test.
+        self.splits = {**parts, **{use: split for use, split in self.splits.items() if use != "train"}}
         self.fingerprint = {**self.fingerprint, "dev_share": share}
 
     def add_questions(self, path: str | Path) -> None:
@@ -142,20 +158,14 @@ class Collection:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file of questions; give data.questions the right path")
-        content = path.read_bytes()
-        try:
-            lines = content.decode("utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-        there = {folded(text) for split in self.splits.values() for text in split.queries.values()}
         # Of questions that differ in case and punctuation alone, the first.
         first: dict[str, str] = {}
-        for question in lines:
-            if text := " ".join(question.split()):
+        for _, line in text_lines(path):
+            if text := " ".join(line.split()):
                 first.setdefault(folded(text), text)
         if not first:
             raise ValueError(f"{path}: no question in it; write one a line")
+        there = {folded(text) for split in self.splits.values() for text in split.queries.values()}
         questions = [text for key, text in first.items() if key not in there]
         if not questions:
             raise ValueError(
@@ -163,10 +173,8 @@ class Collection:
                 "add others"
             )
         self.questions = {f"question-{number}": text for number, text in enumerate(questions, 1)}
-        self.fingerprint = {
-            **self.fingerprint,
-            "questions": {"sha256": sha256(content).hexdigest(), "count": len(questions)},
-        }
+        known = {"sha256": file_digest(path), "count": len(questions)}
+        self.fingerprint = {**self.fingerprint, "questions": known}
 
     def make_questions(self, count: int, *, seed: int) -> None:
         """Add at most `count` questions made of the passages' own titles and sentences; they join the fingerprint."""
@@ -188,10 +196,7 @@ class Collection:
                 f"{self.name}: {len(self.questions)} questions are too few to hold out {share:.0%} of them for test: "
                 "add questions to data.questions, or a test split with judgements to the collection."
             )
-        self.splits["test"] = Split({name: self.questions[name] for name in held_out}, {})
-        self.questions = {
-            name: text for name, text in self.questions.items() if name not in self.splits["test"].queries
-        }
+        self.splits["test"] = Split({name: self.questions.pop(name) for name in held_out}, {})
 
     def summary(self) -> str:
         """One line for people."""
@@ -203,24 +208,11 @@ class Collection:
 
 
 def _share(names: Iterable[str], share: float) -> list[str]:
-    """The first `share` (0 to 1) of the ids in the order of :func:`_place`."""
+    """The first `share` (0 to 1) of the ids in the order of their hashes."""
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"A share of {share} of the queries: give a number from 0 to 1.")
-    ordered = sorted(names, key=_place)
+    ordered = sorted(names, key=hash_of)
     return ordered[: round(share * len(ordered))]
-
-
-def _first_queries(split: Split, count: int | None) -> Split:
-    """The first queries of a split in the order of :func:`_place`, all when None."""
-    kept = set(sorted(split.queries, key=_place)[:count])
-    return Split(
-        {name: text for name, text in split.queries.items() if name in kept},
-        {name: grades for name, grades in split.qrels.items() if name in kept},
-    )
-
-
-def _within(qrels: dict[str, dict[str, int]], kept: set[str]) -> dict[str, dict[str, int]]:
-    return {query: {p: grade for p, grade in grades.items() if p in kept} for query, grades in qrels.items()}
 
 
 def load_collection(
@@ -275,19 +267,19 @@ def load_collection(
         if split is None:
             continue
         try:
-            corpus, queries, qrels = _load(source, packages, split)
+            corpus, *found = _load(source, packages, split)
         except MissingSplitError:
             if use in required or not defaults[use]:
                 raise
         else:
-            splits[use] = Split(queries, qrels)
-    more = {name: Split(*_load(source, packages, name)[1:]) for name in also}
-    if corpus is None:
-        corpus = open_beir(source).corpus()
-    named: dict[str, Any] = {"also": more, "test_split": test_split}
+            splits[use] = Split(*found)
+    reported = {name: Split(*_load(source, packages, name)[1:]) for name in also}
+    corpus = open_beir(source).corpus() if corpus is None else corpus
     if source == BUILTIN:
-        return Collection("built-in API docs", corpus, splits, builtin_fingerprint(packages=packages), **named)
-    return Collection(source, corpus, splits, _fingerprint(corpus, splits), **named)
+        name, fingerprint = "built-in API docs", builtin_fingerprint(packages=packages)
+    else:
+        name, fingerprint = source, _fingerprint(corpus, splits)
+    return Collection(name, corpus, splits, fingerprint, also=reported, test_split=test_split)
 
 
 def read_corpus(source: str, packages: Sequence[str], *, allow_empty: bool = False) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 KNOWN = "known_positive_ids"
 # False in rows that are not judged: a teacher says what their passages are worth.
@@ -29,17 +29,6 @@ def negative_columns(count: int) -> list[str]:
 def is_ours(name: str) -> bool:
     """Whether a column name has a meaning for training."""
     return bool(TEXT.fullmatch(name) or _ID.fullmatch(name))
-
-
-def check_mapping(columns: Mapping[str, str | None]) -> None:
-    """Refuse a mapping, our name to the source's, whose names training does not know."""
-    for name in columns:
-        if not is_ours(name):
-            raise ValueError(
-                f"columns: {name!r} is no column of training; write {{ours: theirs}} with query, positive, negative, "
-                f"negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, {KNOWN}, "
-                f"{LABELLED}"
-            )
 
 
 def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> list[str]:

@@ -7,25 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.data.beir import joined
 from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, TEXT, is_ours, negative_columns
-from tct_hf.data.ids import is_utf8
-from tct_hf.data.rows import BadRow, get, shown, there_are
-from tct_hf.data.scores import check_score
+from tct_hf.data.rows import BadRow, as_id, as_score, as_text, get, shown, there_are
+from tct_hf.data.texts import Texts, joined
 
+# What a row may hold, in the order of the training row's columns; of "positive" and "negative" one or several.
+_PARTS = ("query", "positive", "negative", "query_id", "positive_id", "negative_id", KNOWN, LABELLED)
 # What the ids of a column of passage objects are called once they are taken out of it.
 _IDS_OF = "[].id"
 _ID_KEYS = ("docid", "_id", "id")
+# Bad rows of this kind show that a setting does not fit the source.
+NOTHING = "nothing to look up"
 
 
 @dataclass(frozen=True)
 class _Field:
-    """Columns of the source that hold one thing; `listed`: a single column of lists."""
+    """Columns of the source that hold one part; `listed`: a single column of lists."""
 
     columns: tuple[str, ...]
     listed: bool = False
 
-    def values(self, row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    def items(self, row: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """(label for messages, value) of each item."""
         if not self.listed:
             return [(name, get(row, name)) for name in self.columns]
@@ -41,10 +43,14 @@ class RowReader:
 
     Args:
         names: the columns of the source, or the keys of its first row.
-        first: the first row; shows which columns hold lists.
+        first: the first row; shows which columns hold lists, and which ids.
         columns, num_negatives, scores: as in `load_triples`.
-        has_queries: query texts can be found by query_id.
-        has_passages: passage texts can be found by id.
+        queries: query texts by id.
+        passages: passage texts by id.
+
+    Attributes:
+        fields: the columns of the source that hold each part of a row.
+        num_negatives: negatives of each row.
 
     Raises:
         BadRow: a column is missing or doubled; the message lists what there is, and the fix.
@@ -57,37 +63,35 @@ class RowReader:
         *,
         columns: Mapping[str, str | None] | None = None,
         num_negatives: int | None = None,
-        has_queries: bool = False,
-        has_passages: bool = False,
+        queries: Texts | None = None,
+        passages: Texts | None = None,
         scores: str | None = None,
     ) -> None:
-        self._names = frozenset(names)
-        self._columns = dict(columns or {})
+        self._names, self._columns, self._wanted = frozenset(names), dict(columns or {}), num_negatives
         self._source = self._mapped(names)
         self._objects = [
             theirs for ours, theirs in self._source.items() if TEXT.fullmatch(ours) and _is_passages(first.get(theirs))
         ]
         first = self._flat(first)
         self._add_object_ids(first)
-        self._query, self._query_id = self._single("query"), self._single("query_id")
-        self._labelled = self._single(LABELLED)
-        self._positive, self._positive_id = self._several("positive", first), self._several("positive_id", first)
-        negative, negative_id = self._several("negative", first), self._several("negative_id", first)
-        self._known = _Field((self._source[KNOWN],), listed=True) if KNOWN in self._source else None
-        self._wanted = num_negatives
-        self._every_negative = negative or negative_id  # also where none of them is taken
+        found = {part: self._find(part, first) for part in _PARTS}
+        self.fields: dict[str, _Field] = {part: field for part, field in found.items() if field is not None}
+        self._take_for_ids(first, ("query",), queries, "queries")
+        self._take_for_ids(first, ("positive", "negative"), passages, "collection")
+        self._check_complete({"query": queries is not None, "positive": passages is not None})
+        every = [self.fields.get(part) or self.fields.get(f"{part}_id") for part in ("positive", "negative")]
+        # Also where none of them is taken: a row's scores are of all its candidates.
+        self._candidates = [field for field in every if field is not None]
         if num_negatives == 0:
-            negative = negative_id = None
-        self._negative, self._negative_id = negative, negative_id
-        present = self._negative_id if self._negative is None else self._negative
-        count = 0 if present is None else len(present.values(first))
-        self.num_negatives = count if num_negatives is None else num_negatives
-        self._check_complete(has_queries, has_passages)
+            self.fields = {part: field for part, field in self.fields.items() if not part.startswith("negative")}
+        negative = self.fields.get("negative") or self.fields.get("negative_id")
+        self.num_negatives = (
+            (len(negative.items(first)) if negative else 0) if num_negatives is None else num_negatives
+        )
         self._check_ids()
-        self._kinds: dict[str, tuple[str, str]] = {}
-        self._scores = None if scores is None else _score_columns(scores, names, len(self._in_source(first)[1]))
-
-    # What the output has -------------------------------------------------------------------------------------------
+        self._types: dict[str, tuple[str, str]] = {}
+        labels = [label for field in self._candidates[1:] for label, _ in field.items(first)]
+        self._scores = None if scores is None else _score_columns(scores, names, len(labels))
 
     @property
     def negatives(self) -> list[str]:
@@ -95,62 +99,35 @@ class RowReader:
         return negative_columns(self.num_negatives)
 
     @property
-    def has_query_id(self) -> bool:
-        return self._query_id is not None
-
-    @property
-    def has_candidate_ids(self) -> bool:
-        return self._positive_id is not None
-
-    @property
     def has_known(self) -> bool:
-        return self._known is not None or (self._positive_id is not None and self._positive_id.listed)
+        return KNOWN in self.fields or ("positive_id" in self.fields and self.fields["positive_id"].listed)
 
     @property
     def one_positive(self) -> bool:
         """Each row of the source makes one training row."""
-        found = [field for field in (self._positive, self._positive_id) if field is not None]
+        found = [self.fields[part] for part in ("positive", "positive_id") if part in self.fields]
         return not any(field.listed or len(field.columns) > 1 for field in found)
 
     @property
     def to_look_up(self) -> list[str]:
         """The id columns whose texts are not in the source."""
-        found = ["query_id"] if self._query is None else []
-        if self._positive is None:
-            found.append("positive_id")
-        if self._negative is None:
-            found.extend(f"{name}_id" for name in self.negatives)
-        return found
-
-    @property
-    def left_out(self) -> list[str]:
-        """Columns of the source that training does not take."""
-        return sorted(self._names - {name for name in self._used() if name in self._names})
-
-    def text_columns(self, what: str) -> dict[str, str]:
-        """Our names of the text columns of "query" or "passage", each to the source's name."""
-        return {
-            ours: theirs
-            for ours, theirs in self._source.items()
-            if TEXT.fullmatch(ours) and (ours == "query") == (what == "query")
-        }
+        found = [f"{part}_id" for part in ("query", "positive") if part not in self.fields]
+        return found if "negative" in self.fields else [*found, *(f"{name}_id" for name in self.negatives)]
 
     def source_columns(self) -> list[str]:
         """The columns of the source that are read."""
-        return sorted({name.removesuffix(_IDS_OF) for name in self._used()})
+        fields = [*self.fields.values(), *([] if self._scores is None else [self._scores])]
+        return sorted({name.removesuffix(_IDS_OF) for field in fields for name in field.columns})
 
     def output_columns(self, known: bool) -> list[str]:
         """The columns of the training rows, in order."""
         names = ["query", "positive", *self.negatives]
-        if self.has_query_id:
+        if "query_id" in self.fields:
             names.append("query_id")
-        if self.has_candidate_ids:
+        if "positive_id" in self.fields:
             names += ["positive_id", *(f"{name}_id" for name in self.negatives)]
-        if known:
-            names.append(KNOWN)
-        if self._labelled is not None:
-            names.append(LABELLED)
-        return [*names, SCORES] if self._scores is not None else names
+        more = {KNOWN: known, LABELLED: LABELLED in self.fields, SCORES: self._scores is not None}
+        return [*names, *(name for name, there in more.items() if there)]
 
     # Reading -------------------------------------------------------------------------------------------------------
 
@@ -159,195 +136,56 @@ class RowReader:
         if not row.keys() <= self._names:
             self._check_names(row)
         row = self._flat(row)
-        shared: dict[str, Any] = {}
-        if self._query is not None:
-            shared["query"] = self._text(*self._query.values(row)[0])
-        if self._query_id is not None:
-            shared["query_id"] = self._id(*self._query_id.values(row)[0], place)
-        if self._negative is not None:
-            for name, item in zip(self.negatives, self._cut(self._negative.values(row), self._negative), strict=True):
-                shared[name] = self._text(*item)
-        if self._negative_id is not None:
-            cut = self._cut(self._negative_id.values(row), self._negative_id)
-            for name, item in zip(self.negatives, cut, strict=True):
-                shared[f"{name}_id"] = self._id(*item, place)
-        if self._known is not None:
-            shared[KNOWN] = [self._id(label, value, place) for label, value in self._known.values(row)]
-        if self._labelled is not None:
-            shared[LABELLED] = _flag(*self._labelled.values(row)[0])
+        read = {part: self._values(part, field, row, place) for part, field in self.fields.items()}
+        positives = [read[part] for part in ("positive", "positive_id") if part in read]
+        if len({len(values) for values in positives}) > 1:
+            texts, ids = map(len, positives)
+            raise BadRow("different lengths", f"{texts} positives but {ids} positive ids; match them")
+        if not positives[0]:
+            column = self._candidates[0].columns[0]
+            raise BadRow("no positive", "the list is empty; add a positive or remove the row", column)
+        shared = {part: read[part][0] for part in ("query", "query_id", LABELLED) if part in read}
+        for part, suffix in (("negative", ""), ("negative_id", "_id")):
+            if part in read:
+                shared.update(
+                    (f"{name}{suffix}", value) for name, value in zip(self.negatives, read[part], strict=True)
+                )
+        if self.has_known:
+            judged = read["positive_id"] if shared.get(LABELLED, True) else []
+            shared[KNOWN] = list(dict.fromkeys([*judged, *read.get(KNOWN, ())]))
         if self._scores is not None:
-            shared[SCORES] = _read_scores(row, self._scores, *self._in_source(row))[: 1 + self.num_negatives]
-        texts = None if self._positive is None else self._positive.values(row)
-        ids = None if self._positive_id is None else self._positive_id.values(row)
-        if texts is not None and ids is not None and len(texts) != len(ids):
-            raise BadRow("different lengths", f"{len(texts)} positives but {len(ids)} positive ids; match them")
-        count = len(texts if texts is not None else ids or ())
-        if not count:
-            name = next(found.columns[0] for found in (self._positive, self._positive_id) if found is not None)
-            raise BadRow("no positive", "the list is empty; add a positive or remove the row", name)
-        if ids is not None and self.has_known:
-            judged = shared.get(LABELLED, True)
-            every = [self._id(label, value, place) for label, value in ids] if judged else []
-            shared[KNOWN] = list(dict.fromkeys([*every, *shared.get(KNOWN, ())]))
-        out = [dict(shared) for _ in range(count)]
-        for at, one in enumerate(out):
-            if texts is not None:
-                one["positive"] = self._text(*texts[at])
-            if ids is not None:
-                one["positive_id"] = self._id(*ids[at], place)
-        yield from out
+            shared[SCORES] = self._read_scores(row, self._scores)[: 1 + self.num_negatives]
+        for at in range(len(positives[0])):
+            yield {**shared, **{part: read[part][at] for part in ("positive", "positive_id") if part in read}}
 
-    def _in_source(self, row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """The source's names of a row's positives and of its negatives, more than one of which may be a list's."""
-        positives, negatives = self._positive or self._positive_id, self._every_negative
-        return (
-            [label for label, _ in positives.values(row)] if positives is not None else [],
-            [label for label, _ in negatives.values(row)] if negatives is not None else [],
-        )
+    def _values(self, part: str, field: _Field, row: Mapping[str, Any], place: str) -> list[Any]:
+        items = field.items(row)
+        if part.startswith("negative"):
+            items = self._cut(items, field.columns[0])
+        if part == LABELLED:
+            return [_flag(label, value) for label, value in items]
+        if part.endswith(("_id", "_ids")):
+            return [self._id(label, value, place) for label, value in items]
+        return [as_text(value, label) for label, value in items]
 
-    def _cut(self, values: list[tuple[str, Any]], source: _Field) -> list[tuple[str, Any]]:
-        wanted = self.num_negatives
-        if len(values) < wanted:
-            raise BadRow(
-                "too few negatives",
-                f"{len(values)} negatives where {wanted} are needed; lower num_negatives or add some",
-                source.columns[0],
-            )
-        if len(values) > wanted and self._wanted is None:
-            raise BadRow(
-                "too many negatives",
-                f"{len(values)} negatives where the first row has {wanted}; pass num_negatives={wanted} to take the "
-                "first ones",
-                source.columns[0],
-            )
-        return values[:wanted]
-
-    def _text(self, label: str, value: Any) -> str:
-        if value is None:
-            raise BadRow("empty text", "no text (null); fill it in or remove the row", label)
-        if not isinstance(value, str):
-            raise BadRow("mixed types", f"holds {shown(value)} where text is needed; write it as text", label)
-        if not value or value.isspace():
-            raise BadRow("empty text", "the text is empty; fill it in or remove the row", label)
-        _check_encodable(value, label)
-        return value
+    def _cut(self, items: list[tuple[str, Any]], column: str) -> list[tuple[str, Any]]:
+        count, wanted = len(items), self.num_negatives
+        if count < wanted:
+            fix = "lower num_negatives or add some"
+            raise BadRow("too few negatives", f"{count} negatives where {wanted} are needed; {fix}", column)
+        if count > wanted and self._wanted is None:
+            fix = f"pass num_negatives={wanted} to take the first ones"
+            raise BadRow("too many negatives", f"{count} negatives where the first row has {wanted}; {fix}", column)
+        return items[:wanted]
 
     def _id(self, label: str, value: Any, place: str) -> str:
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            if value is None:
-                raise BadRow("empty id", "no id (null); fill it in or remove the row", label)
-            raise BadRow(
-                "mixed types", f"holds {shown(value)} where an id is needed; write ids as text or integers", label
-            )
-        column = label.split("[")[0]
+        text = as_id(value, label)
         kind = "text" if isinstance(value, str) else "a number"
-        first, where = self._kinds.setdefault(column, (kind, place))
+        first, where = self._types.setdefault(label.split("[")[0], (kind, place))
         if kind != first:
-            raise BadRow(
-                "mixed types",
-                f"holds {shown(value)}, {kind}, but {first} in {where}; write all ids of a column as one type",
-                label,
-            )
-        if kind == "text":
-            if not value or str(value).isspace():
-                raise BadRow("empty id", "the id is empty; fill it in or remove the row", label)
-            if "\0" in str(value):
-                raise BadRow("empty id", f"the id {value!r} holds a NUL character; remove it", label)
-            _check_encodable(str(value), label)
-        return str(value)
-
-    # Planning ------------------------------------------------------------------------------------------------------
-
-    def _mapped(self, names: Sequence[str]) -> dict[str, str]:
-        source = {}
-        taken = set(self._columns.values())
-        for name in names:
-            if is_ours(name) and name not in self._columns and name not in taken:
-                source[name] = name
-        for ours, theirs in self._columns.items():
-            if theirs is None:
-                continue
-            if theirs not in self._names:
-                raise BadRow(
-                    "missing column",
-                    f"column {theirs!r}, which columns= maps to {ours!r}, is missing ({there_are(names)})",
-                )
-            source[ours] = theirs
-        return source
-
-    def _single(self, ours: str) -> _Field | None:
-        return _Field((self._source[ours],)) if ours in self._source else None
-
-    def _several(self, ours: str, first: Mapping[str, Any]) -> _Field | None:
-        """Find one column, numbered columns or one column of lists."""
-        base, suffix = (ours[:-3], "_id") if ours.endswith("_id") else (ours, "")
-        plural = f"{base}_ids" if suffix else f"{base}s"
-        numbered = sorted(
-            int(match.group(1))
-            for name in self._source
-            if (match := re.fullmatch(rf"{base}_([1-9][0-9]*){suffix}", name))
-        )
-        forms = [name for name in (ours, plural) if name in self._source]
-        if len(forms) + bool(numbered) > 1:
-            there = forms + [f"{base}_{place}{suffix}" for place in numbered]
-            raise BadRow(
-                "doubled column",
-                f"both {there[0]!r} and {there[1]!r} are there; leave one out with columns={{{there[0]!r}: None}}",
-            )
-        if numbered:
-            for place, found in enumerate(numbered, start=1):
-                if place != found:
-                    raise BadRow("missing column", f"column {base}_{place}{suffix} is missing before {found}; add it")
-            return _Field(tuple(self._source[f"{base}_{place}{suffix}"] for place in numbered))
-        if not forms:
-            return None
-        theirs = self._source[forms[0]]
-        return _Field((theirs,), listed=isinstance(first.get(theirs), (list, tuple)) or forms[0] == plural)
-
-    def _check_complete(self, has_queries: bool, has_passages: bool) -> None:
-        there = there_are(sorted(name for name in self._names))
-        for text, by_id, name, can, setting in (
-            (self._query, self._query_id, "query", has_queries, "queries"),
-            (self._positive, self._positive_id, "positive", has_passages, "collection"),
-            (self._negative, self._negative_id, "negative", has_passages, "collection"),
-        ):
-            if text is not None:
-                continue
-            if by_id is None:
-                if name != "negative" or self._wanted:
-                    raise BadRow(
-                        "missing column",
-                        f"column {name!r} is missing ({there}); name it with columns={{{name!r}: ...}}",
-                    )
-            elif not can:
-                raise BadRow(
-                    "missing column",
-                    f"column {name!r} is missing, though its ids are there ({there}); pass {setting}= with the texts",
-                )
-
-    def _check_ids(self) -> None:
-        if self.num_negatives and (self._positive_id is None) != (self._negative_id is None):
-            has, lacks = ("positive", "negative") if self._positive_id else ("negative", "positive")
-            kept = self._positive_id or self._negative_id
-            assert kept is not None
-            raise BadRow(
-                "missing column",
-                f"there are ids of the {has}s but none of the {lacks}s; map them with columns=, or leave "
-                f"{kept.columns[0]!r} out with columns={{'{has}_id': None}}",
-            )
-        if self._known is not None and self._positive_id is None:
-            raise BadRow(
-                "missing column",
-                f"there is {KNOWN} but no positive_id it could be compared with; map it with columns=, or leave it "
-                f"out with columns={{{KNOWN!r}: None}}",
-            )
-
-    def _used(self) -> set[str]:
-        fields = (
-            self._query, self._query_id, self._positive, self._positive_id, self._negative, self._negative_id,
-            self._known, self._labelled,
-        )  # fmt: skip
-        return {name for found in (*fields, self._scores) if found is not None for name in found.columns}
+            fix = "write all ids of a column as one type"
+            raise BadRow("mixed types", f"holds {shown(value)}, {kind}, but {first} in {where}; {fix}", label)
+        return text
 
     def _check_names(self, row: Mapping[str, Any]) -> None:
         """Refuse what would be read otherwise, had it come first."""
@@ -359,8 +197,141 @@ class RowReader:
                 f"columns={{{new[0]!r}: None}}",
             )
 
+    def _read_scores(self, row: Mapping[str, Any], found: _Field) -> list[float]:
+        """A teacher's score of each candidate in the source's row."""
+        each = [[label for label, _ in field.items(row)] for field in self._candidates]
+        labels, column = [label for labels in each for label in labels], found.columns[0]
+        if len(each[0]) != 1:
+            fix = "write a row of each, with scores of its own"
+            raise BadRow("misaligned scores", f"{len(each[0])} positives in a row with scores; {fix}", column)
+        if found.listed and not isinstance(value := get(row, column), (list, tuple)):
+            what = f"a list of {len(labels)} scores is needed, positive first"
+            raise BadRow("mixed types", f"holds {shown(value)}, where {what}", column)
+        items = found.items(row)
+        if len(items) != len(labels):
+            fix = "give one each, positive first"
+            raise BadRow("misaligned scores", f"{len(items)} scores for {len(labels)} candidates; {fix}", column)
+        query = next((f" of query {row[name]!r}" for name in ("query_id", "query") if name in row), "")
+        return [
+            as_score(value, f"{label}{query}", name.split("[")[0])
+            for label, (name, value) in zip(labels, items, strict=True)
+        ]
+
+    # Planning ------------------------------------------------------------------------------------------------------
+
+    def _mapped(self, names: Sequence[str]) -> dict[str, str]:
+        """Our names of the source's columns."""
+        taken = set(self._columns.values())
+        source = {name: name for name in names if is_ours(name) and name not in self._columns and name not in taken}
+        for ours, theirs in self._columns.items():
+            if not is_ours(ours):
+                raise ValueError(
+                    f"columns: {ours!r} is no column of training; write {{ours: theirs}} with query, positive, "
+                    f"negative, negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, "
+                    f"{KNOWN}, {LABELLED}"
+                )
+            if theirs is None:
+                continue
+            if theirs not in self._names:
+                what = f"column {theirs!r}, which columns= maps to {ours!r}, is missing"
+                raise BadRow("missing column", f"{what} ({there_are(names)})")
+            source[ours] = theirs
+        return source
+
+    def _find(self, part: str, first: Mapping[str, Any]) -> _Field | None:
+        """One column, numbered columns or one column of lists."""
+        base, suffix = (part.removesuffix("_id"), "_id") if part.endswith("_id") else (part, "")
+        plural = f"{base}_ids" if suffix else f"{base}s"
+        number = re.compile(rf"{base}_([1-9][0-9]*){suffix}")
+        numbered = sorted(int(match.group(1)) for name in self._source if (match := number.fullmatch(name)))
+        forms = [name for name in (part, plural) if name in self._source]
+        if len(forms) + bool(numbered) > 1:
+            there = [*forms, *(f"{base}_{place}{suffix}" for place in numbered)]
+            fix = f"leave one out with columns={{{there[0]!r}: None}}"
+            raise BadRow("doubled column", f"both {there[0]!r} and {there[1]!r} are there; {fix}")
+        for place, found in enumerate(numbered, start=1):
+            if place != found:
+                raise BadRow("missing column", f"column {base}_{place}{suffix} is missing before {found}; add it")
+        if numbered:
+            return _Field(tuple(self._source[f"{base}_{place}{suffix}"] for place in numbered))
+        if not forms:
+            return None
+        theirs = self._source[forms[0]]
+        listed = forms[0] == plural or (base in ("positive", "negative") and _is_list(first.get(theirs)))
+        return _Field((theirs,), listed=listed or part == KNOWN)
+
+    def _take_for_ids(self, first: Mapping[str, Any], parts: Sequence[str], texts: Texts | None, setting: str) -> None:
+        """Take text columns that hold ids of `texts` for columns of ids, as data sets of id triples name them.
+
+        Nothing changes where the row is bad in itself; a BadRow where the columns hold no ids.
+        """
+        held = {part: self.fields[part] for part in parts if part in self.fields}
+        looked_up = any(part not in held and f"{part}_id" in self.fields for part in parts)
+        if texts is None or looked_up or parts[0] not in held:
+            return
+        items = [item for field in held.values() for item in field.items(first)]
+        if not all(isinstance(value, (str, int)) and str(value).strip() for _, value in items):
+            return
+        has_ids = any(f"{part}_id" in self.fields for part in parts)
+        ids = [str(value).encode(errors="replace").decode() for _, value in items]
+        if not has_ids and any(text is not None for text in texts.get(ids)):
+            self.fields.update((f"{part}_id", self.fields.pop(part)) for part in held)
+            return
+        label, value = items[0]
+        fix = f"{parts[0]!r}: None" if has_ids else f"'{parts[0]}_id': ..."
+        raise BadRow(
+            NOTHING,
+            f"{setting}= has nothing to look up: this holds texts, such as {shown(value)}, and no id of "
+            f"{texts.source}; leave {setting}= out, or look ids up with columns={{{fix}}}",
+            label,
+        )
+
+    def _check_complete(self, can_look_up: Mapping[str, bool]) -> None:
+        there = there_are(sorted(self._names))
+        for part, setting in (("query", "queries"), ("positive", "collection"), ("negative", "collection")):
+            if part in self.fields:
+                continue
+            if f"{part}_id" not in self.fields:
+                if part != "negative" or self._wanted:
+                    fix = f"name it with columns={{{part!r}: ...}}"
+                    raise BadRow("missing column", f"column {part!r} is missing ({there}); {fix}")
+            elif not can_look_up["query" if part == "query" else "positive"]:
+                what = f"column {part!r} is missing, though its ids are there ({there})"
+                raise BadRow("missing column", f"{what}; pass {setting}= with the texts")
+
+    def _check_ids(self) -> None:
+        has = [name for name in ("positive", "negative") if f"{name}_id" in self.fields]
+        if self.num_negatives and len(has) == 1:
+            lacks = "negative" if has == ["positive"] else "positive"
+            column = self.fields[f"{has[0]}_id"].columns[0]
+            raise BadRow(
+                "missing column",
+                f"there are ids of the {has[0]}s but none of the {lacks}s; map them with columns=, or leave "
+                f"{column!r} out with columns={{'{has[0]}_id': None}}",
+            )
+        if KNOWN in self.fields and "positive_id" not in self.fields:
+            raise BadRow(
+                "missing column",
+                f"there is {KNOWN} but no positive_id it could be compared with; map it with columns=, or leave it "
+                f"out with columns={{{KNOWN!r}: None}}",
+            )
+
+    # Lists of passages as objects {docid, title, text} -------------------------------------------------------------
+
     def _flat(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _split_passages(row, self._objects) if self._objects else row
+        """The row with lists of texts for lists of objects, and their ids (None where there is none) beside."""
+        flat = dict(row) if self._objects else row
+        for name in self._objects:
+            value = get(row, name)
+            if not _is_list(value) or (value and not _is_passages(value)):
+                raise BadRow("mixed types", f"holds {shown(value)} where a list of objects is needed", name)
+            for place, item in enumerate(value):
+                if "text" not in item:
+                    raise BadRow("missing column", "a passage without the key 'text'; add it", f"{name}[{place}]")
+            texts = [_with_title(item["text"], item.get("title")) for item in value]
+            ids = [next((item[key] for key in _ID_KEYS if key in item), None) for item in value]
+            flat = {**flat, name: texts, name + _IDS_OF: ids}
+        return flat
 
     def _add_object_ids(self, first: Mapping[str, Any]) -> None:
         for ours, theirs in list(self._source.items()):
@@ -372,6 +343,18 @@ class RowReader:
                 self._source[id_name] = name
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_passages(value: Any) -> bool:
+    return _is_list(value) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _with_title(text: Any, title: Any) -> Any:
+    return joined(title.strip(), text.strip()) if isinstance(title, str) and isinstance(text, str) else text
+
+
 def _flag(label: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise BadRow(
@@ -381,40 +364,6 @@ def _flag(label: str, value: Any) -> bool:
             label,
         )
     return value
-
-
-def _check_encodable(value: str, label: str) -> None:
-    if not is_utf8(value):
-        raise BadRow("not UTF-8", "half a surrogate pair; it is not text in any encoding", label)
-
-
-# Lists of passages as objects {docid, title, text} ----------------------------------------------------------------
-
-
-def _is_passages(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
-def _split_passages(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """The row with lists of texts for lists of objects, and their ids (None where there is none) in columns beside."""
-    flat = dict(row)
-    for name in columns:
-        value = get(row, name)
-        if (value and not _is_passages(value)) or not isinstance(value, (list, tuple)):
-            raise BadRow("mixed types", f"holds {shown(value)} where a list of objects is needed", name)
-        for place, item in enumerate(value):
-            if "text" not in item:
-                raise BadRow("missing column", "a passage without the key 'text'; add it", f"{name}[{place}]")
-        flat[name] = [_joined(item["text"], item.get("title")) for item in value]
-        flat[name + _IDS_OF] = [next((item[key] for key in _ID_KEYS if key in item), None) for item in value]
-    return flat
-
-
-def _joined(text: Any, title: Any) -> Any:
-    return joined(title.strip(), text.strip()) if isinstance(title, str) and isinstance(text, str) else text
-
-
-# A teacher's scores of a row ---------------------------------------------------------------------------------------
 
 
 def _score_columns(name: str, names: Sequence[str], negatives: int) -> _Field:
@@ -431,34 +380,3 @@ def _score_columns(name: str, names: Sequence[str], negatives: int) -> _Field:
             "of a list, one score a candidate and the positive first, or what follows positive_ and negative_",
         )
     return _Field(columns)
-
-
-def _read_scores(row: Mapping[str, Any], found: _Field, positives: list[str], negatives: list[str]) -> list[float]:
-    labels, column = [*positives, *negatives], found.columns[0]
-    if len(positives) != 1:
-        raise BadRow(
-            "misaligned scores",
-            f"{len(positives)} positives in a row with scores; write a row of each, with scores of its own",
-            column,
-        )
-    if found.listed and not isinstance(get(row, column), (list, tuple)):
-        raise BadRow(
-            "mixed types",
-            f"holds {shown(row[column])}, where a list of {len(labels)} scores is needed, positive first",
-            column,
-        )
-    values = found.values(row)
-    if len(values) != len(labels):
-        raise BadRow(
-            "misaligned scores",
-            f"{len(values)} scores for {len(labels)} candidates; give one each, positive first",
-            column,
-        )
-    query = next((f", query {row[name]!r}" for name in ("query_id", "query") if name in row), "")
-    try:
-        return [
-            check_score(value, label, f"column {name.split('[')[0]!r}{query}", "score it again, or remove the row")
-            for label, (name, value) in zip(labels, values, strict=True)
-        ]
-    except ValueError as error:
-        raise BadRow("bad score", str(error)) from None

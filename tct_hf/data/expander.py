@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from tct_hf.batches import padding_of, passes
 from tct_hf.data import shards
 from tct_hf.data.expansion import query_columns
-from tct_hf.data.passages import checked_passages, passage_shards
+from tct_hf.data.ids import checked_passages, passage_shards
 from tct_hf.encoding.digests import tokenizer_digest, weights_digest
 from tct_hf.encoding.precision import check_dtype, compute_dtype
 from tct_hf.hub_client import told_when_missing

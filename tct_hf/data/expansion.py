@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
-from tct_hf.data.passages import rows_in_batches
+from tct_hf.data.ids import rows_in_batches
 from tct_hf.files import command
 
 if TYPE_CHECKING:

@@ -1,11 +1,36 @@
-"""Ids of passages and queries: repeated ones, an order of their own, and what can be written."""
+"""Passages and queries by id: hashes, repeated ids, and a corpus as a stream of checked passages."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
+
+Passage = tuple[str, str]
+
+
+def hash_of(name: str) -> int:
+    """64 bits of an id that depend on nothing else; ids are drawn in their order, and found by them."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def find(keys: np.ndarray, wanted: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where hashes are among sorted ones, and which of them are there at all."""
+    hashes = np.fromiter(wanted, np.uint64)
+    at = np.minimum(np.searchsorted(keys, hashes), len(keys) - 1)
+    return at, keys[at] == hashes
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no half of a surrogate pair alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class SeenIds:
@@ -15,14 +40,7 @@ class SeenIds:
         self._sorted: list[np.ndarray] = []  # digests, each array at least twice as long as the next
 
     def add(self, ids: Sequence[str]) -> int | None:
-        """Take the next ids.
-
-        Args:
-            ids: any number of them.
-
-        Returns:
-            The place among them of the first that came before, here or in an earlier call; None where there is none.
-        """
+        """Take the next ids; the place among them of the first that came before, here or in an earlier call."""
         digests = np.array(
             [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest() for name in ids], "S16"
         )
@@ -41,15 +59,53 @@ class SeenIds:
         return None
 
 
-def order_of(name: str) -> int:
-    """The place of an id in an order that depends on nothing else."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set or any iterable; of a data set, only the columns `keys` where there are some."""
+    if not hasattr(rows, "iter"):
+        yield from rows
+        return
+    for batch in rows.iter(1000):  # a data set gives a thousand rows in little more time than one
+        columns = {key: values for key, values in batch.items() if not keys or key in keys}
+        for place in range(len(next(iter(batch.values())))):
+            yield {key: values[place] for key, values in columns.items()}
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it has no half of a surrogate pair alone."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> Iterator[Passage]:
+    """Id and text of each passage of a corpus, read once; a bad one is a ValueError with its number and id.
+
+    Args:
+        corpus: rows with "id" and "text"; a data set, or any iterable.
+        allow_empty: passages without words may pass.
+    """
+    for number, row in enumerate(rows_in_batches(corpus, ("id", "text"))):
+        for key in ("id", "text"):
+            if not isinstance(row.get(key), str):
+                raise ValueError(
+                    f"corpus: passage number {number} (id {row.get('id')!r}) has {key} = {row.get(key)!r}: it must "
+                    "be a string; name the columns id and text, or repair the row."
+                )
+        if not allow_empty and not row["text"].strip():
+            raise ValueError(
+                f"corpus: passage {row['id']!r} (number {number}) has no words: leave it out, or encode it as it is "
+                "with allow_empty=True."
+            )
+        if not is_utf8(row["id"]):
+            raise ValueError(
+                f"corpus: the id {row['id']!r} (number {number}) has a lone surrogate, which no file can hold as "
+                "UTF-8: rename the passage."
+            )
+        yield row["id"], row["text"]
+
+
+def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:
+    """Consecutive passages, so many at a time; refuses an id that comes twice, in 16 bytes of memory an id."""
+    seen, count = SeenIds(), 0
+    while shard := list(islice(passages, size)):
+        again = seen.add([passage_id for passage_id, _ in shard])
+        if again is not None:
+            raise ValueError(
+                f"corpus: two passages have the id {shard[again][0]!r} (again at number {count + again}): give each "
+                "its own id."
+            )
+        count += len(shard)
+        yield shard

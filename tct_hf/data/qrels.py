@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.column_names import KNOWN, LABELLED
-from tct_hf.data.rows import BadRow, byte_lines, decode, file_key, there_are
+from tct_hf.data.rows import file_key, text_lines, there_are
+from tct_hf.data.sources import digest_of_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,14 +71,9 @@ def read_qrels(source: str | Path | Dataset, name: str | None = None, *, allow_r
 def _lines(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """ "file, line n", query id, passage id, score as text."""
     width, tabs = 0, False
-    for number, line in byte_lines(path):
-        place = f"{path}, line {number}"
-        try:
-            text = decode(line)
-        except BadRow as error:
-            raise ValueError(error.at(place)) from None
+    for place, text in text_lines(path):
         fields = text.split("\t")
-        if not text.strip() or (number == 1 and fields == HEADER):
+        if not text.strip() or (not width and fields == HEADER):
             continue
         if len(fields) == 1 and not tabs:
             fields = text.split()
@@ -120,10 +114,9 @@ class KnownPositives:
     """
 
     def __init__(self, qrels: str | Path | Mapping[str, Mapping[str, int]]) -> None:
-        grades: Mapping[str, Mapping[str, int]]
         if isinstance(qrels, Mapping):
             self.source, grades = "qrels (a mapping)", qrels
-            self.key: list[Any] = ["mapping", sha256(json.dumps(qrels).encode()).hexdigest()]
+            self.key: list[Any] = ["mapping", digest_of_rows([qrels])]
             _check_positives(grades, self.source)
         else:
             path = Path(qrels)
@@ -135,11 +128,10 @@ class KnownPositives:
             for query, found in grades.items()
         }
 
-    def add(self, row: dict[str, Any]) -> bool:
-        """Set a row's known positives, its own among them if it is labelled; whether its query is judged."""
-        judged = self.positives.get(row["query_id"])
-        row[KNOWN] = list(dict.fromkeys([*(judged or ()), *row.get(KNOWN, ()), *own_positive(row)]))
-        return judged is not None
+    def add(self, row: dict[str, Any]) -> None:
+        """Set a row's known positives, its own among them if it is labelled."""
+        judged = self.positives.get(row["query_id"], ())
+        row[KNOWN] = list(dict.fromkeys([*judged, *row.get(KNOWN, ()), *own_positive(row)]))
 
 
 def own_positive(row: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,10 @@
-"""Lines of bytes to raw rows, what is said of a row that can't be used, and what a name stands for."""
+"""Rows of lines, checks of their values, what is said of a bad one, and what a name stands for."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tct_hf.data.ids import is_utf8
+
 TSV_SUFFIXES = (".tsv", ".txt")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PICKLES = (".pkl", ".pickle", ".pt", ".bin", ".joblib")
 # A Hub id has an owner: a bare word may be a column. A name that ends like a file is one, there or not.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FLOAT32_MAX = 3.4028234663852886e38
 _FILES = (*TSV_SUFFIXES, *JSON_SUFFIXES, *PICKLES, ".parquet", ".csv", ".gz")
 
 
@@ -109,6 +113,51 @@ def get(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
+def as_text(value: Any, column: str, *, allow_empty: bool = False) -> str:
+    """A value that must be text which UTF-8 can hold."""
+    if value is None:
+        raise BadRow("empty text", "no text (null); fill it in or remove the row", column)
+    if not isinstance(value, str):
+        raise BadRow("mixed types", f"holds {shown(value)} where text is needed; write it as text", column)
+    if not allow_empty and (not value or value.isspace()):
+        raise BadRow("empty text", "the text is empty; fill it in or remove the row", column)
+    if not is_utf8(value):
+        raise BadRow("not UTF-8", "half a surrogate pair; it is not text in any encoding", column)
+    return value
+
+
+def as_id(value: Any, column: str) -> str:
+    """A value that must be an id, text or an integer, as text."""
+    if value is None:
+        raise BadRow("empty id", "no id (null); fill it in or remove the row", column)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        fix = "write ids as text or integers"
+        raise BadRow("mixed types", f"holds {shown(value)} where an id is needed; {fix}", column)
+    text = str(value)
+    if not text or text.isspace():
+        raise BadRow("empty id", "the id is empty; fill it in or remove the row", column)
+    if "\0" in text:
+        raise BadRow("empty id", f"the id {text!r} holds a NUL character; remove it", column)
+    return as_text(text, column)
+
+
+def plain(value: Any) -> Any:
+    """A number or a list instead of what numpy and torch hold them in."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def as_score(value: Any, what: str, column: str) -> float:
+    """The score of `what`, which must be a finite number that float32 can hold."""
+    fix = "score it again, or remove it"
+    if value is None:
+        raise BadRow("bad score", f"{what} has no score (null): {fix}", column)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow("bad score", f"the score of {what} is {shown(value)}, which is no number: {fix}", column)
+    if not math.isfinite(value) or abs(value) > _FLOAT32_MAX:
+        raise BadRow("bad score", f"the score of {what} is {value}, which is not finite: {fix}", column)
+    return float(value)
+
+
 def there_are(names: Sequence[str]) -> str:
     """The columns there are, for messages."""
     return f"there are: {', '.join(map(str, names)) or 'none'}"
@@ -149,8 +198,18 @@ def decode(line: bytes) -> str:
         ) from None
 
 
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The place ("file, line 3") and the text of each line of a file."""
+    for number, line in byte_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            yield place, decode(line)
+        except BadRow as error:
+            raise ValueError(error.at(place)) from None
+
+
 def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
-    """Name to field of one line of fields separated by tabs, without quoting; a BadRow for another number of them."""
+    """Name to field of one line of fields separated by tabs, without quoting."""
     fields = decode(line).split("\t")
     if len(fields) != len(names):
         raise BadRow(
@@ -162,7 +221,7 @@ def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
 
 
 def parse_json_line(line: bytes) -> dict[str, Any]:
-    """The object of one line of JSONL; a BadRow for what is not JSON, not an object, or has a key twice."""
+    """The object of one line of JSONL."""
     text = decode(line)
     try:
         row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
@@ -171,9 +230,8 @@ def parse_json_line(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadRow("not JSON", f"not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(row, dict):
-        raise BadRow(
-            "not a JSON object", f"a JSON {type(row).__name__} where an object is needed; write one object a line"
-        )
+        what = type(row).__name__
+        raise BadRow("not a JSON object", f"a JSON {what} where an object is needed; write one object a line")
     return row
 
 

@@ -1,12 +1,14 @@
-"""Where raw rows come from: files of lines, parquet, data sets in memory and on the Hub."""
+"""Where raw rows come from: files of lines, parquet, mappings, data sets in memory and on the Hub."""
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -24,10 +26,7 @@ from tct_hf.data.rows import (
     parse_tsv_line,
 )
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-Loaded = TypeVar("Loaded")
+T = TypeVar("T")
 
 ROWS_A_BATCH = 1000
 _BYTES_AT_ONCE = 1 << 20  # of each column of a parquet file
@@ -55,17 +54,28 @@ class Source(ABC):
         """The content of a row as it is stored, or a BadRow."""
         return cast("Mapping[str, Any]", raw)
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
-        """The number and the content of each row; `columns` names those that are needed."""
+    def read(
+        self, what: Callable[[Mapping[str, Any]], T], columns: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, T]]:
+        """The place of each row and what is read of it; a BadRow becomes a ValueError with its place."""
         for number, raw in self.raw(columns):
             try:
-                yield number, self.parse(raw)
+                found = what(self.parse(raw))
             except BadRow as error:
-                yield number, error
+                raise ValueError(error.at(self.place(number))) from None
+            yield self.place(number), found
 
     def place(self, number: int) -> str:
         """ "file, line 3"."""
         return f"{self.name}, {self.unit} {number}"
+
+    def need_key(self) -> list[Any]:
+        """The key; refuses a source that can't be read twice."""
+        if self.key is None:
+            raise ValueError(
+                f"{self.name}: an IterableDataset, which can't be looked up by id; give a Dataset or a file"
+            )
+        return self.key
 
 
 class LineSource(Source):
@@ -146,8 +156,45 @@ class DatasetSource(Source):
                 number += 1
 
 
-def open_source(given: Any, setting: str, tsv: Callable[[Path], LineSource]) -> Source:
-    """Rows of a file, a Hub id ("owner/name:configuration:split") or a data set; `setting` names it in messages."""
+class MappingSource(Source):
+    """Rows made of a mapping."""
+
+    def __init__(self, rows: Callable[[], Iterable[dict[str, Any]]], setting: str) -> None:
+        self.rows, self.name = rows, f"{setting} (a mapping)"
+        self.key = ["mapping", digest_of_rows(rows())]
+
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.rows())
+
+
+def digest_of_rows(rows: Iterable[Any]) -> str:
+    """A checksum of JSON-ready objects."""
+    digest = sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
+def open_source(
+    given: Any,
+    setting: str,
+    tsv: Callable[[Path], LineSource],
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+) -> Source:
+    """Rows of a file, a data set, a Hub id, or a folder in the Hub's layout.
+
+    Args:
+        given: a path, a data set, a dictionary of its splits, or "owner/name:configuration:split".
+        setting: the setting that named it, for messages.
+        tsv: opens a file of fields separated by tabs.
+        config, split, revision, streaming: of a Hub data set or folder, as in :func:`load_from_hub`.
+    """
+    if isinstance(given, dict) and split is not None:  # DatasetDict and IterableDatasetDict
+        given = one_split(given, split, "the data set")
     if not isinstance(given, (str, Path)):
         if not hasattr(given, "column_names") or isinstance(given, dict):
             raise ValueError(
@@ -156,18 +203,17 @@ def open_source(given: Any, setting: str, tsv: Callable[[Path], LineSource]) -> 
             )
         return DatasetSource(given, f"{setting} (a data set)")
     path = Path(given)
-    if is_hub_id(str(given)):
-        hub_id, _, rest = str(given).partition(":")
-        config, _, split = rest.partition(":")
-        return DatasetSource(load_from_hub(hub_id, config or None, split or None), str(given))
+    if path.is_dir() or is_hub_id(str(given)):
+        options = {"config": config, "split": split} if config or split else {}
+        loaded = load_from_hub(str(given), revision=revision, streaming=streaming, **options)
+        named = ", ".join(filter(None, options.values()))
+        return DatasetSource(loaded, f"{given} ({named})" if named else str(given))
     suffix = format_of(path)
     if suffix in PICKLES:
         raise ValueError(
             f"{setting}: {path}: a pickle, which may run code when it is read. Convert it where you trust it, to a "
             "parquet or JSONL file"
         )
-    if path.is_dir():
-        raise ValueError(f"{setting}: {path} is a folder; give the file")
     if not path.is_file():
         raise FileNotFoundError(f"{setting}: {path}: no such file; give the right path")
     if suffix in JSON_SUFFIXES:
@@ -184,15 +230,20 @@ def open_source(given: Any, setting: str, tsv: Callable[[Path], LineSource]) -> 
 
 def load_from_hub(
     hub_id: str,
+    *,
     config: str | None = None,
     split: str | None = None,
-    *,
     revision: str | None = None,
     streaming: bool = False,
-) -> Dataset:
-    """Load one split of a Hub data set, or of a folder in the Hub's layout; the only split when None."""
+) -> Any:
+    """Load one split of a Hub data set ("owner/name:configuration:split"), or of a folder in the Hub's layout."""
     from datasets import load_dataset
 
+    if not Path(hub_id).is_dir():
+        hub_id, _, rest = hub_id.partition(":")
+        if rest:
+            config, _, split = rest.partition(":")
+    config, split = config or None, split or None
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if streaming:
         options["streaming"] = True
@@ -205,18 +256,20 @@ def load_from_hub(
             f"{hub_id}: no data files that can be read ({error.__cause__}); a folder holds parquet or JSONL files in "
             "the Hub's layout, or corpus.jsonl, queries.jsonl and qrels/"
         ) from error
-    source = f"{hub_id} ({config})" if config else hub_id
+    return one_split(parts, split, f"{hub_id} ({config})" if config else hub_id)
+
+
+def one_split(parts: Mapping[Any, Any], split: str | None, source: str) -> Any:
+    """The split of a name, or the only one when None."""
     there = ", ".join(map(str, parts))
-    if split is None:
-        if len(parts) != 1:
-            raise ValueError(f"{source}: name one of its splits: {there}")
-        return next(iter(parts.values()))
-    if split not in parts:
+    if split is None and len(parts) != 1:
+        raise ValueError(f"{source}: name one of its splits: {there}")
+    if split is not None and split not in parts:
         raise FileNotFoundError(f"{source}: no split {split!r}; splits there: {there}")
-    return parts[split]
+    return next(iter(parts.values())) if split is None else parts[split]
 
 
-def reach(name: str, load: Callable[[], Loaded]) -> Loaded:
+def reach(name: str, load: Callable[[], T]) -> T:
     """What `load` returns; its errors say the fix when the Hub has no such data set or can't be reached."""
     from datasets.exceptions import DatasetGenerationError
 

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from itertools import islice
 from typing import Any
 
 from datasets import Features, IterableDataset
 
-from tct_hf.data.columns import RowReader
+from tct_hf.data.columns import NOTHING, RowReader
 from tct_hf.data.qrels import KnownPositives
-from tct_hf.data.rows import BadRow, SkippedRows, shown
+from tct_hf.data.rows import BadRow, SkippedRows
 from tct_hf.data.sources import ROWS_A_BATCH, Source
-from tct_hf.data.texts import TextJoin, Texts
+from tct_hf.data.texts import Texts, add_texts
 
 logger = logging.getLogger(__name__)
 
+Row = dict[str, Any]
 # Takes a value; raises what is wrong with it.
 Check = Callable[[Any], object]
-# Bad rows of this kind show that a setting does not fit the source.
-_NOTHING = "nothing to look up"
 
 
 @dataclass
@@ -50,60 +49,71 @@ class TripleStream:
         """The reader of all rows: made from the first row that can be used, which decides the columns there are."""
         if self.reader is not None:
             return self.reader
-        bad, first_message = 0, ""
-        for number, raw in self.source.rows():
+        bad = SkippedRows()
+        for number, raw in self.source.raw():
             try:
-                if isinstance(raw, BadRow):
-                    raise raw
-                names = self.source.names
-                reader = self._reader(list(raw) if names is None else names, raw)
-                self._refuse_numbers(reader, next(reader.read(raw, self.source.place(number))))
+                self.reader = self._reader_of(self.source.parse(raw), self.source.place(number))
+                return self.reader
             except BadRow as error:
                 # Where the columns are known apart from the rows, one that is missing is missing in all of them.
                 known = self.source.names is not None and error.kind in ("missing column", "doubled column")
-                whole = known or error.kind == _NOTHING
+                whole = known or error.kind == NOTHING
                 message = error.at(self.source.name if whole else self.source.place(number))
                 if whole or not self.skip_bad_rows:
                     raise ValueError(message) from None
-                bad += 1
-                first_message = first_message or message
-            else:
-                self.reader = reader
-                if reader.left_out:
-                    logger.info("%s: columns left out: %s", self.source.name, ", ".join(reader.left_out))
-                return reader
-        if bad:
-            raise ValueError(f"{self.source.name}: no row to train on; the first of {bad:,} bad ones: {first_message}")
-        raise ValueError(f"{self.source.name}: no row to train on; it is empty")
+                bad.add("", message)
+        raise self._nothing(bad)
+
+    def _reader_of(self, first: Mapping[str, Any], place: str) -> RowReader:
+        names = list(first) if self.source.names is None else self.source.names
+        reader = RowReader(
+            names,
+            first,
+            columns=self.columns,
+            num_negatives=self.num_negatives,
+            queries=self.queries,
+            passages=self.passages,
+            scores=self.scores,
+        )
+        row = next(reader.read(first, place))
+        texts = [row[name] for name in ("query", "positive", *reader.negatives) if name in row]
+        if not reader.to_look_up and all(map(str.isdigit, texts)):
+            raise BadRow(NOTHING, f"{texts} look like ids, not texts; pass queries= and collection= with their texts")
+        if left_out := sorted({*names} - {*reader.source_columns()}):
+            logger.info("%s: columns left out: %s", self.source.name, ", ".join(left_out))
+        return reader
+
+    def _nothing(self, bad: SkippedRows) -> ValueError:
+        first = next(iter(bad.examples.values()), None)
+        why = "it is empty" if first is None else f"the first of {bad.total:,} bad ones: {first}"
+        return ValueError(f"{self.source.name}: no row to train on; {why}")
 
     def output_columns(self) -> list[str]:
         """The columns of the rows, in order; refuses judgements where rows have no ids to compare with them."""
         reader = self.plan()
-        if self.known is not None and not (reader.has_query_id and reader.has_candidate_ids):
-            lacks = "passage ids (positive_id, negative_id)" if reader.has_query_id else "query_id"
+        if self.known is not None and not {"query_id", "positive_id"} <= reader.fields.keys():
+            lacks = "passage ids (positive_id, negative_id)" if "query_id" in reader.fields else "query_id"
             raise ValueError(
                 f"{self.source.name}: qrels= needs {lacks}, which is not there; map it with columns=, or leave "
                 "qrels out"
             )
         return reader.output_columns(reader.has_known or self.known is not None)
 
-    def __call__(self) -> Iterator[dict[str, Any]]:
+    def __call__(self) -> Iterator[Row]:
         """Training rows from the source's start; refuses bad rows, no row at all, and judgements of other queries."""
         self.skipped.replace(SkippedRows())
         columns = self.output_columns()
+        stored = self.source.raw(self.plan().source_columns())
         judged = count = 0
-        for row in self._joined():
-            if self.known is not None:
-                judged += self.known.add(row)
-            count += 1
-            yield {name: row[name] for name in columns}
+        while batch := list(islice(stored, ROWS_A_BATCH)):
+            for row in self.read(batch):
+                judged += self.known is not None and row["query_id"] in self.known.positives
+                count += 1
+                yield {name: row[name] for name in columns}
         if self.skipped.total:
             logger.warning("%s: %s", self.source.name, self.skipped.summary())
         if not count:
-            first = next(iter(self.skipped.examples.values()))
-            raise ValueError(
-                f"{self.source.name}: no row to train on; the first of {self.skipped.total:,} bad ones: {first}"
-            )
+            raise self._nothing(self.skipped)
         self.check_judged(judged)
 
     def check_judged(self, judged: int) -> None:
@@ -114,117 +124,52 @@ class TripleStream:
                 "split it belongs to"
             )
 
-    def join(self) -> TextJoin:
-        """The lookup that fills in the texts of ids."""
-        sources = {name: self.queries if name == "query_id" else self.passages for name in self.plan().to_look_up}
-        return TextJoin({name: texts for name, texts in sources.items() if texts is not None})
+    def read(self, stored: Iterable[tuple[int, Any]]) -> list[Row]:
+        """Checked and complete training rows of rows as they are stored, each with its number.
 
-    def _joined(self) -> Iterator[dict[str, Any]]:
-        join = self.join()
-        rows = self._read(self.plan())
-        while batch := list(islice(rows, ROWS_A_BATCH)):
-            for (number, row), error in zip(batch, join([row for _, row in batch]), strict=True):
-                if error is None:
-                    yield row
-                else:
-                    self._refuse(error, number)
-
-    def _read(self, reader: RowReader) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, raw in self.source.rows(reader.source_columns()):
+        A bad row is a ValueError with its place, or is counted as skipped.
+        """
+        reader, rows = self.plan(), list[tuple[int, Row]]()
+        for number, raw in stored:
             try:
-                if isinstance(raw, BadRow):
-                    raise raw
-                for row in reader.read(raw, self.source.place(number)):
-                    yield number, row
+                rows.extend((number, row) for row in reader.read(self.source.parse(raw), self.source.place(number)))
             except BadRow as error:
                 self._refuse(error, number)
+        texts = {name: self.queries if name == "query_id" else self.passages for name in reader.to_look_up}
+        errors = add_texts([row for _, row in rows], {name: found for name, found in texts.items() if found})
+        good = []
+        for (number, row), bad in zip(rows, errors, strict=True):
+            if bad is not None:
+                self._refuse(bad, number)
+                continue
+            if self.known is not None:
+                self.known.add(row)
+            good.append(row)
+        return good
 
     def _refuse(self, error: BadRow, number: int) -> None:
         message = error.at(self.source.place(number))
         if not self.skip_bad_rows:
-            raise ValueError(message)
+            raise ValueError(message) from None
         self.skipped.add(error.kind, message)
 
-    def _reader(self, names: list[str], first: Mapping[str, Any]) -> RowReader:
-        def read(columns: Mapping[str, str | None]) -> RowReader:
-            return RowReader(
-                names,
-                first,
-                columns=columns,
-                num_negatives=self.num_negatives,
-                has_queries=self.queries is not None,
-                has_passages=self.passages is not None,
-                scores=self.scores,
-            )
+    @property
+    def can_wait(self) -> bool:
+        """Whether each row of the source makes one training row: their order is settled before they are read."""
+        return self.plan().one_positive and not self.skip_bad_rows
 
-        given = dict(self.columns or {})
-        reader, columns = read(given), dict(given)
-        for what, texts, setting in (("query", self.queries, "queries"), ("passage", self.passages, "collection")):
-            if texts is not None and not any((name == "query_id") == (what == "query") for name in reader.to_look_up):
-                columns |= _as_ids(reader, what, first, texts, setting)
-        return reader if columns == given else read(columns)
-
-    def _refuse_numbers(self, reader: RowReader, row: Mapping[str, Any]) -> None:
-        texts = [row[name] for name in ("query", "positive", *reader.negatives) if name in row]
-        if not reader.to_look_up and all(map(str.isdigit, texts)):
-            raise BadRow(_NOTHING, f"{texts} look like ids, not texts; pass queries= and collection= with their texts")
-
-
-def _as_ids(
-    reader: RowReader, what: str, first: Mapping[str, Any], texts: Texts, setting: str
-) -> dict[str, str | None]:
-    """What the mapping of columns gains where text columns hold ids of `texts`, as data sets of id triples name them.
-
-    Nothing where the row is bad in itself; a BadRow where the columns hold no ids.
-    """
-    columns = reader.text_columns(what)
-    values = [
-        value
-        for name in columns.values()
-        for value in (first[name] if isinstance(first[name], (list, tuple)) else [first[name]])
-        if not isinstance(value, dict)
-    ]
-    if any(isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip() for value in values):
-        return {}
-    there = reader.has_query_id if what == "query" else reader.has_candidate_ids
-    if not there and texts.has_any([str(value).encode(errors="replace").decode() for value in values]):
-        ids = {name: f"{name[:-1]}_ids" if name.endswith("s") else f"{name}_id" for name in columns}
-        return {**dict.fromkeys(columns), **{ids[ours]: theirs for ours, theirs in columns.items()}}
-    ours, theirs = next(iter(columns.items()))
-    fix = f"{ours!r}: None" if there else f"'{what if what == 'query' else 'positive'}_id': ..."
-    raise BadRow(
-        _NOTHING,
-        f"{setting}= has nothing to look up: this holds texts, such as {shown(first[theirs])}, and no id of "
-        f"{texts.source}; leave {setting}= out, or look ids up with columns={{{fix}}}",
-        theirs,
-    )
-
-
-# Streamed ------------------------------------------------------------------------------------------------------------
-
-
-def can_wait(stream: TripleStream) -> bool:
-    """Whether each row of the source makes one training row, so that their order is settled before they are read."""
-    return stream.plan().one_positive and not stream.skip_bad_rows
-
-
-class RowsAsStored:
-    """What a source holds, row by row, without a look inside; or training rows, where reading them can't wait."""
-
-    def __init__(self, stream: TripleStream) -> None:
-        self.stream = stream
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        stream = self.stream
-        rows: Iterable[tuple[int, Any]] = (
-            stream.source.raw(stream.plan().source_columns()) if can_wait(stream) else enumerate(stream())
-        )
+    def stored(self) -> Iterator[Row]:
+        """What the source holds, row by row, without a look inside; or training rows, where reading can't wait."""
+        rows: Iterable[tuple[int, Any]] = enumerate(self())
+        if self.can_wait:
+            rows = self.source.raw(self.plan().source_columns())
         for number, stored in rows:
             yield {"number": number, "stored": stored}
 
 
+@dataclass(frozen=True)
 class RowsRead:
-    """Reads, checks and completes rows of :class:`RowsAsStored`, each into one training row.
+    """Makes training rows of what :meth:`TripleStream.stored` gives.
 
     Args:
         stream: over the source.
@@ -232,34 +177,15 @@ class RowsRead:
         checks: of the training rows, each of one column.
     """
 
-    def __init__(self, stream: TripleStream, names: Sequence[str], checks: Sequence[tuple[Check, str]] = ()) -> None:
-        self.stream = stream
-        self.names = list(names)
-        self.checks = tuple(checks)
-        self._join: TextJoin | None = None
+    stream: TripleStream
+    names: Sequence[str]
+    checks: Sequence[tuple[Check, str]] = ()
 
-    def rows(self, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Training rows of rows of :class:`RowsAsStored`; a bad row is a ValueError with its place."""
-        if not can_wait(self.stream):
-            return self._chosen([one["stored"] for one in stored])
-        stream, reader, source = self.stream, self.stream.plan(), self.stream.source
-        if self._join is None:
-            self._join = stream.join()
-        rows: list[dict[str, Any]] = []
-        try:
-            for one in stored:
-                rows.extend(reader.read(source.parse(one["stored"]), source.place(one["number"])))
-        except BadRow as error:
-            raise ValueError(error.at(source.place(stored[len(rows)]["number"]))) from None
-        for one, bad in zip(stored, self._join(rows), strict=True):
-            if bad is not None:
-                raise ValueError(bad.at(source.place(one["number"])))
-        if stream.known is not None:
-            for row in rows:
-                stream.known.add(row)
-        return self._chosen(rows)
-
-    def _chosen(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def rows(self, stored: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """Training rows; a bad row is a ValueError with its place."""
+        rows = [one["stored"] for one in stored]
+        if self.stream.can_wait:
+            rows = self.stream.read((one["number"], one["stored"]) for one in stored)
         for check, name in self.checks:
             for row in rows:
                 check(row[name])
@@ -267,8 +193,7 @@ class RowsRead:
 
     def __call__(self, stored: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """A batch of columns instead of rows, for `IterableDataset.map`."""
-        pairs = zip(stored["number"], stored["stored"], strict=True)
-        rows = self.rows([{"number": number, "stored": raw} for number, raw in pairs])
+        rows = self.rows([dict(zip(stored, values, strict=True)) for values in zip(*stored.values(), strict=True)])
         return {name: [row[name] for row in rows] for name in self.names}
 
 
@@ -318,13 +243,12 @@ class StreamedTriples(IterableDataset):
         names = [column_names] if isinstance(column_names, str) else list(column_names)
         if missing := [name for name in names if name not in self.reader.names]:
             raise ValueError(f"no column {missing[0]!r}; there are {', '.join(self.reader.names)}")
-        reader = RowsRead(self.reader.stream, names, self.reader.checks)
-        return self.of(self.ordered, reader, self.features)
+        return self.of(self.ordered, replace(self.reader, names=names), self.features)
 
     def checked(self, check: Check, column: str) -> StreamedTriples:
         """Let `check` see the column of every row before the row is given."""
-        reader = RowsRead(self.reader.stream, self.reader.names, [*self.reader.checks, (check, column)])
-        return self.of(self.ordered, reader, self.features)
+        checks = [*self.reader.checks, (check, column)]
+        return self.of(self.ordered, replace(self.reader, checks=checks), self.features)
 
     def set_epoch(self, epoch: int) -> None:
         """Another order, where the rows are shuffled."""

@@ -1,29 +1,37 @@
-"""Texts by id: collections and queries that id-only training data refer to."""
+"""Texts by id: collections and queries of any source, checked, converted once, and looked up."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from tct_hf.data.beir import prepare_corpus
-from tct_hf.data.rows import BadRow, there_are
-from tct_hf.data.sources import LineSource, Source, open_source
+from tct_hf.cache import build_once, default_cache_dir
+from tct_hf.data.ids import SeenIds, find, hash_of
+from tct_hf.data.rows import BadRow, as_id, as_text, get, there_are
+from tct_hf.data.sources import ROWS_A_BATCH, LineSource, MappingSource, Source, open_source, write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # What `collection=` and `queries=` take.
 TextSource: TypeAlias = Union[str, Path, "Dataset", Mapping[str, str]]
+# Id, title, text.
+Record: TypeAlias = tuple[str, str, str]
+
+# Part of the cache key: raise it when the prepared form of the same source changes.
+_FORMAT = 2
+_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "title")])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Texts:
     """Texts by id.
 
@@ -36,11 +44,24 @@ class Texts:
     source: str
     dataset: Dataset
     key: list[Any]
+    _index: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)
 
-    def has_any(self, ids: Sequence[str]) -> bool:
-        """Whether there is a text of one of these ids."""
-        wanted = pa.array(ids, pa.string())
-        return any(pc.any(pc.is_in(part, value_set=wanted)).as_py() for part in self.dataset.data.column("id").chunks)
+    def __getstate__(self) -> dict[str, Any]:
+        # The index of millions of ids is made again where it is needed: cheaper than to send it to a worker.
+        return {**self.__dict__, "_index": None}
+
+    def get(self, ids: Sequence[str]) -> list[str | None]:
+        """The text of each id; None where there is none."""
+        if self._index is None:
+            chunks = self.dataset.data.column("id").chunks
+            hashes = np.fromiter((hash_of(name) for chunk in chunks for name in chunk.to_pylist()), np.uint64)
+            order = np.argsort(hashes)
+            self._index = hashes[order], order
+        hashes, order = self._index
+        at, there = find(hashes, map(hash_of, ids))
+        rows = self.dataset[order[at].tolist()]
+        found = zip(ids, rows["id"], rows["text"], there, strict=True)
+        return [text if known and name == its else None for name, its, text, known in found]
 
 
 def open_texts(source: TextSource, what: str, setting: str, cache_dir: str | Path | None) -> Texts:
@@ -54,37 +75,26 @@ def open_texts(source: TextSource, what: str, setting: str, cache_dir: str | Pat
         setting: the setting that named it, for messages.
         cache_dir: folder of the converted form.
     """
-    opened, names = text_rows(source, setting)
+    opened, names = _opened(source, setting)
     dataset = prepare_corpus(opened, cache_dir, names=names, allow_empty=True, what=what)
-    return Texts(opened.name, dataset, opened.key or [])
+    return Texts(opened.name, dataset.select_columns(["id", "text"]), opened.need_key())
 
 
-def text_rows(source: TextSource, setting: str) -> tuple[Source, Sequence[str]]:
-    """The raw rows of texts by id, and the columns of id, text and perhaps title where they have other names."""
+def read_texts(source: TextSource, setting: str) -> Iterator[tuple[str, Record]]:
+    """The place and the record of each text of a source that :func:`open_texts` takes."""
+    opened, names = _opened(source, setting)
+    return records_of(opened, names)
+
+
+def _opened(source: TextSource, setting: str) -> tuple[Source, Sequence[str]]:
+    """The raw rows, and the columns of id, text and perhaps title where they have other names."""
     if isinstance(source, Mapping):
-        return _Pairs(source, f"{setting} (a mapping)"), ()
+        return MappingSource(lambda: ({"_id": name, "text": text} for name, text in source.items()), setting), ()
     opened = open_source(source, setting, lambda path: LineSource(path, ("id", "text")))
-    if opened.key is None:
-        raise ValueError(
-            f"{opened.name}: an IterableDataset, which can't be looked up by id; give a Dataset or a file"
-        )
+    opened.need_key()
     if isinstance(opened, LineSource) and opened.names is None:  # JSONL
         return opened, ()
     return opened, _text_columns(opened.names or [], opened.name, setting)
-
-
-class _Pairs(Source):
-    unit = "text"
-
-    def __init__(self, texts: Mapping[str, str], name: str) -> None:
-        self.texts, self.name = texts, name
-        digest = sha256()
-        for pair in texts.items():
-            digest.update(json.dumps(pair).encode())
-        self.key = ["mapping", digest.hexdigest()]
-
-    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
-        return enumerate({"_id": text_id, "text": text} for text_id, text in self.texts.items())
 
 
 def _text_columns(names: Sequence[str], source: str, setting: str) -> tuple[str, ...]:
@@ -101,71 +111,92 @@ def _text_columns(names: Sequence[str], source: str, setting: str) -> tuple[str,
     return (ids[0], texts[0], *title)
 
 
-class TextJoin:
-    """Fills in the texts of ids, batch by batch.
+def records_of(
+    source: Source, names: Sequence[str] = (), *, title: bool = True, allow_empty: bool = False
+) -> Iterator[tuple[str, Record]]:
+    """Read a source's texts one by one, each with its place.
 
     Args:
-        columns: id column to where its texts are, for instance {"positive_id": passages}. The text goes to the
-            column of the same name without "_id".
+        source: the raw rows.
+        names: its columns of _id, text and title where they have other names.
+        title: whether titles are read.
+        allow_empty: let texts without words pass.
     """
+    id_name, text_name, title_name = (*names, "title")[:3] if names else ("_id", "text", "title")
 
-    def __init__(self, columns: Mapping[str, Texts]) -> None:
-        self._columns = dict(columns)
-        self._transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    def read(row: Mapping[str, Any]) -> Record:
+        name = as_id(get(row, id_name), id_name)
+        text = as_text(get(row, text_name), text_name, allow_empty=True).strip()
+        # A title may be null, as in data sets where only some have one.
+        heading = row.get(title_name) if title else None
+        heading = "" if heading is None else as_text(heading, title_name, allow_empty=True).strip()
+        if not heading and not text and not allow_empty:
+            fix = "fill it in, remove the line, or pass allow_empty=True" if title else "fill it in or remove the line"
+            raise BadRow("empty text", f"the text of {name!r} is empty; {fix}")
+        return name, heading, text
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The index of millions of ids is made again where it is needed: cheaper than to send it to a worker.
-        return {"_columns": self._columns, "_transform": None}
+    return source.read(read, names or None)
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> list[BadRow | None]:
-        """Add the texts to the rows, in place; for each row None, or its error: an unknown id, or one without text."""
-        if not self._columns or not rows:
-            return [None] * len(rows)
-        errors: list[BadRow | None] = [None] * len(rows)
-        good = []
-        for at, row in enumerate(rows):
-            # resolve_ids takes such text for a list of ids.
-            column = next((name for name in self._columns if row[name][0] == "["), None)
-            if column is None:
-                good.append(at)
-            else:
-                errors[at] = self._unknown(column, row[column])
-        for at, error in zip(good, self._resolve([rows[at] for at in good]), strict=True):
-            errors[at] = error
-        return errors
 
-    def _resolve(self, rows: Sequence[dict[str, Any]]) -> list[BadRow | None]:
-        if not rows:
-            return []
-        if self._transform is None:
-            from sentence_transformers.util import resolve_ids  # heavy: torch and transformers
+def joined(title: str, text: str) -> str:
+    """The text that is searched: title and text joined by a space."""
+    return f"{title} {text}" if title and text else title or text
 
-            self._transform = resolve_ids(
-                {name: (texts.dataset, "id", "text") for name, texts in self._columns.items()}, keep_columns=()
-            )
-        try:
-            found = self._transform({name: [row[name] for row in rows] for name in self._columns})
-        except KeyError as error:
-            if len(rows) > 1:
-                # Halves, until the rows that are to blame stand alone.
-                middle = len(rows) // 2
-                return [*self._resolve(rows[:middle]), *self._resolve(rows[middle:])]
-            for name in self._columns:
-                if str(error.args[0]).startswith(f"ID {rows[0][name]!r} from input column {name!r}"):
-                    return [self._unknown(name, rows[0][name])]
-            return [BadRow("unknown id", str(error.args[0]))]
-        errors: list[BadRow | None] = [None] * len(rows)
-        for name, texts in self._columns.items():
-            out = name.removesuffix("_id")
-            for at, text in enumerate(found[out]):
-                rows[at][out] = text
-                if not text or text.isspace():
-                    errors[at] = errors[at] or BadRow(
-                        "empty text", f"{rows[at][name]!r} has no text in {texts.source}; fill it in", name
-                    )
-        return errors
 
-    def _unknown(self, column: str, text_id: str) -> BadRow:
-        return BadRow(
-            "unknown id", f"{text_id!r} is not in {self._columns[column].source}; add it, or remove the row", column
-        )
+def prepare_corpus(
+    source: Source,
+    cache_dir: str | Path | None = None,
+    *,
+    names: Sequence[str] = (),
+    allow_empty: bool = False,
+    what: str = "passage",
+) -> Dataset:
+    """Convert texts by id once, in constant memory, and open the converted form: memory-mapped id, text, title.
+
+    Refuses a malformed record, an id that comes twice, and no record; `what` is "passage" or "query", for messages.
+    """
+    from datasets import Dataset
+
+    def records() -> Iterator[tuple[str, Record]]:
+        return records_of(source, names, allow_empty=allow_empty)
+
+    def unique() -> Iterator[dict[str, str]]:
+        seen, every = SeenIds(), records()
+        while batch := list(islice(every, ROWS_A_BATCH)):
+            again = seen.add([name for _, (name, _, _) in batch])
+            if again is not None:
+                place, (twice, _, _) = batch[again]
+                first = next(where for where, (name, _, _) in records() if name == twice)
+                raise ValueError(f"{place}: {what} id {twice!r} was used before, in {first}; make ids unique")
+            for _, (name, title, text) in batch:
+                yield {"id": name, "text": joined(title, text), "title": title}
+
+    def build(staging: Path) -> None:
+        if not write_rows(staging / "corpus.arrow", _SCHEMA, unique()):
+            raise ValueError(f"{source.name}: no {what} in it; write one JSON object with _id, title and text a line")
+
+    key = json.dumps([_FORMAT, source.key, list(names), allow_empty])
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = build_once(cache / f"beir-{sha256(key.encode()).hexdigest()[:16]}", build)
+    return Dataset.from_file(str(folder / "corpus.arrow"))
+
+
+def add_texts(rows: Sequence[dict[str, Any]], columns: Mapping[str, Texts]) -> list[BadRow | None]:
+    """Add the texts of ids to rows, in place; for each row None, or its error: an unknown id, or one without text.
+
+    Args:
+        rows: with ids, for instance positive_id, whose text goes to the column positive.
+        columns: the texts of each id column.
+    """
+    errors: list[BadRow | None] = [None] * len(rows)
+    for column, texts in columns.items() if rows else ():
+        for at, text in enumerate(texts.get([row[column] for row in rows])):
+            row, bad = rows[at], None
+            if text is None:
+                fix = "add it, or remove the row"
+                bad = BadRow("unknown id", f"{row[column]!r} is not in {texts.source}; {fix}", column)
+            elif not text or text.isspace():
+                bad = BadRow("empty text", f"{row[column]!r} has no text in {texts.source}; fill it in", column)
+            errors[at] = errors[at] or bad
+            row[column.removesuffix("_id")] = text
+    return errors

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.data.collection import Collection, _place
+from tct_hf.data.collection import Collection
+from tct_hf.data.ids import hash_of
 from tct_hf.evaluation.measures import cutoff_of, evaluate_run
 from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
@@ -149,7 +150,7 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
             )
         free = [query for query, text in split.queries.items() if query not in also and _plain(text) not in known]
         if free:
-            kept = sorted(free, key=_place)[: settings.tune_queries]
+            kept = sorted(free, key=hash_of)[: settings.tune_queries]
             queries = {query: split.queries[query] for query in kept}
             judged = {query: split.qrels[query] for query in kept}
             return TuningQueries(name, queries, judged, len(split.queries) - len(free))

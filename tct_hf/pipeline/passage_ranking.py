@@ -10,12 +10,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from tct_hf.data.beir import Record, joined, load_beir, records_of
-from tct_hf.data.ids import order_of
+from tct_hf.data.beir import load_beir
+from tct_hf.data.ids import hash_of
 from tct_hf.data.qrels import HEADER, Judgements, Qrels, read_qrels
 from tct_hf.data.rows import BadRow, byte_lines, file_key, is_hub_id, parse_tsv_line
 from tct_hf.data.sources import load_from_hub
-from tct_hf.data.texts import text_rows
+from tct_hf.data.texts import joined, read_texts
 from tct_hf.files import claim, write_aside, write_json_atomic
 from tct_hf.settings import setting
 
@@ -176,16 +176,10 @@ def _place_of(files: str | None, name: str | None) -> str | None:
     return name if not path.exists() and is_hub_id(name) else str(path)
 
 
-def _texts(place: str, setting_name: str) -> Iterator[Record]:
-    return records_of(*text_rows(place, setting_name))
-
-
 def _read_split(name: str, source: PassageRankingFiles) -> Judgements:
     split = source.splits[name]
     place = str(split.qrels)
-    hub_id, _, rest = place.partition(":")
-    config, _, part = rest.partition(":")
-    rows = place if Path(place).is_file() else load_from_hub(hub_id, config or None, part or None)
+    rows = place if Path(place).is_file() else load_from_hub(place)
     # MS MARCO's qrels.train.tsv has the same line twice here and there.
     found = read_qrels(rows, place, allow_repeats=True)
     _check_count(len(found.qrels), split.expected_queries, place, "judged queries", f"splits.{name}.expected_queries")
@@ -201,7 +195,7 @@ def _drawn(source: PassageRankingFiles, splits: Mapping[str, Judgements]) -> dic
         settings, qrels = source.splits[name], splits[name].qrels
         others = done[settings.without] if settings.without is not None else {}
         left = [query for query in qrels if query not in others]
-        kept = set(left if settings.most is None else sorted(left, key=order_of)[: settings.most])
+        kept = set(left if settings.most is None else sorted(left, key=hash_of)[: settings.most])
         if not kept:
             raise ValueError(f"splits.{name}: no query is left of it without those of {settings.without}")
         done[name] = {query: grades for query, grades in qrels.items() if query in kept}
@@ -214,7 +208,7 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels]) -> di
     for name, grades in judged.items():
         place = str(source.splits[name].queries)
         found: dict[str, str] = {}
-        for where, query_id, title, text in _texts(place, f"splits.{name}.queries"):
+        for where, (query_id, title, text) in read_texts(place, f"splits.{name}.queries"):
             if query_id not in grades:
                 continue
             text = joined(title, text)
@@ -244,7 +238,7 @@ def _write_corpus(
     wanted = set(chain.from_iterable(found for grades in judged.values() for found in grades.values()))
     read = written = 0
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
-        for _, passage_id, title, text in _texts(source.collection, "collection"):
+        for _, (passage_id, title, text) in read_texts(source.collection, "collection"):
             read += 1
             wanted.discard(passage_id)
             if kept is None or passage_id in kept:
@@ -337,9 +331,9 @@ def _draw(
     # The heap holds the smallest hashes seen; negated, since heapq's root is the smallest.
     room = size - len(kept)
     heap: list[tuple[int, str]] = []
-    for _, passage_id, _, _ in _texts(source.collection, "collection"):
+    for _, (passage_id, _, _) in read_texts(source.collection, "collection"):
         if passage_id not in kept and room > 0:
-            place = (-order_of(passage_id), passage_id)
+            place = (-hash_of(passage_id), passage_id)
             if len(heap) < room:
                 heapq.heappush(heap, place)
             elif place > heap[0]:
@@ -365,7 +359,7 @@ def _bm25_triples(folder: Path, cache_dir: Path | None) -> Iterable[tuple[str, s
 
 def _choose_queries(qrels: Mapping[str, Qrels], room: int) -> dict[str, Qrels]:
     waiting = {
-        name: iter(sorted((q for q, grades in found.items() if max(grades.values()) > 0), key=order_of))
+        name: iter(sorted((q for q, grades in found.items() if max(grades.values()) > 0), key=hash_of))
         for name, found in qrels.items()
     }
     chosen: dict[str, Qrels] = {name: {} for name in qrels}
@@ -400,7 +394,7 @@ def _choose_triples(
     ids: dict[str, str] = {}
     if by_text:
         wanted = {text for rows in found.values() for row in rows for text in row}
-        for _, passage_id, title, text in _texts(source.collection, "collection"):
+        for _, (passage_id, title, text) in read_texts(source.collection, "collection"):
             if (text := joined(title, text)) in wanted:
                 ids.setdefault(text, passage_id)
     chosen: list[tuple[str, str, str]] = []

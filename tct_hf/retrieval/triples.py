@@ -16,11 +16,11 @@ from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 
 from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.data.beir import hub_configurations, load_beir
-from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, check_mapping, negative_columns
+from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, negative_columns
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import BadRow, SkippedRows, byte_lines, decode, is_hub_id
-from tct_hf.data.sources import ROWS_A_BATCH, DatasetSource, LineSource, Source, load_from_hub, open_source, write_rows
-from tct_hf.data.streamed import RowsAsStored, RowsRead, StreamedTriples, TripleStream
+from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
+from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
 from tct_hf.retrieval.negatives import bm25_triples
 
@@ -112,7 +112,6 @@ def load_triples(
             The message names file, line, column and the fix.
         OSError: the cache can't be written, or the Hub can't be reached.
     """
-    check_mapping(columns or {})
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"num_negatives={num_negatives}: it must be 0 or more, or None for all there are")
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -136,20 +135,9 @@ def load_triples(
     def tsv(path: Path) -> LineSource:
         return _open_tsv(path, columns, queries is not None, collection is not None, num_negatives)
 
-    place = Path(path_or_hub_id) if isinstance(path_or_hub_id, (str, Path)) else None
-    source: Source
-    if isinstance(path_or_hub_id, dict):  # DatasetDict and IterableDatasetDict
-        if split not in path_or_hub_id:
-            there = ", ".join(map(str, path_or_hub_id))
-            raise ValueError(f"the data set has no split {split!r}; splits there: {there}")
-        source = open_source(path_or_hub_id[split], "triples", tsv)
-    elif place is not None and (place.is_dir() or is_hub_id(str(path_or_hub_id))):
-        if place.is_dir() and not any(place.iterdir()):
-            raise FileNotFoundError(f"{place}: an empty folder; give the folder or file that holds the triples")
-        loaded = load_from_hub(str(path_or_hub_id), config, split, revision=revision, streaming=streaming)
-        source = DatasetSource(loaded, f"{path_or_hub_id} ({f'{config}, ' if config else ''}{split})")
-    else:
-        source = open_source(path_or_hub_id, "triples", tsv)
+    source = open_source(
+        path_or_hub_id, "triples", tsv, config=config, split=split, revision=revision, streaming=streaming
+    )
     stream = TripleStream(
         source,
         columns,
@@ -326,4 +314,4 @@ def _streamed(stream: TripleStream) -> IterableDataset:
     names = stream.output_columns()
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in names])
     features = Features.from_arrow_schema(schema)
-    return StreamedTriples.of(IterableDataset.from_generator(RowsAsStored(stream)), RowsRead(stream, names), features)
+    return StreamedTriples.of(IterableDataset.from_generator(stream.stored), RowsRead(stream, names), features)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tct_hf.batches import spread_own
 from tct_hf.data.column_names import candidate_columns
-from tct_hf.data.rows import shown
-from tct_hf.data.scores import ScoreSource, ScoreTable, check_score, plain
+from tct_hf.data.rows import BadRow, as_score, plain, shown
+from tct_hf.data.scores import ScoreSource, ScoreTable
 from tct_hf.files import command
 from tct_hf.teachers.base import Columns, Rows, Teacher, Texts, check_scale
 
@@ -170,8 +170,7 @@ def _values(row: Mapping[str, Any], columns: list[str] | str, names: Sequence[st
         found = [(columns, value) for value in listed]
     else:
         found = [(column, plain(row[column])) for column in columns]
-    fix = "score the row again, or remove it"
-    return [
-        check_score(value, name, f"{place}, column {column!r}", fix)
-        for name, (column, value) in zip(names, found, strict=True)
-    ]
+    try:
+        return [as_score(value, name, column) for name, (column, value) in zip(names, found, strict=True)]
+    except BadRow as error:
+        raise ValueError(error.at(place)) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tct_hf import load_beir
-from tct_hf.data.beir import BeirOnHub, MissingSplitError, load_beir_corpus
+from tct_hf.data.beir import BeirOnHub, MissingSplitError, open_beir
 
 CORPUS = [
     {"_id": "d1", "title": "Title", "text": "one"},
@@ -71,9 +71,9 @@ def test_changed_corpus_is_converted_again(folder: Path) -> None:
 BAD_FILES = [
     ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
     ("corpus.jsonl", '{"_id": "d1", "text": "x", "text": "y"}\n', "line 1: the key 'text' comes twice"),
-    ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1: title and text must be"),
-    ("corpus.jsonl", '{"_id": "d1", "body": "x"}\n', "line 1: key 'text' is missing.*_id, body"),
-    ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}\n', "line 1: half a surrogate pair"),
+    ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1, column 'title': holds 0 where text is needed"),
+    ("corpus.jsonl", '{"_id": "d1", "body": "x"}\n', "line 1: column 'text' is missing.*_id, body"),
+    ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}\n', "line 1, column 'text': half a surrogate pair"),
     ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),
     ("corpus.jsonl", jsonl([*CORPUS, CORPUS[1]]), r"line 4: passage id 'd2'.*corpus\.jsonl, line 2"),
     ("queries.jsonl", '{"_id": "q1", "text": ""}\n', r"queries\.jsonl, line 1: the text of 'q1'"),
@@ -124,20 +124,20 @@ def test_passages_load_alone_and_are_checked_the_same(folder: Path) -> None:
     cache = folder.parent / "cache"
     whole, _, _ = load(folder)
     (folder / "queries.jsonl").rename(folder / "notes")
-    corpus = load_beir_corpus(folder, cache_dir=cache)
-    assert corpus.column_names == ["id", "text"] and list(corpus) == list(whole) and corpus.cache_files
+    corpus = open_beir(folder, cache).corpus()
+    assert list(corpus.select_columns(["id", "text"])) == list(whole) and corpus.cache_files
     (folder / "notes").rename(folder / "queries.jsonl")
     (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "title": "", "text": " "}]))
-    for read in (load, lambda folder: load_beir_corpus(folder, cache_dir=cache)):
+    for read in (load, lambda folder: open_beir(folder, cache).corpus()):
         with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the text of 'd4' is empty.*allow_empty=True"):
             read(folder)
-    for found in (load(folder, allow_empty=True)[0], load_beir_corpus(folder, allow_empty=True, cache_dir=cache)):
+    for found in (load(folder, allow_empty=True)[0], open_beir(folder, cache).corpus(allow_empty=True)):
         assert found["text"][3] == ""
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl"):
-        load_beir_corpus(folder, cache_dir=cache)
+        open_beir(folder, cache).corpus()
     with pytest.raises(ValueError, match=r"queries\.jsonl is a file; give the folder that holds corpus\.jsonl"):
-        load_beir_corpus(folder / "queries.jsonl", cache_dir=cache)
+        open_beir(folder / "queries.jsonl", cache)
 
 
 @pytest.fixture
@@ -162,15 +162,15 @@ configs:
 
 def test_hub_layout_with_a_repository_of_judgements(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingSplitError):
-        BeirOnHub(str(repository)).load("test", cache_dir=tmp_path / "cache")
+        BeirOnHub(repository, tmp_path / "cache").load("test")
     (tmp_path / "set-qrels").mkdir()
     (tmp_path / "set-qrels" / "test.tsv").write_text(QRELS)
     (repository / "README.md").write_text(CONFIGS + "---\n")
-    check(BeirOnHub(str(repository)).load("test", cache_dir=tmp_path / "cache"))
+    check(BeirOnHub(repository, tmp_path / "cache").load("test"))
     with pytest.raises(FileNotFoundError, match="set-qrels: no split 'dev'; splits there: test"):
-        BeirOnHub(str(repository)).load("dev", cache_dir=tmp_path / "cache")
+        BeirOnHub(repository, tmp_path / "cache").load("dev")
     with pytest.raises(FileNotFoundError) as caught:
-        BeirOnHub(str(tmp_path / "gone")).load("test", cache_dir=tmp_path / "cache")
+        BeirOnHub(tmp_path / "gone", tmp_path / "cache").load("test")
     assert not isinstance(caught.value, MissingSplitError)
 
 
@@ -181,13 +181,13 @@ def test_hub_layout_with_judgements_of_its_own(repository: Path, tmp_path: Path)
     (repository / "qrels.jsonl").write_text(jsonl([dict(zip(names, row, strict=True)) for row in rows]))
     own = "- config_name: default\n  data_files: [{split: test, path: qrels.jsonl}]\n---\n"
     (repository / "README.md").write_text(CONFIGS + own)
-    check(BeirOnHub(str(repository)).load("test", cache_dir=tmp_path / "cache"))
+    check(BeirOnHub(repository, tmp_path / "cache").load("test"))
 
 
 def test_hub_layout_with_passages_alone(repository: Path, tmp_path: Path) -> None:
     (repository / "queries.jsonl").unlink()
     (repository / "README.md").write_text(CONFIGS.partition("- config_name: queries")[0] + "---\n")
-    corpus = BeirOnHub(str(repository)).corpus(cache_dir=tmp_path / "cache")
+    corpus = BeirOnHub(repository, tmp_path / "cache").corpus()
     assert corpus["id"][:] == ["d1", "d2", "3"] and corpus["text"][0] == "Title one"
 
 

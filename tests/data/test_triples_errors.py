@@ -170,7 +170,7 @@ def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_bytes(ID_LINE)
     for source, options, message in (
         ("gone.jsonl", {}, r"gone\.jsonl: no such file"),
-        ("empty", {}, "an empty folder"),
+        ("empty", {}, "no data files that can be read"),
         ("other", {}, "no data files that can be read"),
         ("t.tsv", {**TEXTS, "collection": tmp_path / "c.tsv"}, r"collection: .*c\.tsv: no such file"),
         ("t.tsv", {**TEXTS, "qrels": tmp_path / "q.tsv"}, r"qrels: .*q\.tsv: no such file"),

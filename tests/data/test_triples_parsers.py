@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tct_hf import SkippedRows, load_triples
-from tct_hf.data.beir import joined, records_of
 from tct_hf.data.columns import RowReader
 from tct_hf.data.rows import BadRow, byte_lines, parse_json_line
 from tct_hf.data.sources import LineSource
+from tct_hf.data.texts import joined, records_of
 
 NAMES = ("query", "positive", "negative")
 
@@ -182,7 +182,7 @@ def test_400_mutated_lines_of_collections_are_read_right_or_refused_with_their_p
         right = [simple_record(line) for line in lines if line.strip()]
         try:
             found = records_of(LineSource(path, None), (), allow_empty=True)
-            read = [(key, joined(title, text)) for _, key, title, text in found]
+            read = [(key, joined(title, text)) for _, (key, title, text) in found]
         except ValueError as error:
             assert None in right, data
             assert str(error).startswith(f"{path}, line "), data

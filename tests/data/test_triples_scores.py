@@ -57,8 +57,8 @@ def test_one_negative_and_ids(tmp_path: Path) -> None:
     [
         ({"label": [1.0, 2.0]}, "label", "line 2, column 'label': 2 scores for 3 candidates; give one each, positive"),
         ({"label": 1.0}, "label", "line 2, column 'label': holds 1.0, where a list of 3 scores is needed"),
-        ({"label": [1.0, None, 2.0]}, "label", r"column 'label', query 'first query': negatives\[0\] has no score"),
-        ({"label": [1, 0, "x"]}, "label", r"the score of negatives\[1\] is 'x', which is no number"),
+        ({"label": [1.0, None, 2.0]}, "label", r"column 'label': negatives\[0\] of query 'first query' has no score"),
+        ({"label": [1, 0, "x"]}, "label", r"the score of negatives\[1\] of query 'first query' is 'x', which is no number"),
         ({"positive": ["right", "also right"]}, "label", "2 positives in a row with scores"),
     ],
 )
@@ -76,7 +76,7 @@ def test_bad_scores_are_named_and_can_be_skipped(
 def test_scores_that_are_not_finite_or_not_there_are_named(tmp_path: Path) -> None:
     for bad in (float("nan"), float("inf"), 1e300):
         rows = Dataset.from_list([LISTED, {**LISTED, "label": [1.0, 0.0, bad]}])
-        message = r"row 1: column 'label', query 'first query': the score of negatives\[1\] is"
+        message = r"row 1, column 'label': the score of negatives\[1\] of query 'first query' is"
         with pytest.raises(ValueError, match=message):
             load_triples(rows, scores="label")
     with pytest.raises(ValueError, match=r"neither a column 'scores' nor 'positive_scores' .*what follows positive_"):

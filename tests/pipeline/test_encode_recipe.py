@@ -10,7 +10,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import load_vectors
-from tct_hf.data.beir import load_beir_corpus
+from tct_hf.data.beir import open_beir
 from tests.searching import Material, run_recipe
 from tests.splade import tiny_splade
 
@@ -32,7 +32,7 @@ def whole(material: Material) -> tuple[str, str]:
 def test_a_collection_becomes_vectors_and_one_table(material: Material, whole: tuple[str, str]) -> None:
     folder = material.folder / "encoded" / "whole"
     ids, vectors, manifest = load_vectors(folder)
-    corpus = load_beir_corpus(material.beir)
+    corpus = open_beir(material.beir).corpus()
     assert ids == list(corpus["id"]) and manifest["model"]["id"] == str(material.student)
     model = SentenceTransformer(str(material.student), device="cpu")
     np.testing.assert_allclose(vectors, model.encode_document(list(corpus["text"])), atol=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
-from tct_hf.data.beir import load_beir_corpus
+from tct_hf.data.beir import open_beir
 from tct_hf.data.collection import load_collection
 from tct_hf.training.expander import expander_pairs
 from tests.models import tiny_t5
@@ -88,7 +88,7 @@ def test_each_passage_gets_queries_with_scores_and_a_finished_run_says_so_again(
     assert recipe(whole, f"--teacher={material.teacher}") == 0 and files(whole) == before
     row = capsys.readouterr().out.splitlines()[-2]
     assert [cell.strip() for cell in row.split("|")[1:3]] == ["60", "180"] and "| colbert | 3 |" in row
-    corpus, found = load_beir_corpus(material.beir), load_expansions(whole)
+    corpus, found = open_beir(material.beir).corpus(), load_expansions(whole)
     assert len(list(expanded_texts(corpus, found, drop_share=0.3, drop_repeats=True))) == 60
 
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.data.made_questions import questions_from
+from tct_hf.data.questions import questions_from
 from tct_hf.retrieval.negatives import collection_triples
 
 TEXTS = {
