@@ -114,18 +114,8 @@ def sides_of(model: Any, tokenizer: Any, texts: list[str], queries: int) -> dict
 
     def ours() -> list[list[str]]:
         passages = [(f"p{row}", text) for row, text in enumerate(texts)]
-        return decoding.generate_queries(
-            model,
-            tokenizer,
-            passages,
-            num_queries=queries,
-            top_k=10,
-            max_length=64,
-            passage_length=512,
-            prompt="",
-            seed=1,
-            tokens_per_pass=decoding.CPU_TOKENS,
-        )
+        sampling = decoding.Sampling(queries, 10, 64, 512, decoding.CPU_TOKENS, prompt="", seed=1)
+        return decoding.generate_queries(model, tokenizer, passages, sampling)
 
     return {PLAIN: plain, OURS: ours}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tct_hf.cache import build_once, default_cache_dir
-from tct_hf.data.docstrings import STDLIB, Docstring, package_roots, read_docstrings
+from tct_hf.data.docstrings import Docstring, package_roots, read_docstrings
 from tct_hf.data.near_duplicates import groups, near_duplicate_pairs
 from tct_hf.data.sources import write_rows
 
@@ -53,7 +52,7 @@ def builtin_corpus(
 
     Args:
         split: "train", "dev" or "test".
-        packages: top-level import names; "stdlib" is the standard library.
+        packages: top-level import names.
         cache_dir: where the prepared collection is kept; by default `default_cache_dir()`.
 
     Returns:
@@ -103,8 +102,6 @@ def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> tuple[Pa
 
 def _version(package: str) -> str:
     package_roots(package)
-    if package == STDLIB:
-        return platform.python_version()
     # packages_distributions alone misses wheels without top_level.txt on Python 3.10 (scikit-learn's is one).
     marks = tuple(f"{package}{ending}," for ending in ("/__init__.py", ".py"))
     for distribution in metadata.distributions():

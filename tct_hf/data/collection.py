@@ -267,12 +267,12 @@ def load_collection(
         if split is None:
             continue
         try:
-            corpus, *found = _load(source, packages, split)
+            corpus, queries, qrels = _load(source, packages, split)
         except MissingSplitError:
             if use in required or not defaults[use]:
                 raise
         else:
-            splits[use] = Split(*found)
+            splits[use] = Split(queries, qrels)
     reported = {name: Split(*_load(source, packages, name)[1:]) for name in also}
     corpus = open_beir(source).corpus() if corpus is None else corpus
     if source == BUILTIN:

@@ -6,20 +6,13 @@ import ast
 import importlib.util
 import inspect
 import re
-import sys
-import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STDLIB = "stdlib"
-
-_SKIPPED_FOLDERS = frozenset(
+_SKIPPED = frozenset(
     ("tests", "test", "testing", "conftest.py", "setup.py", "_vendor", "_vendored", "externals", "_external")
-)
-_SKIPPED_TREES = frozenset(
-    ("site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "ensurepip", "turtledemo", "pydoc_data")
 )
 _BLOCK_KEEP_TEXT = frozenset(
     ("note", "notes", "warning", "important", "tip", "hint", "caution", "attention", "seealso", "topic")
@@ -53,16 +46,11 @@ class Docstring:
 
 
 def package_roots(package: str) -> list[Path]:
-    """Folders or the single file of a package's source ("stdlib": its modules), found without importing it."""
-    if package == STDLIB:
-        base = Path(sysconfig.get_path("stdlib"))
-        names = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
-        found = [path for name in names for path in (base / name, base / f"{name}.py") if path.exists()]
-        return found
+    """Folders or the single file of a package's source, found without importing it."""
     if not package.isidentifier():
         raise ValueError(
             f"packages: {package!r} is not a top-level module name; use the name that is imported, "
-            'for instance "sklearn" for scikit-learn, or "stdlib" for the standard library'
+            'for instance "sklearn" for scikit-learn'
         )
     try:
         spec = importlib.util.find_spec(package)
@@ -80,7 +68,7 @@ def package_roots(package: str) -> list[Path]:
 
 
 def read_docstrings(package: str) -> tuple[list[Docstring], int]:
-    """Read the documented public names of an installed package, or of "stdlib", from its source files.
+    """Read the documented public names of an installed package from its source files.
 
     Nothing of the package is imported or run: files are parsed with `ast`. Docstrings of compiled functions that a
     package attaches by a call (`add_newdoc`, `add_docstr`) are read from that call.
@@ -94,10 +82,7 @@ def read_docstrings(package: str) -> tuple[list[Docstring], int]:
         files = [root] if root.is_file() else sorted(root.rglob("*.py"), key=lambda path: path.as_posix())
         for path in files:
             relative = path.relative_to(root.parent)
-            if any(
-                part in _SKIPPED_FOLDERS or part in _SKIPPED_TREES or part.startswith("test_")
-                for part in relative.parts
-            ):
+            if any(part in _SKIPPED or part.startswith("test_") for part in relative.parts):
                 continue
             try:
                 with warnings.catch_warnings():

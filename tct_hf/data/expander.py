@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from tct_hf.batches import padding_of, passes
 from tct_hf.data import shards
 from tct_hf.data.expansion import query_columns
-from tct_hf.data.ids import checked_passages, passage_shards
+from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.digests import tokenizer_digest, weights_digest
 from tct_hf.encoding.precision import check_dtype, compute_dtype
 from tct_hf.hub_client import told_when_missing
@@ -36,6 +37,24 @@ CPU_TOKENS = 16_384
 ACCELERATOR_TOKENS = 262_144
 # Rows that have ended are taken out once they are this share: taking rows out copies the rest.
 _ENDED_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How queries are drawn; the fields are the arguments of :func:`expand_corpus`."""
+
+    num_queries: int
+    top_k: int
+    max_length: int
+    passage_length: int
+    tokens_per_pass: int
+    prompt: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_queries", "top_k", "max_length", "passage_length", "tokens_per_pass"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", device: Any = None) -> tuple[Any, Any]:
@@ -80,11 +99,9 @@ def expand_corpus(
     seed: int = 13,
     shard_size: int = 1024,
     tokens_per_pass: int | None = None,
-    total: int | None = None,
     state: PartialState | None = None,
     write: Callable[[str], None] | None = None,
     write_every: float = 10.0,
-    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Write queries that each passage might answer, into a folder of shards in the corpus's order.
 
@@ -113,11 +130,9 @@ def expand_corpus(
         seed: of the random numbers.
         shard_size: passages a shard: what is lost at most when a process is killed, and what memory holds.
         tokens_per_pass: passage tokens times queries that are computed together; by the device when None.
-        total: passages in all, for the time left, where the corpus has no length.
         state: the processes of a distributed run, which share the shards; one process when None.
         write: takes a line of progress without its line end; printed by the main process when None.
         write_every: seconds between such lines.
-        clock: seconds from a fixed moment, never going back.
 
     Returns:
         The manifest: the settings, "model", "count" and "shards".
@@ -127,16 +142,6 @@ def expand_corpus(
             a passage without id or text, or with the id of an earlier one, naming it.
         OSError: the folder can't be written.
     """
-    sizes = {
-        "num_queries": num_queries,
-        "top_k": top_k,
-        "max_length": max_length,
-        "passage_length": passage_length,
-        "shard_size": shard_size,
-    }
-    for name, size in {**sizes, "tokens_per_pass": 1 if tokens_per_pass is None else tokens_per_pass}.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
     if isinstance(model, (str, Path)):
         device = state.device if state is not None else get_device_name()
         model, tokenizer = load_expander(str(model), dtype=dtype, device=device)
@@ -144,37 +149,26 @@ def expand_corpus(
         raise ValueError("tokenizer: give that of the model, or name the model instead of loading it.")
     if tokens_per_pass is None:
         tokens_per_pass = CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
-    model.eval()
+    sampling = Sampling(num_queries, top_k, max_length, passage_length, tokens_per_pass, prompt, seed)
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     passages_of = passage_shards(checked_passages(corpus, True), shard_size)
     parts = ((shards.digest_of(chain.from_iterable(shard)), shard) for shard in passages_of)
-    if total is None and hasattr(corpus, "__len__"):
-        total = len(corpus)  # type: ignore[arg-type]
+    total = len(corpus) if isinstance(corpus, Sized) else None
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    progress = PassageProgress(total, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
+    progress = PassageProgress(
+        total, processes, write or print_at_once, write_every, time.monotonic, enabled=rank == 0
+    )
 
-    def make(passages: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        queries = generate_queries(
-            model,
-            tokenizer,
-            passages,
-            num_queries=num_queries,
-            top_k=top_k,
-            max_length=max_length,
-            passage_length=passage_length,
-            prompt=prompt,
-            seed=seed,
-            tokens_per_pass=tokens_per_pass,
-            done=progress.encoded,
-        )
+    def make(passages: Sequence[Passage]) -> dict[str, Any]:
+        queries = generate_queries(model, tokenizer, passages, sampling, done=progress.encoded)
         return query_columns([passage_id for passage_id, _ in passages], queries)
 
     settings = {
         "weights_sha256": weights_digest(model),
         "tokenizer_sha256": tokenizer_digest(tokenizer),
-        "prompt": prompt,
-        "seed": seed,
-        **sizes,
-        "tokens_per_pass": tokens_per_pass,
+        **asdict(sampling),
+        "shard_size": shard_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
@@ -216,48 +210,39 @@ def exact_dtype(device: torch.device) -> torch.dtype:
 def generate_queries(
     model: Any,
     tokenizer: Any,
-    passages: Sequence[tuple[str, str]],
+    passages: Sequence[Passage],
+    sampling: Sampling,
     *,
-    num_queries: int,
-    top_k: int,
-    max_length: int,
-    passage_length: int,
-    prompt: str,
-    seed: int,
-    tokens_per_pass: int,
-    done: Callable[[int], None] | None = None,
+    done: Callable[[int], None] = lambda passages: None,
 ) -> list[list[str]]:
     """Sample queries of (id, text) passages, in passes of similar length; one without words gets none.
 
-    The arguments are those of `expand_corpus`; `done` is told after every pass how many passages it held.
+    `done` is told after every pass how many passages it held.
     """
     found: list[list[str]] = [[] for _ in passages]
     rows = [row for row, (_, text) in enumerate(passages) if text.strip()]
-    if not rows or not num_queries:
-        if done is not None:
-            done(len(passages))
+    done(len(passages) - len(rows))
+    if not rows:
         return found
-    encoded = tokenizer([prompt + passages[row][1] for row in rows], truncation=True, max_length=passage_length)
-    ids: list[list[int]] = encoded["input_ids"]
-    budget = max(1, tokens_per_pass // num_queries)
+    texts = [sampling.prompt + passages[row][1] for row in rows]
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=sampling.passage_length)["input_ids"]
+    count, budget = sampling.num_queries, max(1, sampling.tokens_per_pass // sampling.num_queries)
     # From the longest to the shortest: a pass that doesn't fit in memory fails at once.
     for group in reversed(passes([len(tokens) for tokens in ids], budget, padding_of(model.device))):
-        numbers = [uniform_numbers(seed, passages[rows[item]][0], num_queries, max_length) for item in group]
+        names = [passages[rows[item]][0] for item in group]
+        numbers = [uniform_numbers(sampling.seed, name, count, sampling.max_length) for name in names]
         inputs = tokenizer.pad({"input_ids": [ids[item] for item in group]}, return_tensors="pt").to(model.device)
         uniform = torch.from_numpy(np.concatenate(numbers)).to(model.device, exact_dtype(model.device))
-        tokens = decode(model, inputs, uniform, top_k=top_k, max_length=max_length)
-        texts = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        tokens = decode(model.eval(), inputs, uniform, sampling)
+        written = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         for place, item in enumerate(group):
-            found[rows[item]] = texts[place * num_queries : (place + 1) * num_queries]
-        if done is not None:
-            done(len(group))
-    if done is not None and len(rows) < len(passages):
-        done(len(passages) - len(rows))
+            found[rows[item]] = written[place * count : (place + 1) * count]
+        done(len(group))
     return found
 
 
 @torch.inference_mode()
-def decode(model: Any, inputs: Any, uniform: Tensor, *, top_k: int, max_length: int) -> list[list[int]]:
+def decode(model: Any, inputs: Any, uniform: Tensor, sampling: Sampling) -> list[list[int]]:
     """Sample token ids of each input, all samples of the first one first; `generate` prepares, the loop is ours.
 
     All samples of a passage begin with the same token, so the first step is computed once a passage, and with it the
@@ -268,9 +253,8 @@ def decode(model: Any, inputs: Any, uniform: Tensor, *, top_k: int, max_length: 
 
     def loop(model: Any, input_ids: Tensor, logits_processor: Any, generation_config: Any, **more: Any) -> Tensor:
         ends = generation_config._eos_token_tensor
-        samples = len(uniform) // len(input_ids)
         drawn = uniform.new_full(uniform.shape, -1, dtype=torch.long)
-        for step, rows, tokens in _steps(model, input_ids, logits_processor, more, ends, uniform, samples, top_k):
+        for step, rows, tokens in _steps(model, input_ids, logits_processor, more, ends, uniform, sampling.top_k):
             drawn[rows, step] = tokens
         found.extend([token for token in row if token >= 0] for row in drawn.tolist())
         return input_ids
@@ -279,7 +263,7 @@ def decode(model: Any, inputs: Any, uniform: Tensor, *, top_k: int, max_length: 
     config = copy.deepcopy(model.generation_config)
     config.update(
         max_length=None,
-        max_new_tokens=max_length,
+        max_new_tokens=sampling.max_length,
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
@@ -297,7 +281,6 @@ def _steps(
     inputs: dict[str, Any],
     ends: Tensor | None,
     uniform: Tensor,
-    samples: int,
     top_k: int,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields each step, the rows that are still written, and their tokens."""
@@ -317,6 +300,7 @@ def _steps(
         )
         logits, cache = processors(input_ids, outputs.logits[:, -1]), outputs.past_key_values
         if not step:
+            samples = len(uniform) // len(input_ids)
             logits, mask, input_ids = (part.repeat_interleave(samples, 0) for part in (logits, mask, input_ids))
             cache.batch_repeat_interleave(samples)
         tokens = sample(logits, uniform[rows, step], top_k)

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
-from tct_hf.data.ids import rows_in_batches
+from tct_hf.data.texts import rows_in_batches
 from tct_hf.files import command
 
 if TYPE_CHECKING:
@@ -52,27 +52,36 @@ def load_expansions(path: str | Path) -> Dataset:
         FileNotFoundError: there is no such folder, it is not finished, or a shard is missing.
         ValueError: a file is damaged or was altered, or scores don't belong to the queries; names the file.
     """
-    from datasets import Dataset, concatenate_datasets
+    from datasets import concatenate_datasets
 
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of expansions; expand the corpus first, or fix the path")
-    manifest = shards.read_manifest(folder, "expansions")
-    files = list(shards.checked_shards(folder, manifest))
-    found = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+    queries = shards.checked_shards(folder, shards.read_manifest(folder, "expansions"))
+    parts = [_data_set(folder, len(queries), ["id", "queries"])]
     scores = folder / SCORES_FOLDER
-    if not (scores / shards.MANIFEST_FILE).is_file():
-        return found
-    theirs = shards.read_manifest(scores, "scores")
-    beside = list(shards.checked_shards(scores, theirs))
-    if [entry["count"] for entry in theirs["shards"]] != [entry["count"] for entry in manifest["shards"]]:
-        raise ValueError(f"{scores}: made of other expansions: delete it, and score again")
-    for number, file in enumerate(beside):
-        mine, its = shards.read_shard(folder, number), shards.read_shard(scores, number)
-        if mine["id"] != its["id"] or pc.list_value_length(mine["queries"]) != pc.list_value_length(its["scores"]):
-            raise ValueError(f"{file}: it has not one score a query of that shard: delete scores, score again")
-    columns = [Dataset.from_file(str(file)).select_columns("scores") for file in beside]
-    return concatenate_datasets([found, concatenate_datasets(columns)], axis=1)
+    if (scores / shards.MANIFEST_FILE).is_file():
+        found = shards.checked_shards(scores, shards.read_manifest(scores, "scores"))
+        for number, (mine, its) in enumerate(zip_longest(queries, found)):
+            if mine is None or its is None or not _one_each(mine, its):
+                raise ValueError(
+                    f"{shards.shard_file(scores, number)}: it has not one score a query of that shard: delete scores, "
+                    "score again"
+                )
+        parts.append(_data_set(scores, len(found), ["scores"]))
+    return concatenate_datasets(parts, axis=1)
+
+
+def _data_set(folder: Path, count: int, columns: list[str]) -> Dataset:
+    from datasets import Dataset, concatenate_datasets
+
+    files = [str(shards.shard_file(folder, number)) for number in range(count)]
+    return concatenate_datasets([Dataset.from_file(file) for file in files]).select_columns(columns)
+
+
+def _one_each(queries: pa.Table, scores: pa.Table) -> bool:
+    lengths = pc.list_value_length(queries["queries"]), pc.list_value_length(scores["scores"])
+    return bool(queries["id"] == scores["id"] and lengths[0] == lengths[1])
 
 
 def write_expansions(

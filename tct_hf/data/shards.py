@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def run_shards(
                 progress.skipped(len(items))
         else:
             if missing % processes == rank:
-                write_shard(folder, shards - 1, make(items), made_of)
+                _write_shard(file, make(items), made_of)
             missing += 1
         count += len(items)
     if not shards:
@@ -109,11 +109,10 @@ def digest_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def write_shard(folder: Path, number: int, columns: Mapping[str, Any], made_of: str) -> None:
-    """Write a shard aside, and rename it."""
+def _write_shard(file: Path, columns: Mapping[str, Any], made_of: str) -> None:
     table = pa.table(dict(columns)).replace_schema_metadata({_MADE_OF: made_of})
     with (
-        write_aside(shard_file(folder, number)) as aside,
+        write_aside(file) as aside,
         pa.OSFile(str(aside), "wb") as sink,
         pa.ipc.new_stream(sink, table.schema) as writer,
     ):
@@ -122,7 +121,14 @@ def write_shard(folder: Path, number: int, columns: Mapping[str, Any], made_of: 
 
 def read_shard(folder: Path, number: int) -> Any:
     """A shard as a memory-mapped table."""
-    return _opened(_shard_there(folder, number)).read_all().replace_schema_metadata(None)
+    return _opened(_written(folder, number)).read_all().replace_schema_metadata(None)
+
+
+def _written(folder: Path, number: int) -> Path:
+    file = shard_file(folder, number)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: run again what wrote the folder, and it makes this shard anew")
+    return file
 
 
 def _opened(file: Path) -> Any:
@@ -130,13 +136,6 @@ def _opened(file: Path) -> Any:
         return pa.ipc.open_stream(pa.memory_map(str(file)))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
-
-
-def _shard_there(folder: Path, number: int) -> Path:
-    file = shard_file(folder, number)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: run again what wrote the folder, and it makes this shard anew")
-    return file
 
 
 def _finish(folder: Path, shards: int, count: int, about: Mapping[str, Any]) -> None:
@@ -159,15 +158,8 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     if not file.is_file():
         if (folder / CLAIM_FILE).is_file():
             raise FileNotFoundError(f"{folder}: its {what} are not finished; run again what made them, and it goes on")
-        raise FileNotFoundError(
-            f"{folder}: no {what} here ({MANIFEST_FILE} is missing); give the folder that has them"
-        )
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if missing := [key for key in ("count", "shards") if key not in manifest]:
-            raise ValueError(f"{', '.join(missing)} is missing")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
+        raise FileNotFoundError(f"{folder}: no {what} here ({file.name} is missing); give the folder that has them")
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{folder}: {what} in the format of another version of tct_hf: delete the folder, and run again what "
@@ -176,10 +168,10 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     return manifest
 
 
-def checked_shards(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """The files of all shards in order, each compared with its checksum in the manifest."""
+def checked_shards(folder: Path, manifest: Mapping[str, Any]) -> list[Any]:
+    """All shards in order as memory-mapped tables, each file compared with its checksum in the manifest."""
     for number, entry in enumerate(manifest["shards"]):
-        file = _shard_there(folder, number)
+        file = _written(folder, number)
         if file_digest(file) != entry["sha256"]:
             raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
-        yield file
+    return [read_shard(folder, number) for number in range(len(manifest["shards"]))]

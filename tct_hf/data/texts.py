@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
@@ -29,6 +29,10 @@ Record: TypeAlias = tuple[str, str, str]
 # Part of the cache key: raise it when the prepared form of the same source changes.
 _FORMAT = 2
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "title")])
+
+
+# Id, text.
+Passage: TypeAlias = tuple[str, str]
 
 
 @dataclass
@@ -200,3 +204,48 @@ def add_texts(rows: Sequence[dict[str, Any]], columns: Mapping[str, Texts]) -> l
             errors[at] = errors[at] or bad
             row[column.removesuffix("_id")] = text
     return errors
+
+
+def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[str, Any]]:
+    """Rows of a data set or any iterable; of a data set, only the columns `keys` where there are some."""
+    if not hasattr(rows, "iter"):
+        yield from rows
+        return
+    for batch in rows.iter(1000):  # a data set gives a thousand rows in little more time than one
+        columns = {key: values for key, values in batch.items() if not keys or key in keys}
+        for place in range(len(next(iter(batch.values())))):
+            yield {key: values[place] for key, values in columns.items()}
+
+
+def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> Iterator[Passage]:
+    """Id and text of each passage of a corpus, read once; a bad one is a ValueError with its number and id.
+
+    Args:
+        corpus: rows with "id" and "text"; a data set, or any iterable.
+        allow_empty: passages without words may pass.
+    """
+    for number, row in enumerate(rows_in_batches(corpus, ("id", "text"))):
+        try:
+            name, text = as_id(get(row, "id"), "id"), as_text(get(row, "text"), "text", allow_empty=True)
+        except BadRow as error:
+            raise ValueError(error.at(f"corpus, passage number {number} (id {row.get('id')!r})")) from None
+        if not allow_empty and not text.strip():
+            raise ValueError(
+                f"corpus: passage {name!r} (number {number}) has no words: leave it out, or encode it as it is with "
+                "allow_empty=True."
+            )
+        yield name, text
+
+
+def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:
+    """Consecutive passages, so many at a time; refuses an id that comes twice, in 16 bytes of memory an id."""
+    seen, count = SeenIds(), 0
+    while shard := list(islice(passages, size)):
+        again = seen.add([passage_id for passage_id, _ in shard])
+        if again is not None:
+            raise ValueError(
+                f"corpus: two passages have the id {shard[again][0]!r} (again at number {count + again}): give each "
+                "its own id."
+            )
+        count += len(shard)
+        yield shard

@@ -18,7 +18,7 @@ from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 
 from tct_hf.batches import padding_of, passes, token_lengths
-from tct_hf.data.ids import checked_passages, passage_shards
+from tct_hf.data.texts import checked_passages, passage_shards
 from tct_hf.encoding.digests import tokenizer_digest, weights_digest
 from tct_hf.encoding.precision import has_bfloat16
 from tct_hf.files import write_json_atomic

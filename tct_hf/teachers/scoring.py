@@ -20,7 +20,7 @@ from tct_hf.batches import own_places
 from tct_hf.data import shards
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.expansion import SCORES_FOLDER, score_columns
-from tct_hf.data.ids import checked_passages
+from tct_hf.data.texts import checked_passages
 from tct_hf.files import claim, file_digest, write_aside, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.teachers.base import Teacher, device_of

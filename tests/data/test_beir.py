@@ -71,7 +71,11 @@ def test_changed_corpus_is_converted_again(folder: Path) -> None:
 BAD_FILES = [
     ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
     ("corpus.jsonl", '{"_id": "d1", "text": "x", "text": "y"}\n', "line 1: the key 'text' comes twice"),
-    ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1, column 'title': holds 0 where text is needed"),
+    (
+        "corpus.jsonl",
+        '{"_id": "d1", "title": 0, "text": "x"}\n',
+        "line 1, column 'title': holds 0 where text is needed",
+    ),
     ("corpus.jsonl", '{"_id": "d1", "body": "x"}\n', "line 1: column 'text' is missing.*_id, body"),
     ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}\n', "line 1, column 'text': half a surrogate pair"),
     ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),

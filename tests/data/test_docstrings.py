@@ -132,7 +132,6 @@ References
 
 
 def test_packages_are_found_without_importing_or_named() -> None:
-    assert {"json", "argparse.py"} <= {path.name for path in package_roots("stdlib")}
     for name in ("no_such_package_here", "sys"):
         with pytest.raises(ValueError, match=f"'{name}' is not installed here as Python source"):
             package_roots(name)

@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from tct_hf import expand_corpus, expanded_texts, load_expander, load_expansions
 from tct_hf.data import expander
-from tct_hf.data.expander import exact_dtype, generate_queries, sample, uniform_numbers
+from tct_hf.data.expander import Sampling, exact_dtype, generate_queries, sample, uniform_numbers
 from tests.encode_worker import passages
 from tests.models import tiny_bert, tiny_t5
 
@@ -59,7 +59,8 @@ def queries(folder: Path) -> list[list[str]]:
 
 def generate(model: tuple[Any, Any], texts: list[tuple[str, str]], **more: Any) -> list[list[str]]:
     settings: dict[str, Any] = {"num_queries": 4, "top_k": 5, "max_length": 9, "passage_length": 64}
-    return generate_queries(*model, texts, **{**settings, "prompt": "", "seed": 13, "tokens_per_pass": 400, **more})
+    sampling = Sampling(**{**settings, "prompt": "", "seed": 13, "tokens_per_pass": 400, **more})
+    return generate_queries(*model, texts, sampling)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_wrong_arguments_and_passages_are_one_message(model: tuple[Any, Any], tm
         ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
         ({"corpus": []}, "the corpus or the rows are empty"),
         ({"corpus": [{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]}, "two passages have the id 'a'"),
-        ({"corpus": [{"id": 3, "text": "x"}]}, "passage number 0 .id 3. has id = 3"),
+        ({"corpus": [{"id": None, "text": "x"}]}, "passage number 0 .id None., column 'id': no id"),
     ):
         with pytest.raises(ValueError, match=message):
             expand(model, tmp_path / "out", **more)

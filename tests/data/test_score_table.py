@@ -61,9 +61,7 @@ IDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1,
         max_size=40,
     ),
 )
-def test_any_pairs_are_found_again(
-    tmp_path: Path, scores: dict[tuple[str, str], float]
-) -> None:
+def test_any_pairs_are_found_again(tmp_path: Path, scores: dict[tuple[str, str], float]) -> None:
     mapping: dict[str, dict[str, float]] = {}
     for (query, passage), score in scores.items():
         mapping.setdefault(query, {})[passage] = score
@@ -75,7 +73,10 @@ def test_any_pairs_are_found_again(
 def test_a_mapping_may_hold_what_models_give(tmp_path: Path) -> None:
     given: Any = {1: {7: np.float32(0.5), 8: torch.tensor(-2.25)}, 2: {7: np.float64(3.0)}}
     assert ScoreTable.open(given, cache_dir=tmp_path).get([("1", "7"), ("1", "8"), ("2", "7")]) == [0.5, -2.25, 3.0]
-    for wrong, message in (({"1": 0.5}, "query '1'.: holds 0.5 where"), ({"1": {"7": "x"}}, "passage '7' of query '1' is 'x'")):
+    for wrong, message in (
+        ({"1": 0.5}, "query '1'.: holds 0.5 where"),
+        ({"1": {"7": "x"}}, "passage '7' of query '1' is 'x'"),
+    ):
         with pytest.raises(ValueError, match=message):
             ScoreTable.open(wrong, cache_dir=tmp_path)  # type: ignore[arg-type]
 

@@ -58,7 +58,11 @@ def test_one_negative_and_ids(tmp_path: Path) -> None:
         ({"label": [1.0, 2.0]}, "label", "line 2, column 'label': 2 scores for 3 candidates; give one each, positive"),
         ({"label": 1.0}, "label", "line 2, column 'label': holds 1.0, where a list of 3 scores is needed"),
         ({"label": [1.0, None, 2.0]}, "label", r"column 'label': negatives\[0\] of query 'first query' has no score"),
-        ({"label": [1, 0, "x"]}, "label", r"the score of negatives\[1\] of query 'first query' is 'x', which is no number"),
+        (
+            {"label": [1, 0, "x"]},
+            "label",
+            r"the score of negatives\[1\] of query 'first query' is 'x', which is no number",
+        ),
         ({"positive": ["right", "also right"]}, "label", "2 positives in a row with scores"),
     ],
 )

@@ -383,7 +383,7 @@ BLANK = [{"id": "p0", "text": "dense"}, {"id": "blank", "text": " \n"}]
         (BLANK, {}, r"'blank' \(number 1\) has no words: .*allow_empty=True"),
         ([{"id": "p0", "text": "a"}, {"id": "p\ud800", "text": "b"}], {}, r"the id 'p\\ud800' \(number 1\)"),
         ([{"id": name, "text": "a"} for name in "abb"], {}, r"two passages have the id 'b' \(again at number 2\)"),
-        ([*passages(3), {"id": "bad", "text": None}], {}, r"passage number 3 .*text = None"),
+        ([*passages(3), {"id": "bad", "text": None}], {}, r"passage number 3 .*column 'text': no text"),
         (None, {"precision": "fp16"}, "precision='fp16' is not known"),
         (None, {"shard_size": 0}, "shard_size must be at least 1"),
         (None, {"tokens_per_pass": -1}, "tokens_per_pass"),
