@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from tct_hf.files import staging_beside
 
@@ -13,6 +16,12 @@ def default_cache_dir() -> Path:
     """The folder for prepared data, which may not exist yet."""
     own = os.environ.get("TCT_HF_CACHE")
     return Path(own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/tct_hf").expanduser()
+
+
+def prepared(kind: str, key: Any, build: Callable[[Path], None], cache_dir: str | Path | None = None) -> Path:
+    """A folder of prepared data, named by what it is and what it was made of, which is JSON-ready; built once."""
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    return build_once(folder / f"{kind}-{sha256(json.dumps(key).encode()).hexdigest()[:16]}", build)
 
 
 def build_once(final: Path, build: Callable[[Path], None]) -> Path:

@@ -1,8 +1,4 @@
-"""The embedded data set: known-item search in the documentation of installed packages.
-
-A query is the summary line of a docstring, its relevant passage is the rest of that docstring. Everyone who has
-installed the package has the text already: no network, no account, no licence to accept.
-"""
+"""The embedded data set: known-item search in the documentation of installed packages, without any download."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from tct_hf.cache import build_once, default_cache_dir
+from tct_hf.cache import prepared
 from tct_hf.data.docstrings import Docstring, package_roots, read_docstrings
 from tct_hf.data.near_duplicates import groups, near_duplicate_pairs
 from tct_hf.data.sources import write_rows
@@ -45,10 +41,10 @@ def builtin_corpus(
 
     Docstrings are read from source files with `ast`; nothing is imported or run. The summary (4 to 40 words) is the
     query and is not part of its passage, which is the rest (at least 15 words) under a title that says which
-    package, module and class it belongs to.
-    Identical summaries are one query with several positives. Near-duplicates (`Series.add` and `DataFrame.add`) are
-    grouped, and whole groups go to one split, by hash: about 70% train, 10% dev, 20% test. With other packages or
-    versions a group may gain members and change its split, so train and measure with the same `packages`.
+    package, module and class it belongs to. Identical summaries are one query with several positives.
+    Near-duplicates (`Series.add` and `DataFrame.add`) are grouped, and whole groups go to one split, by hash: about
+    70% train, 10% dev, 20% test. With other packages or versions a group may change its split, so train and measure
+    with the same `packages`.
 
     Args:
         split: "train", "dev" or "test".
@@ -61,7 +57,6 @@ def builtin_corpus(
 
     Raises:
         ValueError: an unknown split, a package that is not installed, or packages without usable docstrings.
-        OSError: the cache can't be written or read.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
@@ -75,25 +70,15 @@ def builtin_corpus(
 def builtin_fingerprint(
     *, packages: Sequence[str] = DEFAULT_PACKAGES, cache_dir: str | Path | None = None
 ) -> dict[str, Any]:
-    """The identity of the built-in corpus a result was measured on; to be stored beside it.
-
-    Returns:
-        JSON-ready: "sha256" over ids, texts, queries, judgements and versions; "packages" {name: version};
-        "extraction_version"; "passages"; "queries" {split: count}; "unparsed_files".
-    """
+    """The identity of the built-in corpus a result was measured on, JSON-ready, to be stored beside it."""
     return _prepared(packages, cache_dir)[1]
 
 
 def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> tuple[Path, dict[str, Any]]:
-    if isinstance(packages, str):
-        raise ValueError(f"packages: {packages!r} is one string; pass a list of names, for instance ({packages!r},)")
-    if not packages:
-        raise ValueError("packages is empty; name at least one installed package, for instance numpy")
-    names = sorted(set(packages))
-    versions = {name: _version(name) for name in names}
-    key = hashlib.sha256(json.dumps([EXTRACTION_VERSION, versions]).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    folder = build_once(folder / f"builtin-{key}", lambda staging: _build(staging, versions))
+    if isinstance(packages, str) or not packages:
+        raise ValueError(f"packages: {packages!r} is no list of installed packages; name one, for instance [numpy]")
+    versions = {name: _version(name) for name in sorted(set(packages))}
+    folder = prepared("builtin", [EXTRACTION_VERSION, versions], lambda staging: _build(staging, versions), cache_dir)
     try:
         return folder, json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,31 +102,25 @@ def _version(package: str) -> str:
 
 
 def _build(staging: Path, versions: dict[str, str]) -> None:
-    docstrings: list[Docstring] = []
-    unparsed = 0
-    for name in versions:
-        found, bad = read_docstrings(name)
-        docstrings += found
-        unparsed += bad
-    passages, parts = make_collection(docstrings)
+    found = [read_docstrings(name) for name in versions]
+    passages, parts = make_collection([docstring for docstrings, _ in found for docstring in docstrings])
     if not passages:
         raise ValueError(
             f"packages: {', '.join(versions)} hold no docstring with a summary of {_SUMMARY_WORDS[0]} to "
             f"{_SUMMARY_WORDS[1]} words and at least {_BODY_WORDS} words after it; name other packages"
         )
-    digest = hashlib.sha256()
-    digest.update(json.dumps([versions, passages, parts], sort_keys=True, ensure_ascii=True).encode())
+    content = json.dumps([versions, passages, parts], sort_keys=True)
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])
     write_rows(staging / "corpus.arrow", schema, ({"id": name, "text": text} for name, text in passages.items()))
     for split, part in parts.items():
         (staging / f"{split}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
     fingerprint = {
-        "sha256": digest.hexdigest(),
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "packages": versions,
         "extraction_version": EXTRACTION_VERSION,
         "passages": len(passages),
         "queries": {split: len(part["queries"]) for split, part in parts.items()},
-        "unparsed_files": unparsed,
+        "unparsed_files": sum(bad for _, bad in found),
     }
     (staging / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
 
@@ -157,19 +136,16 @@ def make_collection(
     Returns:
         Passages {id: text}, and {split: {"queries": {id: text}, "qrels": {id: {passage id: 1}}}}.
     """
-    usable = [
-        entry
-        for entry in docstrings
-        if _SUMMARY_WORDS[0] <= len(entry.summary.split()) <= _SUMMARY_WORDS[1]
-        and len(entry.body.split()) >= _BODY_WORDS
-    ]
     chosen: dict[str, Docstring] = {}
     id_of_text: dict[str, str] = {}
     names: set[str] = set()
     full_names: set[str] = set()
     first_of: dict[str, tuple[str, str]] = {}
     members: dict[str, list[str]] = defaultdict(list)
-    for entry in usable:
+    for entry in docstrings:
+        shortest, longest = _SUMMARY_WORDS
+        if not shortest <= len(entry.summary.split()) <= longest or len(entry.body.split()) < _BODY_WORDS:
+            continue
         name = entry.name if entry.name not in names else entry.full_name
         if entry.full_name in full_names or name in names:
             # The same name defined twice in a file (overloads, a property and its setter): the first stands.
@@ -178,7 +154,7 @@ def make_collection(
         full_names.add(entry.full_name)
         passage_id = id_of_text.setdefault(f"{_title(entry.name)}: {entry.body}", name)
         chosen.setdefault(passage_id, entry)
-        summary = _normal(entry.summary)
+        summary = " ".join(entry.summary.lower().split())
         first_of.setdefault(summary, (name, entry.summary))
         if passage_id not in members[summary]:
             members[summary].append(passage_id)
@@ -214,15 +190,7 @@ def _split_of(group: str) -> str:
     return "train" if share < 0.7 else "dev" if share < 0.8 else "test"
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
 def _title(name: str) -> str:
-    """Say in plain words where a name belongs: package, module and class, without the name itself.
-
-    It tells apart the `fit` of one class from that of another. The name itself is left out because it often repeats
-    the summary (`check_array_indexer`: "Check if indexer is a valid array indexer for array").
-    """
+    """Package, module and class of a name in plain words, without the name itself: it often repeats the summary."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[._]+", " ", name.rpartition(".")[0])
     return " ".join(words.split())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+import random
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +14,6 @@ from tct_hf.data.beir import MissingSplitError, open_beir
 from tct_hf.data.builtin import builtin_corpus, builtin_fingerprint
 from tct_hf.data.ids import hash_of
 from tct_hf.data.near_duplicates import folded
-from tct_hf.data.questions import MadeQuestion, questions_from
 from tct_hf.data.rows import text_lines
 from tct_hf.files import file_digest
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 AUTO = "auto"
+# Of questions made of passages: words that a passage keeps, and those of a sentence and of a title.
+_LEAST_REST = 3
+_SENTENCE_WORDS = range(5, 31)
+_TITLE_WORDS = range(3, 31)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+|\n(?=\s*[-*#])")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,15 @@ class Split:
             self.queries,
             {name: {p: grade for p, grade in grades.items() if p in passages} for name, grades in self.qrels.items()},
         )
+
+
+@dataclass(frozen=True)
+class MadeQuestion:
+    """A title or sentence that stands for a question, and its passage without it."""
+
+    text: str
+    passage_id: str
+    rest: str
 
 
 @dataclass
@@ -146,14 +161,8 @@ class Collection:
     def add_questions(self, path: str | Path) -> None:
         """Read a file of questions without judgements, one a line (plain text, UTF-8); they join the fingerprint.
 
-        Args:
-            path: the file. Blank lines, repeated questions and the queries of the splits are left out, whatever their
-                case and punctuation: those of dev and test must not be trained on, judged or not, and those of train
-                add nothing.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not UTF-8, or no question at all that is not left out.
+        Blank lines, repeated questions and the queries of the splits are left out, whatever their case and
+        punctuation: those of dev and test must not be trained on, judged or not, and those of train add nothing.
         """
         path = Path(path)
         if not path.is_file():
@@ -236,9 +245,6 @@ def load_collection(
             where the source has no judgements of it, unless it was named: then it was mistyped.
         also: more splits to report. A dev split that is reported is none to compare models on where that is "auto".
 
-    Returns:
-        The collection.
-
     Raises:
         ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or a split has two uses.
     """
@@ -261,19 +267,23 @@ def load_collection(
                 f"{test_split!r}, data.dev_split {dev_split!r}: report the split named test as data.test_split, and "
                 "set data.dev_split to none to report dev."
             )
+
+    def load(split: str) -> tuple[Dataset, dict[str, str], dict[str, dict[str, int]]]:
+        return builtin_corpus(split, packages=packages) if source == BUILTIN else open_beir(source).load(split)
+
     corpus = None
     splits = {}
     for use, split in names.items():
         if split is None:
             continue
         try:
-            corpus, queries, qrels = _load(source, packages, split)
+            corpus, queries, qrels = load(split)
         except MissingSplitError:
             if use in required or not defaults[use]:
                 raise
         else:
             splits[use] = Split(queries, qrels)
-    reported = {name: Split(*_load(source, packages, name)[1:]) for name in also}
+    reported = {name: Split(*load(name)[1:]) for name in also}
     corpus = open_beir(source).corpus() if corpus is None else corpus
     if source == BUILTIN:
         name, fingerprint = "built-in API docs", builtin_fingerprint(packages=packages)
@@ -289,19 +299,10 @@ def read_corpus(source: str, packages: Sequence[str], *, allow_empty: bool = Fal
         source: "builtin", or a BEIR folder or Hub id.
         packages: of the built-in corpus.
         allow_empty: of a BEIR folder, take passages without text.
-
-    Raises:
-        ValueError, OSError: as `builtin_corpus` and `load_beir_corpus` do.
     """
     if source == BUILTIN:
         return builtin_corpus("test", packages=packages)[0]
     return open_beir(source).corpus(allow_empty=allow_empty)
-
-
-def _load(source: str, packages: Sequence[str], split: str) -> tuple[Any, dict[str, str], dict[str, dict[str, int]]]:
-    if source == BUILTIN:
-        return builtin_corpus(split, packages=packages)
-    return open_beir(source).load(split)
 
 
 def _fingerprint(corpus: Dataset, splits: dict[str, Split]) -> dict[str, Any]:
@@ -313,3 +314,55 @@ def _fingerprint(corpus: Dataset, splits: dict[str, Split]) -> dict[str, Any]:
         digest.update(f"{use}\0{sorted(split.queries.items())}\0{sorted(split.qrels.items())}".encode())
     counts = {use: len(split.queries) for use, split in splits.items()}
     return {"sha256": digest.hexdigest(), "passages": len(corpus), "queries": counts}
+
+
+# Questions made of passages ----------------------------------------------------------------------------------------
+
+
+def questions_from(corpus: Dataset, count: int, *, seed: int, without: Iterable[str] = ()) -> Iterator[MadeQuestion]:
+    """Take the title, or else a sentence or heading, out of passages drawn at random, one a passage.
+
+    A title of 3 to 30 words is the question; where there is none, a sentence or heading of 5 to 30 words is drawn.
+    It is removed from its passage: otherwise BM25 would answer it word for word.
+
+    Args:
+        corpus: columns id and text, and perhaps title; a title begins the text.
+        count: the largest number of questions; passages with nothing that fits, or with nothing else, give none.
+        seed: of the draw.
+        without: texts that must not become questions, whatever their case and punctuation: queries of dev and test.
+
+    Source: the inverse cloze task (Lee, Chang and Toutanova, ACL 2019); half of DRAGON's queries are such sentences
+    (Lin et al., arXiv 2302.07452).
+    """
+    order = list(range(len(corpus)))
+    random.Random(seed).shuffle(order)
+    made, taken = 0, {folded(text) for text in without}
+    for row in order:
+        if made == count:
+            return
+        passage = corpus[row]
+        passage_id, text, title = passage["id"], passage["text"], passage.get("title") or ""
+        body = text.removeprefix(title)
+
+        def fits(one: str, words: range) -> bool:
+            return len(one.split()) in words and _is_prose(one) and folded(one) not in taken
+
+        if fits(title, _TITLE_WORDS):
+            chosen, rest = title, body
+        else:
+            sentences = [part.strip() for part in _SENTENCE_END.split(body)]
+            fit = [one for one in sentences if fits(one, _SENTENCE_WORDS)]
+            if not fit:
+                continue
+            chosen = random.Random(f"{seed}\x1f{passage_id}").choice(fit)
+            rest = text.replace(chosen, " ")
+        rest = " ".join(rest.split())
+        if len(rest.split()) < _LEAST_REST:
+            continue
+        taken.add(folded(chosen))
+        made += 1
+        yield MadeQuestion(chosen, passage_id, rest)
+
+
+def _is_prose(text: str) -> bool:
+    return sum(letter.isalpha() or letter == " " for letter in text) > 0.85 * len(text)

@@ -50,7 +50,8 @@ class RowReader:
 
     Attributes:
         fields: the columns of the source that hold each part of a row.
-        num_negatives: negatives of each row.
+        negatives: the names of the negative columns.
+        lookups: the id columns whose texts are not in the source, with where they are.
 
     Raises:
         BadRow: a column is missing or doubled; the message lists what there is, and the fix.
@@ -78,25 +79,22 @@ class RowReader:
         self.fields: dict[str, _Field] = {part: field for part, field in found.items() if field is not None}
         self._take_for_ids(first, ("query",), queries, "queries")
         self._take_for_ids(first, ("positive", "negative"), passages, "collection")
-        self._check_complete({"query": queries is not None, "positive": passages is not None})
+        self._check_complete(queries, passages)
         every = [self.fields.get(part) or self.fields.get(f"{part}_id") for part in ("positive", "negative")]
         # Also where none of them is taken: a row's scores are of all its candidates.
         self._candidates = [field for field in every if field is not None]
         if num_negatives == 0:
             self.fields = {part: field for part, field in self.fields.items() if not part.startswith("negative")}
-        negative = self.fields.get("negative") or self.fields.get("negative_id")
-        self.num_negatives = (
-            (len(negative.items(first)) if negative else 0) if num_negatives is None else num_negatives
-        )
+        there = sum(len(field.items(first)) for field in self._candidates[1:])
+        self.negatives = negative_columns(there if num_negatives is None else num_negatives)
         self._check_ids()
+        self.lookups: dict[str, Texts] = {
+            f"{name}_id": texts
+            for name, texts in (("query", queries), *((name, passages) for name in ("positive", *self.negatives)))
+            if texts is not None and name.partition("_")[0] not in self.fields
+        }
         self._types: dict[str, tuple[str, str]] = {}
-        labels = [label for field in self._candidates[1:] for label, _ in field.items(first)]
-        self._scores = None if scores is None else _score_columns(scores, names, len(labels))
-
-    @property
-    def negatives(self) -> list[str]:
-        """The names of the negative columns."""
-        return negative_columns(self.num_negatives)
+        self._scores = None if scores is None else _score_columns(scores, names, there)
 
     @property
     def has_known(self) -> bool:
@@ -108,15 +106,9 @@ class RowReader:
         found = [self.fields[part] for part in ("positive", "positive_id") if part in self.fields]
         return not any(field.listed or len(field.columns) > 1 for field in found)
 
-    @property
-    def to_look_up(self) -> list[str]:
-        """The id columns whose texts are not in the source."""
-        found = [f"{part}_id" for part in ("query", "positive") if part not in self.fields]
-        return found if "negative" in self.fields else [*found, *(f"{name}_id" for name in self.negatives)]
-
     def source_columns(self) -> list[str]:
         """The columns of the source that are read."""
-        fields = [*self.fields.values(), *([] if self._scores is None else [self._scores])]
+        fields = [*self.fields.values(), *([] if self._scores is None else [*self._candidates, self._scores])]
         return sorted({name.removesuffix(_IDS_OF) for field in fields for name in field.columns})
 
     def output_columns(self, known: bool) -> list[str]:
@@ -154,7 +146,7 @@ class RowReader:
             judged = read["positive_id"] if shared.get(LABELLED, True) else []
             shared[KNOWN] = list(dict.fromkeys([*judged, *read.get(KNOWN, ())]))
         if self._scores is not None:
-            shared[SCORES] = self._read_scores(row, self._scores)[: 1 + self.num_negatives]
+            shared[SCORES] = self._read_scores(row, self._scores)[: 1 + len(self.negatives)]
         for at in range(len(positives[0])):
             yield {**shared, **{part: read[part][at] for part in ("positive", "positive_id") if part in read}}
 
@@ -169,7 +161,7 @@ class RowReader:
         return [as_text(value, label) for label, value in items]
 
     def _cut(self, items: list[tuple[str, Any]], column: str) -> list[tuple[str, Any]]:
-        count, wanted = len(items), self.num_negatives
+        count, wanted = len(items), len(self.negatives)
         if count < wanted:
             fix = "lower num_negatives or add some"
             raise BadRow("too few negatives", f"{count} negatives where {wanted} are needed; {fix}", column)
@@ -286,22 +278,23 @@ class RowReader:
             label,
         )
 
-    def _check_complete(self, can_look_up: Mapping[str, bool]) -> None:
+    def _check_complete(self, queries: Texts | None, passages: Texts | None) -> None:
         there = there_are(sorted(self._names))
-        for part, setting in (("query", "queries"), ("positive", "collection"), ("negative", "collection")):
+        for part, texts in (("query", queries), ("positive", passages), ("negative", passages)):
             if part in self.fields:
                 continue
             if f"{part}_id" not in self.fields:
                 if part != "negative" or self._wanted:
                     fix = f"name it with columns={{{part!r}: ...}}"
                     raise BadRow("missing column", f"column {part!r} is missing ({there}); {fix}")
-            elif not can_look_up["query" if part == "query" else "positive"]:
+            elif texts is None:
                 what = f"column {part!r} is missing, though its ids are there ({there})"
+                setting = "queries" if part == "query" else "collection"
                 raise BadRow("missing column", f"{what}; pass {setting}= with the texts")
 
     def _check_ids(self) -> None:
         has = [name for name in ("positive", "negative") if f"{name}_id" in self.fields]
-        if self.num_negatives and len(has) == 1:
+        if self.negatives and len(has) == 1:
             lacks = "negative" if has == ["positive"] else "positive"
             column = self.fields[f"{has[0]}_id"].columns[0]
             raise BadRow(

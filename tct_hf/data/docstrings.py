@@ -68,10 +68,9 @@ def package_roots(package: str) -> list[Path]:
 
 
 def read_docstrings(package: str) -> tuple[list[Docstring], int]:
-    """Read the documented public names of an installed package from its source files.
+    """Read the documented public names of an installed package from its source files, without importing it.
 
-    Nothing of the package is imported or run: files are parsed with `ast`. Docstrings of compiled functions that a
-    package attaches by a call (`add_newdoc`, `add_docstr`) are read from that call.
+    Docstrings of compiled functions that a package attaches by a call (`add_newdoc`, `add_docstr`) are read from it.
 
     Returns:
         The docstrings, ordered by file path and place in the file, and how many files could not be parsed.

@@ -105,15 +105,14 @@ def expand_corpus(
 ) -> dict[str, Any]:
     """Write queries that each passage might answer, into a folder of shards in the corpus's order.
 
-    A shard is written aside and renamed; called again after a kill it goes on after the last whole one, once it has
-    seen that model, settings and passages are the same. `load_expansions` reads the folder.
+    Called again after a kill it goes on after the last whole shard, once it has seen that model, settings and
+    passages are the same. `load_expansions` reads the folder.
 
     Each query is drawn with random numbers that depend on `seed`, the passage's id, the query's number, the token's
     place and `max_length` alone. Files are therefore the same, byte for byte, for any number of processes and after
     any interruption, as long as hardware, threads and libraries are the same. Another `shard_size` or
-    `tokens_per_pass` puts other passages beside one another, which changes probabilities in their last bits: in
-    float32 all but a few queries in a hundred thousand stay the same, in bfloat16 fewer. Fewer queries are the first
-    of more, in the same sense.
+    `tokens_per_pass` changes probabilities in their last bits: in float32 all but a few queries in a hundred
+    thousand stay the same, in bfloat16 fewer. Fewer queries are the first of more, in the same sense.
 
     Args:
         model: a seq2seq model on the device that generates, or folder or Hub id of one, which is put on that of
@@ -122,7 +121,7 @@ def expand_corpus(
         out_dir: the folder; made when missing.
         tokenizer: of a model that is given as such.
         dtype: of a model that is named; see `load_expander`.
-        num_queries: of a passage; how many of them an index takes is decided when it is built.
+        num_queries: queries of a passage; how many of them an index takes is decided when it is built.
         top_k: tokens that are drawn among (10 in docTTTTTquery).
         max_length: tokens a query may have (64 in docTTTTTquery).
         passage_length: tokens a passage keeps.
@@ -131,16 +130,15 @@ def expand_corpus(
         shard_size: passages a shard: what is lost at most when a process is killed, and what memory holds.
         tokens_per_pass: passage tokens times queries that are computed together; by the device when None.
         state: the processes of a distributed run, which share the shards; one process when None.
-        write: takes a line of progress without its line end; printed by the main process when None.
+        write: takes a line of progress; printed by the main process when None.
         write_every: seconds between such lines.
 
     Returns:
         The manifest: the settings, "model", "count" and "shards".
 
     Raises:
-        ValueError: an unknown setting; a folder of another model, other settings or other passages; an empty corpus;
-            a passage without id or text, or with the id of an earlier one, naming it.
-        OSError: the folder can't be written.
+        ValueError: a folder of another model, other settings or other passages; an empty corpus; a passage without
+            id or text, or with the id of an earlier one, naming it.
     """
     if isinstance(model, (str, Path)):
         device = state.device if state is not None else get_device_name()
@@ -179,14 +177,10 @@ def expand_corpus(
 
 
 def uniform_numbers(seed: int, passage_id: str, num_queries: int, steps: int) -> np.ndarray:
-    """The random numbers of a passage's queries, `(num_queries, steps)` in [0, 1).
-
-    They depend on these alone, and the first queries have the same numbers however many there are.
-    """
+    """The random numbers of a passage's queries, `(num_queries, steps)` in [0, 1), the same for the first of more."""
     named = f"{seed} {passage_id}".encode("utf-8", "surrogatepass")
     key = int.from_bytes(blake2b(named, digest_size=16).digest(), "little")
-    drawn = np.random.Generator(np.random.Philox(key=key)).random((num_queries, steps))
-    return drawn
+    return np.random.Generator(np.random.Philox(key=key)).random((num_queries, steps))
 
 
 def sample(logits: Tensor, uniform: Tensor, top_k: int) -> Tensor:
@@ -261,15 +255,8 @@ def decode(model: Any, inputs: Any, uniform: Tensor, sampling: Sampling) -> list
 
     # Ours alone decides: what a checkpoint recommends beside (beams, its own length) does not count.
     config = copy.deepcopy(model.generation_config)
-    config.update(
-        max_length=None,
-        max_new_tokens=sampling.max_length,
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        use_cache=True,
-        cache_implementation=None,
-    )
+    ours = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+    config.update(max_length=None, max_new_tokens=sampling.max_length, cache_implementation=None, **ours)
     model.generate(**inputs, generation_config=config, custom_generate=loop)
     return found
 

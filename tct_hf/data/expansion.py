@@ -91,7 +91,7 @@ def write_expansions(
     settings: Mapping[str, Any],
     shard_size: int = 4096,
 ) -> dict[str, Any]:
-    """Write generated queries of any origin as a folder of expansions, in flat memory.
+    """Write generated queries of any origin as a folder of expansions.
 
     Args:
         rows: mappings with "id" and "queries" (a list of texts), in the corpus's order.
@@ -104,10 +104,7 @@ def write_expansions(
 
     Raises:
         ValueError: a row without id or queries, naming it; no row; a folder of other settings or other queries.
-        OSError: the folder can't be written.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     checked = _checked(rows)
 
     def parts() -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
@@ -142,10 +139,10 @@ def expanded_texts(
 ) -> Iterator[str]:
     """Each passage with its generated queries appended, joined by spaces, for an index of words.
 
-    By default every query is kept, as published: a query that was drawn twice says twice that its words belong to
-    the passage, and BM25 counts words (Nogueira and Lin, docTTTTTquery, 2019). Of the first `num_queries` queries of a
-    passage, repeats are left out first, then those with the lowest scores of all that are left in the whole corpus
-    (Doc2Query--, Gospodinov et al., ECIR 2023), so that one passage may lose all its queries and another none.
+    By default every query is kept, as published: BM25 counts words, and a query that was drawn twice counts twice
+    (Nogueira and Lin, docTTTTTquery, 2019). Of the first `num_queries` queries of a passage, repeats are left out
+    first, then those with the lowest scores in the whole corpus (Doc2Query--, Gospodinov et al., ECIR 2023), so that
+    one passage may lose all its queries and another none.
 
     Args:
         corpus: passages with "id" and "text"; a data set, or any iterable, read once as the texts are taken.
@@ -159,8 +156,8 @@ def expanded_texts(
         The texts in the corpus's order, made as they are taken.
 
     Raises:
-        ValueError: an unknown share; a share without scores; passages without expansions or in another order, naming
-            the first. Of a data set this is found at once, of another iterable where it happens.
+        ValueError: a share without scores; passages without expansions or in another order, naming the first. Of a
+            data set this is found at once, of another iterable where it happens.
     """
     if num_queries is not None and num_queries < 0:
         raise ValueError(f"num_queries must be at least 0, or None for all, got {num_queries}.")

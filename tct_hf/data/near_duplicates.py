@@ -30,10 +30,7 @@ def groups(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
 
 
 def folded(text: str) -> str:
-    """Fold case, punctuation and white space away: texts that differ in nothing else are equal.
-
-    A text of nothing but punctuation keeps it.
-    """
+    """Fold case, punctuation and white space away; a text of nothing but punctuation keeps it."""
     text = unicodedata.normalize("NFKC", text).casefold()
     # Symbols stay, "C" and "C++" differ; so do the marks that some scripts write vowels with.
     bare = _MARK.sub(lambda mark: " " if unicodedata.category(mark.group())[0] == "P" else mark.group(), text)
@@ -41,8 +38,7 @@ def folded(text: str) -> str:
 
 
 def shingles(text: str, width: int) -> frozenset[int]:
-    """Hash every run of `width` lower-case words of a text (letters, in scripts without blanks); a shorter text is one
-    shingle."""
+    """Hash every run of `width` words of a text (letters, in scripts without blanks); fewer words are one shingle."""
     words = _WORD.findall(text.lower())
     return frozenset(
         zlib.crc32(" ".join(words[at : at + width]).encode()) for at in range(max(1, len(words) - width + 1))

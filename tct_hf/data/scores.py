@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 
-from tct_hf.cache import build_once, default_cache_dir
+from tct_hf.cache import prepared
 from tct_hf.data.ids import find, hash_of
 from tct_hf.data.rows import BadRow, as_id, as_score, byte_lines, get, plain, shown, there_are
 from tct_hf.data.sources import LineSource, MappingSource, Source, open_source
@@ -78,15 +76,14 @@ class ScoreTable:
                 different scores, or no score at all; with the row, the query id and the fix.
             OSError: the cache can't be written, or the Hub not be reached.
         """
-        cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         opened: Source
         if isinstance(source, Mapping):
             opened = MappingSource(lambda: _of_mapping(source), "scores")
         else:
             opened = open_source(source, "scores", lambda path: LineSource(path, _FIELDS, header=_has_header(path)))
         key = [_FORMAT, opened.need_key(), sorted((columns or {}).items())]
-        place = cache / f"scores-{sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-        return cls(opened.name, build_once(place, lambda staging: _build(staging, opened, columns or {})))
+        folder = prepared("scores", key, lambda staging: _build(staging, opened, columns or {}), cache_dir)
+        return cls(opened.name, folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}  # a memory map would be copied into every worker

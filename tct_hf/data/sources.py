@@ -244,18 +244,8 @@ def load_from_hub(
         if rest:
             config, _, split = rest.partition(":")
     config, split = config or None, split or None
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    if streaming:
-        options["streaming"] = True
-    try:
-        parts = reach(hub_id, lambda: load_dataset(hub_id, config, **options))
-    except FileNotFoundError as error:
-        if not Path(hub_id).is_dir():
-            raise
-        raise FileNotFoundError(
-            f"{hub_id}: no data files that can be read ({error.__cause__}); a folder holds parquet or JSONL files in "
-            "the Hub's layout, or corpus.jsonl, queries.jsonl and qrels/"
-        ) from error
+    options = {name: value for name, value in (("revision", revision), ("streaming", streaming)) if value}
+    parts = reach(hub_id, lambda: load_dataset(hub_id, config, **options))
     return one_split(parts, split, f"{hub_id} ({config})" if config else hub_id)
 
 
@@ -275,18 +265,17 @@ def reach(name: str, load: Callable[[], T]) -> T:
 
     try:
         return load()
-    except FileNotFoundError as error:
-        # DatasetNotFoundError is one of these; so is a local path that was mistyped and reads like a Hub id.
-        raise FileNotFoundError(
-            f"{name}: not a folder here, and not found on the Hub ({error}); check the name, or log in for a private "
-            "data set"
-        ) from error
+    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is one of these
+        missing = isinstance(error, FileNotFoundError)
+        if missing and Path(name).is_dir():
+            why = "no data files that can be read; give parquet or JSONL files in the Hub's layout, or a BEIR folder"
+        elif missing:
+            why = "not a folder here, and not found on the Hub; check the name, or log in for a private data set"
+        else:
+            why = "not a folder here, and the Hub can't be reached; check the path or the network"
+        raise (FileNotFoundError if missing else OSError)(f"{name}: {why} ({error})") from error
     except (ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{name}: {error}") from error
-    except ConnectionError as error:
-        raise OSError(
-            f"{name}: not a folder here, and the Hub can't be reached ({error}); check the path or the network"
-        ) from error
 
 
 def write_rows(path: Path, schema: Any, rows: Iterable[Mapping[str, Any]]) -> int:

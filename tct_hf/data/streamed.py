@@ -77,7 +77,7 @@ class TripleStream:
         )
         row = next(reader.read(first, place))
         texts = [row[name] for name in ("query", "positive", *reader.negatives) if name in row]
-        if not reader.to_look_up and all(map(str.isdigit, texts)):
+        if not reader.lookups and all(map(str.isdigit, texts)):
             raise BadRow(NOTHING, f"{texts} look like ids, not texts; pass queries= and collection= with their texts")
         if left_out := sorted({*names} - {*reader.source_columns()}):
             logger.info("%s: columns left out: %s", self.source.name, ", ".join(left_out))
@@ -135,8 +135,7 @@ class TripleStream:
                 rows.extend((number, row) for row in reader.read(self.source.parse(raw), self.source.place(number)))
             except BadRow as error:
                 self._refuse(error, number)
-        texts = {name: self.queries if name == "query_id" else self.passages for name in reader.to_look_up}
-        errors = add_texts([row for _, row in rows], {name: found for name, found in texts.items() if found})
+        errors = add_texts([row for _, row in rows], reader.lookups)
         good = []
         for (number, row), bad in zip(rows, errors, strict=True):
             if bad is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from tct_hf.cache import build_once, default_cache_dir
+from tct_hf.cache import prepared
 from tct_hf.data.ids import SeenIds, find, hash_of
 from tct_hf.data.rows import BadRow, as_id, as_text, get, there_are
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, MappingSource, Source, open_source, write_rows
@@ -179,9 +177,7 @@ def prepare_corpus(
         if not write_rows(staging / "corpus.arrow", _SCHEMA, unique()):
             raise ValueError(f"{source.name}: no {what} in it; write one JSON object with _id, title and text a line")
 
-    key = json.dumps([_FORMAT, source.key, list(names), allow_empty])
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    folder = build_once(cache / f"beir-{sha256(key.encode()).hexdigest()[:16]}", build)
+    folder = prepared("beir", [_FORMAT, source.key, list(names), allow_empty], build, cache_dir)
     return Dataset.from_file(str(folder / "corpus.arrow"))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 
-from tct_hf.cache import build_once, default_cache_dir
+from tct_hf.cache import prepared
 from tct_hf.data.beir import hub_configurations, load_beir
 from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, negative_columns
 from tct_hf.data.qrels import KnownPositives, own_positive
@@ -114,7 +114,6 @@ def load_triples(
     """
     if num_negatives is not None and num_negatives < 0:
         raise ValueError(f"num_negatives={num_negatives}: it must be 0 or more, or None for all there are")
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     skipped = skipped if skipped is not None else SkippedRows()
     # BEIR first: its folder would also pass for one in the Hub's layout.
     if _is_beir(path_or_hub_id, config):
@@ -130,7 +129,7 @@ def load_triples(
                 f"download revision {revision!r} and give its folder"
             )
         skipped.replace(SkippedRows())
-        return _from_beir(path_or_hub_id, split, num_negatives, depth, seed, cache)
+        return _from_beir(path_or_hub_id, split, num_negatives, depth, seed, cache_dir)
 
     def tsv(path: Path) -> LineSource:
         return _open_tsv(path, columns, queries is not None, collection is not None, num_negatives)
@@ -142,8 +141,8 @@ def load_triples(
         source,
         columns,
         num_negatives,
-        None if queries is None else open_texts(queries, "query", "queries", cache),
-        None if collection is None else open_texts(collection, "passage", "collection", cache),
+        None if queries is None else open_texts(queries, "query", "queries", cache_dir),
+        None if collection is None else open_texts(collection, "passage", "collection", cache_dir),
         None if qrels is None else KnownPositives(qrels),
         skip_bad_rows,
         skipped,
@@ -153,7 +152,7 @@ def load_triples(
         return _streamed(stream)
     if source.key is None:
         raise ValueError(f"{source.name}: an IterableDataset; pass streaming=True, or make a Dataset of it first")
-    return _prepared(stream, cache)
+    return _prepared(stream, cache_dir)
 
 
 # Sources -----------------------------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def _is_beir(given: Any, config: str | None) -> bool:
     return config is None and is_hub_id(str(given)) and {"corpus", "queries"} <= set(hub_configurations(str(given)))
 
 
-def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, seed: int, cache: Path) -> Dataset:
+def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, seed: int, cache: Any) -> Dataset:
     corpus, queries, qrels = load_beir(given, split, cache_dir=cache)
     count = 1 if num_negatives is None else num_negatives
     judgements = sha256(json.dumps([queries, qrels]).encode()).hexdigest()
@@ -224,15 +223,11 @@ def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, se
         triples = bm25_triples(corpus, queries, qrels, num_negatives=count, depth=depth, seed=seed)
         _write(staging / "rows.arrow", triples.column_names, (dict(row) for row in triples))
 
-    folder = build_once(_folder(cache, ["beir", made_from, judgements, count, depth, seed]), build)
+    folder = prepared("triples", [_FORMAT, "beir", made_from, judgements, count, depth, seed], build, cache)
     return Dataset.from_file(str(folder / "rows.arrow"))
 
 
 # Results -----------------------------------------------------------------------------------------------------------
-
-
-def _folder(cache: Path, key: Sequence[Any]) -> Path:
-    return cache / f"triples-{sha256(json.dumps([_FORMAT, *key]).encode()).hexdigest()[:16]}"
 
 
 def _key_of(stream: TripleStream) -> list[Any]:
@@ -248,7 +243,7 @@ def _key_of(stream: TripleStream) -> list[Any]:
     ]
 
 
-def _prepared(stream: TripleStream, cache: Path) -> Dataset:
+def _prepared(stream: TripleStream, cache: str | Path | None) -> Dataset:
     def build(staging: Path) -> None:
         names = stream.output_columns()
         if "positive_id" in names and stream.known is None:
@@ -262,7 +257,7 @@ def _prepared(stream: TripleStream, cache: Path) -> Dataset:
         report = {"counts": stream.skipped.counts, "examples": stream.skipped.examples}
         (staging / "skipped.json").write_text(json.dumps(report), encoding="utf-8")
 
-    folder = build_once(_folder(cache, _key_of(stream)), build)
+    folder = prepared("triples", [_FORMAT, *_key_of(stream)], build, cache)
     parts = [
         Dataset.from_file(str(file)) for name in ("rows", "known") if (file := folder / f"{name}.arrow").is_file()
     ]

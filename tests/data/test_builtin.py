@@ -132,8 +132,8 @@ def test_damaged_cache_says_what_to_delete(cache: Path, tmp_path: Path) -> None:
     [
         ("validation", ["numpy"], "train, dev, test"),
         ("dev", ["not_there_at_all"], "not_there_at_all"),
-        ("dev", "numpy", "one string"),
-        ("dev", [], "empty"),
+        ("dev", "numpy", "is no list"),
+        ("dev", [], "is no list"),
     ],
 )
 def test_wrong_arguments_are_named(split: str, packages: list[str], message: str, tmp_path: Path) -> None:

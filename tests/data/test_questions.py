@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from tct_hf.data.collection import Collection, load_collection
-from tct_hf.data.questions import questions_from
+from tct_hf.data.collection import Collection, load_collection, questions_from
 from tct_hf.retrieval.negatives import collection_triples
 
 TEXTS = {
