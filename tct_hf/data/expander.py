@@ -215,7 +215,8 @@ def generate_queries(
     """
     found: list[list[str]] = [[] for _ in passages]
     rows = [row for row, (_, text) in enumerate(passages) if text.strip()]
-    done(len(passages) - len(rows))
+    if empty := len(passages) - len(rows):
+        done(empty)
     if not rows:
         return found
     texts = [sampling.prompt + passages[row][1] for row in rows]

@@ -114,7 +114,10 @@ PAIR = '{"query_id": "1", "passage_id": "7", "score": 1}\n'
         (PAIR.replace("1}", '"x"}'), "is 'x', which is no number"),
         (PAIR + '{"query_id": "1", "score": 1}\n', "line 2: column 'passage"),
         (PAIR.replace('"1"', "null"), "column 'query_id': no id .null.; fill it in"),
-        ('{"query_id": 4, "passage_ids": [1, 2], "scores": [0.5]}\n', "line 1 .query '4'.: 2 passages in .* but 1 s"),
+        (
+            '{"query_id": 4, "passage_ids": [1, 2], "scores": [0.5]}\n',
+            "line 1: 2 passages in .* but 1 scores .*query '4'",
+        ),
         ('{"query_id": 4, "passage_ids": [1], "scores": 0.5}\n', "must both be lists"),
         (PAIR + PAIR.replace("1}", "2}"), "comes twice with different scores, such as 1 and 2"),
         ("", "it holds no score"),

@@ -381,7 +381,11 @@ BLANK = [{"id": "p0", "text": "dense"}, {"id": "blank", "text": " \n"}]
     [
         ([], {}, "it has no passage"),
         (BLANK, {}, r"'blank' \(number 1\) has no words: .*allow_empty=True"),
-        ([{"id": "p0", "text": "a"}, {"id": "p\ud800", "text": "b"}], {}, r"the id 'p\\ud800' \(number 1\)"),
+        (
+            [{"id": "p0", "text": "a"}, {"id": "p\ud800", "text": "b"}],
+            {},
+            r"passage number 1 .*column 'id': half a surrogate",
+        ),
         ([{"id": name, "text": "a"} for name in "abb"], {}, r"two passages have the id 'b' \(again at number 2\)"),
         ([*passages(3), {"id": "bad", "text": None}], {}, r"passage number 3 .*column 'text': no text"),
         (None, {"precision": "fp16"}, "precision='fp16' is not known"),
