@@ -35,7 +35,7 @@ class Settings(TrainSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.arms import report_arms
-    from tct_hf.evaluation.quick_report import check_evaluation
+    from tct_hf.evaluation.experiment import check_evaluation
     from tct_hf.evaluation.references import reference_systems
     from tct_hf.files import claim, file_digest
     from tct_hf.pipeline.compare import Comparison, arms_of
@@ -82,7 +82,6 @@ def main(settings: Settings) -> None:
                     bf16=base.base["bf16"],
                     prompts=shared.prompts,
                     lengths=shared.lengths,
-                    vectors=base.vectors_folder,
                 ),
                 collection,
                 output,

@@ -34,7 +34,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.data.collection import read_corpus
-    from tct_hf.evaluation.stores import open_student
+    from tct_hf.evaluation.workspace import open_student
     from tct_hf.progress import quieten
     from tct_hf.retrieval.encode import encode_corpus
     from tct_hf.training.stages import process_state

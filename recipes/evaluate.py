@@ -11,7 +11,7 @@ Stopped at any point, the same command goes on where it stopped; with several pr
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     if state.is_main_process:
         with stages.stage("report"):
             write = partial(print, flush=True)
-            report = build_report(*arguments, settings=settings, record=asdict(settings), write=write, **models)
+            report = build_report(*arguments, settings=settings, write=write, **models)
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
         print("\n" + report.markdown())
     stages.finish()

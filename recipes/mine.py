@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
 
 
 def source_of(settings: Settings, collection: Any, output: Path, state: Any, write: Any) -> Any:
-    from tct_hf.evaluation.stores import Stores, open_student
+    from tct_hf.evaluation.workspace import Workspace, open_student
     from tct_hf.pipeline.mine import bm25_source, run_source, student_source
 
     if settings.run is not None:
@@ -87,9 +87,11 @@ def source_of(settings: Settings, collection: Any, output: Path, state: Any, wri
     if settings.model is None:
         return bm25_source(collection, depth=settings.depth, origin=settings.origin or "bm25")
     student = open_student(settings.model, str(state.device))
-    stores = Stores(collection, student, settings.model, output / "search", precision=settings.precision, write=write)
+    workspace = Workspace(
+        collection, student, settings.model, output / "search", precision=settings.precision, write=write
+    )
     origin = settings.origin or f"student {settings.model}"
-    return student_source(stores, origin, depth=settings.depth, state=state)
+    return student_source(workspace, origin, depth=settings.depth, state=state)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Settings(TrainSettings):
 
 
 def main(settings: Settings) -> None:
-    from tct_hf.evaluation.quick_report import check_evaluation
+    from tct_hf.evaluation.experiment import check_evaluation
     from tct_hf.evaluation.round_report import report_rounds
     from tct_hf.pipeline.rounds import Rounds
     from tct_hf.progress import quieten

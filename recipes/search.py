@@ -52,7 +52,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.searcher import Searcher
-    from tct_hf.evaluation.stores import SPARSE_FOLDER, Stores, open_beside, open_reranker, open_student
+    from tct_hf.evaluation.workspace import SPARSE_FOLDER, Workspace, open_beside, open_reranker, open_student
     from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
 
@@ -68,26 +68,26 @@ def main(settings: Settings) -> None:
     collection = read_collection(replace(settings.data, labels=0.0), train=False)
     folder = Path(settings.index_dir) if settings.index_dir is not None else None
     student = open_student(settings.student)
-    stores = Stores(collection, student, settings.student, folder, precision=settings.precision, write=tell)
+    workspace = Workspace(collection, student, settings.student, folder, precision=settings.precision, write=tell)
     beside = None
     if (name := settings.sparse_student) is not None:
         place = folder / SPARSE_FOLDER if folder is not None else None
-        model = open_beside(stores, name)
-        beside = Stores(collection, model, name, place, precision=settings.precision, write=tell)
-    there = {"sparse" if stores.is_sparse or beside is not None else "", "" if stores.is_sparse else "dense"}
+        model = open_beside(workspace, name)
+        beside = Workspace(collection, model, name, place, precision=settings.precision, write=tell)
+    there = {"sparse" if workspace.is_sparse or beside is not None else "", "" if workspace.is_sparse else "dense"}
     there |= {"maxsim" if settings.rerank is not None else ""}
     if settings.rank_by in {"dense", "sparse", "maxsim"} - there:
         needed = "reranker" if settings.rank_by == "maxsim" else f"{settings.rank_by} student"
         raise SettingsError(f"rank_by: there is no {needed} to order by; name one, or use fused")
-    tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {stores.folder}")
-    reranker = open_reranker(settings.rerank, stores) if settings.rerank is not None else None
+    tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {workspace.folder}")
+    reranker = open_reranker(settings.rerank, workspace) if settings.rerank is not None else None
     depth = max(settings.depth, settings.k)
     searcher = Searcher(
-        stores,
+        workspace,
         reranker=reranker,
         depth=depth,
         hybrid=settings.hybrid,
-        sparse_stores=beside,
+        sparse=beside,
         expansion=settings.expansion,
         dims=settings.dims,
     )

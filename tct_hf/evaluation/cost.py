@@ -14,11 +14,26 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import psutil
 
 from tct_hf.evaluation.tables import markdown_table
 from tct_hf.settings import environment
 
 TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What searching needs besides models: bytes on disk and in memory, seconds to make it, None where unknown."""
+
+    disk: int = 0
+    memory: int = 0
+    build_seconds: float | None = 0.0
+
+    def __add__(self, other: Footprint) -> Footprint:
+        seconds = (self.build_seconds, other.build_seconds)
+        taken = None if None in seconds else sum(filter(None, seconds))
+        return Footprint(self.disk + other.disk, self.memory + other.memory, taken)
 
 
 @dataclass(frozen=True)
@@ -41,8 +56,8 @@ class Efficiency:
         queries_per_second: in batches, None where no batch was measured.
         batch_size: queries a batch, None where no batch was measured.
         passages: searched.
-        disk_bytes: of the index on disk, None where unknown.
-        memory_bytes: of the index in memory, None where unknown.
+        disk_bytes, disk_bytes_per_passage: of the index on disk, None where unknown.
+        memory_bytes, memory_bytes_per_passage: of the index in memory, None where unknown.
         build_seconds: seconds to make the index, None where unknown.
         threads: library to its number of threads.
         machine: versions of packages and the machine (`tct_hf.settings.environment`), processor and memory.
@@ -53,27 +68,16 @@ class Efficiency:
     batch_size: int | None
     passages: int
     disk_bytes: int | None
+    disk_bytes_per_passage: float | None
     memory_bytes: int | None
+    memory_bytes_per_passage: float | None
     build_seconds: float | None
     threads: dict[str, int]
     machine: dict[str, Any]
 
-    @property
-    def disk_bytes_per_passage(self) -> float | None:
-        """Bytes on disk over passages."""
-        return None if self.disk_bytes is None else self.disk_bytes / self.passages
-
-    @property
-    def memory_bytes_per_passage(self) -> float | None:
-        """Bytes in memory over passages."""
-        return None if self.memory_bytes is None else self.memory_bytes / self.passages
-
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain JSON-ready values."""
-        return asdict(self) | {
-            "disk_bytes_per_passage": self.disk_bytes_per_passage,
-            "memory_bytes_per_passage": self.memory_bytes_per_passage,
-        }
+        return asdict(self)
 
     def table(self) -> str:
         """A Markdown table of the latencies, and a line of each other figure that is known."""
@@ -111,7 +115,6 @@ def measure_efficiency(
     memory: int | None = None,
     build_seconds: float | None = None,
     warm_up: int = 10,
-    repeats: int = 1,
     clock: Callable[[], float] = perf_counter,
 ) -> Efficiency:
     """Time a system one query at a time, stage by stage, then in batches, with the size of its index.
@@ -130,7 +133,6 @@ def measure_efficiency(
         memory: bytes of the index in memory.
         build_seconds: seconds to make the index.
         warm_up: queries run before any is timed, repeated where there are fewer; one batch is run too.
-        repeats: number of timed passes over queries and batches.
         clock: seconds from any fixed moment.
 
     Returns:
@@ -149,31 +151,39 @@ def measure_efficiency(
     for name, number, least in (
         ("passages", passages, 1),
         ("batch_size", batch_size, 1),
-        ("repeats", repeats, 1),
         ("warm_up", warm_up, 0),
     ):
         if number < least:
             raise ValueError(f"{name}: {number} is below {least}")
-    if isinstance(disk, (str, Path, Sequence)):
+    if disk is not None and not isinstance(disk, int):
         disk = bytes_on_disk(disk)
 
     for turn in range(warm_up):
         _timed(stages, queries[turn % len(queries)], clock)
-    times: list[list[float]] = []
-    for _ in range(repeats):
-        for query in queries:
-            times.append(_timed(stages, query, clock))
-    columns = dict(zip((*stages, TOTAL), zip(*times, strict=True), strict=True))
+    times = [_timed(stages, query, clock) for query in queries]
+    rate = None
+    if batch is not None:
+        parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
+        if warm_up:
+            batch(parts[0])
+        begun = clock()
+        for part in parts:
+            batch(part)
+        if (seconds := clock() - begun) <= 0:
+            raise ValueError("clock: no time passed over the batches; pass a finer clock")
+        rate = len(queries) / seconds
     return Efficiency(
-        latency={name: _latency(seconds) for name, seconds in columns.items()},
-        queries_per_second=_throughput(batch, queries, batch_size, warm_up, repeats, clock) if batch else None,
+        latency={name: _latency(one) for name, one in zip((*stages, TOTAL), zip(*times, strict=True), strict=True)},
+        queries_per_second=rate,
         batch_size=min(batch_size, len(queries)) if batch else None,
         passages=passages,
-        disk_bytes=None if disk is None else int(disk),
-        memory_bytes=None if memory is None else int(memory),
+        disk_bytes=disk,
+        disk_bytes_per_passage=None if disk is None else disk / passages,
+        memory_bytes=memory,
+        memory_bytes_per_passage=None if memory is None else memory / passages,
         build_seconds=build_seconds,
         threads=threads_in_use(),
-        machine=environment() | {"processor": _processor(), "memory_bytes": _installed_memory()},
+        machine=environment() | {"processor": _processor(), "memory_bytes": psutil.virtual_memory().total},
     )
 
 
@@ -190,17 +200,13 @@ def bytes_on_disk(paths: str | Path | Sequence[str | Path]) -> int:
 
 def threads_in_use() -> dict[str, int]:
     """Library to the threads it is set to, of those that are loaded and compute."""
-    found: dict[str, int] = {}
-    # Only what is loaded already: what is not took no part in the measurement.
-    for name, ask in (
-        ("torch", lambda torch: torch.get_num_threads()),
-        ("faiss", lambda faiss: faiss.omp_get_max_threads()),
-        ("numba", lambda numba: numba.config.NUMBA_NUM_THREADS),
-    ):
-        module = sys.modules.get(name)
-        if module is not None:
-            found[name] = int(ask(module))
-    return found
+    ask: dict[str, Callable[[Any], int]] = {
+        "torch": lambda torch: torch.get_num_threads(),
+        "faiss": lambda faiss: faiss.omp_get_max_threads(),
+        "numba": lambda numba: numba.config.NUMBA_NUM_THREADS,
+    }
+    # What is not loaded took no part in the measurement.
+    return {name: int(count(sys.modules[name])) for name, count in ask.items() if name in sys.modules}
 
 
 @contextmanager
@@ -237,38 +243,9 @@ def _latency(seconds: Sequence[float]) -> Latency:
     return Latency(p50, p95, p99, float(milliseconds.mean()), len(seconds))
 
 
-def _throughput(
-    batch: Callable[[Sequence[Any]], Any],
-    queries: Sequence[Any],
-    batch_size: int,
-    warm_up: int,
-    repeats: int,
-    clock: Callable[[], float],
-) -> float:
-    parts = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
-    if warm_up:
-        batch(parts[0])
-    begun = clock()
-    for _ in range(repeats):
-        for part in parts:
-            batch(part)
-    seconds = clock() - begun
-    if seconds <= 0:
-        raise ValueError("clock: no time passed over the batches; pass a finer clock, or raise repeats")
-    return repeats * len(queries) / seconds
-
-
 def machine_key() -> dict[str, Any]:
     """What times depend on: those of another machine are not mixed in."""
     return {"processor": _processor(), "cpu_count": os.cpu_count(), "system": platform.system()}
-
-
-def load_average() -> float | None:
-    """Processes that want to compute, a mean over the last minute; None where the system does not say."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
 
 
 def _processor() -> str:
@@ -279,10 +256,3 @@ def _processor() -> str:
     except OSError:
         pass  # not Linux: the platform module knows less, but something
     return platform.processor() or platform.machine() or "unknown processor"
-
-
-def _installed_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None  # no such question on this system

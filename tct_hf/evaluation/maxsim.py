@@ -68,7 +68,9 @@ class TokenVectors:
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._device = torch.device(device)
         self._blocks: list[tuple[np.ndarray, torch.Tensor]] | None = None
-        self._places = places_of(self.ids)
+        # The place of each id in the order of ids, by which equal scores are ordered.
+        self._places = np.empty(len(self.ids), np.int64)
+        self._places[sorted(range(len(self.ids)), key=self.ids.__getitem__)] = np.arange(len(self.ids))
 
     @classmethod
     def encoded(cls, model: MultiVectorEncoder, texts: Mapping[str, str], *, bf16: bool) -> TokenVectors:
@@ -84,7 +86,8 @@ class TokenVectors:
     @property
     def block_bytes(self) -> int:
         """Bytes that exhaustive search holds in memory."""
-        return sum(block.nbytes for _, block in self._in_blocks())
+        padded = sum(len(rows) * int(self.lengths[rows].max()) for rows in self._rows_by_length())
+        return 4 * padded * self.tokens.shape[1]
 
     def scores(self, queries: Sequence[torch.Tensor]) -> np.ndarray:
         """MaxSim `(queries, passages)` float32 of every passage, for queries `(tokens, dim)` each."""
@@ -131,19 +134,14 @@ class TokenVectors:
         at = self._starts[rows, None] + np.minimum(width, self.lengths[rows, None] - 1)
         return self.tokens[torch.from_numpy(at).to(self.tokens.device)].to(self._device, torch.float32)
 
+    def _rows_by_length(self) -> list[np.ndarray]:
+        order = np.argsort(self.lengths, kind="stable")
+        return [order[at : at + _PASSAGES_PER_BLOCK] for at in range(0, len(order), _PASSAGES_PER_BLOCK)]
+
     def _in_blocks(self) -> list[tuple[np.ndarray, torch.Tensor]]:
         if self._blocks is None:
-            order = np.argsort(self.lengths, kind="stable")
-            parts = [order[at : at + _PASSAGES_PER_BLOCK] for at in range(0, len(order), _PASSAGES_PER_BLOCK)]
-            self._blocks = [(part, self._padded(part)) for part in parts]
+            self._blocks = [(rows, self._padded(rows)) for rows in self._rows_by_length()]
         return self._blocks
-
-
-def places_of(ids: Sequence[str]) -> np.ndarray:
-    """The place of each id in the order of ids, by which equal scores are ordered."""
-    places = np.empty(len(ids), np.int64)
-    places[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
-    return places
 
 
 def late_interaction_run(
@@ -156,64 +154,39 @@ def late_interaction_run(
     bf16: bool = False,
 ) -> Run:
     """Score every passage by MaxSim and keep none of its vectors: exhaustive, whatever the size of the corpus."""
-    corpus_ids = list(corpus_ids)
-    vectors = encode_query_tokens(model, list(queries.values()), bf16=bf16)
-    places = places_of(corpus_ids)
-    scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    ids, vectors = list(corpus_ids), encode_query_tokens(model, list(queries.values()), bf16=bf16)
+    best: Run = {query: {} for query in queries}
     # Passages of similar length together, so that token matrices are padded little.
-    for part in _chunks(sorted(range(len(corpus_ids)), key=lambda row: len(corpus_texts[row]))):
-        texts = {corpus_ids[row]: corpus_texts[row] for row in part}
-        chunk = TokenVectors.encoded(model, texts, bf16=bf16)
-        scores = np.hstack([scores, chunk.scores(vectors)])
-        rows = np.hstack([rows, np.broadcast_to(np.array(part), (len(queries), len(part)))])
-        chosen = np.lexsort((places[rows], -scores))[:, :k]
-        scores, rows = np.take_along_axis(scores, chosen, 1), np.take_along_axis(rows, chosen, 1)
-    return {
-        query: {corpus_ids[row]: score for row, score in zip(*hits, strict=True)}
-        for query, *hits in zip(queries, rows.tolist(), scores.tolist(), strict=True)
-    }
+    for part in _chunks(sorted(range(len(ids)), key=lambda row: len(corpus_texts[row]))):
+        chunk = TokenVectors.encoded(model, {ids[row]: corpus_texts[row] for row in part}, bf16=bf16)
+        for query, found in zip(queries, chunk.search(vectors, k), strict=True):
+            best[query] = dict(rank(best[query] | found)[:k])
+    return best
 
 
 def rerank_run(
     model: MultiVectorEncoder,
     run: Mapping[str, Mapping[str, float]],
-    corpus: Mapping[str, str] | Dataset,
+    texts: Mapping[str, str],
     queries: Mapping[str, str],
     k: int = 100,
     *,
     bf16: bool = False,
 ) -> Run:
-    """Order the top k of a run by MaxSim; what lies below keeps its order.
+    """Order the top k passages of all `queries` in a run by MaxSim; what lies below keeps its order.
 
     Each passage is encoded once, however many queries have it. The reranked passages have their MaxSim as score; those
-    below k get scores that only keep them in order: 1, 2, 3... less than the lowest of the reranked. `corpus` is
-    passage id to text, or a data set with columns `id` and `text`; the run returned is over all `queries`.
+    below k get scores that only keep them in order: 1, 2, 3... less than the lowest of the reranked.
     """
-    if k < 1:
-        raise ValueError(f"k: {k} is below 1; rerank at least one passage")
-    for query in run:
-        if query not in queries:
-            raise ValueError(f"queries: the run's query {query!r} has no text; pass the queries of the run's split")
     ranked = {query: [name for name, _ in rank(run.get(query, {}))] for query in queries}
-    asked = {query: queries[query] for query, hits in ranked.items() if hits}
-    vectors: dict[str, torch.Tensor] = {}
-    if asked:
-        encoded = encode_query_tokens(model, list(asked.values()), bf16=bf16)
-        vectors = dict(zip(asked, encoded, strict=True))
-    askers: dict[str, list[str]] = {}
-    for query, names in ranked.items():
-        for name in names[:k]:
-            askers.setdefault(name, []).append(query)
-    texts = _texts(corpus, askers)
+    asked = [query for query, names in ranked.items() if names]
+    vectors = encode_query_tokens(model, [queries[query] for query in asked], bf16=bf16) if asked else []
     scores: dict[str, dict[str, float]] = {query: {} for query in queries}
-    for part in _chunks(sorted(texts, key=lambda name: (len(texts[name]), name))):
-        chunk = TokenVectors.encoded(model, {one: texts[one] for one in part}, bf16=bf16)
-        pools: dict[str, list[str]] = {}
-        for name in part:
-            for query in askers[name]:
-                pools.setdefault(query, []).append(name)
-        for query, pool in pools.items():
-            scores[query] |= chunk.rerank(vectors[query], pool)
+    wanted = {name for names in ranked.values() for name in names[:k]}
+    for part in _chunks(sorted(wanted, key=lambda name: (len(texts[name]), name))):
+        chunk = TokenVectors.encoded(model, {name: texts[name] for name in part}, bf16=bf16)
+        for query, encoded in zip(asked, vectors, strict=True):
+            scores[query] |= chunk.rerank(encoded, [name for name in ranked[query][:k] if name in chunk.rows])
     return {query: above(dict(rank(scores[query])), names[k:]) for query, names in ranked.items()}
 
 
@@ -226,21 +199,6 @@ def above(best: dict[str, float], rest: Iterable[str]) -> dict[str, float]:
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), _PASSAGES_PER_CHUNK):
         yield items[start : start + _PASSAGES_PER_CHUNK]
-
-
-def _texts(corpus: Mapping[str, str] | Dataset, wanted: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    if isinstance(corpus, Mapping):
-        texts = {name: corpus[name] for name in wanted if name in corpus}
-    else:
-        rows = {name: row for row, name in enumerate(corpus["id"]) if name in wanted}
-        texts = dict(zip(rows, corpus[list(rows.values())]["text"], strict=True)) if rows else {}
-    for name, queries in wanted.items():
-        if name not in texts:
-            raise ValueError(
-                f"corpus: passage {name!r}, which the run has for query {queries[0]!r}, is not there; "
-                "pass the corpus that the run was made on"
-            )
-    return texts
 
 
 def encode_tokens(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tct_hf.files import write_aside
+
+
+def missing_plot(plot: Callable[..., Path], of: Any, path: Path, **labels: str) -> str | None:
+    """Draw a plot; a line that says why there is none, where matplotlib is not installed or nothing can be drawn."""
+    try:
+        plot(of, path, **labels)
+    except (ImportError, ValueError) as error:  # the figures count, the plot is for the eye
+        return f"no {path.name}: {error}"
+    return None
 
 
 def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> Path:
@@ -31,29 +40,24 @@ def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     return _save(figure, path)
 
 
-def plot_dev_curves(
-    panels: Mapping[str, Mapping[str, Sequence[Mapping[int, float]]]], path: str | Path, *, ylabel: str
-) -> Path:
-    """Plot a measure on dev over the steps of training, one panel a kind of student, one line an arm."""
-    panels = {title: {arm: [c for c in curves if c] for arm, curves in arms.items()} for title, arms in panels.items()}
-    panels = {title: kept for title, arms in panels.items() if (kept := {a: c for a, c in arms.items() if c})}
-    if not panels:
+def plot_dev_curves(arms: Mapping[str, Sequence[Mapping[int, float]]], path: str | Path, *, ylabel: str) -> Path:
+    """Plot a measure on dev over the steps of training, one line an arm: the mean of its seeds, with their range."""
+    arms = {name: kept for name, curves in arms.items() if (kept := [curve for curve in curves if curve])}
+    if not arms:
         raise ValueError("There is no dev figure to plot: set curve.steps, and have a dev split.")
-    figure = _figure(4.6 * len(panels), 3.8)
-    first = None
-    for column, (title, arms) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), column, sharey=first)
-        first = first or axes
-        for name, curves in arms.items():
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            values = [[curve[step] for curve in curves] for step in steps]
-            [line] = axes.plot(steps, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=name)
-            if len(curves) > 1:
-                low, high = [min(v) for v in values], [max(v) for v in values]
-                axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-        axes.set(title=title, xlabel="step", ylabel=ylabel if column == 1 else None)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="lower right")
+    figure = _figure(4.6, 3.8)
+    axes = figure.add_subplot()
+    for name, curves in arms.items():
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = [[curve[step] for curve in curves] for step in steps]
+        [line] = axes.plot(steps, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=name)
+        if len(curves) > 1:
+            axes.fill_between(
+                steps, list(map(min, values)), list(map(max, values)), alpha=0.15, color=line.get_color()
+            )
+    axes.set(xlabel="step", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
     return _save(figure, path)
 
 

@@ -9,41 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.collection import Split
 from tct_hf.encoding.kinds import kind_of
-from tct_hf.evaluation.comparison import (
-    evaluate_all,
-    fuse_with_bm25,
-    read_log,
-    run_systems,
-    show_examples,
-    write_metrics,
-)
-from tct_hf.evaluation.measures import Evaluation, check_measures
-from tct_hf.evaluation.plots import plot_losses
+from tct_hf.evaluation.experiment import Experiment, read_log, show_examples, write_metrics
+from tct_hf.evaluation.measures import Evaluation
+from tct_hf.evaluation.plots import missing_plot, plot_losses
 from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, TEACHER, training_systems
-from tct_hf.evaluation.significance import compare_pairs, difference
+from tct_hf.evaluation.significance import compare_pairs, placed
 from tct_hf.evaluation.tables import means_table, p_text, weight_text
 from tct_hf.files import claim, write_text_atomic
-from tct_hf.retrieval.runs import Run, rank
+from tct_hf.retrieval.runs import rank
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
-
-
-def check_evaluation(
-    collection: Collection, measures: Sequence[str], depth: int, *, name: str = "evaluation.depth"
-) -> None:
-    """Refuse before any training what would stop the evaluation after it: a measure, the depth `name`, an id."""
-    check_measures(measures, depth, setting=name)
-    check_ids(collection)
-
-
-def check_ids(collection: Collection) -> None:
-    """Refuse ids of passages and queries that a TREC run can't hold."""
-    splits = [*collection.splits.values(), *collection.also.values()]
-    for what, ids in (("passage", collection.corpus["id"]), *(("query", split.queries) for split in splits)):
-        for one in ids:
-            if not one or one.split() != [one]:
-                raise ValueError(f"The {what} id {one!r} has white space, which a TREC run can't hold: rename it.")
 
 
 def quick_report(
@@ -65,57 +41,48 @@ def quick_report(
     **more: Any,
 ) -> None:
     """Search with every system, and write runs, metrics.json, report.md and losses.png."""
-    runs_folder = output / "runs"
-    claim(runs_folder, settings)
+    folder, measure = output / "runs", measures[0]
+    claim(folder, settings)
     models: dict[str, Any] = {"base_model": base_model, "students": students, "teacher": teacher, **more}
     systems = training_systems(collection, depth=depth, bf16=bf16, lengths=lengths, **models)
-    titles = {system.key: system.title for system in systems}
-    queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
-    runs = run_systems(systems, queries, runs_folder, write=write)
-    alphas = fuse_with_bm25(
-        [key for key in (BASE_NATIVE, STOCK, *students) if key in titles],
-        runs,
-        {split: runs[BM25, split] for split in queries},
-        collection,
-        measures[0],
-        depth=depth,
-        folder=runs_folder,
-        tune=labels,
-    )
+    splits = {name: split for name, split in collection.splits.items() if name != "train"}
+    experiment = Experiment(splits, measures, depth, write=write)
+    experiment.search(systems, folder)
+    titles = experiment.titles
+    dense = [key for key in (BASE_NATIVE, STOCK, *students) if key in titles]
+    alphas = experiment.fuse_with_bm25(dense, folder, tune=labels)
     fused = {name: f"{titles[name.removesuffix('-bm25')]} + BM25" for name in alphas}
     unjudged = []
-    if not collection.splits["test"].qrels:
+    if not splits["test"].qrels:
         judge = judge or (TEACHER if TEACHER in titles else OWN_MAXSIM)
         unjudged = [
             "These questions are not judged: the best passage of this system counts as the answer, and the figures "
             f"say how well the others find what it would put first: {titles[judge]}."
         ]
-        collection = replace(collection, splits={**collection.splits, "test": _best_passages(collection, runs, judge)})
-    evaluations = evaluate_all(runs, collection, measures)
+        asked, found = splits["test"].queries, experiment.runs[judge, "test"]
+        splits["test"] = Split(asked, {query: {rank(found[query])[0][0]: 1} for query in asked})
+        collection = replace(collection, splits={**collection.splits, **splits})
+    evaluations = experiment.evaluate()
     # Each student against the base as it is, BM25 and stock.
-    pairs = [(one, other) for one in students for other in (BASE_NATIVE, BM25, STOCK) if other in evaluations["test"]]
-    compared = compare_pairs(evaluations["test"], pairs, measures[0])
+    pairs = [(one, other) for one in students for other in (BASE_NATIVE, BM25, STOCK) if other in titles]
+    compared = compare_pairs(evaluations["test"], pairs, measure)
     record: dict[str, Any] = {"comparisons": compared, "alphas": alphas, "corpus": collection.fingerprint}
     write_metrics(output / "metrics.json", evaluations, **record, settings=dict(settings))
 
-    test = collection.splits["test"]
     logs = {"teacher: in-batch softmax": read_log(output / "teacher")}
-    logs |= {titles[key]: read_log(folder) for key, folder in students.items()}
-    plotted = any(logs.values())
-    try:
-        if plotted:
-            plot_losses(logs, output / "losses.png")
-    except (ImportError, ValueError) as error:  # no matplotlib, or no step was logged: the table counts
-        plotted = False
-        write(f"  no losses.png: {error}")
+    logs |= {titles[key]: read_log(student) for key, student in students.items()}
+    problem = missing_plot(plot_losses, logs, output / "losses.png")
+    if problem and any(logs.values()):
+        write(f"  {problem}")
     shown, student = list(students.items())[-1]
     loader = "SparseEncoder" if kind_of(student) == "sparse" else "SentenceTransformer"
     kept = f" Models keep {lengths['document_length']} tokens of a passage." if "document_length" in lengths else ""
     tuned = "that gives both lists the same spread" + ("" if labels else " (this run uses no labels)")
-    if labels and "dev" in collection.splits and collection.splits["dev"].qrels:
-        tuned = f"tuned for {measures[0]} on the dev queries"
+    if labels and "dev" in splits and splits["dev"].qrels:
+        tuned = f"tuned for {measure} on the dev queries"
+    head = f"{len(collection.corpus):,} passages, {len(splits['test'].queries):,} test queries, exact search"
     lines = [
-        f"# {collection.name}: {len(collection.corpus):,} passages, {len(test.queries):,} test queries, exact search",
+        f"# {collection.name}: {head}",
         "",
         means_table([(title, evaluations["test"][key].mean) for key, title in {**titles, **fused}.items()], measures),
         "",
@@ -125,16 +92,16 @@ def quick_report(
         + ".",
         *(line for key, folder in students.items() for line in _active_dims(titles[key], read_log(folder))),
         *unjudged,
-        *_remarks(evaluations, compared, titles, measures[0], base_model),
+        *_remarks(evaluations, compared, titles, measure, base_model),
         "",
         f"## What the {titles[shown]} finds",
         "",
         "```",
-        show_examples(collection, runs[shown, "test"], count=examples),
+        show_examples(collection, experiment.runs[shown, "test"], count=examples),
         "```",
         "",
         f"Search with it: {loader}({student!r}), encode_query, encode_document, similarity.",
-        f"In {output}: runs (TREC format), metrics.json{', losses.png' if plotted else ''}.",
+        f"In {output}: runs (TREC format), metrics.json{'' if problem else ', losses.png'}.",
         "",
     ]
     write_text_atomic(output / "report.md", "\n".join(lines))
@@ -149,17 +116,6 @@ def _active_dims(title: str, log: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Active dims of the {title}, in the last batches of its training (step {last['step']}): "
         f"{last['query_active_dims']:.1f} a query, {last['document_active_dims']:.1f} a passage."
     ]
-
-
-def _best_passages(collection: Collection, runs: Mapping[tuple[str, str], Run], judge: str) -> Split:
-    """The test questions with a system's best passage as the only relevant one."""
-    queries = collection.splits["test"].queries
-    return Split(queries, {query: {rank(runs[judge, "test"][query])[0][0]: 1} for query in queries})
-
-
-def placed(one: Evaluation, other: Evaluation, measure: str) -> str:
-    """Whether a system is above another, with the p value of the difference: chance alone makes some."""
-    return p_text(*difference(one, other, measure))
 
 
 def _remarks(

@@ -1,48 +1,6 @@
-"""Sparse, dense, hybrid and late-interaction retrieval of one collection side by side: effect, time, space.
+"""A report: retrieval of one collection with many systems side by side, in effect, time and space.
 
-`build_report` (in `tct_hf.evaluation.reporting`) makes a report, `Report.save` writes it to a folder:
-
-report.md       for people
-report.json     all of it, for programs (a model card, say); the layout is below
-latency.png     effectiveness against milliseconds a query
-storage.png     effectiveness against bytes a passage
-runs/           the runs, `<system>.<split>.trec`; those of further splits in a folder each
-
-report.json, format 1; a figure that is not known is null:
-
-format          1
-collection      name, passages, split, queries, fingerprint (sha256 of texts and judgements, and more)
-models          student: name, weights_sha256, parameters, dimension, similarity, encoded_in ("bf16" or "fp32"), and of
-                a sparse one query_active_dims, document_active_dims (means);
-                sparse_student: the same of one beside a dense student, where there is one;
-                base: the same of the base as it is, where it is reported;
-                teacher: name ("own" of the student's own token vectors), weights_sha256, parameters, dimension,
-                tokens_per_passage, encoded_in; or null
-measures        ir-measures names, the first one plotted
-relevance       grade from which a passage is relevant
-depth           passages a query in the runs
-baseline        key of the system that the others are tested against
-tuning          hybrid: fusion ("alpha" or "ranks"), alpha, split, queries, left_out, measure, value, curve, normalize;
-                hybrids: the same by the key of each hybrid's system, where there are several;
-                ann: factory, parameters, recall wanted ("recall") and measured, k, source, slice, split; null of a
-                sparse student
-systems         list, in the order of the table:
-  key, title, kind ("sparse", "learned sparse", "dense", "hybrid", "late interaction", "other")
-  effectiveness   measure: mean, standard_error
-  significance    measure: mean, difference, better, worse, p_randomisation, p_t_test, and both Holm-corrected
-                  (..._holm); null for the baseline, and where a single query is judged
-  cost            latency: stage, and "total": p50, p95, p99, mean (milliseconds), queries (timed);
-                  queries_per_second, batch_size, disk_bytes, disk_bytes_per_passage, memory_bytes,
-                  memory_bytes_per_passage, build_seconds, passages, load_average (of the machine, before timing);
-                null for runs from elsewhere
-  run             file, beside report.json or as it was given; sha256; missing_queries
-machine         processor, memory_bytes, cpu_count, platform, device
-threads         library: CPU threads while timing
-environment     versions of packages and Python
-settings        as they were given
-notes           lines for people
-also            by the name of each further split: queries, measures, relevance, systems: effectiveness, significance
-                and run, as above, by the key of the system
+`build_report` makes one. report.json is what its dataclasses hold; docs/evaluation.md describes the fields.
 """
 
 from __future__ import annotations
@@ -51,23 +9,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tct_hf.evaluation.measures import relevant_from
-from tct_hf.evaluation.plots import TradeOff, plot_trade_off
-from tct_hf.evaluation.settings import LEARNED as LEARNED
-from tct_hf.evaluation.settings import LEARNED_BM25 as LEARNED_BM25
-from tct_hf.evaluation.tables import difference_cells, markdown_table, mean_rows, milliseconds, whole
+from tct_hf.evaluation.plots import TradeOff, missing_plot, plot_trade_off
+from tct_hf.evaluation.tables import difference_table, markdown_table, mean_rows, milliseconds, whole
 from tct_hf.files import command, write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
 FORMAT = 1
 SIGNIFICANT = 0.05
+_SPEEDS = ("queries_per_second", "build_seconds")
+Tested: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class SystemResult:
-    """One system of a report; the fields are those of report.json, in the module's docstring."""
+    """One system of a report; the fields are those of report.json."""
 
     key: str
     title: str
@@ -84,7 +42,7 @@ class SystemResult:
 
 @dataclass(frozen=True)
 class Report:
-    """A finished comparison; the fields are those of report.json, in the module's docstring."""
+    """A finished comparison; the fields are those of report.json."""
 
     collection: dict[str, Any]
     models: dict[str, Any]
@@ -103,13 +61,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read a report.
-
-        Args:
-            path: report.json, or the folder it is in.
-
-        Returns:
-            The report.
+        """Read report.json, or the one in a folder.
 
         Raises:
             FileNotFoundError: there is none.
@@ -140,10 +92,10 @@ class Report:
         Raises:
             KeyError: the report has no such system.
         """
-        for system in self.systems:
-            if system.key == key:
-                return system
-        raise KeyError(f"no system {key!r} in this report; there are {', '.join(one.key for one in self.systems)}")
+        found = {system.key: system for system in self.systems}
+        if key not in found:
+            raise KeyError(f"no system {key!r} in this report; there are {', '.join(found)}")
+        return found[key]
 
     def table(self) -> str:
         """Effectiveness, latency and storage, one line a system, as a Markdown table.
@@ -151,11 +103,11 @@ class Report:
         The best of each measure is bold; a dagger marks what differs from the baseline.
         """
         rows = [["system", *self.measures, "p50 ms", "bytes a passage"]]
-        found = [(one.title, one.effectiveness, one.significance) for one in self.systems]
-        for system, cells in zip(self.systems, _effect_rows(found, self.measures), strict=True):
-            cost = system.cost
-            p50 = "" if cost is None else milliseconds(cost["latency"]["total"]["p50"])
-            rows.append([*cells, p50, "" if cost is None else whole(cost["disk_bytes_per_passage"])])
+        for system, cells in zip(self.systems, _effect_rows(self._tested(), self.measures), strict=True):
+            costs = ["", ""]
+            if (cost := system.cost) is not None:
+                costs = [milliseconds(cost["latency"]["total"]["p50"]), whole(cost["disk_bytes_per_passage"])]
+            rows.append([*cells, *costs])
         return markdown_table(rows)
 
     def cost_table(self) -> str:
@@ -163,32 +115,28 @@ class Report:
         heads = ["system", "p50 ms", "p95 ms", "p99 ms", "timed", "queries/s"]
         rows = [[*heads, "B/passage, disk", "B/passage, memory", "build s"]]
         for system in self.systems:
-            if (cost := system.cost) is None:
-                continue
-            total = cost["latency"]["total"]
-            rate, build = cost["queries_per_second"], cost["build_seconds"]
-            rows.append(
-                [
-                    system.title,
-                    *(milliseconds(total[name]) for name in ("p50", "p95", "p99")),
-                    str(total["queries"]),
-                    "?" if rate is None else f"{rate:,.1f}",
-                    whole(cost["disk_bytes_per_passage"]),
-                    whole(cost["memory_bytes_per_passage"]),
-                    "?" if build is None else f"{build:,.1f}",
-                ]
-            )
+            if (cost := system.cost) is not None:
+                total = cost["latency"]["total"]
+                latency = [milliseconds(total[name]) for name in ("p50", "p95", "p99")]
+                sizes = [whole(cost[f"{where}_bytes_per_passage"]) for where in ("disk", "memory")]
+                rate, build = ("?" if cost[name] is None else f"{cost[name]:,.1f}" for name in _SPEEDS)
+                rows.append([system.title, *latency, str(total["queries"]), rate, *sizes, build])
         return markdown_table(rows)
+
+    def _tested(self, split: str | None = None) -> dict[str, Tested]:
+        """Title, effectiveness and significance of each system by key, of a further split where it is named."""
+        if split is None:
+            return {one.key: (one.title, one.effectiveness, one.significance) for one in self.systems}
+        titles, found = {one.key: one.title for one in self.systems}, self.also[split]["systems"]
+        return {key: (titles[key], one["effectiveness"], one["significance"]) for key, one in found.items()}
 
     def significance_table(self, measure: str | None = None) -> str:
         """Every system against the baseline in one measure, the first by default, as a Markdown table."""
-        found = {one.key: (one.title, one.effectiveness, one.significance) for one in self.systems}
-        return _significance(found, measure or self.measures[0], self.baseline)
+        return _significance(self._tested(), measure or self.measures[0], self.baseline)
 
     def markdown(self) -> str:
         """What report.md holds."""
         collection, base, others = self.collection, self.system(self.baseline).title, len(self.systems) - 1
-        titles = {system.key: system.title for system in self.systems}
         threads = ", ".join(f"{name} {count}" for name, count in self.threads.items()) or "not known"
         lines = [
             f"# {collection['name']}: {collection['passages']:,} passages, {collection['queries']:,} "
@@ -205,9 +153,8 @@ class Report:
             "",
         ]
         for name, split in self.also.items():
-            systems, measures = split["systems"], split["measures"]
-            found = [(titles[key], one["effectiveness"], one["significance"]) for key, one in systems.items()]
-            lacking = {titles[key]: one["run"]["missing_queries"] for key, one in systems.items()}
+            found, measures = self._tested(name), split["measures"]
+            lacking = {found[key][0]: one["run"]["missing_queries"] for key, one in split["systems"].items()}
             lines += [
                 f"## {name}: {split['queries']:,} queries",
                 "",
@@ -237,12 +184,9 @@ class Report:
         for measure in self.measures:
             lines += ["", f"## Significance, {measure}", "", self.significance_table(measure)]
         for name, split in self.also.items():
-            tested = {
-                key: (titles[key], one["effectiveness"], one["significance"]) for key, one in split["systems"].items()
-            }
             for measure in split["measures"]:
                 head = f"## Significance, {name} ({split['queries']:,} queries), {measure}"
-                lines += ["", head, "", _significance(tested, measure, self.baseline)]
+                lines += ["", head, "", _significance(self._tested(name), measure, self.baseline)]
         over = f", Holm-corrected over {others} systems" if others > 1 else ""
         lines += [
             "",
@@ -261,24 +205,14 @@ class Report:
         return "\n".join([*lines, "", files, ""])
 
     def save(self, folder: str | Path) -> list[str]:
-        """Write report.json, report.md and the plots.
-
-        Args:
-            folder: made when missing.
+        """Write report.json, report.md and the plots to a folder.
 
         Returns:
-            What could not be done, in a line each: plots, where matplotlib is not installed or there is nothing to
-            plot.
-
-        Raises:
-            OSError: a file can't be written.
+            A line for each plot that could not be made: matplotlib is not installed, or there is nothing to plot.
         """
         folder = Path(folder)
         write_json_atomic(folder / JSON_FILE, self.to_dict())
         write_text_atomic(folder / MARKDOWN_FILE, self.markdown())
-        return self._plot(folder)
-
-    def _plot(self, folder: Path) -> list[str]:
         measure, name, problems = self.measures[0], self.collection["name"], []
         timed = [(one, one.effectiveness[measure], one.cost) for one in self.systems if one.cost is not None]
         for file, xlabel, value in (
@@ -289,37 +223,35 @@ class Report:
                 TradeOff(one.title, value(cost), found["mean"], found["standard_error"], one.kind)
                 for one, found, cost in timed
             ]
-            try:
-                plot_trade_off(points, folder / file, xlabel=xlabel, ylabel=measure, title=name)
-            except (ImportError, ValueError) as error:  # the figures count, the plot is for the eye
-                problems.append(f"no {file}: {error}")
-        return problems
+            labels = {"xlabel": xlabel, "ylabel": measure, "title": name}
+            problems.append(missing_plot(plot_trade_off, points, folder / file, **labels))
+        return [problem for problem in problems if problem]
 
     def __str__(self) -> str:
         return self.table()
 
 
-def _effect_rows(systems: Sequence[tuple[str, Any, Any]], measures: Sequence[str]) -> list[list[str]]:
-    """Title and means of (title, effectiveness, significance) each, the best bold, a dagger on differences."""
+def _effect_rows(systems: Mapping[str, Tested], measures: Sequence[str]) -> list[list[str]]:
+    """Title and means of each system, the best bold, a dagger on differences."""
     marked = {
         (row, name)
-        for row, (_, _, tests) in enumerate(systems)
+        for row, (_, _, tests) in enumerate(systems.values())
         for name in measures
         if tests is not None and tests[name]["p_randomisation_holm"] < SIGNIFICANT
     }
-    means = [(title, {name: effects[name]["mean"] for name in measures}) for title, effects, _ in systems]
+    means = [(title, {name: effects[name]["mean"] for name in measures}) for title, effects, _ in systems.values()]
     return mean_rows(means, measures, marked)
 
 
-def _significance(systems: Mapping[str, tuple[str, Any, Any]], measure: str, baseline: str) -> str:
-    """Systems, (title, effectiveness, significance) by key, against a baseline in one measure, which comes first."""
-    rows = [["system", measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"]]
+def _significance(systems: Mapping[str, Tested], measure: str, baseline: str) -> str:
+    """Systems against a baseline in one measure, the baseline first."""
+    rows = []
     for key in (baseline, *(key for key in systems if key != baseline)):
         title, effects, tests = systems[key]
         mean = f"{effects[measure]['mean']:.4f} ± {effects[measure]['standard_error']:.4f}"
-        cells = difference_cells(tests[measure]) if tests is not None else [""] * 4
-        rows.append([f"{title} (baseline)" if key == baseline else title, mean, *cells])
-    return markdown_table(rows)
+        shown = f"{title} (baseline)" if key == baseline else title
+        rows.append((shown, mean, None if tests is None else tests[measure]))
+    return difference_table(measure, rows)
 
 
 def _grades(measures: Sequence[str], relevance: int) -> str:

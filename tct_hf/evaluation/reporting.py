@@ -7,17 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation import settings as keys
-from tct_hf.evaluation.comparison import effectiveness
-from tct_hf.evaluation.measures import evaluate_run, named_measures
-from tct_hf.evaluation.quick_report import check_ids
+from tct_hf.data.collection import Split
+from tct_hf.evaluation.experiment import check_ids, effectiveness
+from tct_hf.evaluation.measures import named_measures
 from tct_hf.evaluation.report import Report, SystemResult
 from tct_hf.evaluation.report_work import Work
 from tct_hf.evaluation.settings import BM25, ReportSettings
 from tct_hf.evaluation.significance import compare_evaluations
-from tct_hf.evaluation.stores import OWN, Stores
-from tct_hf.evaluation.systems import System
-from tct_hf.evaluation.tune_alpha import TunedAlpha, tuning_queries
+from tct_hf.evaluation.tune_alpha import tuning_queries
+from tct_hf.evaluation.workspace import OWN
 from tct_hf.files import file_digest
 from tct_hf.retrieval.runs import Run, read_run
 
@@ -37,7 +35,6 @@ def build_report(
     base: str | None = None,
     settings: ReportSettings | None = None,
     runs: Mapping[str, str] | None = None,
-    record: Mapping[str, Any] | None = None,
     dims: Sequence[int] | None = None,
     write: Callable[[str], None] = print,
 ) -> Report:
@@ -58,7 +55,6 @@ def build_report(
             is.
         settings: what to measure and how.
         runs: name to TREC file of other systems' runs on the reported queries.
-        record: settings to keep in the report, JSON-ready; those of `settings` when None.
         dims: first dimensions of the student to measure alone too; those that its training recorded when None.
         write: takes lines of progress.
 
@@ -72,23 +68,23 @@ def build_report(
         OSError: a model can't be loaded.
     """
     settings = settings or ReportSettings()
-    record = record or asdict(settings)
+    record = asdict(settings)
     settings = replace(settings, measures=replace(settings.measures, names=named_measures(settings.measures.names)))
     foreign = check_report(collection, settings, runs or {})
     models: dict[str, Any] = {"teacher": teacher, "sparse_student": sparse_student, "base": base, "dims": dims}
     work = Work(collection, student, Path(output), settings, write, runs=runs or {}, **models)
     work.claim()
     systems = work.systems()
-    found = work.search(systems, "test") | foreign
+    measured = _measured(work, "test", work.test, settings.measures.names, foreign)
     costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}
-    files, also = {name: Path(file) for name, file in (runs or {}).items()}, {}
+    also = {}
     for split, names in settings.also_report.items():
-        measures, qrels = named_measures(names), collection.also[split].qrels
-        theirs = {name: run for name, run in foreign.items() if not qrels.keys().isdisjoint(run)}
-        measured = _measure(work, work.search(systems, split) | theirs, split, qrels, measures, files)
-        relevance = settings.measures.relevance
-        also[split] = {"queries": len(qrels), "measures": measures, "relevance": relevance, "systems": measured}
-    report = _assemble(work, systems, found, costs, files, record, also)
+        judged, measures = collection.also[split], named_measures(names)
+        theirs = {name: run for name, run in foreign.items() if not judged.qrels.keys().isdisjoint(run)}
+        found = _measured(work, split, judged, measures, theirs)
+        heads = {"queries": len(judged.qrels), "measures": measures, "relevance": settings.measures.relevance}
+        also[split] = {**heads, "systems": found}
+    report = _assemble(work, measured, costs, foreign, record, also)
     for problem in report.save(output):
         write(f"  {problem}")
     return report
@@ -106,14 +102,13 @@ def encode_corpora(
 ) -> None:
     """Encode the corpus with each student of a report, as `build_report` takes them, several processes sharing it."""
     work = Work(collection, student, output, settings, write, device=str(state.device), **models)
-    for stores in (work.stores, work.base, work.sparse):
-        if stores is not None:
-            stores.encode(state)
+    for workspace in work.workspaces.values():
+        workspace.encode(state)
 
 
 def check_report(collection: Collection, settings: ReportSettings, runs: Mapping[str, str]) -> dict[str, Run]:
     """Find out before any model is loaded what would stop the report later; the runs from elsewhere, read."""
-    settings.check(len(collection.corpus))
+    settings.check()
     for split in settings.also_report:
         if split not in collection.also or not collection.also[split].queries:
             raise ValueError(
@@ -132,8 +127,6 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
     known = set(collection.corpus["id"]) if runs else set()
     read: dict[str, Run] = {}
     for name, file in runs.items():
-        if name in keys.KEYS:
-            raise ValueError(f"runs.{name}: a system of the report has this name; give the run another")
         read[name] = read_run(file)
         more = settings.also_report if name == settings.measures.baseline else ()
         for split, judged in {"": test, **{one: collection.also[one] for one in more}}.items():
@@ -153,55 +146,48 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
     return read
 
 
-def _measure(
-    work: Work,
-    runs: Mapping[str, Run],
-    split: str,
-    qrels: Mapping[str, Mapping[str, int]],
-    measures: Sequence[str],
-    foreign: Mapping[str, Path],
+def _measured(
+    work: Work, split: str, judged: Split, measures: Sequence[str], foreign: Mapping[str, Run]
 ) -> dict[str, dict[str, Any]]:
     """Effectiveness, significance and run of each system on a split, as in report.json."""
-    relevance = work.settings.measures.relevance
-    found = {key: evaluate_run(run, qrels, measures, relevance=relevance) for key, run in runs.items()}
-    tests: dict[str, dict[str, Any]] = {key: {} for key in runs}
-    for measure in measures if len(qrels) > 1 else ():
+    experiment = replace(work.experiment(split, judged), measures=measures)
+    folder = work.output / "runs" / ("" if split == "test" else split)
+    experiment.search(list(work.made.values()), folder)
+    experiment.runs |= {(name, split): run for name, run in foreign.items()}
+    found = experiment.evaluate()[split]
+    tests: dict[str, dict[str, Any]] = {key: {} for key in found}
+    for measure in measures if len(judged.qrels) > 1 else ():
         for key, one in compare_evaluations(found, work.baseline, measure).systems.items():
             tests[key][measure] = asdict(one)
-    folder = Path("runs") if split == "test" else Path("runs") / split
     measured = {}
-    for key, run in runs.items():
-        file = foreign.get(key, work.output / folder / f"{key}.{split}.trec")
-        shown = str(file if key in foreign else file.relative_to(work.output))
-        missing = len(qrels.keys() - run.keys())
+    for key, evaluation in found.items():
+        own = folder / f"{key}.{split}.trec"
         measured[key] = {
-            "effectiveness": effectiveness(found[key]),
+            "effectiveness": effectiveness(evaluation),
             "significance": tests[key] or None,
-            "run": {"file": shown, "sha256": file_digest(file), "missing_queries": missing},
+            "run": {
+                "file": work.runs.get(key) or str(own.relative_to(work.output)),
+                "sha256": file_digest(work.runs.get(key, own)),
+                "missing_queries": len(judged.qrels.keys() - experiment.runs[key, split].keys()),
+            },
         }
     return measured
 
 
-def _model(work: Work, stores: Stores) -> dict[str, Any]:
-    """A student or base, as in report.json."""
-    manifest = stores.manifest()
-    return {
-        "name": stores.name,
-        "weights_sha256": stores.built_by["weights_sha256"],
-        "parameters": sum(parameter.numel() for parameter in stores.student.parameters()),
-        "dimension": manifest["dim"],
-        "similarity": stores.student.similarity_fn_name,
-        "encoded_in": manifest["precision"],
-        **(work.active_dims if stores.is_sparse else {}),
-    }
-
-
 def _models(work: Work) -> dict[str, Any]:
     """All models, as in report.json."""
-    models: dict[str, Any] = {"student": _model(work, work.stores), "teacher": None}
-    for role, stores in (("sparse_student", work.sparse), ("base", work.base)):
-        if stores is not None:
-            models[role] = _model(work, stores)
+    models: dict[str, Any] = {"student": None, "teacher": None}
+    for role, workspace in work.workspaces.items():
+        manifest = workspace.manifest
+        models[role] = {
+            "name": workspace.name,
+            "weights_sha256": workspace.built_by["weights_sha256"],
+            "parameters": sum(parameter.numel() for parameter in workspace.student.parameters()),
+            "dimension": manifest["dim"],
+            "similarity": workspace.student.similarity_fn_name,
+            "encoded_in": manifest["precision"],
+            **(work.active_dims if workspace.is_sparse else {}),
+        }
     if work.teacher is not None:
         models["teacher"] = {
             "name": work.teacher_name,
@@ -211,28 +197,6 @@ def _models(work: Work) -> dict[str, Any]:
             "encoded_in": "bf16" if work.bf16 else "fp32",
         }
     return models
-
-
-def _tuning(work: Work) -> dict[str, Any]:
-    """What was tuned and how, as in report.json."""
-    hybrids, tuning = {}, work.tuning
-    for key, alpha in work.alphas.items():
-        hybrids[key] = {
-            "fusion": "ranks" if alpha is None else "alpha",
-            "alpha": None if alpha is None else float(alpha),
-            "split": None,
-            "normalize": work.settings.hybrid.normalize,
-        }
-        if isinstance(alpha, TunedAlpha) and tuning is not None:
-            hybrids[key] |= {**alpha.to_dict(), "split": tuning.split, "left_out": tuning.left_out}
-    record: dict[str, Any] = {"hybrid": hybrids[work.first_hybrid], "ann": None}
-    if len(hybrids) > 1:
-        record["hybrids"] = hybrids
-    if work.ann is not None:
-        index, split = work.ann.index, tuning.split if tuning is not None else None
-        found = {"factory": index.factory, "parameters": index.parameters}
-        record["ann"] = {**found, **(index.tuning or {}), "split": split}
-    return record
 
 
 def _timing_notes(costs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -252,29 +216,25 @@ def _timing_notes(costs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _assemble(
     work: Work,
-    systems: Sequence[System],
-    found: Mapping[str, Run],
+    measured: Mapping[str, Mapping[str, Any]],
     costs: Mapping[str, Mapping[str, Any]],
-    foreign: Mapping[str, Path],
+    foreign: Mapping[str, Run],
     record: Mapping[str, Any],
     also: dict[str, Any],
 ) -> Report:
     """Put all figures together."""
-    measures, qrels, own = work.settings.measures, work.test.qrels, {system.key: system for system in systems}
-    measured = _measure(work, found, "test", qrels, measures.names, foreign)
-    if len(qrels) == 1:
+    measures, count = work.settings.measures, len(work.test.qrels)
+    if count == 1:
         work.notes.append("One query: no test can tell systems apart.")
     results = []
-    for key, figures in measured.items():
-        title, kind, cost = key, "other", None
-        if key in own:
-            title, kind = own[key].title, own[key].kind
-            cost = {name: value for name, value in costs[key].items() if name not in ("machine", "threads")}
-        else:
-            missing, deepest = figures["run"]["missing_queries"], max(map(len, found[key].values()), default=0)
-            lacks = f"; it lacks {missing:,} of the reported queries, which count as 0" if missing else ""
-            work.notes.append(f"{key}: run from {foreign[key]}, at most {deepest:,} passages a query{lacks}.")
-        results.append(SystemResult(key=key, title=title, kind=kind, cost=cost, **figures))
+    for key, system in work.made.items():
+        cost = {name: value for name, value in costs[key].items() if name not in ("machine", "threads")}
+        results.append(SystemResult(key, system.title, system.kind, cost=cost, **measured[key]))
+    for key, run in foreign.items():
+        missing, deepest = measured[key]["run"]["missing_queries"], max(map(len, run.values()), default=0)
+        lacks = f"; it lacks {missing:,} of the reported queries, which count as 0" if missing else ""
+        work.notes.append(f"{key}: run from {work.runs[key]}, at most {deepest:,} passages a query{lacks}.")
+        results.append(SystemResult(key, key, "other", cost=None, **measured[key]))
     work.notes += _timing_notes(costs)
     machine = costs[BM25]["machine"]
     threads = {name: count for cost in costs.values() for name, count in cost["threads"].items()}
@@ -285,7 +245,7 @@ def _assemble(
             "name": work.collection.name,
             "passages": len(work.collection.corpus),
             "split": work.collection.test_split,
-            "queries": len(qrels),
+            "queries": count,
             "fingerprint": work.collection.fingerprint,
         },
         models=_models(work),
@@ -293,10 +253,10 @@ def _assemble(
         relevance=measures.relevance,
         depth=measures.depth,
         baseline=work.baseline,
-        tuning=_tuning(work),
+        tuning=work.tuned(),
         systems=results,
         machine={name: machine[name] for name in ("processor", "memory_bytes", "cpu_count", "platform")}
-        | {"device": str(work.stores.student.device)},
+        | {"device": str(work.student.student.device)},
         threads=threads | {"bm25s": 1},
         environment={"packages": machine["packages"], "python": machine["python"]},
         settings=dict(record),

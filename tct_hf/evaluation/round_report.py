@@ -8,27 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from tct_hf.data.collection import Collection
-from tct_hf.evaluation.comparison import System, evaluate_all, run_systems, write_metrics
+from tct_hf.evaluation.experiment import Experiment, write_metrics
 from tct_hf.evaluation.measures import Evaluation, standard_error
-from tct_hf.evaluation.plots import plot_sweep
-from tct_hf.evaluation.quick_report import placed
+from tct_hf.evaluation.plots import missing_plot, plot_sweep
 from tct_hf.evaluation.references import BM25, STUDENT, TEACHER, reference_systems, teacher_system
-from tct_hf.evaluation.stores import Stores, open_student
+from tct_hf.evaluation.significance import placed
+from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import means_table
+from tct_hf.evaluation.workspace import Workspace, open_student
 from tct_hf.files import claim, file_digest, write_text_atomic
 from tct_hf.retrieval.mining import MiningCounts
+from tct_hf.retrieval.runs import Run
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """A round as it is to be reported.
-
-    Args:
-        folder: of the round; its runs and the encoded corpus go there.
-        student: folder of its student.
-        teacher: folder of the teacher trained in it; None where it took the one before.
-        mined: what its mining did; None for the base.
-    """
+    """A round as it is to be reported: its folder, its student's, its own teacher's and mining's, where there are."""
 
     folder: Path
     student: Path
@@ -55,56 +50,42 @@ def report_rounds(
     settings: Mapping[str, Any],
     write: Callable[[str], None] = print,
 ) -> Path:
-    """Search with every round's student and write report.md, metrics.json and the runs.
+    """Search with every round's student, the base first; write report.md, metrics.json and the runs.
 
-    What an earlier call has searched is read.
-
-    Args:
-        rounds: the base first.
-        collection: with its test split and, where there is one, dev.
-        output: folder.
-        base_model: encoder that teacher and student come from; None where it is not known.
-        teacher: folder or Hub id of the base's ColBERT.
-        measures: ir-measures names; the first decides on dev which round is best.
-        depth: passages a query in the runs.
-        precision: the students encode in: "auto", "bf16" or "fp32".
-        bf16: the others encode in bfloat16.
-        settings: JSON-ready, all that the last round depends on.
-        write: takes lines of progress.
-
-    Returns:
-        The report, Markdown.
-
-    Raises:
-        ValueError: a folder of runs belongs to other models or settings.
+    `base_model` is None where it is not known; `teacher` is the base's ColBERT; the first measure decides on dev which
+    round is best; the students encode in `precision`, the others in bfloat16 with `bf16`. Returns the report.
     """
-    queries = {name: split.queries for name, split in collection.splits.items() if name != "train"}
     shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16}
     weights = file_digest(Path(teacher) / "model.safetensors") or teacher
     claim(output / "runs", {**shared, "teacher": weights, "base": base_model})
     systems = reference_systems(collection, base_model=base_model, teacher=teacher, depth=depth, bf16=bf16)
-    runs = run_systems(systems, queries, output / "runs", write=write)
-    titles = {system.key: system.title for system in systems}
+    splits = {name: split for name, split in collection.splits.items() if name != "train"}
+    experiment = Experiment(splits, measures, depth, write=write)
+    experiment.search(systems, output / "runs")
     students, teachers = [f"{STUDENT}-{number}" for number in range(len(rounds))], {0: TEACHER}
     for number, result in enumerate(rounds):
         name = round_name(number)
-        own = [_student_system(result, students[number], f"student, {name}", collection, depth, precision, write)]
+
+        def search(queries: Mapping[str, str], result: RoundResult = result) -> Run:
+            workspace = open_workspace(collection, result.student, result.folder, precision=precision, write=write)
+            return workspace.search(queries, depth)
+
+        own = [System(students[number], f"student, {name}", search)]
         if number and result.teacher is not None:
-            key, title = f"{TEACHER}-{number}", f"ColBERT teacher, {name}"
-            teachers[number] = key
-            own.append(teacher_system(collection, key, title, str(result.teacher), depth=depth, bf16=bf16))
+            teachers[number], title = f"{TEACHER}-{number}", f"ColBERT teacher, {name}"
+            trained = str(result.teacher)
+            own.append(teacher_system(collection, teachers[number], title, trained, depth=depth, bf16=bf16))
         models = {"student": result.student, "teacher": result.teacher}
         digests = {role: path and file_digest(path / "model.safetensors") for role, path in models.items()}
         claim(result.folder / "runs", {**digests, **shared, "precision": precision})
-        runs |= run_systems(own, queries, result.folder / "runs", write=write)
-        titles |= {system.key: system.title for system in own}
-    evaluations = evaluate_all(runs, collection, measures)
+        experiment.search(own, result.folder / "runs")
+    evaluations, titles = experiment.evaluate(), experiment.titles
     write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))
-    order = [key for key in titles if key not in (*students, *teachers.values())]
     columns = [(split, measure) for split in evaluations for measure in measures]
+    last = [*students, *teachers.values()]
     rows = [
         (titles[key], {f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns})
-        for key in (*order, *students, *teachers.values())
+        for key in (*(key for key in titles if key not in last), *last)
     ]
     lines = [
         f"# {collection.summary()}",
@@ -125,37 +106,19 @@ def report_rounds(
     return path
 
 
-def _student_system(
-    result: RoundResult,
-    key: str,
-    title: str,
+def open_workspace(
     collection: Collection,
-    depth: int,
-    precision: str,
-    write: Callable[[str], None],
-) -> System:
-    """Exact search with a round's student, in the vectors that the next round has mined with."""
-
-    def search(queries: Mapping[str, str]) -> Any:
-        stores = open_stores(collection, str(result.student), result.folder, precision=precision, write=write)
-        return stores.exact().index.run(list(queries), stores.encode_queries(queries), depth)
-
-    return System(key, title, search)
-
-
-def open_stores(
-    collection: Collection,
-    student: str,
+    student: Path,
     folder: Path,
     *,
     precision: str,
     device: str | None = None,
     write: Callable[[str], None] = print,
-) -> Stores:
-    """The encoded corpus and index of a round's student, in `folder/search`; see `Stores`."""
-    model = open_student(student, device)
+) -> Workspace:
+    """The encoded corpus and index of a round's student, with which the next round mines, in `folder/search`."""
+    model = open_student(str(student), device)
     # Named without its folder, so that a run that is moved stays the same run.
-    return Stores(collection, model, "student", folder / "search", precision=precision, write=write)
+    return Workspace(collection, model, "student", folder / "search", precision=precision, write=write)
 
 
 def _remarks(
@@ -201,8 +164,7 @@ def _plot(
         "BM25": [point(0, BM25)],
     }
     labels = {"ylabel": f"test {measure} (bar: its standard error)", "title": "Hard-negative rounds"}
-    try:
-        plot_sweep(lines, path, xlabel="rounds of hard negatives", **labels)  # type: ignore[arg-type]
-    except ImportError as error:
-        return [f"No plot: {error}", ""]
-    return [f"Plot: {path.name}", ""]
+    return [
+        missing_plot(plot_sweep, lines, path, xlabel="rounds of hard negatives", **labels) or f"Plot: {path.name}",
+        "",
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation import settings as keys
 from tct_hf.evaluation.maxsim import rerank_run
-from tct_hf.evaluation.references import check_dims
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
-from tct_hf.evaluation.stores import Stored, Stores
 from tct_hf.evaluation.systems import System, bm25_system, joiner, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
-from tct_hf.files import claim, write_json_atomic
+from tct_hf.evaluation.workspace import Stored, Workspace, digest_of
+from tct_hf.files import write_json_atomic
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import rank
 
@@ -49,31 +47,32 @@ class Searcher:
 
     def __init__(
         self,
-        stores: Stores,
+        workspace: Workspace,
         *,
         reranker: MultiVectorEncoder | None = None,
         depth: int,
         hybrid: HybridSettings,
-        sparse_stores: Stores | None = None,
+        sparse: Workspace | None = None,
         expansion: ExpansionSettings | None = None,
         dims: int | None = None,
     ) -> None:
         hybrid.check()
         self._expansion = expansion if expansion is not None and expansion.path is not None else None
-        if self._expansion is not None:
-            self._expansion.check()
-        if dims is not None and stores.is_sparse:
+        if dims is not None and workspace.is_sparse:
             raise ValueError("dims: a sparse student's first dimensions are no smaller student; leave it out")
-        check_dims([dims], stores.student.get_embedding_dimension())
-        self._dims, self._stores, self._reranker, self._depth, self._hybrid = dims, stores, reranker, depth, hybrid
-        self._sparse = stores if stores.is_sparse else sparse_stores
-        words = stores.bm25() if self._expansion is None else stores.expanded(self._expansion)
-        self._found_by: dict[str, System] = {"bm25": bm25_system("bm25", SYSTEMS["bm25"], words, depth)}
-        if not stores.is_sparse:
+        self._workspace, self._reranker, self._depth = workspace, reranker, depth
+        self._dims, self._hybrid = dims, hybrid
+        self._sparse = workspace if workspace.is_sparse else sparse
+        if self._expansion is None:
+            words = bm25_system("bm25", "BM25", workspace.bm25(), depth)
+        else:
+            words = bm25_system("bm25", "expanded BM25", workspace.expanded(self._expansion), depth)
+        self._found_by: dict[str, System] = {"bm25": words}
+        if not workspace.is_sparse:
             # An approximate index is tuned for a k of its own, so that another depth finds the same index.
-            factory = factory_for(len(stores.collection.corpus))
-            index: Stored[Any] = stores.first_dims(dims) if dims is not None else stores.dense(factory)
-            self._found_by["dense"] = student_system("dense", SYSTEMS["dense"], stores, index, depth, size=dims)
+            factory = factory_for(len(workspace.collection.corpus))
+            index: Stored[Any] = workspace.first_dims(dims) if dims is not None else workspace.dense(factory)
+            self._found_by["dense"] = student_system("dense", SYSTEMS["dense"], workspace, index, depth, size=dims)
         if self._sparse is not None:
             index = self._sparse.sparse()
             self._found_by["sparse"] = student_system("sparse", SYSTEMS["sparse"], self._sparse, index, depth)
@@ -81,7 +80,7 @@ class Searcher:
         self._fused = ("sparse", "dense") if len(self._found_by) > 2 else ("bm25", [*self._found_by][-1])
         there = {*self._found_by, "fused", *(["maxsim"] if reranker is not None else [])}
         self.systems = [name for name in SYSTEMS if name in there]
-        self._rows = {name: row for row, name in enumerate(stores.collection.corpus["id"])}
+        self._rows = {name: row for row, name in enumerate(workspace.collection.corpus["id"])}
         self.alpha, self.fusion = self._choose_alpha()
 
     def ask(self, question: str, k: int, *, rank_by: str | None = None) -> list[Hit]:
@@ -115,28 +114,30 @@ class Searcher:
         ]
 
     def _texts(self, names: Sequence[str]) -> dict[str, str]:
-        rows = self._stores.collection.corpus[[self._rows[name] for name in names]] if names else {"text": []}
+        rows = self._workspace.collection.corpus[[self._rows[name] for name in names]] if names else {"text": []}
         return dict(zip(names, rows["text"], strict=True))
 
     def _choose_alpha(self) -> tuple[float | None, str]:
         """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""
-        weighted, first = (SYSTEMS[name] for name in self._fused)
-        if self._expansion is not None and self._fused[0] == "bm25":
-            weighted = f"expanded {weighted}"
-        given = self._hybrid.weight(self._pair(), alone=True)
+        weighted, first = (self._found_by[name].title for name in self._fused)
+        expanded = self._expansion is not None
+        pair = {
+            ("sparse", "dense"): keys.DENSE_LEARNED,
+            ("bm25", "dense"): keys.HYBRID_EXPANDED if expanded else keys.HYBRID,
+            ("bm25", "sparse"): keys.LEARNED_EXPANDED if expanded else keys.LEARNED_BM25,
+        }[self._fused]
+        given = self._hybrid.weight(pair, alone=True)
         if given is not None:
             return given, f"{given:g} * {weighted} + {first}"
-        tuned_by: dict[str, Any] = {"hybrid": asdict(self._hybrid), "depth": self._depth}
-        if self._fused[0] == "sparse" and self._sparse is not None:
-            tuned_by["sparse_student"] = self._sparse.depends["student"]
-        if self._dims is not None:
-            tuned_by["dims"] = self._dims
-        if self._expansion is not None and self._fused[0] == "bm25":
-            tuned_by["expansion"] = self._expansion.depends()
-        digest = hashlib.sha256(json.dumps(tuned_by, sort_keys=True).encode()).hexdigest()
-        folder = self._stores.folder / "fusion" / digest[:16]
-        claim(folder, {**self._stores.depends, **tuned_by})
-        file = folder / "alpha.json"
+        depends = {
+            **self._workspace.depends,
+            "hybrid": asdict(self._hybrid),
+            "depth": self._depth,
+            "dims": self._dims,
+            "sparse_student": self._sparse and self._sparse.depends["student"],
+            "expansion": self._expansion and self._expansion.depends(),
+        }
+        file = self._workspace.folder / "fusion" / f"{digest_of(depends)[:16]}.json"
         if not file.is_file():
             write_json_atomic(file, self._tuned())
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -146,17 +147,8 @@ class Searcher:
             f"{weight_text(kept['alpha'])} * {weighted} + {first} (tuned on {kept['queries']} {kept['split']} queries)"
         )
 
-    def _pair(self) -> str:
-        """The key that the fused pair has in a report."""
-        expanded = self._expansion is not None
-        return {
-            ("sparse", "dense"): keys.DENSE_LEARNED,
-            ("bm25", "dense"): keys.HYBRID_EXPANDED if expanded else keys.HYBRID,
-            ("bm25", "sparse"): keys.LEARNED_EXPANDED if expanded else keys.LEARNED_BM25,
-        }[self._fused]
-
     def _tuned(self) -> dict[str, Any]:
-        tuning = tuning_queries(self._stores.collection, self._hybrid)
+        tuning = tuning_queries(self._workspace.collection, self._hybrid)
         if tuning is None:
             return {"alpha": None}
         weighted, first = (self._found_by[name].run(tuning.queries) for name in self._fused)

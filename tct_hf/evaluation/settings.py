@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from tct_hf.evaluation.measures import check_measures, named_measures
@@ -17,9 +18,18 @@ LEARNED, LEARNED_BM25, LEARNED_EXPANDED = "learned-sparse", "learned-sparse-bm25
 DENSE_LEARNED, BASE, BASE_BM25 = "dense-learned-sparse", "base", "base-bm25"
 TEACHER, RERANKED = "teacher", "reranked"
 HYBRIDS = (HYBRID, HYBRID_EXPANDED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, BASE_BM25)
-KEYS = (BM25, EXPANDED, EXACT, ANN, *HYBRIDS, LEARNED, BASE, TEACHER, RERANKED)
-# Codes of a fixed number of parts need a dimension that they divide: these have many divisors, and one is a student's.
-_DIMENSIONS = (384, 768, 5040, 64)
+# The least that a number of a report's settings may be.
+_LEAST = {
+    "measures.depth": 1,
+    "late_interaction.rerank": 1,
+    "late_interaction.max_passages": 0,
+    "cost.queries": 1,
+    "cost.teacher_queries": 1,
+    "cost.batch_size": 1,
+    "cost.threads": 1,
+    "cost.warm_up": 0,
+    "build_threads": 1,
+}
 
 
 @dataclass
@@ -84,22 +94,8 @@ class ExpansionSettings:
         """The arguments of `expanded_bm25` that choose queries."""
         return {"num_queries": self.num_queries, "drop_repeats": self.drop_repeats, "drop_share": self.drop_share}
 
-    def check(self) -> None:
-        """Refuse a number out of range, or a folder without finished expansions."""
-        if self.path is None:
-            return
-        if self.num_queries is not None and self.num_queries < 1:
-            raise ValueError(f"expansion.num_queries: {self.num_queries} is below 1; leave it out to take all")
-        if not 0 <= self.drop_share < 1:
-            raise ValueError(f"expansion.drop_share: {self.drop_share} is not from 0 to below 1")
-        if not 0 <= self.k1 < math.inf or not 0 <= self.b <= 1:
-            raise ValueError(
-                f"expansion.k1 {self.k1}, expansion.b {self.b}: k1 must be finite and 0 or more, b from 0 to 1"
-            )
-        self.depends()
-
     def depends(self) -> dict[str, Any]:
-        """All that an index depends on besides the corpus, JSON-ready."""
+        """All that an index depends on besides the corpus, JSON-ready; refuses a folder without expansions."""
         from tct_hf.retrieval.expanded import describe_expansion
 
         assert self.path is not None
@@ -112,6 +108,24 @@ class AnnSettings:
 
     factory: str = setting("auto", "Faiss factory; auto: by size, and HNSW32 where that would be exact search")
     recall: float = setting(0.97, "Recall@100 against exact search that its parameters are tuned for")
+
+    def check(self, dimension: int | None, passages: int) -> None:
+        """Refuse an index that Faiss does not know, or of too many lists for the passages."""
+        from tct_hf.retrieval.faiss_tools import make_engine, parts
+
+        if self.factory == "auto" or dimension is None:
+            return
+        try:
+            _, lists, _ = parts(make_engine(dimension, self.factory))
+        except RuntimeError as error:
+            raise ValueError(
+                f"ann.factory: Faiss knows no index {self.factory!r} for inner products of {dimension} dimensions; "
+                'use "auto", "HNSW32" or "IVF256,Flat"'
+            ) from error
+        if lists is not None and lists.nlist > passages:
+            raise ValueError(
+                f"ann.factory: {self.factory!r} has {lists.nlist:,} lists for {passages:,} passages; take fewer"
+            )
 
 
 @dataclass
@@ -151,27 +165,16 @@ class ReportSettings:
     precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
     build_threads: int = setting(1, "CPU threads of building indexes; one makes the same index every time")
 
-    def check(self, passages: int) -> None:
-        """Refuse what would stop a report of so many passages after hours: a number, a measure, an index."""
-        for setting_name, names in (
-            ("measures.names", self.measures.names),
-            *((f"also_report.{split}", names) for split, names in self.also_report.items()),
-        ):
+    def check(self) -> None:
+        """Refuse what would stop a report after hours: a number, a measure, generated queries that are not there."""
+        lists = {"measures.names": self.measures.names}
+        for name, names in (lists | {f"also_report.{split}": one for split, one in self.also_report.items()}).items():
             if not names:
-                raise ValueError(f"{setting_name} is empty; name at least one, for instance RR@10")
+                raise ValueError(f"{name} is empty; name at least one, for instance RR@10")
             depth, relevance = self.measures.depth, self.measures.relevance
             check_measures(named_measures(names), depth, setting="measures.depth", relevance=relevance)
-        for name, number, least in (
-            ("measures.depth", self.measures.depth, 1),
-            ("late_interaction.rerank", self.late_interaction.rerank, 1),
-            ("late_interaction.max_passages", self.late_interaction.max_passages, 0),
-            ("cost.queries", self.cost.queries, 1),
-            ("cost.teacher_queries", self.cost.teacher_queries, 1),
-            ("cost.batch_size", self.cost.batch_size, 1),
-            ("cost.threads", self.cost.threads, 1),
-            ("cost.warm_up", self.cost.warm_up, 0),
-            ("build_threads", self.build_threads, 1),
-        ):
+        for name, least in _LEAST.items():
+            number = attrgetter(name)(self)
             if number is not None and number < least:
                 raise ValueError(f"{name}: {number} is below {least}")
         if not 0 < self.ann.recall < 1:
@@ -179,24 +182,5 @@ class ReportSettings:
                 f"ann.recall: {self.ann.recall} is not between 0 and 1 (1 is the exact search that is reported anyway)"
             )
         self.hybrid.check()
-        self.expansion.check()
-        if self.ann.factory != "auto":
-            _check_factory(self.ann.factory, passages)
-
-
-def _check_factory(factory: str, passages: int) -> None:
-    from tct_hf.retrieval.faiss_tools import make_engine, parts
-
-    for dimension in _DIMENSIONS:
-        try:
-            _, lists, _ = parts(make_engine(dimension, factory))
-        except RuntimeError:
-            continue
-        if lists is not None and lists.nlist > passages:
-            raise ValueError(
-                f"ann.factory: {factory!r} has {lists.nlist:,} lists for {passages:,} passages; take fewer"
-            )
-        return
-    raise ValueError(
-        f'ann.factory: Faiss knows no index {factory!r} for inner products; use "auto", "HNSW32" or "IVF256,Flat"'
-    )
+        if self.expansion.path is not None:
+            self.expansion.depends()

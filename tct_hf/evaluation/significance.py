@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 from tct_hf.evaluation.measures import Evaluation, evaluate_run
-from tct_hf.evaluation.tables import difference_cells, markdown_table
+from tct_hf.evaluation.tables import difference_table, p_text
 
 Judgements = Mapping[str, Mapping[str, int]]
 
@@ -50,15 +50,11 @@ class Comparison:
 
     def table(self) -> str:
         """A Markdown table, one line a system, p values Holm-corrected, and a line that explains them."""
-        rows = [
-            ["system", self.measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"],
-            [f"{self.baseline} (baseline)", f"{self.baseline_mean:.4f}", "", "", "", ""],
-        ]
-        for name, one in self.systems.items():
-            rows.append([name, f"{one.mean:.4f}", *difference_cells(asdict(one))])
+        base = (f"{self.baseline} (baseline)", f"{self.baseline_mean:.4f}", None)
+        others = [(name, f"{one.mean:.4f}", asdict(one)) for name, one in self.systems.items()]
         over = f", Holm-corrected over {len(self.systems)} systems" if len(self.systems) > 1 else ""
         note = f"{self.queries} queries; two-sided paired tests against {self.baseline}{over}."
-        return f"{markdown_table(rows)}\n\n{note}"
+        return f"{difference_table(self.measure, [base, *others])}\n\n{note}"
 
     def __str__(self) -> str:
         return self.table()
@@ -154,6 +150,11 @@ def compare_pairs(
         {"system": one, "against": other, "measure": measure, "difference": change, "p": p, "p_holm": corrected}
         for (one, other), (change, p), corrected in zip(pairs, found, holm([p for _, p in found]), strict=True)
     ]
+
+
+def placed(one: Evaluation, other: Evaluation, measure: str) -> str:
+    """Whether a system is above another, with the p value of the difference: chance alone makes some."""
+    return p_text(*difference(one, other, measure))
 
 
 def difference(one: Evaluation, other: Evaluation, measure: str) -> tuple[float, float]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation.cost import Efficiency, compute_threads, measure_efficiency
+from tct_hf.evaluation.cost import Efficiency, Footprint, compute_threads, measure_efficiency
+from tct_hf.evaluation.maxsim import TokenVectors, above, encode_query_tokens, rerank_run
 from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
-    from tct_hf.evaluation.settings import CostSettings
-    from tct_hf.evaluation.stores import Stored, Stores
+    from sentence_transformers import MultiVectorEncoder
 
-_ENCODING = "query encoding"
+    from tct_hf.evaluation.settings import CostSettings
+    from tct_hf.evaluation.workspace import Stored, Workspace
+
+_ENCODING, _TOKEN_ENCODING = "query encoding", "query encoding by token"
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,7 @@ class System:
         of: keys of the systems whose runs the last stages put in another order.
         own: number of last stages that take the runs of `of` up; all when None.
         kind: "sparse", "learned sparse", "dense", "hybrid", "late interaction" or "other".
-        disk: folders that searching needs, or their bytes.
-        memory: bytes of what searching holds in memory, models aside.
-        build_seconds: encoding included; None where it is not known.
+        footprint: what searching needs besides models.
     """
 
     key: str
@@ -61,9 +61,7 @@ class System:
     of: tuple[str, ...] = ()
     own: int | None = None
     kind: str = "other"
-    disk: int | Sequence[Path] = ()
-    memory: Callable[[], int] = int
-    build_seconds: float | None = None
+    footprint: Footprint = field(default_factory=Footprint)
 
     @property
     def stages(self) -> Mapping[str, Stage]:
@@ -93,52 +91,31 @@ def measure_cost(system: System, queries: Mapping[str, str], passages: int, sett
             passages=passages,
             batch=lambda part: system.run({f"query{at}": one.queries["query"] for at, one in enumerate(part)}),
             batch_size=settings.batch_size,
-            disk=system.disk,
-            memory=system.memory(),
-            build_seconds=system.build_seconds,
+            disk=system.footprint.disk,
+            memory=system.footprint.memory,
+            build_seconds=system.footprint.build_seconds,
             warm_up=settings.warm_up,
         )
 
 
-def added(*seconds: float | None) -> float | None:
-    """The sum, None where a part is not known."""
-    return None if any(part is None for part in seconds) else sum(part or 0.0 for part in seconds)
-
-
 def bm25_system(key: str, title: str, stored: Stored[Any], depth: int) -> System:
     """BM25, of passages as they are or expanded."""
-    return System(
-        key,
-        title,
-        {"BM25 search": lambda batch: batch.found(stored.index.run(batch.queries, depth))},
-        kind="sparse",
-        disk=stored.disk,
-        memory=lambda: stored.memory_bytes,
-        build_seconds=stored.build_seconds,
-    )
+    stages = {"BM25 search": lambda batch: batch.found(stored.index.run(batch.queries, depth))}
+    return System(key, title, stages, kind="sparse", footprint=stored.footprint)
 
 
 def student_system(
-    key: str, title: str, stores: Stores, stored: Stored[Any], depth: int, *, size: int | None = None
+    key: str, title: str, workspace: Workspace, stored: Stored[Any], depth: int, *, size: int | None = None
 ) -> System:
     """A student's vectors, or their first `size` dimensions, in one index of Faiss or of inverted lists."""
-    kind = "learned sparse" if stores.is_sparse else "dense"
-
-    def search(batch: Batch) -> Batch:
-        return batch.found(stored.index.run(list(batch.queries), batch.vectors, depth))
-
-    return System(
-        key,
-        title,
-        {
-            _ENCODING: lambda batch: replace(batch, vectors=stores.encode_queries(batch.queries, size)),
-            f"{kind.split()[-1]} search": search,
-        },
-        kind=kind,
-        disk=stored.disk,
-        memory=lambda: stored.memory_bytes,
-        build_seconds=added(stores.encoding_seconds, stored.build_seconds),
-    )
+    kind = "learned sparse" if workspace.is_sparse else "dense"
+    stages: dict[str, Stage] = {
+        _ENCODING: lambda batch: replace(batch, vectors=workspace.encode_queries(batch.queries, size)),
+        f"{kind.split()[-1]} search": lambda batch: batch.found(
+            stored.index.run(list(batch.queries), batch.vectors, depth)
+        ),
+    }
+    return System(key, title, stages, kind=kind, footprint=workspace.footprint(stored))
 
 
 def hybrid_system(
@@ -151,18 +128,9 @@ def hybrid_system(
         for at, (stages, word) in enumerate(zip(parts, ("dense", "sparse"), strict=True)):
             parts[at] = {name.replace(_ENCODING, f"{word} {_ENCODING}"): stage for name, stage in stages.items()}
     fusion = {"fusion": lambda batch: batch.joined(join(batch.runs[-1], batch.runs[-2]))}
-    disk = [*cast("Sequence[Path]", weighted.disk), *cast("Sequence[Path]", first.disk)]
-    return System(
-        key,
-        title,
-        {**parts[0], **parts[1], **fusion},
-        of=(first.key, weighted.key),
-        own=1,
-        kind="hybrid",
-        disk=disk,
-        memory=lambda: weighted.memory() + first.memory(),
-        build_seconds=added(first.build_seconds, weighted.build_seconds),
-    )
+    stages = {**parts[0], **parts[1], **fusion}
+    footprint = weighted.footprint + first.footprint
+    return System(key, title, stages, of=(first.key, weighted.key), own=1, kind="hybrid", footprint=footprint)
 
 
 def joiner(alpha: float | None, normalize: bool, depth: int | None) -> Callable[[Run, Run], Run]:
@@ -170,3 +138,66 @@ def joiner(alpha: float | None, normalize: bool, depth: int | None) -> Callable[
     if alpha is None:
         return lambda weighted, first: reciprocal_rank_fusion([weighted, first], depth=depth)
     return partial(fuse, alpha=alpha, normalize=normalize, k=depth)
+
+
+def _by_token(model: MultiVectorEncoder, bf16: bool) -> dict[str, Stage]:
+    def encode(batch: Batch) -> Batch:
+        return replace(batch, vectors=encode_query_tokens(model, list(batch.queries.values()), bf16=bf16))
+
+    return {_TOKEN_ENCODING: encode}
+
+
+def maxsim_system(
+    key: str, title: str, model: MultiVectorEncoder, tokens: TokenVectors, depth: int, *, bf16: bool, made: Footprint
+) -> System:
+    """MaxSim of every passage; `made` is what the token vectors cost on disk, and to encode."""
+
+    def find(batch: Batch) -> Batch:
+        return batch.found(dict(zip(batch.queries, tokens.search(batch.vectors, depth), strict=True)))
+
+    footprint = made + Footprint(memory=tokens.block_bytes)
+    return System(key, title, {**_by_token(model, bf16), "MaxSim": find}, kind="late interaction", footprint=footprint)
+
+
+def reranked_system(
+    key: str,
+    title: str,
+    first: System,
+    model: MultiVectorEncoder,
+    passages: Any,
+    top: int,
+    *,
+    bf16: bool,
+    made: Footprint,
+) -> System:
+    """The best `top` passages of a system in the order of MaxSim.
+
+    `passages` are TokenVectors, or the corpus, of which passages are encoded anew for every query.
+    """
+
+    def kept(batch: Batch) -> Batch:
+        reranked = {}
+        for query, vectors in zip(batch.queries, batch.vectors, strict=True):
+            hits = list(batch.runs[-1].get(query, {}))
+            reranked[query] = above(passages.rerank(vectors, hits[:top]), hits[top:])
+        return batch.joined(reranked)
+
+    def anew(batch: Batch) -> Batch:
+        pool = {name for hits in batch.runs[-1].values() for name, _ in rank(hits)[:top]}
+        texts = dict(zip(pool, passages[[rows[name] for name in pool]]["text"], strict=True)) if pool else {}
+        return batch.joined(rerank_run(model, batch.runs[-1], texts, batch.queries, top, bf16=bf16))
+
+    if isinstance(passages, TokenVectors):
+        own = {**_by_token(model, bf16), f"MaxSim of {top}": kept}
+    else:
+        rows = {name: row for row, name in enumerate(passages["id"])}
+        own = {"encoding of query and passages by token, MaxSim": anew}
+    return System(
+        key,
+        title,
+        {**first.stages, **own},
+        of=(first.key,),
+        own=len(own),
+        kind="late interaction",
+        footprint=first.footprint + made,
+    )

@@ -37,10 +37,16 @@ def means_table(systems: Sequence[tuple[str, Mapping[str, float]]], measures: Se
     return markdown_table([["system", *measures], *mean_rows(systems, measures)])
 
 
-def difference_cells(one: Mapping[str, Any]) -> list[str]:
-    """Difference, better/worse and the two Holm-corrected p values, with the fields of `SystemDifference`."""
-    ps = [p_value(one[name], 4) for name in ("p_randomisation_holm", "p_t_test_holm")]
-    return [f"{one['difference']:+.4f}", f"{one['better']}/{one['worse']}", *ps]
+def difference_table(measure: str, systems: Sequence[tuple[str, str, Mapping[str, Any] | None]]) -> str:
+    """A Markdown table of (title, mean, fields of `SystemDifference`) each, p values Holm-corrected."""
+    rows = [["system", measure, "difference", "better/worse", "p (randomisation)", "p (t-test)"]]
+    for title, mean, one in systems:
+        cells = [""] * 4
+        if one is not None:
+            ps = [p_value(one[name], 4) for name in ("p_randomisation_holm", "p_t_test_holm")]
+            cells = [f"{one['difference']:+.4f}", f"{one['better']}/{one['worse']}", *ps]
+        rows.append([title, mean, *cells])
+    return markdown_table(rows)
 
 
 def p_value(p: float, digits: int = 3) -> str:

@@ -14,7 +14,8 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from sentence_transformers.sparse_encoder.model_card import SparseEncoderModelCardData
 
 from tct_hf.encoding.kinds import ORIGIN_FILE, TRAINING_FILE, read_json, read_modules, recognise
-from tct_hf.evaluation.report import LEARNED, LEARNED_BM25, Report
+from tct_hf.evaluation.report import Report
+from tct_hf.evaluation.settings import LEARNED, LEARNED_BM25
 from tct_hf.files import CLAIM_FILE
 from tct_hf.hub_client import template
 

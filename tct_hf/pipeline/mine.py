@@ -12,7 +12,7 @@ from sentence_transformers import MultiVectorEncoder
 
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.maxsim import rerank_run
-from tct_hf.evaluation.stores import Stores, open_teacher
+from tct_hf.evaluation.workspace import Workspace, open_teacher
 from tct_hf.pipeline.checks import named
 from tct_hf.pipeline.settings import MiningSettings
 from tct_hf.retrieval.mining import MiningCounts, PairScorer, Rules, Scores, mine_triples
@@ -52,19 +52,13 @@ class Source:
     depends: Mapping[str, Any]
 
 
-def student_source(stores: Stores, origin: str, *, depth: int, state: PartialState | None = None) -> Source:
+def student_source(workspace: Workspace, origin: str, *, depth: int, state: PartialState | None = None) -> Source:
     """Exact search with a student; the corpus is encoded first, or the encoding is resumed."""
-    if state is None:
-        index = stores.exact().index
-    else:
-        stores.encode(state)
+    if state is not None:
+        workspace.encode(state)
         with state.main_process_first():  # one writes the index, the others open it
-            index = stores.exact().index
-
-    def search(queries: Mapping[str, str]) -> Scores:
-        return index.run(list(queries), stores.encode_queries(queries), depth)
-
-    return Source(origin, search, stores.depends)
+            workspace.exact()
+    return Source(origin, lambda queries: workspace.search(queries, depth), workspace.depends)
 
 
 def bm25_source(collection: Collection, *, depth: int, origin: str = "bm25") -> Source:

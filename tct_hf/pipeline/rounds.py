@@ -11,7 +11,7 @@ from typing import Any, Literal
 from accelerate import PartialState
 
 from tct_hf.data.collection import Collection
-from tct_hf.evaluation.round_report import RoundResult, open_stores, round_name
+from tct_hf.evaluation.round_report import RoundResult, open_workspace, round_name
 from tct_hf.files import claim, command
 from tct_hf.pipeline.checks import check_colbert
 from tct_hf.pipeline.mine import check_judged, check_mining, mine, student_source
@@ -155,9 +155,9 @@ class Rounds:
             stages.skip(name, "they are mined")
         else:
             with stages.stage(name):
-                stores = open_stores(
+                workspace = open_workspace(
                     run.collection,
-                    str(last.student),
+                    last.student,
                     last.folder,
                     precision=self.settings.precision,
                     device=str(self.state.device),
@@ -166,7 +166,7 @@ class Rounds:
                 origin = f"student {round_name(number - 1)}"
                 mine(
                     run.collection,
-                    student_source(stores, origin, depth=self.mining.depth, state=self.state),
+                    student_source(workspace, origin, depth=self.mining.depth, state=self.state),
                     self.mining,
                     mined,
                     seed=self.settings.seed + number,

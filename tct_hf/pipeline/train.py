@@ -16,7 +16,8 @@ from transformers import set_seed
 from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert
 from tct_hf.encoding.splade import build_splade
-from tct_hf.evaluation.quick_report import check_evaluation, quick_report
+from tct_hf.evaluation.experiment import check_evaluation
+from tct_hf.evaluation.quick_report import quick_report
 from tct_hf.files import file_digest, is_claimed
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
@@ -393,7 +394,6 @@ class Training:
             settings=self.of_runs(),
             bf16=self.base["bf16"],
             lengths=settings.encoder.lengths,
-            vectors=self.vectors_folder,
             prompts=settings.encoder.prompts,
             dims=settings.student.training.get("matryoshka_dims"),
             labels=settings.data.labels > 0,

@@ -61,20 +61,20 @@ def test_what_warms_up_is_not_timed() -> None:
         clock.now += 9.0 if len(calls) <= 5 else 0.002
         return query
 
-    found = measure_efficiency({"search": slow_at_first}, ["a", "b"], passages=1, warm_up=5, repeats=3, clock=clock)
-    assert calls == ["a", "b", "a", "b", "a"] + ["a", "b"] * 3
-    assert found.latency["search"].p99 == pytest.approx(2) and found.latency["search"].queries == 6
+    found = measure_efficiency({"search": slow_at_first}, ["a", "b"], passages=1, warm_up=5, clock=clock)
+    assert calls == ["a", "b", "a", "b", "a", "a", "b"]
+    assert found.latency["search"].p99 == pytest.approx(2) and found.latency["search"].queries == 2
     assert found.queries_per_second is None and found.batch_size is None
 
 
 def test_throughput_counts_all_queries_of_all_batches() -> None:
     clock, sizes = Clock(), list[int]()
     answer = clock.stage(lambda batch: sizes.append(len(batch)) or 0.1)
-    batches: dict[str, Any] = {"batch": answer, "batch_size": 4, "repeats": 2}
+    batches: dict[str, Any] = {"batch": answer, "batch_size": 4}
     queries = [str(number) for number in range(10)]
     found = measure_efficiency({"search": clock.stage(lambda _: 1.0)}, queries, passages=1, clock=clock, **batches)
-    assert sizes == [4] + [4, 4, 2] * 2
-    assert found.queries_per_second == pytest.approx(20 / 0.6) and found.batch_size == 4
+    assert sizes == [4, 4, 4, 2]
+    assert found.queries_per_second == pytest.approx(10 / 0.3) and found.batch_size == 4
 
 
 def test_sizes_come_from_paths_or_numbers_and_figures_are_json(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
 from tct_hf.evaluation import maxsim
 from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
@@ -42,13 +41,7 @@ def test_top_k_is_ordered_by_max_sim_and_the_rest_stays_below_in_its_order(
         assert [hits[name] for name in top] == pytest.approx([exhaustive[query][name] for name in top], abs=1e-4)
 
 
-def test_only_the_top_k_need_texts_of_a_mapping_or_data_set_and_each_is_encoded_once(
-    colbert: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = Dataset.from_dict({"id": ["x", *reversed(IDS)], "text": ["never read", *reversed(PASSAGES)]})
-    expected = rerank_run(colbert, RUN, CORPUS, ASKED, 3)
-    for query, hits in rerank_run(colbert, RUN, data, ASKED, 3).items():
-        assert list(hits) == list(expected[query])
+def test_only_the_top_k_need_texts_and_each_is_encoded_once(colbert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = colbert.encode_document
     monkeypatch.setattr(colbert, "encode_document", lambda texts, **more: seen.extend(texts) or encode(texts, **more))
@@ -64,23 +57,11 @@ def test_query_that_the_run_lacks_is_empty(colbert: Any) -> None:
 
 
 def test_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
-    full, half = (rerank_run(colbert, RUN, CORPUS, ASKED, 8, bf16=bf16) for bf16 in (False, True))
-    for query in ASKED:
-        np.testing.assert_allclose([half[query][n] for n in IDS], [full[query][n] for n in IDS], rtol=0.03)
-
-
-@pytest.mark.parametrize(
-    ("run", "k", "message"),
-    [
-        ({"other": {"p0": 1.0}}, 3, "'other' has no text"),
-        ({"q0": {"gone": 1.0}}, 3, "passage 'gone', which the run has for query 'q0'"),
-        (RUN, 0, "k: 0"),
-    ],
-)
-def test_what_cannot_be_reranked_is_named(colbert: Any, run: Any, k: int, message: str) -> None:
-    for corpus in (CORPUS, Dataset.from_dict({"id": IDS, "text": PASSAGES})):
-        with pytest.raises(ValueError, match=message):
-            rerank_run(colbert, run, corpus, ASKED, k)
+    full = late_interaction_run(colbert, IDS, PASSAGES, ASKED)
+    searched = late_interaction_run(colbert, IDS, PASSAGES, ASKED, bf16=True)
+    for half in (searched, rerank_run(colbert, RUN, CORPUS, ASKED, len(IDS), bf16=True)):
+        for query in ASKED:
+            np.testing.assert_allclose([half[query][n] for n in IDS], [full[query][n] for n in IDS], rtol=0.03)
 
 
 def check(run: dict[str, dict[str, float]], scores: np.ndarray, k: int) -> None:

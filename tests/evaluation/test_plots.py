@@ -33,18 +33,11 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         plot_losses({"teacher": TEACHER}, tmp_path / "x.png")
 
 
-PANELS: dict[str, dict[str, Any]] = {
-    "half": {"hard labels": [{0: 0.1, 10: 0.3}, {0: 0.3, 10: 0.5, 20: 0.9}], "in-batch": [{0: 0.2, 10: 0.6}]},
-    "full": {"hard labels": [{0: 0.4, 10: 0.5}], "never measured": [{}]},
-    "without figures": {"x": [{}], "y": []},
+ARMS: dict[str, Any] = {
+    "hard labels": [{0: 0.1, 10: 0.3}, {0: 0.3, 10: 0.5, 20: 0.9}],
+    "in-batch": [{0: 0.2, 10: 0.6}, {}],
+    "never measured": [{}],
 }
-
-
-def test_each_kind_of_student_with_dev_figures_has_a_panel(tmp_path: Path) -> None:
-    one = plot_dev_curves({"half": PANELS["half"]}, tmp_path / "deep" / "one.png", ylabel="dev RR@10")
-    two = plot_dev_curves(PANELS, tmp_path / "deep" / "two.png", ylabel="dev RR@10")
-    assert width(two) == 2 * width(one)
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["one.png", "two.png"]
 
 
 def test_a_curve_is_the_mean_over_seeds_at_the_steps_that_all_have_and_the_band_their_range(
@@ -52,21 +45,14 @@ def test_a_curve_is_the_mean_over_seeds_at_the_steps_that_all_have_and_the_band_
 ) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
-    plot_dev_curves(PANELS, tmp_path / "x.png", ylabel="dev RR@10")
-    half, full = drawn[0].axes
-    assert (half.get_title(), half.get_ylabel(), full.get_title(), full.get_ylabel()) == (
-        "half",
-        "dev RR@10",
-        "full",
-        "",
-    )
-    lines = {line.get_label(): line.get_xydata().tolist() for line in half.lines}
-    assert list(lines) == ["hard labels", "in-batch"] and [line.get_label() for line in full.lines] == ["hard labels"]
+    plot_dev_curves(ARMS, tmp_path / "x.png", ylabel="dev RR@10")
+    [axes] = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert list(lines) == ["hard labels", "in-batch"] and axes.get_ylabel() == "dev RR@10"
     assert lines["hard labels"] == [[0, pytest.approx(0.2)], [10, pytest.approx(0.4)]]
     assert lines["in-batch"] == [[0, 0.2], [10, 0.6]]
-    [band] = half.collections
+    [band] = axes.collections
     assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(0, 0.1), (0, 0.3), (10, 0.3), (10, 0.5)}
-    assert not full.collections and half.get_ylim() == full.get_ylim()
 
 
 def test_a_sweep_draws_a_line_a_series_and_single_points_across(
@@ -105,7 +91,7 @@ def test_costs_are_plotted_with_a_mark_a_system(tmp_path: Path, monkeypatch: pyt
     ("plot", "of", "options", "message"),
     [
         (plot_losses, {"teacher": [{"step": 2, "train_loss": 1.7}], "student": []}, {}, "Lower logging_steps"),
-        (plot_dev_curves, {"none": {"x": [{}], "y": []}}, {"ylabel": "y"}, r"set curve\.steps, and have a dev split"),
+        (plot_dev_curves, {"x": [{}], "y": []}, {"ylabel": "y"}, r"set curve\.steps, and have a dev split"),
         (plot_sweep, {"BM25": [(0, 0.3, 0)]}, {"xlabel": "x", "ylabel": "y", "title": "t"}, "needs two points"),
     ],
 )

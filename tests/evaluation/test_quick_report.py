@@ -12,8 +12,9 @@ from tct_hf import fuse, read_run
 from tct_hf.data.collection import Collection, Split, load_collection
 from tct_hf.evaluation import quick_report as module
 from tct_hf.evaluation import references
-from tct_hf.evaluation.comparison import System
+from tct_hf.evaluation.experiment import Experiment
 from tct_hf.evaluation.quick_report import quick_report
+from tct_hf.evaluation.systems import System
 from tct_hf.files import write_json_atomic
 from tests.recipe import write_beir
 
@@ -102,16 +103,17 @@ def test_the_base_as_it_is_reranks_what_it_and_bm25_find_by_its_own_token_vector
     monkeypatch.setattr(references, "RERANKED", 3)
     base = str(tiny_bert(tmp_path / "base"))
     systems = references.reference_systems(collection, base_model=base, teacher=None, depth=5, bf16=False)
-    queries = {name: collection.splits[name].queries for name in ("dev", "test")}
-    runs = module.run_systems(systems, queries, tmp_path / "runs", write=lambda line: None)
+    experiment = Experiment({name: collection.splits[name] for name in ("dev", "test")}, ["RR@10"], 5)
+    experiment.search(systems, tmp_path / "runs")
+    runs = experiment.runs
     model = SentenceTransformer(base, device="cpu")
     texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
 
     def tokens(text: str) -> torch.Tensor:
         return torch.nn.functional.normalize(model.encode(text, output_value="token_embeddings"), dim=-1)
 
-    for split, asked in queries.items():
-        for query, text in asked.items():
+    for split, asked in experiment.splits.items():
+        for query, text in asked.queries.items():
             pool = {name for key in ("bm25", "base-native") for name in list(runs[key, split].get(query, {}))[:3]}
             scores = {name: float((tokens(text) @ tokens(texts[name]).T).amax(1).mean()) for name in pool}
             best = sorted(scores, key=lambda name: -scores[name])[:5]
@@ -138,7 +140,7 @@ def test_without_labels_of_dev_both_lists_of_a_fused_row_have_the_same_spread(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("tct_hf.evaluation.comparison.tune_alpha", lambda *args: pytest.fail("labels of dev are used"))
+        patch.setattr("tct_hf.evaluation.experiment.tune_alpha", lambda *args: pytest.fail("labels of dev are used"))
         text = report(collection, tmp_path / "unused", monkeypatch, best="bm25", labels=False)
     said = "alpha that gives both lists the same spread (this run uses no labels): 1 (the base-native + BM25)"
     assert said in text

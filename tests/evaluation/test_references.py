@@ -4,13 +4,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from tct_hf.evaluation import references
-from tct_hf.evaluation.references import dense_run, dense_runs, encode_texts
+from tct_hf.data.collection import Collection
+from tct_hf.evaluation import workspace
+from tct_hf.evaluation.references import exact_systems
+from tct_hf.evaluation.workspace import Workspace, encode_texts
 from tests.evaluation.test_maxsim import ASKED, IDS, check
 from tests.models import tiny_bert
 from tests.train_helpers import PASSAGES, QUERIES
+
+COLLECTION = Collection("tiny", Dataset.from_dict({"id": IDS, "text": PASSAGES}), {}, {})
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
 
 
 @pytest.mark.parametrize(("similarity", "k"), [("dot", 5), ("cosine", 3), ("cosine", 50)])
-def test_dense_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
+def test_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
     student: Any, similarity: str, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded = []
@@ -30,27 +35,31 @@ def test_dense_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
         encoded.append(list(texts))
         return encode_texts(model, texts, **options)
 
-    monkeypatch.setattr(references, "encode_texts", counted)
+    monkeypatch.setattr(workspace, "encode_texts", counted)
     monkeypatch.setattr(student, "similarity_fn_name", similarity)
-    runs = dense_runs(student, IDS, PASSAGES, ASKED, dims=[8, None, 1], k=k)
-    assert encoded == [PASSAGES, QUERIES]
-    for run, size in zip(runs, [8, 32, 1], strict=True):
+    systems = exact_systems(COLLECTION, "student", "student", lambda: student, dims=[8, 1], depth=k, bf16=False)
+    assert [(system.key, system.title) for system in systems] == [
+        ("student", "student"),
+        ("student-8", "student, first 8 dimensions"),
+        ("student-1", "student, first 1 dimensions"),
+    ]
+    for system, size in zip(systems, [32, 8, 1], strict=True):
+        run = system.run(ASKED)
         queries, passages = student.encode_query(QUERIES)[:, :size], student.encode_document(PASSAGES)[:, :size]
         if similarity == "cosine":
             queries, passages = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, passages))
         if size > 1 or similarity == "dot":
             check(run, queries @ passages.T, k)
-        stock = SentenceTransformer(modules=list(student), truncate_dim=size, prompts=student.prompts, device="cpu")
-        assert np.array_equal(stock.encode_query(QUERIES), student.encode_query(QUERIES)[:, :size])
+    assert encoded.count(PASSAGES) == 1
 
 
 @pytest.mark.parametrize("size", [0, 33])
 def test_more_dimensions_than_there_are_is_refused(student: Any, size: int) -> None:
     with pytest.raises(ValueError, match=f"dims: {size} is not between 1 and the 32 dimensions"):
-        dense_runs(student, IDS, PASSAGES, ASKED, dims=[size])
+        Workspace(COLLECTION, student, "student", precision="fp32", in_memory=True).first_dims(size)
 
 
 def test_a_similarity_that_no_index_can_search_is_refused(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(student, "similarity_fn_name", "euclidean")
     with pytest.raises(ValueError, match="compares by 'euclidean': only dot and cosine"):
-        dense_run(student, IDS, PASSAGES, ASKED)
+        Workspace(COLLECTION, student, "student", precision="fp32", in_memory=True)

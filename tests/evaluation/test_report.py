@@ -127,8 +127,8 @@ def test_the_teachers_runs_are_those_of_exhaustive_search_and_of_reranking(
     collection, model = material.collection(), load_colbert(material.teacher)
     queries, corpus = collection.splits["test"].queries, collection.corpus
     exhaustive = late_interaction_run(model, corpus["id"][:], corpus["text"][:], queries, k=20)
-    first = read_run(output / "runs" / "hybrid.test.trec")
-    for key, expected in (("teacher", exhaustive), ("reranked", rerank_run(model, first, corpus, queries))):
+    first, texts = read_run(output / "runs" / "hybrid.test.trec"), dict(zip(corpus["id"], corpus["text"], strict=True))
+    for key, expected in (("teacher", exhaustive), ("reranked", rerank_run(model, first, texts, queries))):
         found = read_run(output / "runs" / f"{key}.test.trec")
         for query, hits in expected.items():
             common = [name for name in hits if name in found[query]]

@@ -15,7 +15,7 @@ from tct_hf.data.collection import Collection
 from tct_hf.evaluation.maxsim import rerank_run
 from tct_hf.evaluation.searcher import Searcher
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
-from tct_hf.evaluation.stores import Stores, open_reranker, open_student, open_teacher
+from tct_hf.evaluation.workspace import Workspace, open_reranker, open_student, open_teacher
 from tct_hf.retrieval import faiss_tools
 from tests.searching import Material
 
@@ -28,16 +28,16 @@ def searcher(material: Material) -> Searcher:
 def make_searcher(
     material: Material, collection: Collection, folder: Path, *, student: str = "", sparse: str = "", **options: Any
 ) -> Searcher:
-    def stores(name: str, place: Path) -> Stores:
-        return Stores(collection, open_student(name), name, place, precision="fp32", write=lambda line: None)
+    def workspace(name: str, place: Path) -> Workspace:
+        return Workspace(collection, open_student(name), name, place, precision="fp32", write=lambda line: None)
 
     return Searcher(
-        stores(student or str(material.student), folder),
+        workspace(student or str(material.student), folder),
         reranker=options.pop("reranker", None),
         depth=options.pop("depth", 20),
         expansion=options.pop("expansion", None),
         dims=options.pop("dims", None),
-        sparse_stores=stores(sparse, folder / "sparse") if sparse else None,
+        sparse=workspace(sparse, folder / "sparse") if sparse else None,
         hybrid=HybridSettings(**options),
     )
 
@@ -94,11 +94,11 @@ def test_a_reranker_puts_the_best_of_the_fused_list_in_the_order_of_max_sim(
 
 def test_own_reranking_compares_the_students_own_token_vectors(material: Material, tmp_path: Path) -> None:
     folder = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
-    stores = Stores(material.collection(), open_student(folder), folder, tmp_path / "own")
+    workspace = Workspace(material.collection(), open_student(folder), folder, tmp_path / "own")
     own, texts = build_colbert(folder, encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
     run, asked = {"q": dict.fromkeys(texts, 0.0)}, {"q": "dense retrieval"}
-    assert rerank_run(open_reranker("own", stores), run, texts, asked) == rerank_run(own, run, texts, asked)
-    tct = Stores(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
+    assert rerank_run(open_reranker("own", workspace), run, texts, asked) == rerank_run(own, run, texts, asked)
+    tct = Workspace(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
     with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
         open_reranker("own", tct)
 
@@ -132,7 +132,7 @@ def test_another_depth_in_the_same_folder_has_a_weight_of_its_own(searcher: Sear
     wider = make_searcher(material, material.collection(), kept, depth=40)
     rescaled = make_searcher(material, material.collection(), kept, normalize=True)
     assert wider.alpha is not None and rescaled.alpha is not None
-    assert len({file.parent for file in kept.glob("fusion/*/alpha.json")}) >= 3
+    assert len(list(kept.glob("fusion/*.json"))) >= 3
     assert make_searcher(material, material.collection(), kept).alpha == searcher.alpha
 
 
@@ -151,14 +151,14 @@ def test_the_kept_folder_of_another_student_is_refused(
     student = open_student(str(material.student))
     with torch.no_grad():
         next(student.parameters()).add_(0.5)
-    stores = Stores(material.collection(), student, "other", material.folder / "kept", write=lambda line: None)
+    workspace = Workspace(material.collection(), student, "other", material.folder / "kept", write=lambda line: None)
     with pytest.raises(ValueError, match=r"student\.weights"):
-        Searcher(stores, depth=20, hybrid=HybridSettings())
+        Searcher(workspace, depth=20, hybrid=HybridSettings())
 
 
 def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = searcher._stores
-    monkeypatch.setattr(stores, "encode_texts", lambda texts: np.full((len(texts), 32), np.nan, np.float32))
+    spoilt = np.full((1, 32), np.nan, np.float32)
+    monkeypatch.setattr(searcher._workspace, "encode_texts", lambda texts: spoilt)
     with pytest.raises(ValueError, match="query 'question' has a NaN or infinite vector"):
         searcher.ask("dense", 3)
 

@@ -73,15 +73,6 @@ def test_p_value_does_not_depend_on_the_blocks_drawn_at_a_time(monkeypatch: pyte
     assert paired_randomisation_test(a, b, samples=500, seed=4) != whole
 
 
-@pytest.mark.parametrize(("count", "shift"), [(2, 0.5), (10, 1.0), (7000, 0.02)])
-def test_t_test_agrees_with_scipy(count: int, shift: float) -> None:
-    from scipy.stats import ttest_rel
-
-    a, b = draw(count, shift, count)
-    assert paired_t_test(a, b) == pytest.approx(ttest_rel(a, b).pvalue, rel=1e-9)
-    assert paired_t_test(a, b) == pytest.approx(paired_t_test(b, a))
-
-
 def test_equal_values_have_p_value_one_and_a_constant_difference_zero() -> None:
     assert paired_t_test([0.5, 0.25], [0.5, 0.25]) == paired_randomisation_test([0.5, 0.25], [0.5, 0.25]) == 1.0
     assert paired_t_test([1.0, 2.0, 3.0], [0.0, 1.0, 2.0]) == 0.0
@@ -91,14 +82,6 @@ def test_holm_as_worked_out_by_hand() -> None:
     # Sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04, and the last may not be below .06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == [] and holm([0.2]) == [0.2] and holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_keeps_the_order_and_never_lowers(p: list[float]) -> None:
-    corrected = holm(p)
-    assert all(low <= high <= min(1.0, len(p) * low + 1e-12) for low, high in zip(p, corrected, strict=True))
-    order = sorted(range(len(p)), key=lambda at: p[at])
-    assert [corrected[at] for at in order] == sorted(corrected)
 
 
 def test_several_systems_are_compared_with_the_baseline() -> None:

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf import load_triples, write_run
 from tct_hf.data.collection import load_collection
-from tct_hf.evaluation.references import dense_run
+from tct_hf.evaluation.workspace import Workspace
 from tct_hf.retrieval.negatives import collection_bm25
 from tests.models import load_colbert
 from tests.recipe import ROOT, killed_at, run
@@ -55,8 +55,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
     assert loaded.column_names == list(rows[0])[:7]
     # Candidates are those that exact search with the student finds.
     collection, student = load_collection(str(settings.parent / "collection")), settings.parent / "student"
-    queries, corpus = collection.splits["train"].queries, collection.corpus
-    search = dense_run(SentenceTransformer(str(student), device="cpu"), corpus["id"], corpus["text"], queries, k=10)
+    model = SentenceTransformer(str(student), device="cpu")
+    exact = Workspace(collection, model, "student", precision="fp32", in_memory=True)
+    search = exact.search(collection.splits["train"].queries, 10)
     for one in rows:
         assert one["origin"] == f"student {student}" and one["negative_id"] in search[one["query_id"]]
     assert recipe(tmp_path / "whole", f"--model={settings.parent / 'mean'}") == 1  # another student

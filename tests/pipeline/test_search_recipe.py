@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tct_hf.evaluation.stores import SPARSE_FOLDER
+from tct_hf.evaluation.workspace import SPARSE_FOLDER
 from tests.recipe import ROOT
 from tests.searching import Material, run_recipe
 from tests.splade import tiny_splade

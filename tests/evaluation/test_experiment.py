@@ -9,15 +9,9 @@ from datasets import Dataset
 
 from tct_hf import evaluate_run
 from tct_hf.data.collection import Collection, Split
-from tct_hf.evaluation.comparison import (
-    System,
-    evaluate_all,
-    read_log,
-    run_systems,
-    show_examples,
-    write_metrics,
-)
+from tct_hf.evaluation.experiment import Experiment, read_log, show_examples, write_metrics
 from tct_hf.evaluation.measures import standard_error
+from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import means_table, shorten, weight_text
 
 QRELS = {f"q{row}": {f"p{row}": 1} for row in range(8)}
@@ -90,25 +84,31 @@ def test_shortened_text_is_one_line_of_at_most_its_width() -> None:
 def test_a_system_searches_once_for_all_sets_and_not_again_where_its_runs_are(tmp_path: Path) -> None:
     asked: list[dict[str, str]] = []
 
-    def search(queries: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    def find(queries: Mapping[str, str]) -> dict[str, dict[str, float]]:
         asked.append(dict(queries))
         return {query: {text: 1.0} for query, text in queries.items()}
 
-    systems = [System("one", "System one", search), System("two", "System two", search)]
-    queries = {"dev": {"q": "dev-text"}, "test": {"q": "test-text"}}  # the same id in both
+    systems = [System("one", "System one", find), System("two", "System two", find)]
+    splits = {name: Split({"q": f"{name}-text"}, {}) for name in ("dev", "test")}  # the same id in both
     said: list[str] = []
-    first = run_systems(systems, queries, tmp_path / "runs", write=said.append)
+
+    def search() -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+        experiment = Experiment(splits, ["RR@10"], 10, write=said.append)
+        experiment.search(systems, tmp_path / "runs")
+        return experiment.runs
+
+    first = search()
     assert first["one", "dev"] == {"q": {"dev-text": 1.0}} and first["two", "test"] == {"q": {"test-text": 1.0}}
     assert len(asked) == 2 and [line[-10:] for line in said] == ["System one", "System two"]
     (tmp_path / "runs" / "two.dev.trec").unlink()  # as after a kill between two files
-    assert run_systems(systems, queries, tmp_path / "runs", write=said.append) == first
+    assert search() == first
     assert len(asked) == 3 and [line[-10:] for line in said[2:]] == ["System two"]
 
 
 def test_metrics_hold_mean_and_standard_error_of_each_split_and_system(tmp_path: Path) -> None:
     half = {query: hits for query, hits in found(1).items() if query < "q4"}
-    evaluations = evaluate_all({("x", "test"): half}, COLLECTION, ["RR@10"])
-    write_metrics(tmp_path / "metrics.json", evaluations, corpus={"sha256": "1"})
+    experiment = Experiment(COLLECTION.splits, ["RR@10"], 10, runs={("x", "test"): half})
+    write_metrics(tmp_path / "metrics.json", experiment.evaluate(), corpus={"sha256": "1"})
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["measured"]["test"]["x"]["RR@10"] == {
         "mean": 0.5,

@@ -1,4 +1,4 @@
-"""What a student and BM25 need to search a collection: made once under a folder, opened from then on."""
+"""What a student and BM25 need to search a collection: vectors and indexes, made once and opened from then on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -20,19 +20,15 @@ from tct_hf.cache import default_cache_dir
 from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
+from tct_hf.evaluation.cost import Footprint, bytes_on_disk
 from tct_hf.files import claim, command, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.encode import (
-    describe_model,
-    encode_corpus,
-    encode_texts,
-    encoding_seconds,
-    is_sparse_encoder,
-)
+from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts, encoding_seconds, is_sparse_encoder
 from tct_hf.retrieval.expanded import expanded_bm25
 from tct_hf.retrieval.rows import FirstColumns, UnitRows, finite_rows
+from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.vectors import MANIFEST_FILE, load_vectors, read_manifest
 from tct_hf.teachers.colbert import ColBERTTeacher
@@ -43,6 +39,7 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
     from tct_hf.evaluation.settings import ExpansionSettings
 
+Model = TypeVar("Model")
 Index = TypeVar("Index", BM25Index, DenseIndex, SparseIndex)
 # Folders of the vectors and indexes of a sparse student beside a dense one, and of the base as it is.
 SPARSE_FOLDER, BASE_FOLDER = "sparse_student", "base"
@@ -53,31 +50,36 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Stored(Generic[Index]):
-    """An index with what it costs; `build_seconds`, without the encoding, is None where a stopped run had made it."""
+    """An index with what it costs, the encoding apart."""
 
     index: Index
-    folder: Path
-    memory_bytes: int
-    build_seconds: float | None
-
-    @property
-    def disk(self) -> list[Path]:
-        """The files that searching needs; the limits of components are for adding passages."""
-        return [file for file in sorted(self.folder.iterdir()) if file.name != "limits.npy"]
+    footprint: Footprint
 
 
-class Stores:
-    """The encoded corpus and the indexes of a collection and a student, each made when it is first asked for."""
+class Workspace:
+    """The encoded corpus and the indexes of a collection and a student, each made when it is first asked for.
+
+    Args:
+        collection: its corpus is searched.
+        student: dense or sparse.
+        name: the student's, in records and messages.
+        folder: of vectors and indexes; one in the cache when None.
+        precision: to encode in: "auto", "bf16" or "fp32".
+        threads: CPU threads that build indexes.
+        in_memory: write nothing; `precision` is then "bf16" or "fp32".
+        write: takes lines of progress.
+    """
 
     def __init__(
         self,
         collection: Collection,
         student: SentenceTransformer | SparseEncoder,
         name: str,
-        folder: Path | None,
+        folder: Path | None = None,
         *,
         precision: Any = "auto",
         threads: int = 1,
+        in_memory: bool = False,
         write: Callable[[str], None] = print,
     ) -> None:
         self.is_sparse = is_sparse_encoder(student)
@@ -85,16 +87,17 @@ class Stores:
             can = "of a sparse student only dot" if self.is_sparse else "only dot and cosine"
             raise ValueError(f"student: {name} compares by {student.similarity_fn_name!r}: {can} can be searched.")
         self.collection, self.student, self.name = collection, student, name
-        self.description = describe_model(student, name)
-        self._precision, self._threads, self._write = precision, threads, write
-        if folder is None:
-            digest = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()
-            folder = default_cache_dir() / f"search-{digest[:16]}"
-        self.folder = folder
+        self._precision, self._threads, self._in_memory, self._write = precision, threads, in_memory, write
+        if folder is None and not in_memory:
+            folder = default_cache_dir() / f"search-{digest_of(self.depends)[:16]}"
+        self.folder = folder or Path()
         self._compared = False  # whether the vectors on disk are known to be of this corpus
-        self._manifest: dict[str, Any] | None = None
-        self._vectors: tuple[list[str], Any] | None = None
         self._made: dict[str, Stored[Any]] = {}
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What the vectors depend on, of the student."""
+        return describe_model(self.student, self.name)
 
     @property
     def built_by(self) -> dict[str, Any]:
@@ -110,11 +113,6 @@ class Stores:
             "precision": self._precision,
         }
 
-    @property
-    def encoding_seconds(self) -> float | None:
-        """Seconds to encode the corpus, scaled up from the part that was timed; None where nothing was."""
-        return encoding_seconds(self.folder / "vectors")
-
     def encode(self, state: PartialState | None = None) -> dict[str, Any]:
         """Encode the corpus, or go on with it, shared among the processes of `state`; its manifest."""
         manifest = encode_corpus(
@@ -129,22 +127,35 @@ class Stores:
         self._compared = True
         return manifest
 
+    @cached_property
     def manifest(self) -> dict[str, Any]:
         """The manifest of the encoded corpus, which is encoded first where it is not there."""
-        if self._manifest is None:
-            there = (self.folder / "vectors" / MANIFEST_FILE).is_file()
-            self._manifest = read_manifest(self.folder / "vectors") if there else self.encode()
-        return self._manifest
+        there = (self.folder / "vectors" / MANIFEST_FILE).is_file()
+        return read_manifest(self.folder / "vectors") if there else self.encode()
 
+    @cached_property
     def vectors(self) -> tuple[list[str], Any]:
         """Passage ids and vectors `(passages, dim)`, on disk; encoded first, or compared with the corpus."""
-        if self._vectors is None:
+        if self._in_memory:
+            corpus = self.collection.corpus
+            ids, vectors = list(corpus["id"]), self._encoded(corpus["text"], "document")
+        else:
             if not self._compared:
                 self.encode()
-            ids, vectors, _ = load_vectors(self.folder / "vectors", mmap=True)
             # Left on disk: an index reads them block by block.
-            self._vectors = ids, vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)
-        return self._vectors
+            ids, vectors, _ = load_vectors(self.folder / "vectors", mmap=True)
+        return ids, self._as_dot(vectors)
+
+    def _encoded(self, texts: Sequence[str], task: str) -> Any:
+        precision = self._precision if self._in_memory else self.manifest["precision"]
+        return encode_texts(self.student, texts, task=task, bf16=precision == "bf16")
+
+    def _as_dot(self, vectors: Any) -> Any:
+        return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)
+
+    def encode_texts(self, texts: Sequence[str]) -> Any:
+        """Vectors of query texts, computed in the precision of the corpus; nothing is checked."""
+        return self._as_dot(self._encoded(texts, "query"))[:]
 
     def encode_queries(self, queries: Mapping[str, str], size: int | None = None) -> Any:
         """Vectors of queries, id to text, as an index compares them: `(queries, size or dim)`, CSR if sparse."""
@@ -156,17 +167,12 @@ class Stores:
                 f"query {name!r} has a NaN or infinite vector: check the weights of {self.name}, or set precision to "
                 "fp32 in another folder."
             )
-        return vectors if size is None else self.sliced(vectors, size)[:]
+        return vectors if size is None else self._as_dot(FirstColumns(vectors, size))[:]
 
-    def encode_texts(self, texts: Sequence[str]) -> Any:
-        """Vectors of query texts, computed in the precision of the corpus; nothing is checked."""
-        vectors = encode_texts(self.student, texts, task="query", bf16=self.manifest()["precision"] == "bf16")
-        return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)[:]
-
-    def sliced(self, vectors: Any, size: int) -> Any:
-        """The first `size` dimensions of vectors `(rows, dim)`, as the student's similarity compares them."""
-        first = FirstColumns(vectors, size)
-        return first if self.student.similarity_fn_name == "dot" else UnitRows(first)
+    def search(self, queries: Mapping[str, str], depth: int, size: int | None = None) -> Run:
+        """Exact search, with the first `size` dimensions of a dense student where it is given."""
+        index = self.exact().index if size is None else self.first_dims(size).index
+        return index.run(list(queries), self.encode_queries(queries, size), depth)
 
     def bm25(self) -> Stored[BM25Index]:
         """BM25 with its default parameters."""
@@ -198,11 +204,9 @@ class Stores:
         if factory != "Flat":
             settings |= {"recall": recall, "k": k, "tuned_on": tuned_on}
         name = "dense-" + re.sub(r"[^A-Za-z0-9]+", "-", factory).strip("-").lower()
-        if name in self._made:
-            return self._made[name]
 
         def build() -> DenseIndex:
-            ids, vectors = self.vectors()
+            ids, vectors = self.vectors
             options = {"recall": recall, "k": k, "query_vectors": query_vectors, "threads": self._threads}
             return DenseIndex.build(vectors, ids, factory, built_by=self.built_by, **options)
 
@@ -211,12 +215,14 @@ class Stores:
     def first_dims(self, size: int) -> Stored[DenseIndex]:
         """The first dimensions of the student's vectors, searched exactly: what `truncate_dim` gives."""
         student: Any = self.student  # a dense one
+        check_dims([size], student.get_embedding_dimension())
         with student.truncate_embeddings(size):
             built_by = _record(describe_model(student, self.name))
 
         def build() -> DenseIndex:
-            ids, vectors = self.vectors()
-            return DenseIndex.build(self.sliced(vectors, size), ids, "Flat", built_by=built_by, threads=self._threads)
+            ids, vectors = self.vectors
+            first = self._as_dot(FirstColumns(vectors, size))
+            return DenseIndex.build(first, ids, "Flat", built_by=built_by, threads=self._threads)
 
         load = partial(DenseIndex.load, model=built_by)
         return self._stored(f"dense-first-{size}", build, load, {"first_dims": size})
@@ -225,7 +231,7 @@ class Stores:
         """The sparse student's vectors in inverted lists."""
 
         def build() -> SparseIndex:
-            ids, vectors = self.vectors()
+            ids, vectors = self.vectors
             return SparseIndex.build(vectors, ids, built_by=self.built_by)
 
         return self._stored("learned-sparse", build, partial(SparseIndex.load, model=self.built_by))
@@ -234,6 +240,10 @@ class Stores:
         """The index by which the student is searched exactly."""
         return self.sparse() if self.is_sparse else self.dense("Flat")
 
+    def footprint(self, stored: Stored[Any]) -> Footprint:
+        """What an index of the student costs with the encoding, whose seconds are scaled up from what was timed."""
+        return stored.footprint + Footprint(0, 0, encoding_seconds(self.folder / "vectors"))
+
     def _stored(
         self,
         name: str,
@@ -241,6 +251,9 @@ class Stores:
         load: Callable[[Path], Index],
         settings: Mapping[str, Any] | None = None,
     ) -> Stored[Index]:
+        if self._in_memory:
+            self._made[name] = self._made.get(name) or Stored(build(), Footprint())
+            return self._made[name]
         parent = self.folder / "indexes" / name
         folder, seconds_file = parent / "index", parent / "build_seconds.json"
         # Indexes of words know no student.
@@ -255,8 +268,22 @@ class Stores:
                 index.save(folder)
             opened = load(folder)
             taken = json.loads(seconds_file.read_text(encoding="utf-8"))["seconds"] if seconds_file.is_file() else None
-            self._made[name] = Stored(opened, folder, _memory(opened, folder), taken)
+            # The limits of components are for adding passages.
+            disk = bytes_on_disk([file for file in folder.iterdir() if file.name != "limits.npy"])
+            self._made[name] = Stored(opened, Footprint(disk, _memory(opened, folder), taken))
         return self._made[name]
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of JSON-ready content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_dims(dims: Sequence[int], dimension: int | None) -> None:
+    """Refuse sizes that are not between 1 and the dimensions of a student's vectors."""
+    for size in dims:
+        if dimension is not None and not 0 < size <= dimension:
+            raise ValueError(f"dims: {size} is not between 1 and the {dimension} dimensions of the vectors.")
 
 
 def _record(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,26 +307,26 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
 
     A bare TCT checkpoint, of which sentence-transformers would give wrong vectors without a word, is converted first.
     """
-    place = _existing(name, "student")
-    kind = "tct" if place in TCT_CHECKPOINTS else kind_of(place)
-    if kind == "tct":
-        return load_student(place, device=device)
-    if kind == "colbert":
-        raise ValueError(
-            f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of one "
-            f"vector a text (beside a teacher of {command('train')} that is the folder student)."
-        )
-    try:
+
+    def load(place: str) -> SentenceTransformer | SparseEncoder:
+        kind = "tct" if place in TCT_CHECKPOINTS else kind_of(place)
+        if kind == "tct":
+            return load_student(place, device=device)
+        if kind == "colbert":
+            raise ValueError(
+                f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of "
+                f"one vector a text (beside a teacher of {command('train')} that is the folder student)."
+            )
         return SparseEncoder(place, device=device) if kind == "sparse" else SentenceTransformer(place, device=device)
-    except OSError as error:
-        raise _not_loaded("student", name, error) from error
+
+    return _load("student", name, load)
 
 
-def open_beside(stores: Stores, name: str, device: str | None = None) -> SparseEncoder:
-    """Load the sparse student to be searched beside the dense one of `stores`."""
-    if stores.is_sparse:
+def open_beside(workspace: Workspace, name: str, device: str | None = None) -> SparseEncoder:
+    """Load the sparse student to be searched beside the dense one of `workspace`."""
+    if workspace.is_sparse:
         raise ValueError(
-            f"sparse_student: {name} beside the student {stores.name}, which is sparse itself; name one sparse "
+            f"sparse_student: {name} beside the student {workspace.name}, which is sparse itself; name one sparse "
             "student, alone as student or beside a dense one"
         )
     model = open_student(name, device)
@@ -310,12 +337,7 @@ def open_beside(stores: Stores, name: str, device: str | None = None) -> SparseE
 
 def open_teacher(name: str) -> MultiVectorEncoder:
     """Load a model of one vector a token; arguments and errors as `open_student`."""
-    try:
-        return ColBERTTeacher(_existing(name, "teacher")).model
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise _not_loaded("teacher", name, error) from error
+    return _load("teacher", name, lambda place: ColBERTTeacher(place).model)
 
 
 def has_own_maxsim(student: SentenceTransformer | SparseEncoder) -> bool:
@@ -325,28 +347,30 @@ def has_own_maxsim(student: SentenceTransformer | SparseEncoder) -> bool:
     return not has_tct_encoding(student)
 
 
-def open_reranker(name: str, stores: Stores) -> MultiVectorEncoder:
+def open_reranker(name: str, workspace: Workspace) -> MultiVectorEncoder:
     """Load the model that reranks by MaxSim: a ColBERT (folder or Hub id), or OWN, the student's own token vectors."""
     if name != OWN:
         return open_teacher(name)
-    if not has_own_maxsim(stores.student):
+    if not has_own_maxsim(workspace.student):
         raise ValueError(
-            f"{OWN}: the token vectors of {stores.name} can't be compared, it is a sparse student or one in TCT "
+            f"{OWN}: the token vectors of {workspace.name} can't be compared, it is a sparse student or one in TCT "
             "encoding; name the folder or Hub id of a ColBERT"
         )
-    return build_colbert(_existing(stores.name, "student"), encoding="own")
+    return _load("student", workspace.name, lambda place: build_colbert(place, encoding="own"))
 
 
-def _existing(name: str, role: str) -> str:
+def _load(role: str, name: str, load: Callable[[str], Model]) -> Model:
+    """A model from where it is; an error of the Hub says which role it was for."""
     place = resolve_model(name)
     if not Path(place).is_dir() and (Path(place).exists() or not _HUB_ID.fullmatch(place)):
         raise FileNotFoundError(
             f"{role}: there is no folder {name}, and no Hub id (owner/name) either; {command('train')} makes one, "
             "or give the right path"
         )
-    return place
-
-
-def _not_loaded(role: str, name: str, error: OSError) -> OSError:
-    first = (str(error).strip().splitlines() or [repr(error)])[0]
-    return OSError(f"{role}: {name} is no folder here and can't be loaded from the Hub either ({first})")
+    try:
+        return load(place)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise OSError(f"{role}: {name} is no folder here and can't be loaded from the Hub either ({first})") from error
