@@ -293,13 +293,7 @@ def load_collection(
 
 
 def read_corpus(source: str, packages: Sequence[str], *, allow_empty: bool = False) -> Dataset:
-    """The passages of a source alone, columns id and text.
-
-    Args:
-        source: "builtin", or a BEIR folder or Hub id.
-        packages: of the built-in corpus.
-        allow_empty: of a BEIR folder, take passages without text.
-    """
+    """The passages of a source alone, as in :func:`load_collection`; of a BEIR folder perhaps ones without text."""
     if source == BUILTIN:
         return builtin_corpus("test", packages=packages)[0]
     return open_beir(source).corpus(allow_empty=allow_empty)

@@ -38,9 +38,6 @@ def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> li
         names: all columns of the data set.
         read: other columns that the teacher reads.
 
-    Returns:
-        `["positive", "negative"]`, or `["positive", "negative_1", ..., "negative_n"]`, n >= 0.
-
     Raises:
         ValueError: a column is missing, unknown or numbered with a gap; says the fix.
     """
@@ -55,7 +52,7 @@ def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> li
             "negative_1_id ...), known_positive_ids, labelled and label_weight: rename_column or remove_columns."
         )
     negatives = [name for name in names if name in known and name.startswith("negative")]
-    wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i + 1}" for i in range(len(negatives))]
+    wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i}" for i in range(1, len(negatives) + 1)]
     if sorted(negatives) != sorted(wanted):
         raise ValueError(
             f"The negative columns are {negatives}: name one negative, or several negative_1 to negative_n without a "

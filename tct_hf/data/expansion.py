@@ -171,18 +171,11 @@ def expanded_texts(
     if hasattr(corpus, "select_columns") and hasattr(corpus, "__len__"):  # before hours of indexing
         for _ in _beside(*(rows_in_batches(one.select_columns("id")) for one in (corpus, expansions))):
             pass
-    threshold = float("-inf")
+    least = None
     if drop_share:
-        threshold = _threshold((row["scores"] for row in _kept(expansions, num_queries, drop_repeats)), drop_share)
-    return _joined(corpus, _kept(expansions, num_queries, drop_repeats), threshold)
-
-
-def _joined(corpus: Any, kept: Iterator[dict[str, Any]], threshold: float) -> Iterator[str]:
-    for passage, row in _beside(rows_in_batches(corpus), kept):
-        queries = row["queries"]
-        if threshold > float("-inf"):
-            queries = [query for query, score in zip(queries, row["scores"], strict=True) if score >= threshold]
-        yield " ".join([passage["text"], *queries])
+        least = _threshold((row["scores"] for row in _kept(expansions, num_queries, drop_repeats)), drop_share)
+    rows = _beside(rows_in_batches(corpus), _kept(expansions, num_queries, drop_repeats, least))
+    return (" ".join([passage["text"], *row["queries"]]) for passage, row in rows)
 
 
 def _beside(passages: Iterator[Any], expansions: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
@@ -197,8 +190,10 @@ def _beside(passages: Iterator[Any], expansions: Iterator[Any]) -> Iterator[tupl
         yield passage, row
 
 
-def _kept(expansions: Dataset, num_queries: int | None, drop_repeats: bool) -> Iterator[dict[str, Any]]:
-    """Rows without the queries that are left out for their number or as repeats."""
+def _kept(
+    expansions: Dataset, num_queries: int | None, drop_repeats: bool, least: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows without the queries that are left out for their number, as repeats, or for a score below `least`."""
     for row in rows_in_batches(expansions):
         places = list(range(len(row["queries"])))[:num_queries]
         if drop_repeats:
@@ -206,6 +201,8 @@ def _kept(expansions: Dataset, num_queries: int | None, drop_repeats: bool) -> I
             for place in places:
                 first.setdefault(" ".join(row["queries"][place].split()).casefold(), place)
             places = list(first.values())
+        if least is not None:
+            places = [place for place in places if row["scores"][place] >= least]
         yield {name: value if name == "id" else [value[place] for place in places] for name, value in row.items()}
 
 

@@ -48,13 +48,7 @@ def file_key(path: Path) -> list[Any]:
 
 
 class BadRow(ValueError):
-    """A row that can't become a training row.
-
-    Args:
-        kind: the class of problem, under which skipped rows are counted, for instance "empty text".
-        problem: the problem and its fix.
-        column: the column it is in, if it is in one.
-    """
+    """A row that can't be used: the kind that it is counted under, the problem with its fix, and its column."""
 
     def __init__(self, kind: str, problem: str, column: str | None = None) -> None:
         super().__init__(kind, problem, column)

@@ -66,18 +66,18 @@ class Texts:
         return [text if known and name == its else None for name, its, text, known in found]
 
 
-def open_texts(source: TextSource, what: str, setting: str, cache_dir: str | Path | None) -> Texts:
+def open_texts(source: TextSource, setting: str, cache_dir: str | Path | None) -> Texts:
     """Open texts by id: checked and converted once, then memory-mapped.
 
     Args:
         source: a TSV file (id, text), a JSONL file of the BEIR layout (_id, title, text), a parquet file, each but
             parquet plain or .gz; a data set or a mapping; a Hub id "owner/name", "owner/name:configuration" or
             "owner/name:configuration:split".
-        what: "passage" or "query", for messages.
-        setting: the setting that named it, for messages.
+        setting: the setting that named it, "queries" or "collection".
         cache_dir: folder of the converted form.
     """
     opened, names = _opened(source, setting)
+    what = "query" if setting == "queries" else "passage"
     dataset = prepare_corpus(opened, cache_dir, names=names, allow_empty=True, what=what)
     return Texts(opened.name, dataset.select_columns(["id", "text"]), opened.need_key())
 
