@@ -13,11 +13,11 @@ _PUBLIC = {
         "build_student",
         "student_from_teacher",
         "build_colbert",
+        "build_splade",
         "save_student",
     ],
     "encoding.checkpoint": ["finalise_checkpoint", "validate_checkpoint"],
     "encoding.convert": ["load_student", "convert_checkpoint"],
-    "encoding.splade": ["build_splade"],
     "data.beir": ["load_beir"],
     "data.builtin": ["builtin_corpus"],
     "data.collection": ["Collection", "load_collection"],
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from tct_hf.data.expansion import write_expansions as write_expansions
     from tct_hf.data.rows import SkippedRows as SkippedRows
     from tct_hf.encoding.build import build_colbert as build_colbert
+    from tct_hf.encoding.build import build_splade as build_splade
     from tct_hf.encoding.build import build_student as build_student
     from tct_hf.encoding.build import save_student as save_student
     from tct_hf.encoding.build import student_from_teacher as student_from_teacher
@@ -83,7 +84,6 @@ if TYPE_CHECKING:
     from tct_hf.encoding.checkpoint import validate_checkpoint as validate_checkpoint
     from tct_hf.encoding.convert import convert_checkpoint as convert_checkpoint
     from tct_hf.encoding.convert import load_student as load_student
-    from tct_hf.encoding.splade import build_splade as build_splade
     from tct_hf.evaluation.cost import measure_efficiency as measure_efficiency
     from tct_hf.evaluation.measures import evaluate_run as evaluate_run
     from tct_hf.evaluation.report import Report as Report

@@ -97,7 +97,7 @@ def main() -> None:
     from sentence_transformers import SentenceTransformer
 
     from tct_hf import build_student
-    from tct_hf.encoding.precision import has_bfloat16
+    from tct_hf.encoding.weights import has_bfloat16
     from tct_hf.hub_client import resolve_model
     from tct_hf.progress import quieten
 

@@ -82,7 +82,7 @@ def train_cross_encoder(triples: Any, folder: Path, *, length: int, steps: int) 
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import set_seed
 
-    from tct_hf.encoding.precision import has_bfloat16
+    from tct_hf.encoding.weights import has_bfloat16
     from tct_hf.hub_client import resolve_model
 
     columns = [name for name in triples.column_names if name == "positive" or name.startswith("negative")]
@@ -227,7 +227,7 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
     from sentence_transformers import SparseEncoder
 
     from tct_hf import build_splade
-    from tct_hf.encoding.precision import has_bfloat16
+    from tct_hf.encoding.weights import has_bfloat16
     from tct_hf.evaluation.experiment import Experiment
     from tct_hf.evaluation.references import reference_systems, student_systems
     from tct_hf.evaluation.significance import paired_randomisation_test

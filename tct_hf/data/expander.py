@@ -21,8 +21,7 @@ from tct_hf.batches import padding_of, passes
 from tct_hf.data import shards
 from tct_hf.data.expansion import query_columns
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
-from tct_hf.encoding.digests import tokenizer_digest, weights_digest
-from tct_hf.encoding.precision import check_dtype, compute_dtype
+from tct_hf.encoding.weights import check_dtype, compute_dtype, tokenizer_digest, weights_digest
 from tct_hf.hub_client import told_when_missing
 from tct_hf.progress import PassageProgress, print_at_once
 

@@ -1,4 +1,4 @@
-"""Build and save students and ColBERTs made of stock sentence-transformers modules.
+"""Build and save students, dense and sparse, and ColBERTs made of stock sentence-transformers modules.
 
 By default a model reads texts its own way ("own"): tokenizer, prompts, pooling, normalisation and similarity are those
 of the embedding model it begins with, and so its checkpoint is an ordinary embedding model. The paper's way is "tct".
@@ -24,18 +24,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 from sentence_transformers.util import load_file_path
 from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from tct_hf.encoding.checkpoint import finalise_checkpoint
-from tct_hf.encoding.encoders import keep_layers, load_transformer, make_own, make_tct, set_lengths
+from tct_hf.encoding.encoders import check_length, keep_layers, load_transformer, make_own, make_tct, set_lengths
 from tct_hf.encoding.kinds import PROMPTS
 from tct_hf.encoding.scale import length_of, scale_modules
 from tct_hf.files import replace_dir, staging_beside
+from tct_hf.hub_client import told_when_missing
 
 Encoding = Literal["own", "tct"]
 
@@ -81,27 +84,29 @@ def _tct_student(
 
 
 def _load_own(
-    model_name_or_path: str, dtype: torch.dtype | str | None, prompts: Mapping[str, str] | None, **lengths: int | None
+    model_name_or_path: str, prompts: Mapping[str, str] | None, **lengths: int | None
 ) -> SentenceTransformer:
     """An embedding model as it is, but for prompts and lengths; a bare encoder with mean pooling and dot product."""
     if load_file_path(model_name_or_path, "modules.json") is None:
-        transformer = load_transformer(model_name_or_path, dtype)
+        transformer = load_transformer(model_name_or_path)
         pool = Pooling(transformer.get_embedding_dimension(), "mean")
         model = SentenceTransformer(modules=[transformer, pool], similarity_fn_name="dot")
     else:
         # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-        model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": dtype or torch.float32})
-    _set_prompts(model, prompts)
-    set_lengths(model[0], model.prompts, **lengths)  # type: ignore[arg-type]
-    return model
+        model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": torch.float32})
+    return _with_own(model, prompts, **lengths)
 
 
-def _set_prompts(model: SentenceTransformer, prompts: Mapping[str, str] | None) -> None:
-    """Replace a model's prompts, where some are given."""
+def _with_own(
+    model: SentenceTransformer, prompts: Mapping[str, str] | None, **lengths: int | None
+) -> SentenceTransformer:
+    """A model with these prompts and lengths, where they are given."""
     if prompts:
         model.prompts = {"query": "", "document": "", **prompts}
         # Plain encode() takes its texts for passages.
         model.default_prompt_name = "document" if prompts.get("document") else None
+    set_lengths(model[0], model.prompts, **lengths)  # type: ignore[arg-type]
+    return model
 
 
 def build_student(
@@ -112,7 +117,6 @@ def build_student(
     query_length: int | None = None,
     document_length: int | None = None,
     query_augmentation: bool = True,
-    dtype: torch.dtype | str | None = None,
     layers: Sequence[int] | None = None,
     prompts: Mapping[str, str] | None = None,
     scale: float | None = None,
@@ -129,7 +133,6 @@ def build_student(
         document_length: tokens a passage keeps, prompt included; the model's own number when None (154 with "tct").
         query_augmentation: with "tct", pad queries with attended [MASK]s. Without, servers that know nothing of query
             expansion can run the student.
-        dtype: dtype of the weights; float32 when None.
         layers: the layers of the encoder to keep, counted from 0; None: all.
         prompts: prompts such as `{"query": "query: ", "document": "passage: "}`, instead of the model's own. With a
             prompt of documents plain `encode` takes its texts for passages.
@@ -137,7 +140,7 @@ def build_student(
             example), in a stock module, see :mod:`tct_hf.encoding.scale`. None (the paper's): vectors as pooled.
 
     Returns:
-        A SentenceTransformer of stock modules.
+        A SentenceTransformer of stock modules, in float32.
 
     Raises:
         ValueError: an unknown encoding or pooling, lengths that don't fit the encoder, layers it doesn't have,
@@ -148,9 +151,9 @@ def build_student(
     _check(encoding, prompts, pooling=pooling, query_augmentation=query_augmentation, scale=scale)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
     if encoding == "tct":
-        transformer = load_transformer(model_name_or_path, dtype)
+        transformer = load_transformer(model_name_or_path)
         return _tct_student(transformer, pooling, scale, layers, query_augmentation=query_augmentation, **lengths)
-    student = _load_own(model_name_or_path, dtype, prompts, **lengths)
+    student = _load_own(model_name_or_path, prompts, **lengths)
     if layers is not None:
         keep_layers(student[0].model, layers)
     if pooling is not None:
@@ -169,7 +172,6 @@ def build_colbert(
     dim: int | None = None,
     query_length: int | None = None,
     document_length: int | None = None,
-    dtype: torch.dtype | str | None = None,
     prompts: Mapping[str, str] | None = None,
 ) -> MultiVectorEncoder:
     """Build an untrained ColBERT: with "own" one that ranks well as it is, with "tct" one to be trained.
@@ -182,7 +184,6 @@ def build_colbert(
             random state.
         query_length: as in :func:`build_student`.
         document_length: as in :func:`build_student`.
-        dtype: as in :func:`build_student`.
         prompts: as in :func:`build_student`.
 
     Returns:
@@ -197,7 +198,7 @@ def build_colbert(
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
     scoring = [MultiVectorMask(), Normalize(module_input_name="token_embeddings")]
     if encoding == "tct":
-        transformer = load_transformer(model_name_or_path, dtype)
+        transformer = load_transformer(model_name_or_path)
         make_tct(transformer, query_augmentation=True, **lengths)
         projection = Dense(
             in_features=transformer.get_embedding_dimension(),
@@ -209,7 +210,7 @@ def build_colbert(
         return MultiVectorEncoder(modules=[transformer, projection, *scoring], prompts=dict(PROMPTS))
     if dim is not None:
         raise ValueError(f'dim={dim}: a ColBERT of encoding="own" has the encoder\'s dimensions; leave it out.')
-    model = _load_own(model_name_or_path, dtype, prompts, **lengths)
+    model = _load_own(model_name_or_path, prompts, **lengths)
     if not isinstance(model[0], Transformer):
         raise ValueError(
             f"{model_name_or_path} begins with a {type(model[0]).__name__}, which gives no vector for each token "
@@ -283,9 +284,62 @@ def student_from_teacher(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling or "mean")],
         similarity_fn_name="dot",
     )
-    _set_prompts(student, prompts or {side: "" if prompt in markers else prompt for side, prompt in own.items()})
-    set_lengths(transformer, student.prompts, **lengths)
-    return student
+    own = {side: "" if prompt in markers else prompt for side, prompt in own.items()}
+    return _with_own(student, prompts or own, **lengths)
+
+
+def build_splade(
+    model_name_or_path: str,
+    *,
+    query_length: int | None = None,
+    document_length: int = 256,
+) -> SparseEncoder:
+    """Build a SPLADE student from an encoder with a masked-language-model head.
+
+    Every dimension of its vectors is a token of the vocabulary, weighted `log(1 + relu(logit))`, the largest over
+    the text's tokens. `SparseEncoder(path)` loads what it saves.
+
+    Args:
+        model_name_or_path: encoder with its head, such as `Luyu/co-condenser-marco` or `distilbert-base-uncased`, or
+            a trained SPLADE to continue from.
+        query_length: tokens a query keeps, special tokens included; `document_length` when None.
+        document_length: tokens a passage keeps, special tokens included.
+
+    Returns:
+        A SparseEncoder of stock modules.
+
+    Raises:
+        ValueError: an encoder without the head, whose weights would be random; lengths that don't fit.
+
+    Source: Formal et al., arXiv 2109.10086.
+    """
+    _check_head(model_name_or_path)
+    transformer = load_transformer(model_name_or_path, transformer_task="fill-mask")
+    check_length(transformer.config, "document_length", document_length, taken=2)
+    if query_length is not None:
+        check_length(transformer.config, "query_length", query_length, taken=2)
+    transformer.max_seq_length = document_length  # plain encode() knows no other
+    transformer.document_length = document_length
+    transformer.query_length = query_length or document_length
+    head: Any = transformer.model.get_output_embeddings()
+    pool = SpladePooling("max", embedding_dimension=head.out_features)
+    return SparseEncoder(modules=[transformer, pool], similarity_fn_name="dot")
+
+
+def _check_head(model_name_or_path: str) -> None:
+    """Refuse a checkpoint without all weights of the masked-language-model head: they would be random."""
+    needed = (
+        "A SPLADE student needs a checkpoint with its masked-language-model head (an architecture *ForMaskedLM, such "
+        "as Luyu/co-condenser-marco, bert-base-uncased or distilbert-base-uncased), or a trained SPLADE."
+    )
+    with told_when_missing(model_name_or_path):
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        raise ValueError(f"{model_name_or_path} is a {config.model_type} model, which has no such head. {needed}")
+    if not any(name.endswith("ForMaskedLM") for name in config.architectures or []):
+        _, loading = AutoModelForMaskedLM.from_pretrained(model_name_or_path, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"{model_name_or_path} lacks {', '.join(missing[:3])}. {needed}")
 
 
 def has_tct_encoding(student: SentenceTransformer) -> bool:

@@ -16,23 +16,17 @@ import numpy as np
 import sentence_transformers
 import torch
 from sentence_transformers.base.modules import Dense
-from sentence_transformers.base.modules.transformer import QueryExpansionConfig
 from sentence_transformers.sentence_transformer.modules import Normalize
 from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from tct_hf.encoding.encoders import query_expansion, tct_post_processor
 from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, is_tct, module_classes, read_json
 from tct_hf.encoding.scale import length_of
-from tct_hf.encoding.tokenization import tct_post_processor
 from tct_hf.files import write_json_atomic, write_text_atomic
 
 _DENSE = "SentenceTransformer"
 REQUIREMENTS = {"sentence-transformers": {"specifier": ">=6.0"}}
-
-
-def query_expansion(length: int) -> QueryExpansionConfig:
-    """Query augmentation as a setting of the stock Transformer module: [MASK]s up to `length` tokens, attended."""
-    return {"strategy": "fixed", "attend": True, "token": None, "length": length}
 
 
 @dataclass(frozen=True)
@@ -149,13 +143,12 @@ def _tct_template(path: Path, config: dict[str, Any]) -> str | None:
     before = read_json(path / "tokenizer.json", required=True)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     start = _token(config, "cls_token", "bos_token")
-    start_id = None if start is None else tokenizer.token_to_id(start)
-    if start is None or start_id is None:
+    if start is None or tokenizer.token_to_id(start) is None:
         raise ValueError(
             f"{path / 'tokenizer_config.json'} names no cls_token or bos_token that is in the vocabulary: save the "
             "student again with save_student."
         )
-    tokenizer.post_processor = tct_post_processor(start, start_id)
+    tokenizer.post_processor = tct_post_processor(tokenizer, start)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     after = tokenizer.to_str(pretty=True)
@@ -218,7 +211,8 @@ def check_vectors(
 ) -> dict[str, float]:
     """Compare a checkpoint's vectors of the golden texts in a fresh interpreter with a rule's, by each way to encode.
 
-    Vectors of a way that the rule lacks must only be finite. Returns the largest absolute differences.
+    Vectors of a way that the rule lacks must only be finite. `tolerance` is relative to the rule's largest number,
+    where that is above 1. Returns the largest absolute differences.
     """
     found = {}
     for way, vectors in fresh_vectors(path, GOLDEN_TEXTS, loader).items():
@@ -239,7 +233,7 @@ class CheckpointReport:
     plain: float
 
 
-def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> CheckpointReport:
+def validate_checkpoint(path: str | Path) -> CheckpointReport:
     """Load a student in a fresh interpreter that cannot import tct_hf and compare its vectors with the rule.
 
     The rule of a TCT student is computed with plain transformers; that of a student that reads texts its own way is
@@ -247,8 +241,6 @@ def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> Checkpo
 
     Args:
         path: folder of the checkpoint.
-        tolerance: largest absolute difference of a vector's element, relative to the vectors' largest element where
-            that is above 1.
 
     Returns:
         The differences found.
@@ -263,7 +255,7 @@ def validate_checkpoint(path: str | Path, *, tolerance: float = 1e-5) -> Checkpo
     found = check_vectors(
         path,
         {**rule, "alone": rule["plain"]},  # one text at a time, as LangChain and others encode a question
-        tolerance=tolerance,
+        tolerance=1e-5,
         than="the TCT encoding" if tct else "the model's own encoding",
         fix="Run finalise_checkpoint on the folder; if that does not help, build it again with build_student.",
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tct_hf.data.collection import Split
-from tct_hf.encoding.precision import has_bfloat16
+from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.evaluation import settings as keys
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk, machine_key
 from tct_hf.evaluation.experiment import Experiment

@@ -13,8 +13,8 @@ import sentence_transformers
 from huggingface_hub import ModelCard
 
 from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_vectors, validate_checkpoint
-from tct_hf.encoding.digests import weights_digest
 from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, read_json, read_modules, recognise
+from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
 from tct_hf.files import command, replace_dir, staging_beside, write_text_atomic
 from tct_hf.hub.cards import CardFacts, Family, write_card

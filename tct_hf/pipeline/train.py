@@ -14,8 +14,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 from transformers import set_seed
 
 from tct_hf.data.collection import Collection
-from tct_hf.encoding.build import build_colbert
-from tct_hf.encoding.splade import build_splade
+from tct_hf.encoding.build import build_colbert, build_splade
 from tct_hf.evaluation.experiment import check_evaluation
 from tct_hf.evaluation.quick_report import quick_report
 from tct_hf.files import file_digest, is_claimed

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from tct_hf.batches import padding_of, passes, token_lengths
 from tct_hf.data.texts import checked_passages, passage_shards
-from tct_hf.encoding.digests import tokenizer_digest, weights_digest
-from tct_hf.encoding.precision import has_bfloat16
+from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, weights_digest
 from tct_hf.files import write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval import vectors as stored

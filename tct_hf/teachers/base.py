@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import load_file_path
 from torch import Tensor
 
-from tct_hf.batches import sizes_of_all
+from tct_hf.batches import spread_own
 from tct_hf.encoding.kinds import TRAINING_FILE
-from tct_hf.encoding.precision import check_dtype, compute_dtype, unpack_half
+from tct_hf.encoding.weights import check_dtype, compute_dtype, unpack_half
 from tct_hf.files import write_json_atomic
 from tct_hf.hub_client import told_when_missing
 
@@ -24,6 +25,13 @@ Texts = Sequence[str]
 Columns = Sequence[Sequence[str]]  # candidate columns, each the texts of all queries
 Rows = Sequence[Mapping[str, Any]]
 Dtype = Literal["auto", "bfloat16", "float32"]
+
+_CLASSES = {
+    "SentenceTransformer": "one vector a text",
+    "MultiVectorEncoder": "one vector a token",
+    "SparseEncoder": "one weight a word of the vocabulary",
+    "CrossEncoder": "one score a pair",
+}
 
 
 class Teacher(ABC):
@@ -66,15 +74,10 @@ class Teacher(ABC):
         """The columns among a data set's that this teacher reads beside texts and ids."""
         return []
 
-    def announce(self, rows: Rows, columns: Texts, *, queries: int, batches: int) -> None:  # noqa: B027
-        """Log what a batch will cost, where that is worth a word; called once, before the first step.
-
-        Args:
-            rows: a few rows of the training set, to be timed with; none where the rows are streamed.
-            columns: its candidate columns.
-            queries: queries of a process's batch.
-            batches: batches whose candidates are scored together, one of each process.
-        """
+    @property
+    def device(self) -> torch.device:
+        """Where it scores."""
+        return torch.device("cpu")
 
     def attach(self, student: SentenceTransformer) -> None:  # noqa: B027
         """Learn which student will be taught, before the first batch."""
@@ -93,7 +96,7 @@ class Teacher(ABC):
             rows: `(queries,)` rows of the data set, for ids.
 
         Returns:
-            Tensors (nested in dicts and lists) for :meth:`score_matrix`; None when the student's tokens will do.
+            What :meth:`score_matrix` needs, in dicts and lists; None when the student's tokens will do.
         """
 
     @abstractmethod
@@ -110,6 +113,15 @@ class Teacher(ABC):
             first negatives, and so on.
         """
 
+    def list_scores(self, query: str, passages: Texts) -> Tensor:
+        """Scores of one query's passages, `(passages,)` float32 on the CPU."""
+        row = {"query": query, "positive": passages[0]}
+        inputs = {
+            "columns": [None] * len(passages),
+            **(self.collate([query], [[one] for one in passages], [row]) or {}),
+        }
+        return self.score_matrix(send_to_device(inputs, self.device), gather=False)[0].cpu()
+
 
 class NoTeacher(Teacher):
     """A teacher without a word, for hard labels alone (`hard_label_weight=1`).
@@ -118,30 +130,32 @@ class NoTeacher(Teacher):
     """
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """The shape of the batch."""
-        return {"shape": torch.zeros(len(queries), len(columns))}
+        """Scores of zero, `(queries, columns)`."""
+        return {"scores": torch.zeros(len(queries), len(columns))}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """Zeros, `(queries, candidates)`."""
-        shape = inputs["shape"]
-        queries, columns = shape.shape
-        everyones = sum(sizes_of_all(queries, shape.device)) if gather else queries
-        return shape.new_zeros(queries, columns * everyones)
+        return spread_own(inputs["scores"], gather=gather)
 
 
 class ModelTeacher(Teacher):
-    """A teacher that is a frozen model of sentence-transformers, given or loaded from a path or the Hub."""
+    """A teacher that is a frozen model of sentence-transformers, given or loaded from a path or the Hub.
+
+    Attributes:
+        tokens_per_pass: most tokens that go through the model at once.
+    """
 
     model: Any
     model_class: ClassVar[Any]
+    what: ClassVar[str]  # its name in messages
+    # How the names of architectures that score end, where modules.json says nothing; of others `head` would be random.
+    heads: ClassVar[tuple[str, ...]] = ("",)
+    head: ClassVar[str] = ""
+    trained_with: ClassVar[str] = ""
+    tokens_per_pass: int = 16_384
 
-    def __init__(
-        self, model: Any, *, dtype: Dtype, training_scale: float | None, tokens_per_pass: int, **sizes: int | None
-    ) -> None:
+    def __init__(self, model: Any, *, dtype: Dtype = "auto", training_scale: float | None = None) -> None:
         check_dtype(dtype)
-        for name, size in {"tokens_per_pass": tokens_per_pass, **sizes}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
         path = str(model) if isinstance(model, (str, Path)) else None
         if path is not None:
             model = self.load(path)
@@ -155,37 +169,49 @@ class ModelTeacher(Teacher):
             training_scale = read_training_scale(path) if path is not None else 1.0
         self.training_scale = check_scale(training_scale)
         self.dtype: Dtype = dtype
-        self.tokens_per_pass = tokens_per_pass
         self.to(model.device)
         model.eval()
 
     @classmethod
     def load(cls, name_or_path: str) -> Any:
-        """The model of a folder or Hub id."""
+        """The model of a folder or Hub id, unless it would be completed with random weights."""
+        kind = (read_json(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
+        if kind in _CLASSES and kind != cls.model_class.__name__:
+            raise ValueError(
+                f"{name_or_path} is a {kind}, {_CLASSES[kind]}, and no {cls.what}: name the folder or Hub id of one."
+            )
+        config = read_json(name_or_path, "config.json")
+        if config is not None and read_json(name_or_path, "modules.json") is None:
+            architectures = config.get("architectures") or [""]
+            if not any(name.endswith(cls.heads) for name in architectures):
+                raise ValueError(
+                    f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no {cls.what}: {cls.head} "
+                    "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
+                    f"train one from it ({cls.trained_with})."
+                )
         with told_when_missing(name_or_path):
             return cls.model_class(name_or_path)
 
     @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What the model computes in on its device."""
-        return compute_dtype(self.dtype, self.model.device)
+        return compute_dtype(self.dtype, self.device)
 
     def computing(self) -> torch.autocast:
         """The context of forward passes. One for many: weights are cast to bfloat16 once, not once a pass."""
         bf16 = self.compute_dtype == torch.bfloat16
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model to the device that scores."""
         self.model.to(device)
         unpack_half(self.model, self.dtype, device)
         return self
-
-
-def device_of(teacher: Teacher) -> torch.device:
-    """Where a teacher scores: the device of its model, the CPU without one."""
-    model = getattr(teacher, "model", None)
-    return torch.device("cpu") if model is None else model.device
 
 
 def check_scale(value: Any) -> float:

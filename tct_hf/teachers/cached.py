@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+import logging
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
-from tct_hf.batches import stack_columns, take
-from tct_hf.encoding.digests import weights_digest
+from tct_hf.encoding.weights import tokenizer_digest, weights_digest
+from tct_hf.files import claim
 from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
 from tct_hf.teachers.colbert import (
     TEXTS_AT_ONCE,
@@ -26,28 +27,84 @@ from tct_hf.teachers.colbert import (
     Side,
     VectorTeacher,
     describe_teacher,
-    halves,
     padded,
+    read_alike,
 )
-from tct_hf.teachers.token_store import TokenStore
+
+logger = logging.getLogger(__name__)
+
+# Rows that one statement may ask for; SQLite's own limit is 32,766.
+_KEYS_AT_ONCE = 10_000
+
+
+class TokenStore:
+    """Vectors of texts, each `(tokens, dim)` float16, by a 64-bit key: an SQLite file that several processes share.
+
+    Full, it keeps what it has and takes no more. Training goes through its texts in rounds: of a store for half of
+    them, half would be found; with the oldest thrown out for the newest, none would. A full disk is a full store.
+
+    Args:
+        folder: folder of the file, made when missing.
+        settings: JSON-ready, all that the vectors depend on: a folder of others is refused.
+        dim: numbers a token.
+        max_bytes: most bytes of the file.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dim: int, max_bytes: int) -> None:
+        claim(folder, {**settings, "dim": dim, "type": "float16"})
+        self.file = Path(folder) / "vectors.sqlite"
+        self.dim = dim
+        self.max_bytes = max_bytes
+        self.full = False
+        with self._open() as database:
+            database.execute("PRAGMA page_size = 16384")  # a text in few pages
+            database.execute("CREATE TABLE IF NOT EXISTS vectors (key INTEGER PRIMARY KEY, vectors BLOB NOT NULL)")
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        # Anew each time: a connection must not live through the fork of a data loader's worker.
+        with closing(sqlite3.connect(self.file, timeout=600)) as database, database:
+            yield database
+
+    def keys(self) -> set[int]:
+        """Keys of all texts that are there."""
+        with self._open() as database:
+            return {key for (key,) in database.execute("SELECT key FROM vectors")}
+
+    def get(self, keys: Iterable[int]) -> dict[int, np.ndarray]:
+        """`(tokens, dim)` float16 of those texts that are there."""
+        wanted, found = list(dict.fromkeys(keys)), {}
+        with self._open() as database:
+            for start in range(0, len(wanted), _KEYS_AT_ONCE):
+                part = wanted[start : start + _KEYS_AT_ONCE]
+                places = ", ".join("?" * len(part))
+                for key, content in database.execute(f"SELECT * FROM vectors WHERE key IN ({places})", part):
+                    found[key] = np.frombuffer(content, dtype=np.float16).reshape(-1, self.dim)
+        return found
+
+    def put(self, keys: Iterable[int], vectors: Iterable[np.ndarray]) -> None:
+        """Keep the vectors `(tokens, dim)` float16 of texts that are not there yet, while there is room."""
+        rows = [(key, np.ascontiguousarray(text).tobytes()) for key, text in zip(keys, vectors, strict=True)]
+        if self.full:
+            return
+        if self.file.stat().st_size + sum(len(content) for _, content in rows) > self.max_bytes:
+            self.full = True
+            logger.warning(f"{self.file}: full; the texts that are not in it stay out.")
+            return
+        try:
+            with self._open() as database:
+                database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+        except sqlite3.OperationalError as error:  # what is cached can be computed: no reason to lose a training
+            self.full = True
+            logger.warning(
+                f"{self.file}: no more can be written ({error}); the texts that are not in it stay out. Make room for "
+                "the next run, or name another folder."
+            )
 
 
 def _key(side: str, text: str) -> int:
     named = f"{side}\x1f{text}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "big")
-
-
-def _described_tokenizer(tokenizer: Any) -> str:
-    """All that turns a text into tokens: two of one vocabulary may fold case or cut words differently."""
-    words = repr(sorted(tokenizer.get_vocab().items()))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return words
-    rules = json.loads(backend.to_str())
-    for name in ("padding", "truncation"):  # of the last batch
-        rules.pop(name, None)
-    rules["model"].pop("vocab", None)  # in `words`, whatever its order
-    return words + json.dumps(rules, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "big", signed=True)
 
 
 class CachedTeacher(Teacher):
@@ -62,8 +119,8 @@ class CachedTeacher(Teacher):
 
     Args:
         teacher: the teacher to wrap.
-        cache_dir: a folder for the vectors of any number of teachers.
-        max_gigabytes: size of this teacher's files; when they are full, further texts are encoded in every epoch. A
+        cache_dir: a folder for the vectors of any number of teachers, on a file system that can lock files.
+        max_gigabytes: size of this teacher's file; when it is full, further texts are encoded in every epoch. A
             passage of 60 tokens of 128 dimensions takes 15 kB.
 
     Raises:
@@ -83,7 +140,6 @@ class CachedTeacher(Teacher):
         self.score_kind = teacher.score_kind
         self.cache_dir = Path(cache_dir).expanduser()
         self.max_gigabytes = max_gigabytes
-        self.hits = self.misses = 0
         self._store: TokenStore | None = None
 
     @property
@@ -94,7 +150,7 @@ class CachedTeacher(Teacher):
             dim = model.get_embedding_dimension()
             described = {
                 **describe_teacher(model),
-                "words": hashlib.sha256(_described_tokenizer(model.tokenizer).encode()).hexdigest(),
+                "words": tokenizer_digest(model.tokenizer),
                 "computed_in": str(self.teacher.compute_dtype),
                 "dim": dim,
             }
@@ -104,8 +160,10 @@ class CachedTeacher(Teacher):
             )
         return self._store
 
-    def attach(self, student: SentenceTransformer) -> None:
-        self.teacher.attach(student)
+    @property
+    def device(self) -> torch.device:
+        """The wrapped teacher's."""
+        return self.teacher.device
 
     def to(self, device: torch.device) -> CachedTeacher:
         """Move the model to the device that scores, and open the store of what it computes there."""
@@ -115,94 +173,55 @@ class CachedTeacher(Teacher):
         return self
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Read the batch's vectors; where one is missing, prepare what the wrapped teacher needs to encode it.
+        """Read the batch's vectors.
 
         Returns:
-            "keys" `(1 + columns, queries)` of the texts, and either "vectors" and "mask", of the queries and of all
-            candidates, or what the wrapped teacher returns.
+            "vectors", padded vectors and mask of the queries and of all candidates; or, where one is missing, "texts"
+            of both, which are encoded where they are scored.
         """
-        sides = ["query", *["document"] * len(columns)]
-        keys = np.array(
-            [[_key(side, text) for text in texts] for side, texts in zip(sides, [queries, *columns], strict=True)],
-            dtype=np.uint64,
-        )
-        signed = torch.from_numpy(keys.view(np.int64))  # torch's unsigned types can do little
-        self.store.refresh()
-        found = self._read(keys.reshape(-1).tolist())
-        if any(vectors is None for vectors in found.values()):
-            return {"keys": signed, **(self.teacher.collate(queries, columns, rows) or {})}
-        vectors, mask = zip(
-            *(padded([found[key] for key in side.reshape(-1).tolist()]) for side in (keys[:1], keys[1:])),  # type: ignore[misc]
-            strict=True,
-        )
-        return {"keys": signed, "vectors": list(vectors), "mask": list(mask)}
-
-    def _read(self, keys: Sequence[int]) -> dict[int, np.ndarray | None]:
-        return {key: self.store.get(key) for key in dict.fromkeys(keys)}
+        sides: dict[Side, list[str]] = {"query": list(queries), "document": [t for column in columns for t in column]}
+        keys = [[_key(side, text) for text in texts] for side, texts in sides.items()]
+        known = self.store.get(key for each in keys for key in each)
+        if any(key not in known for each in keys for key in each):
+            return {"texts": list(sides.values())}
+        return {"vectors": [part for each in keys for part in padded([known[key] for key in each])]}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """The similarity of every query with every candidate, as the wrapped teacher compares them."""
-        self.teacher.model.eval()
+        parts = inputs.get("vectors")
+        if parts is None:
+            queries, passages = inputs["texts"]
+            parts = (*padded(self.vectors(queries, "query")), *padded(self.vectors(passages, "document")))
+            parts = send_to_device(parts, self.device)
         with torch.inference_mode():
-            if "vectors" in inputs:
-                self.hits += sum(len(side.unique()) for side in (inputs["keys"][:1], inputs["keys"][1:]))
-                (queries, passages), (query_mask, passage_mask) = inputs["vectors"], inputs["mask"]
-            else:
-                keys = inputs["keys"].cpu().numpy().view(np.uint64)
-                self.store.refresh()
-                queries, query_mask = self._vectors([inputs["query"]], keys[0].tolist(), "query")
-                passages, passage_mask = self._vectors(inputs["columns"], keys[1:].reshape(-1).tolist(), "document")
-            scores = self.teacher.compare(
-                queries, query_mask, passages, passage_mask, len(inputs["keys"]) - 1, gather=gather
-            )
-        return scores.clone()
-
-    def _vectors(self, columns: Sequence[Features], keys: list[int], side: Side) -> tuple[Tensor, Tensor]:
-        found = self._read(keys)
-        missing = [key for key, vectors in found.items() if vectors is None]
-        self.hits += len(found) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            first = {key: row for row, key in reversed(list(enumerate(keys)))}
-            made = self._encode(columns, [first[key] for key in missing], side)
-            self.store.put(missing, made)
-            found |= zip(missing, made, strict=True)
-        vectors, mask = send_to_device(padded([found[key] for key in keys]), self.teacher.model.device)  # type: ignore[misc]
-        return vectors, mask
-
-    def _encode(self, columns: Sequence[Features], rows: list[int], side: Side) -> list[np.ndarray]:
-        """The vectors of some rows of the columns; the rest is not encoded where the columns can be cut."""
-        merged = stack_columns(columns)
-        if merged is not None:
-            index = torch.tensor(rows, device=merged["attention_mask"].device)
-            columns = [{key: take(value, index, merged["attention_mask"].shape[1]) for key, value in merged.items()}]
-            rows = list(range(len(rows)))
-        made = halves(*self.teacher.encode(columns, side))
-        return [made[row] for row in rows]
+            return self.teacher.compare(*parts, gather=gather).clone()
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
         """As :meth:`VectorTeacher.vectors`; missing ones are encoded, and kept while there is room."""
         keyed = {_key(side, text): text for text in texts}
-        self.store.refresh()
-        found = self._read(list(keyed))
-        missing = sorted((key for key in keyed if found[key] is None), key=lambda key: len(keyed[key]))
+        found = self.store.get(keyed)
+        missing = sorted((key for key in keyed if key not in found), key=lambda key: len(keyed[key]))
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             keys = missing[start : start + TEXTS_AT_ONCE]
             made = self.teacher.vectors([keyed[key] for key in keys], side)
             self.store.put(keys, made)
             found |= zip(keys, made, strict=True)
-        return [found[_key(side, text)] for text in texts]  # type: ignore[misc]
+        return [found[_key(side, text)] for text in texts]
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
         """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
         return self.teacher.scores(queries, passages)
+
+    def list_scores(self, query: str, passages: Texts) -> Tensor:
+        """Scores of one query's passages."""
+        return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
 
 
 class _PooledAndTokens(ColBERTTeacher):
     """The pooled vector of a text, then its token vectors, of one forward pass."""
 
     def __init__(self, pooled: DenseTeacher, tokens: ColBERTTeacher) -> None:
-        super().__init__(tokens.model, dtype=tokens.dtype, tokens_per_pass=pooled.tokens_per_pass)
+        super().__init__(tokens.model, dtype=tokens.dtype)
         self.pooled = pooled
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
@@ -223,14 +242,12 @@ def encode_together(pooled: CachedTeacher, tokens: CachedTeacher, texts: Sequenc
         or one.model.get_embedding_dimension() != other.model.get_embedding_dimension()
         or one.compute_dtype != other.compute_dtype
         or weights_digest(one.model[0]) != weights_digest(other.model[0])
-        or not one.reads_like(other.model, other.preprocess)
+        or not read_alike(one.model, other.model)
     ):
         return
     both, keyed = _PooledAndTokens(one, other), {_key("document", text): text for text in texts}
-    for store in (pooled.store, tokens.store):
-        store.refresh()
-    missing = [key for key in keyed if pooled.store.get(key) is None and tokens.store.get(key) is None]
-    missing.sort(key=lambda key: len(keyed[key]))
+    missing = list(keyed.keys() - pooled.store.keys() - tokens.store.keys())
+    missing.sort(key=lambda key: (len(keyed[key]), key))
     for start in range(0, len(missing), TEXTS_AT_ONCE):
         if pooled.store.full or tokens.store.full:
             return

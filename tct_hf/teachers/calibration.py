@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tct_hf.files import write_json_atomic
 from tct_hf.teachers.ensemble import TeacherEnsemble
-from tct_hf.teachers.mixture import list_scores, members_of, search_mixture, set_weights, weights_of
+from tct_hf.teachers.mixture import members_of, search_mixture, set_weights, weights_of
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -93,8 +93,6 @@ def calibrate(
     teacher: Teacher,
     collection: Collection,
     *,
-    split: str = "dev",
-    candidates: Mapping[str, Sequence[str]] | None = None,
     depth: int = 30,
     most: int = 300,
     student: Teacher | None = None,
@@ -107,11 +105,8 @@ def calibrate(
     Args:
         teacher: a TeacherEnsemble with normalize="none", whose weights are set; or any other teacher, whose
             training_scale is set, so that a temperature of 1 / training_scale is calibrated.
-        collection: collection with judgements of the split.
-        split: split of the queries.
-        candidates: query id to passage ids, instead of the `depth` best of the teacher (of BM25, where the teacher
-            can't search).
-        depth: candidates a query.
+        collection: collection with judgements of the split dev.
+        depth: candidates a query, the best of the teacher (of BM25, where the teacher can't search).
         most: number of judged queries, drawn by a hash of their ids: the same ones whatever the order.
         student: the student about to learn, for comparison; a DenseTeacher of it.
 
@@ -127,10 +122,10 @@ def calibrate(
     for name, weight in zip(members, start, strict=True):
         if not weight > 0:
             raise ValueError(f"calibrate starts from weights above 0, but that of {name} is {weight}.")
-    given = collection.splits[split]
+    given = collection.splits["dev"]
     judged = replace(given, queries={name: given.queries[name] for name in given.qrels})
-    asked = replace(collection, splits={split: judged}, also={}).part(queries=most).splits[split].queries
-    best: Mapping[str, Iterable[str]] = candidates or search_mixture(teacher, collection, asked, keep=depth)
+    asked = replace(collection, splits={"dev": judged}, also={}).part(queries=most).splits["dev"].queries
+    best = search_mixture(teacher, collection, asked, keep=depth)
     rows = {name: row for row, name in enumerate(collection.corpus["id"])}
     texts = collection.corpus["text"][:]
     lists, of_student = [], []
@@ -140,12 +135,12 @@ def calibrate(
         if not positive.any():
             continue
         found = [texts[rows[passage]] for passage in passages]
-        lists.append((torch.stack([list_scores(one, query, found) for one in members.values()]), positive))
+        lists.append((torch.stack([one.list_scores(query, found) for one in members.values()]), positive))
         if student is not None:
-            of_student.append((list_scores(student, query, found)[None], positive))
+            of_student.append((student.list_scores(query, found)[None], positive))
     if not lists:
         raise ValueError(
-            f"calibrate: none of the {len(asked)} {split} queries has a judged positive among its candidates: judge "
+            f"calibrate: none of the {len(asked)} dev queries has a judged positive among its candidates: judge "
             "more queries, or keep the default weights."
         )
     weights = fit_scales(lists, start)
@@ -196,10 +191,8 @@ def best_reading(lists: Lists) -> Reading:
 def read(lists: Lists, weights: Sequence[float]) -> Reading:
     """How well a weighted sum of the members' scores fits the judgements."""
     scale = torch.tensor(weights, dtype=torch.float64)
-    logits = [scale @ scores.double() for scores, _ in lists]
-    positives = [positive for _, positive in lists]
-    pairs = list(zip(logits, positives, strict=True))
-    entropy = [torch.distributions.Categorical(logits=one).entropy() for one in logits]
+    pairs = [(scale @ scores.double(), positive) for scores, positive in lists]
+    entropy = [torch.distributions.Categorical(logits=one).entropy() for one, _ in pairs]
     return Reading(
         cross_entropy=float(torch.stack([_cross_entropy(one, positive) for one, positive in pairs]).mean()),
         entropy=float(torch.stack(entropy).mean()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import pad_tokens, parts_of_like_length, score_where_the_passages_are, stack_columns
-from tct_hf.encoding.digests import weights_digest
+from tct_hf.encoding.weights import weights_digest
 from tct_hf.files import command
-from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts, read_json
+from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts
 
 Side = Literal["query", "document"]
 
@@ -26,13 +26,6 @@ Side = Literal["query", "document"]
 _TOKEN_PROBES = ["", "a query, with punctuation.", "Ünïcode 検索", "[MASK] [SEP]", "word " * 40, "word " * 10_000]
 
 _KINDS = {"maxsim": "MaxSim", "meanmaxsim": "MeanMaxSim"}  # others go by the name of their similarity
-
-_CLASSES = {
-    "SentenceTransformer": "one vector a text",
-    "MultiVectorEncoder": "one vector a token",
-    "SparseEncoder": "one weight a word of the vocabulary",
-    "CrossEncoder": "one score a pair",
-}
 
 # Texts that are tokenised together, and whose vectors are held padded at once, where many are encoded.
 TEXTS_AT_ONCE = 256
@@ -46,44 +39,16 @@ class VectorTeacher(ModelTeacher):
         dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
             so are the weights where the encoder computes in it.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: most tokens that go through the encoder at once.
-        chunk_elements: most numbers that are held at once to compare tokens, whatever the batch.
 
     Raises:
-        ValueError: an unknown dtype, a size or scale that is not positive, or a model of another kind.
+        ValueError: an unknown dtype, a scale that is not positive, or a model of another kind.
     """
 
-    what: ClassVar[str]  # its name in messages
+    shares_tokens = False
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        dtype: Dtype = "auto",
-        training_scale: float | None = None,
-        tokens_per_pass: int = 16_384,
-        chunk_elements: int = 1 << 24,
-    ) -> None:
-        super().__init__(
-            model,
-            dtype=dtype,
-            training_scale=training_scale,
-            tokens_per_pass=tokens_per_pass,
-            chunk_elements=chunk_elements,
-        )
+    def __init__(self, model: Any, *, dtype: Dtype = "auto", training_scale: float | None = None) -> None:
+        super().__init__(model, dtype=dtype, training_scale=training_scale)
         self.score_kind = _KINDS.get(self.model.similarity_fn_name, self.model.similarity_fn_name)
-        self.chunk_elements = chunk_elements
-        self.shares_tokens = False
-
-    @classmethod
-    def load(cls, name_or_path: str) -> Any:
-        """The model, unless it is saved as another kind, which would be completed with random weights."""
-        kind = (read_json(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
-        if kind in _CLASSES and kind != cls.model_class.__name__:
-            raise ValueError(
-                f"{name_or_path} is a {kind}, {_CLASSES[kind]}, and no {cls.what}: name the folder or Hub id of one."
-            )
-        return super().load(name_or_path)
 
     @abstractmethod
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
@@ -95,29 +60,11 @@ class VectorTeacher(ModelTeacher):
 
     def attach(self, student: SentenceTransformer) -> None:
         """Find out whether the student's tokens are this teacher's too."""
+        self.shares_tokens = read_alike(self.model, student)
 
-        def preprocess(texts: Sequence[str], side: str) -> dict[str, Any]:
-            return student.preprocess(texts, prompt=student.prompts.get(side), task=side)
-
-        self.shares_tokens = self.reads_like(student, preprocess)
-
-    def reads_like(self, model: Any, preprocess: Callable[[Sequence[str], str], Features]) -> bool:
-        """Whether another model makes the same tokens of texts."""
-        # Expanded queries show their length without a text that fills it, of which sentence-transformers warns once.
-        expanded = [getattr(one[0], "query_expansion", None) for one in (self.model, model)]
-        fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
-        probes = {"query": _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES, "document": _TOKEN_PROBES}
-        # The vocabulary too: two of one family may agree on the probes and differ in a few words.
-        return self.model.tokenizer.get_vocab() == model.tokenizer.get_vocab() and all(
-            _same_tokens(self.preprocess(texts, side), preprocess(texts, side)) for side, texts in probes.items()
-        )
-
-    def preprocess(self, texts: Sequence[str], side: str) -> dict[str, Any]:
-        """Tokens of texts, with the prompt that encode_query and encode_document would take."""
-        names = ("query",) if side == "query" else ("document", "passage", "corpus")
-        prompts = self.model.prompts
-        name = next((name for name in names if name in prompts), self.model.default_prompt_name)
-        return dict(self.model.preprocess(list(texts), prompt=prompts[name] if name else None, task=side))
+    def preprocess(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
+        """Tokens of texts, with the model's prompt."""
+        return _preprocess(self.model, texts, side)
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any] | None:
         """Tokenise the batch this teacher's way; None when the student tokenises the same way."""
@@ -138,7 +85,7 @@ class VectorTeacher(ModelTeacher):
         self.model.eval()
         with torch.inference_mode():
             queries, passages = self.encode([inputs["query"]], "query"), self.encode(inputs["columns"], "document")
-            scores = self.compare(*queries, *passages, len(inputs["columns"]), gather=gather)
+            scores = self.compare(*queries, *passages, gather=gather)
         return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
 
     def encode(self, columns: Sequence[Features], side: Side) -> tuple[Tensor, Tensor]:
@@ -180,14 +127,7 @@ class VectorTeacher(ModelTeacher):
         return vectors.to(self.compute_dtype), mask.bool()
 
     def compare(
-        self,
-        queries: Tensor,
-        query_mask: Tensor,
-        passages: Tensor,
-        passage_mask: Tensor,
-        columns: int,
-        *,
-        gather: bool,
+        self, queries: Tensor, query_mask: Tensor, passages: Tensor, passage_mask: Tensor, *, gather: bool
     ) -> Tensor:
         """The score matrix of encoded texts.
 
@@ -196,7 +136,6 @@ class VectorTeacher(ModelTeacher):
             query_mask: `(queries, vectors)` bool.
             passages: `(columns * queries, vectors, dim)`, all of the first column first.
             passage_mask: `(columns * queries, vectors)` bool.
-            columns: number of candidate columns.
             gather: compare with the candidates of all devices.
 
         Returns:
@@ -207,8 +146,9 @@ class VectorTeacher(ModelTeacher):
             return self.similarity(queries.float(), passages.float(), query_mask, passage_mask).float()
 
         # A trainer's own autocast would compare the vectors in half precision.
-        with torch.autocast(self.model.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             if gather and get_world_size() > 1:
+                columns = len(passages) // len(queries)
                 return score_where_the_passages_are(queries, query_mask, passages, passage_mask, columns, similarity)
             return similarity(queries, passages, query_mask, passage_mask)
 
@@ -224,7 +164,7 @@ class VectorTeacher(ModelTeacher):
         with torch.inference_mode():
             for start in range(0, len(order), TEXTS_AT_ONCE):
                 rows = order[start : start + TEXTS_AT_ONCE]
-                features = send_to_device(self.preprocess([texts[row] for row in rows], side), self.model.device)
+                features = send_to_device(self.preprocess([texts[row] for row in rows], side), self.device)
                 made |= zip(rows, halves(*self.encode([features], side)), strict=True)
         return [made[row] for row in range(len(texts))]
 
@@ -235,8 +175,12 @@ class VectorTeacher(ModelTeacher):
             `(queries, passages)` float32, on the model's device: what :meth:`score_matrix` would give.
         """
         with torch.inference_mode():
-            parts: Any = send_to_device((*padded(queries), *padded(passages), 1), self.model.device)
+            parts = send_to_device((*padded(queries), *padded(passages)), self.device)
             return self.compare(*parts, gather=False).clone()
+
+    def list_scores(self, query: str, passages: Texts) -> Tensor:
+        """Scores of one query's passages, by vectors of :meth:`vectors`."""
+        return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
 
 
 class ColBERTTeacher(VectorTeacher):
@@ -245,8 +189,11 @@ class ColBERTTeacher(VectorTeacher):
     Arguments as of :class:`VectorTeacher`; the model is a multi-vector model of this package, sentence-transformers,
     PyLate or the Stanford code.
 
+    Attributes:
+        chunk_elements: most numbers that are held at once to compare tokens, whatever the batch.
+
     Raises:
-        ValueError: an unknown dtype, a size or scale that is not positive, or a model that is no trained ColBERT.
+        ValueError: an unknown dtype, a scale that is not positive, or a model that is no trained ColBERT.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.1; Khattab and Zaharia, arXiv 2004.12832.
     """
@@ -254,20 +201,9 @@ class ColBERTTeacher(VectorTeacher):
     model: MultiVectorEncoder
     model_class = MultiVectorEncoder
     what = "ColBERT"
-
-    @classmethod
-    def load(cls, name_or_path: str) -> Any:
-        """The model, unless it is a bare encoder, whose projection would be random."""
-        config = read_json(name_or_path, "config.json")
-        if config is not None and read_json(name_or_path, "modules.json") is None:
-            architectures = config.get("architectures") or []
-            if not any(name == "HF_ColBERT" or name.endswith("ForRetrieval") for name in architectures):
-                raise ValueError(
-                    f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no ColBERT: its projection "
-                    "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
-                    f"train one from it (build_colbert, {command('train')})."
-                )
-        return super().load(name_or_path)
+    heads = ("HF_ColBERT", "ForRetrieval")
+    head, trained_with = "its projection", f"build_colbert, {command('train')}"
+    chunk_elements: int = 1 << 24
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
         """Token vectors, and those that are scored."""
@@ -284,11 +220,8 @@ class ColBERTTeacher(VectorTeacher):
 class DenseTeacher(VectorTeacher):
     """An embedding model as a teacher: one vector a text, compared as the model compares them.
 
-    Arguments as of :class:`VectorTeacher`, without chunk_elements; the model is a SentenceTransformer, whose own
-    prompts, pooling and similarity are used.
-
-    Raises:
-        ValueError: an unknown dtype, a size or scale that is not positive, or a model of another kind.
+    Arguments and errors as of :class:`VectorTeacher`; the model is a SentenceTransformer, whose own prompts, pooling
+    and similarity are used.
     """
 
     model: SentenceTransformer
@@ -306,10 +239,29 @@ class DenseTeacher(VectorTeacher):
         return self.model.similarity(queries[:, 0], passages[:, 0])
 
 
-def _same_tokens(mine: Features, other: Features) -> bool:
-    keys = {key for key, value in mine.items() if isinstance(value, Tensor)}
-    same = keys == {key for key, value in other.items() if isinstance(value, Tensor)}
-    return same and all(torch.equal(mine[key], other[key]) for key in keys)
+def _preprocess(model: Any, texts: Sequence[str], side: Side) -> dict[str, Any]:
+    # The prompt that encode_query and encode_document would take.
+    names = ("query",) if side == "query" else ("document", "passage", "corpus")
+    name = next((name for name in names if name in model.prompts), model.default_prompt_name)
+    return dict(model.preprocess(list(texts), prompt=model.prompts[name] if name else None, task=side))
+
+
+def read_alike(one: Any, other: Any) -> bool:
+    """Whether two models of vectors make the same tokens of texts."""
+    # The vocabulary too: two of one family may agree on the probes and differ in a few words.
+    if one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        return False
+    # Expanded queries show their length without a text that fills it, of which sentence-transformers warns once.
+    expanded = [getattr(model[0], "query_expansion", None) for model in (one, other)]
+    fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
+    for side, probes in (("query", _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES), ("document", _TOKEN_PROBES)):
+        made: list[dict[str, Tensor]] = [
+            {key: value for key, value in _preprocess(model, probes, side).items() if isinstance(value, Tensor)}  # type: ignore[arg-type]
+            for model in (one, other)
+        ]
+        if made[0].keys() != made[1].keys() or not all(torch.equal(made[0][key], made[1][key]) for key in made[0]):
+            return False
+    return True
 
 
 def pad_arrays(arrays: Sequence[np.ndarray], value: int = 0) -> np.ndarray:

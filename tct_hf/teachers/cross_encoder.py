@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from sentence_transformers import CrossEncoder
-from sentence_transformers.base.modules import Transformer
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import gather_rows, parts_of_like_length, sizes_of_all, spread_own, stack_columns
-from tct_hf.progress import human_duration
+from tct_hf.batches import parts_of_like_length, spread_own, stack_columns
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
-
-logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 
@@ -34,12 +29,11 @@ class CrossEncoderTeacher(ModelTeacher):
         model: a cross-encoder of one label, or a path or Hub id of one.
         candidates: "own", a query's own positive and negatives are scored, for `candidates="own"` of the loss; or
             "in-batch", every query with every passage of the batch (of all devices): a batch of 32 with one negative
-            is 2,048 pairs instead of 64. What a batch will take is logged before training.
+            is 2,048 pairs instead of 64.
         dtype: what the model computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
             so are the weights where the model computes in it.
         max_length: tokens that a pair keeps; the model's own limit when None.
         training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-        tokens_per_pass: most tokens that go through the model at once.
 
     Raises:
         ValueError: an unknown setting, a model with more labels than one, or one that was never trained to score.
@@ -49,6 +43,9 @@ class CrossEncoderTeacher(ModelTeacher):
 
     model: CrossEncoder
     model_class = CrossEncoder
+    what = "cross-encoder"
+    heads = ("ForSequenceClassification", "ForCausalLM")
+    head, trained_with = "the head that scores a pair", "sentence_transformers.CrossEncoderTrainer"
     score_kind = "logit"
     _travels = False
 
@@ -60,14 +57,13 @@ class CrossEncoderTeacher(ModelTeacher):
         dtype: Dtype = "auto",
         max_length: int | None = None,
         training_scale: float | None = None,
-        tokens_per_pass: int = 16_384,
     ) -> None:
         if candidates not in ("own", "in-batch"):
             raise ValueError(f'candidates must be "own" or "in-batch", got {candidates!r}.')
         self.covers = candidates
-        super().__init__(
-            model, dtype=dtype, training_scale=training_scale, tokens_per_pass=tokens_per_pass, max_length=max_length
-        )
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}.")
+        super().__init__(model, dtype=dtype, training_scale=training_scale)
         if self.model.num_labels != 1:
             raise ValueError(
                 f"The cross-encoder has {self.model.num_labels} labels, and a teacher gives one score a pair: use one "
@@ -75,41 +71,6 @@ class CrossEncoderTeacher(ModelTeacher):
             )
         if max_length is not None:
             self.model.max_seq_length = max_length
-
-    @classmethod
-    def load(cls, name_or_path: str) -> Any:
-        """The model, unless it is a bare encoder, whose head would be random."""
-        model = super().load(name_or_path)
-        architectures = getattr(model.config, "architectures", None) or []
-        alone = len(model) == 1 and isinstance(model[0], Transformer)
-        if alone and not any(name.endswith(("ForSequenceClassification", "ForCausalLM")) for name in architectures):
-            raise ValueError(
-                f"{name_or_path} is a {', '.join(architectures) or 'model of no known kind'}, which has no head that "
-                "scores a pair (it would be given a random one): name the folder or Hub id of a trained "
-                "cross-encoder, or train one from it with sentence_transformers.CrossEncoderTrainer."
-            )
-        return model
-
-    def announce(self, rows: Rows, columns: Texts, *, queries: int, batches: int) -> None:
-        """Log the pairs of a batch, and how long they take by the time of a few."""
-        own = queries * len(columns)
-        whole = self.covers == "in-batch"
-        pairs = own * queries * batches if whole else own
-        said = f"The cross-encoder scores {pairs:,} pairs a batch on each device"
-        if whole:
-            said += f" (every passage of the batch), where own candidates would be {own:,}"
-        timed = [(row["query"], row[name]) for row in rows for name in columns]
-        if timed:
-            chunks = send_to_device(self._tokenise(timed), self.model.device)
-            self._score(chunks).cpu()  # the first pass also loads kernels
-            begun = time.perf_counter()
-            self._score(chunks).cpu()
-            each = (time.perf_counter() - begun) / len(timed)
-            said += f": about {human_duration(pairs * each)}"
-            if whole:
-                said += f" a batch, own candidates {human_duration(own * each)}"
-            said += f", by {len(timed)} pairs that were timed"
-        logger.log(logging.WARNING if whole else logging.INFO, f"{said}.")
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model to the device that scores."""
@@ -120,7 +81,7 @@ class CrossEncoderTeacher(ModelTeacher):
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """Token pairs; of several processes that share candidates, the texts."""
         if self._travels:
-            return {"queries": _as_bytes(queries), "passages": [_as_bytes(column) for column in columns]}
+            return {"queries": list(queries), "passages": [list(column) for column in columns]}
         if self.covers == "own":
             return self._pairs([(query, *(column[row] for column in columns)) for row, query in enumerate(queries)])
         passages = [text for column in columns for text in column]
@@ -167,26 +128,12 @@ class CrossEncoderTeacher(ModelTeacher):
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """Raw logits; zeros where a query's candidates are its own alone."""
         if "chunks" not in inputs:  # this process's queries with the passages of all
-            passages = [text for column in inputs["passages"] for text in _texts(column, gather=gather)]
-            rows = [(query, *passages) for query in _texts(inputs["queries"], gather=False)]
-            inputs = send_to_device(self._pairs(rows), self.model.device)
+            columns: list[Any] = [inputs["passages"]]
+            if gather:
+                columns = [None] * get_world_size()
+                dist.all_gather_object(columns, inputs["passages"])
+            passages = [text for parts in zip(*columns, strict=True) for part in parts for text in part]
+            inputs = self._pairs([(query, *passages) for query in inputs["queries"]])
+            inputs = send_to_device(inputs, self.device)
         scores = self._score(inputs["chunks"])[inputs["places"]]
         return spread_own(scores, gather=gather) if self.covers == "own" else scores
-
-
-def _as_bytes(texts: Sequence[str]) -> dict[str, Tensor]:
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    content = bytearray(b"".join(encoded))
-    return {
-        "bytes": torch.frombuffer(content, dtype=torch.uint8) if content else torch.zeros(0, dtype=torch.uint8),
-        "lengths": torch.tensor([len(text) for text in encoded]),
-    }
-
-
-def _texts(column: Mapping[str, Tensor], *, gather: bool) -> list[str]:
-    content, lengths = column["bytes"], column["lengths"]
-    if gather:
-        content = gather_rows(content, sizes_of_all(len(content), content.device))
-        lengths = gather_rows(lengths, sizes_of_all(len(lengths), lengths.device))
-    parts = torch.split(content.cpu(), lengths.tolist())
-    return [part.numpy().tobytes().decode("utf-8", "surrogatepass") for part in parts]

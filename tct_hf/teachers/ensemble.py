@@ -85,11 +85,6 @@ class TeacherEnsemble(Teacher):
         """Those of all teachers."""
         return [name for teacher in self.teachers for name in teacher.columns_read(names)]
 
-    def announce(self, rows: Rows, columns: Texts, *, queries: int, batches: int) -> None:
-        """As each of the teachers."""
-        for teacher in self.teachers:
-            teacher.announce(rows, columns, queries=queries, batches=batches)
-
     def attach(self, student: SentenceTransformer) -> None:
         """As each of the teachers."""
         for teacher in self.teachers:

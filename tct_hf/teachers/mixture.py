@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
-from torch import Tensor
 
 from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
-from tct_hf.teachers.base import Dtype, Teacher, device_of
+from tct_hf.teachers.base import Dtype, Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher, encode_together
-from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
+from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 
 if TYPE_CHECKING:
@@ -43,7 +41,6 @@ def free_mixture(
     reads: Mapping[str, Any] | None = None,
     dtype: Dtype = "auto",
     cache_dir: str | Path | None = None,
-    max_gigabytes: float = 20.0,
 ) -> TeacherEnsemble:
     """The log-linear mixture of a base model as it is, BM25 and the base model's own MaxSim.
 
@@ -54,12 +51,11 @@ def free_mixture(
         reads: lengths and prompts of the base model, arguments of `build_student`; its own when None.
         dtype: what the base model computes in, see :class:`~tct_hf.ColBERTTeacher`.
         cache_dir: folder for the base model's vectors, which are then computed once.
-        max_gigabytes: size of the files of each kind of vectors.
     """
     pooled: Any = DenseTeacher(by_cosine(build_student(str(base), **(reads or {}))), dtype=dtype)
     tokens: Any = ColBERTTeacher(build_colbert(str(base), **(reads or {})), dtype=dtype)
     if cache_dir is not None:
-        pooled, tokens = (CachedTeacher(one, cache_dir, max_gigabytes=max_gigabytes) for one in (pooled, tokens))
+        pooled, tokens = (CachedTeacher(one, cache_dir) for one in (pooled, tokens))
     members = zip((pooled, BM25Teacher(index), tokens), weights, strict=True)
     return TeacherEnsemble(list(members), normalize="none")
 
@@ -91,17 +87,6 @@ def set_weights(teacher: Teacher, weights: Sequence[float]) -> None:
         teacher.weights = list(weights)
     else:
         [teacher.training_scale] = weights
-
-
-def list_scores(teacher: Teacher, query: str, passages: Sequence[str]) -> Tensor:
-    """What a teacher that is no ensemble says of one query's passages, `(passages,)` float32."""
-    if isinstance(teacher, BM25Teacher):
-        return teacher.scores([query], passages)[0]
-    if isinstance(teacher, (VectorTeacher, CachedTeacher)):
-        return teacher.scores(teacher.vectors([query], "query"), teacher.vectors(passages, "document"))[0].cpu()
-    inputs = teacher.collate([query], [[passage] for passage in passages], [{"query": query, "positive": passages[0]}])
-    inputs = send_to_device({"columns": [None] * len(passages), **(inputs or {})}, device_of(teacher))
-    return teacher.score_matrix(inputs, gather=False)[0].cpu()
 
 
 def search_mixture(
@@ -158,7 +143,7 @@ def search_mixture(
 def _sum(members: Sequence[tuple[Teacher, float]], query: str, passages: Sequence[str]) -> list[float]:
     total = torch.zeros(len(passages))
     for one, weight in members:
-        total += weight * list_scores(one, query, passages)
+        total += weight * one.list_scores(query, passages)
     return total.tolist()
 
 

@@ -23,25 +23,16 @@ from tct_hf.data.expansion import SCORES_FOLDER, score_columns
 from tct_hf.data.texts import checked_passages
 from tct_hf.files import claim, file_digest, write_aside, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
-from tct_hf.teachers.base import Teacher, device_of
+from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 
-__all__ = ["SCORE_NAME", "score_expansions", "score_triples"]
-
-# What follows a candidate's name in the columns of scores, as in mined triples.
-SCORE_NAME = "teacher_score"
-TRIPLES_FOLDER = "triples"
-SUMMARY_FILE = "summary.json"
-
 Row = tuple[str, str, list[str]]  # id, text, queries
 
 
-def _begin(
-    teacher: Teacher, folder: Path, settings: Mapping[str, Any], state: PartialState | None, **sizes: int
-) -> tuple[int, int]:
-    """Refuse what can't score, claim the folder for its settings, and say which of how many processes this is."""
+def _check(teacher: Teacher, **sizes: int) -> None:
+    """Refuse what can't score."""
     for setting, size in sizes.items():
         if size < 1:
             raise ValueError(f"{setting} must be at least 1, got {size}.")
@@ -49,25 +40,6 @@ def _begin(
         raise ValueError(
             'The cross-encoder would score every query with every passage: load it with candidates="own".'
         )
-    if state is None or state.is_main_process:
-        claim(folder, settings)
-        for left in folder.glob(".*.tmp"):  # by a killed process
-            left.unlink()
-    if state is None:
-        return 0, 1
-    state.wait_for_everyone()
-    teacher.to(state.device)
-    return state.process_index, state.num_processes
-
-
-def _finish(state: PartialState | None, write: Callable[[], object]) -> None:
-    """Let the main process write the end once every process has written its shards."""
-    if state is not None:
-        state.wait_for_everyone()
-    if state is None or state.is_main_process:
-        write()
-    if state is not None:
-        state.wait_for_everyone()
 
 
 def _checked(scores: Tensor, queries: Sequence[str], *, of: Sequence[str] | None = None) -> Tensor:
@@ -111,16 +83,15 @@ def score_triples(
         write: takes a line of progress a shard.
 
     Returns:
-        "rows", "candidates" a row, "shards", "positive_on_top" (share of the rows) and "margin" (mean of the
-        positive's score less the best negative's; both None without negatives), "teacher", and of its scores, as they
-        are stored, "scores": "kind" (MaxSim, logit ...), "training_scale" (of the teacher's own training, for
-        `StoredScores`), "count", "min", "max" and "mean"; as in `summary.json`. The shards hold the columns of the
-        triples, and positive_teacher_score, negative_teacher_score (or negative_1_teacher_score ...):
-        `load_triples(output_dir / "triples", scores="teacher_score")` reads them for `StoredScores`.
+        The content of `summary.json`: "rows", "candidates" a row, "shards", "positive_on_top" (share of the rows) and
+        "margin" (mean of the positive's score less the best negative's; both None without negatives), "teacher", and
+        of its "scores" the "kind" (MaxSim, logit ...), "training_scale", "count", "min", "max" and "mean". The shards
+        hold the triples' columns, and positive_teacher_score, negative_teacher_score (or negative_1_teacher_score
+        ...): `load_triples(output_dir / "triples", scores="teacher_score")` reads them for `StoredScores`.
 
     Raises:
-        ValueError: sizes below 1, no row, scores that are there already or are not finite, a teacher that is not for
-            a query's own candidates alone, a folder of other arguments.
+        ValueError: no row, scores that are there already or are not finite, a teacher that is not for a query's own
+            candidates alone, a folder of other arguments.
         OSError: output_dir can't be written.
     """
     if isinstance(teacher, TeacherEnsemble) and teacher.covers == "in-batch":
@@ -131,43 +102,50 @@ def score_triples(
     if not len(triples):
         raise ValueError("triples: there is no row to score.")
     names = candidate_columns(triples.column_names)
-    columns = [f"{name}_{SCORE_NAME}" for name in names]
+    columns = [f"{name}_teacher_score" for name in names]
     for column in columns:
         if column in triples.column_names:
             raise ValueError(f"triples: they have a column {column!r} already; remove it, or train on it as it is.")
     folder = Path(output_dir)
+    summary = folder / "summary.json"
     sizes = {"rows_a_shard": rows_a_shard, "batch_size": batch_size}
     settings = {**depends, "triples": triples._fingerprint, "columns": list(triples.column_names)}
-    rank, processes = _begin(teacher, folder, {**settings, "rows": len(triples), **sizes}, state, **sizes)
+    _check(teacher, **sizes)
+    wait = state.wait_for_everyone if state is not None else lambda: None
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    if rank == 0:
+        claim(folder, {**settings, "rows": len(triples), **sizes})
+    wait()
+    if state is not None:
+        teacher.to(state.device)
     shards = -(-len(triples) // rows_a_shard)
-    files = [folder / TRIPLES_FOLDER / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
+    files = [folder / "triples" / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
     for shard in range(rank, shards, processes):
         if files[shard].is_file():
             continue
         rows = triples.select(range(shard * rows_a_shard, min((shard + 1) * rows_a_shard, len(triples))))
         table = rows.with_format("arrow")[:]
-        for column, scores in zip(columns, _own_scores(teacher, rows, names, batch_size, state).T, strict=True):
+        for column, scores in zip(columns, _own_scores(teacher, rows, names, batch_size).T, strict=True):
             table = table.append_column(column, [scores])
         with write_aside(files[shard]) as aside:
             pq.write_table(table.replace_schema_metadata(None), aside, compression="zstd")
         if write is not None:
             write(f"  shard {shard + 1} of {shards}: {len(rows):,} rows")
-    _finish(state, lambda: write_json_atomic(folder / SUMMARY_FILE, _summary(teacher, name, files, columns)))
-    summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return summary
+    wait()
+    if rank == 0:
+        write_json_atomic(summary, _summary(teacher, name, files, columns))
+    wait()
+    return dict(json.loads(summary.read_text(encoding="utf-8")))
 
 
-def _own_scores(
-    teacher: Teacher, rows: Dataset, names: list[str], batch_size: int, state: PartialState | None
-) -> np.ndarray:
+def _own_scores(teacher: Teacher, rows: Dataset, names: list[str], batch_size: int) -> np.ndarray:
     """`(rows, candidates)` float32."""
-    device = device_of(teacher) if state is None else state.device
     found = []
     for batch in rows.iter(batch_size):
         queries = batch["query"]
         each = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         inputs = teacher.collate(queries, [batch[name] for name in names], each)
-        scores = teacher.score_matrix(send_to_device(inputs or {}, device), gather=False)
+        scores = teacher.score_matrix(send_to_device(inputs or {}, teacher.device), gather=False)
         places, _ = own_places(len(queries), len(names), scores.device, gather=False)
         found.append(_checked(scores.gather(1, places), queries))
     return torch.cat(found).numpy()
@@ -243,8 +221,10 @@ def score_expansions(
     scores = place / SCORES_FOLDER
     manifest = shards.read_manifest(place, "expansions")
     settings = {**depends, "batch_size": batch_size, "expansions": file_digest(place / shards.MANIFEST_FILE)}
-    settings["format"] = shards.FORMAT
-    rank, processes = _begin(teacher, scores, settings, state, batch_size=batch_size)
+    _check(teacher, batch_size=batch_size)
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    if state is not None:
+        teacher.to(state.device)
     passages = checked_passages(corpus, True)
     count = manifest["count"]
     progress = PassageProgress(
@@ -302,7 +282,7 @@ def _query_scores(teacher: ColBERTTeacher | CrossEncoderTeacher, batch: Sequence
     live = isinstance(teacher, ColBERTTeacher)
     passages = [text for _, text, _ in batch] if live else [batch[row][1] for row in of]
     inputs = teacher.collate(queries, [passages], [{} for _ in queries])
-    matrix = teacher.score_matrix(send_to_device(inputs or {}, device_of(teacher)), gather=False)
+    matrix = teacher.score_matrix(send_to_device(inputs or {}, teacher.device), gather=False)
     columns = torch.tensor(of if live else range(len(of)), device=matrix.device)
     found = _checked(matrix.gather(1, columns[:, None])[:, 0], queries, of=[batch[row][0] for row in of])
     known = dict(zip(pairs, found.tolist(), strict=True))

@@ -35,7 +35,6 @@ class StoredScores(Teacher):
         column: column of the triples: a list of one score a candidate, positive first; or what follows a candidate's
             name, "teacher_score" for positive_teacher_score and negative_teacher_score (or negative_1_teacher_score
             ...). None looks for scores, then _teacher_score, label, and _score.
-        columns: the table's names for query_id, passage_id and score.
         training_scale: factor of the scores in the teacher's own training, see :class:`Teacher`.
         cache_dir: folder of a table's prepared form, 12 bytes a pair; by default that of `load_triples`.
 
@@ -53,17 +52,12 @@ class StoredScores(Teacher):
         table: ScoreSource | None = None,
         *,
         column: str | None = None,
-        columns: Mapping[str, str] | None = None,
         training_scale: float = 1.0,
         cache_dir: str | Path | None = None,
     ) -> None:
         if table is not None and column is not None:
             raise ValueError(f"Scores come from a table or from the column {column!r}: leave one of them out.")
-        if table is None and columns:
-            raise ValueError(
-                "columns names those of a table, and there is none: give one, or name the triples' column."
-            )
-        self.table = None if table is None else ScoreTable.open(table, columns=columns, cache_dir=cache_dir)
+        self.table = None if table is None else ScoreTable.open(table, cache_dir=cache_dir)
         self.column = column
         self.training_scale = check_scale(training_scale)
 
@@ -93,8 +87,7 @@ class StoredScores(Teacher):
         """
         names = candidate_columns(rows.column_names, read=rows.column_names)
         for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
-            each = [dict(zip(batch, ids, strict=True)) for ids in zip(*batch.values(), strict=True)]
-            self._looked_up(each, names, fix)
+            self._looked_up(batch["query_id"], [batch[f"{name}_id"] for name in names], names, fix)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns of the scores; none of a table's."""
@@ -131,26 +124,28 @@ class StoredScores(Teacher):
         names = candidate_columns(there, read=there)
         if self.table is not None:
             self.check(there, candidates="own")
-            scores = self._looked_up(rows, names)
+            ids = [[row[f"{name}_id"] for row in rows] for name in names]
+            scores = self._looked_up([row["query_id"] for row in rows], ids, names)
         else:
             from_columns = self._score_columns(there, names)
             scores = [_values(row, from_columns, names) for row in rows]
         return {"scores": torch.tensor(scores, dtype=torch.float32)}
 
     def _looked_up(
-        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str], fix: str = _FIX
+        self, queries: Sequence[Any], passages: Sequence[Sequence[Any]], names: Sequence[str], fix: str = _FIX
     ) -> list[list[float]]:
+        """`(queries, columns)` scores of the ids of queries and of each column."""
         assert self.table is not None
-        pairs = [(str(row["query_id"]), str(row[f"{name}_id"])) for row in rows for name in names]
-        scores: list[float] = []
-        for number, (score, (query, passage)) in enumerate(zip(self.table.get(pairs), pairs, strict=True)):
-            if score is None:
-                raise ValueError(
-                    f"query {query!r}, column {names[number % len(names)] + '_id'!r}: {self.table.name} has no score "
-                    f"of passage {passage!r}: {fix}."
-                )
-            scores.append(score)
-        return [scores[start : start + len(names)] for start in range(0, len(scores), len(names))]
+        pairs = [(str(ids[0]), str(one)) for ids in zip(queries, *passages, strict=True) for one in ids[1:]]
+        scores = self.table.get(pairs)
+        if None in scores:
+            number = scores.index(None)
+            query, passage = pairs[number]
+            raise ValueError(
+                f"query {query!r}, column {names[number % len(names)] + '_id'!r}: {self.table.name} has no score of "
+                f"passage {passage!r}: {fix}."
+            )
+        return [scores[start : start + len(names)] for start in range(0, len(scores), len(names))]  # type: ignore[misc]
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         """The scores in their places, zeros elsewhere."""

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from tct_hf.encoding.precision import has_bfloat16
+from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, command, is_claimed, replace_dir, write_json_atomic
 from tct_hf.progress import human_duration
 from tct_hf.settings import environment, refuse_secret

@@ -169,22 +169,12 @@ class CoupledTrainer(ResumableTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def _prepare_teacher(self) -> None:
-        """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
-        losses = coupled_parts(self.loss)
-        train: list[Any]
-        train, evaluated = (
-            list(given.values()) if isinstance(given, dict) else [given] if given is not None else []
-            for given in (self.train_dataset, self.eval_dataset)
-        )
-        for dataset in [*train, *evaluated]:
-            for loss in losses if dataset.column_names else []:  # a stream may not say
-                self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
-        if not train or not train[0].column_names or not self.is_world_process_zero():
-            return
-        rows = [train[0][row] for row in range(min(4, len(train[0])))] if isinstance(train[0], Dataset) else []
-        columns = self._candidates(train[0].column_names)
-        batches = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
-        self.teacher.announce(rows, columns, queries=self.args.per_device_train_batch_size, batches=batches)
+        """Let the teacher refuse what it can't teach, before the first step."""
+        given: Any
+        for given in (self.train_dataset, self.eval_dataset):
+            for dataset in given.values() if isinstance(given, dict) else [given]:
+                for loss in coupled_parts(self.loss) if dataset is not None and dataset.column_names else []:
+                    self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mpnet": TCT,
     "plain": TCT | {"query_augmentation": False},
     "cls": TCT | {"pooling": "cls"},
-    "bf16": TCT | {"dtype": "bfloat16"},
+    "bf16": TCT,
     "scaled": TCT | {"scale": 20.0},
     "modernbert": {},
     "prompted": {"query_length": 16, "prompts": PROMPTS, "pooling": "cls", "layers": [0, 1]},
@@ -42,6 +42,8 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     bases = {name: str(function(root / f"{name}-base")) for name, function in make.items()}
     for name, settings in KINDS.items():
         student = build_student(bases.get(name, bases["bert"]), document_length=40, **settings)
+        if name == "bf16":
+            student.bfloat16()
         if name == "dense":
             student = SentenceTransformer(modules=[*student, Dense(32, 16)], device="cpu")
         save_student(student, root / name)

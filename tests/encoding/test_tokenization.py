@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tct_hf.encoding.tokenization import tct_tokenizer
+from tct_hf.encoding.encoders import tct_tokenizer
 from tests.models import tiny_bert, tiny_mpnet
 
 

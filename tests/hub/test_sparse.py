@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from sentence_transformers import SparseEncoder
 
 from tct_hf import SparseIndex, release
-from tct_hf.encoding.digests import weights_digest
+from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
 from tct_hf.retrieval.encode import describe_model
 from tests.hub.models import FACTS, small_report, system

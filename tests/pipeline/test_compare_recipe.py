@@ -66,7 +66,7 @@ def test_a_whole_comparison_leaves_a_student_a_seed_its_runs_and_one_table(whole
     # What the mixture finds is shared by the seeds of an arm, and its vectors by all.
     few = whole / "arms" / "few-labels"
     assert (few / "mixture-student" / "weights.json").is_file() and not (few / "seed-13" / "vectors").exists()
-    assert any((whole / "vectors").rglob("*.f16"))
+    assert any((whole / "vectors").rglob("*.sqlite"))
     systems = {file.name.partition(".")[0] for file in (whole / "runs").glob("*.trec")}
     assert systems == {"bm25", "base-native", "base-native-bm25", "base-maxsim", "teacher"}
     report = (whole / "report.test.md").read_text()

@@ -86,7 +86,7 @@ def test_an_embedding_model_and_the_words_of_the_collection_teach_without_traini
     stages = "--stages=[teacher, student]"
     assert recipe(tmp_path / "out", *options, "--teacher.normalize=none", cache, stages) == 0
     assert "teacher: skipped, encoder and BM25 are used as they are" in capsys.readouterr().out
-    assert any((tmp_path / "vectors").rglob("*.f16"))
+    assert any((tmp_path / "vectors").rglob("*.sqlite"))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_ready_teacher_is_not_trained_and_may_be_cached_and_followed_on_a_sche
     assert [entry["temperature"] for entry in log if "temperature" in entry] == pytest.approx(
         [2.0 - 0.3 * step for step in range(STEPS)], abs=1e-3
     )
-    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.f16")) > 10_000
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.sqlite")) > 10_000
 
 
 @pytest.mark.usefixtures("warm_checks")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.cached import encode_together
 from tct_hf.teachers.calibration import Calibration, fit_scales, held_out, read
-from tct_hf.teachers.mixture import list_scores, members_of
+from tct_hf.teachers.mixture import members_of
 from tests.models import tiny_bert
 
 
@@ -173,14 +172,14 @@ def test_a_weight_that_has_no_logarithm_is_refused_before_anything_is_scored(col
 
 def test_a_teachers_inputs_go_to_its_device() -> None:
     class OnAnotherDevice(Fixed):
-        model = SimpleNamespace(device=torch.device("meta"))
+        device = torch.device("meta")
 
         def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
             assert inputs["scores"].device.type == "meta"
             return torch.ones(1, 2)
 
     teacher = OnAnotherDevice({("q", "a"): 1.0, ("q", "b"): 2.0}, 1.0)
-    assert list_scores(teacher, "q", ["a", "b"]).tolist() == [1.0, 1.0]
+    assert teacher.list_scores("q", ["a", "b"]).tolist() == [1.0, 1.0]
 
 
 def test_a_teacher_worse_than_its_student_is_said_so(collection: Collection) -> None:
@@ -225,4 +224,4 @@ def test_two_encoders_share_no_forward_pass(collection: Collection, base: str, t
     with torch.no_grad():
         next(tokens.teacher.model.parameters()).add_(0.5)
     encode_together(pooled, tokens, collection.corpus["text"][:])
-    assert not len(pooled.store) and not len(tokens.store)
+    assert not pooled.store.keys() and not tokens.store.keys()

@@ -1,8 +1,7 @@
-"""A live cross-encoder: its scores are plain transformers', its candidates the right ones, its cost stated."""
+"""A live cross-encoder: its scores are plain transformers', its candidates the right ones."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,8 @@ def test_every_query_is_scored_with_every_passage_or_its_own_as_plain_transforme
 def test_passes_and_chunks_change_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score(CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32"))
     monkeypatch.setattr(cross_encoder_teacher, "_PAIRS_A_CHUNK", 5)
-    small = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32", tokens_per_pass=64)
+    small = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
+    small.tokens_per_pass = 64
     passes: list[int] = []
     small.model.register_forward_pre_hook(lambda module, args: passes.append(args[0]["input_ids"].numel()))
     torch.testing.assert_close(score(small), whole, atol=1e-5, rtol=1e-5)
@@ -74,22 +74,10 @@ def test_texts_that_travelled_give_the_same_scores(path: Path) -> None:
     expected = score(teacher, columns)
     teacher._travels = True
     assert set(teacher.collate(QUERIES[:2], columns, [{}, {}])) == {"queries", "passages"}
-    anything = ["", "\ud800 x", "", "\x00"]
-    assert cross_encoder_teacher._texts(cross_encoder_teacher._as_bytes(anything), gather=False) == anything
     torch.testing.assert_close(score(teacher, columns), expected)
 
 
-def test_the_cost_is_stated_before_training(
-    student: Any, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        make_trainer(tmp_path / "run", student, CrossEncoderTeacher(str(path)), triples(16), candidates="own")
-        assert "scores 16 pairs a batch on each device: about" in caplog.text
-        assert caplog.records[-1].levelno == logging.INFO
-        teacher = CrossEncoderTeacher(str(path), candidates="in-batch")
-        make_trainer(tmp_path / "run", student, teacher, triples(16))
-    [warned] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "128 pairs a batch on each device (every passage of the batch), where own candidates would be 16" in warned
+def test_in_batch_candidates_are_refused_of_a_teacher_of_own_ones(student: Any, path: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'set candidates="own", mix it .* its candidates="in-batch"'):
         make_trainer(tmp_path / "run", student, CrossEncoderTeacher(str(path)), triples(16))
 
@@ -97,7 +85,7 @@ def test_the_cost_is_stated_before_training(
 def test_what_is_no_cross_encoder_of_one_score_is_refused(tmp_path: Path, path: Path) -> None:
     with pytest.raises(ValueError, match="has 3 labels, and a teacher gives one score"):
         CrossEncoderTeacher(str(tiny_cross_encoder(tmp_path / "three", labels=3)))
-    with pytest.raises(ValueError, match="is a BertModel, which has no head"):
+    with pytest.raises(ValueError, match="is a BertModel and no cross-encoder: the head that scores a pair"):
         CrossEncoderTeacher(str(tiny_bert(tmp_path / "bert")))
     with pytest.raises(ValueError, match="got Linear"):
         CrossEncoderTeacher(torch.nn.Linear(1, 1))  # type: ignore[arg-type]

@@ -104,5 +104,3 @@ def test_a_data_set_without_scores_or_ids_is_refused_before_training(student: An
         refused(f"{type(one).__name__} here scores a query's own", one, with_scores(8), candidates="in-batch")
     with pytest.raises(ValueError, match="from a table or from the column"):
         StoredScores({"q": {"p": 1.0}}, column="scores")
-    with pytest.raises(ValueError, match="there is none: give one"):
-        StoredScores(columns={"score": "label"})

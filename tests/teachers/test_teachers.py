@@ -11,7 +11,7 @@ import torch
 
 from tct_hf import NoTeacher
 from tct_hf.encoding.kinds import TRAINING_FILE
-from tct_hf.encoding.precision import has_bfloat16
+from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.teachers.base import read_training_scale, write_training_scale
 from tests.train_helpers import PASSAGES, QUERIES, logged, make_teacher, make_trainer, with_scores
 

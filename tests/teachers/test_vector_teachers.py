@@ -119,7 +119,8 @@ def test_passes_hold_so_many_tokens_and_neither_they_nor_chunks_change_scores(
 ) -> None:
     model, passages = encoders["stanford"], columns_of(13, 2)
     whole = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
-    parts = ColBERTTeacher(model, dtype="float32", tokens_per_pass=tokens_per_pass, chunk_elements=chunk_elements)
+    parts = ColBERTTeacher(model, dtype="float32")
+    parts.tokens_per_pass, parts.chunk_elements = tokens_per_pass, chunk_elements
     seen = record_forwards(parts, monkeypatch)
     torch.testing.assert_close(score(parts, TEXTS, passages), whole, atol=1e-4, rtol=0)
     assert sum(rows for rows, _ in seen) == 13 + 26
@@ -146,7 +147,8 @@ def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
     all_similarities = 48 * 96 * 36 * 64
     sizes = {}
     for budget in (1 << 18, 1 << 24):
-        teacher = ColBERTTeacher(encoders["tct"], dtype="float32", chunk_elements=budget, tokens_per_pass=1024)
+        teacher = ColBERTTeacher(encoders["tct"], dtype="float32")
+        teacher.chunk_elements, teacher.tokens_per_pass = budget, 1024
         inputs = teacher.collate(queries, passages, [{}] * 48)
         with LargestResult() as largest:
             teacher.score_matrix(inputs, gather=False)
@@ -195,7 +197,8 @@ def test_an_embedding_models_scores_are_those_of_its_own_encoding_and_similarity
     expected = model.similarity(model.encode_query(TEXTS), model.encode_document(passages[0] + passages[1]))
     model.save_pretrained(str(tmp_path / "saved"))
     for source in (model, tmp_path / "saved"):
-        teacher = DenseTeacher(source, dtype="float32", tokens_per_pass=100)
+        teacher = DenseTeacher(source, dtype="float32")
+        teacher.tokens_per_pass = 100
         assert teacher.score_kind == similarity and teacher.training_scale == 1.0
         found = score(teacher, TEXTS, passages)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -329,7 +332,6 @@ def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_
 def test_settings_that_make_no_sense_are_refused(encoders: dict[str, MultiVectorEncoder]) -> None:
     for settings, message in (
         ({"dtype": "float16"}, "dtype='float16' is not known"),
-        ({"tokens_per_pass": 0}, "tokens_per_pass must be at least 1"),
         ({"training_scale": 0.0}, "training_scale is 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
