@@ -76,9 +76,21 @@ def make_tct(
 
 
 def make_own(transformer: Transformer, *, markers: Sequence[str] = ()) -> None:
-    """Give a ColBERT's Transformer module, in place, what an embedding model has: no query expansion, one length."""
+    """Give a ColBERT's Transformer module, in place, what an embedding model has.
+
+    That is no query expansion, one length, and a tokenizer without the markers, with the encoder's special tokens.
+    """
     length: Any = transformer.document_length or transformer.max_seq_length
-    tokenizer = own_tokenizer(transformer.tokenizer, document_length=length, markers=markers)
+    tokenizer = _fast(transformer.tokenizer)
+    start = tokenizer.cls_token or tokenizer.bos_token
+    if start and tokenizer("a")["input_ids"] == tokenizer(f"{start}a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} adds {start!r} and no more, which is the TCT encoding's "
+            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="own").'
+        )
+    if markers:
+        tokenizer = _made_of(_without_added_tokens(tokenizer.backend_tokenizer, markers), tokenizer, length)
+    tokenizer.model_max_length = length
     _set(transformer, tokenizer, transformer.query_length, None, augmented=False)
 
 
@@ -183,23 +195,6 @@ def tct_tokenizer(
     fresh = _made_of(backend, tokenizer, document_length)
     _check_prompts(fresh)
     return fresh
-
-
-def own_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None, *, document_length: int, markers: Iterable[str] = ()
-) -> Any:
-    """A tokenizer without a ColBERT's markers, with the encoder's own special tokens; unchanged without markers."""
-    tokenizer = _fast(tokenizer)
-    start = tokenizer.cls_token or tokenizer.bos_token
-    if start and tokenizer("a")["input_ids"] == tokenizer(f"{start}a", add_special_tokens=False)["input_ids"]:
-        raise ValueError(
-            f"The tokenizer of {tokenizer.name_or_path!r} adds {start!r} and no more, which is the TCT encoding's "
-            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="own").'
-        )
-    if markers := list(markers):
-        return _made_of(_without_added_tokens(tokenizer.backend_tokenizer, markers), tokenizer, document_length)
-    tokenizer.model_max_length = document_length
-    return tokenizer
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
     from tct_hf.teachers.base import Teacher
 
-CALIBRATION_FILE = "tct_calibration.json"
-
 # A query's candidates: member scores (members, candidates) and which candidates are positives, (candidates,) bool.
 Lists = Sequence[tuple[Tensor, Tensor]]
 
@@ -64,7 +62,7 @@ class Calibration:
 
     def save(self, folder: str | Path) -> None:
         """Write it into a folder, as JSON."""
-        write_json_atomic(Path(folder) / CALIBRATION_FILE, asdict(self))
+        write_json_atomic(Path(folder) / "tct_calibration.json", asdict(self))
 
     def summary(self) -> str:
         """A few lines for people; says so where the teacher is no better than the student."""

@@ -16,8 +16,6 @@ from torch import Tensor
 from tct_hf.batches import parts_of_like_length, spread_own, stack_columns
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
 
-Pair = tuple[str, str]
-
 # Pairs that are padded to one width before they are cut into passes of similar length.
 _PAIRS_A_CHUNK = 256
 
@@ -93,18 +91,13 @@ class CrossEncoderTeacher(ModelTeacher):
         # Similar lengths together; characters tell them well enough, and passes are cut by tokens later.
         pairs = sorted({pair for row in wanted for pair in row}, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
         place = {pair: number for number, pair in enumerate(pairs)}
-        return {
-            "chunks": self._tokenise(pairs),
-            "places": torch.tensor([[place[pair] for pair in row] for row in wanted]),
-        }
-
-    def _tokenise(self, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         model: Any = self.model
         prompt = model.prompts[model.default_prompt_name] if model.default_prompt_name else None
-        return [
-            dict(model.preprocess(list(pairs[start : start + _PAIRS_A_CHUNK]), prompt=prompt))
-            for start in range(0, len(pairs), _PAIRS_A_CHUNK)
-        ]
+        starts = range(0, len(pairs), _PAIRS_A_CHUNK)
+        return {
+            "chunks": [dict(model.preprocess(pairs[at : at + _PAIRS_A_CHUNK], prompt=prompt)) for at in starts],
+            "places": torch.tensor([[place[pair] for pair in row] for row in wanted]),
+        }
 
     def _score(self, chunks: Sequence[Features]) -> Tensor:
         """`(pairs,)` raw scores, in the order of the chunks."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from tct_hf.batches import own_places, spread_own
 from tct_hf.teachers.base import Columns, Rows, Teacher, Texts
 
-Normalisation = Literal["standard", "softmax", "none"]
-
 _KINDS = {"standard": "standard scores", "softmax": "log-probabilities", "none": "scores"}
 
 
@@ -52,7 +50,7 @@ class TeacherEnsemble(Teacher):
         self,
         teachers: Mapping[Teacher, float] | Sequence[tuple[Teacher, float]],
         *,
-        normalize: Normalisation = "standard",
+        normalize: Literal["standard", "softmax", "none"] = "standard",
     ) -> None:
         pairs = list(teachers.items()) if isinstance(teachers, Mapping) else list(teachers)
         if not pairs:
