@@ -101,10 +101,12 @@ def reference_systems(
     depth: int,
     bf16: bool,
     stock: str | None = None,
+    students: Mapping[str, str] | None = None,
+    dims: Sequence[int] | None = None,
     prompts: Mapping[str, str] | None = None,
     lengths: Mapping[str, int] | None = None,
 ) -> list[System]:
-    """The systems that students are measured against, in the order of the table, the teacher last."""
+    """The students (folders) of a training run and what they are measured against, in the order of the table."""
     systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
     exact = partial(exact_systems, collection, depth=depth, bf16=bf16)
     if base_model is not None:
@@ -115,6 +117,7 @@ def reference_systems(
         systems.append(System(OWN_MAXSIM, title, rerank, of=(BM25, BASE_NATIVE)))
     if stock is not None:
         systems += exact(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
+    systems += student_systems(collection, students or {}, depth=depth, bf16=bf16, dims=dims)
     if teacher is not None:
         title = "ColBERT teacher (one vector a token)"
         systems.append(teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16))
@@ -137,18 +140,3 @@ def _own_maxsim(
     texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
     found = rerank_run(load(), pools, texts, queries, RERANKED * len(lists), bf16=bf16)
     return {query: dict(rank(hits)[:depth]) for query, hits in found.items()}
-
-
-def training_systems(
-    collection: Collection,
-    *,
-    students: Mapping[str, str],
-    depth: int,
-    bf16: bool,
-    dims: Sequence[int] | None = None,
-    **reference: Any,
-) -> list[System]:
-    """The :func:`reference_systems` of a training run, with its students before the teacher."""
-    others = reference_systems(collection, depth=depth, bf16=bf16, **reference)
-    last = [others.pop()] if others[-1].key == TEACHER else []
-    return [*others, *student_systems(collection, students, depth=depth, bf16=bf16, dims=dims), *last]

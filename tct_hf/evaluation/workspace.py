@@ -147,19 +147,17 @@ class Workspace:
         return ids, self._as_dot(vectors)
 
     def _encoded(self, texts: Sequence[str], task: str) -> Any:
+        """Vectors of texts, computed in memory in the precision of the corpus."""
         precision = self._precision if self._in_memory else self.manifest["precision"]
         return encode_texts(self.student, texts, task=task, bf16=precision == "bf16")
 
     def _as_dot(self, vectors: Any) -> Any:
+        """Vectors whose dot products are the student's scores."""
         return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)
-
-    def encode_texts(self, texts: Sequence[str]) -> Any:
-        """Vectors of query texts, computed in the precision of the corpus; nothing is checked."""
-        return self._as_dot(self._encoded(texts, "query"))[:]
 
     def encode_queries(self, queries: Mapping[str, str], size: int | None = None) -> Any:
         """Vectors of queries, id to text, as an index compares them: `(queries, size or dim)`, CSR if sparse."""
-        vectors = self.encode_texts(list(queries.values()))
+        vectors = self._as_dot(self._encoded(list(queries.values()), "query"))[:]
         finite = finite_rows(vectors)
         if not finite.all():
             name = list(queries)[int(finite.argmin())]

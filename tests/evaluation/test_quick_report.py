@@ -48,7 +48,7 @@ def report(
 
         return System(key, f"the {key}", search)
 
-    monkeypatch.setattr(module, "training_systems", lambda *args, **options: [system(key) for key in KEYS])
+    monkeypatch.setattr(module, "reference_systems", lambda *args, **options: [system(key) for key in KEYS])
     options: dict[str, Any] = {
         "base_model": "base",
         "students": {"unlabelled": str(output / "unlabelled"), "student": str(output / "student")},

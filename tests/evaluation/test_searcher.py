@@ -158,7 +158,7 @@ def test_the_kept_folder_of_another_student_is_refused(
 
 def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt = np.full((1, 32), np.nan, np.float32)
-    monkeypatch.setattr(searcher._workspace, "encode_texts", lambda texts: spoilt)
+    monkeypatch.setattr(searcher._workspace, "_encoded", lambda texts, task: spoilt)
     with pytest.raises(ValueError, match="query 'question' has a NaN or infinite vector"):
         searcher.ask("dense", 3)
 
