@@ -23,15 +23,20 @@ from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
 
 @dataclass
+class ExpanderSizes:
+    vocabulary: int = setting(8000, "pieces of its tokenizer, which is trained on the passages and train queries")
+    d_model: int = setting(256, "dimensions of a token")
+    layers: int = setting(4, "of the encoder, and of the decoder")
+    heads: int = setting(4, "of attention")
+    d_ff: int = setting(1024, "dimensions between")
+
+
+@dataclass
 class Settings:
     output_dir: str = setting("outputs/train_expander", "where everything is written")
     model: str = setting("google-t5/t5-base", "folder or Hub id of the seq2seq model to begin with")
     from_scratch: bool = setting(False, "begin with a small T5 of random weights instead of model")
-    sizes: dict[str, Any] = setting(
-        {},
-        "shape of that T5, about 11 million weights by default",
-        keys_of="tct_hf.training.expander_sizes:ExpanderSizes",
-    )
+    sizes: ExpanderSizes = field(default_factory=ExpanderSizes)  # of that T5, about 11 million weights by default
     passage_length: int = setting(512, "tokens a passage keeps")
     query_length: int = setting(64, "tokens a query keeps")
     prompt: str = setting("", "before each passage; recipes/expand.py then needs the same")
@@ -60,12 +65,13 @@ def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
     from tct_hf.training import expander as training
-    from tct_hf.training.expander_sizes import ExpanderSizes
-    from tct_hf.training.stages import precision, process_state
+    from tct_hf.training.stages import Stage, precision, process_state
 
-    for name in ("passage_length", "query_length"):
-        if getattr(settings, name) < 1:
-            raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
+    sizes = {f"sizes.{name}": size for name, size in asdict(settings.sizes).items()}
+    lengths = {"passage_length": settings.passage_length, "query_length": settings.query_length}
+    for name, size in {**lengths, **sizes}.items():
+        if size < 1:
+            raise SettingsError(f"{name}: must be at least 1, got {size}")
     quieten()
     state = process_state()
     output = Path(settings.output_dir)
@@ -80,25 +86,21 @@ def main(settings: Settings) -> None:
 
     def make_model() -> tuple[Any, Any]:
         if settings.from_scratch:
-            sizes = ExpanderSizes(**settings.sizes)
-            return training.new_expander(training.expander_texts(collection), sizes, seed=settings.seed)
+            texts = training.expander_texts(collection)
+            return training.new_expander(texts, seed=settings.seed, **asdict(settings.sizes))
         return load_expander(settings.model, dtype="float32")
 
-    dev = partial(training.expander_pairs, collection, "dev") if "dev" in collection.splits else None
+    stage = Stage(
+        output / "expander",
+        output / "training",
+        settings=depends(settings, collection.fingerprint["sha256"], arguments),
+        arguments=arguments,
+        write=write,
+    )
     with stages.stage("train"):
-        final = training.train_expander(
-            make_model,
-            lambda: pairs,
-            output / "expander",
-            work=output / "training",
-            arguments=arguments,
-            settings=depends(settings, collection.fingerprint["sha256"], arguments),
-            passage_length=settings.passage_length,
-            query_length=settings.query_length,
-            prompt=settings.prompt,
-            make_dev_pairs=dev,
-            write=write,
-        )
+        evaluates = arguments.get("eval_strategy", "no") not in ("no", False)
+        dev = training.expander_pairs(collection, "dev") if evaluates else None
+        final = training.train_expander(stage, make_model, pairs, dev, prompt=settings.prompt, **lengths)
     if state.is_main_process:
         save_resolved(settings, output, extra={"corpus": collection.fingerprint})
         print(f"\n{table(final, len(pairs), settings)}", flush=True)
@@ -107,7 +109,7 @@ def main(settings: Settings) -> None:
 
 
 def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    begun = {"sizes": settings.sizes} if settings.from_scratch else {"model": settings.model}
+    begun = {"sizes": asdict(settings.sizes)} if settings.from_scratch else {"model": settings.model}
     lengths = {"passage_length": settings.passage_length, "query_length": settings.query_length}
     return {
         **begun,

@@ -49,9 +49,9 @@ _PUBLIC = {
     "training.arguments": ["TCTTrainingArguments", "SparseTCTTrainingArguments"],
     "training.loss": ["coupled_loss", "TightlyCoupledLoss", "TeacherTargets"],
     "training.schedules": ["LossSchedule", "Schedule"],
-    "training.sparsity": ["CollapsedStudent"],
     "training.collator": ["TCTDataCollator"],
-    "training.trainer": ["TCTTrainer", "SparseTCTTrainer"],
+    "training.sparse": ["CollapsedStudent", "SparseTCTTrainer"],
+    "training.trainer": ["TCTTrainer"],
     "evaluation.cost": ["measure_efficiency"],
     "evaluation.measures": ["evaluate_run"],
     "evaluation.report": ["Report"],
@@ -130,8 +130,8 @@ if TYPE_CHECKING:
     from tct_hf.training.loss import coupled_loss as coupled_loss
     from tct_hf.training.schedules import LossSchedule as LossSchedule
     from tct_hf.training.schedules import Schedule as Schedule
-    from tct_hf.training.sparsity import CollapsedStudent as CollapsedStudent
-    from tct_hf.training.trainer import SparseTCTTrainer as SparseTCTTrainer
+    from tct_hf.training.sparse import CollapsedStudent as CollapsedStudent
+    from tct_hf.training.sparse import SparseTCTTrainer as SparseTCTTrainer
     from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
 

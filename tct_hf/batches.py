@@ -20,14 +20,6 @@ CPU_PADDING = 128
 ACCELERATOR_PADDING = 4096
 
 
-def check_mini_batch_size(size: object) -> None:
-    """Refuse a mini-batch size that no batch can be cut into; None means no gradient caching."""
-    if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(
-            f"mini_batch_size must be a whole number, at least 1, or None for no gradient caching; got {size!r}."
-        )
-
-
 def padding_of(device: torch.device) -> int:
     """Tokens of padding that a pass may hold on a device."""
     return CPU_PADDING if device.type == "cpu" else ACCELERATOR_PADDING

@@ -42,11 +42,10 @@ def make_model(shape: str, texts: list[str]) -> tuple[Any, Any, list[int]]:
 
     from tct_hf import builtin_corpus
     from tct_hf.training.expander import new_expander
-    from tct_hf.training.expander_sizes import ExpanderSizes
 
     size = SHAPES[shape]
     pieces = min(size["vocab_size"], 4000)
-    _, tokenizer = new_expander(texts, ExpanderSizes(vocabulary=pieces, d_model=8, layers=1, heads=1, d_ff=8), seed=0)
+    _, tokenizer = new_expander(texts, seed=0, vocabulary=pieces, d_model=8, layers=1, heads=1, d_ff=8)
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0)).eval()
     _, queries, _ = builtin_corpus("test", packages=["numpy", "scipy"])

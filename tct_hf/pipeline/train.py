@@ -30,9 +30,8 @@ from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import NoTeacher, Teacher, read_training_scale
 from tct_hf.teachers.mixture import DEFAULT_WEIGHTS
 from tct_hf.training import run as training
-from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import TightlyCoupledLoss
-from tct_hf.training.stages import precision
+from tct_hf.training.stages import Stage, precision
 
 Rows: TypeAlias = Dataset | IterableDataset  # type: ignore[valid-type]
 STUDENTS = ("unlabelled", "stock", "student")
@@ -84,6 +83,10 @@ class Training:
         return self.trains_teacher or self.teacher is not None
 
     @property
+    def _kind(self) -> training.Kind:
+        return "sparse" if self.settings.student.kind == "splade" else "dense"
+
+    @property
     def teacher_model(self) -> str | None:
         """Folder or Hub id of the model that teaches, None where there is none."""
         return str(self.folder_of("teacher")) if self.has_own_teacher else self.settings.teacher.model
@@ -116,9 +119,9 @@ class Training:
                 self._new_colbert()
         if self.trains_teacher:
             with named("teacher.training"):
-                training.check_arguments(self._arguments("teacher"), self.collection, of="colbert")
+                self._stage("teacher", "late interaction").args(training.ARGUMENTS["late interaction"])
         with named("student.training"):
-            training.check_arguments(self._arguments("student"), self.collection, of=student.kind)
+            self._stage("student", self._kind).args(training.ARGUMENTS[self._kind])
         distilled = [name for name in ("unlabelled", "student") if name in settings.stages]
         if all((self.folder / name).is_dir() for name in distilled):
             return
@@ -244,7 +247,7 @@ class Training:
             encoder = replace(self.settings.encoder, encoding="own")
             student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
             make = partial(new_student, encoder, student, None)
-            return training.train_stock(make, self._labelled_rows, **self._stage(name, "student", "dense"))
+            return training.train_stock(self._stage(name, "dense"), make, self._labelled_rows)
         if self.has_own_teacher and not self.folder_of("teacher").is_dir():
             raise SettingsError(
                 f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
@@ -252,19 +255,25 @@ class Training:
             )
         return self._distil(name)
 
-    def _arguments(self, section: str) -> dict[str, Any]:
-        return {**TRAINING, **self.base, **getattr(self.settings, section).training}
-
-    def _stage(self, name: str, section: str, kind: Any) -> dict[str, Any]:
-        """What every stage of training is given."""
-        arguments = self._arguments(section)
-        return {
-            "final": self.folder_of(name),
-            "work": self._work_of(name),
-            "arguments": arguments,
-            "settings": self.depends(name),
-            "evaluator": training.dev_evaluator(self.collection, arguments, kind=kind),
-        }
+    def _stage(self, name: str, kind: training.Kind, **arguments: Any) -> Stage:
+        """What every stage of training is given; `arguments` go before those of the settings."""
+        section = self.settings.teacher if name == "teacher" else self.settings.student
+        arguments = {**TRAINING, **self.base, **section.training, **arguments}
+        evaluates = arguments.get("eval_strategy", "no") not in ("no", False)
+        if evaluates and "dev" not in self.collection.splits:
+            raise ValueError(
+                f"training.eval_strategy is {arguments['eval_strategy']!r}, but {self.collection.name} has no dev "
+                "split: name one with data.dev_split, or leave eval_strategy out."
+            )
+        evaluator = partial(training.dev_evaluator, self.collection, kind, bf16=arguments.get("bf16", False))
+        return Stage(
+            self.folder_of(name),
+            self._work_of(name),
+            settings=self.depends(name),
+            arguments=arguments,
+            make_evaluator=evaluator if evaluates else lambda: None,
+            write=self.write,
+        )
 
     def _new_colbert(self) -> MultiVectorEncoder:
         set_seed(self.of_teacher["seed"])
@@ -281,10 +290,9 @@ class Training:
 
     def _train_teacher(self) -> Path:
         start = self.start.get("teacher")
-        stage = self._stage("teacher", "teacher", "late interaction")
-        stage["arguments"]["seed"] = self.of_teacher["seed"]
+        stage = self._stage("teacher", "late interaction", seed=self.of_teacher["seed"])
         scale = None if start is None else read_training_scale(start)
-        return training.train_colbert(self._new_colbert, self._labelled_rows, scale=scale, **stage)
+        return training.train_colbert(stage, self._new_colbert, self._labelled_rows, scale=scale)
 
     def _distil(self, name: str) -> Path:
         with self.state.main_process_first():
@@ -296,15 +304,12 @@ class Training:
                 return self._triples(data, unlabelled=data.unlabelled, candidates=candidates)
             return self.plain_rows if name == "student" else self._rows_of(data, unlabelled=data.unlabelled)
 
-        kind = "sparse" if student.kind == "splade" else "dense"
-        stage = self._stage(name, "student", kind)
-        stage["arguments"] |= student.training
         return training.train_student(
+            self._stage(name, self._kind, **student.training),
             partial(self._new_student, student),
             partial(self._make_teacher, teaching, student),
             rows,
             schedules=self.schedules,
-            **stage,
         )
 
     def _new_student(self, student: StudentSettings) -> SentenceTransformer | SparseEncoder:
@@ -361,8 +366,7 @@ class Training:
                 write=self.write,
             )
             if not teaching.is_mixture:
-                made: Any = SparseTCTTrainingArguments if student.kind == "splade" else TCTTrainingArguments
-                temperature = made.softening / weights[0]
+                temperature = training.ARGUMENTS[self._kind].softening / weights[0]
                 return replace(student, training={**student.training, "temperature": temperature}), teaching, {}
             others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
             teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)

@@ -15,7 +15,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"temperature": 0.25, "student_temperature": 1.0, "hard_label_weight": 0.1},
     "released-code": {"temperature": 0.25, "student_temperature": 1.0, "hard_label_weight": 0.0},
 }
-DEFAULTS: dict[str, Any] = {"student_temperature": 1.0, "hard_label_weight": 0.1}
 
 
 @dataclass
@@ -64,16 +63,11 @@ class CoupledArguments:
             self.temperature = None
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is not known: use one of {', '.join(PRESETS)}.")
-        defaults = {**DEFAULTS, "student_temperature": self.softening}
+        defaults = {"student_temperature": self.softening, "hard_label_weight": 0.1}
         for name, value in (PRESETS[self.preset] if self.preset else defaults).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         check_settings({name: getattr(self, name) for name in LOSS_SETTINGS})
-        dims = self.matryoshka_dims
-        if dims is not None and not (isinstance(dims, list) and dims and all(type(d) is int and d > 0 for d in dims)):
-            raise ValueError(
-                f"matryoshka_dims={dims!r}: give a list of whole numbers above 0, such as [96, 192, 384]."
-            )
         if args.prompts or args.router_mapping:
             raise ValueError(
                 "prompts and router_mapping come from the student's encoding: leave them out of the arguments."
@@ -81,10 +75,6 @@ class CoupledArguments:
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = args.per_device_train_batch_size
         super().__post_init__()  # type: ignore[misc]
-        accelerator: Any = args.accelerator_config  # an AcceleratorConfig by now
-        if accelerator.dispatch_batches is None:
-            # Dispatching would join the ranks' batches, whose token matrices differ in width.
-            accelerator.dispatch_batches = False
 
     def loss_settings(self, training_scale: float) -> dict[str, Any]:
         """The arguments of :class:`~tct_hf.TightlyCoupledLoss`, for a teacher that was trained at a scale."""
@@ -143,9 +133,7 @@ class SparseTCTTrainingArguments(CoupledArguments, SparseEncoderTrainingArgument
     def __post_init__(self) -> None:
         for name in ("document_regularizer_weight", "query_regularizer_weight", "regularizer_warmup"):
             value = getattr(self, name)
-            if value is None and name == "query_regularizer_weight":
-                continue
-            if value is None or not 0.0 <= value < float("inf"):
+            if value is not None and not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number, 0 or greater, got {value}.")
         for name in ("document_regularizer_threshold", "query_regularizer_threshold"):
             value = getattr(self, name)

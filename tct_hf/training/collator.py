@@ -51,8 +51,6 @@ class TCTDataCollator(SentenceTransformerDataCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Make one batch of `(queries,)` rows."""
-        if not features:
-            return {}
         first = features[0]
         columns = candidate_columns(list(first), read=self.teacher.columns_read(list(first)) if self.teacher else ())
         texts = {name: [row[name] for row in features] for name in ("query", *columns)}
@@ -65,7 +63,12 @@ class TCTDataCollator(SentenceTransformerDataCollator):
             batch["dataset_name"] = first["dataset_name"]
         rest: dict[str, Any] = _ids(features, columns)
         if "labelled" in first:
-            rest["labelled"] = torch.tensor([_flag(row["labelled"]) for row in features], dtype=torch.bool)
+            for row in features:
+                if not isinstance(row["labelled"], bool):
+                    raise ValueError(
+                        f"Column 'labelled' holds {row['labelled']!r}: give true, or false for a row without a label."
+                    )
+            rest["labelled"] = torch.tensor([row["labelled"] for row in features], dtype=torch.bool)
         if "label_weight" in first:
             rest["label_weight"] = torch.tensor([row["label_weight"] for row in features], dtype=torch.float32)
         if self.teacher is not None:
@@ -89,12 +92,6 @@ def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str,
         width = max(1, *map(len, found))
         ids["known_positive_ids"] = torch.tensor([row + [NO_ID] * (width - len(row)) for row in found])
     return ids
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"Column 'labelled' holds {value!r}: give true, or false for a row without a label.")
-    return value
 
 
 class SameDatasetBatchSampler(BatchSampler):

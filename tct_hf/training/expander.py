@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,11 @@ from transformers import (
 )
 
 from tct_hf.retrieval.mining import positive_rows
-from tct_hf.training.expander_sizes import ExpanderSizes
 from tct_hf.training.resumable import ResumableTrainer
-from tct_hf.training.stages import check_stage, run_stage
+from tct_hf.training.stages import Stage
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
-
-__all__ = ["expander_pairs", "new_expander", "train_expander"]
 
 
 class ExpanderTrainer(ResumableTrainer, Seq2SeqTrainer):  # type: ignore[misc]
@@ -52,20 +48,38 @@ def expander_pairs(collection: Collection, use: str = "train") -> Dataset:
     return Dataset.from_dict({"passage": [passage for passage, _ in pairs], "query": [query for _, query in pairs]})
 
 
-def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tuple[Any, Any]:
-    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had."""
-    for name, size in asdict(sizes).items():
-        if size < 1:
-            raise ValueError(f"sizes.{name} must be at least 1, got {size}.")
-    if sizes.d_model % sizes.heads:
-        raise ValueError(f"sizes.d_model is {sizes.d_model}, which {sizes.heads} heads don't divide.")
+def expander_texts(collection: Collection) -> Iterator[str]:
+    """What the tokenizer of a new model is trained on: passages and train queries."""
+    for batch in collection.corpus.select_columns("text").iter(1000):
+        yield from batch["text"]
+    train = collection.splits.get("train")
+    if train is not None:
+        yield from train.queries.values()
+
+
+def new_expander(
+    texts: Iterable[str],
+    *,
+    seed: int,
+    vocabulary: int = 8000,
+    d_model: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    d_ff: int = 1024,
+) -> tuple[Any, Any]:
+    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had.
+
+    The model has as many layers in its encoder as in its decoder, and about 11 million weights by default.
+    """
+    if d_model % heads:
+        raise ValueError(f"sizes.d_model is {d_model}, which {heads} heads don't divide.")
     special = ["<pad>", "</s>", "<unk>"]
     # Not Unigram: its trainer gives another vocabulary each time, and a run that goes on makes its tokenizer again.
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\n", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=sizes.vocabulary, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     wrapped = PreTrainedTokenizerFast(
@@ -76,12 +90,12 @@ def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tu
     undeclared: dict[str, Any] = {"decoder_start_token_id": 0}  # T5 reads it, T5Config does not declare it
     config = T5Config(
         vocab_size=len(wrapped),
-        d_model=sizes.d_model,
-        d_kv=sizes.d_model // sizes.heads,
-        d_ff=sizes.d_ff,
-        num_layers=sizes.layers,
-        num_decoder_layers=sizes.layers,
-        num_heads=sizes.heads,
+        d_model=d_model,
+        d_kv=d_model // heads,
+        d_ff=d_ff,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
         pad_token_id=0,
         eos_token_id=1,
         **undeclared,
@@ -90,31 +104,35 @@ def new_expander(texts: Iterable[str], sizes: ExpanderSizes, *, seed: int) -> tu
 
 
 def train_expander(
+    stage: Stage,
     make_model: Callable[[], tuple[Any, Any]],
-    make_pairs: Callable[[], Dataset],
-    final: str | Path,
+    pairs: Dataset,
+    dev_pairs: Dataset | None = None,
     *,
-    work: str | Path,
-    arguments: Mapping[str, Any],
-    settings: Mapping[str, Any],
     passage_length: int = 512,
     query_length: int = 64,
     prompt: str = "",
-    make_dev_pairs: Callable[[], Dataset] | None = None,
-    write: Callable[[str], None] = print,
 ) -> Path:
-    """Train a model to write a passage's query, and save it with its tokenizer; see :func:`run_stage`.
+    """Train a model to write a passage's query, and save it with its tokenizer.
+
+    Args:
+        stage: where and how.
+        make_model: makes the model to begin with, and its tokenizer.
+        pairs: rows of a passage and its query.
+        dev_pairs: rows to evaluate on, where the arguments ask for it.
+        passage_length: tokens a passage keeps.
+        query_length: tokens a query keeps.
+        prompt: text before each passage.
+
+    Returns:
+        The model's folder.
 
     Source: Nogueira and Lin, From doc2query to docTTTTTquery, 2019.
     """
-    check_stage(arguments)
-    if arguments.get("push_to_hub"):
+    if stage.arguments.get("push_to_hub"):
         raise ValueError("training.push_to_hub: releases are of students; upload the finished folder yourself.")
-    evaluates = str(arguments.get("eval_strategy", "no")) != "no"
-    if evaluates and make_dev_pairs is None:
-        raise ValueError("training.eval_strategy: there are no dev queries to evaluate on: leave it out.")
 
-    def make() -> tuple[Any, Callable[[Path], object]]:
+    def make() -> ExpanderTrainer:
         model, tokenizer = make_model()
 
         def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
@@ -127,31 +145,15 @@ def train_expander(
                 "labels": labels["input_ids"],
             }
 
-        trainer = ExpanderTrainer(
+        args = stage.args(Seq2SeqTrainingArguments, remove_unused_columns=False)
+        return ExpanderTrainer(
             model=model,
-            args=Seq2SeqTrainingArguments(
-                output_dir=str(work), disable_tqdm=True, **{"remove_unused_columns": False, **arguments}
-            ),
+            args=args,
             # Tokenised as they are asked for: no copy of the pairs in tokens, whatever their number.
-            train_dataset=make_pairs().with_transform(tokens),
-            eval_dataset=make_dev_pairs().with_transform(tokens) if evaluates and make_dev_pairs else None,
+            train_dataset=pairs.with_transform(tokens),
+            eval_dataset=None if dev_pairs is None else dev_pairs.with_transform(tokens),
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),  # pads to the longest of a batch
         )
 
-        def save(folder: Path) -> None:
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(folder))
-            tokenizer.save_pretrained(str(folder))
-
-        return trainer, save
-
-    return run_stage(make, final, work=work, settings=settings, write=write)
-
-
-def expander_texts(collection: Collection) -> Iterator[str]:
-    """What the tokenizer of a new model is trained on: passages and train queries."""
-    for batch in collection.corpus.select_columns("text").iter(1000):
-        yield from batch["text"]
-    train = collection.splits.get("train")
-    if train is not None:
-        yield from train.queries.values()
+    return stage.train(make)

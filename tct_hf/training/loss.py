@@ -34,9 +34,6 @@ from tct_hf.training.score_losses import (
     masked,
     teacher_entropy,
 )
-from tct_hf.training.sparsity import active_dims
-
-__all__ = ["TeacherTargets", "TightlyCoupledLoss", "coupled_loss", "coupled_part"]
 
 NO_LABEL = -1  # of a row's positive_index
 COSINE_SCALE = 20.0  # sentence-transformers' default too
@@ -47,17 +44,16 @@ class TeacherTargets:
     """What a batch's teacher says, and which candidates count.
 
     Rows are this process's queries. Columns are the candidates: all positives of the (gathered) batch in rank order,
-    then all first negatives, and so on. A dataclass and not a tensor, because losses that wrap others slice or scale
-    tensor labels.
+    then all first negatives, and so on. Not a tensor: losses that wrap others slice or scale tensor labels.
 
     Args:
         scores: `(queries, candidates)` float32, the teacher's scores.
         mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
         positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
         label_weight: `(queries,)` float32, weight of each row's hard label; equal weights when None.
-        report: figures of this batch that the loss leaves for the log: each part of the loss, the teacher's entropy
-            in nats and the share of rows where student and teacher agree on the top candidate; of a sparse student
-            also the mean active dimensions of queries and passages, and the share of all dimensions that are not.
+        report: figures that the loss leaves for the log: its parts, the teacher's entropy in nats and the share of
+            rows where student and teacher agree on the top candidate; of a sparse student also the mean active
+            dimensions of queries and passages, and the share of dimensions that are not.
     """
 
     scores: Tensor
@@ -84,14 +80,10 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             compares by cosine. A sparse one needs a SpladeLoss around this loss, so that it stays sparse:
             :class:`~tct_hf.SparseTCTTrainer` makes it.
         temperature: divisor of the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
-        student_temperature: as `hard_label_weight`, `margin_mse_weight`, `student_divisor` and `kl_direction` an
-            argument of :func:`coupled_loss`.
-        hard_label_weight: see there.
-        margin_mse_weight: see there.
+        student_temperature, hard_label_weight, margin_mse_weight, student_divisor, kl_direction: arguments of
+            :func:`coupled_loss`.
         student_scale: factor of the student's scores before anything else, which is no part of its checkpoint. None:
             20.0 where the student compares by cosine or ends in Normalize, 1.0 otherwise.
-        student_divisor: see there.
-        kl_direction: see there.
         candidates: "in-batch", every passage of the batch is a candidate of every query (the paper's method), or
             "own", only a query's own positive and negatives (its baseline).
         mini_batch_size: rows a forward pass when gradients are cached (large batches in little memory); None runs
@@ -106,16 +98,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     Raises:
         ValueError: a setting out of range.
 
-    Requirements:
-        1. Columns (query, positive, negative_1, ..., negative_n) with n >= 0 negatives.
-        2. Labels that are :class:`TeacherTargets`: :class:`~tct_hf.TCTTrainer` makes them from its teacher.
-
-    Inputs:
-        +---------------------------------------------------+------------------+
-        | Texts                                             | Labels           |
-        +===================================================+==================+
-        | (query, positive, negative_1, ..., negative_n)    | TeacherTargets   |
-        +---------------------------------------------------+------------------+
+    Inputs: texts (query, positive, negative_1, ..., negative_n) with n >= 0 negatives, and labels that are
+    :class:`TeacherTargets`, which :class:`~tct_hf.TCTTrainer` makes from its teacher.
 
     Relations:
         - MultipleNegativesRankingLoss of sentence-transformers is this loss at `hard_label_weight=1`, with its
@@ -199,15 +183,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: TeacherTargets
     ) -> dict[str, Tensor] | Tensor:
-        """The loss of one batch.
+        """The parts of the loss of one batch, each `()`; with gradient caching their sum, one tensor.
 
         Args:
             sentence_features: the student's features of the columns query, positive, negative_1, ..., negative_n.
-            labels: what the teacher says of the batch.
-
-        Returns:
-            The parts of the loss, each `()`; with gradient caching their sum, one tensor. Both ways
-            `labels.report` then holds the parts and what else is worth logging.
+            labels: what the teacher says of the batch; its `report` is filled in.
         """
         features = list(sentence_features)
         if self.mini_batch_size is not None:
@@ -221,8 +201,10 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         """The loss with the student's own readings in the teacher, and hard labels for its token vectors too."""
         assert self.self_coupled is not None
         pooled, tokens = self.self_coupled
-        queries, query_tokens, query_mask = self._embed_tokens(features[:1])
-        passages, passage_tokens, passage_mask = self._embed_tokens(features[1:])
+        queries, query_tokens, query_mask = self._passes(features[0], tokens=True)
+        merged = stack_columns(features[1:])
+        assert merged is not None
+        passages, passage_tokens, passage_mask = self._passes(merged, tokens=True)
         with torch.autocast(queries.device.type, enabled=False):
             maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask, passage_mask)
             unit = nn.functional.normalize
@@ -242,20 +224,19 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         labels.report["token_hard_label"] = hard["hard_label"].detach()
         return parts
 
-    def _embed_tokens(self, columns: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-        """`(rows, dim)` pooled vectors, `(rows, tokens, dim)` unit token vectors and their mask, of all columns."""
-        merged = stack_columns(columns)
-        assert merged is not None
+    def _passes(self, merged: dict[str, Any], *, tokens: bool = False) -> list[Tensor]:
+        """`(rows, dim)` pooled vectors; with tokens also `(rows, tokens, dim)` unit token vectors and their mask."""
         width = merged["attention_mask"].shape[1]
-        pooled, tokens, masks, order = [], [], [], []
+        found, order = [], []
         for rows, part in parts_of_like_length(merged):
             out = self.model(part)
-            pooled.append(out["sentence_embedding"])
-            tokens.append(pad_tokens(nn.functional.normalize(out["token_embeddings"].float(), dim=2), width))
-            masks.append(pad_tokens(out["attention_mask"], width))
             order.append(rows)
+            found.append([out["sentence_embedding"]])
+            if tokens:
+                unit = nn.functional.normalize(out["token_embeddings"].float(), dim=2)
+                found[-1] += [pad_tokens(unit, width), pad_tokens(out["attention_mask"], width).bool()]
         back = torch.cat(order).argsort()
-        return torch.cat(pooled)[back], torch.cat(tokens)[back], torch.cat(masks)[back].bool()
+        return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]
 
     def _merged(self, columns: list[dict[str, Tensor]]) -> dict[str, Any] | None:
         # A compiled model is compiled for a few shapes: one pass a column.
@@ -279,9 +260,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         merged = self._merged(columns)
         if merged is None:
             return [self.model(column)["sentence_embedding"] for column in columns]
-        parts = [(rows, self.model(part)["sentence_embedding"]) for rows, part in parts_of_like_length(merged)]
-        order = torch.cat([rows for rows, _ in parts])
-        return list(torch.cat([vectors for _, vectors in parts])[order.argsort()].chunk(len(columns)))
+        return list(self._passes(merged)[0].chunk(len(columns)))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -299,14 +278,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         return loss
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: TeacherTargets) -> dict[str, Tensor]:
-        """The loss over embeddings, however they were made: plain, cached or sparse.
+        """The parts of the loss over embeddings, however they were made: plain, cached or sparse.
 
         Args:
             embeddings: `(queries, dim)` of the queries, then `(queries, dim)` of each candidate column.
             labels: what the teacher says of the batch.
-
-        Returns:
-            The parts as :func:`coupled_loss` returns them, each already weighted.
 
         Raises:
             ValueError: the teacher scored other candidates than the student.
@@ -345,8 +321,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             labels.report.update({name: scores.new_tensor(getattr(self, name)) for name in self.reported_settings})
             if self.is_sparse:
                 for side, vectors in (("query", queries), ("document", torch.cat(embeddings[1:]))):
-                    labels.report[f"{side}_active_dims"] = active_dims(vectors)
-                    labels.report[f"{side}_sparsity"] = 1.0 - labels.report[f"{side}_active_dims"] / vectors.shape[1]
+                    active = (vectors != 0).sum(dim=1).float().mean()
+                    labels.report[f"{side}_active_dims"] = active
+                    labels.report[f"{side}_sparsity"] = 1.0 - active / vectors.shape[1]
             if self.asks_teacher:
                 labels.report.update(self._against_teacher(scores, labels))
         return totals
@@ -390,10 +367,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
 @misc{lin2020distilling,
     title={Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
     author={Sheng-Chieh Lin and Jheng-Hong Yang and Jimmy Lin},
-    year={2020},
-    eprint={2010.11386},
-    archivePrefix={arXiv},
-    primaryClass={cs.IR}
+    year={2020}, eprint={2010.11386}, archivePrefix={arXiv}, primaryClass={cs.IR}
 }
 """
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from tct_hf.training.loss import coupled_parts
 from tct_hf.training.score_losses import NUMBERS, check_settings
 
-Shape = Literal["constant", "linear", "cosine"]
+Shape = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Schedule:
     Args:
         start: value at the first step.
         end: value from the share `until` of the steps on; `start` when None.
-        shape: "constant" (`start` throughout), "linear", or "cosine" (half a cosine wave: slow, fast, slow).
+        shape: "linear" or "cosine" (half a cosine wave: slow, fast, slow).
         until: share of the steps at which `end` is reached, above 0 and at most 1.
 
     Raises:
-        ValueError: not a number, an unknown shape, a constant with another end, or a share out of range.
+        ValueError: not a number, an unknown shape, or a share out of range.
     """
 
     start: float
@@ -34,24 +34,18 @@ class Schedule:
     until: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("start", "end", "until"):
+        for name in ("start", "until", *(() if self.end is None else ("end",))):
             value = getattr(self, name)
-            if value is None and name == "end":
-                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r} must be a finite number.")
         if self.shape not in get_args(Shape):
             raise ValueError(f"shape={self.shape!r} is not known: use one of {', '.join(get_args(Shape))}.")
-        if self.shape == "constant" and self.end not in (None, self.start):
-            raise ValueError(f"A constant of {self.start} has no end of {self.end}: leave end out, or name a shape.")
         if not 0.0 < self.until <= 1.0:
             raise ValueError(f"until={self.until} must be a share of the steps: a number above 0 and at most 1.")
 
     def value(self, step: int, steps: int) -> float:
         """The value at a step, `step` of `steps` being done."""
         end = self.start if self.end is None else self.end
-        if self.shape == "constant":
-            return self.start
         # The last step that is taken has the last value.
         done = min(1.0, step / max(1.0, self.until * steps - 1.0))
         share = done if self.shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0

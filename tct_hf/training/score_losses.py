@@ -8,8 +8,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tct_hf.batches import check_mini_batch_size
-
 KLDirection = Literal["forward", "reverse"]
 # Each setting of the coupled loss, with a value in its range; those that are numbers may follow a schedule.
 NUMBERS: dict[str, float] = {
@@ -55,46 +53,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, known in (("kl_direction", get_args(KLDirection)), ("candidates", ("in-batch", "own"))):
         if settings.get(name, known[0]) not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {settings[name]!r}.")
-    check_mini_batch_size(settings.get("mini_batch_size"))
-    if settings.get("self_coupled") is not None and settings.get("mini_batch_size") is not None:
+    dims = settings.get("matryoshka_dims")
+    if dims is not None and not (isinstance(dims, list) and dims and all(type(d) is int and d > 0 for d in dims)):
+        raise ValueError(f"matryoshka_dims={dims!r}: give a list of whole numbers above 0, such as [96, 192, 384].")
+    size = settings.get("mini_batch_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(
+            f"mini_batch_size must be a whole number, at least 1, or None for no gradient caching; got {size!r}."
+        )
+    if settings.get("self_coupled") is not None and size is not None:
         raise ValueError(
             "self_coupled compares the token vectors of a whole batch: leave out mini_batch_size, or self_coupled."
         )
-
-
-def _check_matrices(
-    student_scores: Tensor, teacher_scores: Tensor, candidate_mask: Tensor | None, positive_index: Tensor
-) -> None:
-    shape = student_scores.shape
-    if student_scores.ndim != 2 or shape != teacher_scores.shape:
-        raise ValueError(
-            "student_scores and teacher_scores must be two (queries, candidates) matrices of one shape, got "
-            f"{tuple(shape)} and {tuple(teacher_scores.shape)}."
-        )
-    if candidate_mask is not None and (candidate_mask.shape != shape or candidate_mask.dtype != torch.bool):
-        raise ValueError(
-            f"candidate_mask has shape {tuple(candidate_mask.shape)} and is {candidate_mask.dtype}: give one bool a "
-            f"query and candidate, {tuple(shape)}, True for what counts."
-        )
-    if positive_index.shape != shape[:1] or positive_index.dtype != torch.int64:
-        raise ValueError(
-            f"positive_index has shape {tuple(positive_index.shape)} and is {positive_index.dtype}: give one int64 "
-            f"column a query, {tuple(shape[:1])}, and -1 for a query without a label."
-        )
-    if positive_index.device.type != "cpu":
-        return  # reading values would make the host wait for the device at every step
-    if bool(((positive_index < -1) | (positive_index >= shape[1])).any()):
-        raise ValueError(
-            f"positive_index holds {positive_index.tolist()}: columns are 0 to {shape[1] - 1}, and -1 is no label."
-        )
-    if candidate_mask is not None:
-        kept = candidate_mask.gather(1, positive_index.clamp(min=0).unsqueeze(1)).squeeze(1)
-        lost = ((positive_index >= 0) & ~kept & candidate_mask.any(dim=1)).nonzero().flatten().tolist()
-        if lost:
-            raise ValueError(
-                f"candidate_mask leaves out the positive of rows {lost[:5]}, so that their loss is infinite: keep "
-                "each row's positive, or give -1 as its positive_index."
-            )
 
 
 def coupled_loss(
@@ -130,9 +100,8 @@ def coupled_loss(
             scale than the teacher's.
         kl_direction: "forward", KL(teacher || student), the paper's: the student covers all that the teacher finds
             likely; or "reverse", KL(student || teacher): it keeps to what the teacher finds likely.
-        candidate_mask: `(queries, candidates)` bool, False for candidates that do not count. A row's positive must
-            not be masked out: its loss is infinite (on the CPU, where looking costs nothing, an error). A row without
-            any candidate adds 0 to every sum.
+        candidate_mask: `(queries, candidates)` bool, False for candidates that do not count. The loss of a row whose
+            positive is masked out is infinite; a row without any candidate adds 0 to every sum.
         positive_index: `(queries,)` int64, the column of each row's positive; column i for row i when None; -1 for a
             row without a label, which takes part in the distillation only.
         label_weight: `(queries,)` float, weight of each row's hard label in their mean; equal weights when None.
@@ -142,14 +111,18 @@ def coupled_loss(
         `margin_mse_weight` above 0 also "margin_mse".
 
     Raises:
-        ValueError: shapes or types that do not fit, a setting outside its range.
+        ValueError: matrices of different shapes, a setting outside its range.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2, equations 4 and 5. MarginMSE: Hofstätter et al., arXiv
     2010.02666, equation 8.
     """
+    if student_scores.ndim != 2 or student_scores.shape != teacher_scores.shape:
+        raise ValueError(
+            "student_scores and teacher_scores must be two (queries, candidates) matrices of one shape, got "
+            f"{tuple(student_scores.shape)} and {tuple(teacher_scores.shape)}."
+        )
     if positive_index is None:
         positive_index = torch.arange(len(student_scores), device=student_scores.device)
-    _check_matrices(student_scores, teacher_scores, candidate_mask, positive_index)
     check_settings(
         {
             "temperature": temperature,

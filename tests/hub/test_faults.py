@@ -17,7 +17,6 @@ from huggingface_hub import HfApi
 
 from tct_hf import load_student, release
 from tct_hf.hub_client import HubError
-from tct_hf.training.run import train_colbert
 from tests.hub.models import FACTS
 from tests.loopback_hub import READER, STRANGER, WRITER, LoopbackHub
 
@@ -156,11 +155,3 @@ def test_a_token_in_a_file_stops_the_release(
     named = "recipe.yaml" if name == "settings.yaml" else file.name
     assert str(caught.value).startswith(f"{named} ") and secret not in str(caught.value)
     assert not hub.requests and not (tmp_path / "kept").exists()
-
-
-def test_a_token_is_no_training_argument_of_a_recipe(tmp_path: Path) -> None:
-    never: Any = lambda: pytest.fail("made")  # noqa: E731
-    folders = {"work": tmp_path / "work", "settings": {}}
-    with pytest.raises(ValueError, match=r'training\.hub_token" is a secret'):
-        train_colbert(never, never, tmp_path / "teacher", arguments={"hub_token": WRITER}, **folders)
-    assert not (tmp_path / "work").exists()

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from tct_hf import SparseTCTTrainer, StoredScores, TCTTrainer
 from tct_hf.encoding.build import has_tct_encoding
 from tct_hf.training.loss import coupled_part
-from tct_hf.training.sparsity import RegularizerWarmup
+from tct_hf.training.sparse import RegularizerWarmup
 from tests.models import tiny_bert
 from tests.recipe import ROOT, in_this_process, write_beir
 
@@ -142,7 +142,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) ->
 def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
     """A function that runs a system's recipe, with fewer steps and rows, to its trainers; nothing is reported."""
     from tct_hf.pipeline import train as pipeline
-    from tct_hf.training import run as training
+    from tct_hf.training.stages import Stage
 
     monkeypatch.chdir(here)
 
@@ -159,21 +159,20 @@ def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         for part in parts:
             options += [f"--{part}.max_steps=2", f"--{part}.per_device_train_batch_size=4"]
         trainers: list[Any] = []
-        run_stage = training.run_stage
+        train_stage = Stage.train
 
-        def train(make: Any, *rest: Any, **named: Any) -> Any:
+        def train(stage: Any, make: Any) -> Any:
             def made() -> Any:
-                trainer, save = make()
-                trainers.append(trainer)
-                return trainer, save
+                trainers.append(make())
+                return trainers[-1]
 
-            return run_stage(made, *rest, **named)
+            return train_stage(stage, made)
 
         def report(*given: Any, **named: Any) -> Path:
             (tmp_path / "out" / "report.md").write_text("")
             return tmp_path / "out" / "report.md"
 
-        monkeypatch.setattr(training, "run_stage", train)
+        monkeypatch.setattr(Stage, "train", train)
         monkeypatch.setattr(pipeline, "quick_report", report)
         monkeypatch.setattr("tct_hf.evaluation.round_report.report_rounds", report)
         assert recipe(tmp_path / "out", *options) == 0

@@ -14,15 +14,15 @@ from transformers import T5ForConditionalGeneration
 
 from tct_hf.files import LOG_FILE
 from tct_hf.training.expander import new_expander, train_expander
-from tct_hf.training.expander_sizes import ExpanderSizes
+from tct_hf.training.stages import Stage
 
 
 def test_the_same_texts_make_the_same_tokenizer_and_weights() -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(2000)]
     texts = [" ".join(draw.choices(words, k=20)) for _ in range(400)]
-    sizes = ExpanderSizes(vocabulary=500, d_model=16, layers=1, heads=2, d_ff=32)
-    (model, tokenizer), (again, tokenizer_again) = (new_expander(texts, sizes, seed=1) for _ in range(2))
+    sizes = {"vocabulary": 500, "d_model": 16, "layers": 1, "heads": 2, "d_ff": 32}
+    (model, tokenizer), (again, tokenizer_again) = (new_expander(texts, seed=1, **sizes) for _ in range(2))
     # A run that goes on makes its tokenizer anew: its checkpoint's embeddings must be of the same vocabulary.
     assert tokenizer.backend_tokenizer.to_str() == tokenizer_again.backend_tokenizer.to_str()
     assert all(bool((one == other).all()) for one, other in zip(model.parameters(), again.parameters(), strict=True))
@@ -31,10 +31,10 @@ def test_the_same_texts_make_the_same_tokenizer_and_weights() -> None:
 
 def test_a_step_of_several_batches_is_a_step_of_their_mean(tmp_path: Path) -> None:
     texts = ["how to sort an array", "how to draw a line", "how to open a file", "how to read a table"]
-    sizes = ExpanderSizes(vocabulary=60, d_model=16, layers=1, heads=2, d_ff=32)
+    sizes = {"vocabulary": 60, "d_model": 16, "layers": 1, "heads": 2, "d_ff": 32}
 
     def make_model() -> tuple[Any, Any]:
-        model, tokenizer = new_expander(texts, sizes, seed=1)
+        model, tokenizer = new_expander(texts, seed=1, **sizes)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -46,16 +46,10 @@ def test_a_step_of_several_batches_is_a_step_of_their_mean(tmp_path: Path) -> No
         arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": batches}
         arguments |= {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
         arguments |= {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-        final = train_expander(
-            make_model,
-            lambda: Dataset.from_dict({"passage": texts, "query": texts}),
-            tmp_path / name / "expander",
-            work=tmp_path / name / "training",
-            arguments=arguments,
-            settings={},
-            query_length=4,  # of all, so that the mean of means is the mean
-            write=lambda line: None,
-        )
+        folders = (tmp_path / name / "expander", tmp_path / name / "training")
+        stage = Stage(*folders, settings={}, arguments=arguments, write=lambda line: None)
+        pairs = Dataset.from_dict({"passage": texts, "query": texts})
+        final = train_expander(stage, make_model, pairs, query_length=4)  # of all: the mean of means is the mean
         weights = T5ForConditionalGeneration.from_pretrained(final).state_dict()
         return json.loads((final / LOG_FILE).read_text())[0]["loss"], weights
 

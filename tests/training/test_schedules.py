@@ -28,7 +28,7 @@ def test_a_schedule_goes_from_start_to_end_and_stays(shape: Any, until: float) -
 
 
 def test_a_constant_and_a_training_of_one_step() -> None:
-    assert {Schedule(0.3, shape="constant").value(step, 10) for step in range(10)} == {0.3}
+    assert {Schedule(0.3).value(step, 10) for step in range(10)} == {0.3}
     assert Schedule(1.0, 0.0).value(0, 1) == 1.0
 
 
@@ -53,15 +53,14 @@ def test_the_loss_of_every_step_has_the_values_of_that_step(student: Any, teache
 def test_without_a_teacher_no_schedule_may_ask_for_one(student: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, student, NoTeacher(), triples(16), hard_label_weight=1.0, max_steps=2)
     trainer.add_callback(LossSchedule(trainer.loss, hard_label_weight=Schedule(1.0, 0.1)))
-    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1: set it to 1"):
+    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1 and"):
         trainer.train()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' is not known: use one of constant"),
-        (lambda: Schedule(1.0, 2.0, "constant"), "A constant of 1.0 has no end of 2.0"),
+        (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' is not known: use one of linear"),
         (lambda: Schedule(1.0, until=0.0), "until=0.0 must be a share"),
         (lambda: Schedule("2"), "start='2' must be a finite number"),  # type: ignore[arg-type]
         (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),

@@ -229,12 +229,6 @@ SCORES = torch.zeros(3, 6)
     ("arguments", "message"),
     [
         ({"teacher_scores": torch.zeros(3, 5)}, r"one shape, got \(3, 6\) and \(3, 5\)"),
-        ({"candidate_mask": torch.ones(3, 5, dtype=torch.bool)}, r"candidate_mask has shape \(3, 5\).*\(3, 6\)"),
-        ({"candidate_mask": torch.ones(3, 6)}, "and is torch.float32: give one bool"),
-        ({"candidate_mask": torch.eye(3, 6).bool().flip(1)}, r"leaves out the positive of rows \[0, 1, 2\]"),
-        ({"positive_index": torch.zeros(4, dtype=torch.int64)}, r"shape \(4,\).*\(3,\)"),
-        ({"positive_index": torch.tensor([0, 6, 1])}, r"holds \[0, 6, 1\]: columns are 0 to 5"),
-        ({"positive_index": torch.tensor([0, -2, 1])}, "-1 is no label"),
         ({"temperature": 0.0}, r"^temperature=0.0"),
         ({"student_temperature": math.nan}, "student_temperature=nan"),
         ({"hard_label_weight": 1.01}, "hard_label_weight=1.01"),

@@ -31,7 +31,6 @@ from tct_hf import (
     TightlyCoupledLoss,
 )
 from tct_hf.training.collator import BATCH_KEY
-from tct_hf.training.sparsity import CollapseWatch
 from tests.train_helpers import logged, make_trainer, triples
 from tests.training.test_score_losses import numpy_loss
 from tests.warm_process import run_warm
@@ -151,7 +150,7 @@ def test_a_checkpoint_loads_as_a_stock_sparse_encoder_and_holds_no_token(
     saving = {"save_strategy": "steps", "save_steps": 2, "hub_token": "hf_secret"}
     make_trainer(tmp_path / "run", student, teacher, triples(16), **saving).train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    assert b"hf_secret" not in (checkpoint / "training_args.bin").read_bytes()
+    assert not (checkpoint / "training_args.bin").exists()
     (tmp_path / "load.py").write_text(LOADER)
     texts = ["what is dense", "the teacher " * 60]
     words = [str(tmp_path / "load.py"), str(checkpoint), json.dumps(texts), str(tmp_path / "vectors.pt")]
@@ -169,7 +168,7 @@ def test_a_student_that_collapses_is_stopped_with_the_fix(
 ) -> None:
     settings = {"document_regularizer_weight": 10.0, "regularizer_warmup": 0, "learning_rate": 2e-2}
     trainer = make_trainer(tmp_path, student, teacher, triples(32), max_steps=200, mini_batch_size=size, **settings)
-    with pytest.raises(CollapsedStudent, match=r"heading for zero.*document_regularizer_weight=10\.0"):
+    with pytest.raises(CollapsedStudent, match=r"active dimensions.*document_regularizer_weight=10\.0"):
         trainer.train()
     assert trainer.state.global_step < 40
 
@@ -196,7 +195,7 @@ def test_queries_without_inference_are_trained_and_saved(
 def test_hard_labels_alone_train_a_sparse_student_without_a_teacher(student: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no teacher to distil"):
         make_trainer(tmp_path, student, NoTeacher(), triples(8))
-    with pytest.raises(ValueError, match=r"margin_mse_weight is 0\.5: set it to 0"):
+    with pytest.raises(ValueError, match=r"margin_mse_weight is 0\.5: set them to 1 and 0"):
         make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0, margin_mse_weight=0.5)
     trainer = make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0)
     trainer.train()
@@ -223,11 +222,19 @@ def test_a_model_or_a_loss_of_the_other_kind_is_refused(
             make_trainer(tmp_path, student, teacher, triples(8), loss=loss)
 
 
+def test_three_empty_steps_in_a_row_are_a_collapse(student: Any, teacher: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, student, teacher, triples(8))
+    for queries, passages in ((0.5, 9.0), (0.9, 9.0), (1.0, 1.0), (9.0, 0.9), (0.5, 9.0)):
+        trainer.refuse_collapse(queries, passages)
+    with pytest.raises(CollapsedStudent, match=r"20 active dimensions a query and 0\.125 a passage.* now temp"):
+        trainer.refuse_collapse(20.0, 0.125)
+
+
 def test_the_watch_takes_one_figure_a_step_of_accumulated_batches(
     student: Any, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    monkeypatch.setattr(CollapseWatch, "step", lambda self, dims, settings: seen.append(dims["passages"]))
+    monkeypatch.setattr(SparseTCTTrainer, "refuse_collapse", lambda self, queries, passages: seen.append(passages))
     trainer = make_trainer(tmp_path, student, teacher, triples(32), gradient_accumulation_steps=2)
     trainer.train()
     assert seen == pytest.approx(logged(trainer, "document_active_dims"), abs=1e-3) and len(seen) == 2

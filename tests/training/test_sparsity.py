@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sentence_transformers.sparse_encoder.losses import FlopsLoss, SpladeLoss
 from torch import nn
 
-from tct_hf.training.sparsity import CollapsedStudent, CollapseWatch, FlopsOfAllDevices, RegularizerWarmup, active_dims
+from tct_hf.training.sparse import FlopsOfAllDevices, RegularizerWarmup
 
 
 def vectors(seed: int, texts: int, dims: int) -> np.ndarray:
@@ -49,10 +49,6 @@ def test_flops_of_half_precision_are_added_in_float32() -> None:
     assert found.item() == pytest.approx(float((weights.double().mean(0) ** 2).sum()), rel=1e-6)
 
 
-def test_active_dims_are_a_mean_over_texts() -> None:
-    assert active_dims(torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.5]])).item() == 1.5
-
-
 class Part(nn.Module):
     def compute_loss_from_embeddings(self, embeddings: Any, labels: Any) -> torch.Tensor:
         return torch.zeros(())
@@ -77,50 +73,3 @@ def test_warm_up_goes_over_a_share_or_a_number_of_steps_or_is_left_out() -> None
     assert warmed(5, warmup=2, shape="linear") == [(2 * s, 4 * s) for s in (0, 0.5, 1, 1, 1)]
     assert warmed(2, warmup=0.0, shape="linear") == [(2.0, 4.0)] * 2
     assert warmed(3, query=None, warmup=2, shape="linear") == [(0.0, None), (1.0, None), (2.0, None)]
-
-
-def watch(passages: list[float], queries: list[float] | None = None) -> int | None:
-    """The step, from 1, at which the watch raises."""
-    one = CollapseWatch()
-    for step, value in enumerate(passages):
-        try:
-            one.step({"queries": queries[step] if queries else 20.0, "passages": value}, {"temperature": 2.0})
-        except CollapsedStudent:
-            return step + 1
-    return None
-
-
-def test_an_exponential_fall_is_caught_before_the_end() -> None:
-    fall = [5000 * 0.4**step for step in range(20)]
-    caught = watch(fall)
-    assert caught is not None and fall[caught - 1] > 1
-
-
-def test_an_empty_student_is_caught_within_three_steps() -> None:
-    assert watch([0.0] * 5) == watch([0.9, 0.5, 0.0]) == 3
-    assert watch([200.0] * 5, queries=[0.2] * 5) == 3
-
-
-@pytest.mark.parametrize(
-    "passages",
-    [
-        [3000 * 0.6**step + 60 for step in range(60)],  # a fast fall to a level
-        [20000 * 0.35**step + 120 for step in range(60)],
-        [60 + 30 * (-1) ** step for step in range(60)],
-        [4 + np.sin(step) for step in range(60)],  # few, but they stay
-        [0.5, 3.0, 9.0, 20.0, *[40.0] * 20],  # rises from nothing
-        [100 * 0.97**step + 2 for step in range(200)],  # slowly down
-    ],
-)
-def test_a_healthy_run_is_left_alone(passages: list[float]) -> None:
-    assert watch(passages) is None
-
-
-def test_the_error_names_figures_and_fix() -> None:
-    one = CollapseWatch()
-    with pytest.raises(CollapsedStudent) as error:
-        for value in (8.0, 3.0, 0.5, 0.25, 0.125):
-            one.step({"passages": value}, {"temperature": 2.0, "document_regularizer_weight": 3.0})
-    message = str(error.value)
-    assert "passages are heading for zero active dimensions: 8, 3, 0.5, 0.25" in message
-    assert "higher temperature" in message and "temperature=2.0, document_regularizer_weight=3.0" in message

@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from tct_hf.training import stages
-from tct_hf.training.stages import StepLines, Stopwatch, precision
+from tct_hf.training.stages import Stage, StepLines, precision
 
 
 def test_step_lines_tell_loss_parts_and_time_left() -> None:
     said: list[str] = []
     now = [0.0]
     lines = StepLines(said.append, clock=lambda: now[0])
-    state = SimpleNamespace(global_step=20, max_steps=100, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=20, max_steps=100, is_world_process_zero=True, log_history=[{"elapsed": 5.0}])
     lines.on_train_begin(None, state, None)
     now[0], state.global_step = 60.0, 40  # 20 steps a minute since the start
+    state.log_history.append({"loss": 1.5})
     lines.on_log(None, state, None, logs={"loss": 1.5})
+    assert state.log_history == [{"elapsed": 5.0}, {"loss": 1.5, "elapsed": 65.0}]  # over all interruptions
     parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.3, "top_agreement": 0.256}
     lines.on_log(None, state, None, logs=parts)
     lines.on_log(None, state, None, logs={"eval_loss": 1.0})
@@ -37,26 +39,8 @@ def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.Monke
     for has in (True, False):
         monkeypatch.setattr(stages, "has_bfloat16", lambda device, has=has: has)
         assert precision("auto", cpu) == {"bf16": has, "use_cpu": True}
-    with pytest.raises(ValueError, match=r"precision='half' is not known: use \"auto\", \"bf16\" or \"fp32\""):
-        precision("half", cpu)
 
 
-def test_the_stopwatch_adds_up_what_each_start_took_until_its_last_checkpoint(tmp_path: Path) -> None:
-    now = [100.0]
-    state = SimpleNamespace(is_world_process_zero=True)
-    first = Stopwatch(tmp_path / "seconds.json", clock=lambda: now[0])
-    assert first.seconds() == 0
-    first.on_train_begin(None, state, None)
-    now[0] = 110.0
-    first.on_save(None, state, None)
-    now[0] = 117.0  # killed: the seven seconds since the checkpoint are done again
-    second = Stopwatch(tmp_path / "seconds.json", clock=lambda: now[0])
-    now[0] = 1000.0
-    second.on_train_begin(None, state, None)
-    now[0] = 1002.0
-    second.on_save(None, state, None)
-    now[0] = 1005.0
-    second.on_save(None, SimpleNamespace(is_world_process_zero=False), None)
-    second.on_train_end(None, state, None)
-    assert second.seconds() == 15.0
-    assert [file.name for file in tmp_path.iterdir()] == ["seconds.json"]
+def test_arguments_that_the_stage_sets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.output_dir is set by the stage itself"):
+        Stage(tmp_path, tmp_path, settings={}, arguments={"output_dir": "x"}).args(dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -174,23 +173,11 @@ def test_checkpoints_hold_the_student_alone_and_load_without_this_package(
     checkpoint = tmp_path / "checkpoint-2"
     with safe_open(checkpoint / "model.safetensors", "pt") as weights:
         assert set(weights.keys()) == set(student[0].model.state_dict())
-    assert b"hf_secret_token" not in (checkpoint / "training_args.bin").read_bytes()
+    assert not (checkpoint / "training_args.bin").exists()
     assert trainer.args.hub_token == "hf_secret_token"
     assert not (tmp_path / ".unfinished").exists()
     validate_checkpoint(checkpoint)
     assert not any(module.training for module in teacher.model.modules())
-
-
-@pytest.mark.parametrize(("gap", "reported"), [(8.0, False), (30.0, True), (200.0, True)])
-def test_one_hot_means_that_float32_rounds_everything_else_away(
-    student: Any, teacher: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, gap: float, reported: bool
-) -> None:
-    trainer = make_trainer(tmp_path, student, teacher, triples(8))
-    scores = torch.tensor([[gap, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    mask = torch.tensor([[True, True, True], [False, True, False]])  # one candidate is no choice
-    with caplog.at_level(logging.WARNING, logger="tct_hf.training.trainer"):
-        trainer._check_teacher(scores, mask, 1.0)
-    assert any("one-hot" in r.message for r in caplog.records) is reported
 
 
 def test_teacher_scores_that_are_not_finite_stop_training_with_the_fix(

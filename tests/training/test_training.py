@@ -12,6 +12,7 @@ from tct_hf import ColBERTTeacher, build_colbert
 from tct_hf.data.collection import Collection, load_collection
 from tct_hf.training import stages
 from tct_hf.training.run import dev_evaluator, train_colbert, train_stock
+from tct_hf.training.stages import Stage
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.recipe import write_beir
 from tests.train_helpers import make_models, make_splade, triples
@@ -32,15 +33,15 @@ def never() -> Any:
     raise AssertionError("made although there is nothing to train")
 
 
-def colbert(path: Path, base: Path, *, make_triples: Any = triples, **options: Any) -> Path:
-    def make() -> Any:
+def colbert(
+    path: Path, base: Path, *, make: Any = None, make_triples: Any = triples, scale: Any = None, **options: Any
+) -> Path:
+    def new() -> Any:
         torch.manual_seed(0)
         return build_colbert(str(base), encoding="tct", dim=8, query_length=16, document_length=64)
 
-    defaults: dict[str, Any] = {"arguments": ARGUMENTS, "settings": {"seed": 3}, "write": lambda line: None}
-    return train_colbert(
-        options.pop("make", make), make_triples, path / "teacher", work=path / "work", **{**defaults, **options}
-    )
+    given: dict[str, Any] = {"arguments": ARGUMENTS, "settings": {"seed": 3}, "write": lambda line: None, **options}
+    return train_colbert(Stage(path / "teacher", path / "work", **given), make or new, make_triples, scale=scale)
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +118,10 @@ def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collection:
     return load_collection(str(write_beir(tmp_path / "beir", passages=20, train=2, dev=6, test=4)))
 
 
-def test_there_is_a_dev_evaluator_only_where_evaluation_is_asked_for(collection: Collection) -> None:
-    for arguments in ({}, {"eval_strategy": "no"}):
-        assert dev_evaluator(collection, arguments, kind="dense") is None
-    del collection.splits["dev"]
-    with pytest.raises(ValueError, match=r"eval_strategy is 'steps', but .* has no dev split: name one"):
-        dev_evaluator(collection, {"eval_strategy": "steps"}, kind="dense")
-
-
-def test_a_dev_evaluator_takes_the_dev_queries_or_a_part_of_them_with_their_answers(collection: Collection) -> None:
-    asked = {"eval_strategy": "steps"}
-    whole = dev_evaluator(collection, asked, kind="dense")
-    assert whole.queries == list(collection.splits["dev"].queries.values()) and len(whole.corpus) == 20
-    part = dev_evaluator(collection, asked, kind="dense", queries=2, passages=7)
-    assert len(part.queries) == 2 and len(part.corpus) == 7
-    answers = {passage for query in part.queries_ids for passage in part.relevant_docs[query]}
-    assert answers <= set(part.corpus_ids)
-    with pytest.raises(ValueError, match=r"curve\.passages"):
-        dev_evaluator(collection, asked, kind="dense", passages=1)
+def test_a_dev_evaluator_takes_the_dev_queries_with_their_answers(collection: Collection) -> None:
+    found = dev_evaluator(collection, "dense")
+    assert found.queries == list(collection.splits["dev"].queries.values()) and len(found.corpus) == 20
+    assert {passage for passages in found.relevant_docs.values() for passage in passages} <= set(found.corpus_ids)
 
 
 @pytest.mark.parametrize("kind", ["dense", "late interaction", "sparse"])
@@ -148,8 +135,7 @@ def test_dev_is_encoded_in_the_precision_of_training_and_compared_in_float32(
         model = make_splade(tmp_path) if kind == "sparse" else make_models(tmp_path)[0]
     vectors, measured = [], []
     for bf16 in (False, True):
-        arguments = {"eval_strategy": "steps", "bf16": bf16}
-        evaluator = dev_evaluator(collection, arguments, kind=kind)
+        evaluator = dev_evaluator(collection, kind, bf16=bf16)
         found = evaluator.embed_inputs(model, ["dense tokens"], encode_fn_name="query")
         vectors.append(torch.as_tensor(found[0].to_dense() if kind == "sparse" else found[0]))
         measured.append(evaluator(model)[f"dev_{'maxsim' if kind == 'late interaction' else 'dot'}_mrr@10"])
@@ -182,6 +168,7 @@ def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(
     expected = torch.nn.functional.cross_entropy(20 * queries @ torch.cat(passages).T, torch.arange(4))
     arguments = {**ARGUMENTS, "max_steps": 1, "per_device_train_batch_size": 4, "batch_sampler": "batch_sampler"}
     arguments |= {"hard_label_weight": 0.3, "push_to_hub": True}  # of other stages
-    options: dict[str, Any] = {"arguments": arguments, "settings": {}, "write": lambda line: None}
-    final = train_stock(lambda: model, lambda: rows, tmp_path / "stock", work=tmp_path / "work", **options)
+    folders = (tmp_path / "stock", tmp_path / "work")
+    stage = Stage(*folders, settings={}, arguments=arguments, write=lambda line: None)
+    final = train_stock(stage, lambda: model, lambda: rows)
     assert json.loads((final / "training_log.json").read_text())[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
