@@ -25,10 +25,9 @@ _PUBLIC = {
     "data.expander": ["expand_corpus", "load_expander"],
     "data.rows": ["SkippedRows"],
     "retrieval.triples": ["load_triples"],
-    "retrieval.bm25": ["BM25Index"],
+    "retrieval.bm25": ["BM25Index", "expanded_bm25"],
     "retrieval.dense": ["DenseIndex"],
     "retrieval.encode": ["encode_corpus"],
-    "retrieval.expanded": ["expanded_bm25"],
     "retrieval.fusion": ["fuse", "reciprocal_rank_fusion"],
     "retrieval.miner": ["MiningCounts"],
     "retrieval.mining": ["mine_triples"],
@@ -92,9 +91,9 @@ if TYPE_CHECKING:
     from tct_hf.evaluation.tune_alpha import tune_alpha as tune_alpha
     from tct_hf.hub.release import release as release
     from tct_hf.retrieval.bm25 import BM25Index as BM25Index
+    from tct_hf.retrieval.bm25 import expanded_bm25 as expanded_bm25
     from tct_hf.retrieval.dense import DenseIndex as DenseIndex
     from tct_hf.retrieval.encode import encode_corpus as encode_corpus
-    from tct_hf.retrieval.expanded import expanded_bm25 as expanded_bm25
     from tct_hf.retrieval.fusion import fuse as fuse
     from tct_hf.retrieval.fusion import reciprocal_rank_fusion as reciprocal_rank_fusion
     from tct_hf.retrieval.miner import MiningCounts as MiningCounts

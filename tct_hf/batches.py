@@ -80,15 +80,17 @@ def passes(lengths: Sequence[int], budget: int, padding: int) -> list[list[int]]
     return made
 
 
-def parts_of_like_length(merged: Features, budget: int | None = None) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Cut a padded batch into passes.
+def parts_of_like_length(
+    merged: Features, budget: int | None = None, padding: int | None = None
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Cut a padded batch into passes of at most `budget` tokens, `padding` of them padding (None: by its device).
 
     Yields:
         Row numbers `(rows,)` and the features of these rows, cut to the longest of them.
     """
     lengths = token_lengths(merged)
     device = merged["attention_mask"].device
-    for rows in passes(lengths, budget or len(lengths) * max(lengths), padding_of(device)):
+    for rows in passes(lengths, budget or len(lengths) * max(lengths), padding or padding_of(device)):
         index = torch.tensor(rows, device=device)
         width = max(lengths[row] for row in rows)
         yield index, {key: take(value, index, width) for key, value in merged.items()}

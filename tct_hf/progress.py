@@ -103,11 +103,11 @@ class PassageProgress:
         self._total, self._processes, self._every, self._clock = total, processes, every, clock
         self._write = write if enabled else lambda line: None
         self._begun = self._last = clock()
-        self._skipped = self._encoded = 0
+        self.there = self._encoded = 0  # `there`: from an earlier run
 
     def skipped(self, passages: int) -> None:
         """Count passages that were there from an earlier run."""
-        self._skipped += passages
+        self.there += passages
 
     def encoded(self, passages: int) -> None:
         """Count passages that this process has done."""
@@ -117,7 +117,7 @@ class PassageProgress:
             return
         self._last = now
         rate = self._encoded / (now - self._begun)
-        done = self._skipped + self._encoded
+        done = self.there + self._encoded
         if self._total is None:
             self._write(f"  {done:,} passages   {_rate(rate)}")
         else:
@@ -128,9 +128,9 @@ class PassageProgress:
     def finish(self, passages: int) -> None:
         """Say that all passages are there."""
         seconds = self._clock() - self._begun
-        fresh = passages - self._skipped
+        fresh = passages - self.there
         rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""
-        there = f" ({self._skipped:,} were there)" if self._skipped else ""
+        there = f" ({self.there:,} were there)" if self.there else ""
         self._write(f"  {passages:,} passages{there} in {human_duration(seconds)}{rate}")
 
 

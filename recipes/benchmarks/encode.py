@@ -45,7 +45,7 @@ def measure(model: Any, texts: list[str], rounds: int) -> None:
 
     from tct_hf.retrieval.encode import choose_precision, encode_texts
 
-    bf16, why = choose_precision(model, texts)
+    chosen = choose_precision(model, texts)
     sides: dict[str, Callable[[list[str]], Any]] = {
         # Without a prompt's name encode takes the default one, which is the passage's in both models.
         "SentenceTransformer.encode, fp32": lambda part: model.encode(part, show_progress_bar=False),
@@ -63,7 +63,7 @@ def measure(model: Any, texts: list[str], rounds: int) -> None:
             times[name].append(time.perf_counter() - begun)
     baseline = found["SentenceTransformer.encode, fp32"].astype(np.float64)
     base = statistics.median(times["SentenceTransformer.encode, fp32"])
-    print(f"auto chooses {'bf16' if bf16 else 'fp32'}: {why}")
+    print(f"auto chooses {chosen}")
     print("| side | median s (all) | passages/s | times faster | lowest cosine |")
     print("|---|---|---:|---:|---:|")
     for name, seconds in times.items():

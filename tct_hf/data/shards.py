@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,9 @@ def run_shards(
     folder: str | Path,
     settings: Mapping[str, Any],
     parts: Iterable[tuple[str, Sequence[Any]]],
-    make: Callable[[Sequence[Any]], Mapping[str, Any]],
+    make: Callable[[Sequence[Any]], Any],
     *,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
     state: PartialState | None = None,
     progress: PassageProgress | None = None,
 ) -> dict[str, Any]:
@@ -46,8 +47,8 @@ def run_shards(
         folder: made when missing.
         settings: JSON-ready, all that the shards depend on besides the parts.
         parts: a checksum of what a shard is made of, and its items; the same parts in every process.
-        make: items to columns, name to Arrow array.
-        about: JSON-ready, said in the manifest besides the settings.
+        make: items to columns, name to Arrow array, or to an Arrow table with metadata of its own.
+        about: JSON-ready, said in the manifest besides the settings; or what makes that of the tables of all shards.
         state: the processes of a distributed run, which share the missing shards; one process when None.
         progress: told of items whose shard is there already.
 
@@ -55,7 +56,8 @@ def run_shards(
         The manifest.
 
     Raises:
-        ValueError: no part at all; a folder of other settings or parts, or a damaged shard.
+        ValueError: no part at all; a folder of other settings or parts; a damaged shard, or one that an earlier
+            manifest announces with another checksum.
     """
     folder = Path(folder)
     wait = state.wait_for_everyone if state is not None else lambda: None
@@ -86,7 +88,7 @@ def run_shards(
         raise ValueError(f"{folder}: nothing to write, the corpus or the rows are empty; check where they come from.")
     wait()
     if rank == 0:
-        _finish(folder, shards, count, about or {})
+        _finish(folder, shards, count, about or {}, there)
     wait()
     return read_manifest(folder, "shards")
 
@@ -109,8 +111,9 @@ def digest_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _write_shard(file: Path, columns: Mapping[str, Any], made_of: str) -> None:
-    table = pa.table(dict(columns)).replace_schema_metadata({_MADE_OF: made_of})
+def _write_shard(file: Path, columns: Any, made_of: str) -> None:
+    table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MADE_OF: made_of})
     with (
         write_aside(file) as aside,
         pa.OSFile(str(aside), "wb") as sink,
@@ -120,8 +123,10 @@ def _write_shard(file: Path, columns: Mapping[str, Any], made_of: str) -> None:
 
 
 def read_shard(folder: Path, number: int) -> Any:
-    """A shard as a memory-mapped table."""
-    return _opened(_written(folder, number)).read_all().replace_schema_metadata(None)
+    """A shard as a memory-mapped table, with the metadata it was made with."""
+    table = _opened(_written(folder, number))
+    metadata = {key: value for key, value in (table.schema.metadata or {}).items() if key != _MADE_OF}
+    return table.replace_schema_metadata(metadata or None)
 
 
 def _written(folder: Path, number: int) -> Path:
@@ -133,21 +138,29 @@ def _written(folder: Path, number: int) -> Path:
 
 def _opened(file: Path) -> Any:
     try:
-        return pa.ipc.open_stream(pa.memory_map(str(file)))
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: damaged ({error}): {_RUN_AGAIN}") from error
 
 
-def _finish(folder: Path, shards: int, count: int, about: Mapping[str, Any]) -> None:
+def _finish(folder: Path, shards: int, count: int, about: Any, kept: Collection[str]) -> None:
     if shard_file(folder, shards).is_file():
         raise ValueError(
             f"{shard_file(folder, shards)} was made of another corpus (this one has {count:,} passages and ends "
             f"before it): {_BEGIN_AGAIN}"
         )
+    announced: dict[str, str] = {}
+    with suppress(FileNotFoundError, ValueError):
+        announced = {entry["file"]: entry["sha256"] for entry in read_manifest(folder, "shards")["shards"]}
+    tables = [read_shard(folder, number) for number in range(shards)]
     entries = []
-    for number in range(shards):
-        rows, file = len(read_shard(folder, number)), shard_file(folder, number)
-        entries.append({"file": file.name, "count": rows, "sha256": file_digest(file)})
+    for number, table in enumerate(tables):
+        file = shard_file(folder, number)
+        digest = file_digest(file)
+        if file.name in kept and announced.get(file.name, digest) != digest:
+            raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
+        entries.append({"file": file.name, "count": len(table), "sha256": digest})
+    about = about(tables) if callable(about) else about
     settings = json.loads((folder / CLAIM_FILE).read_text(encoding="utf-8"))
     write_json_atomic(folder / MANIFEST_FILE, {**settings, **about, "count": count, "shards": entries})
 

@@ -96,7 +96,7 @@ class ExpansionSettings:
 
     def depends(self) -> dict[str, Any]:
         """All that an index depends on besides the corpus, JSON-ready; refuses a folder without expansions."""
-        from tct_hf.retrieval.expanded import describe_expansion
+        from tct_hf.retrieval.bm25 import describe_expansion
 
         assert self.path is not None
         return {"expansion": describe_expansion(self.path, **self.kept()), "k1": self.k1, "b": self.b}

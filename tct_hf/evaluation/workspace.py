@@ -23,14 +23,12 @@ from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
 from tct_hf.files import claim, command, write_json_atomic
 from tct_hf.hub_client import resolve_model
-from tct_hf.retrieval.bm25 import BM25Index
+from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
 from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts, encoding_seconds, is_sparse_encoder
-from tct_hf.retrieval.expanded import expanded_bm25
-from tct_hf.retrieval.rows import FirstColumns, UnitRows, finite_rows
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
-from tct_hf.retrieval.vectors import MANIFEST_FILE, load_vectors, read_manifest
+from tct_hf.retrieval.vectors import MANIFEST_FILE, FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
 from tct_hf.teachers.colbert import ColBERTTeacher
 
 if TYPE_CHECKING:

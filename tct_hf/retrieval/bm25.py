@@ -1,4 +1,4 @@
-"""Lexical retrieval: BM25 over an inverted index of precomputed scores."""
+"""Lexical retrieval: BM25 over passages, or over passages with the queries that were generated for them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import Stemmer
 
-from tct_hf.retrieval.index import Index, check_ids
+from tct_hf.data import shards
+from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
+from tct_hf.files import command, file_digest
+from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k
 from tct_hf.retrieval.runs import Run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Tuned for MS MARCO passages, and for those with 40 generated queries each.
 PASSAGE_K1, PASSAGE_B = 0.82, 0.68
 EXPANDED_K1, EXPANDED_B = 2.18, 0.86
-METHODS = ("lucene", "robertson", "atire")
 _TOKEN = re.compile(r"(?u)\b\w\w+\b")
 
 
@@ -34,7 +40,7 @@ class BM25Index(Index):
     """
 
     kind, title, tags = "BM25 index", "A BM25 index (bm25s)", ("bm25",)
-    settings_file, format = "tct_bm25.json", 4
+    settings_file, format = "tct_bm25.json", 5
 
     def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
         self._engine = engine
@@ -54,7 +60,6 @@ class BM25Index(Index):
         *,
         k1: float | None = None,
         b: float | None = None,
-        method: str = "lucene",
         language: str = "english",
         stemmer: str | None = "english",
         backend: str = "numba",
@@ -67,9 +72,6 @@ class BM25Index(Index):
             ids: their ids, as many, each once.
             k1: term frequency saturation; None: 0.82 or, of expanded passages, 2.18, tuned on MS MARCO.
             b: length normalisation, 0 to 1; None: 0.68 or, of expanded passages, 0.86.
-            method: "lucene", "robertson" or "atire", the variants of Kamphuis et al., ECIR 2020. A word in half of
-                the passages or more counts nothing under "robertson", a word in all of them nothing under "atire":
-                in a small or narrow collection they find less than "lucene".
             language: stop word list, a language bm25s knows, or "none".
             stemmer: Snowball language of PyStemmer, or None for whole words.
             backend: "numba", or "numpy" (about 100 times slower, needs no compiler).
@@ -77,18 +79,17 @@ class BM25Index(Index):
 
         Raises:
             ValueError: a setting out of range, unequal counts, a repeated id, no passage, or no token at all.
-            ImportError: the backend or the stemmer is not installed; the message says what to install.
         """
         import bm25s  # and with it numba: a second, which the help of recipes has not
 
-        if method not in METHODS:
-            raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
         k1 = k1 if k1 is not None else EXPANDED_K1 if expansion else PASSAGE_K1
         b = b if b is not None else EXPANDED_B if expansion else PASSAGE_B
         if not 0 <= k1 < math.inf or not 0 <= b <= 1:
             raise ValueError(f"k1={k1}, b={b}: k1 must be finite and 0 or more, and b between 0 and 1")
-        _check_backend(backend)
-        settings: dict[str, Any] = {"k1": k1, "b": b, "method": method}
+        if backend not in ("numba", "numpy"):
+            raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
+        _keep_compiled()
+        settings: dict[str, Any] = {"k1": k1, "b": b, "method": "lucene"}
         settings |= {"language": language, "stemmer": stemmer, "backend": backend}
         if expansion:
             settings["expansion"] = dict(expansion)
@@ -103,7 +104,7 @@ class BM25Index(Index):
         if not vocabulary:
             raise ValueError("texts: no passage has a word to index; check the text column, language and stemmer")
         settings["average_length"] = sum(map(len, tokens)) / len(tokens)
-        engine = bm25s.BM25(k1=k1, b=b, method=method, backend=backend)
+        engine = bm25s.BM25(k1=k1, b=b, method="lucene", backend=backend)
         engine.index((tokens, vocabulary), create_empty_token=False, show_progress=False)
         return cls(engine, id_list, settings)
 
@@ -123,8 +124,7 @@ class BM25Index(Index):
         Raises:
             ValueError: k is below 1.
         """
-        if k < 1:
-            raise ValueError(f"k: {k} is below 1; ask for at least one passage")
+        check_k(k)
         if isinstance(queries, str):
             raise ValueError("queries: one string; pass a list of query texts or {query id: text}")
         texts = list(queries.values()) if isinstance(queries, Mapping) else list(queries)
@@ -146,8 +146,7 @@ class BM25Index(Index):
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
         """Search queries, id to text, and return a run, in which every query has an entry."""
-        found = zip(queries, *self.search(queries, k), strict=True)
-        return {name: dict(zip(ids, scores.tolist(), strict=True)) for name, ids, scores in found}
+        return as_run(queries, *self.search(queries, k))
 
     def known_words(self, text: str) -> list[int]:
         """The numbers of a query's words in the vocabulary, each as often as it comes; other words are left out."""
@@ -166,18 +165,15 @@ class BM25Index(Index):
         counts.pop(-1, None)
         numbers = np.fromiter(counts, np.int32, len(counts))
         frequencies = np.fromiter(counts.values(), np.float64, len(counts))
-        k1, b, method = (self.settings[name] for name in ("k1", "b", "method"))
+        k1, b = self.settings["k1"], self.settings["b"]
         length = k1 * (1 - b + b * len(words) / self.settings["average_length"])
-        weights = self._idfs()[numbers] * frequencies / (frequencies + length)
-        return numbers, (weights * (k1 + 1) if method == "atire" else weights).astype(np.float32)
+        return numbers, (self._idfs()[numbers] * frequencies / (frequencies + length)).astype(np.float32)
 
     def _idfs(self) -> np.ndarray:
-        """`(vocabulary,)`: the inverse document frequencies of Kamphuis et al., ECIR 2020."""
+        """`(vocabulary,)`: the inverse document frequencies of Lucene, as in Kamphuis et al., ECIR 2020."""
         if self._idf is None:
-            passages, holders = len(self), np.diff(self._engine.scores["indptr"])
-            odds = (passages - holders + 0.5) / (holders + 0.5)
-            ratios = {"lucene": 1 + odds, "robertson": np.maximum(odds, 1), "atire": passages / holders}
-            self._idf = np.log(ratios[self.settings["method"]])
+            holders = np.diff(self._engine.scores["indptr"])
+            self._idf = np.log(1 + (len(self) - holders + 0.5) / (holders + 0.5))
         return self._idf
 
     def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[list[str], np.ndarray]:
@@ -186,11 +182,8 @@ class BM25Index(Index):
             everything = self._engine.get_scores_from_ids(tokens)
             rows = np.flatnonzero(everything >= scores[k - 1])
             scores = everything[rows]
-        positive = scores > 0
-        rows, scores = rows[positive], scores[positive]
-        names = [self.ids[row] for row in rows]
-        order = sorted(range(len(names)), key=lambda at: (-scores[at], names[at]))[:k]
-        return [names[at] for at in order], scores[order].astype(np.float32)
+        found = scores > 0
+        return best_first([self.ids[row] for row in rows[found]], scores[found].astype(np.float32), k)
 
     def _settings(self) -> dict[str, Any]:
         return self.settings
@@ -199,14 +192,10 @@ class BM25Index(Index):
         self._engine.save(folder, show_progress=False)
 
     @classmethod
-    def _accept(cls, folder: Path, settings: dict[str, Any], *, backend: str | None = None) -> None:
-        settings["backend"] = backend or settings["backend"]
-        _check_backend(settings["backend"])
-
-    @classmethod
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> BM25Index:
         import bm25s
 
+        _keep_compiled()
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
         if engine.scores["num_docs"] != len(ids):
             raise ValueError(f"{engine.scores['num_docs']} indexed passages where {len(ids)} are announced")
@@ -217,20 +206,6 @@ class BM25Index(Index):
         rows = [(name, str(value)) for name, value in self.settings.items() if name != "expansion"]
         rows += [(f"expansion: {name}", str(value)) for name, value in expansion.items() if value not in (None, False)]
         return ", each with queries that were generated for it" if expansion else "", rows
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("numba", "numpy"):
-        raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
-    if backend == "numba":
-        try:
-            import numba  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                f"backend: numba can't be imported ({error}); install it with `pip install numba`, "
-                'or pass backend="numpy" (about 100 times slower)'
-            ) from error
-        _keep_compiled()
 
 
 @cache
@@ -258,22 +233,73 @@ def _analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
     if stemmer is None:
         return lambda text: [word for word in _TOKEN.findall(text.lower()) if word not in stop_words]
     try:
-        import Stemmer
-    except ImportError as error:
-        raise ImportError(
-            f"stemmer: PyStemmer can't be imported ({error}); `pip install PyStemmer` or pass stemmer=None"
-        ) from error
-    try:
-        snowball = Stemmer.Stemmer(stemmer)
+        stem = cache(Stemmer.Stemmer(stemmer).stemWord)
     except KeyError:
         raise ValueError(f"stemmer: {stemmer!r} is not one of {', '.join(Stemmer.algorithms())}") from None
-    stem: dict[str, str] = {}
+    return lambda text: [stem(word) for word in _TOKEN.findall(text.lower()) if word not in stop_words]
 
-    def analyse(text: str) -> list[str]:
-        words = [word for word in _TOKEN.findall(text.lower()) if word not in stop_words]
-        for word in words:
-            if word not in stem:
-                stem[word] = snowball.stemWord(word)
-        return [stem[word] for word in words]
 
-    return analyse
+def expanded_bm25(
+    corpus: Dataset,
+    expansions: str | Path,
+    *,
+    num_queries: int | None = None,
+    drop_repeats: bool = False,
+    drop_share: float = 0.0,
+    k1: float = EXPANDED_K1,
+    b: float = EXPANDED_B,
+    **options: Any,
+) -> BM25Index:
+    """Index passages with their generated queries appended; the index says with which, under "expansion".
+
+    Args:
+        corpus: columns `id` and `text`.
+        expansions: folder of `expand_corpus` or `write_expansions`, of this corpus.
+        num_queries: the first so many queries of a passage; all when None.
+        drop_repeats: leave out a query that equals an earlier one of its passage.
+        drop_share: share of the queries to leave out by score, 0 to below 1.
+        k1: term frequency saturation; 2.18 with b 0.86 is tuned for MS MARCO passages with 40 queries each.
+        b: length normalisation, 0 to 1.
+        **options: the rest of the arguments of `BM25Index.build`.
+
+    Raises:
+        FileNotFoundError: no finished folder of expansions.
+        ValueError: as `load_expansions`, `expanded_texts` and `BM25Index.build`.
+    """
+    kept: dict[str, Any] = {"num_queries": num_queries, "drop_repeats": drop_repeats, "drop_share": drop_share}
+    return BM25Index.build(
+        expanded_texts(corpus, load_expansions(expansions), **kept),
+        corpus["id"],
+        k1=k1,
+        b=b,
+        expansion=describe_expansion(expansions, **kept),
+        **options,
+    )
+
+
+def describe_expansion(
+    expansions: str | Path, *, num_queries: int | None, drop_repeats: bool, drop_share: float
+) -> dict[str, Any]:
+    """What an expanded index is built over, JSON-ready; the arguments are those of :func:`expanded_bm25`."""
+    folder = Path(expansions)
+    manifest = shards.read_manifest(folder, "expansions")
+    generated = manifest.get("num_queries")
+    wanted = [count for count in (num_queries, generated) if isinstance(count, int)]
+    scores_sha256 = None
+    if drop_share:
+        scores = folder / SCORES_FOLDER
+        if not scores.is_dir():
+            raise FileNotFoundError(
+                f"{scores}: drop_share is {drop_share}, but the queries have no scores: score them with "
+                f"score_expansions ({command('expand')} --teacher), or leave drop_share at 0"
+            )
+        shards.read_manifest(scores, "scores")
+        scores_sha256 = file_digest(scores / shards.MANIFEST_FILE)
+    return {
+        "model": manifest.get("model"),
+        "num_queries": min(wanted, default=None),
+        "drop_repeats": drop_repeats,
+        "drop_share": drop_share,
+        "queries_sha256": file_digest(folder / shards.MANIFEST_FILE),
+        "scores_sha256": scores_sha256,
+    }

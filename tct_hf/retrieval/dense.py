@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tct_hf.retrieval.faiss_tools import (
-    SLICE,
-    draw,
     factory_for,
     faiss_threads,
-    make_engine,
+    filled_engine,
     parameter_names,
     search_engine,
     search_flat,
     set_parameters,
-    train_engine,
-    training_rows,
     tune,
 )
-from tct_hf.retrieval.index import VectorIndex, check_ids, id_array
-from tct_hf.retrieval.rows import as_matrix, as_rows, blocks
+from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_k, id_array
+from tct_hf.retrieval.vectors import as_matrix, as_rows
 
 _INDEX_FILE = "index.faiss"
-_LIMITS_FILE = "limits.npy"
 
 
 class DenseIndex(VectorIndex):
@@ -44,31 +37,23 @@ class DenseIndex(VectorIndex):
         factory: the Faiss factory string it was made with.
         parameters: the search parameters set, such as {"nprobe": 24, "k_factor": 3.0}; empty for exact search.
         tuning: how they were chosen: recall wanted and measured, k, what stood for queries; None if they were not.
-        limits: (2, dimension) float32, least and greatest value of each component that it was built with.
     """
 
     kind, title, tags = "dense index", "A Faiss index", ("faiss",)
-    settings_file, format = "tct_dense.json", 3
+    settings_file, format = "tct_dense.json", 4
 
     def __init__(
         self,
         engine: Any,
         ids: Sequence[str],
         factory: str,
-        limits: np.ndarray,
         *,
         parameters: Mapping[str, float] | None = None,
         tuning: dict[str, Any] | None = None,
         built_by: Mapping[str, Any] | None = None,
-        mapped: bool = False,
     ) -> None:
-        self._engine = engine
-        self._mapped = mapped
-        self.ids = ids
-        self.factory = factory
-        self.limits = limits
+        self._engine, self.ids, self.factory, self.tuning = engine, ids, factory, tuning
         self.parameters = dict(parameters or {})
-        self.tuning = tuning
         self.built_by = dict(built_by) if built_by else None
 
     @property
@@ -123,7 +108,7 @@ class DenseIndex(VectorIndex):
         check_ids(id_list, len(matrix), "vectors")
         if recall is not None and not 0 < recall < 1:
             raise ValueError(f'recall: {recall} is not between 0 and 1; for exact search pass factory="Flat"')
-        _check_k(k)
+        check_k(k)
         queries = None if query_vectors is None else as_matrix(query_vectors, "query_vectors")
         if queries is not None and (queries.shape[1] != matrix.shape[1] or not len(queries)):
             raise ValueError(
@@ -133,18 +118,12 @@ class DenseIndex(VectorIndex):
         description = factory_for(len(matrix)) if factory == "auto" else factory
         with faiss_threads(threads):
             try:
-                engine = make_engine(matrix.shape[1], description)
-                extremes = [(block.min(axis=0), block.max(axis=0)) for block in blocks(matrix)]
-                limits = np.stack([np.min([low for low, _ in extremes], 0), np.max([high for _, high in extremes], 0)])
-                held_out, training = draw(len(matrix), SLICE, training_rows(engine, len(matrix)), seed)
-                if not engine.is_trained:
-                    train_engine(engine, as_matrix(matrix[training], "vectors"), limits, seed)
-                for block in blocks(matrix):
-                    engine.add(block)
+                engine, held_out = filled_engine(matrix, description, seed)
             except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1].split("Error: ")[-1]
                 raise ValueError(
                     f"factory: Faiss can't make {description!r} of {len(matrix)} vectors of dimension "
-                    f'{matrix.shape[1]} ({_faiss_reason(error)}); use "auto"'
+                    f'{matrix.shape[1]} ({reason}); use "auto"'
                 ) from error
             tuning = None
             if parameters is not None:
@@ -152,67 +131,15 @@ class DenseIndex(VectorIndex):
             elif recall is not None and parameter_names(engine):
                 tuning = tune(engine, matrix, held_out, queries, recall, k, seed)
                 parameters = tuning.pop("parameters")
-        return cls(
-            engine,
-            id_array(id_list),
-            description,
-            limits,
-            parameters=parameters,
-            tuning=tuning,
-            built_by=built_by,
-        )
+        kept: dict[str, Any] = {"parameters": parameters, "tuning": tuning, "built_by": built_by}
+        return cls(engine, id_array(id_list), description, **kept)
 
-    def add(self, vectors: npt.ArrayLike, ids: Iterable[str]) -> None:
-        """Add passages (passages, dimension) with ids that are not in the index yet.
-
-        What was learned from the first vectors (clusters, ranges, search parameters) stays: build anew when the
-        collection has become another. Codes of some bits a component (SQ8, Refine(SQ8), as in "auto" from 500,000
-        vectors) reach no further than the greatest and least value they were trained on: what lies beyond is stored
-        as if it lay there, which is warned of.
-
-        Raises:
-            ValueError: vectors or ids that don't fit, or an index that can't grow (loaded with `mmap`, or NSG).
-        """
-        if self._mapped:
-            raise ValueError("add: this index is mapped from its files; load it with mmap=False to add passages")
-        matrix = as_rows(vectors, "vectors")
-        if matrix.shape[1] != self.dimension:
-            raise ValueError(f"vectors: dimension {matrix.shape[1]} where the index has {self.dimension}")
-        new = list(ids)
-        check_ids(new, len(matrix), "vectors")
-        everything = [*self.ids.to_pylist(), *new]
-        check_ids(everything, len(everything), "vectors")
-        # All blocks are looked at before the first is added: a refused call leaves the index as it was.
-        slack = (self.limits[1] - self.limits[0]) / 255
-        low, high = self.limits[0] - slack, self.limits[1] + slack
-        beyond = np.concatenate([((block < low) | (block > high)).any(axis=1) for block in blocks(matrix)])
-        outside = np.flatnonzero(beyond)
-        if len(outside) and re.search(r"SQ\d", self.factory):
-            warnings.warn(
-                f"vectors: row {outside[0]} (passage {new[outside[0]]!r}) lies outside the range that the codes of "
-                f"{self.factory} were trained on, as {len(outside)} of {len(new)} rows do, and is clipped to it: its "
-                "scores will be off; build the index anew from all vectors",
-                stacklevel=2,
-            )
-        try:
-            for block in blocks(matrix):
-                self._engine.add(block)
-        except RuntimeError as error:
-            raise ValueError(
-                f"add: Faiss can't add to {self.factory} ({_faiss_reason(error)}); build the index anew from all "
-                "vectors, or as another kind, such as HNSW32"
-            ) from error
-        self.ids = id_array(everything)
-
-    def search(  # type: ignore[override]
-        self, query_vectors: npt.ArrayLike, k: int = 100, *, threads: int | None = None
-    ) -> tuple[list[list[str]], list[np.ndarray]]:
+    def search(self, query_vectors: npt.ArrayLike, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the passages with the greatest inner product.
 
         Args:
             query_vectors: (queries, dimension).
             k: passages a query, at most.
-            threads: threads of Faiss for this call; None leaves its own setting.
 
         Returns:
             Ids and float32 scores, one list and one array a query, best first.
@@ -220,13 +147,9 @@ class DenseIndex(VectorIndex):
         Raises:
             ValueError: k is below 1, a wrong shape, NaN or infinite components, or a score that float32 can't hold.
         """
-        _check_k(k)
+        check_k(k)
         matrix = as_matrix(query_vectors, "query_vectors")
-        if matrix.shape[1] != self.dimension:
-            raise ValueError(
-                f"query_vectors: dimension {matrix.shape[1]} where the index has {self.dimension}; "
-                "encode queries with the model that encoded the passages"
-            )
+        self._check_dimension(matrix)
         depth = min(k, len(self.ids))
         if "k_factor" in self.parameters:
             # The best few are found by scoring as many candidates again as for the k that was tuned.
@@ -234,9 +157,8 @@ class DenseIndex(VectorIndex):
             factor = self.parameters["k_factor"] * max(1.0, tuned / depth)
             set_parameters(self._engine, {"k_factor": factor})
         exact = isinstance(faiss.downcast_index(self._engine), faiss.IndexFlat)
-        with faiss_threads(threads):
-            found_by: Any = search_flat if exact else search_engine
-            all_scores, all_rows = found_by(self._engine, matrix, depth)
+        found_by: Any = search_flat if exact else search_engine
+        all_scores, all_rows = found_by(self._engine, matrix, depth)
         ids: list[list[str]] = []
         scores: list[np.ndarray] = []
         for values, rows in zip(all_scores, all_rows, strict=True):
@@ -250,8 +172,7 @@ class DenseIndex(VectorIndex):
                 values, rows = values[rows >= 0], rows[rows >= 0]
             found = self._names(rows)
             if (values[1:] >= values[:-1]).any():
-                order = sorted(range(len(found)), key=lambda at: (-values[at], found[at]))
-                found, values = [found[at] for at in order], values[order]
+                found, values = best_first(found, values, depth)
             ids.append(found[:depth])
             scores.append(np.array(values[:depth]))
         return ids, scores
@@ -264,7 +185,6 @@ class DenseIndex(VectorIndex):
         # As set, not as the last search left it: saving depends on nothing but the index.
         set_parameters(self._engine, self.parameters)
         faiss.write_index(self._engine, str(folder / _INDEX_FILE))
-        np.save(folder / _LIMITS_FILE, self.limits)
 
     @classmethod
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> DenseIndex:
@@ -279,26 +199,11 @@ class DenseIndex(VectorIndex):
                 f"{engine.ntotal} vectors of dimension {engine.d} where {len(ids)} of {dimension} are announced"
             )
         set_parameters(engine, settings["parameters"])
-        return cls(engine, ids, limits=np.load(folder / _LIMITS_FILE), mapped=mmap, **settings)
+        return cls(engine, ids, **settings)
 
-    def _card(self) -> tuple[str, list[tuple[str, str]]]:
-        of_what, model = self._model_card()
+    def _facts(self) -> list[tuple[str, str]]:
         tuned = self.tuning or {}
-        rows = [
-            ("dimension", str(self.dimension)),
-            ("Faiss factory", f"`{self.factory}`"),
-            *((name, f"{value:g}") for name, value in self.parameters.items()),
-            model,
-        ]
-        if "recall" in tuned and "measured" in tuned:
+        rows = [("Faiss factory", f"`{self.factory}`"), *((name, f"{at:g}") for name, at in self.parameters.items())]
+        if "measured" in tuned:
             rows.append((f"Recall@{tuned['k']} against exact search", f"{tuned['measured']:.4f} on {tuned['source']}"))
-        return of_what, rows
-
-
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-
-
-def _faiss_reason(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[-1].split("Error: ")[-1] if str(error).strip() else repr(error)
+        return rows

@@ -7,6 +7,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +19,13 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 
-from tct_hf.batches import padding_of, passes, token_lengths
-from tct_hf.data.texts import checked_passages, passage_shards
+from tct_hf.batches import padding_of, parts_of_like_length, stack_columns
+from tct_hf.data.shards import digest_of, run_shards
+from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, weights_digest
-from tct_hf.files import write_json_atomic
+from tct_hf.files import CLAIM_FILE, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
-from tct_hf.retrieval import vectors as stored
-from tct_hf.retrieval.rows import finite_rows, of_torch
+from tct_hf.retrieval.vectors import check_version, finite_rows, of_torch, vector_facts, vector_table
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -74,6 +76,7 @@ def encode_texts(
     sparse = is_sparse_encoder(model)
     active: Any = model.max_active_dims if sparse else None
     options: dict[str, Any] = {} if active is None else {"max_active_dims": active}
+    stack: Any = partial(vstack, format="csr") if sparse else np.concatenate
     pools: list[Any] = []
     # One context for all passes: weights are cast to bfloat16 once, not once a pass.
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -92,20 +95,10 @@ def encode_texts(
                 pending.append((rows, embeddings.float()))
                 if done is not None:
                     done(len(rows))
-            if sparse:
-                order = np.argsort(np.concatenate([rows for rows, _ in pending]))
-                pools.append(vstack([of_torch(part) for _, part in pending], format="csr")[order])
-                continue
-            found = np.empty((len(pool), pending[0][1].shape[1]), dtype=np.float32)
-            for rows, embeddings in pending:
-                found[rows] = embeddings.cpu().numpy()
-            pools.append(found)
-    if len(pools) == 1:
-        return pools[0]
-    if pools:
-        return vstack(pools, format="csr") if sparse else np.concatenate(pools)
+            order = np.argsort(np.concatenate([rows for rows, _ in pending]))
+            pools.append(stack([of_torch(one) if sparse else one.cpu().numpy() for _, one in pending])[order])
     none = np.empty((0, int(model.get_embedding_dimension() or 0)), dtype=np.float32)
-    return csr_matrix(none) if sparse else none
+    return stack(pools or [csr_matrix(none) if sparse else none])
 
 
 def _at_least_one(**limits: int | None) -> None:
@@ -137,63 +130,29 @@ def prompt_of(model: Any, task: str) -> str | None:
 
 def _passes(model: Any, texts: Sequence[str], task: str, budget: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Row numbers and features of each forward pass over some texts."""
-    prompt = prompt_of(model, task)
+
+    def tokenised(size: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        for part in (by_characters[start : start + size] for start in range(0, len(texts), size)):
+            yield part, dict(model.preprocess([texts[row] for row in part], prompt=prompt_of(model, task), task=task))
+
     by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    tokenised: list[tuple[dict[str, Tensor], int, int]] = []  # of a row: its block, its place there, its length
-    owners: list[int] = []
-    shared: dict[str, Any] = {}
-    for first in range(0, len(by_characters), _TOKENISED_TOGETHER):
-        block = by_characters[first : first + _TOKENISED_TOGETHER]
-        features = dict(model.preprocess([texts[row] for row in block], prompt=prompt, task=task))
-        if not _can_be_cut(features):
-            # Packed for flash attention, padded on the left, not text: the model's own batches, of similar length.
-            for start in range(0, len(block), _OWN_BATCH):
-                part = block[start : start + _OWN_BATCH]
-                yield part, dict(model.preprocess([texts[row] for row in part], prompt=prompt, task=task))
-            continue
-        matrices = {key: value for key, value in features.items() if isinstance(value, Tensor) and value.ndim == 2}
-        shared = {key: value for key, value in features.items() if key not in matrices}
-        tokenised += [(matrices, place, length) for place, length in enumerate(token_lengths(features))]
-        owners += block
-    if not tokenised:
+    merged = stack_columns([features for _, features in tokenised(_TOKENISED_TOGETHER)])
+    if merged is None or not bool(merged["attention_mask"][:, 0].all()):
+        # Packed for flash attention, padded on the left, not text: the model's own batches, of similar length.
+        yield from tokenised(_OWN_BATCH)
         return
-    filler = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
+    parts = list(parts_of_like_length(merged, budget, padding_of(model.device)))
     # From the longest to the shortest: a pass that doesn't fit in memory fails at once.
-    for group in reversed(passes([length for *_, length in tokenised], budget, padding_of(model.device))):
-        yield [owners[item] for item in group], _assemble([tokenised[item] for item in group], filler) | shared
+    for rows, features in reversed(parts):
+        yield [by_characters[row] for row in rows.tolist()], features
 
 
-def _can_be_cut(features: Mapping[str, Any]) -> bool:
-    """Whether features are text padded on the right, each tensor `(rows, tokens)`."""
-    mask: Any = features.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or not bool(mask[:, 0].all()):
-        return False
-    tensors = [v for key, v in features.items() if isinstance(v, Tensor) and key != "prompt_length"]
-    return all(tensor.shape == mask.shape for tensor in tensors)
-
-
-def _assemble(rows: Sequence[tuple[Mapping[str, Tensor], int, int]], filler: int) -> dict[str, Tensor]:
-    """The features of some tokenised rows, as wide as the longest."""
-    width = max(length for *_, length in rows)
-    made: dict[str, Tensor] = {}
-    for key, like in rows[0][0].items():
-        made[key] = torch.full((len(rows), width), filler if key == "input_ids" else 0, dtype=like.dtype)
-        for number, (matrices, place, length) in enumerate(rows):
-            made[key][number, :length] = matrices[key][place, :length]
-    return made
-
-
-def choose_precision(
-    model: SentenceTransformer | SparseEncoder, texts: Sequence[str], *, task: str = "document"
-) -> tuple[bool, dict[str, Any]]:
-    """Decide whether to encode in bfloat16: where the hardware has it and the vectors of some texts stay the same."""
-    if not has_bfloat16(model.device):
-        return False, {"hardware": False}
-    step = max(1, len(texts) // PROBE_TEXTS)
-    probed = list(texts[::step][:PROBE_TEXTS])
-    if not probed:
-        return False, {"hardware": True, "texts": 0}
-    full, half = (encode_texts(model, probed, task=task, bf16=bf16).astype(np.float64) for bf16 in (False, True))
+def choose_precision(model: SentenceTransformer | SparseEncoder, texts: Sequence[str]) -> Literal["bf16", "fp32"]:
+    """What to encode passages in: "bf16" where the hardware has it and the vectors of some stay the same."""
+    probed = list(texts[:: max(1, len(texts) // PROBE_TEXTS)][:PROBE_TEXTS])
+    if not probed or not has_bfloat16(model.device):
+        return "fp32"
+    full, half = (encode_texts(model, probed, task="document", bf16=bf16).astype(np.float64) for bf16 in (False, True))
     if is_sparse_encoder(model):
         full, half = full.toarray(), half.toarray()  # of some dozen texts
     lengths = np.linalg.norm(full, axis=1) * np.linalg.norm(half, axis=1)
@@ -201,8 +160,8 @@ def choose_precision(
     with np.errstate(divide="ignore", invalid="ignore"):
         cosines = np.where(same, 1.0, (full * half).sum(axis=1) / lengths)
     # A NaN or an infinity on one side only refuses bfloat16; on both, the encoding itself names the passage.
-    lowest = float(np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0).min())
-    return lowest >= ENOUGH_COSINE, {"hardware": True, "texts": len(probed), "cosine": lowest}
+    lowest = np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0).min()
+    return "bf16" if lowest >= ENOUGH_COSINE else "fp32"
 
 
 def encode_corpus(
@@ -219,15 +178,13 @@ def encode_corpus(
     state: PartialState | None = None,
     write: Callable[[str], None] | None = None,
     write_every: float = 10.0,
-    clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """Encode a corpus into a folder of shards, in the corpus's order, in memory that hardly grows with it.
 
-    A shard, `00000.arrow` with ids and vectors, is written aside and renamed; a call that finds shards of an earlier
-    one goes on after them, once it has seen that they are of the same model, settings and passages. `manifest.json`
-    comes last, and beside it the seconds that encoding took, scaled up to the whole where a part was there already;
-    `load_vectors` reads the folder. What grows with the corpus is 16 bytes a passage, by which an id that comes twice
-    is found.
+    A call that finds shards of an earlier one goes on after them, once it has seen that they are of the same model,
+    settings and passages. `manifest.json` comes last, and beside it the seconds that encoding took, scaled up to the
+    whole where a part was there already; `load_vectors` reads the folder. What grows with the corpus is 16 bytes a
+    passage, by which an id that comes twice is found.
 
     Several processes split the shards among them, each given the whole corpus in the same order. Vectors depend
     neither on the number of processes nor on interruptions, as long as hardware, threads and libraries are the same.
@@ -246,7 +203,6 @@ def encode_corpus(
         state: the processes of a distributed run; one process when None.
         write: takes a line of progress without its line end; printed by the main process when None.
         write_every: seconds between such lines.
-        clock: seconds from a fixed moment, never going back.
 
     Returns:
         The manifest; see `load_vectors`.
@@ -254,7 +210,7 @@ def encode_corpus(
     Raises:
         ValueError: an unknown setting; a folder of another model, settings or corpus, naming what differs; an empty
             corpus; a passage without id, text or words, with an earlier one's id or a NaN vector, naming it.
-        OSError: the folder can't be written, or holds something else.
+        OSError: the folder can't be written.
     """
     sparse = is_sparse_encoder(model)
     for name, value, known in (
@@ -267,69 +223,64 @@ def encode_corpus(
         raise ValueError(f'dtype={dtype!r}: the weights of sparse vectors are stored as they are: use "float32".')
     _at_least_one(shard_size=shard_size, tokens_per_pass=tokens_per_pass)
     folder = Path(out_dir)
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    wait = state.wait_for_everyone if state is not None else lambda: None
-    shards = passage_shards(checked_passages(corpus, allow_empty), shard_size)
-    shard = next(shards, None)
-    if shard is None:
+    check_version(folder)
+    passages_of = passage_shards(checked_passages(corpus, allow_empty), shard_size)
+    first = next(passages_of, None)  # what is wrong with all passages leaves no folder
+    if first is None:
         raise ValueError("corpus: it has no passage; check its source.")
-    settings = describe_model(model, model_id) | {
+    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    computed_in: str = precision
+    if precision == "auto" and rank == 0:
+        computed_in = _begun_precision(folder) or choose_precision(model, [text for _, text in first])
+    description = describe_model(model, model_id)
+    settings = {
+        "weights_sha256": description["model"]["weights_sha256"],
+        "encoding": description["encoding"],
+        "precision": computed_in,
         "dtype": dtype,
         "shard_size": shard_size,
         "device": model.device.type,
         "tokens_per_pass": budget_of(model, tokens_per_pass),
         **({"layout": "sparse"} if sparse else {}),
     }
-    if rank == 0:
-        probed = [text for _, text in shard]
-        stored.begin(folder, settings, precision, lambda: choose_precision(model, probed))
-    wait()
-    plan = stored.read_plan(folder)
-    finished = stored.finished_shards(folder)
-    wait()  # no process writes a shard before all have seen which are there
-
     total = len(corpus) if isinstance(corpus, Sized) else None
-    begun = clock()
-    progress = PassageProgress(total, processes, write or print_at_once, write_every, clock, enabled=rank == 0)
-    number, missing, fresh, count = 0, 0, 0, 0
-    while shard:
-        if number in finished:
-            # All processes compare passages, so that none adds to a folder that another refuses; files are read once.
-            stored.check_shard(folder, number, shard, vectors=number % processes == rank)
-            progress.skipped(len(shard))
-        else:
-            if missing % processes == rank:
-                vectors = encode_texts(
-                    model,
-                    [text for _, text in shard],
-                    task="document",
-                    bf16=plan["precision"] == "bf16",
-                    tokens_per_pass=tokens_per_pass,
-                    done=progress.encoded,
-                ).astype(np.dtype(dtype))
-                finite = finite_rows(vectors)
-                if not finite.all():
-                    passage_id, _ = shard[int(finite.argmin())]
-                    raise ValueError(
-                        f"corpus: passage {passage_id!r} has a NaN or infinite vector (model {plan['model']['id']}, "
-                        f"computed in {plan['precision']}, stored in {dtype}): check the weights, or encode with "
-                        'precision="fp32" and dtype="float32" in another folder.'
-                    )
-                stored.write_shard(folder, number, shard, vectors)
-            missing += 1
-            fresh += len(shard)
-        count += len(shard)
-        number += 1
-        shard = next(shards, None)
-    wait()
-    progress.finish(count)
-    if rank == 0:
-        stored.finish(folder, number, count, kept=finished)
-        if fresh:
-            seconds = (clock() - begun) * count / fresh
-            write_json_atomic(folder / SECONDS_FILE, {"seconds": seconds, "passages_timed": fresh})
-    wait()
-    return stored.read_manifest(folder)
+    progress = PassageProgress(
+        total, processes, write or print_at_once, write_every, time.monotonic, enabled=rank == 0
+    )
+
+    def make(passages: Sequence[Passage]) -> Any:
+        chosen = _begun_precision(folder)  # by the main process
+        options: dict[str, Any] = {"bf16": chosen == "bf16", "tokens_per_pass": tokens_per_pass}
+        texts = [text for _, text in passages]
+        vectors = encode_texts(model, texts, task="document", done=progress.encoded, **options).astype(np.dtype(dtype))
+        finite = finite_rows(vectors)
+        if not finite.all():
+            raise ValueError(
+                f"corpus: passage {passages[int(finite.argmin())][0]!r} has a NaN or infinite vector (model "
+                f"{description['model']['id']}, computed in {chosen}, stored in {dtype}): check the weights, or "
+                'encode with precision="fp32" and dtype="float32" in another folder.'
+            )
+        return vector_table([passage_id for passage_id, _ in passages], vectors)
+
+    def about(tables: Sequence[Any]) -> dict[str, Any]:
+        # Not among the settings: the same weights may lie in another place.
+        return {"model": description["model"], **vector_facts(tables)}
+
+    parts = ((digest_of(chain.from_iterable(shard)), shard) for shard in chain([first], passages_of))
+    begun = time.monotonic()
+    manifest = run_shards(folder, settings, parts, make, about=about, state=state, progress=progress)
+    progress.finish(manifest["count"])
+    fresh = manifest["count"] - progress.there
+    if rank == 0 and fresh:
+        seconds = (time.monotonic() - begun) * manifest["count"] / fresh
+        write_json_atomic(folder / SECONDS_FILE, {"seconds": seconds, "passages_timed": fresh})
+    return manifest
+
+
+def _begun_precision(folder: Path) -> str | None:
+    """The precision that a folder was begun with."""
+    file = folder / CLAIM_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get("precision") if file.is_file() else None
 
 
 def encoding_seconds(folder: str | Path) -> float | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import faiss
 import numpy as np
+from faiss.contrib.exhaustive_search import knn_ground_truth
 
-from tct_hf.retrieval.rows import BLOCK, as_matrix, blocks
+from tct_hf.retrieval.vectors import BLOCK, as_matrix, blocks
 
 # Up to these counts the simpler index is the better one: exact search takes milliseconds, and a graph with its whole
 # vectors, 1.8 kB each at dimension 384, fits into memory.
@@ -133,12 +136,6 @@ def search_flat(engine: Any, queries: np.ndarray, k: int) -> tuple[list[np.ndarr
     return [values for values, _ in found], [at for _, at in found]
 
 
-def training_rows(engine: Any, count: int) -> int:
-    """How many of `count` vectors an index is trained on."""
-    _, ivf, _ = parts(engine)
-    return min(count, max(BLOCK, 0 if ivf is None else ivf.nlist * _TRAINING_ROWS_PER_LIST))
-
-
 def make_engine(dimension: int, factory: str) -> Any:
     """An empty Faiss index for inner products; RuntimeError where Faiss refuses the string."""
     engine = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
@@ -148,12 +145,28 @@ def make_engine(dimension: int, factory: str) -> Any:
     return engine
 
 
-def train_engine(engine: Any, sample: np.ndarray, limits: np.ndarray, seed: int) -> None:
-    """Train an index on a sample (rows, dimension).
+def filled_engine(vectors: Any, factory: str, seed: int) -> tuple[Any, np.ndarray]:
+    """A Faiss index with all vectors `(rows, dimension)`, and the rows held out to tune it on.
 
-    `limits` (2, dimension), the least and greatest value of each component over all vectors, are all that scalar
-    quantizers learn: no vector is clipped.
+    RuntimeError where Faiss refuses the string, or has too few vectors to train on.
     """
+    engine = make_engine(vectors.shape[1], factory)
+    _, ivf, _ = parts(engine)
+    wanted = min(len(vectors), max(BLOCK, 0 if ivf is None else ivf.nlist * _TRAINING_ROWS_PER_LIST))
+    order = np.random.default_rng(seed).permutation(len(vectors))
+    # In the order of a file that is mapped; apart where there are enough.
+    held_out, rest = np.sort(order[:SLICE]), order[SLICE:] if len(vectors) - SLICE >= wanted else order
+    if not engine.is_trained:
+        # The least and greatest value of each component are all that scalar quantizers learn: no vector is clipped.
+        extremes = [(block.min(axis=0), block.max(axis=0)) for block in blocks(vectors)]
+        limits = np.stack([np.min([low for low, _ in extremes], 0), np.max([high for _, high in extremes], 0)])
+        _train(engine, as_matrix(vectors[np.sort(rest[:wanted])], "vectors"), limits, seed)
+    for block in blocks(vectors):
+        engine.add(block)
+    return engine, held_out
+
+
+def _train(engine: Any, sample: np.ndarray, limits: np.ndarray, seed: int) -> None:
     top: Any = faiss.downcast_index(engine)
     base = faiss.downcast_index(top.base_index) if isinstance(top, faiss.IndexRefine) else top
     if isinstance(base, faiss.IndexIVF) and isinstance(faiss.downcast_index(base.quantizer), faiss.IndexFlat):
@@ -190,13 +203,6 @@ def _train_centroids(ivf: Any, sample: np.ndarray, seed: int) -> None:
     lengths, _ = clustering.index.search(sample[:BLOCK], 1)
     length = float(lengths.mean())
     ivf.quantizer.add(clustering.centroids * (length if length > 0 else 1.0))
-
-
-def draw(count: int, held_out: int, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to tune on and rows to train on, apart where there are enough, in the order of a file that is mapped."""
-    order = np.random.default_rng(seed).permutation(count)
-    rest = order[held_out:] if count - held_out >= wanted else order
-    return np.sort(order[:held_out]), np.sort(rest[:wanted])
 
 
 def stand_ins(passages: np.ndarray, seed: int) -> np.ndarray:
@@ -243,16 +249,7 @@ class ExactNeighbours:
 def exact_neighbours(queries: np.ndarray, vectors: Any, k: int) -> ExactNeighbours:
     """Find the `k` rows with the greatest inner products by exhaustive search, block by block."""
     depth = min(k + 1, len(vectors))  # one more than asked for shows where equal scores straddle the cut
-    scores = np.empty((len(queries), 0), np.float32)
-    rows = np.empty((len(queries), 0), np.int64)
-    begin = 0
-    for block in blocks(vectors):
-        values, found = faiss.knn(queries, block, min(depth, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores = np.hstack([scores, values])
-        rows = np.hstack([rows, found + begin])
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-        scores, rows = np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
-        begin += len(block)
+    scores, rows = knn_ground_truth(queries, blocks(vectors), depth, faiss.METRIC_INNER_PRODUCT)
     tied = np.zeros(len(queries), bool)
     if depth > k:
         tied = scores[:, k] >= scores[:, k - 1] - _ROUNDING * np.abs(scores[:, k - 1])
@@ -276,37 +273,27 @@ def tune(
     places = exact.rows.shape[1]
     aim = recall + (1 - recall) * _KEPT_BACK[source]
 
-    def measure(parameters: dict[str, float]) -> float:
-        set_parameters(engine, parameters)
-        return float(exact.recall(search_engine(engine, queries, places)[1]).mean())
+    tried: list[tuple[float, float, dict[str, float]]] = []  # cost, recall, parameters
 
-    best: tuple[float, dict[str, float], float] | None = None
-    highest: tuple[float, dict[str, float]] = (-1.0, {})
+    def reaches(setting: tuple[float, dict[str, float]]) -> bool:
+        cost, parameters = setting
+        set_parameters(engine, parameters)
+        measured = float(exact.recall(search_engine(engine, queries, places)[1]).mean())
+        tried.append((cost, measured, parameters))
+        return measured >= aim
+
     for line in _lines(engine, places):
+        cheapest = min((cost for cost, measured, _ in tried if measured >= aim), default=math.inf)
         # Recall rises along a line, so that halving finds the first setting that reaches the aim.
-        low, high = 0, len(line) if best is None else sum(cost < best[0] for cost, _ in line)
-        reached: tuple[float, dict[str, float], float] | None = None
-        while low < high:
-            middle = (low + high) // 2
-            cost, parameters = line[middle]
-            measured = measure(parameters)
-            highest = max(highest, (measured, parameters), key=lambda one: one[0])
-            if measured >= aim:
-                reached, high = (cost, parameters, measured), middle
-            else:
-                low = middle + 1
-        best = reached or best
-    if best is not None:
-        _, parameters, measured = best
-    else:
-        measured, parameters = highest
-        if measured < recall:
-            warnings.warn(
-                f"recall: {recall} wanted, {measured:.4f} is the most this index reaches on {len(queries)} {source}; "
-                "its codes are too coarse for these vectors. Name a factory with finer ones, such as 'HNSW32', or "
-                "accept less",
-                stacklevel=3,
-            )
+        bisect_left([setting for setting in line if setting[0] < cheapest], True, key=reaches)
+    enough = [one for one in tried if one[1] >= aim]
+    _, measured, parameters = min(enough, key=itemgetter(0)) if enough else max(tried, key=itemgetter(1))
+    if measured < recall:
+        warnings.warn(
+            f"recall: {recall} wanted, {measured:.4f} is the most this index reaches on {len(queries)} {source}; its "
+            "codes are too coarse for these vectors. Name a factory with finer ones, such as 'HNSW32', or accept less",
+            stacklevel=3,
+        )
     set_parameters(engine, parameters)
     found = {"parameters": parameters, "recall": recall, "aim": round(aim, 6), "measured": round(measured, 6)}
     return {**found, "k": k, "source": source, "slice": len(queries)}

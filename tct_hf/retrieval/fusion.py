@@ -51,9 +51,7 @@ def fuse(
     fused: Run = {}
     for query in dict.fromkeys([*sparse_run, *dense_run]):
         ids, sparse, dense = align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize)
-        scores = alpha * sparse + dense
-        order = order_of(ids, scores)[:k]
-        fused[query] = dict(zip([ids[at] for at in order.tolist()], scores[order].tolist(), strict=True))
+        fused[query] = _ordered(ids, alpha * sparse + dense, k)
     return fused
 
 
@@ -87,18 +85,15 @@ def reciprocal_rank_fusion(runs: Sequence[Mapping[str, Scores]], k: int = 60, *,
             if np.isnan(values).any():
                 raise ValueError(_not_finite(query, scores))
             names = list(scores)
-            shares = (1 / (k + np.arange(1, len(names) + 1))).tolist()
-            ranked = zip([names[at] for at in order_of(names, values).tolist()], shares, strict=True)
-            if sums:
-                so_far = sums.get
-                for passage, share in ranked:
-                    sums[passage] = so_far(passage, 0.0) + share
-            else:
-                sums = dict(ranked)
-        ids, totals = list(sums), np.fromiter(sums.values(), np.float64, len(sums))
-        order = order_of(ids, totals)[:depth]
-        fused[query] = dict(zip([ids[at] for at in order.tolist()], totals[order].tolist(), strict=True))
+            for place, at in enumerate(order_of(names, values).tolist(), start=1):
+                sums[names[at]] = sums.get(names[at], 0.0) + 1 / (k + place)
+        fused[query] = _ordered(list(sums), np.fromiter(sums.values(), np.float64, len(sums)), depth)
     return fused
+
+
+def _ordered(ids: Sequence[str], scores: np.ndarray, depth: int | None) -> dict[str, float]:
+    order = order_of(ids, scores, depth)
+    return dict(zip([ids[at] for at in order.tolist()], scores[order].tolist(), strict=True))
 
 
 def equal_spread_alpha(

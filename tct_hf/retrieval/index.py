@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
 
@@ -56,8 +56,8 @@ class Index(ABC):
         return len(self.ids)
 
     # An index says what its settings file holds besides format and passages; writes its files, but for ids and
-    # settings; reads them, with a ValueError where they don't fit; takes its own options of `load`; and says for the
-    # card what its passages are, with rows of a table.
+    # settings; reads them, with a ValueError where they don't fit; and says for the card what its passages are, with
+    # rows of a table.
     @abstractmethod
     def _settings(self) -> dict[str, Any]: ...
 
@@ -67,10 +67,6 @@ class Index(ABC):
     @classmethod
     @abstractmethod
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> Self: ...
-
-    @classmethod
-    @abstractmethod
-    def _accept(cls, folder: Path, settings: dict[str, Any]) -> None: ...
 
     @abstractmethod
     def _card(self) -> tuple[str, list[tuple[str, str]]]: ...
@@ -91,7 +87,6 @@ class Index(ABC):
             settings = {"format": self.format, "passages": len(self), **self._settings(), "files": {}}
             for path in sorted(staging.iterdir()):
                 settings["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            settings["sha256"] = _digest(settings)
             (staging / self.settings_file).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
             for path in staging.iterdir():
                 with path.open("rb") as file:
@@ -99,11 +94,11 @@ class Index(ABC):
             replace_dir(staging, folder)
 
     @classmethod
-    def load(cls, directory: str | Path, *, mmap: bool = False, verify: bool = True, **options: Any) -> Self:
+    def load(cls, directory: str | Path, *, mmap: bool = False, verify: bool = True) -> Self:
         """Open an index that `save` wrote."""
         folder = Path(directory)
-        settings = cls._checked_settings(folder, verify)
-        cls._accept(folder, settings, **options)
+        settings = cls._read_settings(folder)
+        cls._check_files(folder, settings.pop("files"), verify)
         try:
             with pa.memory_map(str(folder / _IDS_FILE)) if mmap else pa.OSFile(str(folder / _IDS_FILE)) as source:
                 ids = pa.ipc.open_file(source).read_all()["id"].chunk(0)
@@ -115,22 +110,22 @@ class Index(ABC):
             raise ValueError(f"{folder}: damaged {cls.kind} ({error}); build and save it again") from error
 
     @classmethod
-    def _checked_settings(cls, folder: Path, verify: bool) -> dict[str, Any]:
-        """The settings of a folder whose files are those it announces."""
+    def _read_settings(cls, folder: Path) -> dict[str, Any]:
         path = folder / cls.settings_file
         if not path.is_file():
             raise FileNotFoundError(f"{folder}: no {cls.kind} here ({path.name} is missing); build and save one first")
         try:
             settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found = settings["format"]
+            found = settings.pop("format")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged ({error!r}); build and save the index again") from error
         if found != cls.format:
             raise ValueError(f"{path}: format {found} where this version reads {cls.format}; build the index again")
-        if settings.pop("sha256", None) != _digest(settings):
-            raise ValueError(f"{path}: altered since it was saved (checksum); build and save the index again")
-        del settings["format"]
-        for name, expected in settings.pop("files").items():
+        return settings
+
+    @classmethod
+    def _check_files(cls, folder: Path, files: Mapping[str, Any], verify: bool) -> None:
+        for name, expected in files.items():
             file = folder / name
             wrong = None
             if not file.is_file():
@@ -141,7 +136,6 @@ class Index(ABC):
                 wrong = "altered since it was saved (checksum)"
             if wrong:
                 raise ValueError(f"{file}: {wrong}; copy it again, or build and save the index again")
-        return settings
 
     def push_to_hub(
         self,
@@ -212,20 +206,26 @@ class VectorIndex(Index):
         """Components of a vector."""
 
     @abstractmethod
-    def search(self, query_vectors: Any, k: int = 100, **options: Any) -> tuple[list[list[str]], list[Any]]:
+    def search(self, query_vectors: Any, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the passages with the greatest inner product."""
 
-    def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100, **options: Any) -> Run:
+    def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100) -> Run:
         """Search and return a run."""
-        ids, scores = self.search(query_vectors, k, **options)
+        ids, scores = self.search(query_vectors, k)
         names = list(query_ids)
         if len(names) != len(ids) or len(set(names)) != len(names):
             raise ValueError(
                 f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {len(ids)} vectors; pass one "
                 "id for each, each once"
             )
-        found = zip(names, ids, scores, strict=True)
-        return {name: dict(zip(hits, values.tolist(), strict=True)) for name, hits, values in found}
+        return as_run(names, ids, scores)
+
+    def _check_dimension(self, queries: Any) -> None:
+        if queries.shape[1] != self.dimension:
+            raise ValueError(
+                f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; encode queries "
+                "with the model that encoded the passages"
+            )
 
     def _names(self, rows: Any) -> list[str]:
         """The ids of some rows, an integer array."""
@@ -235,62 +235,55 @@ class VectorIndex(Index):
         return names
 
     @classmethod
-    def _accept(cls, folder: Path, settings: dict[str, Any], *, model: Any = None) -> None:
+    def load(cls, directory: str | Path, *, model: Any = None, **options: Any) -> Self:
+        """Open an index that `save` wrote, and refuse it where `model` did not build it."""
+        index = super().load(directory, **options)
         if model is not None:
-            check_model(folder, settings["built_by"], model if isinstance(model, Mapping) else _described(model))
+            check_model(directory, index.built_by, model if isinstance(model, Mapping) else _described(model))
+        return index
 
     def push_to_hub(
         self, repo_id: str, *, model_id: str | None = None, model_revision: str | None = None, **options: Any
     ) -> PushedIndex:
         """Push the index, pinned to the revision of the model that built it; see `Index.push_to_hub`.
 
-        The model at that revision is loaded first and its weights are compared with those that built the index. Where
-        the index does not record these, a revision must be named, and the card says that it was not checked.
+        The model at that revision, by default its newest, is loaded first: its weights must be those that built the
+        index.
         """
         _check_asked(repo_id, options.get("license"))
-        before = self.built_by
-        built_by = {key: value for key, value in (before or {}).items() if value}
-        name = model_id or built_by.get("id", "")
+        before, token = self.built_by, options.get("token")
+        built_by = before or {}
+        name = model_id or built_by.get("id") or ""
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
             raise ValueError(
                 f"model_id: {name or None!r} is no Hub id, but whoever loads the index must encode queries with the "
                 "model that built it: push that model first (tct_hf.release), then pass model_id=."
             )
-        commit = self._commit(name, model_revision or built_by.get("revision"), options.get("token"))
+        if not built_by.get("weights_sha256"):
+            raise ValueError(
+                f"built_by: the index does not record which weights built it, so that no revision of {name} can be "
+                'checked; build it again with built_by=, "model" in the manifest of encode_corpus.'
+            )
+        with hub_errors(name, "looking up the index's model"):
+            revision = model_revision or built_by.get("revision")
+            commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
+        found = _described(self._encoder(name, revision=commit, token=token, device="cpu"))
+        check_model(f"model_revision {commit[:12]}: the index", built_by, found)
         self.built_by = {**built_by, "id": name, "revision": commit}
         try:
             return super().push_to_hub(repo_id, **options)
         finally:
             self.built_by = before
 
-    def _model_card(self) -> tuple[str, tuple[str, str]]:
-        """What stands on the card of an index that is pushed: what its vectors are, and the row of the model."""
+    def _card(self) -> tuple[str, list[tuple[str, str]]]:
         built_by = self.built_by or {}
         link = f"[{built_by['id']}](https://huggingface.co/{built_by['id']})"
-        checked = "" if built_by.get("weights_sha256") else " (given by who pushed the index, not checked)"
-        row = ("model", f"{link} at `{built_by['revision']}`{checked}")
-        return f", encoded by {link}; scores are inner products", row
+        rows = [("dimension", f"{self.dimension:,}"), *self._facts(), ("model", f"{link} at `{built_by['revision']}`")]
+        return f", encoded by {link}; scores are inner products", rows
 
-    def _commit(self, name: str, revision: str | None, token: str | None) -> str:
-        """The commit of the model, whose weights are those that built the index."""
-        wanted = (self.built_by or {}).get("weights_sha256")
-        if not wanted and revision is None:
-            raise ValueError(
-                "model_revision: the index does not record which weights built it (built_by has no weights_sha256), "
-                f"so that no revision of {name} can be checked: name the commit that built it (the card will say that "
-                "it is given, not checked), or build the index again with built_by= of this model."
-            )
-        with hub_errors(name, "looking up the index's model"):
-            commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
-        if wanted:
-            found = _described(self._encoder(name, revision=commit, token=token, device="cpu"))
-            if found["weights_sha256"] != wanted:
-                raise ValueError(
-                    f"model_revision: {name} at {commit[:12]} has the weights {found['weights_sha256'][:12]}, but the "
-                    f"index was built by {wanted[:12]}: name the revision that built it, or push that model first."
-                )
-            check_model(f"model_revision {commit[:12]}: the index", self.built_by, found)
-        return commit
+    @abstractmethod
+    def _facts(self) -> list[tuple[str, str]]:
+        """Rows of the card's table."""
 
     def load_model(self, *, token: str | None = None, device: str | None = None) -> Any:
         """Load the model that built the index, at the revision that built it, to encode queries with."""
@@ -312,6 +305,24 @@ class VectorIndex(Index):
         return model
 
 
+def check_k(k: int) -> None:
+    """Refuse a number of passages a query that is below 1."""
+    if k < 1:
+        raise ValueError(f"k: {k} is below 1; ask for at least one passage")
+
+
+def best_first(names: Sequence[str], scores: np.ndarray, k: int) -> tuple[list[str], np.ndarray]:
+    """The best `k` of a query's passages, equal scores by id."""
+    order = sorted(range(len(names)), key=lambda at: (-scores[at], names[at]))[:k]
+    return [names[at] for at in order], scores[order]
+
+
+def as_run(names: Iterable[str], ids: Iterable[Sequence[str]], scores: Iterable[np.ndarray]) -> Run:
+    """What a search of some queries found, as a run."""
+    found = zip(names, ids, scores, strict=True)
+    return {name: dict(zip(hits, values.tolist(), strict=True)) for name, hits, values in found}
+
+
 def check_model(where: str | Path, built_by: Mapping[str, Any] | None, model: Mapping[str, Any]) -> None:
     """Refuse a model that did not build an index; both as "model" in what `describe_model` gives.
 
@@ -323,19 +334,19 @@ def check_model(where: str | Path, built_by: Mapping[str, Any] | None, model: Ma
             f"{model.get('id')!r}; build it again with built_by, or load it without model"
         )
     by = "weights_sha256" if built_by.get("weights_sha256") and model.get("weights_sha256") else "id"
+    before, now = built_by.get("encoding") or {}, model.get("encoding") or {}
+    others = [part for part in before if part in now and before[part] != now[part]]
     if built_by.get(by) != model.get(by):
         names = [f"{one.get('id')!r} (weights {str(one.get('weights_sha256'))[:12]})" for one in (built_by, model)]
-        raise ValueError(
-            f"{where}: built by {names[0]}, but queries would be encoded by {names[1]}: their vectors don't "
-            "compare; encode queries with the first, or build the index again with the second"
-        )
-    before, now = built_by.get("encoding") or {}, model.get("encoding") or {}
-    if others := [part for part in before if part in now and before[part] != now[part]]:
-        raise ValueError(
-            f"{where}: built by {built_by.get('id')!r} with another {', '.join(others)} than {model.get('id')!r} has, "
-            "whose weights are the same: their vectors don't compare; load the model as it was, or encode the "
-            "passages and build the index again"
-        )
+        wrong = f"built by {names[0]}, but queries would be encoded by {names[1]}"
+    elif others:
+        wrong = f"built by {built_by.get('id')!r} with another {', '.join(others)} than {model.get('id')!r} has"
+    else:
+        return
+    raise ValueError(
+        f"{where}: {wrong}: their vectors don't compare; encode queries with the model that built it, or build the "
+        "index again with the other"
+    )
 
 
 def check_ids(ids: Sequence[str], count: int, what: str) -> None:
@@ -376,7 +387,3 @@ def _described(model: Any) -> Mapping[str, Any]:
 
     found: Mapping[str, Any] = describe_model(model)["model"]
     return found
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tct_hf.data.column_names import negative_columns
 from tct_hf.data.near_duplicates import folded, share_most, shingles
 
 if TYPE_CHECKING:
@@ -79,10 +81,6 @@ class Rules:
     too_few: str = "fill"
 
     def __post_init__(self) -> None:
-        for name in ("num_negatives", "depth", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name}={value!r}: give a whole number")
         few, near = self.num_negatives, self.near_duplicate
         refuse(
             {
@@ -107,34 +105,26 @@ def refuse(faults: Mapping[str, bool]) -> None:
 
 
 @dataclass
-class Candidate:
-    """A passage that may become a negative: its row in the corpus, and its scores where there are any."""
-
-    row: int
-    score: float | None
-    teacher_score: float | None = None
-
-
-@dataclass
 class OpenRow:
-    """A row of triples that is being made."""
+    """A row of triples that is being made; passages are rows of the corpus."""
 
     query_id: str
-    positive: int  # a row of the corpus
+    positive: int
     positives: Sequence[int]  # all known ones of the query
-    candidates: Mapping[int, float]  # row of the corpus to score, best first
+    candidates: Mapping[int, float]  # to their scores, best first
     text: str | None = None  # of the positive, where it is not the passage's own
-    chosen: list[Candidate] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
-    texts: set[str] = field(default_factory=set)
-    positive_teacher_score: float | None = None
-    random_negatives: int = 0
 
 
 class Miner:
     """Chooses the negatives of the rows of some queries, id to text; it holds the texts that were looked at.
 
     `plain` gives what is left of a text when two are compared for being equal.
+
+    Attributes:
+        counts: what was drawn and refused.
+        scores: the teacher's, of query id and passage.
     """
 
     def __init__(
@@ -143,16 +133,16 @@ class Miner:
         ids: Sequence[str],
         rules: Rules,
         queries: Mapping[str, str],
-        teacher: PairScorer | Scores | None = None,
+        teacher: PairScorer | None = None,
         plain: Callable[[str], str] = folded,
     ) -> None:
         self._corpus = corpus.select_columns("text")
         self._ids, self._rules, self._queries, self._teacher, self._plain_of = ids, rules, queries, teacher, plain
         self._text: dict[int, str] = {}
-        self._shingles: dict[int, frozenset[int]] = {}
-        self._plain: dict[int, str] = {}
-        self._scores: dict[tuple[str, int], float] = {}
+        self._plain = cache(lambda passage: plain(self._text[passage]))
+        self._shingles = cache(lambda passage: shingles(self._text[passage], _WIDTH))
         self.counts = MiningCounts()
+        self.scores: dict[tuple[str, int], float] = {}
 
     def choose(self, rows: Sequence[OpenRow]) -> list[OpenRow]:
         """Choose the negatives of rows, and return the rows that have all of them, in their order."""
@@ -163,13 +153,13 @@ class Miner:
         self._read({positive for row in rows for positive in row.positives})
         while pending:
             # A few more than are missing: most rows are full after one turn, and a teacher scores a turn at once.
-            drawn = [(row, list(itertools.islice(order, wanted - len(row.chosen) + 2))) for row, order in pending]
-            self._read({candidate.row for _, part in drawn for candidate in part})
+            drawn = [(row, list(islice(order, wanted - len(row.chosen) + 2))) for row, order in pending]
+            self._read({passage for _, part in drawn for passage in part})
             if self._teacher is not None:
-                self._score(drawn)
+                self._score(drawn, self._teacher)
             for row, part in drawn:
-                for candidate in part:
-                    self._consider(row, candidate)
+                for passage in part:
+                    self._consider(row, passage)
             pending = [
                 one for one, (row, part) in zip(pending, drawn, strict=True) if part and len(row.chosen) < wanted
             ]
@@ -177,153 +167,116 @@ class Miner:
 
     def triple(self, row: OpenRow) -> dict[str, Any]:
         """A row with the columns of :func:`column_names`."""
-        names = negative_names(self._rules.num_negatives)
-        chosen = [candidate.row for candidate in row.chosen]
+        negatives = dict(zip(negative_columns(self._rules.num_negatives), row.chosen, strict=True))
         return {
             "query": self._queries[row.query_id],
             "positive": self._text[row.positive] if row.text is None else row.text,
-            **{name: self._text[at] for name, at in zip(names, chosen, strict=True)},
+            **{name: self._text[passage] for name, passage in negatives.items()},
             "query_id": row.query_id,
             "positive_id": self._ids[row.positive],
-            **{f"{name}_id": self._ids[at] for name, at in zip(names, chosen, strict=True)},
+            **{f"{name}_id": self._ids[passage] for name, passage in negatives.items()},
             "known_positive_ids": [self._ids[positive] for positive in row.positives],
         }
 
-    def _order(self, row: OpenRow) -> Iterator[Candidate]:
+    def _order(self, row: OpenRow) -> Iterator[int]:
         """The candidates in random order, then random passages where a row is to be filled up."""
         # A string seed goes through SHA-512: the same numbers on every platform and in every process. Query and
         # positive are in it, so that a row does not depend on which others are asked for.
         draw = random.Random(f"{self._rules.seed}\x1f{row.query_id}\x1f{self._ids[row.positive]}")
-        for at in draw.sample(list(row.candidates), len(row.candidates)):
-            yield Candidate(at, row.candidates[at])
+        yield from draw.sample(list(row.candidates), len(row.candidates))
         if self._rules.too_few == "skip":
             return
         total = len(self._ids)
         if total > 10_000:  # in the end every passage, but a large corpus is put in order only where it must be
             for _ in range(100 * self._rules.num_negatives):
-                yield Candidate(draw.randrange(total), None)
-        for at in draw.sample(range(total), total):
-            yield Candidate(at, None)
+                yield draw.randrange(total)
+        yield from draw.sample(range(total), total)
 
-    def _read(self, rows: set[int]) -> None:
-        missing = sorted(rows - self._text.keys())
+    def _read(self, passages: set[int]) -> None:
+        missing = sorted(passages - self._text.keys())
         if missing:
             self._text.update(zip(missing, self._corpus[missing]["text"], strict=True))
 
-    def _shingled(self, row: int) -> frozenset[int]:
-        if row not in self._shingles:
-            self._shingles[row] = shingles(self._text[row], _WIDTH)
-        return self._shingles[row]
-
-    def _plainly(self, row: int) -> str:
-        if row not in self._plain:
-            self._plain[row] = self._plain_of(self._text[row])
-        return self._plain[row]
-
-    def _copies_a_positive(self, row: OpenRow, candidate: int) -> bool:
-        threshold = self._rules.near_duplicate
-        text = self._plainly(candidate)
-        if row.text is not None:
-            return self._plain_of(row.text) == text
-        return any(
-            self._plainly(positive) == text
-            or (threshold is not None and share_most(self._shingled(positive), self._shingled(candidate), threshold))
-            for positive in row.positives
-        )
-
-    def _consider(self, row: OpenRow, candidate: Candidate) -> None:
-        if len(row.chosen) == self._rules.num_negatives or candidate.row in row.seen:
+    def _consider(self, row: OpenRow, passage: int) -> None:
+        if len(row.chosen) == self._rules.num_negatives or passage in row.seen:
             return
-        row.seen.add(candidate.row)
-        cause = self._cause(row, candidate)
-        if candidate.score is not None:
+        row.seen.add(passage)
+        cause = self._cause(row, passage)
+        if cause is None:
+            row.chosen.append(passage)
+        if passage in row.candidates:
             self.counts.drawn += 1
             if cause is not None:
                 setattr(self.counts, cause, getattr(self.counts, cause) + 1)
-        if cause is None:
-            row.chosen.append(candidate)
-            row.texts.add(self._plainly(candidate.row))
-            row.random_negatives += candidate.score is None
 
-    def _cause(self, row: OpenRow, candidate: Candidate) -> str | None:
-        """Why a candidate is refused, by the name of its count; None where it may train."""
-        if candidate.row in row.positives:
+    def _cause(self, row: OpenRow, passage: int) -> str | None:
+        """Why a passage is refused, by the name of its count; None where it may train."""
+        if passage in row.positives:
             return "known_positives"
-        if self._copies_a_positive(row, candidate.row):
+        if self._copies_a_positive(row, passage):
             return "near_duplicates"
-        if self._plainly(candidate.row) in row.texts:
+        if self._plain(passage) in map(self._plain, row.chosen):
             return "repeated"
-        if candidate.score is not None:
-            candidate.teacher_score = self._scores.get((row.query_id, candidate.row))
-        margin, positive = self._rules.margin, row.positive_teacher_score
-        if margin is None or positive is None or candidate.teacher_score is None:
-            return None
-        return "above_margin" if candidate.teacher_score > positive + margin else None
+        margin, score = self._rules.margin, self.scores.get((row.query_id, passage))
+        if margin is not None and score is not None and score > self.scores[row.query_id, row.positive] + margin:
+            return "above_margin"
+        return None
 
-    def _score(self, drawn: Sequence[tuple[OpenRow, Sequence[Candidate]]]) -> None:
+    def _copies_a_positive(self, row: OpenRow, passage: int) -> bool:
+        if row.text is not None:
+            return bool(self._plain_of(row.text) == self._plain(passage))
+        threshold = self._rules.near_duplicate
+        return any(
+            self._plain(positive) == self._plain(passage)
+            or (threshold is not None and share_most(self._shingles(positive), self._shingles(passage), threshold))
+            for positive in row.positives
+        )
+
+    def _score(self, drawn: Sequence[tuple[OpenRow, Sequence[int]]], teacher: PairScorer) -> None:
         """Have the teacher score the positives and the candidates that the other rules leave."""
         wanted: dict[tuple[str, int], None] = {}
         for row, part in drawn:
             wanted[row.query_id, row.positive] = None
-            for candidate in part:
+            for passage in part:
                 # Random passages fill up what the margin empties, so that it must not empty it again.
                 if (
-                    candidate.score is not None
-                    and candidate.row not in row.positives
-                    and not self._copies_a_positive(row, candidate.row)
+                    passage in row.candidates
+                    and passage not in row.positives
+                    and not self._copies_a_positive(row, passage)
                 ):
-                    wanted[row.query_id, candidate.row] = None
-        pairs = [pair for pair in wanted if pair not in self._scores]
-        if callable(self._teacher):
-            texts = [(self._queries[query_id], self._text[row]) for query_id, row in pairs]
-            scores = [float(score) for score in self._teacher(texts)] if pairs else []
-            if len(scores) != len(pairs):
-                raise ValueError(f"teacher: it gave {len(scores)} scores for {len(pairs)} pairs; return one for each")
-        else:
-            scores = [self._known(query_id, row) for query_id, row in pairs]
-        for (query_id, passage), score in zip(pairs, scores, strict=True):
-            if not math.isfinite(score):
+                    wanted[row.query_id, passage] = None
+        pairs = [pair for pair in wanted if pair not in self.scores]
+        texts = [(self._queries[query_id], self._text[passage]) for query_id, passage in pairs]
+        scores = [float(score) for score in teacher(texts)] if pairs else []
+        if len(scores) != len(pairs):
+            raise ValueError(f"teacher: it gave {len(scores)} scores for {len(pairs)} pairs; return one for each")
+        self.scores.update(zip(pairs, scores, strict=True))
+        for query_id, passage in pairs:
+            if not math.isfinite(score := self.scores[query_id, passage]):
                 raise ValueError(
                     f"teacher: its score of query {query_id!r} and passage {self._ids[passage]!r} is {score}; "
                     "check its weights"
                 )
-            self._scores[query_id, passage] = score
-        for row, _ in drawn:
-            row.positive_teacher_score = self._scores[row.query_id, row.positive]
-
-    def _known(self, query_id: str, row: int) -> float:
-        stored: Any = self._teacher
-        try:
-            return float(stored[query_id][self._ids[row]])
-        except KeyError:
-            raise ValueError(
-                f"teacher: it has no score of query {query_id!r} and passage {self._ids[row]!r}; score all positives "
-                f"and the best {self._rules.depth} candidates, or give a function that scores pairs of texts"
-            ) from None
 
     def _is_whole(self, row: OpenRow) -> bool:
         short = len(row.chosen) < self._rules.num_negatives
+        filled = sum(passage not in row.candidates for passage in row.chosen)
         if short and self._rules.too_few == "fill":
             raise ValueError(
                 f"corpus: query {row.query_id!r} has only {len(row.chosen)} passages that may train as its negatives, "
                 f"and num_negatives is {self._rules.num_negatives}; lower it, or add passages (mine_triples leaves "
                 'such rows out with too_few="skip")'
             )
-        self.counts.short_rows += bool(short or row.random_negatives)
+        self.counts.short_rows += bool(short or filled)
         self.counts.skipped_rows += short
-        self.counts.random_negatives += row.random_negatives
+        self.counts.random_negatives += filled
         self.counts.rows += not short
         return not short
 
 
-def negative_names(num_negatives: int) -> list[str]:
-    """The columns of this many negatives a row."""
-    return ["negative"] if num_negatives == 1 else [f"negative_{place + 1}" for place in range(num_negatives)]
-
-
 def column_names(num_negatives: int) -> list[str]:
     """The columns of `bm25_triples` with this many negatives a row, in their order."""
-    names = negative_names(num_negatives)
+    names = negative_columns(num_negatives)
     ids = ["query_id", "positive_id", *(f"{name}_id" for name in names)]
     return ["query", "positive", *names, *ids, "known_positive_ids"]
 

@@ -6,16 +6,16 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tct_hf.data.column_names import negative_columns
+from tct_hf.data.shards import digest_of, read_shard, run_shards
 from tct_hf.files import claim, write_aside, write_json_atomic
 from tct_hf.retrieval.miner import (
     Miner,
@@ -25,7 +25,6 @@ from tct_hf.retrieval.miner import (
     Rules,
     Scores,
     column_names,
-    negative_names,
     passage_ids,
     positive_rows,
     refuse,
@@ -55,7 +54,7 @@ def mine_triples(
     seed: int,
     num_negatives: int = 1,
     depth: int = 200,
-    teacher: Scores | PairScorer | None = None,
+    teacher: PairScorer | None = None,
     margin: float | None = None,
     near_duplicate: float | None = 0.6,
     too_few: Literal["fill", "skip"] = "fill",
@@ -73,8 +72,8 @@ def mine_triples(
     does not depend on which others are asked for.
 
     Args:
-        run: query id to passage id to score, of any system (`read_run`); or a function from queries, id to text, to
-            such a run, called for some queries at a time (`BM25Index.run`).
+        run: query id to passage id to score, of any system (`read_run`); or a function from some queries, id to text,
+            to such a run (`BM25Index.run`).
         corpus: columns id and text.
         queries: query id to text.
         qrels: query id to passage id to relevance; 1 and more is positive. Queries without positives give no row.
@@ -82,13 +81,12 @@ def mine_triples(
         seed: the seed.
         num_negatives: negatives a row.
         depth: how many of the best passages of a query to sample from, known positives among them.
-        teacher: judge of candidates: a function from (query, passage) texts to a score each, asked for as few pairs
-            as possible (`CrossEncoder.predict`), or a run with a score of every positive and candidate.
+        teacher: a function from (query, passage) texts to a score each, asked for as few pairs as possible
+            (`CrossEncoder.predict`).
         margin: refuse a candidate whose teacher score is above that of the row's positive by more than this: it
             probably answers the query. None: the teacher's scores are recorded and refuse nothing.
         near_duplicate: refuse candidates that share at least this much of their word triples with a positive (Jaccard
-            index, above 0, at most 1). Texts that differ in case and punctuation alone are always refused; None
-            refuses nothing else.
+            index, above 0, at most 1). Texts that differ in case and punctuation alone are always refused.
         too_few: what becomes of a row with too few candidates left: "fill" takes random passages, which no teacher
             judges, under the other rules; "skip" leaves it out.
         counts: set to what was refused, filled up and left out.
@@ -97,7 +95,7 @@ def mine_triples(
         depends: JSON-ready, all that `run` and `teacher` depend on where they are functions; needed with output_dir.
         queries_a_part: queries that are searched and written at a time; what a kill loses at most.
         state: the processes of a distributed run, which share the parts; one process when None. Needs output_dir.
-        write: takes a line of progress a part.
+        write: takes a line of progress for each part of several.
 
     Returns:
         One row a (query, positive): the columns of `bm25_triples`; then positive_score and negative_score (or
@@ -116,7 +114,6 @@ def mine_triples(
     from datasets import Dataset  # slow to import
 
     rules = Rules(num_negatives, depth, seed, margin, near_duplicate, too_few)
-    functions = callable(run) or callable(teacher)
     refuse(
         {
             f'origin={origin!r}: name where the negatives come from, for instance "bm25"': not origin.strip(),
@@ -126,7 +123,7 @@ def mine_triples(
             "depends: run or teacher is a function; give what they depend on, such as the checksum of a model, so "
             "that output_dir tells whether it is of the same": output_dir is not None
             and depends is None
-            and functions,
+            and (callable(run) or teacher is not None),
         }
     )
     ids = passage_ids(corpus)
@@ -134,13 +131,15 @@ def mine_triples(
     positives = positive_rows(queries, qrels, row_of)
     if not callable(run) and not any(run.get(query_id) for query_id in positives):
         raise ValueError("run: it has none of the queries with judgements; give the run of the same split as qrels")
-    negatives = ["positive", *negative_names(num_negatives)]
+    names = ["positive", *negative_columns(num_negatives)]
     types = {name: pa.string() for name in column_names(num_negatives)} | {"known_positive_ids": pa.list_(pa.string())}
-    types |= {f"{name}_score": pa.float64() for name in negatives}
-    types |= {f"{name}_teacher_score": pa.float64() for name in negatives} if teacher is not None else {}
+    for kind in ("score",) if teacher is None else ("score", "teacher_score"):
+        types |= {f"{name}_{kind}": pa.float64() for name in names}
     schema = pa.schema({**types, "origin": pa.string()})
+    asked = list(positives)
+    parts = [asked[start : start + queries_a_part] for start in range(0, len(asked), queries_a_part)]
 
-    def mine(part: Sequence[str]) -> tuple[Any, MiningCounts]:
+    def mine(part: Sequence[str]) -> Any:
         texts = {query_id: queries[query_id] for query_id in part}
         found = run(texts) if callable(run) else run
         opened = []
@@ -151,35 +150,32 @@ def mine_triples(
         miner = Miner(corpus, ids, rules, texts, teacher)
         made = []
         for row in miner.choose(opened):
-            score = found.get(row.query_id, {}).get(ids[row.positive])
-            scores = [None if score is None else float(score), *(negative.score for negative in row.chosen)]
-            judged = [row.positive_teacher_score, *(negative.teacher_score for negative in row.chosen)]
-            made.append(
-                {
-                    **miner.triple(row),
-                    **{f"{name}_score": value for name, value in zip(negatives, scores, strict=True)},
-                    **{f"{name}_teacher_score": value for name, value in zip(negatives, judged, strict=True)},
-                    "origin": origin,
-                }
-            )
-        return pa.Table.from_pylist(made, schema=schema), miner.counts
+            score = found.get(row.query_id, {}).get(ids[row.positive])  # also below the candidates
+            scores = [None if score is None else float(score), *map(row.candidates.get, row.chosen)]
+            judged = [miner.scores.get((row.query_id, passage)) for passage in (row.positive, *row.chosen)]
+            triple = {**miner.triple(row), "origin": origin}
+            triple |= {f"{name}_score": one for name, one in zip(names, scores, strict=True)}
+            triple |= {f"{name}_teacher_score": one for name, one in zip(names, judged, strict=True)}
+            made.append(triple)
+        if write is not None and len(parts) > 1 and (state is None or state.is_main_process):
+            write(f"  {len(part):,} of {len(asked):,} queries: {len(made):,} triples")
+        counts = json.dumps(asdict(miner.counts))
+        return pa.Table.from_pylist(made, schema.with_metadata({_COUNTS: counts}))
 
-    asked = list(positives)
-    parts = [asked[start : start + queries_a_part] for start in range(0, len(asked), queries_a_part)]
     if output_dir is None:
         with tempfile.TemporaryDirectory() as scratch:
-            table, done = _mined(Path(scratch), parts, mine, None, write, {})
+            table, done = _mined(Path(scratch), parts, mine, None, {})
     else:
         settings = {
             **asdict(rules),
             "origin": origin,
             "queries_a_part": queries_a_part,
-            "run": dict(depends or {}) if callable(run) else _digest(run),
-            "teacher": None if teacher is None else "a function" if callable(teacher) else _digest(teacher),
+            "run": dict(depends or {}) if callable(run) else _run_digest(run),
+            "teacher": None if teacher is None else "a function",
             **({"depends": dict(depends)} if depends and not callable(run) else {}),
             "data": _data_digest(corpus, queries, positives, ids),
         }
-        table, done = _mined(Path(output_dir), parts, mine, state, write, settings)
+        table, done = _mined(Path(output_dir), parts, mine, state, settings)
     if counts is not None:
         vars(counts).update(vars(done))
     dataset = Dataset(table)
@@ -190,47 +186,31 @@ def mine_triples(
 def _mined(
     folder: Path,
     parts: Sequence[Sequence[str]],
-    mine: Callable[[Sequence[str]], tuple[Any, MiningCounts]],
+    mine: Callable[[Sequence[str]], Any],
     state: PartialState | None,
-    write: Callable[[str], None] | None,
     settings: Mapping[str, Any],
 ) -> tuple[Any, MiningCounts]:
-    """Mine what a folder lacks, part by part, join the parts, and read the result."""
-    alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
-    team: Any = state if state is not None else alone
-    if team.is_main_process:
+    """Mine the parts that a folder lacks, join them, and read the result."""
+    is_main = state is None or state.process_index == 0
+    wait = state.wait_for_everyone if state is not None else lambda: None
+    if is_main:
         claim(folder, settings)
-    team.wait_for_everyone()
+    wait()
     if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
-        files = [folder / _PARTS / f"{number:05d}.parquet" for number in range(len(parts))]
-        rows = 0
-        for number in range(team.process_index, len(parts), team.num_processes):
-            if not files[number].is_file():
-                table, counts = mine(parts[number])
-                table = table.replace_schema_metadata({_COUNTS: json.dumps(asdict(counts))})
-                with write_aside(files[number]) as aside:
-                    pq.write_table(table, aside, compression="zstd")
-                rows += counts.rows
-                if write is not None and len(parts) > 1 and team.is_main_process:
-                    write(f"  part {number + 1} of {len(parts)}: {rows:,} triples")
-        team.wait_for_everyone()
-        if team.is_main_process:
-            _join(files, folder, settings)
-        team.wait_for_everyone()
-    if team.is_main_process:
+        run_shards(folder / _PARTS, {}, ((digest_of(part), part) for part in parts), mine, state=state)
+        if is_main:
+            _join([read_shard(folder / _PARTS, number) for number in range(len(parts))], folder, settings)
+        wait()
+    if is_main:
         shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return pq.read_table(folder / TRIPLES_FILE), read_counts(folder)
 
 
-def _join(files: Sequence[Path], folder: Path, settings: Mapping[str, Any]) -> None:
+def _join(tables: Sequence[Any], folder: Path, settings: Mapping[str, Any]) -> None:
     """One file of all parts, in their order, with what they counted beside it."""
-    done, tables = MiningCounts(), []
-    for file in files:
-        try:
-            tables.append(pq.read_table(file))
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file}: damaged ({error}); delete it and start again") from error
-        done.add(MiningCounts(**json.loads(tables[-1].schema.metadata[_COUNTS])))
+    done = MiningCounts()
+    for table in tables:
+        done.add(MiningCounts(**json.loads(table.schema.metadata[_COUNTS])))
     refuse(
         {
             "run: it has no passage for any of the queries with judgements; give the run of these": not done.drawn,
@@ -267,19 +247,17 @@ def _candidates(scores: Mapping[str, float], query_id: str, depth: int, row_of: 
         ) from None
 
 
-def _digest(scores: Scores) -> str:
-    digest = sha256()
-    for query_id in sorted(scores):
-        digest.update(json.dumps([query_id, sorted(scores[query_id].items())]).encode())
-    return digest.hexdigest()
+def _run_digest(run: Scores) -> str:
+    return digest_of(json.dumps([query_id, sorted(run[query_id].items())]) for query_id in sorted(run))
 
 
 def _data_digest(
     corpus: Dataset, queries: Mapping[str, str], positives: Mapping[str, Sequence[int]], ids: Sequence[str]
 ) -> str:
-    digest = sha256()
-    for batch in corpus.select_columns(["id", "text"]).iter(1000):
-        digest.update(json.dumps([batch["id"], batch["text"]]).encode())
-    for query_id, rows in positives.items():
-        digest.update(json.dumps([query_id, queries[query_id], [ids[row] for row in rows]]).encode())
-    return digest.hexdigest()
+    def texts() -> Iterator[str]:
+        for batch in corpus.select_columns(["id", "text"]).iter(1000):
+            yield from (*batch["id"], *batch["text"])
+        for query_id, rows in positives.items():
+            yield from (query_id, queries[query_id], *(ids[row] for row in rows))
+
+    return digest_of(texts())

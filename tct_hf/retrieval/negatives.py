@@ -40,8 +40,7 @@ def bm25_triples(
     which others are asked for.
 
     Questions without judgements give rows too, for a teacher to say what their passages are worth: the best passage
-    stands in column positive, and the negatives are sampled from the next best. With `candidates` the best are a
-    teacher's, and its first passage is a pseudo-positive that counts as much as the teacher is sure of it.
+    stands in column positive, and the negatives are sampled from the next best.
 
     Args:
         corpus: columns id and text.
@@ -53,17 +52,16 @@ def bm25_triples(
         seed: the seed.
         index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
         unlabelled: query id to text of questions without judgements.
-        candidates: a run of these and other queries, scores are logits; the best passages of its queries, instead of
-            BM25's, are what negatives are sampled from.
+        candidates: a run whose scores are a teacher's logits, instead of BM25's best for the queries it has; the first
+            passage of an unlabelled question is then a pseudo-positive that counts as much as the teacher is sure.
         without: unlabelled questions that are sentences of passages, query id to where it comes from: the passage
             without the sentence is the positive, whatever else is found.
 
     Returns:
         One row a (query, positive): query, positive, negative, query_id, positive_id, negative_id,
-        known_positive_ids (all of the query). With several negatives, negative_1, negative_2, ... and negative_1_id,
-        negative_2_id, ... instead of negative and negative_id. With unlabelled questions there is also a column
-        labelled, false in their rows, and with their candidates a column label_weight: 1 for a judged positive, the
-        softmax of the first candidate for a pseudo-positive.
+        known_positive_ids (all of the query); with several negatives, negative_1, negative_1_id and so on. With
+        unlabelled questions also labelled, false in their rows, and with their candidates label_weight: 1 for a judged
+        positive, the softmax of the first candidate for a pseudo-positive.
 
     Raises:
         ValueError: a setting out of range, a query or passage that judgements name and the data lack, an index over
@@ -72,8 +70,7 @@ def bm25_triples(
     """
     from datasets import Dataset  # slow to import
 
-    if num_negatives < 1 or depth < 1:
-        raise ValueError(f"num_negatives={num_negatives}, depth={depth}: both must be 1 or more")
+    rules = Rules(num_negatives, max(depth, num_negatives), seed)
     ids = passage_ids(corpus)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     unlabelled, without = unlabelled or {}, without or {}
@@ -92,39 +89,34 @@ def bm25_triples(
         names += ["labelled"] if candidates is None else ["labelled", "label_weight"]
     candidates = candidates or {}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
-    rules = Rules(num_negatives, max(depth, num_negatives), seed)
     texts = {**{query_id: queries[query_id] for query_id in positives}, **unlabelled}
     texts |= {query_id: made.text for query_id, made in without.items() if query_id in texts}
     asked = list(texts)
     batches = []
     for start in range(0, len(asked), _QUERIES_A_BATCH):
         part = asked[start : start + _QUERIES_A_BATCH]
-        searched = [query_id for query_id in part if query_id not in candidates]
-        found, _ = index.search([texts[query_id] for query_id in searched], depth)
-        best = {name: [row_of[hit] for hit in hits] for name, hits in zip(searched, found, strict=True)}
+        found = index.run({query_id: texts[query_id] for query_id in part if query_id not in candidates}, depth)
+        found |= {query_id: dict(rank(candidates[query_id])[:depth]) for query_id in part if query_id in candidates}
         opened: list[OpenRow] = []
         for query_id in part:
-            hits = best.get(query_id)
-            if hits is None:
-                hits = [row_of[passage_id] for passage_id, _ in rank(candidates[query_id])[:depth]]
+            best = {row_of[passage_id]: score for passage_id, score in found[query_id].items()}
             text = None
             if query_id in without:
-                own = [row_of[without[query_id].passage_id]]
-                text = without[query_id].rest
-                hits = [row for row in hits if row not in own]
+                own, text = [row_of[without[query_id].passage_id]], without[query_id].rest
+                best.pop(own[0], None)
             elif query_id in positives:
                 own = positives[query_id]
             else:
                 # A question of which BM25 knows no word gets random passages: the teacher scores those as well.
-                own = hits[:1] or [random.Random(f"{seed}\x1f{query_id}").randrange(len(ids))]
-            opened += [OpenRow(query_id, row, own, dict.fromkeys(hits, 0.0), text) for row in own]
+                own = list(best)[:1] or [random.Random(f"{seed}\x1f{query_id}").randrange(len(ids))]
+            opened += [OpenRow(query_id, row, own, best, text) for row in own]
         miner = Miner(corpus, ids, rules, texts, plain=_normal)
         rows: list[dict[str, Any]] = []
         for row in miner.choose(opened):
             made = {**miner.triple(row), "labelled": row.query_id in positives, "label_weight": 1.0}
             if row.query_id not in positives and row.query_id not in without:
-                ranked = rank(candidates.get(row.query_id, {}))
-                made |= {"known_positive_ids": [], "label_weight": _softmax_of_first([score for _, score in ranked])}
+                scores = [score for _, score in rank(candidates.get(row.query_id, {}))]
+                made |= {"known_positive_ids": [], "label_weight": _softmax_of_first(scores)}
             rows.append(made)
         batches.append(pa.RecordBatch.from_pylist(rows, schema))
     return Dataset(pa.Table.from_batches(batches, schema))
@@ -157,15 +149,15 @@ def collection_triples(
     max_questions: int | None = None,
     candidates: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Dataset:
-    """Training triples of a collection with negatives that are no known positives; see `bm25_triples`.
+    """Training triples of a collection's train split and questions, as `bm25_triples` makes them.
 
     Args:
-        collection: whose train split and questions they are made of.
+        collection: the collection.
         num_negatives: negatives a row.
         depth: BM25 ranks they are sampled from.
         seed: of the sample.
         labels: share of the train queries whose judgements are used, 0 to 1; the same ones whatever the seed.
-        unlabelled: also give rows of the other train queries and of `questions`, without labels.
+        unlabelled: also give rows of the other train queries and of the questions, without labels.
         max_questions: at most so many of these.
         candidates: the best passages of some queries, instead of BM25's.
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 
-from tct_hf.retrieval.index import VectorIndex, check_ids, id_array
-from tct_hf.retrieval.inverted_lists import append_rows, are_lists, best_rows, count_terms
-from tct_hf.retrieval.rows import as_csr, sparse_blocks
+from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_k, id_array
+from tct_hf.retrieval.vectors import ShardedRows, as_csr, csr_blocks
 
+# Scores of this many passages are added up at a time: 256 KB of them, which stays in a core's own cache.
+_BLOCK = 65_536
+_GROUP = 64
+_TINY = np.nextafter(np.float32(0), np.float32(1))
 _ARRAYS = {"starts": "int64", "rows": "uint32", "weights": "float32"}
 
 
@@ -63,83 +66,57 @@ class SparseIndex(VectorIndex):
     def build(cls, vectors: Any, ids: Iterable[str], *, built_by: Mapping[str, Any] | None = None) -> SparseIndex:
         """Index passage vectors, as they are: nothing is normalised, rounded or left out.
 
-        Memory holds the index and a block of rows; of an iterator, all its blocks.
+        Memory holds the index and a block of rows; nothing is densified.
 
         Args:
             vectors: (passages, dimension): a scipy sparse matrix, the torch sparse tensor that
-                `SparseEncoder.encode_document` returns, what `load_vectors` returns, or an iterable of such blocks.
-                Nothing is densified.
+                `SparseEncoder.encode_document` returns, or what `load_vectors` returns.
             ids: passage ids, one a row, each once.
             built_by: the model that encoded the passages, "model" in the manifest of `encode_corpus`.
 
         Raises:
-            ValueError: vectors of another kind or of several dimensions, a weight that is NaN, infinite or negative,
-                ids that don't fit, or no non-zero at all.
+            ValueError: vectors of another kind, a weight that is NaN, infinite or negative, ids that don't fit, or no
+                non-zero at all.
         """
-        blocks = sparse_blocks(vectors, "vectors")
-        counts: np.ndarray | None = None
-        passages = 0
-        for block in blocks:
-            if counts is None:
-                counts = np.zeros(block.shape[1], np.int64)
-            if block.shape[1] != len(counts):
-                raise ValueError(
-                    f"vectors: dimension {block.shape[1]} from row {passages} on where it was {len(counts)} before; "
-                    "encode all passages with one model"
-                )
-            count_terms(block.indices, counts)
-            passages += block.shape[0]
+        matrix = vectors if isinstance(vectors, ShardedRows) else as_csr(vectors, "vectors")
+        passages, dimension = matrix.shape
         id_list = list(ids)
         check_ids(id_list, passages, "vectors")
-        assert counts is not None
+        counts = np.zeros(dimension, np.int64)
+        for block in csr_blocks(matrix):
+            counts += np.bincount(block.indices, minlength=dimension)
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         if not starts[-1]:
             raise ValueError(
                 "vectors: every passage is zero in all dimensions, so that nothing could be found; the model has "
                 "collapsed, or texts were left out when they were encoded"
             )
-        if passages >= 2**32:
-            raise ValueError(f"vectors: {passages:,} passages, and an index holds less than 2**32; build several")
         rows, weights = np.empty(starts[-1], np.uint32), np.empty(starts[-1], np.float32)
         ends, first = starts[:-1].copy(), 0
-        for block in blocks:
+        for block in csr_blocks(matrix):
             append_rows(block.indptr.astype(np.int64), block.indices, block.data, first, ends, rows, weights)
             first += block.shape[0]
         return cls(starts, rows, weights, id_array(id_list), built_by=built_by)
 
-    def search(  # type: ignore[override]
-        self, query_vectors: Any, k: int = 100, *, threads: int = 1
-    ) -> tuple[list[list[str]], list[np.ndarray]]:
+    def search(self, query_vectors: Any, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the passages with the greatest inner product.
 
         Args:
             query_vectors: (queries, dimension) sparse, of scipy or torch; or one vector of torch.
             k: passages a query, at most; passages without any term of the query are never returned.
-            threads: queries searched at a time.
 
         Returns:
             Ids and float32 scores, one list and one array a query, best first; empty for a query without a term that
             a passage has.
 
         Raises:
-            ValueError: k or threads below 1, a wrong shape, a weight that is NaN, infinite or negative, or a score
+            ValueError: k is below 1, a wrong shape, a weight that is NaN, infinite or negative, or a score
                 that float32 can't hold.
         """
-        for name, number in (("k", k), ("threads", threads)):
-            if number < 1:
-                raise ValueError(f"{name}: {number} is below 1; ask for at least one")
+        check_k(k)
         queries = as_csr(query_vectors, "query_vectors")
-        if queries.shape[1] != self.dimension:
-            raise ValueError(
-                f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; "
-                "encode queries with the model that encoded the passages"
-            )
-        depth, numbers = min(k, len(self)), range(queries.shape[0])
-        if threads == 1:
-            found = [self._best(queries, row, depth) for row in numbers]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(lambda row: self._best(queries, row, depth), numbers))
+        self._check_dimension(queries)
+        found = [self._best(queries, row, min(k, len(self))) for row in range(queries.shape[0])]
         return [names for names, _ in found], [scores for _, scores in found]
 
     def _best(self, queries: Any, row: int, k: int) -> tuple[list[str], np.ndarray]:
@@ -155,9 +132,7 @@ class SparseIndex(VectorIndex):
         ordered = scores[order]
         if not (ordered[1:] == ordered[:-1]).any():
             return self._names(rows[order[:k]]), ordered[:k]
-        names = self._names(rows)
-        best = sorted(order.tolist(), key=lambda at: (-scores[at], names[at]))[:k]
-        return [names[at] for at in best], scores[best]
+        return best_first(self._names(rows), scores, k)
 
     def _settings(self) -> dict[str, Any]:
         return {"dimension": self.dimension, "postings": self.postings, "built_by": self.built_by}
@@ -189,14 +164,9 @@ class SparseIndex(VectorIndex):
             )
         return cls(starts, rows, weights, ids, built_by=settings["built_by"])
 
-    def _card(self) -> tuple[str, list[tuple[str, str]]]:
-        of_what, model = self._model_card()
-        return of_what, [
-            ("dimension", f"{self.dimension:,}"),
-            ("active dims a passage", f"{self.active_dims:,.1f}"),
-            ("bytes a passage", f"{self.nbytes / len(self):,.0f}"),
-            model,
-        ]
+    def _facts(self) -> list[tuple[str, str]]:
+        size = f"{self.nbytes / len(self):,.0f}"
+        return [("active dims a passage", f"{self.active_dims:,.1f}"), ("bytes a passage", size)]
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
@@ -213,3 +183,134 @@ def _searchable(starts: np.ndarray, rows: np.ndarray, weights: np.ndarray, passa
     return bool(are_lists(*map(_read_only, (starts, rows)), passages)) and all(
         bool((np.isfinite(part) & (part > 0)).all()) for part in parts
     )
+
+
+def _compiled(function: Any) -> Any:
+    compiled = numba.njit(function, nogil=True)
+    try:
+        # Compiling takes seconds: kept on disk for the next process.
+        compiled.enable_caching()
+    except RuntimeError:  # no folder that numba may write to: compiled in this process alone
+        pass
+    return compiled
+
+
+@_compiled
+def append_rows(row_starts, terms, weights, first_row, ends, list_rows, list_weights):  # type: ignore[no-untyped-def]
+    """Append a block of passages, as CSR, to the lists; `ends` (terms,) says where each list goes on, and moves."""
+    for row in range(len(row_starts) - 1):
+        for at in range(row_starts[row], row_starts[row + 1]):
+            place = ends[terms[at]]
+            list_rows[place] = first_row + row
+            list_weights[place] = weights[at]
+            ends[terms[at]] = place + 1
+
+
+@_compiled
+def are_lists(starts, list_rows, passages):  # type: ignore[no-untyped-def]
+    """Whether the rows of every list rise and are below `passages`: `best_rows` writes where they say."""
+    for term in range(len(starts) - 1):
+        before = np.int64(-1)
+        for at in range(starts[term], starts[term + 1]):
+            row = np.int64(list_rows[at])
+            if row <= before or row >= passages:
+                return False
+            before = row
+    return True
+
+
+@_compiled
+def _replace_least(heap, value):  # type: ignore[no-untyped-def]
+    """Replace the least of a heap, its first."""
+    at = 0
+    size = len(heap)
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
+@_compiled
+def _first_from(list_rows, low, high, row):  # type: ignore[no-untyped-def]
+    """The first place from `low` to `high` whose row is `row` or greater."""
+    while low < high:
+        middle = (low + high) // 2
+        if list_rows[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@_compiled
+def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # type: ignore[no-untyped-def]
+    """The k best passages of one query, and all that equal the last of them: rows int64, rising, and scores float32.
+
+    Args:
+        starts: (terms + 1,) int64, where each term's list begins.
+        list_rows: (postings,) uint32, rising within a list.
+        list_weights: (postings,) float32.
+        passages: rows in all.
+        terms: (query terms,) int64, each once, rising.
+        weights: (query terms,) float32.
+        k: passages wanted, at least 1; those of a score of 0 are left out.
+    """
+    heap = np.zeros(k, np.float32)  # the k greatest scores so far, the least first; zeros where there are fewer
+    rows = np.empty(max(4 * k, 1024), np.int64)
+    scores = np.empty(len(rows), np.float32)
+    found = 0
+    places = np.empty(len(terms), np.int64)
+    for number in range(len(terms)):
+        places[number] = starts[terms[number]]
+    sums = np.empty(min(_BLOCK, passages), np.float32)
+    for first in range(0, passages, _BLOCK):
+        size = min(_BLOCK, passages - first)
+        sums[:size] = 0
+        for number in range(len(terms)):
+            begin, end, weight = places[number], starts[terms[number] + 1], weights[number]
+            if first + size < passages:
+                end = _first_from(list_rows, begin, end, first + size)
+            for at in range(begin, end):
+                sums[np.int64(list_rows[at]) - first] += weight * list_weights[at]
+            places[number] = end
+        for near in range(0, size, _GROUP):
+            far = min(near + _GROUP, size)
+            least = max(heap[0], _TINY)
+            # A comparison of many at a time, which most groups don't pass.
+            reached = 0
+            for row in range(near, far):
+                reached |= sums[row] >= least
+            if not reached:
+                continue
+            for row in range(near, far):
+                score = sums[row]
+                if score < heap[0] or score <= 0:
+                    continue
+                if score > heap[0]:
+                    _replace_least(heap, score)
+                if found == len(rows):
+                    kept = 0
+                    for at in range(found):
+                        if scores[at] >= heap[0]:
+                            rows[kept] = rows[at]
+                            scores[kept] = scores[at]
+                            kept += 1
+                    found = kept
+                    if 2 * found > len(rows):  # equals of the last, which the ids decide among
+                        more_rows = np.empty(2 * len(rows), np.int64)
+                        more_scores = np.empty(2 * len(rows), np.float32)
+                        more_rows[:found] = rows[:found]
+                        more_scores[:found] = scores[:found]
+                        rows, scores = more_rows, more_scores
+                rows[found] = first + row
+                scores[found] = score
+                found += 1
+    chosen = scores[:found] >= heap[0]
+    return rows[:found][chosen], scores[:found][chosen]

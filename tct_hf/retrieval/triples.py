@@ -66,9 +66,8 @@ def load_triples(
     Columns read: query, positive, negative; or negative_1 ... negative_n; or a list, negatives (or negative).
     Ids: query_id, positive_id, negative_id, or negative_1_id ... negative_n_id, or a list, negative_ids. A list of
     positives makes one row of each. Lists may hold passages as objects {docid, title, text}. Ids stand in for texts
-    when `queries` or `collection` have them, under a text's name too (query, positive, negative that hold ids). A
-    column labelled is true, or false in rows that are not judged: their positive is a mere candidate. Other columns
-    are left out.
+    when `queries` or `collection` have them, under a text's name too. A column labelled is true, or false in rows that
+    are not judged: their positive is a mere candidate. Other columns are left out.
 
     Args:
         path_or_hub_id: the source.
@@ -81,35 +80,33 @@ def load_triples(
             ("owner/name:configuration:split"), a data set or a mapping.
         queries: query texts by id, from the same kinds of sources.
         qrels: a file of judgements (BEIR or TREC) or {query id: {passage id: grade}}: known positives that must not
-            train as negatives. Without it they are all positives that the source itself gives for a query (not when
-            streaming: that would take a whole pass).
-        num_negatives: take the first this many of each row; None takes all, the same number in every row. Of BEIR
-            folders: how many to sample, 1 by default.
+            train as negatives; by default all that the source itself gives for a query (none when streaming).
+        num_negatives: the first so many of each row; None takes all, the same number in every row. Of BEIR folders:
+            how many to sample, 1 by default.
         scores: keep a teacher's scores too, for `StoredScores`: the name of a column of lists (one score a candidate,
-            positive first), or what follows positive_ and negative_ (or negative_1_ ...), such as "teacher_score" of
-            mined and of scored triples. Every row is checked to have a finite score of each candidate.
+            positive first), or what follows positive_ and negative_ (or negative_1_ ...), such as "teacher_score".
         depth: of BEIR folders: how many of BM25's best passages to sample from.
         seed: of BEIR folders: of the sample.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
-        skip_bad_rows: leave bad rows out instead of refusing the source. A bad line of a collection, of queries or of
-            judgements is always refused, and so is one of a BEIR folder.
-        skipped: takes what was left out, per kind, with the first of each. It is also logged, and stands in the
-            description of the result's `info`. When streaming, it belongs to the pass under way in this process.
+        skip_bad_rows: leave bad rows out instead of refusing the source; of texts, judgements and BEIR folders they
+            are always refused.
+        skipped: takes what was left out, per kind, with the first of each; when streaming, of the pass under way in
+            this process. It is also logged, and stands in the description of the result's `info`.
         cache_dir: where prepared data are kept; by default `default_cache_dir()`.
 
     Returns:
         Columns query, positive, negative (or negative_1 ... negative_n), all text; query_id, positive_id,
         negative_id (or negative_1_id ...) and known_positive_ids where there are ids; labelled where the source has
-        it; scores, a list of floats, where they are asked for. Memory-mapped, prepared once for
-        each source and setting. With streaming=True an `IterableDataset` in the order of the source, which trainers do
-        not shuffle: use its `shuffle(seed=..., buffer_size=...)`.
+        it; scores, a list of floats, where they are asked for. Memory-mapped, prepared once for each source and
+        setting. With streaming=True an `IterableDataset` in the order of the source: trainers do not shuffle it, use
+        its `shuffle(seed=..., buffer_size=...)`.
 
     Raises:
         FileNotFoundError: no such file, folder, data set or split.
         ValueError: a bad row (missing column, empty text, unknown id, wrong number of fields, not UTF-8, mixed
-            types), an id that comes twice, a broken .gz, nothing to train on, texts where ids are to be looked up, or
-            settings that do not fit the source.
-            The message names file, line, column and the fix.
+            types, a score that is missing or not finite), an id that comes twice, a broken .gz, nothing to train on,
+            texts where ids are to be looked up, or settings that do not fit the source; names file, line, column and
+            the fix.
         OSError: the cache can't be written, or the Hub can't be reached.
     """
     if num_negatives is not None and num_negatives < 0:
@@ -117,17 +114,13 @@ def load_triples(
     skipped = skipped if skipped is not None else SkippedRows()
     # BEIR first: its folder would also pass for one in the Hub's layout.
     if _is_beir(path_or_hub_id, config):
-        refused = {"columns": columns or None, "collection": collection, "queries": queries, "qrels": qrels}
-        for name, value in {**refused, "scores": scores, "streaming": streaming or None}.items():
+        own = {"columns": columns or None, "collection": collection, "queries": queries, "qrels": qrels}
+        for name, value in {**own, "scores": scores, "streaming": streaming or None, "revision": revision}.items():
             if value is not None:
                 raise ValueError(
-                    f"{name}= does not go with a BEIR collection, whose texts and judgements are its own; leave it out"
+                    f"{name}= does not go with a BEIR collection, whose texts and judgements are its own; leave it "
+                    "out (of another revision, download it and give its folder)"
                 )
-        if revision is not None:
-            raise ValueError(
-                f"revision= does not go with a BEIR collection, whose judgements may be in another repository; "
-                f"download revision {revision!r} and give its folder"
-            )
         skipped.replace(SkippedRows())
         return _from_beir(path_or_hub_id, split, num_negatives, depth, seed, cache_dir)
 

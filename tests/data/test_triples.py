@@ -262,7 +262,7 @@ def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
     assert rows_of(load_triples(folder, num_negatives=2, seed=4)) != rows_of(expected)
     with pytest.raises(ValueError, match="qrels= does not go with a BEIR collection"):
         load_triples(folder, qrels={})
-    with pytest.raises(ValueError, match=r"revision= does not go with a BEIR.*download revision 'v1' and give its"):
+    with pytest.raises(ValueError, match=r"revision= does not go with a BEIR.*download it and give its"):
         load_triples(folder, revision="v1")
 
 

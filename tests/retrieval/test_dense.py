@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 
 from tct_hf import DenseIndex
-from tct_hf.retrieval import faiss_tools, rows
+from tct_hf.retrieval import faiss_tools
 from tct_hf.retrieval.faiss_tools import factory_for
 from tests.retrieval.test_index import content
 
@@ -106,18 +104,18 @@ def test_wrong_input_is_named(vectors: Any, factory: str, options: dict[str, Any
         DenseIndex.build(vectors, [str(row) for row in range(np.shape(vectors)[0])], factory, **options)
 
 
-def test_threads_are_set_for_the_call_only_and_wrong_queries_named(vectors: np.ndarray) -> None:
+def test_threads_are_set_for_the_build_only_and_wrong_queries_named(vectors: np.ndarray) -> None:
     before = faiss.omp_get_max_threads()
     index = DenseIndex.build(vectors, IDS, threads=2)
-    index.search(vectors, 3, threads=2)
     assert faiss.omp_get_max_threads() == before
     for given, options, message in (
         (np.ones((1, 4)), {}, "dimension 4 where the index has 8"),
         (vectors, {"k": 0}, "k: 0"),
-        (vectors, {"threads": 0}, "threads: 0"),
     ):
         with pytest.raises(ValueError, match=message):
             index.search(given, **options)
+    with pytest.raises(ValueError, match="threads: 0"):
+        DenseIndex.build(vectors, IDS, threads=0)
 
 
 # Kinds of index and their parameters
@@ -188,7 +186,7 @@ def test_passages_of_one_vector_do_not_stand_in_the_way_of_a_recall() -> None:
 
 
 def test_mapped_half_precision_vectors_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BLOCK", 64)
+    monkeypatch.setattr("tct_hf.retrieval.vectors.BLOCK", 64)
     vectors = clustered(300).astype(np.float16)
     np.save(tmp_path / "vectors.npy", vectors)
     index = DenseIndex.build(np.load(tmp_path / "vectors.npy", mmap_mode="r"), names_of(vectors))
@@ -208,7 +206,7 @@ def test_an_index_comes_back_with_the_same_bytes_every_time(tmp_path: Path, fact
     assert content(tmp_path / "index") == content(tmp_path / "again")
     for mmap in (False, True):
         loaded = DenseIndex.load(tmp_path / "index", mmap=mmap)
-        found = loaded.search(queries, 20, threads=1)
+        found = loaded.search(queries, 20)
         assert found[0] == expected[0] and all(map(np.array_equal, found[1], expected[1]))
         assert (loaded.factory, loaded.parameters, loaded.tuning) == (factory, index.parameters, index.tuning)
 
@@ -220,51 +218,3 @@ def test_compressed_index_is_small_on_disk_and_in_memory(tmp_path: Path) -> None
     # 64 B of bytes, 8 B of bits, 8 B of factors, 8 B of row number, centroids, half-filled blocks, ids.
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) / 5000 < 64 + 8 + 8 + 8 + 18
     assert index.ids.nbytes / 5000 < 9
-
-
-# Additions
-
-
-@pytest.mark.filterwarnings("ignore:.*lies outside the range")
-@pytest.mark.parametrize("factory", ["auto", "HNSW8", "IVF4,Flat", AUTO])
-def test_added_passages_are_found_and_saved(tmp_path: Path, vectors: np.ndarray, factory: str) -> None:
-    index = DenseIndex.build(vectors[:40], IDS[:40], factory, parameters={})
-    index.add(vectors[40:] * 3, IDS[40:])
-    index.save(tmp_path / "index")
-    loaded = DenseIndex.load(tmp_path / "index")
-    assert len(index) == len(loaded) == 50 and loaded.ids.to_pylist() == IDS
-    for one in (index, loaded):
-        assert one.search(vectors[45:46], k=1)[0] == [["d45"]]
-
-
-@pytest.mark.parametrize("factory", ["SQ8", "IVF4,SQ8", AUTO, "Flat"])
-def test_an_addition_beyond_the_range_of_the_codes_is_warned_of(vectors: np.ndarray, factory: str) -> None:
-    index = DenseIndex.build(vectors, IDS, factory, parameters={})
-    far = vectors[:4] * np.array([[0.5], [0.5], [40], [40]], np.float32)
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        index.add(vectors[:10], [f"same{at}" for at in range(10)])
-        assert not seen
-        index.add(far, [f"x{at}" for at in range(4)])
-    said = " ".join(str(one.message) for one in seen)
-    expected = r"row 2 \(passage 'x2'\) lies outside .* as 2 of 4 rows do.*build the index"
-    assert len(index) == 64 and (said == "" if factory == "Flat" else re.search(expected, said))
-
-
-def test_a_refused_addition_leaves_the_index_as_it_was(tmp_path: Path, vectors: np.ndarray) -> None:
-    index = DenseIndex.build(vectors[:40], IDS[:40])
-    for bad, ids, message in (
-        (vectors[40:], IDS[:10], "'d0' comes twice"),
-        (vectors[40:, :4], IDS[40:], "dimension 4 where the index has 8"),
-        (vectors[40:], IDS[40:45], "5 ids for 10 vectors"),
-        (vectors[40:] * np.nan, IDS[40:], "row 0 has a NaN"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            index.add(bad, ids)
-    assert len(index) == 40 and len(index.search(vectors[:1], k=50)[0][0]) == 40
-    index.save(tmp_path / "index")
-    with pytest.raises(ValueError, match="mmap=False"):
-        DenseIndex.load(tmp_path / "index", mmap=True).add(vectors[40:], IDS[40:])
-    fixed = DenseIndex.build(clustered(200, dimension=8), names_of(clustered(200)), "NSG8,Flat")
-    with pytest.raises(ValueError, match=r"add: Faiss can't add to NSG8,Flat .*build the index anew"):
-        fixed.add(vectors, IDS)
