@@ -17,6 +17,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 from sentence_transformers.base.modules import Transformer
 
 from tct_hf.cache import default_cache_dir
+from tct_hf.data.shards import MANIFEST_FILE
 from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
@@ -28,7 +29,7 @@ from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts, encoding_seconds, is_sparse_encoder
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
-from tct_hf.retrieval.vectors import MANIFEST_FILE, FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
+from tct_hf.retrieval.vectors import FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
 from tct_hf.teachers.colbert import ColBERTTeacher
 
 if TYPE_CHECKING:
@@ -264,9 +265,7 @@ class Workspace:
                 index.save(folder)
             opened = load(folder)
             taken = json.loads(seconds_file.read_text(encoding="utf-8"))["seconds"] if seconds_file.is_file() else None
-            # The limits of components are for adding passages.
-            disk = bytes_on_disk([file for file in folder.iterdir() if file.name != "limits.npy"])
-            self._made[name] = Stored(opened, Footprint(disk, _memory(opened, folder), taken))
+            self._made[name] = Stored(opened, Footprint(bytes_on_disk(folder), _memory(opened, folder), taken))
         return self._made[name]
 
 

@@ -7,7 +7,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,6 @@ class BM25Index(Index):
         self.ids = ids
         self.settings = settings
         self._analyse = _analyser(settings["language"], settings["stemmer"])
-        self._idf: np.ndarray | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._engine, self.ids, self.settings)  # an analyser is made again
@@ -108,13 +107,11 @@ class BM25Index(Index):
         engine.index((tokens, vocabulary), create_empty_token=False, show_progress=False)
         return cls(engine, id_list, settings)
 
-    def search(
-        self, queries: Sequence[str] | Mapping[str, str], k: int = 100
-    ) -> tuple[list[list[str]], list[np.ndarray]]:
+    def search(self, queries: Sequence[str], k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
         """Find the best passages of each query.
 
         Args:
-            queries: query texts, or {query id: text} whose order the result follows.
+            queries: query texts.
             k: passages a query, at most; passages without any query word are never returned.
 
         Returns:
@@ -126,11 +123,10 @@ class BM25Index(Index):
         """
         check_k(k)
         if isinstance(queries, str):
-            raise ValueError("queries: one string; pass a list of query texts or {query id: text}")
-        texts = list(queries.values()) if isinstance(queries, Mapping) else list(queries)
-        tokens = [self.known_words(text) for text in texts]
-        ids: list[list[str]] = [[] for _ in texts]
-        scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in texts]
+            raise ValueError("queries: one string; pass a list of query texts")
+        tokens = [self.known_words(text) for text in queries]
+        ids: list[list[str]] = [[] for _ in queries]
+        scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in queries]
         answerable = [at for at, words in enumerate(tokens) if words]
         # One more than asked for shows whether equal scores straddle the cut.
         depth = min(k + 1, len(self.ids))
@@ -146,7 +142,7 @@ class BM25Index(Index):
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
         """Search queries, id to text, and return a run, in which every query has an entry."""
-        return as_run(queries, *self.search(queries, k))
+        return as_run(queries, *self.search(list(queries.values()), k))
 
     def known_words(self, text: str) -> list[int]:
         """The numbers of a query's words in the vocabulary, each as often as it comes; other words are left out."""
@@ -167,14 +163,13 @@ class BM25Index(Index):
         frequencies = np.fromiter(counts.values(), np.float64, len(counts))
         k1, b = self.settings["k1"], self.settings["b"]
         length = k1 * (1 - b + b * len(words) / self.settings["average_length"])
-        return numbers, (self._idfs()[numbers] * frequencies / (frequencies + length)).astype(np.float32)
+        return numbers, (self._idf[numbers] * frequencies / (frequencies + length)).astype(np.float32)
 
-    def _idfs(self) -> np.ndarray:
+    @cached_property
+    def _idf(self) -> np.ndarray:
         """`(vocabulary,)`: the inverse document frequencies of Lucene, as in Kamphuis et al., ECIR 2020."""
-        if self._idf is None:
-            holders = np.diff(self._engine.scores["indptr"])
-            self._idf = np.log(1 + (len(self) - holders + 0.5) / (holders + 0.5))
-        return self._idf
+        holders = np.diff(self._engine.scores["indptr"])
+        return np.log(1 + (len(self) - holders + 0.5) / (holders + 0.5))
 
     def _best(self, tokens: list[int], rows: np.ndarray, scores: np.ndarray, k: int) -> tuple[list[str], np.ndarray]:
         if len(scores) > k and scores[k] == scores[k - 1] and scores[k] > 0:
@@ -197,8 +192,6 @@ class BM25Index(Index):
 
         _keep_compiled()
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
-        if engine.scores["num_docs"] != len(ids):
-            raise ValueError(f"{engine.scores['num_docs']} indexed passages where {len(ids)} are announced")
         return cls(engine, ids.to_pylist(), settings)
 
     def _card(self) -> tuple[str, list[tuple[str, str]]]:

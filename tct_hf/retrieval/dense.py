@@ -162,15 +162,13 @@ class DenseIndex(VectorIndex):
         ids: list[list[str]] = []
         scores: list[np.ndarray] = []
         for values, rows in zip(all_scores, all_rows, strict=True):
-            if len(rows) < depth or (exact and rows[-1] < 0) or not np.isfinite(values[rows >= 0]).all():
+            there = rows >= 0  # approximate indexes mark with -1 the places they could not fill
+            if len(rows) < depth or (exact and not there.all()) or not np.isfinite(values[there]).all():
                 raise ValueError(
                     f"query_vectors: row {len(ids)} has a score that is NaN or infinite: its products with passages "
                     "leave the range of float32; check the model, or scale its vectors down"
                 )
-            if rows[-1] < 0:
-                # Approximate indexes mark with -1 the places they could not fill.
-                values, rows = values[rows >= 0], rows[rows >= 0]
-            found = self._names(rows)
+            found, values = self._names(rows[there]), values[there]
             if (values[1:] >= values[:-1]).any():
                 found, values = best_first(found, values, depth)
             ids.append(found[:depth])
@@ -178,7 +176,7 @@ class DenseIndex(VectorIndex):
         return ids, scores
 
     def _settings(self) -> dict[str, Any]:
-        names = ("factory", "parameters", "tuning", "dimension", "built_by")
+        names = ("factory", "parameters", "tuning", "built_by")
         return {name: getattr(self, name) for name in names}
 
     def _write(self, folder: Path) -> None:
@@ -193,11 +191,6 @@ class DenseIndex(VectorIndex):
             lists = settings["factory"].startswith("IVF") and "Refine" not in settings["factory"]
             flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if lists else faiss.IO_FLAG_MMAP_IFC
         engine = faiss.read_index(str(folder / _INDEX_FILE), flags)
-        dimension = settings.pop("dimension")
-        if len(ids) != engine.ntotal or engine.d != dimension:
-            raise ValueError(
-                f"{engine.ntotal} vectors of dimension {engine.d} where {len(ids)} of {dimension} are announced"
-            )
         set_parameters(engine, settings["parameters"])
         return cls(engine, ids, **settings)
 

@@ -263,54 +263,29 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
         k: passages wanted, at least 1; those of a score of 0 are left out.
     """
     heap = np.zeros(k, np.float32)  # the k greatest scores so far, the least first; zeros where there are fewer
-    rows = np.empty(max(4 * k, 1024), np.int64)
-    scores = np.empty(len(rows), np.float32)
-    found = 0
+    sums = np.zeros(passages, np.float32)
     places = np.empty(len(terms), np.int64)
     for number in range(len(terms)):
         places[number] = starts[terms[number]]
-    sums = np.empty(min(_BLOCK, passages), np.float32)
     for first in range(0, passages, _BLOCK):
-        size = min(_BLOCK, passages - first)
-        sums[:size] = 0
+        last = min(first + _BLOCK, passages)
         for number in range(len(terms)):
             begin, end, weight = places[number], starts[terms[number] + 1], weights[number]
-            if first + size < passages:
-                end = _first_from(list_rows, begin, end, first + size)
+            if last < passages:
+                end = _first_from(list_rows, begin, end, last)
             for at in range(begin, end):
-                sums[np.int64(list_rows[at]) - first] += weight * list_weights[at]
+                sums[np.int64(list_rows[at])] += weight * list_weights[at]
             places[number] = end
-        for near in range(0, size, _GROUP):
-            far = min(near + _GROUP, size)
-            least = max(heap[0], _TINY)
+        for near in range(first, last, _GROUP):
+            far = min(near + _GROUP, last)
+            least = heap[0]
             # A comparison of many at a time, which most groups don't pass.
             reached = 0
             for row in range(near, far):
-                reached |= sums[row] >= least
-            if not reached:
-                continue
-            for row in range(near, far):
-                score = sums[row]
-                if score < heap[0] or score <= 0:
-                    continue
-                if score > heap[0]:
-                    _replace_least(heap, score)
-                if found == len(rows):
-                    kept = 0
-                    for at in range(found):
-                        if scores[at] >= heap[0]:
-                            rows[kept] = rows[at]
-                            scores[kept] = scores[at]
-                            kept += 1
-                    found = kept
-                    if 2 * found > len(rows):  # equals of the last, which the ids decide among
-                        more_rows = np.empty(2 * len(rows), np.int64)
-                        more_scores = np.empty(2 * len(rows), np.float32)
-                        more_rows[:found] = rows[:found]
-                        more_scores[:found] = scores[:found]
-                        rows, scores = more_rows, more_scores
-                rows[found] = first + row
-                scores[found] = score
-                found += 1
-    chosen = scores[:found] >= heap[0]
-    return rows[:found][chosen], scores[:found][chosen]
+                reached |= sums[row] > least
+            if reached:
+                for row in range(near, far):
+                    if sums[row] > heap[0]:
+                        _replace_least(heap, sums[row])
+    rows = np.flatnonzero(sums >= max(heap[0], _TINY))
+    return rows, sums[rows]

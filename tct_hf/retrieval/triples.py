@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tct_hf.cache import prepared
 from tct_hf.data.beir import hub_configurations, load_beir
 from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, negative_columns
 from tct_hf.data.qrels import KnownPositives, own_positive
-from tct_hf.data.rows import BadRow, SkippedRows, byte_lines, decode, is_hub_id
+from tct_hf.data.rows import SkippedRows, byte_lines, is_hub_id
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
 from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
@@ -159,14 +160,8 @@ def _open_tsv(
     num_negatives: int | None,
 ) -> LineSource:
     """A file of triples; fields go by position, or with `columns` by the header that the file then must have."""
-    lines: list[list[str]] = []  # the fields of the first two; none where a line can't be read, which is said later
-    for _, line in byte_lines(path):
-        try:
-            lines.append(decode(line).split("\t"))
-        except BadRow:
-            lines.append([])
-        if len(lines) == 2:
-            break
+    # What can't be read in the first two lines is said later.
+    lines = [line.decode(errors="replace").split("\t") for _, line in islice(byte_lines(path), 2)]
     if not lines:
         raise ValueError(f"{path}: no row to train on; it is empty")
     first = lines[0]

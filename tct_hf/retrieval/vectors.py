@@ -16,7 +16,6 @@ import pyarrow as pa
 from scipy.sparse import coo_matrix, csr_matrix, issparse, vstack
 
 from tct_hf.data import shards
-from tct_hf.data.shards import MANIFEST_FILE as MANIFEST_FILE
 from tct_hf.files import command
 
 _FORMER_SETTINGS = "encoding.json"  # of folders that versions before wrote

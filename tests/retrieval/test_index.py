@@ -94,11 +94,10 @@ def test_settings_that_are_damaged_or_do_not_fit_are_refused(tmp_path: Path) -> 
         settings.write_text(broken)
         with pytest.raises(ValueError, match=message):
             DenseIndex.load(tmp_path)
-    for change in ({"passages": 3}, {"dimension": 9}):
-        settings.write_text(text)
-        rewrite(tmp_path, settings.name, change)
-        with pytest.raises(ValueError, match=r"damaged dense index \(.* are announced\); build and save it again"):
-            DenseIndex.load(tmp_path)
+    settings.write_text(text)
+    rewrite(tmp_path, settings.name, {"passages": 3})
+    with pytest.raises(ValueError, match=r"damaged dense index \(.* are announced\); build and save it again"):
+        DenseIndex.load(tmp_path)
 
 
 def test_a_model_that_did_not_build_the_index_is_refused_by_what_differs(tmp_path: Path) -> None:
