@@ -225,6 +225,10 @@ STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
         (["--stages=train"], "teacher or unlabelled or stock or student or evaluate"),
         (["--student.training.temprature=2"], 'did you mean "student.training.temperature"?'),
         (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
+        (
+            ["--student.training.eval_strategy=steps", "--data.dev_split=null"],
+            "student.training.eval_strategy is 'steps'",
+        ),
         (["--student.training.kl_direction=both"], "student.training: kl_direction must be"),
         (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
         (["--student.teacher_cache_gigabytes=0"], "student.teacher_cache_gigabytes=0.0: give a finite number"),
