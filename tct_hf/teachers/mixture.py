@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
 from tct_hf.teachers.base import Dtype, Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher, encode_together
-from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher
+from tct_hf.teachers.colbert import TEXTS_AT_ONCE, ColBERTTeacher, DenseTeacher, VectorTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 
 if TYPE_CHECKING:
@@ -127,24 +125,44 @@ def search_mixture(
         encode_together(kept[0][0], kept[1][0], texts)
     found = [collection_bm25(collection).run(dict(queries), depth)]
     found += [dense_run(one, ids, texts, queries, depth) for one in dense]
-    run: Run = {}
-    for name, query in queries.items():
-        union = list(dict.fromkeys(passage for hits in found for passage in hits.get(name, ())))
-        if not union:
-            continue
-        scored = dict(zip(union, _sum(searchers, query, [texts[rows[one]] for one in union]), strict=True))
-        best = [passage for passage, _ in rank(scored)[:depth]]
-        more = _sum(rerankers, query, [texts[rows[one]] for one in best])
-        total = {passage: scored[passage] + score for passage, score in zip(best, more, strict=True)}
-        run[name] = dict(rank(total)[:keep])
-    return run
+    unions = {name: list({one: None for hits in found for one in hits.get(name, ())}) for name in queries}
+    names = [name for name, union in unions.items() if union]
+    asked = [queries[name] for name in names]
+
+    def add(members: Sequence[tuple[Teacher, float]], runs: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        lists = [[texts[rows[one]] for one in run] for run in runs]
+        totals = [list(run.values()) for run in runs]
+        for teacher, weight in members:
+            for total, scores in zip(totals, lists_scores(teacher, asked, lists), strict=True):
+                total[:] = [one + weight * score for one, score in zip(total, scores, strict=True)]
+        return [dict(zip(run, total, strict=True)) for run, total in zip(runs, totals, strict=True)]
+
+    scored = add(searchers, [dict.fromkeys(unions[name], 0.0) for name in names])
+    best = add(rerankers, [dict(rank(run)[:depth]) for run in scored])
+    return {name: dict(rank(run)[:keep]) for name, run in zip(names, best, strict=True)}
 
 
-def _sum(members: Sequence[tuple[Teacher, float]], query: str, passages: Sequence[str]) -> list[float]:
-    total = torch.zeros(len(passages))
-    for one, weight in members:
-        total += weight * one.list_scores(query, passages)
-    return total.tolist()
+def lists_scores(teacher: Any, queries: Sequence[str], lists: Sequence[Sequence[str]]) -> list[list[float]]:
+    """A teacher's scores of each query's passages, as :meth:`Teacher.list_scores` gives them.
+
+    Passage by passage, where the teacher compares vectors or words: each passage is read once, not once a query.
+    """
+    compares_vectors = isinstance(teacher, (VectorTeacher, CachedTeacher))
+    if not compares_vectors and not isinstance(teacher, BM25Teacher):
+        return [teacher.list_scores(query, texts).tolist() for query, texts in zip(queries, lists, strict=True)]
+    places: dict[str, list[tuple[int, int]]] = {}
+    for row, texts in enumerate(lists):
+        for column, text in enumerate(texts):
+            places.setdefault(text, []).append((row, column))
+    asked = teacher.vectors(queries, "query") if compares_vectors else queries
+    found, passages = [[0.0] * len(texts) for texts in lists], list(places)
+    for start in range(0, len(passages), TEXTS_AT_ONCE):
+        part = passages[start : start + TEXTS_AT_ONCE]
+        for text, passage in zip(part, teacher.vectors(part, "document") if compares_vectors else part, strict=True):
+            scores = teacher.scores([asked[row] for row, _ in places[text]], [passage])[:, 0].tolist()
+            for (row, column), score in zip(places[text], scores, strict=True):
+                found[row][column] = score
+    return found
 
 
 def dense_run(teacher: Any, ids: Sequence[str], texts: Sequence[str], queries: Mapping[str, str], depth: int) -> Run:
