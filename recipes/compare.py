@@ -82,6 +82,7 @@ def main(settings: Settings) -> None:
                     bf16=base.base["bf16"],
                     prompts=shared.prompts,
                     lengths=shared.lengths,
+                    vectors=base.vectors_folder,
                 ),
                 collection,
                 output,

@@ -14,12 +14,15 @@ from transformers import AutoConfig
 
 from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.encoding.kinds import kind_of
-from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
+from tct_hf.evaluation.maxsim import late_interaction_run
 from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.workspace import Workspace
 from tct_hf.hub_client import resolve_model
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
+from tct_hf.teachers.cached import CachedTeacher
+from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
+from tct_hf.teachers.mixture import dense_run, lists_scores
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -105,16 +108,17 @@ def reference_systems(
     dims: Sequence[int] | None = None,
     prompts: Mapping[str, str] | None = None,
     lengths: Mapping[str, int] | None = None,
+    vectors: str | None = None,
 ) -> list[System]:
-    """The students (folders) of a training run and what they are measured against, in the order of the table."""
+    """The students (folders) of a training run and what they are measured against, in the order of the table.
+
+    The base's vectors are read from the folder `vectors`, where a mixture has left them, or computed.
+    """
     systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
     exact = partial(exact_systems, collection, depth=depth, bf16=bf16)
     if base_model is not None:
         base, reads = resolve_model(base_model), dict[str, Any]({"prompts": prompts, **(lengths or {})})
-        systems += exact(BASE_NATIVE, "base as it is", partial(build_student, base, **reads))
-        rerank = partial(_own_maxsim, collection, partial(build_colbert, base, encoding="own", **reads), depth, bf16)
-        title = "base reranked by its own MaxSim, untrained"
-        systems.append(System(OWN_MAXSIM, title, rerank, of=(BM25, BASE_NATIVE)))
+        systems += _base_systems(collection, base, reads, depth=depth, bf16=bf16, vectors=vectors)
     if stock is not None:
         systems += exact(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
     systems += student_systems(collection, students or {}, depth=depth, bf16=bf16, dims=dims)
@@ -124,19 +128,36 @@ def reference_systems(
     return systems
 
 
-def _own_maxsim(
-    collection: Collection,
-    load: Callable[[], Any],
-    depth: int,
-    bf16: bool,
-    queries: Mapping[str, str],
-    *lists: Run,
-) -> Run:
-    """The best passages of some lists, pooled, in the order of MaxSim of the base's own tokens."""
-    pools = {
-        query: dict.fromkeys([one for run in lists for one, _ in rank(run.get(query, {}))[:RERANKED]], 0.0)
-        for query in queries
-    }
-    texts = dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
-    found = rerank_run(load(), pools, texts, queries, RERANKED * len(lists), bf16=bf16)
-    return {query: dict(rank(hits)[:depth]) for query, hits in found.items()}
+def _base_systems(
+    collection: Collection, base: str, reads: Mapping[str, Any], *, depth: int, bf16: bool, vectors: str | None
+) -> list[System]:
+    """The base as it is, and the best passages of BM25 and of it in the order of MaxSim of its own tokens."""
+    ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
+    dtype: Any = "bfloat16" if bf16 else "float32"
+
+    def kept(teacher: VectorTeacher) -> VectorTeacher | CachedTeacher:
+        return teacher if vectors is None else CachedTeacher(teacher, vectors)
+
+    def search(queries: Mapping[str, str]) -> Run:
+        return dense_run(kept(DenseTeacher(build_student(base, **reads), dtype=dtype)), ids, texts, queries, depth)
+
+    def rerank(queries: Mapping[str, str], *runs: Run) -> Run:
+        tokens, of = (
+            kept(ColBERTTeacher(build_colbert(base, **reads), dtype=dtype)),
+            dict(zip(ids, texts, strict=True)),
+        )
+        pools = [
+            list(dict.fromkeys(one for run in runs for one, _ in rank(run.get(name, {}))[:RERANKED]))
+            for name in queries
+        ]
+        found = lists_scores(tokens, list(queries.values()), [[of[one] for one in pool] for pool in pools])
+        return {
+            name: dict(rank(dict(zip(pool, scores, strict=True)))[:depth])
+            for name, pool, scores in zip(queries, pools, found, strict=True)
+        }
+
+    title = "base reranked by its own MaxSim, untrained"
+    return [
+        System(BASE_NATIVE, "base as it is", search),
+        System(OWN_MAXSIM, title, rerank, of=(BM25, BASE_NATIVE)),
+    ]

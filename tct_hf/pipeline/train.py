@@ -398,6 +398,7 @@ class Training:
             bf16=self.base["bf16"],
             lengths=settings.encoder.lengths,
             prompts=settings.encoder.prompts,
+            vectors=self.vectors_folder,
             dims=settings.student.training.get("matryoshka_dims"),
             labels=settings.data.labels > 0,
             **asdict(settings.evaluation),
