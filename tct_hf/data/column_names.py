@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 
 KNOWN = "known_positive_ids"
+# Where passages have no ids: hashes of the texts that are positives of a row's query, in whichever row.
+KNOWN_TEXTS = "known_positives"
 # False in rows that are not judged: a teacher says what their passages are worth.
 LABELLED = "labelled"
 # A teacher's scores of a row's candidates, positive first.
@@ -16,7 +18,7 @@ _ID = re.compile(rf"query_id|positive_ids?|negative_ids?|{_NUMBERED}_id|{KNOWN}|
 _CANDIDATE = re.compile(rf"positive|negative|{_NUMBERED}")
 # Ids and labels beside the texts, scores that a teacher may read (a list, or one a candidate), and mining's records.
 _BESIDE = re.compile(
-    rf"(query|positive|negative|{_NUMBERED})_id|{KNOWN}|{LABELLED}|label_weight|origin|scores|label"
+    rf"(query|positive|negative|{_NUMBERED})_id|{KNOWN}|{KNOWN_TEXTS}|{LABELLED}|label_weight|origin|scores|label"
     rf"|(positive|negative|{_NUMBERED})(_teacher)?_score"
 )
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, TEXT, is_ours, negative_columns
+from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, TEXT, is_ours, negative_columns
+from tct_hf.data.ids import stable_id
 from tct_hf.data.rows import BadRow, as_id, as_score, as_text, get, shown, there_are
 from tct_hf.data.texts import Texts, joined
 
@@ -101,6 +102,11 @@ class RowReader:
         return KNOWN in self.fields or ("positive_id" in self.fields and self.fields["positive_id"].listed)
 
     @property
+    def _lists_texts(self) -> bool:
+        """Each row of the source may have several positives, which have no ids."""
+        return "positive_id" not in self.fields and not self.one_positive
+
+    @property
     def one_positive(self) -> bool:
         """Each row of the source makes one training row."""
         found = [self.fields[part] for part in ("positive", "positive_id") if part in self.fields]
@@ -118,7 +124,12 @@ class RowReader:
             names.append("query_id")
         if "positive_id" in self.fields:
             names += ["positive_id", *(f"{name}_id" for name in self.negatives)]
-        more = {KNOWN: known, LABELLED: LABELLED in self.fields, SCORES: self._scores is not None}
+        more = {
+            KNOWN: known,
+            KNOWN_TEXTS: self._lists_texts,
+            LABELLED: LABELLED in self.fields,
+            SCORES: self._scores is not None,
+        }
         return [*names, *(name for name, there in more.items() if there)]
 
     # Reading -------------------------------------------------------------------------------------------------------
@@ -145,6 +156,8 @@ class RowReader:
         if self.has_known:
             judged = read["positive_id"] if shared.get(LABELLED, True) else []
             shared[KNOWN] = list(dict.fromkeys([*judged, *read.get(KNOWN, ())]))
+        if self._lists_texts:
+            shared[KNOWN_TEXTS] = [stable_id(text) for text in positives[0]] if shared.get(LABELLED, True) else []
         if self._scores is not None:
             shared[SCORES] = self._read_scores(row, self._scores)[: 1 + len(self.negatives)]
         for at in range(len(positives[0])):

@@ -13,6 +13,11 @@ def hash_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
+def stable_id(key: str) -> int:
+    """A non-negative 63-bit number for an id or a text, the same on every machine and in every process."""
+    return hash_of(key) >> 1
+
+
 def find(keys: np.ndarray, wanted: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
     """Where hashes are among sorted ones, and which of them are there at all."""
     hashes = np.fromiter(wanted, np.uint64)

@@ -37,6 +37,11 @@ def folded(text: str) -> str:
     return " ".join(bare.split()) or " ".join(text.split())
 
 
+def plain_text(text: str) -> str:
+    """Fold case and white space away, which costs little."""
+    return " ".join(text.split()).casefold()
+
+
 def shingles(text: str, width: int) -> frozenset[int]:
     """Hash every run of `width` words of a text (letters, in scripts without blanks); fewer words are one shingle."""
     words = _WORD.findall(text.lower())

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Features, IterableDataset
 
 from tct_hf.data.columns import NOTHING, RowReader
+from tct_hf.data.near_duplicates import plain_text
 from tct_hf.data.qrels import KnownPositives
 from tct_hf.data.rows import BadRow, SkippedRows
 from tct_hf.data.sources import ROWS_A_BATCH, Source
@@ -136,6 +137,7 @@ class TripleStream:
             except BadRow as error:
                 self._refuse(error, number)
         errors = add_texts([row for _, row in rows], reader.lookups)
+        errors = [bad or _of_itself(row, reader.negatives) for bad, (_, row) in zip(errors, rows, strict=True)]
         good = []
         for (number, row), bad in zip(rows, errors, strict=True):
             if bad is not None:
@@ -164,6 +166,16 @@ class TripleStream:
             rows = self.source.raw(self.plan().source_columns())
         for number, stored in rows:
             yield {"number": number, "stored": stored}
+
+
+def _of_itself(row: Row, negatives: Sequence[str]) -> BadRow | None:
+    """What is wrong with a row whose query is its own negative, or its own positive under the same id."""
+    query = plain_text(row["query"])
+    for name in ("positive", *negatives):
+        text, same_id = plain_text(row[name]), row.get(f"{name}_id", "") == row.get("query_id")
+        if (same_id or name != "positive") and (text == query or (same_id and text.endswith(query))):
+            return BadRow("query itself", "this passage is the query itself; take another, or remove the row", name)
+    return None
 
 
 @dataclass(frozen=True)

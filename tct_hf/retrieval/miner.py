@@ -36,6 +36,7 @@ class MiningCounts:
     positives_found: int = 0  # rows whose positive is among the candidates of its query
     drawn: int = 0
     known_positives: int = 0  # refused as a known positive of the query
+    themselves: int = 0  # refused as the query itself
     near_duplicates: int = 0  # refused as nearly the same text as a positive of the query
     repeated: int = 0  # refused as the same text as another negative of the row
     above_margin: int = 0  # refused as the teacher scores them above the positive by more than the margin
@@ -58,8 +59,8 @@ class MiningCounts:
             f"{self.rows:,} triples of {self.queries:,} queries; {self.positives_found:,} rows have their positive "
             "among the candidates",
             f"{self.drawn:,} candidates drawn; refused as known positive {share(self.known_positives)}, "
-            f"near-duplicate of one {share(self.near_duplicates)}, repeated {share(self.repeated)}, above the margin "
-            f"{share(self.above_margin)}",
+            f"the query itself {share(self.themselves)}, near-duplicate of a positive {share(self.near_duplicates)}, "
+            f"repeated {share(self.repeated)}, above the margin {share(self.above_margin)}",
         ]
         if self.short_rows:
             done = f"filled up with {self.random_negatives:,} random passages"
@@ -120,7 +121,8 @@ class OpenRow:
 class Miner:
     """Chooses the negatives of the rows of some queries, id to text; it holds the texts that were looked at.
 
-    `plain` gives what is left of a text when two are compared for being equal.
+    `plain` gives what is left of a text when two are compared for being equal. `same_ids`: a passage under the id of
+    a query is the query itself; see :func:`ids_are_shared`.
 
     Attributes:
         counts: what was drawn and refused.
@@ -135,26 +137,39 @@ class Miner:
         queries: Mapping[str, str],
         teacher: PairScorer | None = None,
         plain: Callable[[str], str] = folded,
+        *,
+        same_ids: bool,
     ) -> None:
         self._corpus = corpus.select_columns("text")
         self._ids, self._rules, self._queries, self._teacher, self._plain_of = ids, rules, queries, teacher, plain
+        self._same_ids = same_ids
+        self._asked = {query_id: folded(text) for query_id, text in queries.items()}
         self._text: dict[int, str] = {}
         self._plain = cache(lambda passage: plain(self._text[passage]))
+        self._folded = self._plain if plain is folded else cache(lambda passage: folded(self._text[passage]))
         self._shingles = cache(lambda passage: shingles(self._text[passage], _WIDTH))
         self.counts = MiningCounts()
         self.scores: dict[tuple[str, int], float] = {}
 
     def choose(self, rows: Sequence[OpenRow]) -> list[OpenRow]:
-        """Choose the negatives of rows, and return the rows that have all of them, in their order."""
+        """Choose the negatives of rows, and return the rows that have all of them, in their order.
+
+        A row whose positive is its query, judged relevant to itself, is left out.
+        """
         wanted = self._rules.num_negatives
+        self.read({positive for row in rows for positive in row.positives})
+        rows = [
+            row
+            for row in rows
+            if self._ids[row.positive] != row.query_id or not self.is_query(row.query_id, row.positive)
+        ]
         self.counts.positives_found += sum(row.positive in row.candidates for row in rows)
         self.counts.queries += len({row.query_id for row in rows})
         pending = [(row, self._order(row)) for row in rows]
-        self._read({positive for row in rows for positive in row.positives})
         while pending:
             # A few more than are missing: most rows are full after one turn, and a teacher scores a turn at once.
             drawn = [(row, list(islice(order, wanted - len(row.chosen) + 2))) for row, order in pending]
-            self._read({passage for _, part in drawn for passage in part})
+            self.read({passage for _, part in drawn for passage in part})
             if self._teacher is not None:
                 self._score(drawn, self._teacher)
             for row, part in drawn:
@@ -192,10 +207,18 @@ class Miner:
                 yield draw.randrange(total)
         yield from draw.sample(range(total), total)
 
-    def _read(self, passages: set[int]) -> None:
+    def read(self, passages: set[int]) -> None:
+        """Read the texts of passages at once, which is faster than one by one."""
         missing = sorted(passages - self._text.keys())
         if missing:
             self._text.update(zip(missing, self._corpus[missing]["text"], strict=True))
+
+    def is_query(self, query_id: str, passage: int) -> bool:
+        """Whether a passage is the query itself: by its text, or by its id (its text may begin with a title)."""
+        if passage not in self._text:
+            self.read({passage})
+        text, asked, same_id = self._folded(passage), self._asked[query_id], self._ids[passage] == query_id
+        return bool(text == asked) or (same_id and (self._same_ids or text.endswith(asked)))
 
     def _consider(self, row: OpenRow, passage: int) -> None:
         if len(row.chosen) == self._rules.num_negatives or passage in row.seen:
@@ -213,6 +236,8 @@ class Miner:
         """Why a passage is refused, by the name of its count; None where it may train."""
         if passage in row.positives:
             return "known_positives"
+        if self.is_query(row.query_id, passage):
+            return "themselves"
         if self._copies_a_positive(row, passage):
             return "near_duplicates"
         if self._plain(passage) in map(self._plain, row.chosen):
@@ -242,6 +267,7 @@ class Miner:
                 if (
                     passage in row.candidates
                     and passage not in row.positives
+                    and not self.is_query(row.query_id, passage)
                     and not self._copies_a_positive(row, passage)
                 ):
                     wanted[row.query_id, passage] = None
@@ -288,6 +314,14 @@ def passage_ids(corpus: Dataset) -> list[str]:
         raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
     ids: list[str] = corpus["id"][:]
     return ids
+
+
+def ids_are_shared(qrels: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether a passage with a query's id is that query, as in ArguAna and Quora.
+
+    Where one is judged relevant to the query of its id, queries and passages are numbered each for themselves.
+    """
+    return not any(grades.get(query_id, 0) >= 1 for query_id, grades in qrels.items())
 
 
 def positive_rows(

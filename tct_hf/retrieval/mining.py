@@ -25,6 +25,7 @@ from tct_hf.retrieval.miner import (
     Rules,
     Scores,
     column_names,
+    ids_are_shared,
     passage_ids,
     positive_rows,
     refuse,
@@ -68,8 +69,9 @@ def mine_triples(
     """Pair every query and positive with negatives sampled from the best passages of any run.
 
     A negative is never a known positive of its query, nor nearly the same text as one, and no two negatives of a row
-    have the same text. Each row draws from its own generator, made of seed, query id and positive id, so that a row
-    does not depend on which others are asked for.
+    have the same text. A passage that is the query itself, by id or text, is neither a negative nor a positive. Each
+    row draws from its own generator, made of seed, query id and positive id, so that a row does not depend on which
+    others are asked for.
 
     Args:
         run: query id to passage id to score, of any system (`read_run`); or a function from some queries, id to text,
@@ -128,7 +130,7 @@ def mine_triples(
     )
     ids = passage_ids(corpus)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
-    positives = positive_rows(queries, qrels, row_of)
+    positives, same_ids = positive_rows(queries, qrels, row_of), ids_are_shared(qrels)
     if not callable(run) and not any(run.get(query_id) for query_id in positives):
         raise ValueError("run: it has none of the queries with judgements; give the run of the same split as qrels")
     names = ["positive", *negative_columns(num_negatives)]
@@ -147,7 +149,7 @@ def mine_triples(
             candidates = _candidates(found.get(query_id, {}), query_id, depth, row_of)
             own = positives[query_id]
             opened += [OpenRow(query_id, positive, own, candidates) for positive in own]
-        miner = Miner(corpus, ids, rules, texts, teacher)
+        miner = Miner(corpus, ids, rules, texts, teacher, same_ids=same_ids)
         made = []
         for row in miner.choose(opened):
             score = found.get(row.query_id, {}).get(ids[row.positive])  # also below the candidates

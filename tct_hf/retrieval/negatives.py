@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from tct_hf.data.collection import Collection, MadeQuestion, Split
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, passage_ids, positive_rows
+from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, ids_are_shared, passage_ids, positive_rows
 from tct_hf.retrieval.runs import rank
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def bm25_triples(
     """Pair every query and positive with negatives sampled from BM25's best passages.
 
     A negative is never a known positive of its query, nor the same text as one, and no two negatives of a row have
-    the same text. Where BM25 finds too few, random passages under the same rule fill up. A row does not depend on
-    which others are asked for.
+    the same text. A passage that is the query itself, by id or text, is neither a negative nor a positive. Where BM25
+    finds too few, random passages under the same rule fill up. A row does not depend on which others are asked for.
 
     Questions without judgements give rows too, for a teacher to say what their passages are worth: the best passage
     stands in column positive, and the negatives are sampled from the next best.
@@ -89,6 +90,7 @@ def bm25_triples(
         names += ["labelled"] if candidates is None else ["labelled", "label_weight"]
     candidates = candidates or {}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
+    same_ids = ids_are_shared(qrels)
     texts = {**{query_id: queries[query_id] for query_id in positives}, **unlabelled}
     texts |= {query_id: made.text for query_id, made in without.items() if query_id in texts}
     asked = list(texts)
@@ -97,6 +99,8 @@ def bm25_triples(
         part = asked[start : start + _QUERIES_A_BATCH]
         found = index.run({query_id: texts[query_id] for query_id in part if query_id not in candidates}, depth)
         found |= {query_id: dict(rank(candidates[query_id])[:depth]) for query_id in part if query_id in candidates}
+        miner = Miner(corpus, ids, rules, {name: texts[name] for name in part}, plain=_normal, same_ids=same_ids)
+        miner.read({row_of[passage_id] for hits in found.values() for passage_id in islice(hits, 1)})
         opened: list[OpenRow] = []
         for query_id in part:
             best = {row_of[passage_id]: score for passage_id, score in found[query_id].items()}
@@ -108,14 +112,17 @@ def bm25_triples(
                 own = positives[query_id]
             else:
                 # A question of which BM25 knows no word gets random passages: the teacher scores those as well.
-                own = list(best)[:1] or [random.Random(f"{seed}\x1f{query_id}").randrange(len(ids))]
+                draw = random.Random(f"{seed}\x1f{query_id}")
+                others = chain(best, (draw.randrange(len(ids)) for _ in range(100)))
+                own = list(islice((row for row in others if not miner.is_query(query_id, row)), 1))
             opened += [OpenRow(query_id, row, own, best, text) for row in own]
-        miner = Miner(corpus, ids, rules, texts, plain=_normal)
         rows: list[dict[str, Any]] = []
         for row in miner.choose(opened):
             made = {**miner.triple(row), "labelled": row.query_id in positives, "label_weight": 1.0}
             if row.query_id not in positives and row.query_id not in without:
-                scores = [score for _, score in rank(candidates.get(row.query_id, {}))]
+                ranked = [(row_of[name], score) for name, score in rank(candidates.get(row.query_id, {}))]
+                miner.read({passage for passage, _ in ranked})
+                scores = [score for passage, score in ranked if not miner.is_query(row.query_id, passage)]
                 made |= {"known_positive_ids": [], "label_weight": _softmax_of_first(scores)}
             rows.append(made)
         batches.append(pa.RecordBatch.from_pylist(rows, schema))

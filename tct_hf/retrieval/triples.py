@@ -12,12 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 
 from tct_hf.cache import prepared
 from tct_hf.data.beir import hub_configurations, load_beir
-from tct_hf.data.column_names import KNOWN, LABELLED, SCORES, negative_columns
+from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, negative_columns
+from tct_hf.data.ids import stable_id
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import SkippedRows, byte_lines, is_hub_id
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
@@ -26,8 +28,13 @@ from tct_hf.data.texts import TextSource, open_texts
 from tct_hf.retrieval.negatives import bm25_triples
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 3
-_TYPES = {KNOWN: pa.list_(pa.string()), LABELLED: pa.bool_(), SCORES: pa.list_(pa.float64())}
+_FORMAT = 4
+_TYPES = {
+    KNOWN: pa.list_(pa.string()),
+    KNOWN_TEXTS: pa.list_(pa.int64()),
+    LABELLED: pa.bool_(),
+    SCORES: pa.list_(pa.float64()),
+}
 # First lines that are recognised as a header, whatever the columns are used for; so is one of nothing but id columns.
 _HEADERS = (("query", "positive", "negative"), ("anchor", "positive", "negative"), ("query", "pos", "neg"))
 _ID_NAME = re.compile(r"(q|p|(query|pos|neg|passage|doc|corpus)[_-]?|(positive|negative)([_-]?[0-9]+)?[_-]?)id[+-]?")
@@ -234,12 +241,13 @@ def _key_of(stream: TripleStream) -> list[Any]:
 def _prepared(stream: TripleStream, cache: str | Path | None) -> Dataset:
     def build(staging: Path) -> None:
         names = stream.output_columns()
-        if "positive_id" in names and stream.known is None:
+        if stream.known is None:
             # What all rows of a query say together is known at the end only: a column of its own, beside the rows.
-            seen = _SeenPositives()
-            names = [name for name in names if name != KNOWN]
+            seen = _SeenPositives() if "positive_id" in names else _SeenTexts()
+            names = [name for name in names if name not in (KNOWN, KNOWN_TEXTS)]
             _write(staging / "rows.arrow", names, map(seen.note, stream()))
-            _write(staging / "known.arrow", [KNOWN], seen.rows())
+            if (rows := seen.rows()) is not None:
+                _write(staging / "known.arrow", [seen.column], rows)
         else:
             _write(staging / "rows.arrow", names, stream())
         report = {"counts": stream.skipped.counts, "examples": stream.skipped.examples}
@@ -265,6 +273,8 @@ class _SeenPositives:
     It holds each (query, positive) pair once, not each row: memory grows with the judgements, not with the file.
     """
 
+    column = KNOWN
+
     def __init__(self) -> None:
         self._number: dict[str, int] = {}
         self._of_query: list[dict[str, None]] = []
@@ -283,6 +293,34 @@ class _SeenPositives:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The known positives of each row."""
         return ({KNOWN: list(self._of_query[at])} for at in self._rows)
+
+
+class _SeenTexts:
+    """The same by texts, where passages have no ids, in 16 bytes a row: a file of texts may have a query a row."""
+
+    column = KNOWN_TEXTS
+
+    def __init__(self) -> None:
+        self._queries, self._positives = array("q"), array("q")
+
+    def note(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Note one row, and give it back."""
+        self._queries.append(stable_id(row.get("query_id", row["query"])))
+        self._positives.append(stable_id(row["positive"]) if row.get(LABELLED, True) else -1)
+        return row
+
+    def rows(self) -> Iterator[dict[str, Any]] | None:
+        """The known positives of each row; None where each query has one at most."""
+        queries, positives = np.array(self._queries), np.array(self._positives)
+        order = np.lexsort((positives, queries))
+        pairs = np.stack([queries[order], positives[order]])
+        fresh = np.ones(len(order), bool)
+        fresh[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)
+        of, found = pairs[:, fresh & (pairs[1] >= 0)]
+        if (of[1:] != of[:-1]).all():
+            return None
+        begins, ends = (np.searchsorted(of, queries, side=side) for side in ("left", "right"))
+        return ({KNOWN_TEXTS: found[begin:end].tolist()} for begin, end in zip(begins, ends, strict=True))
 
 
 def _streamed(stream: TripleStream) -> IterableDataset:

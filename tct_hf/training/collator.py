@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
-from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, candidate_columns
+from tct_hf.data.ids import stable_id
 from tct_hf.teachers.base import Teacher
 
 # Everything that is not the student's own columns goes under this one key, out of the base collator's sight.
@@ -22,20 +22,17 @@ BATCH_KEY = "tct"
 NO_ID = -1
 
 
-def stable_id(key: str) -> int:
-    """A non-negative 63-bit number for an id or a text, the same on every machine and in every process."""
-    return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
-
-
 @dataclass
 class TCTDataCollator(SentenceTransformerDataCollator):
     """Tokenises rows for the student, lets the teacher prepare what it needs, and numbers the candidates.
 
     A batch holds the student's columns and, under "tct", `teacher` (what :meth:`Teacher.collate` returned),
-    `candidate_ids (queries, columns)` int64 and, where the data set has them, `known_positive_ids (queries, most)`
-    int64 padded with -1, `labelled (queries,)` bool and `label_weight (queries,)` float32. Ids are hashes of the data
-    set's passage ids; without ids, of the texts. A row whose column labelled is false has passages in all its
-    candidate columns, but no judgement says that the one in column positive answers its query.
+    `candidate_ids (queries, columns)` int64, `query_ids (queries,)` int64, under which a passage is the query itself,
+    `asked (queries,)` int64, the same for the labelled rows of one query, and, where the data set has them,
+    `known_positive_ids (queries, most)` int64 padded with -1, `labelled (queries,)` bool and `label_weight (queries,)`
+    float32. Ids are hashes of the data set's passage ids; without ids, of the texts. A row whose column labelled is
+    false has passages in all its candidate columns, but no judgement says that the one in column positive answers its
+    query.
 
     Args:
         teacher: the teacher that scores the batch.
@@ -81,14 +78,23 @@ class TCTDataCollator(SentenceTransformerDataCollator):
 
 def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Tensor]:
     missing = [f"{name}_id" for name in columns if f"{name}_id" not in rows[0]]
-    known = "known_positive_ids" in rows[0]
-    if missing and (known or len(missing) < len(columns)):
-        what = "known_positive_ids" if known else "passage ids for some columns"
+    known_ids = KNOWN in rows[0]
+    if missing and (known_ids or len(missing) < len(columns)):
+        what = KNOWN if known_ids else "passage ids for some columns"
         raise ValueError(f"The data set has {what}, but no {', '.join(missing)}: add these ids, or remove the others.")
     names = columns if missing else [f"{name}_id" for name in columns]
-    ids = {"candidate_ids": torch.tensor([[stable_id(str(row[name])) for name in names] for row in rows])}
-    if known:
-        found = [[stable_id(str(key)) for key in row["known_positive_ids"] or ()] for row in rows]
+    keys = [[stable_id(str(row[name])) for name in names] for row in rows]
+    # Where a query has the id of its own positive, queries and passages are numbered each for themselves.
+    itself = [stable_id(str(row["query"] if missing else row.get("query_id", ""))) for row in rows]
+    ids = {
+        "candidate_ids": torch.tensor(keys),
+        "query_ids": torch.tensor([NO_ID if one == own[0] else one for one, own in zip(itself, keys, strict=True)]),
+        "asked": torch.tensor([stable_id(row["query"]) if row.get(LABELLED, True) else NO_ID for row in rows]),
+    }
+    known = KNOWN if known_ids else KNOWN_TEXTS
+    if known in rows[0]:
+        # Hashes of texts are what they are; ids are hashed here.
+        found = [[one if known == KNOWN_TEXTS else stable_id(str(one)) for one in row[known] or ()] for row in rows]
         width = max(1, *map(len, found))
         ids["known_positive_ids"] = torch.tensor([row + [NO_ID] * (width - len(row)) for row in found])
     return ids

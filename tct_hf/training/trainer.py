@@ -16,31 +16,43 @@ from tct_hf.encoding.scale import keep_scalar, length_of
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.training.arguments import TCTTrainingArguments
-from tct_hf.training.collator import BATCH_KEY, SameDatasetBatchSampler, TCTDataCollator
+from tct_hf.training.collator import BATCH_KEY, NO_ID, SameDatasetBatchSampler, TCTDataCollator
 from tct_hf.training.loss import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part, coupled_parts
 from tct_hf.training.resumable import ResumableTrainer
 
 
-def candidate_mask(candidate_ids: Tensor, positive_index: Tensor, known_positive_ids: Tensor | None = None) -> Tensor:
-    """Which candidates take part: all but those that are the row's positive once more, or another known positive.
+def candidate_mask(
+    candidate_ids: Tensor,
+    positive_index: Tensor,
+    known_positive_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    same_query: Tensor | None = None,
+) -> Tensor:
+    """Which candidates take part: all but the row's positive once more, another known positive, and the query itself.
 
     Args:
         candidate_ids: `(candidates,)` int64.
         positive_index: `(queries,)` int64, the column of each row's own positive; -1 for a row without one.
         known_positive_ids: `(queries, most)` int64, padded with an id that no candidate has.
+        query_ids: `(queries,)` int64, under which a candidate is the query itself.
+        same_query: `(queries, rows)` bool, which rows, whose positives are the first candidates, are of the query too.
 
     Returns:
         `(queries, candidates)` bool. A row's own positive always takes part, and so does every candidate of a row
-        without one: there the teacher alone judges.
+        without one but the query itself: there the teacher alone judges.
     """
     rows = torch.arange(len(positive_index), device=positive_index.device)
     labelled = positive_index >= 0
     own = candidate_ids[positive_index.clamp(min=0)]  # (queries,)
     positive = candidate_ids[None, :] == own[:, None]
+    if same_query is not None:
+        positive[:, : same_query.shape[1]] |= same_query
     if known_positive_ids is not None:
         for column in known_positive_ids.T:  # one at a time: a query may have hundreds
             positive = positive | (candidate_ids[None, :] == column[:, None])
     mask = ~(positive & labelled[:, None])
+    if query_ids is not None:
+        mask &= candidate_ids[None, :] != query_ids[:, None]
     mask[rows[labelled], positive_index[labelled]] = True
     return mask
 
@@ -186,17 +198,19 @@ class CoupledTrainer(ResumableTrainer):
                 f"in row {not_finite[0]}). Load it with dtype='float32' if it is not, and check that its checkpoint "
                 "scores single texts finitely."
             )
-        ids = batch["candidate_ids"]
+        ids, asked = batch["candidate_ids"], batch["asked"][:, None]
         queries, columns = ids.shape
         sizes = sizes_of_all(queries, ids.device) if gather else [queries]
-        everyones = gather_rows(ids, sizes) if gather else ids
-        ids = everyones.T.reshape(-1)  # all positives first, as in the score matrix
+        everyones = torch.cat([asked, ids], dim=1)
+        everyones = gather_rows(everyones, sizes) if gather else everyones
+        same_query = (asked == everyones[:, 0]) & (asked != NO_ID)
+        ids = everyones[:, 1:].T.reshape(-1)  # all positives first, as in the score matrix
         positive = torch.arange(queries, device=ids.device) + (first_row(sizes) if gather else 0)
         weight = batch.get("label_weight")
         if "labelled" in batch:  # the other rows learn from the teacher alone, or from a positive that it has named
             named = batch["labelled"] if weight is None else weight > 0
             positive = positive.masked_fill(~named, NO_LABEL)
-        mask = candidate_mask(ids, positive, batch.get("known_positive_ids"))
+        mask = candidate_mask(ids, positive, batch.get("known_positive_ids"), batch["query_ids"], same_query)
         if getattr(loss, "candidates", "in-batch") == "own":
             mask = mask & torch.eye(queries, dtype=torch.bool, device=ids.device).repeat(1, columns)
         return TeacherTargets(scores=scores, mask=mask, positive_index=positive, label_weight=weight)

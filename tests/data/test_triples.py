@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from tct_hf import SkippedRows, bm25_triples, load_beir, load_triples
+from tct_hf.data.ids import stable_id
 from tests.recipe import write_beir
 
 ROWS = [
@@ -385,3 +386,19 @@ def test_bad_first_row_does_not_decide_the_columns_when_skipped(tmp_path: Path) 
     loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(rows)), skip_bad_rows=True, skipped=skipped)
     assert rows_of(loaded) == ROWS
     assert skipped.total == 2
+
+
+def test_positives_of_a_query_are_known_by_text_where_there_are_no_ids(tmp_path: Path) -> None:
+    rows = [
+        {"query": "one", "positives": ["a", "b"], "negatives": ["n"]},
+        {"query": "two", "positives": ["c"], "negatives": ["n"]},
+        {"query": "one", "positives": ["d", "a"], "negatives": ["n"]},
+    ]
+    path = write(tmp_path / "lists.jsonl", jsonl(rows))
+    known = load_triples(path)["known_positives"][:]
+    assert [set(found) for found in known] == [
+        {stable_id(text) for text in texts} for texts in ("abd", "abd", "c", "abd", "abd")
+    ]
+    streamed = [set(row["known_positives"]) for row in load_triples(path, streaming=True)]
+    assert streamed == [{stable_id(text) for text in texts} for texts in ("ab", "ab", "c", "ad", "ad")]
+    assert "known_positives" not in load_triples(write(tmp_path / "one.jsonl", jsonl(ROWS))).column_names

@@ -69,6 +69,18 @@ def test_bad_line_of_tsv_is_refused_with_its_place_or_skipped_and_counted(
         ({"query_id": 1}, {"query_id": 2.0}, "mixed types", "holds 2.0 where an id"),
         ({"query_id": 1}, {"query_id": None}, "empty id", r"no id \(null\)"),
         ({"labelled": True}, {"labelled": 0}, "mixed types", r"holds 0 where true .*columns=\{'labelled': None\}"),
+        (
+            {},
+            {"negative": " Q"},
+            "query itself",
+            ", column 'negative': this passage is the query itself; take another",
+        ),
+        (
+            {"query_id": "1", "positive_id": "p", "negative_id": "n"},
+            {"negative_id": "1", "negative": "title: q"},
+            "query itself",
+            "'negative': this passage is the query itself",
+        ),
         (LISTS, {"negatives": "n"}, "mixed types", "holds 'n' where a list is needed"),
         (LISTS, {"negatives": ["a"]}, "too few negatives", "'negatives': 1 negatives where 2 are needed; lower num_n"),
         (LISTS, {"negatives": list("abc")}, "too many negatives", "3 negatives where .* has 2; pass num_negatives=2"),

@@ -122,6 +122,8 @@ def mutated_file(valid: Iterator[bytes], count: int, draw: random.Random) -> byt
 
 def compare(path: Path, data: bytes, right: list[list[str]], wrong: int) -> None:
     path.write_bytes(data)
+    itself = [row for row in right if len({" ".join(text.split()).lower() for text in (row[0], row[2])}) == 1]
+    right, wrong = [row for row in right if row not in itself], wrong + len(itself)
     skipped = SkippedRows()
     loaded = load_triples(path, skip_bad_rows=True, skipped=skipped, cache_dir=path.parent / "cache")
     assert list(zip(*(loaded[name][:] for name in NAMES), strict=True)) == [tuple(row) for row in right]

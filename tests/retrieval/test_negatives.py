@@ -5,7 +5,7 @@ import math
 import pytest
 from datasets import Dataset
 
-from tct_hf import BM25Index, bm25_triples
+from tct_hf import BM25Index, bm25_triples, mine_triples
 
 TEXTS = {
     "apple": "apple tree fruit garden",
@@ -112,7 +112,7 @@ def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positiv
 
 
 def test_a_copy_of_the_best_passage_is_no_negative_of_an_unlabelled_question() -> None:
-    asked = {"u": "apple tree fruit garden"}
+    asked = {"u": "an apple tree of the fruit garden"}
     for seed in range(8):
         [row] = bm25_triples(corpus(), {}, {}, seed=seed, num_negatives=3, index=index(), unlabelled=asked)
         assert row["positive_id"] in ("apple", "copy")
@@ -141,3 +141,39 @@ def test_the_first_candidate_of_an_unlabelled_question_is_a_positive_as_sure_as_
     assert judged["labelled"] and judged["label_weight"] == 1.0
     assert {judged["negative_1_id"], judged["negative_2_id"]} == {"boat", "car"}
     assert "label_weight" not in triples(candidates=candidates)[0]
+
+
+# ArguAna and Quora: the queries are passages of the collection, under their own ids.
+ITSELF = {
+    **TEXTS,
+    "q1": "Garden: apple tree fruit",  # with a title before the query's own text
+    "same": "Apple, tree; fruit!",
+}
+
+
+@pytest.mark.parametrize("qrels", [{"q1": {"apple": 1}}, {"q1": {"apple": 1, "q1": 1}}, None])
+@pytest.mark.parametrize("make", ["bm25", "mined", "candidates"])
+def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive(make: str, qrels: dict) -> None:
+    asked, of_texts = {"q1": "apple tree fruit"}, corpus(ITSELF)
+    ranked = {name: 9.0 - place for place, name in enumerate(["same", "q1", "apple", "pear", "plum"])}
+    options: dict = {"num_negatives": 3, "seed": 1}
+    if make == "mined":
+        if qrels is None:
+            pytest.skip("mining takes judged queries only")
+        rows = mine_triples({"q1": ranked}, of_texts, asked, qrels, origin="a run", depth=5, **options)
+    else:
+        options |= {"candidates": {"q1": ranked} if make == "candidates" else None, "index": index(ITSELF)}
+        unlabelled = asked if qrels is None else {}
+        rows = bm25_triples(of_texts, asked, qrels or {}, unlabelled=unlabelled, **options)
+    [row] = list(rows)
+    assert row["positive_id"] in ("apple", "copy")
+    assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"q1", "same", "apple", "copy"}
+    if qrels is None and make == "candidates":
+        assert row["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
+
+
+def test_passages_and_queries_that_are_numbered_each_for_themselves_share_no_ids() -> None:
+    texts = {"1": "apple tree fruit", "2": "pear tree", "3": "plum tree", "4": "car road"}
+    asked = {"1": "apple", "2": "pear", "3": "plum"}
+    made = bm25_triples(corpus(texts), asked, {name: {name: 1} for name in asked}, seed=1, index=index(texts))
+    assert made["positive_id"][:] == ["1", "2", "3"]

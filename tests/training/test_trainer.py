@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from transformers import EarlyStoppingCallback
 
 from tct_hf import TCTTrainer, TCTTrainingArguments, validate_checkpoint
+from tct_hf.data.ids import stable_id
 from tests.train_helpers import QUERIES, logged, make_teacher, make_trainer, triples
 
 
@@ -33,6 +34,26 @@ def test_without_ids_the_same_text_is_masked(student: Any, teacher: Any, tmp_pat
     for i in range(8):
         for c, key in enumerate(passages):
             assert targets.mask[i, c].item() == (c == i or key != passages[i])
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_query_itself_and_other_positives_of_a_query_are_no_negatives(
+    student: Any, teacher: Any, tmp_path: Path, ids: bool
+) -> None:
+    # Rows of one query, rows whose passages are another row's query, and a positive known from a row elsewhere.
+    rows = {"query": ["one", "one", "two", "three"], "positive": ["a", "b", "one", "c"], "negative": list("dcfg")}
+    if ids:
+        rows |= {"query_id": ["one", "one", "two", "three"]}
+        rows |= {f"{name}_id": rows[name] for name in ("positive", "negative")}
+        rows["known_positive_ids"] = [list("abc"), list("abc"), ["one"], ["c"]]
+    else:
+        rows["known_positives"] = [[stable_id(text) for text in known] for known in ("abc", "abc", ["one"], "c")]
+    rows["labelled"] = [True, True, True, False]
+    trainer = make_trainer(tmp_path, student, teacher, Dataset.from_dict(rows), seed=1)
+    batch = trainer.data_collator(list(Dataset.from_dict(rows)))
+    mask = trainer.teacher_targets(trainer.collect_features(batch)[0], batch["tct"], trainer.loss).mask
+    left = [[c for c, there in zip([*rows["positive"], *rows["negative"]], row, strict=True) if there] for row in mask]
+    assert left == [list("adfg"), list("bdfg"), ["a", "b", "one", *"cdcfg"], ["a", "b", "one", *"cdcfg"]]
 
 
 def plain_losses(models: Path, path: Path, **settings: Any) -> list[float]:
