@@ -33,19 +33,26 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted else torch.float32
 
 
-def unpack_half(model: torch.nn.Module, dtype: str, device: torch.device) -> None:
-    """Make half-precision weights float32 where a teacher computes in it.
+def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> None:
+    """Make half-precision weights float32, in place, but for those that are all in the type that is `kept`.
 
-    Autocast only goes down, and transformers keeps the half precision that a checkpoint was saved in.
+    Autocast only goes down, transformers keeps the half precision that a checkpoint was saved in, and CPUs lack
+    operations in float16. The first weight of each module tells, since this is asked before each search.
     """
-    if compute_dtype(dtype, device) == torch.float32:
+    first = (next(part.parameters(), None) for part in model.children())
+    types = {weight.dtype for weight in first if weight is not None}
+    if types & {torch.float16, torch.bfloat16} and types != {kept}:
         model.float()
 
 
 def weights_digest(model: Any) -> str:
-    """The sha256, in hex, over name, type, shape and values of all weights of a torch module."""
+    """The sha256, in hex, over name, type, shape and values of all weights of a torch module.
+
+    Weights in half precision count as the float32 ones that they become before a model encodes.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

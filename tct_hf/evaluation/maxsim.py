@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tct_hf.encoding.weights import unpack_half
 from tct_hf.files import write_aside
 from tct_hf.retrieval.runs import Run, rank
 
@@ -40,6 +41,7 @@ def maxsim(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 def encode_query_tokens(model: MultiVectorEncoder, texts: Sequence[str], *, bf16: bool = False) -> list[torch.Tensor]:
     """Token vectors `(tokens, dim)` float32 of queries; divided by their number where scores are means."""
+    unpack_half(model)
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
         encoded: Any = model.encode_query(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
     mean = model.similarity_fn_name == "meanmaxsim"
@@ -47,6 +49,7 @@ def encode_query_tokens(model: MultiVectorEncoder, texts: Sequence[str], *, bf16
 
 
 def _encode_passages(model: MultiVectorEncoder, texts: Sequence[str], *, bf16: bool) -> list[torch.Tensor]:
+    unpack_half(model)
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
         encoded: Any = model.encode_document(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
     return [vectors.float() for vectors in encoded]

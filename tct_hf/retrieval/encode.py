@@ -22,7 +22,7 @@ from torch import Tensor
 from tct_hf.batches import padding_of, parts_of_like_length, stack_columns
 from tct_hf.data.shards import digest_of, run_shards
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
-from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, weights_digest
+from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval.vectors import check_version, finite_rows, of_torch, vector_facts, vector_table
@@ -62,7 +62,8 @@ def encode_texts(
     """Encode texts with the model's own prompt of a task: the vectors of `encode_query` or `encode_document`.
 
     Texts are tokenised once, sorted by their number of tokens and encoded in passes of similar length, so that hardly
-    any padding is computed. A text without words is encoded like any other.
+    any padding is computed. A text without words is encoded like any other. A model in half precision is brought to
+    float32 first, and stays so.
 
     Returns:
         `(texts, dim)` float32, in the order of `texts`: an array, or of a sparse encoder a scipy CSR matrix.
@@ -73,6 +74,7 @@ def encode_texts(
     device = model.device
     budget = budget_of(model, tokens_per_pass)
     model.eval()
+    unpack_half(model)
     sparse = is_sparse_encoder(model)
     active: Any = model.max_active_dims if sparse else None
     options: dict[str, Any] = {} if active is None else {"max_active_dims": active}

@@ -99,14 +99,37 @@ class ShardedRows(ShardedVectors):
 
 
 def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
-    """Vectors as they are where they are an array, in memory, mapped, or of another kind that gives rows by slice."""
+    """Vectors as they are where they are an array, in memory, mapped, or of another kind that gives rows by slice.
+
+    Tensors of torch, one or a list of them, become float32 arrays; whole numbers and sparse vectors are refused.
+    """
     matrix: Any = vectors
-    # Not a tensor, whose dtype is torch's.
-    if not isinstance(getattr(matrix, "dtype", None), np.dtype) or not hasattr(matrix, "shape"):
-        matrix = np.asanyarray(vectors, dtype=np.float32)
+    if isinstance(vectors, (list, tuple)) and any(hasattr(one, "detach") for one in vectors):
+        matrix = np.stack([as_array(one) for one in vectors])
+    elif hasattr(vectors, "detach") and "sparse" not in str(getattr(vectors, "layout", "")):
+        matrix = as_array(vectors)
+    elif issparse(vectors) or hasattr(vectors, "detach"):
+        raise ValueError(f"{what}: sparse vectors where dense ones are needed; use a SparseIndex")
+    elif not isinstance(getattr(matrix, "dtype", None), np.dtype) or not hasattr(matrix, "shape"):
+        try:
+            matrix = np.asanyarray(vectors, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{what}: not numbers in rows of one length ({error}); stack vectors as rows") from error
+    if matrix.dtype.kind not in "fV":  # V: bfloat16 of numpy's extensions
+        raise ValueError(
+            f"{what}: {matrix.dtype} where floating-point vectors are needed: quantised ones do not compare as they "
+            "are; pass those that the model encodes, and choose a factory that compresses them"
+        )
     if len(matrix.shape) != 2 or matrix.shape[1] == 0:
         raise ValueError(f"{what}: shape {matrix.shape} where (rows, dimension) is needed; stack vectors as rows")
     return matrix
+
+
+def as_array(tensor: Any) -> np.ndarray:
+    """A tensor of torch of any type and on any device as an array, one of half precision in float32."""
+    tensor = tensor.detach().cpu()
+    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
 
 
 def as_matrix(vectors: npt.ArrayLike, what: str, start: int = 0) -> np.ndarray:

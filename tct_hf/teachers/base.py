@@ -210,7 +210,7 @@ class ModelTeacher(Teacher):
     def to(self, device: torch.device) -> Teacher:
         """Move the model to the device that scores."""
         self.model.to(device)
-        unpack_half(self.model, self.dtype, device)
+        unpack_half(self.model, compute_dtype(self.dtype, device))
         return self
 
 

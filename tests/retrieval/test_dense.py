@@ -6,6 +6,8 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+import torch
+from scipy.sparse import csr_matrix
 
 from tct_hf import DenseIndex
 from tct_hf.retrieval import faiss_tools
@@ -55,6 +57,15 @@ def test_results_are_the_greatest_inner_products_of_vectors_as_they_are(vectors:
     assert sorted(ids[0]) == sorted(IDS) and len(scores[0]) == 50
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pack", [list, lambda rows: rows])
+def test_tensors_of_any_floating_type_are_vectors(vectors: np.ndarray, dtype: torch.dtype, pack: Any) -> None:
+    rows = torch.nn.Parameter(torch.from_numpy(vectors).to(dtype))  # with a gradient, as a model gives them
+    index = DenseIndex.build(pack(rows), IDS)
+    same = DenseIndex.build(rows.detach().float().numpy(), IDS)
+    assert index.search(pack(rows[:5]), k=4)[0] == same.search(vectors[:5], k=4)[0]
+
+
 def test_equal_scores_at_the_cut_are_chosen_by_id() -> None:
     index = DenseIndex.build(np.ones((5, 4)), ["e", "d", "c", "b", "a"], "Flat")
     assert index.search(np.ones((1, 4)), k=2)[0] == [["a", "b"]]
@@ -92,6 +103,12 @@ def test_any_faiss_factory_finds_a_vector_by_itself_and_drops_places_it_leaves_e
         (np.ones(3), "auto", {}, r"shape \(3,\)"),
         (np.ones((0, 3)), "auto", {}, "nothing to index"),
         ([[1.0], [np.inf]], "auto", {}, "vectors: row 1 has a NaN or infinite"),
+        (np.ones((2, 3), np.int8), "auto", {}, "vectors: int8 where floating-point vectors"),
+        (torch.ones(2, 3, dtype=torch.int8), "auto", {}, "vectors: int8 where floating-point vectors"),
+        (np.ones((2, 3)), "auto", {"query_vectors": np.ones((2, 3), np.uint8)}, "query_vectors: uint8 where"),
+        (csr_matrix(np.eye(2)), "auto", {}, "vectors: sparse vectors where dense"),
+        (torch.eye(2).to_sparse(), "auto", {}, "vectors: sparse vectors where dense"),
+        ([[1.0], [1.0, 2.0]], "auto", {}, "vectors: not numbers in rows of one length"),
         (np.ones((2, 3)), "NoSuchIndex", {}, "factory: Faiss can't make 'NoSuchIndex'"),
         (np.ones((2, 3)), "IVF64,Flat", {}, "factory: Faiss can't make 'IVF64,Flat' of 2 vectors"),
         (np.ones((2, 3)), "auto", {"recall": 1.0}, "recall: 1.0 is not between"),
@@ -100,8 +117,9 @@ def test_any_faiss_factory_finds_a_vector_by_itself_and_drops_places_it_leaves_e
     ],
 )
 def test_wrong_input_is_named(vectors: Any, factory: str, options: dict[str, Any], message: str) -> None:
+    count = vectors.shape[0] if hasattr(vectors, "shape") else len(vectors)
     with pytest.raises(ValueError, match=message):
-        DenseIndex.build(vectors, [str(row) for row in range(np.shape(vectors)[0])], factory, **options)
+        DenseIndex.build(vectors, [str(row) for row in range(count)], factory, **options)
 
 
 def test_threads_are_set_for_the_build_only_and_wrong_queries_named(vectors: np.ndarray) -> None:

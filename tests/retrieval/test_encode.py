@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_vectors, save_student
 from tct_hf.data.ids import SeenIds
 from tct_hf.data.shards import _write_shard
+from tct_hf.encoding.weights import weights_digest
 from tct_hf.retrieval import encode
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
@@ -86,6 +88,15 @@ def expected(model: Any, texts: list[str], task: str = "document") -> np.ndarray
 
 
 # In memory
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_encodes_as_its_weights_in_float32(either: Any, half: torch.dtype) -> None:
+    model = either.to(half)
+    whole = copy.deepcopy(model).float()
+    assert weights_digest(model) == weights_digest(whole)  # an index knows its model by either
+    found = [array(encode_texts(one, TEXTS[:9], task="query")) for one in (model, whole)]
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("limits", [{}, {"tokens_per_pass": 1}, {"tokens_per_pass": 40}])

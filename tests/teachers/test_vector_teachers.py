@@ -326,6 +326,15 @@ def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_
     torch.testing.assert_close(score(teacher, TEXTS, columns_of(13, 2)), expected)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_a_teacher_of_any_precision_scores_on_a_cpu(tmp_path: Path, half: torch.dtype, dtype: Any) -> None:
+    model = load_colbert(tiny_colbert(tmp_path)).to(half)
+    expected = score(ColBERTTeacher(copy.deepcopy(model).float(), dtype="float32"), TEXTS, columns_of(13, 2))
+    found = score(ColBERTTeacher(model, dtype=dtype), TEXTS, columns_of(13, 2))
+    torch.testing.assert_close(found, expected, atol=0.3 if dtype != "float32" else 1e-5, rtol=0)
+
+
 # Making one.
 
 
