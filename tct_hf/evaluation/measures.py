@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from tct_hf.retrieval.runs import rank
+from tct_hf.data.ids import is_utf8
+from tct_hf.retrieval.runs import check_common, rank
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
 # TREC Deep Learning counts grades 2 and 3 as relevant for all but nDCG. Recall is often given from grade 1 on, too:
@@ -18,6 +19,8 @@ MEASURE_SETS = {
 }
 # A Perl script, which fails on query ids that are not numbers.
 _UNUSABLE_ENGINES = ("gdeval",)
+# trec_eval keeps an array of so many entries as the highest grade or gain of a query.
+_HIGHEST_GRADE = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ def evaluate_run(
     """Measure a run against judgements.
 
     Every judged query counts: one without a passage in the run, or without a relevant passage, scores 0. Queries
-    without judgements are left out. A negative grade (TREC's -2 for junk) counts as 0. Equal scores are ordered by
-    passage id, ascending; trec_eval by itself orders ties by descending id and compares in single precision.
+    without judgements are left out. A passage of a negative grade is not relevant, and not judged to Bpref, infAP and
+    measures of judged passages only, as in trec_eval; a query that has no other grades scores 0. Equal scores are
+    ordered by passage id, ascending; trec_eval by itself orders them by descending id, and compares in single
+    precision.
 
     Args:
         run: query id to passage id to score.
@@ -54,7 +59,8 @@ def evaluate_run(
 
     Raises:
         ValueError: an unknown measure, one that no installed engine computes or leaves without a value for a query, no
-            judged query, or a NaN score.
+            judged query or none that is in the run, an id that trec_eval can't hold, a grade that is no whole number
+            up to 2^20, or a NaN score.
     """
     if isinstance(measures, str):
         raise ValueError(f"measures: {measures!r} is one string; pass a list, for instance [{measures!r}]")
@@ -62,13 +68,12 @@ def evaluate_run(
         raise ValueError("measures is empty; name at least one, for instance RR@10")
     if not qrels:
         raise ValueError("qrels: no judged query; load the judgements of a split that has some")
-    if type(relevance) is not int or relevance < 1:
+    if type(relevance) is not int or not 1 <= relevance <= _HIGHEST_GRADE:
         raise ValueError(f"relevance: {relevance!r} is no grade of 1 or more")
-    # Copied into fresh dictionaries: engines accept nothing but plain int and float. Negative grades have a meaning of
-    # their own in trec_eval, and crash it where a query has no others.
-    judged = {
-        query: {passage: max(int(grade), 0) for passage, grade in grades.items()} for query, grades in qrels.items()
-    }
+    check_common("run", run, "qrels", qrels)
+    _check_ids("qrels: query id", qrels)
+    # Copied into fresh dictionaries: engines accept nothing but plain int and float.
+    judged = {query: _graded(query, grades) for query, grades in qrels.items()}
     import ir_measures
 
     usable = [one for one in ir_measures.DefaultPipeline.providers if one.NAME not in _UNUSABLE_ENGINES]
@@ -77,6 +82,11 @@ def evaluate_run(
     parsed = {name: _parse(name, relevance, grades_judged, engine) for name in measures}
     # No measure is asked for what has no passages: some engines divide by their number.
     ranked = {query: _by_rank(query, run[query]) for query, grades in judged.items() if grades and run.get(query)}
+    # trec_eval dies of a query that has negative grades alone.
+    judged = {
+        query: grades if any(grade >= 0 for grade in grades.values()) else dict.fromkeys(grades, 0)
+        for query, grades in judged.items()
+    }
     graded = {query: grades for query, grades in judged.items() if grades}
     per_query: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in parsed}
     # Two names may mean one measure (P@10, Precision@10): each gets its values.
@@ -135,7 +145,45 @@ def _named(name: str) -> Any:
         raise ValueError(
             f"measures: {name!r} is not an ir-measures name ({error}); use for instance RR@10, nDCG@10, R@1000, AP"
         ) from error
+    gains = (measure.params.get("gains") or {}).values()
+    whole = {"cutoff": measure.params.get("cutoff"), "rel": measure.params.get("rel")}
+    for what, number in [*whole.items(), *(("gain", gain + 1) for gain in gains)]:
+        if number is not None and not (type(number) is int and 1 <= number <= _HIGHEST_GRADE):
+            raise ValueError(f"measures: {name!r} has a {what} that no engine can take; use 1 or more")
+    if not 0 <= (measure.params.get("recall") or 0) <= 1:
+        raise ValueError(f"measures: {name!r} has a recall that is not between 0 and 1; use for instance IPrec@0.1")
     return measure
+
+
+def _check_ids(what: str, names: Iterable[str]) -> None:
+    """Refuse ids that trec_eval, which is written in C, would end the process over or take for others."""
+    try:
+        usable = b"\0" not in "\n".join(names).encode()
+    except (TypeError, UnicodeEncodeError):
+        usable = False
+    if not usable:
+        wrong = next(one for one in names if not isinstance(one, str) or "\0" in one or not is_utf8(one))
+        raise ValueError(
+            f"{what} {wrong!r} is no text that UTF-8 can hold (a lone surrogate or a NUL has none); rename it first"
+        )
+
+
+def _graded(query: str, grades: Mapping[str, Any]) -> dict[str, int]:
+    """The grades of a query, checked."""
+    _check_ids(f"qrels: query {query!r}: passage id", grades)
+    found = {}
+    for passage, grade in grades.items():
+        try:
+            found[passage] = int(grade)
+            usable = found[passage] == grade and abs(found[passage]) <= _HIGHEST_GRADE
+        except (TypeError, ValueError, OverflowError):
+            usable = False
+        if not usable:
+            raise ValueError(
+                f"qrels: query {query!r}, passage {passage!r}: grade {grade!r} is no whole number up to "
+                f"{_HIGHEST_GRADE:,}; write 0, 1, 2, ..."
+            )
+    return found
 
 
 def _parse(name: str, relevance: int, grades: Set[int], engine: Any) -> Any:
@@ -146,6 +194,8 @@ def _parse(name: str, relevance: int, grades: Set[int], engine: Any) -> Any:
         measure = measure(rel=relevance)
     if measure.NAME == "nDCG" and measure["dcg"] == "exp-log2" and "gains" not in measure.params:
         # The same measure in the words of trec_eval, which has the discount and takes any gains.
+        if max(grades, default=0) > math.log2(_HIGHEST_GRADE):
+            raise ValueError(f"measures: {name!r}: grade {max(grades)} is too high for gains of 2^grade; use up to 20")
         measure = measure(dcg="log2", gains={grade: 2 ** max(grade, 0) - 1 for grade in grades})
     if not engine.supports(measure):
         fixes = [
@@ -179,6 +229,7 @@ def _values(
 
 
 def _by_rank(query: str, scores: Mapping[str, float]) -> dict[str, float]:
+    _check_ids(f"run: query {query!r}: passage id", scores)
     if any(math.isnan(score) for score in scores.values()):
         raise ValueError(f"run: query {query!r} has a score that is NaN; look for NaN in the vectors that made it")
     ordered = rank(scores)

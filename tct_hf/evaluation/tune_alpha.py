@@ -73,13 +73,13 @@ def tune_alpha(
         The best weight, with the curve.
 
     Raises:
-        ValueError: no query is judged, both runs lack all that are, a weight is negative or not finite, or the measure
-            is unknown.
+        ValueError: no query is judged, a run has queries but none that is, a weight is negative or not finite, or the
+            measure is unknown.
     """
     if not qrels:
         raise ValueError("qrels: no judged query to tune on; take dev or train queries with judgements")
-    if qrels.keys().isdisjoint([*sparse_run, *dense_run]):
-        raise ValueError("qrels: none of the judged queries is in the runs; take runs and judgements of one split")
+    if any(run and qrels.keys().isdisjoint(run) for run in (sparse_run, dense_run)) or not (sparse_run or dense_run):
+        raise ValueError("qrels: none of the judged queries is in one run; take runs and judgements of one split")
     evaluate_run({}, qrels, [measure], relevance=relevance)  # an unknown measure fails before the work
     aligned = {query: align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize) for query in qrels}
     depth = cutoff_of(measure)

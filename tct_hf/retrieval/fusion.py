@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, check_common
 
 Scores = Mapping[str, float]
 
@@ -43,11 +43,7 @@ def fuse(
     """
     check_weight(alpha)
     _check_depth(k, "k")
-    if sparse_run and dense_run and sparse_run.keys().isdisjoint(dense_run):
-        raise ValueError(
-            f"sparse_run, dense_run: no query in common (for instance {next(iter(sparse_run))!r} and "
-            f"{next(iter(dense_run))!r}); take runs of one split, with the same ids"
-        )
+    check_common("sparse_run", sparse_run, "dense_run", dense_run)
     fused: Run = {}
     for query in dict.fromkeys([*sparse_run, *dense_run]):
         ids, sparse, dense = align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize)
@@ -69,13 +65,16 @@ def reciprocal_rank_fusion(runs: Sequence[Mapping[str, Scores]], k: int = 60, *,
         The fused run: every query of any run, passages best first, equal scores by id.
 
     Raises:
-        ValueError: there is no run, k is negative or not finite, depth is below 1, or a score is NaN.
+        ValueError: there is no run, one has no query in common with the first, k is negative or not finite, depth is
+            below 1, or a score is NaN.
     """
     if isinstance(runs, Mapping) or not runs:
         raise ValueError("runs: pass a list of one or more runs")
     if not 0 <= k < math.inf:
         raise ValueError(f"k: {k} must be finite and 0 or more; 60 is usual")
     _check_depth(depth, "depth")
+    for at, run in enumerate(runs[1:], 1):
+        check_common("runs[0]", runs[0], f"runs[{at}]", run)
     fused: Run = {}
     for query in dict.fromkeys(query for run in runs for query in run):
         sums: dict[str, float] = {}

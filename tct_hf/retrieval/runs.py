@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tct_hf.data.ids import is_utf8
 from tct_hf.files import write_aside
@@ -18,6 +19,15 @@ Run = dict[str, dict[str, float]]
 def rank(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     """Order one query's passages, (id, score): score descending, equal scores by passage id ascending."""
     return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
+
+
+def check_common(name: str, one: Mapping[str, Any], other_name: str, other: Mapping[str, Any]) -> None:
+    """Refuse runs or judgements that have queries, but none in common: their ids are of two kinds, or two splits'."""
+    if one and other and one.keys().isdisjoint(other):
+        raise ValueError(
+            f"{name}, {other_name}: no query in common (for instance {next(iter(one))!r} and {next(iter(other))!r}); "
+            "take those of one split, with the same ids"
+        )
 
 
 def write_run(run: Mapping[str, Mapping[str, float]], path: str | Path, tag: str) -> None:

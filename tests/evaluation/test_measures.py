@@ -103,6 +103,19 @@ def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
         ({}, QRELS, "RR@10", "one string"),
         ({}, {}, ["RR@10"], "no judged query"),
         ({"q1": {"a": math.nan}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN"),
+        ({"x": {"a": 1.0}}, QRELS, ["RR@10"], "no query in common .for instance 'x' and 'q1'"),
+        # What would end the process in C, or be taken for something else there.
+        ({"q1": {"a\ud800": 1.0}}, QRELS, ["RR@10"], r"run: query 'q1': passage id 'a\\ud800' is no text"),
+        ({}, {"q\ud800": {"a": 1}}, ["RR@10"], r"qrels: query id 'q\\ud800' is no text"),
+        ({}, {"q": {"a\ud800": 1}}, ["RR@10"], r"qrels: query 'q': passage id 'a\\ud800' is no text"),
+        ({}, {"q\0a": {"a": 1}, "q\0b": {"a": 1}}, ["RR@10"], r"query id 'q\\x00a' is no text"),
+        ({}, {1: {"a": 1}}, ["RR@10"], "query id 1 is no text"),
+        ({}, {"q": {"a": 2**21}}, ["RR@10"], "query 'q', passage 'a': grade 2097152 is no whole number"),
+        ({}, {"q": {"a": 0.5}}, ["RR@10"], "grade 0.5 is no whole number"),
+        ({}, {"q": {"a": 31}}, ["nDCG(dcg='exp-log2')@10"], "grade 31 is too high for gains"),
+        ({}, QRELS, ["P@0"], "'P@0' has a cutoff that no engine can take"),
+        ({}, QRELS, ["P(rel=0)@5"], "has a rel that no engine can take"),
+        ({}, QRELS, ["IPrec@1.5"], "recall that is not between 0 and 1"),
     ],
 )
 def test_wrong_arguments_are_named(run: dict, qrels: dict, measures: list[str], message: str) -> None:
@@ -110,7 +123,21 @@ def test_wrong_arguments_are_named(run: dict, qrels: dict, measures: list[str], 
         evaluate_run(run, qrels, measures)
 
 
-@pytest.mark.parametrize("relevance", [0, True])
+def test_negative_grades_are_unjudged_where_they_are_for_trec_eval() -> None:
+    import pytrec_eval
+
+    run, qrels = random_case(3)
+    qrels["q0"] = {name: -2 if grade == 0 else grade for name, grade in qrels["q0"].items()}
+    found = evaluate_run(run, qrels, ["Bpref", "infAP", "P(judged_only=True)@5"])
+    expected = pytrec_eval.RelevanceEvaluator(qrels, {"bpref", "infAP"}).evaluate(run)
+    judged = pytrec_eval.RelevanceEvaluator(qrels, {"P.5"}, judged_docs_only_flag=True).evaluate(run)
+    for query in run:
+        assert found.per_query["Bpref"][query] == pytest.approx(expected[query]["bpref"])
+        assert found.per_query["infAP"][query] == pytest.approx(expected[query]["infAP"])
+        assert found.per_query["P(judged_only=True)@5"][query] == pytest.approx(judged[query]["P_5"])
+
+
+@pytest.mark.parametrize("relevance", [0, True, 2**21])
 def test_a_relevance_that_is_no_grade_is_refused(relevance: int) -> None:
     with pytest.raises(ValueError, match="is no grade of 1 or more"):
         evaluate_run(RUN, QRELS, relevance=relevance)

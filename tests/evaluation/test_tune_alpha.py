@@ -58,6 +58,12 @@ def test_the_middle_one_of_equally_good_weights_is_taken() -> None:
     assert tune_alpha(sparse, dense, {"q0": {"absent": 1}}, alphas=[3.0, 1.0, 2.0, 4.0]) == 2.0
 
 
+def test_a_run_of_other_queries_is_not_tuned_with() -> None:
+    for runs in ((SPARSE, {"other": {"a": 1.0}}), ({"other": {"a": 1.0}}, DENSE)):
+        with pytest.raises(ValueError, match="none of the judged queries"):
+            tune_alpha(*runs, {"q": {"a": 1}})
+
+
 @pytest.mark.parametrize(
     ("qrels", "more", "message"),
     [

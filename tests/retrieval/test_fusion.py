@@ -83,6 +83,7 @@ def test_equal_scores_and_empty_lists_survive_normalisation() -> None:
         (lambda: fuse(SPARSE, {"other": {"a": 1.0}}, 0.1), "no query in common"),
         (lambda: fuse({"q": {"a": math.nan}}, DENSE, 0.1), "query 'q', passage 'a': score nan"),
         (lambda: fuse(SPARSE, {"q": {"z": 1.0, "y": math.inf}}, 0.1, normalize=True), "passage 'y': score inf"),
+        (lambda: reciprocal_rank_fusion([SPARSE, {"other": {"a": 1.0}}]), r"runs\[0\], runs\[1\]: no query in common"),
         (lambda: reciprocal_rank_fusion([]), "one or more runs"),
         (lambda: reciprocal_rank_fusion(SPARSE), "one or more runs"),  # type: ignore[arg-type]
         (lambda: reciprocal_rank_fusion([SPARSE], k=-1), "k: -1"),
