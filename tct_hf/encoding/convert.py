@@ -7,7 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from transformers import AutoModel
+from transformers.utils import logging
 
 from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.encoding.build import build_student
@@ -230,9 +231,11 @@ def convert_checkpoint(
 def _write_student(
     source: Path, out: Path, document_length: int | None, query_length: int = QUERY_LENGTH, pooling: str = "mean"
 ) -> None:
-    _check_weights(source)
+    unused = _check_weights(source)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
-    build_student(str(source), encoding="tct", pooling=pooling, **lengths).save_pretrained(str(out))
+    # Pretraining heads are left out on purpose; of other weights that nothing takes transformers tells.
+    with _without_report() if all(name.startswith("cls.") for name in unused) else nullcontext():
+        build_student(str(source), encoding="tct", pooling=pooling, **lengths).save_pretrained(str(out))
     finalise_checkpoint(out)
 
 
@@ -258,9 +261,23 @@ def _write_teacher(source: Path, out: Path, document_length: int | None) -> None
         shutil.copyfile(source / TRAINING_FILE, out / TRAINING_FILE)
 
 
-def _check_weights(source: Path, encoder: Any = AutoModel) -> None:
-    """Refuse weights that leave a part of the encoder untrained, about which transformers only warns."""
-    with _told_of_weights(source):
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Load a model without transformers' report of its weights."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_weights(source: Path, encoder: Any = AutoModel) -> list[str]:
+    """Refuse weights that leave a part of the encoder untrained, about which transformers only warns.
+
+    Returns the names of those that the encoder does not take.
+    """
+    with _told_of_weights(source), _without_report():
         _, info = encoder.from_pretrained(str(source), output_loading_info=True)
     wrong = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
     wrong += [str(key) for key in info["mismatched_keys"]]
@@ -269,6 +286,7 @@ def _check_weights(source: Path, encoder: Any = AutoModel) -> None:
             f"{source}: {len(wrong)} weights of the encoder are missing or of another shape ({wrong[0]}, ...): "
             "the model would be partly random. Is this the checkpoint of an encoder of config.json's type?"
         )
+    return [str(key) for key in info["unexpected_keys"]]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ TCT_CHECKPOINTS = (
     "castorini/tct_colbert-v2-msmarco",
     "castorini/tct_colbert-v2-hn-msmarco",
     "castorini/tct_colbert-v2-hnp-msmarco",
+    "castorini/tct_colbert-v2-hnp-msmarco-r2",
 )
 # Modules of a TCT student: without and with a learned scale.
 TCT_MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"])

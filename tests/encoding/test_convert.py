@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -74,6 +75,21 @@ def test_a_clone_and_a_declared_encoder_are_converted_too(tmp_path: Path, monkey
     cached = tmp_path / "models--castorini--tct_colbert-msmarco" / "snapshots" / ("0" * 40)
     other = tmp_path / "castorini--tct_colbert-msmarco" / "mine"
     assert [recognise(str(folder), tiny_bert(folder)).kind for folder in (cached, other)] == ["tct", "bare"]
+
+
+@pytest.mark.parametrize(("extra", "times"), [({}, 0), ({"adapter.weight": torch.ones(2)}, 1)])
+def test_weights_that_no_student_takes_are_reported_once_and_pretraining_heads_never(
+    extra: dict[str, torch.Tensor], times: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = published_tct(tmp_path / "tct_colbert-v2-hnp-msmarco-r2")
+    save_file({**load_file(source / "model.safetensors"), **extra}, source / "model.safetensors", {"format": "pt"})
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)  # it does not propagate
+    try:
+        assert convert_checkpoint(source, tmp_path / "out").kind == "student"
+    finally:
+        library.removeHandler(caplog.handler)
+    assert caplog.text.count("LOAD REPORT") == times
 
 
 def test_a_student_is_loaded_as_it_is_and_put_right_where_it_was_saved_by_other_means(
