@@ -73,6 +73,7 @@ class Collection:
         made: those of them that were taken out of passages, by query id.
         also: splits that are reported beside "test", by their own names.
         test_split: the source's name of the split of the use "test".
+        words: language and stemmer of BM25, see :meth:`read_words`.
         index: BM25 over the corpus, once it has been built.
     """
 
@@ -84,7 +85,14 @@ class Collection:
     made: dict[str, MadeQuestion] = field(default_factory=dict)
     also: dict[str, Split] = field(default_factory=dict)
     test_split: str = "test"
+    words: dict[str, Any] = field(default_factory=dict)
     index: Any = None
+
+    def read_words(self, **words: str | None) -> None:
+        """Set the `language` and `stemmer` that BM25 reads the texts with; they join the fingerprint."""
+        self.words = words
+        named = f"{self.fingerprint['sha256']}\0{sorted(words.items())}"
+        self.fingerprint = {**self.fingerprint, "sha256": sha256(named.encode()).hexdigest(), "words": words}
 
     def unjudged(self, labels: float = 1.0, most: int | None = None) -> dict[str, str]:
         """Train queries whose judgements are not used, and `questions`, id to text.
@@ -137,7 +145,7 @@ class Collection:
             kept = set(sorted(ids, key=lambda name: (name not in positives, hash_of(name)))[:passages])
             corpus = corpus.select([row for row, name in enumerate(ids) if name in kept])
             every = [{name: split.within(kept) for name, split in splits.items()} for splits in every]
-        return Collection(
+        part = Collection(
             f"{self.name}, a part",
             corpus,
             every[0],
@@ -146,6 +154,9 @@ class Collection:
             also=every[1],
             test_split=self.test_split,
         )
+        if self.words:
+            part.read_words(**self.words)
+        return part
 
     def hold_out_dev(self, share: float) -> None:
         """Take a share (0 to 1) of the train queries, drawn by a hash of the id, for a dev split that is not there."""

@@ -13,11 +13,12 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-# Thai, Lao, Burmese, Khmer, kana and Han are written without blanks: there each letter is a word.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Ranges of Thai, Lao, Burmese, Khmer, kana and Han, written without blanks: there each letter is a word.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 _MARK = re.compile(r"[^\w\s]|_")
 
 
@@ -44,7 +45,7 @@ def plain_text(text: str) -> str:
 
 def shingles(text: str, width: int) -> frozenset[int]:
     """Hash every run of `width` words of a text (letters, in scripts without blanks); fewer words are one shingle."""
-    words = _WORD.findall(text.lower())
+    words = _WORD.findall(unicodedata.normalize("NFC", text.lower()))
     return frozenset(
         zlib.crc32(" ".join(words[at : at + width]).encode()) for at in range(max(1, len(words) - width + 1))
     )

@@ -173,15 +173,14 @@ class Workspace:
 
     def bm25(self) -> Stored[BM25Index]:
         """BM25 with its default parameters."""
-        corpus = self.collection.corpus
-        return self._stored("bm25", lambda: BM25Index.build(corpus["text"], corpus["id"]), BM25Index.load)
+        corpus, words = self.collection.corpus, self.collection.words
+        return self._stored("bm25", lambda: BM25Index.build(corpus["text"], corpus["id"], **words), BM25Index.load)
 
     def expanded(self, settings: ExpansionSettings) -> Stored[BM25Index]:
         """BM25 over the passages with their generated queries."""
         assert settings.path is not None
-        build = partial(
-            expanded_bm25, self.collection.corpus, settings.path, **settings.kept(), k1=settings.k1, b=settings.b
-        )
+        options = {**settings.kept(), **self.collection.words, "k1": settings.k1, "b": settings.b}
+        build = partial(expanded_bm25, self.collection.corpus, settings.path, **options)
         return self._stored("bm25-expanded", build, BM25Index.load, settings.depends())
 
     def dense(

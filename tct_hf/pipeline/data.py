@@ -13,6 +13,7 @@ from tct_hf.data.rows import SkippedRows
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.pipeline.settings import DataSettings, TriplesSettings
 from tct_hf.retrieval.triples import load_triples
+from tct_hf.retrieval.words import LANGUAGE, STEMMER, analyser
 
 # Of questions without judgements, where there are no judgements to measure with.
 _HELD_OUT_SHARE, _MOST_HELD_OUT = 0.1, 500
@@ -44,6 +45,10 @@ def read_collection(
     )
     if data.dev_share and "train" in collection.splits:
         collection.hold_out_dev(data.dev_share)
+    words: dict[str, Any] = {"language": data.language, "stemmer": data.stemmer}
+    if words != {"language": LANGUAGE, "stemmer": STEMMER}:
+        analyser(**words)  # what it does not know is refused now
+        collection.read_words(**words)
     collection = collection.part(passages=data.max_passages, queries=data.max_queries)
     if data.questions is not None:
         collection.add_questions(data.questions)
@@ -77,6 +82,8 @@ def read_triples(
         queries=triples.queries,
         qrels=triples.qrels,
         num_negatives=triples.num_negatives,
+        language=triples.language,
+        stemmer=triples.stemmer,
         scores=scores,
         skip_bad_rows=triples.skip_bad_rows,
         skipped=skipped,

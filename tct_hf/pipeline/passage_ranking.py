@@ -58,6 +58,8 @@ class PassageRankingFiles:
         None,
         "query, positive, negative, as ids or texts: counted; a sample keeps its part, and draws with BM25 when none",
     )
+    language: str = setting("english", "of BM25, where a sample draws triples with it; see the recipe train")
+    stemmer: str | None = setting("auto", "of BM25, where a sample draws triples with it; see the recipe train")
     expected_triples: int | None = setting(None, "triples there must be; unchecked when null")
 
 
@@ -117,7 +119,7 @@ def prepare_passage_ranking(
                 aside.write_text("\n".join(["\t".join(HEADER), *lines]) + "\n", encoding="utf-8")
     count = _write_corpus(out / "corpus.jsonl", None if drawn is None else drawn.passages, judged, source, write)
     if drawn is not None and not (out / TRIPLES_FILE).is_file():
-        rows = drawn.triples if drawn.triples is not None else _bm25_triples(out, cache_dir)
+        rows = drawn.triples if drawn.triples is not None else _bm25_triples(out, source, cache_dir)
         with write_aside(out / TRIPLES_FILE) as aside:
             aside.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     counts = {
@@ -348,12 +350,13 @@ def _draw(
     return _Sample(kept, within, rows)
 
 
-def _bm25_triples(folder: Path, cache_dir: Path | None) -> Iterable[tuple[str, str, str]]:
+def _bm25_triples(folder: Path, source: PassageRankingFiles, cache_dir: Path | None) -> Iterable[tuple[str, str, str]]:
     """One triple a judgement."""
     from tct_hf.retrieval.negatives import bm25_triples  # heavy: numba
 
     corpus, queries, qrels = load_beir(folder, "train", cache_dir=cache_dir)
-    drawn = bm25_triples(corpus, queries, qrels, num_negatives=1, depth=100, seed=0)
+    words: dict[str, Any] = {"language": source.language, "stemmer": source.stemmer}
+    drawn = bm25_triples(corpus, queries, qrels, num_negatives=1, depth=100, seed=0, **words)
     return zip(drawn["query_id"], drawn["positive_id"], drawn["negative_id"], strict=True)
 
 

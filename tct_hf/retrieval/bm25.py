@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import Stemmer
 
 from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
 from tct_hf.files import command, file_digest
 from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k
 from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.words import LANGUAGE, STEMMER, analyser, stemmer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # Tuned for MS MARCO passages, and for those with 40 generated queries each.
 PASSAGE_K1, PASSAGE_B = 0.82, 0.68
 EXPANDED_K1, EXPANDED_B = 2.18, 0.86
-_TOKEN = re.compile(r"(?u)\b\w\w+\b")
+# Of how many queries at once, at least, it is told that most find next to nothing: this share of what is asked for.
+_MANY_QUERIES, _NEXT_TO_NOTHING = 3, 0.05
 
 
 class BM25Index(Index):
@@ -40,13 +41,14 @@ class BM25Index(Index):
     """
 
     kind, title, tags = "BM25 index", "A BM25 index (bm25s)", ("bm25",)
-    settings_file, format = "tct_bm25.json", 5
+    settings_file, format = "tct_bm25.json", 6
 
     def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
         self._engine = engine
         self.ids = ids
         self.settings = settings
-        self._analyse = _analyser(settings["language"], settings["stemmer"])
+        self._analyse = analyser(settings["language"], settings["stemmer"])
+        self._has_warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._engine, self.ids, self.settings)  # an analyser is made again
@@ -59,8 +61,8 @@ class BM25Index(Index):
         *,
         k1: float | None = None,
         b: float | None = None,
-        language: str = "english",
-        stemmer: str | None = "english",
+        language: str = LANGUAGE,
+        stemmer: str | None = STEMMER,
         backend: str = "numba",
         expansion: Mapping[str, Any] | None = None,
     ) -> BM25Index:
@@ -71,8 +73,10 @@ class BM25Index(Index):
             ids: their ids, as many, each once.
             k1: term frequency saturation; None: 0.82 or, of expanded passages, 2.18, tuned on MS MARCO.
             b: length normalisation, 0 to 1; None: 0.68 or, of expanded passages, 0.86.
-            language: stop word list, a language bm25s knows, or "none".
-            stemmer: Snowball language of PyStemmer, or None for whole words.
+            language: stop word list, a language bm25s or PyStemmer knows, or "none". Chinese, Japanese, Thai and
+                others that are written without spaces are indexed by letters and pairs of letters, whatever it is.
+            stemmer: Snowball language of PyStemmer; "auto": that of `language`, if any (English with "none"); or None
+                for whole words.
             backend: "numba", or "numpy" (about 100 times slower, needs no compiler).
             expansion: what the texts hold beside the passages, JSON-ready; `expanded_bm25` gives both.
 
@@ -89,10 +93,10 @@ class BM25Index(Index):
             raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
         _keep_compiled()
         settings: dict[str, Any] = {"k1": k1, "b": b, "method": "lucene"}
-        settings |= {"language": language, "stemmer": stemmer, "backend": backend}
+        settings |= {"language": language, "stemmer": stemmer_of(language, stemmer), "backend": backend}
         if expansion:
             settings["expansion"] = dict(expansion)
-        analyse = _analyser(language, stemmer)
+        analyse = analyser(language, stemmer)
         vocabulary: dict[str, int] = {}
         tokens = []
         for text in texts:
@@ -138,7 +142,22 @@ class BM25Index(Index):
             )
             for at, hits, hit_scores in zip(part, found, values, strict=True):
                 ids[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
+        self._warn_of_little([len(found) for found in ids], min(k, len(self.ids)))
         return ids, scores
+
+    def _warn_of_little(self, counts: Sequence[int], asked: int) -> None:
+        """Say once that most of the queries of a search, each with a count of passages found, find next to nothing."""
+        few = sum(count <= _NEXT_TO_NOTHING * asked for count in counts)
+        if self._has_warned or len(counts) < _MANY_QUERIES or few <= len(counts) / 2:
+            return
+        self._has_warned = True
+        language, stemmer = self.settings["language"], self.settings["stemmer"]
+        warnings.warn(
+            f"BM25 finds next to nothing for {few} of {len(counts)} queries: they share hardly a word with the "
+            f"passages. Check that both are in one language and name it: now language is {language!r} and stemmer "
+            f"{stemmer!r} (data.language and data.stemmer of the recipes)",
+            stacklevel=3,
+        )
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
         """Search queries, id to text, and return a run, in which every query has an entry."""
@@ -213,23 +232,6 @@ def _keep_compiled() -> None:
                 function.enable_caching()
             except RuntimeError:  # no folder that numba may write to: compiled in this process alone
                 return
-
-
-def _analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
-    """Make the function from text to terms: lower case, words of two characters and more, stop words out, stems."""
-    from bm25s.tokenization import _infer_stopwords
-
-    try:
-        stop_words = frozenset() if language == "none" else frozenset(_infer_stopwords(language))
-    except ValueError as error:
-        raise ValueError(f'language: no stop words for {language!r} ({error}); pass language="none"') from error
-    if stemmer is None:
-        return lambda text: [word for word in _TOKEN.findall(text.lower()) if word not in stop_words]
-    try:
-        stem = cache(Stemmer.Stemmer(stemmer).stemWord)
-    except KeyError:
-        raise ValueError(f"stemmer: {stemmer!r} is not one of {', '.join(Stemmer.algorithms())}") from None
-    return lambda text: [stem(word) for word in _TOKEN.findall(text.lower()) if word not in stop_words]
 
 
 def expanded_bm25(

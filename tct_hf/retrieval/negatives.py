@@ -14,6 +14,7 @@ from tct_hf.data.collection import Collection, MadeQuestion, Split
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, ids_are_shared, passage_ids, positive_rows
 from tct_hf.retrieval.runs import rank
+from tct_hf.retrieval.words import LANGUAGE, STEMMER
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +31,8 @@ def bm25_triples(
     depth: int = 100,
     seed: int,
     index: BM25Index | None = None,
+    language: str = LANGUAGE,
+    stemmer: str | None = STEMMER,
     unlabelled: Mapping[str, str] | None = None,
     candidates: Mapping[str, Mapping[str, float]] | None = None,
     without: Mapping[str, MadeQuestion] | None = None,
@@ -52,6 +55,8 @@ def bm25_triples(
             100 makes harder negatives of a small corpus.
         seed: the seed.
         index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
+        language: of the index that is built, as `BM25Index.build` takes it.
+        stemmer: of the index that is built, as `BM25Index.build` takes it.
         unlabelled: query id to text of questions without judgements.
         candidates: a run whose scores are a teacher's logits, instead of BM25's best for the queries it has; the first
             passage of an unlabelled question is then a pseudo-positive that counts as much as the teacher is sure.
@@ -79,7 +84,8 @@ def bm25_triples(
     if both := [query_id for query_id in unlabelled if query_id in positives]:
         raise ValueError(f"unlabelled: query {both[0]!r} has positives in qrels; leave it out of one of them")
     if index is None:
-        index = BM25Index.build((row["text"] for row in corpus.select_columns("text")), ids)
+        passages = (row["text"] for row in corpus.select_columns("text"))
+        index = BM25Index.build(passages, ids, language=language, stemmer=stemmer)
     elif len(index) != len(ids) or any(passage_id not in row_of for passage_id in index.ids):
         raise ValueError(
             f"index: its {len(index)} passages are not the corpus's {len(ids)}; build it from this corpus"
@@ -141,7 +147,7 @@ def _normal(text: str) -> str:
 def collection_bm25(collection: Collection) -> BM25Index:
     """The BM25 index of a collection's corpus, built once."""
     if collection.index is None:
-        collection.index = BM25Index.build(collection.corpus["text"], collection.corpus["id"])
+        collection.index = BM25Index.build(collection.corpus["text"], collection.corpus["id"], **collection.words)
     return collection.index
 
 

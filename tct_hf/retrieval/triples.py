@@ -26,6 +26,7 @@ from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_row
 from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
 from tct_hf.retrieval.negatives import bm25_triples
+from tct_hf.retrieval.words import LANGUAGE, STEMMER
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
 _FORMAT = 4
@@ -54,6 +55,8 @@ def load_triples(
     scores: str | None = None,
     depth: int = 100,
     seed: int = 0,
+    language: str = LANGUAGE,
+    stemmer: str | None = STEMMER,
     streaming: bool = False,
     skip_bad_rows: bool = False,
     skipped: SkippedRows | None = None,
@@ -95,6 +98,8 @@ def load_triples(
             positive first), or what follows positive_ and negative_ (or negative_1_ ...), such as "teacher_score".
         depth: of BEIR folders: how many of BM25's best passages to sample from.
         seed: of BEIR folders: of the sample.
+        language: of BEIR folders: stop words of BM25, as `BM25Index.build` takes it.
+        stemmer: of BEIR folders: of BM25, as `BM25Index.build` takes it.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
         skip_bad_rows: leave bad rows out instead of refusing the source; of texts, judgements and BEIR folders they
             are always refused.
@@ -130,7 +135,8 @@ def load_triples(
                     "out (of another revision, download it and give its folder)"
                 )
         skipped.replace(SkippedRows())
-        return _from_beir(path_or_hub_id, split, num_negatives, depth, seed, cache_dir)
+        sample = {"depth": depth, "seed": seed, "language": language, "stemmer": stemmer}
+        return _from_beir(path_or_hub_id, split, num_negatives, sample, cache_dir)
 
     def tsv(path: Path) -> LineSource:
         return _open_tsv(path, columns, queries is not None, collection is not None, num_negatives)
@@ -207,7 +213,7 @@ def _is_beir(given: Any, config: str | None) -> bool:
     return config is None and is_hub_id(str(given)) and {"corpus", "queries"} <= set(hub_configurations(str(given)))
 
 
-def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, seed: int, cache: Any) -> Dataset:
+def _from_beir(given: Any, split: str, num_negatives: int | None, sample: dict[str, Any], cache: Any) -> Dataset:
     corpus, queries, qrels = load_beir(given, split, cache_dir=cache)
     count = 1 if num_negatives is None else num_negatives
     judgements = sha256(json.dumps([queries, qrels]).encode()).hexdigest()
@@ -215,10 +221,10 @@ def _from_beir(given: Any, split: str, num_negatives: int | None, depth: int, se
     made_from = [Path(file["filename"]).parent.name for file in corpus.cache_files]
 
     def build(staging: Path) -> None:
-        triples = bm25_triples(corpus, queries, qrels, num_negatives=count, depth=depth, seed=seed)
+        triples = bm25_triples(corpus, queries, qrels, num_negatives=count, **sample)
         _write(staging / "rows.arrow", triples.column_names, (dict(row) for row in triples))
 
-    folder = prepared("triples", [_FORMAT, "beir", made_from, judgements, count, depth, seed], build, cache)
+    folder = prepared("triples", [_FORMAT, "beir", made_from, judgements, count, sample], build, cache)
     return Dataset.from_file(str(folder / "rows.arrow"))
 
 

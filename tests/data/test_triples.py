@@ -11,7 +11,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from tct_hf import SkippedRows, bm25_triples, load_beir, load_triples
+from tct_hf import BM25Index, SkippedRows, bm25_triples, load_beir, load_triples
 from tct_hf.data.ids import stable_id
 from tests.recipe import write_beir
 
@@ -261,6 +261,14 @@ def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
     assert rows_of(loaded) == rows_of(expected)
     assert loaded.cache_files
     assert rows_of(load_triples(folder, num_negatives=2, seed=4)) != rows_of(expected)
+    words: dict[str, Any] = {"language": "none", "stemmer": None}
+    corpus = load_beir(folder, "train")[0]
+    expected = bm25_triples(
+        *load_beir(folder, "train"), seed=3, index=BM25Index.build(corpus["text"], corpus["id"], **words)
+    )
+    assert rows_of(load_triples(folder, seed=3, **words)) == rows_of(expected)
+    with pytest.raises(ValueError, match="language: no stop words for 'klingon'"):
+        load_triples(folder, language="klingon")
     with pytest.raises(ValueError, match="qrels= does not go with a BEIR collection"):
         load_triples(folder, qrels={})
     with pytest.raises(ValueError, match=r"revision= does not go with a BEIR.*download it and give its"):

@@ -3,8 +3,10 @@ from __future__ import annotations
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,13 @@ from datasets import Dataset
 from tct_hf import BM25Index, evaluate_run, expanded_bm25, load_beir, write_expansions
 from tct_hf.data.expansion import SCORES_FOLDER, score_columns
 from tct_hf.data.shards import run_shards
+from tct_hf.evaluation.workspace import Workspace
+from tct_hf.pipeline.data import read_collection
+from tct_hf.pipeline.settings import DataSettings
+from tct_hf.retrieval.negatives import collection_bm25
+from tct_hf.retrieval.words import analyser
 from tests.data.test_beir import data_folder
+from tests.recipe import write_beir
 
 TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
 IDS = ["a", "b", "c", "d"]
@@ -26,13 +34,13 @@ def build(texts: list[str] = TEXTS, ids: list[str] = IDS, **options: Any) -> BM2
 
 def lucene_bm25(texts: list[str], query: str, k1: float, b: float) -> list[float]:
     """The formula of Kamphuis et al., ECIR 2020 (Lucene, exact document lengths), written out."""
-    documents = [Counter(re.findall(r"\w\w+", text)) for text in texts]
+    documents = [Counter(re.findall(r"\w+", text)) for text in texts]
     lengths = [sum(document.values()) for document in documents]
     average = sum(lengths) / len(lengths)
     scores = []
     for document, length in zip(documents, lengths, strict=True):
         score = 0.0
-        for word in re.findall(r"\w\w+", query):
+        for word in re.findall(r"\w+", query):
             holders = sum(word in other for other in documents)
             idf = math.log(1 + (len(texts) - holders + 0.5) / (holders + 0.5))
             frequency = document[word]
@@ -60,6 +68,67 @@ def test_words_are_stemmed_and_stop_words_left_out() -> None:
     assert ids == [["a"], [], ["b"]] and [len(values) for values in scores] == [1, 0, 1]
     run = build().run({"q1": "zebra", "q2": "wine", "q3": "", "q4": "red green"}, k=1000)
     assert {name: set(found) for name, found in run.items()} == {"q1": set(), "q2": {"c"}, "q3": set(), "q4": {*"abc"}}
+
+
+# Languages and scripts
+
+
+@pytest.mark.parametrize(
+    ("language", "query", "found", "other"),
+    [
+        ("chinese", "中国的首都在哪里", "北京是中华人民共和国的首都", "上海有很多高楼和公园"),
+        ("chinese", "猫", "这只猫睡在沙发上", "那只狗跑得很快"),
+        ("none", "東京タワーの高さ", "東京タワーは333メートルです", "京都には寺が多い"),
+        ("none", "เมืองหลวงของไทย", "กรุงเทพเป็นเมืองหลวงของประเทศไทย", "แมวกินปลา"),
+        ("hindi", "भारत की राजधानी", "नई दिल्ली भारत की राजधानी है", "बिल्ली दूध पीती है"),
+        ("hindi", "काल", "काल बीत गया", "कुल मिलाकर कील"),  # they differ in vowel signs alone
+        ("french", "l'e\u0301cole", "une \u00e9cole de village", "cole"),
+        ("french", "\u00e9cole", "une e\u0301cole de village", "cole"),
+        ("turkish", "istanbul", "İSTANBUL büyük", "ankara"),
+        ("english", "vitamin C", "sources of vitamin C", "sources of vitamin D"),
+        ("none", "iPhone手机壳", "买一个手机壳", "买一台电脑"),
+        ("german", "Häuser", "das alte Haus", "ein Garten"),
+    ],
+)
+def test_passages_are_found_in_any_script(language: str, query: str, found: str, other: str) -> None:
+    ids, scores = build([other, found], ["other", "found"], language=language).search([query], k=2)
+    assert ids[0][0] == "found" and (len(ids[0]) == 1 or scores[0][0] > scores[0][1])
+
+
+def test_terms_are_words_with_their_marks_or_letters_and_pairs() -> None:
+    terms = analyser("none", None)
+    assert terms("don't I'm Malcolm X's 'C'") == ["don", "i", "malcolm", "x", "c"]
+    assert terms("हिन्दी भाषा") == ["हिन्दी", "भाषा"] and terms("co\u00adop") == ["coop"]
+    assert terms("ab猫犬 12") == ["ab", "猫", "犬", "猫犬", "12"] and terms("ดีที่") == ["ดี", "ที่", "ดีที่"]
+
+
+@pytest.mark.parametrize(
+    ("language", "stemmer", "kept"),
+    [("german", "auto", "german"), ("none", "auto", "english"), ("chinese", "auto", None), ("german", None, None)],
+)
+def test_the_stemmer_is_that_of_the_language_unless_it_is_named(
+    language: str, stemmer: str | None, kept: str | None, tmp_path: Path
+) -> None:
+    assert build(language=language, stemmer=stemmer).settings["stemmer"] == kept
+    collection = read_collection(DataSettings(str(write_beir(tmp_path)), language=language, stemmer=stemmer))
+    student = SimpleNamespace(similarity_fn_name="dot")
+    for index in (
+        collection_bm25(collection),
+        Workspace(collection, student, "any", precision="fp32", in_memory=True).bm25().index,  # type: ignore[arg-type]
+        collection_bm25(collection.part(queries=1)),
+    ):
+        assert {"language": language, "stemmer": kept}.items() <= index.settings.items()
+    assert collection.fingerprint["sha256"] != read_collection(DataSettings(str(tmp_path))).fingerprint["sha256"]
+
+
+def test_most_queries_that_find_next_to_nothing_are_told_of_once() -> None:
+    index = build(backend="numba")
+    with pytest.warns(UserWarning, match="next to nothing for 2 of 3 queries.*language is 'english'"):
+        index.search(["grüne Äpfel", "Birnen", "red wine"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index.search(["grüne Äpfel", "Birnen", "red wine"])
+        build().search(["apple", "red", "Birnen", "pears"])
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
