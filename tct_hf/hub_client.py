@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token, snapshot_download
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from tct_hf.files import file_digest
@@ -60,13 +62,16 @@ def _message(error: BaseException, doing: str) -> str | None:
             return message
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
-        return f"the Hub answered {status} ({doing}). {_FIXES.get(status, _FIXES[500 if status >= 500 else 0])}"
+        said = " ".join((error.server_message or "").split())
+        reason = f"{doing}: {said.rstrip('.')}" if said else doing
+        return f"the Hub answered {status} ({reason}). {_FIXES.get(status, _FIXES[500 if status >= 500 else 0])}"
     if isinstance(error, _HTTPError):
         return f"the connection broke ({doing}: {type(error).__name__}). Run it again: {_RESUMES}."
     return None
 
 
 _FIXES = {
+    400: "Correct what it names, then run it again.",
     401: f"The token is missing or not valid: {_LOG_IN}.",
     403: "Your token may not do this: use one with write access to this owner's repositories.",
     409: "It exists already, or another change is under way: look at the repository, then run it again.",
@@ -75,6 +80,54 @@ _FIXES = {
     500: f"The fault is on the Hub's side: run it again later; {_RESUMES}.",
     0: "Run it again with HF_DEBUG=1 to see the requests.",
 }
+
+
+# What git takes as the name of a branch or tag, in one part or several (git-check-ref-format).
+_REF = re.compile(
+    r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|\.$|/$))(?!@$)[^\s\x00-\x20\x7f~^:?*\[\\/.-][^\s\x00-\x20\x7f~^:?*\[\\]*"
+)
+_LICENSE = re.compile(r"[a-z0-9]+([.+_-]+[a-z0-9]+)*")
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+
+
+def check_hub_names(repo_id: str, revision: str, tag: str | None) -> None:
+    """Refuse before anything is pushed what the Hub would refuse as the name of a repository, branch or tag."""
+    try:
+        validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"repo_id: {str(error).rstrip('.')}; write owner/name.") from error
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id: {repo_id!r} is no Hub id; write owner/name.")
+    for name, value in {"revision": revision, "tag": tag}.items():
+        if value is not None and not _REF.fullmatch(value):
+            raise ValueError(f"{name}: git takes no name such as {value!r}; write one without blanks, such as v1.0.")
+
+
+def check_metadata(data: Mapping[str, Any], where: str = "") -> None:
+    """Refuse a card's licence, languages and ids that the Hub would refuse; `where` begins the message."""
+
+    def several(name: str) -> list[str]:
+        value = data.get(name) or []
+        return [str(one) for one in ([value] if isinstance(value, str) else value)]
+
+    for one in several("license"):
+        if not _LICENSE.fullmatch(one):
+            raise ValueError(
+                f"{where}license: {one!r} is no identifier of the Hub's list (hf.co/docs/hub/repositories-licenses); "
+                'write one of them, such as "apache-2.0", or "other".'
+            )
+    for one in several("language"):
+        if not _LANGUAGE.fullmatch(one):
+            raise ValueError(
+                f'{where}language: {one!r} is no code of ISO 639 in two or three letters; write for instance "en", or '
+                '"multilingual".'
+            )
+    for name in ("base_model", "datasets"):
+        for one in several(name):
+            try:
+                validate_repo_id(one)
+            except ValueError as error:
+                raise ValueError(f"{where}{name}: {str(error).rstrip('.')}; write a Hub id.") from error
 
 
 @dataclass(frozen=True)

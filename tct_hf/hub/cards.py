@@ -17,7 +17,7 @@ from tct_hf.encoding.kinds import ORIGIN_FILE, TRAINING_FILE, read_json, read_mo
 from tct_hf.evaluation.report import Report
 from tct_hf.evaluation.settings import LEARNED, LEARNED_BM25
 from tct_hf.files import CLAIM_FILE
-from tct_hf.hub_client import template
+from tct_hf.hub_client import check_metadata, template
 
 Family = Literal["student", "sparse_student", "teacher"]
 
@@ -55,7 +55,7 @@ _HARD = "hard labels"  # the signal of a sweep arm without a teacher
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says that no measurement can."""
+    """What a card says that no measurement can; a single data set, language or limit may be given as it is."""
 
     license: str | None = None
     base_model: str | None = None
@@ -69,6 +69,11 @@ class CardFacts:
     distilled: bool | None = None
     converted_from: str | None = None
     dims: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("datasets", "language", "limits"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
 
     def completed_by(self, folder: Path) -> CardFacts:
         """These facts, completed by what the training or conversion recorded beside the checkpoint."""
@@ -161,6 +166,7 @@ def write_card(
     """The card of a checkpoint in Markdown with its metadata, by the template of its family."""
     if wrong := facts.missing():
         raise ValueError(f"the model card is not complete: give {'; '.join(wrong)}.")
+    check_metadata(vars(facts))  # what a record completed, too
     title = repo_id.split("/")[-1]
     results = [] if report is None else eval_results(report, _SYSTEM[family])
     shape = _shape(folder)

@@ -28,7 +28,7 @@ from tct_hf.hub.contents import (
     mark,
     refuse_tokens,
 )
-from tct_hf.hub_client import active_token, files_of, push_folder
+from tct_hf.hub_client import active_token, check_hub_names, check_metadata, files_of, push_folder
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".ot")
 _LOADERS = {"student": "SentenceTransformer", "sparse_student": "SparseEncoder", "teacher": "MultiVectorEncoder"}
@@ -79,6 +79,9 @@ def release(
     complete. Only the parts of a checkpoint are copied, so that no pickle and no code is pushed, and paths of this
     machine are cut to their last name.
 
+    A dry run makes all of these checks, and those of the Hub that can be made here: names of the repository, branch
+    and tag, licence, languages, ids of models and data sets.
+
     A second call sends only what has changed. What an earlier release had and this one has not is deleted in the same
     commit, and so are other weights, code, pickles and the folders `last-checkpoint` and `checkpoint-N` of a training
     that pushed to the same branch: they stay in its history.
@@ -103,16 +106,19 @@ def release(
         What was done.
 
     Raises:
-        ValueError: the checkpoint is not fit to be released, the card is not complete, a file holds a token, or the
-            repository is public where a private one is asked for; says the fix.
+        ValueError: the checkpoint is not fit to be released, the card is not complete, the Hub takes no such name,
+            licence or language, a file holds a token, or the repository is public where a private one is asked for;
+            says the fix.
         FileExistsError: the folder holds something other than an earlier release.
         FileNotFoundError: the checkpoint, report, recipe or card is missing.
         HubError: the Hub refused or could not be reached; run it again, what has arrived is not sent again.
         OSError: the folder can't be written.
     """
     source = Path(path).expanduser()
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id: {repo_id!r} is no Hub id; write owner/name.")
+    check_hub_names(repo_id, revision, tag)
+    facts = facts or CardFacts()
+    if card is None:
+        check_metadata(vars(facts))
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: there is no such checkpoint folder.")
     family = _family(source)
@@ -144,9 +150,7 @@ def release(
         if measured is not None:
             _check_report(measured, staging, family)
         if card is None:
-            text = write_card(
-                staging, family, repo_id, (facts or CardFacts()).completed_by(source), report=measured, tag=tag
-            )
+            text = write_card(staging, family, repo_id, facts.completed_by(source), report=measured, tag=tag)
         else:
             text = _written_card(Path(card))
         write_text_atomic(staging / "README.md", text)
@@ -266,4 +270,5 @@ def _written_card(card: Path) -> str:
         raise ValueError(f"{card}: its metadata can't be read ({error}).") from error
     if wrong := [name for name in ("license", "base_model", "library_name") if not data.get(name)]:
         raise ValueError(f"{card}: the card is not complete: its metadata lack {', '.join(wrong)}.")
+    check_metadata(data, f"{card}: ")
     return text

@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_downlo
 
 from tct_hf.data.ids import is_utf8
 from tct_hf.files import file_digest, replace_dir, staging_beside, write_text_atomic
-from tct_hf.hub_client import hub_errors, push_folder, template
+from tct_hf.hub_client import check_hub_names, check_metadata, hub_errors, push_folder, template
 from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Index(ABC):
         token: str | None = None,
     ) -> PushedIndex:
         """Push the index to a dataset repository: files, manifest and a card."""
-        _check_asked(repo_id, license)
+        _check_asked(repo_id, license, revision, tag)
         name = type(self).__name__
         pin = f', revision="{tag}"' if tag else ""
         usage = [f"from tct_hf import {name}", "", f'index = {name}.from_hub("{repo_id}"{pin})', *self.usage]
@@ -250,7 +250,7 @@ class VectorIndex(Index):
         The model at that revision, by default its newest, is loaded first: its weights must be those that built the
         index.
         """
-        _check_asked(repo_id, options.get("license"))
+        _check_asked(repo_id, options.get("license"), options.get("revision", "main"), options.get("tag"))
         before, token = self.built_by, options.get("token")
         built_by = before or {}
         name = model_id or built_by.get("id") or ""
@@ -374,11 +374,11 @@ def id_array(ids: Iterable[str]) -> Any:
     return array if isinstance(array, pa.Array) else array.cast(pa.large_string()).combine_chunks()
 
 
-def _check_asked(repo_id: str, license: str | None) -> None:
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id: {repo_id!r} is no Hub id; write owner/name.")
+def _check_asked(repo_id: str, license: str | None, revision: str = "main", tag: str | None = None) -> None:
+    check_hub_names(repo_id, revision, tag)
     if not license:
         raise ValueError('license: an index on the Hub needs one, such as license="cc-by-4.0"; that of its passages.')
+    check_metadata({"license": license})
 
 
 def _described(model: Any) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ import huggingface_hub.utils._http
 import pytest
 from huggingface_hub import HfApi
 
-from tct_hf import load_student, release
+from tct_hf import BM25Index, load_student, release
 from tct_hf.hub_client import HubError
 from tests.hub.models import FACTS
 from tests.loopback_hub import READER, STRANGER, WRITER, LoopbackHub
@@ -42,6 +42,7 @@ def push(student: Path, **options: Any) -> Any:
         ("/branch/|/commit/", 409, 1, "answered 409.*exists already, or another change"),
         ("/preupload/", 429, 9, "answered 429.*wait some minutes"),
         ("/preupload/", 500, 9, "answered 500.*on the Hub's side"),
+        ("/repos/create", 400, 1, r"answered 400 \(pushing the release: a fault on purpose\)\. Correct what it names"),
     ],
 )
 def test_a_refusal_is_one_message_with_the_fix(
@@ -53,6 +54,53 @@ def test_a_refusal_is_one_message_with_the_fix(
     hub.faults.clear()
     push(student)  # nothing is lost: the same call ends well
     assert "model.safetensors" in hub.files(NAME)
+
+
+NAMES: list[tuple[dict[str, Any], str]] = [
+    ({"repo_id": "me/my student"}, "repo_id: Repo id must use alphanumeric"),
+    ({"repo_id": "me/a--b"}, "repo_id: Cannot have -- or"),
+    ({"repo_id": "student"}, "repo_id: 'student' is no Hub id"),
+    ({"license": "Apache 2"}, "license: 'Apache 2' is no identifier of the Hub's list"),
+    ({"tag": "v 1"}, "tag: git takes no name such as 'v 1'"),
+    ({"tag": "-v1"}, "tag: git takes no name"),
+    ({"revision": "a..b"}, "revision: git takes no name"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        *NAMES,
+        ({"language": ["english"]}, "language: 'english' is no code of ISO 639"),
+        ({"language": "en-GB"}, "language: 'en-GB' is no code"),
+        ({"datasets": ["my data"]}, "datasets: Repo id must use alphanumeric"),
+        ({"base_model": "me/a--b"}, "base_model: Cannot have -- or"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_hub_would(
+    student: Path, changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    facts = {name: value for name, value in changed.items() if name in vars(FACTS)}
+    others = {name: value for name, value in changed.items() if name not in facts}
+    options = {"repo_id": NAME, "facts": replace(FACTS, **facts), **others, "dry_run": True}
+    with pytest.raises(ValueError, match=message):
+        release(student, **options)
+    if facts:  # the same of a written card
+        data = {"license": "mit", "base_model": "me/it", "library_name": "sentence-transformers", **facts}
+        (tmp_path / "card.md").write_text(f"---\n{json.dumps(data)}\n---\n# it\n")
+        with pytest.raises(ValueError, match=f"card.md: {message}"):
+            release(student, NAME, card=tmp_path / "card.md", dry_run=True)
+
+
+@pytest.mark.parametrize(("changed", "message"), NAMES)
+def test_an_index_refuses_them_too(changed: dict[str, Any], message: str) -> None:
+    index = BM25Index.build(["a passage", "another"], ["a", "b"])
+    with pytest.raises(ValueError, match=message):
+        index.push_to_hub(**{"repo_id": "me/index", "license": "mit", **changed})
+
+
+def test_a_single_language_is_no_list_of_letters() -> None:
+    assert replace(FACTS, language="en").language == ("en",)
 
 
 def test_a_token_that_may_not_or_is_missing(hub: LoopbackHub, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
