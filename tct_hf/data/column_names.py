@@ -15,6 +15,8 @@ SCORES = "scores"
 _NUMBERED = "negative_[1-9][0-9]*"
 TEXT = re.compile(rf"query|positives?|negatives?|{_NUMBERED}")
 _ID = re.compile(rf"query_id|positive_ids?|negative_ids?|{_NUMBERED}_id|{KNOWN}|{LABELLED}")
+# What no row may lack where its column is there.
+IN_EVERY_ROW = re.compile(rf"(query|positive|negative|{_NUMBERED})(_id)?|{LABELLED}|label_weight")
 _CANDIDATE = re.compile(rf"positive|negative|{_NUMBERED}")
 # Ids and labels beside the texts, scores that a teacher may read (a list, or one a candidate), and mining's records.
 _BESIDE = re.compile(

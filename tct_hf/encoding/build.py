@@ -37,6 +37,7 @@ from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.encoders import check_length, keep_layers, load_transformer, make_own, make_tct, set_lengths
 from tct_hf.encoding.kinds import PROMPTS
 from tct_hf.encoding.scale import length_of, scale_modules
+from tct_hf.encoding.weights import refuse_not_finite
 from tct_hf.files import replace_dir, staging_beside
 from tct_hf.hub_client import told_when_missing
 
@@ -368,10 +369,12 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model is something other than a student, or one of the TCT encoding that has been altered.
+        ValueError: the model is something other than a student, one of the TCT encoding that has been altered, or has
+            weights that are not finite.
         OSError: the folder can't be written.
     """
     path = Path(path)
+    refuse_not_finite(student.named_parameters(), "The student")
     final = Path(os.path.realpath(path))
     with staging_beside(final) as staging:
         student.save_pretrained(str(staging))

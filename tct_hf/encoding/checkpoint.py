@@ -23,6 +23,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from tct_hf.encoding.encoders import query_expansion, tct_post_processor
 from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, is_tct, module_classes, read_json
 from tct_hf.encoding.scale import length_of
+from tct_hf.encoding.weights import refuse_broken_files
 from tct_hf.files import write_json_atomic, write_text_atomic
 
 _DENSE = "SentenceTransformer"
@@ -214,6 +215,7 @@ def check_vectors(
     Vectors of a way that the rule lacks must only be finite. `tolerance` is relative to the rule's largest number,
     where that is above 1. Returns the largest absolute differences.
     """
+    refuse_broken_files(path)
     found = {}
     for way, vectors in fresh_vectors(path, GOLDEN_TEXTS, loader).items():
         wanted = rule.get(way, vectors)
@@ -246,7 +248,8 @@ def validate_checkpoint(path: str | Path) -> CheckpointReport:
         The differences found.
 
     Raises:
-        ValueError: it is no student, doesn't load without this package, or its vectors differ, with what to do.
+        ValueError: it is no student, its weights are not finite, it doesn't load without this package, or its vectors
+            differ, with what to do.
         FileNotFoundError: a file of the checkpoint is missing.
     """
     path = Path(path)

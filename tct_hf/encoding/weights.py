@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
+logger = logging.getLogger(__name__)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -43,6 +49,37 @@ def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> No
     types = {weight.dtype for weight in first if weight is not None}
     if types & {torch.float16, torch.bfloat16} and types != {kept}:
         model.float()
+
+
+def is_half(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a floating type smaller than float32."""
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def master_weights(model: Any) -> Any:
+    """Make a model that will be trained float32: an update is often too small for half precision to take it in."""
+    half = next((one.dtype for one in model.parameters() if one.requires_grad and is_half(one)), None)
+    if half is not None:
+        logger.warning(f"The weights are {half}: they are trained as float32. Set bf16=True to compute in bfloat16.")
+        model.float()
+    return model
+
+
+def refuse_not_finite(weights: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """Refuse weights that are NaN or infinite; `what` they are of begins the message."""
+    for name, tensor in weights:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{what} has weights that are not finite ({name}), so all its vectors would be NaN: train it again "
+                "with a lower learning_rate, or take an earlier checkpoint."
+            )
+
+
+def refuse_broken_files(folder: Path) -> None:
+    """Refuse a saved model whose files hold weights that are NaN or infinite."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as weights:
+            refuse_not_finite(((name, weights.get_tensor(name)) for name in weights.keys()), str(file))  # noqa: SIM118
 
 
 def weights_digest(model: Any) -> str:

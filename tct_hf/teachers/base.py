@@ -70,6 +70,16 @@ class Teacher(ABC):
                 'TeacherEnsemble, or, if it is a CrossEncoderTeacher, accept the cost with its candidates="in-batch".'
             )
 
+    def announce(self, rows: Rows, columns: Texts, *, queries: int, devices: int) -> None:  # noqa: B027
+        """Say what a batch will cost, where that is much, before the first one.
+
+        Args:
+            rows: some rows of the data set.
+            columns: their candidate columns.
+            queries: rows of a batch on each device.
+            devices: how many share their candidates.
+        """
+
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns among a data set's that this teacher reads beside texts and ids."""
         return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +16,10 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import parts_of_like_length, spread_own, stack_columns
+from tct_hf.progress import human_duration
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
+
+logger = logging.getLogger(__name__)
 
 # Pairs that are padded to one width before they are cut into passes of similar length.
 _PAIRS_A_CHUNK = 256
@@ -27,7 +32,7 @@ class CrossEncoderTeacher(ModelTeacher):
         model: a cross-encoder of one label, or a path or Hub id of one.
         candidates: "own", a query's own positive and negatives are scored, for `candidates="own"` of the loss; or
             "in-batch", every query with every passage of the batch (of all devices): a batch of 32 with one negative
-            is 2,048 pairs instead of 64.
+            is 2,048 pairs instead of 64. What a batch will take is logged before training.
         dtype: what the model computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
             so are the weights where the model computes in it.
         max_length: tokens that a pair keeps; the model's own limit when None.
@@ -69,6 +74,23 @@ class CrossEncoderTeacher(ModelTeacher):
             )
         if max_length is not None:
             self.model.max_seq_length = max_length
+
+    def announce(self, rows: Rows, columns: Texts, *, queries: int, devices: int) -> None:
+        """Log the pairs of a batch of the whole matrix, and how long they take by the time of a few."""
+        if self.covers == "own" or not rows:
+            return
+        own = queries * len(columns)
+        passages = sorted({row[name] for row in rows for name in columns})
+        self.list_scores(rows[0]["query"], passages)  # the first pass also loads kernels
+        begun = time.perf_counter()
+        self.list_scores(rows[0]["query"], passages)
+        each = (time.perf_counter() - begun) / len(passages)
+        pairs = own * queries * devices
+        logger.warning(
+            f"The cross-encoder scores {pairs:,} pairs a batch on each device (every passage of the batch), where own "
+            f"candidates would be {own:,}: about {human_duration(pairs * each)} a batch, own candidates "
+            f"{human_duration(own * each)}, by {len(passages)} pairs that were timed."
+        )
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model to the device that scores."""

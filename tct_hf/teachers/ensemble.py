@@ -79,6 +79,11 @@ class TeacherEnsemble(Teacher):
         for teacher in self.teachers:
             teacher.check(columns, candidates="own" if teacher.covers == "own" else candidates)
 
+    def announce(self, rows: Rows, columns: Texts, *, queries: int, devices: int) -> None:
+        """As each of the teachers."""
+        for teacher in self.teachers:
+            teacher.announce(rows, columns, queries=queries, devices=devices)
+
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """Those of all teachers."""
         return [name for teacher in self.teachers for name in teacher.columns_read(names)]

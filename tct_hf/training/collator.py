@@ -83,6 +83,8 @@ def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str,
         what = KNOWN if known_ids else "passage ids for some columns"
         raise ValueError(f"The data set has {what}, but no {', '.join(missing)}: add these ids, or remove the others.")
     names = columns if missing else [f"{name}_id" for name in columns]
+    for row, name in ((row, name) for row in rows for name in names if row[name] is None):
+        raise ValueError(f"Query {row['query']!r} has no {name}: fill it in, or remove the row or the column.")
     keys = [[stable_id(str(row[name])) for name in names] for row in rows]
     # Where a query has the id of its own positive, queries and passages are numbered each for themselves.
     itself = [stable_id(str(row["query"] if missing else row.get("query_id", ""))) for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from concurrent.futures import Future
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import data
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
+from tct_hf.encoding.weights import master_weights, refuse_not_finite
 from tct_hf.files import replace_dir
 from tct_hf.hub_client import hub_errors
 from tct_hf.training.streaming import PassOver, same_order_everywhere, streamed_loader
@@ -30,6 +32,9 @@ UNFINISHED = ".unfinished"
 
 # What is pushed lies here: a checkpoint may be rotated away before all of it has gone out.
 PUSHED_FROM = ".pushing"
+
+# First steps without a gradient before training stops: a batch may have no label.
+PATIENCE = 3
 
 # Files of a checkpoint that are the run's and not the model's.
 OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE_NAME]
@@ -49,13 +54,67 @@ class ResumableTrainer(Trainer):
     Streamed rows: training and evaluation on an `IterableDataset`, by :class:`~tct_hf.training.streaming.
     StreamedBatches`. To the trainer, all passes of training together are one epoch of `max_steps` steps; a resumed run
     goes on with the row that follows. `dataloader_drop_last` has no effect: no row is left over.
+
+    Runs that would teach nothing: training stops at the first loss or gradient that is not finite, and where there is
+    no step or no gradient. Weights are trained in float32, whatever they were loaded in.
     """
 
     _aside: str | None = None
+    _idle_steps: int | None = 0  # steps without a gradient; None once there was one
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        master_weights(self.model)
         self.add_callback(PassOver())
+        self.add_callback(_NothingLearned(self))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The model of `model_init`, in float32."""
+        return master_weights(super().call_model_init(trial))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch forward and backward; refuses a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._refuse_not_finite("loss", float(loss))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # a scaler skips steps that are not finite, and scales down
+            self._refuse_not_finite("gradient", float(norm))
+        if self._idle_steps is not None:
+            self._idle_steps = self._idle_steps + 1 if float(norm) == 0.0 else None
+            if self._idle_steps == PATIENCE:
+                self.refuse_idle()
+        return norm
+
+    def _refuse_not_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"Training stopped at step {self.state.global_step + 1}: the {what} is {value}, with learning rate "
+                f"{self._get_learning_rate():.3g} and max_grad_norm {self.args.max_grad_norm:g}. Lower learning_rate, "
+                "warm up longer or set max_grad_norm=1.0, and start again from an earlier checkpoint or the beginning."
+            )
+
+    def refuse_idle(self) -> None:
+        """Stop a run whose steps have no gradient."""
+        raise ValueError(
+            f"The gradient of the first {self._idle_steps} steps is 0, so nothing is learned: a query needs another "
+            "candidate than its positive. Raise per_device_train_batch_size, give rows negatives, and unfreeze the "
+            "weights to train."
+        )
+
+    def refuse_few_rows(self, name: str, count: int) -> None:
+        """Refuse rows that are no whole batch where the last, shorter one is left out."""
+        args: Any = self.args
+        processes = 1 if args.accelerator_config.split_batches else self.accelerator.num_processes
+        whole = args.train_batch_size * processes if args.dataloader_drop_last else 1
+        if count < whole:
+            raise ValueError(
+                f"{name} has {count} rows, fewer than one whole batch ({args.train_batch_size} on each of "
+                f"{processes} processes = {whole}), so nothing would be trained: give it more rows, lower "
+                "per_device_train_batch_size or, in one process, set dataloader_drop_last=False."
+            )
 
     def finalise(self, path: str) -> None:
         """Complete what was saved to a folder."""
@@ -65,9 +124,14 @@ class ResumableTrainer(Trainer):
         # processes would write into one another's files.
         if not self.args.should_save:
             return
-        super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, with the Hub token in it
+        refuse_not_finite(self.accelerator.unwrap_model(self.model).named_parameters(), f"The model for {folder}")
+        token, self.args.hub_token = self.args.hub_token, None  # it would be pickled with the arguments
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
         self.finalise(str(folder))
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -170,6 +234,8 @@ class ResumableTrainer(Trainer):
         """The batches of training, without end for a streamed data set; of one pass where nothing is being trained."""
         rows: Any = self.train_dataset
         if not isinstance(rows, IterableDataset):
+            for name, one in rows.items() if isinstance(rows, dict) else [("train_dataset", rows)]:
+                self.refuse_few_rows(name, len(one))
             return super().get_train_dataloader()
         if self.accelerator.num_processes > 1:
             same_order_everywhere(rows, self.accelerator.device)
@@ -186,6 +252,26 @@ class ResumableTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         # By default one process reads for all: it joins their batches, and fails where these are of unequal width.
         return streamed_loader(self, rows, self.args.eval_batch_size, 1)
+
+
+class _NothingLearned(TrainerCallback):
+    """Refuses to end, or to save, a run that took no step or had no gradient."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+        self.begun = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun, self.trainer._idle_steps = state.global_step, 0
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            raise ValueError(
+                "No batch was made of train_dataset, so nothing was trained: give it more rows with different texts, "
+                "lower per_device_train_batch_size or set batch_sampler to batch_sampler."
+            )
+        if not self.begun and self.trainer._idle_steps:
+            self.trainer.refuse_idle()
 
 
 def _say_if_failed(job: Future[Any], *, what: str) -> None:

@@ -142,7 +142,10 @@ class Stage:
             trainer.train(resume_from_checkpoint=last)
         if trainer.is_world_process_zero():
             end = {"step": trainer.state.global_step, "seconds": elapsed(trainer.state)}
-            write_json_atomic(self.work / LOG_FILE, [*trainer.state.log_history, end])
+            log = [*trainer.state.log_history, end]
+            # The gradient of a step that fp16's scaler skipped is infinite, which JSON can't say.
+            log = [{k: v if v == v and abs(v) != float("inf") else None for k, v in entry.items()} for entry in log]
+            write_json_atomic(self.work / LOG_FILE, log)
             self._publish(trainer)
         trainer.accelerator.wait_for_everyone()
         if trainer.args.push_to_hub:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from datasets import IterableDataset
 from torch.utils import data
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from tct_hf.batches import sizes_of_all
 from tct_hf.data.streamed import StreamedTriples
@@ -113,20 +115,51 @@ def _collate(collate: Callable[[list[Row]], dict[str, Any]], batch: list[Row]) -
     return collate(batch) if batch else {}
 
 
-class PassOver(TrainerCallback):
-    """Lets a resumed run skip the batches it has trained on: these are read, but not tokenised again."""
+class PassOver(TrainerCallback, ExportableState):
+    """Lets a resumed run skip the batches it has trained on: these are read, but not tokenised again.
+
+    Every checkpoint says how many rows a step took and how they began: with others the rows that follow are not known.
+    """
+
+    steps: dict[str, int] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         batches = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        if isinstance(batches, StreamedBatches) and not args.ignore_data_skip:
+        if not isinstance(batches, StreamedBatches):
+            return
+        rows = batches.batch_size * batches.processes * args.gradient_accumulation_steps
+        now = {"rows a step": rows, "first rows": _order(batches.rows)}
+        if state.global_step and not args.ignore_data_skip:
+            kept = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
+            before = kept.get("attributes", {}).get("steps") or now
+            if before != now:
+                what = (
+                    f"{before['rows a step']} rows a step, now {rows}"
+                    if before["rows a step"] != rows
+                    else ("other rows first: the file or the shuffle seed is another one")
+                )
+                raise ValueError(
+                    f"train_dataset is streamed, and the checkpoint has {what}; rows would be lost or repeated. Keep "
+                    "per_device_train_batch_size * processes * gradient_accumulation_steps and .shuffle(seed=...), or "
+                    "begin with the first row: ignore_data_skip=True."
+                )
             # As the trainer counts: a run that goes on after its last step begins again.
             batches.trained = state.global_step % state.max_steps * args.gradient_accumulation_steps
+        self.steps = now
+
+
+def _order(rows: IterableDataset) -> int:
+    """A number for the rows that a first pass begins with, and their order."""
+    return stable_id(repr([*islice(_one_pass(rows, 0), _ROWS_AT_ONCE)]))
 
 
 def same_order_everywhere(rows: IterableDataset, device: torch.device) -> None:
-    """Refuse rows that begin with another one in each process."""
-    first = stable_id(repr(next(_one_pass(rows, 0), None)))
-    if len(set(sizes_of_all(first, device))) > 1:
+    """Refuse rows that begin otherwise in each process."""
+    if len(set(sizes_of_all(_order(rows), device))) > 1:
         raise ValueError(
             "train_dataset is shuffled in another order in each process: rows would be lost and repeated. Shuffle "
             "it with a seed, .shuffle(seed=...), the same one everywhere."

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainer
 from torch import Tensor, nn
 
 from tct_hf.batches import first_row, gather_rows, sizes_of_all
-from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.column_names import IN_EVERY_ROW, candidate_columns
 from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.scale import keep_scalar, length_of
 from tct_hf.teachers.base import NoTeacher, Teacher
@@ -57,6 +58,48 @@ def candidate_mask(
     return mask
 
 
+def _each(given: Any, name: str) -> list[tuple[str, Any]]:
+    """The data sets of a trainer's argument, with their names."""
+    if isinstance(given, dict):
+        return [*given.items()]
+    return [] if given is None else [(name, given)]
+
+
+def checked_rows(given: Any, argument: str) -> Any:
+    """A trainer's data sets, of Python values; refuses what can't be trained on, before the first step.
+
+    Raises:
+        ValueError: no data set, one without rows, or a text or id that is missing, naming column and row.
+    """
+    before = dict(_each(given, argument))
+    rows = {name: _checked(one, name) for name, one in before.items()}
+    if all(rows[name] is one for name, one in before.items()):
+        return given
+    return type(given)(rows) if isinstance(given, dict) else rows[argument]
+
+
+def _checked(rows: Any, name: str) -> Any:
+    if isinstance(rows, IterableDataset):
+        return rows
+    if not isinstance(rows, Dataset):
+        raise ValueError(
+            f"{name} is a {type(rows).__name__}, not a data set: make it one with datasets.Dataset.from_list(rows), "
+            "or read a file with load_triples."
+        )
+    if not len(rows):
+        raise ValueError(f"{name} has no rows: check its source, and what a filter left of it.")
+    if rows.format["type"] not in (None, "custom"):  # a transform is the user's own
+        rows = rows.with_format(None)
+    for column in rows.column_names:
+        if IN_EVERY_ROW.fullmatch(column) and rows.data.column(column).null_count:
+            empty = next((row for row, value in enumerate(rows[column]) if value is None), None)
+            if empty is not None:
+                raise ValueError(
+                    f"{name}: row {empty} has no {column}. Fill it in, or remove the row (or, of ids, the column)."
+                )
+    return rows
+
+
 class CoupledTrainer(ResumableTrainer):
     """The base of the trainers with a live teacher."""
 
@@ -83,6 +126,8 @@ class CoupledTrainer(ResumableTrainer):
             raise ValueError(
                 f"A {own} trains a {self.model_class.__name__}, got {type(model).__name__}: {self.other_model}"
             )
+        train_dataset = checked_rows(train_dataset, "train_dataset")
+        eval_dataset = checked_rows(eval_dataset, "eval_dataset")
         self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
         collator = kwargs.get("data_collator")
         if isinstance(collator, TCTDataCollator):
@@ -112,6 +157,12 @@ class CoupledTrainer(ResumableTrainer):
                 f"There is no teacher to distil, but hard_label_weight is {loss.hard_label_weight} and "
                 f"margin_mse_weight is {loss.margin_mse_weight}: set them to 1 and 0, or give a teacher."
             )
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on a data set that is checked as those of training are."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = checked_rows(eval_dataset, "eval_dataset")
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> TCTDataCollator:
         """The collator that also lets the teacher prepare a batch."""
@@ -148,12 +199,26 @@ class CoupledTrainer(ResumableTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def _prepare_teacher(self) -> None:
-        """Let the teacher refuse what it can't teach, before the first step."""
-        given: Any
-        for given in (self.train_dataset, self.eval_dataset):
-            for dataset in given.values() if isinstance(given, dict) else [given]:
-                for loss in coupled_parts(self.loss) if dataset is not None else []:
-                    self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
+        """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
+        losses = coupled_parts(self.loss)
+        train, evaluated = (_each(given, "") for given in (self.train_dataset, self.eval_dataset))
+        for _, dataset in (*train, *evaluated):
+            for loss in losses:
+                self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
+        size = self.args.per_device_train_batch_size
+        devices = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
+        for name, dataset in train:
+            columns = self._candidates(dataset.column_names)
+            own = any(getattr(loss, "candidates", "") == "own" for loss in losses)
+            if len(columns) == 1 and (own or size * devices == 1):
+                raise ValueError(
+                    f"{name or 'train_dataset'} has no negatives, and "
+                    f"{'candidates is own' if own else 'a batch is one row'}, so a positive is its "
+                    "query's only candidate and nothing is learned: add negatives, or use candidates='in-batch' "
+                    "and larger batches."
+                )
+        if train and self.is_world_process_zero():
+            self.teacher.announce([*islice(dataset, 4)], columns, queries=size, devices=devices)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -261,6 +326,17 @@ class TCTTrainer(CoupledTrainer, SentenceTransformerTrainer):
         weight = length_of(student)
         kept = {name for name, parameter in model.named_parameters() if parameter is weight}
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
+    def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
+        """The loss on the model's device."""
+        loss = loss if isinstance(loss, nn.Module) else loss(model)
+        if type(loss).__module__.startswith("sentence_transformers."):
+            raise ValueError(
+                f"The loss is a {type(loss).__name__}, which takes no teacher's scores: a TCTTrainer needs a "
+                "TightlyCoupledLoss, or none for one with the arguments' settings. Train with stock losses in a "
+                "SentenceTransformerTrainer."
+            )
+        return super().prepare_loss(loss, model)
 
     def finalise(self, path: str) -> None:
         """Complete a saved student, so that stock sentence-transformers loads it right."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder
 
-from tct_hf import CrossEncoderTeacher
+from tct_hf import CrossEncoderTeacher, TeacherEnsemble
 from tct_hf.teachers import cross_encoder as cross_encoder_teacher
 from tests.models import tiny_bert, tiny_cross_encoder
 from tests.train_helpers import PASSAGES, QUERIES, make_trainer, triples
@@ -95,3 +96,21 @@ def test_what_is_no_cross_encoder_of_one_score_is_refused(tmp_path: Path, path: 
     ):
         with pytest.raises(ValueError, match=message):
             CrossEncoderTeacher(str(path), **{setting: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("candidates", "said"), [("in-batch", True), ("own", False)])
+def test_what_a_batch_of_the_whole_matrix_costs_is_said_before_training(
+    path: Path, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, candidates: Any, said: bool
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    student = SentenceTransformer(str(models / "student"), device="cpu")
+    for teacher in (
+        CrossEncoderTeacher(str(path), candidates=candidates),
+        TeacherEnsemble({CrossEncoderTeacher(str(path), candidates=candidates): 1.0}),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make_trainer(tmp_path, student, teacher, triples(16), candidates=candidates)
+        assert ("scores 128 pairs a batch on each device" in caplog.text) == said
+        assert ("own candidates would be 16: about " in caplog.text) == said

@@ -120,6 +120,31 @@ def test_a_run_goes_on_with_the_rows_that_follow(student: Any, teacher: Any, tmp
     assert len(taken) == 44
 
 
+@pytest.mark.parametrize(
+    ("batch", "seed", "message"),
+    [
+        (2, 1, "the checkpoint has 4 rows a step, now 2"),
+        (4, 2, "has other rows first: .* shuffle seed"),
+    ],
+)
+def test_another_number_of_rows_a_step_or_another_order_is_refused(
+    student: Any, teacher: Any, tmp_path: Path, batch: int, seed: int, message: str
+) -> None:
+    path = write_rows(tmp_path / "t.tsv", 40)
+
+    def train(steps: int, batch: int, seed: int, resume: bool, **settings: Any) -> None:
+        rows = load_triples(path, streaming=True).shuffle(seed=seed, buffer_size=10)
+        settings |= {"max_steps": steps, "per_device_train_batch_size": batch, "save_strategy": "steps"}
+        make_trainer(tmp_path / "run", student, teacher, rows, save_steps=2, **settings).train(
+            resume_from_checkpoint=resume
+        )
+
+    train(2, 4, 1, resume=False)
+    with pytest.raises(ValueError, match=rf"{message}.*ignore_data_skip=True"):
+        train(4, batch, seed, resume=True)
+    train(4, batch, seed, resume=True, ignore_data_skip=True)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(
     student: Any, teacher: Any, tmp_path: Path, workers: int

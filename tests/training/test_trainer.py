@@ -276,3 +276,20 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(student: Any, teac
     entry = trainer.state.log_history[0]
     parts = ("hard_label", "distillation", "margin_mse")
     assert entry["loss"] == pytest.approx(sum(entry[name] for name in parts), abs=1e-3)
+
+
+def test_the_hub_token_never_reaches_the_disk(
+    student: Any, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled: list[Any] = []
+    save = torch.save
+
+    def spy(content: Any, *args: Any, **kwargs: Any) -> None:
+        pickled.append(getattr(content, "hub_token", None))
+        save(content, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", spy)
+    trainer = make_trainer(tmp_path, student, teacher, triples(8), hub_token="hf_" + "a" * 34)
+    trainer.save_model()
+    assert pickled and not any(pickled)
+    assert trainer.args.hub_token and not (tmp_path / "training_args.bin").exists()

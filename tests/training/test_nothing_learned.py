@@ -1,0 +1,190 @@
+"""Runs that would teach nothing, or spoil the weights, stop with a sentence, and save nothing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from tct_hf import save_student, validate_checkpoint
+from tct_hf.training.run import train_colbert, train_stock
+from tct_hf.training.stages import Stage
+from tests.models import tiny_colbert
+from tests.train_helpers import make_trainer, triples
+
+
+@pytest.fixture(params=["dense", "sparse"])
+def any_student(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue("student" if request.param == "dense" else "sparse")
+
+
+def of_stage(kind: str, path: Path, student: Any, rows: Dataset, **settings: Any) -> Any:
+    arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, **settings}
+    stage = Stage(path / "final", path / "work", {}, arguments, write=lambda line: None)
+    from sentence_transformers import MultiVectorEncoder
+
+    if kind == "stock":
+        return train_stock(stage, lambda: student, lambda: rows)
+    colbert = tiny_colbert(path / "colbert")
+    return train_colbert(stage, lambda: MultiVectorEncoder(str(colbert), device="cpu"), lambda: rows)
+
+
+def spoil(model: Any) -> None:
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_training_stops_at_the_first_step_that_is_not_finite(
+    any_student: Any, teacher: Any, tmp_path: Path, what: str
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(tmp_path, any_student, teacher, triples(32), **settings)
+    compute = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(model, inputs, *args, **kwargs)
+        if trainer.state.global_step < 2:
+            return loss
+        weight = next(p for p in model.parameters() if p.requires_grad)
+        return loss + float("inf") if what == "loss" else loss + (weight * 0).abs().pow(0.5).sum()
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(ValueError, match=rf"step 3: the {what} is (inf|nan), with learning rate 0.001 .*Lower learn"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("kind", ["stock", "colbert"])
+def test_stages_publish_nothing_that_is_not_finite(kind: str, student: Any, tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    with pytest.raises(ValueError, match=r"step \d+: the (loss|gradient) is|has weights that are not finite"):
+        of_stage(kind, tmp_path, student, triples(16), **settings)
+    assert not (tmp_path / "final").exists()
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_valid(student: Any, teacher: Any, tmp_path: Path) -> None:
+    save_student(student, tmp_path / "good")
+    validate_checkpoint(tmp_path / "good")
+    trainer = make_trainer(tmp_path / "run", student, teacher, triples(8))
+    spoil(student)
+    for save in (lambda: save_student(student, tmp_path / "bad"), lambda: trainer.save_model(str(tmp_path / "bad"))):
+        with pytest.raises(ValueError, match=r"has weights that are not finite \(.*lower learning_rate"):
+            save()
+    assert not (tmp_path / "bad" / "model.safetensors").exists()
+    student.save_pretrained(str(tmp_path / "good"))
+    with pytest.raises(ValueError, match=r"good/model.safetensors has weights that are not finite"):
+        validate_checkpoint(tmp_path / "good")
+
+
+@pytest.mark.parametrize("rows", [8, {"many": 64, "few": 8}])
+def test_fewer_rows_than_a_whole_batch_are_refused(any_student: Any, teacher: Any, tmp_path: Path, rows: Any) -> None:
+    made = DatasetDict({k: triples(n) for k, n in rows.items()}) if isinstance(rows, dict) else triples(rows)
+    settings = {"per_device_train_batch_size": 32, "dataloader_drop_last": True}
+    trainer = make_trainer(tmp_path, any_student, teacher, made, **settings)
+    with pytest.raises(ValueError, match=r"(few|train_dataset) has 8 rows, fewer than one whole batch \(32 on"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["stock", "colbert"])
+def test_stages_refuse_batches_that_are_never_full(kind: str, student: Any, tmp_path: Path) -> None:
+    rows = triples(8).select_columns(["query", "positive", "negative"])
+    with pytest.raises(ValueError, match=r"has 8 rows, fewer than one whole batch"):
+        of_stage(kind, tmp_path / "few", student, rows, per_device_train_batch_size=32, dataloader_drop_last=True)
+    alike = Dataset.from_list([rows[0]] * 8)  # of which no_duplicates makes no batch of four
+    with pytest.raises(ValueError, match=r"No batch was made of train_dataset"):
+        of_stage(kind, tmp_path / "alike", student, alike, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"gradient of the first 3 steps is 0, so nothing is learned"):
+        alone = rows.select_columns(["query", "positive"])
+        of_stage(kind, tmp_path / "alone", student, alone, per_device_train_batch_size=1)
+
+
+@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 1}, {"candidates": "own"}])
+def test_a_positive_without_other_candidates_is_refused(
+    any_student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    alone = triples(8).select_columns(["query", "positive"])
+    with pytest.raises(ValueError, match=r"train_dataset has no negatives, and .* nothing is learned: add negatives"):
+        make_trainer(tmp_path, any_student, teacher, alone, **settings)
+    make_trainer(tmp_path, any_student, teacher, triples(8), **settings).train()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 2}])
+def test_training_stops_where_no_row_has_another_candidate(
+    student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    same = Dataset.from_dict({"query": [f"q {i}" for i in range(16)], "positive": ["one and the same passage"] * 16})
+    trainer = make_trainer(tmp_path, student, teacher, same, per_device_train_batch_size=4, **settings)
+    with pytest.raises(ValueError, match=r"gradient of the first [23] steps is 0, so nothing is learned"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_trained_in_float32(
+    any_student: Any, teacher: Any, tmp_path: Path, dtype: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {name: weight.clone().float() for name, weight in any_student.to(dtype).state_dict().items()}
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, any_student, teacher, triples(16), learning_rate=1e-5)
+    assert f"The weights are {dtype}: they are trained as float32" in caplog.text
+    trainer.train()
+    trained = dict(trainer.model.named_parameters())
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    moved = [(weight.detach() != before[name]).any() for name, weight in trained.items() if weight.grad is not None]
+    assert all(moved)
+
+
+ROWS = triples(16)
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
+def test_a_data_set_of_any_format_trains_as_the_plain_one(
+    student: Any, teacher: Any, tmp_path: Path, form: str
+) -> None:
+    given = ROWS.with_format(form)
+    trainer = make_trainer(tmp_path, student, teacher, given, eval_dataset=given)
+    plain = make_trainer(tmp_path, student, teacher, ROWS, eval_dataset=ROWS)
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    batch, same = (next(iter(one.get_train_dataloader())) for one in (trainer, plain))
+    assert torch.equal(batch["tct"]["candidate_ids"], same["tct"]["candidate_ids"])
+    assert torch.equal(batch["query_input_ids"], same["query_input_ids"])
+
+
+def without(name: str) -> Dataset:
+    rows = [dict(row) for row in ROWS]
+    rows[3][name] = None
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("argument", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (list(ROWS), "is a list, not a data set: make it one with datasets.Dataset.from_list"),
+        (ROWS.select([]), "has no rows"),
+        (Dataset.from_list([]), "has no rows"),
+        *((without(name), f"row 3 has no {name}. Fill it in") for name in ("query", "positive", "negative_id")),
+    ],
+    ids=["list", "none", "empty", "query", "positive", "id"],
+)
+def test_what_is_no_training_data_is_refused_before_training(
+    student: Any, teacher: Any, tmp_path: Path, argument: str, given: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{argument}:? {message}"):
+        make_trainer(tmp_path, student, teacher, **{"dataset": ROWS, argument.replace("train_", ""): given})
+    with pytest.raises(ValueError, match=f"part:? {message}"):
+        make_trainer(tmp_path, student, teacher, **{"dataset": ROWS, argument.replace("train_", ""): {"part": given}})
+    if argument == "eval_dataset":
+        with pytest.raises(ValueError, match=f"eval_dataset:? {message}"):
+            make_trainer(tmp_path, student, teacher, ROWS).evaluate(given)
+
+
+def test_a_stock_loss_is_refused(student: Any, teacher: Any, tmp_path: Path) -> None:
+    for loss in (MultipleNegativesRankingLoss(student), MultipleNegativesRankingLoss):
+        with pytest.raises(ValueError, match=r"MultipleNegativesRankingLoss, which takes no teacher's scores"):
+            make_trainer(tmp_path, student, teacher, ROWS, loss=loss)
