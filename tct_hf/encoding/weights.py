@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ import torch
 from safetensors import safe_open
 
 logger = logging.getLogger(__name__)
+
+if hasattr(os, "register_at_fork"):
+    # A child has none of the threads of its parent's pool, and would wait for them for ever.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from tct_hf.retrieval.faiss_tools import (
     faiss_threads,
     filled_engine,
     parameter_names,
+    parts,
     search_engine,
     search_flat,
     set_parameters,
@@ -188,9 +189,14 @@ class DenseIndex(VectorIndex):
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> DenseIndex:
         flags = 0
         if mmap:
-            lists = settings["factory"].startswith("IVF") and "Refine" not in settings["factory"]
-            flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if lists else faiss.IO_FLAG_MMAP_IFC
+            on_disk = settings["factory"].startswith("IVF") and "Refine" not in settings["factory"]
+            flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if on_disk else faiss.IO_FLAG_MMAP_IFC
         engine = faiss.read_index(str(folder / _INDEX_FILE), flags)
+        _, ivf, _ = parts(engine)
+        lists: Any = None if ivf is None else faiss.downcast_InvertedLists(ivf.invlists)
+        if isinstance(lists, faiss.OnDiskInvertedLists):
+            # Threads that read ahead: a child process would wait for those of its parent. Search is faster without.
+            lists.prefetch_nthread = 0
         set_parameters(engine, settings["parameters"])
         return cls(engine, ids, **settings)
 

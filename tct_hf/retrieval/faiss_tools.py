@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -25,6 +27,10 @@ _TRAINING_ROWS_PER_LIST = 64
 # Of the graph: inner products are no distance, and with Faiss's own 40 a few passages can't be reached at any effort.
 _CONSTRUCTION_EFFORT = 200
 _MOST_LISTS = 65_536
+
+if hasattr(os, "register_at_fork"):
+    # A child has none of the threads of its parent's pool, and would wait for them for ever.
+    os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
 
 SLICE = 256  # queries tuned on, at most
 # Scores closer than this, relative, are the same to float32, whose last bits depend on the order of additions.

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +240,52 @@ def test_compressed_index_is_small_on_disk_and_in_memory(tmp_path: Path) -> None
     # 64 B of bytes, 8 B of bits, 8 B of factors, 8 B of row number, centroids, half-filled blocks, ids.
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) / 5000 < 64 + 8 + 8 + 8 + 18
     assert index.ids.nbytes / 5000 < 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8", "IVF4,Flat", AUTO])
+def test_a_child_process_searches_an_index_that_its_parent_has_searched(
+    tmp_path: Path, factory: str, mmap: bool
+) -> None:
+    vectors, before = clustered(2000), faiss.omp_get_max_threads()
+    DenseIndex.build(vectors, names_of(vectors), factory, recall=None).save(tmp_path / "index")
+    index = DenseIndex.load(tmp_path / "index", mmap=mmap)
+    faiss.omp_set_num_threads(2)
+    try:
+        expected = index.search(vectors[:40], 5)[0]
+        assert in_child(lambda: index.search(vectors[:40], 5)[0] == expected)
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_process_encodes_after_its_parent() -> None:
+    import tct_hf.encoding.weights  # noqa: F401
+
+    before, rows = torch.get_num_threads(), torch.ones(512, 512)
+    torch.set_num_threads(2)
+    try:
+        expected = rows @ rows
+        assert in_child(lambda: torch.allclose(rows @ rows, expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_child(holds: Callable[[], bool]) -> bool:
+    """Whether a child process ends within a minute, and finds that something holds."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 0 if holds() else 1
+        finally:
+            os._exit(code)
+    for _ in range(600):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
