@@ -12,13 +12,11 @@ Stopped at any point, the same command goes on where it stopped; with several pr
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from tct_hf.evaluation.settings import ReportSettings
 from tct_hf.pipeline.settings import DataSettings
-from tct_hf.progress import Stages
-from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.settings import SettingsError, run_recipe, setting
 
 
 @dataclass
@@ -40,36 +38,30 @@ class Settings(ReportSettings):
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.reporting import build_report, check_report, encode_corpora
     from tct_hf.pipeline.data import read_collection
-    from tct_hf.progress import quieten
-    from tct_hf.training.stages import process_state
+    from tct_hf.pipeline.job import Job
 
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to evaluate, for instance --student PATH")
-    quieten()
-    state = process_state()
-    output = Path(settings.output_dir)
-    # One process alone encodes as part of the report.
-    weights = {"data": 0.5, "encode": 5.0, "report": 5.0} if state.num_processes > 1 else {"data": 0.5, "report": 5.0}
-    stages = Stages(weights, enabled=state.is_main_process)
-    with stages.stage("data"), state.main_process_first():
+    job = Job(["data", "report"])
+    shares = job.state.num_processes > 1  # one process alone encodes as part of the report
+    if shares:
+        job.stages.insert(1, "encode")
+    with job.first("data"):
         collection = read_collection(settings.data, train=False, also=list(settings.also_report))
-        if state.is_main_process:
-            print(f"  {collection.summary()}", flush=True)
+        job.write(f"  {collection.summary()}")
         check_report(collection, settings, settings.runs)
     models = {name: getattr(settings, name) for name in ("teacher", "sparse_student", "base", "dims", "runs")}
-    arguments = (collection, settings.student, output)
-    if state.num_processes > 1:
-        with stages.stage("encode"):
-            encode_corpora(*arguments, settings=settings, state=state, write=partial(print, flush=True), **models)
-    # One process searches and measures; the others are done, and wait at no barrier that could time out.
-    state.destroy_process_group()
-    if state.is_main_process:
-        with stages.stage("report"):
-            write = partial(print, flush=True)
-            report = build_report(*arguments, settings=settings, write=write, **models)
-        save_resolved(settings, output, extra={"corpus": collection.fingerprint})
+    arguments = (collection, settings.student, Path(settings.output_dir))
+    if shares:
+        with job.stage("encode"):
+            encode_corpora(*arguments, settings=settings, state=job.state, write=job.write, **models)
+    job.end_group()
+    if job.is_main:
+        with job.stage("report"):
+            report = build_report(*arguments, settings=settings, write=job.write, **models)
+        job.record(settings, corpus=collection.fingerprint)
         print("\n" + report.markdown())
-    stages.finish()
+    job.finish()
 
 
 if __name__ == "__main__":

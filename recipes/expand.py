@@ -10,15 +10,13 @@ processes share the work.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf.pipeline import one_row
 from tct_hf.pipeline.checks import check_part
 from tct_hf.pipeline.settings import OneTeacher
-from tct_hf.progress import Stages
-from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.settings import SettingsError, run_recipe, setting
 
 
 @dataclass
@@ -45,23 +43,18 @@ class Settings:
 def main(settings: Settings) -> None:
     from tct_hf import expand_corpus
     from tct_hf.data.collection import read_corpus
-    from tct_hf.progress import quieten
-    from tct_hf.training.stages import process_state
+    from tct_hf.pipeline.job import Job
 
     if settings.teacher is not None:
         check_part(OneTeacher(kind=settings.kind, model=settings.teacher), "", model="teacher")
     for name in ("num_queries", "top_k", "max_length", "passage_length", "shard_size", "batch_size"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
-    quieten()
-    state = process_state()
-    write = partial(print, flush=True) if state.is_main_process else lambda line: None
-    weights = {"data": 0.5, "expand": 20.0, **({} if settings.teacher is None else {"score": 5.0})}
-    stages = Stages(weights, enabled=state.is_main_process)
-    with stages.stage("data"), state.main_process_first():
+    job = Job(["data", "expand", *([] if settings.teacher is None else ["score"])])
+    with job.first("data"):
         corpus = read_corpus(settings.source, settings.packages, allow_empty=True)
-        write(f"  {settings.source}: {len(corpus):,} passages, with {settings.model} on {state.device}")
-    with stages.stage("expand"):
+        job.write(f"  {settings.source}: {len(corpus):,} passages, with {settings.model} on {job.state.device}")
+    with job.stage("expand"):
         manifest = expand_corpus(
             settings.model,
             corpus,
@@ -75,17 +68,16 @@ def main(settings: Settings) -> None:
             seed=settings.seed,
             shard_size=settings.shard_size,
             tokens_per_pass=settings.tokens_per_pass,
-            state=state,
+            state=job.state,
             write_every=settings.progress_every,
         )
     if settings.teacher is not None:
-        with stages.stage("score"):
-            score(settings, settings.teacher, corpus, state)
-    if state.is_main_process:
-        save_resolved(settings, settings.output_dir, extra={})
+        with job.stage("score"):
+            score(settings, settings.teacher, corpus, job.state)
+    job.record(settings)
+    if job.is_main:
         print(f"\n{table(manifest, settings)}", flush=True)
-    stages.finish()
-    state.destroy_process_group()
+    job.finish()
 
 
 def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
@@ -93,7 +85,7 @@ def score(settings: Settings, name: str, corpus: Any, state: Any) -> None:
     from tct_hf.pipeline.models import make_part
     from tct_hf.teachers.colbert import describe_teacher
 
-    teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), name, dtype=settings.dtype)
+    teacher: Any = make_part(OneTeacher(kind=settings.kind, model=name), dtype=settings.dtype)
     score_expansions(
         teacher,
         corpus,

@@ -9,14 +9,12 @@ Stopped at any point, the same command goes on where it stopped. Several process
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf.pipeline import one_row
 from tct_hf.pipeline.settings import DataSettings, MiningSettings
-from tct_hf.progress import Stages
-from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.settings import SettingsError, run_recipe, setting
 
 
 @dataclass
@@ -35,9 +33,9 @@ class Settings(MiningSettings):
 
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_collection
+    from tct_hf.pipeline.job import Job
     from tct_hf.pipeline.mine import check_judged, check_mining, mine
-    from tct_hf.progress import quieten
-    from tct_hf.training.stages import precision, process_state
+    from tct_hf.training.stages import precision
 
     if settings.model is not None and settings.run is not None:
         raise SettingsError("model, run: candidates come from one of them; leave the other out")
@@ -45,18 +43,15 @@ def main(settings: Settings) -> None:
         raise SettingsError("margin, teacher: the ColBERT judges by the margin; give both, or leave both out")
     rules = MiningSettings(**{one.name: getattr(settings, one.name) for one in fields(MiningSettings)})
     check_mining(rules)
-    quieten()
-    state = process_state()
-    write = partial(print, flush=True) if state.is_main_process else lambda line: None
-    stages = Stages({"data": 0.5, "candidates": 5.0, "mine": 2.0}, enabled=state.is_main_process)
+    job = Job(["data", "candidates", "mine"])
     output = Path(settings.output_dir)
-    with stages.stage("data"), state.main_process_first():
+    with job.first("data"):
         collection = read_collection(settings.data, test=False)  # nothing is reported
         check_judged(collection, settings.data.labels)
-        write(f"  {collection.summary()}")
-    with stages.stage("candidates"):
-        source = source_of(settings, collection, output, state, write)
-    with stages.stage("mine"):
+        job.write(f"  {collection.summary()}")
+    with job.stage("candidates"):
+        source = source_of(settings, collection, output, job)
+    with job.stage("mine"):
         counts = mine(
             collection,
             source,
@@ -65,33 +60,33 @@ def main(settings: Settings) -> None:
             seed=settings.seed,
             labels=settings.data.labels,
             teacher=settings.teacher,
-            bf16=precision(settings.precision, state.device)["bf16"],
-            state=state,
-            write=write,
+            bf16=precision(settings.precision, job.state.device)["bf16"],
+            state=job.state,
+            write=job.write,
         )
-    if state.is_main_process:
-        save_resolved(settings, output, extra={"corpus": collection.fingerprint})
+    job.record(settings, corpus=collection.fingerprint)
+    if job.is_main:
         names = {"rows": "triples", "drawn": "candidates drawn", "random_negatives": "random passages"}
         cells = {names.get(name, name).replace("_", " "): f"{count:,}" for name, count in asdict(counts).items()}
         print(f"\n{one_row({'origin': source.origin, **cells})}\n\n{output / 'mined' / 'triples.parquet'}", flush=True)
-    stages.finish()
-    state.destroy_process_group()
+    job.finish()
 
 
-def source_of(settings: Settings, collection: Any, output: Path, state: Any, write: Any) -> Any:
+def source_of(settings: Settings, collection: Any, output: Path, job: Any) -> Any:
     from tct_hf.evaluation.workspace import Workspace, open_student
-    from tct_hf.pipeline.mine import bm25_source, run_source, student_source
+    from tct_hf.pipeline.mine import Source, student_source
+    from tct_hf.retrieval.negatives import collection_bm25
+    from tct_hf.retrieval.runs import read_run, read_tag
 
     if settings.run is not None:
-        return run_source(settings.run, settings.origin)
+        return Source(settings.origin or read_tag(settings.run) or "run", read_run(settings.run), {})
     if settings.model is None:
-        return bm25_source(collection, depth=settings.depth, origin=settings.origin or "bm25")
-    student = open_student(settings.model, str(state.device))
-    workspace = Workspace(
-        collection, student, settings.model, output / "search", precision=settings.precision, write=write
-    )
+        search = lambda queries: collection_bm25(collection).run(queries, settings.depth)  # noqa: E731
+        return Source(settings.origin or "bm25", search, {"system": "bm25"})
+    student, folder = open_student(settings.model, str(job.state.device)), output / "search"
+    workspace = Workspace(collection, student, settings.model, folder, precision=settings.precision, write=job.write)
     origin = settings.origin or f"student {settings.model}"
-    return student_source(workspace, origin, depth=settings.depth, state=state)
+    return student_source(workspace, origin, depth=settings.depth, state=job.state)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ last whole shard. Several processes share the work.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf.pipeline import one_row
 from tct_hf.pipeline.checks import check_part
 from tct_hf.pipeline.settings import OneTeacher, TriplesSettings
-from tct_hf.progress import Stages
-from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.settings import SettingsError, run_recipe, setting
 
 
 @dataclass
@@ -35,11 +33,10 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_triples
+    from tct_hf.pipeline.job import Job
     from tct_hf.pipeline.models import make_part
-    from tct_hf.progress import quieten
     from tct_hf.teachers.colbert import describe_teacher
     from tct_hf.teachers.scoring import score_triples
-    from tct_hf.training.stages import process_state
 
     if settings.teacher is None:
         raise SettingsError("teacher: name the folder or Hub id of the model that scores, --teacher PATH")
@@ -49,14 +46,11 @@ def main(settings: Settings) -> None:
         raise SettingsError("triples.streaming: shards are parts of a whole that is read first; leave it out")
     part = OneTeacher(kind=settings.kind, model=settings.teacher)
     check_part(part, "", model="teacher")
-    quieten()
-    state = process_state()
-    write = partial(print, flush=True) if state.is_main_process else lambda line: None
-    stages = Stages({"data": 0.5, "score": 5.0}, enabled=state.is_main_process)
-    with stages.stage("data"), state.main_process_first():
-        rows = read_triples(settings.triples, seed=0, write=write)
-    with stages.stage("score"):
-        teacher: Any = make_part(part, settings.teacher, dtype=settings.dtype)
+    job = Job(["data", "score"])
+    with job.first("data"):
+        rows = read_triples(settings.triples, seed=0, write=job.write)
+    with job.stage("score"):
+        teacher: Any = make_part(part, dtype=settings.dtype)
         summary = score_triples(
             teacher,
             rows,  # type: ignore[arg-type]
@@ -65,14 +59,13 @@ def main(settings: Settings) -> None:
             depends={"teacher": describe_teacher(teacher.model), "kind": settings.kind, "dtype": settings.dtype},
             rows_a_shard=settings.rows_a_shard,
             batch_size=settings.batch_size,
-            state=state,
-            write=write,
+            state=job.state,
+            write=job.write,
         )
-    if state.is_main_process:
-        save_resolved(settings, settings.output_dir, extra={})
+    job.record(settings)
+    if job.is_main:
         print(f"\n{table(summary, settings.teacher)}\n\n{Path(settings.output_dir) / 'triples'}", flush=True)
-    stages.finish()
-    state.destroy_process_group()
+    job.finish()
 
 
 def table(summary: dict[str, Any], teacher: str) -> str:

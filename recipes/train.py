@@ -7,48 +7,31 @@ Stopped at any point, the same command goes on where it stopped. --stages runs s
 
 from __future__ import annotations
 
-from functools import partial
-
 from tct_hf.pipeline.settings import TrainSettings as Settings
-from tct_hf.progress import Stages
-from tct_hf.settings import run_recipe, save_resolved
+from tct_hf.settings import run_recipe
 
-# Expected shares of the time.
-WEIGHTS = {"data": 0.5, "teacher": 6.0, "unlabelled": 6.0, "stock": 6.0, "student": 6.0, "evaluate": 5.0}
+STAGES = ("data", "teacher", "unlabelled", "stock", "student", "evaluate")
 
 
 def main(settings: Settings) -> None:
+    from tct_hf.pipeline.job import Job
     from tct_hf.pipeline.train import Training
-    from tct_hf.progress import quieten
-    from tct_hf.training.stages import process_state
 
-    quieten()
-    state = process_state()
-    main_process = state.is_main_process
-    write = partial(print, flush=True) if main_process else lambda line: None
-    run = Training(settings, state, write)
-    wanted = {name: weight for name, weight in WEIGHTS.items() if name in ("data", *settings.stages)}
-    stages = Stages(wanted, enabled=main_process)
-    with stages.stage("data"), state.main_process_first():
+    job = Job([name for name in STAGES if name in ("data", *settings.stages)])
+    run = Training(settings, job)
+    with job.first("data"):
         run.read()
     run.claim()  # a folder of other settings is refused before these are written beside it
-    if main_process:
-        save_resolved(settings, settings.output_dir, extra={"corpus": run.collection.fingerprint})
-    for name in wanted:
-        if name in ("data", "evaluate"):
-            continue
-        if reason := run.reason_to_skip(name):
-            stages.skip(name, reason)
-        else:
-            with stages.stage(name):
-                run.train(name)
-    # One process searches; the others are done, and wait at no barrier that could time out.
-    state.destroy_process_group()
-    if "evaluate" in wanted and main_process:
-        with stages.stage("evaluate"):
+    job.record(settings, corpus=run.collection.fingerprint)
+    for name in job.stages:
+        if name not in ("data", "evaluate"):
+            run.run(name)
+    job.end_group()
+    if "evaluate" in job.stages and job.is_main:
+        with job.stage("evaluate"):
             report = run.report()
         print(f"\n{report}")
-    stages.finish()
+    job.finish()
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf.pipeline import one_row
 from tct_hf.pipeline.settings import TRAINING as SHARED
 from tct_hf.pipeline.settings import DataSettings
-from tct_hf.progress import Stages
-from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
+from tct_hf.settings import SettingsError, run_recipe, setting
 
 
 @dataclass
@@ -63,26 +61,23 @@ TRAINING: dict[str, Any] = {
 def main(settings: Settings) -> None:
     from tct_hf.data.expander import load_expander
     from tct_hf.pipeline.data import read_collection
-    from tct_hf.progress import quieten
+    from tct_hf.pipeline.job import Job
     from tct_hf.training import expander as training
-    from tct_hf.training.stages import Stage, precision, process_state
+    from tct_hf.training.stages import Stage, precision
 
     sizes = {f"sizes.{name}": size for name, size in asdict(settings.sizes).items()}
     lengths = {"passage_length": settings.passage_length, "query_length": settings.query_length}
     for name, size in {**lengths, **sizes}.items():
         if size < 1:
             raise SettingsError(f"{name}: must be at least 1, got {size}")
-    quieten()
-    state = process_state()
-    output = Path(settings.output_dir)
-    write = partial(print, flush=True) if state.is_main_process else lambda line: None
-    stages = Stages({"data": 0.5, "train": 20.0}, enabled=state.is_main_process)
-    with stages.stage("data"), state.main_process_first():
+    job, output = Job(["data", "train"]), Path(settings.output_dir)
+    with job.first("data"):
         collection = read_collection(settings.data, test=False)
-        write(f"  {collection.summary()}")
+        job.write(f"  {collection.summary()}")
         pairs = training.expander_pairs(collection)
-        write(f"  {len(pairs):,} pairs of a passage and its query")
-    arguments = {**TRAINING, "seed": settings.seed, **precision(settings.precision, state.device), **settings.training}
+        job.write(f"  {len(pairs):,} pairs of a passage and its query")
+    base = {**TRAINING, "seed": settings.seed, **precision(settings.precision, job.state.device)}
+    arguments = {**base, **settings.training}
 
     def make_model() -> tuple[Any, Any]:
         if settings.from_scratch:
@@ -95,17 +90,16 @@ def main(settings: Settings) -> None:
         output / "training",
         settings=depends(settings, collection.fingerprint["sha256"], arguments),
         arguments=arguments,
-        write=write,
+        write=job.write,
     )
-    with stages.stage("train"):
+    with job.stage("train"):
         evaluates = arguments.get("eval_strategy", "no") not in ("no", False)
         dev = training.expander_pairs(collection, "dev") if evaluates else None
         final = training.train_expander(stage, make_model, pairs, dev, prompt=settings.prompt, **lengths)
-    if state.is_main_process:
-        save_resolved(settings, output, extra={"corpus": collection.fingerprint})
+    job.record(settings, corpus=collection.fingerprint)
+    if job.is_main:
         print(f"\n{table(final, len(pairs), settings)}", flush=True)
-    stages.finish()
-    state.destroy_process_group()
+    job.finish()
 
 
 def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -218,27 +218,6 @@ def fetch_model(name_or_path: str, *, revision: str | None = None, token: str | 
     return found if any(found.rglob("*.safetensors")) else snapshot("pytorch_model*.bin", "*/pytorch_model.bin")
 
 
-def fetch_checkpoint(
-    repo_id: str,
-    output_dir: str | Path,
-    *,
-    checkpoint: str = "last-checkpoint",
-    revision: str | None = None,
-    token: str | None = None,
-) -> Path:
-    """Download a training checkpoint that `hub_strategy` "checkpoint" or "all_checkpoints" pushed."""
-    with hub_errors(repo_id, "downloading the checkpoint"):
-        snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=f"{checkpoint}/*", local_dir=output_dir
-        )
-    folder = Path(output_dir) / checkpoint
-    if not (folder / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"{repo_id}: no training checkpoint {checkpoint!r} in it; hub_strategy='checkpoint' makes one."
-        )
-    return folder
-
-
 def push_folder(
     folder: Path,
     repo_id: str,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,56 +24,6 @@ def human_duration(seconds: float) -> str:
 def print_at_once(line: str) -> None:
     """Print a line and flush it."""
     print(line, flush=True)  # a pipe or log file would otherwise hold lines back until the run ends
-
-
-class Stages:
-    """Prints a line when a stage begins, with an estimate of the time left once a tenth of the run is measured.
-
-    Args:
-        weights: expected share of the time of each stage, by name, in the order of the run; any unit.
-        clock: seconds from a fixed moment, never going back.
-        write: takes one line without its line end.
-        enabled: False prints nothing, as for all processes of a run but the main one.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        write: Callable[[str], None] = print_at_once,
-        enabled: bool = True,
-    ) -> None:
-        self._weights, self._clock = dict(weights), clock
-        self._write = write if enabled else lambda line: None
-        self._begun = clock()
-        self._ahead = dict(weights)
-        self._done = self._spent = 0.0  # weight of the stages that ran, and the seconds they took
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Run one stage: it lasts as long as the `with` block, and one that fails is not counted as done."""
-        left = ""
-        if self._done >= 0.1 * sum(self._weights.values()):
-            seconds = self._spent / self._done * sum(self._ahead.values())
-            left = f" (about {human_duration(max(60, 60 * round(seconds / 60)))} left in all)"
-        self._write(f"{self._label(name)}{left}")
-        begun = self._clock()
-        yield
-        self._done += self._ahead.pop(name)
-        self._spent += self._clock() - begun
-
-    def skip(self, name: str, reason: str) -> None:
-        """Pass over a stage, for instance because its result is there from an earlier run."""
-        self._write(f"{self._label(name)}: skipped, {reason}")
-        del self._ahead[name]
-
-    def finish(self) -> None:
-        """Print how long the run took in all."""
-        self._write(f"done in {human_duration(self._clock() - self._begun)}")
-
-    def _label(self, name: str) -> str:
-        return f"[{list(self._weights).index(name) + 1}/{len(self._weights)}] {name}"
 
 
 class PassageProgress:

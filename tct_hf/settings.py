@@ -18,7 +18,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -254,11 +254,14 @@ def load_settings(schema: type[T], argv: Sequence[str] | None, *, description: s
         print("\n".join(_help(schema)))
         raise SystemExit(0)
     file, given = _command_line(schema, arguments)
-    if file is not None:
-        given = _merge(read_yaml(file), given)
+    return filled(schema, given if file is None else _merge(read_yaml(file), given))
+
+
+def filled(schema: type[T], given: Mapping[str, Any]) -> T:
+    """A settings dataclass with what was given, by nested names, and its defaults elsewhere."""
     try:
-        filled: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _fit(_Setting(schema), given)))
-        return filled
+        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _fit(_Setting(schema), given)))
+        return made
     except MissingMandatoryValue as error:
         raise SettingsError(f'"{error.full_key}" must be given: --{error.full_key} VALUE, or in the YAML') from error
     except OmegaConfBaseException as error:

@@ -73,7 +73,6 @@ def write_passage_files(
             negative = draw.randrange(len(passages) - 1)
             rows.append((query, text, positive, negative + (negative >= positive)))
     draw.shuffle(rows)
-    (folder / "qidpidtriples.train.tsv").write_text("".join(f"{q}\t{p}\t{n}\n" for q, _, p, n in rows))
     lines = [f"{text}\t{passages[p]}\t{passages[n]}\n" for _, text, p, n in rows]
     (folder / "triples.train.small.tsv").write_text("".join(lines))
     return folder

@@ -148,8 +148,8 @@ def load_recipe(script: Path) -> ModuleType:
 def in_this_process(recipe: Path, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """A function of output_dir and options that runs a recipe in this process and returns the exit status."""
     module = load_recipe(recipe)
-    monkeypatch.setattr("tct_hf.progress.quieten", lambda: None)  # it changes what later tests would see
-    monkeypatch.setattr(module, "quieten", lambda: None, raising=False)
+    for where in ("tct_hf.progress", "tct_hf.pipeline.job"):
+        monkeypatch.setattr(f"{where}.quieten", lambda: None)  # it changes what later tests would see
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
     def call(output: Path, *options: str) -> int:

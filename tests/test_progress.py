@@ -1,4 +1,4 @@
-"""Stages and corpora tell how far a run is and about how long it has to go; libraries stay quiet."""
+"""Stages and corpora tell how far a run is; libraries stay quiet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import transformers
 from sentence_transformers.base import model_card
 
-from tct_hf.progress import NOTICES, PassageProgress, Stages, _no_notice, human_duration, quieten
+from tct_hf.pipeline.job import Job
+from tct_hf.progress import NOTICES, PassageProgress, _no_notice, human_duration, quieten
 
 
 class Clock:
@@ -28,34 +29,19 @@ def test_durations_read_well() -> None:
     assert [human_duration(one) for one in seconds] == said
 
 
-def test_time_taken_so_far_scales_the_estimate_by_weight_without_skipped_stages(
-    capsys: pytest.CaptureFixture[str],
+def test_stages_are_told_by_their_place_by_the_main_process_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock, lines = Clock(), list[str]()
-    stages = Stages({"old": 5, "read": 1, "train": 4, "measure": 1}, clock=clock, write=lines.append)
-    stages.skip("old", "already there")
-    with pytest.raises(RuntimeError, match="boom"), stages.stage("read"):
-        clock.now += 5
-        raise RuntimeError("boom")
-    with stages.stage("read"):
-        clock.now += 60
-    with stages.stage("train"):
-        clock.now += 300
-    with stages.stage("measure"):
-        clock.now += 1
-    stages.finish()
-    assert lines == [
-        "[1/4] old: skipped, already there",
-        "[2/4] read",
-        "[2/4] read",
-        "[3/4] train",  # too little is measured
-        "[4/4] measure (about 1 min left in all)",
-        "done in 6 min 6 s",
-    ]
-    for enabled, expected in ((False, ""), (True, "[1/1] train\n")):  # only the main process prints
-        with Stages({"train": 1}, enabled=enabled).stage("train"):
+    monkeypatch.setattr("tct_hf.pipeline.job.quieten", lambda: None)
+    for is_main in (True, False):
+        job = Job(["read", "train"])
+        job.is_main = is_main
+        job.skip("read", "already there")
+        with job.stage("train"):
             pass
-        assert capsys.readouterr().out == expected
+        job.finish()
+        said = "[1/2] read: skipped, already there\n[2/2] train\ndone in under 1 s\n"
+        assert capsys.readouterr().out == said * is_main
 
 
 def test_passages_are_counted_over_all_processes_with_what_was_there_before() -> None:

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/passage_ranking.py --source path/to/squad-sent --sample 1000
 
-Files in MS MARCO's formats are made of a BEIR folder: collection.tsv, queries, qrels, triples of ids and of texts. Its
+Files in MS MARCO's formats are made of a BEIR folder: collection.tsv, queries, qrels, triples of texts. Its
 train queries become those of train and of the whole of dev, its test queries those of dev.small, DL 2019 and DL 2020
 (with lower grades made up). Each step of the second run is killed as soon as it has printed a line that shows work
 under way, and started again. Weights, vectors, expansions, triples, runs and figures of both runs are compared byte by

@@ -2,7 +2,7 @@
 
 python recipes/msmarco-passage/data.py recipes/msmarco-passage/data.yaml [--files FOLDER] [--sample N]
 
-Stopped at any point, the same command goes on with the files that are missing.
+No file takes its name before it is whole. Stopped at any point, the same command begins again; done, it does nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tct_hf.pipeline.passage_ranking import PassageRankingFiles
-from tct_hf.progress import Stages
 from tct_hf.settings import SettingsError, run_recipe, save_resolved, setting
 
 
@@ -26,13 +25,10 @@ def main(settings: Settings) -> None:
 
     if settings.sample is not None and settings.sample < 1:
         raise SettingsError(f"sample: {settings.sample} is below 1; leave it out for all passages")
-    stages = Stages({"data": 1.0})
     source = PassageRankingFiles(**{one.name: getattr(settings, one.name) for one in fields(PassageRankingFiles)})
-    with stages.stage("data"):
-        counts = prepare_passage_ranking(source, settings.output_dir, sample=settings.sample)
+    counts = prepare_passage_ranking(source, settings.output_dir, sample=settings.sample)
     save_resolved(settings, settings.output_dir, extra={})
     print(f"\n{table(counts)}\n\n{settings.output_dir}", flush=True)
-    stages.finish()
 
 
 def table(counts: dict[str, Any]) -> str:

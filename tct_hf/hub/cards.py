@@ -50,7 +50,6 @@ _SHOWN = """
     margin_mse_weight student_scale student_divisor kl_direction document_regularizer_weight query_regularizer_weight
     document_regularizer_threshold query_regularizer_threshold regularizer_warmup matryoshka_dims layers scale
 """
-_HARD = "hard labels"  # the signal of a sweep arm without a teacher
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,9 @@ class CardFacts:
         record = read_json(folder / CLAIM_FILE) or {}
         source = (read_json(folder / ORIGIN_FILE) or {}).get("source")
         base = self.base_model or _base_model(record) or source
-        # How a student was trained stands under "student", or under "arm" of a sweep, which shares "training".
-        own = record.get("student") or record.get("arm")
-        distilled = own is not None and own.get("signal") != _HARD
-        teacher = record.get("teacher") or {}
-        if own is None:
-            training = teacher.get("training") or {}
-        else:
-            training = {**(record.get("training") or {}), **(own.get("training") or {}), **own}
+        teacher, student = record.get("teacher") or {}, record.get("student")
+        distilled = student is not None
+        training = {**(teacher if student is None else student).get("training", {}), **(student or {})}
         steps = [(name, str(training[name])) for name in _SHOWN.split() if training.get(name) is not None]
         parts = [teacher, *(teacher.get("mixed_with") or [])] if distilled and teacher else []
         return replace(
@@ -118,7 +112,7 @@ class CardFacts:
 
 def _base_model(record: dict[str, Any]) -> str | None:
     """What training began with: of a student that starts from a ready teacher, that teacher or its own base."""
-    encoder, student = record.get("encoder") or {}, record.get("student") or record.get("arm") or {}
+    encoder, student = record.get("encoder") or {}, record.get("student") or {}
     ready = (record.get("teacher") or {}).get("model")
     default = "teacher" if encoder.get("encoding", "tct") == "tct" else "base"
     if ready and (student.get("initialise_from") or default) == "teacher":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -112,7 +111,6 @@ def release(
         FileExistsError: the folder holds something other than an earlier release.
         FileNotFoundError: the checkpoint, report, recipe or card is missing.
         HubError: the Hub refused or could not be reached; run it again, what has arrived is not sent again.
-        OSError: the folder can't be written.
     """
     source = Path(path).expanduser()
     check_hub_names(repo_id, revision, tag)
@@ -128,19 +126,8 @@ def release(
             staging = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "release"
         else:
             staging = stack.enter_context(staging_beside(kept))
-        try:
-            left_out = copy_parts(source, staging)
-            _add(staging, source, report, recipe)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) // 1_000_000 + 1
-                raise OSError(
-                    errno.ENOSPC,
-                    f"the disk is full: a release is written aside first and takes {size} MB; make room there, or "
-                    "name another folder= (or TMPDIR)",
-                    str(staging),
-                ) from error
-            raise
+        left_out = copy_parts(source, staging)
+        _add(staging, source, report, recipe)
         if not any(staging.rglob("*.safetensors")):
             pickled = next((f", only the pickle {name}" for name in left_out if name.endswith(_PICKLES)), "")
             raise ValueError(f"{source}: no weights in safetensors{pickled}; save it again with save_student.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -71,27 +72,12 @@ def read_triples(
     """Load and check the triples that are named, None where none are; `seed` is of the order of streamed rows."""
     if triples.path is None:
         return None
-    skipped = SkippedRows()
-    rows = load_triples(
-        triples.path,
-        split=triples.split,
-        config=triples.config,
-        revision=triples.revision,
-        columns=triples.columns,
-        collection=triples.collection,
-        queries=triples.queries,
-        qrels=triples.qrels,
-        num_negatives=triples.num_negatives,
-        language=triples.language,
-        stemmer=triples.stemmer,
-        scores=scores,
-        skip_bad_rows=triples.skip_bad_rows,
-        skipped=skipped,
-        streaming=triples.streaming,
-    )
+    skipped, given = SkippedRows(), asdict(triples)
+    path, shuffle_buffer = given.pop("path"), given.pop("shuffle_buffer")
+    rows = load_triples(path, **given, scores=scores, skipped=skipped)
     if triples.streaming:
-        return rows.shuffle(seed=seed, buffer_size=triples.shuffle_buffer)
-    write(f"  {triples.path}: {len(rows):,} triples")
+        return rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    write(f"  {path}: {len(rows):,} triples")
     if skipped.total:
         write("  " + skipped.summary().replace("\n", "\n  "))
     return rows

@@ -16,8 +16,6 @@ from tct_hf.evaluation.workspace import Workspace, open_teacher
 from tct_hf.pipeline.checks import named
 from tct_hf.pipeline.settings import MiningSettings
 from tct_hf.retrieval.mining import MiningCounts, PairScorer, Rules, Scores, mine_triples
-from tct_hf.retrieval.negatives import collection_bm25
-from tct_hf.retrieval.runs import read_run, read_tag
 from tct_hf.settings import SettingsError
 from tct_hf.teachers.colbert import describe_teacher
 
@@ -59,17 +57,6 @@ def student_source(workspace: Workspace, origin: str, *, depth: int, state: Part
         with state.main_process_first():  # one writes the index, the others open it
             workspace.exact()
     return Source(origin, lambda queries: workspace.search(queries, depth), workspace.depends)
-
-
-def bm25_source(collection: Collection, *, depth: int, origin: str = "bm25") -> Source:
-    """BM25's best passages."""
-    return Source(origin, lambda queries: collection_bm25(collection).run(queries, depth), {"system": "bm25"})
-
-
-def run_source(path: str | Path, origin: str | None = None) -> Source:
-    """A TREC run of any system on the train queries, named after its own tag without `origin`."""
-    run = read_run(path)
-    return Source(origin or read_tag(path) or "run", run, {})
 
 
 def pair_scorer(model: MultiVectorEncoder, *, bf16: bool = False) -> PairScorer:

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_student
 from tct_hf.files import CLAIM_FILE, is_claimed, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import resolve_model
-from tct_hf.pipeline.settings import DataSettings, EncoderSettings, TrainSettings
+from tct_hf.pipeline.settings import StudentSettings, TeacherSettings
 from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.calibration import calibrate
 from tct_hf.teachers.colbert import DenseTeacher
-from tct_hf.teachers.mixture import members_of, search_mixture, weights_of
+from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, members_of, search_mixture, weights_of
+from tct_hf.training.run import ARGUMENTS
+
+if TYPE_CHECKING:
+    from tct_hf.pipeline.train import Training
 
 
-def what_to_find(
-    settings: TrainSettings, data: DataSettings, collection: Collection, own_triples: bool
-) -> tuple[bool, dict[str, str]]:
-    """Whether the teacher is calibrated, and the questions that it searches for.
+def prepare(run: Training, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:
+    """The settings of student and teacher with what is found before the stage `name`, and the best passages.
 
     A mixture is calibrated where labels are used, dev is judged and no weights are given; any other teacher where
-    `student.training.temperature` is "auto".
+    `student.training.temperature` is "auto". A mixture searches for questions without judgements, and where its ranks
+    are those that negatives are sampled from.
     """
-    teaching, temperature = settings.teacher, settings.student.training.get("temperature")
+    student, teaching, data, collection = run.settings.student, run.settings.teacher, run.data_of(name), run.collection
+    temperature = student.training.get("temperature")
     calibrates = (
         (teaching.is_mixture if temperature is None else temperature == "auto")
         and teaching.mixture_weights is None
@@ -38,54 +41,61 @@ def what_to_find(
         and not any(one.kind == "stored" for one in teaching.parts)
     )
     queries: dict[str, str] = {}
-    if teaching.is_mixture and not own_triples:
+    if teaching.is_mixture and run.rows is None:
         queries = collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
         if data.negatives == "teacher" and "train" in collection.splits:
             queries |= collection.splits["train"].queries
-    return calibrates, queries
+    if teaching.is_mixture and not calibrates:
+        shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
+        run.job.write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
+
+    candidates: Run = {}
+    if calibrates or queries:
+        folder = (run.mixtures or run.folder) / f"mixture-{name}"
+        depends = {**run.depends(name), "queries": len(queries), "calibrated": calibrates}
+        for other in ("seed", "student"):
+            del depends[other]
+        if not is_claimed(folder, depends):
+            with staging_beside(folder) as staging:
+                staging.mkdir(parents=True)
+                mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
+                teacher = run.make_teacher(mixture, replace(student, training={}))
+                if calibrates:
+                    _calibrate(run, teacher, staging)
+                if queries:
+                    run.job.write(
+                        f"  {len(queries):,} questions: the mixture searches {len(collection.corpus):,} passages"
+                    )
+                write_run(search_mixture(teacher, collection, queries), staging / "candidates.trec", "mixture")
+                write_json_atomic(staging / "weights.json", weights_of(teacher))
+                write_json_atomic(staging / CLAIM_FILE, depends)
+                replace_dir(staging, folder)
+        weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
+        if not teaching.is_mixture:
+            temperature = ARGUMENTS[run.kind].softening / weights[0]
+            return replace(student, training={**student.training, "temperature": temperature}), teaching, {}
+        others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
+        teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
+        candidates = read_run(folder / "candidates.trec") if queries else {}
+    if teaching.kind == "self":
+        pooled, _, tokens = teaching.mixture_weights or DEFAULT_WEIGHTS
+        student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
+    return student, teaching, candidates
 
 
-def find(
-    folder: Path,
-    depends: Mapping[str, Any],
-    collection: Collection,
-    make_teacher: Callable[[], Teacher],
-    encoder: EncoderSettings,
-    queries: Mapping[str, str],
-    *,
-    calibrates: bool,
-    is_mixture: bool,
-    write: Callable[[str], None],
-) -> tuple[list[float], Run]:
-    """The weights of the teacher's members and the best passages of `queries`, kept in `folder`.
-
-    Args:
-        depends: all that they depend on.
-        encoder: of the student, which a teacher that is no mixture is calibrated beside.
-    """
-    if not is_claimed(folder, depends):
-        teacher = make_teacher()
-        with staging_beside(folder) as staging:
-            staging.mkdir(parents=True)
-            if calibrates:
-                if is_mixture:  # its first member is the base, which the student starts from
-                    student = next(iter(members_of(teacher).values()))
-                else:
-                    student = DenseTeacher(build_student(resolve_model(encoder.base_model), **encoder.reads))
-                try:
-                    found = calibrate(teacher, collection, student=student)
-                except ValueError as error:
-                    if not is_mixture:
-                        raise
-                    write(f"  not calibrated, the default weights stay: {error}")
-                else:
-                    write("  " + found.summary().replace("\n", "\n  "))
-                    found.save(staging)
-            if queries:
-                write(f"  {len(queries):,} questions: the mixture searches {len(collection.corpus):,} passages")
-            write_run(search_mixture(teacher, collection, queries), staging / "candidates.trec", "mixture")
-            write_json_atomic(staging / "weights.json", weights_of(teacher))
-            write_json_atomic(staging / CLAIM_FILE, depends)
-            replace_dir(staging, folder)
-    weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
-    return weights, read_run(folder / "candidates.trec") if queries else {}
+def _calibrate(run: Training, teacher: Teacher, folder: Path) -> None:
+    """Set the weights of a teacher's members by the judgements of dev."""
+    is_mixture, encoder = run.settings.teacher.is_mixture, run.settings.encoder
+    if is_mixture:  # its first member is the base, which the student starts from
+        student = next(iter(members_of(teacher).values()))
+    else:
+        student = DenseTeacher(build_student(resolve_model(encoder.base_model), **encoder.reads))
+    try:
+        found = calibrate(teacher, run.collection, student=student)
+    except ValueError as error:
+        if not is_mixture:
+            raise
+        run.job.write(f"  not calibrated, the default weights stay: {error}")
+    else:
+        run.job.write("  " + found.summary().replace("\n", "\n  "))
+        found.save(folder)

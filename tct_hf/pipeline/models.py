@@ -12,7 +12,6 @@ from tct_hf.encoding.build import build_colbert, build_student, student_from_tea
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
@@ -21,18 +20,16 @@ from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 from tct_hf.teachers.mixture import by_cosine
 from tct_hf.teachers.stored import StoredScores
-from tct_hf.training.schedules import LossSchedule, Schedule
 
 
 def make_part(
     one: OneTeacher,
-    model: str | None,
     *,
     dtype: Any,
     index: Callable[[], BM25Index] | None = None,
     reads: Mapping[str, Any] | None = None,
 ) -> Teacher:
-    """Load one teacher from `model`, a folder or Hub id.
+    """Load one teacher.
 
     Args:
         index: gives the collection's BM25 index, for the kind bm25.
@@ -44,26 +41,26 @@ def make_part(
     if one.kind == "bm25":
         assert index is not None
         return BM25Teacher(index())
-    assert model is not None
+    assert one.model is not None
     if one.kind == "cross-encoder":
-        return CrossEncoderTeacher(model, candidates=one.candidates, dtype=dtype)
+        return CrossEncoderTeacher(one.model, candidates=one.candidates, dtype=dtype)
+    model = resolve_model(one.model)
     if one.kind == "own":
-        return ColBERTTeacher(build_colbert(resolve_model(model), **(reads or {})), dtype=dtype)
+        return ColBERTTeacher(build_colbert(model, **(reads or {})), dtype=dtype)
     if one.kind == "dense":
-        return DenseTeacher(build_student(resolve_model(model), **(reads or {})), dtype=dtype)
-    return ColBERTTeacher(resolve_model(model), dtype=dtype)
+        return DenseTeacher(build_student(model, **(reads or {})), dtype=dtype)
+    return ColBERTTeacher(model, dtype=dtype)
 
 
 def make_teacher(
     teacher: TeacherSettings,
-    model: str | None,
     *,
-    index: Callable[[], BM25Index] | None = None,
-    reads: Mapping[str, Any] | None = None,
-    cache: str | None = None,
-    cache_gigabytes: float = 20.0,
+    index: Callable[[], BM25Index],
+    reads: Mapping[str, Any],
+    cache: str | None,
+    cache_gigabytes: float,
 ) -> Teacher:
-    """The teacher of a run: one from `model`, or several mixed.
+    """The teacher of a run: one, or several mixed.
 
     Args:
         index: gives the collection's BM25 index, for a part of the kind bm25.
@@ -74,13 +71,7 @@ def make_teacher(
     made: list[tuple[Teacher, float]] = []
     for one in teacher.parts:
         base = teacher.is_mixture and one.model == teacher.model
-        live = make_part(
-            one,
-            model if one is teacher else one.model,
-            dtype=teacher.dtype,
-            index=index,
-            reads=reads if base else None,
-        )
+        live = make_part(one, dtype=teacher.dtype, index=index, reads=reads if base else None)
         if base and isinstance(live, DenseTeacher):
             by_cosine(live.model)
         if cache is not None and isinstance(live, VectorTeacher):
@@ -114,17 +105,6 @@ def check_scores(
             stored.check(rows.column_names, candidates="own")
             if isinstance(rows, Dataset):
                 stored.check_rows(rows)
-
-
-def schedules_of(student: StudentSettings) -> dict[str, Schedule]:
-    """The schedules of `student.schedules`; SettingsError where one is wrong."""
-    try:
-        made = {name: Schedule(**schedule) for name, schedule in student.schedules.items()}
-        if made:
-            LossSchedule({}, **made)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"student.schedules: {error}") from error
-    return made
 
 
 def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> SentenceTransformer:

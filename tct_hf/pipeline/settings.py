@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from omegaconf import OmegaConf
 
 from tct_hf.data.rows import is_score_file
 from tct_hf.files import file_digest
-from tct_hf.settings import SettingsError, load_settings, save_resolved, setting
+from tct_hf.settings import SettingsError, filled, setting
 
 # Training arguments where nothing else is said. Checkpoints are small and frequent: a run is made to be interrupted.
 TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "report_to": "none"}
@@ -114,11 +113,6 @@ class OneTeacher:
         "own", "what a cross-encoder scores; in-batch: every query with every passage, which is slow"
     )
     weight: float = setting(1.0, "weight beside the others")
-
-    @property
-    def covers(self) -> str:
-        """Which candidates it scores."""
-        return {"cross-encoder": self.candidates, "stored": "own"}.get(self.kind, "in-batch")
 
     @property
     def name(self) -> str:
@@ -279,6 +273,39 @@ class MiningSettings:
     queries_a_part: int = setting(2048, "queries that a process mines and writes at a time")
 
 
+@dataclass
+class CompareSettings(TrainSettings):
+    """A comparison of training runs: what they share, and what each of them changes."""
+
+    output_dir: str = setting("outputs/compare", "where everything is written")
+    stages: list[Literal["teacher", "unlabelled", "stock", "student", "evaluate"]] = setting(
+        ["teacher", "student"], "stages of an arm: the model to compare, and teacher where it learns from a ColBERT"
+    )
+    arms: dict[str, dict[str, Any]] = setting(
+        {}, "name to settings that differ, such as {stock: {stages: [stock]}}; also seeds and against"
+    )
+    seeds: list[int] | None = setting(None, "seeds, one student an arm each; seed alone when null")
+    against: list[str] = setting([], "what arms are tested against: arms, bm25, base-native, base-maxsim, teacher")
+    only: list[str] | None = setting(None, """arms to train and show, as '["stock", "a tenth"]'; all when null""")
+    report: Literal["test", "dev"] = setting("test", "split of the table; dev for tuning")
+
+
+@dataclass
+class RoundsSettings(TrainSettings):
+    """Rounds of hard negatives: a base, and what differs in the rounds after it."""
+
+    output_dir: str = setting("outputs/rounds", "where everything is written")
+    rounds: int = setting(1, "rounds of mining and training after the base")
+    variant: Literal["HN", "HN+"] = setting("HN", "HN+: the teacher is trained on the mined negatives too")
+    start_from: Literal["previous", "new"] = setting(
+        "previous", "a round's student: the last round's trained further, or made anew"
+    )
+    mining: MiningSettings = field(default_factory=MiningSettings)
+    later: dict[str, Any] = setting(
+        {}, "settings that differ in the rounds, such as {student.training.learning_rate: 1.0e-4}"
+    )
+
+
 def overridden(settings: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
     """The same training run but for `changes`, settings by their dotted or nested names.
 
@@ -286,24 +313,11 @@ def overridden(settings: TrainSettings, changes: Mapping[str, Any], where: str) 
         settings: of this class or a child of it, whose own settings are left out.
         where: name of the changes in the settings file, for messages.
     """
-    plain = TrainSettings(**{one.name: getattr(settings, one.name) for one in fields(TrainSettings)})
-    with tempfile.TemporaryDirectory() as folder:
-        save_resolved(plain, folder, extra={})
-        changed = Path(folder) / "changes.yaml"
-        changed.write_text(yaml.safe_dump({"extends": "settings.yaml", **_nested(changes)}), encoding="utf-8")
-        try:
-            return load_settings(TrainSettings, [str(changed)], description="")
-        except SettingsError as error:
-            raise SettingsError(f"{where}: {error}") from error
-
-
-def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as sections in sections."""
-    found: dict[str, Any] = {}
+    every = asdict(settings)
+    tree = OmegaConf.create({one.name: every[one.name] for one in fields(TrainSettings)})
     for name, value in changes.items():
-        *sections, last = name.split(".")
-        section = found
-        for one in sections:
-            section = section.setdefault(one, {})
-        section[last] = {**section.get(last, {}), **_nested(value)} if isinstance(value, Mapping) else value
-    return found
+        OmegaConf.update(tree, name, value, force_add=True)
+    try:
+        return filled(TrainSettings, OmegaConf.to_container(tree))  # type: ignore[arg-type]
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from transformers import set_seed
@@ -21,16 +20,17 @@ from tct_hf.files import file_digest, is_claimed
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import read_collection, read_triples, refuse_reported_queries
-from tct_hf.pipeline.mixture import find, what_to_find
-from tct_hf.pipeline.models import check_scores, make_teacher, new_student, schedules_of
+from tct_hf.pipeline.job import Job
+from tct_hf.pipeline.mixture import prepare
+from tct_hf.pipeline.models import check_scores, make_teacher, new_student
 from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TeacherSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
 from tct_hf.retrieval.runs import Run
 from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import NoTeacher, Teacher, read_training_scale
-from tct_hf.teachers.mixture import DEFAULT_WEIGHTS
 from tct_hf.training import run as training
 from tct_hf.training.loss import TightlyCoupledLoss
+from tct_hf.training.schedules import LossSchedule, Schedule
 from tct_hf.training.stages import Stage, precision
 
 Rows: TypeAlias = Dataset | IterableDataset  # type: ignore[valid-type]
@@ -45,6 +45,7 @@ class Training:
     goes on.
 
     Args:
+        job: the processes that run it, which say what it does.
         output: folder of the models; `settings.output_dir` when None.
         teacher: folder where a ColBERT is trained, or, without the stage teacher, was; `output/teacher` when None.
         teacher_seed: seed that it is trained with; that of the run when None.
@@ -56,8 +57,7 @@ class Training:
     """
 
     settings: TrainSettings
-    state: PartialState
-    write: Callable[[str], None] = print
+    job: Job
     output: Path | None = None
     teacher: Path | None = None
     teacher_seed: int | None = None
@@ -74,8 +74,11 @@ class Training:
         self.folder = self.output or Path(settings.output_dir)
         ready = self.teacher is not None and "teacher" not in settings.stages
         self.trains_teacher = not ready and (settings.teacher.is_trained_here or "teacher" in self.start)
-        self.base: dict[str, Any] = {"seed": settings.seed, **precision(settings.precision, self.state.device)}
-        self.schedules = schedules_of(settings.student)
+        self.base: dict[str, Any] = {"seed": settings.seed, **precision(settings.precision, self.job.state.device)}
+        with named("student.schedules"):
+            self.schedules = {name: Schedule(**one) for name, one in settings.student.schedules.items()}
+            if self.schedules:
+                LossSchedule({}, **self.schedules)
 
     @property
     def has_own_teacher(self) -> bool:
@@ -83,7 +86,8 @@ class Training:
         return self.trains_teacher or self.teacher is not None
 
     @property
-    def _kind(self) -> training.Kind:
+    def kind(self) -> training.Kind:
+        """What the student is to a trainer."""
         return "sparse" if self.settings.student.kind == "splade" else "dense"
 
     @property
@@ -91,17 +95,20 @@ class Training:
         """Folder or Hub id of the model that teaches, None where there is none."""
         return str(self.folder_of("teacher")) if self.has_own_teacher else self.settings.teacher.model
 
-    def read(self, read: Callable[..., Collection] = read_collection) -> None:
+    def read(
+        self, read: Callable[..., Collection] = read_collection, write: Callable[[str], None] | None = None
+    ) -> None:
         """Read the data, and build what is to be trained once, so that nothing stops the run after hours."""
-        settings = self.settings
+        settings, write = self.settings, write or self.job.write
         self.collection = read(settings.data, train=settings.triples.path is None)
-        self.write(f"  {self.collection.summary()}")
-        scores = settings.teacher.score_columns
-        self.rows = read_triples(settings.triples, seed=settings.seed, write=self.write, scores=scores)
+        write(f"  {self.collection.summary()}")
+        self.rows = read_triples(
+            settings.triples, seed=settings.seed, write=write, scores=settings.teacher.score_columns
+        )
         if self.rows is not None:
             self.rows = refuse_reported_queries(self.rows, self.collection)
         if "student" in settings.stages and not (self.folder / "student").is_dir():
-            check_scores(settings.teacher, self.rows, lambda: self.plain_rows)
+            check_scores(settings.teacher, self.rows, partial(self.rows_of, "student"))
         if "evaluate" in settings.stages:
             if "test" not in self.collection.splits:
                 raise SettingsError(
@@ -114,51 +121,45 @@ class Training:
     def _build_once(self) -> None:
         """Build the models and the training arguments, whose own errors name what is wrong with the settings."""
         settings, student = self.settings, self.settings.student
-        if self.trains_teacher and "teacher" in settings.stages and not self.start:
-            with named("teacher"):
-                self._new_colbert()
         if self.trains_teacher:
+            with named("teacher"):
+                if "teacher" in settings.stages and not self.start:
+                    self._new_colbert()
             with named("teacher.training"):
                 self._stage("teacher", "late interaction").args(training.ARGUMENTS["late interaction"])
         with named("student.training"):
-            self._stage("student", self._kind).args(training.ARGUMENTS[self._kind])
+            self._stage("student", self.kind).args(training.ARGUMENTS[self.kind])
         distilled = [name for name in ("unlabelled", "student") if name in settings.stages]
         if all((self.folder / name).is_dir() for name in distilled):
             return
         with named("student"):
-            if student.kind == "splade":
-                build_splade(resolve_model(settings.encoder.base_model), **settings.encoder.lengths)
-                return
             # The teacher that it starts from may not be there yet: it has the base's encoder.
-            begun = replace(student, initialise_from="base") if self.has_own_teacher else student
-            model = new_student(settings.encoder, begun, self.teacher_model)
-        with named("student.training"):
-            TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
+            model = self._new_student(replace(student, initialise_from="base") if self.has_own_teacher else student)
+        if isinstance(model, SentenceTransformer):
+            with named("student.training"):
+                TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
 
-    def _triples(self, data: DataSettings, *, unlabelled: bool, candidates: Run | None = None) -> Dataset:
+    def rows_of(self, name: str, candidates: Run | None = None) -> Any:
+        """The rows that the model of a stage is trained on.
+
+        Args:
+            candidates: a run of a mixture, whose passages the questions without judgements are answered by.
+        """
+        if self.make_rows is not None:
+            return self.make_rows()
+        if self.rows is not None:
+            return self.rows
+        data = self.data_of(name)
         return collection_triples(
             self.collection,
             num_negatives=data.num_negatives,
             depth=data.negative_depth,
             seed=self.settings.seed,
             labels=data.labels,
-            unlabelled=unlabelled,
+            unlabelled=data.unlabelled and name not in ("teacher", "stock"),
             max_questions=data.max_questions,
-            candidates=candidates,
+            candidates=candidates or None,
         )
-
-    @cached_property
-    def plain_rows(self) -> Any:
-        """The rows of the student's stage, without what a mixture finds."""
-        return self._rows_of(self.settings.data, unlabelled=self.settings.data.unlabelled)
-
-    def _rows_of(self, data: DataSettings, *, unlabelled: bool) -> Rows:
-        if self.make_rows is not None:
-            return self.make_rows()
-        return self.rows if self.rows is not None else self._triples(data, unlabelled=unlabelled)
-
-    def _labelled_rows(self) -> Any:
-        return self._rows_of(self.settings.data, unlabelled=False)
 
     # What each model depends on: a folder that holds the work of anything else is refused.
 
@@ -232,28 +233,18 @@ class Training:
         is_claimed(self._work_of(name), self.depends(name))
         return is_claimed(self.folder_of(name), self.depends(name))
 
-    def reason_to_skip(self, name: str) -> str | None:
-        """Why a stage has nothing to do; None where it has."""
+    def run(self, name: str, title: str | None = None) -> None:
+        """Train the model of a stage ("teacher", "stock", "unlabelled" or "student"), or say why there is no need."""
+        title = title or name
         if name == "teacher" and not self.trains_teacher:
             names = [one.name for one in self.settings.teacher.parts]
-            return f"{' and '.join(names)} {'is used as it is' if len(names) == 1 else 'are used as they are'}"
-        return "it is trained" if self.is_trained(name) else None
-
-    def train(self, name: str) -> Path:
-        """Train the model of a stage ("teacher", "stock", "unlabelled" or "student"); its folder."""
-        if name == "teacher":
-            return self._train_teacher()
-        if name == "stock":
-            encoder = replace(self.settings.encoder, encoding="own")
-            student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
-            make = partial(new_student, encoder, student, None)
-            return training.train_stock(self._stage(name, "dense"), make, self._labelled_rows)
-        if self.has_own_teacher and not self.folder_of("teacher").is_dir():
-            raise SettingsError(
-                f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
-                "name a trained ColBERT with --teacher.model."
-            )
-        return self._distil(name)
+            used = f"{' and '.join(names)} {'is used as it is' if len(names) == 1 else 'are used as they are'}"
+            self.job.skip(title, used)
+        elif self.is_trained(name):
+            self.job.skip(title, "it is trained")
+        else:
+            with self.job.stage(title):
+                {"teacher": self._train_teacher, "stock": self._train_stock}.get(name, partial(self._distil, name))()
 
     def _stage(self, name: str, kind: training.Kind, **arguments: Any) -> Stage:
         """What every stage of training is given; `arguments` go before those of the settings."""
@@ -272,7 +263,7 @@ class Training:
             settings=self.depends(name),
             arguments=arguments,
             make_evaluator=evaluator if evaluates else lambda: None,
-            write=self.write,
+            write=self.job.write,
         )
 
     def _new_colbert(self) -> MultiVectorEncoder:
@@ -288,46 +279,52 @@ class Training:
             **encoder.lengths,
         )
 
-    def _train_teacher(self) -> Path:
+    def _train_teacher(self) -> None:
         start = self.start.get("teacher")
         stage = self._stage("teacher", "late interaction", seed=self.of_teacher["seed"])
         scale = None if start is None else read_training_scale(start)
-        return training.train_colbert(stage, self._new_colbert, self._labelled_rows, scale=scale)
+        training.train_colbert(stage, self._new_colbert, partial(self.rows_of, "teacher"), scale=scale)
 
-    def _distil(self, name: str) -> Path:
-        with self.state.main_process_first():
-            student, teaching, candidates = self._prepare(name)
-        data = self.data_of(name)
+    def _train_stock(self) -> None:
+        encoder = replace(self.settings.encoder, encoding="own")
+        student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
+        make = partial(new_student, encoder, student, None)
+        training.train_stock(self._stage("stock", "dense"), make, partial(self.rows_of, "stock"))
 
-        def rows() -> Any:
-            if candidates:
-                return self._triples(data, unlabelled=data.unlabelled, candidates=candidates)
-            return self.plain_rows if name == "student" else self._rows_of(data, unlabelled=data.unlabelled)
-
-        return training.train_student(
-            self._stage(name, self._kind, **student.training),
-            partial(self._new_student, student),
-            partial(self._make_teacher, teaching, student),
-            rows,
+    def _distil(self, name: str) -> None:
+        if self.has_own_teacher and not self.folder_of("teacher").is_dir():
+            raise SettingsError(
+                f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
+                "name a trained ColBERT with --teacher.model."
+            )
+        with self.job.state.main_process_first():
+            student, teaching, candidates = prepare(self, name)
+        training.train_student(
+            self._stage(name, self.kind, **student.training),
+            partial(self._begin, student),
+            partial(self.make_teacher, teaching, student),
+            partial(self.rows_of, name, candidates),
             schedules=self.schedules,
         )
 
+    def _begin(self, student: StudentSettings) -> SentenceTransformer | SparseEncoder:
+        start = self.start.get("student")
+        return self._new_student(student) if start is None else SentenceTransformer(start)
+
     def _new_student(self, student: StudentSettings) -> SentenceTransformer | SparseEncoder:
-        encoder, start = self.settings.encoder, self.start.get("student")
-        if start is not None:
-            return SparseEncoder(start) if student.kind == "splade" else SentenceTransformer(start)
+        encoder = self.settings.encoder
         if student.kind == "splade":
             return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
         return new_student(encoder, student, self.teacher_model)
 
-    def _make_teacher(self, teaching: TeacherSettings, student: StudentSettings) -> Teacher:
+    def make_teacher(self, teaching: TeacherSettings, student: StudentSettings) -> Teacher:
+        """The teacher of a student, of these settings."""
         said = student.training
         also = self.schedules or said.get("margin_mse_weight") or said.get("self_coupled")
         if said.get("hard_label_weight") == 1.0 and not also:
             return NoTeacher()  # hard labels are all that the student learns from
         return make_teacher(
-            teaching,
-            self.teacher_model,
+            replace(teaching, model=self.teacher_model),
             index=partial(collection_bm25, self.collection),
             reads=self.settings.encoder.reads,
             cache=self.vectors_folder,
@@ -340,40 +337,6 @@ class Training:
         if self.settings.student.teacher_cache is not None or not self.settings.teacher.is_mixture:
             return self.settings.student.teacher_cache
         return str(self.vectors or self.folder / "vectors")
-
-    def _prepare(self, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:
-        """Student and teacher settings with what is found before training, and the best passages of questions."""
-        student, teaching = self.settings.student, self.settings.teacher
-        calibrates, queries = what_to_find(self.settings, self.data_of(name), self.collection, self.rows is not None)
-        if teaching.is_mixture and not calibrates:
-            shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
-            self.write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
-        found: Run = {}
-        if calibrates or queries:
-            depends = {**self.depends(name), "queries": len(queries), "calibrated": calibrates}
-            for other in ("seed", "student"):
-                del depends[other]
-            mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
-            weights, found = find(
-                (self.mixtures or self.folder) / f"mixture-{name}",
-                depends,
-                self.collection,
-                partial(self._make_teacher, mixture, replace(student, training={})),
-                self.settings.encoder,
-                queries,
-                calibrates=calibrates,
-                is_mixture=teaching.is_mixture,
-                write=self.write,
-            )
-            if not teaching.is_mixture:
-                temperature = training.ARGUMENTS[self._kind].softening / weights[0]
-                return replace(student, training={**student.training, "temperature": temperature}), teaching, {}
-            others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
-            teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
-        if teaching.kind == "self":
-            pooled, _, tokens = teaching.mixture_weights or DEFAULT_WEIGHTS
-            student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
-        return student, teaching, found
 
     def report(self) -> str:
         """Search with every system and compare them; the report, Markdown, is also in the output folder."""

@@ -147,7 +147,6 @@ SUMMARY = "the docstrings of numpy, scipy: the summary line is the question, the
 SCORES = {"kind": "stored", "scores": "/data/of/me/scores.parquet"}
 FROM_BASE = {"initialise_from": "base", "training": {"max_steps": 9}}
 NINE = (("max_steps", "9"),)
-ARM = {"signal": "hard labels", "training": {"learning_rate": 1e-4}}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,6 @@ ARM = {"signal": "hard labels", "training": {"learning_rate": 1e-4}}
         ({"teacher": {"model": "me/colbert"}, "student": {"layers": None}}, "me/colbert", "me/colbert", ()),
         ({"teacher": {"model": "me/colbert"}, "student": FROM_BASE}, MINILM, "me/colbert", NINE),
         ({"teacher": {"model": None, "training": {"max_steps": 9}}}, MINILM, None, NINE),
-        ({"arm": ARM, "training": {"max_steps": 9}}, MINILM, None, (*NINE, ("learning_rate", "0.0001"))),
         ({"teacher": SCORES, "student": FROM_BASE}, MINILM, "of stored scores (scores.parquet)", NINE),
         (
             {"teacher": {"kind": "cross-encoder", "model": "me/a", "mixed_with": [SCORES]}, "student": FROM_BASE},

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -277,19 +276,6 @@ def test_a_student_to_start_from_or_that_is_another_elsewhere_is_not_released(
     monkeypatch.setattr(checkpoint, "fresh_vectors", lambda *args: other)
     with pytest.raises(ValueError, match=r"document vectors differ from those of .* here"):
         release(source, "tester/own", facts=FACTS, dry_run=True)
-
-
-def test_a_full_disk_says_how_much_room_it_takes(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(source: Any, target: Any) -> None:
-        Path(target).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device", str(target))
-
-    monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match=r"the disk is full.* takes \d+ MB"):
-        release(student, NAME, facts=FACTS, folder=tmp_path / "kept")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("quick")

@@ -16,7 +16,6 @@ from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
 from tests.recipe import ROOT, killed_at, run
 
 SYSTEMS = ["bm25", "base-native", "base-maxsim", "stock", "unlabelled", "labelled"]
-STORED = "--teacher.mixed_with=[{kind: stored, scores: SCORES}]"
 FUSED = ["base-native-bm25", "stock-bm25", "unlabelled-bm25", "labelled-bm25"]
 
 
@@ -85,8 +84,6 @@ def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.unlabelled=true", STORED], "data.unlabelled: the"),
-        (["--stages=student", "--data.negatives=teacher", STORED], "data.negatives: the"),
         (["--data.negatives=teacher", "--teacher.kind=bm25"], "data.negatives: only a mixture searches the corpus"),
         (["--data.made_questions=3", "--stages=student"], "data.made_questions: questions without labels"),
         (["--teacher.mixture_weights=[1, 2]"], "teacher.mixture_weights: give three numbers"),
@@ -95,7 +92,6 @@ def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
     ],
 )
 def test_settings_that_a_mixture_cannot_keep_are_refused_before_anything(
-    refused: Callable[..., None], tmp_path: Path, options: list[str], message: str
+    refused: Callable[..., None], options: list[str], message: str
 ) -> None:
-    (tmp_path / "scores.jsonl").write_text("")
-    refused([option.replace("SCORES", str(tmp_path / "scores.jsonl")) for option in options], message)
+    refused(options, message)

@@ -195,10 +195,6 @@ def reached(trainer: Any) -> dict[str, Any]:
     return found
 
 
-# Where each setting that is not the default's has to be found: name to a function of what ran.
-# Where triples and texts lie, and what the test sets itself: a run without them does not come to its end.
-
-
 @pytest.mark.parametrize(
     "system", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in SYSTEMS]
 )

@@ -93,18 +93,9 @@ def test_an_embedding_model_and_the_words_of_the_collection_teach_without_traini
     ("options", "message"),
     [
         (["--teacher.kind=cross-encoder"], "teacher.model: name the folder or Hub id of a cross-encoder"),
-        ([*CROSS, *STUDENT], 'slowly, with teacher.candidates: "in-batch"'),
-        ([*CROSS, "--teacher.candidates=in-batch", *OWN], "or set student.training.candidates to in-batch"),
         (["--teacher.kind=stored"], "teacher.scores: name the stored scores"),
-        (["--teacher.kind=stored", "--teacher.scores=no.parquet"], "no.parquet: no such file"),
-        ([*STORED, *STUDENT], "set student.training.candidates to own"),
         ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
-        ([*STORED, *OWN, "--student.teacher_cache=x"], "student.teacher_cache: there is no ColBERT"),
-        ([*STORED, *OWN, "--triples.path=null"], "name the triples with triples.path"),
-        (["--teacher.candidates=in-batch"], "teacher.candidates: only a cross-encoder has a choice"),
         (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
-        (["--teacher.weight=2"], "teacher.weight: there is no other teacher; leave it out"),
-        (["--teacher.kind=bm25", "--teacher.model=teacher"], "teacher.model: bm25 needs no model"),
     ],
 )
 def test_wrong_teachers_are_one_message_before_anything_runs(
@@ -113,18 +104,28 @@ def test_wrong_teachers_are_one_message_before_anything_runs(
     refused(options, message)
 
 
+@pytest.mark.parametrize("options", [[*CROSS, *STUDENT], [*STORED, *STUDENT]], ids=["cross-encoder", "stored"])
+def test_a_teacher_that_does_not_score_the_batch_is_refused_by_the_training(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert recipe(tmp_path / "new", *options, "--stages=[student]") == 1
+    assert "scores a query's own candidates only" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("s.parquet", None, "s.parquet: no such file"),
         ("s.parquet", "nonsense", "s.parquet: not a whole parquet file"),
         ("s.csv", "query_id,passage_id,score", "s.csv: ends in .csv"),
         ("s.jsonl", '{"query_id": "q0", "passage_id": "p0", "score": 1.0}', "has no score of passage 'p5'"),
     ],
 )
 def test_a_file_of_scores_is_read_and_looked_up_before_a_teacher_is_trained(
-    refused: Callable[..., None], tmp_path: Path, name: str, content: str, message: str
+    refused: Callable[..., None], tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
-    (tmp_path / name).write_text(content + "\n")
+    if content is not None:
+        (tmp_path / name).write_text(content + "\n")
     mixed = f"--teacher.mixed_with=[{{kind: stored, scores: {tmp_path / name}}}]"
     refused([TRIPLES, mixed], message, code=1)
 
