@@ -160,7 +160,7 @@ def mine_triples(
             triple |= {f"{name}_teacher_score": one for name, one in zip(names, judged, strict=True)}
             made.append(triple)
         if write is not None and len(parts) > 1 and (state is None or state.is_main_process):
-            write(f"  part {parts.index(part) + 1} of {len(parts)}: {len(made):,} triples")
+            write(f"  part {parts.index(list(part)) + 1} of {len(parts)}: {len(made):,} triples")
         counts = json.dumps(asdict(miner.counts))
         return pa.Table.from_pylist(made, schema.with_metadata({_COUNTS: counts}))
 
