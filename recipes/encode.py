@@ -29,6 +29,7 @@ class Settings:
     shard_size: int = setting(4096, "passages a shard, which is what a kill loses at most")
     tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when null")
     allow_empty: bool = setting(False, "encode passages without words instead of refusing them")
+    skip_bad_rows: bool = setting(False, "leave bad and repeated passages out and say which")
     progress_every: float = setting(10.0, "seconds between lines of progress")
 
 
@@ -44,7 +45,12 @@ def main(settings: Settings) -> None:
     quieten()
     state = process_state()
     with state.main_process_first():
-        corpus = read_corpus(settings.source, settings.packages, allow_empty=settings.allow_empty)
+        corpus = read_corpus(
+            settings.source,
+            settings.packages,
+            allow_empty=settings.allow_empty,
+            skip_bad_rows=settings.skip_bad_rows,
+        )
     model = open_student(settings.model, str(state.device))
     if settings.truncate_dim is not None:
         cut(model, settings.truncate_dim)

@@ -25,6 +25,7 @@ class Settings:
     source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     output_dir: str = setting("outputs/expand", "where queries, their scores and the manifest are written")
+    skip_bad_rows: bool = setting(False, "leave bad and repeated passages out and say which")
     num_queries: int = setting(40, "of a passage")
     top_k: int = setting(10, "tokens that each token is drawn among")
     max_length: int = setting(64, "tokens a query may have")
@@ -52,7 +53,9 @@ def main(settings: Settings) -> None:
             raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
     job = Job(["data", "expand", *([] if settings.teacher is None else ["score"])])
     with job.first("data"):
-        corpus = read_corpus(settings.source, settings.packages, allow_empty=True)
+        corpus = read_corpus(
+            settings.source, settings.packages, allow_empty=True, skip_bad_rows=settings.skip_bad_rows
+        )
         job.write(f"  {settings.source}: {len(corpus):,} passages, with {settings.model} on {job.state.device}")
     with job.stage("expand"):
         manifest = expand_corpus(

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tct_hf.data.ids import is_utf8
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
 from tct_hf.pipeline.settings import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
@@ -120,12 +121,13 @@ def questions(*, answers_alone: bool) -> Iterator[str]:
                 return
             yield line.strip()
     asked = 0
-    for number, line in enumerate(sys.stdin, 1):
-        if line.strip():
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        line = raw.decode(errors="surrogateescape").strip()
+        if line and is_utf8(line):
             asked += 1
-            yield line.strip()
+            yield line
         else:
-            print(f"standard input, line {number}: blank, left out", file=sys.stderr)
+            print(f"standard input, line {number}: {'not UTF-8' if line else 'blank'}, left out", file=sys.stderr)
     if not asked:
         raise SettingsError("standard input: there is no question in it; write one a line")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-from tct_hf.data.qrels import Judgements, Qrels, read_qrels
-from tct_hf.data.rows import is_hub_id
+from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
+from tct_hf.data.rows import SkippedRows, is_hub_id
 from tct_hf.data.sources import DatasetSource, LineSource, Source, one_split, reach
 from tct_hf.data.texts import prepare_corpus, records_of
 
@@ -22,7 +22,13 @@ class MissingSplitError(FileNotFoundError):
 
 
 def load_beir(
-    path_or_hub_id: str | Path, split: str, *, allow_empty: bool = False, cache_dir: str | Path | None = None
+    path_or_hub_id: str | Path,
+    split: str,
+    *,
+    allow_empty: bool = False,
+    skip_bad_rows: bool = False,
+    skipped: SkippedRows | None = None,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Dataset, dict[str, str], Qrels]:
     """Load a collection in the BEIR layout.
 
@@ -34,6 +40,9 @@ def load_beir(
             in `<id>-qrels`, or in its own configuration "default" or "qrels".
         split: the judgements to load, for instance "test".
         allow_empty: keep passages without any text (some published collections have them) instead of refusing them.
+        skip_bad_rows: leave out malformed, empty and repeated passages, queries and judgements, and judgements of
+            passages or queries that are not there, instead of refusing the collection.
+        skipped: takes what was left out, per kind, with the first of each.
         cache_dir: folder of the prepared corpus; by default `default_cache_dir()`.
 
     Returns:
@@ -46,27 +55,48 @@ def load_beir(
         ValueError: a malformed file, named with its line, or a split without positives.
         OSError: the cache can't be written, or the Hub can't be reached.
     """
-    corpus, queries, qrels = open_beir(path_or_hub_id, cache_dir).load(split, allow_empty=allow_empty)
+    folder = open_beir(path_or_hub_id, cache_dir, skip_bad_rows=skip_bad_rows)
+    corpus, queries, qrels = folder.load(split, allow_empty=allow_empty)
+    if skipped is not None:
+        skipped.replace(folder.skipped)
     return corpus.select_columns(["id", "text"]), queries, qrels
 
 
-def open_beir(path_or_hub_id: str | Path, cache_dir: str | Path | None = None) -> BeirFolder:
+def open_beir(
+    path_or_hub_id: str | Path, cache_dir: str | Path | None = None, *, skip_bad_rows: bool = False
+) -> BeirFolder:
     """The collection of a folder or Hub id, not read yet."""
     folder = Path(path_or_hub_id)
     if folder.is_dir():
-        return BeirFolder(folder, cache_dir)
+        return BeirFolder(folder, cache_dir, skip_bad_rows)
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the folder that holds corpus.jsonl, queries.jsonl and qrels/")
     if is_hub_id(str(path_or_hub_id)):
-        return BeirOnHub(path_or_hub_id, cache_dir)
+        return BeirOnHub(path_or_hub_id, cache_dir, skip_bad_rows)
     raise FileNotFoundError(f"{folder}: no such folder, and not a Hub id (owner/name) either; give the right path")
 
 
 class BeirFolder:
     """A folder with corpus.jsonl, queries.jsonl and qrels/."""
 
-    def __init__(self, place: str | Path, cache_dir: str | Path | None = None) -> None:
-        self.place, self.cache_dir = str(place), cache_dir
+    def __init__(self, place: str | Path, cache_dir: str | Path | None = None, skip_bad_rows: bool = False) -> None:
+        self.place, self.cache_dir, self._skips = str(place), cache_dir, skip_bad_rows
+        self._skipped: dict[str, SkippedRows] = {}  # of each file, however often it is read
+
+    @property
+    def skipped(self) -> SkippedRows:
+        """What was left out of all that has been read."""
+        found = SkippedRows()
+        for one in self._skipped.values():
+            found.update(one)
+        return found
+
+    def _skip(self, part: str) -> SkippedRows | None:
+        """Where bad rows of a part are counted, anew; None where they are refused."""
+        if not self._skips:
+            return None
+        self._skipped[part] = SkippedRows()
+        return self._skipped[part]
 
     def part(self, name: str) -> Source:
         """The raw rows of "corpus" or "queries"."""
@@ -82,7 +112,7 @@ class BeirFolder:
         folder = Path(self.place) / "qrels"
         for path in (folder / f"{split}.tsv", folder / f"{split}.tsv.gz"):
             if path.is_file():
-                return read_qrels(path)
+                return read_qrels(path, skipped=self._skip(f"qrels of {split}"))
         splits = sorted({path.name.split(".tsv")[0] for path in folder.glob("*.tsv*")})
         raise MissingSplitError(
             f"{folder}: no {split}.tsv or {split}.tsv.gz; splits there: {', '.join(splits) or 'none'}"
@@ -91,14 +121,15 @@ class BeirFolder:
     def load(self, split: str, *, allow_empty: bool = False) -> tuple[Dataset, dict[str, str], Qrels]:
         """As :func:`load_beir`; the corpus has a column title besides, empty where a passage has none."""
         judged, passages, queries = self.judgements(split), self.part("corpus"), self.part("queries")
-        texts = _judged_queries(queries, judged)
-        corpus = prepare_corpus(passages, self.cache_dir, allow_empty=allow_empty)
-        _check_passages(corpus, judged, passages.name)
-        return corpus, texts, judged.qrels
+        texts = _judged_queries(queries, judged, self._skip(f"queries of {split}"))
+        corpus = prepare_corpus(passages, self.cache_dir, allow_empty=allow_empty, skipped=self._skip("corpus"))
+        _check_passages(corpus, judged, passages.name, self._skip(f"judgements of {split}"))
+        return corpus, {name: texts[name] for name in judged.qrels}, judged.qrels
 
     def corpus(self, *, allow_empty: bool = False) -> Dataset:
         """The passages alone: id, text and title."""
-        return prepare_corpus(self.part("corpus"), self.cache_dir, allow_empty=allow_empty)
+        skipped = self._skip("corpus")
+        return prepare_corpus(self.part("corpus"), self.cache_dir, allow_empty=allow_empty, skipped=skipped)
 
 
 class BeirOnHub(BeirFolder):
@@ -122,7 +153,7 @@ class BeirOnHub(BeirFolder):
             rows = one_split(parts, split, source)
         except FileNotFoundError as error:
             raise MissingSplitError(str(error)) from error
-        return read_qrels(rows, source)
+        return read_qrels(rows, source, skipped=self._skip(f"qrels of {split}"))
 
 
 def hub_configurations(hub_id: str) -> list[str]:
@@ -132,34 +163,50 @@ def hub_configurations(hub_id: str) -> list[str]:
     return list(reach(hub_id, lambda: get_dataset_config_names(hub_id)))
 
 
-def _judged_queries(source: Source, judged: Judgements) -> dict[str, str]:
-    """The judged queries, in the order of the judgements."""
+def _judged_queries(source: Source, judged: Judgements, skipped: SkippedRows | None) -> dict[str, str]:
+    """The texts of the judged queries; judgements of others are refused, or left out and added to `skipped`."""
     texts: dict[str, str] = {}
     places: dict[str, str] = {}
-    for place, (query_id, _, text) in records_of(source, title=False):
+    fix = "fill it in, remove the line, or leave such rows out with skip_bad_rows"
+    for place, (query_id, _, text) in records_of(source, title=False, skipped=skipped, fix=fix):
         if query_id in places:
-            raise ValueError(f"{place}: query id {query_id!r} was used before, in {places[query_id]}; make ids unique")
+            message = f"{place}: query id {query_id!r} was used before, in {places[query_id]}; make ids unique"
+            if skipped is None:
+                raise ValueError(message)
+            skipped.add("repeated id", message)
+            continue
         places[query_id] = place
         if query_id in judged.qrels:
             texts[query_id] = text
     for query_id, place in judged.places.items():
         if query_id not in texts:
-            raise ValueError(
-                f"{place}: query {query_id!r} is not in {source.name}; add the query or remove its judgements"
-            )
-    return {query_id: texts[query_id] for query_id in judged.qrels}
+            message = f"{place}: query {query_id!r} is not in {source.name}; add it, or leave such judgements out "
+            message += "with skip_bad_rows"
+            if skipped is None:
+                raise ValueError(message)
+            skipped.add("judged query that is missing", message)
+            del judged.qrels[query_id]
+    return texts
 
 
-def _check_passages(corpus: Dataset, judged: Judgements, source: str) -> None:
-    """Refuse judgements of passages that the corpus lacks."""
-    wanted = {passage_id: query_id for query_id, grades in judged.qrels.items() for passage_id in grades}
+def _check_passages(corpus: Dataset, judged: Judgements, source: str, skipped: SkippedRows | None) -> None:
+    """Refuse judgements of passages that the corpus lacks, or leave them out and add them to `skipped`."""
+    wanted = {passage_id for grades in judged.qrels.values() for passage_id in grades}
     # One batch of ids at a time: the corpus stays on disk.
     values = pa.array(list(wanted), pa.string())
     for batch in corpus.data.column("id").chunks:
-        for passage_id in batch.filter(pc.is_in(batch, value_set=values)).to_pylist():
-            del wanted[passage_id]
-    for passage_id, query_id in wanted.items():
-        raise ValueError(
-            f"{judged.places[query_id]} and after: query {query_id!r} is judged with passage {passage_id!r}, which is "
-            f"not in {source}; add the passage or remove the judgement ({len(wanted)} passages are missing)"
-        )
+        wanted.difference_update(batch.filter(pc.is_in(batch, value_set=values)).to_pylist())
+    for query_id, grades in list(judged.qrels.items()) if wanted else ():
+        for passage_id in wanted & grades.keys():
+            message = (
+                f"{judged.places[query_id]} and after: query {query_id!r} is judged with passage {passage_id!r}, "
+                f"which is not in {source} ({len(wanted)} are missing); add the passage, or leave such judgements out "
+                "with skip_bad_rows"
+            )
+            if skipped is None:
+                raise ValueError(message)
+            skipped.add("judged passage that is missing", message)
+            del grades[passage_id]
+        if not grades:
+            del judged.qrels[query_id]
+    check_positives(judged.qrels, source)

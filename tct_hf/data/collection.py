@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -14,11 +15,13 @@ from tct_hf.data.beir import MissingSplitError, open_beir
 from tct_hf.data.builtin import builtin_corpus, builtin_fingerprint
 from tct_hf.data.ids import hash_of
 from tct_hf.data.near_duplicates import folded
-from tct_hf.data.rows import text_lines
+from tct_hf.data.rows import SkippedRows, text_lines
 from tct_hf.files import file_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
 AUTO = "auto"
@@ -75,6 +78,7 @@ class Collection:
         test_split: the source's name of the split of the use "test".
         words: language and stemmer of BM25, see :meth:`read_words`.
         index: BM25 over the corpus, once it has been built.
+        skipped: rows of the source that were left out.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Collection:
     test_split: str = "test"
     words: dict[str, Any] = field(default_factory=dict)
     index: Any = None
+    skipped: SkippedRows = field(default_factory=SkippedRows)
 
     def read_words(self, **words: str | None) -> None:
         """Set the `language` and `stemmer` that BM25 reads the texts with; they join the fingerprint."""
@@ -153,6 +158,7 @@ class Collection:
             self.questions,
             also=every[1],
             test_split=self.test_split,
+            skipped=self.skipped,
         )
         if self.words:
             part.read_words(**self.words)
@@ -224,7 +230,9 @@ class Collection:
         if self.questions:
             parts.append(f"{len(self.questions):,} without judgements")
         without = "" if "dev" in self.splits else " (no dev split)"
-        return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}"
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.counts.items())
+        left_out = f"; bad rows left out: {kinds}" if kinds else ""
+        return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}{left_out}"
 
 
 def _share(names: Iterable[str], share: float) -> list[str]:
@@ -243,6 +251,7 @@ def load_collection(
     dev_split: str | None = AUTO,
     required: Sequence[str] = ("train", "dev", "test"),
     also: Sequence[str] = (),
+    skip_bad_rows: bool = False,
 ) -> Collection:
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
@@ -255,6 +264,7 @@ def load_collection(
         required: of "train", "dev" and "test", the uses without whose split there is no run. Another is left out
             where the source has no judgements of it, unless it was named: then it was mistyped.
         also: more splits to report. A dev split that is reported is none to compare models on where that is "auto".
+        skip_bad_rows: as of `load_beir`; what was left out stands in the collection's `skipped` and summary.
 
     Raises:
         ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or a split has two uses.
@@ -279,8 +289,10 @@ def load_collection(
                 "set data.dev_split to none to report dev."
             )
 
+    folder = None if source == BUILTIN else open_beir(source, skip_bad_rows=skip_bad_rows)
+
     def load(split: str) -> tuple[Dataset, dict[str, str], dict[str, dict[str, int]]]:
-        return builtin_corpus(split, packages=packages) if source == BUILTIN else open_beir(source).load(split)
+        return builtin_corpus(split, packages=packages) if folder is None else folder.load(split)
 
     corpus = None
     splits = {}
@@ -295,19 +307,28 @@ def load_collection(
         else:
             splits[use] = Split(queries, qrels)
     reported = {name: Split(*load(name)[1:]) for name in also}
-    corpus = open_beir(source).corpus() if corpus is None else corpus
-    if source == BUILTIN:
+    if folder is None:
         name, fingerprint = "built-in API docs", builtin_fingerprint(packages=packages)
     else:
+        corpus = folder.corpus() if corpus is None else corpus
         name, fingerprint = source, _fingerprint(corpus, splits)
-    return Collection(name, corpus, splits, fingerprint, also=reported, test_split=test_split)
+    skipped = SkippedRows() if folder is None else folder.skipped
+    if skipped.total:
+        logger.warning("%s: %s", name, skipped.summary())
+    return Collection(name, corpus, splits, fingerprint, also=reported, test_split=test_split, skipped=skipped)
 
 
-def read_corpus(source: str, packages: Sequence[str], *, allow_empty: bool = False) -> Dataset:
+def read_corpus(
+    source: str, packages: Sequence[str], *, allow_empty: bool = False, skip_bad_rows: bool = False
+) -> Dataset:
     """The passages of a source alone, as in :func:`load_collection`; of a BEIR folder perhaps ones without text."""
     if source == BUILTIN:
         return builtin_corpus("test", packages=packages)[0]
-    return open_beir(source).corpus(allow_empty=allow_empty)
+    folder = open_beir(source, skip_bad_rows=skip_bad_rows)
+    corpus = folder.corpus(allow_empty=allow_empty)
+    if folder.skipped.total:
+        logger.warning("%s: %s", source, folder.skipped.summary())
+    return corpus
 
 
 def _fingerprint(corpus: Dataset, splits: dict[str, Split]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class _Field:
         name = self.columns[0]
         value = get(row, name)
         if not isinstance(value, (list, tuple)):
-            raise BadRow("mixed types", f"holds {shown(value)} where a list is needed, as in the first row", name)
+            raise BadRow("mixed types", f"holds {shown(value)} where a list is needed, as in other rows", name)
         return [(f"{name}[{place}]", item) for place, item in enumerate(value)]
 
 
@@ -53,6 +53,7 @@ class RowReader:
         fields: the columns of the source that hold each part of a row.
         negatives: the names of the negative columns.
         lookups: the id columns whose texts are not in the source, with where they are.
+        like: what row the others must be like, for messages.
 
     Raises:
         BadRow: a column is missing or doubled; the message lists what there is, and the fix.
@@ -69,6 +70,7 @@ class RowReader:
         passages: Texts | None = None,
         scores: str | None = None,
     ) -> None:
+        self.like = "the first row"
         self._names, self._columns, self._wanted = frozenset(names), dict(columns or {}), num_negatives
         self._source = self._mapped(names)
         self._objects = [
@@ -180,7 +182,7 @@ class RowReader:
             raise BadRow("too few negatives", f"{count} negatives where {wanted} are needed; {fix}", column)
         if count > wanted and self._wanted is None:
             fix = f"pass num_negatives={wanted} to take the first ones"
-            raise BadRow("too many negatives", f"{count} negatives where the first row has {wanted}; {fix}", column)
+            raise BadRow("too many negatives", f"{count} negatives where {self.like} has {wanted}; {fix}", column)
         return items[:wanted]
 
     def _id(self, label: str, value: Any, place: str) -> str:
@@ -198,7 +200,7 @@ class RowReader:
         if new:
             raise BadRow(
                 "other columns",
-                f"the first row has no {new[0]!r}; write the same keys in every row, or leave it out with "
+                f"{self.like} has no {new[0]!r}; write the same keys in every row, or leave it out with "
                 f"columns={{{new[0]!r}: None}}",
             )
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.column_names import KNOWN, LABELLED
-from tct_hf.data.rows import file_key, text_lines, there_are
+from tct_hf.data.rows import (
+    FIELD_NAME,
+    ID_NAME,
+    QUERY_ID_NAME,
+    BadRow,
+    SkippedRows,
+    byte_lines,
+    decode,
+    file_key,
+    there_are,
+)
 from tct_hf.data.sources import digest_of_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Qrels = dict[str, dict[str, int]]
+Judgement = tuple[str, str, int]
 HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -33,7 +45,13 @@ class Judgements:
     count: int
 
 
-def read_qrels(source: str | Path | Dataset, name: str | None = None, *, allow_repeats: bool = False) -> Judgements:
+def read_qrels(
+    source: str | Path | Dataset,
+    name: str | None = None,
+    *,
+    allow_repeats: bool = False,
+    skipped: SkippedRows | None = None,
+) -> Judgements:
     """Read judgements and check each.
 
     Args:
@@ -41,6 +59,7 @@ def read_qrels(source: str | Path | Dataset, name: str | None = None, *, allow_r
             (TREC, tabs or blanks); or a data set with the columns of BEIR's header.
         name: the data set's, for messages.
         allow_repeats: pass over a judgement that repeats an earlier one.
+        skipped: takes bad lines, which are left out; they are refused when None.
 
     Raises:
         ValueError: a malformed line, a pair judged twice, or no positive judgement; the message names file and line.
@@ -49,54 +68,87 @@ def read_qrels(source: str | Path | Dataset, name: str | None = None, *, allow_r
     places: dict[str, str] = {}
     count = 0
     lines = _lines(Path(source)) if isinstance(source, (str, Path)) else _rows(source, name or "qrels")
-    for place, query_id, passage_id, text in lines:
+    for place, read in lines:
         count += 1
-        if not query_id or not passage_id:
-            raise ValueError(f"{place}: empty query-id or corpus-id; fill it in or remove the line")
         try:
-            score = int(text)
-        except ValueError:
-            raise ValueError(f"{place}: score {text!r} is not an integer; write 0, 1, 2, ...") from None
-        grades = qrels.setdefault(query_id, {})
-        if passage_id in grades and not (allow_repeats and grades[passage_id] == score):
-            raise ValueError(
-                f"{place}: query {query_id!r} and passage {passage_id!r} are judged twice; remove one line"
-            )
-        grades[passage_id] = score
-        places.setdefault(query_id, place)
-    _check_positives(qrels, str(source) if name is None else name)
+            query_id, passage_id, score = read()
+            if passage_id in qrels.get(query_id, ()) and not (allow_repeats and qrels[query_id][passage_id] == score):
+                fix = "remove one line"
+                raise BadRow("judged twice", f"query {query_id!r} and passage {passage_id!r} are judged twice; {fix}")
+        except BadRow as error:
+            if skipped is None:
+                raise ValueError(error.at(place)) from None
+            skipped.add(error.kind, error.at(place))
+        else:
+            qrels.setdefault(query_id, {})[passage_id] = score
+            places.setdefault(query_id, place)
+    check_positives(qrels, str(source) if name is None else name)
     return Judgements(qrels, places, count)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """ "file, line n", query id, passage id, score as text."""
-    width, tabs = 0, False
-    for place, text in text_lines(path):
-        fields = text.split("\t")
-        if not text.strip() or (not width and fields == HEADER):
-            continue
-        if len(fields) == 1 and not tabs:
-            fields = text.split()
-        tabs = tabs or "\t" in text
+def _lines(path: Path) -> Iterator[tuple[str, Callable[[], Judgement]]]:
+    """ "file, line n", and what reads the judgement there, or raises a BadRow."""
+    width, tabs, first = 0, False, True
+
+    def read(line: bytes) -> Judgement:
+        nonlocal width, tabs
+        fields = _fields(line, tabs)
+        tabs = tabs or b"\t" in line
         if len(fields) not in (3, 4) or len(fields) != (width or len(fields)):
-            raise ValueError(
-                f"{place}: {len(fields)} fields where {width or '3 or 4'} are needed (query, passage, score; or "
-                "query, 0, passage, score)"
-            )
+            need = f"{width or '3 or 4'} are needed (query, passage, score; or query, 0, passage, score)"
+            raise BadRow("wrong number of fields", f"{len(fields)} fields where {need}")
         width = len(fields)
-        yield place, fields[0], fields[-2], fields[-1]
+        return _judgement(fields[0], fields[-2], fields[-1])
+
+    for number, line in byte_lines(path):
+        place = f"{path}, line {number}"
+        if not line.strip() or (first and _is_header(line, place)):
+            continue
+        first = False
+        yield place, partial(read, line)
 
 
-def _rows(rows: Any, name: str) -> Iterator[tuple[str, str, str, str]]:
+def _fields(line: bytes, tabs: bool) -> list[str]:
+    text = decode(line)
+    fields = text.split("\t")
+    return text.split() if len(fields) == 1 and not tabs else fields
+
+
+def _is_header(line: bytes, place: str) -> bool:
+    """Whether a line is of names: the query's id, the passage's, and no number where the score is."""
+    try:
+        names = [name.lower() for name in _fields(line, False)]
+    except BadRow:
+        return False
+    if len(names) not in (3, 4) or not all(map(FIELD_NAME.fullmatch, (names[0], names[-2], names[-1]))):
+        return False
+    if QUERY_ID_NAME.fullmatch(names[0]):
+        return True
+    if QUERY_ID_NAME.fullmatch(names[-2]) and ID_NAME.fullmatch(names[0]):
+        raise ValueError(f"{place}: columns {names}, but the query comes first, then the passage; change their order")
+    return False
+
+
+def _judgement(query_id: str, passage_id: str, text: Any) -> Judgement:
+    if not query_id or not passage_id:
+        raise BadRow("empty id", "empty query-id or corpus-id; fill it in or remove the line")
+    try:
+        return query_id, passage_id, int(text)
+    except (TypeError, ValueError):
+        raise BadRow("bad score", f"score {text!r} is not an integer; write 0, 1, 2, ...") from None
+
+
+def _rows(rows: Any, name: str) -> Iterator[tuple[str, Callable[[], Judgement]]]:
     if missing := [column for column in HEADER if column not in rows.column_names]:
         raise ValueError(f"{name}: column {missing[0]!r} is missing ({there_are(rows.column_names)})")
     for number, row in enumerate(rows):
         query_id, passage_id, score = (row[column] for column in HEADER)
         score = int(score) if isinstance(score, float) and score.is_integer() else score
-        yield f"{name}, row {number}", str(query_id), str(passage_id), str(score)
+        yield f"{name}, row {number}", partial(_judgement, str(query_id), str(passage_id), str(score))
 
 
-def _check_positives(qrels: Mapping[str, Mapping[str, int]], place: str) -> None:
+def check_positives(qrels: Mapping[str, Mapping[str, int]], place: str) -> None:
+    """Refuse judgements of which none is positive."""
     if not any(grade >= 1 for grades in qrels.values() for grade in grades.values()):
         raise ValueError(
             f"{place}: no judgement with a score of 1 or more; this split can't train or measure anything"
@@ -108,21 +160,24 @@ class KnownPositives:
 
     Args:
         qrels: a file, see :func:`read_qrels`, or {query id: {passage id: grade}}; 1 and more is positive.
+        skipped: as of :func:`read_qrels`.
 
     Attributes:
         key: JSON-ready, identifies the content.
     """
 
-    def __init__(self, qrels: str | Path | Mapping[str, Mapping[str, int]]) -> None:
+    def __init__(
+        self, qrels: str | Path | Mapping[str, Mapping[str, int]], skipped: SkippedRows | None = None
+    ) -> None:
         if isinstance(qrels, Mapping):
             self.source, grades = "qrels (a mapping)", qrels
             self.key: list[Any] = ["mapping", digest_of_rows([qrels])]
-            _check_positives(grades, self.source)
+            check_positives(grades, self.source)
         else:
             path = Path(qrels)
             if not path.is_file():
                 raise FileNotFoundError(f"qrels: {path}: no such file; give the right path")
-            self.source, grades, self.key = str(path), read_qrels(path).qrels, file_key(path)
+            self.source, grades, self.key = str(path), read_qrels(path, skipped=skipped).qrels, file_key(path)
         self.positives = {
             str(query): [str(passage) for passage, grade in found.items() if grade >= 1]
             for query, found in grades.items()

@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,46 @@ PICKLES = (".pkl", ".pickle", ".pt", ".bin", ".joblib")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FLOAT32_MAX = 3.4028234663852886e38
 _FILES = (*TSV_SUFFIXES, *JSON_SUFFIXES, *PICKLES, ".parquet", ".csv", ".gz")
+_SKIPPED_FILE = "skipped.json"
+_GZIP = b"\x1f\x8b"
+# First bytes of what is no file of lines, whatever its name.
+_NO_LINES = {b"PAR1": ".parquet", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"(\xb5/\xfd": ".zst"}
+# Names of columns of ids, and words that name columns of texts.
+ID_NAME = re.compile(
+    r"(q|p|_|(query|pos|neg|passage|doc|document|corpus)[_-]?|(positive|negative)([_-]?[0-9]+)?[_-]?)?ids?[+-]?"
+)
+QUERY_ID_NAME = re.compile(r"(q|query|topic)([_-]?(id|no))?")
+FIELD_NAME = re.compile(r"[^\W\d][\w.+-]*")
+_FIELD_WORDS = frozenset(
+    {
+        "query",
+        "question",
+        "anchor",
+        "search",
+        "positive",
+        "negative",
+        "pos",
+        "neg",
+        "hard",
+        "passage",
+        "doc",
+        "document",
+    }
+    | {
+        "text",
+        "title",
+        "body",
+        "content",
+        "answer",
+        "response",
+        "context",
+        "sentence",
+        "premise",
+        "hypothesis",
+        "corpus",
+    }
+    | {"label", "score", "rank", "relevance", "relevant"}
+)
 
 
 def is_hub_id(name: str) -> bool:
@@ -84,9 +124,24 @@ class SkippedRows:
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.examples.setdefault(kind, message)
 
+    def update(self, other: SkippedRows) -> None:
+        """Add the figures of another."""
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+        self.examples = {**other.examples, **self.examples}
+
     def replace(self, other: SkippedRows) -> None:
         """Take over the figures of another."""
         self.counts, self.examples = dict(other.counts), dict(other.examples)
+
+    def save(self, folder: Path) -> None:
+        """Write them beside what they were left out of."""
+        (folder / _SKIPPED_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> SkippedRows:
+        """What :meth:`save` wrote."""
+        return cls(**json.loads((folder / _SKIPPED_FILE).read_text(encoding="utf-8")))
 
     def summary(self) -> str:
         """For people: one line in all, then one a kind; empty when nothing was left out."""
@@ -164,14 +219,22 @@ def shown(value: Any) -> str:
 
 
 def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and bytes of each line of a file, plain or .gz, without line end and byte order mark.
+    """Number, from 1, and bytes of each line of a file, plain or gzip, without line end and byte order mark.
 
     Raises:
-        ValueError: a truncated or damaged .gz; the message names the last line that was read.
+        ValueError: a truncated or damaged gzip file, the message names the last line that was read; or no lines at
+            all, by the first bytes.
     """
     number = 0
+    with path.open("rb") as raw:
+        start = raw.read(6)
+    for magic, suffix in _NO_LINES.items():
+        if start.startswith(magic):
+            fix = "name it so" if suffix == ".parquet" else "unpack it first"
+            raise ValueError(f"{path}: by its content a {suffix} file, and no lines of text; {fix}")
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as raw:
+        packed = start.startswith(_GZIP) or path.name.lower().endswith(".gz")
+        with gzip.open(path) if packed else path.open("rb") as raw:
             for number, line in enumerate(raw, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -200,6 +263,15 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield place, decode(line)
         except BadRow as error:
             raise ValueError(error.at(place)) from None
+
+
+def is_header(fields: Sequence[str], below: Sequence[str]) -> bool:
+    """Whether a first line names the fields of the line below: names above texts of several words."""
+    if len({*fields}) < len(fields) or len(below) != len(fields) or not all(map(FIELD_NAME.fullmatch, fields)):
+        return False
+    words = {word for field in fields for word in re.split(r"[\W\d_]+", field.lower())}
+    of_several = [" " in text.strip() for text in below]
+    return all(of_several) or (any(of_several) and not words.isdisjoint(_FIELD_WORDS))
 
 
 def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:

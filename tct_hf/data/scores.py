@@ -80,7 +80,7 @@ class ScoreTable:
         if isinstance(source, Mapping):
             opened = MappingSource(lambda: _of_mapping(source), "scores")
         else:
-            opened = open_source(source, "scores", lambda path: LineSource(path, _FIELDS, header=_has_header(path)))
+            opened = open_source(source, "scores", _open_tsv)
         key = [_FORMAT, opened.need_key(), sorted((columns or {}).items())]
         folder = prepared("scores", key, lambda staging: _build(staging, opened, columns or {}), cache_dir)
         return cls(opened.name, folder)
@@ -114,15 +114,15 @@ def _of_mapping(scores: Mapping[str, Mapping[str, float]]) -> Iterator[dict[str,
         yield {"query_id": query_id, "passage_id": list(of_query), "score": values}
 
 
-def _has_header(path: Path) -> bool:
-    """The first line's last field is no number."""
-    for _, line in byte_lines(path):
-        try:
-            float(line.split(b"\t")[-1])
-        except ValueError:
-            return True
-        return False
-    return False
+def _open_tsv(path: Path) -> LineSource:
+    """Lines of query id, passage id and score; by a header's own order where it has the usual names."""
+    fields = next((line.decode(errors="replace").split("\t") for _, line in byte_lines(path)), ["", "", "0"])
+    try:
+        float(fields[-1])
+    except ValueError:
+        usual = all(any(name in fields for name in names) for names in _NAMES.values())
+        return LineSource(path, fields if usual else _FIELDS, header=True)
+    return LineSource(path, _FIELDS)
 
 
 class _Reader:
@@ -160,7 +160,7 @@ class _Reader:
         found = []
         for passage, score in zip(passages, scores, strict=True):
             passage_id = as_id(passage, self.names[1])
-            if isinstance(self.source, LineSource) and self.source.names:
+            if self.source.only_text:
                 score = _number(score)
             what = f"passage {passage_id!r} of query {query_id!r}"
             found.append((pair_key(query_id, passage_id), as_score(score, what, self.names[2])))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -13,17 +15,20 @@ from typing import Any, TypeVar, cast
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from tct_hf.data.ids import is_utf8
 from tct_hf.data.rows import (
     JSON_SUFFIXES,
     PICKLES,
     TSV_SUFFIXES,
     BadRow,
+    SkippedRows,
     byte_lines,
     file_key,
     format_of,
     is_hub_id,
     parse_json_line,
     parse_tsv_line,
+    there_are,
 )
 
 T = TypeVar("T")
@@ -38,12 +43,14 @@ class Source(ABC):
     Attributes:
         name: for messages.
         names: the columns, where they are known before a row is read.
+        only_text: every value is text.
         key: JSON-ready, identifies the content; None where nothing does.
     """
 
     name: str
     names: list[str] | None = None
     key: list[Any] | None = None
+    only_text = False
     unit = "row"
 
     @abstractmethod
@@ -55,15 +62,21 @@ class Source(ABC):
         return cast("Mapping[str, Any]", raw)
 
     def read(
-        self, what: Callable[[Mapping[str, Any]], T], columns: Sequence[str] | None = None
+        self,
+        what: Callable[[Mapping[str, Any]], T],
+        columns: Sequence[str] | None = None,
+        skipped: SkippedRows | None = None,
     ) -> Iterator[tuple[str, T]]:
-        """The place of each row and what is read of it; a BadRow becomes a ValueError with its place."""
+        """The place of each row and what is read of it; a BadRow is a ValueError with its place, or skipped."""
         for number, raw in self.raw(columns):
             try:
                 found = what(self.parse(raw))
             except BadRow as error:
-                raise ValueError(error.at(self.place(number))) from None
-            yield self.place(number), found
+                if skipped is None:
+                    raise ValueError(error.at(self.place(number))) from None
+                skipped.add(error.kind, error.at(self.place(number)))
+            else:
+                yield self.place(number), found
 
     def place(self, number: int) -> str:
         """ "file, line 3"."""
@@ -92,7 +105,7 @@ class LineSource(Source):
     def __init__(self, path: Path, fields: Sequence[str] | None = None, *, header: bool = False) -> None:
         self.path, self.name = path, str(path)
         self.names = None if fields is None else list(fields)
-        self.header = header
+        self.header, self.only_text = header, fields is not None
         self.key = ["jsonl" if fields is None else "tsv", header, *file_key(path)]
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, bytes]]:
@@ -102,6 +115,53 @@ class LineSource(Source):
 
     def parse(self, raw: bytes) -> Mapping[str, Any]:
         return parse_json_line(raw) if self.names is None else parse_tsv_line(raw, self.names)
+
+
+class CsvSource(Source):
+    """A file of fields separated by commas, quoted where they must be, plain or .gz; its first line names them.
+
+    A field is text as it stands: neither a number nor missing.
+    """
+
+    unit, only_text = "line", True
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, str(path)
+        self.key = ["csv", *file_key(path)]
+        header: Any = next((fields for _, fields in self._records()), [])
+        if not all(header) or len({*header}) < len(header) or isinstance(header, str):
+            raise ValueError(f"{path}, line 1: {header} are no names of columns; give each column a name of its own")
+        self.names = header
+
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        """The first line and the fields of each record; what is wrong where it can't be read."""
+        csv.field_size_limit(sys.maxsize)
+        lines = (line.decode("utf-8", "surrogateescape") + "\n" for _, line in byte_lines(self.path))
+        records = csv.reader(lines, strict=True)
+        while True:
+            number = records.line_num + 1
+            try:
+                fields: list[str] | str = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                fields = str(error)
+            if fields:
+                yield number, fields
+
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
+        return islice(self._records(), 1, None)
+
+    def parse(self, raw: Any) -> Mapping[str, Any]:
+        names = self.names or []
+        if isinstance(raw, str):
+            raise BadRow("not CSV", f"not CSV ({raw}); write texts with commas, quotes or line breaks in quotes")
+        if len(raw) != len(names):
+            need = f"{len(raw)} fields where {len(names)} are needed ({', '.join(names)})"
+            raise BadRow("wrong number of fields", f"{need}; write texts with commas or line breaks in quotes")
+        if not all(map(is_utf8, raw)):
+            raise BadRow("not UTF-8", "not UTF-8; convert the file to UTF-8")
+        return dict(zip(names, raw, strict=True))
 
 
 class ParquetSource(Source):
@@ -128,6 +188,35 @@ class ParquetSource(Source):
             raise ValueError(
                 f"{self.path}, after row {number}: {error}; write, copy or download the file again"
             ) from error
+
+
+class FolderSource(Source):
+    """Files of one kind, one after the other, each read as it would be by itself."""
+
+    _ROOM = 1 << 40  # row numbers of a file
+
+    def __init__(self, files: Sequence[Source], name: str) -> None:
+        self.files, self.name = list(files), name
+        self.names, self.only_text = self.files[0].names, self.files[0].only_text
+        for file in self.files:
+            if file.names != self.names or type(file) is not type(self.files[0]):
+                raise ValueError(
+                    f"{file.name}: {there_are(file.names or [])}, but in {self.files[0].name} "
+                    f"{there_are(self.names or [])}; write the same columns, in the same order, in all files"
+                )
+        self.key = ["folder", *(file.key for file in self.files)]
+
+    def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
+        for at, file in enumerate(self.files):
+            for number, raw in file.raw(columns):
+                yield at * self._ROOM + number, raw
+
+    def parse(self, raw: Any) -> Mapping[str, Any]:
+        return self.files[0].parse(raw)
+
+    def place(self, number: int) -> str:
+        at, number = divmod(number, self._ROOM)
+        return self.files[at].place(number)
 
 
 class DatasetSource(Source):
@@ -205,9 +294,12 @@ def open_source(
     path = Path(given)
     if path.is_dir() or is_hub_id(str(given)):
         options = {"config": config, "split": split} if config or split else {}
-        loaded = load_from_hub(str(given), revision=revision, streaming=streaming, **options)
         named = ", ".join(filter(None, options.values()))
-        return DatasetSource(loaded, f"{given} ({named})" if named else str(given))
+        name = f"{given} ({named})" if named else str(given)
+        files = _files_of(path, config, split) if path.is_dir() else []
+        if files:
+            return FolderSource([open_source(file, setting, tsv) for file in files], name)
+        return DatasetSource(load_from_hub(str(given), revision=revision, streaming=streaming, **options), name)
     suffix = format_of(path)
     if suffix in PICKLES:
         raise ValueError(
@@ -222,10 +314,29 @@ def open_source(
         return ParquetSource(path)
     if suffix in TSV_SUFFIXES:
         return tsv(path)
+    if suffix == ".csv":
+        return CsvSource(path)
+    known = ", ".join((*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv"))
     raise ValueError(
-        f"{setting}: {path}: ends in {suffix or 'nothing'}; known are {', '.join((*TSV_SUFFIXES, *JSON_SUFFIXES))} "
-        "(plain or .gz) and .parquet. Unpack archives first."
+        f"{setting}: {path}: ends in {suffix or 'nothing'}; known are {known} (plain or .gz) and .parquet. Unpack "
+        "archives first."
     )
+
+
+def _files_of(folder: Path, config: str | None, split: str | None) -> list[Path]:
+    """The files of a split of a folder in the Hub's layout; none where they are left to `datasets` to read."""
+    from datasets import load_dataset_builder
+
+    parts = reach(str(folder), lambda: load_dataset_builder(str(folder), config)).config.data_files
+    files = [Path(file) for file in one_split(parts or {}, split, str(folder))] if parts else []
+    ours = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv", ".parquet")
+    return files if all(map(Path.is_file, files)) and all(_is_ours(file, ours) for file in files) else []
+
+
+def _is_ours(file: Path, suffixes: Sequence[str]) -> bool:
+    if format_of(file) != ".json":
+        return format_of(file) in suffixes
+    return not next((line for _, line in byte_lines(file) if line.strip()), b"").lstrip().startswith(b"[")
 
 
 def load_from_hub(

@@ -6,6 +6,7 @@ Streamed, the order of the rows is settled while they are bytes, and only those 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -14,6 +15,7 @@ from typing import Any
 
 from datasets import Features, IterableDataset
 
+from tct_hf.data.column_names import is_ours
 from tct_hf.data.columns import NOTHING, RowReader
 from tct_hf.data.near_duplicates import plain_text
 from tct_hf.data.qrels import KnownPositives
@@ -32,7 +34,8 @@ Check = Callable[[Any], object]
 class TripleStream:
     """Checked training rows of a source.
 
-    The fields are the arguments of `load_triples`, opened; `skipped` takes the counts anew in each pass.
+    The fields are the arguments of `load_triples`, opened; `skipped` takes the counts anew in each pass, after those
+    `of_texts` and judgements.
     """
 
     source: Source
@@ -44,26 +47,55 @@ class TripleStream:
     skip_bad_rows: bool = False
     skipped: SkippedRows = field(default_factory=SkippedRows)
     scores: str | None = None
+    of_texts: SkippedRows = field(default_factory=SkippedRows)
     reader: RowReader | None = field(default=None, init=False)
 
     def plan(self) -> RowReader:
-        """The reader of all rows: made from the first row that can be used, which decides the columns there are."""
+        """The reader of all rows: made from a row that most are like, which decides the columns there are."""
         if self.reader is not None:
             return self.reader
-        bad = SkippedRows()
-        for number, raw in self.source.raw():
-            try:
-                self.reader = self._reader_of(self.source.parse(raw), self.source.place(number))
-                return self.reader
-            except BadRow as error:
-                # Where the columns are known apart from the rows, one that is missing is missing in all of them.
-                known = self.source.names is not None and error.kind in ("missing column", "doubled column")
-                whole = known or error.kind == NOTHING
-                message = error.at(self.source.name if whole else self.source.place(number))
-                if whole or not self.skip_bad_rows:
-                    raise ValueError(message) from None
-                bad.add("", message)
+        bad, stored = SkippedRows(), self.source.raw()
+        while batch := list(islice(stored, ROWS_A_BATCH)):
+            for number, raw in self._most_alike(batch):
+                try:
+                    self.reader = self._reader_of(self.source.parse(raw), self.source.place(number))
+                except BadRow as error:
+                    # Where the columns are known apart from the rows, one that is missing is missing in all of them.
+                    known = self.source.names is not None and error.kind in ("missing column", "doubled column")
+                    whole = known or error.kind == NOTHING
+                    message = error.at(self.source.name if whole else self.source.place(number))
+                    if whole or not self.skip_bad_rows:
+                        raise ValueError(message) from None
+                    bad.add("", message)
+                else:
+                    if number != batch[0][0]:
+                        self.reader.like = self.source.place(number)
+                    return self.reader
         raise self._nothing(bad)
+
+    def _most_alike(self, batch: Sequence[tuple[int, Any]]) -> list[tuple[int, Any]]:
+        """The rows as they are stored, those of the most usual keys and types first; rows without negatives last."""
+        kinds = [self._kind(raw) for _, raw in batch]
+        if None in kinds[:1] and not self.skip_bad_rows:
+            return list(batch)  # a first row that can't be parsed is refused first
+        counts = Counter(kinds)
+        order = [(kind is None, 0 in (kind or ()), -counts[kind]) for kind in kinds]
+        return [batch[at] for at in sorted(range(len(batch)), key=order.__getitem__)]
+
+    def _kind(self, raw: Any) -> tuple[Any, ...] | None:
+        """What a row's columns for training hold, and how many negatives; None where it can't be parsed."""
+        try:
+            row = self.source.parse(raw)
+        except BadRow:
+            return None
+        ours = {theirs: name for name, theirs in (self.columns or {}).items()}
+        kind: list[Any] = []
+        for column in sorted(column for column in row if column in ours or is_ours(column)):
+            value = row[column]
+            kind += [column, type(value)]
+            if isinstance(value, (list, tuple)) and ours.get(column, column).startswith("negative"):
+                kind.append(len(value) if self.num_negatives is None else None)
+        return tuple(kind)
 
     def _reader_of(self, first: Mapping[str, Any], place: str) -> RowReader:
         names = list(first) if self.source.names is None else self.source.names
@@ -102,7 +134,7 @@ class TripleStream:
 
     def __call__(self) -> Iterator[Row]:
         """Training rows from the source's start; refuses bad rows, no row at all, and judgements of other queries."""
-        self.skipped.replace(SkippedRows())
+        self.skipped.replace(self.of_texts)
         columns = self.output_columns()
         stored = self.source.raw(self.plan().source_columns())
         judged = count = 0

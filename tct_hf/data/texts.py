@@ -13,7 +13,18 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from tct_hf.cache import prepared
 from tct_hf.data.ids import SeenIds, find, hash_of
-from tct_hf.data.rows import BadRow, as_id, as_text, get, there_are
+from tct_hf.data.rows import (
+    FIELD_NAME,
+    ID_NAME,
+    BadRow,
+    SkippedRows,
+    as_id,
+    as_text,
+    byte_lines,
+    decode,
+    get,
+    there_are,
+)
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, MappingSource, Source, open_source, write_rows
 
 if TYPE_CHECKING:
@@ -66,19 +77,22 @@ class Texts:
         return [text if known and name == its else None for name, its, text, known in found]
 
 
-def open_texts(source: TextSource, setting: str, cache_dir: str | Path | None) -> Texts:
+def open_texts(
+    source: TextSource, setting: str, cache_dir: str | Path | None, skipped: SkippedRows | None = None
+) -> Texts:
     """Open texts by id: checked and converted once, then memory-mapped.
 
     Args:
-        source: a TSV file (id, text), a JSONL file of the BEIR layout (_id, title, text), a parquet file, each but
-            parquet plain or .gz; a data set or a mapping; a Hub id "owner/name", "owner/name:configuration" or
-            "owner/name:configuration:split".
+        source: a TSV file (id, text), a JSONL file of the BEIR layout (_id, title, text), a CSV or parquet file, each
+            but parquet plain or .gz; a folder of these; a data set or a mapping; a Hub id "owner/name",
+            "owner/name:configuration" or "owner/name:configuration:split".
         setting: the setting that named it, "queries" or "collection".
         cache_dir: folder of the converted form.
+        skipped: takes bad rows, which are left out; they are refused when None.
     """
     opened, names = _opened(source, setting)
     what = "query" if setting == "queries" else "passage"
-    dataset = prepare_corpus(opened, cache_dir, names=names, allow_empty=True, what=what)
+    dataset = prepare_corpus(opened, cache_dir, names=names, allow_empty=True, what=what, skipped=skipped)
     return Texts(opened.name, dataset.select_columns(["id", "text"]), opened.need_key())
 
 
@@ -92,11 +106,33 @@ def _opened(source: TextSource, setting: str) -> tuple[Source, Sequence[str]]:
     """The raw rows, and the columns of id, text and perhaps title where they have other names."""
     if isinstance(source, Mapping):
         return MappingSource(lambda: ({"_id": name, "text": text} for name, text in source.items()), setting), ()
-    opened = open_source(source, setting, lambda path: LineSource(path, ("id", "text")))
+    opened = open_source(source, setting, _open_tsv)
     opened.need_key()
-    if isinstance(opened, LineSource) and opened.names is None:  # JSONL
-        return opened, ()
-    return opened, _text_columns(opened.names or [], opened.name, setting)
+    names = opened.names
+    if names is None:  # JSONL
+        try:
+            names = next((list(opened.parse(raw)) for _, raw in opened.raw()), [])
+        except BadRow:  # said when it is read
+            names = []
+        if "_id" in names or not names:
+            return opened, ()
+    return opened, _text_columns(names, opened.name, setting)
+
+
+def _open_tsv(path: Path) -> LineSource:
+    """Lines of id and text, perhaps below a header."""
+    fields: list[str] = []
+    for _, line in byte_lines(path):
+        try:
+            fields = decode(line).split("\t")
+        except BadRow:  # said when it is read
+            pass
+        break
+    ids = [ID_NAME.fullmatch(field.lower()) is not None for field in fields]
+    header = len(fields) == 2 and any(ids) and all(map(FIELD_NAME.fullmatch, fields))
+    if header and not ids[0]:
+        raise ValueError(f"{path}, line 1: {fields} are other columns than id and text; put ids first")
+    return LineSource(path, ("id", "text"), header=header)
 
 
 def _text_columns(names: Sequence[str], source: str, setting: str) -> tuple[str, ...]:
@@ -114,7 +150,13 @@ def _text_columns(names: Sequence[str], source: str, setting: str) -> tuple[str,
 
 
 def records_of(
-    source: Source, names: Sequence[str] = (), *, title: bool = True, allow_empty: bool = False
+    source: Source,
+    names: Sequence[str] = (),
+    *,
+    title: bool = True,
+    allow_empty: bool = False,
+    skipped: SkippedRows | None = None,
+    fix: str = "fill it in or remove the line",
 ) -> Iterator[tuple[str, Record]]:
     """Read a source's texts one by one, each with its place.
 
@@ -123,6 +165,8 @@ def records_of(
         names: its columns of _id, text and title where they have other names.
         title: whether titles are read.
         allow_empty: let texts without words pass.
+        skipped: takes bad rows, which are left out; they are refused when None.
+        fix: what to do about a text without words.
     """
     id_name, text_name, title_name = (*names, "title")[:3] if names else ("_id", "text", "title")
 
@@ -133,11 +177,10 @@ def records_of(
         heading = row.get(title_name) if title else None
         heading = "" if heading is None else as_text(heading, title_name, allow_empty=True).strip()
         if not heading and not text and not allow_empty:
-            fix = "fill it in, remove the line, or pass allow_empty=True" if title else "fill it in or remove the line"
             raise BadRow("empty text", f"the text of {name!r} is empty; {fix}")
         return name, heading, text
 
-    return source.read(read, names or None)
+    return source.read(read, names or None, skipped)
 
 
 def joined(title: str, text: str) -> str:
@@ -152,32 +195,51 @@ def prepare_corpus(
     names: Sequence[str] = (),
     allow_empty: bool = False,
     what: str = "passage",
+    skipped: SkippedRows | None = None,
 ) -> Dataset:
     """Convert texts by id once, in constant memory, and open the converted form: memory-mapped id, text, title.
 
-    Refuses a malformed record, an id that comes twice, and no record; `what` is "passage" or "query", for messages.
+    Refuses a malformed record and an id that comes twice, or leaves them out and adds them to `skipped`; refuses no
+    record at all. `what` is "passage" or "query", for messages.
     """
     from datasets import Dataset
 
+    left_out = None if skipped is None else SkippedRows()
+
     def records() -> Iterator[tuple[str, Record]]:
-        return records_of(source, names, allow_empty=allow_empty)
+        fix = "fill it in, remove the line, or leave such rows out with skip_bad_rows"
+        return records_of(source, names, allow_empty=allow_empty, skipped=left_out, fix=fix)
 
     def unique() -> Iterator[dict[str, str]]:
         seen, every = SeenIds(), records()
         while batch := list(islice(every, ROWS_A_BATCH)):
-            again = seen.add([name for _, (name, _, _) in batch])
-            if again is not None:
-                place, (twice, _, _) = batch[again]
-                first = next(where for where, (name, _, _) in records() if name == twice)
-                raise ValueError(f"{place}: {what} id {twice!r} was used before, in {first}; make ids unique")
-            for _, (name, title, text) in batch:
-                yield {"id": name, "text": joined(title, text), "title": title}
+            ids = [name for _, (name, _, _) in batch]
+            again: set[int] = set()
+            if seen.add(ids) is not None:
+                again = seen.repeated(ids)
+                seen.add([name for at, name in enumerate(ids) if at not in again])
+            for at, (place, (name, title, text)) in enumerate(batch):
+                if at not in again:
+                    yield {"id": name, "text": joined(title, text), "title": title}
+                elif left_out is not None:
+                    left_out.add("repeated id", f"{place}: {what} id {name!r} was used before")
+                else:
+                    first = next(where for where, (other, _, _) in records() if other == name)
+                    raise ValueError(
+                        f"{place}: {what} id {name!r} was used before, in {first}; make ids unique, "
+                        "or leave such rows out with skip_bad_rows"
+                    )
 
     def build(staging: Path) -> None:
         if not write_rows(staging / "corpus.arrow", _SCHEMA, unique()):
             raise ValueError(f"{source.name}: no {what} in it; write one JSON object with _id, title and text a line")
+        if left_out is not None:
+            left_out.save(staging)
 
-    folder = prepared("beir", [_FORMAT, source.key, list(names), allow_empty], build, cache_dir)
+    key = [_FORMAT, source.key, list(names), allow_empty, *([] if skipped is None else ["skip"])]
+    folder = prepared("beir", key, build, cache_dir)
+    if skipped is not None:
+        skipped.update(SkippedRows.load(folder))
     return Dataset.from_file(str(folder / "corpus.arrow"))
 
 

@@ -43,6 +43,7 @@ def read_collection(
         dev_split=data.dev_split,
         required=required,
         also=also,
+        skip_bad_rows=data.skip_bad_rows,
     )
     if data.dev_share and "train" in collection.splits:
         collection.hold_out_dev(data.dev_share)

@@ -25,6 +25,7 @@ class DataSettings:
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     test_split: str = setting("test", "split that is reported")
     dev_split: str | None = setting("auto", "split that models are compared on; auto: dev where there is one")
+    skip_bad_rows: bool = setting(False, "leave bad passages, queries and judgements out and say which")
     dev_share: float = setting(0.0, "share of the train queries to compare models on where there is no dev split")
     max_passages: int | None = setting(None, "a part of the corpus, relevant passages first; all when null")
     max_queries: int | None = setting(None, "at most so many queries of each split; all when null")

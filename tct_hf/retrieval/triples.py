@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from tct_hf.data.beir import hub_configurations, load_beir
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, negative_columns
 from tct_hf.data.ids import stable_id
 from tct_hf.data.qrels import KnownPositives, own_positive
-from tct_hf.data.rows import SkippedRows, byte_lines, is_hub_id
+from tct_hf.data.rows import ID_NAME, SkippedRows, byte_lines, is_header, is_hub_id
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
 from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
@@ -38,7 +37,6 @@ _TYPES = {
 }
 # First lines that are recognised as a header, whatever the columns are used for; so is one of nothing but id columns.
 _HEADERS = (("query", "positive", "negative"), ("anchor", "positive", "negative"), ("query", "pos", "neg"))
-_ID_NAME = re.compile(r"(q|p|(query|pos|neg|passage|doc|corpus)[_-]?|(positive|negative)([_-]?[0-9]+)?[_-]?)id[+-]?")
 
 
 def load_triples(
@@ -101,8 +99,8 @@ def load_triples(
         language: of BEIR folders: stop words of BM25, as `BM25Index.build` takes it.
         stemmer: of BEIR folders: of BM25, as `BM25Index.build` takes it.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
-        skip_bad_rows: leave bad rows out instead of refusing the source; of texts, judgements and BEIR folders they
-            are always refused.
+        skip_bad_rows: leave bad rows out instead of refusing the source: of the triples, and of a collection, queries
+            and judgements; of a BEIR folder as `load_beir` does.
         skipped: takes what was left out, per kind, with the first of each; when streaming, of the pass under way in
             this process. It is also logged, and stands in the description of the result's `info`.
         cache_dir: where prepared data are kept; by default `default_cache_dir()`.
@@ -135,8 +133,11 @@ def load_triples(
                     "out (of another revision, download it and give its folder)"
                 )
         skipped.replace(SkippedRows())
+        found = load_beir(path_or_hub_id, split, skip_bad_rows=skip_bad_rows, skipped=skipped, cache_dir=cache_dir)
         sample = {"depth": depth, "seed": seed, "language": language, "stemmer": stemmer}
-        return _from_beir(path_or_hub_id, split, num_negatives, sample, cache_dir)
+        triples = _from_beir(*found, num_negatives, sample, cache_dir)
+        triples.info.description = skipped.summary()
+        return triples
 
     def tsv(path: Path) -> LineSource:
         return _open_tsv(path, columns, queries is not None, collection is not None, num_negatives)
@@ -144,16 +145,18 @@ def load_triples(
     source = open_source(
         path_or_hub_id, "triples", tsv, config=config, split=split, revision=revision, streaming=streaming
     )
+    of_texts = SkippedRows() if skip_bad_rows else None
     stream = TripleStream(
         source,
         columns,
         num_negatives,
-        None if queries is None else open_texts(queries, "queries", cache_dir),
-        None if collection is None else open_texts(collection, "collection", cache_dir),
-        None if qrels is None else KnownPositives(qrels),
+        None if queries is None else open_texts(queries, "queries", cache_dir, of_texts),
+        None if collection is None else open_texts(collection, "collection", cache_dir, of_texts),
+        None if qrels is None else KnownPositives(qrels, of_texts),
         skip_bad_rows,
         skipped,
         scores,
+        of_texts or SkippedRows(),
     )
     if streaming:
         return _streamed(stream)
@@ -186,8 +189,13 @@ def _open_tsv(
     candidates = ["positive", *negative_columns(1 if num_negatives is None else num_negatives)]
     names = ["query_id" if has_queries else "query", *(f"{name}{suffix}" for name in candidates)]
     lower = tuple(field.strip().lower() for field in first)
-    of_ids = bool(lower) and all(_ID_NAME.fullmatch(field) for field in lower)
+    of_ids = bool(lower) and all(ID_NAME.fullmatch(field) for field in lower)
     header = of_ids or lower in _HEADERS or first == names
+    if not header and not has_queries and not has_passages and is_header(first, lines[-1]):
+        mapped = ", ".join(f"{ours!r}: {theirs!r}" for ours, theirs in zip(names, first, strict=False))
+        raise ValueError(
+            f"{path}, line 1: {first} are names of columns; read by them with columns={{{mapped}}}, or remove the line"
+        )
     # Numbers are taken for ids in the first line with data; it shows what the others are.
     numbers = len(lines) > header and len(lines[header]) == len(names) and all(map(str.isdigit, lines[header]))
     lacks = [name for name, there in (("queries", has_queries), ("collection", has_passages)) if not there]
@@ -213,8 +221,9 @@ def _is_beir(given: Any, config: str | None) -> bool:
     return config is None and is_hub_id(str(given)) and {"corpus", "queries"} <= set(hub_configurations(str(given)))
 
 
-def _from_beir(given: Any, split: str, num_negatives: int | None, sample: dict[str, Any], cache: Any) -> Dataset:
-    corpus, queries, qrels = load_beir(given, split, cache_dir=cache)
+def _from_beir(
+    corpus: Dataset, queries: Any, qrels: Any, num_negatives: int | None, sample: dict[str, Any], cache: Any
+) -> Dataset:
     count = 1 if num_negatives is None else num_negatives
     judgements = sha256(json.dumps([queries, qrels]).encode()).hexdigest()
     # The prepared corpus is named by what it was made from.
@@ -256,15 +265,14 @@ def _prepared(stream: TripleStream, cache: str | Path | None) -> Dataset:
                 _write(staging / "known.arrow", [seen.column], rows)
         else:
             _write(staging / "rows.arrow", names, stream())
-        report = {"counts": stream.skipped.counts, "examples": stream.skipped.examples}
-        (staging / "skipped.json").write_text(json.dumps(report), encoding="utf-8")
+        stream.skipped.save(staging)
 
     folder = prepared("triples", [_FORMAT, *_key_of(stream)], build, cache)
     parts = [
         Dataset.from_file(str(file)) for name in ("rows", "known") if (file := folder / f"{name}.arrow").is_file()
     ]
     dataset = concatenate_datasets(parts, axis=1) if len(parts) > 1 else parts[0]
-    stream.skipped.replace(SkippedRows(**json.loads((folder / "skipped.json").read_text(encoding="utf-8"))))
+    stream.skipped.replace(SkippedRows.load(folder))
     dataset.info.description = stream.skipped.summary()
     return dataset
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tct_hf import load_beir
+from tct_hf import SkippedRows, load_beir, load_collection, load_triples
 from tct_hf.data.beir import BeirOnHub, MissingSplitError, open_beir
 
 CORPUS = [
@@ -33,7 +35,13 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def load(folder: Path, split: str = "test", **options: bool) -> tuple:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def load(folder: Path, split: str = "test", **options: Any) -> tuple:
     return load_beir(folder, split, cache_dir=folder.parent / "cache", **options)
 
 
@@ -133,7 +141,7 @@ def test_passages_load_alone_and_are_checked_the_same(folder: Path) -> None:
     (folder / "notes").rename(folder / "queries.jsonl")
     (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "title": "", "text": " "}]))
     for read in (load, lambda folder: open_beir(folder, cache).corpus()):
-        with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the text of 'd4' is empty.*allow_empty=True"):
+        with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the text of 'd4' is empty.*skip_bad_rows"):
             read(folder)
     for found in (load(folder, allow_empty=True)[0], open_beir(folder, cache).corpus(allow_empty=True)):
         assert found["text"][3] == ""
@@ -207,3 +215,50 @@ def data_folder(name: str) -> Path:
 def test_real_collections_load_whole(name: str, passages: int, queries: int, tmp_path: Path) -> None:
     corpus, texts, qrels = load_beir(data_folder(name), "test", cache_dir=tmp_path)
     assert (len(corpus), len(texts), len(qrels)) == (passages, queries, queries)
+
+
+def with_flaws(folder: Path) -> None:
+    """What published collections have: empty, repeated and broken passages, judgements of nothing."""
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(jsonl([{"_id": "d4", "text": " "}, {"_id": "d1", "text": "again"}]) + "{oops\n")
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write(jsonl([{"_id": "q1", "text": "again"}, {"_id": "q4", "text": ""}]))
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.write("q1\td9\t1\nq9\td1\t1\nq3\td4\t1\nq1\td1\tyes\nq1\td2\t1\n")
+
+
+def test_a_flawed_collection_is_refused_or_its_bad_rows_are_left_out_and_counted(folder: Path, cache: Path) -> None:
+    with_flaws(folder)
+    with pytest.raises(ValueError, match=r"test\.tsv, line 8: score 'yes'"):
+        load(folder)
+    for _ in range(2):  # read, and from the cache
+        skipped = SkippedRows()
+        check(load(folder, skip_bad_rows=True, skipped=skipped))
+        assert skipped.counts == {
+            "bad score": 1,
+            "judged twice": 1,
+            "repeated id": 2,
+            "empty text": 2,
+            "not JSON": 1,
+            "judged query that is missing": 1,
+            "judged passage that is missing": 2,
+        }
+        assert "corpus.jsonl, line 6" in skipped.examples["not JSON"]
+    collection = load_collection(str(folder), required=["test"], skip_bad_rows=True)
+    assert collection.skipped == skipped and "bad rows left out: 1 bad score, 1 judged twice" in collection.summary()
+    assert "2 empty text" in collection.part(queries=1).summary()
+    skipped = SkippedRows()
+    rows = load_triples(folder, split="test", skip_bad_rows=True, skipped=skipped)
+    assert skipped == collection.skipped and rows["positive_id"][:] == ["d1", "d2"]
+    assert rows.info.description.startswith("10 bad rows were left out")
+
+
+@pytest.mark.parametrize("flaw", [{"_id": "d4", "text": " "}, {"_id": "d1", "text": "again"}])
+def test_advice_about_a_flaw_names_a_setting_that_is_there(folder: Path, cache: Path, flaw: dict) -> None:
+    (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, flaw]))
+    (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "train.tsv")
+    for read in (load_triples, load_collection, partial(load_beir, split="train")):
+        options = {"required": ["train"]} if read is load_collection else {}
+        with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4.*skip_bad_rows"):
+            read(str(folder), **options)
+        read(str(folder), skip_bad_rows=True, **options)

@@ -75,3 +75,12 @@ def test_prompts_stay_out_of_the_answers(
     said = capsys.readouterr()
     prompts = "question: question: question: \n"
     assert (said.out, said.err) == (("", prompts) if answers_alone else (prompts, ""))
+
+
+def test_a_question_that_is_not_utf8_is_left_out_and_the_others_are_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = runpy.run_path(str(ROOT / "recipes" / "search.py"))["questions"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ncaf\xe9\n\xed\xa0\x80\ntwo\n")))
+    assert list(questions(answers_alone=True)) == ["one", "two"]
+    assert "standard input, line 2: not UTF-8, left out\n" in capsys.readouterr().err
