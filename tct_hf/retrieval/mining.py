@@ -139,7 +139,9 @@ def mine_triples(
         types |= {f"{name}_{kind}": pa.float64() for name in names}
     schema = pa.schema({**types, "origin": pa.string()})
     asked = list(positives)
-    parts = [asked[start : start + queries_a_part] for start in range(0, len(asked), queries_a_part)]
+    parts: list[Sequence[str]] = [
+        asked[start : start + queries_a_part] for start in range(0, len(asked), queries_a_part)
+    ]
 
     def mine(part: Sequence[str]) -> Any:
         texts = {query_id: queries[query_id] for query_id in part}
