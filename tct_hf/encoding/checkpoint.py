@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from tct_hf.encoding.encoders import query_expansion, tct_post_processor
-from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, is_tct, module_classes, read_json
+from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, check_query_length, is_tct, module_classes, read_json
 from tct_hf.encoding.scale import length_of
 from tct_hf.encoding.weights import refuse_broken_files
 from tct_hf.files import write_json_atomic, write_text_atomic
@@ -55,6 +55,7 @@ def _read_layout(path: Path) -> _Layout:
         )
     settings_file, pooling_file = "sentence_bert_config.json", f"{modules[1]['path']}/config.json"
     settings, pooling = (read_json(path / file, required=True) for file in (settings_file, pooling_file))
+    check_query_length(str(path), read_json(path / "config.json"), settings)
     expansion, document_length = settings.get("query_expansion"), settings.get("document_length")
     query_length = expansion.get("length") if expansion else settings.get("query_length")
     if document_length is None or query_length is None:

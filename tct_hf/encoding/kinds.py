@@ -22,6 +22,8 @@ TCT_CHECKPOINTS = (
 # Modules of a TCT student: without and with a learned scale.
 TCT_MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"])
 
+_MOST_TOKENS = 65_536  # of a query, where the encoder's configuration says no number of positions
+
 # Beside a teacher's checkpoint: what its scores were multiplied by in training.
 TRAINING_FILE = "tct_teacher.json"
 # In a conversion: what it was made from.
@@ -87,6 +89,24 @@ def published_name(name_or_path: str, folder: Path) -> str | None:
     return None
 
 
+def check_query_length(name: str, config: Any, *settings: Any) -> None:
+    """Refuse a checkpoint whose queries would be padded to more tokens than its encoder has positions.
+
+    `config` is its config.json, `settings` are the other files of JSON that may say a length; None where one lacks.
+    """
+    most = (config or {}).get("max_position_embeddings") or _MOST_TOKENS
+    for found in settings:
+        found = found or {}
+        lengths = [(found.get("query_expansion") or {}).get("length"), found.get("query_maxlen")]
+        lengths += [found.get("query_length") if "query_prefix" in found else None]  # of PyLate, which always pads
+        for length in lengths:
+            if isinstance(length, (int, float)) and length > most:
+                raise ValueError(
+                    f"{name}: it pads queries to {length:,} tokens, but its encoder takes {most:,}, and memory would "
+                    "end first: its files are damaged or forged; get the checkpoint from another place."
+                )
+
+
 def recognise(name_or_path: str, folder: Path) -> Recognised:
     """What the checkpoint in a folder is."""
     config, modules = read_json(folder / "config.json"), read_json(folder / "modules.json")
@@ -94,6 +114,8 @@ def recognise(name_or_path: str, folder: Path) -> Recognised:
     if config is None and modules is None:
         raise FileNotFoundError(f"{folder}: no config.json here, so this is no model folder; name the folder of one.")
     config = config or {}
+    others = (folder / "sentence_bert_config.json", folder / "artifact.metadata")
+    check_query_length(name_or_path, config, own, *map(read_json, others))
     classes = module_classes(modules)
     if (folder / "artifact.metadata").is_file() or "HF_ColBERT" in (config.get("architectures") or []):
         return Recognised("colbert", "artifact.metadata and architecture of the Stanford code")
@@ -127,7 +149,7 @@ def kind_of(name_or_path: str) -> Kind | None:
     """What a folder or Hub id is, by its configuration files alone, which are downloaded; None without any."""
     from sentence_transformers.util import load_file_path
 
-    names = ("modules.json", "config.json", "config_sentence_transformers.json")
+    names = ("modules.json", "config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
     files = [Path(path) for name in names if (path := load_file_path(name_or_path, name))]
     if not any(file.name in names[:2] for file in files):
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.sparse import csc_matrix
 
 from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
@@ -211,6 +212,7 @@ class BM25Index(Index):
 
         _keep_compiled()
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
+        _check_engine(engine, len(ids), verify)
         return cls(engine, ids.to_pylist(), settings)
 
     def _card(self) -> tuple[str, list[tuple[str, str]]]:
@@ -218,6 +220,21 @@ class BM25Index(Index):
         rows = [(name, str(value)) for name, value in self.settings.items() if name != "expansion"]
         rows += [(f"expansion: {name}", str(value)) for name, value in expansion.items() if value not in (None, False)]
         return ", each with queries that were generated for it" if expansion else "", rows
+
+
+def _check_engine(engine: Any, passages: int, verify: bool) -> None:
+    """Refuse what compiled search would read or write beyond its arrays with; `verify`: look at every posting."""
+    data, indices, indptr = (np.asarray(engine.scores[name]) for name in ("data", "indices", "indptr"))
+    terms, kinds = len(indptr) - 1, (data.dtype.kind, indices.dtype.kind, indptr.dtype.kind)
+    if engine.scores["num_docs"] != passages or kinds != ("f", "i", "i") or (np.diff(indptr) < 0).any():
+        raise ValueError(f"its arrays are not the lists of {passages} passages")
+    if not all(type(number) is int and 0 <= number < terms for number in engine.vocab_dict.values()):
+        raise ValueError(f"a word of the vocabulary has a number beyond its {terms} terms")
+    matrix = csc_matrix((data, indices, indptr), (passages, terms), copy=False)
+    if verify:
+        matrix.check_format(full_check=True)
+        if not (np.isfinite(data) & (data >= 0)).all():
+            raise ValueError("a weight is negative, NaN or infinite")
 
 
 @cache

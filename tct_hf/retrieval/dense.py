@@ -41,7 +41,7 @@ class DenseIndex(VectorIndex):
     """
 
     kind, title, tags = "dense index", "A Faiss index", ("faiss",)
-    settings_file, format = "tct_dense.json", 4
+    settings_file, format, hub_options = "tct_dense.json", 4, ", trust_faiss=True"
 
     def __init__(
         self,
@@ -176,6 +176,26 @@ class DenseIndex(VectorIndex):
             scores.append(np.array(values[:depth]))
         return ids, scores
 
+    @classmethod
+    def from_hub(cls, repo_id: str, *, trust_faiss: bool = False, **options: Any) -> DenseIndex:
+        """Download and open an index that `push_to_hub` pushed; see `Index.from_hub`.
+
+        Args:
+            repo_id: dataset repository.
+            trust_faiss: read the Faiss file. Faiss trusts what it reads: one that was made for it can end the process,
+                or do worse.
+            **options: the other arguments of `Index.from_hub` and `load`.
+
+        Raises:
+            ValueError: `trust_faiss` is not set, or the index is damaged.
+        """
+        if not trust_faiss:
+            raise ValueError(
+                f"{repo_id}: Faiss can't check the file that it reads, and a forged one can harm this process. Pass "
+                "trust_faiss=True if you trust who published it, or build the index of your own vectors."
+            )
+        return super().from_hub(repo_id, **options)
+
     def _settings(self) -> dict[str, Any]:
         names = ("factory", "parameters", "tuning", "built_by")
         return {name: getattr(self, name) for name in names}
@@ -192,6 +212,8 @@ class DenseIndex(VectorIndex):
             on_disk = settings["factory"].startswith("IVF") and "Refine" not in settings["factory"]
             flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if on_disk else faiss.IO_FLAG_MMAP_IFC
         engine = faiss.read_index(str(folder / _INDEX_FILE), flags)
+        if engine.ntotal != len(ids) or engine.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(f"{engine.ntotal} vectors, or no inner products, where {len(ids)} ids are given")
         _, ivf, _ = parts(engine)
         lists: Any = None if ivf is None else faiss.downcast_InvertedLists(ivf.invlists)
         if isinstance(lists, faiss.OnDiskInvertedLists):

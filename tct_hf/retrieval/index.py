@@ -50,6 +50,7 @@ class Index(ABC):
     tags: ClassVar[Sequence[str]]
     settings_file: ClassVar[str]
     format: ClassVar[int]
+    hub_options: ClassVar[str] = ""  # that the card's call of `from_hub` has
     usage: ClassVar[Sequence[str]] = ('ids, scores = index.search(["a question"], k=10)',)
 
     def __len__(self) -> int:
@@ -101,12 +102,14 @@ class Index(ABC):
         cls._check_files(folder, settings.pop("files"), verify)
         try:
             with pa.memory_map(str(folder / _IDS_FILE)) if mmap else pa.OSFile(str(folder / _IDS_FILE)) as source:
-                ids = pa.ipc.open_file(source).read_all()["id"].chunk(0)
+                table = pa.ipc.open_file(source).read_all()
+            table.validate(full=verify)
+            ids = table["id"].chunk(0)
             passages = settings.pop("passages")
             if len(ids) != passages:
                 raise ValueError(f"{len(ids)} ids where {passages} are announced")
             return cls._open(folder, settings, ids, mmap=mmap, verify=verify)
-        except (RuntimeError, OSError, ValueError, EOFError) as error:
+        except (RuntimeError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: damaged {cls.kind} ({error}); build and save it again") from error
 
     @classmethod
@@ -152,7 +155,7 @@ class Index(ABC):
         """Push the index to a dataset repository: files, manifest and a card."""
         _check_asked(repo_id, license, revision, tag)
         name = type(self).__name__
-        pin = f', revision="{tag}"' if tag else ""
+        pin = (f', revision="{tag}"' if tag else "") + self.hub_options
         usage = [f"from tct_hf import {name}", "", f'index = {name}.from_hub("{repo_id}"{pin})', *self.usage]
         of_what, rows = self._card()
         card = DatasetCard.from_template(

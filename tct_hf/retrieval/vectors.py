@@ -166,12 +166,14 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
     of_torch_kind = str(getattr(vectors, "layout", "")) in ("torch.sparse_coo", "torch.sparse_csr")
     if not issparse(vectors) and not of_torch_kind:
         raise ValueError(f"{what}: {type(vectors).__name__} where sparse vectors are needed: {_KINDS}")
-    rows = csr_matrix(vectors, dtype=np.float32) if issparse(vectors) else of_torch(vectors)
-    if rows.nnz and not 0 <= rows.indices.min() <= rows.indices.max() < rows.shape[1]:  # compiled search trusts these
-        raise ValueError(
-            f"{what}: terms from {rows.indices.min()} to {rows.indices.max()} in vectors of {rows.shape[1]} "
-            "dimensions: the matrix is damaged; encode again"
-        )
+    try:  # compiled search, and scipy's conversions, trust the numbers of terms
+        if hasattr(vectors, "check_format"):
+            vectors.check_format(full_check=True)
+        rows = csr_matrix(vectors, dtype=np.float32) if issparse(vectors) else of_torch(vectors)
+        if not issparse(vectors):
+            rows.check_format(full_check=True)
+    except ValueError as error:
+        raise ValueError(f"{what}: the matrix is damaged ({error}); encode again") from error
     if not rows.has_canonical_format:
         rows = rows.copy()
         rows.sum_duplicates()
@@ -234,16 +236,30 @@ def load_vectors(
     parts: list[Any] = []
     for number in range(len(manifest["shards"])):
         table = shards.read_shard(folder, number)
-        ids += table["id"].to_pylist()
-        columns = [column.chunk(0) for column in table.columns[1:]]
-        values = [column.flatten().to_numpy() for column in columns]
-        if len(columns) == 1:
-            parts.append(values[0].reshape(len(table), manifest["dim"]))
-        else:
-            terms, weights = values
-            parts.append(csr_matrix((weights, terms, columns[0].offsets.to_numpy()), (len(table), manifest["dim"])))
+        try:
+            parts.append(_part(table, manifest["dim"], verify))
+            ids += table["id"].to_pylist()
+        except (ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+            raise ValueError(
+                f"{shards.shard_file(folder, number)}: its vectors are damaged ({error}); encode again"
+            ) from error
     vectors = (ShardedRows if manifest.get("layout") == "sparse" else ShardedVectors)(parts, manifest["dim"])
     return ids, vectors if mmap else vectors[:], manifest
+
+
+def _part(table: Any, dim: int, verify: bool) -> Any:
+    """The vectors of a shard, whoever wrote it; ValueError where they are none."""
+    table.validate(full=verify)
+    columns = [column.chunk(0) for column in table.columns[1:]]
+    values = [column.flatten().to_numpy() for column in columns]
+    if dim < 1 or any(value.dtype.kind != kind for value, kind in zip(values[::-1], "fi", strict=False)):
+        raise ValueError(f"{[str(value.dtype) for value in values]} in {dim} dimensions")
+    if len(columns) == 1:
+        return values[0].reshape(len(table), dim)
+    terms, weights = values
+    rows = csr_matrix((weights, terms, columns[0].offsets.to_numpy()), (len(table), dim))
+    rows.check_format(full_check=verify)
+    return rows
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sentence_transformers.util import load_file_path
 from torch import Tensor
 
 from tct_hf.batches import spread_own
-from tct_hf.encoding.kinds import TRAINING_FILE
+from tct_hf.encoding.kinds import TRAINING_FILE, check_query_length
 from tct_hf.encoding.weights import check_dtype, compute_dtype, unpack_half
 from tct_hf.files import write_json_atomic
 from tct_hf.hub_client import told_when_missing
@@ -185,12 +185,15 @@ class ModelTeacher(Teacher):
     @classmethod
     def load(cls, name_or_path: str) -> Any:
         """The model of a folder or Hub id, unless it would be completed with random weights."""
-        kind = (read_json(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
+        names = ("config_sentence_transformers.json", "sentence_bert_config.json")
+        own, also = (read_json(name_or_path, file) for file in names)
+        kind = (own or {}).get("model_type")
         if kind in _CLASSES and kind != cls.model_class.__name__:
             raise ValueError(
                 f"{name_or_path} is a {kind}, {_CLASSES[kind]}, and no {cls.what}: name the folder or Hub id of one."
             )
         config = read_json(name_or_path, "config.json")
+        check_query_length(name_or_path, config, own, also)
         if config is not None and read_json(name_or_path, "modules.json") is None:
             architectures = config.get("architectures") or [""]
             if not any(name.endswith(cls.heads) for name in architectures):

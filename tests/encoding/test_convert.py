@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_student, save_student, validate_checkpoint
 from tct_hf.encoding.kinds import recognise
+from tct_hf.evaluation.workspace import open_student
 from tct_hf.hub_client import HubError
 from tct_hf.teachers.base import read_training_scale, write_training_scale
 from tests.hub.models import TEXTS, dual_encoder, published_tct, pyserini_vectors
@@ -107,6 +109,37 @@ def test_a_student_is_loaded_as_it_is_and_put_right_where_it_was_saved_by_other_
         load_student(str(path), device="cpu")
     weights.rename(path / "model.safetensors")  # what failed was not kept
     assert np.abs(load_student(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() < 1e-6
+
+
+def with_length(file: Path, *keys: str) -> None:
+    """Say a length of 10^9 under these names, one within the other."""
+    content = found = json.loads(file.read_text())
+    for key in keys[:-1]:
+        found = found[key]
+    found[keys[-1]] = 10**9
+    file.write_text(json.dumps(content))
+
+
+def test_a_checkpoint_that_would_pad_queries_until_memory_ends_is_refused(tmp_path: Path) -> None:
+    expansion = ("sentence_bert_config.json", "query_expansion", "length")
+    base = tiny_bert(tmp_path / "base")
+    student = save_student(build_student(str(base), encoding="tct", document_length=48), tmp_path / "student")
+    colbert, pylate = tiny_colbert(tmp_path / "teacher"), pylate_colbert(tmp_path / "pylate")
+    stanford = stanford_colbert(tmp_path / "stanford")
+    for folder, (name, *keys), opens in (
+        (student, expansion, (load_student, open_student, validate_checkpoint)),
+        (colbert, expansion, (ColBERTTeacher,)),
+        (pylate, ("config_sentence_transformers.json", "query_length"), (partial(convert, tmp_path),)),
+        (stanford, ("artifact.metadata", "query_maxlen"), (partial(convert, tmp_path),)),
+    ):
+        with_length(folder / name, *keys)
+        for opened in opens:
+            with pytest.raises(ValueError, match="pads queries to 1,000,000,000 tokens, but its encoder takes 192"):
+                opened(str(folder))
+
+
+def convert(out: Path, source: str) -> None:
+    convert_checkpoint(source, out / "made")
 
 
 def test_what_is_no_tct_student_is_refused_with_the_way_to_load_it(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -30,14 +30,14 @@ def index(hub: LoopbackHub, student: Path) -> DenseIndex:
 def test_a_dense_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub, index: DenseIndex) -> None:
     pushed = index.push_to_hub("tester/index", license="mit", tag="v1.0", passages="tester/passages")
     commit = hub.repo("tester/student").branches["main"]
-    back = DenseIndex.from_hub("tester/index", revision="v1.0")
+    back = DenseIndex.from_hub("tester/index", revision="v1.0", trust_faiss=True)
     assert back.built_by is not None and back.built_by["revision"] == commit
     queries = back.load_model(device="cpu").encode_query(QUERIES)
     (ids, scores), (expected, values) = back.search(queries, 5), index.search(queries, 5)
     assert ids == expected and all(np.array_equal(a, b) for a, b in zip(scores, values, strict=True))
     card = hub.files("tester/index", kind="datasets")["README.md"].decode()
     DatasetCard(card).validate(repo_type="dataset")
-    assert commit in card and 'DenseIndex.from_hub("tester/index", revision="v1.0")' in card
+    assert commit in card and 'DenseIndex.from_hub("tester/index", revision="v1.0", trust_faiss=True)' in card
     assert pushed.url.endswith("/datasets/tester/index") and "index.faiss" in pushed.sent
     assert index.built_by is not None and "revision" not in index.built_by  # the one in memory is as it was
 
@@ -53,7 +53,7 @@ def test_an_index_of_first_dimensions_or_another_encoder_comes_back_with_its_mod
         vectors = model.encode_document(PASSAGES)
         made = DenseIndex.build(vectors, IDS, built_by=describe_model(model, name)["model"])
         made.push_to_hub("tester/other", license="mit")
-        back = DenseIndex.from_hub("tester/other").load_model(device="cpu")
+        back = DenseIndex.from_hub("tester/other", trust_faiss=True).load_model(device="cpu")
         assert np.array_equal(back.encode_document(PASSAGES), vectors)
 
 
@@ -61,12 +61,12 @@ def test_the_model_is_pinned_where_it_moves_on(hub: LoopbackHub, index: DenseInd
     index.push_to_hub("tester/index", license="mit")
     other = build_student(str(tiny_bert(tmp_path / "other", seed=8)), encoding="tct", document_length=64)
     hub.publish(save_student(other, tmp_path / "next"), "tester/student")
-    model = DenseIndex.from_hub("tester/index").load_model(device="cpu")
+    model = DenseIndex.from_hub("tester/index", trust_faiss=True).load_model(device="cpu")
     assert describe_model(model)["model"]["weights_sha256"] == (index.built_by or {})["weights_sha256"]
     with pytest.raises(ValueError, match=r"model_revision .* their vectors don't compare"):
         index.push_to_hub("tester/index", license="mit")
     with pytest.raises(ValueError, match="their vectors don't compare"):
-        DenseIndex.from_hub("tester/index", model=other)
+        DenseIndex.from_hub("tester/index", trust_faiss=True, model=other)
 
 
 def test_an_index_pushed_again_sends_what_has_changed(hub: LoopbackHub, index: DenseIndex) -> None:
@@ -75,7 +75,7 @@ def test_an_index_pushed_again_sends_what_has_changed(hub: LoopbackHub, index: D
     assert again.sent == [] and again.commit == first.commit
     fewer = DenseIndex.build(index._engine.reconstruct_n(0, 3), IDS[:3], built_by=index.built_by)
     changed = fewer.push_to_hub("tester/index", license="mit")
-    assert "index.faiss" in changed.sent and len(DenseIndex.from_hub("tester/index")) == 3
+    assert "index.faiss" in changed.sent and len(DenseIndex.from_hub("tester/index", trust_faiss=True)) == 3
 
 
 def test_an_index_nobody_could_search_is_refused(hub: LoopbackHub, index: DenseIndex) -> None:
@@ -116,7 +116,7 @@ def test_a_bm25_index_comes_back_with_its_expansion_on_the_card_and_unaltered(hu
     assert "each with queries that were generated for it" in card and "expansion: model" in card
     assert "expansion: num_queries" in card and "drop_repeats" not in card and "{" not in card.split("expansion:")[1]
     with pytest.raises(FileNotFoundError, match="no dense index here"):
-        DenseIndex.from_hub("tester/words")
+        DenseIndex.from_hub("tester/words", trust_faiss=True)
     assert repo.private
     files, name = repo.commits[repo.branches["main"]].files, "vocab.index.json"
     repo.commit("main", "altered", {**files, name: Blob(files[name].content.swapcase(), False)})

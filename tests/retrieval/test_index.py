@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from scipy import sparse
 
 from tct_hf import BM25Index, DenseIndex, SparseIndex
+from tct_hf.files import file_digest
 
 TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
 IDS = ["a", "é", "c", "d"]
@@ -135,3 +137,67 @@ def test_a_run_needs_one_id_a_vector(kind: str) -> None:
     assert list(index.run(["x", "y", "z", "w"], queries, 2)) == ["x", "y", "z", "w"]
     with pytest.raises(ValueError, match="query_ids: 2 ids, 1 of them distinct, for 4 vectors"):
         index.run(["q", "q"], queries)
+
+
+def forge(folder: Path, settings_file: str, name: str, content: bytes) -> None:
+    """Replace a file and announce the new one, as a publisher can."""
+    (folder / name).write_bytes(content)
+    files = json.loads((folder / settings_file).read_text())["files"]
+    files[name] = {"bytes": len(content), "sha256": file_digest(folder / name)}
+    rewrite(folder, settings_file, {"files": files})
+
+
+def with_value(file: Path, at: int, value: Any) -> bytes:
+    array = np.load(file)
+    array[at] = value
+    made = io.BytesIO()
+    np.save(made, array)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize(
+    ("part", "at", "value"),
+    [
+        ("indices", 0, 10**9), ("indices", 0, -1), ("indptr", 1, -7), ("indptr", 1, 10**6), ("indptr", -1, 10**6),
+        ("data", 0, np.nan), ("data", 0, -1.0), ("vocab", 0, 10**6), ("vocab", 0, -1), ("vocab", 0, "x"),
+    ],
+)  # fmt: skip
+def test_a_forged_bm25_index_is_refused_before_it_is_searched(
+    tmp_path: Path, part: str, at: int, value: Any, mmap: bool
+) -> None:
+    BUILD["bm25"]().save(tmp_path)
+    name = "vocab.index.json" if part == "vocab" else f"{part}.csc.index.npy"
+    if part == "vocab":
+        words = json.loads((tmp_path / name).read_text())
+        forged = json.dumps({**words, next(iter(words)): value}).encode()
+    else:
+        forged = with_value(tmp_path / name, at, value)
+    forge(tmp_path, "tct_bm25.json", name, forged)
+    with pytest.raises(ValueError, match="damaged BM25 index"):
+        BM25Index.load(tmp_path, mmap=mmap)
+
+
+@pytest.mark.parametrize("kind", BUILD)
+@pytest.mark.parametrize("at", [1, 2])
+def test_ids_whose_ends_lie_beyond_them_are_refused(tmp_path: Path, kind: str, at: int) -> None:
+    index = BUILD[kind]()
+    index.save(tmp_path)
+    whole = (tmp_path / "ids.arrow").read_bytes()
+    ends = np.array([0, 1, 3, 4, 5], np.int32)  # of the ids, in UTF-8
+    assert whole.count(ends.tobytes()) == 1
+    forged = ends.copy()
+    forged[at] = 10**9
+    forge(tmp_path, index.settings_file, "ids.arrow", whole.replace(ends.tobytes(), forged.tobytes()))
+    with pytest.raises(ValueError, match=f"damaged {index.kind}"):
+        type(index).load(tmp_path, mmap=True)
+
+
+def test_a_faiss_file_of_other_passages_or_of_a_stranger_is_refused(tmp_path: Path) -> None:
+    BUILD["dense"]().save(tmp_path / "one")
+    DenseIndex.build(VECTORS[:3], IDS[:3]).save(tmp_path / "other")
+    forge(tmp_path / "one", "tct_dense.json", "index.faiss", (tmp_path / "other" / "index.faiss").read_bytes())
+    with pytest.raises(ValueError, match="damaged dense index"):
+        DenseIndex.load(tmp_path / "one")
+    with pytest.raises(ValueError, match="owner/name: Faiss can't check the file"):
+        DenseIndex.from_hub("owner/name")

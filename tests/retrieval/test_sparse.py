@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import mmap
+import json
+import mmap as mapping
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from tct_hf import SparseIndex
+from tct_hf import SparseIndex, load_vectors
+from tct_hf.data.shards import run_shards, shard_file
+from tct_hf.files import file_digest
 from tct_hf.retrieval.sparse import best_rows
+from tct_hf.retrieval.vectors import vector_facts, vector_table
 from tests.retrieval.test_index import rewrite
 
 
@@ -101,7 +105,7 @@ def test_a_query_without_a_known_term_finds_nothing() -> None:
 def is_mapped(array: Any) -> bool:
     while isinstance(array, np.ndarray):
         array = array.base
-    return isinstance(array, mmap.mmap)
+    return isinstance(array, mapping.mmap)
 
 
 def test_one_compiled_function_searches_lists_mapped_or_not(tmp_path: Path) -> None:
@@ -162,7 +166,7 @@ def test_what_can_not_be_indexed_or_searched_says_why() -> None:
     beyond, five = passages.copy(), drawn(1, 5, 0.9, 0)
     beyond.indices[1] = 6
     faults: list[tuple[Callable[[], Any], str]] = [
-        (lambda: SparseIndex.build(beyond, ids), "vectors: terms from 0 to 6 in vectors of 6 dimensions"),
+        (lambda: SparseIndex.build(beyond, ids), "vectors: the matrix is damaged"),
         (lambda: SparseIndex.build(dense, ids), "vectors: ndarray where sparse vectors are needed"),
         (lambda: SparseIndex.build(torch.from_numpy(dense), ids), "vectors: Tensor where sparse vectors are needed"),
         (lambda: SparseIndex.build([passages], ids), "vectors: list where sparse vectors are needed"),
@@ -176,3 +180,27 @@ def test_what_can_not_be_indexed_or_searched_says_why() -> None:
     for fault, message in faults:
         with pytest.raises(ValueError, match=message):
             fault()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize(
+    ("part", "value"), [("indices", 10**6), ("indices", -1), ("ends", -5), ("ends", 10**6), ("dim", -1), ("dim", 0)]
+)
+def test_forged_vectors_are_refused_when_they_are_read(tmp_path: Path, part: str, value: int, mmap: bool) -> None:
+    rows = drawn(9, 5, 0.9, 0)
+    if part == "indices":
+        rows.indices[0] = value
+    run_shards(tmp_path, {}, [("x", names(9))], lambda ids: vector_table(ids, rows), about=vector_facts)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    shard = shard_file(tmp_path, 0)
+    if part == "ends":
+        ends = rows.indptr.astype(np.int64)
+        forged = ends.copy()
+        forged[2] = value
+        assert ends.tobytes() in shard.read_bytes()
+        shard.write_bytes(shard.read_bytes().replace(ends.tobytes(), forged.tobytes()))
+        manifest["shards"][0]["sha256"] = file_digest(shard)
+    manifest |= {"layout": "sparse", **({"dim": value} if part == "dim" else {})}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="its vectors are damaged"):
+        load_vectors(tmp_path, mmap=mmap)
