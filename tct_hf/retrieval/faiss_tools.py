@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
-from tct_hf.retrieval.vectors import BLOCK, as_matrix, blocks
+from tct_hf.retrieval.vectors import BLOCK, UnitRows, as_matrix, blocks
 
 # Up to these counts the simpler index is the better one: exact search takes milliseconds, and a graph with its whole
 # vectors, 1.8 kB each at dimension 384, fits into memory.
@@ -27,6 +27,9 @@ _TRAINING_ROWS_PER_LIST = 64
 # Of the graph: inner products are no distance, and with Faiss's own 40 a few passages can't be reached at any effort.
 _CONSTRUCTION_EFFORT = 200
 _MOST_LISTS = 65_536
+# A graph falls short because so large a share of vectors is the same, or because they share a direction: the length of
+# the mean of the unit vectors.
+_SAME, _COMMON = 0.2, 0.5
 
 if hasattr(os, "register_at_fork"):
     # A child has none of the threads of its parent's pool, and would wait for them for ever.
@@ -57,9 +60,12 @@ def factory_for(count: int) -> str:
         return "Flat"
     if count <= GRAPH_UP_TO:
         return "HNSW32"
-    # Near 2 sqrt(count): reading the centroids then costs about as much as reading the lists.
-    lists = min(_MOST_LISTS, 2 ** round(math.log2(2 * math.sqrt(count))))
-    return f"IVF{lists},RaBitQfs,Refine(SQ8)"
+    return f"IVF{_lists_for(count)},RaBitQfs,Refine(SQ8)"
+
+
+def _lists_for(count: int) -> int:
+    """Near 2 sqrt(count): reading the centroids then costs about as much as reading the lists."""
+    return min(_MOST_LISTS, 2 ** round(math.log2(2 * math.sqrt(count))))
 
 
 @contextmanager
@@ -296,13 +302,27 @@ def tune(
     _, measured, parameters = min(enough, key=itemgetter(0)) if enough else max(tried, key=itemgetter(1))
     if measured < recall:
         warnings.warn(
-            f"recall: {recall} wanted, {measured:.4f} is the most this index reaches on {len(queries)} {source}; its "
-            "codes are too coarse for these vectors. Name a factory with finer ones, such as 'HNSW32', or accept less",
+            f"recall: {recall} wanted, {measured:.4f} is the most this index reaches on {len(queries)} {source}: "
+            f"{_shortcoming(engine, as_matrix(vectors[held_out], 'vectors'), exact)}. Name another factory, such as "
+            f"'IVF{_lists_for(len(vectors))},Flat' or 'Flat', or accept less",
             stacklevel=3,
         )
     set_parameters(engine, parameters)
     found = {"parameters": parameters, "recall": recall, "aim": round(aim, 6), "measured": round(measured, 6)}
     return {**found, "k": k, "source": source, "slice": len(queries)}
+
+
+def _shortcoming(engine: Any, sample: np.ndarray, exact: ExactNeighbours) -> str:
+    """Why an index does not find what exhaustive search does; `sample` is of its vectors, `(rows, dimension)`."""
+    if parts(engine)[2] is None:
+        return "its codes are too coarse for these vectors"
+    same = 1 - len(np.unique(sample, axis=0)) / len(sample)
+    if max(same, exact.tied.mean()) > _SAME:
+        return "many vectors are the same, and its graph links them to each other instead of to the rest"
+    common = float(np.linalg.norm(UnitRows(sample)[:].mean(axis=0)))
+    if common > _COMMON:
+        return f"vectors share a direction (their mean has length {common:.2f}), in which its graph loses the rest"
+    return "its graph does not lead to all vectors"
 
 
 def _lines(engine: Any, k: int) -> list[list[tuple[float, dict[str, float]]]]:

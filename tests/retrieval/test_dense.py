@@ -186,6 +186,21 @@ def test_looser_recall_costs_less_and_one_out_of_reach_is_said() -> None:
     assert index.parameters == {"nprobe": 8}
 
 
+@pytest.mark.parametrize(
+    ("vectors", "cause"),
+    [
+        (clustered(4000) / 4 + 3, r"vectors share a direction \(their mean has length 1\.00"),
+        (np.concatenate([np.full((3000, 32), 0.3, np.float32), clustered(2000)]), "many vectors are the same"),
+    ],
+    ids=["one direction", "many of one vector"],
+)
+def test_a_graph_that_falls_short_says_why_and_advises_no_graph(vectors: np.ndarray, cause: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{cause}.* Name another factory, such as 'IVF128,Flat' or 'Flat'"):
+        DenseIndex.build(vectors, names_of(vectors), "HNSW4", recall=0.995)
+    better = DenseIndex.build(vectors, names_of(vectors), "IVF128,Flat", recall=0.97)
+    assert better.tuning is not None and better.tuning["measured"] >= 0.97
+
+
 def test_given_parameters_are_set_and_unknown_ones_refused(vectors: np.ndarray) -> None:
     index = DenseIndex.build(vectors, IDS, "IVF4,Flat", parameters={"nprobe": 4})
     assert index.parameters == {"nprobe": 4} and index.tuning is None
