@@ -1,15 +1,19 @@
-"""Prepared data on disk: built once, aside, and renamed into place."""
+"""Prepared data on disk: built once, aside, and checked at every opening."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tct_hf.files import staging_beside
+from tct_hf.files import DiskFullError, check_seal, replace_dir, seal, staging_beside
+
+logger = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
@@ -25,27 +29,37 @@ def prepared(kind: str, key: Any, build: Callable[[Path], None], cache_dir: str 
 
 
 def build_once(final: Path, build: Callable[[Path], None]) -> Path:
-    """Return a folder, built first when it is missing; safe with several processes at once.
+    """Return a folder, built first when it is missing; every file is compared with its checksum at each call.
 
-    Each process that finds it missing builds its own copy beside it; the first to finish renames it into place and
-    the others drop theirs, so that a reader never sees half a folder and no process waits for the lock of a dead one.
+    A damaged folder is built again. Of several processes one builds it, and the others wait.
     """
-    if final.is_dir():
+    if _is_whole(final, say=False):
         return final
-    try:
-        with staging_beside(final) as staging:
-            staging.mkdir()
-    except OSError as error:
-        raise OSError(
-            f"can't write prepared data below {final.parent} ({error.strerror}); "
-            "pass cache_dir= or set TCT_HF_CACHE to a folder that can be written"
-        ) from error
-    with staging_beside(final) as staging:
-        staging.mkdir()
-        build(staging)
+    with ExitStack() as stack:
         try:
-            staging.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    return final
+            staging = stack.enter_context(staging_beside(final))
+            if _is_whole(final):  # by the process that was waited for
+                return final
+            staging.mkdir()
+        except DiskFullError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"can't write prepared data below {final.parent} ({error.strerror}); "
+                "pass cache_dir= or set TCT_HF_CACHE to a folder that can be written"
+            ) from error
+        build(staging)
+        seal(staging)
+        return replace_dir(staging, final)
+
+
+def _is_whole(folder: Path, say: bool = True) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        check_seal(folder)
+    except (ValueError, OSError) as error:
+        if say:
+            logger.warning(f"{folder}: prepared data are damaged ({error}); they are made again.")
+        return False
+    return True

@@ -1,37 +1,123 @@
-"""Files and folders that are never seen half-written, and the record of the settings that made them."""
+"""What the package keeps on disk: written aside, given its name when it is whole, and read with a check."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import hashlib
 import json
+import logging
 import os
+import platform
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WORDS = [os.strerror(one) for one in _FULL]
+_RENAME_EXCHANGE = 2  # of Linux's renameat2
+_AT_FDCWD = -100
+
+
+class DiskFullError(OSError):
+    """A disk without room for what is written; nothing that was there is lost."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make of any library's error about a full disk one that says what was written, and how much is free."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        short = isinstance(error, OSError) and " requested and " in str(error)  # numpy's
+        # Faiss, safetensors and torch say it in words only.
+        if getattr(error, "errno", None) not in _FULL and not short and not any(one in str(error) for one in _WORDS):
+            raise
+        path = getattr(error, "filename", None) or path
+        there = next(one for one in Path(os.path.realpath(path)).parents if one.is_dir())
+        free = shutil.disk_usage(there).free
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"the disk is full ({free / 1e6:,.1f} MB free): {path} can't be written. What was finished is kept: make "
+            "room and run it again, and it goes on where it stopped",
+        ) from error
+
+
+@contextmanager
+def _held(lock: Path, what: Path, stale: str) -> Iterator[None]:
+    """Hold a lock file; what killed holders left beside it is removed."""
+    from filelock import FileLock, Timeout  # not for --help
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=1)
+    except Timeout:
+        with suppress(OSError):
+            logger.warning(f"{what}: waiting for {lock.read_text() or 'another process'}, which is writing it.")
+        held.acquire()
+    try:
+        with suppress(OSError):  # a full disk
+            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+        for left in lock.parent.glob(stale):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that, and makes another
+        held.release()
 
 
 def _aside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Where a path leads, and an unused name beside it: a rename is atomic only within one file system."""
     final = Path(os.path.realpath(path))
-    final.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp or mkdtemp, whose private permissions would outlive the rename.
     return final, final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    """Hold a file or folder against others who would replace it."""
+    stale = f".{glob.escape(final.name)}.????????.tmp"
+    with writing(final), _held(final.with_name(f".{final.name}.lock"), final, stale):
+        yield
+
+
+@contextmanager
+def working_in(folder: str | os.PathLike[str], main: bool = True) -> Iterator[None]:
+    """Keep other runs out of a folder that is filled file by file: they wait, and say for whom.
+
+    Args:
+        folder: made when missing.
+        main: whether this process takes the lock, for all of a distributed run.
+    """
+    folder = Path(folder)
+    if not main:
+        yield
+        return
+    with writing(folder / "."), _held(folder / ".lock", folder, ".*.tmp"):
+        yield
 
 
 @contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name to write a file under that takes its own when the block ends well; otherwise nothing is left."""
     final, aside = _aside(path)
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, final)
-    finally:
-        aside.unlink(missing_ok=True)
+    with _locked(final):
+        try:
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, final)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
@@ -50,33 +136,64 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> Path:
     return write_text_atomic(path, text + "\n")
 
 
+def read_json(path: str | os.PathLike[str], fix: str, *, kind: Any = dict, needs: Sequence[str] = ()) -> Any:
+    """Read a JSON file of the package's own.
+
+    Args:
+        path: the file.
+        fix: what to do when it is damaged.
+        kind: what it must hold.
+        needs: names that must be in it.
+
+    Raises:
+        ValueError: it is damaged; names the file and the fix.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"a {type(content).__name__} where a {kind.__name__} is needed")
+        if absent := [name for name in needs if name not in content]:
+            raise ValueError(f"{absent[0]!r} is missing")
+    except (ValueError, RecursionError) as error:  # also of Unicode and of JSON
+        raise ValueError(f"{path} is not JSON that can be used ({error}): {fix}") from error
+    return content
+
+
 @contextmanager
 def staging_beside(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside a folder to write its new content under; what is still there at the end is removed."""
-    _, staging = _aside(final)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """A name beside a folder to write its new content under; what is still there at the end is removed.
+
+    Others who would replace the same folder wait.
+    """
+    target, staging = _aside(final)
+    with _locked(target):
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) -> Path:
     """Give a finished folder its final name, replacing the folder that has it.
 
-    At no moment is a half-written folder at `final`. A folder already there is first moved aside, to
-    `.<name>.replaced` beside it, and deleted last; a process killed between the two renames leaves it under that
-    name, whole, and the next call for the same `final` clears it away.
+    At no moment is a half-written folder at `final`, and where the system can exchange two names (Linux), none without
+    a folder. Elsewhere the old one is first moved to `.<name>.replaced` beside it: a process killed between the two
+    renames leaves it under that name, whole, and the next call for the same `final` clears it away.
     """
-    target = Path(os.path.realpath(final))
+    source, target = Path(os.path.realpath(staging)), Path(os.path.realpath(final))
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.replaced")
     moved = target.is_dir()
+    if moved and source.is_dir() and source != target and _exchange(source, target):
+        shutil.rmtree(source)
+        shutil.rmtree(aside, ignore_errors=True)
+        return target
     if moved:
         if aside.exists():  # left by a killed call; `target` is newer
             shutil.rmtree(aside)
         os.rename(target, aside)
     try:
-        os.rename(os.path.realpath(staging), target)
+        os.rename(source, target)
     except OSError:
         if moved:
             os.rename(aside, target)
@@ -86,20 +203,68 @@ def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) 
     return target
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system can't."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
 def file_digest(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 of a file's content; None where there is no such file."""
     if not Path(path).is_file():
         return None
     digest = hashlib.sha256()
+    _feed(digest, path)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, path: str | os.PathLike[str]) -> None:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+
+
+# In a folder that is checked whenever it is opened: size and checksum of each other file.
+CONTENTS_FILE = "contents.json"
+
+
+def seal(folder: Path) -> None:
+    """Write down what a finished folder holds, for :func:`check_seal`."""
+    write_json_atomic(folder / CONTENTS_FILE, _contents(folder))
+
+
+def check_seal(folder: Path) -> None:
+    """Compare every file of a folder with what was written down; a ValueError says which differs."""
+    file = folder / CONTENTS_FILE
+    if not file.is_file():
+        raise ValueError(f"{file} is missing")
+    kept, there = read_json(file, "it is made again"), _contents(folder)
+    if kept != there:
+        raise ValueError(
+            "the checksum differs of " + min(name for name in kept | there if kept.get(name) != there.get(name))
+        )
+
+
+def _contents(folder: Path) -> dict[str, list[Any]]:
+    import xxhash  # only for those who prepare data
+
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if (name := file.relative_to(folder).as_posix()) != CONTENTS_FILE:
+            digest = xxhash.xxh3_128()
+            _feed(digest, file)
+            found[name] = [file.stat().st_size, digest.hexdigest()]
+    return found
 
 
 # What a stage writes beside its result: the settings that made it, and the log of its training.
 CLAIM_FILE = "tct_settings.json"
 LOG_FILE = "training_log.json"
+_BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
+MADE_AGAIN = "delete it, and it is made again."
 
 
 def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
@@ -109,7 +274,7 @@ def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
     file = folder / CLAIM_FILE
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
     if file.is_file() and any(p.name != CLAIM_FILE and not p.name.startswith(".") for p in folder.iterdir()):
-        if difference := _first_difference(json.loads(file.read_text(encoding="utf-8")), wanted):
+        if difference := _first_difference(read_json(file, _BEGIN_AGAIN), wanted):
             name, before, now = difference
             raise ValueError(
                 f"{folder} holds a run with {name} = {before!r}, but now {name} = {now!r}: "

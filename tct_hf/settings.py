@@ -158,7 +158,7 @@ def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[
         raise SettingsError(f"{asked}a circle: {' -> '.join(file.name for file in [*chain, path])}; take one out")
     try:
         own: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise SettingsError(f"{asked}{path} cannot be read as a settings file: {why}") from error
     if not isinstance(own, dict):
@@ -187,7 +187,7 @@ def _value(text: str, hint: Any) -> Any:
         text = f"[{text}]"
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-    except yaml.YAMLError:
+    except (RecursionError, yaml.YAMLError):
         return text
 
 

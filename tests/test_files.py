@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from tct_hf.files import claim, is_claimed, replace_dir, write_aside, write_json_atomic, write_text_atomic
+from tct_hf import DenseIndex, files
+from tct_hf.data import shards
+from tct_hf.data.shards import run_shards
+from tct_hf.encoding.kinds import read_modules
+from tct_hf.evaluation.experiment import read_log
+from tct_hf.evaluation.report import Report
+from tct_hf.files import (
+    claim,
+    is_claimed,
+    read_json,
+    replace_dir,
+    staging_beside,
+    working_in,
+    write_aside,
+    write_json_atomic,
+    write_text_atomic,
+)
+from tct_hf.retrieval.encode import encoding_seconds
+from tct_hf.retrieval.mining import read_counts
+from tct_hf.teachers.base import read_training_scale
 
 
 def names(directory: Path) -> list[str]:
@@ -110,3 +139,147 @@ def test_a_folder_with_the_work_of_other_settings_is_refused_by_the_name_of_the_
     with pytest.raises(ValueError, match=r"data.depth = 5, but now data.depth = None"):
         claim(tmp_path / "work", {**SETTINGS, "data": {"source": "a"}})
     claim(tmp_path / "work", {**SETTINGS, "new": None, "data": {"source": "a", "depth": 5, "new": None}})
+
+
+def test_whoever_reads_a_folder_while_it_is_replaced_finds_one(tmp_path: Path) -> None:
+    final = staged(tmp_path, "0", "final")
+    if not files._exchange(staged(tmp_path, "0"), final):
+        pytest.skip("this file system can't exchange two names")
+    absent, done = [], threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            absent.append(not final.is_dir())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(200):
+        replace_dir(staged(tmp_path, str(number), f"staging{number}"), final)
+    done.set()
+    reader.join()
+    assert absent and not any(absent)
+
+
+def test_a_folder_is_replaced_where_two_names_can_not_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    staged(tmp_path, "one", "final")
+    replace_dir(staged(tmp_path, "two"), tmp_path / "final")
+    assert (tmp_path / "final" / "f").read_text() == "two" and names(tmp_path) == ["final"]
+
+
+def _write_shards(folder: Path) -> None:
+    def make(items: Sequence[Any]) -> dict[str, Any]:
+        time.sleep(0.02)  # so that they meet
+        return {"id": pa.array(items)}
+
+    run_shards(folder / "shards", {}, [(str(n), [str(n)]) for n in range(3)], make)
+
+
+def _save_index(folder: Path) -> None:
+    DenseIndex.build(np.eye(3, dtype=np.float32), list("abc"), "Flat").save(folder / "index")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda folder: write_text_atomic(folder / "a.txt", "x" * 10_000),
+    "settings": lambda folder: claim(folder, SETTINGS),
+    "shards": _write_shards,
+    "an index": _save_index,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_several_who_write_the_same_take_turns_and_leave_nothing_else(tmp_path: Path, kind: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: WRITERS[kind](tmp_path), range(8)))
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.0123abcd.tmp").write_text("half")
+    (tmp_path / ".b.txt.0123abcd.tmp").write_text("another's")
+    write_text_atomic(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == [".b.txt.0123abcd.tmp", "a.txt"]
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    RuntimeError("Error in write_index: write error in index.faiss: 0 != 1 (No space left on device)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["errno", "quota", "faiss"])
+@pytest.mark.parametrize("block", [write_aside, staging_beside, working_in])
+def test_a_full_disk_is_told_with_the_path_and_the_room_that_is_left(
+    tmp_path: Path, block: Any, error: Exception
+) -> None:
+    with (
+        pytest.raises(OSError, match=r"disk is full \([\d,.]+ MB free\): .*one can't be written.*goes on") as caught,
+        block(tmp_path / "one"),
+    ):
+        raise error
+    assert caught.value.errno == errno.ENOSPC and caught.value.__cause__ is error
+
+
+def test_a_limit_of_the_system_is_told_of_every_library(tmp_path: Path) -> None:
+    """Files of at most 20 kB, which Arrow, numpy and Faiss each say in their own way."""
+    done = subprocess.run([sys.executable, "-c", _LIMITED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 3 and all("the disk is full" in line for line in said), done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "tct_settings.json"]
+
+
+_LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from tct_hf import DenseIndex, SparseIndex
+from tct_hf.cache import build_once
+from tct_hf.data.shards import run_shards
+
+folder, vectors = Path(sys.argv[1]), np.random.rand(2000, 16).astype("float32")
+index = DenseIndex.build(vectors, list(map(str, range(2000))), "Flat")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for write in (
+    lambda: index.save(folder / "index"),
+    lambda: run_shards(folder / "shards", {}, [("a", ["a"])], lambda items: {"id": pa.array(range(10_000))}),
+    lambda: build_once(folder / "cache", lambda staging: np.save(staging / "a.npy", vectors)),
+):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"7", b'{"other": 1}'])
+def test_a_damaged_file_of_our_own_is_named_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "small.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"small\.json is not JSON that can be used \(.*\): write it again"):
+        read_json(file, "write it again", needs=["seconds"])
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "tct_settings.json": lambda folder: claim(folder, SETTINGS),
+    "manifest.json": lambda folder: shards.read_manifest(folder, "shards"),
+    "encoding_seconds.json": encoding_seconds,
+    "summary.json": read_counts,
+    "training_log.json": read_log,
+    "modules.json": read_modules,
+    "tct_teacher.json": lambda folder: read_training_scale(str(folder)),
+    "report.json": Report.load,
+}
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"7"])
+@pytest.mark.parametrize("name", READERS)
+def test_each_reader_names_its_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "weights").write_text("x")
+    with pytest.raises(ValueError, match=name):
+        READERS[name](tmp_path)

@@ -17,6 +17,7 @@ from tct_hf.cache import prepared
 from tct_hf.data.docstrings import Docstring, package_roots, read_docstrings
 from tct_hf.data.near_duplicates import groups, near_duplicate_pairs
 from tct_hf.data.sources import write_rows
+from tct_hf.files import MADE_AGAIN, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +64,7 @@ def builtin_corpus(
     from datasets import Dataset
 
     folder, _ = _prepared(packages, cache_dir)
-    part = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+    part = read_json(folder / f"{split}.json", MADE_AGAIN)
     return Dataset.from_file(str(folder / "corpus.arrow")), part["queries"], part["qrels"]
 
 
@@ -79,10 +80,7 @@ def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> tuple[Pa
         raise ValueError(f"packages: {packages!r} is no list of installed packages; name one, for instance [numpy]")
     versions = {name: _version(name) for name in sorted(set(packages))}
     folder = prepared("builtin", [EXTRACTION_VERSION, versions], lambda staging: _build(staging, versions), cache_dir)
-    try:
-        return folder, json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OSError(f"{folder} is damaged ({error}); delete this folder and it is built again") from error
+    return folder, read_json(folder / "fingerprint.json", MADE_AGAIN)
 
 
 def _version(package: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tct_hf.data.ids import is_utf8
+from tct_hf.files import MADE_AGAIN, read_json
 
 TSV_SUFFIXES = (".tsv", ".txt")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -141,7 +142,7 @@ class SkippedRows:
     @classmethod
     def load(cls, folder: Path) -> SkippedRows:
         """What :meth:`save` wrote."""
-        return cls(**json.loads((folder / _SKIPPED_FILE).read_text(encoding="utf-8")))
+        return cls(**read_json(folder / _SKIPPED_FILE, MADE_AGAIN))
 
     def summary(self) -> str:
         """For people: one line in all, then one a kind; empty when nothing was left out."""

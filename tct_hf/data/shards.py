@@ -1,7 +1,7 @@
 """A folder of numbered Arrow files: work that survives a kill and is shared out among processes.
 
 tct_settings.json   what the work depends on; written first
-00000.arrow         the rows of one shard, an Arrow stream whose schema says what they were made of
+00000.arrow         the rows of one shard, an Arrow stream whose schema says what they were made of, and a checksum
 manifest.json       written last: the settings, and each shard by count and checksum
 """
 
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import xxhash
 
-from tct_hf.files import CLAIM_FILE, claim, file_digest, write_aside, write_json_atomic
+from tct_hf.files import CLAIM_FILE, claim, file_digest, read_json, working_in, write_aside, write_json_atomic
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "manifest.json"
 # Raise it when files of the same settings change.
-FORMAT = 2
+FORMAT = 3
 _MADE_OF = b"tct_hf"
+_CHECKSUM = "checksum"  # of the rest of the manifest
 _BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
 _RUN_AGAIN = "delete it, and run again what wrote the folder"
 
@@ -62,34 +64,36 @@ def run_shards(
     folder = Path(folder)
     wait = state.wait_for_everyone if state is not None else lambda: None
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    if rank == 0:
-        claim(folder, {**settings, "format": FORMAT})
-        for left in folder.glob(".*.tmp"):  # by a killed process
-            left.unlink()
-    wait()
-    there = _there(folder)
-    wait()  # a shard is written only after every process has seen which are there
-    shards = count = missing = 0
-    for shards, (made_of, items) in enumerate(parts, 1):
-        file = shard_file(folder, shards - 1)
-        if file.name in there:
-            if (_opened(file).schema.metadata or {}).get(_MADE_OF, b"").decode() != made_of:
-                raise ValueError(
-                    f"{file} was made of other passages (a text, an id or their order differs): {_BEGIN_AGAIN}"
-                )
-            if progress is not None:
-                progress.skipped(len(items))
-        else:
-            if missing % processes == rank:
-                _write_shard(file, make(items), made_of)
-            missing += 1
-        count += len(items)
-    if not shards:
-        raise ValueError(f"{folder}: nothing to write, the corpus or the rows are empty; check where they come from.")
-    wait()
-    if rank == 0:
-        _finish(folder, shards, count, about or {}, there)
-    wait()
+    with working_in(folder, rank == 0):
+        if rank == 0:
+            claim(folder, {**settings, "format": FORMAT})
+        wait()
+        there = _there(folder)
+        wait()  # a shard is written only after every process has seen which are there
+        shards = count = missing = 0
+        for shards, (made_of, items) in enumerate(parts, 1):
+            file = shard_file(folder, shards - 1)
+            if file.name in there:
+                _compare(file)
+                if (_opened(file).schema.metadata or {}).get(_MADE_OF, b"") != made_of.encode():
+                    raise ValueError(
+                        f"{file} was made of other passages (a text, an id or their order differs): {_BEGIN_AGAIN}"
+                    )
+                if progress is not None:
+                    progress.skipped(len(items))
+            else:
+                if missing % processes == rank:
+                    _write_shard(file, make(items), made_of)
+                missing += 1
+            count += len(items)
+        if not shards:
+            raise ValueError(
+                f"{folder}: nothing to write, the corpus or the rows are empty; check where they come from."
+            )
+        wait()
+        if rank == 0:
+            _finish(folder, shards, count, about or {}, there)
+        wait()
     return read_manifest(folder, "shards")
 
 
@@ -114,12 +118,18 @@ def digest_of(texts: Iterable[str]) -> str:
 def _write_shard(file: Path, columns: Any, made_of: str) -> None:
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MADE_OF: made_of})
-    with (
-        write_aside(file) as aside,
-        pa.OSFile(str(aside), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)
+    with write_aside(file) as aside:
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        with aside.open("rb+") as opened:  # after the stream, where its readers stop
+            opened.write(xxhash.xxh3_128(opened.read()).digest())
+
+
+def _compare(file: Path) -> None:
+    """Refuse a shard that has changed since it was written: Arrow trusts what it opens."""
+    content = memoryview(file.read_bytes())
+    if xxhash.xxh3_128(content[:-16]).digest() != content[-16:]:
+        raise ValueError(f"{file}: damaged (its checksum differs): {_RUN_AGAIN}")
 
 
 def read_shard(folder: Path, number: int) -> Any:
@@ -161,8 +171,13 @@ def _finish(folder: Path, shards: int, count: int, about: Any, kept: Collection[
             raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
         entries.append({"file": file.name, "count": len(table), "sha256": digest})
     about = about(tables) if callable(about) else about
-    settings = json.loads((folder / CLAIM_FILE).read_text(encoding="utf-8"))
-    write_json_atomic(folder / MANIFEST_FILE, {**settings, **about, "count": count, "shards": entries})
+    settings = read_json(folder / CLAIM_FILE, _BEGIN_AGAIN)
+    manifest = {**settings, **about, "count": count, "shards": entries}
+    write_json_atomic(folder / MANIFEST_FILE, {**manifest, _CHECKSUM: _checksum(manifest)})
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return digest_of([json.dumps(manifest, sort_keys=True)])
 
 
 def read_manifest(folder: Path, what: str) -> dict[str, Any]:
@@ -172,12 +187,18 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
         if (folder / CLAIM_FILE).is_file():
             raise FileNotFoundError(f"{folder}: its {what} are not finished; run again what made them, and it goes on")
         raise FileNotFoundError(f"{folder}: no {what} here ({file.name} is missing); give the folder that has them")
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = read_json(file, _RUN_AGAIN)
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{folder}: {what} in the format of another version of tct_hf: delete the folder, and run again what "
             "wrote it"
         )
+    if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
+        raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
+    claimed = folder / CLAIM_FILE
+    settings = read_json(claimed, _RUN_AGAIN) if claimed.is_file() else {}
+    if altered := [name for name, value in settings.items() if manifest.get(name) != value]:
+        raise ValueError(f"{claimed} was altered, {altered[0]!r} is another in {file.name}: {_BEGIN_AGAIN}")
     return manifest
 
 

@@ -30,6 +30,7 @@ from tct_hf.data.rows import (
     parse_tsv_line,
     there_are,
 )
+from tct_hf.files import write_aside
 
 T = TypeVar("T")
 
@@ -164,6 +165,26 @@ class CsvSource(Source):
         return dict(zip(names, raw, strict=True))
 
 
+def _damaged(path: Path, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno:  # the system's, such as a missing file
+        return error
+    return ValueError(f"{path}: not a whole parquet file ({error}); copy or download it again, or write it anew")
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """A whole parquet file as an Arrow table, its checksums compared; a ValueError names a damaged one."""
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def write_parquet(path: Path, table: Any) -> None:
+    """Write a parquet file with checksums, whole or not at all."""
+    with write_aside(path) as aside:
+        pq.write_table(table.replace_schema_metadata(None), aside, compression="zstd", write_page_checksum=True)
+
+
 class ParquetSource(Source):
     """A parquet file, read a row group's part at a time."""
 
@@ -171,20 +192,22 @@ class ParquetSource(Source):
         self.path, self.name = path, str(path)
         try:
             self.names = list(pq.read_schema(path).names)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a whole parquet file ({error}); copy or download it again") from error
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
         self.key = ["parquet", *file_key(path)]
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
         try:
             # By default all that has been read of the file stays in memory until its end.
-            with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=_BYTES_AT_ONCE) as file:
+            with pq.ParquetFile(
+                self.path, pre_buffer=False, buffer_size=_BYTES_AT_ONCE, page_checksum_verification=True
+            ) as file:
                 for batch in file.iter_batches(ROWS_A_BATCH, columns=columns):
                     for row in batch.to_pylist():
                         yield number, row
                         number += 1
-        except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise ValueError(
                 f"{self.path}, after row {number}: {error}; write, copy or download the file again"
             ) from error

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -358,8 +359,8 @@ def has_tct_encoding(student: SentenceTransformer) -> bool:
 def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     """Save a student so that plain `SentenceTransformer(path)` gives the same vectors.
 
-    It is written aside and renamed: a new folder appears whole; in one that exists each file is replaced whole and
-    other files stay.
+    It is written aside and renamed: the student appears whole, and so does one that replaces another; other files of
+    the folder stay.
 
     Args:
         student: any SentenceTransformer, trained or not.
@@ -379,11 +380,19 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     with staging_beside(final) as staging:
         student.save_pretrained(str(staging))
         finalise_checkpoint(staging)
-        if not final.exists():
-            replace_dir(staging, final)
-        else:  # what else lies there (reports, a trainer's checkpoints) stays
-            for file in sorted(f for f in staging.rglob("*") if f.is_file()):
-                target = final / file.relative_to(staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
+        if final.is_dir():  # what else lies there (reports, a trainer's checkpoints) stays
+            _add_missing(final, staging)
+        replace_dir(staging, final)
     return path
+
+
+def _add_missing(source: Path, target: Path) -> None:
+    """Give a folder, as second names, the files of another that it lacks."""
+    for file in (path for path in source.rglob("*") if path.is_symlink() or not path.is_dir()):
+        own = target / file.relative_to(source)
+        if not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, own, follow_symlinks=False)
+            except OSError:  # a file system without links
+                shutil.copy2(file, own, follow_symlinks=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tct_hf import files
 
 Kind = Literal["student", "tct", "colbert", "dual-encoder", "bare", "sparse", "other"]
 
@@ -52,10 +53,8 @@ def read_json(path: Path, *, required: bool = False) -> Any:
                 f"{path} is missing: {path.parent} is not a complete student checkpoint. Save it with save_student."
             )
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download or save the checkpoint again.") from None
+    kind = list if path.name == "modules.json" else dict
+    return files.read_json(path, "download or save the checkpoint again.", kind=kind)
 
 
 def module_classes(modules: list[dict[str, Any]] | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from tct_hf.evaluation.measures import Evaluation, check_measures, evaluate_run,
 from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import shorten
 from tct_hf.evaluation.tune_alpha import tune_alpha
-from tct_hf.files import LOG_FILE, write_json_atomic
+from tct_hf.files import LOG_FILE, read_json, write_json_atomic
 from tct_hf.retrieval.fusion import equal_spread_alpha, fuse
 from tct_hf.retrieval.runs import Run, rank, read_run, write_run
 
@@ -154,4 +153,4 @@ def write_metrics(path: str | Path, evaluations: Mapping[str, Mapping[str, Evalu
 def read_log(folder: str | Path) -> list[dict[str, Any]]:
     """The training log beside a model, empty where there is none."""
     path = Path(folder) / LOG_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return read_json(path, "copy it again, or delete it.", kind=list) if path.is_file() else []

@@ -76,7 +76,7 @@ class Report:
             if found == FORMAT:
                 content["systems"] = [SystemResult(**system) for system in content["systems"]]
                 return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{file}: no report of this package, or a damaged one ({error!r}); make it again"
             ) from error

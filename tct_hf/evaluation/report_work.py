@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -42,7 +41,8 @@ from tct_hf.evaluation.workspace import (
     open_reranker,
     open_student,
 )
-from tct_hf.files import CLAIM_FILE, claim, write_json_atomic
+from tct_hf.files import CLAIM_FILE, MADE_AGAIN, claim, read_json, write_json_atomic
+from tct_hf.retrieval.encode import read_seconds
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.teachers.colbert import describe_teacher
 
@@ -118,7 +118,7 @@ class Work:
         dimension = self.student.student.get_embedding_dimension()
         if dims is None:
             file = Path(self.student.name) / CLAIM_FILE
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found = read_json(file, "copy the student again.") if file.is_file() else {}
             trained = ((found.get("student") or {}).get("training") or {}).get("matryoshka_dims") or []
             # Of a student that was cut after its training, those that are left.
             dims = [one for one in trained if isinstance(one, int) and (dimension is None or one < dimension)]
@@ -305,7 +305,7 @@ class Work:
         self.tokens = encode_tokens(self.teacher, corpus, output / "vectors", bf16=self.bf16, write=self.write)
         if fresh:
             write_json_atomic(seconds_file, {"seconds": time.perf_counter() - begun})
-        taken = json.loads(seconds_file.read_text(encoding="utf-8"))["seconds"] if seconds_file.is_file() else None
+        taken = read_seconds(seconds_file)
         self.made_tokens = Footprint(bytes_on_disk(output / "vectors"), 0, taken)
         mean, dim = float(self.tokens.lengths.mean()), int(self.tokens.tokens.shape[1])
         self.measured = {"dimension": dim, "tokens_per_passage": mean}
@@ -355,7 +355,7 @@ class Work:
             load = psutil.getloadavg()[0]
             measured = measure_cost(system, self.test.queries, len(self.collection.corpus), self.settings.cost)
             write_json_atomic(file, {**measured.to_dict(), "load_average": load})
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file, MADE_AGAIN)
 
 
 def _expansion_note(settings: Mapping[str, Any]) -> str:

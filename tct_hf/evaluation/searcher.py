@@ -14,7 +14,7 @@ from tct_hf.evaluation.systems import System, bm25_system, joiner, student_syste
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
 from tct_hf.evaluation.workspace import Stored, Workspace, digest_of
-from tct_hf.files import write_json_atomic
+from tct_hf.files import MADE_AGAIN, read_json, write_json_atomic
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import rank
 
@@ -140,7 +140,7 @@ class Searcher:
         file = self._workspace.folder / "fusion" / f"{digest_of(depends)[:16]}.json"
         if not file.is_file():
             write_json_atomic(file, self._tuned())
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = read_json(file, MADE_AGAIN, needs=["alpha"])
         if kept["alpha"] is None:
             return None, "by reciprocal ranks (there is no judged dev or train query to tune a weight on)"
         return kept["alpha"], (

@@ -22,11 +22,18 @@ from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
-from tct_hf.files import claim, command, write_json_atomic
+from tct_hf.files import claim, command, working_in, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
 from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts, encoding_seconds, is_sparse_encoder
+from tct_hf.retrieval.encode import (
+    describe_model,
+    encode_corpus,
+    encode_texts,
+    encoding_seconds,
+    is_sparse_encoder,
+    read_seconds,
+)
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.vectors import FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
@@ -257,13 +264,15 @@ class Workspace:
         claim(parent, {**depends, **(settings or {}), "build_threads": self._threads})
         if name not in self._made:
             if not folder.is_dir():
-                begun = time.perf_counter()
-                index = build()
-                # First: an index on disk then has its time beside it.
-                write_json_atomic(seconds_file, {"seconds": time.perf_counter() - begun})
-                index.save(folder)
+                with working_in(parent):
+                    if not folder.is_dir():  # nor built by the process that was waited for
+                        begun = time.perf_counter()
+                        index = build()
+                        # First: an index on disk then has its time beside it.
+                        write_json_atomic(seconds_file, {"seconds": time.perf_counter() - begun})
+                        index.save(folder)
             opened = load(folder)
-            taken = json.loads(seconds_file.read_text(encoding="utf-8"))["seconds"] if seconds_file.is_file() else None
+            taken = read_seconds(seconds_file)
             self._made[name] = Stored(opened, Footprint(bytes_on_disk(folder), _memory(opened, folder), taken))
         return self._made[name]
 

@@ -15,7 +15,7 @@ from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_v
 from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, read_json, read_modules, recognise
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
-from tct_hf.files import command, replace_dir, staging_beside, write_text_atomic
+from tct_hf.files import command, replace_dir, staging_beside, write_text_atomic, writing
 from tct_hf.hub.cards import CardFacts, Family, write_card
 from tct_hf.hub.contents import (
     FIGURES,
@@ -126,6 +126,7 @@ def release(
             staging = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "release"
         else:
             staging = stack.enter_context(staging_beside(kept))
+        stack.enter_context(writing(staging))
         left_out = copy_parts(source, staging)
         _add(staging, source, report, recipe)
         if not any(staging.rglob("*.safetensors")):

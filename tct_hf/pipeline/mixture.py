@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tct_hf.encoding.build import build_student
-from tct_hf.files import CLAIM_FILE, is_claimed, replace_dir, staging_beside, write_json_atomic
+from tct_hf.files import CLAIM_FILE, is_claimed, read_json, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import StudentSettings, TeacherSettings
 from tct_hf.retrieval.runs import Run, read_run, write_run
@@ -70,7 +69,7 @@ def prepare(run: Training, name: str) -> tuple[StudentSettings, TeacherSettings,
                 write_json_atomic(staging / "weights.json", weights_of(teacher))
                 write_json_atomic(staging / CLAIM_FILE, depends)
                 replace_dir(staging, folder)
-        weights = json.loads((folder / "weights.json").read_text(encoding="utf-8"))
+        weights = read_json(folder / "weights.json", "delete the folder, and run again.", kind=list)
         if not teaching.is_mixture:
             temperature = ARGUMENTS[run.kind].softening / weights[0]
             return replace(student, training={**student.training, "temperature": temperature}), teaching, {}

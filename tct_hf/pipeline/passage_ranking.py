@@ -16,7 +16,7 @@ from tct_hf.data.qrels import HEADER, Qrels, read_qrels
 from tct_hf.data.rows import byte_lines, file_key, is_hub_id
 from tct_hf.data.sources import load_from_hub
 from tct_hf.data.texts import joined, read_texts
-from tct_hf.files import claim, write_aside, write_json_atomic
+from tct_hf.files import MADE_AGAIN, claim, read_json, write_aside, write_json_atomic
 from tct_hf.settings import setting
 
 Row = TypeVar("Row")
@@ -94,7 +94,7 @@ def prepare_passage_ranking(
     counts: dict[str, Any]
     if (out / COUNTS_FILE).is_file():
         write(f"  {out}: it is there already")
-        counts = json.loads((out / COUNTS_FILE).read_text(encoding="utf-8"))
+        counts = read_json(out / COUNTS_FILE, MADE_AGAIN)
         return counts
 
     qrels = {name: _judgements(name, split) for name, split in source.splits.items()}

@@ -23,7 +23,7 @@ from tct_hf.batches import padding_of, parts_of_like_length, stack_columns
 from tct_hf.data.shards import digest_of, run_shards
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
-from tct_hf.files import CLAIM_FILE, write_json_atomic
+from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval.vectors import check_version, finite_rows, of_torch, vector_facts, vector_table
 
@@ -282,13 +282,19 @@ def encode_corpus(
 def _begun_precision(folder: Path) -> str | None:
     """The precision that a folder was begun with."""
     file = folder / CLAIM_FILE
-    return json.loads(file.read_text(encoding="utf-8")).get("precision") if file.is_file() else None
+    return read_json(file, "delete the folder, and encode again.").get("precision") if file.is_file() else None
 
 
 def encoding_seconds(folder: str | Path) -> float | None:
     """The seconds that encoding a folder of vectors took in all; None where that is not known."""
-    file = Path(folder) / SECONDS_FILE
-    return float(json.loads(file.read_text(encoding="utf-8"))["seconds"]) if file.is_file() else None
+    return read_seconds(Path(folder) / SECONDS_FILE)
+
+
+def read_seconds(file: Path) -> float | None:
+    """What a file of seconds says; None where it is missing."""
+    if not file.is_file():
+        return None
+    return float(read_json(file, "delete it; the time is then unknown.", needs=["seconds"])["seconds"])
 
 
 def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,8 +76,6 @@ class Index(ABC):
         folder = Path(directory).resolve()  # a link to an index on another disk is followed
         if folder.exists() and not (folder / self.settings_file).is_file() and any(folder.iterdir()):
             raise FileExistsError(f"{folder}: holds something other than a {self.kind}; name another folder")
-        for left in folder.parent.glob(f".{folder.name}.????????.tmp"):  # by a killed save
-            shutil.rmtree(left, ignore_errors=True)
         with staging_beside(folder) as staging:
             staging.mkdir()
             self._write(staging)
@@ -120,7 +117,7 @@ class Index(ABC):
         try:
             settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             found = settings.pop("format")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged ({error!r}); build and save the index again") from error
         if found != cls.format:
             raise ValueError(f"{path}: format {found} where this version reads {cls.format}; build the index again")

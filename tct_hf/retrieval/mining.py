@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tct_hf.data.column_names import negative_columns
-from tct_hf.data.shards import digest_of, read_shard, run_shards
-from tct_hf.files import claim, write_aside, write_json_atomic
+from tct_hf.data.shards import checked_shards, digest_of, run_shards
+from tct_hf.data.sources import read_parquet, write_parquet
+from tct_hf.files import claim, read_json, working_in, write_json_atomic
 from tct_hf.retrieval.miner import (
     Miner,
     MiningCounts,
@@ -41,6 +41,7 @@ Search: TypeAlias = Callable[[Mapping[str, str]], Scores]
 
 TRIPLES_FILE = "triples.parquet"
 SUMMARY_FILE = "summary.json"
+_MINE_AGAIN = "delete the folder, and mine again."
 _PARTS = "parts"
 _COUNTS = b"tct_mining_counts"
 
@@ -197,17 +198,18 @@ def _mined(
     """Mine the parts that a folder lacks, join them, and read the result."""
     is_main = state is None or state.process_index == 0
     wait = state.wait_for_everyone if state is not None else lambda: None
-    if is_main:
-        claim(folder, settings)
-    wait()
-    if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
-        run_shards(folder / _PARTS, {}, ((digest_of(part), part) for part in parts), mine, state=state)
+    with working_in(folder, is_main):
         if is_main:
-            _join([read_shard(folder / _PARTS, number) for number in range(len(parts))], folder, settings)
+            claim(folder, settings)
         wait()
-    if is_main:
-        shutil.rmtree(folder / _PARTS, ignore_errors=True)
-    return pq.read_table(folder / TRIPLES_FILE), read_counts(folder)
+        if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
+            manifest = run_shards(folder / _PARTS, {}, ((digest_of(part), part) for part in parts), mine, state=state)
+            if is_main:
+                _join(checked_shards(folder / _PARTS, manifest), folder, settings)
+            wait()
+        if is_main:
+            shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    return read_parquet(folder / TRIPLES_FILE), read_counts(folder)
 
 
 def _join(tables: Sequence[Any], folder: Path, settings: Mapping[str, Any]) -> None:
@@ -222,15 +224,13 @@ def _join(tables: Sequence[Any], folder: Path, settings: Mapping[str, Any]) -> N
             'up with too_few="fill"': not done.rows,
         }
     )
-    with write_aside(folder / TRIPLES_FILE) as aside:
-        table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-        pq.write_table(table, aside, compression="zstd")
+    write_parquet(folder / TRIPLES_FILE, pa.concat_tables([table.replace_schema_metadata(None) for table in tables]))
     write_json_atomic(folder / SUMMARY_FILE, {"counts": asdict(done), "settings": dict(settings)})
 
 
 def read_counts(folder: str | Path) -> MiningCounts:
     """What mining into a folder did, once it has finished."""
-    return MiningCounts(**json.loads((Path(folder) / SUMMARY_FILE).read_text(encoding="utf-8"))["counts"])
+    return MiningCounts(**read_json(Path(folder) / SUMMARY_FILE, _MINE_AGAIN, needs=["counts"])["counts"])
 
 
 def _candidates(scores: Mapping[str, float], query_id: str, depth: int, row_of: Mapping[str, int]) -> dict[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import load_file_path
 from torch import Tensor
 
+from tct_hf import files
 from tct_hf.batches import spread_own
 from tct_hf.encoding.kinds import TRAINING_FILE, check_query_length
 from tct_hf.encoding.weights import check_dtype, compute_dtype, unpack_half
-from tct_hf.files import write_json_atomic
 from tct_hf.hub_client import told_when_missing
 
 Features = Mapping[str, Any]
@@ -237,7 +236,7 @@ def check_scale(value: Any) -> float:
 def read_json(name_or_path: str, file: str) -> Any:
     """A JSON file of a folder or Hub repository, None where it is not there."""
     path = load_file_path(name_or_path, file)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return None if path is None else files.read_json(path, "copy or download the model again.", kind=object)
 
 
 def read_training_scale(name_or_path: str) -> float:
@@ -254,4 +253,4 @@ def read_training_scale(name_or_path: str) -> float:
 
 def write_training_scale(path: str | Path, scale: float) -> None:
     """Record in a teacher's folder the factor of its scores in training, a finite number greater than 0."""
-    write_json_atomic(Path(path) / TRAINING_FILE, {"training_scale": check_scale(scale)})
+    files.write_json_atomic(Path(path) / TRAINING_FILE, {"training_scale": check_scale(scale)})

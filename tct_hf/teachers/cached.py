@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from accelerate.utils import send_to_device
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
 from tct_hf.encoding.weights import tokenizer_digest, weights_digest
-from tct_hf.files import claim
+from tct_hf.files import claim, staging_beside
 from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
 from tct_hf.teachers.colbert import (
     TEXTS_AT_ONCE,
@@ -35,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 # Rows that one statement may ask for; SQLite's own limit is 32,766.
 _KEYS_AT_ONCE = 10_000
+_COLUMNS = "key, checksum, vectors"
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS vectors (key INTEGER PRIMARY KEY, checksum INTEGER NOT NULL, vectors BLOB NOT NULL)"
+)
+# Errors of a file that is whole, by their words: Python 3.10 gives no codes.
+_NO_DAMAGE = ("locked", "full", "readonly", "unable to open", "disk I/O")
 
 
 class TokenStore:
@@ -42,6 +50,8 @@ class TokenStore:
 
     Full, it keeps what it has and takes no more. Training goes through its texts in rounds: of a store for half of
     them, half would be found; with the oldest thrown out for the newest, none would. A full disk is a full store.
+
+    Each text has a checksum: one that is damaged counts as missing, and a file that is damaged is begun again.
 
     Args:
         folder: folder of the file, made when missing.
@@ -56,50 +66,84 @@ class TokenStore:
         self.dim = dim
         self.max_bytes = max_bytes
         self.full = False
-        with self._open() as database:
-            database.execute("PRAGMA page_size = 16384")  # a text in few pages
-            database.execute("CREATE TABLE IF NOT EXISTS vectors (key INTEGER PRIMARY KEY, vectors BLOB NOT NULL)")
+        self._found_damage = False
+        self._run(_TABLE)
+        self._run(f"SELECT {_COLUMNS} FROM vectors LIMIT 1")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         # Anew each time: a connection must not live through the fork of a data loader's worker.
         with closing(sqlite3.connect(self.file, timeout=600)) as database, database:
+            database.text_factory = bytes  # a damaged row may say that it is text
+            database.execute("PRAGMA page_size = 16384")  # a text in few pages
             yield database
+
+    def _run(self, statement: str, values: Sequence[Any] = (), *, many: bool = False) -> list[tuple[Any, ...]]:
+        """The rows that a statement gives; none of a damaged file, which is begun again."""
+        try:
+            with self._open() as database:
+                run: Any = database.executemany if many else database.execute
+                return run(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            if any(words in str(error) for words in _NO_DAMAGE):
+                raise
+            with staging_beside(self.file) as aside:
+                try:
+                    with self._open() as database:
+                        database.execute(f"SELECT {_COLUMNS} FROM vectors").fetchall()
+                except sqlite3.DatabaseError:  # no other process has begun it again
+                    logger.warning(f"{self.file}: damaged ({error}): it is begun again, its texts are encoded again.")
+                    with closing(sqlite3.connect(aside)) as database:
+                        database.execute("PRAGMA page_size = 16384")
+                        database.execute(_TABLE)
+                    self.file.with_name(f"{self.file.name}-journal").unlink(missing_ok=True)
+                    os.replace(aside, self.file)
+        return []
 
     def keys(self) -> set[int]:
         """Keys of all texts that are there."""
-        with self._open() as database:
-            return {key for (key,) in database.execute("SELECT key FROM vectors")}
+        return {key for (key,) in self._run("SELECT key FROM vectors")}
 
     def get(self, keys: Iterable[int]) -> dict[int, np.ndarray]:
         """`(tokens, dim)` float16 of those texts that are there."""
         wanted, found = list(dict.fromkeys(keys)), {}
-        with self._open() as database:
-            for start in range(0, len(wanted), _KEYS_AT_ONCE):
-                part = wanted[start : start + _KEYS_AT_ONCE]
-                places = ", ".join("?" * len(part))
-                for key, content in database.execute(f"SELECT * FROM vectors WHERE key IN ({places})", part):
+        for start in range(0, len(wanted), _KEYS_AT_ONCE):
+            part = wanted[start : start + _KEYS_AT_ONCE]
+            places = ", ".join("?" * len(part))
+            for key, checksum, content in self._run(f"SELECT {_COLUMNS} FROM vectors WHERE key IN ({places})", part):
+                if isinstance(content, bytes) and checksum == _checksum(key, content):
                     found[key] = np.frombuffer(content, dtype=np.float16).reshape(-1, self.dim)
+                    continue
+                self._run("DELETE FROM vectors WHERE key = ?", [key])
+                if not self._found_damage:
+                    self._found_damage = True
+                    logger.warning(f"{self.file}: a text in it is damaged (checksum); it is encoded again.")
         return found
 
     def put(self, keys: Iterable[int], vectors: Iterable[np.ndarray]) -> None:
         """Keep the vectors `(tokens, dim)` float16 of texts that are not there yet, while there is room."""
-        rows = [(key, np.ascontiguousarray(text).tobytes()) for key, text in zip(keys, vectors, strict=True)]
+        rows = []
+        for key, text in zip(keys, vectors, strict=True):
+            content = np.ascontiguousarray(text).tobytes()
+            rows.append((key, _checksum(key, content), content))
         if self.full:
             return
-        if self.file.stat().st_size + sum(len(content) for _, content in rows) > self.max_bytes:
+        if self.file.stat().st_size + sum(len(content) for *_, content in rows) > self.max_bytes:
             self.full = True
             logger.warning(f"{self.file}: full; the texts that are not in it stay out.")
             return
         try:
-            with self._open() as database:
-                database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+            self._run(f"INSERT OR IGNORE INTO vectors ({_COLUMNS}) VALUES (?, ?, ?)", rows, many=True)
         except sqlite3.OperationalError as error:  # what is cached can be computed: no reason to lose a training
             self.full = True
             logger.warning(
                 f"{self.file}: no more can be written ({error}); the texts that are not in it stay out. Make room for "
                 "the next run, or name another folder."
             )
+
+
+def _checksum(key: int, content: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(content, key % 2**64) - 2**63  # signed, as SQLite's integers are
 
 
 def _key(side: str, text: str) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -20,8 +18,9 @@ from tct_hf.batches import own_places
 from tct_hf.data import shards
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.expansion import SCORES_FOLDER, score_columns
+from tct_hf.data.sources import read_parquet, write_parquet
 from tct_hf.data.texts import checked_passages
-from tct_hf.files import claim, file_digest, write_aside, write_json_atomic
+from tct_hf.files import claim, file_digest, read_json, working_in, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
@@ -113,29 +112,29 @@ def score_triples(
     _check(teacher, **sizes)
     wait = state.wait_for_everyone if state is not None else lambda: None
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    if rank == 0:
-        claim(folder, {**settings, "rows": len(triples), **sizes})
-    wait()
-    if state is not None:
-        teacher.to(state.device)
-    shards = -(-len(triples) // rows_a_shard)
-    files = [folder / "triples" / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
-    for shard in range(rank, shards, processes):
-        if files[shard].is_file():
-            continue
-        rows = triples.select(range(shard * rows_a_shard, min((shard + 1) * rows_a_shard, len(triples))))
-        table = rows.with_format("arrow")[:]
-        for column, scores in zip(columns, _own_scores(teacher, rows, names, batch_size).T, strict=True):
-            table = table.append_column(column, [scores])
-        with write_aside(files[shard]) as aside:
-            pq.write_table(table.replace_schema_metadata(None), aside, compression="zstd")
-        if write is not None:
-            write(f"  shard {shard + 1} of {shards}: {len(rows):,} rows")
-    wait()
-    if rank == 0:
-        write_json_atomic(summary, _summary(teacher, name, files, columns))
-    wait()
-    return dict(json.loads(summary.read_text(encoding="utf-8")))
+    with working_in(folder, rank == 0):
+        if rank == 0:
+            claim(folder, {**settings, "rows": len(triples), **sizes})
+        wait()
+        if state is not None:
+            teacher.to(state.device)
+        shards = -(-len(triples) // rows_a_shard)
+        files = [folder / "triples" / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
+        for shard in range(rank, shards, processes):
+            if files[shard].is_file():
+                continue
+            rows = triples.select(range(shard * rows_a_shard, min((shard + 1) * rows_a_shard, len(triples))))
+            table = rows.with_format("arrow")[:]
+            for column, scores in zip(columns, _own_scores(teacher, rows, names, batch_size).T, strict=True):
+                table = table.append_column(column, [scores])
+            write_parquet(files[shard], table)
+            if write is not None:
+                write(f"  shard {shard + 1} of {shards}: {len(rows):,} rows")
+        wait()
+        if rank == 0:
+            write_json_atomic(summary, _summary(teacher, name, files, columns))
+        wait()
+    return dict(read_json(summary, "delete it, and score again."))
 
 
 def _own_scores(teacher: Teacher, rows: Dataset, names: list[str], batch_size: int) -> np.ndarray:
@@ -153,7 +152,7 @@ def _own_scores(teacher: Teacher, rows: Dataset, names: list[str], batch_size: i
 
 def _summary(teacher: Teacher, name: str | None, files: Sequence[Path], columns: list[str]) -> dict[str, Any]:
     scores = np.concatenate(  # (rows, candidates)
-        [np.stack([column.to_numpy() for column in pq.read_table(file, columns=columns).columns], 1) for file in files]
+        [np.stack([column.to_numpy() for column in read_parquet(file, columns).columns], 1) for file in files]
     ).astype(np.float64)
     margins = scores[:, 0] - scores[:, 1:].max(1) if len(columns) > 1 else None
     return {
@@ -232,8 +231,8 @@ def score_expansions(
     )
 
     def parts() -> Iterator[tuple[str, list[Row]]]:
-        for number, entry in enumerate(manifest["shards"]):
-            table = shards.read_shard(place, number)
+        tables = shards.checked_shards(place, manifest)
+        for number, (entry, table) in enumerate(zip(manifest["shards"], tables, strict=True)):
             yield entry["sha256"], list(_with_texts(table, passages, shards.shard_file(place, number)))
         if next(passages, None) is not None:
             raise ValueError(f"corpus: it has more passages than the {count:,} that were expanded.")

@@ -21,7 +21,7 @@ from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from tct_hf.encoding.weights import master_weights, refuse_not_finite
-from tct_hf.files import replace_dir
+from tct_hf.files import replace_dir, writing
 from tct_hf.hub_client import hub_errors
 from tct_hf.training.streaming import PassOver, same_order_everywhere, streamed_loader
 
@@ -149,7 +149,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._aside = aside
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(os.path.join(run_dir, name)):
+                super()._save_checkpoint(model, trial)
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()

@@ -18,7 +18,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from tct_hf.encoding.weights import has_bfloat16
-from tct_hf.files import CLAIM_FILE, LOG_FILE, claim, command, is_claimed, replace_dir, write_json_atomic
+from tct_hf.files import (
+    CLAIM_FILE,
+    LOG_FILE,
+    claim,
+    command,
+    is_claimed,
+    replace_dir,
+    working_in,
+    write_json_atomic,
+)
 from tct_hf.progress import human_duration
 from tct_hf.settings import environment
 
@@ -125,9 +134,15 @@ class Stage:
         if is_claimed(self.final, self.settings):
             return self.final
         state = PartialState()
-        if state.is_main_process:
-            claim(self.work, self.settings)
-        state.wait_for_everyone()
+        with working_in(self.work, state.is_main_process):
+            if state.is_main_process:
+                claim(self.work, self.settings)
+            state.wait_for_everyone()
+            if is_claimed(self.final, self.settings):  # by the run that was waited for
+                return self.final
+            return self._train(make)
+
+    def _train(self, make: Callable[[], Any]) -> Path:
         trainer = make()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepLines(self.write))

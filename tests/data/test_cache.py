@@ -1,10 +1,19 @@
+"""Prepared data: built once, by one process at a time, checked at every opening, built again when damaged."""
+
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tct_hf.cache import build_once, default_cache_dir
+from tct_hf.data.scores import ScoreTable
+from tct_hf.data.texts import open_texts
+from tct_hf.files import CONTENTS_FILE
+from tct_hf.retrieval.triples import load_triples
 
 
 def test_folder_is_built_once_and_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -21,16 +30,82 @@ def test_folder_is_built_once_and_a_failed_build_leaves_nothing(tmp_path: Path) 
     assert len(calls) == 1
 
 
-def test_slower_of_two_builders_takes_what_the_faster_made(tmp_path: Path) -> None:
-    final = tmp_path / "done"
+_BUILD = """
+import sys, time
+from pathlib import Path
+from tct_hf.cache import build_once
 
-    def overtaken(staging: Path) -> None:
-        (staging / "who").write_text("slow")
-        final.mkdir()
-        (final / "who").write_text("fast")
+def build(staging):
+    (staging / "who").write_text(sys.argv[2])
+    time.sleep(2.5)
 
-    assert (build_once(final, overtaken) / "who").read_text() == "fast"
+print((build_once(Path(sys.argv[1]), build) / "who").read_text())
+"""
+
+
+def test_of_two_processes_one_builds_and_the_other_waits_and_says_for_whom(tmp_path: Path) -> None:
+    both = [
+        subprocess.Popen([sys.executable, "-c", _BUILD, str(tmp_path / "done"), name], stdout=-1, stderr=-1, text=True)
+        for name in ("one", "other")
+    ]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0] and len({out for out, _ in said}) == 1
+    waited = "".join(err for _, err in said)
+    assert any(f"waiting for process {process.pid} on " in waited for process in both)
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def _triples(source: Path, cache: Path) -> object:
+    return load_triples(source, cache_dir=cache)[:]
+
+
+def _texts(source: Path, cache: Path) -> object:
+    return open_texts(source, "collection", cache).dataset[:]
+
+
+def _scores(source: Path, cache: Path) -> object:
+    return ScoreTable.open(source, cache_dir=cache).get([("1", "2"), ("3", "4")])
+
+
+@pytest.mark.parametrize(
+    ("read", "lines"),
+    [
+        (_triples, ["a query\ta passage\tanother", "a second\tits passage\tits other"]),
+        (_texts, ["1\tone text", "2\tanother text"]),
+        (_scores, ["1\t2\t0.5", "3\t4\t0.25"]),
+    ],
+)
+def test_any_byte_that_is_damaged_is_noticed_and_the_data_are_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, read: object, lines: list[str]
+) -> None:
+    source, cache = tmp_path / "source.tsv", tmp_path / "cache"
+    source.write_text("\n".join(lines) + "\n")
+    assert callable(read)
+    right = read(source, cache)
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert len(files) > 1
+    for file in files:
+        whole = file.read_bytes()
+        for broken in (
+            *(bytes([*whole[:at], whole[at] ^ 4, *whole[at + 1 :]]) for at in range(0, len(whole), 397)),
+            whole[:-2],
+            b"",
+            None,
+        ):
+            file.unlink() if broken is None else file.write_bytes(broken)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                assert read(source, cache) == right
+            assert caplog.text.count("they are made again") == 1, (file, broken)
+            assert file.read_bytes() == whole
+
+
+def test_what_killed_builds_left_is_removed_by_the_next_that_builds(tmp_path: Path) -> None:
+    for name in (".done.12345678.tmp", ".done.abcdef12.tmp", ".other.12345678.tmp"):
+        (tmp_path / name).mkdir()
+    build_once(tmp_path / "done", lambda staging: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.12345678.tmp", "done"]
+    assert [path.name for path in (tmp_path / "done").iterdir()] == [CONTENTS_FILE]
 
 
 def test_cache_folder_follows_the_environment_and_an_unwritable_one_names_the_setting(

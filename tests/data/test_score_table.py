@@ -85,7 +85,7 @@ def test_the_prepared_form_is_made_once_a_content(tmp_path: Path) -> None:
     path = write(tmp_path, "tsv")
     first = ScoreTable.open(path, cache_dir=tmp_path / "cache")
     assert ScoreTable.open(path, cache_dir=tmp_path / "cache").folder == first.folder
-    assert {file.name for file in first.folder.iterdir()} == {"keys.npy", "scores.npy"}
+    assert {file.name for file in first.folder.iterdir()} == {"keys.npy", "scores.npy", "contents.json"}
     path.write_text("1\t7\t99.0\n")
     assert ScoreTable.open(path, cache_dir=tmp_path / "cache").get([("1", "7")]) == [99.0]
 

@@ -132,3 +132,29 @@ def test_what_can_not_be_cached_is_refused(colbert: ColBERTTeacher, tmp_path: Pa
     store(tmp_path / "a").put([1], [text(1)])
     with pytest.raises(ValueError, match="dim"):
         TokenStore(tmp_path / "a", SETTINGS, dim=4, max_bytes=10)
+
+
+def test_a_damaged_text_counts_as_missing_and_a_damaged_file_is_begun_again_each_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = store(tmp_path)
+    right = {key: text(key, 400) for key in range(60)}
+    whole.put(right, right.values())
+    content = whole.file.read_bytes()
+    for at in [*range(0, 120, 2), *range(120, len(content), len(content) // 40)]:
+        whole.file.write_bytes(bytes([*content[:at], content[at] ^ 4, *content[at + 1 :]]))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            damaged = store(tmp_path)
+            found = damaged.get(right)
+            assert all(np.array_equal(vectors, right[key]) for key, vectors in found.items()), at
+            assert len(found) == len(right) or len(caplog.records) == 1, at
+            damaged.put(right, right.values())
+            if "no more can be written" not in caplog.text:  # a flag says that the file is read only
+                assert damaged.get(right).keys() == right.keys(), at
+    for broken in (b"", b"no database at all" * 1000, content[: len(content) // 2]):
+        whole.file.write_bytes(broken)
+        damaged = store(tmp_path)
+        damaged.put(right, right.values())
+        assert damaged.get(right).keys() == right.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tct_settings.json", "vectors.sqlite"]
