@@ -41,6 +41,7 @@ def main(settings: Settings) -> None:
             colbert = None if teacher is None else file_digest(Path(teacher) / "model.safetensors") or teacher
             corpus, shared = collection.fingerprint["sha256"], settings.encoder
             depends = {"corpus": corpus, "depth": measured.depth, "encoder": asdict(shared), "teacher": colbert}
+            depends |= collection.own_rule
             claim(output / "runs", depends)
             report = report_arms(
                 {name: arm.students for name, arm in comparison.arms.items()},

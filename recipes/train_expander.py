@@ -109,7 +109,7 @@ def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[
         **begun,
         **lengths,
         "prompt": settings.prompt,
-        "data": asdict(settings.data),
+        "data": settings.data.of_trained,
         "corpus": corpus,
         **arguments,
     }

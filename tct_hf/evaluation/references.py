@@ -55,7 +55,7 @@ def exact_systems(
         if size not in found:  # all at once: the model and the vectors are then let go
             precision = "bf16" if bf16 else "fp32"
             workspace = Workspace(collection, load(), key, precision=precision, in_memory=True)
-            found.update({one: workspace.search(queries, depth, one) for one in sizes})
+            found.update({one: workspace.search(queries, collection.reach(depth), one) for one in sizes})
         return found[size]
 
     return [
@@ -91,7 +91,7 @@ def teacher_system(collection: Collection, key: str, title: str, teacher: str, *
 
     def search(queries: Mapping[str, str]) -> Run:
         model = MultiVectorEncoder(teacher)
-        return late_interaction_run(model, corpus["id"], corpus["text"], queries, k=depth, bf16=bf16)
+        return late_interaction_run(model, corpus["id"], corpus["text"], queries, k=collection.reach(depth), bf16=bf16)
 
     return System(key, title, search)
 
@@ -114,11 +114,11 @@ def reference_systems(
 
     The base's vectors are read from the folder `vectors`, where a mixture has left them, or computed.
     """
-    systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
+    systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, collection.reach(depth)))]
     exact = partial(exact_systems, collection, depth=depth, bf16=bf16)
     if base_model is not None:
         base, reads = resolve_model(base_model), dict[str, Any]({"prompts": prompts, **(lengths or {})})
-        systems += _base_systems(collection, base, reads, depth=depth, bf16=bf16, vectors=vectors)
+        systems += _base_systems(collection, base, reads, depth=collection.reach(depth), bf16=bf16, vectors=vectors)
     if stock is not None:
         systems += exact(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
     systems += student_systems(collection, students or {}, depth=depth, bf16=bf16, dims=dims)

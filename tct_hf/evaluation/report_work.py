@@ -72,12 +72,12 @@ class Work:
         device: str | None = None,
     ) -> None:
         self.collection, self.settings, self.output, self.write = collection, settings, output, write
-        self.depth, self.test = settings.measures.depth, collection.splits["test"]
+        self.depth, self.test = collection.reach(settings.measures.depth), collection.splits["test"]
         self.tuning = tuning_queries(collection, settings.hybrid)
         self.runs = runs  # other systems' files by name
         self.hybrids: dict[str, dict[str, Any]] = {}  # how each was tuned, as in report.json
         self.ann: dict[str, Any] | None = None  # the same of the approximate index
-        self.notes: list[str] = []
+        self.notes = list(collection.own_note)
         self.made: dict[str, System] = {}
         self.names: dict[str, str] = {}  # of a system in a hybrid's title
         self.deployed = EXACT  # the system of the dense student that hybrids take
@@ -172,7 +172,8 @@ class Work:
             self.bf16 = settings.precision == "bf16" or auto
             depends["teacher"] = {**describe_teacher(self.teacher), "bf16": self.bf16}
         depends["settings"] = {
-            "depth": self.depth,
+            "depth": settings.measures.depth,
+            **self.collection.own_rule,
             "relevance": settings.measures.relevance,
             "measure": settings.measures.names[0],
             **{name: asdict(getattr(settings, name)) for name in ("hybrid", "ann", "late_interaction")},
@@ -278,6 +279,7 @@ class Work:
             on.search([self.made[weighted], self.made[first]], self.output / "runs")
             lists = (on.runs[weighted, split], on.runs[first, split])
             options: dict[str, Any] = {"normalize": settings.normalize, "relevance": measures.relevance}
+            options["ignore_identical_ids"] = False  # they are out already
             found = tune_alpha(*lists, tuning.qrels, measures.names[0], **options)
             alpha, record = float(found), {**record, **found.to_dict(), "split": split, "left_out": tuning.left_out}
             left = f"; {tuning.left_out} with the text of a reported query left out" if tuning.left_out else ""
@@ -323,7 +325,7 @@ class Work:
     def _reranked(self) -> System:
         """The best passages of the hybrid scored again, encoded anew for every query where no vectors are kept."""
         first, corpus, settings = self.made[self.first_hybrid], self.collection.corpus, self.settings.late_interaction
-        top = min(settings.rerank, self.depth)
+        top = min(settings.rerank, self.settings.measures.depth)
         title = f"{self.late_name} over the hybrid's top {top}"
         if self.tokens is not None:
             made = self.made_tokens + Footprint(memory=self.tokens.nbytes)
@@ -344,17 +346,18 @@ class Work:
 
     def experiment(self, name: str, split: Split, **options: Any) -> Experiment:
         """An experiment on one split."""
-        measures, options = self.settings.measures, {"write": self.write, **options}
-        return Experiment({name: split}, measures.names, self.depth, measures.relevance, **options)
+        measures, own = self.settings.measures, self.collection.skips_own
+        options = {"write": self.write, "ignore_identical_ids": own, **options}
+        return Experiment({name: split}, measures.names, measures.depth, measures.relevance, **options)
 
-    def cost(self, system: System, place: int, count: int) -> dict[str, Any]:
-        """What the system costs, measured or read."""
+    def cost(self, system: System, place: int, count: int, run: str) -> dict[str, Any]:
+        """What the system costs, measured or read where it was for the same run (its sha256)."""
         file = self.output / "costs" / f"{system.key}.json"
-        if not file.is_file():
+        if not file.is_file() or read_json(file, MADE_AGAIN).get("run", run) != run:
             self.write(f"  time {place} of {count}: {system.title}")
             load = psutil.getloadavg()[0]
             measured = measure_cost(system, self.test.queries, len(self.collection.corpus), self.settings.cost)
-            write_json_atomic(file, {**measured.to_dict(), "load_average": load})
+            write_json_atomic(file, {**measured.to_dict(), "load_average": load, "run": run})
         return read_json(file, MADE_AGAIN)
 
 

@@ -76,7 +76,10 @@ def build_report(
     work.claim()
     systems = work.systems()
     measured = _measured(work, "test", work.test, settings.measures.names, foreign)
-    costs = {system.key: work.cost(system, place, len(systems)) for place, system in enumerate(systems, 1)}
+    costs = {
+        system.key: work.cost(system, place, len(systems), measured[system.key]["run"]["sha256"])
+        for place, system in enumerate(systems, 1)
+    }
     also = {}
     for split, names in settings.also_report.items():
         judged, measures = collection.also[split], named_measures(names)
@@ -228,7 +231,7 @@ def _assemble(
         work.notes.append("One query: no test can tell systems apart.")
     results = []
     for key, system in work.made.items():
-        cost = {name: value for name, value in costs[key].items() if name not in ("machine", "threads")}
+        cost = {name: value for name, value in costs[key].items() if name not in ("machine", "threads", "run")}
         results.append(SystemResult(key, system.title, system.kind, cost=cost, **measured[key]))
     for key, run in foreign.items():
         missing, deepest = measured[key]["run"]["missing_queries"], max(map(len, run.values()), default=0)

@@ -55,12 +55,12 @@ def report_rounds(
     `base_model` is None where it is not known; `teacher` is the base's ColBERT; the first measure decides on dev which
     round is best; the students encode in `precision`, the others in bfloat16 with `bf16`. Returns the report.
     """
-    shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16}
+    shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16, **collection.own_rule}
     weights = file_digest(Path(teacher) / "model.safetensors") or teacher
     claim(output / "runs", {**shared, "teacher": weights, "base": base_model})
     systems = reference_systems(collection, base_model=base_model, teacher=teacher, depth=depth, bf16=bf16)
     splits = {name: split for name, split in collection.splits.items() if name != "train"}
-    experiment = Experiment(splits, measures, depth, write=write)
+    experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
     experiment.search(systems, output / "runs")
     students, teachers = [f"{STUDENT}-{number}" for number in range(len(rounds))], {0: TEACHER}
     for number, result in enumerate(rounds):
@@ -68,7 +68,7 @@ def report_rounds(
 
         def search(queries: Mapping[str, str], result: RoundResult = result) -> Run:
             workspace = open_workspace(collection, result.student, result.folder, precision=precision, write=write)
-            return workspace.search(queries, depth)
+            return workspace.search(queries, collection.reach(depth))
 
         own = [System(students[number], f"student, {name}", search)]
         if number and result.teacher is not None:
@@ -91,6 +91,7 @@ def report_rounds(
         f"# {collection.summary()}",
         "",
         f"Exact search; {' and '.join(evaluations)} queries.",
+        *collection.own_note,
         "",
         means_table(rows, [f"{split} {measure}" for split, measure in columns]),
         "",

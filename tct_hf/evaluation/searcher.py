@@ -132,6 +132,7 @@ class Searcher:
         depends = {
             **self._workspace.depends,
             "hybrid": asdict(self._hybrid),
+            **self._workspace.collection.own_rule,
             "depth": self._depth,
             "dims": self._dims,
             "sparse_student": self._sparse and self._sparse.depends["student"],
@@ -152,5 +153,7 @@ class Searcher:
         if tuning is None:
             return {"alpha": None}
         weighted, first = (self._found_by[name].run(tuning.queries) for name in self._fused)
-        found = tune_alpha(weighted, first, tuning.qrels, normalize=self._hybrid.normalize)
+        own = self._workspace.collection.skips_own
+        options: dict[str, Any] = {"normalize": self._hybrid.normalize, "ignore_identical_ids": own}
+        found = tune_alpha(weighted, first, tuning.qrels, **options)
         return {**found.to_dict(), "split": tuning.split}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from tct_hf.evaluation.measures import Evaluation, evaluate_run
+from tct_hf.evaluation.measures import Evaluation, evaluate_run, find_themselves
 from tct_hf.evaluation.tables import difference_table, p_text
 
 Judgements = Mapping[str, Mapping[str, int]]
@@ -68,6 +68,7 @@ def compare_runs(
     baseline: str | None = None,
     measure: str = "RR@10",
     relevance: int = 1,
+    ignore_identical_ids: bool | None = None,
     samples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
@@ -84,6 +85,7 @@ def compare_runs(
         baseline: the system that the others are compared with; belongs to the second form.
         measure: ir-measures name, for instance RR@10 or R(rel=2)@1000.
         relevance: from which grade on a passage is relevant, as in `evaluate_run`.
+        ignore_identical_ids: as in `evaluate_run`; None decides for all runs together.
         samples: sign flips of the randomisation test.
         seed: of the sign flips. Every system gets the same ones, so that its p value does not depend on the others.
 
@@ -114,7 +116,9 @@ def compare_runs(
                 f"runs: {name!r} has none of the judged queries (it has {next(iter(run))!r}, judged is "
                 f"{next(iter(qrels))!r}); take the run and the judgements of one split, with the same ids"
             )
-    evaluations = {name: evaluate_run(run, qrels, [measure], relevance=relevance) for name, run in runs.items()}
+    own = find_themselves(qrels, *runs.values()) if ignore_identical_ids is None else ignore_identical_ids
+    rules: dict[str, Any] = {"relevance": relevance, "ignore_identical_ids": own}
+    evaluations = {name: evaluate_run(run, qrels, [measure], **rules) for name, run in runs.items()}
     return compare_evaluations(evaluations, baseline, measure, samples=samples, seed=seed)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from tct_hf.data.collection import Collection
 from tct_hf.data.ids import hash_of
-from tct_hf.evaluation.measures import cutoff_of, evaluate_run
+from tct_hf.evaluation.measures import cutoff_of, evaluate_run, find_themselves
 from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
-from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.runs import Run, without_own
 
 # Weights tried at first, in units of (spread of dense scores) / (spread of sparse scores): none at all, and four a
 # factor of ten from a hundredth to a hundred.
@@ -50,6 +50,7 @@ def tune_alpha(
     *,
     normalize: bool = False,
     relevance: int = 1,
+    ignore_identical_ids: bool | None = None,
     alphas: Sequence[float] | None = None,
 ) -> TunedAlpha:
     """Find the weight of the sparse scores that is best for judged queries: those of dev or train, never of test.
@@ -67,6 +68,7 @@ def tune_alpha(
         measure: ir-measures name of the measure to maximise.
         normalize: bring both lists of a query to one range first, as in `fuse`.
         relevance: lowest relevant grade, as in `evaluate_run`.
+        ignore_identical_ids: as in `evaluate_run`; None decides for both runs together.
         alphas: weights to try instead of the grid.
 
     Returns:
@@ -81,6 +83,10 @@ def tune_alpha(
     if any(run and qrels.keys().isdisjoint(run) for run in (sparse_run, dense_run)) or not (sparse_run or dense_run):
         raise ValueError("qrels: none of the judged queries is in one run; take runs and judgements of one split")
     evaluate_run({}, qrels, [measure], relevance=relevance)  # an unknown measure fails before the work
+    if ignore_identical_ids is None:
+        ignore_identical_ids = find_themselves(qrels, sparse_run, dense_run)
+    if ignore_identical_ids:
+        sparse_run, dense_run = without_own(sparse_run), without_own(dense_run)
     aligned = {query: align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize) for query in qrels}
     depth = cutoff_of(measure)
     found: dict[float, float] = {}
@@ -94,7 +100,8 @@ def tune_alpha(
                 scores = alpha * sparse + dense
                 order = order_of(ids, scores, depth)
                 run[query] = dict(zip([ids[at] for at in order.tolist()], scores[order].tolist(), strict=True))
-            found[alpha] = evaluate_run(run, qrels, [measure], relevance=relevance).mean[measure]
+            rules: dict[str, Any] = {"relevance": relevance, "ignore_identical_ids": False}  # they are out already
+            found[alpha] = evaluate_run(run, qrels, [measure], **rules).mean[measure]
 
     if alphas is not None:
         if not len(alphas):

@@ -44,6 +44,7 @@ def read_collection(
         required=required,
         also=also,
         skip_bad_rows=data.skip_bad_rows,
+        ignore_identical_ids=data.ignore_identical_ids,
     )
     if data.dev_share and "train" in collection.splits:
         collection.hold_out_dev(data.dev_share)

@@ -39,12 +39,20 @@ class DataSettings:
     num_negatives: int = setting(1, "negatives a query")
     negative_depth: int = setting(100, "ranks that negatives are sampled from")
     negatives: Literal["bm25", "teacher"] = setting("bm25", "whose ranks: BM25's, or a mixture's best 30")
+    ignore_identical_ids: bool | None = setting(
+        None, "leave a passage with the query's own id out of its ranking, as BEIR; null: where queries are passages"
+    )
+
+    @property
+    def of_trained(self) -> dict[str, Any]:
+        """What models depend on."""
+        return {name: value for name, value in asdict(self).items() if name != "ignore_identical_ids"}
 
     @property
     def of_labelled(self) -> dict[str, Any]:
         """What rows with labels depend on, which is all that a teacher learns from."""
         later = ("unlabelled", "questions", "max_questions", "made_questions", "negatives")
-        return {name: value for name, value in asdict(self).items() if name not in later}
+        return {name: value for name, value in self.of_trained.items() if name not in later}
 
 
 @dataclass

@@ -193,7 +193,7 @@ class Training:
         questions = {key: self.collection.fingerprint.get(key) for key in ("questions", "made_questions")}
         own = {
             "seed": self.settings.seed,
-            "data": asdict(self.data_of(name)),
+            "data": self.data_of(name).of_trained,
             "student": asdict(self.settings.student),
         }
         return {**self.of_teacher, **questions, **own}
@@ -202,7 +202,8 @@ class Training:
         """Everything the runs of the report depend on."""
         models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
         weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
-        return {**self.depends("student"), "evaluation": {"depth": self.settings.evaluation.depth}, "weights": weights}
+        evaluation = {"depth": self.settings.evaluation.depth, **self.collection.own_rule}
+        return {**self.depends("student"), "evaluation": evaluation, "weights": weights}
 
     @property
     def students(self) -> dict[str, Path]:

@@ -21,6 +21,14 @@ def rank(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
 
 
+def without_own(run: Mapping[str, Mapping[str, float]], depth: int | None = None) -> Run:
+    """A run without the passages that have their query's own id, the best `depth` of the others."""
+    return {
+        query: dict(rank({passage: score for passage, score in scores.items() if passage != query})[:depth])
+        for query, scores in run.items()
+    }
+
+
 def check_common(name: str, one: Mapping[str, Any], other_name: str, other: Mapping[str, Any]) -> None:
     """Refuse runs or judgements that have queries, but none in common: their ids are of two kinds, or two splits'."""
     if one and other and one.keys().isdisjoint(other):

@@ -69,9 +69,18 @@ class StockTrainer(ResumableTrainer, SentenceTransformerTrainer):
 
 
 class _HalfPrecisionEncoding:
-    """For evaluators: encodes in bfloat16 when training does, and compares in float32."""
+    """For evaluators: encodes in bfloat16 when training does, compares in float32, and ranks no query for itself."""
 
-    bf16 = False
+    bf16, ignore_identical_ids = False, False
+
+    def compute_metrics(self, queries_result_list: list[list[dict[str, Any]]]) -> Any:
+        if self.ignore_identical_ids:
+            names: list[str] = self.queries_ids  # type: ignore[attr-defined]
+            queries_result_list = [
+                [hit for hit in hits if hit["corpus_id"] != name]
+                for name, hits in zip(names, queries_result_list, strict=True)
+            ]
+        return super().compute_metrics(queries_result_list)  # type: ignore[misc]
 
     def embed_inputs(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -81,7 +90,9 @@ class _HalfPrecisionEncoding:
 
 def dev_evaluator(collection: Collection, kind: Kind, *, bf16: bool = False) -> Any:
     """An evaluator on the dev queries of a collection."""
-    make: Any = type(kind, (_HalfPrecisionEncoding, _EVALUATORS[kind]), {"bf16": bf16})
+    make: Any = type(
+        kind, (_HalfPrecisionEncoding, _EVALUATORS[kind]), {"bf16": bf16, "ignore_identical_ids": collection.skips_own}
+    )
     dev = collection.splits["dev"]
     return make(
         queries=dev.queries,
