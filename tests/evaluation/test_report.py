@@ -231,6 +231,12 @@ def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
     again = make(material, tmp_path / "copy", **other, **options)
     assert again.systems == report.systems and again.also["graded"]["measures"] == ["RR(rel=2)@10"]
     assert not [line for line in lines if "search" in line or "time" in line]
+    timed = tmp_path / "copy" / "costs" / "bm25.json"
+    assert json.loads(timed.read_text())["run"] == report.system("bm25").run["sha256"]
+    timed.write_text(json.dumps(json.loads(timed.read_text()) | {"run": "another"}))
+    make(material, tmp_path / "copy", **other, **options)
+    assert [line for line in lines if "time" in line] == [f"  time 1 of {len(KEYS)}: BM25"]
+    assert json.loads(timed.read_text())["run"] == report.system("bm25").run["sha256"]
 
     for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/vectors/00000.npz"):
         (tmp_path / "copy" / lost).unlink()
