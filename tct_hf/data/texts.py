@@ -269,6 +269,8 @@ def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[s
     if not hasattr(rows, "iter"):
         yield from rows
         return
+    if hasattr(rows, "with_format") and getattr(rows, "format", {}).get("type") != "custom":  # such as pandas
+        rows = rows.with_format(None)
     for batch in rows.iter(1000):  # a data set gives a thousand rows in little more time than one
         columns = {key: values for key, values in batch.items() if not keys or key in keys}
         for place in range(len(next(iter(batch.values())))):
@@ -283,6 +285,8 @@ def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> 
         allow_empty: passages without words may pass.
     """
     for number, row in enumerate(rows_in_batches(corpus, ("id", "text"))):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"corpus, passage number {number} is a {type(row).__name__}: give rows of id and text.")
         try:
             name, text = as_id(get(row, "id"), "id"), as_text(get(row, "text"), "text", allow_empty=True)
         except BadRow as error:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tct_hf.encoding.weights import unpack_half
 from tct_hf.files import write_aside
+from tct_hf.retrieval.encode import say_cut_queries
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def maxsim(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 def encode_query_tokens(model: MultiVectorEncoder, texts: Sequence[str], *, bf16: bool = False) -> list[torch.Tensor]:
     """Token vectors `(tokens, dim)` float32 of queries; divided by their number where scores are means."""
     unpack_half(model)
+    say_cut_queries(model, texts, len(texts))
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
         encoded: Any = model.encode_query(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
     mean = model.similarity_fn_name == "meanmaxsim"

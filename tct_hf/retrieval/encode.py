@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -18,6 +19,7 @@ from scipy.sparse import csr_matrix, vstack
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from tct_hf.batches import padding_of, parts_of_like_length, stack_columns
 from tct_hf.data.shards import digest_of, run_shards
@@ -29,6 +31,8 @@ from tct_hf.retrieval.vectors import check_version, finite_rows, of_torch, vecto
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+logger = logging.getLogger(__name__)
 
 # bfloat16 is good enough where the worst of the probed texts keeps this cosine to its float32 vector.
 ENOUGH_COSINE = 0.9999
@@ -71,21 +75,24 @@ def encode_texts(
     if task not in ("query", "document"):
         raise ValueError(f'task={task!r} is not known: use "query" or "document".')
     _at_least_one(tokens_per_pass=tokens_per_pass)
+    sparse = is_sparse_encoder(model)
     device = model.device
     budget = budget_of(model, tokens_per_pass)
     model.eval()
     unpack_half(model)
-    sparse = is_sparse_encoder(model)
     active: Any = model.max_active_dims if sparse else None
     options: dict[str, Any] = {} if active is None else {"max_active_dims": active}
     stack: Any = partial(vstack, format="csr") if sparse else np.concatenate
     pools: list[Any] = []
+    filled: list[str] = []
     # One context for all passes: weights are cast to bfloat16 once, not once a pass.
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         for start in range(0, len(texts), POOL):
             pool = list(texts[start : start + POOL])
             pending: list[tuple[list[int], Tensor]] = []
             for rows, features in _passes(model, pool, task, budget):
+                if task == "query":
+                    filled += [pool[rows[row]] for row in filled_rows(model, features)]
                 inputs = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in features.items()}
                 embeddings = model(inputs, task=task, **options)["sentence_embedding"]
                 if sparse:
@@ -99,6 +106,7 @@ def encode_texts(
                     done(len(rows))
             order = np.argsort(np.concatenate([rows for rows, _ in pending]))
             pools.append(stack([of_torch(one) if sparse else one.cpu().numpy() for _, one in pending])[order])
+    say_cut_queries(model, filled, len(texts))
     none = np.empty((0, int(model.get_embedding_dimension() or 0)), dtype=np.float32)
     return stack(pools or [csr_matrix(none) if sparse else none])
 
@@ -110,8 +118,51 @@ def _at_least_one(**limits: int | None) -> None:
 
 
 def is_sparse_encoder(model: Any) -> bool:
-    """Whether a model gives sparse vectors over a vocabulary."""
+    """Whether a model gives sparse vectors over a vocabulary; refuses what gives no vector a text."""
+    if not isinstance(model, (SentenceTransformer, SparseEncoder)):
+        raise ValueError(
+            f"The model is a {type(model).__name__}, not an encoder of one vector a text: give a SentenceTransformer "
+            "or a SparseEncoder (of a ColBERT, student_from_teacher makes one)."
+        )
     return isinstance(model, SparseEncoder)
+
+
+def query_slots(model: Any) -> int | None:
+    """Tokens that a query keeps, special tokens and prompt included; None where nothing is cut."""
+    expansion = getattr(model[0], "query_expansion", None)
+    if expansion:
+        return int(expansion["length"]) if expansion["strategy"] == "fixed" else None
+    slots = getattr(model[0], "query_length", None) or model.max_seq_length
+    return None if slots is None or math.isinf(slots) else int(slots)
+
+
+def filled_rows(model: Any, features: Mapping[str, Any]) -> list[int]:
+    """Rows of tokenised queries whose text fills all slots: those that may have been cut."""
+    expanded, mask, slots = (
+        features.get("query_expansion_positions"),
+        features.get("attention_mask"),
+        query_slots(model),
+    )
+    if slots is None or mask is None or mask.ndim != 2:
+        return []
+    used = mask.sum(dim=1) if expanded is None else (~expanded).sum(dim=1)
+    return (used >= slots).nonzero().flatten().tolist()
+
+
+def say_cut_queries(model: Any, queries: Sequence[str], total: int) -> None:
+    """Warn of those queries, of so many in all, that are longer than their slots."""
+    slots, tokenizer = query_slots(model), getattr(model, "tokenizer", None)
+    if slots is None or not queries or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    prompt = prompt_of(model, "query") or ""
+    tokens = tokenizer([prompt + text for text in queries], verbose=False)["input_ids"]
+    cut = [text for text, ids in zip(queries, tokens, strict=True) if len(ids) > slots]
+    if cut:
+        logger.warning(
+            f"{len(cut):,} of {total:,} queries have more than the {slots} tokens that a query keeps, and are cut "
+            f"(first {cut[0][:80]!r}): queries that differ only after that get the same vector. Shorten them, or "
+            "build the student with a larger query_length."
+        )
 
 
 def budget_of(model: Any, tokens_per_pass: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -69,11 +69,11 @@ class Teacher(ABC):
                 'TeacherEnsemble, or, if it is a CrossEncoderTeacher, accept the cost with its candidates="in-batch".'
             )
 
-    def announce(self, rows: Rows, columns: Texts, *, queries: int, devices: int) -> None:  # noqa: B027
+    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:  # noqa: B027
         """Say what a batch will cost, where that is much, before the first one.
 
         Args:
-            rows: some rows of the data set.
+            rows: the data set.
             columns: their candidate columns.
             queries: rows of a batch on each device.
             devices: how many share their candidates.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -79,7 +79,7 @@ class TeacherEnsemble(Teacher):
         for teacher in self.teachers:
             teacher.check(columns, candidates="own" if teacher.covers == "own" else candidates)
 
-    def announce(self, rows: Rows, columns: Texts, *, queries: int, devices: int) -> None:
+    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
         """As each of the teachers."""
         for teacher in self.teachers:
             teacher.announce(rows, columns, queries=queries, devices=devices)

@@ -6,16 +6,20 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import IterableDataset
+from sentence_transformers.base.evaluation import SequentialEvaluator
+from sentence_transformers.base.model_card import BaseModelCardCallback
 from torch import Tensor, nn
 from torch.utils import data
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
@@ -67,6 +71,7 @@ class ResumableTrainer(Trainer):
         master_weights(self.model)
         self.add_callback(PassOver())
         self.add_callback(_NothingLearned(self))
+        self.add_callback(_WholeCard(self))
 
     def call_model_init(self, trial: Any = None) -> Any:
         """The model of `model_init`, in float32."""
@@ -115,6 +120,15 @@ class ResumableTrainer(Trainer):
                 f"{processes} processes = {whole}), so nothing would be trained: give it more rows, lower "
                 "per_device_train_batch_size or, in one process, set dataloader_drop_last=False."
             )
+
+    def restore(self, checkpoint: str, state: TrainerState) -> None:
+        """Take on the model, state and card of a checkpoint, without training further."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, (BaseModelCardCallback, _WholeCard)):
+                begin: Any = callback.on_train_begin
+                begin(self.args, state, self.control, model=self.model)
 
     def finalise(self, path: str) -> None:
         """Complete what was saved to a folder."""
@@ -273,6 +287,50 @@ class _NothingLearned(TrainerCallback):
             )
         if not self.begun and self.trainer._idle_steps:
             self.trainer.refuse_idle()
+
+
+class _WholeCard(TrainerCallback, ExportableState):
+    """Keeps what the model card tells of training in every checkpoint: sentence-transformers begins it anew.
+
+    The card then tells of the whole run, the same however often it was interrupted, and therefore of no durations.
+    """
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        evaluator: Any = getattr(trainer, "evaluator", None)
+        self.evaluators: list[Any] = (
+            evaluator.evaluators if isinstance(evaluator, SequentialEvaluator) else [evaluator]
+        )
+        self.card: Any = getattr(trainer.model, "model_card_data", None)  # models of transformers have none
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        logs = getattr(self.card, "training_logs", [])
+        results = getattr(self.card, "eval_results_dict", {})
+        kept = {
+            "logs": [_plain(line) for line in logs],
+            # An evaluator gives its metrics their whole names when it is first called.
+            "results": [
+                [getattr(one, "primary_metric", None), _plain(results.get(one, {}))] for one in self.evaluators
+            ],
+        }
+        return {"args": {}, "attributes": kept}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.card is None:
+            return
+        self.card._training_start_time = None
+        kept = ((state.stateful_callbacks or {}).get(type(self).__name__) or {}).get("attributes")
+        if state.global_step and kept:
+            self.card.training_logs = [dict(line) for line in kept["logs"]]
+            for one, (primary, results) in zip(self.evaluators, kept["results"], strict=False):
+                if results:
+                    one.primary_metric = primary
+                    self.card.eval_results_dict[one] = dict(results)
+
+
+def _plain(numbers: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    # Pairs: the trainer's state is saved with its keys sorted.
+    return [(name, value if isinstance(value, int) else float(value)) for name, value in numbers.items()]
 
 
 def _say_if_failed(job: Future[Any], *, what: str) -> None:

@@ -151,8 +151,7 @@ class Stage:
         if last and reached and reached.global_step >= reached.max_steps:
             # Stopped between its last step and publishing: transformers would train one step more.
             best = reached.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-            trainer._load_from_checkpoint(best or last)
-            trainer.state = reached
+            trainer.restore(best or last, reached)
         else:
             trainer.train(resume_from_checkpoint=last)
         if trainer.is_world_process_zero():

@@ -14,12 +14,15 @@ from tct_hf.batches import first_row, gather_rows, sizes_of_all
 from tct_hf.data.column_names import IN_EVERY_ROW, candidate_columns
 from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.scale import keep_scalar, length_of
+from tct_hf.retrieval.encode import say_cut_queries
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.training.arguments import TCTTrainingArguments
 from tct_hf.training.collator import BATCH_KEY, NO_ID, SameDatasetBatchSampler, TCTDataCollator
 from tct_hf.training.loss import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part, coupled_parts
 from tct_hf.training.resumable import ResumableTrainer
+
+_LOOKED_AT = 1000  # queries of training that are looked at for being cut
 
 
 def candidate_mask(
@@ -218,7 +221,10 @@ class CoupledTrainer(ResumableTrainer):
                     "and larger batches."
                 )
         if train and self.is_world_process_zero():
-            self.teacher.announce([*islice(dataset, 4)], columns, queries=size, devices=devices)
+            if isinstance(dataset, Dataset):
+                queries = [row["query"] for row in islice(dataset, _LOOKED_AT)]
+                say_cut_queries(self.model, queries, len(queries))
+            self.teacher.announce(dataset, columns, queries=size, devices=devices)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -21,7 +21,7 @@ import pytest
 import torch
 from datasets import Dataset
 from scipy import sparse
-from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 
 from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_vectors, save_student
@@ -32,7 +32,7 @@ from tct_hf.retrieval import encode
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
 from tests.encode_worker import COUNT, SHARD, passages
-from tests.models import tiny_bert, tiny_mpnet
+from tests.models import tiny_bert, tiny_colbert, tiny_mpnet
 from tests.splade import tiny_splade
 from tests.warm_process import run_warm
 
@@ -485,3 +485,53 @@ def test_seen_ids_are_those_of_a_set() -> None:
         assert seen.add(ids) == first
         if first is None:
             known.update(ids)
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
+def test_a_corpus_of_any_format_is_encoded_as_the_plain_one(
+    student: SentenceTransformer, tmp_path: Path, form: str
+) -> None:
+    plain = Dataset.from_dict({"id": ["007", "b"], "text": ["a passage", "the teacher"]})
+    for name, corpus in (("plain", plain), (form, plain.with_format(form))):
+        encode_corpus(student, corpus, tmp_path / name)
+    (ids, vectors, *_), (_, wanted, *_) = (load_vectors(tmp_path / name) for name in (form, "plain"))
+    assert list(ids) == ["007", "b"] and np.array_equal(np.asarray(vectors), np.asarray(wanted))
+
+
+def test_what_gives_no_vector_a_text_or_no_row_is_refused(student: SentenceTransformer, tmp_path: Path) -> None:
+    colbert = MultiVectorEncoder(str(tiny_colbert(tmp_path / "colbert")), device="cpu")
+    refused: Any
+    for refused in (colbert, "path/to/model"):
+        with pytest.raises(ValueError, match=rf"The model is a {type(refused).__name__}, not an encoder"):
+            encode_corpus(refused, [{"id": "a", "text": "b"}], tmp_path / "out")
+        with pytest.raises(ValueError, match=rf"The model is a {type(refused).__name__}, not an encoder"):
+            encode_texts(refused, ["b"], task="query")
+    texts: Any = ["a text"]
+    with pytest.raises(ValueError, match=r"corpus, passage number 0 is a str: give rows of id and text"):
+        encode_corpus(student, texts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        ({"encoding": "tct"}, 36),
+        ({"encoding": "tct", "query_augmentation": False}, 36),
+        ({"encoding": "own", "query_length": 20}, 20),
+        ({"encoding": "own"}, 64),
+    ],
+)
+def test_queries_longer_than_their_slots_are_counted_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], slots: int
+) -> None:
+    model = build_student(str(tiny_bert(tmp_path / "bert")), document_length=64, **settings)
+    taken = 4 if settings["encoding"] == "tct" else 2  # [CLS] [ Q ], or [CLS] and [SEP]
+    queries = [" ".join(["teacher"] * words) for words in (1, slots - taken, slots - taken + 1, 90)]
+    vectors = encode_texts(model, [*queries, queries[-1] + " student"], task="query")
+    assert np.array_equal(vectors[3], vectors[4])
+    said = [record.getMessage() for record in caplog.records if record.name == encode.logger.name]
+    assert len(said) == 1 and f"3 of 5 queries have more than the {slots} tokens" in said[0]
+    caplog.clear()
+    encode_texts(model, queries[:2], task="query")
+    encode_texts(model, queries, task="document")
+    assert not [record for record in caplog.records if record.name == encode.logger.name]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import Trainer
 
 from tct_hf import save_student, validate_checkpoint
-from tct_hf.training.run import train_colbert, train_stock
+from tct_hf.training.run import train_colbert, train_stock, train_student
 from tct_hf.training.stages import Stage
 from tests.models import tiny_colbert
-from tests.train_helpers import make_trainer, triples
+from tests.train_helpers import PASSAGES, QUERIES, make_teacher, make_trainer, triples
 
 
 @pytest.fixture(params=["dense", "sparse"])
@@ -26,8 +31,6 @@ def any_student(request: pytest.FixtureRequest) -> Any:
 def of_stage(kind: str, path: Path, student: Any, rows: Dataset, **settings: Any) -> Any:
     arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, **settings}
     stage = Stage(path / "final", path / "work", {}, arguments, write=lambda line: None)
-    from sentence_transformers import MultiVectorEncoder
-
     if kind == "stock":
         return train_stock(stage, lambda: student, lambda: rows)
     colbert = tiny_colbert(path / "colbert")
@@ -188,3 +191,57 @@ def test_a_stock_loss_is_refused(student: Any, teacher: Any, tmp_path: Path) -> 
     for loss in (MultipleNegativesRankingLoss(student), MultipleNegativesRankingLoss):
         with pytest.raises(ValueError, match=r"MultipleNegativesRankingLoss, which takes no teacher's scores"):
             make_trainer(tmp_path, student, teacher, ROWS, loss=loss)
+
+
+def test_queries_that_are_cut_are_counted_before_training(
+    any_student: Any, teacher: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{**row, "query": row["query"] + " teacher" * (40 if i < 3 else 0)} for i, row in enumerate(ROWS)]
+    make_trainer(tmp_path, any_student, teacher, Dataset.from_list(rows))
+    assert "3 of 16 queries have more than the " in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["colbert", "student"])
+@pytest.mark.parametrize("stops", ["in step 4", "before publishing"])
+def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stops: str
+) -> None:
+    queries, corpus = ({str(i): text for i, text in enumerate(texts)} for texts in (QUERIES, PASSAGES))
+    evaluator: Any = InformationRetrievalEvaluator if kind == "student" else MultiVectorInformationRetrievalEvaluator
+
+    def train(path: Path) -> str:
+        arguments = {"max_steps": 6, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none"}
+        arguments |= {"logging_steps": 1, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        stage = Stage(
+            path / "final",
+            path / "work",
+            {},
+            arguments,
+            make_evaluator=lambda: evaluator(queries, corpus, {"1": {"1"}}, name="dev"),
+            write=lambda line: None,
+        )
+        if kind == "student":
+            student = partial(SentenceTransformer, str(models / "student"), device="cpu")
+            train_student(stage, student, lambda: make_teacher(models, "colbert"), lambda: triples(32))
+        else:
+            colbert = partial(MultiVectorEncoder, str(models / "teacher" / "colbert"), device="cpu")
+            train_colbert(stage, colbert, lambda: triples(32))
+        return (path / "final" / "README.md").read_text(encoding="utf-8")
+
+    whole = train(tmp_path / "whole")
+    assert "| 6 " in whole and "Training Time" not in whole
+    step = Trainer.training_step
+
+    def stop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    def never(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        where: Any = (Trainer, "training_step", stop) if stops == "in step 4" else (Stage, "_publish", never)
+        patch.setattr(*where)
+        train(tmp_path / "stopped")
+    assert train(tmp_path / "stopped") == whole
