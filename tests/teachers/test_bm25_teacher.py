@@ -52,10 +52,10 @@ def test_scores_of_passages_of_the_corpus_are_those_of_a_search(tmp_path: Path) 
 
 
 def formula(texts: list[str], query: str, passage: str, k1: float, b: float) -> float:
-    documents = [re.findall(r"\w\w+", text) for text in texts]
-    words, average = re.findall(r"\w\w+", passage), sum(map(len, documents)) / len(documents)
+    documents = [re.findall(r"\w+", text) for text in texts]
+    words, average = re.findall(r"\w+", passage), sum(map(len, documents)) / len(documents)
     score = 0.0
-    for word in re.findall(r"\w\w+", query):
+    for word in re.findall(r"\w+", query):
         holders, frequency = sum(word in document for document in documents), Counter(words)[word]
         if holders and frequency:
             idf = math.log(1 + (len(texts) - holders + 0.5) / (holders + 0.5))
