@@ -2,7 +2,7 @@
 
 accelerate launch recipes/compare.py recipes/compare/labels.yaml [--setting value ...]
 
-An arm is a run of recipes/train.py but for the settings it names. Stopped at any point, the same command goes on with
+An arm is a run of recipes/train.py but for the settings it names. If it is stopped, the same command resumes with
 the arm where it stopped. --only trains and shows some of the arms; --report dev never searches for the test queries.
 """
 

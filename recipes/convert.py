@@ -18,11 +18,17 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 class Settings:
     source: str | None = setting(None, "folder or Hub id of the checkpoint")
     output_dir: str = setting("outputs/converted", "folder to write")
-    kind: Literal["auto", "tct", "colbert", "dual-encoder"] = setting("auto", "what the source is; auto: by its files")
-    pooling: Literal["mean", "cls"] | None = setting(None, "of a bare dual encoder, which no file says")
+    kind: Literal["auto", "tct", "colbert", "dual-encoder"] = setting(
+        "auto", "type of the source; auto: recognised by its files"
+    )
+    pooling: Literal["mean", "cls"] | None = setting(
+        None, "pooling of a bare dual encoder, which its files do not record"
+    )
     revision: str | None = setting(None, "branch, tag or commit of the source")
-    query_length: int = setting(36, "tokens of a query, prompt and [MASK]s included")
-    document_length: int | None = setting(None, "tokens a passage keeps; none: 512 of a TCT checkpoint, 154 to start")
+    query_length: int = setting(36, "length of a query in tokens, including prompt and [MASK]s")
+    document_length: int | None = setting(
+        None, "maximum length of a passage in tokens; null: 512 for a TCT checkpoint, otherwise 154"
+    )
 
 
 def main(settings: Settings) -> None:

@@ -2,7 +2,7 @@
 
 accelerate launch recipes/encode.py [settings.yaml] --model PATH --source PATH --output_dir DIR [--setting value ...]
 
-Stopped at any point, the same command goes on after the last whole shard. Several processes share the work.
+If it is stopped, the same command resumes after the last whole shard. Several processes share the work.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ class Settings:
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     output_dir: str = setting("outputs/encode", "where vectors and their manifest are written")
     precision: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "to compute in; auto: bf16 where the hardware has it and the vectors stay the same"
+        "auto", "compute precision; auto: bf16 where the hardware has it and the vectors stay the same"
     )
-    truncate_dim: int | None = setting(None, "keep so many first dimensions, of a Matryoshka student; all when null")
-    dtype: Literal["float32", "float16"] = setting("float32", "to store vectors in")
-    shard_size: int = setting(4096, "passages a shard, which is what a kill loses at most")
-    tokens_per_pass: int | None = setting(None, "tokens a forward pass; by the device when null")
-    allow_empty: bool = setting(False, "encode passages without words instead of refusing them")
-    skip_bad_rows: bool = setting(False, "leave bad and repeated passages out and say which")
+    truncate_dim: int | None = setting(
+        None, "number of first dimensions to keep, for Matryoshka students; all when null"
+    )
+    dtype: Literal["float32", "float16"] = setting("float32", "dtype of the stored vectors")
+    shard_size: int = setting(4096, "passages a shard; an interruption loses at most one shard")
+    tokens_per_pass: int | None = setting(None, "tokens a forward pass; chosen by the device when null")
+    allow_empty: bool = setting(False, "encode passages without text instead of refusing them")
+    skip_bad_rows: bool = setting(False, "skip bad and repeated passages and say which")
     progress_every: float = setting(10.0, "seconds between lines of progress")
 
 

@@ -6,7 +6,7 @@ accelerate launch recipes/evaluate.py --data.source FOLDER --student PATH [--tea
     [--data.test_split dev --also_report '{dl19: [trec-dl]}']
 
 Writes report.md, report.json, latency.png, storage.png and runs/. --runs.NAME FILE adds another system's TREC run.
-Stopped at any point, the same command goes on where it stopped; with several processes, they share the encoding.
+If it is stopped, the same command resumes it; with several processes, they share the encoding.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 @dataclass
 class Settings(ReportSettings):
     output_dir: str = setting("outputs/evaluate", "where everything is written")
-    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text, or a sparse one")
-    sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
-    base: str | None = setting(None, "folder, Hub id or bundled model to report as it is; the student's base")
+    student: str | None = setting(None, "folder, Hub id or bundled name of a dense or sparse student")
+    sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, in addition to a dense one")
+    base: str | None = setting(None, "folder, Hub id or bundled name of the student's base, reported as it is")
     teacher: str | None = setting(
-        "own", "folder or Hub id of a ColBERT; own: the student's own token vectors; no late interaction when none"
+        "own", "folder or Hub id of a ColBERT; own: the student's own token vectors; null: no late interaction"
     )
     dims: list[int] | None = setting(
-        None, "first dimensions of the student to measure alone too; those a recipe trained it at when none"
+        None, "numbers of first dimensions to measure as well; those of its training when null"
     )
     runs: dict[str, str] = setting({}, "name to TREC file of another system's run on the reported queries")
     data: DataSettings = field(default_factory=DataSettings)

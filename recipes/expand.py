@@ -3,7 +3,7 @@
 accelerate launch recipes/expand.py [settings.yaml] --source PATH --output_dir DIR [--teacher PATH] [--setting value]
 
 The queries stay apart from the passages: an index decides how many it takes. With a teacher, each is scored, so that
-an index can leave out the worst. Stopped at any point, the same command goes on after the last whole shard. Several
+an index can leave out the worst. If it is stopped, the same command resumes after the last whole shard. Several
 processes share the work.
 """
 
@@ -25,18 +25,22 @@ class Settings:
     source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     output_dir: str = setting("outputs/expand", "where queries, their scores and the manifest are written")
-    skip_bad_rows: bool = setting(False, "leave bad and repeated passages out and say which")
-    num_queries: int = setting(40, "of a passage")
-    top_k: int = setting(10, "tokens that each token is drawn among")
-    max_length: int = setting(64, "tokens a query may have")
-    passage_length: int = setting(512, "tokens a passage keeps")
-    prompt: str = setting("", "before each passage, for models that were trained with one")
-    seed: int = setting(13, "of what is drawn; with it a passage's queries are the same in any split of the work")
-    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "to compute in; auto: bfloat16 where there is")
-    shard_size: int = setting(1024, "passages a shard, which is what a kill loses at most")
-    tokens_per_pass: int | None = setting(None, "passage tokens times queries a pass; by the device when null")
-    teacher: str | None = setting(None, "folder or Hub id of a model that scores the queries; none: no scores")
-    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "what the teacher is")
+    skip_bad_rows: bool = setting(False, "skip bad and repeated passages and say which")
+    num_queries: int = setting(40, "queries generated for each passage")
+    top_k: int = setting(10, "number of most probable tokens to sample from")
+    max_length: int = setting(64, "maximum length of a query in tokens")
+    passage_length: int = setting(512, "maximum length of a passage in tokens")
+    prompt: str = setting("", "prefix of each passage, for models trained with one")
+    seed: int = setting(13, "random seed; a passage's queries do not depend on how the work is split")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto", "compute dtype; auto: bfloat16 where the hardware has it"
+    )
+    shard_size: int = setting(1024, "passages a shard; an interruption loses at most one shard")
+    tokens_per_pass: int | None = setting(
+        None, "passage tokens times queries a forward pass; chosen by the device when null"
+    )
+    teacher: str | None = setting(None, "folder or Hub id of a model that scores the queries; no scores when null")
+    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "type of the teacher")
     batch_size: int = setting(256, "pairs that the teacher scores together")
     progress_every: float = setting(10.0, "seconds between lines of progress")
 

@@ -3,7 +3,7 @@
 accelerate launch recipes/mine.py [settings.yaml] --data.source PATH --model PATH --output_dir DIR [--setting value]
 
 Writes triples.parquet (ids, texts, scores, origin; recipes/train.py takes it as --triples.path) and summary.json.
-Stopped at any point, the same command goes on where it stopped. Several processes share the work.
+If it is stopped, the same command resumes it. Several processes share the work.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 @dataclass
 class Settings(MiningSettings):
     output_dir: str = setting("outputs/mine", "where everything is written")
-    model: str | None = setting(None, "folder, Hub id or bundled model of one vector a text; BM25 when null")
+    model: str | None = setting(None, "folder, Hub id or bundled name of a dense student; BM25 when null")
     run: str | None = setting(None, "TREC file of any system's run on the train queries, instead of a model")
-    origin: str | None = setting(None, "name of the source in the triples; says what it was when null")
-    teacher: str | None = setting(None, "folder or Hub id of the ColBERT that judges by the margin")
-    seed: int = setting(13, "seed of the sample")
+    origin: str | None = setting(None, "name of the source in the triples; described automatically when null")
+    teacher: str | None = setting(None, "folder or Hub id of the ColBERT whose scores are compared with the margin")
+    seed: int = setting(13, "random seed of the sampling")
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "precision of encoding; auto: bf16 where it is as good"
     )

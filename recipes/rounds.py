@@ -2,7 +2,7 @@
 
 accelerate launch recipes/rounds.py recipes/rounds.yaml [--rounds N] [--variant HN+] [--setting value ...]
 
-HN trains the student alone on what is mined, HN+ first its teacher. Stopped at any point, the same command goes on
+HN trains the student alone on what is mined, HN+ first its teacher. If it is stopped, the same command resumes
 where it stopped; with more --rounds it goes on after the last one.
 """
 

@@ -4,7 +4,7 @@ accelerate launch recipes/score.py [settings.yaml] --triples.path PATH --teacher
     --output_dir DIR [--setting value ...]
 
 Writes parquet shards in DIR/triples (recipes/train.py takes them as --triples.path, with --teacher.kind stored) and
-summary.json, which says what the scores are and their range. Stopped at any point, the same command goes on after the
+summary.json, which says what the scores are and their range. If it is stopped, the same command resumes after the
 last whole shard. Several processes share the work.
 """
 
@@ -24,10 +24,10 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 class Settings:
     output_dir: str = setting("outputs/score", "where everything is written")
     teacher: str | None = setting(None, "folder or Hub id of the model that scores")
-    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "what it is")
-    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what it computes in")
-    rows_a_shard: int = setting(4096, "what a kill loses at most")
-    batch_size: int = setting(32, "rows that are scored together")
+    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "type of the teacher")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "compute dtype")
+    rows_a_shard: int = setting(4096, "rows a shard; an interruption loses at most one shard")
+    batch_size: int = setting(32, "rows scored at once")
     triples: TriplesSettings = field(default_factory=TriplesSettings)
 
 

@@ -7,7 +7,7 @@ with --rerank PATH, a ColBERT does. With --sparse_student PATH beside a dense st
 --expansion.path FOLDER, BM25 has the generated queries of recipes/expand.py beside the passages.
 
 The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
-one a line, where it is no terminal; --json prints one line of JSON a question.
+one a line, where it is no terminal; --json prints print one line of JSON a question.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Settings:
-    student: str | None = setting(None, "folder, Hub id or bundled model of one vector a text, or a sparse one")
-    sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, beside a dense student")
+    student: str | None = setting(None, "folder, Hub id or bundled name of a dense or sparse student")
+    sparse_student: str | None = setting(None, "folder or Hub id of a sparse student, in addition to a dense one")
     rerank: str | None = setting(
-        None, "put the best of the fused list in order by MaxSim: own, or folder or Hub id of a ColBERT"
+        None, "rerank the best of the fused list by MaxSim: own, or folder or Hub id of a ColBERT"
     )
     k: int = setting(5, "passages to show")
-    depth: int = setting(100, "passages that BM25 and each student find, to be fused")
+    depth: int = setting(100, "passages that BM25 and each student find before fusion")
     rank_by: Literal["auto", "maxsim", "fused", "dense", "sparse", "bm25"] = setting(
-        "auto", "the system that orders the passages; auto: maxsim with rerank, else fused"
+        "auto", "system that orders the passages; auto: maxsim with rerank, else fused"
     )
-    json: bool = setting(False, "one line of JSON a question")
-    width: int = setting(160, "characters of a passage to show; JSON has all")
-    index_dir: str | None = setting(None, "where vectors and indexes are kept; in the cache when none")
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
-    dims: int | None = setting(None, "first dimensions to search a dense student with, exactly; all when none")
+    json: bool = setting(False, "print one line of JSON a question")
+    width: int = setting(160, "characters of a passage to show; JSON output has the whole text")
+    index_dir: str | None = setting(None, "folder of vectors and indexes; the cache when null")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "precision of encoding; auto: bf16 where it is as good"
+    )
+    dims: int | None = setting(None, "number of first dimensions to search with, exactly; all when null")
     hybrid: HybridSettings = field(default_factory=HybridSettings)
     expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
     data: DataSettings = field(default_factory=DataSettings)

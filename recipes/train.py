@@ -2,7 +2,7 @@
 
 accelerate launch recipes/train.py recipes/quickstart.yaml [--setting value ...]
 
-Stopped at any point, the same command goes on where it stopped. --stages runs some of the stages.
+If it is stopped, the same command resumes it. --stages runs some of the stages.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 accelerate launch recipes/train_expander.py [settings.yaml] --data.source PATH --output_dir DIR [--setting value ...]
 
 Writes DIR/expander, which recipes/expand.py takes as --model. --from_scratch begins with a small T5 of its own, with a
-tokenizer trained on the collection, where no checkpoint can be had. Stopped at any point, the same command goes on
+tokenizer trained on the collection, where no checkpoint can be had. If it is stopped, the same command resumes
 where it stopped.
 """
 
@@ -22,28 +22,30 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 
 @dataclass
 class ExpanderSizes:
-    vocabulary: int = setting(8000, "pieces of its tokenizer, which is trained on the passages and train queries")
-    d_model: int = setting(256, "dimensions of a token")
-    layers: int = setting(4, "of the encoder, and of the decoder")
-    heads: int = setting(4, "of attention")
-    d_ff: int = setting(1024, "dimensions between")
+    vocabulary: int = setting(
+        8000, "size of its vocabulary; the tokenizer is trained on the passages and train queries"
+    )
+    d_model: int = setting(256, "hidden size")
+    layers: int = setting(4, "layers of the encoder, and of the decoder")
+    heads: int = setting(4, "attention heads")
+    d_ff: int = setting(1024, "size of the feed-forward layers")
 
 
 @dataclass
 class Settings:
     output_dir: str = setting("outputs/train_expander", "where everything is written")
-    model: str = setting("google-t5/t5-base", "folder or Hub id of the seq2seq model to begin with")
-    from_scratch: bool = setting(False, "begin with a small T5 of random weights instead of model")
+    model: str = setting("google-t5/t5-base", "folder or Hub id of the initial seq2seq model")
+    from_scratch: bool = setting(False, "start from a small T5 with random weights instead of model")
     sizes: ExpanderSizes = field(default_factory=ExpanderSizes)  # of that T5, about 11 million weights by default
-    passage_length: int = setting(512, "tokens a passage keeps")
-    query_length: int = setting(64, "tokens a query keeps")
-    prompt: str = setting("", "before each passage; recipes/expand.py then needs the same")
-    seed: int = setting(13, "of new weights, batches and dropout")
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of training; auto: bf16 where the hardware has it")
-    data: DataSettings = field(default_factory=DataSettings)
-    training: dict[str, Any] = setting(
-        {}, "arguments of the training", keys_of="transformers:Seq2SeqTrainingArguments"
+    passage_length: int = setting(512, "maximum length of a passage in tokens")
+    query_length: int = setting(64, "maximum length of a query in tokens")
+    prompt: str = setting("", "prefix of each passage; recipes/expand.py then needs the same")
+    seed: int = setting(13, "random seed of new weights, batches and dropout")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "precision of training; auto: bf16 where the hardware has it"
     )
+    data: DataSettings = field(default_factory=DataSettings)
+    training: dict[str, Any] = setting({}, "training arguments", keys_of="transformers:Seq2SeqTrainingArguments")
 
 
 # docTTTTTquery's: a constant learning rate of 1e-4 and batches of 256 (here 32, eight times over), AdamW instead of

@@ -80,7 +80,7 @@ def passes(lengths: Sequence[int], budget: int, padding: int) -> list[list[int]]
     return made
 
 
-def parts_of_like_length(
+def parts_of_similar_length(
     merged: Features, budget: int | None = None, padding: int | None = None
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Cut a padded batch into passes of at most `budget` tokens, `padding` of them padding (None: by its device).

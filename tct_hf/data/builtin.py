@@ -77,7 +77,7 @@ def builtin_fingerprint(
 
 def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> tuple[Path, dict[str, Any]]:
     if isinstance(packages, str) or not packages:
-        raise ValueError(f"packages: {packages!r} is no list of installed packages; name one, for instance [numpy]")
+        raise ValueError(f"packages: {packages!r} must be a list of installed packages, such as [numpy]")
     versions = {name: _version(name) for name in sorted(set(packages))}
     folder = prepared("builtin", [EXTRACTION_VERSION, versions], lambda staging: _build(staging, versions), cache_dir)
     return folder, read_json(folder / "fingerprint.json", MADE_AGAIN)

@@ -374,7 +374,7 @@ def load_collection(
 def read_corpus(
     source: str, packages: Sequence[str], *, allow_empty: bool = False, skip_bad_rows: bool = False
 ) -> Dataset:
-    """The passages of a source alone, as in :func:`load_collection`; of a BEIR folder perhaps ones without text."""
+    """The passages of a source alone, as in :func:`load_collection`; with allow_empty, without text too."""
     if source == BUILTIN:
         return builtin_corpus("test", packages=packages)[0]
     folder = open_beir(source, skip_bad_rows=skip_bad_rows)

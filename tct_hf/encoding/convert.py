@@ -233,7 +233,7 @@ def _write_student(
 ) -> None:
     unused = _check_weights(source)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
-    # Pretraining heads are left out on purpose; of other weights that nothing takes transformers tells.
+    # Pretraining heads are left out on purpose; transformers reports any other unused weights.
     with _without_report() if all(name.startswith("cls.") for name in unused) else nullcontext():
         build_student(str(source), encoding="tct", pooling=pooling, **lengths).save_pretrained(str(out))
     finalise_checkpoint(out)
@@ -291,7 +291,7 @@ def _check_weights(source: Path, encoder: Any = AutoModel) -> list[str]:
 
 @contextmanager
 def _told_of_weights(source: Path) -> Iterator[None]:
-    """Say what to do about weights that can't be read; of pickles the libraries read tensors alone."""
+    """Say what to do about weights that can't be read; the libraries load only tensors from pickles."""
     try:
         yield
     except pickle.UnpicklingError as error:

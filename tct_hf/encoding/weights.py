@@ -46,7 +46,7 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> None:
-    """Make half-precision weights float32, in place, but for those that are all in the type that is `kept`.
+    """Make half-precision weights float32, in place, unless all of them are of the dtype `kept`.
 
     Autocast only goes down, transformers keeps the half precision that a checkpoint was saved in, and CPUs lack
     operations in float16. The first weight of each module tells, since this is asked before each search.

@@ -1,4 +1,4 @@
-"""From a collection, a student and a teacher to a report; stopped at any point, it goes on where it stopped."""
+"""From a collection, a student and a teacher to a report; a stopped run resumes."""
 
 from __future__ import annotations
 

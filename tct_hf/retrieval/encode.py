@@ -21,7 +21,7 @@ from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tct_hf.batches import padding_of, parts_of_like_length, stack_columns
+from tct_hf.batches import padding_of, parts_of_similar_length, stack_columns
 from tct_hf.data.shards import digest_of, run_shards
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
@@ -194,7 +194,7 @@ def _passes(model: Any, texts: Sequence[str], task: str, budget: int) -> Iterato
         # Packed for flash attention, padded on the left, not text: the model's own batches, of similar length.
         yield from tokenised(_OWN_BATCH)
         return
-    parts = list(parts_of_like_length(merged, budget, padding_of(model.device)))
+    parts = list(parts_of_similar_length(merged, budget, padding_of(model.device)))
     # From the longest to the shortest: a pass that doesn't fit in memory fails at once.
     for rows, features in reversed(parts):
         yield [by_characters[row] for row in rows.tolist()], features

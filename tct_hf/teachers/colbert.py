@@ -15,7 +15,7 @@ from sentence_transformers.util import truncate_embeddings
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import pad_tokens, parts_of_like_length, score_where_the_passages_are, stack_columns
+from tct_hf.batches import pad_tokens, parts_of_similar_length, score_where_the_passages_are, stack_columns
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.files import command
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts
@@ -110,7 +110,7 @@ class VectorTeacher(ModelTeacher):
             rows = len(merged["attention_mask"])
             embeddings: Tensor | None = None
             # The widest pass first: it says how wide the result is.
-            for index, part in reversed(list(parts_of_like_length(merged, self.tokens_per_pass))):
+            for index, part in reversed(list(parts_of_similar_length(merged, self.tokens_per_pass))):
                 vectors, compared = self._pass(part, side)
                 if embeddings is None:
                     embeddings = vectors.new_zeros(rows, *vectors.shape[1:])

@@ -16,7 +16,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import parts_of_like_length, spread_own, stack_columns
+from tct_hf.batches import parts_of_similar_length, spread_own, stack_columns
 from tct_hf.progress import human_duration
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
 
@@ -134,7 +134,7 @@ class CrossEncoderTeacher(ModelTeacher):
         merged = stack_columns([chunk])
         if merged is None:  # not padded text (packed for flash attention): as it is
             return self._forward(chunk)
-        parts = [(rows, self._forward(part)) for rows, part in parts_of_like_length(merged, self.tokens_per_pass)]
+        parts = [(rows, self._forward(part)) for rows, part in parts_of_similar_length(merged, self.tokens_per_pass)]
         order = torch.cat([rows for rows, _ in parts])
         return torch.cat([scores for _, scores in parts])[order.argsort()]
 

@@ -116,7 +116,7 @@ def train_expander(
     """Train a model to write a passage's query, and save it with its tokenizer.
 
     Args:
-        stage: where and how.
+        stage: folders, settings and training arguments.
         make_model: makes the model to begin with, and its tokenizer.
         pairs: rows of a passage and its query.
         dev_pairs: rows to evaluate on, where the arguments ask for it.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tct_hf.batches import (
     gather_rows,
     pad_tokens,
-    parts_of_like_length,
+    parts_of_similar_length,
     sizes_of_all,
     stack_columns,
     take,
@@ -228,7 +228,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         """`(rows, dim)` pooled vectors; with tokens also `(rows, tokens, dim)` unit token vectors and their mask."""
         width = merged["attention_mask"].shape[1]
         found, order = [], []
-        for rows, part in parts_of_like_length(merged):
+        for rows, part in parts_of_similar_length(merged):
             out = self.model(part)
             order.append(rows)
             found.append([out["sentence_embedding"]])

@@ -232,7 +232,7 @@ class ResumableTrainer(Trainer):
         args: Any = self.args
         self._finish_current_push()
         folder, pushed = args.output_dir, None
-        # Of the same name, after which transformers may name the repository.
+        # The same name, because transformers may name the repository after it.
         args.output_dir = os.path.join(folder, PUSHED_FROM, Path(folder).resolve().name)
         try:
             with hub_errors(str(self.hub_model_id or args.hub_model_id or folder), "pushing the model"):

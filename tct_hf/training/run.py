@@ -146,7 +146,7 @@ def train_colbert(
     """Train a ColBERT teacher by softmax over the in-batch candidates.
 
     Args:
-        stage: where and how.
+        stage: folders, settings and training arguments.
         make_model: makes the model to begin with.
         make_triples: makes the rows to train on.
         scale: factor of the scores; 20 for means of cosines and 1 for sums when None.

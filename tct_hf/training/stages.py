@@ -1,4 +1,4 @@
-"""What all stages of training share: processes and precision, lines, a folder, going on, publishing."""
+"""What all training stages share: processes, precision, progress lines, the output folder, resuming and saving."""
 
 from __future__ import annotations
 
