@@ -17,6 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
+from tct_hf.data.near_duplicates import plain_text
 from tct_hf.data.texts import rows_in_batches
 from tct_hf.files import command
 
@@ -199,7 +200,7 @@ def _kept(
         if drop_repeats:
             first: dict[str, int] = {}
             for place in places:
-                first.setdefault(" ".join(row["queries"][place].split()).casefold(), place)
+                first.setdefault(plain_text(row["queries"][place]), place)
             places = list(first.values())
         if least is not None:
             places = [place for place in places if row["scores"][place] >= least]

@@ -9,7 +9,12 @@ from typing import Any
 
 from tct_hf.data.collection import Collection
 from tct_hf.data.ids import hash_of
+<<<<<<< HEAD
 from tct_hf.evaluation.measures import cutoff_of, evaluate_run, find_themselves
+=======
+from tct_hf.data.near_duplicates import plain_text
+from tct_hf.evaluation.measures import cutoff_of, evaluate_run
+>>>>>>> f15ccaa (One way to fold case and white space; names of waiting times)
 from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
 from tct_hf.retrieval.runs import Run, without_own
@@ -145,7 +150,7 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
         raise ValueError(f"hybrid.tune_queries: {settings.tune_queries} is below 1; set hybrid.alpha to tune nothing")
     reported = collection.splits["test"].queries if "test" in collection.splits else {}
     also = {query: text for split in collection.also.values() for query, text in split.queries.items()}
-    known = {_plain(text) for queries in (reported, also) for text in queries.values()}
+    known = {plain_text(text) for queries in (reported, also) for text in queries.values()}
     for name in ("dev", "train") if settings.tune_on == "auto" else (settings.tune_on,):
         split = collection.splits.get(name)
         if split is None or not split.queries:
@@ -155,7 +160,7 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
                 f"hybrid.tune_on: alpha would be tuned on {len(shared)} of the queries that are reported "
                 f"({', '.join(map(repr, shared[:3]))}); tune on dev or train queries"
             )
-        free = [query for query, text in split.queries.items() if query not in also and _plain(text) not in known]
+        free = [query for query, text in split.queries.items() if query not in also and plain_text(text) not in known]
         if free:
             kept = sorted(free, key=hash_of)[: settings.tune_queries]
             queries = {query: split.queries[query] for query in kept}
@@ -168,10 +173,6 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
             f"{there}); name another split, or set hybrid.alpha"
         )
     return None
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _between(low: float, high: float) -> list[float]:

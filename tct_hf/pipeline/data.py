@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from tct_hf.data.collection import Collection, load_collection
+from tct_hf.data.near_duplicates import plain_text
 from tct_hf.data.rows import SkippedRows
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.pipeline.settings import DataSettings, TriplesSettings
@@ -92,7 +93,7 @@ def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collect
     dev or test query ends the run.
     """
     reported = {
-        _plain(text): use
+        plain_text(text): use
         for use, split in collection.splits.items()
         if use != "train"
         for text in split.queries.values()
@@ -104,14 +105,14 @@ def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collect
         return rows.map(check, input_columns="query", features=rows.features)
     found: list[str] = []
     for batch in rows.select_columns("query").iter(10_000):
-        found += [query for query in batch["query"] if _plain(query) in reported]
+        found += [query for query in batch["query"] if plain_text(query) in reported]
     if found:
         _refuse_reported(found[0], reported, collection.name, f"{len(found):,} of the {len(rows):,} rows have")
     return rows
 
 
 def _refuse_reported(query: str, reported: Mapping[str, str], name: str, count: str = "a row has") -> dict[str, Any]:
-    use = reported.get(_plain(query))
+    use = reported.get(plain_text(query))
     if use is not None:
         raise ValueError(
             f"triples.path: {count} a query of dev or test, such as {query!r} ({use} of {name}). Figures on queries "
@@ -119,7 +120,3 @@ def _refuse_reported(query: str, reported: Mapping[str, str], name: str, count: 
             "data.test_split."
         )
     return {}  # nothing of the row changes
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()

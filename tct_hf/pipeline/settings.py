@@ -44,7 +44,8 @@ class DataSettings:
         "bm25", "source of negatives: bm25, or teacher, the mixture's best 30"
     )
     ignore_identical_ids: bool | None = setting(
-        None, "leave the passage with the query's own id out of its ranking, as BEIR does; null: if queries are passages"
+        None,
+        "leave the passage with the query's own id out of its ranking, as BEIR does; null: if queries are passages",
     )
 
     @property

@@ -32,15 +32,15 @@ from tct_hf.progress import human_duration
 from tct_hf.settings import environment
 
 # How long processes wait for one another: one prepares the data of all, which may take longer than NCCL's ten minutes.
-_PATIENCE = timedelta(hours=3)
+_TIMEOUT = timedelta(hours=3)
 
 
 def process_state() -> PartialState:
     """The processes of this run, as `accelerate launch` started them."""
-    state = PartialState(timeout=_PATIENCE)
+    state = PartialState(timeout=_TIMEOUT)
     if state.device.type == "cpu" and not state.use_distributed and "LOCAL_RANK" in os.environ:
         PartialState._reset_state()
-        state = PartialState(cpu=True, timeout=_PATIENCE)
+        state = PartialState(cpu=True, timeout=_TIMEOUT)
     return state
 
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from tct_hf.batches import sizes_of_all
+from tct_hf.data.ids import stable_id
 from tct_hf.data.streamed import StreamedTriples
-from tct_hf.training.collator import stable_id
 
 Row = dict[str, Any]
 _ROWS_AT_ONCE = 100
