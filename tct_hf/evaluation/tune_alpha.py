@@ -9,12 +9,8 @@ from typing import Any
 
 from tct_hf.data.collection import Collection
 from tct_hf.data.ids import hash_of
-<<<<<<< HEAD
-from tct_hf.evaluation.measures import cutoff_of, evaluate_run, find_themselves
-=======
 from tct_hf.data.near_duplicates import plain_text
-from tct_hf.evaluation.measures import cutoff_of, evaluate_run
->>>>>>> f15ccaa (One way to fold case and white space; names of waiting times)
+from tct_hf.evaluation.measures import cutoff_of, evaluate_run, find_themselves
 from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
 from tct_hf.retrieval.runs import Run, without_own

@@ -45,7 +45,7 @@ class DataSettings:
     )
     ignore_identical_ids: bool | None = setting(
         None,
-        "leave the passage with the query's own id out of its ranking, as BEIR does; null: if queries are passages",
+        "leave the passage with the query's own id out of the ranking, as BEIR; null: if queries are passages",
     )
 
     @property
