@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from tct_hf import SparseIndex, load_vectors
-from tct_hf.data.shards import run_shards, shard_file
+from tct_hf.data.shards import _CHECKSUM, _checksum, run_shards, shard_file
 from tct_hf.files import file_digest
 from tct_hf.retrieval.sparse import best_rows
 from tct_hf.retrieval.vectors import vector_facts, vector_table
@@ -201,6 +201,7 @@ def test_forged_vectors_are_refused_when_they_are_read(tmp_path: Path, part: str
         shard.write_bytes(shard.read_bytes().replace(ends.tobytes(), forged.tobytes()))
         manifest["shards"][0]["sha256"] = file_digest(shard)
     manifest |= {"layout": "sparse", **({"dim": value} if part == "dim" else {})}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    del manifest[_CHECKSUM]
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, _CHECKSUM: _checksum(manifest)}))
     with pytest.raises(ValueError, match="its vectors are damaged"):
         load_vectors(tmp_path, mmap=mmap)
