@@ -280,8 +280,7 @@ class Collection:
         if self.questions:
             parts.append(f"{len(self.questions):,} without judgements")
         without = "" if "dev" in self.splits else " (no dev split)"
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.counts.items())
-        left_out = f"; bad rows left out: {kinds}" if kinds else ""
+        left_out = f"; {self.skipped.line()}" if self.skipped.total else ""
         return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}{left_out}"
 
 

@@ -15,9 +15,11 @@ from tct_hf.data.rows import (
     QUERY_ID_NAME,
     BadRow,
     SkippedRows,
+    as_id,
     byte_lines,
     decode,
     file_key,
+    plain,
     there_are,
 )
 from tct_hf.data.sources import digest_of_rows
@@ -155,6 +157,14 @@ def check_positives(qrels: Mapping[str, Mapping[str, int]], place: str) -> None:
         )
 
 
+def ids_are_shared(qrels: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether a passage with a query's id is that query, as in ArguAna and Quora.
+
+    Where one is judged relevant to the query of its id, queries and passages are numbered each for themselves.
+    """
+    return not any(grades.get(query_id, 0) >= 1 for query_id, grades in qrels.items())
+
+
 class KnownPositives:
     """Positives by query id, from judgements, so that none of them trains as a negative.
 
@@ -178,10 +188,13 @@ class KnownPositives:
             if not path.is_file():
                 raise FileNotFoundError(f"qrels: {path}: no such file; give the right path")
             self.source, grades, self.key = str(path), read_qrels(path, skipped=skipped).qrels, file_key(path)
-        self.positives = {
-            str(query): [str(passage) for passage, grade in found.items() if grade >= 1]
-            for query, found in grades.items()
-        }
+        self.positives: dict[str, list[str]] = {}
+        for query, found in grades.items():
+            try:
+                ids = [as_id(plain(passage), "passage id") for passage, grade in found.items() if grade >= 1]
+                self.positives[as_id(plain(query), "query id")] = ids
+            except BadRow as error:
+                raise ValueError(error.at(f"{self.source}, query {query!r}")) from None
 
     def add(self, row: dict[str, Any]) -> None:
         """Set a row's known positives, its own among them if it is labelled."""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,11 @@ class SkippedRows:
         """Take over the figures of another."""
         self.counts, self.examples = dict(other.counts), dict(other.examples)
 
+    def line(self) -> str:
+        """In one line, without examples; empty when nothing was left out."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.items())
+        return f"bad rows left out: {kinds}" if kinds else ""
+
     def save(self, folder: Path) -> None:
         """Write them beside what they were left out of."""
         (folder / _SKIPPED_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -174,6 +179,17 @@ def as_text(value: Any, column: str, *, allow_empty: bool = False) -> str:
     if not is_utf8(value):
         raise BadRow("not UTF-8", "half a surrogate pair; it is not text in any encoding", column)
     return value
+
+
+def checked_texts(texts: Iterable[Any], what: str, first: int = 0) -> list[str]:
+    """Texts that a tokenizer can take; a bad one is a ValueError with its number, counted from `first`."""
+    checked = list(texts)
+    for number, text in enumerate(checked, first):
+        try:
+            as_text(text, "text", allow_empty=True)
+        except BadRow as error:
+            raise ValueError(f"{what}, number {number}: {error.problem}") from None
+    return checked
 
 
 def as_id(value: Any, column: str) -> str:

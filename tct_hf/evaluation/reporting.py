@@ -227,6 +227,8 @@ def _assemble(
 ) -> Report:
     """Put all figures together."""
     measures, count = work.settings.measures, len(work.test.qrels)
+    if work.collection.skipped.total:
+        work.notes.append(f"{work.collection.name}: {work.collection.skipped.line()}.")
     if count == 1:
         work.notes.append("One query: no test can tell systems apart.")
     results = []

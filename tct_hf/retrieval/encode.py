@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tct_hf.batches import padding_of, parts_of_similar_length, stack_columns
+from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, run_shards
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
@@ -88,7 +89,7 @@ def encode_texts(
     # One context for all passes: weights are cast to bfloat16 once, not once a pass.
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         for start in range(0, len(texts), POOL):
-            pool = list(texts[start : start + POOL])
+            pool = checked_texts(texts[start : start + POOL], f"texts (task {task})", start)
             pending: list[tuple[list[int], Tensor]] = []
             for rows, features in _passes(model, pool, task, budget):
                 if task == "query":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tct_hf.data.column_names import negative_columns
 from tct_hf.data.near_duplicates import folded, share_most, shingles
+from tct_hf.data.rows import BadRow, as_id, as_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -143,6 +144,11 @@ class Miner:
         self._corpus = corpus.select_columns("text")
         self._ids, self._rules, self._queries, self._teacher, self._plain_of = ids, rules, queries, teacher, plain
         self._same_ids = same_ids
+        for query_id, text in queries.items():
+            try:
+                as_id(query_id, "id"), as_text(text, "text", allow_empty=True)
+            except BadRow as error:
+                raise ValueError(error.at(f"query {query_id!r}")) from None
         self._asked = {query_id: folded(text) for query_id, text in queries.items()}
         self._text: dict[int, str] = {}
         self._plain = cache(lambda passage: plain(self._text[passage]))
@@ -314,14 +320,6 @@ def passage_ids(corpus: Dataset) -> list[str]:
         raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
     ids: list[str] = corpus["id"][:]
     return ids
-
-
-def ids_are_shared(qrels: Mapping[str, Mapping[str, int]]) -> bool:
-    """Whether a passage with a query's id is that query, as in ArguAna and Quora.
-
-    Where one is judged relevant to the query of its id, queries and passages are numbered each for themselves.
-    """
-    return not any(grades.get(query_id, 0) >= 1 for query_id, grades in qrels.items())
 
 
 def positive_rows(

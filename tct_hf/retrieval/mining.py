@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import pyarrow as pa
 
 from tct_hf.data.column_names import negative_columns
+from tct_hf.data.qrels import ids_are_shared
 from tct_hf.data.shards import checked_shards, digest_of, run_shards
 from tct_hf.data.sources import read_parquet, write_parquet
 from tct_hf.files import claim, read_json, working_in, write_json_atomic
@@ -25,7 +26,6 @@ from tct_hf.retrieval.miner import (
     Rules,
     Scores,
     column_names,
-    ids_are_shared,
     passage_ids,
     positive_rows,
     refuse,

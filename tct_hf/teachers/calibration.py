@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tct_hf.data.near_duplicates import folded
+from tct_hf.data.qrels import ids_are_shared
 from tct_hf.files import write_json_atomic
 from tct_hf.teachers.ensemble import TeacherEnsemble
 from tct_hf.teachers.mixture import members_of, search_mixture, set_weights, weights_of
@@ -126,10 +128,16 @@ def calibrate(
     best = search_mixture(teacher, collection, asked, keep=depth)
     rows = {name: row for row, name in enumerate(collection.corpus["id"])}
     texts = collection.corpus["text"][:]
+    same_ids = ids_are_shared(judged.qrels)
     lists, of_student = [], []
     for name, query in asked.items():
-        passages = list(best.get(name, ()))
-        positive = torch.tensor([judged.qrels[name].get(passage, 0) > 0 for passage in passages])
+        # The query itself, as in ArguAna and Quora, is the best of its candidates to every member.
+        passages = [
+            passage
+            for passage in best.get(name, ())
+            if (passage != name or not same_ids) and folded(texts[rows[passage]]) != folded(query)
+        ]
+        positive = torch.tensor([judged.qrels[name].get(passage, 0) > 0 for passage in passages], dtype=torch.bool)
         if not positive.any():
             continue
         found = [texts[rows[passage]] for passage in passages]

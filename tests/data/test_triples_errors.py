@@ -130,6 +130,7 @@ BAD_FILES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("t.tsv", ID_LINE, {**TEXTS, "collection": Dataset.from_dict({"a": ["x"], "b": ["y"]})}, "name them id and text"),
     ("t.jsonl", WITH_IDS, {"qrels": b"9\td1\t1\n"}, r"none of its queries is judged in .*texts\.tsv"),
     ("t.jsonl", jsonl(GOOD), {"qrels": OF_ONE}, "qrels= needs query_id, which"),
+    ("t.jsonl", WITH_IDS, {"qrels": {"1": {"d\ud800": 1}}}, "qrels .a mapping., query '1', column 'passage id': half"),
     ("t.jsonl", jsonl({**GOOD, "query_id": 1}), {"qrels": OF_ONE}, "qrels= needs passage ids"),
     # Settings.
     ("t.jsonl", jsonl({"query": "q"}) * 2, {}, "line 1: column 'positive'"),

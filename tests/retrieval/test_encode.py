@@ -477,6 +477,14 @@ def test_a_shard_that_is_whole_but_not_what_the_manifest_announces_is_refused(st
             again(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["half \ud800", None, 3])
+def test_what_no_tokenizer_takes_is_named(student: SentenceTransformer, tmp_path: Path, text: Any) -> None:
+    with pytest.raises(ValueError, match=r"texts \(task query\), number 1: "):
+        encode_texts(student, ["one", text], task="query")
+    with pytest.raises(ValueError, match=r"corpus, passage number 1 .*'text': "):
+        encode_corpus(student, [{"id": "1", "text": "one"}, {"id": "2", "text": text}], tmp_path / "out")
+
+
 def test_seen_ids_are_those_of_a_set() -> None:
     draw, seen, known = random.Random(0), SeenIds(), set[str]()
     for _ in range(200):

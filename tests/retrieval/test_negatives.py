@@ -172,6 +172,18 @@ def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive
         assert row["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
 
 
+@pytest.mark.parametrize("asked", [{"q1": "half \ud800"}, {"q\ud800": "apple"}, {"q1": None}])
+@pytest.mark.parametrize("mined", [False, True])
+def test_a_query_that_is_no_text_is_named(mined: bool, asked: dict) -> None:
+    [name] = asked
+    with pytest.raises(ValueError, match=r"query .*, column '(id|text)': (half a surrogate|no text)"):
+        if mined:
+            mine_triples({name: {"pear": 1.0}}, corpus(), asked, {name: {"apple": 1}}, origin="a run", seed=1)
+        else:
+            candidates = {name: {"pear": 1.0}}
+            bm25_triples(corpus(), asked, {name: {"apple": 1}}, seed=1, index=index(), candidates=candidates)
+
+
 def test_passages_and_queries_that_are_numbered_each_for_themselves_share_no_ids() -> None:
     texts = {"1": "apple tree fruit", "2": "pear tree", "3": "plum tree", "4": "car road"}
     asked = {"1": "apple", "2": "pear", "3": "plum"}

@@ -225,3 +225,15 @@ def test_two_encoders_share_no_forward_pass(collection: Collection, base: str, t
         next(tokens.teacher.model.parameters()).add_(0.5)
     encode_together(pooled, tokens, collection.corpus["text"][:])
     assert not pooled.store.keys() and not tokens.store.keys()
+
+
+def test_a_passage_that_is_the_query_itself_is_no_candidate(collection: Collection) -> None:
+    split = collection.splits["dev"]
+    ids, texts = [*collection.corpus["id"], *split.queries], [*collection.corpus["text"], *split.queries.values()]
+    table = {
+        (query, text): 3.0 * (name in split.qrels[asked]) + 9.0 * (name == asked)
+        for asked, query in split.queries.items()
+        for name, text in zip(ids, texts, strict=True)
+    }
+    arguana = replace(collection, corpus=Dataset.from_dict({"id": ids, "text": texts}), index=None)
+    assert calibrate(Fixed(table, 1.0), arguana).after.positive_on_top == 1.0
