@@ -150,6 +150,11 @@ class BeirOnHub(BeirFolder):
         source = f"{self.place} ({own[0]})" if own else f"{self.place}-qrels"
         try:
             parts = reach(source, lambda: load_dataset(self.place, own[0]) if own else load_dataset(source))
+        except FileNotFoundError as error:
+            if own:
+                raise
+            raise MissingSplitError(str(error)) from error
+        try:
             rows = one_split(parts, split, source)
         except FileNotFoundError as error:
             raise MissingSplitError(str(error)) from error

@@ -106,6 +106,8 @@ def write_expansions(
     Raises:
         ValueError: a row without id or queries, naming it; no row; a folder of other settings or other queries.
     """
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     checked = _checked(rows)
 
     def parts() -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:

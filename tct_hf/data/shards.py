@@ -60,12 +60,15 @@ def run_shards(
     Raises:
         ValueError: no part at all; a folder of other settings or parts; a damaged shard, or one that an earlier
             manifest announces with another checksum.
+        FileExistsError: a folder of other files.
     """
     folder = Path(folder)
     wait = state.wait_for_everyone if state is not None else lambda: None
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     with working_in(folder, rank == 0):
         if rank == 0:
+            if not (folder / CLAIM_FILE).is_file() and any(not file.name.startswith(".") for file in folder.iterdir()):
+                raise FileExistsError(f"{folder}: holds something other than shards; name another folder")
             claim(folder, {**settings, "format": FORMAT})
         wait()
         there = _there(folder)
@@ -95,6 +98,11 @@ def run_shards(
             _finish(folder, shards, count, about or {}, there)
         wait()
     return read_manifest(folder, "shards")
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether there is work in a folder to go on with, or a finished one."""
+    return bool(_there(folder)) or (folder / MANIFEST_FILE).is_file()
 
 
 def _there(folder: Path) -> set[str]:

@@ -187,11 +187,18 @@ def rerank_run(
     asked = [query for query, names in ranked.items() if names]
     vectors = encode_query_tokens(model, [queries[query] for query in asked], bf16=bf16) if asked else []
     scores: dict[str, dict[str, float]] = {query: {} for query in queries}
-    wanted = {name for names in ranked.values() for name in names[:k]}
-    for part in _chunks(sorted(wanted, key=lambda name: (len(texts[name]), name))):
+    askers: dict[str, list[int]] = {}
+    for at, query in enumerate(asked):
+        for name in ranked[query][:k]:
+            askers.setdefault(name, []).append(at)
+    for part in _chunks(sorted(askers, key=lambda name: (len(texts[name]), name))):
         chunk = TokenVectors.encoded(model, {name: texts[name] for name in part}, bf16=bf16)
-        for query, encoded in zip(asked, vectors, strict=True):
-            scores[query] |= chunk.rerank(encoded, [name for name in ranked[query][:k] if name in chunk.rows])
+        pools: dict[int, list[str]] = {}
+        for name in part:
+            for at in askers[name]:
+                pools.setdefault(at, []).append(name)
+        for at, pool in pools.items():
+            scores[asked[at]] |= chunk.rerank(vectors[at], pool)
     return {query: above(dict(rank(scores[query])), names[k:]) for query, names in ranked.items()}
 
 

@@ -124,11 +124,13 @@ class BM25Index(Index):
             word.
 
         Raises:
-            ValueError: k is below 1.
+            ValueError: k is below 1, or queries are one string or a mapping.
         """
         check_k(k)
         if isinstance(queries, str):
             raise ValueError("queries: one string; pass a list of query texts")
+        if isinstance(queries, Mapping):
+            raise ValueError("queries: a mapping; pass list(queries.values()), or use run()")
         tokens = [self.known_words(text) for text in queries]
         ids: list[list[str]] = [[] for _ in queries]
         scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in queries]

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tct_hf.batches import padding_of, parts_of_similar_length, stack_columns
 from tct_hf.data.rows import checked_texts
-from tct_hf.data.shards import digest_of, run_shards
+from tct_hf.data.shards import digest_of, has_shards, run_shards
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
@@ -264,7 +264,7 @@ def encode_corpus(
     Raises:
         ValueError: an unknown setting; a folder of another model, settings or corpus, naming what differs; an empty
             corpus; a passage without id, text or words, with an earlier one's id or a NaN vector, naming it.
-        OSError: the folder can't be written.
+        OSError: the folder holds other files, or can't be written.
     """
     sparse = is_sparse_encoder(model)
     for name, value, known in (
@@ -285,7 +285,8 @@ def encode_corpus(
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     computed_in: str = precision
     if precision == "auto" and rank == 0:
-        computed_in = _begun_precision(folder) or choose_precision(model, [text for _, text in first])
+        kept = _begun_precision(folder) if has_shards(folder) else None
+        computed_in = kept or choose_precision(model, [text for _, text in first])
     description = describe_model(model, model_id)
     settings = {
         "weights_sha256": description["model"]["weights_sha256"],

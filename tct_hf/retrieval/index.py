@@ -96,7 +96,12 @@ class Index(ABC):
         """Open an index that `save` wrote."""
         folder = Path(directory)
         settings = cls._read_settings(folder)
-        cls._check_files(folder, settings.pop("files"), verify)
+        try:
+            cls._check_files(folder, settings.pop("files"), verify)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / cls.settings_file}: damaged ({error!r}); build and save the index again"
+            ) from error
         try:
             with pa.memory_map(str(folder / _IDS_FILE)) if mmap else pa.OSFile(str(folder / _IDS_FILE)) as source:
                 table = pa.ipc.open_file(source).read_all()

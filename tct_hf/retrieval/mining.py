@@ -121,6 +121,9 @@ def mine_triples(
         {
             f'origin={origin!r}: name where the negatives come from, for instance "bm25"': not origin.strip(),
             f"margin={margin}: there is no teacher to judge by it": margin is not None and teacher is None,
+            "teacher: not a function from (query, passage) texts to scores; pass one, such as CrossEncoder.predict": (
+                teacher is not None and not callable(teacher)
+            ),
             f"queries_a_part={queries_a_part}: it must be 1 or more": queries_a_part < 1,
             "state: processes share the work through files; give an output_dir": not output_dir and state is not None,
             "depends: run or teacher is a function; give what they depend on, such as the checksum of a model, so "

@@ -6,6 +6,7 @@ A folder of encoded passages is one of `tct_hf.data.shards`: columns id and vect
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ def load_vectors(
     Args:
         directory: its folder.
         mmap: leave vectors on disk until they are used.
-        verify: read every file and compare its checksum.
+        verify: read every file and compare its checksum, and refuse an id that comes twice.
 
     Returns:
         Passage ids in the corpus's order; their vectors, `(passages, dim)` float32, an array, or `ShardedVectors` with
@@ -226,7 +227,7 @@ def load_vectors(
 
     Raises:
         FileNotFoundError: there is no finished folder, or a shard is missing.
-        ValueError: a file is damaged or altered, naming it, or the folder is of another version.
+        ValueError: a file is damaged or altered, naming it, an id comes twice, or the folder is of another version.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
@@ -243,6 +244,11 @@ def load_vectors(
             raise ValueError(
                 f"{shards.shard_file(folder, number)}: its vectors are damaged ({error}); encode again"
             ) from error
+    if verify and len(ids) != manifest["count"]:
+        raise ValueError(f"{folder}: {len(ids)} vectors where {manifest['count']} are announced; encode again")
+    if verify and len(set(ids)) != len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise ValueError(f"{folder}: two passages have the id {twice!r}: give each its own id, and encode again")
     vectors = (ShardedRows if manifest.get("layout") == "sparse" else ShardedVectors)(parts, manifest["dim"])
     return ids, vectors if mmap else vectors[:], manifest
 

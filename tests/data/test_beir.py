@@ -194,6 +194,12 @@ def test_hub_layout_with_judgements_of_its_own(repository: Path, tmp_path: Path)
     own = "- config_name: default\n  data_files: [{split: test, path: qrels.jsonl}]\n---\n"
     (repository / "README.md").write_text(CONFIGS + own)
     check(BeirOnHub(repository, tmp_path / "cache").load("test"))
+    with pytest.raises(MissingSplitError, match="no split 'dev'"):
+        BeirOnHub(repository, tmp_path / "cache").load("dev")
+    (repository / "qrels.jsonl").unlink()
+    with pytest.raises(FileNotFoundError) as broken:
+        BeirOnHub(repository, tmp_path / "other").load("test")
+    assert not isinstance(broken.value, MissingSplitError)
 
 
 def test_hub_layout_with_passages_alone(repository: Path, tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             write_expansions(bad, tmp_path / "bad", settings={})
+    with pytest.raises(ValueError, match="shard_size must be at least 1, got 0"):
+        write_expansions(rows(), tmp_path / "bad", settings={}, shard_size=0)
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:

@@ -162,6 +162,12 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
         build(**options)
 
 
+@pytest.mark.parametrize("queries", ["same", {"q": "same"}])
+def test_queries_that_are_no_list_are_refused(queries: Any) -> None:
+    with pytest.raises(ValueError, match=r"queries: .*; pass "):
+        build().search(queries)
+
+
 def test_settings_come_back(tmp_path: Path) -> None:
     index = build(k1=0.9, b=0.4)
     index.save(tmp_path)

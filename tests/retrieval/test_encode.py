@@ -28,7 +28,7 @@ from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_v
 from tct_hf.data.ids import SeenIds
 from tct_hf.data.shards import _write_shard
 from tct_hf.encoding.weights import weights_digest
-from tct_hf.retrieval import encode
+from tct_hf.retrieval import encode, vectors
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
 from tests.encode_worker import COUNT, SHARD, passages
@@ -174,7 +174,37 @@ def test_bfloat16_is_chosen_by_cosine_where_the_hardware_has_it_and_kept(
         encoded(either, tmp_path, precision="fp32")
 
 
+def test_the_precision_of_another_model_s_run_without_a_shard_is_not_taken(
+    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "has_bfloat16", lambda device: False)
+    (tmp_path / "tct_settings.json").write_text('{"weights_sha256": "other", "precision": "bf16"}')
+    assert encoded(student, tmp_path, precision="auto")["precision"] == "fp32"
+
+
 # A corpus into a folder
+
+
+def test_a_folder_of_other_files_is_refused_and_left_as_it_is(student: Any, tmp_path: Path) -> None:
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(FileExistsError, match="holds something other than shards; name another folder"):
+        encoded(student, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {".hidden", "thesis.tex"}
+
+
+def test_vectors_with_an_id_twice_or_of_another_count_are_refused(
+    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "passage_shards", lambda passages, size: iter([list(passages)]))
+    encoded(student, tmp_path, corpus=[*passages(3), *passages(1)])
+    with pytest.raises(ValueError, match="two passages have the id 'p0'"):
+        load_vectors(tmp_path)
+    assert load_vectors(tmp_path, verify=False)[0] == ["p0", "p1", "p2", "p0"]
+    manifest = vectors.read_manifest(tmp_path)
+    monkeypatch.setattr(vectors, "read_manifest", lambda folder: {**manifest, "count": 5})
+    with pytest.raises(ValueError, match="4 vectors where 5 are announced; encode again"):
+        load_vectors(tmp_path)
 
 
 def test_a_corpus_becomes_shards_in_its_order_with_a_manifest(either: Any, tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def test_settings_that_are_damaged_or_do_not_fit_are_refused(tmp_path: Path) -> 
     for broken, message in (
         (text[:-20], r"tct_dense\.json: damaged"),
         ('{"format": 1}', "format 1 where this version reads"),
+        (json.dumps({**json.loads(text), "files": 1}), r"tct_dense\.json: damaged"),
+        (json.dumps({k: v for k, v in json.loads(text).items() if k != "files"}), r"tct_dense\.json: damaged"),
     ):
         settings.write_text(broken)
         with pytest.raises(ValueError, match=message):

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from tct_hf import MiningCounts, load_triples, mine_triples
 from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.shards import FORMAT
+from tct_hf.files import claim
 from tests.retrieval.test_negatives import QRELS, QUERIES
 
 TEXTS = {
@@ -177,7 +179,7 @@ def test_the_files_are_the_rows_and_a_finished_folder_is_read_again(tmp_path: Pa
     assert mined(**options) == rows
     (folder / "triples.parquet").unlink()
     part = folder / "parts" / "00000.arrow"
-    part.parent.mkdir()
+    claim(part.parent, {"format": FORMAT})
     part.write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"00000\.arrow: damaged .*delete it, and run again"):
         mined(**options)
@@ -308,6 +310,7 @@ def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
         ({"run": {"q1": {"quince": 1.0}}}, "run: passage 'quince' .query 'q1'. is not in the corpus"),
         # Wherever it stands: the others could not be put in order.
         ({"run": {"q1": {"bus": 1.0, "car": float("nan"), "train": 3.0}}, "depth": 1}, "passage 'car' is nan; leave"),
+        ({"teacher": RUN}, "teacher: not a function"),
         ({"teacher": lambda pairs: [1.0]}, r"teacher: it gave 1 scores for \d+ pairs"),
         ({"teacher": lambda pairs: [float("inf")] * len(pairs)}, "teacher: its score of query 'q1'.*is inf"),
         ({"run": lambda queries: RUN, "output_dir": "x"}, "depends: run or teacher is a function"),
