@@ -171,6 +171,11 @@ def keep_layers(model: Any, layers: Sequence[int] | None) -> None:
 
 def tct_post_processor(tokenizer: Tokenizer, token: str) -> TemplateProcessing:
     """What adds special tokens to a text: the start token only, no `[SEP]`."""
+    if tokenizer.token_to_id(token) is None:
+        raise ValueError(
+            f"{token!r}, the first token of every input, is not in the vocabulary: set tokenizer.cls_token to a token "
+            "that is."
+        )
     special: Any = [(token, tokenizer.token_to_id(token))]
     return TemplateProcessing(single=f"{token} $A", pair=f"{token} $A $B:1", special_tokens=special)
 

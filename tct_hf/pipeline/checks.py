@@ -101,6 +101,28 @@ def check_together(settings: TrainSettings) -> None:
     if data.negatives == "teacher" and not teacher.is_mixture:
         raise SettingsError("data.negatives: only a mixture searches the corpus; leave it out, or set teacher.kind")
     check_teacher(teacher)
+    stored = any(one.kind == "stored" for one in teacher.parts)
+    if teacher.is_mixture and stored and (asks or data.negatives == "teacher"):
+        raise SettingsError(
+            f"{'data.unlabelled' if asks else 'data.negatives'}: the stored scores of teacher.mixed_with do not cover "
+            "the passages that the mixture finds; leave one of the two out"
+        )
+    if triples.path is None and teacher.score_columns is not None:
+        raise SettingsError(
+            f"teacher.scores: {teacher.score_columns} are columns of triples, or a file that is not there; name the "
+            f"triples with triples.path ({command('score')} writes them), or give the right path of a file"
+        )
+    whole = [p for p in teacher.parts if p.kind != "stored" and (p.kind, p.candidates) != ("cross-encoder", "own")]
+    if not whole and student.training.get("candidates", "in-batch") != "own":
+        raise SettingsError(
+            f"student.training.candidates: a {teacher.kind} teacher scores a query's own candidates only; set it to "
+            "own, or mix the teacher with a ColBERT (teacher.mixed_with). A cross-encoder can score the whole batch, "
+            "slowly, with teacher.candidates: in-batch"
+        )
+    if not 0 < student.teacher_cache_gigabytes < float("inf"):
+        raise SettingsError(
+            f"student.teacher_cache_gigabytes={student.teacher_cache_gigabytes}: give a finite number greater than 0"
+        )
     if teacher.is_mixture and student.training.get("preset") is not None:
         raise SettingsError(
             "student.training.preset: its temperature belongs to the paper's teacher; leave it out, or set "

@@ -157,7 +157,7 @@ class ModelTeacher(Teacher):
     model: Any
     model_class: ClassVar[Any]
     what: ClassVar[str]  # its name in messages
-    # How the names of architectures that score end, where modules.json says nothing; of others `head` would be random.
+    # How the names of architectures that score end, where the modules don't tell; of others `head` would be random.
     heads: ClassVar[tuple[str, ...]] = ("",)
     head: ClassVar[str] = ""
     trained_with: ClassVar[str] = ""
@@ -193,7 +193,8 @@ class ModelTeacher(Teacher):
             )
         config = read_json(name_or_path, "config.json")
         check_query_length(name_or_path, config, own, also)
-        if config is not None and read_json(name_or_path, "modules.json") is None:
+        modules = read_json(name_or_path, "modules.json")
+        if config is not None and not cls.is_whole(kind, [one["type"].rpartition(".")[2] for one in modules or []]):
             architectures = config.get("architectures") or [""]
             if not any(name.endswith(cls.heads) for name in architectures):
                 raise ValueError(
@@ -203,6 +204,12 @@ class ModelTeacher(Teacher):
                 )
         with told_when_missing(name_or_path):
             return cls.model_class(name_or_path)
+
+    @classmethod
+    def is_whole(cls, kind: str | None, modules: Sequence[str]) -> bool:
+        """Whether a model of this recorded kind, with these modules, has a head whatever its architecture."""
+        # An embedding model, whose kind older folders do not record, loses its pooling and gets a head.
+        return bool(modules) and (kind is not None or "Pooling" not in modules)
 
     @property
     def device(self) -> torch.device:

@@ -76,6 +76,11 @@ class CrossEncoderTeacher(ModelTeacher):
         if max_length is not None:
             self.model.max_seq_length = max_length
 
+    @classmethod
+    def is_whole(cls, kind: str | None, modules: Sequence[str]) -> bool:
+        """Whether modules of a cross-encoder score; one alone is the encoder, whose architecture tells."""
+        return kind == "CrossEncoder" and len(modules) > 1
+
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
         """Log the pairs of a batch of the whole matrix, and how long they take by the time of a few."""
         if self.covers == "own":

@@ -61,16 +61,20 @@ def new_expander(
     texts: Iterable[str],
     *,
     seed: int,
-    vocabulary: int = 8000,
-    d_model: int = 256,
-    layers: int = 4,
-    heads: int = 4,
-    d_ff: int = 1024,
+    vocabulary: int,
+    d_model: int,
+    layers: int,
+    heads: int,
+    d_ff: int,
 ) -> tuple[Any, Any]:
     """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had.
 
-    The model has as many layers in its encoder as in its decoder, and about 11 million weights by default.
+    The model has as many layers in its encoder as in its decoder.
     """
+    sizes = {"vocabulary": vocabulary, "d_model": d_model, "layers": layers, "heads": heads, "d_ff": d_ff}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"sizes.{name} must be at least 1, got {size}.")
     if d_model % heads:
         raise ValueError(f"sizes.d_model is {d_model}, which {heads} heads don't divide.")
     special = ["<pad>", "</s>", "<unk>"]

@@ -196,7 +196,12 @@ class ResumableTrainer(Trainer):
             return
         source = Path(str(args.output_dir), PUSHED_FROM, checkpoint.name)
         shutil.rmtree(source if busy else source.parent, ignore_errors=True)
-        shutil.copytree(checkpoint, source)
+        try:
+            shutil.copytree(checkpoint, source, copy_function=_link)
+        except OSError as error:
+            logger.warning(f"{checkpoint} is not pushed; training goes on, and the next save pushes again. {error}")
+            shutil.rmtree(source, ignore_errors=True)
+            return
         upload = partial(
             hf_api().upload_folder,  # of one client, whose queue sends one push after the other
             repo_id=self.hub_model_id,
@@ -331,6 +336,13 @@ class _WholeCard(TrainerCallback, ExportableState):
 def _plain(numbers: Mapping[str, Any]) -> list[tuple[str, Any]]:
     # Pairs: the trainer's state is saved with its keys sorted.
     return [(name, value if isinstance(value, int) else float(value)) for name, value in numbers.items()]
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _say_if_failed(job: Future[Any], *, what: str) -> None:

@@ -67,6 +67,24 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _check_columns(shape: torch.Size, candidate_mask: Tensor | None, positive_index: Tensor) -> None:
+    if candidate_mask is not None and (candidate_mask.shape != shape or candidate_mask.dtype != torch.bool):
+        raise ValueError(
+            f"candidate_mask has shape {tuple(candidate_mask.shape)} and is {candidate_mask.dtype}: give one bool for "
+            f"each query and candidate, {tuple(shape)}, True for what counts."
+        )
+    if positive_index.shape != shape[:1] or positive_index.dtype != torch.int64:
+        raise ValueError(
+            f"positive_index has shape {tuple(positive_index.shape)} and is {positive_index.dtype}: give one int64 "
+            f"column for each query, {tuple(shape[:1])}, and -1 for a query without a label."
+        )
+    # Elsewhere reading values would make the host wait for the device at every step.
+    if positive_index.device.type == "cpu" and ((positive_index < -1) | (positive_index >= shape[1])).any():
+        raise ValueError(
+            f"positive_index holds {positive_index.tolist()}: columns are 0 to {shape[1] - 1}, and -1 is no label."
+        )
+
+
 def coupled_loss(
     student_scores: Tensor,
     teacher_scores: Tensor,
@@ -111,7 +129,7 @@ def coupled_loss(
         `margin_mse_weight` above 0 also "margin_mse".
 
     Raises:
-        ValueError: matrices of different shapes, a setting outside its range.
+        ValueError: shapes or types that do not fit, a setting or (on the CPU) a column outside its range.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2, equations 4 and 5. MarginMSE: Hofstätter et al., arXiv
     2010.02666, equation 8.
@@ -123,6 +141,7 @@ def coupled_loss(
         )
     if positive_index is None:
         positive_index = torch.arange(len(student_scores), device=student_scores.device)
+    _check_columns(student_scores.shape, candidate_mask, positive_index)
     check_settings(
         {
             "temperature": temperature,

@@ -73,7 +73,7 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
     def _filled(self, size: int) -> Iterator[list[Row]]:
         """Batches of `size` rows, filled up from the next pass."""
         batch: list[Row] = []
-        number = self.first_pass
+        number, read = self.first_pass, 0
         while self.passes is None or number < self.first_pass + self.passes:
             count = 0
             for row in _one_pass(self.rows, number):
@@ -82,7 +82,7 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
                 if len(batch) == size:
                     yield batch
                     batch = []
-            number += 1
+            number, read = number + 1, read + count
             if count < size:  # filled up, a batch would hold a row twice
                 if not count or (self.processes > 1 and (self.passes is None or count < self.processes)):
                     raise ValueError(
@@ -92,6 +92,12 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
                     )
                 yield batch
                 batch = []
+            elif (skipped := (self.trained * size - read) // count) > 0:
+                # Every pass has as many rows: of whole passes that are trained on only the number counts.
+                number, read, rows = number + skipped, read + skipped * count, len(batch) + skipped * count
+                batch = [{}] * size
+                yield from (batch for _ in range(rows // size))
+                batch = batch[: rows % size]
         if len(batch) >= self.processes:
             yield batch
 

@@ -64,8 +64,11 @@ def test_the_tokenizer_given_stays_as_it_is_and_hands_down_no_padding_or_truncat
 
 
 def test_what_can_not_make_tct_input_is_refused() -> None:
+    lost = wordpiece("[CLS]", "[", "]", "q", "d", cls_token="[CLS]")
+    lost._special_tokens_map["cls_token"] = "<s>"  # named, never added
     for tokenizer, message in (
         (wordpiece("[", "]", "q", "d"), "neither a cls_token nor a bos_token"),
+        (lost, "'<s>', the first token of every input, is not in the vocabulary"),
         (wordpiece("[CLS]", "q", "d", cls_token="[CLS]"), r"ends the prompt '\[Q\] ' with a special token"),
         (None, "tokenizers library"),
     ):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
+from tct_hf.training import resumable
 from tct_hf.training.run import train_colbert
 from tct_hf.training.stages import Stage
 from tests.hub.models import dual_encoder
@@ -102,6 +104,19 @@ def test_a_slow_push_undoes_no_later_one(hub: LoopbackHub, tmp_path: Path) -> No
     trainer._finish_current_push()
     assert overlapped == [False] and under_way[0] == 3
     assert hub.files(NAME)["model.safetensors"] == (tmp_path / "run/checkpoint-3/model.safetensors").read_bytes()
+
+
+def test_a_full_disk_stops_no_training(
+    hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*paths: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(resumable, "_link", full)
+    with caplog.at_level(logging.WARNING):
+        trainer = train(tmp_path, strategy="every_save", steps=1)
+    assert trainer.state.global_step == 1 and (tmp_path / "run/checkpoint-1/model.safetensors").is_file()
+    assert "checkpoint-1 is not pushed; training goes on" in caplog.text and "No space left" in caplog.text
 
 
 def test_a_teacher_is_pushed_with_its_scale(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -6,9 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tct_hf.pipeline.checks import check_together
+from tct_hf.pipeline.settings import DataSettings, OneTeacher, TeacherSettings, TrainSettings
+from tct_hf.settings import SettingsError
 from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
 from tests.searching import Material
 from tests.train_helpers import with_scores
@@ -96,6 +100,10 @@ def test_an_embedding_model_and_the_words_of_the_collection_teach_without_traini
         (["--teacher.kind=stored"], "teacher.scores: name the stored scores"),
         ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
         (["--teacher.mixed_with=[{kind: colbert}]"], "teacher.mixed_with[0].model: name the folder"),
+        ([*CROSS, *STUDENT], "student.training.candidates: a cross-encoder teacher scores a query's own"),
+        ([*STORED, *STUDENT], "student.training.candidates: a stored teacher scores a query's own"),
+        ([*STORED, *OWN, "--triples.path=null"], "teacher.scores: scores are columns of triples"),
+        (["--student.teacher_cache_gigabytes=0"], "student.teacher_cache_gigabytes=0"),
     ],
 )
 def test_wrong_teachers_are_one_message_before_anything_runs(
@@ -104,12 +112,11 @@ def test_wrong_teachers_are_one_message_before_anything_runs(
     refused(options, message)
 
 
-@pytest.mark.parametrize("options", [[*CROSS, *STUDENT], [*STORED, *STUDENT]], ids=["cross-encoder", "stored"])
-def test_a_teacher_that_does_not_score_the_batch_is_refused_by_the_training(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
-) -> None:
-    assert recipe(tmp_path / "new", *options, "--stages=[student]") == 1
-    assert "scores a query's own candidates only" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize(("setting", "value"), [("unlabelled", True), ("negatives", "teacher")])
+def test_stored_scores_beside_a_mixture_that_searches_are_refused(setting: str, value: Any) -> None:
+    teacher = TeacherSettings("mixture", mixed_with=[OneTeacher("stored", scores="s.jsonl")])
+    with pytest.raises(SettingsError, match=f"data.{setting}: the stored scores of teacher.mixed_with do not cover"):
+        check_together(TrainSettings(data=DataSettings(**{setting: value}), teacher=teacher))
 
 
 @pytest.mark.parametrize(

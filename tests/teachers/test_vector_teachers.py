@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tct_hf import ColBERTTeacher, DenseTeacher, student_from_teacher
+from tct_hf import ColBERTTeacher, CrossEncoderTeacher, DenseTeacher, student_from_teacher
 from tct_hf.batches import passes as cut_into_passes
 from tct_hf.encoding.kinds import TRAINING_FILE
 from tct_hf.teachers.base import write_training_scale
+from tests.hub.models import dual_encoder
 from tests.models import (
     load_colbert,
     pylate_colbert,
@@ -379,7 +380,11 @@ def test_passes_hold_every_row_once_within_both_limits(lengths: list[int], budge
 def test_a_model_of_another_kind_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     cross_encoder = tiny_cross_encoder(tmp_path / "cross-encoder")
     CrossEncoder(str(cross_encoder), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    embedding = dual_encoder(tmp_path / "dual")
+    (embedding / "config_sentence_transformers.json").write_text("{}")  # an older one
     teachers: list[tuple[Any, Any, str]] = [
+        (ColBERTTeacher, embedding, "is a BertModel and no ColBERT: its projection would be random"),
+        (CrossEncoderTeacher, embedding, "is a BertModel and no cross-encoder: the head that scores a pair would be"),
         (ColBERTTeacher, tiny_bert(tmp_path / "b"), "BertModel and no ColBERT: its projection would be random"),
         (ColBERTTeacher, cross_encoder, "is a BertForSequenceClassification and no ColBERT"),
         (ColBERTTeacher, tmp_path / "saved", "is a CrossEncoder, one score a pair, and no ColBERT"),
@@ -389,3 +394,4 @@ def test_a_model_of_another_kind_is_refused(checkpoints: dict[str, Path], tmp_pa
     for kind, model, message in teachers:
         with pytest.raises(ValueError, match=message):
             kind(model)
+    CrossEncoderTeacher(tmp_path / "saved")

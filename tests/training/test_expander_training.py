@@ -29,6 +29,13 @@ def test_the_same_texts_make_the_same_tokenizer_and_weights() -> None:
     assert tokenizer.decode(tokenizer(texts[0])["input_ids"], skip_special_tokens=True) == texts[0]
 
 
+@pytest.mark.parametrize("size", ["layers", "heads", "vocabulary"])
+def test_a_size_below_one_is_refused(size: str) -> None:
+    sizes = {"vocabulary": 60, "d_model": 16, "layers": 1, "heads": 2, "d_ff": 32, size: 0}
+    with pytest.raises(ValueError, match=f"sizes.{size} must be at least 1, got 0"):
+        new_expander(["how to sort an array"], seed=1, **sizes)
+
+
 def test_a_step_of_several_batches_is_a_step_of_their_mean(tmp_path: Path) -> None:
     texts = ["how to sort an array", "how to draw a line", "how to open a file", "how to read a table"]
     sizes = {"vocabulary": 60, "d_model": 16, "layers": 1, "heads": 2, "d_ff": 32}

@@ -229,6 +229,12 @@ SCORES = torch.zeros(3, 6)
     ("arguments", "message"),
     [
         ({"teacher_scores": torch.zeros(3, 5)}, r"one shape, got \(3, 6\) and \(3, 5\)"),
+        ({"positive_index": torch.tensor([0, 1])}, r"positive_index has shape \(2,\) and is torch.int64"),
+        ({"positive_index": torch.zeros(3)}, "is torch.float32: give one int64 column"),
+        ({"positive_index": torch.tensor([0, -2, 1])}, r"positive_index holds \[0, -2, 1\]: columns are 0 to 5"),
+        ({"positive_index": torch.tensor([0, 6, 1])}, r"positive_index holds \[0, 6, 1\]"),
+        ({"candidate_mask": torch.ones(3, 6)}, r"candidate_mask has shape \(3, 6\) and is torch.float32"),
+        ({"candidate_mask": torch.ones(3, 5, dtype=torch.bool)}, r"candidate_mask has shape \(3, 5\)"),
         ({"temperature": 0.0}, r"^temperature=0.0"),
         ({"student_temperature": math.nan}, "student_temperature=nan"),
         ({"hard_label_weight": 1.01}, "hard_label_weight=1.01"),

@@ -71,6 +71,17 @@ def test_batches_that_are_done_are_not_read_again(tmp_path: Path, workers: int) 
     assert passes(rows, 2, 2, workers, steps=8, trained=4) == [[], [], [], [], *whole[4:]]
 
 
+@pytest.mark.parametrize("trained", [7, 10, 12, 18])
+def test_whole_passes_that_are_done_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: int) -> None:
+    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
+    whole = passes(rows, 2, 2, 0, steps=22)
+    begun: list[int] = []
+    one_pass = streaming._one_pass
+    monkeypatch.setattr(streaming, "_one_pass", lambda rows, n: begun.append(n) or one_pass(rows, n))
+    assert passes(rows, 4, 1, 0, steps=22, trained=trained) == [*([[]] * trained), *whole[trained:]]
+    assert begun == [0, *range(trained * 4 // 10, 9)]
+
+
 def test_one_pass_ends_with_what_is_left(tmp_path: Path) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True)
     assert [numbers(batch) for batch in StreamedBatches(rows, 4, passes=1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
