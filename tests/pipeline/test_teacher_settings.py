@@ -124,7 +124,7 @@ def test_stored_scores_beside_a_mixture_that_searches_are_refused(setting: str, 
     [
         ("s.parquet", None, "s.parquet: no such file"),
         ("s.parquet", "nonsense", "s.parquet: not a whole parquet file"),
-        ("s.csv", "query_id,passage_id,score", "s.csv: ends in .csv"),
+        ("s.csv", "query_id,passage_id,score", "s.csv: it holds no score; check the file"),
         ("s.jsonl", '{"query_id": "q0", "passage_id": "p0", "score": 1.0}', "has no score of passage 'p5'"),
     ],
 )
