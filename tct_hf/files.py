@@ -267,21 +267,42 @@ _BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
 MADE_AGAIN = "delete it, and it is made again."
 
 
-def claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Record which settings a folder's content belongs to, or refuse the folder if they are others."""
+_NAMES = "names"  # in the file: of digests, beside the settings
+
+
+def claim(
+    folder: str | os.PathLike[str], settings: Mapping[str, Any], names: Mapping[str, str | None] | None = None
+) -> None:
+    """Record which settings a folder's content belongs to, or refuse the folder if they are others.
+
+    Args:
+        folder: made when missing.
+        settings: JSON-ready.
+        names: what digests among the settings are of, such as a model's id, by setting; shown, and never compared.
+    """
     folder = Path(folder)
     wanted = json.loads(json.dumps(settings))
     file = folder / CLAIM_FILE
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
     if file.is_file() and any(p.name != CLAIM_FILE and not p.name.startswith(".") for p in folder.iterdir()):
-        if difference := _first_difference(read_json(file, _BEGIN_AGAIN), wanted):
-            name, before, now = difference
-            raise ValueError(
-                f"{folder} holds a run with {name} = {before!r}, but now {name} = {now!r}: "
-                "choose another --output_dir, or delete the folder to begin again."
+        kept = read_json(file, _BEGIN_AGAIN)
+        kept_names = kept.pop(_NAMES, {})
+        if difference := _first_difference(kept, wanted):
+            name, *values = difference
+            before, now = (
+                f"{of[name]!r} ({str(value)[:12]})" if of.get(name) else repr(value)
+                for of, value in zip((kept_names, names or {}), values, strict=True)
             )
+            raise ValueError(f"{folder} holds a run with {name} = {before}, but now {name} = {now}: {_BEGIN_AGAIN}")
         return
-    write_json_atomic(file, wanted)
+    write_json_atomic(file, {**wanted, _NAMES: dict(names)} if names else wanted)
+
+
+def read_claim(folder: Path, fix: str) -> dict[str, Any]:
+    """The settings that a folder was claimed with; `fix` says what to do where the file is damaged."""
+    settings: dict[str, Any] = read_json(folder / CLAIM_FILE, fix)
+    settings.pop(_NAMES, None)
+    return settings
 
 
 def is_claimed(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:

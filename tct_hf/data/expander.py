@@ -170,7 +170,16 @@ def expand_corpus(
         "device": model.device.type,
     }
     about = {"model": getattr(model.config, "_name_or_path", None) or None}
-    manifest = shards.run_shards(out_dir, settings, parts, make, about=about, state=state, progress=progress)
+    manifest = shards.run_shards(
+        out_dir,
+        settings,
+        parts,
+        make,
+        about=about,
+        names={"weights_sha256": about["model"]},
+        state=state,
+        progress=progress,
+    )
     progress.finish(manifest["count"])
     return manifest
 

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import xxhash
 
-from tct_hf.files import CLAIM_FILE, claim, file_digest, read_json, working_in, write_aside, write_json_atomic
+from tct_hf.files import (
+    CLAIM_FILE,
+    claim,
+    file_digest,
+    read_claim,
+    read_json,
+    working_in,
+    write_aside,
+    write_json_atomic,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -40,6 +49,7 @@ def run_shards(
     make: Callable[[Sequence[Any]], Any],
     *,
     about: Mapping[str, Any] | Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
+    names: Mapping[str, str | None] | None = None,
     state: PartialState | None = None,
     progress: PassageProgress | None = None,
 ) -> dict[str, Any]:
@@ -51,6 +61,7 @@ def run_shards(
         parts: a checksum of what a shard is made of, and its items; the same parts in every process.
         make: items to columns, name to Arrow array, or to an Arrow table with metadata of its own.
         about: JSON-ready, said in the manifest besides the settings; or what makes that of the tables of all shards.
+        names: as in `claim`.
         state: the processes of a distributed run, which share the missing shards; one process when None.
         progress: told of items whose shard is there already.
 
@@ -69,7 +80,7 @@ def run_shards(
         if rank == 0:
             if not (folder / CLAIM_FILE).is_file() and any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise FileExistsError(f"{folder}: holds something other than shards; name another folder")
-            claim(folder, {**settings, "format": FORMAT})
+            claim(folder, {**settings, "format": FORMAT}, names)
         wait()
         there = _there(folder)
         wait()  # a shard is written only after every process has seen which are there
@@ -179,7 +190,7 @@ def _finish(folder: Path, shards: int, count: int, about: Any, kept: Collection[
             raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
         entries.append({"file": file.name, "count": len(table), "sha256": digest})
     about = about(tables) if callable(about) else about
-    settings = read_json(folder / CLAIM_FILE, _BEGIN_AGAIN)
+    settings = read_claim(folder, _BEGIN_AGAIN)
     manifest = {**settings, **about, "count": count, "shards": entries}
     write_json_atomic(folder / MANIFEST_FILE, {**manifest, _CHECKSUM: _checksum(manifest)})
 
@@ -204,7 +215,7 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
         raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
     claimed = folder / CLAIM_FILE
-    settings = read_json(claimed, _RUN_AGAIN) if claimed.is_file() else {}
+    settings = read_claim(folder, _RUN_AGAIN) if claimed.is_file() else {}
     if altered := [name for name, value in settings.items() if manifest.get(name) != value]:
         raise ValueError(f"{claimed} was altered, {altered[0]!r} is another in {file.name}: {_BEGIN_AGAIN}")
     return manifest

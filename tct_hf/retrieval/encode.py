@@ -323,7 +323,8 @@ def encode_corpus(
 
     parts = ((digest_of(chain.from_iterable(shard)), shard) for shard in chain([first], passages_of))
     begun = time.monotonic()
-    manifest = run_shards(folder, settings, parts, make, about=about, state=state, progress=progress)
+    names = {"weights_sha256": description["model"]["id"]}
+    manifest = run_shards(folder, settings, parts, make, about=about, names=names, state=state, progress=progress)
     progress.finish(manifest["count"])
     fresh = manifest["count"] - progress.there
     if rank == 0 and fresh:

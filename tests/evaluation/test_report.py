@@ -261,7 +261,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
     before = (output / "report.json").read_bytes()
     with pytest.raises(ValueError, match=named.replace(".", r"\.")) as refused:
         make(material, output, sparse_student=splade, **graded(material, **changes))
-    assert "choose another --output_dir" in str(refused.value)
+    assert "choose another folder" in str(refused.value)
     assert (output / "report.json").read_bytes() == before
 
 

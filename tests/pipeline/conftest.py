@@ -74,7 +74,7 @@ def kept(whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[
         assert recipe(whole, option) == 1
         message = capsys.readouterr().err.splitlines()[-1]
         assert f"holds a run with {name} = " in message and f"but now {name} = " in message
-        assert "choose another --output_dir, or delete the folder" in message
+        assert "choose another folder, or delete this one" in message
         assert contents() == before
 
     return check

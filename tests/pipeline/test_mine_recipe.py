@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_triples_of_an_undisturbed_one(
     for one in rows:
         assert one["origin"] == f"student {student}" and one["negative_id"] in search[one["query_id"]]
     assert recipe(tmp_path / "whole", f"--model={settings.parent / 'mean'}") == 1  # another student
-    assert "choose another --output_dir" in capsys.readouterr().err
+    assert "choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_a_colbert_scores_too_and_other_settings_are_refused(
     assert rows[7]["scores"][2] == pytest.approx(float(expected), abs=1e-5)
     capsys.readouterr()
     assert recipe(tmp_path / "out") == 1  # the cross-encoder again
-    assert "choose another --output_dir" in capsys.readouterr().err
+    assert "choose another folder" in capsys.readouterr().err
 
 
 def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(material: Material, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_the_files_are_the_rows_and_a_finished_folder_is_read_again(tmp_path: Pa
     assert mined(**options, counts=again) == rows and again == counts
     assert (folder / "triples.parquet").stat().st_mtime_ns == before
     for name, value in (("depth", 3), ("origin", "other"), ("run", {**RUN, "q3": {"car": 2.0}}), ("teacher", predict)):
-        with pytest.raises(ValueError, match=rf"holds a run with {name} = .*choose another --output_dir"):
+        with pytest.raises(ValueError, match=rf"holds a run with {name} = .*choose another folder"):
             mined(**{**options, "depends": {} if name == "teacher" else None, name: value})
 
     (folder / "triples.parquet").unlink()  # a lost file is mined again
