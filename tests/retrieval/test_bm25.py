@@ -6,12 +6,13 @@ import re
 import warnings
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 
 from tct_hf import BM25Index, evaluate_run, expanded_bm25, load_beir, write_expansions
 from tct_hf.data.expansion import SCORES_FOLDER, score_columns
@@ -111,10 +112,10 @@ def test_the_stemmer_is_that_of_the_language_unless_it_is_named(
 ) -> None:
     assert build(language=language, stemmer=stemmer).settings["stemmer"] == kept
     collection = read_collection(DataSettings(str(write_beir(tmp_path)), language=language, stemmer=stemmer))
-    student = SimpleNamespace(similarity_fn_name="dot")
+    student = Mock(SentenceTransformer, similarity_fn_name="dot")
     for index in (
         collection_bm25(collection),
-        Workspace(collection, student, "any", precision="fp32", in_memory=True).bm25().index,  # type: ignore[arg-type]
+        Workspace(collection, student, "any", precision="fp32", in_memory=True).bm25().index,
         collection_bm25(collection.part(queries=1)),
     ):
         assert {"language": language, "stemmer": kept}.items() <= index.settings.items()
