@@ -177,7 +177,7 @@ def _check_ids(what: str, names: Iterable[str]) -> None:
         usable = False
     if not usable:
         wrong = next(one for one in names if not isinstance(one, str) or "\0" in one or not is_utf8(one))
-        raise ValueError(f"{what} {wrong!r} is not valid UTF-8 or contains a NUL; rename it first")
+        raise ValueError(f"{what} {wrong!r} must be a text of valid UTF-8 without NUL; rename it first")
 
 
 def _graded(query: str, grades: Mapping[str, Any]) -> dict[str, int]:

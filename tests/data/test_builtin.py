@@ -131,8 +131,8 @@ def test_a_damaged_cache_is_made_again(cache: Path, tmp_path: Path) -> None:
     [
         ("validation", ["numpy"], "train, dev, test"),
         ("dev", ["not_there_at_all"], "not_there_at_all"),
-        ("dev", "numpy", "is no list"),
-        ("dev", [], "is no list"),
+        ("dev", "numpy", "must be a list"),
+        ("dev", [], "must be a list"),
     ],
 )
 def test_wrong_arguments_are_named(split: str, packages: list[str], message: str, tmp_path: Path) -> None:

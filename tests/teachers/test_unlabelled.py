@@ -72,9 +72,8 @@ def test_unlabelled_rows_mask_no_candidate_and_have_no_positive(models: Path, st
     assert not targets.mask[flags].all(dim=1).any()  # each labelled row's positive is in the batch once more
 
 
-@pytest.mark.parametrize("wrong", [1, None])
-def test_a_flag_that_is_no_bool_is_refused(student: Any, tmp_path: Path, wrong: Any) -> None:
-    dataset = triples(8).add_column("labelled", [wrong] * 8)  # type: ignore[call-arg]
+def test_a_flag_that_is_no_bool_is_refused(student: Any, tmp_path: Path) -> None:
+    dataset = triples(8).add_column("labelled", [1] * 8)  # type: ignore[call-arg]
     trainer = make_trainer(tmp_path, student, NoTeacher(), dataset, hard_label_weight=1.0)
     with pytest.raises(ValueError, match=r"Column 'labelled' holds .*give true, or false"):
         list(trainer.get_train_dataloader())
