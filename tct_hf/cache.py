@@ -60,6 +60,6 @@ def _is_whole(folder: Path, say: bool = True) -> bool:
         check_seal(folder)
     except (ValueError, OSError) as error:
         if say:
-            logger.warning(f"{folder}: prepared data are damaged ({error}); they are made again.")
+            logger.warning(f"{folder}: prepared data are damaged or of an earlier version; made again ({error}).")
         return False
     return True
