@@ -237,27 +237,32 @@ def seal(folder: Path) -> None:
 
 
 def check_seal(folder: Path) -> None:
-    """Compare every file of a folder with what was written down; a ValueError says which differs."""
+    """Compare the files of a folder with what was written down; a ValueError says which differs.
+
+    Files that came later are passed over: `datasets` keeps its own beside those that it reads.
+    """
     file = folder / CONTENTS_FILE
     if not file.is_file():
         raise ValueError(f"{file} is missing")
-    kept, there = read_json(file, "it is made again"), _contents(folder)
-    if kept != there:
-        raise ValueError(
-            "the checksum differs of " + min(name for name in kept | there if kept.get(name) != there.get(name))
-        )
+    kept = read_json(file, "it is made again")
+    if differs := [name for name, written in kept.items() if _checked(folder / name) != written]:
+        raise ValueError(f"the checksum differs of {differs[0]}")
 
 
 def _contents(folder: Path) -> dict[str, list[Any]]:
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: _checked(file) for name, file in files.items() if name != CONTENTS_FILE}  # type: ignore[misc]
+
+
+def _checked(file: Path) -> list[Any] | None:
+    """Size and checksum of a file; None where it is missing."""
     import xxhash  # only for those who prepare data
 
-    found = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if (name := file.relative_to(folder).as_posix()) != CONTENTS_FILE:
-            digest = xxhash.xxh3_128()
-            _feed(digest, file)
-            found[name] = [file.stat().st_size, digest.hexdigest()]
-    return found
+    if not file.is_file():
+        return None
+    digest = xxhash.xxh3_128()
+    _feed(digest, file)
+    return [file.stat().st_size, digest.hexdigest()]
 
 
 # What a stage writes beside its result: the settings that made it, and the log of its training.

@@ -101,7 +101,7 @@ class Collection:
     def asks_passages(self) -> bool:
         """Whether the reported queries are passages of the corpus by their ids, none of them its own answer."""
         split = self.splits.get("test") or self.splits.get("dev") or Split({}, {})
-        rows = {name: row for row, name in enumerate(self.corpus["id"]) if name in split.queries}
+        rows = {name: row for row, name in enumerate(self.corpus["id"][:]) if name in split.queries}
         if not rows or 2 * len(rows) < len(split.queries):
             return False
         if any(split.qrels.get(name, {}).get(name, 0) > 0 for name in rows):

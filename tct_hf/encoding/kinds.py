@@ -23,7 +23,7 @@ TCT_CHECKPOINTS = (
 # Modules of a TCT student: without and with a learned scale.
 TCT_MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"])
 
-_MOST_TOKENS = 65_536  # of a query, where the encoder's configuration says no number of positions
+_MOST_TOKENS = 65_536  # of a query, whatever number of positions a configuration says
 
 # Beside a teacher's checkpoint: what its scores were multiplied by in training.
 TRAINING_FILE = "tct_teacher.json"
@@ -93,7 +93,8 @@ def check_query_length(name: str, config: Any, *settings: Any) -> None:
 
     `config` is its config.json, `settings` are the other files of JSON that may say a length; None where one lacks.
     """
-    most = (config or {}).get("max_position_embeddings") or _MOST_TOKENS
+    most = (config or {}).get("max_position_embeddings")
+    most = min(most, _MOST_TOKENS) if isinstance(most, int) and most > 0 else _MOST_TOKENS
     for found in settings:
         found = found or {}
         lengths = [(found.get("query_expansion") or {}).get("length"), found.get("query_maxlen")]
