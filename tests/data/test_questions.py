@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from tct_hf.data.collection import Collection, load_collection, questions_from
+from tct_hf.data.collection import Collection, load_collection
+from tct_hf.data.made_questions import questions_from
 from tct_hf.retrieval.negatives import collection_triples
 
 TEXTS = {

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 from datasets import Dataset
@@ -151,15 +152,18 @@ ITSELF = {
 }
 
 
-@pytest.mark.parametrize("qrels", [{"q1": {"apple": 1}}, {"q1": {"apple": 1, "q1": 1}}, None])
-@pytest.mark.parametrize("make", ["bm25", "mined", "candidates"])
+@pytest.mark.parametrize(
+    ("make", "qrels"),
+    [
+        *product(["bm25", "mined", "candidates"], [{"q1": {"apple": 1}}, {"q1": {"apple": 1, "q1": 1}}]),
+        *product(["bm25", "candidates"], [None]),  # mining takes judged queries only
+    ],
+)
 def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive(make: str, qrels: dict) -> None:
     asked, of_texts = {"q1": "apple tree fruit"}, corpus(ITSELF)
     ranked = {name: 9.0 - place for place, name in enumerate(["same", "q1", "apple", "pear", "plum"])}
     options: dict = {"num_negatives": 3, "seed": 1}
     if make == "mined":
-        if qrels is None:
-            pytest.skip("mining takes judged queries only")
         rows = mine_triples({"q1": ranked}, of_texts, asked, qrels, origin="a run", depth=5, **options)
     else:
         options |= {"candidates": {"q1": ranked} if make == "candidates" else None, "index": index(ITSELF)}
