@@ -310,11 +310,13 @@ def read_claim(folder: Path, fix: str) -> dict[str, Any]:
     return settings
 
 
-def is_claimed(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
+def is_claimed(
+    folder: str | os.PathLike[str], settings: Mapping[str, Any], names: Mapping[str, str | None] | None = None
+) -> bool:
     """Whether a folder, which may be missing, holds a finished result of these settings."""
     if not (Path(folder) / CLAIM_FILE).is_file():
         return False
-    claim(folder, settings)
+    claim(folder, settings, names)
     return True
 
 

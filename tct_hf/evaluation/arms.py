@@ -54,7 +54,8 @@ def search_student(student: Path, title: str, collection: Collection, experiment
     The runs go beside the student, and are read where an earlier call has left them.
     """
     folder, depth = student.parent / "runs", experiment.depth
-    claim(folder, {"weights": file_digest(student / "model.safetensors"), "depth": depth, **collection.own_rule})
+    weights = file_digest(student / "model.safetensors")
+    claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
     [system] = student_systems(collection, {STUDENT: str(student)}, depth=depth, bf16=bf16)
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tct_hf.data.ids import is_utf8
-from tct_hf.retrieval.runs import check_common, rank, without_own
+from tct_hf.retrieval.runs import check_common, rank
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
 # TREC Deep Learning counts grades 2 and 3 as relevant for all but nDCG. Recall is often given from grade 1 on, too:
@@ -63,7 +63,7 @@ def evaluate_run(
     Raises:
         ValueError: an unknown measure, one that no installed engine computes or leaves without a value for a query, no
             judged query or none that is in the run, an id that trec_eval can't hold, a grade that is no whole number
-            up to 2^20, or a NaN score.
+            up to 2^20, or a score that is NaN or no number.
     """
     if isinstance(measures, str):
         raise ValueError(f"measures: {measures!r} is one string; pass a list, for instance [{measures!r}]")
@@ -74,11 +74,11 @@ def evaluate_run(
     if type(relevance) is not int or not 1 <= relevance <= _HIGHEST_GRADE:
         raise ValueError(f"relevance: {relevance!r} is no grade of 1 or more")
     check_common("run", run, "qrels", qrels)
-    if find_themselves(qrels, run) if ignore_identical_ids is None else ignore_identical_ids:
-        run = without_own(run)
     _check_ids("qrels: query id", qrels)
     # Copied into fresh dictionaries: engines accept nothing but plain int and float.
     judged = {query: _graded(query, grades) for query, grades in qrels.items()}
+    scored = {query: _scored(query, run[query]) for query in judged if query in run}
+    own = find_themselves(qrels, scored) if ignore_identical_ids is None else ignore_identical_ids
     import ir_measures
 
     usable = [one for one in ir_measures.DefaultPipeline.providers if one.NAME not in _UNUSABLE_ENGINES]
@@ -86,7 +86,8 @@ def evaluate_run(
     grades_judged = {grade for grades in judged.values() for grade in grades.values()}
     parsed = {name: _parse(name, relevance, grades_judged, engine) for name in measures}
     # No measure is asked for what has no passages: some engines divide by their number.
-    ranked = {query: _by_rank(query, run[query]) for query, grades in judged.items() if grades and run.get(query)}
+    by_rank = {query: _by_rank(query, scores, own) for query, scores in scored.items() if judged[query]}
+    ranked = {query: places for query, places in by_rank.items() if places}
     # trec_eval dies of a query that has negative grades alone.
     judged = {
         query: grades if any(grade >= 0 for grade in grades.values()) else dict.fromkeys(grades, 0)
@@ -180,9 +181,16 @@ def _check_ids(what: str, names: Iterable[str]) -> None:
         raise ValueError(f"{what} {wrong!r} must be a text of valid UTF-8 without NUL; rename it first")
 
 
+def _check_inner(place: str, scores: Any, what: str) -> None:
+    """Refuse what a query has where it is no mapping, or its ids are unusable."""
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"{place} has a {type(scores).__name__}; give a mapping of passage id to {what}")
+    _check_ids(f"{place}: passage id", scores)
+
+
 def _graded(query: str, grades: Mapping[str, Any]) -> dict[str, int]:
     """The grades of a query, checked."""
-    _check_ids(f"qrels: query {query!r}: passage id", grades)
+    _check_inner(f"qrels: query {query!r}", grades, "grade")
     found = {}
     for passage, grade in grades.items():
         try:
@@ -240,9 +248,21 @@ def _values(
     return {query: found[query] for query in ranked}
 
 
-def _by_rank(query: str, scores: Mapping[str, float]) -> dict[str, float]:
-    _check_ids(f"run: query {query!r}: passage id", scores)
-    if any(math.isnan(score) for score in scores.values()):
-        raise ValueError(f"run: query {query!r} has a score that is NaN; look for NaN in the vectors that made it")
-    ordered = rank(scores)
-    return {passage: float(len(ordered) - place) for place, (passage, _) in enumerate(ordered)}
+def _scored(query: str, scores: Mapping[str, float]) -> Mapping[str, float]:
+    """The scores of a query, checked."""
+    _check_inner(f"run: query {query!r}", scores, "score")
+    try:
+        usable = not any(map(math.isnan, scores.values()))
+    except (TypeError, ValueError, OverflowError):
+        usable = False
+    if not usable:
+        raise ValueError(
+            f"run: query {query!r} has a score that is NaN or no number; look for NaN in the vectors that made it"
+        )
+    return scores
+
+
+def _by_rank(query: str, scores: Mapping[str, float], own: bool) -> dict[str, float]:
+    """Passages with descending whole numbers as scores; with `own`, without the query's own id."""
+    ordered = [passage for passage, _ in rank(scores) if not own or passage != query]
+    return {passage: float(len(ordered) - place) for place, passage in enumerate(ordered)}

@@ -30,6 +30,7 @@ def quick_report(
     students: Mapping[str, str],
     teacher: str | None,
     settings: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
     bf16: bool,
     lengths: Mapping[str, int],
     measures: Sequence[str],
@@ -42,7 +43,7 @@ def quick_report(
 ) -> None:
     """Search with every system, and write runs, metrics.json, report.md and losses.png."""
     folder, measure = output / "runs", measures[0]
-    claim(folder, settings)
+    claim(folder, settings, names)
     models: dict[str, Any] = {"base_model": base_model, "students": students, "teacher": teacher, **more}
     systems = reference_systems(collection, depth=depth, bf16=bf16, lengths=lengths, **models)
     splits = {name: split for name, split in collection.splits.items() if name != "train"}

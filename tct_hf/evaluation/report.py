@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeAlias
 from tct_hf.evaluation.measures import relevant_from
 from tct_hf.evaluation.plots import TradeOff, missing_plot, plot_trade_off
 from tct_hf.evaluation.tables import difference_table, markdown_table, mean_rows, milliseconds, whole
-from tct_hf.files import command, write_json_atomic, write_text_atomic
+from tct_hf.files import command, read_json, write_json_atomic, write_text_atomic
 
 JSON_FILE, MARKDOWN_FILE, LATENCY_FILE, STORAGE_FILE = "report.json", "report.md", "latency.png", "storage.png"
 FORMAT = 1
@@ -70,17 +69,14 @@ class Report:
         file = Path(path) / JSON_FILE if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such report; make one with {command('evaluate')}")
+        content = read_json(file, "make the report again", needs=["format", "systems"])
+        if (found := content.pop("format")) != FORMAT:
+            raise ValueError(f"{file}: format {found!r} where this version reads {FORMAT}; make the report again")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found = content.pop("format")
-            if found == FORMAT:
-                content["systems"] = [SystemResult(**system) for system in content["systems"]]
-                return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{file}: no report of this package, or a damaged one ({error!r}); make it again"
-            ) from error
-        raise ValueError(f"{file}: format {found!r} where this version reads {FORMAT}; make the report again")
+            content["systems"] = [SystemResult(**system) for system in content["systems"]]
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{file}: a damaged report ({error}); make it again") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""

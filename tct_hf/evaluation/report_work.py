@@ -179,10 +179,12 @@ class Work:
             **{name: asdict(getattr(settings, name)) for name in ("hybrid", "ann", "late_interaction")},
         }
         self.depends = depends
-        claim(self.output / "runs", depends)
+        names = {f"{role}.weights": space.name for role, space in self.workspaces.items()}
+        names |= {"teacher.weights": self.teacher_name}
+        claim(self.output / "runs", depends, names)
         for name, split in self.collection.also.items():
-            claim(self.output / "runs" / name, {**depends, "queries": digest_of(split.queries)})
-        claim(self.output / "costs", {**depends, "cost": asdict(settings.cost), "machine": machine_key()})
+            claim(self.output / "runs" / name, {**depends, "queries": digest_of(split.queries)}, names)
+        claim(self.output / "costs", {**depends, "cost": asdict(settings.cost), "machine": machine_key()}, names)
 
     def systems(self) -> list[System]:
         """Make the indexes and all that searching needs, in the order of the table."""
@@ -302,7 +304,8 @@ class Work:
     def _exhaustive(self) -> System:
         """MaxSim of every passage, whose token vectors are encoded first where they are not there."""
         output, corpus, begun = self.output / "tokens", self.collection.corpus, time.perf_counter()
-        claim(output, {"corpus": self.depends["corpus"], "teacher": self.depends["teacher"], "format": 2})
+        depends = {"corpus": self.depends["corpus"], "teacher": self.depends["teacher"], "format": 2}
+        claim(output, depends, {"teacher.weights": self.teacher_name})
         seconds_file, fresh = output / "seconds.json", not any((output / "vectors").glob("*.npz"))
         self.tokens = encode_tokens(self.teacher, corpus, output / "vectors", bf16=self.bf16, write=self.write)
         if fresh:
@@ -353,7 +356,8 @@ class Work:
     def cost(self, system: System, place: int, count: int, run: str) -> dict[str, Any]:
         """What the system costs, measured or read where it was for the same run (its sha256)."""
         file = self.output / "costs" / f"{system.key}.json"
-        if not file.is_file() or read_json(file, MADE_AGAIN).get("run", run) != run:
+        needs = ["latency", "machine", "threads"]
+        if not file.is_file() or read_json(file, MADE_AGAIN, needs=needs).get("run", run) != run:
             self.write(f"  time {place} of {count}: {system.title}")
             load = psutil.getloadavg()[0]
             measured = measure_cost(system, self.test.queries, len(self.collection.corpus), self.settings.cost)

@@ -57,7 +57,7 @@ def report_rounds(
     """
     shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16, **collection.own_rule}
     weights = file_digest(Path(teacher) / "model.safetensors") or teacher
-    claim(output / "runs", {**shared, "teacher": weights, "base": base_model})
+    claim(output / "runs", {**shared, "teacher": weights, "base": base_model}, {"teacher": teacher})
     systems = reference_systems(collection, base_model=base_model, teacher=teacher, depth=depth, bf16=bf16)
     splits = {name: split for name, split in collection.splits.items() if name != "train"}
     experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
@@ -77,7 +77,8 @@ def report_rounds(
             own.append(teacher_system(collection, teachers[number], title, trained, depth=depth, bf16=bf16))
         models = {"student": result.student, "teacher": result.teacher}
         digests = {role: path and file_digest(path / "model.safetensors") for role, path in models.items()}
-        claim(result.folder / "runs", {**digests, **shared, "precision": precision})
+        names = {role: path and str(path) for role, path in models.items()}
+        claim(result.folder / "runs", {**digests, **shared, "precision": precision}, names)
         experiment.search(own, result.folder / "runs")
     evaluations, titles = experiment.evaluate(), experiment.titles
     write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))

@@ -261,7 +261,8 @@ class Workspace:
         folder, seconds_file = parent / "index", parent / "build_seconds.json"
         # Indexes of words know no student.
         depends = {"corpus": self.depends["corpus"]} if name.startswith("bm25") else self.depends
-        claim(parent, {**depends, **(settings or {}), "build_threads": self._threads})
+        wanted = {**depends, **(settings or {}), "build_threads": self._threads}
+        claim(parent, wanted, {"student.weights": self.name} if "student" in depends else None)
         if name not in self._made:
             if not folder.is_dir():
                 with working_in(parent):

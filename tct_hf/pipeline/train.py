@@ -200,10 +200,19 @@ class Training:
 
     def of_runs(self) -> dict[str, Any]:
         """Everything the runs of the report depend on."""
-        models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
-        weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
+        weights = {name: file_digest(path / "model.safetensors") for name, path in self.reported.items()}
         evaluation = {"depth": self.settings.evaluation.depth, **self.collection.own_rule}
         return {**self.depends("student"), "evaluation": evaluation, "weights": weights}
+
+    @property
+    def reported(self) -> dict[str, Path]:
+        """The folders of all models of the report, by name."""
+        return self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the digests of `of_runs` are of."""
+        return {f"weights.{name}": str(path) for name, path in self.reported.items()}
 
     @property
     def students(self) -> dict[str, Path]:
@@ -213,7 +222,7 @@ class Training:
 
     def claim(self) -> None:
         """Refuse an output folder that holds models or runs of other settings."""
-        is_claimed(self.folder / "runs", self.of_runs())
+        is_claimed(self.folder / "runs", self.of_runs(), self.names)
         self.claim_models()
 
     def claim_models(self) -> None:
@@ -359,6 +368,7 @@ class Training:
             stock=stock,
             teacher=self.teacher_model if colbert else None,
             settings=self.of_runs(),
+            names=self.names,
             bf16=self.base["bf16"],
             lengths=settings.encoder.lengths,
             prompts=settings.encoder.prompts,

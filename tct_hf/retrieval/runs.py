@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tct_hf.data.ids import is_utf8
+from tct_hf.data.rows import BadRow, byte_lines, decode
 from tct_hf.files import write_aside
 
 Run = dict[str, dict[str, float]]
@@ -82,7 +81,7 @@ def read_run(path: str | Path) -> Run:
     """Read a TREC run file of any system; ranks are ignored, the scores decide, as for trec_eval.
 
     Args:
-        path: the file, plain or .gz.
+        path: the file, plain or gzip.
 
     Returns:
         Query id to passage id to score, in the order of the file.
@@ -92,37 +91,31 @@ def read_run(path: str | Path) -> Run:
         ValueError: a line has another number of columns, a score is not a finite number, a passage comes twice for
             a query, or the file is truncated or not UTF-8; the message names file and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such run file; write one with write_run or give the right path")
     run: Run = {}
-    number = 0
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if number == 1:
-                    # Else the mark that some editors put first would become part of the first query's id.
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                _read_line(line, f"{path}, line {number}", run)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, after line {number}: broken .gz ({error}); copy or write the file again") from error
+    for place, fields in _fields(Path(path)):
+        _read_line(fields, place, run)
     return run
 
 
 def read_tag(path: str | Path) -> str | None:
     """The name that a run file gives its run, the last column of the first line; None where there is no line."""
-    path = Path(path)
-    with gzip.open(path, "rt") if path.name.endswith(".gz") else path.open(encoding="utf-8") as lines:
-        return next((fields[-1] for line in lines if (fields := line.split())), None)
+    return next((fields[-1] for _, fields in _fields(Path(path))), None)
 
 
-def _read_line(line: bytes, place: str, run: Run) -> None:
-    try:
-        fields = line.decode("utf-8").split()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    if not fields:
-        return
+def _fields(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The place ("file, line 3") and the columns of each line that has some, by ASCII white space as in trec_eval."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such run file; write one with write_run or give the right path")
+    for number, line in byte_lines(path):
+        place = f"{path}, line {number}"
+        try:
+            if columns := line.split():
+                yield place, decode(b" ".join(columns)).split(" ")
+        except BadRow as error:
+            raise ValueError(error.at(place)) from None
+
+
+def _read_line(fields: list[str], place: str, run: Run) -> None:
     if len(fields) != 6:
         raise ValueError(
             f"{place}: {len(fields)} columns instead of 6 (query Q0 passage rank score tag); fix or remove the line"
@@ -142,9 +135,10 @@ def _read_line(line: bytes, place: str, run: Run) -> None:
 
 
 def _check_word(text: str, what: str, path: Path) -> None:
-    if not text or text.split() != [text]:
+    if text.split() != [text] or text.startswith("\ufeff"):
         raise ValueError(
-            f"{path}: {what} {text!r} is empty or has white space, which a TREC run can't hold; rename it first"
+            f"{path}: {what} {text!r} is empty, has white space or begins with a byte order mark, which a TREC run "
+            "can't hold; rename it first"
         )
     if not is_utf8(text):
         raise ValueError(f"{path}: {what} {text!r} has a lone surrogate, which UTF-8 can't hold; rename it first")

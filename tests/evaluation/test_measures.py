@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
 from tct_hf import evaluate_run
@@ -103,6 +104,12 @@ def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
         ({}, QRELS, "RR@10", "one string"),
         ({}, {}, ["RR@10"], "no judged query"),
         ({"q1": {"a": math.nan}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN"),
+        ({"q1": {"a": np.float32("nan")}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN"),
+        ({"q1": {"a": None}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN or no number"),
+        ({"q1": {"q1": "0.5", "b": 2.0}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN or no number"),
+        ({"q1": {1: 2.0}}, QRELS, ["RR@10"], "run: query 'q1': passage id 1 must be a text"),
+        ({"q1": ["a", "b"]}, QRELS, ["RR@10"], "run: query 'q1' has a list; give a mapping of passage id to score"),
+        ({}, {"q1": ["a"]}, ["RR@10"], "qrels: query 'q1' has a list; give a mapping of passage id to grade"),
         ({"x": {"a": 1.0}}, QRELS, ["RR@10"], "no query in common .for instance 'x' and 'q1'"),
         # What would end the process in C, or be taken for something else there.
         ({"q1": {"a\ud800": 1.0}}, QRELS, ["RR@10"], r"run: query 'q1': passage id 'a\\ud800' must be a text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tct_hf import Report, compare_runs, evaluate_run, fuse, read_run, tune_alph
 from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
 from tct_hf.evaluation.settings import CostSettings, HybridSettings, MeasureSettings
 from tct_hf.evaluation.tune_alpha import tuning_queries
+from tct_hf.files import CLAIM_FILE, claim
 from tests.evaluation.reports import graded, make, tiny_settings
 from tests.models import load_colbert
 from tests.searching import Material
@@ -206,7 +208,10 @@ def test_a_report_is_loaded_as_it_was_saved_or_refused(report: Report, output: P
     with pytest.raises(ValueError, match="format 99 where this version reads 1"):
         Report.load(tmp_path)
     (tmp_path / "report.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"report\.json .*'systems' is missing.*make the report again"):
+        Report.load(tmp_path)
+    (tmp_path / "report.json").write_text('{"format": 1, "systems": []}')
+    with pytest.raises(ValueError, match="a damaged report"):
         Report.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such report"):
         Report.load(tmp_path / "elsewhere.json")
@@ -263,6 +268,17 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
         make(material, output, sparse_student=splade, **graded(material, **changes))
     assert "choose another folder" in str(refused.value)
     assert (output / "report.json").read_bytes() == before
+
+
+def test_models_of_a_report_are_refused_by_their_names(report: Report, output: Path, tmp_path: Path) -> None:
+    for folder in ("runs", "costs", "tokens", "indexes/dense-flat"):
+        shutil.copytree(output / folder, tmp_path / folder)
+        kept = json.loads((tmp_path / folder / CLAIM_FILE).read_text())
+        for name, model in kept.pop("names").items():
+            role = name.removesuffix(".weights")
+            changed = {**kept, role: "0" * 64 if isinstance(kept[role], str) else {**kept[role], "weights": "0" * 64}}
+            with pytest.raises(ValueError, match=re.escape(f"holds a run with {name} = {model!r} (")):
+                claim(tmp_path / folder, changed, {name: "another"})
 
 
 def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(

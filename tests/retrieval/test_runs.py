@@ -45,6 +45,7 @@ def test_lines_are_ordered_by_score_then_id_and_bytes_are_the_same_in_any_order(
         ({"q 1": {"a": 1.0}}, "t", "query id 'q 1'"),
         ({"q": {"a\tb": 1.0}}, "t", "passage id"),
         ({"q": {"": 1.0}}, "t", "passage id ''"),
+        ({"\ufeffq": {"a": 1.0}}, "t", "begins with a byte order mark"),
         ({"q": {"a": 1.0}}, "my run", "tag 'my run'"),
         ({"q": {"a": float("nan")}}, "t", "score nan is not finite"),
         ({"q\ud800": {"a": 1.0}}, "t", r"id 'q\\ud800' has a lone surrogate"),
@@ -70,6 +71,10 @@ def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(
         ("q Q0 a 1 \u0661 t\n".encode(), "run, line 1: score .* is not a finite number"),
         (b"q Q0 a 1 2 t\n\nq Q0 a 2 1 t\n", "run, line 3: passage 'a' comes twice"),
         (b"q Q0 \xff 1 2 t\n", "run, line 1: not UTF-8"),
+        (b"q Q0 a 1 1e400 t\n", "run, line 1: score '1e400'"),
+        (b"q Q0 a 1 2 t\r\nq Q0 b 2 1 my t\r\n", "run, line 2: 7 columns instead of 6"),
+        # One column less, and a no-break space that Python takes for white space: the score would be the rank.
+        ("q Q0 a\u00a0b 1 0.5\n".encode(), "run, line 1: 5 columns instead of 6"),
     ],
 )
 def test_malformed_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -81,8 +86,10 @@ def test_malformed_line_is_named(tmp_path: Path, content: bytes, message: str) -
 def test_run_of_another_system_is_read(tmp_path: Path) -> None:
     """Tabs, Windows line ends, a byte order mark, scores as integers and powers, ranks from 0, wrong ranks."""
     lines = "\ufeffq1\tQ0\td1\t0\t12\tlucene\r\n\r\nq1 0 d2 7 1.5e1 lucene\r\nq2 Q0 d1 1 -.5 lucene"
-    (tmp_path / "run").write_bytes(lines.encode())
-    assert read_run(tmp_path / "run") == {"q1": {"d1": 12.0, "d2": 15.0}, "q2": {"d1": -0.5}}
+    for packed in (lines.encode(), gzip.compress(lines.encode())):
+        (tmp_path / "run").write_bytes(packed)
+        assert read_run(tmp_path / "run") == {"q1": {"d1": 12.0, "d2": 15.0}, "q2": {"d1": -0.5}}
+        assert read_tag(tmp_path / "run") == "lucene"
 
 
 def test_truncated_gz_is_named(tmp_path: Path) -> None:
