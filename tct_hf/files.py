@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = [os.strerror(one) for one in _FULL]
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems
 _RENAME_EXCHANGE = 2  # of Linux's renameat2
 _AT_FDCWD = -100
 
@@ -37,9 +39,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except DiskFullError:
         raise
     except Exception as error:
-        short = isinstance(error, OSError) and " requested and " in str(error)  # numpy's
-        # Faiss, safetensors and torch say it in words only.
-        if getattr(error, "errno", None) not in _FULL and not short and not any(one in str(error) for one in _WORDS):
+        # numpy, Faiss, safetensors and torch say it in words only; words of a server are of its own disk.
+        said = " requested and " if isinstance(error, OSError) else "|".join(_WORDS)
+        if getattr(error, "errno", None) not in _FULL and not re.search(said, str(error)):
             raise
         path = getattr(error, "filename", None) or path
         there = next(one for one in Path(os.path.realpath(path)).parents if one.is_dir())
@@ -54,25 +56,44 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 @contextmanager
 def _held(lock: Path, what: Path, stale: str) -> Iterator[None]:
     """Hold a lock file; what killed holders left beside it is removed."""
-    from filelock import FileLock, Timeout  # not for --help
+    from filelock import FileLock, SoftFileLock  # not for --help
 
     lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock)
     try:
-        held.acquire(timeout=1)
-    except Timeout:
-        with suppress(OSError):
-            logger.warning(f"{what}: waiting for {lock.read_text() or 'another process'}, which is writing it.")
-        held.acquire()
+        held = _acquired(FileLock(lock), lock, what)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        lock.unlink(missing_ok=True)  # what the attempt made
+        lock = lock.with_name(f"{lock.name}.there")
+        held = _acquired(SoftFileLock(lock), lock, what)
     try:
-        with suppress(OSError):  # a full disk
-            lock.write_text(f"process {os.getpid()} on {platform.node()}")
+        if not isinstance(held, SoftFileLock):  # which writes the same itself
+            with suppress(OSError):  # a full disk
+                lock.write_text(f"{os.getpid()}\n{platform.node()}\n")
         for left in lock.parent.glob(stale):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that, and makes another
+        if not isinstance(held, SoftFileLock):
+            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that, and makes another
         held.release()
+
+
+def _acquired(held: Any, lock: Path, what: Path) -> Any:
+    """Take a lock; who is waited for is said once."""
+    from filelock import Timeout
+
+    try:
+        held.acquire(timeout=1)
+    except Timeout:
+        try:
+            holder = "process {} on {}".format(*lock.read_text().split()[:2])
+        except (OSError, ValueError, IndexError):  # between two holders
+            holder = "another process"
+        logger.warning(f"{what}: waiting for {holder}, which is writing it.")
+        held.acquire()
+    return held
 
 
 def _aside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -107,10 +128,15 @@ def working_in(folder: str | os.PathLike[str], main: bool = True) -> Iterator[No
 
 
 @contextmanager
-def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write a file under that takes its own when the block ends well; otherwise nothing is left."""
+def write_aside(path: str | os.PathLike[str], *, held: bool = False) -> Iterator[Path]:
+    """A name to write a file under that takes its own when the block ends well; otherwise nothing is left.
+
+    Args:
+        path: the file.
+        held: nobody else writes into its folder, which :func:`working_in` keeps to this run.
+    """
     final, aside = _aside(path)
-    with _locked(final):
+    with writing(final) if held else _locked(final):
         try:
             yield aside
             with open(aside, "rb") as file:
@@ -154,9 +180,20 @@ def read_json(path: str | os.PathLike[str], fix: str, *, kind: Any = dict, needs
             raise ValueError(f"a {type(content).__name__} where a {kind.__name__} is needed")
         if absent := [name for name in needs if name not in content]:
             raise ValueError(f"{absent[0]!r} is missing")
+        if not is_shallow(content):
+            raise ValueError("nested too deeply")
     except (ValueError, RecursionError) as error:  # also of Unicode and of JSON
         raise ValueError(f"{path} is not JSON that can be used ({error}): {fix}") from error
     return content
+
+
+def is_shallow(content: Any, levels: int = 100) -> bool:
+    """Whether nested lists and mappings end before whoever walks through them runs out of stack."""
+    level = [content]
+    for _ in range(levels):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [item for items in inner for item in items]
+    return not level
 
 
 @contextmanager

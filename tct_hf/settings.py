@@ -27,10 +27,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tct_hf.files import write_json_atomic, write_text_atomic
+from tct_hf.files import is_shallow, write_json_atomic, write_text_atomic
 
 T = TypeVar("T")
 
+_LEVELS = 20  # of nested settings; each takes OmegaConf some ten calls
 _SWITCH_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "none")
 
 
@@ -158,8 +159,10 @@ def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[
         raise SettingsError(f"{asked}a circle: {' -> '.join(file.name for file in [*chain, path])}; take one out")
     try:
         own: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not is_shallow(own, _LEVELS):
+            raise RecursionError
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
+        why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise SettingsError(f"{asked}{path} cannot be read as a settings file: {why}") from error
     if not isinstance(own, dict):
         raise SettingsError(f"{path}: the file must hold settings, one `name: value` a line")
@@ -223,6 +226,8 @@ def _command_line(schema: type, words: Sequence[str]) -> tuple[str | None, dict[
         value = _value(text, here.hint)
         for name in reversed(names):
             value = {name: value}
+        if not is_shallow(value, _LEVELS):
+            raise SettingsError(f"--{names[0]}: its value is nested too deeply")
         given = _merge(given, value)
     return file, given
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from tct_hf.files import (
     write_json_atomic,
     write_text_atomic,
 )
+from tct_hf.hub_client import HubError
 from tct_hf.retrieval.encode import encoding_seconds
 from tct_hf.retrieval.mining import read_counts
 from tct_hf.teachers.base import read_training_scale
@@ -223,6 +225,32 @@ def test_a_full_disk_is_told_with_the_path_and_the_room_that_is_left(
     assert caught.value.errno == errno.ENOSPC and caught.value.__cause__ is error
 
 
+def test_what_a_server_says_of_a_disk_is_no_full_disk_here(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match="answered 413"), files.writing(tmp_path / "one"):
+        raise HubError("the Hub answered 413 (No space left on device)")
+
+
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_in_turns_too(
+    tmp_path: Path, missing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(missing, os.strerror(missing))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with caplog.at_level("WARNING"), ThreadPoolExecutor(2) as pool:
+        with working_in(tmp_path / "work"):
+            writer = pool.submit(claim, tmp_path / "work" / "inner", SETTINGS)
+            writer.result()
+            second = pool.submit(lambda: working_in(tmp_path / "work").__enter__())
+            time.sleep(1.5)  # it says whom it waits for after a second
+            assert not second.done()
+        second.result()
+    assert [record.getMessage() for record in caplog.records if record.name == files.__name__] == [
+        f"{tmp_path / 'work'}: waiting for process {os.getpid()} on {platform.node()}, which is writing it."
+    ]
+
+
 def test_a_limit_of_the_system_is_told_of_every_library(tmp_path: Path) -> None:
     """Files of at most 20 kB, which Arrow, numpy and Faiss each say in their own way."""
     done = subprocess.run([sys.executable, "-c", _LIMITED, str(tmp_path)], capture_output=True, text=True)
@@ -256,7 +284,10 @@ for write in (
 """
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"7", b'{"other": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200, b"7", b'{"other": 1}'],
+)
 def test_a_damaged_file_of_our_own_is_named_with_what_to_do(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "small.json"
     file.write_bytes(content)

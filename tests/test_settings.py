@@ -139,6 +139,14 @@ def test_files_that_cannot_be_read_are_named_with_who_asked_for_them(tmp_path: P
         ("epochs: [1\n", 'a.yaml", line 2'),
         ("- 1\n", "a.yaml: the file must hold settings"),
         ("epochs: !!python/name:os.system x\n", "could not determine a constructor"),
+        (
+            "model_kwargs: {a: " + "[" * 60 + "]" * 60 + "}\n",
+            "a.yaml cannot be read as a settings file: nested too",
+        ),
+        (
+            "model_kwargs: " + "{a: " * 200 + "1" + "}" * 200,
+            "a.yaml cannot be read as a settings file: nested too",
+        ),
         ("extends: [a.yaml]\n", "a.yaml: extends must name one YAML file"),
     ],
 )
@@ -155,6 +163,8 @@ def test_yaml_mistakes_name_the_setting_and_the_fix(tmp_path: Path, text: str, e
         (["--epochs", "--resume"], "--epochs: a value is missing"),
         (["--epochs.x", "1"], '"epochs" must be int, got {"x": 1}'),
         (["--training.bf61"], 'did you mean "training.bf16"?'),
+        (["--model_kwargs" + ".a" * 200, "1"], "--model_kwargs: its value is nested too deeply"),
+        (["--model_kwargs.a", "[" * 60 + "]" * 60], "--model_kwargs: its value is nested too deeply"),
         (["-e", "1"], "'-e': write one settings file, and options as --key value"),
         (["a.yaml", "b.yaml"], "'b.yaml': write one settings file"),
         ([], '"output_dir" must be given: --output_dir VALUE, or in the YAML'),

@@ -137,7 +137,7 @@ def digest_of(texts: Iterable[str]) -> str:
 def _write_shard(file: Path, columns: Any, made_of: str) -> None:
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MADE_OF: made_of})
-    with write_aside(file) as aside:
+    with write_aside(file, held=True) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         with aside.open("rb+") as opened:  # after the stream, where its readers stop

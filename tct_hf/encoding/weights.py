@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,23 @@ from safetensors import safe_open
 
 logger = logging.getLogger(__name__)
 
+_forked = False
+
+
+def _in_child() -> None:
+    """A child has none of the threads of its parent's pool, and would wait for them for ever."""
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+
+
 if hasattr(os, "register_at_fork"):
-    # A child has none of the threads of its parent's pool, and would wait for them for ever.
-    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def usable_threads(threads: int) -> int:
+    """How many of these threads torch and Faiss can use: one in a forked process."""
+    return 1 if _forked else threads
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -49,10 +62,9 @@ def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> No
     """Make half-precision weights float32, in place, unless all of them are of the dtype `kept`.
 
     Autocast only goes down, transformers keeps the half precision that a checkpoint was saved in, and CPUs lack
-    operations in float16. The first weight of each module tells, since this is asked before each search.
+    operations in float16.
     """
-    first = (next(part.parameters(), None) for part in model.children())
-    types = {weight.dtype for weight in first if weight is not None}
+    types = {weight.dtype for weight in model.parameters()}
     if types & {torch.float16, torch.bfloat16} and types != {kept}:
         model.float()
 

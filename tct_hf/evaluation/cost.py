@@ -214,16 +214,17 @@ def compute_threads(threads: int | None) -> Iterator[None]:
     """Give torch and Faiss a number of CPU threads for a while; None leaves their own settings."""
     import torch
 
+    from tct_hf.encoding.weights import usable_threads
     from tct_hf.retrieval.faiss_tools import faiss_threads
 
     before = torch.get_num_threads()
     with faiss_threads(threads):
         if threads is not None:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(usable_threads(threads))
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(usable_threads(before))
 
 
 def _timed(stages: Mapping[str, Callable[[Any], Any]], query: Any, clock: Callable[[], float]) -> list[float]:

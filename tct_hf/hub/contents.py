@@ -96,8 +96,13 @@ def cut_local_paths(staging: Path) -> None:
     """Cut the paths of this machine in all files of a release that may name any; see :func:`without_local_paths`."""
     for file in (staging / name for name in (RECIPE, ORIGIN_FILE, *FIGURES[:2])):
         if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            if (cut := without_local_paths(text, file.suffix)) != text:
+            try:
+                text = file.read_text(encoding="utf-8")
+                cut = without_local_paths(text, file.suffix)
+            except (ValueError, RecursionError, yaml.YAMLError) as error:
+                why = " ".join(str(error).split())
+                raise ValueError(f"{file.name} can't be read ({why}); give it as the run wrote it.") from error
+            if cut != text:
                 write_text_atomic(file, cut)
     for file in [*staging.rglob("config.json"), *staging.rglob("tokenizer_config.json")]:
         content = read_json(file)
@@ -113,10 +118,7 @@ def without_local_paths(text: str, suffix: str = ".yaml") -> str:
         cut = _cut_values(content)
         return text if cut == content else json.dumps(cut, indent=2, ensure_ascii=False) + "\n"
     if suffix in (".yaml", ".yml"):
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the recipe is not YAML ({error}); name the settings.yaml of the training.") from error
+        content = yaml.safe_load(text)
         if (cut := _cut_values(content)) != content:
             text = yaml.safe_dump(cut, sort_keys=False, allow_unicode=True)
     return _PATH_IN_TEXT.sub(lambda found: _last_name(found[0]), text)

@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
+from tct_hf.encoding.weights import usable_threads
 from tct_hf.retrieval.vectors import BLOCK, UnitRows, as_matrix, blocks
 
 # Up to these counts the simpler index is the better one: exact search takes milliseconds, and a graph with its whole
@@ -77,11 +78,11 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
     if threads < 1:
         raise ValueError(f"threads: {threads} is below 1; pass None for Faiss's own setting")
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(threads)
+    faiss.omp_set_num_threads(usable_threads(threads))
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        faiss.omp_set_num_threads(usable_threads(before))
 
 
 def parts(engine: Any) -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_stude
 from tct_hf.encoding import checkpoint
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.hub.cards import CardFacts
-from tct_hf.hub.contents import without_local_paths
+from tct_hf.hub.contents import cut_local_paths, without_local_paths
 from tct_hf.hub_client import HubError, template
 from tct_hf.teachers.base import write_training_scale
 from tests.hub.models import dual_encoder, small_report
@@ -234,6 +234,17 @@ def test_templates_are_in_the_source_tree_and_in_a_wheel() -> None:
 def test_what_is_released_names_no_folder_of_this_machine(text: str, suffix: str, expected: str | None) -> None:
     found = without_local_paths(text, suffix)
     assert found == (text if expected is None else expected) and without_local_paths(found, suffix) == found
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "tct_origin.json", "report.json", "report.md"])
+@pytest.mark.parametrize("content", [b"\xff", b"a: [1", b"[" * 100_000])
+def test_a_damaged_small_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    if name == "report.md" and content != b"\xff":  # any text will do
+        cut_local_paths(tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"{name} can't be read"):
+        cut_local_paths(tmp_path)
 
 
 # --- what is refused ---

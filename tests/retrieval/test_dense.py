@@ -14,6 +14,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from tct_hf import DenseIndex
+from tct_hf.evaluation.cost import compute_threads
 from tct_hf.retrieval import faiss_tools
 from tct_hf.retrieval.faiss_tools import factory_for
 from tests.retrieval.test_index import content
@@ -283,8 +284,16 @@ def test_a_child_process_encodes_after_its_parent() -> None:
     try:
         expected = rows @ rows
         assert in_child(lambda: torch.allclose(rows @ rows, expected))
+        with compute_threads(2):
+            rows @ rows
+        assert in_child(lambda: _threads_in_use(2) == (1, 1))  # asked for in the child, too
     finally:
         torch.set_num_threads(before)
+
+
+def _threads_in_use(threads: int) -> tuple[int, int]:
+    with compute_threads(threads):
+        return torch.get_num_threads(), faiss.omp_get_max_threads()
 
 
 def in_child(holds: Callable[[], bool]) -> bool:
