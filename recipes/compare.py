@@ -18,7 +18,7 @@ from tct_hf.settings import SettingsError, run_recipe
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.arms import report_arms
     from tct_hf.evaluation.experiment import check_evaluation
-    from tct_hf.evaluation.references import reference_systems
+    from tct_hf.evaluation.references import References
     from tct_hf.files import claim, file_digest
     from tct_hf.pipeline.compare import Comparison
     from tct_hf.pipeline.job import Job
@@ -42,17 +42,14 @@ def main(settings: Settings) -> None:
             corpus, shared = collection.fingerprint["sha256"], settings.encoder
             depends = {"corpus": corpus, "depth": measured.depth, "encoder": asdict(shared), "teacher": colbert}
             depends |= collection.own_rule
-            claim(output / "runs", depends)
+            claim(output / "runs", depends, {"teacher": teacher})
             report = report_arms(
                 {name: arm.students for name, arm in comparison.arms.items()},
                 {name: arm.says for name, arm in comparison.arms.items()},
                 {name: arm.against for name, arm in comparison.arms.items()},
-                reference_systems(
-                    collection,
+                References(collection, measured.depth, base.base["bf16"]).systems(
                     base_model=None if settings.teacher.model and teacher else shared.base_model,
                     teacher=teacher,
-                    depth=measured.depth,
-                    bf16=base.base["bf16"],
                     prompts=shared.prompts,
                     lengths=shared.lengths,
                     vectors=base.vectors_folder,

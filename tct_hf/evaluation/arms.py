@@ -12,7 +12,7 @@ from tct_hf.data.collection import Collection
 from tct_hf.evaluation.experiment import Experiment, fused_key, read_log, write_metrics
 from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.plots import missing_plot, plot_dev_curves
-from tct_hf.evaluation.references import BASE_NATIVE, BM25, STUDENT, student_systems
+from tct_hf.evaluation.references import BASE_NATIVE, BM25, STUDENT, References
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
 from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import markdown_table, p_value
@@ -56,7 +56,7 @@ def search_student(student: Path, title: str, collection: Collection, experiment
     folder, depth = student.parent / "runs", experiment.depth
     weights = file_digest(student / "model.safetensors")
     claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
-    [system] = student_systems(collection, {STUDENT: str(student)}, depth=depth, bf16=bf16)
+    [system] = References(collection, depth, bf16).students({STUDENT: str(student)})
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)
     own.search([replace(system, title=title)], folder)
@@ -93,14 +93,13 @@ def report_arms(
     `systems` begin with BM25; `split` is "test", or "dev", which never searches for the test queries; `name` is in
     the names of all files. Returns the report, Markdown.
     """
-    splits = {one: collection.splits[one] for one in ("dev", split) if one in collection.splits}
-    experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
+    experiment = Experiment.of(collection, measures, depth, splits=("dev", split), write=write)
     experiment.search(systems, output / "runs")
     titles = experiment.titles
     base = [BASE_NATIVE] if BASE_NATIVE in titles else []
     experiment.fuse_with_bm25(base, output / "runs")
     measured = experiment.evaluate()
-    for one in splits:
+    for one in experiment.splits:
         for key in base:
             measured[one] = with_fused(measured[one], key, measures[0])
     references = dict(measured[split])
@@ -202,13 +201,11 @@ def against_table(results: Mapping[str, ArmResult], references: Split, split: st
 
 def _plot_curves(results: Mapping[str, ArmResult], path: Path) -> list[str]:
     """Plot RR@10 on dev as training measured it, where it did; what to say in the report."""
-    curves = {
-        name: [
-            {entry["step"]: entry[key] for entry in log for key in entry if key.endswith("_mrr@10")}
-            for log in result.logs.values()
-        ]
-        for name, result in results.items()
-    }
+
+    def curve(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+        return {entry["step"]: entry[key] for entry in log for key in entry if key.endswith("_mrr@10")}
+
+    curves = {name: [curve(log) for log in result.logs.values()] for name, result in results.items()}
     if not any(any(found) for found in curves.values()):
         return []
     return [missing_plot(plot_dev_curves, curves, path, ylabel="dev RR@10") or f"Plot: {path.name}", ""]

@@ -148,11 +148,7 @@ def measure_efficiency(
         raise ValueError(f'stages: "{TOTAL}" is the name of the sum; call the stage something else')
     if isinstance(queries, str) or not len(queries):
         raise ValueError("queries: pass a list of one or more queries")
-    for name, number, least in (
-        ("passages", passages, 1),
-        ("batch_size", batch_size, 1),
-        ("warm_up", warm_up, 0),
-    ):
+    for name, number, least in (("passages", passages, 1), ("batch_size", batch_size, 1), ("warm_up", warm_up, 0)):
         if number < least:
             raise ValueError(f"{name}: {number} is below {least}")
     if disk is not None and not isinstance(disk, int):
@@ -229,8 +225,7 @@ def compute_threads(threads: int | None) -> Iterator[None]:
 
 def _timed(stages: Mapping[str, Callable[[Any], Any]], query: Any, clock: Callable[[], float]) -> list[float]:
     """Seconds of each stage for one query, and of all together."""
-    moments = [clock()]
-    value = query
+    moments, value = [clock()], query
     for stage in stages.values():
         value = stage(value)
         moments.append(clock())

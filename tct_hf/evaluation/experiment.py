@@ -25,13 +25,9 @@ class Experiment:
     """Systems on the queries of some splits, one search each: :meth:`search`, then :meth:`evaluate`.
 
     Args:
-        splits: name to queries and judgements.
         measures: ir-measures names, the first one tuned for.
-        depth: passages a query in fused runs.
-        relevance: grade from which a passage is relevant.
         ignore_identical_ids: leave a passage with the query's own id out of its ranking; systems then find one passage
             more than `depth`, see `Collection.reach`.
-        write: takes lines of progress.
         runs: (key of the system, split) to run.
         titles: key of a system to its title, in the order of the search.
     """
@@ -44,6 +40,13 @@ class Experiment:
     write: Callable[[str], None] = print
     runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, collection: Collection, *args: Any, splits: Sequence[str] | None = None, **options: Any) -> Experiment:
+        """An experiment on a collection, by its rule on the queries' own ids, on all splits but train by default."""
+        names = [name for name in collection.splits if name != "train"] if splits is None else splits
+        judged = {name: collection.splits[name] for name in names if name in collection.splits}
+        return cls(judged, *args, **options | {"ignore_identical_ids": collection.skips_own})
 
     def search(self, systems: Sequence[System], folder: Path) -> None:
         """Run every system on all queries, or read the runs that an earlier call has left in the folder."""

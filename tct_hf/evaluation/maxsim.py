@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,29 +43,22 @@ def maxsim(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 def encode_query_tokens(model: MultiVectorEncoder, texts: Sequence[str], *, bf16: bool = False) -> list[torch.Tensor]:
     """Token vectors `(tokens, dim)` float32 of queries; divided by their number where scores are means."""
-    unpack_half(model)
     say_cut_queries(model, texts, len(texts))
-    with torch.inference_mode(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        encoded: Any = model.encode_query(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
     mean = model.similarity_fn_name == "meanmaxsim"
-    return [vectors.float() / (len(vectors) if mean else 1) for vectors in encoded]
+    return [one / (len(one) if mean else 1) for one in _encoded(model, model.encode_query, texts, bf16)]
 
 
-def _encode_passages(model: MultiVectorEncoder, texts: Sequence[str], *, bf16: bool) -> list[torch.Tensor]:
+def _encoded(model: MultiVectorEncoder, encode: Any, texts: Sequence[str], bf16: bool) -> list[torch.Tensor]:
     unpack_half(model)
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        encoded: Any = model.encode_document(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
-    return [vectors.float() for vectors in encoded]
+        found = encode(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
+    return [vectors.float() for vectors in found]
 
 
 class TokenVectors:
     """The token vectors of passages, searched exhaustively, or by row to rerank; multiplied in float32.
 
-    Args:
-        ids: passage ids.
-        tokens: `(tokens, dim)`, passage after passage.
-        lengths: `(passages,)` tokens of each passage, 1 or more.
-        device: device that multiplies.
+    `tokens` are `(tokens, dim)`, passage after passage; `lengths` `(passages,)`, 1 or more.
     """
 
     def __init__(self, ids: Sequence[str], tokens: torch.Tensor, lengths: np.ndarray, device: Any = "cpu") -> None:
@@ -72,7 +66,6 @@ class TokenVectors:
         self.rows = {name: row for row, name in enumerate(self.ids)}
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._device = torch.device(device)
-        self._blocks: list[tuple[np.ndarray, torch.Tensor]] | None = None
         # The place of each id in the order of ids, by which equal scores are ordered.
         self._places = np.empty(len(self.ids), np.int64)
         self._places[sorted(range(len(self.ids)), key=self.ids.__getitem__)] = np.arange(len(self.ids))
@@ -80,7 +73,7 @@ class TokenVectors:
     @classmethod
     def encoded(cls, model: MultiVectorEncoder, texts: Mapping[str, str], *, bf16: bool) -> TokenVectors:
         """The token vectors of some passages, id to text, in memory."""
-        vectors = _encode_passages(model, list(texts.values()), bf16=bf16)
+        vectors = _encoded(model, model.encode_document, list(texts.values()), bf16)
         return cls(list(texts), torch.cat(vectors), np.array([len(one) for one in vectors]), model.device)
 
     @property
@@ -97,15 +90,11 @@ class TokenVectors:
     def scores(self, queries: Sequence[torch.Tensor]) -> np.ndarray:
         """MaxSim `(queries, passages)` float32 of every passage, for queries `(tokens, dim)` each."""
         together = 1 if self._device.type == "cpu" else _QUERIES_PER_PRODUCT
-        groups = [
-            pad_sequence(
-                [one.to(self._device, torch.float32) for one in queries[at : at + together]], batch_first=True
-            )
-            for at in range(0, len(queries), together)
-        ]
+        moved = [one.to(self._device, torch.float32) for one in queries]
+        groups = [pad_sequence(moved[at : at + together], batch_first=True) for at in range(0, len(moved), together)]
         found = np.empty((len(queries), len(self.ids)), np.float32)
         with torch.inference_mode():
-            for rows, block in self._in_blocks():
+            for rows, block in self._blocks:
                 found[:, rows] = torch.cat([maxsim(group, block) for group in groups]).cpu().numpy()
         return found
 
@@ -143,10 +132,9 @@ class TokenVectors:
         order = np.argsort(self.lengths, kind="stable")
         return [order[at : at + _PASSAGES_PER_BLOCK] for at in range(0, len(order), _PASSAGES_PER_BLOCK)]
 
-    def _in_blocks(self) -> list[tuple[np.ndarray, torch.Tensor]]:
-        if self._blocks is None:
-            self._blocks = [(rows, self._padded(rows)) for rows in self._rows_by_length()]
-        return self._blocks
+    @cached_property
+    def _blocks(self) -> list[tuple[np.ndarray, torch.Tensor]]:
+        return [(rows, self._padded(rows)) for rows in self._rows_by_length()]
 
 
 def late_interaction_run(
@@ -235,7 +223,7 @@ def encode_tokens(
         ids += batch["id"]
         file = folder / f"{number:05d}.npz"
         if not file.is_file():
-            vectors = _encode_passages(model, batch["text"], bf16=bf16)
+            vectors = _encoded(model, model.encode_document, batch["text"], bf16)
             for name, one in zip(batch["id"], vectors, strict=True):
                 if not len(one) or not bool(one.isfinite().all()):
                     raise ValueError(

@@ -25,16 +25,14 @@ def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     curves = {title: log for title, log in curves.items() if log}
     if not curves:
         raise ValueError("There is no loss to plot: no stage has logged a step. Lower logging_steps.")
-    figure = _figure(5.2 * len(curves), 3.8)
-    for column, (title, log) in enumerate(curves.items(), 1):
-        axes = figure.add_subplot(1, len(curves), column)
+    figure, panels = _panels(5.2 * len(curves), 3.8, len(curves))
+    for axes, (title, log) in zip(panels, curves.items(), strict=True):
         steps = [entry["step"] for entry in log]
         axes.plot(steps, [entry["loss"] for entry in log], label="loss", color="black")
         for name, label in (("hard_label", "hard labels (weighted)"), ("distillation", "distillation (weighted)")):
             if name in log[0]:
                 axes.plot(steps, [entry[name] for entry in log], label=label)
         axes.set(title=title, xlabel="step", ylabel="training loss", ylim=(0, None))
-        axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend()
     return _save(figure, path)
@@ -45,35 +43,24 @@ def plot_dev_curves(arms: Mapping[str, Sequence[Mapping[int, float]]], path: str
     arms = {name: kept for name, curves in arms.items() if (kept := [curve for curve in curves if curve])}
     if not arms:
         raise ValueError("There is no dev figure to plot: set curve.steps, and have a dev split.")
-    figure = _figure(4.6, 3.8)
-    axes = figure.add_subplot()
+    figure, [axes] = _panels(4.6, 3.8)
     for name, curves in arms.items():
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [[curve[step] for curve in curves] for step in steps]
         [line] = axes.plot(steps, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=name)
         if len(curves) > 1:
-            axes.fill_between(
-                steps, list(map(min, values)), list(map(max, values)), alpha=0.15, color=line.get_color()
-            )
+            low, high = list(map(min, values)), list(map(max, values))
+            axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
     axes.set(xlabel="step", ylabel=ylabel)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
     return _save(figure, path)
 
 
-def plot_sweep(
-    lines: Mapping[str, Sequence[tuple[float, float, float]]],
-    path: str | Path,
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-) -> Path:
-    """Plot a measure against something that was varied, one line a series; a line of one point is drawn across."""
+def plot_sweep(lines: Mapping[str, Sequence[tuple[float, float, float]]], path: str | Path, **labels: str) -> Path:
+    """Plot a measure against something that was varied, (x, y, error) by series; one of one point is drawn across."""
     if not any(len(points) > 1 for points in lines.values()):
         raise ValueError("There is nothing to plot: a sweep needs two points.")
-    figure = _figure(5.6, 3.8)
-    axes = figure.add_subplot()
+    figure, [axes] = _panels(5.6, 3.8)
     styles = cycle(("--", ":", "-."))
     for name, points in lines.items():
         xs, ys, bars = (list(values) for values in zip(*sorted(points), strict=True))
@@ -84,8 +71,7 @@ def plot_sweep(
     ticks = sorted({x for points in lines.values() if len(points) > 1 for x, _, _ in points})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.minorticks_off()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
+    axes.set(**labels)
     axes.legend(fontsize="small")
     return _save(figure, path)
 
@@ -103,46 +89,35 @@ class TradeOff(NamedTuple):
 _MARKS = {"sparse": "s", "learned sparse": "v", "dense": "o", "hybrid": "D", "late interaction": "^"}
 
 
-def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str, ylabel: str, title: str) -> Path:
+def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str, ylabel: str, **labels: str) -> Path:
     """Plot effectiveness against cost on a logarithmic axis, a mark for each kind and a colour for each system."""
     if not points:
         raise ValueError("There is no system with a cost to plot.")
     for point in points:
         if not point.cost > 0:
             raise ValueError(f"{point.label}: its cost of {point.cost} has no place on a logarithmic axis.")
-    figure = _figure(8.6, 4.6)
+    figure, [axes] = _panels(8.6, 4.6)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes = figure.add_subplot(1, 1, 1)
     for number, point in enumerate(points):
-        axes.errorbar(
-            point.cost,
-            point.effect,
-            yerr=point.error,
-            fmt=_MARKS.get(point.kind, "P"),
-            markersize=8,
-            linewidth=1,
-            capsize=2,
-            color=f"C{number % 10}",
-            label=point.label,
-        )
+        style: dict[str, Any] = {"fmt": _MARKS.get(point.kind, "P"), "markersize": 8, "linewidth": 1, "capsize": 2}
+        label = {"color": f"C{number % 10}", "label": point.label}
+        axes.errorbar(point.cost, point.effect, yerr=point.error, **style, **label)
     axes.set_xscale("log")
     costs = [point.cost for point in points]
     axes.set_xlim(min(costs) / 2, max(costs) * 2)
     # Numbers such as 0.5, 20 and 3,000 instead of powers of ten.
-    axes.xaxis.set_major_locator(
-        LogLocator(base=10, subs=(1.0, 2.0, 5.0) if max(costs) / min(costs) < 100 else (1.0,))
-    )
+    subs = (1.0, 2.0, 5.0) if max(costs) / min(costs) < 100 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(title=title, xlabel=f"{xlabel} (log scale)", ylabel=f"{ylabel} (± standard error)")
-    axes.grid(alpha=0.3)
+    axes.set(xlabel=f"{xlabel} (log scale)", ylabel=f"{ylabel} (± standard error)", **labels)
     figure.legend(fontsize="small", loc="outside right upper", frameon=False)
     return _save(figure, path)
 
 
-def _figure(width: float, height: float) -> Any:
-    """A figure that is drawn without a display."""
+def _panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
+    """A figure that is drawn without a display, and its axes side by side."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -150,7 +125,10 @@ def _figure(width: float, height: float) -> Any:
         raise ImportError(f"Plots need matplotlib ({error}): pip install 'tct_hf[plots]'.") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    panels = [figure.add_subplot(1, count, column + 1) for column in range(count)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, panels
 
 
 def _save(figure: Any, path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from tct_hf.encoding.kinds import kind_of
 from tct_hf.evaluation.experiment import Experiment, read_log, show_examples, write_metrics
 from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.plots import missing_plot, plot_losses
-from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, TEACHER, reference_systems
+from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, TEACHER, References
 from tct_hf.evaluation.significance import compare_pairs, placed
 from tct_hf.evaluation.tables import means_table, p_text, weight_text
 from tct_hf.files import claim, write_text_atomic
@@ -45,11 +45,9 @@ def quick_report(
     folder, measure = output / "runs", measures[0]
     claim(folder, settings, names)
     models: dict[str, Any] = {"base_model": base_model, "students": students, "teacher": teacher, **more}
-    systems = reference_systems(collection, depth=depth, bf16=bf16, lengths=lengths, **models)
-    splits = {name: split for name, split in collection.splits.items() if name != "train"}
-    experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
-    experiment.search(systems, folder)
-    titles = experiment.titles
+    experiment = Experiment.of(collection, measures, depth, write=write)
+    experiment.search(References(collection, depth, bf16).systems(lengths=lengths, **models), folder)
+    titles, splits = experiment.titles, experiment.splits
     dense = [key for key in (BASE_NATIVE, STOCK, *students) if key in titles]
     alphas = experiment.fuse_with_bm25(dense, folder, tune=labels)
     fused = {name: f"{titles[name.removesuffix('-bm25')]} + BM25" for name in alphas}

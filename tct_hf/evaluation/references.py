@@ -6,6 +6,7 @@ Corpora are encoded in memory, and models loaded when they are searched with.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,127 +38,108 @@ STUDENT_TITLES = {STUDENT: "student", "unlabelled": "student without labels", "l
 RERANKED = 100
 
 
-def exact_systems(
-    collection: Collection,
-    key: str,
-    title: str,
-    load: Callable[[], Any],
-    *,
-    depth: int,
-    bf16: bool,
-    dims: Sequence[int] = (),
-) -> list[System]:
-    """Search with a model's vectors whole, then cut to each size of `dims`, the largest first; one encoding."""
-    sizes: list[int | None] = [None, *sorted(set(dims), reverse=True)]
-    found: dict[int | None, Run] = {}
+@dataclass(frozen=True)
+class References:
+    """What a training run is measured by on a collection: exact search, `depth` passages a query."""
 
-    def search(size: int | None, queries: Mapping[str, str]) -> Run:
-        if size not in found:  # all at once: the model and the vectors are then let go
-            precision = "bf16" if bf16 else "fp32"
-            workspace = Workspace(collection, load(), key, precision=precision, in_memory=True)
-            found.update({one: workspace.search(queries, collection.reach(depth), one) for one in sizes})
-        return found[size]
+    collection: Collection
+    depth: int
+    bf16: bool
 
-    return [
-        System(
-            key if size is None else f"{key}-{size}",
-            title if size is None else f"{title}, first {size} dimensions",
-            partial(search, size),
-        )
-        for size in sizes
-    ]
+    def exact(self, key: str, title: str, load: Callable[[], Any], dims: Sequence[int] = ()) -> list[System]:
+        """Search with a model's vectors whole, then cut to each size of `dims`, the largest first; one encoding."""
+        sizes: list[int | None] = [None, *sorted(set(dims), reverse=True)]
+        found: dict[int | None, Run] = {}
 
+        def search(size: int | None, queries: Mapping[str, str]) -> Run:
+            if size not in found:  # all at once: the model and the vectors are then let go
+                precision = "bf16" if self.bf16 else "fp32"
+                workspace = Workspace(self.collection, load(), key, precision=precision, in_memory=True)
+                found.update({one: workspace.search(queries, self.collection.reach(self.depth), one) for one in sizes})
+            return found[size]
 
-def student_systems(
-    collection: Collection, students: Mapping[str, str], *, depth: int, bf16: bool, dims: Sequence[int] | None = None
-) -> list[System]:
-    """Exact search with the students (folders) of a training run by their keys, dense or sparse."""
-    systems, exact = [], partial(exact_systems, collection, depth=depth, bf16=bf16)
-    for key, student in students.items():
-        title = STUDENT_TITLES.get(key, key)
-        if kind_of(student) == "sparse":
-            title = f"{title} (weights of words)"
-            systems += exact(key, title, partial(SparseEncoder, student))
-        else:
-            # The largest size is often the whole vector.
-            sizes = [size for size in dims if size != AutoConfig.from_pretrained(student).hidden_size] if dims else ()
-            systems += exact(key, title, partial(SentenceTransformer, student), dims=sizes)
-    return systems
+        cut = {f"{key}-{size}": (f"{title}, first {size} dimensions", size) for size in sizes if size is not None}
+        rows: dict[str, tuple[str, int | None]] = {key: (title, None), **cut}
+        return [System(name, title, partial(search, size)) for name, (title, size) in rows.items()]
 
+    def students(self, students: Mapping[str, str], dims: Sequence[int] | None = None) -> list[System]:
+        """Exact search with the students (folders) of a training run by their keys, dense or sparse."""
+        systems = []
+        for key, student in students.items():
+            title = STUDENT_TITLES.get(key, key)
+            if kind_of(student) == "sparse":
+                systems += self.exact(key, f"{title} (weights of words)", partial(SparseEncoder, student))
+            else:
+                # The largest size is often the whole vector.
+                whole = AutoConfig.from_pretrained(student).hidden_size if dims else None
+                sizes = [size for size in dims or () if size != whole]
+                systems += self.exact(key, title, partial(SentenceTransformer, student), sizes)
+        return systems
 
-def teacher_system(collection: Collection, key: str, title: str, teacher: str, *, depth: int, bf16: bool) -> System:
-    """Exhaustive MaxSim of a collection with a ColBERT (folder or Hub id)."""
-    corpus = collection.corpus
+    def teacher(self, key: str, title: str, teacher: str) -> System:
+        """Exhaustive MaxSim of a collection with a ColBERT (folder or Hub id)."""
+        corpus, depth = self.collection.corpus, self.collection.reach(self.depth)
 
-    def search(queries: Mapping[str, str]) -> Run:
-        model = MultiVectorEncoder(teacher)
-        return late_interaction_run(model, corpus["id"], corpus["text"], queries, k=collection.reach(depth), bf16=bf16)
+        def search(queries: Mapping[str, str]) -> Run:
+            model = MultiVectorEncoder(teacher)
+            return late_interaction_run(model, corpus["id"], corpus["text"], queries, k=depth, bf16=self.bf16)
 
-    return System(key, title, search)
+        return System(key, title, search)
 
+    def systems(
+        self,
+        *,
+        base_model: str | None,
+        teacher: str | None,
+        stock: str | None = None,
+        students: Mapping[str, str] | None = None,
+        dims: Sequence[int] | None = None,
+        prompts: Mapping[str, str] | None = None,
+        lengths: Mapping[str, int] | None = None,
+        vectors: str | None = None,
+    ) -> list[System]:
+        """The students (folders) of a training run and what they are measured against, in the order of the table.
 
-def reference_systems(
-    collection: Collection,
-    *,
-    base_model: str | None,
-    teacher: str | None,
-    depth: int,
-    bf16: bool,
-    stock: str | None = None,
-    students: Mapping[str, str] | None = None,
-    dims: Sequence[int] | None = None,
-    prompts: Mapping[str, str] | None = None,
-    lengths: Mapping[str, int] | None = None,
-    vectors: str | None = None,
-) -> list[System]:
-    """The students (folders) of a training run and what they are measured against, in the order of the table.
+        The base's vectors are read from the folder `vectors`, where a mixture has left them, or computed.
+        """
+        collection, depth = self.collection, self.collection.reach(self.depth)
+        systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, depth))]
+        if base_model is not None:
+            systems += self._base(resolve_model(base_model), {"prompts": prompts, **(lengths or {})}, vectors)
+        if stock is not None:
+            systems += self.exact(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
+        systems += self.students(students or {}, dims)
+        if teacher is not None:
+            systems.append(self.teacher(TEACHER, "ColBERT teacher (one vector a token)", teacher))
+        return systems
 
-    The base's vectors are read from the folder `vectors`, where a mixture has left them, or computed.
-    """
-    systems = [System(BM25, "BM25", lambda queries: collection_bm25(collection).run(queries, collection.reach(depth)))]
-    exact = partial(exact_systems, collection, depth=depth, bf16=bf16)
-    if base_model is not None:
-        base, reads = resolve_model(base_model), dict[str, Any]({"prompts": prompts, **(lengths or {})})
-        systems += _base_systems(collection, base, reads, depth=collection.reach(depth), bf16=bf16, vectors=vectors)
-    if stock is not None:
-        systems += exact(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
-    systems += student_systems(collection, students or {}, depth=depth, bf16=bf16, dims=dims)
-    if teacher is not None:
-        title = "ColBERT teacher (one vector a token)"
-        systems.append(teacher_system(collection, TEACHER, title, teacher, depth=depth, bf16=bf16))
-    return systems
+    def _base(self, base: str, reads: Mapping[str, Any], vectors: str | None) -> list[System]:
+        """The base as it is, and the best passages of BM25 and of it in the order of MaxSim of its own tokens."""
+        ids, texts = self.collection.corpus["id"][:], self.collection.corpus["text"][:]
+        dtype: Any = "bfloat16" if self.bf16 else "float32"
+        depth = self.collection.reach(self.depth)
 
+        def kept(teacher: VectorTeacher) -> VectorTeacher | CachedTeacher:
+            return teacher if vectors is None else CachedTeacher(teacher, vectors)
 
-def _base_systems(
-    collection: Collection, base: str, reads: Mapping[str, Any], *, depth: int, bf16: bool, vectors: str | None
-) -> list[System]:
-    """The base as it is, and the best passages of BM25 and of it in the order of MaxSim of its own tokens."""
-    ids, texts = collection.corpus["id"][:], collection.corpus["text"][:]
-    dtype: Any = "bfloat16" if bf16 else "float32"
+        def search(queries: Mapping[str, str]) -> Run:
+            return dense_run(kept(DenseTeacher(build_student(base, **reads), dtype=dtype)), ids, texts, queries, depth)
 
-    def kept(teacher: VectorTeacher) -> VectorTeacher | CachedTeacher:
-        return teacher if vectors is None else CachedTeacher(teacher, vectors)
+        def rerank(queries: Mapping[str, str], *runs: Run) -> Run:
+            tokens = kept(ColBERTTeacher(build_colbert(base, **reads), dtype=dtype))
+            of = dict(zip(ids, texts, strict=True))
+            pools = [
+                list(dict.fromkeys(one for run in runs for one, _ in rank(run.get(name, {}))[:RERANKED]))
+                for name in queries
+            ]
+            found = lists_scores(tokens, list(queries.values()), [[of[one] for one in pool] for pool in pools])
+            return {
+                name: dict(rank(dict(zip(pool, scores, strict=True)))[:depth])
+                for name, pool, scores in zip(queries, pools, found, strict=True)
+            }
 
-    def search(queries: Mapping[str, str]) -> Run:
-        return dense_run(kept(DenseTeacher(build_student(base, **reads), dtype=dtype)), ids, texts, queries, depth)
-
-    def rerank(queries: Mapping[str, str], *runs: Run) -> Run:
-        tokens, of = (
-            kept(ColBERTTeacher(build_colbert(base, **reads), dtype=dtype)),
-            dict(zip(ids, texts, strict=True)),
-        )
-        pools = [
-            list(dict.fromkeys(one for run in runs for one, _ in rank(run.get(name, {}))[:RERANKED]))
-            for name in queries
+        title = "base reranked by its own MaxSim, untrained"
+        return [
+            System(BASE_NATIVE, "base as it is", search),
+            System(OWN_MAXSIM, title, rerank, of=(BM25, BASE_NATIVE)),
         ]
-        found = lists_scores(tokens, list(queries.values()), [[of[one] for one in pool] for pool in pools])
-        return {
-            name: dict(rank(dict(zip(pool, scores, strict=True)))[:depth])
-            for name, pool, scores in zip(queries, pools, found, strict=True)
-        }
-
-    title = "base reranked by its own MaxSim, untrained"
-    return [
-        System(BASE_NATIVE, "base as it is", search),
-        System(OWN_MAXSIM, title, rerank, of=(BM25, BASE_NATIVE)),
-    ]

@@ -177,12 +177,13 @@ class Report:
             if system.cost is not None and len(system.cost["latency"]) > 2:
                 stages = [(name, one["p50"]) for name, one in system.cost["latency"].items() if name != "total"]
                 lines.append(f"- {system.title}: {', '.join(f'{name} {milliseconds(ms)}' for name, ms in stages)}")
-        for measure in self.measures:
-            lines += ["", f"## Significance, {measure}", "", self.significance_table(measure)]
+        splits = [("", self._tested(), self.measures)]
         for name, split in self.also.items():
-            for measure in split["measures"]:
-                head = f"## Significance, {name} ({split['queries']:,} queries), {measure}"
-                lines += ["", head, "", _significance(self._tested(name), measure, self.baseline)]
+            splits.append((f"{name} ({split['queries']:,} queries), ", self._tested(name), split["measures"]))
+        for head, found, measures in splits:
+            for measure in measures:
+                table = _significance(found, measure, self.baseline)
+                lines += ["", f"## Significance, {head}{measure}", "", table]
         over = f", Holm-corrected over {others} systems" if others > 1 else ""
         lines += [
             "",
@@ -210,14 +211,14 @@ class Report:
         write_json_atomic(folder / JSON_FILE, self.to_dict())
         write_text_atomic(folder / MARKDOWN_FILE, self.markdown())
         measure, name, problems = self.measures[0], self.collection["name"], []
-        timed = [(one, one.effectiveness[measure], one.cost) for one in self.systems if one.cost is not None]
         for file, xlabel, value in (
             (LATENCY_FILE, "milliseconds a query, median", lambda cost: cost["latency"]["total"]["p50"]),
             (STORAGE_FILE, "bytes a passage on disk", lambda cost: cost["disk_bytes_per_passage"]),
         ):
             points = [
-                TradeOff(one.title, value(cost), found["mean"], found["standard_error"], one.kind)
-                for one, found, cost in timed
+                TradeOff(one.title, value(one.cost), found["mean"], found["standard_error"], one.kind)
+                for one in self.systems
+                if one.cost is not None and (found := one.effectiveness[measure])
             ]
             labels = {"xlabel": xlabel, "ylabel": measure, "title": name}
             problems.append(missing_plot(plot_trade_off, points, folder / file, **labels))

@@ -16,17 +16,9 @@ from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.evaluation import settings as keys
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk, machine_key
 from tct_hf.evaluation.experiment import Experiment
-from tct_hf.evaluation.maxsim import TokenVectors, encode_tokens
-from tct_hf.evaluation.settings import BM25, EXACT, HYBRID, ReportSettings
-from tct_hf.evaluation.systems import (
-    System,
-    bm25_system,
-    hybrid_system,
-    maxsim_system,
-    measure_cost,
-    reranked_system,
-    student_system,
-)
+from tct_hf.evaluation.maxsim import TokenVectors, above, encode_tokens, rerank_run
+from tct_hf.evaluation.settings import BM25, EXACT, HYBRIDS, LEARNED, ReportSettings
+from tct_hf.evaluation.systems import Batch, System, bm25_system, by_token, hybrid_system, measure_cost, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
 from tct_hf.evaluation.workspace import (
@@ -44,10 +36,17 @@ from tct_hf.evaluation.workspace import (
 from tct_hf.files import CLAIM_FILE, MADE_AGAIN, claim, read_json, write_json_atomic
 from tct_hf.retrieval.encode import read_seconds
 from tct_hf.retrieval.faiss_tools import factory_for
+from tct_hf.retrieval.runs import rank
 from tct_hf.teachers.colbert import describe_teacher
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
+
+
+# Titles of students that are searched exactly, and what stands for a system in the title of a hybrid.
+_TITLES = {EXACT: "dense, exact", LEARNED: "sparse student (learned)", keys.BASE: "base as it is"}
+_ANEW = "encoding of query and passages by token, MaxSim"
+_NAMES = {BM25: "BM25", keys.EXPANDED: "expanded BM25", EXACT: "dense", LEARNED: "sparse student", keys.BASE: "base"}
 
 
 class Work:
@@ -72,14 +71,14 @@ class Work:
         device: str | None = None,
     ) -> None:
         self.collection, self.settings, self.output, self.write = collection, settings, output, write
+        self.runs = runs  # other systems' files by name
         self.depth, self.test = collection.reach(settings.measures.depth), collection.splits["test"]
         self.tuning = tuning_queries(collection, settings.hybrid)
-        self.runs = runs  # other systems' files by name
         self.hybrids: dict[str, dict[str, Any]] = {}  # how each was tuned, as in report.json
         self.ann: dict[str, Any] | None = None  # the same of the approximate index
         self.notes = list(collection.own_note)
         self.made: dict[str, System] = {}
-        self.names: dict[str, str] = {}  # of a system in a hybrid's title
+        self.names = dict(_NAMES)
         self.deployed = EXACT  # the system of the dense student that hybrids take
         self.teacher: Any = None  # of one vector a token
         self.tokens: TokenVectors | None = None
@@ -87,7 +86,8 @@ class Work:
         options: Any = {"precision": settings.precision, "threads": settings.build_threads, "write": write}
         self.student = Workspace(collection, open_student(student, device), student, output, **options)
         self.workspaces = {"student": self.student}  # by role
-        if self.student.is_sparse and dims:
+        sparse, dimension = self.student.is_sparse, self.student.student.get_embedding_dimension()
+        if sparse and dims:
             raise ValueError(
                 "dims: a sparse student's dimensions are words, its first are no smaller student; leave it out."
             )
@@ -97,13 +97,16 @@ class Work:
         if base is not None:
             model, folder = open_student(base, device), output / BASE_FOLDER
             self.workspaces["base"] = Workspace(collection, model, base, folder, **options)
+        self.learned = self.student if sparse else self.workspaces.get("sparse_student")
         self.teacher_name = None if teacher == OWN and not has_own_maxsim(self.student.student) else teacher
         self.late_name = "own MaxSim" if teacher == OWN else "teacher"
-        if not self.student.is_sparse:
-            settings.ann.check(self.student.student.get_embedding_dimension(), len(collection.corpus))
-        self.plan = self._plan(self._sizes(dims))
+        if not sparse:
+            settings.ann.check(dimension, len(collection.corpus))
+        self.plan = self._plan([] if sparse else self._sizes(dims, dimension))
+        # That of the student and BM25: a single weight that is given is its own, and its passages are reranked.
+        self.first_hybrid = next(key for key in self.plan if key in HYBRIDS)
         rows = [*self.plan, *runs]
-        self.baseline = settings.measures.baseline or (keys.LEARNED if self.student.is_sparse else EXACT)
+        self.baseline = settings.measures.baseline or (LEARNED if sparse else EXACT)
         if self.baseline not in rows:
             raise ValueError(f"measures.baseline: there is no row {self.baseline!r}; there are {', '.join(rows)}")
         if isinstance(settings.hybrid.alpha, dict) and (absent := settings.hybrid.alpha.keys() - set(self.plan)):
@@ -111,11 +114,8 @@ class Work:
         if taken := [name for name in runs if name in self.plan]:
             raise ValueError(f"runs.{taken[0]}: the report has a system of that name; give the run another.")
 
-    def _sizes(self, dims: Sequence[int] | None) -> list[int]:
+    def _sizes(self, dims: Sequence[int] | None, dimension: int | None) -> list[int]:
         """First dimensions to measure alone, the largest first: those asked for, or those the training recorded."""
-        if self.student.is_sparse:
-            return []
-        dimension = self.student.student.get_embedding_dimension()
         if dims is None:
             file = Path(self.student.name) / CLAIM_FILE
             found = read_json(file, "copy the student again.") if file.is_file() else {}
@@ -127,33 +127,28 @@ class Work:
 
     def _plan(self, sizes: Sequence[int]) -> dict[str, Callable[[], System]]:
         """The systems by key, in the order of the table, each made when it is called."""
-        words = [BM25, *[keys.EXPANDED] * (self.settings.expansion.path is not None)]
-        plan: dict[str, Callable[[], System]] = {one: partial(self._words, one) for one in words}
-
-        def hybrid(key: str, first: str, weighted: str) -> None:
-            plan[key] = partial(self._hybrid, key, first, weighted)
-
-        if not self.student.is_sparse:
-            plan |= {EXACT: self._exact, keys.ANN: self._approximate}
-            plan |= {f"dense-first-{size}": partial(self._first_dims, size) for size in sizes}
-            for key, one in zip((HYBRID, keys.HYBRID_EXPANDED), words, strict=False):
-                hybrid(key, EXACT, one)
-        if self.student.is_sparse or "sparse_student" in self.workspaces:
-            plan[keys.LEARNED] = self._learned
-            for key, one in zip((keys.LEARNED_BM25, keys.LEARNED_EXPANDED), words, strict=False):
-                hybrid(key, keys.LEARNED, one)
-        if "sparse_student" in self.workspaces:
-            hybrid(keys.DENSE_LEARNED, EXACT, keys.LEARNED)
-        if "base" in self.workspaces:
-            plan[keys.BASE] = self._base
-            hybrid(keys.BASE_BM25, keys.BASE, BM25)
-        # That of the student and BM25: a single weight that is given is its own, and its passages are reranked.
-        self.first_hybrid = next(key for key in plan if key in keys.HYBRIDS)
-        if self.teacher_name is not None:
-            if len(self.collection.corpus) <= self.settings.late_interaction.max_passages:
-                plan[keys.TEACHER] = self._exhaustive
-            plan[keys.RERANKED] = self._reranked
-        return plan
+        settings, dense, late = self.settings, not self.student.is_sparse, self.teacher_name is not None
+        searched = late and len(self.collection.corpus) <= settings.late_interaction.max_passages
+        rows: dict[str, tuple[Any, Callable[[str], System]]] = {  # whether there is one, and what makes it
+            BM25: (True, self._words),
+            keys.EXPANDED: (settings.expansion.path is not None, self._words),
+            EXACT: (dense, self._exact),
+            keys.ANN: (dense, self._approximate),
+            **{f"dense-first-{size}": (dense, partial(self._first_dims, size)) for size in sizes},
+            keys.HYBRID: (True, self._hybrid),
+            keys.HYBRID_EXPANDED: (True, self._hybrid),
+            LEARNED: (self.learned, self._exact),
+            keys.LEARNED_BM25: (True, self._hybrid),
+            keys.LEARNED_EXPANDED: (True, self._hybrid),
+            keys.DENSE_LEARNED: (True, self._hybrid),
+            keys.BASE: ("base" in self.workspaces, self._exact),
+            keys.BASE_BM25: (True, self._hybrid),
+            keys.TEACHER: (searched, self._exhaustive),
+            keys.RERANKED: (late, self._reranked),
+        }
+        parts = [key for key, (there, _) in rows.items() if there]
+        kept = [key for key in parts if all(part in parts for part in HYBRIDS.get(key, ()))]
+        return {key: partial(rows[key][1], key) for key in kept}
 
     def claim(self) -> None:
         """Claim the folders of runs and times for all that they depend on."""
@@ -179,8 +174,8 @@ class Work:
             **{name: asdict(getattr(settings, name)) for name in ("hybrid", "ann", "late_interaction")},
         }
         self.depends = depends
-        names = {f"{role}.weights": space.name for role, space in self.workspaces.items()}
-        names |= {"teacher.weights": self.teacher_name}
+        names: dict[str, str | None] = {f"{role}.weights": space.name for role, space in self.workspaces.items()}
+        names["teacher.weights"] = self.teacher_name
         claim(self.output / "runs", depends, names)
         for name, split in self.collection.also.items():
             claim(self.output / "runs" / name, {**depends, "queries": digest_of(split.queries)}, names)
@@ -190,21 +185,30 @@ class Work:
         """Make the indexes and all that searching needs, in the order of the table."""
         for key, make in self.plan.items():
             self.made[key] = make()
-        return [self.made[key] for key in self.plan]
+        return list(self.made.values())
 
     def _words(self, key: str) -> System:
         stored = self.student.bm25() if key == BM25 else self.student.expanded(self.settings.expansion)
-        self.names[key] = "BM25" if key == BM25 else "expanded BM25"
-        if key != BM25:
+        if key == keys.EXPANDED:
             self.notes.append(_expansion_note(stored.index.settings))
         return bm25_system(key, self.names[key], stored, self.depth)
 
-    def _exact(self) -> System:
-        self.student.encode()
-        self.names[EXACT] = "dense"
-        return student_system(EXACT, "dense, exact", self.student, self.student.dense("Flat"), self.depth)
+    def _exact(self, key: str) -> System:
+        """Exact search with the whole vectors of a student."""
+        space: Any = {EXACT: self.student, LEARNED: self.learned, keys.BASE: self.workspaces.get("base")}[key]
+        space.encode()
+        stored = space.exact()
+        if key == LEARNED:
+            queries, index = space.encode_queries(self.test.queries), stored.index
+            active = queries.nnz / queries.shape[0]
+            self.active_dims = {"query_active_dims": active, "document_active_dims": index.active_dims}
+            self.notes.append(
+                f"Sparse student: {active:.1f} active dims a query, {index.active_dims:.1f} a passage, of "
+                f"{index.dimension:,}; exact search of inverted lists, 8 bytes an active dim of a passage."
+            )
+        return student_system(key, _TITLES[key], space, stored, self.depth)
 
-    def _approximate(self) -> System:
+    def _approximate(self, key: str) -> System:
         """An approximate index, which hybrids take where "auto" would deploy it."""
         settings, tuning, count = self.settings.ann, self.tuning, len(self.collection.corpus)
         auto, factory = factory_for(count), settings.factory
@@ -215,55 +219,37 @@ class Work:
                     f"At {count:,} passages exact search is the index to take (up to 50,000); the ANN index is there "
                     "to show what it would cost and lose."
                 )
+        source = f"{tuning.split} queries" if tuning is not None else "passages"
         stored = self.student.dense(
             factory,
             query_vectors=self.student.encode_queries(tuning.queries) if tuning is not None else None,
-            tuned_on=f"{len(tuning.queries)} {tuning.split} queries" if tuning is not None else "passages",
+            tuned_on=f"{len(tuning.queries)} {source}" if tuning is not None else source,
             recall=settings.recall,
         )
-        if (tuned := stored.index.tuning) is not None:
-            on = f"{tuned['slice']} {tuning.split} queries" if tuning else f"{tuned['slice']} passages"
-            shown = ", ".join(f"{name} {value:g}" for name, value in stored.index.parameters.items())
+        index = stored.index
+        if (tuned := index.tuning) is not None:
+            shown = ", ".join(f"{name} {value:g}" for name, value in index.parameters.items())
             self.notes.append(
-                f"{factory}: {shown}, chosen on {on} for Recall@{tuned['k']} {tuned['recall']} against exact search "
-                f"({tuned['measured']:.3f} there)."
+                f"{factory}: {shown}, chosen on {tuned['slice']} {source} for Recall@{tuned['k']} {tuned['recall']} "
+                f"against exact search ({tuned['measured']:.3f} there)."
             )
-        index, split = stored.index, tuning.split if tuning is not None else None
+        split = tuning.split if tuning is not None else None
         self.ann = {"factory": index.factory, "parameters": index.parameters, **(index.tuning or {}), "split": split}
         if auto != "Flat":
-            self.deployed, self.names[keys.ANN] = keys.ANN, f"dense ({stored.index.factory})"
-        return student_system(keys.ANN, f"dense, ANN ({stored.index.factory})", self.student, stored, self.depth)
+            self.deployed, self.names[EXACT] = key, f"dense ({index.factory})"
+        return student_system(key, f"dense, ANN ({index.factory})", self.student, stored, self.depth)
 
-    def _first_dims(self, size: int) -> System:
+    def _first_dims(self, size: int, key: str) -> System:
         """Exact search with the first dimensions of the student's vectors; the corpus is encoded once."""
         title, stored = f"dense, first {size} dimensions", self.student.first_dims(size)
-        return student_system(f"dense-first-{size}", title, self.student, stored, self.depth, size=size)
+        return student_system(key, title, self.student, stored, self.depth, size=size)
 
-    def _learned(self) -> System:
-        space = self.workspaces.get("sparse_student", self.student)
-        space.encode()
-        stored, queries = space.sparse(), space.encode_queries(self.test.queries)
-        active, index = queries.nnz / queries.shape[0], stored.index
-        self.active_dims = {"query_active_dims": active, "document_active_dims": index.active_dims}
-        self.notes.append(
-            f"Sparse student: {active:.1f} active dims a query, {index.active_dims:.1f} a passage, of "
-            f"{index.dimension:,}; exact search of inverted lists, 8 bytes an active dim of a passage."
-        )
-        self.names[keys.LEARNED] = "sparse student"
-        return student_system(keys.LEARNED, "sparse student (learned)", space, stored, self.depth)
-
-    def _base(self) -> System:
-        base = self.workspaces["base"]
-        base.encode()
-        self.names[keys.BASE] = "base"
-        return student_system(keys.BASE, "base as it is", base, base.exact(), self.depth)
-
-    def _hybrid(self, key: str, first: str, weighted: str) -> System:
+    def _hybrid(self, key: str) -> System:
         """`alpha * weighted + first`, alpha tuned where it is not given."""
-        first = self.deployed if first == EXACT else first
+        first, weighted = HYBRIDS[key]
         title = f"{self.names[first]} + {self.names[weighted]}"
-        several = sum(name in keys.HYBRIDS for name in self.plan) > 1
-        which = f"Hybrid {title}" if several else "Hybrid"
+        which = f"Hybrid {title}" if sum(name in HYBRIDS for name in self.plan) > 1 else "Hybrid"
+        lists = [self.made[weighted], self.made[self.deployed if first == EXACT else first]]
         settings, measures, tuning = self.settings.hybrid, self.settings.measures, self.tuning
         alpha = settings.weight(key, alone=key == self.first_hybrid)
         record: dict[str, Any] = {"fusion": "alpha", "alpha": alpha, "split": None, "normalize": settings.normalize}
@@ -278,69 +264,82 @@ class Work:
         else:
             split = tuning.split
             on = self.experiment(split, Split(tuning.queries, tuning.qrels), write=lambda line: None)
-            on.search([self.made[weighted], self.made[first]], self.output / "runs")
-            lists = (on.runs[weighted, split], on.runs[first, split])
+            on.search(lists, self.output / "runs")
             options: dict[str, Any] = {"normalize": settings.normalize, "relevance": measures.relevance}
             options["ignore_identical_ids"] = False  # they are out already
-            found = tune_alpha(*lists, tuning.qrels, measures.names[0], **options)
+            both = (on.runs[lists[0].key, split], on.runs[lists[1].key, split])
+            found = tune_alpha(*both, tuning.qrels, measures.names[0], **options)
             alpha, record = float(found), {**record, **found.to_dict(), "split": split, "left_out": tuning.left_out}
             left = f"; {tuning.left_out} with the text of a reported query left out" if tuning.left_out else ""
-            plain = "dense" if first == self.deployed else self.names[first]
             self.notes.append(
-                f"{which}: alpha * {self.names[weighted]} + {plain}, alpha {weight_text(alpha)} tuned for "
+                f"{which}: alpha * {self.names[weighted]} + {_NAMES[first]}, alpha {weight_text(alpha)} tuned for "
                 f"{found.measure} on {len(tuning.queries):,} {split} queries (none of them reported{left})."
             )
         self.hybrids[key] = record
-        return hybrid_system(
-            key,
-            f"{title}, {'by rank' if alpha is None else f'alpha {weight_text(alpha)}'}",
-            self.made[first],
-            self.made[weighted],
-            alpha=alpha,
-            normalize=settings.normalize,
-            depth=self.depth,
-        )
+        title = f"{title}, {'by rank' if alpha is None else f'alpha {weight_text(alpha)}'}"
+        return hybrid_system(key, title, *lists, alpha=alpha, normalize=settings.normalize, depth=self.depth)
 
-    def _exhaustive(self) -> System:
+    def _exhaustive(self, key: str) -> System:
         """MaxSim of every passage, whose token vectors are encoded first where they are not there."""
         output, corpus, begun = self.output / "tokens", self.collection.corpus, time.perf_counter()
         depends = {"corpus": self.depends["corpus"], "teacher": self.depends["teacher"], "format": 2}
         claim(output, depends, {"teacher.weights": self.teacher_name})
         seconds_file, fresh = output / "seconds.json", not any((output / "vectors").glob("*.npz"))
-        self.tokens = encode_tokens(self.teacher, corpus, output / "vectors", bf16=self.bf16, write=self.write)
+        tokens = encode_tokens(self.teacher, corpus, output / "vectors", bf16=self.bf16, write=self.write)
         if fresh:
             write_json_atomic(seconds_file, {"seconds": time.perf_counter() - begun})
-        taken = read_seconds(seconds_file)
-        self.made_tokens = Footprint(bytes_on_disk(output / "vectors"), 0, taken)
-        mean, dim = float(self.tokens.lengths.mean()), int(self.tokens.tokens.shape[1])
-        self.measured = {"dimension": dim, "tokens_per_passage": mean}
+        self.made_tokens = Footprint(bytes_on_disk(output / "vectors"), 0, read_seconds(seconds_file))
+        mean, dim = float(tokens.lengths.mean()), int(tokens.tokens.shape[1])
+        self.tokens, self.measured = tokens, {"dimension": dim, "tokens_per_passage": mean}
         self._late_note(
             f"{mean:.1f} token vectors a passage of {dim} dimensions in float16 on disk; exhaustive search multiplies "
             "float32 copies in memory; reranking reads the float16."
         )
+
+        def find(batch: Batch) -> Batch:
+            return batch.found(dict(zip(batch.queries, tokens.search(batch.vectors, self.depth), strict=True)))
+
+        stages = {**by_token(self.teacher, self.bf16), "MaxSim": find}
+        footprint = self.made_tokens + Footprint(memory=tokens.block_bytes)
         title = f"{self.late_name}, every passage by MaxSim"
-        parts: Any = (self.teacher, self.tokens, self.depth)
-        return maxsim_system(keys.TEACHER, title, *parts, bf16=self.bf16, made=self.made_tokens)
+        return System(key, title, stages, kind="late interaction", footprint=footprint)
 
-    def _late_note(self, note: str) -> None:
-        self.notes.append(f"{self.late_name[0].upper()}{self.late_name[1:]}: {note}")
-
-    def _reranked(self) -> System:
+    def _reranked(self, key: str) -> System:
         """The best passages of the hybrid scored again, encoded anew for every query where no vectors are kept."""
         first, corpus, settings = self.made[self.first_hybrid], self.collection.corpus, self.settings.late_interaction
-        top = min(settings.rerank, self.settings.measures.depth)
+        top, model = min(settings.rerank, self.settings.measures.depth), self.teacher
+        tokens: Any = self.tokens
+
+        def kept(batch: Batch) -> Batch:
+            reranked = {}
+            for query, vectors in zip(batch.queries, batch.vectors, strict=True):
+                hits = list(batch.runs[-1].get(query, {}))
+                reranked[query] = above(tokens.rerank(vectors, hits[:top]), hits[top:])
+            return batch.joined(reranked)
+
+        def anew(batch: Batch) -> Batch:
+            pool = {name for hits in batch.runs[-1].values() for name, _ in rank(hits)[:top]}
+            texts = dict(zip(pool, corpus[[rows[name] for name in pool]]["text"], strict=True)) if pool else {}
+            return batch.joined(rerank_run(model, batch.runs[-1], texts, batch.queries, top, bf16=self.bf16))
+
         title = f"{self.late_name} over the hybrid's top {top}"
-        if self.tokens is not None:
-            made = self.made_tokens + Footprint(memory=self.tokens.nbytes)
+        if tokens is not None:
+            own = {**by_token(model, self.bf16), f"MaxSim of {top}": kept}
+            made = self.made_tokens + Footprint(memory=tokens.nbytes)
         else:
             self._late_note(
                 f"only reranking, passages encoded anew for every query: {len(corpus):,} passages are more than "
                 f"late_interaction.max_passages ({settings.max_passages:,})."
             )
+            title, own = f"{title}, passages encoded anew", {_ANEW: anew}
+            rows = {name: row for row, name in enumerate(corpus["id"])}
             held = sum(len(text.encode()) for text in corpus["text"])
-            made, title = Footprint(held, held), f"{title}, passages encoded anew"
-        passages = corpus if self.tokens is None else self.tokens
-        return reranked_system(keys.RERANKED, title, first, self.teacher, passages, top, bf16=self.bf16, made=made)
+            made = Footprint(held, held)
+        stages, footprint = {**first.stages, **own}, first.footprint + made
+        return System(key, title, stages, (first.key,), len(own), kind="late interaction", footprint=footprint)
+
+    def _late_note(self, note: str) -> None:
+        self.notes.append(f"{self.late_name[0].upper()}{self.late_name[1:]}: {note}")
 
     def tuned(self) -> dict[str, Any]:
         """What was tuned and how, as in report.json."""

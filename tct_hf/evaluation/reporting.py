@@ -179,36 +179,28 @@ def _measured(
 
 def _models(work: Work) -> dict[str, Any]:
     """All models, as in report.json."""
+
+    def described(name: str | None, weights: str, model: Any, **more: Any) -> dict[str, Any]:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return {"name": name, "weights_sha256": weights, "parameters": parameters, **more}
+
     models: dict[str, Any] = {"student": None, "teacher": None}
-    for role, workspace in work.workspaces.items():
-        manifest = workspace.manifest
-        models[role] = {
-            "name": workspace.name,
-            "weights_sha256": workspace.built_by["weights_sha256"],
-            "parameters": sum(parameter.numel() for parameter in workspace.student.parameters()),
-            "dimension": manifest["dim"],
-            "similarity": workspace.student.similarity_fn_name,
-            "encoded_in": manifest["precision"],
-            **(work.active_dims if workspace.is_sparse else {}),
-        }
+    for role, space in work.workspaces.items():
+        more = {"dimension": space.manifest["dim"], "similarity": space.student.similarity_fn_name}
+        more |= {"encoded_in": space.manifest["precision"], **(work.active_dims if space.is_sparse else {})}
+        models[role] = described(space.name, space.built_by["weights_sha256"], space.student, **more)
     if work.teacher is not None:
-        models["teacher"] = {
-            "name": work.teacher_name,
-            "weights_sha256": work.depends["teacher"]["weights"],
-            "parameters": sum(parameter.numel() for parameter in work.teacher.parameters()),
-            **work.measured,
-            "encoded_in": "bf16" if work.bf16 else "fp32",
-        }
+        more = {**work.measured, "encoded_in": "bf16" if work.bf16 else "fp32"}
+        models["teacher"] = described(work.teacher_name, work.depends["teacher"]["weights"], work.teacher, **more)
     return models
 
 
 def _timing_notes(costs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    notes = []
+    notes, cores = [], costs[BM25]["machine"]["cpu_count"] or 1
     timed = min(cost["latency"]["total"]["queries"] for cost in costs.values())
     if timed < 100:
         notes.append(f"Of {timed} timed queries p99 is little more than the slowest one: read it as that.")
     busiest = max((cost.get("load_average") or 0.0) for cost in costs.values())
-    cores = costs[BM25]["machine"]["cpu_count"] or 1
     if busiest > cores:
         notes.append(
             f"The machine was busy while timing (load {busiest:.1f} on {cores} cores): times are too long, and those "
@@ -241,17 +233,17 @@ def _assemble(
         work.notes.append(f"{key}: run from {work.runs[key]}, at most {deepest:,} passages a query{lacks}.")
         results.append(SystemResult(key, key, "other", cost=None, **measured[key]))
     work.notes += _timing_notes(costs)
-    machine = costs[BM25]["machine"]
+    machine, collection = costs[BM25]["machine"], work.collection
     threads = {name: count for cost in costs.values() for name, count in cost["threads"].items()}
     # What numba may use says nothing: bm25s searches on one thread unless it is asked for more.
     threads.pop("numba", None)
     return Report(
         collection={
-            "name": work.collection.name,
-            "passages": len(work.collection.corpus),
-            "split": work.collection.test_split,
+            "name": collection.name,
+            "passages": len(collection.corpus),
+            "split": collection.test_split,
             "queries": count,
-            "fingerprint": work.collection.fingerprint,
+            "fingerprint": collection.fingerprint,
         },
         models=_models(work),
         measures=list(measures.names),

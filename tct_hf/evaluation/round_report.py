@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tct_hf.data.collection import Collection
-from tct_hf.evaluation.experiment import Experiment, write_metrics
-from tct_hf.evaluation.measures import Evaluation, standard_error
+from tct_hf.evaluation.experiment import Experiment, effectiveness, write_metrics
+from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.plots import missing_plot, plot_sweep
-from tct_hf.evaluation.references import BM25, STUDENT, TEACHER, reference_systems, teacher_system
+from tct_hf.evaluation.references import BM25, STUDENT, TEACHER, References
 from tct_hf.evaluation.significance import placed
 from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import means_table
@@ -58,10 +58,9 @@ def report_rounds(
     shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16, **collection.own_rule}
     weights = file_digest(Path(teacher) / "model.safetensors") or teacher
     claim(output / "runs", {**shared, "teacher": weights, "base": base_model}, {"teacher": teacher})
-    systems = reference_systems(collection, base_model=base_model, teacher=teacher, depth=depth, bf16=bf16)
-    splits = {name: split for name, split in collection.splits.items() if name != "train"}
-    experiment = Experiment(splits, measures, depth, ignore_identical_ids=collection.skips_own, write=write)
-    experiment.search(systems, output / "runs")
+    references = References(collection, depth, bf16)
+    experiment = Experiment.of(collection, measures, depth, write=write)
+    experiment.search(references.systems(base_model=base_model, teacher=teacher), output / "runs")
     students, teachers = [f"{STUDENT}-{number}" for number in range(len(rounds))], {0: TEACHER}
     for number, result in enumerate(rounds):
         name = round_name(number)
@@ -73,19 +72,18 @@ def report_rounds(
         own = [System(students[number], f"student, {name}", search)]
         if number and result.teacher is not None:
             teachers[number], title = f"{TEACHER}-{number}", f"ColBERT teacher, {name}"
-            trained = str(result.teacher)
-            own.append(teacher_system(collection, teachers[number], title, trained, depth=depth, bf16=bf16))
-        models = {"student": result.student, "teacher": result.teacher}
+            own.append(references.teacher(teachers[number], title, str(result.teacher)))
+        models: dict[str, Path | None] = {"student": result.student, "teacher": result.teacher}
         digests = {role: path and file_digest(path / "model.safetensors") for role, path in models.items()}
-        names = {role: path and str(path) for role, path in models.items()}
+        names = {role: str(path) for role, path in models.items()}
         claim(result.folder / "runs", {**digests, **shared, "precision": precision}, names)
         experiment.search(own, result.folder / "runs")
     evaluations, titles = experiment.evaluate(), experiment.titles
     write_metrics(output / "metrics.json", evaluations, corpus=collection.fingerprint, settings=dict(settings))
-    columns = [(split, measure) for split in evaluations for measure in measures]
+    columns = {f"{split} {measure}": (split, measure) for split in evaluations for measure in measures}
     last = [*students, *teachers.values()]
     rows = [
-        (titles[key], {f"{s} {m}": evaluations[s][key].mean[m] for s, m in columns})
+        (titles[key], {name: evaluations[split][key].mean[measure] for name, (split, measure) in columns.items()})
         for key in (*(key for key in titles if key not in last), *last)
     ]
     lines = [
@@ -94,7 +92,7 @@ def report_rounds(
         f"Exact search; {' and '.join(evaluations)} queries.",
         *collection.own_note,
         "",
-        means_table(rows, [f"{split} {measure}" for split, measure in columns]),
+        means_table(rows, [*columns]),
         "",
         *_remarks(rounds, students, teachers, evaluations, measures[0]),
         "",
@@ -139,12 +137,8 @@ def _remarks(
         )
     test = evaluations["test"]
     for number in range(1, len(students)):
-        others = {
-            "the one before it": students[number - 1],
-            "BM25": BM25,
-            "its teacher": teachers[max(at for at in teachers if at <= number)],
-        }
-        own = test[students[number]]
+        teacher, own = teachers[max(at for at in teachers if at <= number)], test[students[number]]
+        others = {"the one before it": students[number - 1], "BM25": BM25, "its teacher": teacher}
         places = [f"{placed(own, test[key], measure)} {title}" for title, key in others.items()]
         lines.append(f"On the test queries the student of {round_name(number)} is, in {measure}, {', '.join(places)}.")
     return [*lines, "p: paired randomisation test, above 0.05 it may be chance."]
@@ -156,17 +150,12 @@ def _plot(
     """Plot the rounds' students, and teachers where each has its own; what to say in the report."""
     if len(students) < 2:
         return []
-
-    def point(number: int, key: str) -> tuple[float, float, float]:
-        return (number, test[key].mean[measure], standard_error(list(test[key].per_query[measure].values())))
-
+    series = {"student": dict(enumerate(students)), "ColBERT teacher": teachers, "BM25": {0: BM25}}
+    found = {key: effectiveness(test[key])[measure] for keys in series.values() for key in keys.values()}
     lines = {
-        "student": [point(number, key) for number, key in enumerate(students)],
-        "ColBERT teacher": [point(number, key) for number, key in teachers.items()],
-        "BM25": [point(0, BM25)],
+        title: [(number, found[key]["mean"], found[key]["standard_error"]) for number, key in keys.items()]
+        for title, keys in series.items()
     }
-    labels = {"ylabel": f"test {measure} (bar: its standard error)", "title": "Hard-negative rounds"}
-    return [
-        missing_plot(plot_sweep, lines, path, xlabel="rounds of hard negatives", **labels) or f"Plot: {path.name}",
-        "",
-    ]
+    labels = {"xlabel": "rounds of hard negatives", "ylabel": f"test {measure} (bar: its standard error)"}
+    problem = missing_plot(plot_sweep, lines, path, title="Hard-negative rounds", **labels)
+    return [problem or f"Plot: {path.name}", ""]

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tct_hf.evaluation import settings as keys
 from tct_hf.evaluation.maxsim import rerank_run
-from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
+from tct_hf.evaluation.settings import BM25, EXACT, EXPANDED, HYBRIDS, LEARNED, ExpansionSettings, HybridSettings
 from tct_hf.evaluation.systems import System, bm25_system, joiner, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
@@ -63,11 +62,9 @@ class Searcher:
         self._workspace, self._reranker, self._depth = workspace, reranker, depth
         self._dims, self._hybrid = dims, hybrid
         self._sparse = workspace if workspace.is_sparse else sparse
-        if self._expansion is None:
-            words = bm25_system("bm25", "BM25", workspace.bm25(), depth)
-        else:
-            words = bm25_system("bm25", "expanded BM25", workspace.expanded(self._expansion), depth)
-        self._found_by: dict[str, System] = {"bm25": words}
+        words = workspace.bm25() if self._expansion is None else workspace.expanded(self._expansion)
+        title = "BM25" if self._expansion is None else "expanded BM25"
+        self._found_by: dict[str, System] = {"bm25": bm25_system("bm25", title, words, depth)}
         if not workspace.is_sparse:
             # An approximate index is tuned for a k of its own, so that another depth finds the same index.
             factory = factory_for(len(workspace.collection.corpus))
@@ -120,13 +117,9 @@ class Searcher:
     def _choose_alpha(self) -> tuple[float | None, str]:
         """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""
         weighted, first = (self._found_by[name].title for name in self._fused)
-        expanded = self._expansion is not None
-        pair = {
-            ("sparse", "dense"): keys.DENSE_LEARNED,
-            ("bm25", "dense"): keys.HYBRID_EXPANDED if expanded else keys.HYBRID,
-            ("bm25", "sparse"): keys.LEARNED_EXPANDED if expanded else keys.LEARNED_BM25,
-        }[self._fused]
-        given = self._hybrid.weight(pair, alone=True)
+        rows = {"bm25": BM25 if self._expansion is None else EXPANDED, "dense": EXACT, "sparse": LEARNED}
+        parts = (rows[self._fused[1]], rows[self._fused[0]])
+        given = self._hybrid.weight(next(key for key, pair in HYBRIDS.items() if pair == parts), alone=True)
         if given is not None:
             return given, f"{given:g} * {weighted} + {first}"
         depends = {

@@ -17,7 +17,15 @@ HYBRID_EXPANDED = "hybrid-expanded"
 LEARNED, LEARNED_BM25, LEARNED_EXPANDED = "learned-sparse", "learned-sparse-bm25", "learned-sparse-bm25-expanded"
 DENSE_LEARNED, BASE, BASE_BM25 = "dense-learned-sparse", "base", "base-bm25"
 TEACHER, RERANKED = "teacher", "reranked"
-HYBRIDS = (HYBRID, HYBRID_EXPANDED, LEARNED_BM25, LEARNED_EXPANDED, DENSE_LEARNED, BASE_BM25)
+# The fused ones: what each adds `alpha * weighted` to, and what is weighted.
+HYBRIDS = {
+    HYBRID: (EXACT, BM25),
+    HYBRID_EXPANDED: (EXACT, EXPANDED),
+    LEARNED_BM25: (LEARNED, BM25),
+    LEARNED_EXPANDED: (LEARNED, EXPANDED),
+    DENSE_LEARNED: (EXACT, LEARNED),
+    BASE_BM25: (BASE, BM25),
+}
 # The least that a number of a report's settings may be.
 _LEAST = {
     "measures.depth": 1,

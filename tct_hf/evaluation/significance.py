@@ -11,6 +11,7 @@ import scipy.stats
 
 from tct_hf.evaluation.measures import Evaluation, evaluate_run, find_themselves
 from tct_hf.evaluation.tables import difference_table, p_text
+from tct_hf.retrieval.runs import check_common
 
 Judgements = Mapping[str, Mapping[str, int]]
 
@@ -111,11 +112,7 @@ def compare_runs(
     if len(qrels) < 2:
         raise ValueError(f"qrels: {len(qrels)} judged queries; a paired test needs two or more")
     for name, run in runs.items():
-        if run and qrels.keys().isdisjoint(run):
-            raise ValueError(
-                f"runs: {name!r} has none of the judged queries (it has {next(iter(run))!r}, judged is "
-                f"{next(iter(qrels))!r}); take the run and the judgements of one split, with the same ids"
-            )
+        check_common(f"runs: {name!r}", run, "qrels", qrels)
     own = find_themselves(qrels, *runs.values()) if ignore_identical_ids is None else ignore_identical_ids
     rules: dict[str, Any] = {"relevance": relevance, "ignore_identical_ids": own}
     evaluations = {name: evaluate_run(run, qrels, [measure], **rules) for name, run in runs.items()}
@@ -128,21 +125,20 @@ def compare_evaluations(
     """The tests of `compare_runs` on runs that are evaluated already."""
     base, others = evaluations[baseline], [name for name in evaluations if name != baseline]
     values = {name: list(found.per_query[measure].values()) for name, found in evaluations.items()}
-    randomised = [
-        paired_randomisation_test(values[one], values[baseline], samples=samples, seed=seed) for one in others
-    ]
-    t_tested = [paired_t_test(values[one], values[baseline]) for one in others]
+    own = values[baseline]
+    randomised = [paired_randomisation_test(values[one], own, samples=samples, seed=seed) for one in others]
+    t_tested = [paired_t_test(values[one], own) for one in others]
     systems = {}
     for name, *ps in zip(others, randomised, t_tested, holm(randomised), holm(t_tested), strict=True):
-        pairs = list(zip(values[name], values[baseline], strict=True))
+        pairs = list(zip(values[name], own, strict=True))
         systems[name] = SystemDifference(
             evaluations[name].mean[measure],
             evaluations[name].mean[measure] - base.mean[measure],
-            sum(own > other for own, other in pairs),
-            sum(own < other for own, other in pairs),
+            sum(one > other for one, other in pairs),
+            sum(one < other for one, other in pairs),
             *ps,
         )
-    return Comparison(measure, len(values[baseline]), baseline, base.mean[measure], systems)
+    return Comparison(measure, len(own), baseline, base.mean[measure], systems)
 
 
 def compare_pairs(
@@ -196,9 +192,8 @@ def paired_randomisation_test(
         rows = min(block, left)
         # Whole 64-bit words: the generator would throw away what is left of one at the end of a block.
         words = generator.integers(0, 2**64, size=(rows, -(-count // 64)), dtype=np.uint64)
-        kept = np.unpackbits(words.view(np.uint8), axis=1, count=count).astype(
-            np.float64
-        )  # (flips, queries), 1: sign kept
+        # (flips, queries), 1: sign kept
+        kept = np.unpackbits(words.view(np.uint8), axis=1, count=count).astype(np.float64)
         sums = 2 * (kept @ differences) - differences.sum()
         hits += int(np.count_nonzero(np.abs(sums) >= reached))
         left -= rows

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.cost import Efficiency, Footprint, compute_threads, measure_efficiency
-from tct_hf.evaluation.maxsim import TokenVectors, above, encode_query_tokens, rerank_run
+from tct_hf.evaluation.maxsim import encode_query_tokens
 from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
-from tct_hf.retrieval.runs import Run, rank
+from tct_hf.retrieval.runs import Run
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
@@ -46,13 +46,10 @@ class System:
     """A retriever, with its name and its costs.
 
     Args:
-        key: name of its run's file and in the metrics.
-        title: name in tables.
         search: named stages in order, or one function from queries, id to text, and the runs of `of`, to a run.
         of: keys of the systems whose runs the last stages put in another order.
         own: number of last stages that take the runs of `of` up; all when None.
         kind: "sparse", "learned sparse", "dense", "hybrid", "late interaction" or "other".
-        footprint: what searching needs besides models.
     """
 
     key: str
@@ -82,19 +79,17 @@ class System:
 
 def measure_cost(system: System, queries: Mapping[str, str], passages: int, settings: CostSettings) -> Efficiency:
     """Time a system on some of the reported queries, evenly spaced, one at a time and in batches."""
-    texts = list(queries.values())
+    texts, made = list(queries.values()), system.footprint
     wanted = min(len(texts), settings.teacher_queries if system.kind == "late interaction" else settings.queries)
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "warm_up": settings.warm_up}
+    options |= {"disk": made.disk, "memory": made.memory, "build_seconds": made.build_seconds}
     with compute_threads(settings.threads):
         return measure_efficiency(
             system.stages,
             [Batch({"query": texts[at * len(texts) // wanted]}) for at in range(wanted)],
             passages=passages,
             batch=lambda part: system.run({f"query{at}": one.queries["query"] for at, one in enumerate(part)}),
-            batch_size=settings.batch_size,
-            disk=system.footprint.disk,
-            memory=system.footprint.memory,
-            build_seconds=system.footprint.build_seconds,
-            warm_up=settings.warm_up,
+            **options,
         )
 
 
@@ -119,7 +114,7 @@ def student_system(
 
 
 def hybrid_system(
-    key: str, title: str, first: System, weighted: System, *, alpha: float | None, normalize: bool, depth: int
+    key: str, title: str, weighted: System, first: System, *, alpha: float | None, normalize: bool, depth: int
 ) -> System:
     """Two lists of `depth` passages fused: `alpha * weighted + first`, or by ranks where alpha is None."""
     join = joiner(alpha, normalize, depth)
@@ -140,64 +135,10 @@ def joiner(alpha: float | None, normalize: bool, depth: int | None) -> Callable[
     return partial(fuse, alpha=alpha, normalize=normalize, k=depth)
 
 
-def _by_token(model: MultiVectorEncoder, bf16: bool) -> dict[str, Stage]:
+def by_token(model: MultiVectorEncoder, bf16: bool) -> dict[str, Stage]:
+    """The stage that encodes queries with one vector a token."""
+
     def encode(batch: Batch) -> Batch:
         return replace(batch, vectors=encode_query_tokens(model, list(batch.queries.values()), bf16=bf16))
 
     return {_TOKEN_ENCODING: encode}
-
-
-def maxsim_system(
-    key: str, title: str, model: MultiVectorEncoder, tokens: TokenVectors, depth: int, *, bf16: bool, made: Footprint
-) -> System:
-    """MaxSim of every passage; `made` is what the token vectors cost on disk, and to encode."""
-
-    def find(batch: Batch) -> Batch:
-        return batch.found(dict(zip(batch.queries, tokens.search(batch.vectors, depth), strict=True)))
-
-    footprint = made + Footprint(memory=tokens.block_bytes)
-    return System(key, title, {**_by_token(model, bf16), "MaxSim": find}, kind="late interaction", footprint=footprint)
-
-
-def reranked_system(
-    key: str,
-    title: str,
-    first: System,
-    model: MultiVectorEncoder,
-    passages: Any,
-    top: int,
-    *,
-    bf16: bool,
-    made: Footprint,
-) -> System:
-    """The best `top` passages of a system in the order of MaxSim.
-
-    `passages` are TokenVectors, or the corpus, of which passages are encoded anew for every query.
-    """
-
-    def kept(batch: Batch) -> Batch:
-        reranked = {}
-        for query, vectors in zip(batch.queries, batch.vectors, strict=True):
-            hits = list(batch.runs[-1].get(query, {}))
-            reranked[query] = above(passages.rerank(vectors, hits[:top]), hits[top:])
-        return batch.joined(reranked)
-
-    def anew(batch: Batch) -> Batch:
-        pool = {name for hits in batch.runs[-1].values() for name, _ in rank(hits)[:top]}
-        texts = dict(zip(pool, passages[[rows[name] for name in pool]]["text"], strict=True)) if pool else {}
-        return batch.joined(rerank_run(model, batch.runs[-1], texts, batch.queries, top, bf16=bf16))
-
-    if isinstance(passages, TokenVectors):
-        own = {**_by_token(model, bf16), f"MaxSim of {top}": kept}
-    else:
-        rows = {name: row for row, name in enumerate(passages["id"])}
-        own = {"encoding of query and passages by token, MaxSim": anew}
-    return System(
-        key,
-        title,
-        {**first.stages, **own},
-        of=(first.key,),
-        own=len(own),
-        kind="late interaction",
-        footprint=first.footprint + made,
-    )

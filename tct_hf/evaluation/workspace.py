@@ -66,14 +66,11 @@ class Workspace:
     """The encoded corpus and the indexes of a collection and a student, each made when it is first asked for.
 
     Args:
-        collection: its corpus is searched.
-        student: dense or sparse.
         name: the student's, in records and messages.
         folder: of vectors and indexes; one in the cache when None.
         precision: to encode in: "auto", "bf16" or "fp32".
         threads: CPU threads that build indexes.
         in_memory: write nothing; `precision` is then "bf16" or "fp32".
-        write: takes lines of progress.
     """
 
     def __init__(
@@ -191,44 +188,38 @@ class Workspace:
         return self._stored("bm25-expanded", build, BM25Index.load, settings.depends())
 
     def dense(
-        self,
-        factory: str,
-        *,
-        query_vectors: Any = None,
-        tuned_on: str = "passages",
-        recall: float = 0.97,
-        k: int = 100,
+        self, factory: str, *, query_vectors: Any = None, tuned_on: str = "passages", recall: float = 0.97
     ) -> Stored[DenseIndex]:
-        """The student's vectors in a Faiss index, tuned for Recall@k unless it is "Flat".
+        """The student's vectors in a Faiss index, tuned for Recall@100 unless it is "Flat".
 
         `tuned_on` describes `query_vectors` (passages where None); an index tuned on others is refused.
         """
         settings: dict[str, Any] = {"factory": factory}
         if factory != "Flat":
-            settings |= {"recall": recall, "k": k, "tuned_on": tuned_on}
+            settings |= {"recall": recall, "k": 100, "tuned_on": tuned_on}
         name = "dense-" + re.sub(r"[^A-Za-z0-9]+", "-", factory).strip("-").lower()
-
-        def build() -> DenseIndex:
-            ids, vectors = self.vectors
-            options = {"recall": recall, "k": k, "query_vectors": query_vectors, "threads": self._threads}
-            return DenseIndex.build(vectors, ids, factory, built_by=self.built_by, **options)
-
-        return self._stored(name, build, partial(DenseIndex.load, model=self.built_by), settings)
+        return self._faiss(name, settings, factory, recall=recall, query_vectors=query_vectors)
 
     def first_dims(self, size: int) -> Stored[DenseIndex]:
         """The first dimensions of the student's vectors, searched exactly: what `truncate_dim` gives."""
-        student: Any = self.student  # a dense one
-        check_dims([size], student.get_embedding_dimension())
-        with student.truncate_embeddings(size):
-            built_by = _record(describe_model(student, self.name))
+        check_dims([size], self.student.get_embedding_dimension())
+        return self._faiss(f"dense-first-{size}", {"first_dims": size}, "Flat", size)
+
+    def _faiss(
+        self, name: str, settings: Mapping[str, Any], factory: str, size: int | None = None, **options: Any
+    ) -> Stored[DenseIndex]:
+        built_by = self.built_by
+        if size is not None:
+            student: Any = self.student  # a dense one
+            with student.truncate_embeddings(size):
+                built_by = _record(describe_model(self.student, self.name))
 
         def build() -> DenseIndex:
             ids, vectors = self.vectors
-            first = self._as_dot(FirstColumns(vectors, size))
-            return DenseIndex.build(first, ids, "Flat", built_by=built_by, threads=self._threads)
+            vectors = vectors if size is None else self._as_dot(FirstColumns(vectors, size))
+            return DenseIndex.build(vectors, ids, factory, built_by=built_by, threads=self._threads, **options)
 
-        load = partial(DenseIndex.load, model=built_by)
-        return self._stored(f"dense-first-{size}", build, load, {"first_dims": size})
+        return self._stored(name, build, partial(DenseIndex.load, model=built_by), settings)
 
     def sparse(self) -> Stored[SparseIndex]:
         """The sparse student's vectors in inverted lists."""

@@ -348,7 +348,11 @@ def read_seconds(file: Path) -> float | None:
     """What a file of seconds says; None where it is missing."""
     if not file.is_file():
         return None
-    return float(read_json(file, "delete it; the time is then unknown.", needs=["seconds"])["seconds"])
+    fix = "delete it; the time is then unknown."
+    seconds = read_json(file, fix, needs=["seconds"])["seconds"]
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < float("inf"):
+        raise ValueError(f"{file}: {seconds!r} is no number of seconds: {fix}")
+    return float(seconds)
 
 
 def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:

@@ -149,6 +149,12 @@ def test_a_header_of_judgements_is_known_by_its_query_id(tmp_path: Path, header:
     assert read_qrels(path).qrels == {"q1": {"d1": 1}}
 
 
+@pytest.mark.parametrize("line", ["q1 d\u00a01 1", "q1 0 d\u00a01  1"])
+def test_an_id_of_a_judgement_may_have_a_no_break_space(tmp_path: Path, line: str) -> None:
+    (tmp_path / "qrels").write_text(f"{line}\n")
+    assert read_qrels(tmp_path / "qrels").qrels == {"q1": {"d\u00a01": 1}}
+
+
 def test_columns_in_another_order_are_refused_or_read_by_their_names(tmp_path: Path) -> None:
     path = tmp_path / "f.tsv"
     path.write_text("corpus_id\tquery_id\tscore\nd1\tq1\t1\n")

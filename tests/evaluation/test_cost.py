@@ -11,6 +11,7 @@ import torch
 
 from tct_hf import measure_efficiency
 from tct_hf.evaluation.cost import bytes_on_disk
+from tct_hf.retrieval.encode import read_seconds
 
 
 class Clock:
@@ -140,3 +141,10 @@ def test_what_cannot_be_measured_is_named(changed: dict[str, Any], message: str)
     arguments: dict[str, Any] = {"stages": {"search": str}, "queries": ["q"], "passages": 1} | changed
     with pytest.raises(ValueError, match=message):
         measure_efficiency(**arguments)
+
+
+@pytest.mark.parametrize("content", ['{"seconds": null}', '{"seconds": "3"}', '{"seconds": NaN}', '{"seconds": -1}'])
+def test_a_time_that_is_no_number_is_named_with_its_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "seconds.json").write_text(content)
+    with pytest.raises(ValueError, match=r"seconds\.json: .* is no number of seconds: delete it"):
+        read_seconds(tmp_path / "seconds.json")

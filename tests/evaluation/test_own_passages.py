@@ -12,7 +12,7 @@ from datasets import Dataset
 from tct_hf import build_report, compare_runs, evaluate_run, read_run, tune_alpha
 from tct_hf.data.collection import Collection, Split
 from tct_hf.evaluation.experiment import Experiment
-from tct_hf.evaluation.references import BM25, reference_systems
+from tct_hf.evaluation.references import BM25, References
 from tct_hf.pipeline.settings import DataSettings
 from tct_hf.training.run import dev_evaluator
 from tests.evaluation.reports import tiny_settings
@@ -80,7 +80,7 @@ def test_numbers_that_are_equal_by_chance_make_no_query_a_passage() -> None:
 def test_runs_hold_as_many_passages_as_without_the_rule(tmp_path: Path) -> None:
     made = arguments()
     experiment = Experiment(made.splits, ["R@1"], 1, ignore_identical_ids=made.skips_own)
-    systems = reference_systems(made, base_model=None, teacher=None, depth=1, bf16=False)
+    systems = References(made, 1, bf16=False).systems(base_model=None, teacher=None)
     experiment.search(systems, tmp_path)
     assert experiment.runs[BM25, "test"].keys() == made.splits["test"].queries.keys()
     assert experiment.evaluate()["test"][BM25].mean == {"R@1": 1.0}

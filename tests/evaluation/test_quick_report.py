@@ -48,7 +48,7 @@ def report(
 
         return System(key, f"the {key}", search)
 
-    monkeypatch.setattr(module, "reference_systems", lambda *args, **options: [system(key) for key in KEYS])
+    monkeypatch.setattr(module.References, "systems", lambda *args, **options: [system(key) for key in KEYS])
     options: dict[str, Any] = {
         "base_model": "base",
         "students": {"unlabelled": str(output / "unlabelled"), "student": str(output / "student")},
@@ -102,7 +102,7 @@ def test_the_base_as_it_is_reranks_what_it_and_bm25_find_by_its_own_token_vector
 
     monkeypatch.setattr(references, "RERANKED", 3)
     base = str(tiny_bert(tmp_path / "base"))
-    systems = references.reference_systems(collection, base_model=base, teacher=None, depth=5, bf16=False)
+    systems = references.References(collection, 5, bf16=False).systems(base_model=base, teacher=None)
     experiment = Experiment({name: collection.splits[name] for name in ("dev", "test")}, ["RR@10"], 5)
     experiment.search(systems, tmp_path / "runs")
     runs = experiment.runs

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation import workspace
-from tct_hf.evaluation.references import exact_systems
+from tct_hf.evaluation.references import References
 from tct_hf.evaluation.workspace import Workspace, encode_texts
 from tests.evaluation.test_maxsim import ASKED, IDS, check
 from tests.models import tiny_bert
@@ -37,7 +37,7 @@ def test_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
 
     monkeypatch.setattr(workspace, "encode_texts", counted)
     monkeypatch.setattr(student, "similarity_fn_name", similarity)
-    systems = exact_systems(COLLECTION, "student", "student", lambda: student, dims=[8, 1], depth=k, bf16=False)
+    systems = References(COLLECTION, k, bf16=False).exact("student", "student", lambda: student, [8, 1])
     assert [(system.key, system.title) for system in systems] == [
         ("student", "student"),
         ("student-8", "student, first 8 dimensions"),

@@ -238,7 +238,11 @@ def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
     assert not [line for line in lines if "search" in line or "time" in line]
     timed = tmp_path / "copy" / "costs" / "bm25.json"
     assert json.loads(timed.read_text())["run"] == report.system("bm25").run["sha256"]
-    timed.write_text(json.dumps(json.loads(timed.read_text()) | {"run": "another"}))
+    kept = timed.read_text()
+    timed.write_text('{"run": 7}')
+    with pytest.raises(ValueError, match=r"bm25\.json .*'latency' is missing.*delete it, and it is made again"):
+        make(material, tmp_path / "copy", **other, **options)
+    timed.write_text(json.dumps(json.loads(kept) | {"run": "another"}))
     make(material, tmp_path / "copy", **other, **options)
     assert [line for line in lines if "time" in line] == [f"  time 1 of {len(KEYS)}: BM25"]
     assert json.loads(timed.read_text())["run"] == report.system("bm25").run["sha256"]

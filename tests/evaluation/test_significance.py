@@ -132,7 +132,7 @@ def test_the_table_reads_as_markdown_and_the_rest_as_json() -> None:
         (({"x": POOR, "y": POOR}, QRELS), {}, "baseline: name the system"),
         ((POOR, GOOD, QRELS), {"baseline": "a"}, "the first is the baseline"),
         ((POOR, GOOD, {"q0": {"d": 1}}), {}, "1 judged queries"),
-        ((POOR, {"1": {"d": 1.0}}, QRELS), {}, "'b' has none of the judged queries"),
+        ((POOR, {"1": {"d": 1.0}}, QRELS), {}, "runs: 'b', qrels: no query in common"),
         ((POOR, GOOD, QRELS), {"measure": "MRR@ten"}, "not an ir-measures name"),
         ((POOR, GOOD, QRELS), {"samples": 0}, "samples: 0"),
     ],

@@ -84,11 +84,12 @@ def test_malformed_line_is_named(tmp_path: Path, content: bytes, message: str) -
 
 
 def test_run_of_another_system_is_read(tmp_path: Path) -> None:
-    """Tabs, Windows line ends, a byte order mark, scores as integers and powers, ranks from 0, wrong ranks."""
+    """Tabs, Windows line ends, a byte order mark, integers and powers, wrong ranks, a query in two blocks, gzip."""
     lines = "\ufeffq1\tQ0\td1\t0\t12\tlucene\r\n\r\nq1 0 d2 7 1.5e1 lucene\r\nq2 Q0 d1 1 -.5 lucene"
+    lines += "\nq1 Q0 d3 1 9 lucene"
     for packed in (lines.encode(), gzip.compress(lines.encode())):
         (tmp_path / "run").write_bytes(packed)
-        assert read_run(tmp_path / "run") == {"q1": {"d1": 12.0, "d2": 15.0}, "q2": {"d1": -0.5}}
+        assert read_run(tmp_path / "run") == {"q1": {"d1": 12.0, "d2": 15.0, "d3": 9.0}, "q2": {"d1": -0.5}}
         assert read_tag(tmp_path / "run") == "lucene"
 
 
