@@ -65,8 +65,7 @@ def quick_report(
     # Each student against the base as it is, BM25 and stock.
     pairs = [(one, other) for one in students for other in (BASE_NATIVE, BM25, STOCK) if other in titles]
     compared = compare_pairs(evaluations["test"], pairs, measure)
-    record: dict[str, Any] = {"comparisons": compared, "alphas": alphas, "corpus": collection.fingerprint}
-    record |= collection.own_rule
+    record = {"comparisons": compared, "alphas": alphas, "corpus": collection.fingerprint, **collection.own_rule}
     write_metrics(output / "metrics.json", evaluations, **record, settings=dict(settings))
 
     logs = {"teacher: in-batch softmax": read_log(output / "teacher")}

@@ -254,19 +254,19 @@ class Workspace:
         depends = {"corpus": self.depends["corpus"]} if name.startswith("bm25") else self.depends
         wanted = {**depends, **(settings or {}), "build_threads": self._threads}
         claim(parent, wanted, {"student.weights": self.name} if "student" in depends else None)
-        if name not in self._made:
-            if not folder.is_dir():
-                with working_in(parent):
-                    if not folder.is_dir():  # nor built by the process that was waited for
-                        begun = time.perf_counter()
-                        index = build()
-                        # First: an index on disk then has its time beside it.
-                        write_json_atomic(seconds_file, {"seconds": time.perf_counter() - begun})
-                        index.save(folder)
-            opened = load(folder)
-            taken = read_seconds(seconds_file)
-            self._made[name] = Stored(opened, Footprint(bytes_on_disk(folder), _memory(opened, folder), taken))
-        return self._made[name]
+        if name in self._made:
+            return self._made[name]
+        if not folder.is_dir():
+            with working_in(parent):
+                if not folder.is_dir():  # nor built by the process that was waited for
+                    begun = time.perf_counter()
+                    index = build()
+                    # First: an index on disk then has its time beside it.
+                    write_json_atomic(seconds_file, {"seconds": time.perf_counter() - begun})
+                    index.save(folder)
+        opened = load(folder)
+        size = Footprint(bytes_on_disk(folder), _memory(opened, folder), read_seconds(seconds_file))
+        return self._made.setdefault(name, Stored(opened, size))
 
 
 def digest_of(content: Any) -> str:
