@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from tct_hf.data.rows import is_score_file
 from tct_hf.files import file_digest
 from tct_hf.settings import SettingsError, filled, setting
 
@@ -141,6 +140,8 @@ class OneTeacher:
     @property
     def column(self) -> str | None:
         """The triples' columns that stored scores are in; None where they are in a file."""
+        from tct_hf.data.rows import is_score_file  # imports NumPy, which --help does without
+
         return None if self.scores is None or is_score_file(self.scores) else self.scores
 
 
