@@ -9,7 +9,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -118,10 +117,10 @@ def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[
 
 
 def table(final: Path, pairs: int, settings: Settings) -> str:
-    from tct_hf.files import LOG_FILE
+    from tct_hf.files import LOG_FILE, read_json
     from tct_hf.progress import human_duration
 
-    log = json.loads((final / LOG_FILE).read_text(encoding="utf-8"))
+    log = read_json(final / LOG_FILE, f"delete {final}, and run again.", kind=list)
     losses = [entry["loss"] for entry in log if "loss" in entry]
     dev = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     cells = {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.weights import unpack_half
 from tct_hf.files import write_aside
 from tct_hf.retrieval.encode import say_cut_queries
@@ -43,15 +44,18 @@ def maxsim(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 
 def encode_query_tokens(model: MultiVectorEncoder, texts: Sequence[str], *, bf16: bool = False) -> list[torch.Tensor]:
     """Token vectors `(tokens, dim)` float32 of queries; divided by their number where scores are means."""
+    vectors = _encoded(model, "query", texts, bf16)
     say_cut_queries(model, texts, len(texts))
     mean = model.similarity_fn_name == "meanmaxsim"
-    return [one / (len(one) if mean else 1) for one in _encoded(model, model.encode_query, texts, bf16)]
+    return [one / len(one) for one in vectors] if mean else vectors
 
 
-def _encoded(model: MultiVectorEncoder, encode: Any, texts: Sequence[str], bf16: bool) -> list[torch.Tensor]:
+def _encoded(model: MultiVectorEncoder, side: str, texts: Sequence[str], bf16: bool) -> list[torch.Tensor]:
+    texts = checked_texts(texts, f"{side} texts")
+    encode: Any = model.encode_query if side == "query" else model.encode_document
     unpack_half(model)
     with torch.inference_mode(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-        found = encode(list(texts), batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
+        found = encode(texts, batch_size=_TEXTS_PER_PASS, show_progress_bar=False)
     return [vectors.float() for vectors in found]
 
 
@@ -73,7 +77,7 @@ class TokenVectors:
     @classmethod
     def encoded(cls, model: MultiVectorEncoder, texts: Mapping[str, str], *, bf16: bool) -> TokenVectors:
         """The token vectors of some passages, id to text, in memory."""
-        vectors = _encoded(model, model.encode_document, list(texts.values()), bf16)
+        vectors = _encoded(model, "document", list(texts.values()), bf16)
         return cls(list(texts), torch.cat(vectors), np.array([len(one) for one in vectors]), model.device)
 
     @property
@@ -223,7 +227,7 @@ def encode_tokens(
         ids += batch["id"]
         file = folder / f"{number:05d}.npz"
         if not file.is_file():
-            vectors = _encoded(model, model.encode_document, batch["text"], bf16)
+            vectors = _encoded(model, "document", batch["text"], bf16)
             for name, one in zip(batch["id"], vectors, strict=True):
                 if not len(one) or not bool(one.isfinite().all()):
                     raise ValueError(

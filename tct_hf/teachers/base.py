@@ -124,6 +124,8 @@ class Teacher(ABC):
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
         """Scores of one query's passages, `(passages,)` float32 on the CPU."""
+        if not passages:
+            return torch.zeros(0)
         row = {"query": query, "positive": passages[0]}
         inputs = {
             "columns": [None] * len(passages),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tct_hf.batches import gather_rows, sizes_of_all
+from tct_hf.data.rows import checked_texts
 from tct_hf.teachers.base import Columns, Rows, Teacher, Texts
 from tct_hf.teachers.colbert import pad_arrays
 
@@ -59,10 +60,10 @@ class BM25Teacher(Teacher):
         }
 
     def _queries(self, texts: Sequence[str]) -> Tensor:
-        return torch.from_numpy(pad_arrays([self._words(text) for text in texts], -1))
+        return torch.from_numpy(pad_arrays([self._words(text) for text in checked_texts(texts, "query texts")], -1))
 
     def _passages(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        words, weights = zip(*map(self._weights, texts), strict=True)
+        words, weights = zip(*map(self._weights, checked_texts(texts, "document texts")), strict=True)
         return torch.from_numpy(pad_arrays(words, -1)), torch.from_numpy(pad_arrays(weights))
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:

@@ -19,6 +19,7 @@ from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
+from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.weights import tokenizer_digest, weights_digest
 from tct_hf.files import claim, staging_beside
 from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
@@ -146,9 +147,9 @@ def _checksum(key: int, content: bytes) -> int:
     return xxhash.xxh3_64_intdigest(content, key % 2**64) - 2**63  # signed, as SQLite's integers are
 
 
-def _key(side: str, text: str) -> int:
-    named = f"{side}\x1f{text}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "big", signed=True)
+def _keys(side: str, texts: Iterable[str]) -> list[int]:
+    named = (f"{side}\x1f{text}".encode() for text in checked_texts(texts, f"{side} texts"))
+    return [int.from_bytes(hashlib.blake2b(one, digest_size=8).digest(), "big", signed=True) for one in named]
 
 
 class CachedTeacher(Teacher):
@@ -224,7 +225,7 @@ class CachedTeacher(Teacher):
             of both, which are encoded where they are scored.
         """
         sides: dict[Side, list[str]] = {"query": list(queries), "document": [t for column in columns for t in column]}
-        keys = [[_key(side, text) for text in texts] for side, texts in sides.items()]
+        keys = [_keys(side, texts) for side, texts in sides.items()]
         known = self.store.get(key for each in keys for key in each)
         if any(key not in known for each in keys for key in each):
             return {"texts": list(sides.values())}
@@ -242,7 +243,8 @@ class CachedTeacher(Teacher):
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
         """As :meth:`VectorTeacher.vectors`; missing ones are encoded, and kept while there is room."""
-        keyed = {_key(side, text): text for text in texts}
+        wanted = _keys(side, texts)
+        keyed = dict(zip(wanted, texts, strict=True))
         found = self.store.get(keyed)
         missing = sorted((key for key in keyed if key not in found), key=lambda key: len(keyed[key]))
         for start in range(0, len(missing), TEXTS_AT_ONCE):
@@ -250,7 +252,7 @@ class CachedTeacher(Teacher):
             made = self.teacher.vectors([keyed[key] for key in keys], side)
             self.store.put(keys, made)
             found |= zip(keys, made, strict=True)
-        return [found[_key(side, text)] for text in texts]
+        return [found[key] for key in wanted]
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
         """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
@@ -258,6 +260,8 @@ class CachedTeacher(Teacher):
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
         """Scores of one query's passages."""
+        if not passages:
+            return torch.zeros(0)
         return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
 
 
@@ -289,7 +293,7 @@ def encode_together(pooled: CachedTeacher, tokens: CachedTeacher, texts: Sequenc
         or not read_alike(one.model, other.model)
     ):
         return
-    both, keyed = _PooledAndTokens(one, other), {_key("document", text): text for text in texts}
+    both, keyed = _PooledAndTokens(one, other), dict(zip(_keys("document", texts), texts, strict=True))
     missing = list(keyed.keys() - pooled.store.keys() - tokens.store.keys())
     missing.sort(key=lambda key: (len(keyed[key]), key))
     for start in range(0, len(missing), TEXTS_AT_ONCE):

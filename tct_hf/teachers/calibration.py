@@ -132,10 +132,11 @@ def calibrate(
     lists, of_student = [], []
     for name, query in asked.items():
         # The query itself, as in ArguAna and Quora, is the best of its candidates to every member.
+        itself = folded(query)
         passages = [
             passage
             for passage in best.get(name, ())
-            if (passage != name or not same_ids) and folded(texts[rows[passage]]) != folded(query)
+            if (passage != name or not same_ids) and folded(texts[rows[passage]]) != itself
         ]
         positive = torch.tensor([judged.qrels[name].get(passage, 0) > 0 for passage in passages], dtype=torch.bool)
         if not positive.any():

@@ -16,6 +16,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import pad_tokens, parts_of_similar_length, score_where_the_passages_are, stack_columns
+from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.files import command
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts
@@ -64,7 +65,7 @@ class VectorTeacher(ModelTeacher):
 
     def preprocess(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
         """Tokens of texts, with the model's prompt."""
-        return _preprocess(self.model, texts, side)
+        return _preprocess(self.model, checked_texts(texts, f"{side} texts"), side)
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any] | None:
         """Tokenise the batch this teacher's way; None when the student tokenises the same way."""
@@ -159,12 +160,13 @@ class VectorTeacher(ModelTeacher):
             `(vectors, dim)` float16 of each text, in the order of the texts.
         """
         self.model.eval()
+        texts = checked_texts(texts, f"{side} texts")
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         made: dict[int, np.ndarray] = {}
         with torch.inference_mode():
             for start in range(0, len(order), TEXTS_AT_ONCE):
                 rows = order[start : start + TEXTS_AT_ONCE]
-                features = send_to_device(self.preprocess([texts[row] for row in rows], side), self.device)
+                features = send_to_device(_preprocess(self.model, [texts[row] for row in rows], side), self.device)
                 made |= zip(rows, halves(*self.encode([features], side)), strict=True)
         return [made[row] for row in range(len(texts))]
 
@@ -180,6 +182,8 @@ class VectorTeacher(ModelTeacher):
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
         """Scores of one query's passages, by vectors of :meth:`vectors`."""
+        if not passages:
+            return torch.zeros(0)
         return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
 
 

@@ -17,6 +17,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 from tct_hf.batches import parts_of_similar_length, spread_own, stack_columns
+from tct_hf.data.rows import checked_texts
 from tct_hf.progress import human_duration
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
 
@@ -107,8 +108,9 @@ class CrossEncoderTeacher(ModelTeacher):
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """Token pairs; of several processes that share candidates, the texts."""
+        queries, columns = checked_texts(queries, "query texts"), [checked_texts(c, "document texts") for c in columns]
         if self._travels:
-            return {"queries": list(queries), "passages": [list(column) for column in columns]}
+            return {"queries": queries, "passages": columns}
         if self.covers == "own":
             return self._pairs([(query, *(column[row] for column in columns)) for row, query in enumerate(queries)])
         passages = [text for column in columns for text in column]

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler
 
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, candidate_columns
 from tct_hf.data.ids import stable_id
+from tct_hf.data.rows import BadRow, as_text
 from tct_hf.teachers.base import Teacher
 
 # Everything that is not the student's own columns goes under this one key, out of the base collator's sight.
@@ -51,10 +52,12 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         first = features[0]
         columns = candidate_columns(list(first), read=self.teacher.columns_read(list(first)) if self.teacher else ())
         texts = {name: [row[name] for row in features] for name in ("query", *columns)}
-        for name, values in texts.items():
-            for value in values:
-                if not isinstance(value, str):
-                    raise ValueError(f"Column {name!r} holds {value!r}, not text: remove such rows before training.")
+        for row in features:
+            try:
+                for name in texts:
+                    as_text(row[name], name, allow_empty=True)
+            except BadRow as error:
+                raise ValueError(error.at(f"The row of query {row['query']!r}")) from None
         batch = super().__call__([dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)])
         if first.get("dataset_name") is not None:
             batch["dataset_name"] = first["dataset_name"]

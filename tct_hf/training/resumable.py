@@ -20,12 +20,12 @@ from torch.utils import data
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints, sort_checkpoints
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from tct_hf.encoding.weights import master_weights, refuse_not_finite
-from tct_hf.files import replace_dir, writing
+from tct_hf.files import CONTENTS_FILE, check_seal, read_json, replace_dir, seal, writing
 from tct_hf.hub_client import hub_errors
 from tct_hf.training.streaming import PassOver, same_order_everywhere, streamed_loader
 
@@ -41,7 +41,41 @@ PUSHED_FROM = ".pushing"
 PATIENCE = 3
 
 # Files of a checkpoint that are the run's and not the model's.
-OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE_NAME]
+OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE_NAME, CONTENTS_FILE]
+
+# Steps in a row that fp16's scaler may skip: it halves its factor at each, 2^16 at first, until gradients are finite.
+SKIPPED_IN_A_ROW = 32
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What changed in a checkpoint since it was saved; of one of an earlier version only its state is looked at."""
+    try:
+        if (checkpoint / CONTENTS_FILE).is_file():
+            check_seal(checkpoint)
+        read_json(checkpoint / TRAINER_STATE_NAME, "take another checkpoint", needs=["global_step", "max_steps"])
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def refuse_damaged(checkpoint: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint whose files have changed since it was saved."""
+    if damage := _damage(Path(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} is damaged ({damage}): delete it to go on from an earlier one, or to begin again."
+        )
+
+
+def last_whole_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a run that is not damaged, None where there is none; refused where all are damaged."""
+    newest = sort_checkpoints(str(run_dir))[::-1]
+    for checkpoint in newest:
+        if not (damage := _damage(Path(checkpoint))):
+            return checkpoint
+        logger.warning(f"{checkpoint} is damaged ({damage}): training goes on from the checkpoint before it.")
+    if newest:
+        refuse_damaged(newest[0])
+    return None
 
 
 class ResumableTrainer(Trainer):
@@ -65,6 +99,7 @@ class ResumableTrainer(Trainer):
 
     _aside: str | None = None
     _idle_steps: int | None = 0  # steps without a gradient; None once there was one
+    _skipped_steps = 0  # in a row, by fp16's scaler
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,6 +112,29 @@ class ResumableTrainer(Trainer):
         """The model of `model_init`, in float32."""
         return master_weights(super().call_model_init(trial))
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `transformers.Trainer.train`; True resumes from the last checkpoint that is not damaged."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir)) or True
+        elif resume_from_checkpoint:
+            refuse_damaged(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint is not None:
+            refuse_damaged(self.state.best_model_checkpoint)  # transformers would go on with the last weights
+        super()._load_best_model()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = self.args.metric_for_best_model or ""
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"Training stopped at step {self.state.global_step}: {name}, which chooses the best model, is "
+                f"{value}. Set metric_for_best_model to a metric that is defined on this data, or lower learning_rate."
+            )
+        return super()._determine_best_metric(metrics, trial)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch forward and backward; refuses a loss that is not finite."""
         loss = super().training_step(*args, **kwargs)
@@ -85,8 +143,12 @@ class ResumableTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None:  # a scaler skips steps that are not finite, and scales down
-            self._refuse_not_finite("gradient", float(norm))
+        if self.accelerator.scaler is not None and not math.isfinite(float(norm)):
+            self._skipped_steps += 1  # a scaler skips them, and scales down
+            if self._skipped_steps < SKIPPED_IN_A_ROW:
+                return norm
+        self._refuse_not_finite("gradient", float(norm))
+        self._skipped_steps = 0
         if self._idle_steps is not None:
             self._idle_steps = self._idle_steps + 1 if float(norm) == 0.0 else None
             if self._idle_steps == PATIENCE:
@@ -172,6 +234,7 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = os.path.join(run_dir, name)
         if self.args.should_save:
             self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
+            seal(Path(aside, name))
             replace_dir(os.path.join(aside, name), os.path.join(run_dir, name))
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.files import (
@@ -30,6 +29,7 @@ from tct_hf.files import (
 )
 from tct_hf.progress import human_duration
 from tct_hf.settings import environment
+from tct_hf.training.resumable import last_whole_checkpoint, refuse_damaged
 
 # How long processes wait for one another: one prepares the data of all, which may take longer than NCCL's ten minutes.
 _TIMEOUT = timedelta(hours=3)
@@ -146,11 +146,12 @@ class Stage:
         trainer = make()
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(StepLines(self.write))
-        last = get_last_checkpoint(str(self.work))
+        last = last_whole_checkpoint(self.work)
         reached = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None
         if last and reached and reached.global_step >= reached.max_steps:
             # Stopped between its last step and publishing: transformers would train one step more.
             best = reached.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            refuse_damaged(best or last)
             trainer.restore(best or last, reached)
         else:
             trainer.train(resume_from_checkpoint=last)

@@ -75,6 +75,11 @@ def checked_rows(given: Any, argument: str) -> Any:
         ValueError: no data set, one without rows, or a text or id that is missing, naming column and row.
     """
     before = dict(_each(given, argument))
+    if isinstance(given, dict) and (streamed := [k for k, one in before.items() if isinstance(one, IterableDataset)]):
+        raise ValueError(
+            f"{argument}: {streamed[0]} is streamed, and only a data set that is given alone may be: join them with "
+            "datasets.interleave_datasets, or load them with streaming=False."
+        )
     rows = {name: _checked(one, name) for name, one in before.items()}
     if all(rows[name] is one for name, one in before.items()):
         return given
@@ -203,28 +208,30 @@ class CoupledTrainer(ResumableTrainer):
 
     def _prepare_teacher(self) -> None:
         """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
-        losses = coupled_parts(self.loss)
-        train, evaluated = (_each(given, "") for given in (self.train_dataset, self.eval_dataset))
-        for _, dataset in (*train, *evaluated):
-            for loss in losses:
-                self.teacher.check(dataset.column_names, candidates=getattr(loss, "candidates", "in-batch"))
         size = self.args.per_device_train_batch_size
-        devices = self.accelerator.num_processes if any(getattr(loss, "gathers", False) for loss in losses) else 1
-        for name, dataset in train:
+        for name, dataset, training in (
+            *((*one, True) for one in _each(self.train_dataset, "train_dataset")),
+            *((*one, False) for one in _each(self.eval_dataset, "eval_dataset")),
+        ):
+            loss = coupled_part(self.loss[name] if isinstance(self.loss, dict) else self.loss)
+            candidates = getattr(loss, "candidates", "in-batch")
+            self.teacher.check(dataset.column_names, candidates=candidates)
+            if not training:
+                continue
             columns = self._candidates(dataset.column_names)
-            own = any(getattr(loss, "candidates", "") == "own" for loss in losses)
-            if len(columns) == 1 and (own or size * devices == 1):
+            devices = self.accelerator.num_processes if getattr(loss, "gathers", False) else 1
+            if len(columns) == 1 and (candidates == "own" or size * devices == 1):
                 raise ValueError(
-                    f"{name or 'train_dataset'} has no negatives, and "
-                    f"{'candidates is own' if own else 'a batch is one row'}, so a positive is its "
+                    f"{name} has no negatives, and "
+                    f"{'candidates is own' if candidates == 'own' else 'a batch is one row'}, so a positive is its "
                     "query's only candidate and nothing is learned: add negatives, or use candidates='in-batch' "
                     "and larger batches."
                 )
-        if train and self.is_world_process_zero():
-            if isinstance(dataset, Dataset):
-                queries = [row["query"] for row in islice(dataset, _LOOKED_AT)]
-                say_cut_queries(self.model, queries, len(queries))
-            self.teacher.announce(dataset, columns, queries=size, devices=devices)
+            if self.is_world_process_zero():
+                if isinstance(dataset, Dataset):
+                    queries = [row["query"] for row in islice(dataset, _LOOKED_AT)]
+                    say_cut_queries(self.model, queries, len(queries))
+                self.teacher.announce(dataset, columns, queries=size, devices=devices)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -16,11 +16,18 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import Trainer
 
-from tct_hf import save_student, validate_checkpoint
+from tct_hf import (
+    StoredScores,
+    TCTTrainer,
+    TCTTrainingArguments,
+    TightlyCoupledLoss,
+    save_student,
+    validate_checkpoint,
+)
 from tct_hf.training.run import train_colbert, train_stock, train_student
 from tct_hf.training.stages import Stage
 from tests.models import tiny_colbert
-from tests.train_helpers import PASSAGES, QUERIES, make_teacher, make_trainer, triples
+from tests.train_helpers import PASSAGES, QUERIES, make_teacher, make_trainer, triples, with_scores
 
 
 @pytest.fixture(params=["dense", "sparse"])
@@ -42,11 +49,12 @@ def spoil(model: Any) -> None:
         next(iter(model.parameters())).fill_(float("nan"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"mini_batch_size": 4}])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_training_stops_at_the_first_step_that_is_not_finite(
-    any_student: Any, teacher: Any, tmp_path: Path, what: str
+    any_student: Any, teacher: Any, tmp_path: Path, what: str, settings: dict[str, Any]
 ) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
+    settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
     trainer = make_trainer(tmp_path, any_student, teacher, triples(32), **settings)
     compute = trainer.compute_loss
 
@@ -55,12 +63,37 @@ def test_training_stops_at_the_first_step_that_is_not_finite(
         if trainer.state.global_step < 2:
             return loss
         weight = next(p for p in model.parameters() if p.requires_grad)
+        if what == "gradient" and settings.get("mini_batch_size"):  # the cache has made the gradient by now
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+            return loss
         return loss + float("inf") if what == "loss" else loss + (weight * 0).abs().pow(0.5).sum()
 
     trainer.compute_loss = compute_loss
     with pytest.raises(ValueError, match=rf"step 3: the {what} is (inf|nan), with learning rate 0.001 .*Lower learn"):
         trainer.train()
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
+
+
+def test_steps_that_a_scaler_skips_are_let_pass_until_it_finds_no_factor(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, student, teacher, triples(8), max_steps=1)
+    trainer.train()
+    trainer.accelerator.scaler = object()
+    for norm in [float("inf")] * 31 + [1.0] + [float("nan")] * 31:
+        trainer._get_grad_norm(student, norm)
+    with pytest.raises(ValueError, match="the gradient is inf, with learning rate"):
+        trainer._get_grad_norm(student, float("inf"))
+
+
+def test_a_best_model_is_chosen_by_a_number(student: Any, teacher: Any, tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"metric_for_best_model": "score", "load_best_model_at_end": True, "greater_is_better": True}
+    scores = iter([0.5, float("nan")])
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), eval_dataset=triples(8), **settings)
+    trainer.evaluate = lambda *args, **kwargs: {"eval_score": next(scores)}
+    with pytest.raises(ValueError, match="step 2: score, which chooses the best model, is nan"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", ["stock", "colbert"])
@@ -125,6 +158,55 @@ def test_training_stops_where_no_row_has_another_candidate(
     trainer = make_trainer(tmp_path, student, teacher, same, per_device_train_batch_size=4, **settings)
     with pytest.raises(ValueError, match=r"gradient of the first [23] steps is 0, so nothing is learned"):
         trainer.train()
+
+
+def test_each_data_set_is_looked_at_with_its_own_loss(student: Any, teacher: Any, tmp_path: Path) -> None:
+    alone, rows = triples(8).select_columns(["query", "positive"]), triples(16)
+    own, batch = (TightlyCoupledLoss(student, candidates=one) for one in ("own", "in-batch"))
+    trainer = make_trainer(tmp_path, student, teacher, DatasetDict(a=alone, b=rows), loss={"a": batch, "b": own})
+    trainer.train()
+    with pytest.raises(ValueError, match="a has no negatives, and candidates is own"):
+        make_trainer(tmp_path, student, teacher, DatasetDict(a=alone, b=rows), loss={"a": own, "b": batch})
+    scored = DatasetDict(a=with_scores(8), b=with_scores(8))
+    with pytest.raises(ValueError, match='own candidates only, but the loss has candidates="in-batch"'):
+        make_trainer(tmp_path, student, StoredScores(), scored, loss={"a": own, "b": batch})
+
+
+def test_a_streamed_data_set_is_given_alone(student: Any, teacher: Any, tmp_path: Path) -> None:
+    given = {"a": triples(8), "b": triples(8).to_iterable_dataset()}
+    with pytest.raises(ValueError, match="train_dataset: b is streamed, and only a data set that is given alone"):
+        make_trainer(tmp_path, student, teacher, given, max_steps=2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 3}])
+def test_an_epoch_of_fewer_batches_than_a_step_accumulates_is_one_step(
+    student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_accumulation_steps=8, **settings)
+    trainer.train()
+    assert trainer.state.global_step == settings.get("max_steps", 1)
+
+
+def test_a_model_of_model_init_and_one_with_an_adapter_are_trained_in_float32(
+    models: Path, teacher: Any, tmp_path: Path
+) -> None:
+    SentenceTransformer(str(models / "student"), device="cpu").bfloat16().save_pretrained(str(tmp_path / "half"))
+    args = TCTTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", temperature=1.0
+    )
+
+    def half() -> Any:
+        return SentenceTransformer(str(tmp_path / "half"), device="cpu")
+
+    trainer = TCTTrainer(None, teacher, args, train_dataset=triples(8), model_init=half)
+    trainer.train()
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+    peft = pytest.importorskip("peft")
+    adapted = half()
+    adapted.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2))
+    trainer = make_trainer(tmp_path, adapted, teacher, triples(8))
+    trainer.train()
+    assert {w.dtype for w in adapted.parameters() if w.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 from tct_hf import build_student
+from tct_hf.training.resumable import last_whole_checkpoint, refuse_damaged
 from tests.models import tiny_cross_encoder, tiny_modernbert
-from tests.train_helpers import make_models, make_splade
+from tests.train_helpers import make_models, make_splade, make_teacher, make_trainer, with_scores
 from tests.warm_process import run_warm
 
 # 36 rows in batches of 8 make 5 batches an epoch, the last one short: 3 updates an epoch when two are accumulated.
@@ -107,3 +112,50 @@ def test_resumed_run_is_bit_equal(models: Path, tmp_path: Path, name: str) -> No
     assert resumed["losses"] == undisturbed["losses"]
     assert resumed["weights"] == undisturbed["weights"]
     assert not (tmp_path / "interrupted" / ".unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "contents.json"],
+)
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    models: Path, tmp_path: Path, name: str, cut: bool, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-2" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content[: len(content) // 2] if cut else content)
+    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged \(.*delete it to go on from an earlier one"):
+        refuse_damaged(tmp_path / "run" / "checkpoint-2")
+    assert last_whole_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+    assert "checkpoint-2 is damaged" in caplog.text and "goes on from the checkpoint before it" in caplog.text
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(ValueError, match="checkpoint-2 is damaged"):
+        last_whole_checkpoint(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained")
+    student = SentenceTransformer(str(models / "student"), device="cpu")
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    make_trainer(path, student, make_teacher(models, "stored"), with_scores(16), candidates="own", **settings).train()
+    return path
+
+
+def test_training_goes_on_from_the_whole_checkpoint(models: Path, tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").write_bytes(b"PK")
+
+    def trainer() -> Any:
+        student = SentenceTransformer(str(models / "student"), device="cpu")
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "candidates": "own"}
+        return make_trainer(tmp_path / "run", student, make_teacher(models, "stored"), with_scores(16), **settings)
+
+    with pytest.raises(ValueError, match="checkpoint-2 is damaged"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    trainer().train(resume_from_checkpoint=True)
+    weights = [load_file(one / "checkpoint-2" / "model.safetensors") for one in (tmp_path / "run", trained)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
