@@ -45,12 +45,7 @@ class BM25Teacher(Teacher):
         return type(self), (self.index,)  # a process that is spawned remembers texts of its own
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Analyse the batch.
-
-        Returns:
-            "query_words" `(queries, words)` int32 padded with -1, "passage_words" `(queries, columns, words)` of the
-            candidates, each word once, and their float32 "passage_weights".
-        """
+        """Words of the queries `(queries, words)`, padded with -1, and words and weights of the candidates."""
         words, weights = self._passages([text for row in zip(*columns, strict=True) for text in row])
         shape = (len(queries), len(columns), -1)
         return {

@@ -51,14 +51,7 @@ class TokenStore:
 
     Full, it keeps what it has and takes no more. Training goes through its texts in rounds: of a store for half of
     them, half would be found; with the oldest thrown out for the newest, none would. A full disk is a full store.
-
-    Each text has a checksum: one that is damaged counts as missing, and a file that is damaged is begun again.
-
-    Args:
-        folder: folder of the file, made when missing.
-        settings: JSON-ready, all that the vectors depend on: a folder of others is refused.
-        dim: numbers a token.
-        max_bytes: most bytes of the file.
+    A damaged text counts as missing, a damaged file is begun again, a folder of other settings is refused.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dim: int, max_bytes: int) -> None:
@@ -218,12 +211,7 @@ class CachedTeacher(Teacher):
         return self
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Read the batch's vectors.
-
-        Returns:
-            "vectors", padded vectors and mask of the queries and of all candidates; or, where one is missing, "texts"
-            of both, which are encoded where they are scored.
-        """
+        """The padded vectors and masks of queries and candidates; where one is missing, the texts of both."""
         sides: dict[Side, list[str]] = {"query": list(queries), "document": [t for column in columns for t in column]}
         keys = [_keys(side, texts) for side, texts in sides.items()]
         known = self.store.get(key for each in keys for key in each)
@@ -258,11 +246,7 @@ class CachedTeacher(Teacher):
         """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
         return self.teacher.scores(queries, passages)
 
-    def list_scores(self, query: str, passages: Texts) -> Tensor:
-        """Scores of one query's passages."""
-        if not passages:
-            return torch.zeros(0)
-        return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
+    list_scores = VectorTeacher.list_scores
 
 
 class _PooledAndTokens(ColBERTTeacher):

@@ -33,17 +33,7 @@ TEXTS_AT_ONCE = 256
 
 
 class VectorTeacher(ModelTeacher):
-    """A frozen model that turns every text into vectors, and a similarity of a query's vectors and a passage's.
-
-    Args:
-        model: a model of the class's kind, or a path or Hub id of one.
-        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
-            so are the weights where the encoder computes in it.
-        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
-
-    Raises:
-        ValueError: an unknown dtype, a scale that is not positive, or a model of another kind.
-    """
+    """A frozen model that turns every text into vectors, and a similarity of a query's vectors and a passage's."""
 
     shares_tokens = False
 
@@ -90,15 +80,7 @@ class VectorTeacher(ModelTeacher):
         return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
 
     def encode(self, columns: Sequence[Features], side: Side) -> tuple[Tensor, Tensor]:
-        """Encode tokenised columns; texts of similar length go through the encoder together.
-
-        Args:
-            columns: features of the queries, or of each candidate column.
-            side: which of the two they are.
-
-        Returns:
-            `(columns * rows, vectors, dim)` of the compute type and its mask, all of the first column first.
-        """
+        """Tokenised columns to `(columns * rows, vectors, dim)` of the compute type and its mask, column by column."""
         with self.computing():
             merged = stack_columns(columns)
             if merged is None:  # not padded text (packed for flash attention, images): a pass a column
@@ -130,18 +112,7 @@ class VectorTeacher(ModelTeacher):
     def compare(
         self, queries: Tensor, query_mask: Tensor, passages: Tensor, passage_mask: Tensor, *, gather: bool
     ) -> Tensor:
-        """The score matrix of encoded texts.
-
-        Args:
-            queries: `(queries, vectors, dim)`.
-            query_mask: `(queries, vectors)` bool.
-            passages: `(columns * queries, vectors, dim)`, all of the first column first.
-            passage_mask: `(columns * queries, vectors)` bool.
-            gather: compare with the candidates of all devices.
-
-        Returns:
-            `(queries, candidates)` float32.
-        """
+        """The score matrix of the queries' and all columns' vectors and masks, as :meth:`encode` returns them."""
 
         def similarity(queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
             return self.similarity(queries.float(), passages.float(), query_mask, passage_mask).float()
@@ -154,11 +125,7 @@ class VectorTeacher(ModelTeacher):
             return similarity(queries, passages, query_mask, passage_mask)
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
-        """Encode any number of queries or passages, those of similar length together.
-
-        Returns:
-            `(vectors, dim)` float16 of each text, in the order of the texts.
-        """
+        """`(vectors, dim)` float16 of each of any number of queries or passages."""
         self.model.eval()
         texts = checked_texts(texts, f"{side} texts")
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -171,16 +138,12 @@ class VectorTeacher(ModelTeacher):
         return [made[row] for row in range(len(texts))]
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
-        """Compare vectors of :meth:`vectors`, `(vectors, dim)` each.
-
-        Returns:
-            `(queries, passages)` float32, on the model's device: what :meth:`score_matrix` would give.
-        """
+        """Compare vectors of :meth:`vectors`: `(queries, passages)` float32, on the model's device."""
         with torch.inference_mode():
             parts = send_to_device((*padded(queries), *padded(passages)), self.device)
             return self.compare(*parts, gather=False).clone()
 
-    def list_scores(self, query: str, passages: Texts) -> Tensor:
+    def list_scores(self: Any, query: str, passages: Texts) -> Tensor:
         """Scores of one query's passages, by vectors of :meth:`vectors`."""
         if not passages:
             return torch.zeros(0)
@@ -190,8 +153,12 @@ class VectorTeacher(ModelTeacher):
 class ColBERTTeacher(VectorTeacher):
     """A late-interaction teacher: MaxSim over token vectors, or their mean where the model compares by MeanMaxSim.
 
-    Arguments as of :class:`VectorTeacher`; the model is a multi-vector model of this package, sentence-transformers,
-    PyLate or the Stanford code.
+    Args:
+        model: a multi-vector model of this package, sentence-transformers, PyLate or the Stanford code, or a path or
+            Hub id of one.
+        dtype: what the encoder computes in. "auto": bfloat16 where the hardware has it. Scores are float32 always, and
+            so are the weights where the encoder computes in it.
+        training_scale: see :class:`Teacher`; read from the checkpoint when None, 1.0 where it says nothing.
 
     Attributes:
         chunk_elements: most numbers that are held at once to compare tokens, whatever the batch.
@@ -224,7 +191,7 @@ class ColBERTTeacher(VectorTeacher):
 class DenseTeacher(VectorTeacher):
     """An embedding model as a teacher: one vector a text, compared as the model compares them.
 
-    Arguments and errors as of :class:`VectorTeacher`; the model is a SentenceTransformer, whose own prompts, pooling
+    Arguments and errors as of :class:`ColBERTTeacher`; the model is a SentenceTransformer, whose own prompts, pooling
     and similarity are used.
     """
 

@@ -76,15 +76,7 @@ class StoredScores(Teacher):
             )
 
     def check_rows(self, rows: Dataset, *, fix: str = _FIX) -> None:
-        """Look all rows up in the table, which training would do as it comes to them.
-
-        Args:
-            rows: rows with ids.
-            fix: what to do about a row without a score.
-
-        Raises:
-            ValueError: the first row without a score, and what to do.
-        """
+        """Look all rows up in the table, which training would do as it comes to them; refuse the first without."""
         names = candidate_columns(rows.column_names, read=rows.column_names)
         for batch in rows.select_columns(["query_id", *(f"{name}_id" for name in names)]).iter(10_000):
             self._looked_up(batch["query_id"], [batch[f"{name}_id"] for name in names], names, fix)

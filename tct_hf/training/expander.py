@@ -67,10 +67,7 @@ def new_expander(
     heads: int,
     d_ff: int,
 ) -> tuple[Any, Any]:
-    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had.
-
-    The model has as many layers in its encoder as in its decoder.
-    """
+    """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had."""
     sizes = {"vocabulary": vocabulary, "d_model": d_model, "layers": layers, "heads": heads, "d_ff": d_ff}
     for name, size in sizes.items():
         if size < 1:
@@ -117,19 +114,7 @@ def train_expander(
     query_length: int = 64,
     prompt: str = "",
 ) -> Path:
-    """Train a model to write a passage's query, and save it with its tokenizer.
-
-    Args:
-        stage: folders, settings and training arguments.
-        make_model: makes the model to begin with, and its tokenizer.
-        pairs: rows of a passage and its query.
-        dev_pairs: rows to evaluate on, where the arguments ask for it.
-        passage_length: tokens a passage keeps.
-        query_length: tokens a query keeps.
-        prompt: text before each passage.
-
-    Returns:
-        The model's folder.
+    """Train a model of `make_model`, with its tokenizer, to write a passage's query; its folder.
 
     Source: Nogueira and Lin, From doc2query to docTTTTTquery, 2019.
     """

@@ -81,20 +81,17 @@ def last_whole_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:
 class ResumableTrainer(Trainer):
     """The base of all trainers here, before a trainer of transformers or sentence-transformers.
 
-    Checkpoints: each is written aside and renamed when it is whole. transformers writes
-    straight into `checkpoint-N` and resumes from the highest number, so that a kill during a save leaves half a
-    checkpoint which is chosen next.
+    Checkpoints are written aside, sealed by checksums and renamed when whole: transformers writes straight into
+    `checkpoint-N`, so that a kill during a save leaves half a checkpoint which is chosen next.
 
-    Pushes: every pushed revision is a whole, finalised model, with pickles only where `hub_strategy` asks for
-    checkpoints; a push that fails is logged and stops nothing. transformers pickles the arguments, Hub token included,
-    into every model it saves or uploads, and says nothing when a push fails.
+    Every pushed revision is a whole, finalised model, with pickles only where `hub_strategy` asks for checkpoints; a
+    push that fails is logged and stops nothing. transformers would pickle the Hub token with the arguments.
 
-    Streamed rows: training and evaluation on an `IterableDataset`, by :class:`~tct_hf.training.streaming.
-    StreamedBatches`. To the trainer, all passes of training together are one epoch of `max_steps` steps; a resumed run
-    goes on with the row that follows. `dataloader_drop_last` has no effect: no row is left over.
+    All passes over a streamed data set are one epoch of `max_steps` steps to the trainer; a resumed run goes on with
+    the row that follows. `dataloader_drop_last` has no effect: no row is left over.
 
-    Runs that would teach nothing: training stops at the first loss or gradient that is not finite, and where there is
-    no step or no gradient. Weights are trained in float32, whatever they were loaded in.
+    Training stops at the first loss or gradient that is not finite, and where there is no step or no gradient. Weights
+    are trained in float32, whatever they were loaded in.
     """
 
     _aside: str | None = None

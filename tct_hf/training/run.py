@@ -143,16 +143,7 @@ def train_colbert(
     *,
     scale: float | None = None,
 ) -> Path:
-    """Train a ColBERT teacher by softmax over the in-batch candidates.
-
-    Args:
-        stage: folders, settings and training arguments.
-        make_model: makes the model to begin with.
-        make_triples: makes the rows to train on.
-        scale: factor of the scores; 20 for means of cosines and 1 for sums when None.
-
-    Returns:
-        The teacher's folder.
+    """Train a ColBERT teacher by softmax over the in-batch candidates; scores times 20 for means, 1 for sums.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 4.1; Khattab and Zaharia, arXiv 2004.12832.
     """
@@ -175,9 +166,8 @@ def train_stock(
 ) -> Path:
     """Train an embedding model as sentence-transformers does by itself, the baseline of a distilled student.
 
-    The loss is MultipleNegativesRankingLoss: cosines times 20, softmax over the passages of the batch. Arguments and
-    return value as of :func:`train_colbert`; arguments of a student's training that sentence-transformers' own lack,
-    and push_to_hub, are left out.
+    The loss is MultipleNegativesRankingLoss: cosines times 20, softmax over the passages of the batch. Arguments of a
+    student's training that sentence-transformers' own lack, and push_to_hub, are left out.
 
     Source: sentence-transformers' training overview, for (anchor, positive, negative) triplets.
     """
@@ -200,7 +190,7 @@ def train_student(
     *,
     schedules: Mapping[str, Schedule] | None = None,
 ) -> Path:
-    """Distil a live teacher into a student; arguments and return value as of :func:`train_colbert`.
+    """Distil a live teacher into a student.
 
     Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2.
     """

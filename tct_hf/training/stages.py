@@ -51,14 +51,7 @@ def precision(choice: str, device: torch.device) -> dict[str, bool]:
 
 
 class StepLines(TrainerCallback):
-    """Prints one plain line every `logging_steps`, with the time left: readable in a terminal and in a file.
-
-    Every entry of the trainer's log gets `elapsed`, the seconds that training has taken, over all interruptions.
-
-    Args:
-        write: takes one line.
-        clock: seconds from a fixed moment.
-    """
+    """Prints a plain line every `logging_steps`, and adds `elapsed`, seconds over all interruptions, to the log."""
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write, self.clock = write, clock
@@ -123,14 +116,7 @@ class Stage:
         return kind(output_dir=str(self.work), disable_tqdm=True, **{**defaults, **self.arguments})
 
     def train(self, make: Callable[[], Any]) -> Path:
-        """Train to the end from the last checkpoint, and publish the model; finished, return at once.
-
-        Args:
-            make: makes the trainer of a :class:`~tct_hf.training.resumable.ResumableTrainer`.
-
-        Returns:
-            The folder of the model.
-        """
+        """Train what `make` makes from the last checkpoint to the end, and publish it; finished, return at once."""
         if is_claimed(self.final, self.settings):
             return self.final
         state = PartialState()

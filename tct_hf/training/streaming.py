@@ -23,18 +23,11 @@ _ROWS_AT_ONCE = 100
 
 
 class StreamedBatches(data.IterableDataset[list[Row]]):
-    """One process's batches of a stream of rows, pass after pass.
+    """One process's batches of a stream of rows, pass after pass; without end where passes is None.
 
-    All processes, and all data-loader workers of each, go through the rows in the same order. Of every
-    `processes * batch_size` rows each process has its part, and its workers take turns, so that a step trains on the
-    same rows however many processes and workers share them. Each of them goes through the whole source for that, but
-    parses and looks up only its own rows of `load_triples`: files need neither be many nor equally long.
-
-    A batch that a pass ends in is filled up from the next pass: no row is left out, whatever the batch size.
-
-    Args:
-        batch_size: rows of this process's batches.
-        passes: passes until the end; None for no end.
+    All processes and workers go through the rows in the same order, and each parses and looks up its own part of every
+    `processes * batch_size` rows: a step trains on the same rows however many share them. A batch that a pass ends in
+    is filled up from the next pass: no row is left out, whatever the batch size.
     """
 
     def __init__(

@@ -69,11 +69,7 @@ def _each(given: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def checked_rows(given: Any, argument: str) -> Any:
-    """A trainer's data sets, of Python values; refuses what can't be trained on, before the first step.
-
-    Raises:
-        ValueError: no data set, one without rows, or a text or id that is missing, naming column and row.
-    """
+    """A trainer's data sets, of Python values; refuses what can't be trained on, before the first step."""
     before = dict(_each(given, argument))
     if isinstance(given, dict) and (streamed := [k for k, one in before.items() if isinstance(one, IterableDataset)]):
         raise ValueError(
@@ -255,16 +251,7 @@ class CoupledTrainer(ResumableTrainer):
         return (loss, {}) if return_outputs else loss
 
     def teacher_targets(self, features: list[dict[str, Any]], batch: dict[str, Any], loss: Any) -> TeacherTargets:
-        """What the teacher says of this device's queries and the candidates of a coupled loss.
-
-        Args:
-            features: the student's features of query, positive, negative_1, ..., negative_n.
-            batch: the collator's other part of the batch.
-            loss: the coupled loss.
-
-        Raises:
-            ValueError: a score is not finite, or there is no teacher and the loss asks for one.
-        """
+        """What the teacher says of this device's queries (the first features) and the candidates of a coupled loss."""
         self._refuse_no_teacher(loss)  # a schedule may have changed the weights
         gather = getattr(loss, "gathers", False)
         prepared = {"query": features[0], "columns": features[1:], **batch.get("teacher", {})}
