@@ -118,8 +118,8 @@ class ResumableTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            refuse_damaged(self.state.best_model_checkpoint)  # transformers would go on with the last weights
+        if os.path.isdir(self.state.best_model_checkpoint or ""):
+            refuse_damaged(str(self.state.best_model_checkpoint))  # else the last weights would be taken
         super()._load_best_model()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

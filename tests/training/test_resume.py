@@ -156,6 +156,10 @@ def test_training_goes_on_from_the_whole_checkpoint(models: Path, tmp_path: Path
 
     with pytest.raises(ValueError, match="checkpoint-2 is damaged"):
         trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    ends = trainer()
+    ends.state.best_model_checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-2 is damaged"):  # the last weights are not the best
+        ends._load_best_model()
     trainer().train(resume_from_checkpoint=True)
     weights = [load_file(one / "checkpoint-2" / "model.safetensors") for one in (tmp_path / "run", trained)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
