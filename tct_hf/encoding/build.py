@@ -35,8 +35,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from tct_hf.encoding.checkpoint import finalise_checkpoint
-from tct_hf.encoding.encoders import check_length, keep_layers, load_transformer, make_own, make_tct, set_lengths
-from tct_hf.encoding.kinds import PROMPTS
+from tct_hf.encoding.encoders import (
+    check_length,
+    keep_layers,
+    load_transformer,
+    make_own,
+    make_tct,
+    set_lengths,
+    told_of_files,
+)
+from tct_hf.encoding.kinds import PROMPTS, kind_of
 from tct_hf.encoding.scale import length_of, scale_modules
 from tct_hf.encoding.weights import refuse_not_finite
 from tct_hf.files import replace_dir, staging_beside
@@ -95,7 +103,9 @@ def _load_own(
         model = SentenceTransformer(modules=[transformer, pool], similarity_fn_name="dot")
     else:
         # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-        model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": torch.float32})
+        kind_of(model_name_or_path)  # refuses what its files say wrong
+        with told_of_files(model_name_or_path):
+            model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": torch.float32})
     return _with_own(model, prompts, **lengths)
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.encoding.build import build_student
 from tct_hf.encoding.checkpoint import finalise_checkpoint
-from tct_hf.encoding.encoders import QUERY_LENGTH
+from tct_hf.encoding.encoders import QUERY_LENGTH, told_of_files
 from tct_hf.encoding.kinds import (
     ORIGIN_FILE,
     STARTING,
@@ -91,7 +91,8 @@ def load_student(
         folder = _cached(source, length, partial(_write_student, document_length=length))
     else:
         raise ValueError(f"{name_or_path} is no TCT student: {found.why}. {_instead(name_or_path, found)}")
-    student = SentenceTransformer(str(folder), device=device)
+    with told_of_files(str(source)):
+        student = SentenceTransformer(str(folder), device=device)
     if document_length is not None:
         _set_document_length(student, document_length)
     # So that vectors and indexes say which model made them, not which folder of a cache.

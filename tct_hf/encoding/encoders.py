@@ -6,7 +6,8 @@ TCT input is `[CLS] $A`, no `[SEP]`, with a prompt whose tokens stand apart from
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from sentence_transformers.base.modules.transformer import QueryExpansionConfig
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from tct_hf.encoding.kinds import PROMPTS
+from tct_hf.encoding.kinds import PROMPTS, kind_of
 from tct_hf.hub_client import told_when_missing
 
 QUERY_LENGTH = 36
@@ -36,10 +37,33 @@ def query_expansion(length: int) -> QueryExpansionConfig:
     return {"strategy": "fixed", "attend": True, "token": None, "length": length}
 
 
+@contextmanager
+def told_of_files(name_or_path: str) -> Iterator[None]:
+    """Say in one sentence which file of a model the libraries can't use."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        blamed = "config.json or modules.json"
+        try:
+            AutoTokenizer.from_pretrained(name_or_path)
+        except Exception:
+            with suppress(Exception):
+                AutoConfig.from_pretrained(name_or_path)
+                blamed = "tokenizer_config.json or tokenizer.json"
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name_or_path}: {blamed} can't be used ({type(error).__name__}: {why}); download or save the checkpoint "
+            "again."
+        ) from error
+
+
 def load_transformer(model_name_or_path: str, **options: Any) -> Transformer:
     """The encoder of a folder or Hub id, in float32."""
     # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-    with told_when_missing(model_name_or_path):
+    kind_of(model_name_or_path)  # refuses what its files say wrong
+    with told_when_missing(model_name_or_path), told_of_files(model_name_or_path):
         return Transformer(model_name_or_path, model_kwargs={"dtype": torch.float32}, **options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,20 @@ TCT_CHECKPOINTS = (
 TCT_MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize", "Dense"])
 
 _MOST_TOKENS = 65_536  # of a query, whatever number of positions a configuration says
+
+# Whole numbers in the small files and the most that each may be (of padded queries see check_query_length), and other
+# values that the readers walk into.
+_SIZES: dict[str, float] = {
+    "length": math.inf,
+    "query_length": math.inf,
+    "query_maxlen": math.inf,
+    "document_length": 10**8,
+    "max_seq_length": 10**8,
+    "truncate_dim": 10**8,
+    "model_max_length": math.inf,  # of thirty digits, or 1e30, where there is no limit
+    "num_hidden_layers": 10_000,
+}
+_KINDS = {"architectures": list, "query_expansion": dict, "prompts": dict}
 
 # Beside a teacher's checkpoint: what its scores were multiplied by in training.
 TRAINING_FILE = "tct_teacher.json"
@@ -54,7 +69,33 @@ def read_json(path: Path, *, required: bool = False) -> Any:
             )
         return None
     kind = list if path.name == "modules.json" else dict
-    return files.read_json(path, "download or save the checkpoint again.", kind=kind)
+    content = files.read_json(path, _AGAIN, kind=kind)
+    if wrong := _wrong_modules(content) if kind is list else _wrong_value(content):
+        raise ValueError(f"{path} can't be used ({wrong}): {_AGAIN}")
+    return content
+
+
+_AGAIN = "download or save the checkpoint again."
+
+
+def _wrong_modules(modules: list[Any]) -> str | None:
+    for place, one in enumerate(modules):
+        if not isinstance(one, dict) or not all(isinstance(one.get(name), str) for name in ("type", "path")):
+            return f'entry {place} has no "type" and "path" in text'
+    return None if modules else "it lists no module"
+
+
+def _wrong_value(content: dict[str, Any]) -> str | None:
+    for name, value in content.items():
+        most, kind = _SIZES.get(name), _KINDS.get(name)
+        whole = type(value) is int or (most == math.inf and type(value) is float)
+        if most and value is not None and not (whole and 0 < value <= most):
+            up_to = f"from 1 to {most:,}" if most < math.inf else "above 0"
+            return f"{name} is {value!r}, and no whole number {up_to}"
+        if kind and value is not None and not isinstance(value, kind):
+            return f"{name} is {value!r}, and no {kind.__name__}"
+    expansion = content.get("query_expansion")
+    return _wrong_value(expansion) if expansion else None
 
 
 def module_classes(modules: list[dict[str, Any]] | None) -> list[str]:
@@ -97,13 +138,17 @@ def check_query_length(name: str, config: Any, *settings: Any) -> None:
     most = min(most, _MOST_TOKENS) if isinstance(most, int) and most > 0 else _MOST_TOKENS
     for found in settings:
         found = found or {}
-        lengths = [(found.get("query_expansion") or {}).get("length"), found.get("query_maxlen")]
-        lengths += [found.get("query_length") if "query_prefix" in found else None]  # of PyLate, which always pads
-        for length in lengths:
+        lengths = {
+            "sentence_bert_config.json": (found.get("query_expansion") or {}).get("length"),
+            "artifact.metadata": found.get("query_maxlen"),
+            # Of PyLate, which always pads.
+            "config_sentence_transformers.json": found.get("query_length") if "query_prefix" in found else None,
+        }
+        for file, length in lengths.items():
             if isinstance(length, (int, float)) and length > most:
                 raise ValueError(
-                    f"{name}: it pads queries to {length:,} tokens, but its encoder takes {most:,}, and memory would "
-                    "end first: its files are damaged or forged; get the checkpoint from another place."
+                    f"{name}/{file}: it pads queries to {length:,} tokens, but its encoder takes {most:,}, and memory "
+                    "would end first: its files are damaged or forged; get the checkpoint from another place."
                 )
 
 
@@ -115,6 +160,7 @@ def recognise(name_or_path: str, folder: Path) -> Recognised:
         raise FileNotFoundError(f"{folder}: no config.json here, so this is no model folder; name the folder of one.")
     config = config or {}
     others = (folder / "sentence_bert_config.json", folder / "artifact.metadata")
+    read_json(folder / "tokenizer_config.json")  # for its check
     check_query_length(name_or_path, config, own, *map(read_json, others))
     classes = module_classes(modules)
     if (folder / "artifact.metadata").is_file() or "HF_ColBERT" in (config.get("architectures") or []):
@@ -150,7 +196,7 @@ def kind_of(name_or_path: str) -> Kind | None:
     from sentence_transformers.util import load_file_path
 
     names = ("modules.json", "config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
-    files = [Path(path) for name in names if (path := load_file_path(name_or_path, name))]
+    files = [Path(path) for name in (*names, "tokenizer_config.json") if (path := load_file_path(name_or_path, name))]
     if not any(file.name in names[:2] for file in files):
         return None
     return recognise(name_or_path, files[0].parent).kind  # the client's cache has them in one folder

@@ -132,6 +132,38 @@ def test_a_checkpoint_that_would_pad_queries_until_memory_ends_is_refused(tmp_pa
                 opened(str(folder))
 
 
+SETTINGS = "sentence_bert_config.json"
+DAMAGES: list[tuple[str, Any, list[Any]]] = [
+    (SETTINGS, "document_length", [10**9, -1, "x", True]),
+    (SETTINGS, "query_expansion", ["x", 5, {"length": "x"}]),
+    ("config.json", "num_hidden_layers", [10**9, -1, "x"]),
+    ("config.json", "hidden_size", [-1, "x", None]),
+    ("config.json", "architectures", [7]),
+    ("tokenizer_config.json", "model_max_length", [-1, "x"]),
+    ("tokenizer_config.json", "cls_token", [7]),
+    ("modules.json", 0, ["x", {}]),
+    ("modules.json", None, ["x", [], 7]),
+]
+
+
+def test_values_of_the_wrong_kind_are_told_with_the_file(tmp_path: Path) -> None:
+    base = tiny_bert(tmp_path / "base")
+    student = save_student(build_student(str(base), encoding="tct", document_length=48), tmp_path / "student")
+    doors: list[Any] = [lambda path: load_student(path, device="cpu"), build_student]
+    for name, key, values in DAMAGES:
+        before = (student / name).read_text()
+        for value in values:
+            content = value
+            if key is not None:
+                content = json.loads(before)
+                content[key] = value
+            (student / name).write_text(json.dumps(content))
+            for opens in doors:
+                with pytest.raises(ValueError, match=f"^{student}.*{name}.* can't be used|{name} is not JSON"):
+                    opens(str(student))
+        (student / name).write_text(before)
+
+
 def convert(out: Path, source: str) -> None:
     convert_checkpoint(source, out / "made")
 
