@@ -14,11 +14,15 @@ import json
 import os
 import platform
 import re
+import shlex
+import signal
 import sys
+import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,7 +31,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tct_hf.files import is_shallow, write_json_atomic, write_text_atomic
+from tct_hf.files import MADE_AGAIN, is_shallow, read_json, write_json_atomic, write_text_atomic
 
 T = TypeVar("T")
 
@@ -300,16 +304,66 @@ def environment() -> dict[str, Any]:
     }
 
 
+# Beside `settings.yaml`: what the run ran on, and the recipe that it was of.
+_ENVIRONMENT_FILE = "environment.json"
+
+
 def save_resolved(settings: Any, output_dir: str | os.PathLike[str], *, extra: dict[str, Any]) -> None:
     """Write what a run was: `settings.yaml`, loadable again, and `environment.json`, what it ran on."""
     write_text_atomic(Path(output_dir) / "settings.yaml", resolved_yaml(settings))
-    write_json_atomic(Path(output_dir) / "environment.json", environment() | extra)
+    write_json_atomic(Path(output_dir) / _ENVIRONMENT_FILE, {"recipe": _recipe(), **environment(), **extra})
+
+
+def _recipe() -> str:
+    return Path(sys.argv[0]).stem
+
+
+def _check_output(folder: str | None) -> None:
+    """Refuse an output folder without a name, and one of another recipe, whose settings would be lost."""
+    if folder is None:
+        return
+    if not folder.strip():
+        raise SettingsError("output_dir: the name is empty; name a folder")
+    other = None
+    with suppress(OSError, ValueError):  # damaged: it is written anew
+        other = read_json(Path(folder) / _ENVIRONMENT_FILE, MADE_AGAIN).get("recipe")
+    if other not in (None, _recipe()):
+        raise SettingsError(f"output_dir: {folder} holds a run of the recipe {other}; name another folder")
 
 
 def _raised_on_purpose(error: BaseException) -> bool:
     """Whether a `raise` statement of this package made the error, so that its message was written for the user."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
+
+
+def _of_files(error: BaseException, output: str | None) -> str | None:
+    """What the system says of a path that can't be read or written; None of any other error."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, (str, os.PathLike)):
+        return None
+    if output is not None and Path(error.filename).is_relative_to(output):
+        return f"output_dir: {error.filename} can't be written ({error.strerror}); name another folder"
+    return f"{error.filename}: {error.strerror}"
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, end the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt(number)
+        os._exit(128 + number)  # a worker, which is told to end
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_recipe(
@@ -319,16 +373,24 @@ def run_recipe(
 
     A recipe script ends with `if __name__ == "__main__": run_recipe(main, Settings, __doc__)`.
     """
+    output: str | None = None
     try:
-        main(load_settings(schema, argv, description=description or ""))
+        with _stoppable():
+            settings = load_settings(schema, argv, description=description or "")
+            output = getattr(settings, "output_dir", None)
+            _check_output(output)
+            main(settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from error
+        number = error.args[0] if error.args else signal.SIGINT
+        if os.environ.get("RANK", "0") == "0":  # one of a group of processes speaks for all
+            print(f"interrupted; to go on: {shlex.join(sys.orig_argv)}", file=sys.stderr)
+        raise SystemExit(128 + number) from error
     except (ValueError, OSError, ImportError) as error:
-        if not _raised_on_purpose(error):
+        said = str(error) if _raised_on_purpose(error) else _of_files(error, output)
+        if said is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         raise SystemExit(1) from error

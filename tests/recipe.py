@@ -153,6 +153,7 @@ def in_this_process(recipe: Path, settings: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
     def call(output: Path, *options: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(recipe)])
         try:
             module.run_recipe(module.main, module.Settings, "", [str(settings), f"--output_dir={output}", *options])
         except SystemExit as end:

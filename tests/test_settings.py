@@ -274,7 +274,9 @@ def test_recipes_end_with_one_message_and_a_status(capsys: pytest.CaptureFixture
     for main, argv, status, shown in (
         (raises(ValueError("a bug")), ["--epoch", "1"], 2, 'error: unknown setting "epoch"'),
         (lambda settings: write_json_atomic("a.json", float("nan")), right, 1, "this cannot be written as JSON"),
-        (raises(KeyboardInterrupt()), right, 130, "interrupted"),
+        (raises(KeyboardInterrupt()), right, 130, "interrupted; to go on: "),
+        (raises(PermissionError(13, "Permission denied", "o/x")), right, 1, "error: output_dir: o/x can't be written"),
+        (raises(PermissionError(13, "Permission denied", "/in")), right, 1, "error: /in: Permission denied"),
     ):
         with pytest.raises(SystemExit) as caught:
             run_recipe(main, Settings, "Test.", argv)

@@ -67,6 +67,8 @@ def open_beir(
 ) -> BeirFolder:
     """The collection of a folder or Hub id, not read yet."""
     folder = Path(path_or_hub_id)
+    if not str(path_or_hub_id).strip():
+        raise ValueError("source: the name is empty; name a BEIR folder or a Hub id")
     if folder.is_dir():
         return BeirFolder(folder, cache_dir, skip_bad_rows)
     if folder.exists():

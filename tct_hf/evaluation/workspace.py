@@ -23,7 +23,7 @@ from tct_hf.encoding.convert import load_student
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
 from tct_hf.files import claim, command, working_in, write_json_atomic
-from tct_hf.hub_client import resolve_model
+from tct_hf.hub_client import check_model_folder, resolve_model
 from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
 from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.encode import (
@@ -362,6 +362,7 @@ def _load(role: str, name: str, load: Callable[[str], Model]) -> Model:
             f"{role}: there is no folder {name}, and no Hub id (owner/name) either; {command('train')} makes one, "
             "or give the right path"
         )
+    check_model_folder(place)
     try:
         return load(place)
     except FileNotFoundError:
