@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -293,13 +294,20 @@ def _contents(folder: Path) -> dict[str, list[Any]]:
 
 def _checked(file: Path) -> list[Any] | None:
     """Size and checksum of a file; None where it is missing."""
-    import xxhash  # only for those who prepare data
-
     if not file.is_file():
         return None
+    stat = file.stat()
+    return [stat.st_size, _checksum(os.path.realpath(file), stat.st_size, stat.st_mtime_ns)]
+
+
+@cache
+def _checksum(path: str, size: int, changed: int) -> str:
+    """The checksum of a file, computed once in a process for each path, size and time of change."""
+    import xxhash  # only for those who prepare data
+
     digest = xxhash.xxh3_128()
-    _feed(digest, file)
-    return [file.stat().st_size, digest.hexdigest()]
+    _feed(digest, path)
+    return digest.hexdigest()
 
 
 # What a stage writes beside its result: the settings that made it, and the log of its training.

@@ -9,8 +9,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
-from tct_hf.data.rows import SkippedRows, is_hub_id
-from tct_hf.data.sources import DatasetSource, LineSource, Source, one_split, reach
+from tct_hf.data.rows import SkippedRows, is_hub_id, refuse_or_skip
+from tct_hf.data.sources import LineSource, Source, named_by_header, one_split, parts_of, reach
 from tct_hf.data.texts import prepare_corpus, records_of
 
 if TYPE_CHECKING:
@@ -138,29 +138,24 @@ class BeirOnHub(BeirFolder):
     """The same on the Hub."""
 
     def part(self, name: str) -> Source:
-        from datasets import load_dataset
-
-        source = f"{self.place} ({name})"
         # A configuration "corpus" or "queries", whose only split usually has the same name.
-        parts = reach(self.place, lambda: load_dataset(self.place, name))
-        return DatasetSource(one_split(parts, None if len(parts) == 1 else name, source), source)
+        parts, source = parts_of(self.place, name), f"{self.place} ({name})"
+        return one_split(parts, None if len(parts) == 1 else name, source)()
 
     def judgements(self, split: str) -> Judgements:
-        from datasets import load_dataset
-
         own = [name for name in hub_configurations(self.place) if name in ("default", "qrels")]
         source = f"{self.place} ({own[0]})" if own else f"{self.place}-qrels"
         try:
-            parts = reach(source, lambda: load_dataset(self.place, own[0]) if own else load_dataset(source))
+            parts = parts_of(self.place, own[0], named_by_header) if own else parts_of(source, None, named_by_header)
         except FileNotFoundError as error:
             if own:
                 raise
             raise MissingSplitError(str(error)) from error
         try:
-            rows = one_split(parts, split, source)
+            rows = one_split(parts, split, source)()
         except FileNotFoundError as error:
             raise MissingSplitError(str(error)) from error
-        return read_qrels(rows, source, skipped=self._skip(f"qrels of {split}"))
+        return read_qrels(rows, skipped=self._skip(f"qrels of {split}"))
 
 
 def hub_configurations(hub_id: str) -> list[str]:
@@ -178,9 +173,7 @@ def _judged_queries(source: Source, judged: Judgements, skipped: SkippedRows | N
     for place, (query_id, _, text) in records_of(source, title=False, skipped=skipped, fix=fix):
         if query_id in places:
             message = f"{place}: query id {query_id!r} was used before, in {places[query_id]}; make ids unique"
-            if skipped is None:
-                raise ValueError(message)
-            skipped.add("repeated id", message)
+            refuse_or_skip(skipped, "repeated id", message)
             continue
         places[query_id] = place
         if query_id in judged.qrels:
@@ -189,9 +182,7 @@ def _judged_queries(source: Source, judged: Judgements, skipped: SkippedRows | N
         if query_id not in texts:
             message = f"{place}: query {query_id!r} is not in {source.name}; add it, or leave such judgements out "
             message += "with skip_bad_rows"
-            if skipped is None:
-                raise ValueError(message)
-            skipped.add("judged query that is missing", message)
+            refuse_or_skip(skipped, "judged query that is missing", message)
             del judged.qrels[query_id]
     return texts
 
@@ -210,9 +201,7 @@ def _check_passages(corpus: Dataset, judged: Judgements, source: str, skipped: S
                 f"which is not in {source} ({len(wanted)} are missing); add the passage, or leave such judgements out "
                 "with skip_bad_rows"
             )
-            if skipped is None:
-                raise ValueError(message)
-            skipped.add("judged passage that is missing", message)
+            refuse_or_skip(skipped, "judged passage that is missing", message)
             del grades[passage_id]
         if not grades:
             del judged.qrels[query_id]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, TEXT, is_ours, negative_columns
-from tct_hf.data.ids import stable_id
+from tct_hf.data.near_duplicates import text_key
 from tct_hf.data.rows import BadRow, as_id, as_score, as_text, get, shown, there_are
 from tct_hf.data.texts import Texts, joined
 
@@ -99,16 +100,16 @@ class RowReader:
         self._types: dict[str, tuple[str, str]] = {}
         self._scores = None if scores is None else _score_columns(scores, names, there)
 
-    @property
+    @cached_property
     def has_known(self) -> bool:
         return KNOWN in self.fields or ("positive_id" in self.fields and self.fields["positive_id"].listed)
 
-    @property
+    @cached_property
     def _lists_texts(self) -> bool:
         """Each row of the source may have several positives, which have no ids."""
         return "positive_id" not in self.fields and not self.one_positive
 
-    @property
+    @cached_property
     def one_positive(self) -> bool:
         """Each row of the source makes one training row."""
         found = [self.fields[part] for part in ("positive", "positive_id") if part in self.fields]
@@ -159,7 +160,7 @@ class RowReader:
             judged = read["positive_id"] if shared.get(LABELLED, True) else []
             shared[KNOWN] = list(dict.fromkeys([*judged, *read.get(KNOWN, ())]))
         if self._lists_texts:
-            shared[KNOWN_TEXTS] = [stable_id(text) for text in positives[0]] if shared.get(LABELLED, True) else []
+            shared[KNOWN_TEXTS] = [text_key(text) for text in positives[0]] if shared.get(LABELLED, True) else []
         if self._scores is not None:
             shared[SCORES] = self._read_scores(row, self._scores)[: 1 + len(self.negatives)]
         for at in range(len(positives[0])):

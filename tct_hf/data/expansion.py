@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
-from tct_hf.data.near_duplicates import plain_text
+from tct_hf.data.near_duplicates import folded
 from tct_hf.data.texts import rows_in_batches
 from tct_hf.files import command
 
@@ -202,7 +202,7 @@ def _kept(
         if drop_repeats:
             first: dict[str, int] = {}
             for place in places:
-                first.setdefault(plain_text(row["queries"][place]), place)
+                first.setdefault(folded(row["queries"][place]), place)
             places = list(first.values())
         if least is not None:
             places = [place for place in places if row["scores"][place] >= least]

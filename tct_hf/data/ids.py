@@ -35,33 +35,22 @@ def is_utf8(text: str) -> bool:
 
 
 class SeenIds:
-    """Finds an id that comes twice in a stream, in 16 bytes an id."""
+    """Finds ids that come twice in a stream, in 16 bytes an id."""
 
     def __init__(self) -> None:
         self._sorted: list[np.ndarray] = []  # digests, each array at least twice as long as the next
 
-    def add(self, ids: Sequence[str]) -> int | None:
-        """Take the next ids; or none, and the place of the first that came before, here or in an earlier call."""
-        digests, again = self._looked_up(ids)
-        if again.any():
-            return int(np.flatnonzero(again)[0])
-        if len(ids):
-            self._sorted.append(np.sort(digests))
-        while len(self._sorted) > 1 and len(self._sorted[-2]) < 2 * len(self._sorted[-1]):
-            self._sorted.append(np.sort(np.concatenate([self._sorted.pop(), self._sorted.pop()]), kind="stable"))
-        return None
-
-    def repeated(self, ids: Sequence[str]) -> set[int]:
-        """The places of all ids that came before, here or in an earlier call; none is taken."""
-        return set(np.flatnonzero(self._looked_up(ids)[1]).tolist())
-
-    def _looked_up(self, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def add(self, ids: Sequence[str]) -> list[int]:
+        """Take the next ids; the places of those that came before, here or in an earlier call."""
         digests = np.array(
             [hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest() for name in ids], "S16"
         )
-        again = np.ones(len(ids), bool)
-        again[np.unique(digests, return_index=True)[1]] = False
+        fresh, first = np.unique(digests, return_index=True)
+        new = np.ones(len(fresh), bool)
         for known in self._sorted:
-            at = np.searchsorted(known, digests)
-            again |= known[np.minimum(at, len(known) - 1)] == digests
-        return digests, again
+            new &= known[np.minimum(np.searchsorted(known, fresh), len(known) - 1)] != fresh
+        if new.any():
+            self._sorted.append(fresh[new])
+        while len(self._sorted) > 1 and len(self._sorted[-2]) < 2 * len(self._sorted[-1]):
+            self._sorted.append(np.sort(np.concatenate([self._sorted.pop(), self._sorted.pop()]), kind="stable"))
+        return np.delete(np.arange(len(ids)), first[new]).tolist()

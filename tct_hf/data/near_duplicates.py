@@ -13,6 +13,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from tct_hf.data.ids import stable_id
+
 # Ranges of Thai, Lao, Burmese, Khmer, kana and Han, written without blanks: there each letter is a word.
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -31,16 +33,29 @@ def groups(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
 
 
 def folded(text: str) -> str:
-    """Fold case, punctuation and white space away; a text of nothing but punctuation keeps it."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    """What two texts have in common that count as the same: all but case, punctuation and white space.
+
+    A text of nothing but punctuation keeps it.
+    """
+    if text.isascii():
+        bare = text.lower().translate(_ASCII)
+    else:
+        text = unicodedata.normalize("NFKC", text).casefold()
+        bare = _MARK.sub(lambda mark: _bare(mark.group()), text)
+    return " ".join(bare.split()) or " ".join(text.lower().split())
+
+
+def _bare(mark: str) -> str:
     # Symbols stay, "C" and "C++" differ; so do the marks that some scripts write vowels with.
-    bare = _MARK.sub(lambda mark: " " if unicodedata.category(mark.group())[0] == "P" else mark.group(), text)
-    return " ".join(bare.split()) or " ".join(text.split())
+    return " " if unicodedata.category(mark)[0] == "P" else mark
 
 
-def plain_text(text: str) -> str:
-    """Fold case and white space away, which costs little."""
-    return " ".join(text.split()).casefold()
+_ASCII = {code: _bare(chr(code)) for code in range(128)}
+
+
+def text_key(text: str) -> int:
+    """The number that a text is known by where there is no id; texts that count as the same share it."""
+    return stable_id(folded(text))
 
 
 def shingles(text: str, width: int) -> frozenset[int]:

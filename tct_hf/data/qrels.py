@@ -15,14 +15,17 @@ from tct_hf.data.rows import (
     QUERY_ID_NAME,
     BadRow,
     SkippedRows,
+    as_grade,
     as_id,
     byte_lines,
     decode,
     file_key,
-    plain,
+    get,
+    refuse_or_skip,
+    shown,
     there_are,
 )
-from tct_hf.data.sources import digest_of_rows
+from tct_hf.data.sources import DatasetSource, Source, digest_of_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +51,7 @@ class Judgements:
 
 
 def read_qrels(
-    source: str | Path | Dataset,
+    source: str | Path | Dataset | Source,
     name: str | None = None,
     *,
     allow_repeats: bool = False,
@@ -58,7 +61,7 @@ def read_qrels(
 
     Args:
         source: a file, plain or .gz, of query, passage, score (BEIR, tabs, maybe a header) or query, 0, passage, score
-            (TREC, tabs or blanks); or a data set with the columns of BEIR's header.
+            (TREC, tabs or blanks); or a data set or raw rows with the columns of BEIR's header.
         name: the data set's, for messages.
         allow_repeats: pass over a judgement that repeats an earlier one.
         skipped: takes bad lines, which are left out; they are refused when None.
@@ -69,7 +72,11 @@ def read_qrels(
     qrels: Qrels = {}
     places: dict[str, str] = {}
     count = 0
-    lines = _lines(Path(source)) if isinstance(source, (str, Path)) else _rows(source, name or "qrels")
+    if isinstance(source, (str, Path)):
+        lines, name = _lines(Path(source)), str(source)
+    else:
+        opened = source if isinstance(source, Source) else DatasetSource(source, name or "qrels")
+        lines, name = _rows(opened), opened.name
     for place, read in lines:
         count += 1
         try:
@@ -78,13 +85,11 @@ def read_qrels(
                 fix = "remove one line"
                 raise BadRow("judged twice", f"query {query_id!r} and passage {passage_id!r} are judged twice; {fix}")
         except BadRow as error:
-            if skipped is None:
-                raise ValueError(error.at(place)) from None
-            skipped.add(error.kind, error.at(place))
+            refuse_or_skip(skipped, error.kind, error.at(place))
         else:
             qrels.setdefault(query_id, {})[passage_id] = score
             places.setdefault(query_id, place)
-    check_positives(qrels, str(source) if name is None else name)
+    check_positives(qrels, name)
     return Judgements(qrels, places, count)
 
 
@@ -132,22 +137,38 @@ def _is_header(line: bytes, place: str) -> bool:
     return False
 
 
-def _judgement(query_id: str, passage_id: str, text: Any) -> Judgement:
-    if not query_id or not passage_id:
+def _judgement(query_id: Any, passage_id: Any, grade: Any) -> Judgement:
+    if "" in (query_id, passage_id):
         raise BadRow("empty id", "empty query-id or corpus-id; fill it in or remove the line")
-    try:
-        return query_id, passage_id, int(text)
-    except (TypeError, ValueError):
-        raise BadRow("bad score", f"score {text!r} is not an integer; write 0, 1, 2, ...") from None
+    return as_id(query_id, "query-id"), as_id(passage_id, "corpus-id"), as_grade(grade)
 
 
-def _rows(rows: Any, name: str) -> Iterator[tuple[str, Callable[[], Judgement]]]:
-    if missing := [column for column in HEADER if column not in rows.column_names]:
-        raise ValueError(f"{name}: column {missing[0]!r} is missing ({there_are(rows.column_names)})")
-    for number, row in enumerate(rows):
-        query_id, passage_id, score = (row[column] for column in HEADER)
-        score = int(score) if isinstance(score, float) and score.is_integer() else score
-        yield f"{name}, row {number}", partial(_judgement, str(query_id), str(passage_id), str(score))
+def _rows(source: Source) -> Iterator[tuple[str, Callable[[], Judgement]]]:
+    if source.names is not None and (missing := [column for column in HEADER if column not in source.names]):
+        raise ValueError(f"{source.name}: column {missing[0]!r} is missing ({there_are(source.names)})")
+
+    def read(raw: Any) -> Judgement:
+        row = source.parse(raw)
+        return _judgement(*(get(row, column) for column in HEADER))
+
+    for number, raw in source.raw(HEADER):
+        yield source.place(number), partial(read, raw)
+
+
+def checked_qrels(qrels: Mapping[Any, Mapping[Any, Any]], name: str) -> Qrels:
+    """Judgements from memory with ids as text and whole grades; a ValueError names the query of a bad one."""
+    checked: Qrels = {}
+    for query, found in qrels.items():
+        try:
+            if not isinstance(found, Mapping):
+                raise BadRow("mixed types", f"holds {shown(found)} where {{passage id: grade}} is needed")
+            checked[as_id(query, "query id")] = {
+                as_id(passage, "passage id"): as_grade(grade) for passage, grade in found.items()
+            }
+        except BadRow as error:
+            raise ValueError(error.at(f"{name}, query {query!r}")) from None
+    check_positives(checked, name)
+    return checked
 
 
 def check_positives(qrels: Mapping[str, Mapping[str, int]], place: str) -> None:
@@ -181,21 +202,16 @@ class KnownPositives:
         self, qrels: str | Path | Mapping[str, Mapping[str, int]], skipped: SkippedRows | None = None
     ) -> None:
         if isinstance(qrels, Mapping):
-            self.source, grades = "qrels (a mapping)", qrels
-            self.key: list[Any] = ["mapping", digest_of_rows([qrels])]
-            check_positives(grades, self.source)
+            self.source, grades = "qrels (a mapping)", checked_qrels(qrels, "qrels (a mapping)")
+            self.key: list[Any] = ["mapping", digest_of_rows([grades])]
         else:
             path = Path(qrels)
             if not path.is_file():
                 raise FileNotFoundError(f"qrels: {path}: no such file; give the right path")
             self.source, grades, self.key = str(path), read_qrels(path, skipped=skipped).qrels, file_key(path)
-        self.positives: dict[str, list[str]] = {}
-        for query, found in grades.items():
-            try:
-                ids = [as_id(plain(passage), "passage id") for passage, grade in found.items() if grade >= 1]
-                self.positives[as_id(plain(query), "query id")] = ids
-            except BadRow as error:
-                raise ValueError(error.at(f"{self.source}, query {query!r}")) from None
+        self.positives = {
+            query: [passage for passage, grade in found.items() if grade >= 1] for query, found in grades.items()
+        }
 
     def add(self, row: dict[str, Any]) -> None:
         """Set a row's known positives, its own among them if it is labelled."""

@@ -20,6 +20,7 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PICKLES = (".pkl", ".pickle", ".pt", ".bin", ".joblib")
 # A Hub id has an owner: a bare word may be a column. A name that ends like a file is one, there or not.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _FLOAT32_MAX = 3.4028234663852886e38
 _FILES = (*TSV_SUFFIXES, *JSON_SUFFIXES, *PICKLES, ".parquet", ".csv", ".gz")
 _SKIPPED_FILE = "skipped.json"
@@ -159,6 +160,13 @@ class SkippedRows:
         return "\n".join(lines)
 
 
+def refuse_or_skip(skipped: SkippedRows | None, kind: str, message: str) -> None:
+    """Count a flaw, or refuse it as a ValueError where nothing takes the counts."""
+    if skipped is None:
+        raise ValueError(message) from None
+    skipped.add(kind, message)
+
+
 def get(row: Mapping[str, Any], name: str) -> Any:
     """A row's value of a column that must be there."""
     if name not in row:
@@ -176,7 +184,7 @@ def as_text(value: Any, column: str, *, allow_empty: bool = False) -> str:
         raise BadRow("mixed types", f"holds {shown(value)} where text is needed; write it as text", column)
     if not allow_empty and (not value or value.isspace()):
         raise BadRow("empty text", "the text is empty; fill it in or remove the row", column)
-    if not is_utf8(value):
+    if not value.isascii() and not is_utf8(value):
         raise BadRow("not UTF-8", "half a surrogate pair; it is not text in any encoding", column)
     return value
 
@@ -194,6 +202,8 @@ def checked_texts(texts: Iterable[Any], what: str, first: int = 0) -> list[str]:
 
 def as_id(value: Any, column: str) -> str:
     """A value that must be an id, text or an integer, as text."""
+    if not isinstance(value, str):
+        value = plain(value)
     if value is None:
         raise BadRow("empty id", "no id (null); fill it in or remove the row", column)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -212,8 +222,20 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def as_grade(value: Any) -> int:
+    """A grade, which must be a whole number: an int, a float of a column of floats, or text of plain digits."""
+    value = plain(value)
+    # int() takes 1_0, blanks and the digits of other scripts, too.
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1 and abs(value) < 2**63:
+        return int(value)
+    raise BadRow("bad score", f"score {shown(value)} is not an integer; write 0, 1, 2, ...")
+
+
 def as_score(value: Any, what: str, column: str) -> float:
     """The score of `what`, which must be a finite number that float32 can hold."""
+    value = plain(value)
     fix = "score it again, or remove it"
     if value is None:
         raise BadRow("bad score", f"{what} has no score (null): {fix}", column)
@@ -250,8 +272,7 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             fix = "name it so" if suffix == ".parquet" else "unpack it first"
             raise ValueError(f"{path}: by its content a {suffix} file, and no lines of text; {fix}")
     try:
-        packed = start.startswith(_GZIP) or path.name.lower().endswith(".gz")
-        with gzip.open(path) if packed else path.open("rb") as raw:
+        with gzip.open(path) if start.startswith(_GZIP) else path.open("rb") as raw:
             for number, line in enumerate(raw, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")

@@ -6,7 +6,9 @@ import csv
 import json
 import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -28,6 +30,7 @@ from tct_hf.data.rows import (
     is_hub_id,
     parse_json_line,
     parse_tsv_line,
+    plain,
     there_are,
 )
 from tct_hf.files import write_aside
@@ -36,6 +39,7 @@ T = TypeVar("T")
 
 ROWS_A_BATCH = 1000
 _BYTES_AT_ONCE = 1 << 20  # of each column of a parquet file
+_BYTES_A_RECORD = 1 << 24  # of CSV: what is longer has a quote that isn't closed
 
 
 class Source(ABC):
@@ -137,18 +141,40 @@ class CsvSource(Source):
     def _records(self) -> Iterator[tuple[int, Any]]:
         """The first line and the fields of each record; what is wrong where it can't be read."""
         csv.field_size_limit(sys.maxsize)
-        lines = (line.decode("utf-8", "surrogateescape") + "\n" for _, line in byte_lines(self.path))
-        records = csv.reader(lines, strict=True)
+        lines, again = byte_lines(self.path), deque[tuple[int, bytes]]()
+        taken: list[tuple[int, bytes]] = []  # of the record that is being read
+
+        def text() -> Iterator[str]:
+            size = 0
+            while (one := again.popleft() if again else next(lines, None)) is not None:
+                size = size * bool(taken) + len(one[1])
+                taken.append(one)
+                if size > _BYTES_A_RECORD:
+                    return
+                yield one[1].decode("utf-8", "surrogateescape") + "\n"
+
+        records = csv.reader(text(), strict=True)
         while True:
-            number = records.line_num + 1
+            taken.clear()
             try:
                 fields: list[str] | str = next(records)
+                if len(taken) > 1 and self.names and len(fields) != len(self.names):
+                    fields = f"{len(fields)} fields where {len(self.names)} are needed"
             except StopIteration:
                 return
             except csv.Error as error:
                 fields = str(error)
-            if fields:
-                yield number, fields
+            if not isinstance(fields, str):
+                if fields:
+                    yield taken[0][0], fields
+                continue
+            if len(taken) > 1:  # what follows the line with the quote may be whole records
+                at = _opening(taken if "end of data" in fields else taken[:-1])
+                again.extendleft(reversed(taken[at + 1 :]))
+                fields = f"a quote opens here that isn't closed where the field ends: {fields}"
+                taken = taken[at:]
+            yield taken[0][0], fields
+            records = csv.reader(text(), strict=True)
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
         return islice(self._records(), 1, None)
@@ -163,6 +189,17 @@ class CsvSource(Source):
         if not all(map(is_utf8, raw)):
             raise BadRow("not UTF-8", "not UTF-8; convert the file to UTF-8")
         return dict(zip(names, raw, strict=True))
+
+
+def _opening(lines: Sequence[tuple[int, bytes]]) -> int:
+    """At which of these lines the last quote opens that isn't closed in its line."""
+    at, odd = 0, False
+    for place, (_, line) in enumerate(lines):
+        quotes = line.replace(b'""', b"").count(b'"')
+        odd ^= quotes % 2 == 1
+        if odd and quotes:
+            at = place
+    return at
 
 
 def _damaged(path: Path, error: Exception) -> Exception:
@@ -242,6 +279,13 @@ class FolderSource(Source):
         return self.files[at].place(number)
 
 
+def without_format(dataset: Any) -> Any:
+    """A data set that gives Python values, not a format's arrays or frames; a transform of the user's own stays."""
+    if not hasattr(dataset, "with_format") or getattr(dataset, "format", {}).get("type") == "custom":
+        return dataset
+    return dataset.with_format(None)
+
+
 class DatasetSource(Source):
     """A `datasets.Dataset` or `IterableDataset`."""
 
@@ -250,10 +294,9 @@ class DatasetSource(Source):
 
         self.name = name
         map_style = isinstance(dataset, Dataset)
-        custom = map_style and dataset.format["type"] == "custom"
-        # A format such as "torch" would give arrays for lists; a transform of the user's own makes the columns.
-        self.dataset = dataset if custom or not map_style else dataset.with_format(None)
-        self.names = None if custom else dataset.column_names
+        self.dataset = without_format(dataset)
+        # A transform of the user's own makes the columns.
+        self.names = None if map_style and dataset.format["type"] == "custom" else dataset.column_names
         self.key = ["dataset", dataset._fingerprint] if map_style else None
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -280,11 +323,16 @@ class MappingSource(Source):
 
 
 def digest_of_rows(rows: Iterable[Any]) -> str:
-    """A checksum of JSON-ready objects."""
+    """A checksum of rows, whatever they hold: their values are checked when they are read."""
     digest = sha256()
     for row in rows:
-        digest.update(json.dumps(row).encode())
+        digest.update(json.dumps(row, default=_plain_or_shown).encode())
     return digest.hexdigest()
+
+
+def _plain_or_shown(value: Any) -> Any:
+    found = plain(value)
+    return repr(value) if found is value else found
 
 
 def open_source(
@@ -303,7 +351,7 @@ def open_source(
         given: a path, a data set, a dictionary of its splits, or "owner/name:configuration:split".
         setting: the setting that named it, for messages.
         tsv: opens a file of fields separated by tabs.
-        config, split, revision, streaming: of a Hub data set or folder, as in :func:`load_from_hub`.
+        config, split, revision, streaming: of a Hub data set or folder; text files on the Hub are downloaded whole.
     """
     if isinstance(given, dict) and split is not None:  # DatasetDict and IterableDatasetDict
         given = one_split(given, split, "the data set")
@@ -316,13 +364,15 @@ def open_source(
         return DatasetSource(given, f"{setting} (a data set)")
     path = Path(given)
     if path.is_dir() or is_hub_id(str(given)):
-        options = {"config": config, "split": split} if config or split else {}
-        named = ", ".join(filter(None, options.values()))
+        named = ", ".join(filter(None, (config, split)))
         name = f"{given} ({named})" if named else str(given)
-        files = _files_of(path, config, split) if path.is_dir() else []
-        if files:
-            return FolderSource([open_source(file, setting, tsv) for file in files], name)
-        return DatasetSource(load_from_hub(str(given), revision=revision, streaming=streaming, **options), name)
+        given = str(given)
+        if not path.is_dir():
+            given, _, rest = given.partition(":")
+            if rest:
+                config, _, split = rest.partition(":")
+        parts = parts_of(given, config or None, tsv, setting, revision=revision, streaming=streaming, name=name)
+        return one_split(parts, split or None, f"{given} ({config})" if config else given)()
     suffix = format_of(path)
     if suffix in PICKLES:
         raise ValueError(
@@ -346,41 +396,82 @@ def open_source(
     )
 
 
-def _files_of(folder: Path, config: str | None, split: str | None) -> list[Path]:
-    """The files of a split of a folder in the Hub's layout; none where they are left to `datasets` to read."""
-    from datasets import load_dataset_builder
-
-    parts = reach(str(folder), lambda: load_dataset_builder(str(folder), config)).config.data_files
-    files = [Path(file) for file in one_split(parts or {}, split, str(folder))] if parts else []
-    ours = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv", ".parquet")
-    return files if all(map(Path.is_file, files)) and all(_is_ours(file, ours) for file in files) else []
+def named_by_header(path: Path) -> LineSource:
+    """Lines of fields separated by tabs, of which the first names them."""
+    first = next((line for _, line in byte_lines(path)), b"")
+    return LineSource(path, first.decode(errors="replace").split("\t"), header=True)
 
 
-def _is_ours(file: Path, suffixes: Sequence[str]) -> bool:
-    if format_of(file) != ".json":
-        return format_of(file) in suffixes
-    return not next((line for _, line in byte_lines(file) if line.strip()), b"").lstrip().startswith(b"[")
-
-
-def load_from_hub(
-    hub_id: str,
+def parts_of(
+    place: str,
+    config: str | None,
+    tsv: Callable[[Path], LineSource] = named_by_header,
+    setting: str = "data",
     *,
-    config: str | None = None,
-    split: str | None = None,
     revision: str | None = None,
     streaming: bool = False,
-) -> Any:
-    """Load one split of a Hub data set ("owner/name:configuration:split"), or of a folder in the Hub's layout."""
-    from datasets import load_dataset
+    name: str | None = None,
+) -> dict[str, Callable[[], Source]]:
+    """What opens each split of a Hub data set, or of a folder in the Hub's layout, by the split's name.
 
-    if not Path(hub_id).is_dir():
-        hub_id, _, rest = hub_id.partition(":")
-        if rest:
-            config, _, split = rest.partition(":")
-    config, split = config or None, split or None
-    options = {name: value for name, value in (("revision", revision), ("streaming", streaming)) if value}
-    parts = reach(hub_id, lambda: load_dataset(hub_id, config, **options))
-    return one_split(parts, split, f"{hub_id} ({config})" if config else hub_id)
+    Files of text are read by our own readers, which infer no types; others by `datasets`, and so is parquet on the
+    Hub, which has types of its own and can be streamed.
+    """
+    name = name or (f"{place} ({config})" if config else place)
+
+    def load() -> Mapping[Any, Any]:
+        from datasets import load_dataset
+
+        options = {name: value for name, value in (("revision", revision), ("streaming", streaming)) if value}
+        return reach(place, lambda: load_dataset(place, config, **options))
+
+    def read(split: str) -> Source:
+        local = [Path(place) for place in _fetched(name, files[split], Path(place).is_dir())]
+        if not local:
+            return DatasetSource(load()[split], name)
+        return FolderSource([open_source(file, setting, tsv) for file in local], name)
+
+    files = _data_files(place, config, revision)
+    if files:
+        return {split: partial(read, split) for split in files}
+    return {str(split): partial(DatasetSource, rows, name) for split, rows in load().items()}
+
+
+def _data_files(place: str, config: str | None, revision: str | None) -> dict[str, list[str]]:
+    """The files of each split, by path or URL; none where `datasets` has to say."""
+    from datasets import load_dataset_builder
+    from huggingface_hub import snapshot_download
+
+    try:
+        builder = reach(place, lambda: load_dataset_builder(place, config, revision=revision))
+    except OSError:
+        if Path(place).is_dir():
+            raise
+        try:  # without the network, what was fetched before
+            snapshot = snapshot_download(place, repo_type="dataset", revision=revision, local_files_only=True)
+        except (OSError, ValueError):
+            return {}
+        return _data_files(snapshot, config, None)
+    if getattr(builder.config, "sep", None) not in (None, ",", "\t"):
+        return {}
+    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+
+
+def _fetched(name: str, files: Sequence[str], here: bool) -> list[str]:
+    """The files of a split on this machine; none where they are left to `datasets` to read."""
+    from datasets.utils.file_utils import cached_path
+
+    ours = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv", *([".parquet"] if here else []))
+    if not files or not all(format_of(Path(file)) in ours for file in files):
+        return []
+    local = [str(reach(name, partial(cached_path, file))) for file in files]
+    return local if all(map(_is_lines, map(Path, local))) else []
+
+
+def _is_lines(file: Path) -> bool:
+    if format_of(file) != ".json":
+        return file.is_file()
+    return not next((line for _, line in byte_lines(file) if line.strip()), b"").lstrip().startswith(b"[")
 
 
 def one_split(parts: Mapping[Any, Any], split: str | None, source: str) -> Any:

@@ -17,7 +17,7 @@ from datasets import Features, IterableDataset
 
 from tct_hf.data.column_names import is_ours
 from tct_hf.data.columns import NOTHING, RowReader
-from tct_hf.data.near_duplicates import plain_text
+from tct_hf.data.near_duplicates import folded
 from tct_hf.data.qrels import KnownPositives
 from tct_hf.data.rows import BadRow, SkippedRows
 from tct_hf.data.sources import ROWS_A_BATCH, Source
@@ -207,7 +207,7 @@ def _of_itself(row: Row, negatives: Sequence[str]) -> BadRow | None:
         text, same_id = row[name], "query_id" in row and row.get(f"{name}_id") == row["query_id"]
         # Equal texts are about equally long: most passages need no closer look.
         if same_id or (name != "positive" and len(text) <= 2 * len(asked)):
-            text, query = plain_text(text), plain_text(asked)
+            text, query = folded(text), folded(asked)
             if text == query or (same_id and text.endswith(query)):
                 return BadRow(
                     "query itself", "this passage is the query itself; take another, or remove the row", name

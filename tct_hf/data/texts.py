@@ -25,7 +25,15 @@ from tct_hf.data.rows import (
     get,
     there_are,
 )
-from tct_hf.data.sources import ROWS_A_BATCH, LineSource, MappingSource, Source, open_source, write_rows
+from tct_hf.data.sources import (
+    ROWS_A_BATCH,
+    LineSource,
+    MappingSource,
+    Source,
+    open_source,
+    without_format,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -214,10 +222,7 @@ def prepare_corpus(
         seen, every = SeenIds(), records()
         while batch := list(islice(every, ROWS_A_BATCH)):
             ids = [name for _, (name, _, _) in batch]
-            again: set[int] = set()
-            if seen.add(ids) is not None:
-                again = seen.repeated(ids)
-                seen.add([name for at, name in enumerate(ids) if at not in again])
+            again = set(seen.add(ids))
             for at, (place, (name, title, text)) in enumerate(batch):
                 if at not in again:
                     yield {"id": name, "text": joined(title, text), "title": title}
@@ -269,9 +274,7 @@ def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[s
     if not hasattr(rows, "iter"):
         yield from rows
         return
-    if hasattr(rows, "with_format") and getattr(rows, "format", {}).get("type") != "custom":  # such as pandas
-        rows = rows.with_format(None)
-    for batch in rows.iter(1000):  # a data set gives a thousand rows in little more time than one
+    for batch in without_format(rows).iter(1000):  # a data set gives a thousand rows in little more time than one
         columns = {key: values for key, values in batch.items() if not keys or key in keys}
         for place in range(len(next(iter(batch.values())))):
             yield {key: values[place] for key, values in columns.items()}
@@ -303,11 +306,10 @@ def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Pass
     """Consecutive passages, so many at a time; refuses an id that comes twice, in 16 bytes of memory an id."""
     seen, count = SeenIds(), 0
     while shard := list(islice(passages, size)):
-        again = seen.add([passage_id for passage_id, _ in shard])
-        if again is not None:
+        if again := seen.add([passage_id for passage_id, _ in shard]):
             raise ValueError(
-                f"corpus: two passages have the id {shard[again][0]!r} (again at number {count + again}): give each "
-                "its own id."
+                f"corpus: two passages have the id {shard[again[0]][0]!r} (again at number {count + again[0]}): give "
+                "each its own id."
             )
         count += len(shard)
         yield shard

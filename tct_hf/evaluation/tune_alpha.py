@@ -9,7 +9,7 @@ from typing import Any
 
 from tct_hf.data.collection import Collection
 from tct_hf.data.ids import hash_of
-from tct_hf.data.near_duplicates import plain_text
+from tct_hf.data.near_duplicates import folded
 from tct_hf.evaluation.measures import cutoff_of, evaluate_run, find_themselves
 from tct_hf.evaluation.settings import HybridSettings
 from tct_hf.retrieval.fusion import Scores, align, check_weight, equal_spread_alpha, order_of
@@ -146,7 +146,7 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
         raise ValueError(f"hybrid.tune_queries: {settings.tune_queries} is below 1; set hybrid.alpha to tune nothing")
     reported = collection.splits["test"].queries if "test" in collection.splits else {}
     also = {query: text for split in collection.also.values() for query, text in split.queries.items()}
-    known = {plain_text(text) for queries in (reported, also) for text in queries.values()}
+    known = {folded(text) for queries in (reported, also) for text in queries.values()}
     for name in ("dev", "train") if settings.tune_on == "auto" else (settings.tune_on,):
         split = collection.splits.get(name)
         if split is None or not split.queries:
@@ -156,7 +156,7 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
                 f"hybrid.tune_on: alpha would be tuned on {len(shared)} of the queries that are reported "
                 f"({', '.join(map(repr, shared[:3]))}); tune on dev or train queries"
             )
-        free = [query for query, text in split.queries.items() if query not in also and plain_text(text) not in known]
+        free = [query for query, text in split.queries.items() if query not in also and folded(text) not in known]
         if free:
             kept = sorted(free, key=hash_of)[: settings.tune_queries]
             queries = {query: split.queries[query] for query in kept}

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from tct_hf.data.collection import Collection, load_collection
-from tct_hf.data.near_duplicates import plain_text
+from tct_hf.data.near_duplicates import folded
 from tct_hf.data.rows import SkippedRows
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.pipeline.settings import DataSettings, TriplesSettings
@@ -89,11 +89,11 @@ def read_triples(
 def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collection) -> Dataset | IterableDataset:
     """Refuse triples that hold queries of dev or test: figures on these would say nothing.
 
-    Queries are compared whatever their case and white space. Streamed rows are checked as they pass: the first of a
-    dev or test query ends the run.
+    Queries are compared whatever their case, punctuation and white space. Streamed rows are checked as they pass: the
+    first of a dev or test query ends the run.
     """
     reported = {
-        plain_text(text): use
+        folded(text): use
         for use, split in collection.splits.items()
         if use != "train"
         for text in split.queries.values()
@@ -105,14 +105,14 @@ def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collect
         return rows.map(check, input_columns="query", features=rows.features)
     found: list[str] = []
     for batch in rows.select_columns("query").iter(10_000):
-        found += [query for query in batch["query"] if plain_text(query) in reported]
+        found += [query for query in batch["query"] if folded(query) in reported]
     if found:
         _refuse_reported(found[0], reported, collection.name, f"{len(found):,} of the {len(rows):,} rows have")
     return rows
 
 
 def _refuse_reported(query: str, reported: Mapping[str, str], name: str, count: str = "a row has") -> dict[str, Any]:
-    use = reported.get(plain_text(query))
+    use = reported.get(folded(query))
     if use is not None:
         raise ValueError(
             f"triples.path: {count} a query of dev or test, such as {query!r} ({use} of {name}). Figures on queries "

@@ -14,7 +14,7 @@ from tct_hf.data.beir import load_beir
 from tct_hf.data.ids import hash_of
 from tct_hf.data.qrels import HEADER, Qrels, read_qrels
 from tct_hf.data.rows import byte_lines, file_key, is_hub_id
-from tct_hf.data.sources import load_from_hub
+from tct_hf.data.sources import named_by_header, open_source
 from tct_hf.data.texts import joined, read_texts
 from tct_hf.files import MADE_AGAIN, claim, read_json, write_aside, write_json_atomic
 from tct_hf.settings import setting
@@ -165,9 +165,9 @@ def _place(folder: str | None, name: str | None, setting_name: str) -> str:
 
 def _judgements(name: str, split: SplitFiles) -> Qrels:
     place = str(split.qrels)
-    rows = place if Path(place).is_file() else load_from_hub(place)
+    rows = place if Path(place).is_file() else open_source(place, "qrels", named_by_header)
     # MS MARCO's qrels.train.tsv has the same line twice here and there.
-    found = read_qrels(rows, place, allow_repeats=True)
+    found = read_qrels(rows, allow_repeats=True)
     _check_count(len(found.qrels), split.expected_queries, place, "judged queries", f"splits.{name}.expected_queries")
     _check_count(found.count, split.expected_qrels, place, "judgements", f"splits.{name}.expected_qrels")
     return found.qrels

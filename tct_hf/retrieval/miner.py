@@ -122,7 +122,7 @@ class OpenRow:
 class Miner:
     """Chooses the negatives of the rows of some queries, id to text; it holds the texts that were looked at.
 
-    `plain` gives what is left of a text when two are compared for being equal. `same_ids`: a passage under the id of
+    `same_ids`: a passage under the id of
     a query is the query itself; see :func:`ids_are_shared`.
 
     Attributes:
@@ -137,12 +137,11 @@ class Miner:
         rules: Rules,
         queries: Mapping[str, str],
         teacher: PairScorer | None = None,
-        plain: Callable[[str], str] = folded,
         *,
         same_ids: bool,
     ) -> None:
         self._corpus = corpus.select_columns("text")
-        self._ids, self._rules, self._queries, self._teacher, self._plain_of = ids, rules, queries, teacher, plain
+        self._ids, self._rules, self._queries, self._teacher = ids, rules, queries, teacher
         self._same_ids = same_ids
         for query_id, text in queries.items():
             try:
@@ -151,8 +150,7 @@ class Miner:
                 raise ValueError(error.at(f"query {query_id!r}")) from None
         self._asked = {query_id: folded(text) for query_id, text in queries.items()}
         self._text: dict[int, str] = {}
-        self._plain = cache(lambda passage: plain(self._text[passage]))
-        self._folded = self._plain if plain is folded else cache(lambda passage: folded(self._text[passage]))
+        self._folded = cache(lambda passage: folded(self._text[passage]))
         self._shingles = cache(lambda passage: shingles(self._text[passage], _WIDTH))
         self.counts = MiningCounts()
         self.scores: dict[tuple[str, int], float] = {}
@@ -246,7 +244,7 @@ class Miner:
             return "themselves"
         if self._copies_a_positive(row, passage):
             return "near_duplicates"
-        if self._plain(passage) in map(self._plain, row.chosen):
+        if self._folded(passage) in map(self._folded, row.chosen):
             return "repeated"
         margin, score = self._rules.margin, self.scores.get((row.query_id, passage))
         if margin is not None and score is not None and score > self.scores[row.query_id, row.positive] + margin:
@@ -255,10 +253,10 @@ class Miner:
 
     def _copies_a_positive(self, row: OpenRow, passage: int) -> bool:
         if row.text is not None:
-            return bool(self._plain_of(row.text) == self._plain(passage))
+            return bool(folded(row.text) == self._folded(passage))
         threshold = self._rules.near_duplicate
         return any(
-            self._plain(positive) == self._plain(passage)
+            self._folded(positive) == self._folded(passage)
             or (threshold is not None and share_most(self._shingles(positive), self._shingles(passage), threshold))
             for positive in row.positives
         )

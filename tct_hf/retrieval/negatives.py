@@ -107,7 +107,7 @@ def bm25_triples(
         part = asked[start : start + _QUERIES_A_BATCH]
         found = index.run({query_id: texts[query_id] for query_id in part if query_id not in candidates}, depth)
         found |= {query_id: dict(rank(candidates[query_id])[:depth]) for query_id in part if query_id in candidates}
-        miner = Miner(corpus, ids, rules, {name: texts[name] for name in part}, plain=_normal, same_ids=same_ids)
+        miner = Miner(corpus, ids, rules, {name: texts[name] for name in part}, same_ids=same_ids)
         miner.read({row_of[passage_id] for hits in found.values() for passage_id in islice(hits, 1)})
         opened: list[OpenRow] = []
         for query_id in part:
@@ -140,10 +140,6 @@ def bm25_triples(
 def _softmax_of_first(scores: Sequence[float]) -> float:
     """How sure a teacher is of the first of its candidates; 0 where it has none."""
     return 1 / sum(math.exp(score - scores[0]) for score in scores) if scores else 0.0
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def collection_bm25(collection: Collection) -> BM25Index:

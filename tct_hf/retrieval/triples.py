@@ -19,6 +19,7 @@ from tct_hf.cache import prepared
 from tct_hf.data.beir import hub_configurations, load_beir
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, negative_columns
 from tct_hf.data.ids import stable_id
+from tct_hf.data.near_duplicates import text_key
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import ID_NAME, SkippedRows, byte_lines, is_header, is_hub_id
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
@@ -28,7 +29,7 @@ from tct_hf.retrieval.negatives import bm25_triples
 from tct_hf.retrieval.words import LANGUAGE, STEMMER
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 4
+_FORMAT = 5
 _TYPES = {
     KNOWN: pa.list_(pa.string()),
     KNOWN_TEXTS: pa.list_(pa.int64()),
@@ -281,6 +282,11 @@ def _write(path: Path, names: Sequence[str], rows: Any) -> None:
     write_rows(path, pa.schema([(name, _TYPES.get(name, pa.string())) for name in names]), rows)
 
 
+def _query_key(row: Mapping[str, Any]) -> int:
+    """Queries without an id are told apart by their text."""
+    return stable_id(row["query_id"]) if "query_id" in row else text_key(row["query"])
+
+
 class _SeenPositives:
     """Positives by query, gathered from the triples themselves.
 
@@ -290,14 +296,14 @@ class _SeenPositives:
     column = KNOWN
 
     def __init__(self) -> None:
-        self._number: dict[str, int] = {}
+        self._number: dict[int, int] = {}
         self._of_query: list[dict[str, None]] = []
         # Which query each row has, in the order of the rows.
         self._rows = array("Q")
 
     def note(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Note one row, and give it back; queries without an id are told apart by their text."""
-        at = self._number.setdefault(row.get("query_id", row["query"]), len(self._of_query))
+        """Note one row, and give it back."""
+        at = self._number.setdefault(_query_key(row), len(self._of_query))
         if at == len(self._of_query):
             self._of_query.append({})
         self._of_query[at].update(dict.fromkeys((*own_positive(row), *row.get(KNOWN, ()))))
@@ -319,8 +325,8 @@ class _SeenTexts:
 
     def note(self, row: dict[str, Any]) -> dict[str, Any]:
         """Note one row, and give it back."""
-        self._queries.append(stable_id(row.get("query_id", row["query"])))
-        self._positives.append(stable_id(row["positive"]) if row.get(LABELLED, True) else -1)
+        self._queries.append(_query_key(row))
+        self._positives.append(text_key(row["positive"]) if row.get(LABELLED, True) else -1)
         return row
 
     def rows(self) -> Iterator[dict[str, Any]] | None:

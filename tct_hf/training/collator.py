@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler
 
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, candidate_columns
 from tct_hf.data.ids import stable_id
+from tct_hf.data.near_duplicates import text_key
 from tct_hf.data.rows import BadRow, as_text
 from tct_hf.teachers.base import Teacher
 
@@ -31,7 +32,9 @@ class TCTDataCollator(SentenceTransformerDataCollator):
     `candidate_ids (queries, columns)` int64, `query_ids (queries,)` int64, under which a passage is the query itself,
     `asked (queries,)` int64, the same for the labelled rows of one query, and, where the data set has them,
     `known_positive_ids (queries, most)` int64 padded with -1, `labelled (queries,)` bool and `label_weight (queries,)`
-    float32. Ids are hashes of the data set's passage ids; without ids, of the texts. A row whose column labelled is
+    float32. Ids are hashes of the data set's passage ids; without ids, of the texts, whatever their case, punctuation
+    and white space. With ids, `candidate_texts`, `query_texts` and `known_positive_texts` are those of the texts: a
+    passage is a known positive, or the query itself, by either. A row whose column labelled is
     false has passages in all its candidate columns, but no judgement says that the one in column positive answers its
     query.
 
@@ -85,24 +88,36 @@ def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str,
     if missing and (known_ids or len(missing) < len(columns)):
         what = KNOWN if known_ids else "passage ids for some columns"
         raise ValueError(f"The data set has {what}, but no {', '.join(missing)}: add these ids, or remove the others.")
-    names = columns if missing else [f"{name}_id" for name in columns]
+    names = [] if missing else [f"{name}_id" for name in columns]
     for row, name in ((row, name) for row in rows for name in names if row[name] is None):
         raise ValueError(f"Query {row['query']!r} has no {name}: fill it in, or remove the row or the column.")
-    keys = [[stable_id(str(row[name])) for name in names] for row in rows]
-    # Where a query has the id of its own positive, queries and passages are numbered each for themselves.
-    itself = [stable_id(str(row["query"] if missing else row.get("query_id", ""))) for row in rows]
-    ids = {
-        "candidate_ids": torch.tensor(keys),
-        "query_ids": torch.tensor([NO_ID if one == own[0] else one for one, own in zip(itself, keys, strict=True)]),
-        "asked": torch.tensor([stable_id(row["query"]) if row.get(LABELLED, True) else NO_ID for row in rows]),
+    texts = [[text_key(row[name]) for name in columns] for row in rows]
+    asked = [text_key(row["query"]) for row in rows]
+    labelled = [row.get(LABELLED, True) for row in rows]
+    found = {
+        "asked": torch.tensor([one if judged else NO_ID for one, judged in zip(asked, labelled, strict=True)]),
+        **_keys("ids" if missing else "texts", texts, asked, [row.get(KNOWN_TEXTS) for row in rows]),
     }
-    known = KNOWN if known_ids else KNOWN_TEXTS
-    if known in rows[0]:
-        # Hashes of texts are what they are; ids are hashed here.
-        found = [[one if known == KNOWN_TEXTS else stable_id(str(one)) for one in row[known] or ()] for row in rows]
-        width = max(1, *map(len, found))
-        ids["known_positive_ids"] = torch.tensor([row + [NO_ID] * (width - len(row)) for row in found])
-    return ids
+    if not missing:
+        ids = [[stable_id(str(row[name])) for name in names] for row in rows]
+        itself = [stable_id(str(row.get("query_id", ""))) for row in rows]
+        known = [None if (of := row.get(KNOWN)) is None else [stable_id(str(one)) for one in of] for row in rows]
+        found |= _keys("ids", ids, itself, known)
+    return found
+
+
+def _keys(
+    kind: str, candidates: list[list[int]], itself: Sequence[int], known: Sequence[Sequence[int] | None]
+) -> dict[str, Tensor]:
+    """Hashes of ids, or of texts, under which candidates are known."""
+    # Where a query has the id of its own positive, queries and passages are numbered each for themselves.
+    query = [NO_ID if one == own[0] else one for one, own in zip(itself, candidates, strict=True)]
+    found = {f"candidate_{kind}": torch.tensor(candidates), f"query_{kind}": torch.tensor(query)}
+    if any(of is not None for of in known):
+        width = max(1, *(len(of or ()) for of in known))
+        rows = [[*(of or ()), *[NO_ID] * (width - len(of or ()))] for of in known]
+        found[f"known_positive_{kind}"] = torch.tensor(rows)
+    return found
 
 
 class SameDatasetBatchSampler(BatchSampler):

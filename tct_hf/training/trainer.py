@@ -263,21 +263,24 @@ class CoupledTrainer(ResumableTrainer):
                 f"in row {not_finite[0]}). Load it with dtype='float32' if it is not, and check that its checkpoint "
                 "scores single texts finitely."
             )
-        ids, asked = batch["candidate_ids"], batch["asked"][:, None]
-        queries, columns = ids.shape
-        sizes = sizes_of_all(queries, ids.device) if gather else [queries]
-        everyones = torch.cat([asked, ids], dim=1)
+        asked, (queries, columns) = batch["asked"][:, None], batch["candidate_ids"].shape
+        kinds = [kind for kind in ("ids", "texts") if f"candidate_{kind}" in batch]
+        sizes = sizes_of_all(queries, asked.device) if gather else [queries]
+        everyones = torch.cat([asked, *(batch[f"candidate_{kind}"] for kind in kinds)], dim=1)
         everyones = gather_rows(everyones, sizes) if gather else everyones
         same_query = (asked == everyones[:, 0]) & (asked != NO_ID)
-        ids = everyones[:, 1:].T.reshape(-1)  # all positives first, as in the score matrix
-        positive = torch.arange(queries, device=ids.device) + (first_row(sizes) if gather else 0)
+        positive = torch.arange(queries, device=asked.device) + (first_row(sizes) if gather else 0)
         weight = batch.get("label_weight")
         if "labelled" in batch:  # the other rows learn from the teacher alone, or from a positive that it has named
             named = batch["labelled"] if weight is None else weight > 0
             positive = positive.masked_fill(~named, NO_LABEL)
-        mask = candidate_mask(ids, positive, batch.get("known_positive_ids"), batch["query_ids"], same_query)
+        mask = torch.ones_like(scores, dtype=torch.bool)
+        for kind, keys in zip(kinds, everyones[:, 1:].split(columns, dim=1), strict=True):
+            # All positives first, as in the score matrix; a candidate must pass by its id and by its text.
+            known = batch.get(f"known_positive_{kind}")
+            mask &= candidate_mask(keys.T.reshape(-1), positive, known, batch[f"query_{kind}"], same_query)
         if getattr(loss, "candidates", "in-batch") == "own":
-            mask = mask & torch.eye(queries, dtype=torch.bool, device=ids.device).repeat(1, columns)
+            mask = mask & torch.eye(queries, dtype=torch.bool, device=asked.device).repeat(1, columns)
         return TeacherTargets(scores=scores, mask=mask, positive_index=positive, label_weight=weight)
 
 

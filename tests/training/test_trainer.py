@@ -56,6 +56,17 @@ def test_the_query_itself_and_other_positives_of_a_query_are_no_negatives(
     assert left == [list("adfg"), list("bdfg"), ["a", "b", "one", *"cdcfg"], ["a", "b", "one", *"cdcfg"]]
 
 
+def test_a_copy_of_a_positive_under_another_id_is_no_negative(student: Any, teacher: Any, tmp_path: Path) -> None:
+    rows: dict[str, Any] = {"query": ["one", "two"], "positive": ["A b.", "c"], "negative": ["d", "a  B"]}
+    rows |= {"query_id": ["1", "2"], "positive_id": ["p", "o"], "negative_id": ["n", "m"]}
+    rows["known_positive_ids"] = [["p"], ["o", "n"]]
+    trainer = make_trainer(tmp_path, student, teacher, Dataset.from_dict(rows), seed=1)
+    batch = trainer.data_collator(list(Dataset.from_dict(rows)))
+    mask = trainer.teacher_targets(trainer.collect_features(batch)[0], batch["tct"], trainer.loss).mask
+    # By text the last is the first query's positive; by id the third is the second's.
+    assert mask.tolist() == [[True, True, True, False], [True, True, False, True]]
+
+
 def plain_losses(models: Path, path: Path, **settings: Any) -> list[float]:
     student = SentenceTransformer(str(models / "student"), device="cpu")
     trainer = make_trainer(path, student, make_teacher(models, "colbert"), triples(16), **settings)
