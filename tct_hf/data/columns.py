@@ -10,7 +10,7 @@ from typing import Any
 
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, TEXT, is_ours, negative_columns
 from tct_hf.data.near_duplicates import text_key
-from tct_hf.data.rows import BadRow, as_id, as_score, as_text, get, shown, there_are
+from tct_hf.data.rows import BadRow, as_id, as_score, as_text, get, plain, shown, there_are
 from tct_hf.data.texts import Texts, joined
 
 # What a row may hold, in the order of the training row's columns; of "positive" and "negative" one or several.
@@ -34,7 +34,7 @@ class _Field:
         if not self.listed:
             return [(name, get(row, name)) for name in self.columns]
         name = self.columns[0]
-        value = get(row, name)
+        value = plain(get(row, name))
         if not isinstance(value, (list, tuple)):
             raise BadRow("mixed types", f"holds {shown(value)} where a list is needed, as in other rows", name)
         return [(f"{name}[{place}]", item) for place, item in enumerate(value)]

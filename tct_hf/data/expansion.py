@@ -151,7 +151,8 @@ def expanded_texts(
         corpus: passages with "id" and "text"; a data set, or any iterable, read once as the texts are taken.
         expansions: of :func:`load_expansions`, of the same passages in the same order.
         num_queries: the number of queries kept of a passage, its first ones; all when None.
-        drop_repeats: leave out a query that equals an earlier one of its passage except for case and white space.
+        drop_repeats: leave out a query that equals an earlier one of its passage but for case, punctuation and white
+            space.
         drop_share: share of the queries to leave out by score, 0 to below 1. Queries whose score equals the threshold
             are kept. It takes 4 bytes of memory a query.
 

@@ -21,7 +21,6 @@ UNSPACED = (
     "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-_MARK = re.compile(r"[^\w\s]|_")
 
 
 def groups(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
@@ -37,20 +36,19 @@ def folded(text: str) -> str:
 
     A text of nothing but punctuation keeps it.
     """
-    if text.isascii():
-        bare = text.lower().translate(_ASCII)
-    else:
-        text = unicodedata.normalize("NFKC", text).casefold()
-        bare = _MARK.sub(lambda mark: _bare(mark.group()), text)
-    return " ".join(bare.split()) or " ".join(text.lower().split())
+    text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(text.translate(_BARE).split()) or " ".join(text.split())
 
 
-def _bare(mark: str) -> str:
-    # Symbols stay, "C" and "C++" differ; so do the marks that some scripts write vowels with.
-    return " " if unicodedata.category(mark)[0] == "P" else mark
+class _Bare(dict[int, str]):
+    """A blank for punctuation; symbols stay ("C", "C++"), and so do marks that some scripts write vowels with."""
+
+    def __missing__(self, code: int) -> str:
+        found = self[code] = " " if unicodedata.category(chr(code))[0] == "P" else chr(code)
+        return found
 
 
-_ASCII = {code: _bare(chr(code)) for code in range(128)}
+_BARE = _Bare()
 
 
 def text_key(text: str) -> int:

@@ -168,8 +168,9 @@ class _Reader:
 
 
 def _number(text: str) -> Any:
+    # float() takes 1_0, blanks and the digits of other scripts, too.
     try:
-        return float(text)
+        return float(text) if text.isascii() and "_" not in text and text == text.strip() else text
     except ValueError:
         return text
 

@@ -274,11 +274,12 @@ class CoupledTrainer(ResumableTrainer):
         if "labelled" in batch:  # the other rows learn from the teacher alone, or from a positive that it has named
             named = batch["labelled"] if weight is None else weight > 0
             positive = positive.masked_fill(~named, NO_LABEL)
-        mask = torch.ones_like(scores, dtype=torch.bool)
+        masks = []
         for kind, keys in zip(kinds, everyones[:, 1:].split(columns, dim=1), strict=True):
             # All positives first, as in the score matrix; a candidate must pass by its id and by its text.
             known = batch.get(f"known_positive_{kind}")
-            mask &= candidate_mask(keys.T.reshape(-1), positive, known, batch[f"query_{kind}"], same_query)
+            masks.append(candidate_mask(keys.T.reshape(-1), positive, known, batch[f"query_{kind}"], same_query))
+        mask = torch.stack(masks).all(0)
         if getattr(loss, "candidates", "in-batch") == "own":
             mask = mask & torch.eye(queries, dtype=torch.bool, device=asked.device).repeat(1, columns)
         return TeacherTargets(scores=scores, mask=mask, positive_index=positive, label_weight=weight)

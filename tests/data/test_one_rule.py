@@ -20,6 +20,7 @@ from tct_hf.data.ids import SeenIds
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.qrels import KnownPositives, read_qrels
 from tct_hf.data.rows import BadRow, as_grade
+from tct_hf.data.scores import ScoreTable
 from tct_hf.data.sources import CsvSource, open_source, parts_of
 from tct_hf.data.texts import open_texts
 
@@ -54,6 +55,13 @@ def test_whole_numbers_are_grades_whatever_holds_them() -> None:
     assert KnownPositives(grades).positives == {"q": ["d", "7"]}
 
 
+@pytest.mark.parametrize("text", ["1_0", " 1", "\uff11"])
+def test_scores_of_files_are_as_strict(tmp_path: Path, text: str) -> None:
+    (tmp_path / "s.tsv").write_text(f"q\td\t1e0\nq\te\t{text}\n")
+    with pytest.raises(ValueError, match=r"s\.tsv, line 2.*which is no number"):
+        ScoreTable.open(tmp_path / "s.tsv")
+
+
 @pytest.mark.parametrize("value", [None, 1.0, float("nan")])
 def test_ids_of_judgements_follow_the_rule_of_all_ids(value: Any) -> None:
     rows = {"query-id": ["q", "q"], "corpus-id": [1.0, value], "score": [1, 1]}
@@ -72,6 +80,8 @@ def test_a_format_of_a_streamed_data_set_is_put_aside(form: str) -> None:
     formatted = plain.to_iterable_dataset().with_format(form)
     assert list(load_triples(formatted, streaming=True)) == wanted
     assert list(load_triples(plain.with_format(form).to_iterable_dataset(), streaming=True)) == wanted
+    mapped = plain.to_iterable_dataset().map(lambda row: {"negatives": np.array(row["negatives"])})
+    assert list(load_triples(mapped, streaming=True)) == wanted
     judged = Dataset.from_dict({"query-id": ["q"], "corpus-id": ["d"], "score": [1]}).with_format(form)
     assert read_qrels(judged).qrels == {"q": {"d": 1}}
 
