@@ -16,6 +16,7 @@ from scipy.sparse import csc_matrix
 
 from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
+from tct_hf.data.rows import checked_texts
 from tct_hf.files import command, file_digest
 from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k
 from tct_hf.retrieval.runs import Run
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 # Tuned for MS MARCO passages, and for those with 40 generated queries each.
 PASSAGE_K1, PASSAGE_B = 0.82, 0.68
 EXPANDED_K1, EXPANDED_B = 2.18, 0.86
-# Of how many queries at once, at least, it is told that most find next to nothing: this share of what is asked for.
-_MANY_QUERIES, _NEXT_TO_NOTHING = 3, 0.05
+# Of how many queries at once, at least, it is told that most find next to nothing: this share of their words is known.
+_MANY_QUERIES, _HARDLY_ANY = 3, 0.25
 
 
 class BM25Index(Index):
@@ -42,7 +43,7 @@ class BM25Index(Index):
     """
 
     kind, title, tags = "BM25 index", "A BM25 index (bm25s)", ("bm25",)
-    settings_file, format = "tct_bm25.json", 6
+    settings_file, format = "tct_bm25.json", 7
 
     def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
         self._engine = engine
@@ -99,6 +100,8 @@ class BM25Index(Index):
             settings["expansion"] = dict(expansion)
         analyse = analyser(language, stemmer)
         vocabulary: dict[str, int] = {}
+        if isinstance(texts, str):
+            raise ValueError("texts: one string; pass a list of passages")
         tokens = []
         for text in texts:
             # Four bytes a token: a list of int objects takes several times that.
@@ -124,16 +127,17 @@ class BM25Index(Index):
             word.
 
         Raises:
-            ValueError: k is below 1, or queries are one string or a mapping.
+            ValueError: k is below 1, queries are one string or a mapping, or one is no text.
         """
         check_k(k)
-        if isinstance(queries, str):
+        if isinstance(queries, (str, bytes)):
             raise ValueError("queries: one string; pass a list of query texts")
         if isinstance(queries, Mapping):
             raise ValueError("queries: a mapping; pass list(queries.values()), or use run()")
-        tokens = [self.known_words(text) for text in queries]
-        ids: list[list[str]] = [[] for _ in queries]
-        scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in queries]
+        words = [self._analyse(text) for text in checked_texts(queries, "queries")]
+        tokens = [self._numbers(asked) for asked in words]
+        ids: list[list[str]] = [[] for _ in tokens]
+        scores: list[np.ndarray] = [np.empty(0, np.float32) for _ in tokens]
         answerable = [at for at, words in enumerate(tokens) if words]
         # One more than asked for shows whether equal scores straddle the cut.
         depth = min(k + 1, len(self.ids))
@@ -145,18 +149,19 @@ class BM25Index(Index):
             )
             for at, hits, hit_scores in zip(part, found, values, strict=True):
                 ids[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
-        self._warn_of_little([len(found) for found in ids], min(k, len(self.ids)))
+        self._warn_of_little(
+            [len(known) <= _HARDLY_ANY * len(asked) for known, asked in zip(tokens, words, strict=True)]
+        )
         return ids, scores
 
-    def _warn_of_little(self, counts: Sequence[int], asked: int) -> None:
-        """Say once that most of the queries of a search, each with a count of passages found, find next to nothing."""
-        few = sum(count <= _NEXT_TO_NOTHING * asked for count in counts)
-        if self._has_warned or len(counts) < _MANY_QUERIES or few <= len(counts) / 2:
+    def _warn_of_little(self, lacks: Sequence[bool]) -> None:
+        """Say once that the passages have hardly a word of most queries of a search."""
+        if self._has_warned or len(lacks) < _MANY_QUERIES or sum(lacks) <= len(lacks) / 2:
             return
         self._has_warned = True
         language, stemmer = self.settings["language"], self.settings["stemmer"]
         warnings.warn(
-            f"BM25 finds next to nothing for {few} of {len(counts)} queries: they share hardly a word with the "
+            f"BM25 finds next to nothing for {sum(lacks)} of {len(lacks)} queries: they share hardly a word with the "
             f"passages. Check that both are in one language and name it: now language is {language!r} and stemmer "
             f"{stemmer!r} (data.language and data.stemmer of the recipes)",
             stacklevel=3,
@@ -164,12 +169,17 @@ class BM25Index(Index):
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
         """Search queries, id to text, and return a run, in which every query has an entry."""
+        if not isinstance(queries, Mapping):
+            raise ValueError("queries: no mapping; pass {id: text}, or use search()")
         return as_run(queries, *self.search(list(queries.values()), k))
 
     def known_words(self, text: str) -> list[int]:
         """The numbers of a query's words in the vocabulary, each as often as it comes; other words are left out."""
+        return self._numbers(self._analyse(text))
+
+    def _numbers(self, words: Iterable[str]) -> list[int]:
         vocabulary = self._engine.vocab_dict
-        return [vocabulary[word] for word in self._analyse(text) if word in vocabulary]
+        return [vocabulary[word] for word in words if word in vocabulary]
 
     def weigh(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """What each word of a passage adds to a query's score, whether the passage is in the index or not.

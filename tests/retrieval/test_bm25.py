@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -104,6 +105,28 @@ def test_terms_are_words_with_their_marks_or_letters_and_pairs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("使用Python编程", ["使", "用", "使用", "python", "编", "程", "编程"]),
+        ("ﾊﾟﾝ", ["パ", "ン", "パン"]),
+        ("ＰＹＴＨＯＮ ３", ["python", "3"]),
+        ("서울은 대한 A", ["서울은", "서울", "울은", "대한", "a"]),
+        ("١٢٣ १२", ["123", "12"]),
+        ("می\u200cخواهم", ["می", "خواهم"]),
+        ("क्\u200cष", ["क्ष"]),
+        ("1\ufe0f\u20e3 👨\u200d👩 ❤\ufe0f ok", ["1", "ok"]),
+        ("\ufb01ne Windows™ 𝐁old \ufeffnews", ["fine", "windows", "bold", "news"]),
+        ("មែរ", ["មែ", "រ", "មែរ"]),
+        ("မာ", ["မာ"]),
+        ("Tiếng Việt 😀", ["tiếng", "việt"]),
+    ],
+)
+def test_scripts_that_are_mixed_or_written_in_other_forms_give_plain_terms(text: str, terms: list[str]) -> None:
+    analyse = analyser("none", None)
+    assert analyse(text) == terms == analyse(unicodedata.normalize("NFD", text))
+
+
+@pytest.mark.parametrize(
     ("language", "stemmer", "kept"),
     [("german", "auto", "german"), ("none", "auto", "english"), ("chinese", "auto", None), ("german", None, None)],
 )
@@ -122,14 +145,17 @@ def test_the_stemmer_is_that_of_the_language_unless_it_is_named(
     assert collection.fingerprint["sha256"] != read_collection(DataSettings(str(tmp_path))).fingerprint["sha256"]
 
 
-def test_most_queries_that_find_next_to_nothing_are_told_of_once() -> None:
+@pytest.mark.parametrize("k", [1, 100, 1000])
+def test_most_queries_that_find_next_to_nothing_are_told_of_once(k: int) -> None:
     index = build(backend="numba")
     with pytest.warns(UserWarning, match="next to nothing for 2 of 3 queries.*language is 'english'"):
-        index.search(["grüne Äpfel", "Birnen", "red wine"])
+        index.search(["grüne Äpfel", "Birnen", "red wine"], k)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         index.search(["grüne Äpfel", "Birnen", "red wine"])
-        build().search(["apple", "red", "Birnen", "pears"])
+        build().search(["apple", "red", "Birnen", "pears"], k)
+        names = [f"name{at}" for at in range(1200)]
+        build(names, names).search(names[:3], k)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
@@ -163,10 +189,13 @@ def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> Non
         build(**options)
 
 
-@pytest.mark.parametrize("queries", ["same", {"q": "same"}])
+@pytest.mark.parametrize("queries", ["same", {"q": "same"}, [None], ["same", 3], [["same"]]])
 def test_queries_that_are_no_list_are_refused(queries: Any) -> None:
-    with pytest.raises(ValueError, match=r"queries: .*; pass "):
+    with pytest.raises(ValueError, match=r"queries(: .*; pass |, number \d)"):
         build().search(queries)
+    with pytest.raises(ValueError, match="queries: no mapping; pass"):
+        build().run(["same"])  # type: ignore[arg-type]
+    assert build().search([]) == ([], []) and build().run({}) == {}
 
 
 def test_settings_come_back(tmp_path: Path) -> None:
