@@ -307,6 +307,16 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.parametrize("counts", ["[]", "7", "{}", '{"queries": "x"}', '{"other": 1}'])
+def test_figures_of_other_kinds_are_refused_with_their_file(tmp_path: Path, counts: str) -> None:
+    (tmp_path / "summary.json").write_text(f'{{"counts": {counts}}}')
+    (tmp_path / "encoding_seconds.json").write_text('{"seconds": "soon"}')
+    with pytest.raises(ValueError, match=r"summary\.json does not hold the counts of mining: delete the folder"):
+        read_counts(tmp_path)
+    with pytest.raises(ValueError, match=r"encoding_seconds\.json: 'soon' is no number of seconds: delete it"):
+        encoding_seconds(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"7"])
 @pytest.mark.parametrize("name", READERS)
 def test_each_reader_names_its_damaged_file(tmp_path: Path, name: str, content: bytes) -> None:

@@ -129,7 +129,7 @@ class BM25Index(Index):
         Raises:
             ValueError: k is below 1, queries are one string or a mapping, or one is no text.
         """
-        check_k(k)
+        k = check_k(k)
         if isinstance(queries, (str, bytes)):
             raise ValueError("queries: one string; pass a list of query texts")
         if isinstance(queries, Mapping):
@@ -149,9 +149,8 @@ class BM25Index(Index):
             )
             for at, hits, hit_scores in zip(part, found, values, strict=True):
                 ids[at], scores[at] = self._best(tokens[at], hits.astype(np.int64), hit_scores, k)
-        self._warn_of_little(
-            [len(known) <= _HARDLY_ANY * len(asked) for known, asked in zip(tokens, words, strict=True)]
-        )
+        counts = zip(map(len, tokens), map(len, words), strict=True)
+        self._warn_of_little([known <= _HARDLY_ANY * asked for known, asked in counts])
         return ids, scores
 
     def _warn_of_little(self, lacks: Sequence[bool]) -> None:

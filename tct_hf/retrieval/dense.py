@@ -25,6 +25,10 @@ from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_k, 
 from tct_hf.retrieval.vectors import as_matrix, as_rows
 
 _INDEX_FILE = "index.faiss"
+_TRUST = (
+    "Faiss can't check the file that it reads, and a forged one can harm this process. Pass trust_faiss=True if you "
+    "trust who published it, or build the index of your own vectors."
+)
 
 
 class DenseIndex(VectorIndex):
@@ -109,7 +113,7 @@ class DenseIndex(VectorIndex):
         check_ids(id_list, len(matrix), "vectors")
         if recall is not None and not 0 < recall < 1:
             raise ValueError(f'recall: {recall} is not between 0 and 1; for exact search pass factory="Flat"')
-        check_k(k)
+        k = check_k(k)
         queries = None if query_vectors is None else as_matrix(query_vectors, "query_vectors")
         if queries is not None and (queries.shape[1] != matrix.shape[1] or not len(queries)):
             raise ValueError(
@@ -148,9 +152,11 @@ class DenseIndex(VectorIndex):
         Raises:
             ValueError: k is below 1, a wrong shape, NaN or infinite components, or a score that float32 can't hold.
         """
-        check_k(k)
+        k = check_k(k)
         matrix = as_matrix(query_vectors, "query_vectors")
         self._check_dimension(matrix)
+        if not len(matrix):
+            return [], []
         depth = min(k, len(self.ids))
         if "k_factor" in self.parameters:
             # The best few are found by scoring as many candidates again as for the k that was tuned.
@@ -190,11 +196,27 @@ class DenseIndex(VectorIndex):
             ValueError: `trust_faiss` is not set, or the index is damaged.
         """
         if not trust_faiss:
-            raise ValueError(
-                f"{repo_id}: Faiss can't check the file that it reads, and a forged one can harm this process. Pass "
-                "trust_faiss=True if you trust who published it, or build the index of your own vectors."
-            )
-        return super().from_hub(repo_id, **options)
+            raise ValueError(f"{repo_id}: {_TRUST}")
+        return super().from_hub(repo_id, trust_faiss=True, **options)
+
+    @classmethod
+    def load(cls, directory: str | Path, *, trust_faiss: bool = False, **options: Any) -> DenseIndex:
+        """Open an index that you saved, and refuse it where `model` did not build it.
+
+        Args:
+            directory: its folder. One that huggingface_hub or git downloaded is refused; of one that was copied from
+                elsewhere nothing tells who made it: load only what you trust.
+            trust_faiss: read the Faiss file of a downloaded folder; see :meth:`from_hub`.
+            **options: `model`, the encoder of queries; `mmap`, leave the index on disk; `verify`, compare checksums
+                (true by default).
+
+        Raises:
+            FileNotFoundError: there is no index.
+            ValueError: a downloaded folder without `trust_faiss`, another model, or the index is damaged.
+        """
+        if not trust_faiss and _is_downloaded(Path(directory)):
+            raise ValueError(f"{directory}: a downloaded index. {_TRUST}")
+        return super().load(directory, **options)
 
     def _settings(self) -> dict[str, Any]:
         names = ("factory", "parameters", "tuning", "built_by")
@@ -228,3 +250,14 @@ class DenseIndex(VectorIndex):
         if "measured" in tuned:
             rows.append((f"Recall@{tuned['k']} against exact search", f"{tuned['measured']:.4f} on {tuned['source']}"))
         return rows
+
+
+def _is_downloaded(folder: Path) -> bool:
+    """Whether huggingface_hub's cache or metadata, or a clone of git, shows that an index came from the Hub."""
+    file = folder.resolve() / _INDEX_FILE
+    metadata = Path(".cache", "huggingface", "download")
+    return (folder / ".git").exists() or any(
+        (parent.name == "snapshots" and "--" in parent.parent.name)
+        or (parent / metadata / f"{file.relative_to(parent)}.metadata").is_file()
+        for parent in file.parents
+    )

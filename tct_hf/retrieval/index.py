@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import tempfile
@@ -125,7 +126,10 @@ class Index(ABC):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: damaged ({error!r}); build and save the index again") from error
         if found != cls.format:
-            raise ValueError(f"{path}: format {found} where this version reads {cls.format}; build the index again")
+            raise ValueError(
+                f"{path}: format {found} where this version reads {cls.format}; delete the folder, and build the "
+                "index again"
+            )
         return settings
 
     @classmethod
@@ -218,7 +222,7 @@ class VectorIndex(Index):
         """Search and return a run."""
         ids, scores = self.search(query_vectors, k)
         names = list(query_ids)
-        if len(names) != len(ids) or len(set(names)) != len(names):
+        if isinstance(query_ids, str) or len(names) != len(ids) or len(set(names)) != len(names):
             raise ValueError(
                 f"query_ids: {len(names)} ids, {len(set(names))} of them distinct, for {len(ids)} vectors; pass one "
                 "id for each, each once"
@@ -226,7 +230,7 @@ class VectorIndex(Index):
         return as_run(names, ids, scores)
 
     def _check_dimension(self, queries: Any) -> None:
-        if queries.shape[1] != self.dimension:
+        if queries.shape != (0, 0) and queries.shape[1] != self.dimension:
             raise ValueError(
                 f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; encode queries "
                 "with the model that encoded the passages"
@@ -310,10 +314,15 @@ class VectorIndex(Index):
         return model
 
 
-def check_k(k: int) -> None:
-    """Refuse a number of passages a query that is below 1."""
-    if k < 1:
+def check_k(k: int) -> int:
+    """A number of passages a query, of any integer type; refused where it is below 1 or no whole number."""
+    try:
+        number = operator.index(k)
+    except TypeError:
+        raise ValueError(f"k: {k!r} is not a whole number; ask for at least one passage") from None
+    if number < 1:
         raise ValueError(f"k: {k} is below 1; ask for at least one passage")
+    return number
 
 
 def best_first(names: Sequence[str], scores: np.ndarray, k: int) -> tuple[list[str], np.ndarray]:

@@ -221,7 +221,11 @@ class Miner:
         """Whether a passage is the query itself: by its text, or by its id (its text may begin with a title)."""
         if passage not in self._text:
             self.read({passage})
-        text, asked, same_id = self._folded(passage), self._asked[query_id], self._ids[passage] == query_id
+        same_id = self._ids[passage] == query_id
+        # Equal texts are about equally long: most passages need no closer look.
+        if not same_id and len(self._text[passage]) > 2 * len(self._queries[query_id]):
+            return False
+        text, asked = self._folded(passage), self._asked[query_id]
         return bool(text == asked) or (same_id and (self._same_ids or text.endswith(asked)))
 
     def _consider(self, row: OpenRow, passage: int) -> None:

@@ -233,7 +233,12 @@ def _join(tables: Sequence[Any], folder: Path, settings: Mapping[str, Any]) -> N
 
 def read_counts(folder: str | Path) -> MiningCounts:
     """What mining into a folder did, once it has finished."""
-    return MiningCounts(**read_json(Path(folder) / SUMMARY_FILE, _MINE_AGAIN, needs=["counts"])["counts"])
+    file = Path(folder) / SUMMARY_FILE
+    counts = read_json(file, _MINE_AGAIN, needs=["counts"])["counts"]
+    kinds = {name: type(count) for name, count in counts.items()} if isinstance(counts, dict) else None
+    if kinds != dict.fromkeys(asdict(MiningCounts()), int):
+        raise ValueError(f"{file} does not hold the counts of mining: {_MINE_AGAIN}")
+    return MiningCounts(**counts)
 
 
 def _candidates(scores: Mapping[str, float], query_id: str, depth: int, row_of: Mapping[str, int]) -> dict[int, float]:

@@ -113,7 +113,7 @@ class SparseIndex(VectorIndex):
             ValueError: k is below 1, a wrong shape, a weight that is NaN, infinite or negative, or a score
                 that float32 can't hold.
         """
-        check_k(k)
+        k = check_k(k)
         queries = as_csr(query_vectors, "query_vectors")
         self._check_dimension(queries)
         found = [self._best(queries, row, min(k, len(self))) for row in range(queries.shape[0])]

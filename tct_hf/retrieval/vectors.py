@@ -105,22 +105,30 @@ def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
     Tensors of torch, one or a list of them, become float32 arrays; whole numbers and sparse vectors are refused.
     """
     matrix: Any = vectors
-    if isinstance(vectors, (list, tuple)) and any(hasattr(one, "detach") for one in vectors):
-        matrix = np.stack([as_array(one) for one in vectors])
+    rows = vectors if isinstance(vectors, (list, tuple)) else ()
+    if any(hasattr(one, "detach") for one in rows):
+        matrix = np.stack([as_array(one) for one in rows])
     elif hasattr(vectors, "detach") and "sparse" not in str(getattr(vectors, "layout", "")):
         matrix = as_array(vectors)
     elif issparse(vectors) or hasattr(vectors, "detach"):
         raise ValueError(f"{what}: sparse vectors where dense ones are needed; use a SparseIndex")
     elif not isinstance(getattr(matrix, "dtype", None), np.dtype) or not hasattr(matrix, "shape"):
         try:
-            matrix = np.asanyarray(vectors, dtype=np.float32)
+            matrix = np.asanyarray(vectors)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what}: not numbers in rows of one length ({error}); stack vectors as rows") from error
-    if matrix.dtype.kind not in "fV":  # V: bfloat16 of numpy's extensions
-        raise ValueError(
-            f"{what}: {matrix.dtype} where floating-point vectors are needed: quantised ones do not compare as they "
-            "are; pass those that the model encodes, and choose a factory that compresses them"
-        )
+        if matrix.dtype == np.int64:  # numbers of Python
+            matrix = matrix.astype(np.float32)
+    for kind in (matrix.dtype, *(row.dtype for row in rows if isinstance(row, np.ndarray))):
+        if kind.kind in "biu":
+            raise ValueError(
+                f"{what}: {kind} where floating-point vectors are needed: quantised ones do not compare as they are; "
+                "pass those that the model encodes, and choose a factory that compresses them"
+            )
+        if kind.kind != "f" and (kind.kind != "V" or kind.type is np.void):  # V: bfloat16 of numpy's extensions
+            raise ValueError(f"{what}: {kind} where floating-point vectors are needed; stack rows of numbers")
+    if matrix.shape == (0,):  # what encoding no text gives
+        return np.empty((0, 0), np.float32)
     if len(matrix.shape) != 2 or matrix.shape[1] == 0:
         raise ValueError(f"{what}: shape {matrix.shape} where (rows, dimension) is needed; stack vectors as rows")
     return matrix
@@ -135,7 +143,8 @@ def as_array(tensor: Any) -> np.ndarray:
 
 def as_matrix(vectors: npt.ArrayLike, what: str, start: int = 0) -> np.ndarray:
     """Vectors as one contiguous float32 array, all components finite; `start` numbers the rows for the message."""
-    block = np.ascontiguousarray(as_rows(vectors, what)[:], dtype=np.float32)
+    with np.errstate(over="ignore"):  # refused below
+        block = np.ascontiguousarray(as_rows(vectors, what)[:], dtype=np.float32)
     if not np.isfinite(block).all():
         row = start + int(finite_rows(block).argmin())
         raise ValueError(f"{what}: row {row} has a NaN or infinite component; check the model and its dtype")
@@ -165,12 +174,20 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
     """
     # A torch tensor, without importing torch for those who have none.
     of_torch_kind = str(getattr(vectors, "layout", "")) in ("torch.sparse_coo", "torch.sparse_csr")
+    if isinstance(vectors, (list, tuple)) and not vectors:
+        return csr_matrix((0, 0), dtype=np.float32)
+    if issparse(vectors) and (vectors.ndim != 2 or vectors.dtype.kind not in "fiu"):
+        raise ValueError(
+            f"{what}: {vectors.dtype} in the shape {vectors.shape} where real weights, (rows, dimension), are needed; "
+            "stack vectors as rows"
+        )
     if not issparse(vectors) and not of_torch_kind:
         raise ValueError(f"{what}: {type(vectors).__name__} where sparse vectors are needed: {_KINDS}")
     try:  # compiled search, and scipy's conversions, trust the numbers of terms
         if hasattr(vectors, "check_format"):
             vectors.check_format(full_check=True)
-        rows = csr_matrix(vectors, dtype=np.float32) if issparse(vectors) else of_torch(vectors)
+        with np.errstate(over="ignore"):  # refused below
+            rows = csr_matrix(vectors, dtype=np.float32) if issparse(vectors) else of_torch(vectors)
         if not issparse(vectors):
             rows.check_format(full_check=True)
     except ValueError as error:
@@ -270,8 +287,16 @@ def _part(table: Any, dim: int, verify: bool) -> Any:
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a finished folder, see `load_vectors`; FileNotFoundError where the encoding is not finished."""
-    check_version(Path(directory))
-    return shards.read_manifest(Path(directory), "vectors")
+    folder = Path(directory)
+    check_version(folder)
+    manifest = shards.read_manifest(folder, "vectors")
+    sizes = [manifest.get(name) for name in ("dim", "count")]
+    if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(manifest.get("shards"), list):
+        raise ValueError(
+            f"{folder / shards.MANIFEST_FILE}: not that of vectors (dim, count: {sizes}); give a folder that "
+            "encode_corpus wrote, or encode again"
+        )
+    return manifest
 
 
 def check_version(folder: Path) -> None:

@@ -109,7 +109,7 @@ def _stop_words(language: str) -> frozenset[str]:
 
 @cache
 def _patterns() -> tuple[re.Pattern[str], ...]:
-    """Patterns of a character that plain words lack, what is folded, a letter that is a term, words, and their parts."""
+    """Patterns: what plain words lack, what is folded, a letter that is a term, words, their parts and letters."""
     marks, digits = _ranges("M"), _ranges("Nd")
     letters = UNSPACED + _HANGUL
     word = rf"\w[\w{marks}]+|(?<!\w['\u2019])\w(?!['\u2019]\w\w)"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, snapshot_download
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import BM25Index, DenseIndex, build_student, save_student
@@ -40,6 +41,20 @@ def test_a_dense_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub,
     assert commit in card and 'DenseIndex.from_hub("tester/index", revision="v1.0", trust_faiss=True)' in card
     assert pushed.url.endswith("/datasets/tester/index") and "index.faiss" in pushed.sent
     assert index.built_by is not None and "revision" not in index.built_by  # the one in memory is as it was
+
+
+def test_a_downloaded_folder_is_loaded_where_its_publisher_is_trusted(
+    hub: LoopbackHub, index: DenseIndex, tmp_path: Path
+) -> None:
+    index.push_to_hub("tester/index", license="mit")
+    index.save(tmp_path / "own")
+    assert len(DenseIndex.load(tmp_path / "own")) == 3
+    get = partial(snapshot_download, "tester/index", repo_type="dataset")
+    (tmp_path / "own" / ".git").mkdir()
+    for folder in (get(), get(local_dir=tmp_path / "local"), tmp_path / "own"):
+        with pytest.raises(ValueError, match=r"a downloaded index\. Faiss can't check .* Pass trust_faiss=True"):
+            DenseIndex.load(folder)
+        assert len(DenseIndex.load(folder, trust_faiss=True)) == 3
 
 
 def test_an_index_of_first_dimensions_or_another_encoder_comes_back_with_its_model(

@@ -11,9 +11,9 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_array, csr_matrix
 
-from tct_hf import DenseIndex
+from tct_hf import DenseIndex, SparseIndex
 from tct_hf.evaluation.cost import compute_threads
 from tct_hf.retrieval import faiss_tools
 from tct_hf.retrieval.faiss_tools import factory_for
@@ -71,6 +71,39 @@ def test_tensors_of_any_floating_type_are_vectors(vectors: np.ndarray, dtype: to
     assert index.search(pack(rows[:5]), k=4)[0] == same.search(vectors[:5], k=4)[0]
 
 
+@pytest.mark.parametrize(
+    ("queries", "k", "message"),
+    [
+        (np.ones((1, 8)), 0, "k: 0 is below 1"),
+        (np.ones((1, 8)), -3, "k: -3 is below 1"),
+        (np.ones((1, 8)), 2.5, "k: 2.5 is not a whole number"),
+        (np.ones(8), 2, r"query_vectors: (float64 in the )?shape \(8,\) "),
+        (np.ones((1, 7)), 2, "query_vectors: dimension 7 where the index has 8"),
+        (np.full((1, 8), 1e300), 2, "query_vectors: row 0 has"),
+        (np.full((1, 8), np.nan), 2, "query_vectors: row 0 has"),
+        (np.ones((1, 8), bool), 2, "query_vectors: bool"),
+        (np.ones((1, 8), complex), 2, "query_vectors: complex128"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_no_index_can_search_for_is_named(vectors: np.ndarray, queries: Any, k: Any, message: str) -> None:
+    sparse = SparseIndex.build(csr_matrix(abs(vectors)), IDS)
+    for index, asked in ((DenseIndex.build(vectors, IDS), queries), (sparse, coo_array(queries))):
+        with pytest.raises(ValueError, match=message):
+            index.search(asked, k)
+        assert index.search([], k=3) == ([], []) and index.run([], [], k=3) == {}
+
+
+def test_places_that_an_approximate_index_leaves_empty_are_in_no_run(vectors: np.ndarray) -> None:
+    far = np.concatenate([vectors, vectors[:1] + 100])
+    for factory, parameters in (("IVF10,Flat", {"nprobe": 1}), ("HNSW4", {"efSearch": 1}), (AUTO, {"nprobe": 1})):
+        index = DenseIndex.build(far, [*IDS, "far"], factory, parameters=parameters)
+        for k in (1, 51, 1000):
+            run = index.run(IDS[:9], vectors[:9], k)
+            assert all(found and set(found) <= {*IDS, "far"} and len(found) <= k for found in run.values())
+            assert all(np.isfinite(list(found.values())).all() for found in run.values())
+
+
 def test_equal_scores_at_the_cut_are_chosen_by_id() -> None:
     index = DenseIndex.build(np.ones((5, 4)), ["e", "d", "c", "b", "a"], "Flat")
     assert index.search(np.ones((1, 4)), k=2)[0] == [["a", "b"]]
@@ -111,6 +144,12 @@ def test_any_faiss_factory_finds_a_vector_by_itself_and_drops_places_it_leaves_e
         (np.ones((2, 3), np.int8), "auto", {}, "vectors: int8 where floating-point vectors"),
         (torch.ones(2, 3, dtype=torch.int8), "auto", {}, "vectors: int8 where floating-point vectors"),
         (np.ones((2, 3)), "auto", {"query_vectors": np.ones((2, 3), np.uint8)}, "query_vectors: uint8 where"),
+        ([np.ones(3, np.int8)] * 2, "auto", {}, "vectors: int8 where floating-point vectors"),
+        ([np.ones(3), np.ones(3, np.uint8)], "auto", {}, "vectors: uint8 where floating-point vectors"),
+        ([[True, False]], "auto", {}, "vectors: bool where floating-point vectors"),
+        ([["1", "2"]], "auto", {}, "vectors: <U1 where floating-point vectors are needed; stack rows of numbers"),
+        (np.array([[1.0, None]]), "auto", {}, "vectors: object where floating-point vectors"),
+        ([np.ones(3)], "auto", {"query_vectors": [np.ones(3, np.int8)]}, "query_vectors: int8 where"),
         (csr_matrix(np.eye(2)), "auto", {}, "vectors: sparse vectors where dense"),
         (torch.eye(2).to_sparse(), "auto", {}, "vectors: sparse vectors where dense"),
         ([[1.0], [1.0, 2.0]], "auto", {}, "vectors: not numbers in rows of one length"),
