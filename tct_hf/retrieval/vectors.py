@@ -291,7 +291,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     check_version(folder)
     manifest = shards.read_manifest(folder, "vectors")
     sizes = [manifest.get(name) for name in ("dim", "count")]
-    if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(manifest.get("shards"), list):
+    if not all(type(size) is int for size in sizes) or not isinstance(manifest.get("shards"), list):
         raise ValueError(
             f"{folder / shards.MANIFEST_FILE}: not that of vectors (dim, count: {sizes}); give a folder that "
             "encode_corpus wrote, or encode again"
