@@ -26,19 +26,51 @@ def colbert(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_colbert(tiny_colbert(tmp_path_factory.mktemp("colbert")))
 
 
-@pytest.mark.parametrize(("chunk", "k"), [(1, 3), (3, 1), (1024, 50)])
-def test_top_k_is_ordered_by_max_sim_and_the_rest_stays_below_in_its_order(
-    colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int, k: int
+@pytest.fixture(scope="module")
+def scores(colbert: Any) -> np.ndarray:
+    """In plain loops: the sum over query tokens of the best passage token (queries, passages)."""
+    queries = [np.asarray(v) for v in colbert.encode_query(QUERIES)]
+    passages = [np.asarray(v) for v in colbert.encode_document(PASSAGES)]
+    return np.array([[sum(max(float(t @ s) for s in p) for t in q) for p in passages] for q in queries])
+
+
+def check(run: dict[str, dict[str, float]], scores: np.ndarray, k: int) -> None:
+    """The run holds the k best of `scores` (queries, passages)."""
+    assert list(run) == list(ASKED)
+    for row, hits in enumerate(run.values()):
+        order = np.argsort(-scores[row], kind="stable")[:k]
+        assert sorted(hits, key=lambda name: -hits[name]) == [IDS[column] for column in order]
+        assert [hits[IDS[column]] for column in order] == pytest.approx(scores[row][order].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("chunk", "k"), [(1, 3), (3, 50), (1024, 3)])
+def test_late_interaction_run_is_max_sim_whatever_the_chunks(
+    colbert: Any, scores: np.ndarray, monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
 ) -> None:
     monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
-    exhaustive = late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=len(IDS))
+    check(late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=k), scores, k)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_equal_scores_at_the_cut_are_chosen_by_id(colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
+    run = late_interaction_run(colbert, [*"edcba"], [PASSAGES[0]] * 5, {"q": QUERIES[0]}, k=2)
+    assert list(run["q"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("chunk", "k"), [(1, 3), (3, 1), (1024, 50)])
+def test_top_k_is_ordered_by_max_sim_and_the_rest_stays_below_in_its_order(
+    colbert: Any, scores: np.ndarray, monkeypatch: pytest.MonkeyPatch, chunk: int, k: int
+) -> None:
+    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
     found = rerank_run(colbert, RUN, CORPUS, ASKED, k)
     assert list(found) == list(ASKED)
-    for query, hits in found.items():
+    for row, (query, hits) in enumerate(found.items()):
+        expected = dict(zip(IDS, scores[row], strict=True))
         before = [name for name, _ in rank(RUN[query])]
-        top = sorted(before[:k], key=lambda name: -exhaustive[query][name])
+        top = sorted(before[:k], key=lambda name: -expected[name])
         assert list(hits) == [name for name, _ in rank(hits)] == top + before[k:]
-        assert [hits[name] for name in top] == pytest.approx([exhaustive[query][name] for name in top], abs=1e-4)
+        assert [hits[name] for name in top] == pytest.approx([expected[name] for name in top], abs=1e-4)
 
 
 def test_only_the_top_k_need_texts_and_each_is_encoded_once(colbert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,40 +88,7 @@ def test_query_that_the_run_lacks_is_empty(colbert: Any) -> None:
     assert rerank_run(colbert, {}, CORPUS, ASKED) == {query: {} for query in ASKED}
 
 
-def test_bfloat16_scores_nearly_the_same(colbert: Any) -> None:
-    full = late_interaction_run(colbert, IDS, PASSAGES, ASKED)
+def test_bfloat16_scores_nearly_the_same(colbert: Any, scores: np.ndarray) -> None:
     searched = late_interaction_run(colbert, IDS, PASSAGES, ASKED, bf16=True)
     for half in (searched, rerank_run(colbert, RUN, CORPUS, ASKED, len(IDS), bf16=True)):
-        for query in ASKED:
-            np.testing.assert_allclose([half[query][n] for n in IDS], [full[query][n] for n in IDS], rtol=0.03)
-
-
-def check(run: dict[str, dict[str, float]], scores: np.ndarray, k: int) -> None:
-    """The run holds the k best of `scores` (queries, passages)."""
-    assert list(run) == list(ASKED)
-    for row, hits in enumerate(run.values()):
-        order = np.argsort(-scores[row], kind="stable")[:k]
-        assert sorted(hits, key=lambda name: -hits[name]) == [IDS[column] for column in order]
-        assert [hits[IDS[column]] for column in order] == pytest.approx(scores[row][order].tolist(), abs=1e-4)
-
-
-def max_sim(colbert: Any) -> np.ndarray:
-    """In plain loops: the sum over query tokens of the best passage token."""
-    queries = [np.asarray(v) for v in colbert.encode_query(QUERIES)]
-    passages = [np.asarray(v) for v in colbert.encode_document(PASSAGES)]
-    return np.array([[sum(max(float(t @ s) for s in p) for t in q) for p in passages] for q in queries])
-
-
-@pytest.mark.parametrize(("chunk", "k"), [(1, 3), (3, 50), (1024, 3)])
-def test_late_interaction_run_is_max_sim_whatever_the_chunks(
-    colbert: Any, monkeypatch: pytest.MonkeyPatch, k: int, chunk: int
-) -> None:
-    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
-    check(late_interaction_run(colbert, IDS, PASSAGES, ASKED, k=k), max_sim(colbert), k)
-
-
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_equal_scores_at_the_cut_are_chosen_by_id(colbert: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(maxsim, "_PASSAGES_PER_CHUNK", chunk)
-    run = late_interaction_run(colbert, ["e", "d", "c", "b", "a"], [PASSAGES[0]] * 5, {"q": QUERIES[0]}, k=2)
-    assert list(run["q"]) == ["a", "b"]
+        np.testing.assert_allclose([[half[query][name] for name in IDS] for query in ASKED], scores, rtol=0.03)

@@ -11,6 +11,16 @@ from tct_hf.evaluation.plots import TradeOff, plot_dev_curves, plot_losses, plot
 
 TEACHER = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "train_loss": 1.7}]
 STUDENT = [{"step": 1, "loss": 0.9, "hard_label": 0.4, "distillation": 0.5}]
+LABELS: dict[str, Any] = {"xlabel": "x", "ylabel": "y", "title": "t"}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures, which are saved too."""
+    figures: list[Any] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
+    return figures
 
 
 def width(path: Path) -> int:
@@ -33,35 +43,28 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         plot_losses({"teacher": TEACHER}, tmp_path / "x.png")
 
 
-ARMS: dict[str, Any] = {
-    "hard labels": [{0: 0.1, 10: 0.3}, {0: 0.3, 10: 0.5, 20: 0.9}],
-    "in-batch": [{0: 0.2, 10: 0.6}, {}],
-    "never measured": [{}],
-}
-
-
 def test_a_curve_is_the_mean_over_seeds_at_the_steps_that_all_have_and_the_band_their_range(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, drawn: list[Any]
 ) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
-    plot_dev_curves(ARMS, tmp_path / "x.png", ylabel="dev RR@10")
+    arms: dict[str, Any] = {
+        "hard labels": [{0: 0.1, 10: 0.3}, {0: 0.3, 10: 0.5, 20: 0.9}],
+        "in-batch": [{0: 0.2, 10: 0.6}, {}],
+        "never measured": [{}],
+    }
+    plot_dev_curves(arms, tmp_path / "x.png", ylabel="dev RR@10")
     [axes] = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert list(lines) == ["hard labels", "in-batch"] and axes.get_ylabel() == "dev RR@10"
-    assert lines["hard labels"] == [[0, pytest.approx(0.2)], [10, pytest.approx(0.4)]]
-    assert lines["in-batch"] == [[0, 0.2], [10, 0.6]]
+    assert axes.get_ylabel() == "dev RR@10" and lines == {
+        "hard labels": [[0, pytest.approx(0.2)], [10, pytest.approx(0.4)]],
+        "in-batch": [[0, 0.2], [10, 0.6]],
+    }
     [band] = axes.collections
     assert {tuple(point) for point in band.get_paths()[0].vertices} >= {(0, 0.1), (0, 0.3), (10, 0.3), (10, 0.5)}
 
 
-def test_a_sweep_draws_a_line_a_series_and_single_points_across(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+def test_a_sweep_draws_a_line_a_series_and_single_points_across(tmp_path: Path, drawn: list[Any]) -> None:
     lines = {"in-batch": [(64, 0.5, 0.01), (16, 0.4, 0.02), (512, 0.6, 0.01)], "BM25": [(0, 0.3, 0.0)]}
-    plot_sweep(lines, tmp_path / "x.png", xlabel="candidates", ylabel="RR@10", title="t")
+    plot_sweep(lines, tmp_path / "x.png", **LABELS)
     [axes] = drawn[0].axes
     found = [line.get_xydata().tolist() for line in axes.lines]
     assert [[0, 0.3], [1, 0.3]] in found  # from edge to edge
@@ -70,21 +73,13 @@ def test_a_sweep_draws_a_line_a_series_and_single_points_across(
     assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "64", "512"]
 
 
-def test_costs_are_plotted_with_a_mark_a_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or save(figure, path))
+def test_costs_are_plotted_with_a_mark_a_system(tmp_path: Path, drawn: list[Any]) -> None:
     points = [TradeOff("BM25", 0.3, 0.49, 0.01, "sparse"), TradeOff("dense", 410.0, 0.43, 0.012, "dense")]
-    options = {"xlabel": "milliseconds a query", "ylabel": "RR@10", "title": "t"}
-    assert width(plot_trade_off(points, tmp_path / "x.png", **options)) > 0
+    assert width(plot_trade_off(points, tmp_path / "x.png", **LABELS)) > 0
     [axes], [legend] = drawn[0].axes, drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["BM25", "dense"] and axes.get_xscale() == "log"
-    marks = [line.get_marker() for line in axes.lines if line.get_marker() in "so"]
-    assert marks == ["s", "o"] and len({line.get_color() for line in axes.lines}) == 2
-    with pytest.raises(ValueError, match="no system with a cost"):
-        plot_trade_off([], tmp_path / "plot.png", **options)
-    with pytest.raises(ValueError, match="BM25: its cost of 0 has no place"):
-        plot_trade_off([TradeOff("BM25", 0, 0.5, 0.0, "sparse")], tmp_path / "plot.png", **options)
+    marks = [line for line in axes.lines if line.get_marker() in "so"]
+    assert [line.get_marker() for line in marks] == ["s", "o"] and len({line.get_color() for line in marks}) == 2
 
 
 @pytest.mark.parametrize(
@@ -92,7 +87,9 @@ def test_costs_are_plotted_with_a_mark_a_system(tmp_path: Path, monkeypatch: pyt
     [
         (plot_losses, {"teacher": [{"step": 2, "train_loss": 1.7}], "student": []}, {}, "Lower logging_steps"),
         (plot_dev_curves, {"x": [{}], "y": []}, {"ylabel": "y"}, r"set curve\.steps, and have a dev split"),
-        (plot_sweep, {"BM25": [(0, 0.3, 0)]}, {"xlabel": "x", "ylabel": "y", "title": "t"}, "needs two points"),
+        (plot_sweep, {"BM25": [(0, 0.3, 0)]}, LABELS, "needs two points"),
+        (plot_trade_off, [], LABELS, "no system with a cost"),
+        (plot_trade_off, [TradeOff("BM25", 0, 0.5, 0.0, "sparse")], LABELS, "BM25: its cost of 0 has no place"),
     ],
 )
 def test_nothing_to_plot_is_refused_with_the_fix(

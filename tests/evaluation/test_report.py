@@ -1,5 +1,3 @@
-"""A report of a small collection with every system: what each row is, what the report says and what it reuses."""
-
 from __future__ import annotations
 
 import json
@@ -14,11 +12,10 @@ import pytest
 from sentence_transformers import SparseEncoder
 
 from tct_hf import Report, compare_runs, evaluate_run, fuse, read_run, tune_alpha
-from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
 from tct_hf.evaluation.settings import CostSettings, HybridSettings, MeasureSettings
 from tct_hf.evaluation.tune_alpha import tuning_queries
 from tct_hf.files import CLAIM_FILE, claim
-from tests.evaluation.reports import graded, make, tiny_settings
+from tests.evaluation.reports import check_late_interaction, graded, make, run_of, tiny_settings
 from tests.models import load_colbert
 from tests.searching import Material
 
@@ -36,39 +33,35 @@ KEYS = [
 ]
 
 
-def stages(report: Report, key: str) -> list[str]:
-    cost = report.system(key).cost
-    assert cost is not None
-    return list(cost["latency"])
+def cost(report: Report, key: str) -> dict[str, Any]:
+    found = report.system(key).cost
+    assert found is not None
+    return found
 
 
 def bytes_of(report: Report, key: str) -> float:
-    cost = report.system(key).cost
-    assert cost is not None and cost["memory_bytes_per_passage"] > 0
-    size: float = cost["disk_bytes_per_passage"]
-    return size
+    return float(cost(report, key)["disk_bytes_per_passage"])
 
 
 def test_every_system_has_effectiveness_latency_bytes_and_a_run(report: Report, output: Path) -> None:
     assert [system.key for system in report.systems] == KEYS
     for system in report.systems:
-        assert set(system.effectiveness) == {"RR@10", "nDCG@10", "R@20"}
-        assert system.cost is not None
-        total = system.cost["latency"]["total"]
+        assert set(system.effectiveness) == {"RR@10", "nDCG@10", "R@20"} and read_run(output / system.run["file"])
+        costs = cost(report, system.key)
+        total = costs["latency"]["total"]
         assert total["queries"] == (3 if system.key in ("teacher", "reranked") else 4)
         assert 0 < total["p50"] <= total["p95"] <= total["p99"]
-        assert system.cost["queries_per_second"] > 0 and system.cost["build_seconds"] > 0
-        assert bytes_of(report, system.key) > 0 and read_run(output / system.run["file"])
-    for key in ("hybrid", "hybrid-expanded"):
-        assert stages(report, key) == ["query encoding", "dense search", "BM25 search", "fusion", "total"]
-    assert stages(report, "dense-learned-sparse") == [
-        *("dense query encoding", "dense search", "sparse query encoding", "sparse search", "fusion", "total"),
-    ]
+        figures = ("queries_per_second", "build_seconds", "disk_bytes_per_passage", "memory_bytes_per_passage")
+        assert all(costs[figure] > 0 for figure in figures)
+    fused = ["query encoding", "dense search", "BM25 search", "fusion", "total"]
+    both = ["dense query encoding", "dense search", "sparse query encoding", "sparse search", "fusion", "total"]
+    for key, stages in (("hybrid", fused), ("hybrid-expanded", fused), ("dense-learned-sparse", both)):
+        assert list(cost(report, key)["latency"]) == stages
     parts = bytes_of(report, "bm25-expanded") + bytes_of(report, "dense-exact")
     assert bytes_of(report, "hybrid-expanded") == pytest.approx(parts)
     teacher = report.models["teacher"]
-    assert teacher["dimension"] == 16
     vectors = teacher["tokens_per_passage"] * 16 * 2
+    assert teacher["dimension"] == 16
     assert vectors < bytes_of(report, "teacher") < vectors + 20  # lengths and headers of the files
 
 
@@ -91,14 +84,11 @@ def test_the_table_says_what_the_json_says(report: Report, output: Path) -> None
 def test_systems_are_tested_against_the_baseline_with_holms_correction(
     report: Report, material: Material, output: Path
 ) -> None:
-    runs = {system.key: read_run(output / system.run["file"]) for system in report.systems}
+    runs = {key: run_of(output, key) for key in KEYS}
     qrels = material.collection().splits["test"].qrels
-    compared = compare_runs(runs, qrels, baseline="dense-exact", measure="RR@10")
-    assert report.system("dense-exact").significance is None
-    for key, difference in compared.systems.items():
-        found = report.system(key).significance
-        assert found is not None
-        assert found["RR@10"] == json.loads(json.dumps(difference.__dict__))
+    compared = compare_runs(runs, qrels, baseline="dense-exact", measure="RR@10").to_dict()["systems"]
+    found = {system.key: system.significance and system.significance["RR@10"] for system in report.systems}
+    assert found == {"dense-exact": None, **json.loads(json.dumps(compared))}
 
 
 def test_every_pair_has_a_weight_of_its_own_tuned_on_dev_and_the_report_says_so(
@@ -109,33 +99,24 @@ def test_every_pair_has_a_weight_of_its_own_tuned_on_dev_and_the_report_says_so(
     hybrids = report.tuning["hybrids"]
     assert list(hybrids) == list(HYBRIDS) and report.tuning["hybrid"] == hybrids["hybrid"]
     tuning = tuning_queries(graded(material)["collection"], HybridSettings())
-    assert tuning is not None and hybrids["hybrid"]["queries"] == len(tuning.queries)
-    assert hybrids["hybrid"]["split"] == report.tuning["ann"]["split"] == "dev"
-    assert report.tuning["ann"]["source"] == "queries"
-    said = f"alpha {hybrids['hybrid']['alpha']:.3g} tuned for RR@10 on {len(tuning.queries)} dev queries"
-    assert said in report.markdown()
-    for key, (weighted, first) in HYBRIDS.items():
-        on = [read_run(output / "runs" / f"{one}.dev.trec") for one in (weighted, first)]
+    assert tuning is not None
+    told = {"split": "dev", "queries": len(tuning.queries), "alpha": hybrids["hybrid"]["alpha"]}
+    assert {key: hybrids["hybrid"][key] for key in told} == told
+    assert (report.tuning["ann"]["split"], report.tuning["ann"]["source"]) == ("dev", "queries")
+    assert f"alpha {told['alpha']:.3g} tuned for RR@10 on {told['queries']} dev queries" in report.markdown()
+    for key, pair in HYBRIDS.items():
+        on = [run_of(output, one, "dev") for one in pair]
         assert set(on[1]) == set(tuning.queries)
         assert hybrids[key]["alpha"] == tune_alpha(*on, tuning.qrels, "RR@10"), key
-        for split, folder in (("test", "runs"), ("graded", "runs/graded")):
-            runs = [read_run(output / folder / f"{one}.{split}.trec") for one in (weighted, first, key)]
-            assert runs[2] == fuse(*runs[:2], hybrids[key]["alpha"], k=20), (key, split)
+        for split in ("test", "graded"):
+            weighted, first, fused = (run_of(output, one, split) for one in (*pair, key))
+            assert fused == fuse(weighted, first, hybrids[key]["alpha"], k=20), (key, split)
 
 
 def test_the_teachers_runs_are_those_of_exhaustive_search_and_of_reranking(
     report: Report, material: Material, output: Path
 ) -> None:
-    collection, model = material.collection(), load_colbert(material.teacher)
-    queries, corpus = collection.splits["test"].queries, collection.corpus
-    exhaustive = late_interaction_run(model, corpus["id"][:], corpus["text"][:], queries, k=20)
-    first, texts = read_run(output / "runs" / "hybrid.test.trec"), dict(zip(corpus["id"], corpus["text"], strict=True))
-    for key, expected in (("teacher", exhaustive), ("reranked", rerank_run(model, first, texts, queries))):
-        found = read_run(output / "runs" / f"{key}.test.trec")
-        for query, hits in expected.items():
-            common = [name for name in hits if name in found[query]]
-            assert len(common) >= 19  # float16 may exchange two at the cut
-            assert [found[query][name] for name in common] == pytest.approx([hits[name] for name in common], abs=0.02)
+    check_late_interaction(load_colbert(material.teacher), material, output)
 
 
 def test_a_sparse_students_run_and_figures_are_those_of_the_whole_product(
@@ -144,8 +125,7 @@ def test_a_sparse_students_run_and_figures_are_those_of_the_whole_product(
     model, collection = SparseEncoder(splade, device="cpu"), material.collection()
     passages = model.encode_document(list(collection.corpus["text"])).to_dense().numpy()
     queries = model.encode_query(list(collection.splits["test"].queries.values())).to_dense().numpy()
-    run = read_run(output / "runs" / "learned-sparse.test.trec")
-    for scores, found in zip(queries @ passages.T, run.values(), strict=True):
+    for scores, found in zip(queries @ passages.T, run_of(output, "learned-sparse").values(), strict=True):
         np.testing.assert_allclose(list(found.values()), np.sort(scores)[::-1][: len(found)], rtol=1e-4)
 
     settings = tiny_settings(cost=CostSettings(queries=3, warm_up=1, batch_size=2))
@@ -154,21 +134,20 @@ def test_a_sparse_students_run_and_figures_are_those_of_the_whole_product(
     assert [system.key for system in alone.systems] == [*keys, "teacher", "reranked"]
     assert alone.baseline == "learned-sparse" and alone.tuning["ann"] is None
     assert alone.system("learned-sparse").title == "sparse student (learned)"
-    assert alone.system("learned-sparse-bm25").title.startswith("sparse student + BM25, alpha ")
-    assert stages(alone, "learned-sparse") == ["query encoding", "sparse search", "total"]
+    assert list(cost(alone, "learned-sparse")["latency"]) == ["query encoding", "sparse search", "total"]
     for key in keys:
         assert alone.system(key).effectiveness == report.system(key).effectiveness
+    dims = {f"{side}_active_dims": (v > 0).sum(1).mean() for side, v in (("document", passages), ("query", queries))}
     for one, role in ((report, "sparse_student"), (alone, "student")):
         measured = one.models[role]
-        assert measured["document_active_dims"] == pytest.approx((passages > 0).sum(1).mean())
-        assert measured["query_active_dims"] == pytest.approx((queries > 0).sum(1).mean())
+        assert {key: measured[key] for key in dims} == pytest.approx(dims)
         assert measured["name"] == splade and measured["dimension"] == passages.shape[1]
-        assert bytes_of(one, "learned-sparse") > 8 * measured["document_active_dims"]
-        text = one.markdown()
-        assert f"{measured['document_active_dims']:.1f} a passage" in text and "query active dims" in text
+        assert bytes_of(one, "learned-sparse") > 8 * dims["document_active_dims"]
+        assert f"{dims['document_active_dims']:.1f} a passage" in one.markdown()
+        assert "query active dims" in one.markdown()
     assert "query_active_dims" not in report.models["student"]
-    assert any("alpha * BM25 + sparse student, alpha" in note for note in report.notes)
-    assert any("alpha * sparse student + dense, alpha" in note for note in report.notes)
+    for pair in ("BM25 + sparse student", "sparse student + dense"):
+        assert any(f"alpha * {pair}, alpha" in note for note in report.notes)
 
 
 def test_a_further_split_is_measured_on_its_judged_queries_alone(
@@ -179,15 +158,8 @@ def test_a_further_split_is_measured_on_its_judged_queries_alone(
     for key, system in found["systems"].items():
         run = read_run(output / system["run"]["file"])
         assert set(run) == set(qrels)
-        for grade in (1, 2):
-            recall = [
-                len({name for name, given in qrels[query].items() if given >= grade} & set(run[query]))
-                / sum(given >= grade for given in qrels[query].values())
-                for query in qrels
-            ]
-            assert system["effectiveness"][f"R(rel={grade})@20"]["mean"] == pytest.approx(sum(recall) / 5), key
-        ndcg = evaluate_run(run, qrels, ["nDCG@10"]).mean["nDCG@10"]
-        assert system["effectiveness"]["nDCG@10"]["mean"] == ndcg
+        means = {name: one["mean"] for name, one in system["effectiveness"].items()}
+        assert means == evaluate_run(run, qrels, found["measures"]).mean, key
         assert (system["significance"] is None) == (key == "dense-exact")
     shown = report.markdown()
     assert "## graded: 5 queries" in shown
@@ -198,25 +170,30 @@ def test_a_further_split_is_measured_on_its_judged_queries_alone(
     assert "from grade 2 on in R(rel=2)@20, from grade 1 on in R(rel=1)@20. Grades are gains in nDCG@10." in shown
 
 
-def test_a_report_is_loaded_as_it_was_saved_or_refused(report: Report, output: Path, tmp_path: Path) -> None:
+def test_a_report_is_loaded_as_it_was_saved(report: Report, output: Path, tmp_path: Path) -> None:
     assert Report.load(output) == report == Report.load(output / "report.json")
     content = json.loads((output / "report.json").read_text())
     assert content == report.to_dict()
     (tmp_path / "report.json").write_text(json.dumps({key: content[key] for key in content if key != "also"}))
     assert Report.load(tmp_path).also == {}  # as a report of before had it
-    (tmp_path / "report.json").write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(ValueError, match="format 99 where this version reads 1"):
-        Report.load(tmp_path)
-    (tmp_path / "report.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match=r"report\.json .*'systems' is missing.*make the report again"):
-        Report.load(tmp_path)
-    (tmp_path / "report.json").write_text('{"format": 1, "systems": []}')
-    with pytest.raises(ValueError, match="a damaged report"):
-        Report.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such report"):
         Report.load(tmp_path / "elsewhere.json")
     with pytest.raises(KeyError, match="there are bm25"):
         report.system("splade")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 99}', "format 99 where this version reads 1"),
+        ('{"format": 1}', r"report\.json .*'systems' is missing.*make the report again"),
+        ('{"format": 1, "systems": []}', "a damaged report"),
+    ],
+)
+def test_a_report_that_can_not_be_read_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Report.load(tmp_path)
 
 
 def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
@@ -228,33 +205,34 @@ def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
         return {file: file.stat().st_mtime_ns for file in files if file.name != "manifest.json"}
 
     before, lines = made(), list[str]()
-    options: dict[str, Any] = {"sparse_student": splade, "write": lines.append}
-    assert make(material, output, **graded(material), **options) == report
-    assert made() == before
-    other = graded(material, also_report={"graded": ["RR(rel=2)@10"]})
-    shutil.copytree(output, tmp_path / "copy")
-    again = make(material, tmp_path / "copy", **other, **options)
-    assert again.systems == report.systems and again.also["graded"]["measures"] == ["RR(rel=2)@10"]
+
+    def again(folder: Path, **changes: Any) -> Report:
+        return make(material, folder, sparse_student=splade, write=lines.append, **graded(material, **changes))
+
+    assert again(output) == report and made() == before
+    copy, other = tmp_path / "copy", {"also_report": {"graded": ["RR(rel=2)@10"]}}
+    shutil.copytree(output, copy)
+    also = again(copy, **other)
+    assert also.systems == report.systems and also.also["graded"]["measures"] == ["RR(rel=2)@10"]
     assert not [line for line in lines if "search" in line or "time" in line]
-    timed = tmp_path / "copy" / "costs" / "bm25.json"
-    assert json.loads(timed.read_text())["run"] == report.system("bm25").run["sha256"]
-    kept = timed.read_text()
+    timed = copy / "costs" / "bm25.json"
+    kept = json.loads(timed.read_text())
+    assert kept["run"] == report.system("bm25").run["sha256"]
     timed.write_text('{"run": 7}')
     with pytest.raises(ValueError, match=r"bm25\.json .*'latency' is missing.*delete it, and it is made again"):
-        make(material, tmp_path / "copy", **other, **options)
-    timed.write_text(json.dumps(json.loads(kept) | {"run": "another"}))
-    make(material, tmp_path / "copy", **other, **options)
+        again(copy, **other)
+    timed.write_text(json.dumps(kept | {"run": "another"}))
+    again(copy, **other)
     assert [line for line in lines if "time" in line] == [f"  time 1 of {len(KEYS)}: BM25"]
-    assert json.loads(timed.read_text())["run"] == report.system("bm25").run["sha256"]
+    assert json.loads(timed.read_text())["run"] == kept["run"]
 
     for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/vectors/00000.npz"):
-        (tmp_path / "copy" / lost).unlink()
+        (copy / lost).unlink()
     for lost in ("indexes/dense-flat/index", "indexes/dense-hnsw32/index"):
-        shutil.rmtree(tmp_path / "copy" / lost)
-    restored = make(material, tmp_path / "copy", **other, **options)
-    for one, system in zip(restored.systems, report.systems, strict=True):
-        assert replace(one, cost=None) == replace(system, cost=None)
-    assert restored.also == again.also
+        shutil.rmtree(copy / lost)
+    restored = again(copy, **other)
+    assert [replace(one, cost=None) for one in restored.systems] == [replace(one, cost=None) for one in report.systems]
+    assert restored.also == also.also
 
 
 @pytest.mark.parametrize(
@@ -268,9 +246,8 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(
     report: Report, material: Material, output: Path, splade: str, changes: dict[str, Any], named: str
 ) -> None:
     before = (output / "report.json").read_bytes()
-    with pytest.raises(ValueError, match=named.replace(".", r"\.")) as refused:
+    with pytest.raises(ValueError, match=f"{re.escape(named)}.*choose another folder"):
         make(material, output, sparse_student=splade, **graded(material, **changes))
-    assert "choose another folder" in str(refused.value)
     assert (output / "report.json").read_bytes() == before
 
 
@@ -302,10 +279,5 @@ def test_any_row_may_be_the_baseline_and_each_pair_may_be_given_its_weight(
     assert {key: one["alpha"] for key, one in hybrids.items()} == {**tuned, **alpha}
     assert [system.key for system in made.systems if system.significance is None] == ["bm25-expanded"]
     assert made.baseline == "bm25-expanded" and "differs from expanded BM25" in made.markdown()
-    for given, message in (
-        ({"hybrid": -1.0}, r"hybrid\.alpha\.hybrid: -1\.0 must be finite"),
-        ({"bm25": 1.0}, r"hybrid\.alpha\.bm25: there is no such pair"),
-        ({"base-bm25": 1.0}, "this report has no such pair"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            changed("refused", hybrid=HybridSettings(alpha=given))
+    with pytest.raises(ValueError, match="this report has no such pair"):
+        changed("refused", hybrid=HybridSettings(alpha={"base-bm25": 1.0}))

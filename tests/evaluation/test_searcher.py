@@ -11,7 +11,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import build_colbert, build_student, fuse, save_student, write_expansions
-from tct_hf.data.collection import Collection
 from tct_hf.evaluation.maxsim import rerank_run
 from tct_hf.evaluation.searcher import Searcher
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
@@ -20,32 +19,32 @@ from tct_hf.retrieval import faiss_tools
 from tests.searching import Material
 
 
-@pytest.fixture
+def make_searcher(material: Material, folder: Path, *, student: Any = None, sparse: Any = None, **options: Any) -> Any:
+    """With `collection`, and `hybrid` as a dict, among the options."""
+    collection = options.pop("collection", None) or material.collection()
+
+    def workspace(model: Any, place: Path) -> Workspace:
+        opened = open_student(model) if isinstance(model, str) else model
+        return Workspace(collection, opened, str(model), place, precision="fp32", write=lambda line: None)
+
+    options = {"depth": 20, **options, "hybrid": HybridSettings(**options.pop("hybrid", {}))}
+    options["sparse"] = sparse and workspace(sparse, folder / "sparse")
+    return Searcher(workspace(student or str(material.student), folder), **options)
+
+
+@pytest.fixture(scope="module")
 def searcher(material: Material) -> Searcher:
-    return make_searcher(material, material.collection(), material.folder / "kept")
+    return make_searcher(material, material.folder / "kept")
 
 
-def make_searcher(
-    material: Material, collection: Collection, folder: Path, *, student: str = "", sparse: str = "", **options: Any
-) -> Searcher:
-    def workspace(name: str, place: Path) -> Workspace:
-        return Workspace(collection, open_student(name), name, place, precision="fp32", write=lambda line: None)
-
-    return Searcher(
-        workspace(student or str(material.student), folder),
-        reranker=options.pop("reranker", None),
-        depth=options.pop("depth", 20),
-        expansion=options.pop("expansion", None),
-        dims=options.pop("dims", None),
-        sparse=workspace(sparse, folder / "sparse") if sparse else None,
-        hybrid=HybridSettings(**options),
-    )
+def check_order(searcher: Searcher, *systems: str) -> None:
+    for system in systems:
+        scores = [getattr(hit, system) for hit in searcher.ask("dense retrieval tokens", 5, rank_by=system)]
+        assert scores == sorted(scores, reverse=True) and None not in scores
 
 
 def test_passages_are_ordered_by_the_system_asked_for(searcher: Searcher) -> None:
-    for system in ("fused", "dense", "bm25"):
-        scores = [getattr(hit, system) for hit in searcher.ask("dense retrieval tokens", 5, rank_by=system)]
-        assert scores == sorted(scores, reverse=True) and None not in scores
+    check_order(searcher, "fused", "dense", "bm25")
     hits = searcher.ask("dense", 60, rank_by="fused")
     both = [hit for hit in hits if hit.bm25 is not None and hit.dense is not None]
     assert both and [hit for hit in hits if hit.bm25 is None] and searcher.alpha is not None
@@ -56,32 +55,36 @@ def test_passages_are_ordered_by_the_system_asked_for(searcher: Searcher) -> Non
 
 
 def test_a_weight_is_given_or_ranks_are_fused_where_nothing_is_judged(material: Material, tmp_path: Path) -> None:
-    searcher = make_searcher(material, material.collection(), tmp_path, alpha=2.0)
+    searcher = make_searcher(material, tmp_path, hybrid={"alpha": 2.0})
     assert searcher.alpha == 2.0 and not (tmp_path / "fusion").exists()
     collection = material.collection()
     collection.splits.clear()
-    searcher = make_searcher(material, collection, tmp_path)
-    assert searcher.alpha is None and "reciprocal ranks" in searcher.fusion
-    assert searcher.ask("dense", 2)
+    searcher = make_searcher(material, tmp_path, collection=collection)
+    assert searcher.alpha is None and "reciprocal ranks" in searcher.fusion and searcher.ask("dense", 2)
 
 
-def test_wrong_requests_are_refused(searcher: Searcher, material: Material, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"hybrid\.alpha: -1\.0 must be finite"):
-        make_searcher(material, material.collection(), tmp_path, alpha=-1.0)
-    for options, message in (
-        ({"question": " \n", "k": 3}, "question: it is blank"),
-        ({"question": "dense", "k": 0}, "k: 0 is below 1"),
-        ({"question": "dense", "k": 3, "rank_by": "splade"}, "rank_by: 'splade' is not one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            searcher.ask(**options)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("settings", "asked", "message"),
+    [
+        ({"hybrid": {"alpha": -1.0}}, {}, r"hybrid\.alpha: -1\.0 must be finite"),
+        ({"dims": 4000}, {}, "dims: 4000 is not between 1 and"),
+        ({}, {"question": " \n"}, "question: it is blank"),
+        ({}, {"k": 0}, "k: 0 is below 1"),
+        ({}, {"rank_by": "splade"}, 'rank_by: \'splade\' is not one of "bm25", "dense", "fused"'),
+    ],
+)
+def test_wrong_requests_are_refused(
+    material: Material, tmp_path: Path, settings: Any, asked: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_searcher(material, tmp_path, **settings).ask(**{"question": "dense", "k": 3, **asked})
 
 
 def test_a_reranker_puts_the_best_of_the_fused_list_in_the_order_of_max_sim(
     material: Material, searcher: Searcher
 ) -> None:
     model = open_teacher(str(material.teacher))
-    reranking = make_searcher(material, material.collection(), material.folder / "kept", reranker=model)
+    reranking = make_searcher(material, material.folder / "kept", reranker=model)
     fused = searcher.ask("dense tokens", 20)
     texts = {hit.id: hit.text for hit in fused}
     expected = rerank_run(model, {"q": dict.fromkeys(texts, 0.0)}, texts, {"q": "dense tokens"})["q"]
@@ -104,36 +107,33 @@ def test_own_reranking_compares_the_students_own_token_vectors(material: Materia
 
 
 def test_first_dimensions_are_searched_as_a_truncated_student_would(material: Material, tmp_path: Path) -> None:
-    collection = material.collection()
-    searcher = make_searcher(material, collection, tmp_path, dims=8)
+    searcher = make_searcher(material, tmp_path, dims=8)
     student = SentenceTransformer(str(material.student), truncate_dim=8, device="cpu")
-    scores = student.encode_document(list(collection.corpus["text"])) @ student.encode_query("dense tokens")
+    texts = list(material.collection().corpus["text"])
+    scores = student.encode_document(texts) @ student.encode_query("dense tokens")
     found = [hit.dense for hit in searcher.ask("dense tokens", 20, rank_by="dense")]
     np.testing.assert_allclose(np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-4)
-    with pytest.raises(ValueError, match="dims: 4000 is not between 1 and"):
-        make_searcher(material, collection, tmp_path, dims=4000)
 
 
 def test_bm25_may_have_generated_queries(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    collection = material.collection()
-    rows = [{"id": name, "queries": ["zebra"] if name == "p7" else []} for name in collection.corpus["id"]]
+    names = material.collection().corpus["id"]
+    rows = [{"id": name, "queries": ["zebra"] if name == "p7" else []} for name in names]
     write_expansions(rows, tmp_path / "queries", settings={})
     expansion = ExpansionSettings(path=str(tmp_path / "queries"))
-    searcher = make_searcher(material, collection, tmp_path / "kept", expansion=expansion)
+    searcher = make_searcher(material, tmp_path / "kept", expansion=expansion)
     assert "* expanded BM25 + dense" in searcher.fusion
     assert [hit.id for hit in searcher.ask("zebra", 5, rank_by="bm25")] == ["p7"]
     # The passages alone have an index of their own beside it.
-    assert make_searcher(material, collection, tmp_path / "kept").ask("zebra", 5, rank_by="bm25") == []
+    assert make_searcher(material, tmp_path / "kept").ask("zebra", 5, rank_by="bm25") == []
 
 
 def test_another_depth_in_the_same_folder_has_a_weight_of_its_own(searcher: Searcher, material: Material) -> None:
     kept = material.folder / "kept"
-    wider = make_searcher(material, material.collection(), kept, depth=40)
-    rescaled = make_searcher(material, material.collection(), kept, normalize=True)
-    assert wider.alpha is not None and rescaled.alpha is not None
+    changes: list[dict[str, Any]] = [{"depth": 40}, {"hybrid": {"normalize": True}}]
+    assert all(make_searcher(material, kept, **changed).alpha for changed in changes)
     assert len(list(kept.glob("fusion/*.json"))) >= 3
-    assert make_searcher(material, material.collection(), kept).alpha == searcher.alpha
+    assert make_searcher(material, kept).alpha == searcher.alpha
 
 
 def test_an_index_that_is_not_exact_serves_every_depth(
@@ -141,19 +141,16 @@ def test_an_index_that_is_not_exact_serves_every_depth(
 ) -> None:
     monkeypatch.setattr(faiss_tools, "EXACT_UP_TO", 10)
     for depth in (5, 20):
-        assert make_searcher(material, material.collection(), tmp_path, depth=depth).ask("dense", 5)
+        assert make_searcher(material, tmp_path, depth=depth).ask("dense", 5)
     assert [folder.name for folder in tmp_path.glob("indexes/dense-*")] == ["dense-hnsw32"]
 
 
-def test_the_kept_folder_of_another_student_is_refused(
-    searcher: Searcher, material: Material, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_kept_folder_of_another_student_is_refused(searcher: Searcher, material: Material) -> None:
     student = open_student(str(material.student))
     with torch.no_grad():
         next(student.parameters()).add_(0.5)
-    workspace = Workspace(material.collection(), student, "other", material.folder / "kept", write=lambda line: None)
     with pytest.raises(ValueError, match=r"student\.weights"):
-        Searcher(workspace, depth=20, hybrid=HybridSettings())
+        make_searcher(material, material.folder / "kept", student=student)
 
 
 def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,18 +161,14 @@ def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: py
 
 
 def test_a_sparse_student_alone_is_fused_with_bm25(material: Material, splade: str, tmp_path: Path) -> None:
-    found = make_searcher(material, material.collection(), tmp_path, student=splade)
+    found = make_searcher(material, tmp_path, student=splade)
     assert found.systems == ["bm25", "sparse", "fused"] and "* BM25 + sparse student (tuned on" in found.fusion
-    for system in ("fused", "sparse", "bm25"):
-        scores = [getattr(hit, system) for hit in found.ask("dense retrieval tokens", 5, rank_by=system)]
-        assert scores == sorted(scores, reverse=True) and None not in scores
+    check_order(found, *found.systems)
     assert all(hit.dense is None and hit.maxsim is None for hit in found.ask("dense", 5))
-    with pytest.raises(ValueError, match='rank_by: \'dense\' is not one of "bm25", "sparse", "fused"'):
-        found.ask("dense", 5, rank_by="dense")
 
 
 def test_two_students_are_fused_with_each_other(material: Material, splade: str, tmp_path: Path) -> None:
-    both = make_searcher(material, material.collection(), tmp_path, sparse=splade, alpha=0.5)
+    both = make_searcher(material, tmp_path, sparse=splade, hybrid={"alpha": 0.5})
     assert both.fusion == "0.5 * sparse student + dense"
     runs = [
         {"q": {hit.id: getattr(hit, name) for hit in both.ask("dense retrieval tokens", 20, rank_by=name)}}

@@ -29,12 +29,9 @@ def draw(count: int, shift: float, seed: int) -> tuple[list[float], list[float]]
 @given(pairs=values)
 def test_few_pairs_are_enumerated(pairs: list[tuple[int, int]]) -> None:
     a, b = [list(side) for side in zip(*pairs, strict=True)]
-    differences = [x - y for x, y in pairs]
-    sums = [
-        abs(sum(sign * value for sign, value in zip(signs, differences, strict=True)))
-        for signs in itertools.product((1, -1), repeat=len(pairs))
-    ]
-    expected = sum(value >= abs(sum(differences)) for value in sums) / len(sums)
+    differences = np.subtract(a, b)
+    sums = [abs(differences @ signs) for signs in itertools.product((1, -1), repeat=len(pairs))]
+    expected = np.mean(sums >= abs(differences.sum()))
     assert paired_randomisation_test(a, b) == pytest.approx(expected)
 
 
@@ -48,13 +45,8 @@ def test_sampled_p_value_is_near_the_exact_one(shift: float) -> None:
     from scipy.stats import permutation_test
 
     a, b = draw(14, shift, 7)
-    exact = permutation_test(
-        (np.array(a), np.array(b)),
-        lambda x, y, axis: np.mean(x - y, axis=axis),
-        permutation_type="samples",
-        n_resamples=np.inf,
-        vectorized=True,
-    ).pvalue
+    options: Any = {"permutation_type": "samples", "n_resamples": np.inf, "vectorized": True}
+    exact = permutation_test((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), **options).pvalue
     assert paired_randomisation_test(a, b, samples=2**14) == pytest.approx(exact, abs=1e-9)
     error = 4 * math.sqrt(exact * (1 - exact) / 10_000)
     assert paired_randomisation_test(a, b, samples=10_000) == pytest.approx(exact, abs=error + 1e-4)
@@ -84,34 +76,12 @@ def test_holm_as_worked_out_by_hand() -> None:
     assert holm([]) == [] and holm([0.2]) == [0.2] and holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_several_systems_are_compared_with_the_baseline() -> None:
+def test_several_systems_are_compared_with_the_baseline_in_markdown_and_json() -> None:
     found = compare_runs({"poor": POOR, "good": GOOD, "same": POOR}, QRELS, baseline="poor", measure="RR@10")
-    assert (found.measure, found.queries, found.baseline, found.baseline_mean) == ("RR@10", 12, "poor", 0.75)
     good, same = found.systems["good"], found.systems["same"]
-    assert list(found.systems) == ["good", "same"]
-    assert (good.mean, good.difference, good.better, good.worse) == (1.0, 0.25, 6, 0)
-    assert (same.difference, same.better, same.worse) == (0.0, 0, 0)
     # Six differences of one sign: 2 of 64 sign patterns reach their sum.
     assert good.p_randomisation == 2 / 64 and good.p_randomisation_holm == 4 / 64
     assert good.p_t_test_holm == pytest.approx(2 * good.p_t_test) and same.p_t_test_holm == 1.0
-
-
-def test_two_runs_are_compared_with_the_first_as_the_baseline() -> None:
-    found = compare_runs(POOR, GOOD, QRELS, measure="P@1")
-    assert (found.baseline, list(found.systems)) == ("a", ["b"])
-    assert found.systems["b"].difference == 0.5
-    assert found.systems["b"].p_randomisation_holm == found.systems["b"].p_randomisation == 2 / 64
-    assert compare_runs(GOOD, POOR, QRELS, measure="P@1").systems["b"].difference == -0.5
-
-
-def test_a_p_value_does_not_depend_on_the_other_systems() -> None:
-    alone = compare_runs({"poor": POOR, "good": GOOD}, QRELS, baseline="poor", samples=20)
-    among = compare_runs({"same": POOR, "good": GOOD, "poor": POOR}, QRELS, baseline="poor", samples=20)
-    assert alone.systems["good"].p_randomisation == among.systems["good"].p_randomisation
-
-
-def test_the_table_reads_as_markdown_and_the_rest_as_json() -> None:
-    found = compare_runs({"poor": POOR, "good": GOOD, "same": POOR}, QRELS, baseline="poor")
     assert str(found).splitlines() == [
         "| system          |  RR@10 | difference | better/worse | p (randomisation) | p (t-test) |",
         "|-----------------|-------:|-----------:|-------------:|------------------:|-----------:|",
@@ -122,6 +92,19 @@ def test_the_table_reads_as_markdown_and_the_rest_as_json() -> None:
         "12 queries; two-sided paired tests against poor, Holm-corrected over 2 systems.",
     ]
     assert json.loads(json.dumps(found.to_dict()))["systems"]["good"]["better"] == 6
+
+
+def test_two_runs_are_compared_with_the_first_as_the_baseline() -> None:
+    found = compare_runs(POOR, GOOD, QRELS, measure="P@1")
+    assert (found.baseline, list(found.systems)) == ("a", ["b"])
+    assert found.systems["b"].difference == 0.5 and found.systems["b"].p_randomisation_holm == 2 / 64
+    assert compare_runs(GOOD, POOR, QRELS, measure="P@1").systems["b"].difference == -0.5
+
+
+def test_a_p_value_does_not_depend_on_the_other_systems() -> None:
+    alone = compare_runs({"poor": POOR, "good": GOOD}, QRELS, baseline="poor", samples=20)
+    among = compare_runs({"same": POOR, "good": GOOD, "poor": POOR}, QRELS, baseline="poor", samples=20)
+    assert alone.systems["good"].p_randomisation == among.systems["good"].p_randomisation
 
 
 @pytest.mark.parametrize(

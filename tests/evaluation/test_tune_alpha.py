@@ -1,8 +1,7 @@
-"""The weight of a hybrid: found on any scale, by what fused runs measure."""
-
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,14 +13,11 @@ from tests.retrieval.test_fusion import DENSE, SPARSE, common
 
 def case(queries: int, at: float) -> tuple[dict, dict, dict]:
     """The relevant passage is first where alpha is between 0.9 and 1.1 of `at`."""
-    sparse, dense, qrels = {}, {}, {}
-    for number in range(queries):
-        query = f"q{number}"
-        sparse[query] = {"right": 10.0, "sparse": 20.0, "neither": 0.0}
-        # right beats dense from alpha 0.9 at on, sparse beats right from 1.1 at on.
-        dense[query] = {"right": 11.0 * at, "sparse": 0.0, "dense": 20.0 * at}
-        qrels[query] = {"right": 1}
-    return sparse, dense, qrels
+    sparse = {"right": 10.0, "sparse": 20.0, "neither": 0.0}
+    # right beats dense from alpha 0.9 at on, sparse beats right from 1.1 at on.
+    dense = {"right": 11.0 * at, "sparse": 0.0, "dense": 20.0 * at}
+    names = [f"q{number}" for number in range(queries)]
+    return dict.fromkeys(names, sparse), dict.fromkeys(names, dense), {name: {"right": 1} for name in names}
 
 
 @pytest.mark.parametrize("at", [0.1, 1.0, 37.0])
@@ -58,22 +54,27 @@ def test_the_middle_one_of_equally_good_weights_is_taken() -> None:
     assert tune_alpha(sparse, dense, {"q0": {"absent": 1}}, alphas=[3.0, 1.0, 2.0, 4.0]) == 2.0
 
 
-def test_a_run_of_other_queries_is_not_tuned_with() -> None:
-    for runs in ((SPARSE, {"other": {"a": 1.0}}), ({"other": {"a": 1.0}}, DENSE)):
-        with pytest.raises(ValueError, match="none of the judged queries"):
-            tune_alpha(*runs, {"q": {"a": 1}})
+def test_a_weight_is_tuned_for_a_measure_that_empty_lists_have_not() -> None:
+    qrels = {"q1": {"a": 1, "b": 2}, "q2": {"c": 1}, "q3": {"d": 1}}
+    tuned = tune_alpha({"q1": {"a": 1.0}}, {"q1": {"x": 1.0}, "q2": {"c": 1.0}}, qrels, "Judged@1")
+    assert tuned.value == pytest.approx(2 / 3)
+
+
+OTHER = {"other": {"a": 1.0}}
 
 
 @pytest.mark.parametrize(
-    ("qrels", "more", "message"),
+    ("sparse", "dense", "qrels", "more", "message"),
     [
-        ({}, {}, "no judged query"),
-        ({"other": {"a": 1}}, {}, "none of the judged queries"),
-        ({"q": {"a": 1}}, {"alphas": []}, "no weight to try"),
-        ({"q": {"a": 1}}, {"alphas": [-1.0]}, "alpha: -1.0"),
-        ({"q": {"a": 1}}, {"measure": "MRR@ten"}, "not an ir-measures name"),
+        (SPARSE, DENSE, {}, {}, "no judged query"),
+        (SPARSE, DENSE, {"other": {"a": 1}}, {}, "none of the judged queries"),
+        (SPARSE, OTHER, {"q": {"a": 1}}, {}, "none of the judged queries"),
+        (OTHER, DENSE, {"q": {"a": 1}}, {}, "none of the judged queries"),
+        (SPARSE, DENSE, {"q": {"a": 1}}, {"alphas": []}, "no weight to try"),
+        (SPARSE, DENSE, {"q": {"a": 1}}, {"alphas": [-1.0]}, "alpha: -1.0"),
+        (SPARSE, DENSE, {"q": {"a": 1}}, {"measure": "MRR@ten"}, "not an ir-measures name"),
     ],
 )
-def test_what_cannot_be_tuned_on_is_named(qrels: dict, more: dict, message: str) -> None:
+def test_what_cannot_be_tuned_on_is_named(sparse: Any, dense: Any, qrels: Any, more: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tune_alpha(SPARSE, DENSE, qrels, **more)
+        tune_alpha(sparse, dense, qrels, **more)
