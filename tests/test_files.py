@@ -46,9 +46,7 @@ def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
 
 
-def test_text_is_written_with_its_line_ends_through_links_and_with_the_umask(
-    tmp_path: Path,
-) -> None:
+def test_text_is_written_with_its_line_ends_through_links_and_with_the_umask(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:
         path = write_text_atomic(tmp_path / "new" / "a.txt", "é\r\nb\n")
@@ -96,10 +94,13 @@ def staged(tmp_path: Path, content: str, name: str = "staging") -> Path:
     return staging
 
 
+@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("final_is_there", [True, False])
 def test_a_folder_is_replaced_and_what_a_killed_call_left_aside_is_cleared(
-    tmp_path: Path, final_is_there: bool
+    tmp_path: Path, final_is_there: bool, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not exchange:  # where the file system can't
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     (tmp_path / "deep").mkdir()
     staged(tmp_path / "deep", "before", ".final.replaced")
     if final_is_there:
@@ -109,18 +110,15 @@ def test_a_folder_is_replaced_and_what_a_killed_call_left_aside_is_cleared(
     assert names(tmp_path / "deep") == ["final"] and names(tmp_path) == ["deep"]
 
 
-def test_impossible_replacements_are_refused_and_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("nothing", "final"), ("staging", "file"), ("staging", "staging"), ("staging", "staging/below"), ("staging", "")],
+)
+def test_impossible_replacements_are_refused_and_change_nothing(tmp_path: Path, source: str, target: str) -> None:
     staging, final = staged(tmp_path, "one"), staged(tmp_path, "old", "final")
     (tmp_path / "file").write_text("x")
-    for source, target in (
-        (tmp_path / "nothing", final),
-        (staging, tmp_path / "file"),
-        (staging, staging),
-        (staging, staging / "below"),
-        (staging, tmp_path),
-    ):
-        with pytest.raises(OSError):
-            replace_dir(source, target)
+    with pytest.raises(OSError):
+        replace_dir(tmp_path / source, tmp_path / target)
     assert names(tmp_path) == ["file", "final", "staging"] and names(staging) == ["f"]
     assert (final / "f").read_text() == "old"
 
@@ -162,32 +160,17 @@ def test_whoever_reads_a_folder_while_it_is_replaced_finds_one(tmp_path: Path) -
     assert absent and not any(absent)
 
 
-def test_a_folder_is_replaced_where_two_names_can_not_be_exchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    staged(tmp_path, "one", "final")
-    replace_dir(staged(tmp_path, "two"), tmp_path / "final")
-    assert (tmp_path / "final" / "f").read_text() == "two" and names(tmp_path) == ["final"]
+def _slowly(items: Sequence[Any]) -> dict[str, Any]:
+    time.sleep(0.02)  # so that they meet
+    return {"id": pa.array(items)}
 
 
-def _write_shards(folder: Path) -> None:
-    def make(items: Sequence[Any]) -> dict[str, Any]:
-        time.sleep(0.02)  # so that they meet
-        return {"id": pa.array(items)}
-
-    run_shards(folder / "shards", {}, [(str(n), [str(n)]) for n in range(3)], make)
-
-
-def _save_index(folder: Path) -> None:
-    DenseIndex.build(np.eye(3, dtype=np.float32), list("abc"), "Flat").save(folder / "index")
-
-
+SHARDS = [(str(n), [str(n)]) for n in range(3)]
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a file": lambda folder: write_text_atomic(folder / "a.txt", "x" * 10_000),
     "settings": lambda folder: claim(folder, SETTINGS),
-    "shards": _write_shards,
-    "an index": _save_index,
+    "shards": lambda folder: run_shards(folder / "shards", {}, SHARDS, _slowly),
+    "an index": lambda folder: DenseIndex.build(np.eye(3, dtype="f4"), list("abc"), "Flat").save(folder / "index"),
 }
 
 
@@ -217,10 +200,8 @@ FULL = [
 def test_a_full_disk_is_told_with_the_path_and_the_room_that_is_left(
     tmp_path: Path, block: Any, error: Exception
 ) -> None:
-    with (
-        pytest.raises(OSError, match=r"disk is full \([\d,.]+ MB free\): .*one can't be written.*goes on") as caught,
-        block(tmp_path / "one"),
-    ):
+    said = r"disk is full \([\d,.]+ MB free\): .*one can't be written.*goes on"
+    with pytest.raises(OSError, match=said) as caught, block(tmp_path / "one"):
         raise error
     assert caught.value.errno == errno.ENOSPC and caught.value.__cause__ is error
 
@@ -284,10 +265,10 @@ for write in (
 """
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 200 + b"1" + b"}" * 200, b"7", b'{"other": 1}'],
-)
+DEEP = b'{"a":' * 200 + b"1" + b"}" * 200
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, DEEP, b"7", b'{"other": 1}'])
 def test_a_damaged_file_of_our_own_is_named_with_what_to_do(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "small.json"
     file.write_bytes(content)

@@ -1,5 +1,3 @@
-"""Settings come from defaults, YAML and command line, in that order, and every mistake is named."""
-
 from __future__ import annotations
 
 import json
@@ -81,10 +79,6 @@ def error_of(*argv: str) -> str:
     return str(caught.value)
 
 
-def yaml_error(tmp_path: Path, text: str) -> str:
-    return error_of(write(tmp_path / "a.yaml", text), "--output_dir", "out")
-
-
 def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     config = write(tmp_path / "a.yaml", "output_dir: out\nepochs: 2\ntemperature: 1\nindex: {factory: Flat}\n")
     settings = load(config, "--epochs", "3", "--index.probes=4")
@@ -110,7 +104,10 @@ def test_files_that_cannot_be_read_are_named_with_who_asked_for_them(tmp_path: P
     write(tmp_path / "b.yaml", "extends: a.yaml\n")
     assert "b.yaml: extends: a circle: a.yaml -> b.yaml -> a.yaml" in error_of(str(tmp_path / "a.yaml"))
     assert "No such file" in error_of(str(tmp_path / "none.yaml"))
-    assert "a.yaml: extends: /" in yaml_error(tmp_path, "extends: none.yaml\n")
+    assert "c.yaml: extends: /" in error_of(write(tmp_path / "c.yaml", "extends: none.yaml\n"))
+
+
+UNREADABLE = "a.yaml cannot be read as a settings file:"
 
 
 @pytest.mark.parametrize(
@@ -139,19 +136,13 @@ def test_files_that_cannot_be_read_are_named_with_who_asked_for_them(tmp_path: P
         ("epochs: [1\n", 'a.yaml", line 2'),
         ("- 1\n", "a.yaml: the file must hold settings"),
         ("epochs: !!python/name:os.system x\n", "could not determine a constructor"),
-        (
-            "model_kwargs: {a: " + "[" * 60 + "]" * 60 + "}\n",
-            "a.yaml cannot be read as a settings file: nested too",
-        ),
-        (
-            "model_kwargs: " + "{a: " * 200 + "1" + "}" * 200,
-            "a.yaml cannot be read as a settings file: nested too",
-        ),
+        (f"model_kwargs: {{a: {'[' * 60}{']' * 60}}}\n", f"{UNREADABLE} nested too"),
+        (f"model_kwargs: {'{a: ' * 200}1{'}' * 200}", f"{UNREADABLE} nested too"),
         ("extends: [a.yaml]\n", "a.yaml: extends must name one YAML file"),
     ],
 )
 def test_yaml_mistakes_name_the_setting_and_the_fix(tmp_path: Path, text: str, expected: str) -> None:
-    assert expected in yaml_error(tmp_path, text)
+    assert expected in error_of(write(tmp_path / "a.yaml", text), "--output_dir", "out")
 
 
 @pytest.mark.parametrize(
@@ -221,15 +212,16 @@ def test_help_shows_every_setting_and_ends_well(capsys: pytest.CaptureFixture[st
     assert f"--training.KEY  any field of {__name__}:Arguments (default {{}})" in shown
 
 
+MODELS = {"torch", "transformers", "sentence_transformers", "accelerate"}
+DATA = "data data.builtin data.beir pipeline.passage_ranking evaluation.measures"
+SEARCH = "retrieval.negatives retrieval.runs retrieval.bm25 retrieval.dense"
+
+
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        (" settings files progress hub_client", {"torch", "transformers", "datasets", "numpy"}),
-        (
-            " data data.builtin data.beir pipeline.passage_ranking retrieval.negatives retrieval.runs "
-            "retrieval.bm25 retrieval.dense evaluation.measures",
-            {"torch", "transformers", "sentence_transformers", "accelerate"},
-        ),
+        ("settings files progress hub_client", {"torch", "transformers", "datasets", "numpy"}),
+        (f"{DATA} {SEARCH}", MODELS),
     ],
 )
 def test_importing_loads_nothing_heavy(modules: str, heavy: set[str]) -> None:
@@ -262,14 +254,13 @@ def test_a_run_leaves_its_settings_and_what_it_ran_on(tmp_path: Path) -> None:
     assert {"python", "platform", "cpu_count", "torch_threads"} <= environment.keys()
 
 
-def raises(error: BaseException) -> Any:
-    def main(settings: Settings) -> None:
-        raise error
-
-    return main
-
-
 def test_recipes_end_with_one_message_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
+    def raises(error: BaseException) -> Any:
+        def main(settings: Settings) -> None:
+            raise error
+
+        return main
+
     right = ["--output_dir", "o"]
     for main, argv, status, shown in (
         (raises(ValueError("a bug")), ["--epoch", "1"], 2, 'error: unknown setting "epoch"'),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tct_hf import build_report, compare_runs, evaluate_run, read_run, tune_alpha
+from tct_hf import build_report, compare_runs, evaluate_run, read_run, tune_alpha, write_run
 from tct_hf.data.collection import Collection, Split
 from tct_hf.evaluation.experiment import Experiment
 from tct_hf.evaluation.references import BM25, References
@@ -20,25 +20,25 @@ from tests.searching import Material
 
 NOTE = "A passage with the query's own id is left out of its ranking"
 # Each query finds itself first, then its answer.
-RUN = {f"a{row}": {f"a{row}": 3.0, f"b{row}": 2.0, "c": 1.0} for row in range(4)}
-QRELS = {f"a{row}": {f"b{row}": 1} for row in range(4)}
+RUN = {f"a{row}": {f"a{row}": 3.0, f"b{row}": 2.0, "c": 1.0} for row in range(5)}
+QRELS = {f"a{row}": {f"b{row}": 1} for row in range(5)}
+TWO = {"a": "text", "b": "other"}
 
 
-def collection_of(names: dict[str, str], qrels: dict[str, dict[str, int]], **more: Any) -> Collection:
-    """Passages `names`, id to text; the judged ones are the queries of dev, as they are, and of test."""
-    corpus = Dataset.from_dict({"id": list(names), "text": list(names.values())})
-    split = Split({name: names.get(name, "words") for name in qrels}, qrels)
-    dev = Split({f"dev{name}": text for name, text in split.queries.items()}, {f"dev{n}": g for n, g in qrels.items()})
-    fingerprint = {"sha256": "0", "passages": len(corpus)}
-    return Collection("arguments", corpus, {"dev": dev, "test": split}, fingerprint, **more)
+def collection_of(texts: dict[str, str], qrels: dict[str, dict[str, int]], **more: Any) -> Collection:
+    """The judged passages are the queries of dev, under other ids, and of test."""
+    corpus = Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+    test = Split({name: texts.get(name, "words") for name in qrels}, qrels)
+    dev = Split(*({f"dev{name}": value for name, value in of.items()} for of in (test.queries, qrels)))
+    return Collection("own", corpus, {"dev": dev, "test": test}, {"sha256": "0", "passages": len(corpus)}, **more)
 
 
 def arguments(**more: Any) -> Collection:
     """Arguments and what answers them: each argument is a query."""
-    words = ("wind", "grain", "stone", "river", "lamp")
-    said = {f"a{row}": f"{word} and {word} of the {word} {row}" for row, word in enumerate(words)}
-    answers = {f"b{row}": f"against the {word} nothing" for row, word in enumerate(words)}
-    return collection_of(said | answers, {f"a{row}": {f"b{row}": 1} for row in range(5)}, **more)
+    texts = {}
+    for row, word in enumerate(("wind", "grain", "stone", "river", "lamp")):
+        texts |= {f"a{row}": f"{word} and {word} of the {word} {row}", f"b{row}": f"against the {word} nothing"}
+    return collection_of(texts, QRELS, **more)
 
 
 @pytest.mark.parametrize(("rule", "expected"), [(None, 1.0), (True, 1.0), (False, 0.5)])
@@ -54,19 +54,17 @@ def test_a_question_that_its_own_id_answers_keeps_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "qrels", "expected"),
+    ("texts", "qrels", "expected"),
     [
-        ({"a": "text", "b": "other"}, {"a": {"b": 1}}, True),
-        ({"a": "text", "b": "other"}, {"a": {"a": 1}}, False),
-        ({"a": "text", "b": "other"}, {"q": {"b": 1}}, False),
+        (TWO, {"a": {"b": 1}}, True),
+        (TWO, {"a": {"a": 1}}, False),
+        (TWO, {"q": {"b": 1}}, False),
         ({"7": "A text.", "8": "other"}, {"7": {"8": 1}}, True),
         ({"7": "the title is beside a text", "8": "other", "9": "x"}, {"9": {"8": 1}}, True),
     ],
 )
-def test_queries_are_passages_by_their_ids(
-    names: dict[str, str], qrels: dict[str, dict[str, int]], expected: bool
-) -> None:
-    made = collection_of(names, qrels)
+def test_queries_are_passages_by_their_ids(texts: dict[str, str], qrels: dict[str, Any], expected: bool) -> None:
+    made = collection_of(texts, qrels)
     assert made.skips_own == expected == made.part(queries=5).skips_own
     assert replace(made, ignore_identical_ids=not expected).skips_own != expected
 
@@ -80,9 +78,8 @@ def test_numbers_that_are_equal_by_chance_make_no_query_a_passage() -> None:
 def test_runs_hold_as_many_passages_as_without_the_rule(tmp_path: Path) -> None:
     made = arguments()
     experiment = Experiment(made.splits, ["R@1"], 1, ignore_identical_ids=made.skips_own)
-    systems = References(made, 1, bf16=False).systems(base_model=None, teacher=None)
-    experiment.search(systems, tmp_path)
-    assert experiment.runs[BM25, "test"].keys() == made.splits["test"].queries.keys()
+    experiment.search(References(made, 1, bf16=False).systems(base_model=None, teacher=None), tmp_path)
+    assert experiment.runs[BM25, "test"].keys() == QRELS.keys()
     assert experiment.evaluate()["test"][BM25].mean == {"R@1": 1.0}
     assert all(query not in hits for query, hits in read_run(tmp_path / "bm25.test.trec").items())
 
@@ -91,24 +88,20 @@ def test_runs_hold_as_many_passages_as_without_the_rule(tmp_path: Path) -> None:
 def test_a_report_applies_the_rule_to_every_system_and_says_so(
     rule: bool | None, note: str, material: Material, tmp_path: Path
 ) -> None:
-    made = arguments(ignore_identical_ids=rule)
-    foreign = {query: {query: 2.0, next(iter(grades)): 1.0} for query, grades in made.splits["test"].qrels.items()}
-    lines = [f"{q} Q0 {p} 1 {score} me" for q, hits in foreign.items() for p, score in hits.items()]
-    (tmp_path / "mine.trec").write_text("\n".join(lines) + "\n")
+    write_run({query: dict(list(hits.items())[:2]) for query, hits in RUN.items()}, tmp_path / "mine.trec", "mine")
     options: dict[str, Any] = {"settings": tiny_settings(), "runs": {"mine": str(tmp_path / "mine.trec")}}
-    report = build_report(made, str(material.student), tmp_path / "out", teacher=None, **options)
+    made, out = arguments(ignore_identical_ids=rule), tmp_path / "out"
+    report = build_report(made, str(material.student), out, teacher=None, **options)
     assert report.system("mine").effectiveness["RR@10"]["mean"] == (1.0 if rule is None else 0.5)
-    assert any(note in line for line in report.notes) and note in (tmp_path / "out" / "report.md").read_text()
+    assert any(note in line for line in report.notes) and note in (out / "report.md").read_text()
     for key in ("bm25", "dense-exact", "dense-ann", "hybrid"):
-        run = read_run(tmp_path / "out" / report.system(key).run["file"])
+        run = read_run(out / report.system(key).run["file"])
         assert run and all((query in hits) == (rule is False) for query, hits in run.items()), key
 
 
 def test_models_are_chosen_without_the_queries_themselves_and_do_not_depend_on_the_rule() -> None:
     made = arguments()
     made.splits["dev"] = made.splits["test"]
-    evaluator = dev_evaluator(made, "dense")
-    hits = [[{"corpus_id": name, "score": 2.0}, {"corpus_id": f"b{row}", "score": 1.0}] for row, name in
-            enumerate(evaluator.queries_ids)]  # fmt: skip
-    assert evaluator.compute_metrics(hits)["mrr@k"][10] == 1.0
+    hits = [[{"corpus_id": name, "score": score} for name, score in found.items()] for found in RUN.values()]
+    assert dev_evaluator(made, "dense").compute_metrics(hits)["mrr@k"][10] == 1.0
     assert DataSettings(ignore_identical_ids=True).of_trained == DataSettings().of_trained

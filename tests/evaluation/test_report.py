@@ -185,7 +185,7 @@ def test_a_report_is_loaded_as_it_was_saved(report: Report, output: Path, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": 99}', "format 99 where this version reads 1"),
+        ('{"format": 99, "systems": []}', "format 99 where this version reads 1"),
         ('{"format": 1}', r"report\.json .*'systems' is missing.*make the report again"),
         ('{"format": 1, "systems": []}', "a damaged report"),
     ],
