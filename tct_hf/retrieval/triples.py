@@ -29,7 +29,7 @@ from tct_hf.retrieval.negatives import bm25_triples
 from tct_hf.retrieval.words import LANGUAGE, STEMMER
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
-_FORMAT = 5
+_FORMAT = 6
 _TYPES = {
     KNOWN: pa.list_(pa.string()),
     KNOWN_TEXTS: pa.list_(pa.int64()),

@@ -524,10 +524,8 @@ def test_seen_ids_are_those_of_a_set() -> None:
     draw, seen, known = random.Random(0), SeenIds(), set[str]()
     for _ in range(200):
         ids = [str(draw.randint(0, 20_000)) for _ in range(draw.randint(0, 30))]
-        first = next((at for at, name in enumerate(ids) if name in known or name in ids[:at]), None)
-        assert seen.add(ids) == first
-        if first is None:
-            known.update(ids)
+        assert seen.add(ids) == [at for at, name in enumerate(ids) if name in known or name in ids[:at]]
+        known.update(ids)
 
 
 @pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
