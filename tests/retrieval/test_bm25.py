@@ -195,19 +195,9 @@ def test_queries_that_are_no_list_are_refused(queries: Any) -> None:
         build().search(queries)
     with pytest.raises(ValueError, match="queries: no mapping; pass"):
         build().run(["same"])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k: 0"):
+        build().search(["red"], k=0)
     assert build().search([]) == ([], []) and build().run({}) == {}
-
-
-def test_settings_come_back(tmp_path: Path) -> None:
-    index = build(k1=0.9, b=0.4)
-    index.save(tmp_path)
-    assert BM25Index.load(tmp_path).settings == index.settings and BM25Index.load(tmp_path).ids == IDS
-    for wrong, message in (
-        (lambda: index.search(["red"], k=0), "k: 0"),
-        (lambda: index.search("red", k=1), "one string"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
 
 
 # Passages with generated queries

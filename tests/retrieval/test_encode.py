@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ import pytest
 import torch
 from datasets import Dataset
 from scipy import sparse
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 
 from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_vectors, save_student
@@ -32,7 +33,8 @@ from tct_hf.retrieval import encode, vectors
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
 from tests.encode_worker import COUNT, SHARD, passages
-from tests.models import tiny_bert, tiny_colbert, tiny_mpnet
+from tests.models import load_colbert, tiny_bert, tiny_colbert, tiny_mpnet
+from tests.rows import content as files_of
 from tests.splade import tiny_splade
 from tests.warm_process import run_warm
 
@@ -42,9 +44,8 @@ TEXTS = [passage["text"] for passage in passages()]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models")
-    return save_student(
-        build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=24), path / "student"
-    )
+    student = build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=24)
+    return save_student(student, path / "student")
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,7 @@ def encoded(model: Any, folder: Path, corpus: Any = None, **settings: Any) -> di
     return encode_corpus(model, passages() if corpus is None else corpus, folder, **settings)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "encoding_seconds.json"}
+content = partial(files_of, but=("encoding_seconds.json",))
 
 
 def array(vectors: Any) -> np.ndarray:
@@ -95,12 +95,11 @@ def expected(model: Any, texts: list[str], task: str = "document") -> np.ndarray
 def test_a_checkpoint_in_half_precision_encodes_as_its_weights_in_float32(
     either: Any, half: torch.dtype, part: slice
 ) -> None:
-    model = either
-    for weight in list(model.parameters())[part]:
+    for weight in list(either.parameters())[part]:
         weight.data = weight.data.to(half)
-    whole = copy.deepcopy(model).float()
-    assert weights_digest(model) == weights_digest(whole)  # an index knows its model by either
-    found = [array(encode_texts(one, TEXTS[:9], task="query")) for one in (model, whole)]
+    whole = copy.deepcopy(either).float()
+    assert weights_digest(either) == weights_digest(whole)  # an index knows its model by either
+    found = [array(encode_texts(one, TEXTS[:9], task="query")) for one in (either, whole)]
     np.testing.assert_array_equal(*found)
 
 
@@ -142,23 +141,13 @@ def test_other_padding_and_limits_of_dimensions_are_followed(
 
 
 def test_each_text_is_tokenised_once_and_hardly_any_padding_is_computed(student: Any) -> None:
-    seen: list[int] = []
-    computed: list[torch.Tensor] = []
-    tokenise, forward = student.preprocess, student.forward
-
-    def counted(texts: Any, **kwargs: Any) -> Any:
-        seen.append(len(texts))
-        return tokenise(texts, **kwargs)
-
-    def kept(features: Any, **kwargs: Any) -> Any:
-        computed.append(features["attention_mask"])
-        return forward(features, **kwargs)
-
-    student.preprocess, student.forward = counted, kept
+    student.preprocess = Mock(side_effect=student.preprocess)
+    student.forward = Mock(side_effect=student.forward)
     encode_texts(student, TEXTS * 4, task="document", tokens_per_pass=64)
-    assert sum(seen) == 4 * COUNT
-    assert all(mask.numel() <= 64 for mask in computed)
-    assert sum(int(mask.sum()) for mask in computed) > 0.9 * sum(mask.numel() for mask in computed)
+    assert sum(len(call.args[0]) for call in student.preprocess.call_args_list) == 4 * COUNT
+    masks = [call.args[0]["attention_mask"] for call in student.forward.call_args_list]
+    assert all(mask.numel() <= 64 for mask in masks)
+    assert sum(int(mask.sum()) for mask in masks) > 0.9 * sum(mask.numel() for mask in masks)
 
 
 def test_bfloat16_is_chosen_by_cosine_where_the_hardware_has_it_and_kept(
@@ -242,19 +231,13 @@ def test_mapped_vectors_make_the_index_block_by_block(
     _, mapped, _ = load_vectors(tmp_path / "v", mmap=True)
     np.testing.assert_array_equal(np.asarray(mapped), whole)
     monkeypatch.setattr("tct_hf.retrieval.vectors.BLOCK", 8)
-    read: list[int] = []
+    read: list[Any] = []
     take = ShardedVectors.__getitem__
-
-    def watched(self: ShardedVectors, rows: Any) -> np.ndarray:
-        found = take(self, rows)
-        read.append(len(found))
-        return found
-
-    monkeypatch.setattr(ShardedVectors, "__getitem__", watched)
+    monkeypatch.setattr(ShardedVectors, "__getitem__", lambda self, rows: read.append(take(self, rows)) or read[-1])
     for given, wanted in ((mapped, whole), (UnitRows(mapped), whole / np.linalg.norm(whole, axis=1, keepdims=True))):
         index = DenseIndex.build(given, ids, "Flat")
         np.testing.assert_allclose(index._engine.reconstruct_n(0, COUNT), wanted, rtol=1e-6)
-    assert max(read) == 8
+    assert max(map(len, read)) == 8
 
     manifest = encoded(sparse_student, tmp_path / "s")
     ids, whole, _ = load_vectors(tmp_path / "s")
@@ -426,7 +409,11 @@ def test_a_folder_of_another_corpus_is_refused_by_the_shard_that_differs(student
             encoded(student, tmp_path / "v", corpus=given)
 
 
-BLANK = [{"id": "p0", "text": "dense"}, {"id": "blank", "text": " \n"}]
+def texts_of(texts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"id": name, "text": text} for name, text in texts.items()]
+
+
+BLANK = texts_of({"p0": "dense", "blank": " \n"})
 
 
 @pytest.mark.parametrize(
@@ -434,13 +421,12 @@ BLANK = [{"id": "p0", "text": "dense"}, {"id": "blank", "text": " \n"}]
     [
         ([], {}, "it has no passage"),
         (BLANK, {}, r"'blank' \(number 1\) has no words: .*allow_empty=True"),
-        (
-            [{"id": "p0", "text": "a"}, {"id": "p\ud800", "text": "b"}],
-            {},
-            r"passage number 1 .*column 'id': half a surrogate",
-        ),
-        ([{"id": name, "text": "a"} for name in "abb"], {}, r"two passages have the id 'b' \(again at number 2\)"),
-        ([*passages(3), {"id": "bad", "text": None}], {}, r"passage number 3 .*column 'text': no text"),
+        (texts_of({"p0": "a", "p\ud800": "b"}), {}, r"passage number 1 .*column 'id': half a surrogate"),
+        ([*texts_of({"a": "a", "b": "a"}), *texts_of({"b": "c"})], {}, r"the id 'b' \(again at number 2\)"),
+        ([*passages(3), *texts_of({"bad": None})], {}, r"corpus, passage number 3 .*column 'text': no text"),
+        (texts_of({"1": "one", "2": "half \ud800"}), {}, r"passage number 1 .*'text': half a surrogate"),
+        (texts_of({"1": "one", "2": 3}), {}, r"passage number 1 .*'text': holds 3"),
+        (["a text"], {}, r"corpus, passage number 0 is a str: give rows of id and text"),
         (None, {"precision": "fp16"}, "precision='fp16' is not known"),
         (None, {"shard_size": 0}, "shard_size must be at least 1"),
         (None, {"tokens_per_pass": -1}, "tokens_per_pass"),
@@ -513,11 +499,9 @@ def test_a_shard_that_is_whole_but_not_what_the_manifest_announces_is_refused(st
 
 
 @pytest.mark.parametrize("text", ["half \ud800", None, 3])
-def test_what_no_tokenizer_takes_is_named(student: SentenceTransformer, tmp_path: Path, text: Any) -> None:
+def test_a_text_that_no_tokenizer_takes_is_named(student: SentenceTransformer, text: Any) -> None:
     with pytest.raises(ValueError, match=r"texts \(task query\), number 1: "):
         encode_texts(student, ["one", text], task="query")
-    with pytest.raises(ValueError, match=r"corpus, passage number 1 .*'text': "):
-        encode_corpus(student, [{"id": "1", "text": "one"}, {"id": "2", "text": text}], tmp_path / "out")
 
 
 def test_seen_ids_are_those_of_a_set() -> None:
@@ -534,22 +518,20 @@ def test_a_corpus_of_any_format_is_encoded_as_the_plain_one(
 ) -> None:
     plain = Dataset.from_dict({"id": ["007", "b"], "text": ["a passage", "the teacher"]})
     for name, corpus in (("plain", plain), (form, plain.with_format(form))):
-        encode_corpus(student, corpus, tmp_path / name)
-    (ids, vectors, *_), (_, wanted, *_) = (load_vectors(tmp_path / name) for name in (form, "plain"))
-    assert list(ids) == ["007", "b"] and np.array_equal(np.asarray(vectors), np.asarray(wanted))
+        encoded(student, tmp_path / name, corpus)
+    assert load_vectors(tmp_path / form)[0] == ["007", "b"]
+    assert content(tmp_path / form) == content(tmp_path / "plain")
 
 
-def test_what_gives_no_vector_a_text_or_no_row_is_refused(student: SentenceTransformer, tmp_path: Path) -> None:
-    colbert = MultiVectorEncoder(str(tiny_colbert(tmp_path / "colbert")), device="cpu")
+def test_what_gives_no_vector_a_text_is_refused(tmp_path: Path) -> None:
     refused: Any
-    for refused in (colbert, "path/to/model"):
-        with pytest.raises(ValueError, match=rf"The model is a {type(refused).__name__}, not an encoder"):
-            encode_corpus(refused, [{"id": "a", "text": "b"}], tmp_path / "out")
-        with pytest.raises(ValueError, match=rf"The model is a {type(refused).__name__}, not an encoder"):
-            encode_texts(refused, ["b"], task="query")
-    texts: Any = ["a text"]
-    with pytest.raises(ValueError, match=r"corpus, passage number 0 is a str: give rows of id and text"):
-        encode_corpus(student, texts, tmp_path / "out")
+    for refused in (load_colbert(tiny_colbert(tmp_path / "colbert")), "path/to/model"):
+        for encode_with in (
+            partial(encoded, folder=tmp_path / "out"),
+            partial(encode_texts, texts=["b"], task="query"),
+        ):
+            with pytest.raises(ValueError, match=rf"The model is a {type(refused).__name__}, not an encoder"):
+                encode_with(refused)
     assert not (tmp_path / "out").exists()
 
 

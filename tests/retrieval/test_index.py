@@ -14,6 +14,7 @@ from scipy import sparse
 
 from tct_hf import BM25Index, DenseIndex, SparseIndex
 from tct_hf.files import file_digest
+from tests.rows import content
 
 TEXTS = ["red apples and green apples", "green pears", "red wine", "the of and"]
 IDS = ["a", "é", "c", "d"]
@@ -29,14 +30,9 @@ BUILD: dict[str, Callable[..., Any]] = {
 
 
 def found_by(index: Any) -> Any:
-    ids, scores = index.search(
-        ["red apples"] if isinstance(index, BM25Index) else WEIGHTS if isinstance(index, SparseIndex) else VECTORS, 3
-    )
+    queries = {BM25Index: ["red apples"], DenseIndex: VECTORS, SparseIndex: WEIGHTS}[type(index)]
+    ids, scores = index.search(queries, 3)
     return ids, [values.tolist() for values in scores]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("kind", BUILD)

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,18 +21,11 @@ from tct_hf import MiningCounts, load_triples, mine_triples
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.shards import FORMAT
 from tct_hf.files import claim
-from tests.retrieval.test_negatives import QRELS, QUERIES
+from tests.retrieval import test_negatives
+from tests.retrieval.test_negatives import QRELS, QUERIES, corpus
+from tests.rows import content
 
-TEXTS = {
-    "apple": "apple tree fruit garden",
-    "apple2": "apple pie with cream",
-    "copy": "Apple  tree, fruit GARDEN!",
-    "near": "apple tree fruit garden gate",
-    "pear": "pear tree fruit orchard",
-    "plum": "plum tree fruit jam",
-    "car": "engine wheel motor road",
-    "boat": "sail river harbour water",
-}
+TEXTS = {**test_negatives.TEXTS, "near": "apple tree fruit garden gate"}
 RUN = {
     "q1": {"apple": 9.0, "copy": 8.0, "near": 7.0, "plum": 6.0, "apple2": 5.0, "pear": 4.0, "car": 3.0},
     "q2": {"plum": 3.0, "apple": 3.0, "copy": 2.0, "boat": 1.0, "pear": 0.5},
@@ -41,44 +34,28 @@ RUN = {
 }
 
 
-def corpus(texts: dict[str, str] = TEXTS) -> Dataset:
-    return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
-
-
 def mined(run: Any = RUN, **options: Any) -> list[dict[str, Any]]:
     given: dict[str, Any] = {"seed": 1, "origin": "test", **options}
-    return list(mine_triples(run, corpus(), QUERIES, QRELS, **given))
-
-
-def plain_words(text: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", text.lower())
+    return list(mine_triples(run, corpus(TEXTS), QUERIES, QRELS, **given))
 
 
 def triples_of_words(text: str) -> set[tuple[str, ...]]:
-    words = plain_words(text)
+    words = re.findall(r"[a-z0-9]+", text.lower())
     return {tuple(words[at : at + 3]) for at in range(max(1, len(words) - 2))}
 
 
 def plainly_allowed(
-    run: dict[str, dict[str, float]],
-    texts: dict[str, str],
-    query_id: str,
-    positive: str,
-    known: list[str],
-    *,
-    depth: int,
-    teacher: dict[tuple[str, str], float] | None = None,
-    margin: float | None = None,
+    ranked: list[str], texts: dict[str, str], positive: str, known: list[str], scores: dict[str, float], margin: Any
 ) -> list[str]:
     """What may be a negative of a row, in rank order: every candidate judged by itself, by the words of the rules."""
     allowed = []
-    for passage in sorted(run.get(query_id, {}), key=lambda name: (-run[query_id][name], name))[:depth]:
+    for passage in ranked:
         mine = triples_of_words(texts[passage])
         if passage in known:
             continue
         if any(len(mine & other) / len(mine | other) >= 0.6 for other in (triples_of_words(texts[k]) for k in known)):
             continue
-        if margin is not None and teacher and teacher[query_id, passage] > teacher[query_id, positive] + margin:
+        if margin is not None and scores[passage] > scores[positive] + margin:
             continue
         allowed.append(passage)
     return allowed
@@ -106,13 +83,11 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
         return [table[query.replace("query ", "q"), passage.partition(" ")[0]] for query, passage in pairs]
 
     marked = {name: f"{name} {body}" for name, body in texts.items()}  # each text its own
-    given: dict[str, Any] = {"depth": depth, "num_negatives": count, "seed": seed, "near_duplicate": 0.6}
-    given |= {"teacher": predict, "margin": margin}
     counts = MiningCounts()
+    given: dict[str, Any] = {"depth": depth, "num_negatives": count, "seed": seed, "near_duplicate": 0.6}
+    given |= {"teacher": predict, "margin": margin, "origin": "x", "too_few": "skip", "counts": counts}
     try:
-        rows = list(
-            mine_triples(run, corpus(marked), queries, qrels, origin="x", too_few="skip", counts=counts, **given)
-        )
+        rows = list(mine_triples(run, corpus(marked), queries, qrels, **given))
     except ValueError as error:
         assert "has enough candidates" in str(error) or "none of the queries" in str(error)
         rows = []
@@ -120,10 +95,9 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
     skipped = 0
     for query_id, grades in qrels.items():
         for positive in grades:
-            allowed = plainly_allowed(
-                run, marked, query_id, positive, list(grades), depth=depth, teacher=table, margin=margin
-            )
             ranked = sorted(run[query_id], key=lambda name: (-run[query_id][name], name))[:depth]
+            scores = {name: table[query_id, name] for name in names}
+            allowed = plainly_allowed(ranked, marked, positive, list(grades), scores, margin)
             # The same generator; the order of all candidates, of which the allowed are taken first come first.
             order = random.Random(f"{seed}\x1f{query_id}\x1f{positive}").sample(ranked, len(ranked))
             expected = [name for name in order if name in allowed][:count]
@@ -132,13 +106,10 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
                 assert (query_id, positive) not in made
                 continue
             row = made[query_id, positive]
-            keys = ["negative"] if count == 1 else ["negative_1", "negative_2"]
-            assert [row[f"{key}_id"] for key in keys] == expected
-            assert [row[key] for key in keys] == [marked[name] for name in expected]
-            assert [row[f"{key}_score"] for key in keys] == [run[query_id][name] for name in expected]
-            assert [row[f"{key}_teacher_score"] for key in keys] == [table[query_id, name] for name in expected]
-            assert row["positive_score"] == run[query_id].get(positive)
-            assert row["positive_teacher_score"] == table[query_id, positive]
+            columns = ["negative"] if count == 1 else ["negative_1", "negative_2"]
+            for key, name in [("positive", positive), *zip(columns, expected, strict=True)]:
+                found = [row[f"{key}{what}"] for what in ("_id", "", "_score", "_teacher_score")]
+                assert found == [name, marked[name], run[query_id].get(name), scores[name]]
             assert row["known_positive_ids"] == list(grades)
     if rows:
         assert (counts.rows, counts.skipped_rows, counts.random_negatives) == (len(rows), skipped, 0)
@@ -219,43 +190,32 @@ def predict(pairs: Sequence[tuple[str, str]]) -> list[float]:
     return [TEACHER[of_query[query]][names[passage]] for query, passage in pairs]  # not of copies, near and q9
 
 
-def test_candidates_far_above_the_rows_own_positive_are_refused() -> None:
-    for margin, row_of, expected in (
-        (1.0, 0, {"plum", "pear", "car"}),  # q1, apple: above by no more than the margin
-        (0.5, 1, {"car"}),  # q1, apple2
-        (-1.0, 2, {"apple", "copy", "boat"}),  # q2, pear
-    ):
-        made = [mined(teacher=predict, margin=margin, seed=seed)[row_of] for seed in range(15)]
-        assert {row["negative_id"] for row in made} == expected
+def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
+    return {name: RUN[name] for name in queries}
 
 
 def test_a_function_gives_what_its_run_gives_and_is_asked_for_some_queries_at_a_time() -> None:
-    asked = []
-
-    def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
-        asked.append(list(queries))
-        return {name: RUN[name] for name in queries}
-
-    assert mined(search, queries_a_part=2) == mined()
-    assert asked == [["q1", "q2"], ["q3"]]
+    asked = Mock(side_effect=search)
+    assert mined(asked, queries_a_part=2) == mined()
+    assert [list(call.args[0]) for call in asked.call_args_list] == [["q1", "q2"], ["q3"]]
 
 
 def test_a_call_that_was_stopped_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
+    def stopping(queries: dict[str, str]) -> dict[str, dict[str, float]]:
         asked.extend(queries)
         if asked == ["q1", "q2"]:
             raise KeyboardInterrupt
-        return {name: RUN[name] for name in queries}
+        return search(queries)
 
     options: dict[str, Any] = {"output_dir": tmp_path / "out", "queries_a_part": 1, "depends": {"model": "m"}}
     with pytest.raises(KeyboardInterrupt):
-        mined(search, **options)
+        mined(stopping, **options)
     assert [file.name for file in (tmp_path / "out" / "parts").glob("*.arrow")] == ["00000.arrow"]
     with pytest.raises(ValueError, match=r"holds a run with run.model = 'm', but now run.model = 'n'"):
-        mined(search, **{**options, "depends": {"model": "n"}})
-    assert mined(search, **options) == mined()
+        mined(stopping, **{**options, "depends": {"model": "n"}})
+    assert mined(stopping, **options) == mined()
     assert asked == ["q1", "q2", "q2", "q3"] and not (tmp_path / "out" / "parts").exists()
 
 
@@ -263,29 +223,28 @@ def test_processes_share_the_parts_and_end_with_the_bytes_of_one(tmp_path: Path)
     barrier = threading.Barrier(2)
     made: list[str] = []
 
-    def process(rank: int) -> list[dict[str, Any]]:
-        def search(queries: dict[str, str]) -> dict[str, dict[str, float]]:
-            made.extend(queries)
-            return {name: RUN[name] for name in queries}
+    def noted(queries: dict[str, str]) -> dict[str, dict[str, float]]:
+        made.extend(queries)
+        return search(queries)
 
+    def process(rank: int) -> list[dict[str, Any]]:
         state = SimpleNamespace(
             process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: barrier.wait(60)
         )
-        return mined(search, output_dir=tmp_path / "two", queries_a_part=1, depends={}, state=state)
+        return mined(noted, output_dir=tmp_path / "two", queries_a_part=1, depends={}, state=state)
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(process, range(2)))
     assert both == [mined(), mined()] and sorted(made) == ["q1", "q2", "q3"]
     mined(lambda queries: RUN, output_dir=tmp_path / "one", queries_a_part=1, depends={})
-    files = [(tmp_path / name / "triples.parquet").read_bytes() for name in ("one", "two")]
-    assert files[0] == files[1]
+    assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(ValueError, match="state: processes share the work through files"):
         mined(state=SimpleNamespace())
 
 
 def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
-    judged = (corpus(), QUERIES, QRELS)
-    names = mine_triples(RUN, *judged, origin="x", seed=1, teacher=predict, num_negatives=2).column_names
+    options: dict[str, Any] = {"origin": "x", "seed": 1, "teacher": predict, "num_negatives": 2}
+    names = mine_triples(RUN, corpus(TEXTS), QUERIES, QRELS, **options).column_names
     assert names[:2] == ["query", "positive"] and names[-1] == "origin" and "negative_2_teacher_score" in names
     assert candidate_columns(names) == ["positive", "negative_1", "negative_2"]
     mined(output_dir=tmp_path / "out", num_negatives=2)

@@ -11,7 +11,7 @@ from tct_hf import BM25Index, bm25_triples, mine_triples
 TEXTS = {
     "apple": "apple tree fruit garden",
     "apple2": "apple pie with cream",
-    "copy": "Apple  tree fruit GARDEN",
+    "copy": "Apple  tree, fruit GARDEN!",
     "pear": "pear tree fruit orchard",
     "plum": "plum tree fruit jam",
     "car": "engine wheel motor road",
@@ -110,14 +110,6 @@ def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positiv
     assert ranked[0] == "plum" and len(ranked) == 4
     rows = [row for seed in range(12) for row in with_questions(seed=seed, depth=depth) if row["query_id"] == "u1"]
     assert {row["negative_id"] for row in rows} == set(ranked[1:depth])
-
-
-def test_a_copy_of_the_best_passage_is_no_negative_of_an_unlabelled_question() -> None:
-    asked = {"u": "an apple tree of the fruit garden"}
-    for seed in range(8):
-        [row] = bm25_triples(corpus(), {}, {}, seed=seed, num_negatives=3, index=index(), unlabelled=asked)
-        assert row["positive_id"] in ("apple", "copy")
-        assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"apple", "copy"}
 
 
 def test_a_question_of_unknown_words_gets_passages_all_the_same_and_the_same_ones_again() -> None:

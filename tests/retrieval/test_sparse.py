@@ -118,29 +118,24 @@ def test_one_compiled_function_searches_lists_mapped_or_not(tmp_path: Path) -> N
     assert len(best_rows.signatures) == 1
 
 
-def test_arrays_that_do_not_fit_what_is_announced_are_refused(tmp_path: Path) -> None:
-    index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
-    for change in ({"dimension": 21}, {"postings": 3}):
-        index.save(tmp_path)
-        rewrite(tmp_path, "tct_sparse.json", change)
-        with pytest.raises(ValueError, match="its arrays are not those of"):
-            SparseIndex.load(tmp_path)
-
-
 BEYOND: list[tuple[str, Any]] = [
     ("rows", 30), ("rows", 2**32 - 1), ("rows", "as before"), ("weights", -1.0), ("weights", np.nan), ("starts", 999),
+    ("dimension", 21), ("postings", 3),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("part", "value"), BEYOND)
-def test_lists_that_search_would_write_beyond_are_refused_whatever_their_checksums(
+def test_arrays_that_search_would_read_beyond_or_that_are_not_those_announced_are_refused(
     tmp_path: Path, part: str, value: Any
 ) -> None:
     index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
-    array = np.array(getattr(index, f"_{part}"))
-    array[1] = array[0] if value == "as before" else value
-    setattr(index, f"_{part}", array)
+    if part in ("rows", "weights", "starts"):
+        array = np.array(getattr(index, f"_{part}"))
+        array[1] = array[0] if value == "as before" else value
+        setattr(index, f"_{part}", array)
     index.save(tmp_path / "index")
+    if part in ("dimension", "postings"):
+        rewrite(tmp_path / "index", "tct_sparse.json", {part: value})
     for mapped in (False, True):
         with pytest.raises(ValueError, match="its arrays are not those of 30 passages"):
             SparseIndex.load(tmp_path / "index", mmap=mapped)
@@ -163,7 +158,7 @@ def test_what_can_not_be_indexed_or_searched_says_why() -> None:
     index = SparseIndex.build(passages, ids)
     dense: Any = passages.toarray()
     huge = sparse.csr_matrix(np.full((1, 6), 3e38, np.float32))
-    beyond, five = passages.copy(), drawn(1, 5, 0.9, 0)
+    beyond = passages.copy()
     beyond.indices[1] = 6
     faults: list[tuple[Callable[[], Any], str]] = [
         (lambda: SparseIndex.build(beyond, ids), "vectors: the matrix is damaged"),
@@ -173,8 +168,6 @@ def test_what_can_not_be_indexed_or_searched_says_why() -> None:
         (lambda: SparseIndex.build(sparse.csr_matrix((2, 3)), ["a", "b"]), "every passage is zero in all dimensions"),
         (lambda: SparseIndex.build(sparse.csr_matrix((0, 3)), []), "nothing to index"),
         (lambda: index.search(dense), "query_vectors: ndarray where sparse"),
-        (lambda: index.search(five), "dimension 5 where the index has 6"),
-        (lambda: index.search(passages, 0), "k: 0 is below 1"),
         (lambda: SparseIndex.build(huge, ["p"]).search(huge), "query_vectors: row 0 has a score that is infinite"),
     ]
     for fault, message in faults:
