@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 WRITER, READER, STRANGER = "hf_writerTokenOfTests", "hf_readerTokenOfTests", "hf_strangerTokenOfTests"
 _LFS = (".safetensors", ".bin", ".npy", ".faiss", ".pt", ".pth", ".onnx", ".trec", ".png")
+_NO_USER = "Invalid credentials in Authorization header"
 _DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -70,11 +71,11 @@ class Repo:
 
 @dataclass
 class Fault:
-    method: str
     path: str
     status: int | None  # None: the connection is cut after some of the body
-    times: int
-    headers: dict[str, str]
+    method: str = ""
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Refusal(Exception):
@@ -109,11 +110,9 @@ class LoopbackHub(ThreadingHTTPServer):
         self.server_activate()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def fail(
-        self, path: str, status: int | None, *, method: str = "", times: int = 1, headers: dict[str, str] | None = None
-    ) -> None:
-        """Answer the next `times` requests whose path matches with a status, or cut them off (None)."""
-        self.faults.append(Fault(method, path, status, times, headers or {}))
+    def fail(self, path: str, status: int | None, **more: Any) -> None:
+        """Answer the next requests whose path matches with a status, or cut them off (None)."""
+        self.faults.append(Fault(path, status, **more))
 
     def publish(self, folder: Path, name: str, kind: str = "models", *, private: bool = False) -> str:
         """Put a folder there as its owner would have; the commit."""
@@ -164,10 +163,12 @@ class Handler(BaseHTTPRequestHandler):
         path, self.query = unquote(parts.path), parse_qs(parts.query)
         with self.server.lock:
             self.server.requests.append((self.command, path))
-            matching = (f for f in self.server.faults if f.times and f.method in ("", self.command))
-            fault = next((f for f in matching if re.search(f.path, path)), None)
-            if fault is not None:
-                fault.times -= 1
+            for fault in self.server.faults:
+                if fault.times and fault.method in ("", self.command) and re.search(fault.path, path):
+                    fault.times -= 1
+                    break
+            else:
+                fault = None
         if self.server.on_request is not None:
             self.server.on_request(self.command, path)
         length = int(self.headers.get("Content-Length") or 0)
@@ -184,10 +185,9 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self._route(path, body)
         except Refusal as refusal:
-            headers = {"X-Error-Code": refusal.code} if refusal.code else {}
-            if refusal.message:
-                headers["X-Error-Message"] = refusal.message
-            self._send(refusal.status, {"error": refusal.message or refusal.code}, headers)
+            headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
+            given = {name: value for name, value in headers.items() if value}
+            self._send(refusal.status, {"error": refusal.message or refusal.code}, given)
 
     def _chunks(self) -> bytes:
         body = b""
@@ -200,10 +200,8 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: Any = b"", headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
-        if "Content-Length" not in (headers or {}):
-            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -211,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
     def _user(self) -> tuple[str, str] | None:
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if given and given not in self.server.users:
-            raise Refusal(401, message="Invalid credentials in Authorization header")
+            raise Refusal(401, message=_NO_USER)
         return self.server.users.get(given)
 
     def _repo(self, kind: str, name: str, *, write: bool = False) -> Repo:
@@ -233,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, body: bytes) -> None:
         if path == "/api/whoami-v2":
             if (user := self._user()) is None:
-                raise Refusal(401, message="Invalid credentials in Authorization header")
+                raise Refusal(401, message=_NO_USER)
             token = {"accessToken": {"role": user[1], "displayName": "tests"}}
             return self._send(200, {"type": "user", "name": user[0], "fullname": user[0], "orgs": [], "auth": token})
         if path == "/api/validate-yaml":
@@ -298,25 +296,22 @@ class Handler(BaseHTTPRequestHandler):
     def _tree(self, commit: Commit, sub: str | None) -> None:
         entries = []
         for path, blob in sorted(commit.files.items()):
-            if sub and not path.startswith(f"{sub}/"):
-                continue
-            entry: dict[str, Any] = {"type": "file", "oid": blob.oid, "size": len(blob.content), "path": path}
-            if blob.lfs:
-                entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 130}
-            entries.append(entry)
+            if not sub or path.startswith(f"{sub}/"):
+                size = len(blob.content)
+                lfs = {"lfs": {"oid": blob.sha256, "size": size, "pointerSize": 130}} if blob.lfs else {}
+                entries.append({"type": "file", "oid": blob.oid, "size": size, "path": path, **lfs})
         if sub and not entries:
             raise Refusal(404, "EntryNotFound")
         self._send(200, entries)
 
     def _ref(self, repo: Repo, call: str, revision: str, asked: dict[str, Any]) -> None:
         if call == "tag":
-            if asked["tag"] in repo.tags:
-                raise Refusal(409, message="Tag reference exists already")
-            repo.tags[asked["tag"]] = self._commit(repo, revision).oid
+            places, name, start = repo.tags, asked["tag"], revision
         else:
-            if revision in repo.branches:
-                raise Refusal(409, message="Reference already exists")
-            repo.branches[revision] = self._commit(repo, asked.get("startingPoint") or "main").oid
+            places, name, start = repo.branches, revision, asked.get("startingPoint") or "main"
+        if name in places:
+            raise Refusal(409, message="Reference already exists")
+        places[name] = self._commit(repo, start).oid
         self._send(200, {})
 
     def _take_commit(self, name: str, kind: str, repo: Repo, branch: str, body: bytes) -> None:
@@ -337,10 +332,8 @@ class Handler(BaseHTTPRequestHandler):
                     raise Refusal(400, message=f"LFS pointer of {value['path']} points to an object that is not here")
                 files[value["path"]] = Blob(self.server.lfs[value["oid"]], True)
             elif line["key"] in ("deletedFile", "deletedFolder"):
-                gone = value["path"]
-                files = {
-                    p: blob for p, blob in files.items() if p != gone and not p.startswith(f"{gone.rstrip('/')}/")
-                }
+                gone = value["path"].rstrip("/")
+                files = {path: blob for path, blob in files.items() if not f"{path}/".startswith(f"{gone}/")}
         commit = repo.commit(branch, header["summary"], files)
         prefix = "datasets/" if kind == "datasets" else ""
         url = f"{self.server.url}/{prefix}{name}/commit/{commit.oid}"

@@ -48,36 +48,19 @@ def write_material(folder: Path) -> Path:
     """An encoder and a collection under `folder`, and the settings file that uses them."""
     tiny_bert(folder / "encoder", dropout=0.1)  # dropout: a run that goes on needs its random state back
     write_beir(folder / "collection")
-    training = f"""
-    per_device_train_batch_size: 8
-    max_steps: {STEPS}
-    learning_rate: 1.0e-3
-    logging_steps: 1
-    save_steps: 2
-"""
-    (folder / "tiny.yaml").write_text(
-        f"""
-extends: {os.path.relpath(ROOT / "recipes" / "paper.yaml", folder)}
-precision: fp32
-data:
-  source: {folder / "collection"}
-  negative_depth: 10
-encoder:
-  encoding: tct
-  base_model: {folder / "encoder"}
-  query_length: 16
-  document_length: 48
-teacher:
-  dim: 16
-  training:{training}
-student:
-  layers: [1]
-  training:{training}
-evaluation:
-  depth: 20
-  measures: [RR@10, nDCG@10, R@20]
-"""
-    )
+    training = {"per_device_train_batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1}
+    training["save_steps"] = 2
+    encoder = {"encoding": "tct", "base_model": str(folder / "encoder"), "query_length": 16, "document_length": 48}
+    settings = {
+        "extends": os.path.relpath(ROOT / "recipes" / "paper.yaml", folder),
+        "precision": "fp32",
+        "data": {"source": str(folder / "collection"), "negative_depth": 10},
+        "encoder": encoder,
+        "teacher": {"dim": 16, "training": training},
+        "student": {"layers": [1], "training": training},
+        "evaluation": {"depth": 20, "measures": ["RR@10", "nDCG@10", "R@20"]},
+    }
+    (folder / "tiny.yaml").write_text(json.dumps(settings))
     return folder / "tiny.yaml"
 
 

@@ -41,18 +41,11 @@ _servers: dict[str, subprocess.Popen[str]] = {}
 
 def _server(env: Mapping[str, str]) -> subprocess.Popen[str]:
     # Settings that libraries read when they are imported.
-    early = json.dumps(
-        sorted((k, v) for k, v in env.items() if k.startswith(("HF_", "OMP_", "TOKENIZERS_", "PYTHON")))
-    )
+    read = ("HF_", "OMP_", "TOKENIZERS_", "PYTHON")
+    early = json.dumps(sorted((name, value) for name, value in env.items() if name.startswith(read)))
     if early not in _servers or _servers[early].poll() is not None:
-        _servers[early] = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=dict(env),
-        )
+        command, pipe = [sys.executable, "-m", "tests.warm_process"], subprocess.PIPE
+        _servers[early] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=dict(env))
     return _servers[early]
 
 
@@ -76,12 +69,7 @@ def free_port() -> int:
 
 
 def run_warm(
-    arguments: list[str],
-    *,
-    env: Mapping[str, str],
-    stdin: str = "",
-    processes: int = 1,
-    cwd: str | Path = ROOT,
+    arguments: list[str], *, env: Mapping[str, str], stdin: str = "", processes: int = 1, cwd: str | Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run([sys.executable, *arguments])`, with its output captured.
 
@@ -121,9 +109,7 @@ def _become(arguments: list[str], env: dict[str, str], paths: list[str], cwd: st
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)  # which several may share
         os.dup2(file, number)
         os.close(file)
-    sys.stdin, sys.stdout, sys.stderr = (
-        os.fdopen(number, "w" if number else "r", closefd=False) for number in range(3)
-    )
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "w" if n else "r", closefd=False) for n in range(3))
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -134,9 +134,9 @@ def test_a_sparse_students_run_and_figures_are_those_of_the_whole_product(
     assert [system.key for system in alone.systems] == [*keys, "teacher", "reranked"]
     assert alone.baseline == "learned-sparse" and alone.tuning["ann"] is None
     assert alone.system("learned-sparse").title == "sparse student (learned)"
+    assert alone.system("learned-sparse-bm25").title.startswith("sparse student + BM25, alpha ")
     assert list(cost(alone, "learned-sparse")["latency"]) == ["query encoding", "sparse search", "total"]
-    for key in keys:
-        assert alone.system(key).effectiveness == report.system(key).effectiveness
+    assert all(alone.system(key).effectiveness == report.system(key).effectiveness for key in keys)
     dims = {f"{side}_active_dims": (v > 0).sum(1).mean() for side, v in (("document", passages), ("query", queries))}
     for one, role in ((report, "sparse_student"), (alone, "student")):
         measured = one.models[role]
