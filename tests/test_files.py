@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -70,10 +71,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_aside(
         aside.write_text("half")
         raise RuntimeError
 
-    def refuse(source: object, target: object) -> None:
-        raise OSError("disk gone")
-
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("disk gone")))
     with pytest.raises(OSError, match="disk gone"):
         write_text_atomic(path, "new")
     assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
@@ -145,19 +143,13 @@ def test_whoever_reads_a_folder_while_it_is_replaced_finds_one(tmp_path: Path) -
     final = staged(tmp_path, "0", "final")
     if not files._exchange(staged(tmp_path, "0"), final):
         pytest.skip("this file system can't exchange two names")
-    absent, done = [], threading.Event()
-
-    def read() -> None:
-        while not done.is_set():
-            absent.append(not final.is_dir())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for number in range(200):
-        replace_dir(staged(tmp_path, str(number), f"staging{number}"), final)
-    done.set()
-    reader.join()
-    assert absent and not any(absent)
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        absent = pool.submit(lambda: [not final.is_dir() for _ in iter(done.is_set, True)])
+        for number in range(200):
+            replace_dir(staged(tmp_path, str(number), f"staging{number}"), final)
+        done.set()
+    assert absent.result() and not any(absent.result())
 
 
 def _slowly(items: Sequence[Any]) -> dict[str, Any]:
@@ -215,10 +207,7 @@ def test_what_a_server_says_of_a_disk_is_no_full_disk_here(tmp_path: Path) -> No
 def test_a_file_system_without_locks_is_written_in_turns_too(
     tmp_path: Path, missing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(missing, os.strerror(missing))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(missing, os.strerror(missing))))
     with caplog.at_level("WARNING"), ThreadPoolExecutor(2) as pool:
         with working_in(tmp_path / "work"):
             writer = pool.submit(claim, tmp_path / "work" / "inner", SETTINGS)
