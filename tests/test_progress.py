@@ -1,5 +1,3 @@
-"""Stages and corpora tell how far a run is; libraries stay quiet."""
-
 from __future__ import annotations
 
 import logging

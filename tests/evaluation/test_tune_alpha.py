@@ -41,10 +41,9 @@ def test_curve_is_what_fused_runs_measure(pair: tuple[dict, dict], measure: str,
     qrels = {query: {"d1": 1, "d2": 2, "d5": 1} for query in {**pair[0], **pair[1]}}
     alphas = [0.0, 0.3, 1.0, 12.5]
     tuned = tune_alpha(*pair, qrels, measure, normalize=normalize, alphas=alphas)
-    for alpha, value in tuned.curve:
-        fused = fuse(*pair, alpha, normalize=normalize)
-        assert value == pytest.approx(evaluate_run(fused, qrels, [measure]).mean[measure])
-    assert [alpha for alpha, _ in tuned.curve] == alphas
+    runs = [fuse(*pair, alpha, normalize=normalize) for alpha in alphas]
+    values = [evaluate_run(run, qrels, [measure]).mean[measure] for run in runs]
+    assert tuned.curve == [(alpha, pytest.approx(value)) for alpha, value in zip(alphas, values, strict=True)]
     assert tuned.value == max(value for _, value in tuned.curve)
 
 
