@@ -7,46 +7,57 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import Stemmer
 
 from tct_hf.data.near_duplicates import UNSPACED
 
 LANGUAGE, STEMMER = "english", "auto"
-_WORD = re.compile(r"\w\w+|(?<!\w['\u2019])\w(?!['\u2019]\w\w)")
+# `\w` first, and alone: the search then looks for a set of characters, twice as fast as for either of two.
+_ASCII_WORD = re.compile(r"\w(?:\w+|(?<!\w'\w)(?!'\w\w))", re.ASCII)
 _HANGUL = "\uac00-\ud7a3"
-# Soft hyphens, joiners, variation selectors and keycaps, which belong to no word.
-_IGNORED = "\u00ad\u200c\u200d\u20e3\u2060\ufe00-\ufe0f\ufeff"
+# Joiners, variation selectors and keycaps; vowel points of Hebrew and Arabic, which few write: parts of no word.
+_IGNORED = (
+    "\u00ad\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u0652\u0670\u200c\u200d\u20e3\u2060"
+    "\ufe00-\ufe0f\ufeff"
+)
 # What NFKC makes plain letters of: Thai and Lao am, styled letters, ligatures, half and full width.
 _FORMS = "\u0e33\u0eb3\ufb00-\ufdff\ufe70-\ufefe\uff00-\uffef\U0001d400-\U0001d7ff"
-_ANY_IGNORED = re.compile(f"[{_IGNORED}]")
+_ANY_IGNORED, _FORM = re.compile(f"[{_IGNORED}]+"), re.compile(f"[{_FORMS}]+")
 # Persian writes it between the parts of a word, which others write apart.
 _PERSIAN_JOINER = re.compile("(?<=[\u0600-\u06ff])\u200c")
+# Languages that neither bm25s nor PyStemmer has words of; they need none to be searched.
+_PLAIN = ("burmese", "hebrew", "japanese", "khmer", "lao", "thai", "ukrainian", "urdu", "vietnamese")
 
 
-class _Stems(dict[str, str]):
-    """Words with their stems, each made once; reading is faster than a call of a cached function."""
+class _Memo(dict[str, Any]):
+    """What is made of words, once of each; reading is faster than a call of a cached function."""
 
-    def __init__(self, stem: Callable[[str], str]) -> None:
-        self._stem = stem
+    def __init__(self, make: Callable[[str], Any]) -> None:
+        self._make = make
 
-    def __missing__(self, word: str) -> str:
-        self[word] = self._stem(word)
-        return self[word]
+    def __missing__(self, word: str) -> Any:
+        made = self._make(word)
+        if isinstance(made, str) or len(made) < 8:  # no sentence without spaces, which does not come again
+            self[word] = made
+        return made
 
 
 def analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
     """Make the function from text to terms: lower case, NFC, words, stop words out, stems.
 
-    A word keeps the combining marks that its vowels are written with. What follows an apostrophe alone, as in "don't",
-    or stands before one, as in "l'eau", is no word. Of scripts that are written without spaces, each letter is a term
-    and so is each pair of neighbours; of a Korean word, it and each pair of its syllables. Full and half width,
-    ligatures and styled letters are as their plain letters (NFKC), and digits of any script as 0 to 9.
+    A word keeps the combining marks that its vowels are written with, but for points of Hebrew and Arabic. What follows
+    an apostrophe alone, as in "don't", or stands before one, as in "l'eau", is no word. Of scripts that are written
+    without spaces, each letter is a term and so is each pair of neighbours; of a Korean word, it and each pair of its
+    syllables. Full and half width, ligatures and styled letters are as their plain letters (NFKC), digits of any
+    script as 0 to 9, and a German sharp s as two.
     """
     stop_words = _stop_words(language)
     name = stemmer_of(language, stemmer)
-    stems = _Stems(Stemmer.Stemmer(name).stemWord if name is not None else str)
-    special, folded, in_letters, words, run, letter = _patterns()
+    stems = _Memo(Stemmer.Stemmer(name).stemWord if name is not None else str)
+    found_words, words, in_letters, run, letter = _patterns()
+    digits = _digits()
 
     def parts(word: str) -> Iterator[str]:
         if not in_letters.search(word):
@@ -60,32 +71,31 @@ def analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
                 yield found
             yield from map("".join, pairwise(letters))
 
+    def terms_of(word: str) -> list[str]:
+        plain = _FORM.sub(lambda form: unicodedata.normalize("NFKC", form.group()).casefold(), word)
+        plain = _ANY_IGNORED.sub("", _PERSIAN_JOINER.sub(" ", plain))
+        plain = unicodedata.normalize("NFC", plain).translate(digits)
+        found = (part for one in words.findall(plain) for part in parts(one))
+        return [stems[part] for part in found if part not in stop_words]
+
+    terms = _Memo(terms_of)
+
     def analyse(text: str) -> list[str]:
-        text = text.lower()
-        if not text.isascii():
-            # In lower case a Turkish capital I has a second dot.
-            text = unicodedata.normalize("NFC", text).replace("i\u0307", "i")
-        if text.isascii() or not special.search(text):
-            found = _WORD.findall(text)
-        else:
-            if "\u200c" in text:
-                text = _PERSIAN_JOINER.sub(" ", text)
-            text = unicodedata.normalize("NFC", folded.sub(_fold, text))
-            found = [part for word in words.findall(text) for part in parts(word)]
-        return [stems[word] for word in found if word not in stop_words]
+        if text.isascii():
+            return [stems[word] for word in _ASCII_WORD.findall(text.lower()) if word not in stop_words]
+        # In lower case a Turkish capital I has a second dot.
+        text = unicodedata.normalize("NFC", text.casefold()).replace("i\u0307", "i")
+        return [term for word in found_words.findall(text) for term in terms[word]]
 
     return analyse
 
 
-def _fold(found: re.Match[str]) -> str:
-    plain = unicodedata.normalize("NFKC", _ANY_IGNORED.sub("", found.group())).lower()
-    return "".join(str(unicodedata.decimal(letter, letter)) for letter in plain)
-
-
 def stemmer_of(language: str, stemmer: str | None) -> str | None:
     """The Snowball language that a setting stands for, "auto" being that of the stop words; None for whole words."""
-    auto = stemmer == STEMMER
-    name = ("english" if language == "none" else language.removesuffix("_plus")) if auto else stemmer
+    language, name = language.lower(), stemmer and stemmer.lower()
+    auto = name == STEMMER
+    if auto:
+        name = "english" if language == "none" else language.removesuffix("_plus")
     try:
         return name if name is None or Stemmer.Stemmer(name) else None
     except KeyError:
@@ -97,28 +107,35 @@ def stemmer_of(language: str, stemmer: str | None) -> str | None:
 def _stop_words(language: str) -> frozenset[str]:
     from bm25s.tokenization import _infer_stopwords
 
-    if language == "none":
+    name = language.lower()
+    if name in ("none", *_PLAIN):
         return frozenset()
     try:
-        return frozenset(_infer_stopwords(language))
+        return frozenset(map(str.casefold, _infer_stopwords(name)))
     except ValueError as error:
-        if language in Stemmer.algorithms():
+        if name in Stemmer.algorithms():
             return frozenset()
         raise ValueError(f'language: no stop words for {language!r} ({error}); pass language="none"') from error
 
 
 @cache
 def _patterns() -> tuple[re.Pattern[str], ...]:
-    """Patterns: what plain words lack, what is folded, a letter that is a term, words, their parts and letters."""
-    marks, digits = _ranges("M"), _ranges("Nd")
+    """Patterns: words as they are written, words, a letter that is a term, parts of a word, and letters."""
+    marks = _ranges("M")
     letters = UNSPACED + _HANGUL
-    word = rf"\w[\w{marks}]+|(?<!\w['\u2019])\w(?!['\u2019]\w\w)"
+    # One range for the marks of rare scripts: with each of theirs the search would take ten times as long.
+    wide = rf"\w{_ranges('M', 0x10000)}{_IGNORED}\U00010480-\U0001efff"
+    written = rf"\w(?:[{wide}]+|(?<![{wide}]['\u2019]\w)(?!['\u2019]\w\w))"
     run = rf"[{_HANGUL}]+|[{UNSPACED}][{UNSPACED}{marks}]*|[^{letters}]+"
-    # One range for the marks and digits of rare scripts: with each of theirs the search would take ten times as long.
-    common = "".join(_ranges(kind, 0x10000) for kind in ("M", "Nd"))
-    special = f"[{common}{_IGNORED}{_FORMS}{letters}\U00010480-\U0001efff]"
-    folded = f"[{digits}{_IGNORED}{_FORMS}]+"
-    return tuple(map(re.compile, (special, folded, f"[{letters}]", word, run, rf"[^{marks}][{marks}]*|[{marks}]+")))
+    every = (written, rf"\w[\w{marks}]*", f"[{letters}]", run, rf"[^{marks}][{marks}]*|[{marks}]+")
+    return tuple(map(re.compile, every))
+
+
+@cache
+def _digits() -> dict[int, str]:
+    """Digits of other scripts to those of Latin."""
+    codes = range(0x300, 0x1F000)
+    return {code: str(unicodedata.decimal(chr(code))) for code in codes if unicodedata.category(chr(code)) == "Nd"}
 
 
 def _ranges(kind: str, end: int = 0x1F000) -> str:

@@ -89,7 +89,18 @@ def test_words_are_stemmed_and_stop_words_left_out() -> None:
         ("turkish", "istanbul", "İSTANBUL büyük", "ankara"),
         ("english", "vitamin C", "sources of vitamin C", "sources of vitamin D"),
         ("none", "iPhone手机壳", "买一个手机壳", "买一台电脑"),
-        ("german", "Häuser", "das alte Haus", "ein Garten"),
+        ("German", "Häuser", "das alte Haus", "ein Garten"),
+        ("german", "STRASSE", "eine lange Straße", "ein Garten"),
+        ("none", "STRASSE", "eine lange Straße", "ein Garten"),
+        ("hebrew", "שלום", "שָׁלוֹם רב", "תודה רבה"),
+        ("arabic", "كتاب", "كِتَابٌ كبير", "بيت كبير"),
+        ("none", "محمد", "مُحَمَّد هنا", "بيت كبير"),
+        ("thai", "เมืองหลวง", "กรุงเทพเป็นเมืองหลวง", "แมวกินปลา"),
+        ("japanese", "タワー", "東京ﾀﾜｰの高さ", "京都には寺が多い"),
+        ("greek", "ΛΟΓΟΣ", "ο λόγος του", "ένα σπίτι"),
+        ("none", "ΛΟΓΟΣ", "ο λογος του", "ένα σπίτι"),
+        ("english", "retrieval", "about retr\u2060iev\u200cal", "about something else"),
+        ("korean", "서울", "서울은 큰 도시", "부산은 항구"),
     ],
 )
 def test_passages_are_found_in_any_script(language: str, query: str, found: str, other: str) -> None:
@@ -128,7 +139,7 @@ def test_scripts_that_are_mixed_or_written_in_other_forms_give_plain_terms(text:
 
 @pytest.mark.parametrize(
     ("language", "stemmer", "kept"),
-    [("german", "auto", "german"), ("none", "auto", "english"), ("chinese", "auto", None), ("german", None, None)],
+    [("german", "auto", "german"), ("none", "auto", "english"), ("chinese", "auto", None), ("german", None, None), ("German", "English", "english")],
 )
 def test_the_stemmer_is_that_of_the_language_unless_it_is_named(
     language: str, stemmer: str | None, kept: str | None, tmp_path: Path
