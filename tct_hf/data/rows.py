@@ -191,13 +191,19 @@ def as_text(value: Any, column: str, *, allow_empty: bool = False) -> str:
 
 def checked_texts(texts: Iterable[Any], what: str, first: int = 0) -> list[str]:
     """Texts that a tokenizer can take; a bad one is a ValueError with its number, counted from `first`."""
-    checked = list(texts)
-    for number, text in enumerate(checked, first):
+    return list(each_checked(texts, what, first))
+
+
+def each_checked(texts: Iterable[Any], what: str, first: int = 0) -> Iterator[str]:
+    """The same, one by one."""
+    if isinstance(texts, (str, bytes, Mapping)):
+        given = "a mapping" if isinstance(texts, Mapping) else "one string"
+        raise ValueError(f"{what}: {given}; pass a list of texts")
+    for number, text in enumerate(texts, first):
         try:
-            as_text(text, "text", allow_empty=True)
+            yield as_text(text, "text", allow_empty=True)
         except BadRow as error:
             raise ValueError(f"{what}, number {number}: {error.problem}") from None
-    return checked
 
 
 def as_id(value: Any, column: str) -> str:

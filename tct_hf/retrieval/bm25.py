@@ -16,7 +16,7 @@ from scipy.sparse import csc_matrix
 
 from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
-from tct_hf.data.rows import checked_texts
+from tct_hf.data.rows import checked_texts, each_checked
 from tct_hf.files import command, file_digest
 from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k
 from tct_hf.retrieval.runs import Run
@@ -89,21 +89,16 @@ class BM25Index(Index):
 
         k1 = k1 if k1 is not None else EXPANDED_K1 if expansion else PASSAGE_K1
         b = b if b is not None else EXPANDED_B if expansion else PASSAGE_B
-        if not 0 <= k1 < math.inf or not 0 <= b <= 1:
-            raise ValueError(f"k1={k1}, b={b}: k1 must be finite and 0 or more, and b between 0 and 1")
-        if backend not in ("numba", "numpy"):
-            raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
-        _keep_compiled()
         settings: dict[str, Any] = {"k1": k1, "b": b, "method": "lucene"}
         settings |= {"language": language, "stemmer": stemmer_of(language, stemmer), "backend": backend}
         if expansion:
             settings["expansion"] = dict(expansion)
+        _check_settings(settings)
+        _keep_compiled()
         analyse = analyser(language, stemmer)
         vocabulary: dict[str, int] = {}
-        if isinstance(texts, str):
-            raise ValueError("texts: one string; pass a list of passages")
         tokens = []
-        for text in texts:
+        for text in each_checked(texts, "texts"):
             # Four bytes a token: a list of int objects takes several times that.
             tokens.append(array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in analyse(text)]))
         id_list = list(ids)
@@ -130,10 +125,6 @@ class BM25Index(Index):
             ValueError: k is below 1, queries are one string or a mapping, or one is no text.
         """
         k = check_k(k)
-        if isinstance(queries, (str, bytes)):
-            raise ValueError("queries: one string; pass a list of query texts")
-        if isinstance(queries, Mapping):
-            raise ValueError("queries: a mapping; pass list(queries.values()), or use run()")
         words = [self._analyse(text) for text in checked_texts(queries, "queries")]
         tokens = [self._numbers(asked) for asked in words]
         ids: list[list[str]] = [[] for _ in tokens]
@@ -221,6 +212,9 @@ class BM25Index(Index):
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> BM25Index:
         import bm25s
 
+        _check_settings(settings)
+        if not 0 < settings["average_length"] < math.inf:
+            raise ValueError(f"average_length={settings['average_length']}: it must be finite and above 0")
         _keep_compiled()
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
         _check_engine(engine, len(ids), verify)
@@ -231,6 +225,16 @@ class BM25Index(Index):
         rows = [(name, str(value)) for name, value in self.settings.items() if name != "expansion"]
         rows += [(f"expansion: {name}", str(value)) for name, value in expansion.items() if value not in (None, False)]
         return ", each with queries that were generated for it" if expansion else "", rows
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    k1, b, backend = (settings[name] for name in ("k1", "b", "backend"))
+    if not 0 <= k1 < math.inf or not 0 <= b <= 1:
+        raise ValueError(f"k1={k1}, b={b}: k1 must be finite and 0 or more, and b between 0 and 1")
+    if backend not in ("numba", "numpy"):
+        raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
+    if not isinstance(expansion := settings.get("expansion", {}), dict):
+        raise ValueError(f"expansion: {expansion!r} is no mapping")
 
 
 def _check_engine(engine: Any, passages: int, verify: bool) -> None:

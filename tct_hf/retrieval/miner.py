@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from tct_hf.data.column_names import negative_columns
 from tct_hf.data.near_duplicates import folded, share_most, shingles
 from tct_hf.data.rows import BadRow, as_id, as_text
+from tct_hf.retrieval.index import check_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +141,7 @@ class Miner:
         *,
         same_ids: bool,
     ) -> None:
-        self._corpus = corpus.select_columns("text")
+        self._corpus = corpus
         self._ids, self._rules, self._queries, self._teacher = ids, rules, queries, teacher
         self._same_ids = same_ids
         for query_id, text in queries.items():
@@ -218,15 +219,15 @@ class Miner:
             self._text.update(zip(missing, self._corpus[missing]["text"], strict=True))
 
     def is_query(self, query_id: str, passage: int) -> bool:
-        """Whether a passage is the query itself: by its text, or by its id (its text may begin with a title)."""
+        """Whether a passage is the query itself: by its text, which a title may precede, or by its id."""
         if passage not in self._text:
             self.read({passage})
         same_id = self._ids[passage] == query_id
         # Equal texts are about equally long: most passages need no closer look.
         if not same_id and len(self._text[passage]) > 2 * len(self._queries[query_id]):
             return False
-        text, asked = self._folded(passage), self._asked[query_id]
-        return bool(text == asked) or (same_id and (self._same_ids or text.endswith(asked)))
+        ends = f" {self._folded(passage)}".endswith(f" {self._asked[query_id]}")
+        return ends or (same_id and self._same_ids)
 
     def _consider(self, row: OpenRow, passage: int) -> None:
         if len(row.chosen) == self._rules.num_negatives or passage in row.seen:
@@ -315,13 +316,29 @@ def column_names(num_negatives: int) -> list[str]:
     return ["query", "positive", *names, *ids, "known_positive_ids"]
 
 
-def passage_ids(corpus: Dataset) -> list[str]:
-    """The ids of a corpus; ValueError where it lacks a column, id or text."""
+def read_corpus(corpus: Dataset) -> tuple[Dataset, list[str]]:
+    """A corpus in no format, and its ids as text; ValueError where a column, an id or a text is missing or repeated."""
+    from datasets import Dataset  # slow to import
+
+    if not isinstance(corpus, Dataset):
+        given = type(corpus).__name__
+        raise ValueError(
+            f"corpus: a {given} where a Dataset with id and text is needed; make one with Dataset.from_list"
+        )
     missing = [name for name in ("id", "text") if name not in corpus.column_names]
     if missing:
         raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
-    ids: list[str] = corpus["id"][:]
-    return ids
+    corpus = corpus.select_columns(["id", "text"])
+    table = corpus.with_format("arrow")[:]
+    for name in ("id", "text"):
+        if table[name].null_count:
+            at = table[name].is_null().index(True).as_py()
+            raise ValueError(f"corpus: the {name} of row {at} is missing (null); fill it in or remove the row")
+    ids = table["id"].to_pylist()
+    if ids and type(ids[0]) is int:
+        ids = list(map(str, ids))
+    check_ids(ids, len(ids), "corpus")
+    return corpus.with_format(None), ids
 
 
 def positive_rows(

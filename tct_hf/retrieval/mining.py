@@ -26,8 +26,8 @@ from tct_hf.retrieval.miner import (
     Rules,
     Scores,
     column_names,
-    passage_ids,
     positive_rows,
+    read_corpus,
     refuse,
 )
 from tct_hf.retrieval.runs import rank
@@ -132,7 +132,7 @@ def mine_triples(
             and (callable(run) or teacher is not None),
         }
     )
-    ids = passage_ids(corpus)
+    corpus, ids = read_corpus(corpus)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     positives, same_ids = positive_rows(queries, qrels, row_of), ids_are_shared(qrels)
     if not callable(run) and not any(run.get(query_id) for query_id in positives):
@@ -267,8 +267,8 @@ def _data_digest(
     corpus: Dataset, queries: Mapping[str, str], positives: Mapping[str, Sequence[int]], ids: Sequence[str]
 ) -> str:
     def texts() -> Iterator[str]:
-        for batch in corpus.select_columns(["id", "text"]).iter(1000):
-            yield from (*batch["id"], *batch["text"])
+        for batch in corpus.iter(1000):
+            yield from (*map(str, batch["id"]), *batch["text"])
         for query_id, rows in positives.items():
             yield from (query_id, queries[query_id], *(ids[row] for row in rows))
 

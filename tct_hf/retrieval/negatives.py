@@ -14,7 +14,7 @@ from tct_hf.data.collection import Collection, Split
 from tct_hf.data.made_questions import MadeQuestion
 from tct_hf.data.qrels import ids_are_shared
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, passage_ids, positive_rows
+from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, positive_rows, read_corpus
 from tct_hf.retrieval.runs import rank
 from tct_hf.retrieval.words import LANGUAGE, STEMMER
 
@@ -79,14 +79,14 @@ def bm25_triples(
     from datasets import Dataset  # slow to import
 
     rules = Rules(num_negatives, max(depth, num_negatives), seed)
-    ids = passage_ids(corpus)
+    corpus, ids = read_corpus(corpus)
     row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     unlabelled, without = unlabelled or {}, without or {}
     positives = positive_rows(queries, qrels, row_of) if qrels or not unlabelled else {}
     if both := [query_id for query_id in unlabelled if query_id in positives]:
         raise ValueError(f"unlabelled: query {both[0]!r} has positives in qrels; leave it out of one of them")
     if index is None:
-        passages = (row["text"] for row in corpus.select_columns("text"))
+        passages = (row["text"] for row in corpus)
         index = BM25Index.build(passages, ids, language=language, stemmer=stemmer)
     elif len(index) != len(ids) or any(passage_id not in row_of for passage_id in index.ids):
         raise ValueError(

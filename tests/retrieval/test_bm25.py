@@ -139,7 +139,13 @@ def test_scripts_that_are_mixed_or_written_in_other_forms_give_plain_terms(text:
 
 @pytest.mark.parametrize(
     ("language", "stemmer", "kept"),
-    [("german", "auto", "german"), ("none", "auto", "english"), ("chinese", "auto", None), ("german", None, None), ("German", "English", "english")],
+    [
+        ("german", "auto", "german"),
+        ("none", "auto", "english"),
+        ("chinese", "auto", None),
+        ("german", None, None),
+        ("German", "English", "english"),
+    ],
 )
 def test_the_stemmer_is_that_of_the_language_unless_it_is_named(
     language: str, stemmer: str | None, kept: str | None, tmp_path: Path
@@ -187,7 +193,11 @@ def test_equal_scores_at_the_cut_are_chosen_by_id_whatever_the_order_of_the_corp
     [
         ({"texts": [], "ids": []}, "nothing to index"),
         ({"texts": ["the", "of", "and", "."]}, "no passage has a word"),
+        ({"texts": ["one", None, "b", "c"]}, r"texts, number 1: no text \(null\)"),
+        ({"texts": ["one", b"two", "b", "c"]}, "texts, number 1: holds b'two'"),
+        ({"texts": {"a": "one"}}, "texts: a mapping; pass a list"),
         ({"k1": -1.0}, "k1=-1.0"),
+        ({"k1": math.nan}, "k1=nan"),
         ({"k1": math.inf}, r"k1=inf, b=0\.68: k1 must be finite"),
         ({"b": 1.5}, "b=1.5"),
         ({"stemmer": "klingon"}, "stemmer: 'klingon'"),

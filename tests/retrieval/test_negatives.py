@@ -84,8 +84,39 @@ def test_wrong_arguments_and_judgements_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             bm25_triples(corpus(), QUERIES, qrels, **{"seed": 1, "index": index(), **options})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="column 'text' is missing"):
-        bm25_triples(corpus().rename_column("text", "body"), QUERIES, QRELS, seed=1)
+
+
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (corpus().rename_column("text", "body"), "column 'text' is missing"),
+        (list(corpus()), "a list where a Dataset"),
+        (Dataset.from_dict({"id": ["a", "b"], "text": ["x", None]}), "the text of row 1 is missing"),
+        (Dataset.from_dict({"id": ["a", None], "text": ["x", "y"]}), "the id of row 1 is missing"),
+        (Dataset.from_dict({"id": ["a", "b", "a"], "text": ["x", "y", "z"]}), "'a' comes twice"),
+        (Dataset.from_dict({"id": [1, 2, 1], "text": ["x", "y", "z"]}), "'1' comes twice"),
+    ],
+)
+def test_a_corpus_that_names_no_passages_is_refused(mined: bool, given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^(corpus|ids): .*{message}"):
+        if mined:
+            mine_triples({"q1": {"pear": 1.0}}, given, QUERIES, QRELS, origin="a run", seed=1)  # type: ignore[arg-type]
+        else:
+            bm25_triples(given, QUERIES, QRELS, seed=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", [None, "arrow", "numpy", "pandas", "int"])
+def test_a_corpus_of_any_format_or_with_numbers_as_ids_gives_the_same_rows(form: str | None) -> None:
+    given = Dataset.from_dict({"id": list(map(str, range(len(TEXTS)))), "text": list(TEXTS.values())})
+    qrels = {"q1": {"0": 1}, "q2": {"3": 1}}
+    plain = list(bm25_triples(given, QUERIES, qrels, seed=1, num_negatives=2))
+    numbers = Dataset.from_dict({"id": list(range(len(TEXTS))), "text": list(TEXTS.values())})
+    made = numbers if form == "int" else given.with_format(form)
+    assert list(bm25_triples(made, QUERIES, qrels, seed=1, num_negatives=2)) == plain
+    run = {name: {str(at): float(-at) for at in range(7)} for name in qrels}
+    mined = [list(mine_triples(run, one, QUERIES, qrels, origin="a run", seed=1)) for one in (given, made)]
+    assert mined[0] == mined[1]
 
 
 QUESTIONS = {"u1": "plum jam on a tree", "u2": "quagga", "q4": "pear orchard"}
@@ -141,6 +172,7 @@ ITSELF = {
     **TEXTS,
     "q1": "Garden: apple tree fruit",  # with a title before the query's own text
     "same": "Apple, tree; fruit!",
+    "titled": "Orchard. Apple tree fruit",  # under another id too
 }
 
 
@@ -153,17 +185,17 @@ ITSELF = {
 )
 def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive(make: str, qrels: dict) -> None:
     asked, of_texts = {"q1": "apple tree fruit"}, corpus(ITSELF)
-    ranked = {name: 9.0 - place for place, name in enumerate(["same", "q1", "apple", "pear", "plum"])}
+    ranked = {name: 9.0 - place for place, name in enumerate(["same", "titled", "q1", "apple", "pear", "plum"])}
     options: dict = {"num_negatives": 3, "seed": 1}
     if make == "mined":
-        rows = mine_triples({"q1": ranked}, of_texts, asked, qrels, origin="a run", depth=5, **options)
+        rows = mine_triples({"q1": ranked}, of_texts, asked, qrels, origin="a run", depth=6, **options)
     else:
         options |= {"candidates": {"q1": ranked} if make == "candidates" else None, "index": index(ITSELF)}
         unlabelled = asked if qrels is None else {}
         rows = bm25_triples(of_texts, asked, qrels or {}, unlabelled=unlabelled, **options)
     [row] = list(rows)
     assert row["positive_id"] in ("apple", "copy")
-    assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"q1", "same", "apple", "copy"}
+    assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"q1", "same", "titled", "apple", "copy"}
     if qrels is None and make == "candidates":
         assert row["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
 
