@@ -43,7 +43,7 @@ class BM25Index(Index):
     """
 
     kind, title, tags = "BM25 index", "A BM25 index (bm25s)", ("bm25",)
-    settings_file, format = "tct_bm25.json", 7
+    settings_file, format = "tct_bm25.json", 8
 
     def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
         self._engine = engine

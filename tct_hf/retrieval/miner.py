@@ -317,7 +317,7 @@ def column_names(num_negatives: int) -> list[str]:
 
 
 def read_corpus(corpus: Dataset) -> tuple[Dataset, list[str]]:
-    """A corpus in no format, and its ids as text; ValueError where a column, an id or a text is missing or repeated."""
+    """A corpus in no format and its ids as text; ValueError where an id is repeated, or an id or a text is missing."""
     from datasets import Dataset  # slow to import
 
     if not isinstance(corpus, Dataset):
