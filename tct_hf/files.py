@@ -283,8 +283,9 @@ def check_seal(folder: Path) -> None:
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     kept = read_json(file, "it is made again")
-    if differs := [name for name, written in kept.items() if _checked(folder / name) != written]:
-        raise ValueError(f"the checksum differs of {differs[0]}")
+    for name, written in kept.items():
+        if (found := _checked(folder / name)) != written:
+            raise ValueError(f"the checksum differs of {name}" if found else f"{name} is missing")
 
 
 def _contents(folder: Path) -> dict[str, list[Any]]:

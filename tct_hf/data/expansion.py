@@ -18,6 +18,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data import shards
 from tct_hf.data.near_duplicates import folded
+from tct_hf.data.rows import checked_texts, plain
 from tct_hf.data.texts import rows_in_batches
 from tct_hf.files import command
 
@@ -122,14 +123,15 @@ def write_expansions(
 
 def _checked(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     for number, row in enumerate(rows):
-        passage_id, queries = row.get("id"), row.get("queries")
+        passage_id, queries = row.get("id"), plain(row.get("queries"))
         if not isinstance(passage_id, str):
             raise ValueError(f"rows: number {number} has id = {passage_id!r}: it must be a string.")
         if not isinstance(queries, (list, tuple)) or not all(isinstance(query, str) for query in queries):
             raise ValueError(
                 f"rows: {passage_id!r} (number {number}) has queries = {queries!r}: give a list of texts."
             )
-        yield passage_id, list(queries)
+        [passage_id, *texts] = checked_texts([passage_id, *queries], f"rows: number {number}, id and queries")
+        yield passage_id, texts
 
 
 def expanded_texts(

@@ -276,6 +276,10 @@ def student_from_teacher(
     _check(encoding, prompts, pooling=pooling, query_augmentation=query_augmentation, scale=scale)
     model: Any = getattr(teacher, "model", teacher)
     if isinstance(teacher, (str, Path)):
+        if (kind := kind_of(str(teacher))) not in ("colbert", "other", None):
+            raise ValueError(
+                f"{teacher} is no ColBERT ({kind}), so there is no teacher to start from: use build_student."
+            )
         model = MultiVectorEncoder(str(teacher), device="cpu")
     if not isinstance(model, MultiVectorEncoder):
         raise ValueError(
@@ -385,6 +389,10 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
         OSError: the folder can't be written.
     """
     path = Path(path)
+    if not isinstance(getattr(student, "_orig_mod", student), SentenceTransformer):  # or a compiled one
+        raise ValueError(
+            f"A {type(student).__name__} is no student of one vector a text: save it with save_pretrained."
+        )
     refuse_not_finite(student.named_parameters(), "The student")
     final = Path(os.path.realpath(path))
     with staging_beside(final) as staging:

@@ -163,8 +163,11 @@ def recognise(name_or_path: str, folder: Path) -> Recognised:
     read_json(folder / "tokenizer_config.json")  # for its check
     check_query_length(name_or_path, config, own, *map(read_json, others))
     classes = module_classes(modules)
-    if (folder / "artifact.metadata").is_file() or "HF_ColBERT" in (config.get("architectures") or []):
+    architectures = [str(name) for name in config.get("architectures") or []]
+    if (folder / "artifact.metadata").is_file() or "HF_ColBERT" in architectures:
         return Recognised("colbert", "artifact.metadata and architecture of the Stanford code")
+    if modules is None and any(name.endswith("ForRetrieval") for name in architectures):
+        return Recognised("colbert", f"architecture {architectures[0]}")
     if own.get("model_type") in ("ColBERT", "MultiVectorEncoder") or own.get("similarity_fn_name") == "MaxSim":
         return Recognised("colbert", f"model type {own.get('model_type')} in config_sentence_transformers.json")
     if own.get("model_type") == "SparseEncoder" or {"SpladePooling", "MLMTransformer"} & set(classes):

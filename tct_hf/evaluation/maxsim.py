@@ -151,11 +151,12 @@ def late_interaction_run(
     bf16: bool = False,
 ) -> Run:
     """Score every passage by MaxSim and keep none of its vectors: exhaustive, whatever the size of the corpus."""
-    ids, vectors = list(corpus_ids), encode_query_tokens(model, list(queries.values()), bf16=bf16)
+    passages = dict(zip(corpus_ids, checked_texts(corpus_texts, "document texts"), strict=True))
+    vectors = encode_query_tokens(model, list(queries.values()), bf16=bf16)
     best: Run = {query: {} for query in queries}
     # Passages of similar length together, so that token matrices are padded little.
-    for part in _chunks(sorted(range(len(ids)), key=lambda row: len(corpus_texts[row]))):
-        chunk = TokenVectors.encoded(model, {ids[row]: corpus_texts[row] for row in part}, bf16=bf16)
+    for part in _chunks(sorted(passages, key=lambda name: len(passages[name]))):
+        chunk = TokenVectors.encoded(model, {name: passages[name] for name in part}, bf16=bf16)
         for query, found in zip(queries, chunk.search(vectors, k), strict=True):
             best[query] = dict(rank(best[query] | found)[:k])
     return best
@@ -183,8 +184,9 @@ def rerank_run(
     for at, query in enumerate(asked):
         for name in ranked[query][:k]:
             askers.setdefault(name, []).append(at)
-    for part in _chunks(sorted(askers, key=lambda name: (len(texts[name]), name))):
-        chunk = TokenVectors.encoded(model, {name: texts[name] for name in part}, bf16=bf16)
+    passages = dict(zip(askers, checked_texts(map(texts.__getitem__, askers), "document texts"), strict=True))
+    for part in _chunks(sorted(askers, key=lambda name: (len(passages[name]), name))):
+        chunk = TokenVectors.encoded(model, {name: passages[name] for name in part}, bf16=bf16)
         pools: dict[int, list[str]] = {}
         for name in part:
             for at in askers[name]:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tct_hf.data.column_names import negative_columns
 from tct_hf.data.qrels import ids_are_shared
+from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import checked_shards, digest_of, run_shards
 from tct_hf.data.sources import read_parquet, write_parquet
 from tct_hf.files import claim, read_json, working_in, write_json_atomic
@@ -116,6 +117,7 @@ def mine_triples(
     """
     from datasets import Dataset  # slow to import
 
+    [origin] = checked_texts([origin], "origin")
     rules = Rules(num_negatives, depth, seed, margin, near_duplicate, too_few)
     refuse(
         {

@@ -73,6 +73,9 @@ class TCTDataCollator(SentenceTransformerDataCollator):
                     )
             rest["labelled"] = torch.tensor([row["labelled"] for row in features], dtype=torch.bool)
         if "label_weight" in first:
+            for row in features:
+                if not isinstance(weight := row["label_weight"], (int, float)) or not 0.0 <= weight < float("inf"):
+                    raise ValueError(f"Column 'label_weight' holds {weight!r}: give a finite number, 0 or greater.")
             rest["label_weight"] = torch.tensor([row["label_weight"] for row in features], dtype=torch.float32)
         if self.teacher is not None:
             prepared = self.teacher.collate(texts["query"], [texts[name] for name in columns], features)
@@ -91,6 +94,9 @@ def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str,
     names = [] if missing else [f"{name}_id" for name in columns]
     for row, name in ((row, name) for row in rows for name in names if row[name] is None):
         raise ValueError(f"Query {row['query']!r} has no {name}: fill it in, or remove the row or the column.")
+    for row, name in ((row, name) for row in rows for name in (KNOWN, KNOWN_TEXTS)):
+        if (listed := row.get(name)) is not None and (isinstance(listed, str) or None in listed):
+            raise ValueError(f"Query {row['query']!r} has {name} = {listed!r}: give a list of ids without nulls.")
     texts = [[text_key(row[name]) for name in columns] for row in rows]
     asked = [text_key(row["query"]) for row in rows]
     labelled = [row.get(LABELLED, True) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -90,16 +91,23 @@ class ResumableTrainer(Trainer):
     All passes over a streamed data set are one epoch of `max_steps` steps to the trainer; a resumed run goes on with
     the row that follows. `dataloader_drop_last` has no effect: no row is left over.
 
-    Training stops at the first loss or gradient that is not finite, and where there is no step or no gradient. Weights
-    are trained in float32, whatever they were loaded in.
+    Training stops at the first loss or gradient that is not finite, and where no step changes a weight. Weights are
+    trained in float32, whatever they were loaded in, and evaluation in half precision leaves them as they were.
     """
 
     _aside: str | None = None
-    _idle_steps: int | None = 0  # steps without a gradient; None once there was one
+    _idle_steps: int | None = 0  # steps that changed no weight; None once there was one that did
+    _rate = 0.0  # the highest learning rate of the last of them
     _skipped_steps = 0  # in a row, by fp16's scaler
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for one in _evaluators(self):
+            if not callable(one):
+                raise ValueError(
+                    f"evaluator is {one!r}, which can't be called: give an evaluator of sentence-transformers, such "
+                    "as an InformationRetrievalEvaluator, or None."
+                )
         master_weights(self.model)
         self.add_callback(PassOver())
         self.add_callback(_NothingLearned(self))
@@ -115,7 +123,19 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir)) or True
         elif resume_from_checkpoint:
             refuse_damaged(resume_from_checkpoint)
+        master_weights(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; with bf16_full_eval or fp16_full_eval, which cast the model itself, its weights come back."""
+        in_half = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        model: Any = self.model
+        kept = copy.deepcopy(model.state_dict()) if in_half else None
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if kept is not None:
+                model.float().load_state_dict(kept)
 
     def _load_best_model(self) -> None:
         if os.path.isdir(self.state.best_model_checkpoint or ""):
@@ -134,7 +154,15 @@ class ResumableTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch forward and backward; refuses a loss that is not finite."""
-        loss = super().training_step(*args, **kwargs)
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                "None of the weights that the loss depends on is to be trained (requires_grad is False), so nothing "
+                "would be learned: unfreeze some with requires_grad_(True)."
+            ) from error
         self._refuse_not_finite("loss", float(loss))
         return loss
 
@@ -147,13 +175,20 @@ class ResumableTrainer(Trainer):
         self._refuse_not_finite("gradient", float(norm))
         self._skipped_steps = 0
         if self._idle_steps is not None:
-            self._idle_steps = self._idle_steps + 1 if float(norm) == 0.0 else None
+            optimizer: Any = self.optimizer
+            self._rate = max(float(group["lr"]) for group in optimizer.param_groups)
+            self._idle_steps = self._idle_steps + 1 if 0.0 in (float(norm), self._rate) else None
             if self._idle_steps == PATIENCE:
                 self.refuse_idle()
         return norm
 
     def _refuse_not_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            if not self.state.global_step:
+                raise ValueError(
+                    f"Training stopped at step 1: the {what} is {value}, before any weight has changed. Check that "
+                    "the model's weights and the teacher's scores are of ordinary size, and the loss's settings."
+                )
             raise ValueError(
                 f"Training stopped at step {self.state.global_step + 1}: the {what} is {value}, with learning rate "
                 f"{self._get_learning_rate():.3g} and max_grad_norm {self.args.max_grad_norm:g}. Lower learning_rate, "
@@ -161,7 +196,12 @@ class ResumableTrainer(Trainer):
             )
 
     def refuse_idle(self) -> None:
-        """Stop a run whose steps have no gradient."""
+        """Stop a run whose steps have no gradient, or a learning rate of 0."""
+        if not self._rate:
+            raise ValueError(
+                f"The learning rate of the first {self._idle_steps} steps is 0, so nothing is learned: raise "
+                "learning_rate, or warm up over fewer steps."
+            )
         raise ValueError(
             f"The gradient of the first {self._idle_steps} steps is 0, so nothing is learned: a query needs another "
             "candidate than its positive. Raise per_device_train_batch_size, give rows negatives, and unfreeze the "
@@ -335,7 +375,7 @@ class ResumableTrainer(Trainer):
 
 
 class _NothingLearned(TrainerCallback):
-    """Refuses to end, or to save, a run that took no step or had no gradient."""
+    """Refuses to end, or to save, a run that changed no weight."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
@@ -345,6 +385,11 @@ class _NothingLearned(TrainerCallback):
         self.begun, self.trainer._idle_steps = state.global_step, 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.max_steps <= 0:
+            raise ValueError(
+                f"num_train_epochs={args.num_train_epochs:g} makes no step, so nothing would be trained: raise it, or "
+                "set max_steps."
+            )
         if not state.global_step:
             raise ValueError(
                 "No batch was made of train_dataset, so nothing was trained: give it more rows with different texts, "
@@ -352,6 +397,13 @@ class _NothingLearned(TrainerCallback):
             )
         if not self.begun and self.trainer._idle_steps:
             self.trainer.refuse_idle()
+
+    on_train_end = on_epoch_end  # without an epoch there is no end of one
+
+
+def _evaluators(trainer: Any) -> list[Any]:
+    evaluator = getattr(trainer, "evaluator", None)  # trainers of transformers have none
+    return evaluator.evaluators if isinstance(evaluator, SequentialEvaluator) else [evaluator] if evaluator else []
 
 
 class _WholeCard(TrainerCallback, ExportableState):
@@ -361,10 +413,7 @@ class _WholeCard(TrainerCallback, ExportableState):
     """
 
     def __init__(self, trainer: ResumableTrainer) -> None:
-        evaluator: Any = getattr(trainer, "evaluator", None)
-        self.evaluators: list[Any] = (
-            evaluator.evaluators if isinstance(evaluator, SequentialEvaluator) else [evaluator]
-        )
+        self.evaluators = _evaluators(trainer)
         self.card: Any = getattr(trainer.model, "model_card_data", None)  # models of transformers have none
 
     def state(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ NUMBERS: dict[str, float] = {
     "margin_mse_weight": 0.0,
     "student_divisor": 1.0,
 }
+_FARTHEST = 1e6  # of a factor or divisor: beyond, scores overflow in float32 or gradients vanish
 LOSS_SETTINGS = (
     *NUMBERS,
     "student_scale",
@@ -45,10 +46,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         if value is not None and not 0.0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be a finite number greater than 0.")
-    for name, most in (("hard_label_weight", 1.0), ("margin_mse_weight", float("inf"))):
+        if value is not None and not 1 / _FARTHEST <= value <= _FARTHEST:
+            raise ValueError(
+                f"{name}={value} is beyond what float32 can train with: take a number from 1e-06 to 1e+06."
+            )
+    for name, most in (("hard_label_weight", 1.0), ("margin_mse_weight", _FARTHEST)):
         value = settings.get(name)
-        if value is not None and not (0.0 <= value <= most and value < float("inf")):
-            wanted = "number from 0 to 1" if most == 1 else "finite number, 0 or greater"
+        if value is not None and not 0.0 <= value <= most:
+            wanted = "number from 0 to 1" if most == 1 else "finite number from 0 to 1e+06"
             raise ValueError(f"{name}={value} must be a {wanted}.")
     for name, known in (("kl_direction", get_args(KLDirection)), ("candidates", ("in-batch", "own"))):
         if settings.get(name, known[0]) not in known:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tct_hf.batches import first_row, gather_rows, sizes_of_all
 from tct_hf.data.column_names import IN_EVERY_ROW, candidate_columns
+from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.scale import keep_scalar, length_of
 from tct_hf.retrieval.encode import say_cut_queries
@@ -83,14 +84,14 @@ def checked_rows(given: Any, argument: str) -> Any:
 
 
 def _checked(rows: Any, name: str) -> Any:
-    if isinstance(rows, IterableDataset):
+    if isinstance(rows, IterableDataset) and (rows.column_names or next(iter(rows), None)):
         return rows
-    if not isinstance(rows, Dataset):
+    if not isinstance(rows, (Dataset, IterableDataset)):
         raise ValueError(
             f"{name} is a {type(rows).__name__}, not a data set: make it one with datasets.Dataset.from_list(rows), "
             "or read a file with load_triples."
         )
-    if not len(rows):
+    if isinstance(rows, IterableDataset) or not len(rows):
         raise ValueError(f"{name} has no rows: check its source, and what a filter left of it.")
     if rows.format["type"] not in (None, "custom"):  # a transform is the user's own
         rows = rows.with_format(None)
@@ -132,6 +133,12 @@ class CoupledTrainer(ResumableTrainer):
             )
         train_dataset = checked_rows(train_dataset, "train_dataset")
         eval_dataset = checked_rows(eval_dataset, "eval_dataset")
+        for name, one in _each(loss, "loss"):
+            if not callable(one):
+                raise ValueError(
+                    f"{name} is {one!r}, not a loss: give a TightlyCoupledLoss, or none for one with the arguments' "
+                    "settings."
+                )
         self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
         collator = kwargs.get("data_collator")
         if isinstance(collator, TCTDataCollator):
@@ -225,7 +232,7 @@ class CoupledTrainer(ResumableTrainer):
                 )
             if self.is_world_process_zero():
                 if isinstance(dataset, Dataset):
-                    queries = [row["query"] for row in islice(dataset, _LOOKED_AT)]
+                    queries = checked_texts((row["query"] for row in islice(dataset, _LOOKED_AT)), f"{name}: queries")
                     say_cut_queries(self.model, queries, len(queries))
                 self.teacher.announce(dataset, columns, queries=size, devices=devices)
 

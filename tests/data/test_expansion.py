@@ -124,10 +124,15 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     for bad, message in (
         ([{"id": 1, "queries": []}], "number 0 has id = 1"),
         ([{"id": "a", "queries": "what"}], "'a' .number 0. has queries = 'what'"),
+        ([{"id": "a", "queries": [b"what"]}], "queries = .b'what'.: give a list of texts"),
+        ([{"id": "a", "queries": ["what", "half \ud83d"]}], "id and queries, number 2: half a surrogate pair"),
         ([], "nothing to write, the corpus or the rows are empty"),
     ):
         with pytest.raises(ValueError, match=message):
             write_expansions(bad, tmp_path / "bad", settings={})
+    listed = Dataset.from_list([{"id": "a", "queries": ["what", "why"]}])
+    write_expansions(listed.with_format("numpy"), tmp_path / "numpy", settings={})
+    assert load_expansions(tmp_path / "numpy")[:] == listed[:]
     with pytest.raises(ValueError, match="shard_size must be at least 1, got 0"):
         write_expansions(rows(), tmp_path / "bad", settings={}, shard_size=0)
 

@@ -399,7 +399,9 @@ def test_weights_of_a_half_precision_checkpoint_become_float32(bases: dict[str, 
 # --- ColBERT and saves ---
 
 
-def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(bases: dict[str, Path]) -> None:
+def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     colbert = build_colbert(str(bases["bert"]), encoding="tct", dim=16, document_length=LENGTH)
     student = student_from_teacher(colbert, document_length=LENGTH)
     for side, prompt in (("query", "[Q] "), ("document", "[D] ")):
@@ -411,6 +413,11 @@ def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(bases
     assert np.linalg.norm(np.asarray(vectors), axis=1) == pytest.approx(np.ones(36), abs=1e-5)
     with pytest.raises(ValueError, match="SentenceTransformer is not a multi-vector model"):
         student_from_teacher(student)
+    student.save_pretrained(str(tmp_path / "student"))
+    with pytest.raises(ValueError, match=r"student is no ColBERT \(student\).* use build_student"):
+        student_from_teacher(tmp_path / "student")
+    with pytest.raises(ValueError, match="A MultiVectorEncoder is no student of one vector a text"):
+        save_student(colbert, tmp_path / "colbert")
     with pytest.raises(ValueError, match="dim=16"):
         build_colbert(str(bases["bert"]), dim=16)
 

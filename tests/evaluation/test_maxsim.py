@@ -82,6 +82,14 @@ def test_only_the_top_k_need_texts_and_each_is_encoded_once(colbert: Any, monkey
     assert sorted(seen) == sorted([CORPUS["p1"], CORPUS["p2"]])
 
 
+@pytest.mark.parametrize("bad", [None, 7, b"x", "\ud800"])
+def test_a_text_that_is_none_is_refused_before_texts_are_sorted(colbert: Any, bad: Any) -> None:
+    with pytest.raises(ValueError, match="document texts, number 1: "):
+        late_interaction_run(colbert, ["a", "b"], ["x", bad], ASKED)
+    with pytest.raises(ValueError, match="document texts, number 0: "):
+        rerank_run(colbert, {"q0": {"a": 1.0, "b": 2.0}}, {"a": "x", "b": bad}, ASKED, 1)
+
+
 def test_query_that_the_run_lacks_is_empty(colbert: Any) -> None:
     found = rerank_run(colbert, {"q1": {"p0": 1.0}, "q2": {}}, CORPUS, ASKED, 5)
     assert {query: len(hits) for query, hits in found.items()} == dict.fromkeys(ASKED, 0) | {"q1": 1}

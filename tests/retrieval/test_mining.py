@@ -263,6 +263,8 @@ def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
         ({"near_duplicate": 0.0}, "near_duplicate=0.0"),
         ({"too_few": "drop"}, 'use "fill" or "skip"'),
         ({"origin": " "}, "origin=' '"),
+        ({"origin": "x\ud800"}, "origin, number 0: half a surrogate pair"),
+        ({"origin": b"x"}, "origin, number 0: holds b'x' where text is needed"),
         ({"queries_a_part": 0}, "queries_a_part=0"),
         ({"run": {"q9": {"apple": 1.0}}}, "run: it has none of the queries"),
         ({"run": lambda queries: {}}, "run: it has no passage for any of the queries"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -47,6 +47,42 @@ def of_stage(kind: str, path: Path, student: Any, rows: Dataset, **settings: Any
 def spoil(model: Any) -> None:
     with torch.no_grad():
         next(iter(model.parameters())).fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_train_epochs": 0}, "num_train_epochs=0 makes no step"),
+        ({"learning_rate": 0.0}, "The learning rate of the first 2 steps is 0"),
+        ({"max_steps": 1, "warmup_steps": 1}, "The learning rate of the first 1 steps is 0"),
+        ({"frozen": ""}, "unfreeze some with requires_grad_"),
+        ({"frozen": "pooler"}, "unfreeze some with requires_grad_"),  # which the vectors do not depend on
+        ({"temperature": 1e-45}, "temperature=1e-45 is beyond what float32 can train with"),
+        ({"student_scale": 1e38}, "student_scale=1e.38 is beyond"),
+        ({"student_divisor": 1e30}, "student_divisor=1e.30 is beyond"),
+        ({"margin_mse_weight": 1e38}, "margin_mse_weight=1e.38 must be a finite number"),
+        ({"loss": "kl"}, "loss is 'kl', not a loss"),
+        ({"evaluator": "x"}, "evaluator is 'x', which can't be called"),
+    ],
+)
+def test_a_run_that_can_change_no_weight_is_refused(
+    student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    settings = dict(settings)
+    if (trained := settings.pop("frozen", None)) is not None:
+        for name, weight in student.named_parameters():
+            weight.requires_grad_(bool(trained) and trained in name)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, student, teacher, triples(16), **settings).train()
+
+
+def test_a_loss_that_is_not_finite_before_any_update_blames_no_learning_rate(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, student, teacher, triples(8))
+    trainer.compute_loss = lambda model, *args, **kwargs: next(model.parameters()).sum() * float("nan")
+    with pytest.raises(ValueError, match="step 1: the loss is nan, before any weight has changed"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"mini_batch_size": 4}])
@@ -224,7 +260,37 @@ def test_half_precision_weights_are_trained_in_float32(
     assert all(moved)
 
 
+def test_a_trainer_that_was_evaluated_in_half_precision_trains_as_before(
+    student: Any, teacher: Any, tmp_path: Path
+) -> None:
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    trainer = make_trainer(tmp_path, student, teacher, triples(16), eval_dataset=triples(8), bf16_full_eval=True)
+    trainer.evaluate()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    trainer.model.half()
+    trainer.train()
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+
+
 ROWS = triples(16)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("query", 7, "train_dataset: queries, number 0: holds 7 where text is needed"),
+        ("label_weight", float("nan"), "Column 'label_weight' holds nan"),
+        ("label_weight", -1.0, "Column 'label_weight' holds -1.0"),
+        ("known_positive_ids", "p1", "has known_positive_ids = 'p1': give a list"),
+        ("known_positive_ids", [None], r"has known_positive_ids = \[None\]: give a list"),
+    ],
+)
+def test_a_row_of_the_wrong_kind_is_refused(
+    student: Any, teacher: Any, tmp_path: Path, column: str, value: Any, message: str
+) -> None:
+    rows = Dataset.from_list([{**row, column: value} for row in ROWS])
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, student, teacher, rows).train()
 
 
 @pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
@@ -253,9 +319,10 @@ def without(name: str) -> Dataset:
         (list(ROWS), "is a list, not a data set: make it one with datasets.Dataset.from_list"),
         (ROWS.select([]), "has no rows"),
         (Dataset.from_list([]), "has no rows"),
+        (IterableDataset.from_generator(lambda: iter(())), "has no rows|is streamed"),
         *((without(name), f"row 3 has no {name}. Fill it in") for name in ("query", "positive", "negative_id")),
     ],
-    ids=["list", "none", "empty", "query", "positive", "id"],
+    ids=["list", "none", "empty", "empty stream", "query", "positive", "id"],
 )
 def test_what_is_no_training_data_is_refused_before_training(
     student: Any, teacher: Any, tmp_path: Path, argument: str, given: Any, message: str

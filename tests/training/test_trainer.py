@@ -79,7 +79,7 @@ def test_gradient_accumulation_takes_the_mean_of_its_batches(
 ) -> None:
     trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_accumulation_steps=2)
     trainer.train()
-    still = plain_losses(models, tmp_path, learning_rate=0.0)  # both batches at the same weights
+    still = plain_losses(models, tmp_path, learning_rate=1e-12)  # both batches at the same weights
     assert logged(trainer) == pytest.approx([np.mean(still)], abs=1e-6)
 
 
@@ -121,12 +121,12 @@ def test_dataset_dict_mixes_no_data_sets_in_a_batch(student: Any, teacher: Any, 
 
     # With one batch a data set, each logged loss is that of one data set trained alone.
     both = make_trainer(
-        tmp_path, student, teacher, DatasetDict(a=a, b=b), learning_rate=0.0, per_device_train_batch_size=16
+        tmp_path, student, teacher, DatasetDict(a=a, b=b), learning_rate=1e-12, per_device_train_batch_size=16
     )
     both.train()
     alone = []
     for rows in (a, b):
-        trainer = make_trainer(tmp_path, student, teacher, rows, learning_rate=0.0, per_device_train_batch_size=16)
+        trainer = make_trainer(tmp_path, student, teacher, rows, learning_rate=1e-12, per_device_train_batch_size=16)
         trainer.train()
         alone += logged(trainer)
     assert sorted(logged(both)) == pytest.approx(sorted(alone), abs=1e-5)
