@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -11,45 +9,29 @@ import pytest
 
 from tct_hf import SkippedRows, load_beir, load_collection, load_triples
 from tct_hf.data.beir import BeirOnHub, MissingSplitError, open_beir
+from tests.rows import jsonl, write
 
-CORPUS = [
-    {"_id": "d1", "title": "Title", "text": "one"},
-    {"_id": "d2", "title": "", "text": "two"},
-    {"_id": 3, "text": "three"},
-]
+TITLED = [{"_id": "d1", "title": "Title", "text": "one"}, {"_id": "d2", "title": "", "text": "two"}]
+CORPUS = [*TITLED, {"_id": 3, "text": "three"}]
 QUERIES = [{"_id": "q1", "text": "first"}, {"_id": "q2", "text": "second"}, {"_id": "q3", "text": "unjudged"}]
 QRELS = "query-id\tcorpus-id\tscore\nq2\td1\t1\nq1\td2\t2\nq1\t3\t0\n"
 
 
-def jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "set"
-    (root / "qrels").mkdir(parents=True)
-    (root / "corpus.jsonl").write_text(jsonl(CORPUS))
-    (root / "queries.jsonl").write_text(jsonl(QUERIES))
-    (root / "qrels" / "test.tsv").write_text(QRELS)
-    return root
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    write(tmp_path / "set" / "qrels" / "test.tsv", QRELS)
+    write(tmp_path / "set" / "corpus.jsonl", jsonl(CORPUS))
+    return write(tmp_path / "set" / "queries.jsonl", jsonl(QUERIES)).parent
 
 
 def load(folder: Path, split: str = "test", **options: Any) -> tuple:
-    return load_beir(folder, split, cache_dir=folder.parent / "cache", **options)
+    return load_beir(folder, split, **options)
 
 
 def check(loaded: tuple) -> None:
     corpus, queries, qrels = loaded
-    assert corpus.column_names[:2] == ["id", "text"]
-    assert corpus["id"][:] == ["d1", "d2", "3"]
-    assert corpus["text"][:] == ["Title one", "two", "three"]
+    texts = {"d1": "Title one", "d2": "two", "3": "three"}
+    assert list(corpus.select_columns(["id", "text"])) == [{"id": name, "text": text} for name, text in texts.items()]
     assert queries == {"q2": "second", "q1": "first"}
     assert qrels == {"q2": {"d1": 1}, "q1": {"d2": 2, "3": 0}}
 
@@ -65,7 +47,7 @@ def test_a_folder_is_read_compressed_or_not(folder: Path, qrels: bytes) -> None:
     check(loaded)
     assert loaded[0].cache_files and loaded[0].column_names == ["id", "text"]
     for path in (folder / "corpus.jsonl", folder / "queries.jsonl", folder / "qrels" / "test.tsv"):
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        write(path.with_name(path.name + ".gz"), path.read_bytes())
         path.unlink()
     check(load(folder))
 
@@ -79,11 +61,7 @@ def test_changed_corpus_is_converted_again(folder: Path) -> None:
 BAD_FILES = [
     ("corpus.jsonl", jsonl(CORPUS) + "{oops\n", r"corpus\.jsonl, line 4: not JSON"),
     ("corpus.jsonl", '{"_id": "d1", "text": "x", "text": "y"}\n', "line 1: the key 'text' comes twice"),
-    (
-        "corpus.jsonl",
-        '{"_id": "d1", "title": 0, "text": "x"}\n',
-        "line 1, column 'title': holds 0 where text is needed",
-    ),
+    ("corpus.jsonl", '{"_id": "d1", "title": 0, "text": "x"}\n', "line 1, column 'title': holds 0 where text is"),
     ("corpus.jsonl", '{"_id": "d1", "body": "x"}\n', "line 1: column 'text' is missing.*_id, body"),
     ("corpus.jsonl", '{"_id": "d1", "text": "\\ud800"}\n', "line 1, column 'text': half a surrogate pair"),
     ("corpus.jsonl", "\n", r"corpus\.jsonl: no passage in it"),
@@ -108,59 +86,48 @@ def test_malformed_file_is_named_with_its_line(folder: Path, name: str, content:
     assert not list((folder.parent).glob("cache/*.tmp"))
 
 
-def test_truncated_gz_is_named_with_the_last_good_line(folder: Path) -> None:
-    rows = jsonl([{"_id": f"d{at}", "text": os.urandom(40).hex()} for at in range(500)])
-    (folder / "corpus.jsonl").unlink()
-    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(rows.encode())[:-2000])
-    with pytest.raises(ValueError, match=r"corpus\.jsonl\.gz, after line \d+: broken \.gz"):
-        load(folder)
-
-
 def test_what_is_missing_is_named_with_what_is_there(folder: Path) -> None:
-    (folder / "qrels" / "dev.tsv.gz").write_bytes(gzip.compress(QRELS.encode()))
+    write(folder / "qrels" / "dev.tsv.gz", QRELS)
     (folder / "queries.jsonl").unlink()
-    with pytest.raises(MissingSplitError, match="splits there: dev, test"):
-        load(folder, "train")
-    with pytest.raises(FileNotFoundError, match=r"queries\.jsonl\.gz is there \(there is: ") as caught:
-        load(folder)
-    assert not isinstance(caught.value, MissingSplitError)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load(folder / "nothing")
-    with pytest.raises(ValueError, match="is a file"):
-        load(folder / "corpus.jsonl")
-    with pytest.raises(OSError, match="nobody/nothing: not a folder here"):
-        load_beir("nobody/nothing", "test", cache_dir=folder)
+    source: Any
+    for source, split, error, message in (
+        (folder, "train", MissingSplitError, "splits there: dev, test"),
+        (folder, "test", FileNotFoundError, r"queries\.jsonl\.gz is there \(there is: "),
+        (folder / "nothing", "test", FileNotFoundError, "no such folder"),
+        (folder / "corpus.jsonl", "test", ValueError, "is a file"),
+        ("nobody/nothing", "test", OSError, "nobody/nothing: not a folder here"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            load(source, split)
+        assert isinstance(caught.value, MissingSplitError) is (split == "train")
 
 
-def test_passages_load_alone_and_are_checked_the_same(folder: Path) -> None:
-    cache = folder.parent / "cache"
+def test_passages_load_alone_and_are_checked_the_same(folder: Path, cache: Path) -> None:
+    def alone(folder: Path, **options: Any) -> tuple:
+        return (open_beir(folder, cache).corpus(**options),)
+
     whole, _, _ = load(folder)
     (folder / "queries.jsonl").rename(folder / "notes")
-    corpus = open_beir(folder, cache).corpus()
+    [corpus] = alone(folder)
     assert list(corpus.select_columns(["id", "text"])) == list(whole) and corpus.cache_files
     (folder / "notes").rename(folder / "queries.jsonl")
     (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, {"_id": "d4", "title": "", "text": " "}]))
-    for read in (load, lambda folder: open_beir(folder, cache).corpus()):
+    for read in (load, alone):
         with pytest.raises(ValueError, match=r"corpus\.jsonl, line 4: the text of 'd4' is empty.*skip_bad_rows"):
             read(folder)
-    for found in (load(folder, allow_empty=True)[0], open_beir(folder, cache).corpus(allow_empty=True)):
-        assert found["text"][3] == ""
+        assert read(folder, allow_empty=True)[0]["text"][3] == ""
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl"):
-        open_beir(folder, cache).corpus()
+        alone(folder)
     with pytest.raises(ValueError, match=r"queries\.jsonl is a file; give the folder that holds corpus\.jsonl"):
-        open_beir(folder / "queries.jsonl", cache)
+        alone(folder / "queries.jsonl")
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path: Path) -> Path:
     """A data set in the Hub's layout on disk: `load_dataset` reads a local folder like a repository."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    root = tmp_path / "set"
-    root.mkdir()
-    (root / "corpus.jsonl").write_text(jsonl([{"title": "", **row, "_id": str(row["_id"])} for row in CORPUS]))
-    (root / "queries.jsonl").write_text(jsonl([{"title": "", **row} for row in QUERIES]))
-    return root
+    write(tmp_path / "set" / "corpus.jsonl", jsonl([{"title": "", **row, "_id": str(row["_id"])} for row in CORPUS]))
+    return write(tmp_path / "set" / "queries.jsonl", jsonl([{"title": "", **row} for row in QUERIES])).parent
 
 
 CONFIGS = """---
@@ -175,8 +142,7 @@ configs:
 def test_hub_layout_with_a_repository_of_judgements(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingSplitError):
         BeirOnHub(repository, tmp_path / "cache").load("test")
-    (tmp_path / "set-qrels").mkdir()
-    (tmp_path / "set-qrels" / "test.tsv").write_text(QRELS)
+    write(tmp_path / "set-qrels" / "test.tsv", QRELS)
     (repository / "README.md").write_text(CONFIGS + "---\n")
     check(BeirOnHub(repository, tmp_path / "cache").load("test"))
     with pytest.raises(FileNotFoundError, match="set-qrels: no split 'dev'; splits there: test"):
@@ -233,7 +199,7 @@ def with_flaws(folder: Path) -> None:
         file.write("q1\td9\t1\nq9\td1\t1\nq3\td4\t1\nq1\td1\tyes\nq1\td2\t1\n")
 
 
-def test_a_flawed_collection_is_refused_or_its_bad_rows_are_left_out_and_counted(folder: Path, cache: Path) -> None:
+def test_a_flawed_collection_is_refused_or_its_bad_rows_are_left_out_and_counted(folder: Path) -> None:
     with_flaws(folder)
     with pytest.raises(ValueError, match=r"test\.tsv, line 8: score 'yes'"):
         load(folder)
@@ -241,13 +207,8 @@ def test_a_flawed_collection_is_refused_or_its_bad_rows_are_left_out_and_counted
         skipped = SkippedRows()
         check(load(folder, skip_bad_rows=True, skipped=skipped))
         assert skipped.counts == {
-            "bad score": 1,
-            "judged twice": 1,
-            "repeated id": 2,
-            "empty text": 2,
-            "not JSON": 1,
-            "judged query that is missing": 1,
-            "judged passage that is missing": 2,
+            **{"bad score": 1, "judged twice": 1, "repeated id": 2, "empty text": 2, "not JSON": 1},
+            **{"judged query that is missing": 1, "judged passage that is missing": 2},
         }
         assert "corpus.jsonl, line 6" in skipped.examples["not JSON"]
     collection = load_collection(str(folder), required=["test"], skip_bad_rows=True)
@@ -260,7 +221,7 @@ def test_a_flawed_collection_is_refused_or_its_bad_rows_are_left_out_and_counted
 
 
 @pytest.mark.parametrize("flaw", [{"_id": "d4", "text": " "}, {"_id": "d1", "text": "again"}])
-def test_advice_about_a_flaw_names_a_setting_that_is_there(folder: Path, cache: Path, flaw: dict) -> None:
+def test_advice_about_a_flaw_names_a_setting_that_is_there(folder: Path, flaw: dict) -> None:
     (folder / "corpus.jsonl").write_text(jsonl([*CORPUS, flaw]))
     (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "train.tsv")
     for read in (load_triples, load_collection, partial(load_beir, split="train")):

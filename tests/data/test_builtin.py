@@ -10,6 +10,7 @@ import pytest
 from tct_hf import builtin_corpus
 from tct_hf.data.builtin import SPLITS, builtin_fingerprint, make_collection
 from tct_hf.data.docstrings import Docstring
+from tests.rows import write
 
 
 def entry(name: str, summary: str, body: str) -> Docstring:
@@ -43,22 +44,17 @@ def test_summary_is_the_query_and_not_part_of_the_passage() -> None:
 
 
 def test_identical_summaries_are_one_query_and_identical_passages_one_passage() -> None:
-    _, parts = make_collection(
-        [entry("p.a", "Return the sum of it", body("x")), entry("q.b", "return the  sum of it", body("y"))]
-    )
+    first = entry("p.a", "Return the sum of it", body("x"))
+    _, parts = make_collection([first, entry("q.b", "return the  sum of it", body("y"))])
     assert every(parts, "qrels") == {"q-p.a": {"p.a": 1, "q.b": 1}}
-    passages, parts = make_collection(
-        [entry("p.a", "Return the sum of it", body("x")), entry("p.b", "Add up the whole thing", body("x"))]
-    )
-    assert list(passages) == ["p.a"]
-    assert every(parts, "qrels") == {"q-p.a": {"p.a": 1}, "q-p.b": {"p.a": 1}}
+    passages, parts = make_collection([first, entry("p.b", "Add up the whole thing", body("x"))])
+    assert list(passages) == ["p.a"] and every(parts, "qrels") == {"q-p.a": {"p.a": 1}, "q-p.b": {"p.a": 1}}
 
 
-@pytest.mark.parametrize(
-    ("names", "bodies"),
-    [(("Series.add", "DataFrame.add"), ("x", "y")), (("a", "b"), ("x", "x"))],
-    ids=["name", "text"],
-)
+PAIRS = [(("Series.add", "DataFrame.add"), ("x", "y")), (("a", "b"), ("x", "x"))]
+
+
+@pytest.mark.parametrize(("names", "bodies"), PAIRS, ids=["name", "text"])
 def test_near_duplicates_go_to_one_split(names: tuple[str, str], bodies: tuple[str, str]) -> None:
     for number in range(40):
         first = entry(f"p.{names[0]}{number}", f"First words that differ much {number}", body(bodies[0]))
@@ -68,62 +64,56 @@ def test_near_duplicates_go_to_one_split(names: tuple[str, str], bodies: tuple[s
 
 
 def test_name_of_many_docstrings_does_not_group_them() -> None:
-    _, parts = make_collection(
-        [entry(f"p.Model{at}.fit", f"Fit model {at} {body(f's{at}-', 4)}", body(f"b{at}-")) for at in range(60)]
-    )
+    many = [entry(f"p.Model{at}.fit", f"Fit model {at} {body(f's{at}-', 4)}", body(f"b{at}-")) for at in range(60)]
+    _, parts = make_collection(many)
     assert {len(part["queries"]) > 0 for part in parts.values()} == {True}
 
 
 def test_name_defined_twice_keeps_the_first_and_a_taken_short_name_becomes_the_full_one() -> None:
-    first = Docstring("p.f", "p._one.f", "Do the first thing here", body("x"))
-    again = Docstring("p.f", "p._one.f", "Do the very same again", body("y"))
-    third = Docstring("p.f", "p._two.f", "Do a third thing here", body("z"))
-    passages, _ = make_collection([first, third, again])
-    assert list(passages) == ["p.f", "p._two.f"]
+    modules = (("_one", "x"), ("_two", "z"), ("_one", "y"))
+    found = [Docstring("p.f", f"p.{module}.f", f"Do this thing of {word}", body(word)) for module, word in modules]
+    passages, _ = make_collection(found)
+    assert passages == {"p.f": f"p: {body('x')}", "p._two.f": f"p: {body('z')}"}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("built")
 
 
-def test_installed_package_gives_disjoint_splits_over_one_corpus(cache: Path) -> None:
+def test_installed_package_gives_disjoint_splits_over_one_corpus(built: Path) -> None:
     corpora, seen = [], set()
-    fingerprint = builtin_fingerprint(packages=["numpy"], cache_dir=cache)
+    fingerprint = _fingerprint(built)
     for split in SPLITS:
-        corpus, queries, qrels = builtin_corpus(split, packages=["numpy"], cache_dir=cache)
+        corpus, queries, qrels = builtin_corpus(split, packages=["numpy"], cache_dir=built)
         assert corpus.column_names == ["id", "text"] and corpus.cache_files
         assert list(queries) == list(qrels) and not seen & set(queries)
         assert fingerprint["passages"] == len(corpus) and fingerprint["queries"][split] == len(queries)
         seen |= set(queries)
         assert {passage for grades in qrels.values() for passage in grades} <= set(corpus["id"])
         corpora.append(corpus["id"][:])
-    assert corpora[0] == corpora[1] == corpora[2]
-    assert len(set(corpora[0])) == len(corpora[0])
-    assert list(fingerprint["packages"]) == ["numpy"] and len(fingerprint["sha256"]) == 64
-    json.dumps(fingerprint)
+    assert corpora[0] == corpora[1] == corpora[2] and len(set(corpora[0])) == len(corpora[0])
+    assert list(json.loads(json.dumps(fingerprint))["packages"]) == ["numpy"] and len(fingerprint["sha256"]) == 64
 
 
 @pytest.mark.slow
-def test_building_again_elsewhere_gives_the_same_fingerprint(cache: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
+def test_building_again_elsewhere_gives_the_same_fingerprint(built: Path, tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
         # Two fresh processes with their own hash seeds, at once, on one empty cache.
-        found = pool.map(_fingerprint, [str(tmp_path)] * 2, chunksize=1)
-    assert found[0] == found[1] == builtin_fingerprint(packages=["numpy"], cache_dir=cache)
+        found = pool.map(_fingerprint, [tmp_path] * 2, chunksize=1)
+    assert found == [_fingerprint(built)] * 2
     assert [path.name.startswith("builtin-") for path in tmp_path.iterdir()] == [True]
 
 
-def _fingerprint(cache_dir: str) -> dict:
+def _fingerprint(cache_dir: Path) -> dict:
     return builtin_fingerprint(packages=["numpy"], cache_dir=cache_dir)
 
 
-def test_a_damaged_cache_is_made_again(cache: Path, tmp_path: Path) -> None:
-    made = builtin_fingerprint(packages=["numpy"], cache_dir=cache)
-    copy = shutil.copytree(cache, tmp_path / "copy")
-    (folder,) = copy.iterdir()
+def test_a_damaged_cache_is_made_again(built: Path, tmp_path: Path) -> None:
+    made = _fingerprint(built)
+    (folder,) = shutil.copytree(built, tmp_path / "copy").iterdir()
     (folder / "fingerprint.json").write_text("{")
-    assert builtin_fingerprint(packages=["numpy"], cache_dir=copy) == made
+    assert _fingerprint(tmp_path / "copy") == made
 
 
 @pytest.mark.parametrize(
@@ -135,25 +125,22 @@ def test_a_damaged_cache_is_made_again(cache: Path, tmp_path: Path) -> None:
         ("dev", [], "must be a list"),
     ],
 )
-def test_wrong_arguments_are_named(split: str, packages: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_named(split: str, packages: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        builtin_corpus(split, packages=packages, cache_dir=tmp_path)
+        builtin_corpus(split, packages=packages)
 
 
-def test_packages_that_give_nothing_are_named_and_leave_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "loose_demo.py").write_text("x = 1\n")
-    (tmp_path / "bare_demo.py").write_text("x = 1\n")
-    info = tmp_path / "bare_demo-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bare_demo\nVersion: 1.0\n")
-    (info / "RECORD").write_text("bare_demo.py,,\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name, message in (
-        ("loose_demo", "'loose_demo' has source here but no version"),
-        ("bare_demo", "bare_demo hold no docstring"),
+def test_packages_that_give_nothing_are_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (
+        ("loose_demo.py", "x = 1\n"),
+        ("bare_demo.py", "x = 1\n"),
+        ("bare_demo-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: bare_demo\nVersion: 1.0\n"),
+        ("bare_demo-1.0.dist-info/RECORD", "bare_demo.py,,\n"),
     ):
+        write(tmp_path / name, content)
+    monkeypatch.syspath_prepend(tmp_path)
+    versionless = ("loose_demo", "'loose_demo' has source here but no version")
+    for name, message in (versionless, ("bare_demo", "bare_demo hold no docstring")):
         with pytest.raises(ValueError, match=message):
-            builtin_corpus("dev", packages=[name], cache_dir=tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+            builtin_corpus("dev", packages=[name])
+    assert list(cache.iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tct_hf.data.scores import ScoreTable
 from tct_hf.data.texts import open_texts
 from tct_hf.files import CONTENTS_FILE
 from tct_hf.retrieval.triples import load_triples
+from tests.rows import write
 
 
 def test_folder_is_built_once_and_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -55,47 +57,29 @@ def test_of_two_processes_one_builds_and_the_other_waits_and_says_for_whom(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
-def _triples(source: Path, cache: Path) -> object:
-    return load_triples(source, cache_dir=cache)[:]
+KEPT: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "triples": ("a query\ta passage\tanother\na second\tits passage\tits other\n", lambda file: load_triples(file)[:]),
+    "texts": ("1\tone text\n2\tanother text\n", lambda file: open_texts(file, "collection", None).dataset[:]),
+    "scores": ("1\t2\t0.5\n3\t4\t0.25\n", lambda file: ScoreTable.open(file).get([("1", "2"), ("3", "4")])),
+}
 
 
-def _texts(source: Path, cache: Path) -> object:
-    return open_texts(source, "collection", cache).dataset[:]
-
-
-def _scores(source: Path, cache: Path) -> object:
-    return ScoreTable.open(source, cache_dir=cache).get([("1", "2"), ("3", "4")])
-
-
-@pytest.mark.parametrize(
-    ("read", "lines"),
-    [
-        (_triples, ["a query\ta passage\tanother", "a second\tits passage\tits other"]),
-        (_texts, ["1\tone text", "2\tanother text"]),
-        (_scores, ["1\t2\t0.5", "3\t4\t0.25"]),
-    ],
-)
+@pytest.mark.parametrize(("lines", "read"), KEPT.values(), ids=KEPT)
 def test_any_byte_that_is_damaged_is_noticed_and_the_data_are_made_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, read: object, lines: list[str]
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, lines: str, read: Callable[[Path], object]
 ) -> None:
-    source, cache = tmp_path / "source.tsv", tmp_path / "cache"
-    source.write_text("\n".join(lines) + "\n")
-    assert callable(read)
-    right = read(source, cache)
+    source = write(tmp_path / "source.tsv", lines)
+    right = read(source)
     files = [path for path in cache.rglob("*") if path.is_file()]
     assert len(files) > 1
     for file in files:
         whole = file.read_bytes()
-        for broken in (
-            *(bytes([*whole[:at], whole[at] ^ 4, *whole[at + 1 :]]) for at in range(0, len(whole), 397)),
-            whole[:-2],
-            b"",
-            None,
-        ):
+        flipped = (bytes([*whole[:at], whole[at] ^ 4, *whole[at + 1 :]]) for at in range(0, len(whole), 397))
+        for broken in (*flipped, whole[:-2], b"", None):
             file.unlink() if broken is None else file.write_bytes(broken)
             caplog.clear()
             with caplog.at_level(logging.WARNING):
-                assert read(source, cache) == right
+                assert read(source) == right
             assert caplog.text.count("; made again") == 1, (file, broken)
             assert file.read_bytes() == whole
 
@@ -121,10 +105,9 @@ def test_cache_folder_follows_the_environment_and_an_unwritable_one_names_the_se
         build_once(tmp_path / "file" / "done", lambda staging: None)
 
 
-def test_files_that_datasets_adds_are_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "triples.tsv"
-    file.write_text("".join(f"query {n}\tpassage {n}\tother {n}\n" for n in range(8)), encoding="utf-8")
-    load_triples(file, cache_dir=tmp_path / "cache").shuffle(seed=1)
-    assert list((tmp_path / "cache").rglob("cache-*.arrow"))
-    assert len(load_triples(file, cache_dir=tmp_path / "cache")) == 8
+def test_files_that_datasets_adds_are_no_damage(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path / "t.tsv", "".join(f"query {n}\tpassage {n}\tother {n}\n" for n in range(8)))
+    load_triples(file).shuffle(seed=1)
+    assert list(cache.rglob("cache-*.arrow"))
+    assert len(load_triples(file)) == 8
     assert "damaged" not in caplog.text

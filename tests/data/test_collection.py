@@ -5,18 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from tct_hf.data.collection import Collection, Split, load_collection
+from tct_hf.data.made_questions import questions_from
 from tct_hf.pipeline.data import read_collection
 from tct_hf.pipeline.settings import DataSettings
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
 from tests.recipe import write_beir
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+from tests.rows import jsonl, write
 
 
 @pytest.fixture
@@ -42,20 +40,19 @@ def test_splits_go_by_their_use_and_may_be_missing_where_they_are_not_required(b
 
 
 def test_wrong_paths_and_splits_and_missing_queries_are_errors_even_where_nothing_is_required(beir: Path) -> None:
-    with pytest.raises(ValueError, match="must not be chosen on the queries that are reported"):
-        load_collection(str(beir), dev_split="test")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_collection(str(beir / "nothing"), required=())
-    with pytest.raises(FileNotFoundError, match=r"no tets\.tsv.*splits there: dev, test, train"):
-        load_collection(str(beir), test_split="tets", required=())
+    def refused(error: type[Exception], message: str, source: Path = beir, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            load_collection(str(source), required=(), **options)
+
+    refused(ValueError, "must not be chosen on the queries that are reported", dev_split="test")
+    refused(FileNotFoundError, "no such folder", beir / "nothing")
+    refused(FileNotFoundError, r"no tets\.tsv.*splits there: dev, test, train", test_split="tets")
     with pytest.raises(FileNotFoundError, match=r"no tets\.tsv"):
         read_collection(DataSettings(source=str(beir), labels=0.0, test_split="tets"), train=False)
     (beir / "queries.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither queries\.jsonl nor"):
-        load_collection(str(beir), required=())
+    refused(FileNotFoundError, r"neither queries\.jsonl nor")
     (beir / "qrels" / "train.tsv").write_text("only one field\n")
-    with pytest.raises(ValueError, match=r"train\.tsv, line 1"):
-        load_collection(str(beir), required=())
+    refused(ValueError, r"train\.tsv, line 1")
 
 
 def test_the_index_is_built_once_and_triples_use_it(beir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +109,10 @@ def test_the_queries_of_a_share_of_labels_are_among_those_of_a_larger_share(larg
     assert all(set(rows["query_id"]) == train | {"more"} for rows in shares)
     alone = made(larger, 0.25)
     assert set(alone["query_id"]) == labelled(alone) == labelled(made(larger, 0.25, seed=2)) == labelled(shares[1])
-    with pytest.raises(ValueError, match=r"no train query has a label \(data.labels is 0.0\).*set data.unlabelled"):
-        made(larger, 0.0)
-    with pytest.raises(ValueError, match=r"A share of 1.5 .*from 0 to 1"):
-        made(larger, 1.5)
+    none = (0.0, r"no train query has a label \(data.labels is 0.0\).*set data.unlabelled")
+    for share, message in (none, (1.5, r"A share of 1.5 .*from 0 to 1")):
+        with pytest.raises(ValueError, match=message):
+            made(larger, share)
     larger.questions = {}
     del larger.splits["train"]
     with pytest.raises(ValueError, match=r"give a file of them as data\.questions"):
@@ -225,3 +222,64 @@ def test_held_out_questions_are_the_test_split_and_no_questions_any_more(beir: P
     found.questions = {"question-1": "one", "question-2": "two"}
     with pytest.raises(ValueError, match="2 questions are too few to hold out 10% of them for test"):
         found.hold_out_questions(0.1, most=500)
+
+
+# Questions made of the passages
+
+TEXTS = {
+    "a": "Sorting an array. This function sorts the values of an array in place. It returns nothing.",
+    "b": "Too short.",
+    "c": "Only one sentence of eight words stands here",
+    "d": "x = [1, 2, 3, 4]; y = {5: 6}. The median of all values is computed along one axis.",
+}
+
+
+def corpus() -> Dataset:
+    return Dataset.from_dict({"id": list(TEXTS), "text": list(TEXTS.values())})
+
+
+def test_a_question_is_a_sentence_that_its_passage_no_longer_holds() -> None:
+    asked = {one.passage_id: (one.text, one.rest) for one in questions_from(corpus(), 10, seed=1)}
+    assert set(asked) == {"a", "d"} and asked["d"][0] == "The median of all values is computed along one axis."
+    rest = "Sorting an array. It returns nothing."
+    assert asked["a"] == ("This function sorts the values of an array in place.", rest)
+    assert list(questions_from(corpus(), 1, seed=1)) == list(questions_from(corpus(), 10, seed=1))[:1]
+
+
+def test_a_title_long_enough_is_the_question_and_leaves_its_passage() -> None:
+    titles = ["How arrays are sorted", "Too short", ""]
+    bodies = ["The values all stay in place. It returns nothing.", "The median is computed along one axis.", ""]
+    texts = [f"{title} {body}".strip() for title, body in zip(titles, bodies, strict=True)]
+    titled = Dataset.from_dict({"id": ["a", "b", "c"], "title": titles, "text": texts})
+    (made,) = questions_from(titled, 10, seed=1)  # b would keep two words
+    assert (made.passage_id, made.text, made.rest) == ("a", titles[0], bodies[0])
+    (made,) = questions_from(titled, 10, seed=1, without=["how arrays are sorted?"])
+    assert (made.text, made.rest) == ("The values all stay in place.", "How arrays are sorted It returns nothing.")
+
+
+def test_titles_reach_the_collection_of_a_beir_folder(tmp_path: Path) -> None:
+    row = {"_id": "d1", "title": "How arrays are sorted", "text": "The values stay where they are."}
+    write(tmp_path / "corpus.jsonl", jsonl([row]))
+    collection = load_collection(str(tmp_path), required=())
+    collection.make_questions(5, seed=0)
+    assert collection.questions == {"made-d1": "How arrays are sorted"}
+    assert collection.made["made-d1"].rest == "The values stay where they are."
+
+
+def test_rows_of_made_questions_learn_from_the_rest_of_their_passage() -> None:
+    collection = Collection("made", corpus(), {}, {})
+    collection.make_questions(10, seed=1)
+    candidates = {name: {"a": 3.0, "b": 2.0, "c": 1.0, "d": 0.5} for name in collection.questions}
+    options = {"labels": 0.0, "unlabelled": True, "candidates": candidates}
+    rows = collection_triples(collection, num_negatives=1, depth=10, seed=0, **options)  # type: ignore[arg-type]
+    by_passage = {row["positive_id"]: row for row in rows}
+    assert set(by_passage) == {"a", "d"}
+    row = by_passage["a"]
+    assert row["positive"] == "Sorting an array. It returns nothing." and row["negative_id"] != "a"
+    assert row["label_weight"] == 1.0 and not row["labelled"]
+
+
+def test_so_many_unlabelled_questions_are_the_same_ones_whatever_else_is_asked_for() -> None:
+    collection = Collection("made", corpus(), {}, {}, questions={f"q{number}": "a b" for number in range(50)})
+    ten = collection.unjudged(most=10)
+    assert len(ten) == 10 and set(ten) < set(collection.unjudged(most=20)) < set(collection.unjudged())

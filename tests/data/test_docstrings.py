@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tct_hf.data.docstrings import Docstring, package_roots, plain_text, read_docstrings, split_docstring
+from tests.rows import write
 
 SOURCE = '''
 raise RuntimeError("the package must not be run")
@@ -47,13 +48,13 @@ add_docstr(demo.outer, "outer(a, b) -> Tensor\\n\\nMultiply {a} outside." .forma
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    root = tmp_path / "demo_docs"
-    (root / "_impl").mkdir(parents=True)
-    (root / "tests").mkdir()
-    (root / "__init__.py").write_text('raise RuntimeError("the package must not be imported")\n')
-    (root / "_impl" / "_tools.py").write_text(SOURCE)
-    (root / "_impl" / "broken.py").write_text("def (:\n")
-    (root / "tests" / "test_tools.py").write_text('def check():\n    """Not part of the documentation."""\n')
+    for name, source in (
+        ("__init__.py", 'raise RuntimeError("the package must not be imported")\n'),
+        ("_impl/_tools.py", SOURCE),
+        ("_impl/broken.py", "def (:\n"),
+        ("tests/test_tools.py", 'def check():\n    """Not part of the documentation."""\n'),
+    ):
+        write(tmp_path / "demo_docs" / name, source)
     monkeypatch.syspath_prepend(tmp_path)
     return "demo_docs"
 
@@ -86,11 +87,10 @@ def test_what_is_no_summary_or_private_is_left_out(name: str, text: str) -> None
     assert split_docstring(name, text) is None
 
 
-def test_signature_lines_before_the_summary_are_dropped() -> None:
+@pytest.mark.parametrize("before", ["agm(a, b, out=None)\n", "agm(a, b)\n--\n\nagm(a, b)\n", "agm(a, b) -> float"])
+def test_signature_lines_before_the_summary_are_dropped(before: str) -> None:
     expected = Docstring("a.agm", "a.agm", "Compute the mean", "Rest.")
-    assert split_docstring("a.agm", "agm(a, b, out=None)\n\nCompute the mean.\n\nRest.") == expected
-    assert split_docstring("a.agm", "agm(a, b)\n--\n\nagm(a, b)\n\nCompute the mean.\n\nRest.") == expected
-    assert split_docstring("a.agm", "agm(a, b) -> float\nCompute the mean.\n\nRest.") == expected
+    assert split_docstring("a.agm", f"{before}\nCompute the mean.\n\nRest.") == expected
 
 
 def test_plain_text_keeps_prose_and_drops_markup() -> None:

@@ -8,17 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tct_hf import (
-    ColBERTTeacher,
-    CrossEncoderTeacher,
-    NoTeacher,
-    load_expansions,
-    score_expansions,
-    write_expansions,
-)
+from tct_hf import ColBERTTeacher, CrossEncoderTeacher, NoTeacher, load_expansions, score_expansions, write_expansions
 from tct_hf.teachers import scoring
 from tests.encode_worker import passages
 from tests.models import WORDS, tiny_colbert, tiny_cross_encoder
+from tests.rows import content
 
 COUNT = 9
 
@@ -29,29 +23,25 @@ def colbert(tmp_path_factory: pytest.TempPathFactory) -> ColBERTTeacher:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    rows = [
-        {"id": f"p{row}", "queries": [f"what is {WORDS[(row + n * n) % 14]}" for n in range(row % 4)] * (1 + row % 2)}
-        for row in range(COUNT)
-    ]
+def folder(tmp_path: Path) -> Path:
+    texts = [[f"what is {WORDS[(row + n * n) % 14]}" for n in range(row % 4)] for row in range(COUNT)]
+    rows = [{"id": f"p{row}", "queries": found * (1 + row % 2)} for row, found in enumerate(texts)]
     write_expansions(rows, tmp_path / "out", settings={}, shard_size=4)
     return tmp_path / "out"
 
 
-def corpus() -> list[dict[str, str]]:
-    return list(passages(COUNT))
+CORPUS = list(passages(COUNT))
 
 
 def score(teacher: Any, folder: Path, **more: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"depends": {"teacher": "tiny"}, "batch_size": 5, "write": lambda line: None}
-    return score_expansions(teacher, more.pop("corpus", corpus()), folder, **{**settings, **more})
+    return score_expansions(teacher, more.pop("corpus", CORPUS), folder, **{**settings, **more})
 
 
 def test_scores_are_those_of_a_colbert(colbert: ColBERTTeacher, folder: Path) -> None:
     manifest = score(colbert, folder)
     assert manifest["count"] == COUNT and manifest["teacher"] == "tiny"
-    for passage, found in zip(corpus(), load_expansions(folder), strict=True):
+    for passage, found in zip(CORPUS, load_expansions(folder), strict=True):
         assert len(found["scores"]) == len(found["queries"])
         for query, value in zip(found["queries"], found["scores"], strict=True):
             model = colbert.model
@@ -63,7 +53,7 @@ def test_scores_are_those_of_a_cross_encoder(folder: Path, tmp_path: Path) -> No
     teacher = CrossEncoderTeacher(str(tiny_cross_encoder(tmp_path / "cross-encoder")), dtype="float32")
     score(teacher, folder)
     row = load_expansions(folder)[7]
-    expected = teacher.score_matrix(teacher.collate([row["queries"][1]], [[corpus()[7]["text"]]], [{}]), gather=False)
+    expected = teacher.score_matrix(teacher.collate([row["queries"][1]], [[CORPUS[7]["text"]]], [{}]), gather=False)
     assert row["scores"][1] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(ValueError, match='load it with candidates="own"'):
         score(CrossEncoderTeacher(teacher.model, candidates="in-batch"), folder)
@@ -73,7 +63,7 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
     colbert: ColBERTTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(colbert, folder)
-    whole = {file.name: file.read_bytes() for file in (folder / "scores").iterdir()}
+    whole = content(folder / "scores")
     for name in ("00002.arrow", "manifest.json"):
         (folder / "scores" / name).unlink()
     assert load_expansions(folder).column_names == ["id", "queries"]
@@ -82,11 +72,11 @@ def test_a_stopped_run_goes_on_and_others_are_refused(
     monkeypatch.setattr(scoring, "_query_scores", lambda *args: computed.append(1) or real(*args))
     score(colbert, folder)
     assert computed == [1]  # the one passage of the last shard
-    assert {file.name: file.read_bytes() for file in (folder / "scores").iterdir()} == whole
+    assert content(folder / "scores") == whole
     for more, message in (
         ({"depends": {"teacher": "other"}}, "teacher = 'tiny', but now teacher = 'other'"),
-        ({"corpus": corpus()[1:]}, "passage 'p0', but the corpus has 'p1' there"),
-        ({"corpus": corpus()[:5]}, "passage 'p5', but the corpus ends before it"),
+        ({"corpus": CORPUS[1:]}, "passage 'p0', but the corpus has 'p1' there"),
+        ({"corpus": CORPUS[:5]}, "passage 'p5', but the corpus ends before it"),
         ({"corpus": list(passages(COUNT + 1))}, "it has more passages than the 9 that were expanded"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +15,12 @@ from datasets import Dataset
 
 from tct_hf import SkippedRows, load_triples
 from tct_hf.cache import build_once
-from tct_hf.data.ids import SeenIds
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.qrels import KnownPositives, read_qrels
 from tct_hf.data.rows import BadRow, as_grade
-from tct_hf.data.scores import ScoreTable
 from tct_hf.data.sources import CsvSource, open_source, parts_of
 from tct_hf.data.texts import open_texts
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
+from tests.rows import jsonl, write
 
 
 @pytest.mark.parametrize("value", ["1_0", " 1", "1 ", "\uff11", "1e0", "1.0", "", "0x1", True, None, 0.5, "nan", [1]])
@@ -55,13 +48,6 @@ def test_whole_numbers_are_grades_whatever_holds_them() -> None:
     assert KnownPositives(grades).positives == {"q": ["d", "7"]}
 
 
-@pytest.mark.parametrize("text", ["1_0", " 1", "\uff11"])
-def test_scores_of_files_are_as_strict(tmp_path: Path, text: str) -> None:
-    (tmp_path / "s.tsv").write_text(f"q\td\t1e0\nq\te\t{text}\n")
-    with pytest.raises(ValueError, match=r"s\.tsv, line 2.*which is no number"):
-        ScoreTable.open(tmp_path / "s.tsv")
-
-
 @pytest.mark.parametrize("value", [None, 1.0, float("nan")])
 def test_ids_of_judgements_follow_the_rule_of_all_ids(value: Any) -> None:
     rows = {"query-id": ["q", "q"], "corpus-id": [1.0, value], "score": [1, 1]}
@@ -76,12 +62,12 @@ def test_ids_of_judgements_follow_the_rule_of_all_ids(value: Any) -> None:
 def test_a_format_of_a_streamed_data_set_is_put_aside(form: str) -> None:
     rows = {"query": ["a b", "c d"], "positive": ["p", "o"], "negatives": [["x", "y"], ["z", "w"]]}
     plain = Dataset.from_dict(rows)
-    wanted = list(load_triples(plain))
-    formatted = plain.to_iterable_dataset().with_format(form)
-    assert list(load_triples(formatted, streaming=True)) == wanted
-    assert list(load_triples(plain.with_format(form).to_iterable_dataset(), streaming=True)) == wanted
-    mapped = plain.to_iterable_dataset().map(lambda row: {"negatives": np.array(row["negatives"])})
-    assert list(load_triples(mapped, streaming=True)) == wanted
+    for streamed in (
+        plain.to_iterable_dataset().with_format(form),
+        plain.with_format(form).to_iterable_dataset(),
+        plain.to_iterable_dataset().map(lambda row: {"negatives": np.array(row["negatives"])}),
+    ):
+        assert list(load_triples(streamed, streaming=True)) == list(load_triples(plain))
     judged = Dataset.from_dict({"query-id": ["q"], "corpus-id": ["d"], "score": [1]}).with_format(form)
     assert read_qrels(judged).qrels == {"q": {"d": 1}}
 
@@ -119,17 +105,16 @@ def test_a_quote_closed_in_a_later_row_takes_none_with_it(tmp_path: Path) -> Non
     assert skipped.total == 1 and "line 2: not CSV (a quote opens here" in skipped.examples["not CSV"]
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        ("What is it?", "what  IS it"),
-        ("Caf\u00e9.", "cafe\u0301"),
-        ("\uff21\uff22", "ab"),
-        ("stra\u00dfe!", "STRASSE"),
-    ],
-)
-def test_texts_that_count_as_the_same_do_so_everywhere(pair: tuple[str, str]) -> None:
-    one, other = pair
+SAME = [
+    ("What is it?", "what  IS it"),
+    ("Caf\u00e9.", "cafe\u0301"),
+    ("\uff21b", "ab"),
+    ("stra\u00dfe!", "STRASSE"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_texts_that_count_as_the_same_do_so_everywhere(one: str, other: str) -> None:
     assert folded(one) == folded(other)
     with pytest.raises(ValueError, match="the query itself"):
         load_triples(Dataset.from_dict({"query": [one], "positive": ["p"], "negative": [other]}))
@@ -138,14 +123,6 @@ def test_texts_that_count_as_the_same_do_so_everywhere(pair: tuple[str, str]) ->
     assert known[0] == known[1] and len(known[0]) == 2
     twice = Dataset.from_dict({"query": ["a", "a"], "positive": [one, other], "negative": ["n", "m"]})
     assert "known_positives" not in load_triples(twice).column_names  # one text, so one positive
-
-
-def test_repeated_ids_are_found_in_and_across_batches() -> None:
-    seen = SeenIds()
-    assert seen.add(["a", "b", "a"]) == [2]
-    assert seen.add([]) == []
-    assert seen.add(["c", "b", "c", "d"]) == [1, 2]
-    assert seen.add(["d", "a", "e"]) == [0, 1]
 
 
 def test_prepared_data_are_compared_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +134,11 @@ def test_prepared_data_are_compared_once_in_a_process(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".jsonl.gz", ".tsv"])
-def test_text_files_of_the_hub_are_read_as_they_stand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-) -> None:
+def test_hub_text_files_are_read_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     rows = [{"_id": "007", "text": "null"}, {"_id": "2024-01-01", "text": "1984"}]
-    between = "\t" if suffix == ".tsv" else ","
-    content = "".join(
-        json.dumps(row) + "\n" if "json" in suffix else between.join(row.values()) + "\n"
-        for row in ([] if "json" in suffix else [{"_id": "_id", "text": "text"}]) + rows
-    ).encode()
-    (tmp_path / f"train{suffix}").write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    lines = "_id,text\n" + "".join(",".join(row.values()) + "\n" for row in rows)
+    separated = lines.replace(",", "\t") if suffix == ".tsv" else lines
+    write(tmp_path / f"train{suffix}", jsonl(rows) if "json" in suffix else separated)
     files = {"train": [f"hf://datasets/tester/set@main/train{suffix}"]}
     config = SimpleNamespace(data_files=files)
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *given, **options: SimpleNamespace(config=config))
@@ -189,7 +161,6 @@ ODD = {
     "empty.tsv.gz": gzip.compress(b""),
     "empty.jsonl": b"",
     "tabs.tsv": b"q\tp\tn\t\nr\tp\tn\n",
-    "cut.jsonl.gz": gzip.compress(b'{"query": "q"}\n' * 99)[:-5],
 }
 
 
@@ -208,22 +179,14 @@ def test_files_without_gzip_named_gz_and_marks_and_line_ends_are_read(tmp_path: 
 
 
 def test_columns_of_parquet_of_any_text_type_are_text(tmp_path: Path) -> None:
-    text = pa.array(["a b", "c d"])
-    table = {
-        "query": text.dictionary_encode(),
-        "positive": pa.array(["p", "o"], pa.large_string()),
-        "negative": pa.array(["x", "y"]),
-        "query_id": pa.array([2**64 - 1, 1], pa.uint64()),
-    }
+    texts = pa.array(["a b", "c d"]).dictionary_encode(), pa.array(["p", "o"], pa.large_string()), ["x", "y"]
+    table = dict(zip(("query", "positive", "negative"), texts, strict=True))
+    table["query_id"] = pa.array([2**64 - 1, 1], pa.uint64())
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table(table), path)
-    pq.write_table(pa.table(table), path)
     assert load_triples(path)["query_id"][:] == [str(2**64 - 1), "1"]
-    for name, odd in (
-        ("query", [b"a", b"b"]),
-        ("query_id", pa.array([0, 1], pa.timestamp("s"))),
-        ("query", [[1], [2]]),
-    ):
+    times = pa.array([0, 1], pa.timestamp("s"))
+    for name, odd in (("query", [b"a", b"b"]), ("query_id", times), ("query", [[1], [2]])):
         pq.write_table(pa.table({**table, name: odd}), path)
         with pytest.raises(ValueError, match=rf"t\.parquet, row 0, column '{name}': holds"):
             load_triples(path)

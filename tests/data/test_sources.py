@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,30 @@ from tct_hf import SkippedRows, load_triples
 from tct_hf.data.qrels import read_qrels
 from tct_hf.data.scores import ScoreTable
 from tct_hf.data.texts import open_texts
+from tests.rows import jsonl, write
 
 IDS = ["007", "2024-01-01", "1e5", "NA"]
 TEXTS = ["null", "1984", "3.50", 'true, or\n"not"']
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
 
 
 def folder_of(path: Path, suffix: str, rows: list[dict[str, Any]]) -> Path:
     """One file a row."""
     path.mkdir(parents=True)
     for at, row in enumerate(rows):
-        file = path / f"train-{at:05d}-of-{len(rows):05d}{suffix}"
-        if suffix == ".jsonl":
-            file.write_text(json.dumps(row) + "\n")
-        elif suffix == ".csv":
-            quoted = ['"' + str(value).replace('"', '""') + '"' for value in row.values()]
-            file.write_text(",".join(row) + "\n" + ",".join(quoted) + "\n")
-        else:
-            Dataset.from_list([row]).to_parquet(file)
+        one = Dataset.from_list([row])
+        save = {".csv": one.to_csv, ".jsonl": one.to_json, ".parquet": one.to_parquet}[suffix]
+        save(path / f"train-{at:05d}-of-{len(rows):05d}{suffix}")
     return path
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_what_looks_like_a_number_a_date_or_nothing_stays_text(tmp_path: Path, suffix: str, streaming: bool) -> None:
-    rows = [
-        {"query": f"q {at}", "positive": text, "negative": f"n {at}", "query_id": name}
-        for at, (name, text) in enumerate(zip(IDS, TEXTS, strict=True))
-    ]
+    passages = [{"id": name, "text": text} for name, text in zip(IDS, TEXTS, strict=True)]
+    rows = [{"query": "q", "positive": row["text"], "negative": "n", "query_id": row["id"]} for row in passages]
     folder = folder_of(tmp_path / "triples", suffix, rows)
     assert list(load_triples(folder, streaming=streaming)) == rows
-    alone = load_triples(sorted(folder.iterdir())[0], streaming=streaming)
-    assert list(alone) == rows[:1]
-    passages = [{"id": name, "text": text} for name, text in zip(IDS, TEXTS, strict=True)]
+    assert list(load_triples(sorted(folder.iterdir())[0], streaming=streaming)) == rows[:1]
     texts = open_texts(folder_of(tmp_path / "texts", suffix, passages), "collection", None)
     assert texts.get(IDS) == TEXTS
     scores = [{"query_id": name, "passage_id": "d", "score": 0.5} for name in IDS]
@@ -73,12 +59,10 @@ def test_a_bad_row_of_a_folder_is_named_by_file_and_line_or_left_out(tmp_path: P
 
 
 def test_files_of_a_folder_with_other_columns_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "train-0.csv").write_text("query,positive\na,b\n")
-    (folder / "train-1.csv").write_text("positive,query\nb,a\n")
+    write(tmp_path / "set" / "train-0.csv", "query,positive\na,b\n")
+    write(tmp_path / "set" / "train-1.csv", "positive,query\nb,a\n")
     with pytest.raises(ValueError, match=r"train-1\.csv: there are: positive, query, but in .*train-0\.csv"):
-        load_triples(folder)
+        load_triples(tmp_path / "set")
 
 
 GOOD = {"query": "q", "positive": "p", "negatives": ["a", "b"]}
@@ -92,13 +76,11 @@ GOOD = {"query": "q", "positive": "p", "negatives": ["a", "b"]}
         ({"negatives": ["a"]}, "column 'negatives': 1 negatives where 2 are needed"),
         ({"negatives": "a"}, "holds 'a' where a list is needed"),
         ({"query_id": "1"}, "line 2 has no 'query_id'"),
+        ({"positive": None, "positive_id": 7, "other": 1}, ""),
     ],
 )
-def test_a_first_row_unlike_the_others_is_the_bad_one(
-    tmp_path: Path, odd: dict[str, Any], message: str, streaming: bool
-) -> None:
-    path = tmp_path / "lists.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [{**GOOD, **odd}, *[GOOD] * 20]))
+def test_a_first_row_unlike_the_others_is_bad(tmp_path: Path, odd: dict, message: str, streaming: bool) -> None:
+    path = write(tmp_path / "lists.jsonl", jsonl([{**GOOD, **odd}, *[GOOD] * 20]))
     with pytest.raises(ValueError, match=rf"lists\.jsonl, line 1.*{message}"):
         load_triples(path, streaming=streaming)
     skipped = SkippedRows()
@@ -107,13 +89,10 @@ def test_a_first_row_unlike_the_others_is_the_bad_one(
 
 
 def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "t.tsv"
-    path.write_bytes(gzip.compress(b"q\tp\tn\n"))
+    path = write(tmp_path / "t.tsv", gzip.compress(b"q\tp\tn\n"))
     assert list(load_triples(path)) == [{"query": "q", "positive": "p", "negative": "n"}]
-    for content, message in (
-        (b"PAR1....", r"by its content a \.parquet file.*name it so"),
-        (b"PK\3\4..", r"\.zip file"),
-    ):
+    wrong = ((b"PAR1....", r"by its content a \.parquet file.*name it so"), (b"PK\3\4..", r"\.zip file"))
+    for content, message in wrong:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_triples(path)
@@ -123,41 +102,26 @@ def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path) -> None
     "header", ["question\tgood\tbad", "q_text\tpos\tneg", "Frage\tAntwort\tfalsch", "query\tpassage_1\tpassage_2"]
 )
 def test_a_header_of_triples_with_unknown_names_is_no_row(tmp_path: Path, header: str) -> None:
-    path = tmp_path / "t.tsv"
-    path.write_text(f"{header}\nwhat is it\ta thing\tno thing\n")
+    path = write(tmp_path / "t.tsv", f"{header}\nwhat is it\ta thing\tno thing\n")
     with pytest.raises(ValueError, match=r"t\.tsv, line 1: .* are names of columns; read by them with columns="):
         load_triples(path)
     columns = dict(zip(("query", "positive", "negative"), header.split("\t"), strict=True))
-    assert list(load_triples(path, columns=columns)) == [
-        {"query": "what is it", "positive": "a thing", "negative": "no thing"}
-    ]
+    [row] = load_triples(path, columns=columns)
+    assert row == {"query": "what is it", "positive": "a thing", "negative": "no thing"}
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        "query_id\tcorpus_id\tscore",
-        "query-id\tcorpus-id\tscore",
-        "qid\tpid\trel",
-        "qid 0 docid rel",
-        "Query_ID\tDoc\tGrade",
-    ],
-)
-def test_a_header_of_judgements_is_known_by_its_query_id(tmp_path: Path, header: str) -> None:
-    path = tmp_path / "qrels.tsv"
-    path.write_text(header + ("\nq1 0 d1 1\n" if "0" in header else "\nq1\td1\t1\n"))
-    assert read_qrels(path).qrels == {"q1": {"d1": 1}}
+HEADERS = ["query_id corpus_id score", "query-id corpus-id score", "qid pid rel", "Query_ID Doc Grade"]
+JUDGEMENTS = [f"{header}\nq1 d\u00a01 1".replace(" ", "\t") for header in HEADERS]
 
 
-@pytest.mark.parametrize("line", ["q1 d\u00a01 1", "q1 0 d\u00a01  1"])
-def test_an_id_of_a_judgement_may_have_a_no_break_space(tmp_path: Path, line: str) -> None:
-    (tmp_path / "qrels").write_text(f"{line}\n")
+@pytest.mark.parametrize("lines", [*JUDGEMENTS, "qid 0 docid rel\nq1 0 d\u00a01  1", "q1 d\u00a01 1"])
+def test_judgements_are_read_with_any_header_and_ids_with_no_break_spaces(tmp_path: Path, lines: str) -> None:
+    (tmp_path / "qrels").write_text(lines + "\n")
     assert read_qrels(tmp_path / "qrels").qrels == {"q1": {"d\u00a01": 1}}
 
 
 def test_columns_in_another_order_are_refused_or_read_by_their_names(tmp_path: Path) -> None:
-    path = tmp_path / "f.tsv"
-    path.write_text("corpus_id\tquery_id\tscore\nd1\tq1\t1\n")
+    path = write(tmp_path / "f.tsv", "corpus_id\tquery_id\tscore\nd1\tq1\t1\n")
     with pytest.raises(ValueError, match=r"line 1: columns .* the query comes first"):
         read_qrels(path)
     assert ScoreTable.open(path).get([("q1", "d1"), ("d1", "q1")]) == [1.0, None]

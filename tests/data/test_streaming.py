@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 
 from tct_hf import load_triples
 from tct_hf.data.sources import LineSource
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.training.streaming import StreamedBatches
+from tests.rows import jsonl, write
 
 ROWS = 36
 
@@ -56,7 +55,7 @@ def of_ids(path: Path) -> Any:
     (path / "i.tsv").write_text("".join(f"{number}\tp{number}\tn{number}\n" for number in range(ROWS)))
     passages = {f"{kind[0]}{n}": f"{kind} {n}" for n in range(ROWS) for kind in ("positive", "negative")}
     queries = {str(number): f"query {number}" for number in range(ROWS)}
-    return load_triples(path / "i.tsv", collection=passages, queries=queries, streaming=True, cache_dir=path / "cache")
+    return load_triples(path / "i.tsv", collection=passages, queries=queries, streaming=True)
 
 
 def of_bad_rows(path: Path) -> Any:
@@ -67,31 +66,20 @@ def of_bad_rows(path: Path) -> Any:
 
 def of_lists(path: Path) -> Any:
     """Twelve rows of three positives each."""
-    rows = []
-    for number in range(0, ROWS, 3):
-        rows.append({"query": f"query {number}", "positives": [f"positive {number + k}" for k in range(3)]})
-    with gzip.open(path / "t.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({**one, "negative": "negative"}) + "\n" for one in rows)
-    return load_triples(path / "t.jsonl.gz", streaming=True)
+    rows = [{**row(at), "positives": [row(at + k)["positive"] for k in range(3)]} for at in range(0, ROWS, 3)]
+    for one in rows:
+        del one["positive"]
+    return load_triples(write(path / "t.jsonl.gz", jsonl(rows)), streaming=True)
 
 
-SOURCES: dict[str, Callable[[Path], Any]] = {
-    "tsv": of_tsv,
-    "folder of files": of_folder,
-    "data set of files": of_stream,
-    "ids": of_ids,
-    "bad rows left out": of_bad_rows,
-    "lists of positives": of_lists,
-}
+SOURCES = [of_tsv, of_folder, of_stream, of_ids, of_bad_rows, of_lists]
 
 
 def numbers(batch: Any) -> list[int]:
     return [int(one["positive"].split()[1]) for one in batch]
 
 
-def of_process(
-    rows: IterableDataset, batch_size: int, process: int, processes: int, workers: int, trained: int = 0
-) -> Any:
+def of_process(rows: Any, batch_size: int, process: int, processes: int, workers: int, trained: int = 0) -> Any:
     batches = StreamedBatches(rows, batch_size, process=process, processes=processes)
     batches.trained = trained
     return iter(DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
@@ -99,8 +87,8 @@ def of_process(
 
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: str, shuffled: bool) -> None:
-    rows = SOURCES[source](tmp_path)
+def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: Callable, shuffled: bool) -> None:
+    rows = source(tmp_path)
     rows = rows.shuffle(seed=3, buffer_size=10) if shuffled else rows
     for processes, workers in ((3, 0), (2, 2)):
         size = 12 // processes

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import pickle
 from pathlib import Path
@@ -14,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from tct_hf import BM25Index, SkippedRows, bm25_triples, load_beir, load_triples
 from tct_hf.data.ids import stable_id
 from tests.recipe import write_beir
+from tests.rows import jsonl, write
 
 ROWS = [
     {"query": "first query", "positive": "right one", "negative": "wrong one"},
@@ -22,23 +21,6 @@ ROWS = [
 QUERIES = {"1": "query one", "2": "query two"}
 PASSAGES = {f"d{place}": f"passage {place}" for place in range(1, 7)}
 ID_LINES = "1\td1\td2\n1\td3\td4\n2\td5\td1\n"
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-
-
-def write(path: Path, text: str | bytes) -> Path:
-    data = text.encode() if isinstance(text, str) else text
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
-    return path
-
-
-def jsonl(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def tsv(rows: dict[str, str]) -> str:
@@ -59,17 +41,15 @@ def rows_of(dataset: Any) -> list[dict[str, Any]]:
 def test_text_triples_are_read_with_and_without_header(tmp_path: Path, name: str, header: str) -> None:
     path = write(tmp_path / name, header + "".join("\t".join(row.values()) + "\n" for row in ROWS))
     loaded = load_triples(path)
-    assert rows_of(loaded) == ROWS
-    assert loaded.cache_files  # memory-mapped
+    assert rows_of(loaded) == ROWS and loaded.cache_files  # memory-mapped
 
 
 @pytest.mark.parametrize("name", ["t.jsonl.gz", "t.json", "t.parquet"])
 def test_jsonl_and_parquet_are_read_with_more_columns(tmp_path: Path, name: str) -> None:
     rows = [{**row, "score": 0.5, "meta": {"any": [1]}} for row in ROWS]
+    write(tmp_path / name, jsonl(rows) + "\n")
     if name.endswith("parquet"):
         Dataset.from_list(rows).to_parquet(tmp_path / name)
-    else:
-        write(tmp_path / name, jsonl(rows) + "\n")
     assert rows_of(load_triples(tmp_path / name)) == ROWS
 
 
@@ -102,32 +82,11 @@ def test_several_negatives_are_spread_in_order_as_many_as_asked_for(tmp_path: Pa
         assert list(row) == ["query", "positive", *numbered] and [row[name] for name in numbered] == numbered
     for source in (listed, table):
         assert load_triples(source, num_negatives=2).column_names == ["query", "positive", *numbered[:2]]
-        assert rows_of(load_triples(source, num_negatives=1)) == [
-            {"query": "q", "positive": "p", "negative": numbered[0]}
-        ]
+        one = {"query": "q", "positive": "p", "negative": numbered[0]}
+        assert rows_of(load_triples(source, num_negatives=1)) == [one]
         assert load_triples(source, num_negatives=0).column_names == ["query", "positive"]
     with pytest.raises(ValueError, match="13 fields where 3"):
         load_triples(tsv)
-
-
-def test_lists_of_passage_objects_give_texts_and_ids() -> None:
-    row = {
-        "query_id": 3,
-        "query": "q",
-        "positive_passages": [{"docid": "1", "title": "T", "text": "p1"}, {"docid": "2", "title": "", "text": "p2"}],
-        "negative_passages": [{"docid": "9", "title": "N", "text": "n"}],
-    }
-    mapping = {"positives": "positive_passages", "negatives": "negative_passages"}
-    expected = [
-        {
-            "query": "q", "positive": text, "negative": "N n", "query_id": "3", "positive_id": key,
-            "negative_id": "9", "known_positive_ids": ["1", "2"],
-        }
-        for key, text in (("1", "T p1"), ("2", "p2"))
-    ]  # fmt: skip
-    assert rows_of(load_triples(Dataset.from_list([row]), columns=mapping)) == expected
-    streamed = load_triples(Dataset.from_list([row]).to_iterable_dataset(), columns=mapping, streaming=True)
-    assert rows_of(streamed) == expected
 
 
 # Ids ---------------------------------------------------------------------------------------------------------------
@@ -141,12 +100,10 @@ def test_id_triples_are_resolved_and_keep_their_ids(tmp_path: Path, suffix: str,
     collection = write(tmp_path / f"collection.tsv{suffix}", tsv(PASSAGES))
     queries = write(tmp_path / f"queries.tsv{suffix}", tsv(QUERIES))
     loaded = load_triples(ids, collection=collection, queries=queries)
-    assert loaded[1] == {
-        "query": "query one", "positive": "passage 3", "negative": "passage 4",
-        "query_id": "1", "positive_id": "d3", "negative_id": "d4", "known_positive_ids": ["d1", "d3"],
-    }  # fmt: skip
+    texts = {"query": "query one", "positive": "passage 3", "negative": "passage 4"}
+    ids_of_row = {"query_id": "1", "positive_id": "d3", "negative_id": "d4", "known_positive_ids": ["d1", "d3"]}
+    assert loaded[1] == {**texts, **ids_of_row} and loaded.cache_files
     assert loaded["known_positive_ids"][:] == [["d1", "d3"], ["d1", "d3"], ["d5"]]
-    assert loaded.cache_files
     streamed = load_triples(ids, collection=collection, queries=queries, streaming=True)
     first = rows_of(streamed)
     assert first[2]["negative"] == "passage 1"
@@ -164,55 +121,58 @@ def test_texts_come_from_any_kind_of_collection(tmp_path: Path) -> None:
         assert rows_of(loaded) == expected
 
 
-def test_id_only_distillation_set_is_resolved() -> None:
-    rows = [
-        {"query_id": 1, "positive_id": "d1", "negative_ids": ["d2", "d3", "d4"], "scores": [1.0, 0.1, 0.2, 0.3]},
-        {"query_id": 2, "positive_id": "d2", "negative_ids": ["d1", "d5"], "scores": [1.0, 0.1, 0.2]},
-    ]
-    loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES, queries=QUERIES, num_negatives=2)
-    assert loaded[1] == {
-        "query": "query two", "positive": "passage 2", "negative_1": "passage 1", "negative_2": "passage 5",
-        "query_id": "2", "positive_id": "d2", "negative_1_id": "d1", "negative_2_id": "d5",
-        "known_positive_ids": ["d2"],
-    }  # fmt: skip
-
-
+BY_ID: dict[str, Any] = {"collection": PASSAGES, "queries": QUERIES}
+ONE = {**BY_ID, "num_negatives": 1}
+MAPPED = {"query": "anchor", "negative": "neg"}
 ID_ROW = {
     "query": "query one", "positive": "passage 1", "negative": "passage 2",
     "query_id": "1", "positive_id": "d1", "negative_id": "d2", "known_positive_ids": ["d1"],
 }  # fmt: skip
+DISTILLED = {"query_id": 2, "positive_id": "d2", "negative_ids": ["d1", "d5", "d3"], "scores": [1.0, 0.1, 0.2, 0.3]}
+OF_DISTILLED = {
+    "query": "query two", "positive": "passage 2", "negative_1": "passage 1", "negative_2": "passage 5",
+    "query_id": "2", "positive_id": "d2", "negative_1_id": "d1", "negative_2_id": "d5", "known_positive_ids": ["d2"],
+}  # fmt: skip
+OBJECTS = {
+    "query_id": 3, "query": "q", "negative_passages": [{"docid": "9", "title": "N", "text": "n"}],
+    "positive_passages": [{"docid": "1", "title": "T", "text": "p1"}, {"docid": "2", "title": "", "text": "p2"}],
+}  # fmt: skip
+OF_OBJECTS = {"query": "q", "negative": "N n", "query_id": "3", "negative_id": "9", "known_positive_ids": ["1", "2"]}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("row", "options"),
+    ("row", "options", "expected"),
     [
-        ({"query": 1, "positive": "d1", "negative": "d2"}, {}),
-        ({"query": "1", "positive": ["d1"], "negatives": ["d2"]}, {}),
-        ({"anchor": "1", "positive": "d1", "neg": "d2"}, {"columns": {"query": "anchor", "negative": "neg"}}),
-        ({"query": "1", "positive": "d1", "negative_1": "d2", "negative_2": "d9"}, {"num_negatives": 1}),
+        ({"query": 1, "positive": "d1", "negative": "d2"}, BY_ID, [ID_ROW]),
+        ({"query": "1", "positive": ["d1"], "negatives": ["d2"]}, BY_ID, [ID_ROW]),
+        ({"anchor": "1", "positive": "d1", "neg": "d2"}, {**BY_ID, "columns": MAPPED}, [ID_ROW]),
+        ({"query": "1", "positive": "d1", "negative_1": "d2", "negative_2": "d9"}, ONE, [ID_ROW]),
+        (DISTILLED, {**BY_ID, "num_negatives": 2}, [OF_DISTILLED]),
+        (
+            OBJECTS,
+            {"columns": {"positives": "positive_passages", "negatives": "negative_passages"}},
+            [{**OF_OBJECTS, "positive": text, "positive_id": key} for key, text in (("1", "T p1"), ("2", "p2"))],
+        ),
     ],
-    ids=["numbers", "lists", "mapped texts", "numbered"],
+    ids=["numbers", "lists", "mapped texts", "numbered", "ids alone", "objects"],
 )
-def test_ids_under_the_names_of_texts_are_looked_up(
-    row: dict[str, Any], options: dict[str, Any], streaming: bool
-) -> None:
+def test_ids_of_a_row_are_looked_up_and_kept(row: dict, options: dict, expected: list, streaming: bool) -> None:
     source: Any = Dataset.from_list([row])
     if streaming:
         source = source.to_iterable_dataset()
-        options = {**options, "qrels": {"1": {"d1": 1}}}
-    loaded = load_triples(source, collection=PASSAGES, queries=QUERIES, streaming=streaming, **options)
-    assert rows_of(loaded) == [ID_ROW]
+        judged = {"qrels": {"1": {"d1": 1}, "2": {"d2": 1}}} if "queries" in options else {}
+        options = {**options, **judged, "streaming": True}
+    assert rows_of(load_triples(source, **options)) == expected
 
 
 def test_ids_of_one_kind_are_looked_up_beside_texts_of_the_other() -> None:
     row = {"query": "2", "positive": "p", "negative": "n"}
-    found = rows_of(load_triples(Dataset.from_list([row]), queries=QUERIES))
-    assert found == [{**row, "query": "query two", "query_id": "2"}]
+    [found] = rows_of(load_triples(Dataset.from_list([row]), queries=QUERIES))
+    assert found == {**row, "query": "query two", "query_id": "2"}
     rows = [{"query": "own words", "positive_id": key, "negative_id": "d2"} for key in ("d1", "d1", "d3")]
     loaded = load_triples(Dataset.from_list(rows), collection=PASSAGES)
-    assert loaded[0]["positive"] == "passage 1"
-    assert loaded["known_positive_ids"][:] == [["d1", "d3"]] * 3
+    assert loaded[0]["positive"] == "passage 1" and loaded["known_positive_ids"][:] == [["d1", "d3"]] * 3
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -237,17 +197,14 @@ QRELS_FILES = {
 @pytest.mark.parametrize(("name", "streaming"), [(name, name[0] == "t") for name in QRELS_FILES])
 def test_known_positives_come_from_qrels(tmp_path: Path, name: str, streaming: bool) -> None:
     qrels = write(tmp_path / name, QRELS_FILES[name])
-    given: dict[str, Any] = {"collection": PASSAGES, "queries": QUERIES, "qrels": qrels, "streaming": streaming}
-    loaded = load_triples(write(tmp_path / "ids.tsv", ID_LINES), **given)
+    loaded = load_triples(write(tmp_path / "ids.tsv", ID_LINES), qrels=qrels, streaming=streaming, **BY_ID)
     # The row's own positive is known even where it is not judged.
     assert [row["known_positive_ids"] for row in loaded] == [["d1", "d6"], ["d1", "d6", "d3"], ["d5"]]
 
 
 def test_given_known_positives_are_kept_and_joined_over_the_rows_of_a_query() -> None:
-    rows = [
-        {**ROWS[0], "query_id": "1", "positive_id": 1, "negative_id": 5, "known_positive_ids": [7]},
-        {**ROWS[0], "query_id": "1", "positive_id": 2, "negative_id": 5, "known_positive_ids": []},
-    ]
+    row = {**ROWS[0], "query_id": "1", "negative_id": 5}
+    rows = [{**row, "positive_id": 1, "known_positive_ids": [7]}, {**row, "positive_id": 2, "known_positive_ids": []}]
     assert load_triples(Dataset.from_list(rows))["known_positive_ids"][:] == [["1", "7", "2"]] * 2
 
 
@@ -262,17 +219,18 @@ def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
     assert loaded.cache_files
     assert rows_of(load_triples(folder, num_negatives=2, seed=4)) != rows_of(expected)
     words: dict[str, Any] = {"language": "none", "stemmer": None}
-    corpus = load_beir(folder, "train")[0]
-    expected = bm25_triples(
-        *load_beir(folder, "train"), seed=3, index=BM25Index.build(corpus["text"], corpus["id"], **words)
-    )
+    corpus, *judged = load_beir(folder, "train")
+    index = BM25Index.build(corpus["text"], corpus["id"], **words)
+    expected = bm25_triples(corpus, *judged, seed=3, index=index)
     assert rows_of(load_triples(folder, seed=3, **words)) == rows_of(expected)
-    with pytest.raises(ValueError, match="language: no stop words for 'klingon'"):
-        load_triples(folder, language="klingon")
-    with pytest.raises(ValueError, match="qrels= does not go with a BEIR collection"):
-        load_triples(folder, qrels={})
-    with pytest.raises(ValueError, match=r"revision= does not go with a BEIR.*download it and give its"):
-        load_triples(folder, revision="v1")
+    wrong: Any
+    for wrong, message in (
+        ({"language": "klingon"}, "language: no stop words for 'klingon'"),
+        ({"qrels": {}}, "qrels= does not go with a BEIR collection"),
+        ({"revision": "v1"}, r"revision= does not go with a BEIR.*download it and give its"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_triples(folder, **wrong)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -280,8 +238,8 @@ def test_folder_in_the_hubs_layout_is_read(tmp_path: Path, streaming: bool) -> N
     for at, row in enumerate(ROWS):
         write(tmp_path / "set" / "data" / f"train-0000{at}-of-00002.jsonl", jsonl([row]))
     write(tmp_path / "set" / "data" / "dev-00000-of-00001.jsonl", jsonl(ROWS[:1]))
-    assert rows_of(load_triples(tmp_path / "set", streaming=streaming)) == ROWS
-    assert rows_of(load_triples(tmp_path / "set", split="dev", streaming=streaming)) == ROWS[:1]
+    for split, rows in (("train", ROWS), ("dev", ROWS[:1])):
+        assert rows_of(load_triples(tmp_path / "set", split=split, streaming=streaming)) == rows
     with pytest.raises(FileNotFoundError, match=r"no split 'test'; splits there: .*train"):
         load_triples(tmp_path / "set", split="test", streaming=streaming)
 
@@ -323,8 +281,7 @@ def test_offline_hub_error_says_the_fix() -> None:
 def test_streaming_gives_the_same_rows_again_and_goes_on_from_a_saved_state(tmp_path: Path, name: str) -> None:
     text = jsonl(ROWS) if "json" in name else "".join("\t".join(row.values()) + "\n" for row in ROWS)
     loaded = load_triples(write(tmp_path / name, text), streaming=True)
-    assert isinstance(loaded, IterableDataset)
-    assert loaded.column_names == ["query", "positive", "negative"]
+    assert isinstance(loaded, IterableDataset) and loaded.column_names == ["query", "positive", "negative"]
     assert rows_of(loaded) == rows_of(loaded) == ROWS
     assert not (tmp_path / "cache").exists()
     next(iter(loaded))
@@ -332,10 +289,8 @@ def test_streaming_gives_the_same_rows_again_and_goes_on_from_a_saved_state(tmp_
     assert rows_of(loaded) == ROWS[1:]
 
 
-def test_streaming_checks_the_first_rows_at_once_and_counts_what_it_skips(tmp_path: Path) -> None:
+def test_streaming_counts_what_it_skips_once_a_pass(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", jsonl([*ROWS, {**ROWS[0], "positive": " "}]))
-    with pytest.raises(ValueError, match=r"t\.jsonl, line 3, column 'positive'"):
-        load_triples(path, streaming=True)
     skipped = SkippedRows()
     loaded = load_triples(path, streaming=True, skip_bad_rows=True, skipped=skipped)
     for _ in range(2):
@@ -346,17 +301,11 @@ def test_streaming_checks_the_first_rows_at_once_and_counts_what_it_skips(tmp_pa
 # The cache ---------------------------------------------------------------------------------------------------------
 
 
-def prepared(tmp_path: Path) -> int:
-    return len(list((tmp_path / "cache").glob("triples-*")))
-
-
-def test_same_source_and_settings_are_prepared_once(tmp_path: Path) -> None:
+def test_same_source_and_settings_are_prepared_once(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "t.jsonl", jsonl([{**row, "negative": [row["negative"]] * 2} for row in ROWS]))
-    for _ in range(2):
-        load_triples(path)
-    assert prepared(tmp_path) == 1
-    load_triples(path, num_negatives=1)
-    assert prepared(tmp_path) == 2
+    for options, prepared in (({}, 1), ({}, 1), ({"num_negatives": 1}, 2)):
+        load_triples(path, **options)  # type: ignore[arg-type]
+        assert len(list(cache.glob("triples-*"))) == prepared
     write(path, path.read_bytes() * 2)
     assert len(load_triples(path)) == 4
 
@@ -367,13 +316,11 @@ def test_changed_collection_is_looked_up_anew_and_a_failed_load_leaves_nothing(t
     assert list((tmp_path / "cache").iterdir()) == []
     path = write(tmp_path / "ids.tsv", ID_LINES)
     load_triples(path, collection=PASSAGES, queries=QUERIES)
-    loaded = load_triples(path, collection={**PASSAGES, "d1": "new text"}, queries=QUERIES)
-    assert loaded[0]["positive"] == "new text"
+    changed = load_triples(path, collection={**PASSAGES, "d1": "new text"}, queries=QUERIES)
+    assert changed[0]["positive"] == "new text"
 
 
-def test_skipped_rows_are_reported_each_time_and_logged_when_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_skipped_rows_are_reported_each_time_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = [{**ROWS[0], "query": ""}, {**ROWS[0], "positive": 3}, {**ROWS[0], "query": None}]
     path = write(tmp_path / "t.jsonl", jsonl([*ROWS, *bad]) + "{oops\n")
     with caplog.at_level(logging.WARNING):
@@ -388,25 +335,80 @@ def test_skipped_rows_are_reported_each_time_and_logged_when_read(
     assert skipped.summary().splitlines()[0] == "4 bad rows were left out"
 
 
-def test_bad_first_row_does_not_decide_the_columns_when_skipped(tmp_path: Path) -> None:
-    rows = [{"query": "q", "positive_id": 7, "other": 1}, {**ROWS[0], "negative": None}, *ROWS]
-    skipped = SkippedRows()
-    loaded = load_triples(write(tmp_path / "t.jsonl", jsonl(rows)), skip_bad_rows=True, skipped=skipped)
-    assert rows_of(loaded) == ROWS
-    assert skipped.total == 2
-
-
 def test_positives_of_a_query_are_known_by_text_where_there_are_no_ids(tmp_path: Path) -> None:
-    rows = [
-        {"query": "one", "positives": ["a", "b"], "negatives": ["n"]},
-        {"query": "two", "positives": ["c"], "negatives": ["n"]},
-        {"query": "one", "positives": ["d", "a"], "negatives": ["n"]},
-    ]
+    lists = (("one", "ab"), ("two", "c"), ("one", "da"))
+    rows = [{"query": query, "positives": list(texts), "negatives": ["n"]} for query, texts in lists]
     path = write(tmp_path / "lists.jsonl", jsonl(rows))
-    known = load_triples(path)["known_positives"][:]
-    assert [set(found) for found in known] == [
-        {stable_id(text) for text in texts} for texts in ("abd", "abd", "c", "abd", "abd")
-    ]
-    streamed = [set(row["known_positives"]) for row in load_triples(path, streaming=True)]
-    assert streamed == [{stable_id(text) for text in texts} for texts in ("ab", "ab", "c", "ad", "ad")]
+    for streaming, known in ((False, ("abd", "abd", "c", "abd", "abd")), (True, ("ab", "ab", "c", "ad", "ad"))):
+        found = [set(row["known_positives"]) for row in load_triples(path, streaming=streaming)]
+        assert found == [{stable_id(text) for text in texts} for texts in known]
     assert "known_positives" not in load_triples(write(tmp_path / "one.jsonl", jsonl(ROWS))).column_names
+
+
+# Scores that come with triples --------------------------------------------------------------------------------------
+
+LISTED = {"query": "first query", "positive": "right", "negatives": ["wrong", "worse"], "label": [1.5, 0, -2]}
+EACH = {
+    "query": "first query", "positive": "right", "negative_1": "wrong", "negative_2": "worse", "origin": "bm25",
+    "positive_teacher_score": 1.5, "negative_1_teacher_score": 0.0, "negative_2_teacher_score": -2.0,
+    "positive_score": None,
+}  # fmt: skip
+
+
+def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+    return rows_of(load_triples(write(path / "t.jsonl", jsonl(rows)), **settings))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("row", "name"), [(LISTED, "label"), (EACH, "teacher_score")])
+def test_scores_become_one_list_a_row(tmp_path: Path, row: dict[str, Any], name: str, streaming: bool) -> None:
+    texts = {"query": "first query", "positive": "right"}
+    two = {"negative_1": "wrong", "negative_2": "worse"}
+    for options, added in (
+        ({"scores": name}, {**two, "scores": [1.5, 0.0, -2.0]}),
+        ({}, two),  # as if there were no scores
+        ({"scores": name, "num_negatives": 1}, {"negative": "wrong", "scores": [1.5, 0.0]}),
+        ({"scores": name, "num_negatives": 0}, {"scores": [1.5]}),
+    ):
+        assert load(tmp_path, [row], streaming=streaming, **options) == [{**texts, **added}]
+
+
+def test_one_negative_and_ids(tmp_path: Path) -> None:
+    row = {"query_id": 1, "positive_id": "a", "negative_id": "b", "positive_score": 2, "negative_score": 1.0}
+    texts = {"collection": {"a": "right", "b": "wrong"}, "queries": {"1": "query"}}
+    [found] = load(tmp_path, [row], scores="score", **texts)
+    assert found["scores"] == [2.0, 1.0] and found["negative_id"] == "b"
+    Dataset.from_list([{**found, "labelled": True}]).to_parquet(tmp_path / "t.parquet")
+    [again] = rows_of(load_triples(tmp_path / "t.parquet", scores="scores"))
+    assert again == {**found, "labelled": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": [1.0, 2.0]}, "line 2, column 'label': 2 scores for 3 candidates; give one each, positive"),
+        ({"label": 1.0}, "line 2, column 'label': holds 1.0, where a list of 3 scores is needed"),
+        ({"label": [1.0, None, 2.0]}, r"column 'label': negatives\[0\] of query 'first query' has no score"),
+        ({"label": [1, 0, "x"]}, r"the score of negatives\[1\] of query 'first query' is 'x', which is no number"),
+        ({"positive": ["right", "also right"]}, "2 positives in a row with scores"),
+    ],
+)
+def test_bad_scores_are_named_and_can_be_skipped(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    first = {**LISTED, "positive": ["right"]} if "positive" in change else LISTED
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, [first, {**first, **change}], scores="label")
+    skipped = SkippedRows()
+    assert len(load(tmp_path, [first, {**first, **change}], scores="label", skip_bad_rows=True, skipped=skipped)) == 1
+    assert skipped.total == 1
+
+
+def test_scores_that_are_not_finite_or_not_there_are_named(tmp_path: Path) -> None:
+    for bad in (float("nan"), float("inf"), 1e300):
+        rows = Dataset.from_list([LISTED, {**LISTED, "label": [1.0, 0.0, bad]}])
+        message = r"row 1, column 'label': the score of negatives\[1\] of query 'first query' is"
+        with pytest.raises(ValueError, match=message):
+            load_triples(rows, scores="label")
+    with pytest.raises(ValueError, match=r"neither a column 'scores' nor 'positive_scores' .*what follows positive_"):
+        load(tmp_path, [EACH], scores="scores")
+    with pytest.raises(ValueError, match="nor 'negative_1_score'"):
+        load(tmp_path, [EACH], scores="score")

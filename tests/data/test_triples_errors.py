@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from tct_hf import SkippedRows, load_triples
+from tests.rows import jsonl, write
 
 GOOD = {"query": "q", "positive": "p", "negative": "n"}
 LISTS = {"query": "q", "positive": "p", "negatives": ["a", "b"]}
@@ -18,17 +18,10 @@ IDS = {"query_id": "1", "positive_id": "d1", "negative_id": "d2"}
 TEXTS: dict[str, Any] = {"collection": {"d1": "one", "d2": "two", "d3": " "}, "queries": {"1": "question"}}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-
-
-def jsonl(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def check_bad_row(path: Path, content: bytes, options: dict[str, Any], kind: str, message: str, left: int = 1) -> None:
-    path.write_bytes(content)
+def check_bad_row(
+    path: Path, content: str | bytes, options: dict[str, Any], kind: str, message: str, left: int = 1
+) -> None:
+    write(path, content)
     for streaming in (False, True):
         with pytest.raises(ValueError, match=rf"{path.name}, line \d{message}"):
             load_triples(path, streaming=streaming, **options)
@@ -69,18 +62,8 @@ def test_bad_line_of_tsv_is_refused_with_its_place_or_skipped_and_counted(
         ({"query_id": 1}, {"query_id": 2.0}, "mixed types", "holds 2.0 where an id"),
         ({"query_id": 1}, {"query_id": None}, "empty id", r"no id \(null\)"),
         ({"labelled": True}, {"labelled": 0}, "mixed types", r"holds 0 where true .*columns=\{'labelled': None\}"),
-        (
-            {},
-            {"negative": " Q"},
-            "query itself",
-            ", column 'negative': this passage is the query itself; take another",
-        ),
-        (
-            {"query_id": "1", "positive_id": "p", "negative_id": "n"},
-            {"negative_id": "1", "negative": "title: q"},
-            "query itself",
-            "'negative': this passage is the query itself",
-        ),
+        ({}, {"negative": " Q"}, "query itself", "column 'negative': this passage is the query itself; take another"),
+        (IDS, {"negative_id": "1", "negative": "title: q"}, "query itself", "'negative': this passage is the query"),
         (LISTS, {"negatives": "n"}, "mixed types", "holds 'n' where a list is needed"),
         (LISTS, {"negatives": ["a"]}, "too few negatives", "'negatives': 1 negatives where 2 are needed; lower num_n"),
         (LISTS, {"negatives": list("abc")}, "too many negatives", "3 negatives where .* has 2; pass num_negatives=2"),
@@ -94,24 +77,24 @@ def test_bad_object_is_refused_with_its_place_or_skipped_and_counted(
     first = good if good is LISTS else {**GOOD, **good}
     second = {name: value for name, value in {**first, **change}.items() if value is not ...}
     options = {"num_negatives": 2} if kind == "too few negatives" else {}
-    check_bad_row(tmp_path / "t.jsonl", jsonl(first, second), options, kind, f".*{message}")
+    check_bad_row(tmp_path / "t.jsonl", jsonl([first, second]), options, kind, f".*{message}")
 
 
 def test_bad_json_and_lists_that_do_not_match_are_refused_or_skipped(tmp_path: Path) -> None:
-    oops = jsonl(GOOD) + b"{oops\n"
+    oops = jsonl([GOOD]) + "{oops\n"
     check_bad_row(tmp_path / "t.jsonl", oops, {}, "not JSON", r": not JSON \(.*one JSON object")
     lists = {"query": "q", "positive": ["p", "o"], "negative": "n", "negative_id": "d"}
-    rows = jsonl({**lists, "positive_id": ["a", "b"]}, {**lists, "positive_id": ["a"]})
+    rows = jsonl([{**lists, "positive_id": ["a", "b"]}, {**lists, "positive_id": ["a"]}])
     check_bad_row(tmp_path / "u.jsonl", rows, {}, "different lengths", ": 2 positives but 1 positive ids", left=2)
-    rows = jsonl(*({"query": "1", "positive": name, "negative": "d2"} for name in ("d1", "d9")))
+    rows = jsonl({"query": "1", "positive": name, "negative": "d2"} for name in ("d1", "d9"))
     check_bad_row(tmp_path / "v.jsonl", rows, TEXTS, "unknown id", ", column 'positive_id': 'd9' is not in")
 
 
 # What is wrong with the whole file or a setting, and skip_bad_rows does not pass over
 ID_LINE = b"1\td1\td2\n"
-WITH_IDS = jsonl({**GOOD, **IDS})
+WITH_IDS = jsonl([{**GOOD, **IDS}]).encode()
 OF_ONE = {"1": {"d1": 1}}
-BAD_FILES: list[tuple[str, bytes, dict[str, Any], str]] = [
+BAD_FILES: list[tuple[str, str | bytes, dict[str, Any], str]] = [
     ("t.jsonl.gz", gzip.compress(WITH_IDS * 999)[:-9], {}, r"t\.jsonl\.gz, after line \d+: broken \.gz .*download"),
     ("t.jsonl", b"\n\n", {}, r"t\.jsonl: no row to train on; it is empty"),
     ("t.tsv", b"query\tpositive\tnegative\n", {}, "no row to train on"),
@@ -121,30 +104,30 @@ BAD_FILES: list[tuple[str, bytes, dict[str, Any], str]] = [
     ("t.tsv", b"1\t2\t3\n", {}, r"line 1: \['1', '2', '3'\] look like ids, not texts; pass queries= and collection="),
     ("t.tsv", b"1\t2\t3\n", {"collection": {"2": "a", "3": "b"}}, "look like ids, not texts; pass queries= with"),
     ("t.tsv", b"qid\tpid+\tpid-\n1\tp\tn\n", {}, r"line 1: .*'pid-'\] are names of ids, .*pass queries= and coll"),
-    ("t.jsonl", jsonl({"query": "1", "positive": "2", "negatives": ["3"]}), {}, "'3'\\] look like ids, not texts"),
-    ("t.jsonl", jsonl(GOOD), {"queries": {"1": "q"}}, "queries= has nothing to look up: this holds texts, such as"),
+    ("t.jsonl", jsonl([{"query": "1", "positive": "2", "negatives": ["3"]}]), {}, "'3'\\] look like ids, not texts"),
+    ("t.jsonl", jsonl([GOOD]), {"queries": {"1": "q"}}, "queries= has nothing to look up: this holds texts, such as"),
     ("t.jsonl", WITH_IDS, {"collection": {"d1": "one"}}, r"collection= has nothing .*columns=\{'positive': None\}"),
     # Collections and judgements.
     ("t.tsv", ID_LINE, {**TEXTS, "collection": b"d1\ta\nd1\tc\n"}, r"texts\.tsv, line 2: passage id 'd1' was used"),
     ("t.tsv", ID_LINE, {**TEXTS, "collection": b"d1\ta\nd2\tb\tc\n"}, r"texts\.tsv, line 2: 3 fields where 2 "),
     ("t.tsv", ID_LINE, {**TEXTS, "collection": Dataset.from_dict({"a": ["x"], "b": ["y"]})}, "name them id and text"),
     ("t.jsonl", WITH_IDS, {"qrels": b"9\td1\t1\n"}, r"none of its queries is judged in .*texts\.tsv"),
-    ("t.jsonl", jsonl(GOOD), {"qrels": OF_ONE}, "qrels= needs query_id, which"),
+    ("t.jsonl", jsonl([GOOD]), {"qrels": OF_ONE}, "qrels= needs query_id, which"),
     ("t.jsonl", WITH_IDS, {"qrels": {"1": {"d\ud800": 1}}}, "qrels .a mapping., query '1', column 'passage id': half"),
-    ("t.jsonl", jsonl({**GOOD, "query_id": 1}), {"qrels": OF_ONE}, "qrels= needs passage ids"),
+    ("t.jsonl", jsonl([{**GOOD, "query_id": 1}]), {"qrels": OF_ONE}, "qrels= needs passage ids"),
     # Settings.
-    ("t.jsonl", jsonl({"query": "q"}) * 2, {}, "line 1: column 'positive'"),
-    ("t.jsonl", jsonl(GOOD), {"columns": {"anchor": "query"}}, r"columns: 'anchor' is no"),
-    ("t.jsonl", jsonl(GOOD), {"num_negatives": -1}, "num_negatives=-1: it must be 0"),
+    ("t.jsonl", jsonl([{"query": "q"}]) * 2, {}, "line 1: column 'positive'"),
+    ("t.jsonl", jsonl([GOOD]), {"columns": {"anchor": "query"}}, r"columns: 'anchor' is no"),
+    ("t.jsonl", jsonl([GOOD]), {"num_negatives": -1}, "num_negatives=-1: it must be 0"),
     ("t.tsv", b"a\ta\tb\n", {"columns": {"query": "a"}}, r"line 1: columns= needs a header"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "options", "message"), BAD_FILES, ids=range(len(BAD_FILES)))
 def test_bad_file_or_setting_is_refused_with_the_fix(
-    tmp_path: Path, name: str, content: bytes, options: dict[str, Any], message: str
+    tmp_path: Path, name: str, content: str | bytes, options: dict[str, Any], message: str
 ) -> None:
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     for setting, value in options.items():
         if isinstance(value, bytes):
             (tmp_path / "texts.tsv").write_bytes(value)
@@ -164,23 +147,31 @@ BAD_COLUMNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({**GOOD, "negative_2": "n"}, {"columns": {"negative": None}}, "negative_1 is missing before 2"),
     ({**GOOD, "negative_1": "n"}, {}, "both 'negative' and 'negative_1'.*leave one out"),
     ({"query": "q", "positive": "p"}, {"num_negatives": 1}, "'negative' is missing"),
+    (IDS, {"collection": Dataset.from_list([GOOD]).to_iterable_dataset()}, "IterableDataset, which can't be looked"),
 ]
 
 
 @pytest.mark.parametrize(("row", "options", "message"), BAD_COLUMNS, ids=range(len(BAD_COLUMNS)))
-def test_columns_that_do_not_fit_are_refused_with_the_fix(
-    row: dict[str, Any], options: dict[str, Any], message: str
-) -> None:
+def test_columns_that_do_not_fit_are_refused_with_the_fix(row: dict, options: dict, message: str) -> None:
     for skip in (False, True):
         with pytest.raises(ValueError, match=message):
             load_triples(Dataset.from_list([row]), skip_bad_rows=skip, **options)
 
 
+def test_lists_and_streams_are_refused_with_the_fix() -> None:
+    rows: Any
+    for rows, message in (
+        ([GOOD], "a list can't be loaded; give a path"),
+        (Dataset.from_list([GOOD]).to_iterable_dataset(), "pass streaming=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_triples(rows)
+
+
 def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a.bin").write_bytes(b"x")
-    (tmp_path / "t.tsv").write_bytes(ID_LINE)
+    write(tmp_path / "other" / "a.bin", b"x")
+    write(tmp_path / "t.tsv", ID_LINE)
     for source, options, message in (
         ("gone.jsonl", {}, r"gone\.jsonl: no such file"),
         ("empty", {}, "no data files that can be read"),
@@ -190,15 +181,6 @@ def test_what_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
     ):
         with pytest.raises(FileNotFoundError, match=message):
             load_triples(tmp_path / source, **options)
-
-
-def test_other_types_are_refused_with_the_fix() -> None:
-    with pytest.raises(ValueError, match="a list can't be loaded; give a path"):
-        load_triples([GOOD])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="pass streaming=True"):
-        load_triples(Dataset.from_list([GOOD]).to_iterable_dataset())
-    with pytest.raises(ValueError, match="IterableDataset, which can't be looked up"):
-        load_triples(Dataset.from_list([IDS]), collection=Dataset.from_list([GOOD]).to_iterable_dataset())
 
 
 def test_bad_bytes_in_parquet_are_refused_with_the_file(tmp_path: Path) -> None:

@@ -259,11 +259,9 @@ def test_scores_are_those_of_passages_with_their_queries(expansion: Path, tmp_pa
 
 
 def test_k1_and_b_depend_on_what_is_indexed() -> None:
-    for options, expected in (
-        ({}, (0.82, 0.68)),
-        ({"expansion": {"model": "m"}}, (2.18, 0.86)),
-        ({"expansion": {"model": "m"}, "k1": 0.0, "b": 0.0}, (0.0, 0.0)),
-    ):
+    expanded: dict[str, Any] = {"expansion": {"model": "m"}}
+    zeros = {**expanded, "k1": 0.0, "b": 0.0}
+    for options, expected in (({}, (0.82, 0.68)), (expanded, (2.18, 0.86)), (zeros, (0.0, 0.0))):
         settings = build(**options).settings
         assert (settings["k1"], settings["b"]) == expected and ("expansion" in settings) is bool(options)
 

@@ -85,11 +85,12 @@ def test_settings_that_are_damaged_or_do_not_fit_are_refused(tmp_path: Path) -> 
     BUILD["dense"]().save(tmp_path)
     settings = tmp_path / "tct_dense.json"
     text = settings.read_text()
+    without = {name: value for name, value in json.loads(text).items() if name != "files"}
     for broken, message in (
         (text[:-20], r"tct_dense\.json: damaged"),
         ('{"format": 1}', "format 1 where this version reads"),
-        (json.dumps({**json.loads(text), "files": 1}), r"tct_dense\.json: damaged"),
-        (json.dumps({k: v for k, v in json.loads(text).items() if k != "files"}), r"tct_dense\.json: damaged"),
+        (json.dumps({**without, "files": 1}), r"tct_dense\.json: damaged"),
+        (json.dumps(without), r"tct_dense\.json: damaged"),
     ):
         settings.write_text(broken)
         with pytest.raises(ValueError, match=message):
@@ -161,9 +162,7 @@ def with_value(file: Path, at: int, value: Any) -> bytes:
         ("data", 0, np.nan), ("data", 0, -1.0), ("vocab", 0, 10**6), ("vocab", 0, -1), ("vocab", 0, "x"),
     ],
 )  # fmt: skip
-def test_a_forged_bm25_index_is_refused_before_it_is_searched(
-    tmp_path: Path, part: str, at: int, value: Any, mmap: bool
-) -> None:
+def test_a_forged_bm25_index_is_refused(tmp_path: Path, part: str, at: int, value: Any, mmap: bool) -> None:
     BUILD["bm25"]().save(tmp_path)
     name = "vocab.index.json" if part == "vocab" else f"{part}.csc.index.npy"
     if part == "vocab":

@@ -128,8 +128,7 @@ def with_questions(questions: dict[str, str] = QUESTIONS, **options: object) -> 
 
 def test_a_question_without_judgements_has_bm25s_best_passage_as_its_positive() -> None:
     rows = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
-    assert list(rows) == list(QUESTIONS)
-    assert {name: rows[name]["positive_id"] for name in ("u1", "q4")} == {"u1": "plum", "q4": "pear"}
+    assert list(rows) == list(QUESTIONS) and (rows["u1"]["positive_id"], rows["q4"]["positive_id"]) == ("plum", "pear")
     for name, row in rows.items():
         assert row["query"] == QUESTIONS[name] and row["known_positive_ids"] == []
         assert row["positive"] == TEXTS[row["positive_id"]] and row["negative"] == TEXTS[row["negative_id"]]

@@ -51,9 +51,7 @@ def test_lines_are_ordered_by_score_then_id_and_bytes_are_the_same_in_any_order(
         ({"q\ud800": {"a": 1.0}}, "t", r"id 'q\\ud800' has a lone surrogate"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_and_the_old_file_stays(
-    tmp_path: Path, run: dict, tag: str, message: str
-) -> None:
+def test_what_the_format_cannot_hold_leaves_the_old_file(tmp_path: Path, run: dict, tag: str, message: str) -> None:
     path = tmp_path / "run"
     path.write_text("old")
     with pytest.raises(ValueError, match=message):
@@ -91,10 +89,3 @@ def test_run_of_another_system_is_read(tmp_path: Path) -> None:
         (tmp_path / "run").write_bytes(packed)
         assert read_run(tmp_path / "run") == {"q1": {"d1": 12.0, "d2": 15.0, "d3": 9.0}, "q2": {"d1": -0.5}}
         assert read_tag(tmp_path / "run") == "lucene"
-
-
-def test_truncated_gz_is_named(tmp_path: Path) -> None:
-    lines = "".join(f"q Q0 d{at} {at} {1 / (at + 1)!r} t\n" for at in range(2000))
-    (tmp_path / "run.gz").write_bytes(gzip.compress(lines.encode())[:-100])
-    with pytest.raises(ValueError, match=r"run\.gz, after line \d+: broken"):
-        read_run(tmp_path / "run.gz")

@@ -78,13 +78,7 @@ def test_every_kind_of_vectors_makes_the_same_index() -> None:
     passages, query, ids = drawn(70, 30, 0.2, 3), drawn(1, 30, 0.3, 4), names(70)
     expected = SparseIndex.build(passages, ids).search(query, 20)
     coo = torch.from_numpy(passages.toarray()).to_sparse()
-    kinds: list[Any] = [
-        passages.tocoo(),
-        sparse.csc_array(passages),
-        passages.astype(np.float64),
-        coo,
-        coo.to_sparse_csr(),
-    ]
+    kinds: Any = (passages.tocoo(), sparse.csc_array(passages), passages.astype(float), coo, coo.to_sparse_csr())
     for vectors in kinds:
         found = SparseIndex.build(vectors, ids).search(query, 20)
         assert found[0] == expected[0] and np.array_equal(found[1][0], expected[1][0])
@@ -125,9 +119,7 @@ BEYOND: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("part", "value"), BEYOND)
-def test_arrays_that_search_would_read_beyond_or_that_are_not_those_announced_are_refused(
-    tmp_path: Path, part: str, value: Any
-) -> None:
+def test_arrays_beyond_or_unlike_what_is_announced_are_refused(tmp_path: Path, part: str, value: Any) -> None:
     index = SparseIndex.build(drawn(30, 20, 0.3, 0), names(30))
     if part in ("rows", "weights", "starts"):
         array = np.array(getattr(index, f"_{part}"))
