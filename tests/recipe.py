@@ -1,8 +1,9 @@
-"""What recipe tests share: a tiny encoder, a small BEIR folder, a settings file, and a run in a process of its own."""
+"""What recipe tests share: a small BEIR folder, a run in a process of its own or in this one."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import random
@@ -10,17 +11,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.models import WORDS, tiny_bert
-from tests.warm_process import run_warm
+from tests.models import WORDS
+from tests.warm_process import free_port, run_warm
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "recipes" / "train.py"
 STEPS = 6
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Check = Callable[..., None]
 
 
 def write_beir(folder: Path, *, passages: int = 60, train: int = 40, dev: int = 10, test: int = 12) -> Path:
@@ -44,77 +47,52 @@ def write_beir(folder: Path, *, passages: int = 60, train: int = 40, dev: int = 
     return folder
 
 
-def write_material(folder: Path) -> Path:
-    """An encoder and a collection under `folder`, and the settings file that uses them."""
-    tiny_bert(folder / "encoder", dropout=0.1)  # dropout: a run that goes on needs its random state back
-    write_beir(folder / "collection")
-    training = {"per_device_train_batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1}
-    training["save_steps"] = 2
-    encoder = {"encoding": "tct", "base_model": str(folder / "encoder"), "query_length": 16, "document_length": 48}
-    settings = {
-        "extends": os.path.relpath(ROOT / "recipes" / "paper.yaml", folder),
-        "precision": "fp32",
-        "data": {"source": str(folder / "collection"), "negative_depth": 10},
-        "encoder": encoder,
-        "teacher": {"dim": 16, "training": training},
-        "student": {"layers": [1], "training": training},
-        "evaluation": {"depth": 20, "measures": ["RR@10", "nDCG@10", "R@20"]},
-    }
-    (folder / "tiny.yaml").write_text(json.dumps(settings))
-    return folder / "tiny.yaml"
-
-
 def environment(folder: Path) -> dict[str, str]:
     """As the tests' own, one thread, and a cache that no other run shares."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "TCT_HF_CACHE": str(folder / "cache")}
 
 
-def launch(processes: int = 1, *more: str) -> list[str]:
-    """The words before the recipe's name."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", *more, f"--num_processes={processes}"]
-    return [
-        *words,
-        "--num_machines=1",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-        "--num_cpu_threads_per_process=1",
-    ]
-
-
 def run(
-    settings: Path,
-    output: Path,
-    *options: str,
-    before: list[str] | None = None,
+    name: str,
+    folder: Path,
+    *options: object,
     code: int = 0,
-    recipe: Path = RECIPE,
+    stdin: str = "",
+    kill_at: str | None = None,
     processes: int = 1,
+    launched: int = 0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a recipe in a process of its own and expect its exit status.
+    """Run recipes/NAME.py in a process of its own and expect its exit status.
 
     Args:
-        settings: of :func:`write_material`.
-        output: its output_dir.
-        *options: more for the command line.
-        before: the words before the recipe's name, python alone when None.
-        code: the status.
-        recipe: the script.
-        processes: that run it together, without `before`.
+        name: of the recipe.
+        folder: holds the cache.
+        *options: for the command line.
+        code: the status; that of SIGKILL with `kill_at`.
+        stdin: standard input.
+        kill_at: kill it once it has printed a line that holds this.
+        processes: that run it together.
+        launched: processes that `accelerate launch` starts instead.
     """
-    words = [*(before or [sys.executable]), str(recipe), str(settings), f"--output_dir={output}", *options]
-    env = environment(settings.parent)
-    if before is None or "tests.recipe_worker" in before:
-        done = run_warm(words[1:], env=env, processes=processes)
-    else:
+    words, env = [str(ROOT / "recipes" / f"{name}.py"), *map(str, options)], environment(folder)
+    if kill_at is not None:
+        words, code = ["-m", "tests.recipe_worker", kill_at, *words], -signal.SIGKILL
+    if launched:
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--mixed_precision=no",
+            "--dynamo_backend=no",
+            "--num_machines=1",
+        ]
+        launch += [f"--num_processes={launched}", "--num_cpu_threads_per_process=1"]
+        launch += ["--multi_gpu", f"--main_process_port={free_port()}"] if launched > 1 else []
+        words = [sys.executable, *launch, *words]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
+    else:
+        done = run_warm(words, env=env, stdin=stdin, processes=processes)
     assert done.returncode == code, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
-
-
-def killed_at(line: str, settings: Path, output: Path, recipe: Path = RECIPE) -> str:
-    """Run a recipe until it has printed a line that holds `line`; what it printed."""
-    before = [sys.executable, "-m", "tests.recipe_worker", line]
-    return run(settings, output, before=before, code=-signal.SIGKILL, recipe=recipe).stdout
 
 
 def load_recipe(script: Path) -> ModuleType:
@@ -128,19 +106,29 @@ def load_recipe(script: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def in_this_process(recipe: Path, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """A function of output_dir and options that runs a recipe in this process and returns the exit status."""
-    module = load_recipe(recipe)
+def results(folder: Path, *kinds: str) -> dict[str, bytes]:
+    """Files that must not depend on how a run went: runs, weights and files of more kinds."""
+    files = [file for kind in ("*.trec", "model.safetensors", *kinds) for file in folder.rglob(kind)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def in_this_process(name: str, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A function of output_dir and options that does as :func:`run` in this process, with a settings file."""
+    script = ROOT / "recipes" / f"{name}.py"
+    module = load_recipe(script)
     for where in ("tct_hf.progress", "tct_hf.pipeline.job"):
         monkeypatch.setattr(f"{where}.quieten", lambda: None)  # it changes what later tests would see
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
-    def call(output: Path, *options: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(recipe)])
-        try:
-            module.run_recipe(module.main, module.Settings, "", [str(settings), f"--output_dir={output}", *options])
-        except SystemExit as end:
-            return int(str(end.code))
-        return 0
+    def call(output: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [str(script)])
+        words, ended = [str(settings), f"--output_dir={output}", *options], 0
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try:
+                module.run_recipe(module.main, module.Settings, "", words)
+            except SystemExit as end:
+                ended = int(str(end.code))
+        assert ended == code, f"{out.getvalue()[-3000:]}\n{err.getvalue()[-5000:]}"
+        return subprocess.CompletedProcess(words, ended, out.getvalue(), err.getvalue())
 
     return call

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -89,10 +88,10 @@ def editing(file: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
 
 
 CONFIG, SETTINGS = "config_sentence_transformers.json", "sentence_bert_config.json"
-POOLING = "1_Pooling/config.json"
+POOLING, TOKENIZER = "1_Pooling/config.json", "tokenizer_config.json"
 # Breaks that leave a checkpoint loadable, and its vectors wrong.
 SILENT = {
-    "tokenizer class": editing("tokenizer_config.json", lambda c: c.update(tokenizer_class="BertTokenizer")),
+    "tokenizer class": editing(TOKENIZER, lambda c: c.update(tokenizer_class="BertTokenizer")),
     "post-processor": with_sep,
     "include_prompt": editing(POOLING, lambda c: c.update(include_prompt=True)),
     "default prompt": editing(CONFIG, lambda c: c.pop("default_prompt_name")),
@@ -101,10 +100,11 @@ SILENT = {
     "unattended [MASK]s": editing(SETTINGS, lambda c: c["query_expansion"].update(attend=False)),
     "growing queries": editing(SETTINGS, lambda c: c["query_expansion"].update(strategy="min")),
     "other expansion token": editing(SETTINGS, lambda c: c["query_expansion"].update(token="[SEP]")),
-    "tokenizer's limit": editing("tokenizer_config.json", lambda c: c.update(model_max_length=512)),
+    "tokenizer's limit": editing(TOKENIZER, lambda c: c.update(model_max_length=512)),
     "loader's limit": editing(SETTINGS, lambda c: c.update(max_seq_length=20)),
-    "truncation side": editing("tokenizer_config.json", lambda c: c.update(truncation_side="left")),
+    "truncation side": editing(TOKENIZER, lambda c: c.update(truncation_side="left")),
 }
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 NORMALIZE = {"type": "sentence_transformers.models.Normalize", "path": "2"}
 # Breaks after which it can no longer be known what the student was.
 UNKNOWABLE = {
@@ -112,7 +112,7 @@ UNKNOWABLE = {
     "no document length": (editing(SETTINGS, lambda c: c.pop("document_length")), f"{SETTINGS} has no document_len"),
     "max pooling": (editing(POOLING, lambda c: c.update(pooling_mode="max")), f"{POOLING} has the pooling_mode 'max'"),
     "one more module": (editing("modules.json", lambda c: c.append(NORMALIZE)), r"has the modules \['Transformer', "),
-    "start token": (editing("tokenizer_config.json", lambda c: c.update(cls_token="[START]")), "names no cls_token"),
+    "start token": (editing(TOKENIZER, lambda c: c.update(cls_token="[START]")), "names no cls_token"),
 }
 
 
@@ -132,19 +132,17 @@ def test_a_finalised_checkpoint_is_valid_and_changes_no_byte(
 
 
 @pytest.mark.parametrize(
-    ("name", "changed"),
-    [("bert", [CONFIG]), ("prompted", [CONFIG]), ("modernbert", []), ("dense", [])],
+    ("name", "changed"), [("bert", [CONFIG]), ("prompted", [CONFIG]), ("modernbert", []), ("dense", [])]
 )
 def test_finalise_completes_a_stock_save_and_leaves_an_own_encoding_student_as_it_is(
     students: dict[str, Path], tmp_path: Path, name: str, changed: list[str]
 ) -> None:
-    SentenceTransformer(str(students[name]), device="cpu").save_pretrained(str(tmp_path / "stock"))
-    before = digests(tmp_path / "stock")
-    finalise_checkpoint(tmp_path / "stock")
-    after = digests(tmp_path / "stock")
+    SentenceTransformer(str(students[name]), device="cpu").save_pretrained(str(tmp_path))
+    before = digests(tmp_path)
+    finalise_checkpoint(tmp_path)
+    after = digests(tmp_path)
     assert after.keys() == before.keys() and [file for file in before if after[file] != before[file]] == changed
-    config = json.loads((tmp_path / "stock" / CONFIG).read_text())
-    assert ("requirements" in config) is bool(changed)
+    assert ("requirements" in json.loads((tmp_path / CONFIG).read_text())) is bool(changed)
 
 
 @pytest.mark.parametrize("broken", SILENT)
@@ -173,9 +171,8 @@ def test_finalise_puts_everything_right_at_once_and_leaves_other_files(
         assert json.loads((student / name).read_text()) == json.loads(file.read_text()), name
     assert digests(student).keys() == before.keys()
     assert all(digests(student)[name] == before[name] for name in ("report.json", "model.safetensors", "config.json"))
-    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    start = {"__type": "AddedToken", "content": "[CLS]", **flags}
-    edit(student / "tokenizer_config.json", lambda c: c.update(cls_token=start))
+    start = {"__type": "AddedToken", "content": "[CLS]"} | dict.fromkeys(FLAGS, False)
+    edit(student / TOKENIZER, lambda c: c.update(cls_token=start))
     with_sep(student)
     finalise_checkpoint(student)
     tokenizer = AutoTokenizer.from_pretrained(student)
@@ -267,14 +264,8 @@ def test_a_student_that_gives_other_vectors_elsewhere_is_an_error(
         validate_checkpoint(students[name])
 
 
-@pytest.mark.parametrize("factor", [1.5, float("nan")])
-def test_only_weights_that_give_no_finite_vectors_are_an_error(
-    student: Path, factor: float, in_this_interpreter: None
-) -> None:
-    weights = {name: tensor * factor for name, tensor in load_file(student / "model.safetensors").items()}
+def test_weights_that_are_not_finite_are_an_error(student: Path) -> None:
+    weights = {name: tensor * float("nan") for name, tensor in load_file(student / "model.safetensors").items()}
     save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
-    if np.isfinite(factor):
+    with pytest.raises(ValueError, match="has weights that are not finite"):
         validate_checkpoint(student)
-    else:
-        with pytest.raises(ValueError, match="has weights that are not finite"):
-            validate_checkpoint(student)

@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,18 @@ from tct_hf.teachers.base import read_training_scale, write_training_scale
 from tests.hub.models import TEXTS, dual_encoder, published_tct, pyserini_vectors
 from tests.loopback_hub import LoopbackHub
 from tests.models import pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert
-from tests.recipe import ROOT, in_this_process
+from tests.recipe import in_this_process
 
 NAME = "castorini/tct_colbert-msmarco"
+SETTINGS = "sentence_bert_config.json"
+
+
+def tct_student(path: Path) -> Path:
+    return save_student(build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=64), path / "it")
+
+
+def convert(source: str) -> None:
+    convert_checkpoint(source, Path(source).with_name("out"))
 
 
 def assert_pyserini(student: SentenceTransformer, source: Path) -> None:
@@ -35,8 +43,9 @@ def assert_pyserini(student: SentenceTransformer, source: Path) -> None:
         assert np.abs(encode(TEXTS) - expected).max() <= 1e-5 * max(1.0, float(np.abs(expected).max())), side
 
 
-def save_part(source: Path, weights: dict[str, torch.Tensor], without: str) -> None:
-    kept = {name: tensor for name, tensor in weights.items() if without not in name}
+def drop_weights(source: Path, named: str) -> None:
+    weights = load_file(source / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if named not in name}
     save_file(kept, source / "model.safetensors", {"format": "pt"})
 
 
@@ -91,18 +100,18 @@ def test_weights_that_no_student_takes_are_reported_once_and_pretraining_heads_n
 def test_a_student_is_loaded_as_it_is_and_put_right_where_it_was_saved_by_other_means(
     hub: LoopbackHub, tmp_path: Path
 ) -> None:
-    student = build_student(str(tiny_bert(tmp_path / "base")), encoding="tct", document_length=64)
-    path = save_student(student, tmp_path / "student")
+    path = tct_student(tmp_path)
+    wanted = SentenceTransformer(str(path), device="cpu").encode(TEXTS)
     hub.publish(path, "tester/student")
-    assert (load_student("tester/student", device="cpu").encode(TEXTS) == student.encode(TEXTS)).all()
+    assert (load_student("tester/student", device="cpu").encode(TEXTS) == wanted).all()
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "BertTokenizer"}))
-    assert np.abs(SentenceTransformer(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() > 0.05
+    assert np.abs(SentenceTransformer(str(path), device="cpu").encode(TEXTS) - wanted).max() > 0.05
     weights = (path / "model.safetensors").rename(tmp_path / "weights")
     with pytest.raises(ValueError, match=r"model\.safetensors, are missing"):
         load_student(str(path), device="cpu")
     weights.rename(path / "model.safetensors")  # what failed was not kept
-    assert np.abs(load_student(str(path), device="cpu").encode(TEXTS) - student.encode(TEXTS)).max() < 1e-6
+    assert np.abs(load_student(str(path), device="cpu").encode(TEXTS) - wanted).max() < 1e-6
 
 
 def with_length(file: Path, *keys: str) -> None:
@@ -114,25 +123,25 @@ def with_length(file: Path, *keys: str) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_a_checkpoint_that_would_pad_queries_until_memory_ends_is_refused(tmp_path: Path) -> None:
-    expansion = ("sentence_bert_config.json", "query_expansion", "length")
-    base = tiny_bert(tmp_path / "base")
-    student = save_student(build_student(str(base), encoding="tct", document_length=48), tmp_path / "student")
-    colbert, pylate = tiny_colbert(tmp_path / "teacher"), pylate_colbert(tmp_path / "pylate")
-    stanford = stanford_colbert(tmp_path / "stanford")
-    for folder, (name, *keys), opens in (
-        (student, expansion, (load_student, open_student, validate_checkpoint)),
-        (colbert, expansion, (ColBERTTeacher,)),
-        (pylate, ("config_sentence_transformers.json", "query_length"), (partial(convert, tmp_path),)),
-        (stanford, ("artifact.metadata", "query_maxlen"), (partial(convert, tmp_path),)),
-    ):
-        with_length(folder / name, *keys)
-        for opened in opens:
-            with pytest.raises(ValueError, match="pads queries to 1,000,000,000 tokens, but its encoder takes 192"):
-                opened(str(folder))
+@pytest.mark.parametrize(
+    ("make", "file", "keys", "doors"),
+    [
+        (tct_student, SETTINGS, ("query_expansion", "length"), (load_student, open_student, validate_checkpoint)),
+        (tiny_colbert, SETTINGS, ("query_expansion", "length"), (ColBERTTeacher,)),
+        (pylate_colbert, "config_sentence_transformers.json", ("query_length",), (convert,)),
+        (stanford_colbert, "artifact.metadata", ("query_maxlen",), (convert,)),
+    ],
+)
+def test_a_checkpoint_that_would_pad_queries_until_memory_ends_is_refused(
+    tmp_path: Path, make: Any, file: str, keys: tuple[str, ...], doors: tuple[Any, ...]
+) -> None:
+    folder = make(tmp_path / "made")
+    with_length(folder / file, *keys)
+    for opened in doors:
+        with pytest.raises(ValueError, match="pads queries to 1,000,000,000 tokens, but its encoder takes 192"):
+            opened(str(folder))
 
 
-SETTINGS = "sentence_bert_config.json"
 DAMAGES: list[tuple[str, Any, list[Any]]] = [
     (SETTINGS, "document_length", [10**9, -1, "x", True]),
     (SETTINGS, "query_expansion", ["x", 5, {"length": "x"}]),
@@ -147,8 +156,7 @@ DAMAGES: list[tuple[str, Any, list[Any]]] = [
 
 
 def test_values_of_the_wrong_kind_are_told_with_the_file(tmp_path: Path) -> None:
-    base = tiny_bert(tmp_path / "base")
-    student = save_student(build_student(str(base), encoding="tct", document_length=48), tmp_path / "student")
+    student = tct_student(tmp_path)
     doors: list[Any] = [lambda path: load_student(path, device="cpu"), build_student]
     for name, key, values in DAMAGES:
         before = (student / name).read_text()
@@ -164,28 +172,23 @@ def test_values_of_the_wrong_kind_are_told_with_the_file(tmp_path: Path) -> None
         (student / name).write_text(before)
 
 
-def convert(out: Path, source: str) -> None:
-    convert_checkpoint(source, out / "made")
-
-
-def test_what_is_no_tct_student_is_refused_with_the_way_to_load_it(hub: LoopbackHub, tmp_path: Path) -> None:
-    for number, (make, message) in enumerate(
-        (
-            (tiny_bert, "No file says how its texts are encoded"),
-            (dual_encoder, "SentenceTransformer of .'Transformer', 'Pooling'. with mean pooling"),
-            (stanford_colbert, "It is a teacher: ColBERTTeacher"),
-            (pylate_colbert, "It is a teacher: ColBERTTeacher"),
-        )
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_student(str(make(tmp_path / str(number))))
-    with pytest.raises(HubError, match="no such repository, or it is private"):
-        load_student("tester/none")
-    with pytest.raises(FileNotFoundError, match="no such folder, and it is no Hub id"):
-        load_student(str(tmp_path / "none"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no config\.json here"):
-        load_student(str(tmp_path / "empty"))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tiny_bert, "No file says how its texts are encoded"),
+        (dual_encoder, "SentenceTransformer of .'Transformer', 'Pooling'. with mean pooling"),
+        (stanford_colbert, "It is a teacher: ColBERTTeacher"),
+        (pylate_colbert, "It is a teacher: ColBERTTeacher"),
+        (lambda path: path, r"no config\.json here"),
+        (lambda path: path / "none", "no such folder, and it is no Hub id"),
+        (lambda path: "tester/none", "no such repository, or it is private"),
+    ],
+)
+def test_what_is_no_tct_student_is_refused_with_the_way_to_load_it(
+    hub: LoopbackHub, tmp_path: Path, make: Any, message: str
+) -> None:
+    with pytest.raises((ValueError, HubError, FileNotFoundError), match=message):
+        load_student(str(make(tmp_path)))
 
 
 # --- convert_checkpoint ---
@@ -239,14 +242,13 @@ def test_a_dual_encoder_becomes_a_student_to_start_from(tmp_path: Path, pooling:
 
 def test_nothing_is_guessed_in_a_conversion(tmp_path: Path) -> None:
     bare, out = tiny_bert(tmp_path / "bare"), tmp_path / "out"
-    student = save_student(build_student(str(bare), encoding="tct"), tmp_path / "student")
     for source, kind, message in (
         (bare, "auto", 'pass kind="tct" if it was trained with the TCT encoding'),
         (bare, "dual-encoder", "whichever it was trained with"),
         (bare, "colbert", "a bare encoder without a projection"),
         (dual_encoder(tmp_path / "dual"), "tct", 'not "tct"; leave kind at "auto"'),
         (dual_encoder(tmp_path / "max", "max"), "auto", "pooling 'max' is not part"),
-        (student, "auto", "there is nothing to convert"),
+        (tct_student(tmp_path), "auto", "there is nothing to convert"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(source, out, kind=kind)  # type: ignore[arg-type]
@@ -269,14 +271,14 @@ def test_a_pickle_that_holds_code_is_refused_unread(tmp_path: Path, monkeypatch:
 
 def test_weights_that_would_leave_a_model_partly_random_are_refused(tmp_path: Path) -> None:
     source = published_tct(tmp_path / "source")
-    save_part(source, load_file(source / "model.safetensors"), "layer.1.")
+    drop_weights(source, "layer.1.")
     with pytest.raises(ValueError, match="the model would be partly random"):
         convert_checkpoint(source, tmp_path / "out", kind="tct")
     (source / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         convert_checkpoint(source, tmp_path / "out", kind="tct")
     stanford = stanford_colbert(tmp_path / "stanford")
-    save_part(stanford, load_file(stanford / "model.safetensors"), "linear.weight")
+    drop_weights(stanford, "linear.weight")
     with pytest.raises(ValueError, match=r"weights don't fit its modules .*linear\.weight"):
         convert_checkpoint(stanford, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -308,14 +310,10 @@ for side, text in (("query", "what is a passage"), ("document", "a passage of so
 
 
 @pytest.mark.usefixtures("warm_checks")
-def test_the_recipe_converts_and_says_how_to_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_recipe_converts_and_says_how_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = published_tct(tmp_path / "source")
     (tmp_path / "convert.yaml").write_text(f"source: {source}\n")
-    run = in_this_process(ROOT / "recipes" / "convert.py", tmp_path / "convert.yaml", monkeypatch)
-    assert run(tmp_path / "out") == 1
-    assert 'pass kind="tct"' in capsys.readouterr().err
-    assert run(tmp_path / "out", "--kind=tct") == 0
-    said = capsys.readouterr().out
+    run = in_this_process("convert", tmp_path / "convert.yaml", monkeypatch)
+    assert 'pass kind="tct"' in run(tmp_path / "out", code=1).stderr
+    said = run(tmp_path / "out", "--kind=tct").stdout
     assert "| student |" in said and f'SentenceTransformer("{tmp_path / "out"}")' in said

@@ -14,9 +14,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from tct_hf import ColBERTTeacher, build_colbert, build_student, save_student, student_from_teacher
+from tct_hf.encoding.encoders import tct_tokenizer
 from tests.models import (
     load_colbert,
     pylate_colbert,
@@ -101,34 +103,26 @@ def load(path: Path, **kwargs: Any) -> SentenceTransformer:
     return SentenceTransformer(str(path), device="cpu", **kwargs)
 
 
-def encoder(model: Any) -> Any:
-    """The transformers model inside a SentenceTransformer or a ColBERT."""
-    return model[0].model
-
-
 def close(found: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
     assert found.shape == wanted.shape
     assert np.abs(np.asarray(found, dtype=np.float32) - wanted).max() <= tolerance
 
 
 def check(student: SentenceTransformer, rule: Rule, tolerance: float = 1e-5) -> None:
+    ways = {"query": student.encode_query, "document": student.encode_document, "plain": student.encode}
     for batch_size in (1, 7):
-        close(student.encode_query(TEXTS, batch_size=batch_size), rule.wanted["query"], tolerance)
-        close(student.encode_document(TEXTS, batch_size=batch_size), rule.wanted["document"], tolerance)
-        close(student.encode(TEXTS, batch_size=batch_size), rule.wanted["plain"], tolerance)
+        for way, encode in ways.items():
+            close(encode(TEXTS, batch_size=batch_size), rule.wanted[way], tolerance)
 
 
 def embedding_model(path: Path, base: Path, *, pooling: str = "mean", prompts: dict[str, str] | None = None) -> Path:
     """What stock sentence-transformers saves of an encoder, with normalised vectors."""
     transformer = Transformer(str(base))
-    pool = Pooling(transformer.get_embedding_dimension(), pooling)
-    SentenceTransformer(modules=[transformer, pool, Normalize()], prompts=prompts, device="cpu").save_pretrained(
-        str(path)
-    )
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling), Normalize()]
+    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save_pretrained(str(path))
     return path
 
 
-# Base model, settings of build_student, options of the rule.
 TCT: dict[str, Any] = {"encoding": "tct"}
 OWN: dict[str, Any] = {"encoding": "own"}
 # Base model, settings of build_student, options of the rule.
@@ -188,8 +182,8 @@ def test_a_student_encodes_by_its_rule_after_every_way_to_save_it(
     path, rule = made[name]
     check(load(path), rule)
     load(path).save_pretrained(str(tmp_path / "stock"))
-    check(load(save_student(load(tmp_path / "stock"), tmp_path / "again")), rule)
     stock = load(tmp_path / "stock")
+    check(load(save_student(stock, tmp_path / "again")), rule)
     close(stock.encode_query(TEXTS), rule.wanted["query"])
     close(stock.encode(TEXTS), rule.wanted["plain"])
     assert stock.similarity_fn_name == ("cosine" if name in ("normalised", "prompts replaced") else "dot")
@@ -231,16 +225,16 @@ def test_an_embedding_model_is_a_student_as_it_is(bases: dict[str, Path], tmp_pa
 
 
 def test_prompts_given_replace_the_models_own(bases: dict[str, Path]) -> None:
-    base, query = str(bases["prompted"]), {"query": "query: "}
+    base, query, alone = str(bases["prompted"]), QUERY_ALONE, {**NONE, **QUERY_ALONE}
     for build in (build_student, build_colbert):
         assert build(base).prompts["clustering"] == "cluster: "
         model = build(base, prompts=PROMPTS)
         assert model.prompts == PROMPTS and model.default_prompt_name == "document"
         model = build(base, prompts=query)
-        assert model.prompts == {**query, "document": ""} and model.default_prompt_name is None
+        assert model.prompts == alone and model.default_prompt_name is None
     model = build_colbert(base)
     assert student_from_teacher(model, encoding="own").prompts == model.prompts
-    assert student_from_teacher(model, encoding="own", prompts=query).prompts == {**query, "document": ""}
+    assert student_from_teacher(model, encoding="own", prompts=query).prompts == alone
 
 
 # --- from a teacher ---
@@ -257,32 +251,26 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 MARKED = [*TEXTS, "[unused0] and [unused1] in a text", "[Q] [D] [Q]"]
+CLS: dict[str, Any] = {"pooling": "cls", "scale": 9.0, "query_augmentation": False}
+PROMPTED: dict[str, Any] = OWN | {"prompts": PROMPTS}
+FROM_TEACHERS = [
+    *((name, {}, {}) for name in ("ours", "stanford", "pylate")),
+    *((name, CLS, {"pooling": "cls", "norm": 3.0, "augmented": False}) for name in ("ours", "stanford", "pylate")),
+    *((name, PROMPTED, {"prompts": PROMPTS, "query_length": LENGTH}) for name in ("stanford", "pylate")),
+]
 
 
-@pytest.mark.parametrize("name", ["ours", "stanford", "pylate"])
+@pytest.mark.parametrize(("name", "settings", "options"), FROM_TEACHERS)
 def test_a_teachers_student_encodes_by_the_rule_with_the_teachers_encoder(
-    teachers: dict[str, Path], bases: dict[str, Path], tmp_path: Path, name: str
+    teachers: dict[str, Path], bases: dict[str, Path], tmp_path: Path, name: str, settings: Any, options: Any
 ) -> None:
     teacher = load_colbert(teachers[name])
     # All the tiny models have one vocabulary; this tokenizer is untouched by the teacher's markers.
-    for settings, options in (
-        ({}, {}),
-        ({"pooling": "cls", "scale": 9.0, "query_augmentation": False}, {"pooling": "cls", "norm": 3.0}),
-        ({"encoding": "own", "prompts": PROMPTS}, {"prompts": PROMPTS, "query_length": LENGTH}),
-    ):
-        if name == "ours" and "encoding" in settings:
-            with pytest.raises(ValueError, match=r"adds '\[CLS\]' and no more, which is the TCT encoding's input"):
-                student_from_teacher(teacher, **settings)
-            continue
-        student = student_from_teacher(teacher, document_length=LENGTH, **settings)
-        augmented = settings.get("query_augmentation", True)
-        rule = Rule(encoder(teacher), bases["bert"], augmented=augmented, **options)
-        for model in (student, load(save_student(student, tmp_path / "student"))):
-            if not settings:
-                ids = model.preprocess(MARKED, prompt="[Q] ", task="query")["input_ids"]
-                assert ids.tolist() == [rule.ids(text, "query") for text in MARKED]
-            close(model.encode_query(MARKED), rule.vectors(MARKED, "query"))
-            close(model.encode(MARKED), rule.vectors(MARKED, "document"))
+    rule = Rule(teacher[0].model, bases["bert"], **options)
+    student = student_from_teacher(teacher, document_length=LENGTH, **settings)
+    for model in (student, load(save_student(student, tmp_path / "student"))):
+        close(model.encode_query(MARKED), rule.vectors(MARKED, "query"))
+        close(model.encode(MARKED), rule.vectors(MARKED, "document"))
 
 
 def test_a_student_leaves_its_teacher_as_it_was(teachers: dict[str, Path]) -> None:
@@ -294,7 +282,7 @@ def test_a_student_leaves_its_teacher_as_it_was(teachers: dict[str, Path]) -> No
             parameter.fill_(0.5)
     student.tokenizer.add_tokens(["new"])
     assert teacher.tokenizer.backend_tokenizer.to_str() == before.tokenizer.backend_tokenizer.to_str()
-    assert encoder(teacher).config.num_hidden_layers == len(encoder(teacher).encoder.layer) > 1
+    assert teacher[0].model.config.num_hidden_layers == len(teacher[0].model.encoder.layer) > 1
     vectors, wanted = (model.encode_query(["the [unused0] teacher"])[0] for model in (teacher, before))
     assert np.array_equal(vectors, wanted)
 
@@ -330,14 +318,13 @@ def test_layers_named_are_kept_in_that_order(
 ) -> None:
     teacher = load_colbert(teachers["ours"])
     student = student_from_teacher(teacher, layers=[2, 0], document_length=LENGTH)
-    loaded = load(save_student(student, tmp_path / "student"))
-    for model in (student, loaded):
-        mine = encoder(model)
+    for model in (student, load(save_student(student, tmp_path / "student"))):
+        mine = model[0].model
         assert mine.config.num_hidden_layers == len(mine.encoder.layer) == 2
         for kept, of in enumerate([2, 0]):
-            theirs = encoder(teacher).encoder.layer[of].state_dict()
+            theirs = teacher[0].model.encoder.layer[of].state_dict()
             assert all(torch.equal(value, theirs[key]) for key, value in mine.encoder.layer[kept].state_dict().items())
-    close(loaded.encode_query(TEXTS), student.encode_query(TEXTS))
+        close(model.encode_query(TEXTS), student.encode_query(TEXTS))
     for layers in ([], [3], [-1], [0, 0]):
         with pytest.raises(ValueError, match="distinct layers of the encoder, 0 to 2"):
             student_from_teacher(teacher, layers=layers)
@@ -418,6 +405,8 @@ def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(
         student_from_teacher(tmp_path / "student")
     with pytest.raises(ValueError, match="A MultiVectorEncoder is no student of one vector a text"):
         save_student(colbert, tmp_path / "colbert")
+    with pytest.raises(ValueError, match=r"adds '\[CLS\]' and no more, which is the TCT encoding's input"):
+        student_from_teacher(colbert, **PROMPTED)
     with pytest.raises(ValueError, match="dim=16"):
         build_colbert(str(bases["bert"]), dim=16)
 
@@ -448,10 +437,64 @@ def test_save_student_replaces_a_student_and_leaves_other_files(bases: dict[str,
     save_student(second, str(path))
     assert (path / "checkpoint-1" / "report.json").read_text() == "{}"
     assert load(path).max_seq_length == 20 and [p.name for p in path.parent.iterdir()] == ["student"]
-    close(
-        load(path).encode_query(TEXTS),
-        Rule(AutoModel.from_pretrained(bases["bert"]), bases["bert"], augmented=False).wanted["query"],
-    )
+    rule = Rule(AutoModel.from_pretrained(bases["bert"]), bases["bert"], augmented=False)
+    close(load(path).encode_query(TEXTS), rule.wanted["query"])
     with pytest.raises(ValueError, match="is a MultiVectorEncoder"):
         save_student(build_colbert(str(bases["bert"])), tmp_path / "colbert")  # type: ignore[arg-type]
     assert not (tmp_path / "colbert").exists()
+
+
+# --- tokenizers of the TCT encoding ---
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_bert(tmp_path), padding_side="left", truncation_side="left")
+
+
+def tokens(tokenizer: Any, text: str) -> list[str]:
+    return list(tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]))
+
+
+def wordpiece(*vocabulary: str, **special: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordPiece({t: i for i, t in enumerate(["[UNK]", *vocabulary])}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **special)
+
+
+def test_input_opens_with_the_start_token_and_has_no_sep(given: Any) -> None:
+    tokenizer = tct_tokenizer(given, document_length=20)
+    pair = tokenizer("the [MASK] [SEP]", "teacher")  # literal ones in a text
+    assert tokenizer.convert_ids_to_tokens(pair["input_ids"]) == ["[CLS]", "the", "[MASK]", "[SEP]", "teacher"]
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1]
+    bos = tct_tokenizer(wordpiece("<s>", "[", "]", "q", "d", bos_token="<s>"), document_length=20)
+    assert tokens(bos, "q") == ["<s>", "q"] and tokens(bos, "") == ["<s>"]
+
+
+def test_the_tokenizer_given_stays_as_it_is_and_hands_down_no_padding_or_truncation(given: Any) -> None:
+    given(["the teacher", "a"], padding="max_length", truncation=True, max_length=3)  # sets the backend's state
+    before = given.backend_tokenizer.to_str()
+    fresh = tct_tokenizer(given, document_length=5, markers=["[unused0] "])
+    fresh.add_tokens(["new"])
+    assert given.backend_tokenizer.to_str() == before
+    assert len(fresh("the teacher " * 10)["input_ids"]) == 21
+    batch = fresh(["[D] the teacher", "a"], padding=True, truncation=True)
+    found = [" ".join(fresh.convert_ids_to_tokens(ids)) for ids in batch["input_ids"]]
+    assert found == ["[CLS] [ d ] the", "[CLS] a [PAD] [PAD] [PAD]"]
+
+
+def test_what_can_not_make_tct_input_is_refused() -> None:
+    lost = wordpiece("[CLS]", "[", "]", "q", "d", cls_token="[CLS]")
+    lost._special_tokens_map["cls_token"] = "<s>"  # named, never added
+    for tokenizer, message in (
+        (wordpiece("[", "]", "q", "d"), "neither a cls_token nor a bos_token"),
+        (lost, "'<s>', the first token of every input, is not in the vocabulary"),
+        (wordpiece("[CLS]", "q", "d", cls_token="[CLS]"), r"ends the prompt '\[Q\] ' with a special token"),
+        (None, "tokenizers library"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tct_tokenizer(tokenizer, document_length=20)
+    added = wordpiece("[CLS]", "[", "]", "q", "d", cls_token="[CLS]")
+    added.add_special_tokens({"extra_special_tokens": ["[Q]"]})
+    assert tokens(tct_tokenizer(added, document_length=20, markers=["[Q] "]), "[Q] q") == ["[CLS]", "[", "q", "]", "q"]

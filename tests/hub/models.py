@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,39 +62,23 @@ def dual_encoder(path: Path, pooling: str = "mean") -> Path:
 
 def system(key: str, title: str, mean: float, *, baseline: bool = False) -> SystemResult:
     p = {"mean": mean, "difference": 0.1, "better": 3, "worse": 1, "standard_error": 0.01}
-    tests = {f"p_{test}{holm}": 0.01 for test in ("randomisation", "t_test") for holm in ("", "_holm")}
+    p |= {f"p_{test}{holm}": 0.01 for test in ("randomisation", "t_test") for holm in ("", "_holm")}
     means = {"RR@10": {"mean": mean, "standard_error": 0.01}, "R@100": {"mean": 0.9, "standard_error": 0.0}}
-    return SystemResult(
-        key=key,
-        title=title,
-        kind="dense",
-        effectiveness=means,
-        significance=None if baseline else {"RR@10": p | tests, "R@100": p | tests},
-        cost={
-            "latency": {"total": {"p50": 12.5, "p95": 14.0, "p99": 20.0, "mean": 13.0, "queries": 100}},
-            "queries_per_second": 90.0,
-            "build_seconds": None,
-            "disk_bytes_per_passage": 1536.0,
-            "memory_bytes_per_passage": None,
-        },
-        run={},
-    )
+    latency = {"p50": 12.5, "p95": 14.0, "p99": 20.0, "mean": 13.0, "queries": 100}
+    cost = {"latency": {"total": latency}, "queries_per_second": 90.0, "disk_bytes_per_passage": 1536.0}
+    cost |= {"build_seconds": None, "memory_bytes_per_passage": None}
+    tests = None if baseline else {"RR@10": p, "R@100": p}
+    return SystemResult(key, title, "dense", effectiveness=means, significance=tests, cost=cost, run={})
 
 
 def small_report(weights: str) -> Report:
     """Of BM25 and the student with these weights."""
+    empty: dict[str, Any] = {"environment": {}, "settings": {}, "notes": []}
     return Report(
         collection={"name": "Sci Fact", "passages": 5183, "split": "test", "queries": 300, "fingerprint": {}},
         models={"student": {"name": "x", "weights_sha256": weights}, "teacher": None},
-        measures=["RR@10", "R@100"],
-        relevance=1,
-        depth=100,
-        baseline="bm25",
+        measures=["RR@10", "R@100"], relevance=1, depth=100, baseline="bm25",
         tuning={"hybrid": {"alpha": 0.8951, "queries": 500, "split": "dev"}},
         systems=[system("bm25", "BM25", 0.62, baseline=True), system("dense-exact", "student", 0.64321)],
-        machine={"processor": "a processor", "cpu_count": 2, "device": "cpu"},
-        threads={"torch": 1},
-        environment={},
-        settings={},
-        notes=[],
-    )
+        machine={"processor": "a processor", "cpu_count": 2, "device": "cpu"}, threads={"torch": 1}, **empty,
+    )  # fmt: skip

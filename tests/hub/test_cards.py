@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tct_hf import build_student, save_student
 from tct_hf.encoding.kinds import ORIGIN_FILE, TCT_CHECKPOINTS, TRAINING_FILE
-from tct_hf.evaluation.report import Report
 from tct_hf.files import CLAIM_FILE, write_json_atomic
 from tct_hf.hub.cards import CardFacts, eval_results, write_card
 from tests.hub.models import FACTS as PLAIN
@@ -21,19 +21,7 @@ from tests.recipe import ROOT
 FACTS = replace(PLAIN, teacher="the ColBERT")
 
 
-@pytest.fixture
-def report() -> Report:
-    return small_report("0" * 64)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_bert(tmp_path_factory.mktemp("base")))
-
-
-@pytest.fixture
-def student(base: str, tmp_path: Path) -> Path:
-    return save_student(build_student(base, encoding="tct", document_length=64), tmp_path / "student")
+REPORT = small_report("0" * 64)
 
 
 def check(card: str, said: tuple[str, ...] = (), unsaid: tuple[str, ...] = ()) -> None:
@@ -45,76 +33,69 @@ def check(card: str, said: tuple[str, ...] = (), unsaid: tuple[str, ...] = ()) -
         assert words not in card, words
 
 
-def test_a_card_says_what_was_measured_and_how_to_use_it(student: Path, report: Report) -> None:
-    card = ModelCard(write_card(student, "student", "me/it", FACTS, report=report, tag="v1.0"))
-    said = (
-        'SentenceTransformer("me/it", revision="v1.0")',
-        "alpha=0.8951",
-        "tuned on 500 dev queries",
-        report.table(),
-        "a processor, 2 cores",
-        "teacher: the ColBERT",
-        "distilled from\nthe teacher the ColBERT",
-        "query_augmentation=False",
-        "32-dimensional",
-        "always 36 tokens",
-        "No `[SEP]`, no normalisation.",
-    )
-    check(str(card), said)
+def test_a_card_says_what_was_measured_and_how_to_use_it(student: Path) -> None:
+    card = ModelCard(write_card(student, "student", "me/it", FACTS, report=REPORT, tag="v1.0"))
+    measured = ("alpha=0.8951", "tuned on 500 dev queries", REPORT.table(), "a processor, 2 cores")
+    taught = ("teacher: the ColBERT", "distilled from\nthe teacher the ColBERT", "query_augmentation=False")
+    encoded = ("32-dimensional", "always 36 tokens", "No `[SEP]`, no normalisation.")
+    check(str(card), (*measured, *taught, *encoded, 'SentenceTransformer("me/it", revision="v1.0")'))
     [first, second] = card.data.eval_results or []
     assert (first.metric_name, first.metric_value, first.dataset_name) == ("RR@10", 0.6432, "Sci Fact, 5,183 passages")
     assert (first.dataset_split, second.metric_type) == ("test", "r_at_100")
-    assert eval_results(report, "teacher") == []
+    assert eval_results(REPORT, "teacher") == []
 
 
-def test_a_card_holds_nothing_that_was_not_measured_or_given(student: Path, report: Report) -> None:
+def test_a_card_holds_nothing_that_was_not_measured_or_given(student: Path, tmp_path: Path) -> None:
     unsaid = ("alpha", "model-index", "Effectiveness", "teacher:", "distilled from", "datasets", "in its own training")
     check(write_card(student, "student", "me/it", PLAIN), unsaid=unsaid)
-    check(write_card(student, "teacher", "me/it", FACTS, report=report), unsaid=("in its own training",))
-    write_json_atomic(student / TRAINING_FILE, {"training_scale": 4.0})
-    check(write_card(student, "teacher", "me/it", FACTS), ("multiplied by 4.0 in its own training",))
+    check(write_card(student, "teacher", "me/it", FACTS, report=REPORT), unsaid=("in its own training",))
+    scaled = Path(shutil.copytree(student, tmp_path / "scaled"))
+    write_json_atomic(scaled / TRAINING_FILE, {"training_scale": 4.0})
+    check(write_card(scaled, "teacher", "me/it", FACTS), ("multiplied by 4.0 in its own training",))
 
 
-def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(base: str, tmp_path: Path) -> None:
+def test_a_model_with_its_own_encoding_is_not_said_to_have_the_tct_one(tmp_path: Path) -> None:
     folder = dual_encoder(tmp_path)
     unsaid = ("[Q]", "[MASK]", "before 6", "Trained with", "Converted", "TCT-ColBERT", "## Citation", "dot product")
     said = ("cosine similarity", "model.similarity(queries, passages)", "normalize_L2", "encode_query")
     check(write_card(folder, "student", "me/it", PLAIN), (*said, "Plain `encode` gives the same vectors"), unsaid)
     distilled = write_card(folder, "student", "me/it", replace(PLAIN, distilled=True))
     check(distilled, ("Trained with\nTCT-ColBERT",), ("- tct-colbert",))
-    own = build_student(base, prompts={"query": "query: "}, query_length=16, document_length=24)
+    own = build_student(str(tmp_path / "base"), prompts={"query": "query: "}, query_length=16, document_length=24)
     own.truncate_dim = 8
     said = ("sentence-transformers 6 or newer", "Passages are cut at 24 tokens", "one 8-dimensional vector")
     card = write_card(save_student(own, tmp_path / "own"), "student", "me/it", PLAIN)
     check(card, (*said, "Questions go through `encode_query`."), ("[Q]",))
 
 
-def test_a_card_claims_what_files_and_record_say(student: Path) -> None:
-    cases: tuple[tuple[dict[str, Any], str, str], ...] = (
+@pytest.mark.parametrize(
+    ("facts", "said", "unsaid"),
+    [
         ({"distilled": True}, "Trained with\nTCT-ColBERT", "Converted"),
         ({"converted_from": "me/it"}, "Converted with tct_hf\nfrom me/it, with the encoding of", "Trained with"),
         ({}, "Texts are encoded\nas in TCT-ColBERT", "implemented in tct_hf"),
-    )
-    for facts, said, unsaid in cases:
-        card = write_card(student, "student", "me/it", replace(FACTS, **facts))
-        check(card, (said, "tct-colbert", "lin2020distilling", "queries @ passages.T"), (unsaid,))
+    ],
+)
+def test_a_card_claims_what_files_and_record_say(student: Path, facts: dict[str, Any], said: str, unsaid: str) -> None:
+    card = write_card(student, "student", "me/it", replace(FACTS, **facts))
+    check(card, (said, "tct-colbert", "lin2020distilling", "queries @ passages.T"), (unsaid,))
 
 
-def test_a_card_says_what_is_beyond_the_papers_student(base: str, tmp_path: Path) -> None:
+def test_a_card_says_what_is_beyond_the_papers_student(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"layers": [1], "scale": 20.0, "query_augmentation": False}
+    base = str(tiny_bert(tmp_path / "base"))
     scaled = save_student(build_student(base, encoding="tct", document_length=64, **settings), tmp_path / "scaled")
     training = {"max_steps": 5, "matryoshka_dims": [8, 32]}
     write_json_atomic(scaled / CLAIM_FILE, {"student": {**settings, "training": training}})
+    recorded = ("- layers: [1]", "- scale: 20.0", "- matryoshka_dims: [8, 32]")
     said = (
         "No `[SEP]`; vectors are normalised and multiplied by a learned number, which the last module holds.",
-        "- layers: [1]",
-        "- scale: 20.0",
-        "- matryoshka_dims: [8, 32]",
         "The first 8 dimensions were trained to be vectors of their own",
         'SentenceTransformer("me/it", truncate_dim=8)',
         "Queries have no `[MASK]`s",
     )
-    check(write_card(scaled, "student", "me/it", FACTS.completed_by(scaled)), said, ("always 36 tokens",))
+    card = write_card(scaled, "student", "me/it", FACTS.completed_by(scaled))
+    check(card, (*recorded, *said), ("always 36 tokens",))
 
 
 def test_a_sparse_card_says_what_it_was_trained_with(tmp_path: Path) -> None:
@@ -147,6 +128,8 @@ SUMMARY = "the docstrings of numpy, scipy: the summary line is the question, the
 SCORES = {"kind": "stored", "scores": "/data/of/me/scores.parquet"}
 FROM_BASE = {"initialise_from": "base", "training": {"max_steps": 9}}
 NINE = (("max_steps", "9"),)
+CROSS = {"kind": "cross-encoder", "model": "me/a", "mixed_with": [SCORES]}
+BOTH = "me/a (cross-encoder) and of stored scores (scores.parquet)"
 
 
 @pytest.mark.parametrize(
@@ -157,12 +140,7 @@ NINE = (("max_steps", "9"),)
         ({"teacher": {"model": "me/colbert"}, "student": FROM_BASE}, MINILM, "me/colbert", NINE),
         ({"teacher": {"model": None, "training": {"max_steps": 9}}}, MINILM, None, NINE),
         ({"teacher": SCORES, "student": FROM_BASE}, MINILM, "of stored scores (scores.parquet)", NINE),
-        (
-            {"teacher": {"kind": "cross-encoder", "model": "me/a", "mixed_with": [SCORES]}, "student": FROM_BASE},
-            MINILM,
-            "me/a (cross-encoder) and of stored scores (scores.parquet)",
-            NINE,
-        ),
+        ({"teacher": CROSS, "student": FROM_BASE}, MINILM, BOTH, NINE),
     ],
 )
 def test_the_record_of_the_training_fills_what_was_not_given(

@@ -92,15 +92,11 @@ def test_a_dry_run_refuses_what_the_hub_would(
             release(student, NAME, card=tmp_path / "card.md", dry_run=True)
 
 
-@pytest.mark.parametrize(("changed", "message"), NAMES)
-def test_an_index_refuses_them_too(changed: dict[str, Any], message: str) -> None:
+def test_an_index_refuses_them_too() -> None:
     index = BM25Index.build(["a passage", "another"], ["a", "b"])
-    with pytest.raises(ValueError, match=message):
-        index.push_to_hub(**{"repo_id": "me/index", "license": "mit", **changed})
-
-
-def test_a_single_language_is_no_list_of_letters() -> None:
-    assert replace(FACTS, language="en").language == ("en",)
+    for changed, message in NAMES:
+        with pytest.raises(ValueError, match=message):
+            index.push_to_hub(**{"repo_id": "me/index", "license": "mit", **changed})
 
 
 def test_a_token_that_may_not_or_is_missing(hub: LoopbackHub, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +153,7 @@ def test_a_cut_connection_leaves_no_half_release(
 
 
 def test_the_token_is_in_no_file_card_log_or_message(
-    hub: LoopbackHub,
-    student: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
+    hub: LoopbackHub, student: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any
 ) -> None:
     caplog.set_level(logging.DEBUG)
     said = []

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,28 +96,22 @@ def test_an_index_pushed_again_sends_what_has_changed(hub: LoopbackHub, index: D
 
 def test_an_index_nobody_could_search_is_refused(hub: LoopbackHub, index: DenseIndex) -> None:
     built_by = index.built_by or {}
-    index.built_by = {**built_by, "encoding": {**built_by["encoding"], "prompt": "another"}}
-    with pytest.raises(
-        ValueError, match=r"model_revision .*: the index: built by 'tester/student' with another prompt"
-    ):
-        index.push_to_hub("tester/index", license="mit")
-    index.built_by = {"id": "/tmp/student", "weights_sha256": "0" * 64}
-    with pytest.raises(ValueError, match="push that model first"):
-        index.push_to_hub("tester/index", license="mit")
-    with pytest.raises(HubError, match="no such repository"):
-        index.push_to_hub("tester/index", license="mit", model_id="tester/none")
+    another = {**built_by, "encoding": {**built_by["encoding"], "prompt": "another"}}
+    elsewhere = {"id": "/tmp/student", "weights_sha256": "0" * 64}
+    cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
+        (another, {}, r"model_revision .*: the index: built by 'tester/student' with another prompt"),
+        (elsewhere, {}, "push that model first"),
+        (elsewhere, {"model_id": "tester/none"}, "no such repository"),
+        ({"id": "tester/student"}, {}, r"built_by: the index does not record .* build it again with built_by="),
+        (built_by, {"license": ""}, "license: an index on the Hub needs one"),
+    ]
+    for index.built_by, options, message in cases:
+        with pytest.raises((ValueError, HubError), match=message):
+            index.push_to_hub("tester/index", **{"license": "mit", **options})
     index.built_by = None
     with pytest.raises(ValueError, match="does not say which model built it"):
         index.load_model()
-    with pytest.raises(ValueError, match="license: an index on the Hub needs one"):
-        index.push_to_hub("tester/index", license="", model_id="tester/student")
     assert ("datasets", "tester/index") not in hub.repos
-
-
-def test_an_index_that_does_not_record_its_weights_is_refused(hub: LoopbackHub, index: DenseIndex) -> None:
-    index.built_by = {"id": "tester/student"}
-    with pytest.raises(ValueError, match=r"built_by: the index does not record .* build it again with built_by="):
-        index.push_to_hub("tester/index", license="mit")
 
 
 def test_a_bm25_index_comes_back_with_its_expansion_on_the_card_and_unaltered(hub: LoopbackHub) -> None:

@@ -17,22 +17,16 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_student, release, save_student
 from tct_hf.encoding import checkpoint
 from tct_hf.encoding.weights import weights_digest
-from tct_hf.hub.cards import CardFacts
 from tct_hf.hub.contents import cut_local_paths, without_local_paths
 from tct_hf.hub_client import HubError, template
 from tct_hf.teachers.base import write_training_scale
+from tests.hub.models import FACTS as PLAIN
 from tests.hub.models import dual_encoder, small_report
 from tests.loopback_hub import READER, Blob, LoopbackHub
 from tests.models import tiny_colbert
 from tests.recipe import ROOT, in_this_process
 
-FACTS = CardFacts(
-    license="apache-2.0",
-    base_model="google-bert/bert-base-uncased",
-    training_data="sentences made up for a test",
-    datasets=["BeIR/scifact"],
-    limits=["It has learned nothing."],
-)
+FACTS = replace(PLAIN, datasets=["BeIR/scifact"], limits=["It has learned nothing."])
 CHANGED = replace(FACTS, limits=["Another."])
 TEXTS = ["a dense passage", "the teacher", ""]
 NAME = "tester/student"
@@ -67,10 +61,10 @@ def test_a_student_comes_back_with_equal_weights_and_vectors(hub: LoopbackHub, s
     assert done.url == f"{hub.url}/{NAME}" and 'revision="v1.0"' in done.loading()
     card = ModelCard(hub.files(NAME)["README.md"].decode())
     card.validate()
-    data = card.data
-    assert (data.license, data.base_model, data.datasets) == ("apache-2.0", FACTS.base_model, ["BeIR/scifact"])
-    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
-    assert {"dense", "tct-colbert"} <= set(data.tags) and "It has learned nothing." in card.content
+    wanted = {"license": "mit", "base_model": FACTS.base_model, "datasets": ["BeIR/scifact"]}
+    wanted |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    assert wanted.items() <= card.data.to_dict().items()
+    assert {"dense", "tct-colbert"} <= set(card.data.tags) and "It has learned nothing." in card.content
 
 
 def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -89,16 +83,12 @@ def test_a_teacher_comes_back_with_equal_token_vectors(hub: LoopbackHub, tmp_pat
 def test_other_students_are_released_byte_for_byte(student: Path, tmp_path: Path) -> None:
     own = build_student(str(dual_encoder(tmp_path / "dual")), document_length=64)
     cut = SentenceTransformer(str(student), device="cpu", truncate_dim=8)
-    for model, name, said in (
-        (own, "own", ("needs sentence-transformers, and no other", "Passages are cut at 64")),
-        (cut, "cut", ("one 8-dimensional",)),
-    ):
-        source, kept = save_student(model, tmp_path / name), tmp_path / "kept" / name
+    for model, said in ((own, "needs sentence-transformers, and no other"), (cut, "one 8-dimensional")):
+        source, kept = save_student(model, tmp_path / "source"), tmp_path / "kept"
         done = release(source, "tester/own", facts=FACTS, dry_run=True, folder=kept)
         for file in set(done.sent) - {"README.md"}:
             assert (kept / file).read_bytes() == (source / file).read_bytes(), file
-        card = (kept / "README.md").read_text(encoding="utf-8")
-        assert all(words in card for words in said)
+        assert said in (kept / "README.md").read_text(encoding="utf-8")
 
 
 # --- what is pushed ---
@@ -177,36 +167,30 @@ def test_figures_go_along_and_only_those_of_this_model(hub: LoopbackHub, student
     assert {"report.json", "report.md", "latency.png", "storage.png"} <= set(files)
     assert ModelCard(files["README.md"].decode()).data.eval_results[0].metric_value == 0.6432
     small_report("0" * 64).save(tmp_path / "other")
-    with pytest.raises(ValueError, match="it measured the student 'x', whose weights are not those"):
-        release(student, NAME, facts=FACTS, report=tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="no such report"):
-        release(student, NAME, facts=FACTS, report=tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="no such recipe"):
-        release(student, NAME, facts=FACTS, recipe="none.yaml")
+    for options, message in (
+        ({"report": tmp_path / "other"}, "it measured the student 'x', whose weights are not those"),
+        ({"report": tmp_path / "none"}, "no such report"),
+        ({"recipe": "none.yaml"}, "no such recipe"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            release(student, NAME, facts=FACTS, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_recipe_lists_what_would_go_then_pushes(
-    hub: LoopbackHub,
-    student: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    hub: LoopbackHub, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = "license: mit\nbase_model: google-bert/bert-base-uncased\ntraining_data: words\nlanguage: [en]\n"
     (tmp_path / "release.yaml").write_text(given)
-    run = in_this_process(ROOT / "recipes" / "release.py", tmp_path / "release.yaml", monkeypatch)
+    run = in_this_process("release", tmp_path / "release.yaml", monkeypatch)
     options = [f"--path={student}", "--repo_id=tester/a", "--tag=v1.0"]
-    assert run(tmp_path / "out", *options, "--dry_run") == 0
-    said = capsys.readouterr().out
+    said = run(tmp_path / "out", *options, "--dry_run").stdout
     assert "| model.safetensors | to be pushed |" in said and "Nothing was pushed" in said and not hub.requests
     loaded = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert (loaded.encode(TEXTS) == SentenceTransformer(str(student), device="cpu").encode(TEXTS)).all()
-    assert run(tmp_path / "out", *options) == 0
-    said = capsys.readouterr().out
+    said = run(tmp_path / "out", *options).stdout
     assert f"{hub.url}/tester/a" in said and 'SentenceTransformer("tester/a", revision="v1.0")' in said
-    assert run(tmp_path / "out", "--repo_id=tester/a") == 2
-    assert "path, repo_id: must be given" in capsys.readouterr().err
+    assert "path, repo_id: must be given" in run(tmp_path / "out", "--repo_id=tester/a", code=2).stderr
 
 
 def test_templates_are_in_the_source_tree_and_in_a_wheel() -> None:
@@ -236,13 +220,14 @@ def test_what_is_released_names_no_folder_of_this_machine(text: str, suffix: str
     assert found == (text if expected is None else expected) and without_local_paths(found, suffix) == found
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "tct_origin.json", "report.json", "report.md"])
-@pytest.mark.parametrize("content", [b"\xff", b"a: [1", b"[" * 100_000])
+DAMAGED = [
+    (name, text) for name in ("recipe.yaml", "tct_origin.json", "report.json") for text in (b"a: [1", b"[" * 10**5)
+]
+
+
+@pytest.mark.parametrize(("name", "content"), [*DAMAGED, ("report.md", b"\xff"), ("report.json", b"\xff")])
 def test_a_damaged_small_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    if name == "report.md" and content != b"\xff":  # any text will do
-        cut_local_paths(tmp_path)
-        return
     with pytest.raises(ValueError, match=f"{name} can't be read"):
         cut_local_paths(tmp_path)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,20 @@ import pytest
 
 from tests import recipe as recipes
 from tests.models import tiny_bert, tiny_cross_encoder, tiny_mlm
+from tests.recipe import Check, Run
 from tests.searching import Material, write_material
+
+TRAINING = f"""{{per_device_train_batch_size: 8, max_steps: {recipes.STEPS}, learning_rate: 1.0e-3, logging_steps: 1,
+    save_steps: 2}}"""
+TINY = f"""
+extends: {recipes.ROOT / "recipes" / "paper.yaml"}
+precision: fp32
+data: {{source: FOLDER/beir, negative_depth: 10}}
+encoder: {{encoding: tct, base_model: FOLDER/encoder, query_length: 16, document_length: 48}}
+teacher: {{dim: 16, training: {TRAINING}}}
+student: {{layers: [1], training: {TRAINING}}}
+evaluation: {{depth: 20, measures: [RR@10, nDCG@10, R@20]}}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +29,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     from tct_hf import build_student
 
     folder = tmp_path_factory.mktemp("pipeline")
-    recipes.write_material(folder)
+    (folder / "tiny.yaml").write_text(TINY.replace("FOLDER", str(folder)))
+    tiny_bert(folder / "encoder", dropout=0.1)  # dropout: a run that goes on needs its random state back
     tiny_mlm(folder / "mlm", dropout=0.1)
     tiny_cross_encoder(folder / "cross-encoder")
     base = build_student(str(tiny_bert(folder / "bare")))
@@ -35,35 +48,41 @@ def settings(request: pytest.FixtureRequest, material: Material) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(request: pytest.FixtureRequest, settings: Path, patch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the module's RECIPE with its `settings` in this process; the exit status."""
+def recipe(request: pytest.FixtureRequest, settings: Path, patch: pytest.MonkeyPatch) -> Run:
+    """Runs the module's RECIPE with its `settings` in this process."""
     return recipes.in_this_process(request.module.RECIPE, settings, patch)
 
 
 @pytest.fixture(scope="module")
-def whole(settings: Path, recipe: Callable[..., int]) -> Path:
+def apart(request: pytest.FixtureRequest, settings: Path) -> Run:
+    """Runs the module's RECIPE with its `settings` in a process of its own."""
+    name, folder = request.module.RECIPE, settings.parent
+    return lambda output, *options, **how: recipes.run(
+        name, folder, settings, f"--output_dir={output}", *options, **how
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Path, recipe: Run) -> Path:
     """The folder of a whole run."""
     output = settings.with_suffix("") / "whole"
-    assert recipe(output) == 0
+    recipe(output)
     return output
 
 
 @pytest.fixture
-def refused(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[[list[str], str], None]:
+def refused(recipe: Run, tmp_path: Path) -> Check:
     """Expects that options end a run with one message before anything is written."""
 
     def check(options: list[str], message: str, *, code: int = 2) -> None:
-        assert recipe(tmp_path / "new", *options) == code
-        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert message in recipe(tmp_path / "new", *options, code=code).stderr.splitlines()[-1]
         assert not (tmp_path / "new").exists()
 
     return check
 
 
 @pytest.fixture
-def kept(whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[[str, str], None]:
+def kept(whole: Path, recipe: Run) -> Check:
     """Expects that an option is refused by name in the folder of a whole run, which stays as it is."""
 
     def contents() -> dict[Path, bytes]:
@@ -71,8 +90,7 @@ def kept(whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[
 
     def check(option: str, name: str) -> None:
         before = contents()
-        assert recipe(whole, option) == 1
-        message = capsys.readouterr().err.splitlines()[-1]
+        message = recipe(whole, option, code=1).stderr.splitlines()[-1]
         assert f"holds a run with {name} = " in message and f"but now {name} = " in message
         assert "choose another folder, or delete this one" in message
         assert contents() == before

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tct_hf import read_run
-from tests.recipe import ROOT
+from tests.recipe import ROOT, Check, Run, results
 
-RECIPE = ROOT / "recipes" / "compare.py"
+RECIPE = "compare"
 ARMS = {"stock": [13, 14], "few-labels": [13, 14], "trained-ColBERT": [13]}
 NAMES = {"stock": "stock", "few-labels": "few, labels", "trained-ColBERT": "trained ColBERT"}
 
@@ -22,7 +21,7 @@ TRAINING = "{per_device_train_batch_size: 8, max_steps: 4, learning_rate: 1.0e-3
 SETTINGS = f"""
 precision: fp32
 stages: [student]
-data: {{source: FOLDER/collection, negative_depth: 10}}
+data: {{source: FOLDER/beir, negative_depth: 10}}
 encoder: {{base_model: FOLDER/mean, query_length: 16, document_length: 24}}
 student: {{training: {TRAINING}}}
 evaluation: {{depth: 20, measures: [RR@10, nDCG@10]}}
@@ -37,19 +36,6 @@ arms:
     seeds: [13]
     against: [stock, teacher]
 """
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """What must not depend on how a comparison went: runs and weights."""
-    files = [*folder.rglob("*.trec"), *folder.rglob("model.safetensors")]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def first_table(report: str) -> dict[str, list[str]]:
-    """The rows by their first cell."""
-    table = report[report.index("| system") :].partition("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {row[0]: row[1:] for row in rows}
 
 
 def test_a_whole_comparison_leaves_a_student_a_seed_its_runs_and_one_table(whole: Path) -> None:
@@ -70,36 +56,32 @@ def test_a_whole_comparison_leaves_a_student_a_seed_its_runs_and_one_table(whole
     systems = {file.name.partition(".")[0] for file in (whole / "runs").glob("*.trec")}
     assert systems == {"bm25", "base-native", "base-native-bm25", "base-maxsim", "teacher"}
     report = (whole / "report.test.md").read_text()
-    measured, table = json.loads((whole / "metrics.test.json").read_text())["measured"]["test"], first_table(report)
-    for arm, seeds in ARMS.items():
-        for cell, name in zip(table[NAMES[arm]], ("RR@10", "nDCG@10", "RR@10 + BM25"), strict=False):
-            mean = sum(measured[f"{NAMES[arm]}, seed {seed}"][name]["mean"] for seed in seeds) / len(seeds)
-            assert cell.partition(" ")[0] == f"{mean:.3f}"
-    assert "BM25" in table and "- few, labels: data: {labels: 0.5, unlabelled: true}" in report
+    measured = json.loads((whole / "metrics.test.json").read_text())["measured"]["test"]
+    assert {f"{NAMES[arm]}, seed {seed}" for arm, seeds in ARMS.items() for seed in seeds} <= set(measured)
+    assert all(f"\n| {name} " in report for name in ("BM25", *NAMES.values()))
+    assert "- few, labels: data: {labels: 0.5, unlabelled: true}" in report
     assert "| few, labels     | stock   |     2 |" in report and "| trained ColBERT | teacher |     1 |" in report
     assert "Plot: curves.test.png" in report and (whole / "curves.test.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_finished_comparison_does_nothing_again_and_a_missing_student_is_made_the_same(
-    whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    whole: Path, recipe: Run
 ) -> None:
     before = results(whole)
     shutil.rmtree(whole / "arms" / "few-labels" / "seed-14")
-    capsys.readouterr()
-    assert recipe(whole) == 0
-    said = capsys.readouterr().out
+    said = recipe(whole).stdout
     assert "few, labels, seed 13: skipped, it is trained" in said and said.count("  step ") == 3
     assert results(whole) == before
 
 
-def test_only_some_arms_on_dev_search_for_no_test_query(recipe: Callable[..., int], tmp_path: Path) -> None:
-    assert recipe(tmp_path / "out", "--only=[stock]", "--report=dev", "--seeds=[13]") == 0
+def test_only_some_arms_on_dev_search_for_no_test_query(recipe: Run, tmp_path: Path) -> None:
+    recipe(tmp_path / "out", "--only=[stock]", "--report=dev", "--seeds=[13]")
     assert {file.name.split(".")[1] for file in (tmp_path / "out").rglob("*.trec")} == {"dev"}
     report = (tmp_path / "out" / "report.dev.part.md").read_text()
     assert "few, labels" not in report and "dev queries, exact search" in report
 
 
-def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Callable[[str, str], None]) -> None:
+def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Check) -> None:
     kept("--student.training.temperature=2.0", "student.training.temperature")
 
 
@@ -117,14 +99,12 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Callable[[s
         (["--only=[stock]", "--report=dev", "--data.dev_split=null"], "has no judged dev split; set data.dev_share"),
     ],
 )
-def test_a_wrong_comparison_is_one_message_before_anything_runs(
-    refused: Callable[..., None], options: list[str], message: str
-) -> None:
+def test_wrong_settings_are_one_message_before_anything(refused: Check, options: list[str], message: str) -> None:
     refused(options, message)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "compare").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_comparisons_that_come_along_are_valid_settings(file: Path, recipe: Callable[..., int]) -> None:
+def test_the_comparisons_that_come_along_are_valid_settings(file: Path, recipe: Run) -> None:
     from tct_hf.pipeline.compare import Comparison
     from tct_hf.pipeline.job import Job
     from tct_hf.settings import load_settings

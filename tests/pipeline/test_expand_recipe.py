@@ -1,9 +1,8 @@
-"""Training an expander and expanding with it: whole, interrupted, refused."""
+"""Training an expander and expanding with it: whole, refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,16 @@ from tct_hf.data.beir import open_beir
 from tct_hf.data.collection import load_collection
 from tct_hf.training.expander import expander_pairs
 from tests.models import tiny_t5
-from tests.recipe import ROOT, in_this_process, killed_at, run
+from tests.recipe import Check, Run, in_this_process
 from tests.searching import Material
 
-RECIPE = EXPAND = ROOT / "recipes" / "expand.py"
-TRAIN = ROOT / "recipes" / "train_expander.py"
+RECIPE = "expand"
 
 
 # Of expanding, by the fixture `settings`; of training an expander.
 SETTINGS = """
 model: FOLDER/t5
-source: FOLDER/collection
+source: FOLDER/beir
 dtype: float32
 num_queries: 3
 max_length: 6
@@ -31,21 +29,14 @@ shard_size: 20
 progress_every: 0
 """
 TRAINING = """
-data: {source: FOLDER/collection}
+data: {source: FOLDER/beir}
 precision: fp32
 passage_length: 32
 query_length: 8
 from_scratch: true
 sizes: {vocabulary: 90, d_model: 16, layers: 1, heads: 2, d_ff: 32}
-training:
-  per_device_train_batch_size: 8
-  gradient_accumulation_steps: 1
-  max_steps: 4
-  save_steps: 2
-  logging_steps: 1
-  learning_rate: 1.0e-2
-  eval_strategy: steps
-  eval_steps: 2
+training: {per_device_train_batch_size: 8, gradient_accumulation_steps: 1, max_steps: 4, save_steps: 2,
+  logging_steps: 1, learning_rate: 1.0e-2, eval_strategy: steps, eval_steps: 2}
 """
 
 
@@ -54,63 +45,42 @@ def writer(material: Material) -> Path:
     return tiny_t5(material.folder / "t5")
 
 
-@pytest.fixture(scope="module")
-def training(material: Material) -> Path:
+@pytest.fixture
+def train(material: Material, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the training recipe with TRAINING."""
     file = material.folder / "train_expander.yaml"
     file.write_text(TRAINING.replace("FOLDER", str(material.folder)))
-    return file
-
-
-@pytest.fixture
-def train(training: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return in_this_process(TRAIN, training, monkeypatch)
+    return in_this_process("train_expander", file, monkeypatch)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """All that a run writes but what it says of itself."""
+    found = [file for file in folder.rglob("*") if file.is_file()]
     said = ("settings.yaml", "environment.json")
-    return {
-        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name not in said
-    }
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found if file.name not in said}
 
 
 @pytest.fixture(scope="module")
-def whole(material: Material, recipe: Callable[..., int]) -> Path:
+def whole(material: Material, recipe: Run) -> Path:
     """The folder of a whole run with a teacher."""
-    assert recipe(material.folder / "expansions", f"--teacher={material.teacher}") == 0
+    recipe(material.folder / "expansions", f"--teacher={material.teacher}")
     return material.folder / "expansions"
 
 
 def test_each_passage_gets_queries_with_scores_and_a_finished_run_says_so_again(
-    material: Material, whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    material: Material, whole: Path, recipe: Run
 ) -> None:
     before = files(whole)
-    assert recipe(whole, f"--teacher={material.teacher}") == 0 and files(whole) == before
-    row = capsys.readouterr().out.splitlines()[-2]
+    row = recipe(whole, f"--teacher={material.teacher}").stdout.splitlines()[-2]
+    assert files(whole) == before
     assert [cell.strip() for cell in row.split("|")[1:3]] == ["60", "180"] and "| colbert | 3 |" in row
     corpus, found = open_beir(material.beir).corpus(), load_expansions(whole)
     assert len(list(expanded_texts(corpus, found, drop_share=0.3, drop_repeats=True))) == 60
 
 
-@pytest.mark.slow
-def test_a_killed_run_and_one_of_two_processes_give_the_same_files(
-    settings: Path, material: Material, whole: Path, recipe: Callable[..., int], tmp_path: Path
-) -> None:
-    teacher = f"--teacher={material.teacher}"
-    killed_at("40 of 60 passages", settings, tmp_path / "killed", EXPAND)
-    made = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.arrow")}
-    assert made and not (tmp_path / "killed" / "manifest.json").exists()
-    assert recipe(tmp_path / "killed", teacher) == 0
-    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == at for name, at in made.items())
-    run(settings, tmp_path / "two", teacher, recipe=EXPAND, processes=2)
-    assert files(tmp_path / "killed") == files(tmp_path / "two") == files(whole)
-
-
-def test_a_model_from_nothing_is_trained_and_writes(
-    material: Material, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_from_nothing_is_trained_and_writes(material: Material, train: Run, tmp_path: Path) -> None:
     made = tmp_path / "whole"
-    assert train(made) == 0
+    train(made)
     assert not list((made / "training").glob("checkpoint-*"))
     log = json.loads((made / "expander" / "training_log.json").read_text())
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -121,22 +91,7 @@ def test_a_model_from_nothing_is_trained_and_writes(
     assert manifest["count"] == 1 and manifest["model"] == str(made / "expander")
     pairs = expander_pairs(load_collection(str(material.beir)))
     assert len(pairs) == 40 and set(pairs[0]["query"].split()) <= set(pairs[0]["passage"].split())
-    capsys.readouterr()
-    assert train(made, "--query_length=9") == 1
-    assert "query_length = 8, but now query_length = 9" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_killed_training_of_an_expander_goes_on_to_the_same_weights(
-    training: Path, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    killed_at("step     3 of 4", training, tmp_path / "killed", TRAIN)
-    assert (tmp_path / "killed" / "training" / "checkpoint-2").is_dir()
-    assert train(tmp_path / "killed") == 0
-    assert "goes on after step 2 of 4" in capsys.readouterr().out
-    assert train(tmp_path / "whole") == 0
-    weights = [(tmp_path / name / "expander" / "model.safetensors").read_bytes() for name in ("killed", "whole")]
-    assert weights[0] == weights[1]
+    assert "query_length = 8, but now query_length = 9" in train(made, "--query_length=9", code=1).stderr
 
 
 @pytest.mark.parametrize(
@@ -147,9 +102,7 @@ def test_a_killed_training_of_an_expander_goes_on_to_the_same_weights(
         (["--numqueries=3"], 'did you mean "num_queries"?'),
     ],
 )
-def test_wrong_settings_of_expanding_are_one_message(
-    refused: Callable[..., None], options: list[str], message: str
-) -> None:
+def test_wrong_settings_are_one_message(refused: Check, options: list[str], message: str) -> None:
     refused(options, message)
 
 
@@ -162,7 +115,6 @@ def test_wrong_settings_of_expanding_are_one_message(
     ],
 )
 def test_wrong_settings_of_training_are_one_message(
-    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, code: int, message: str
+    train: Run, tmp_path: Path, option: str, code: int, message: str
 ) -> None:
-    assert train(tmp_path / "new", option) == code
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in train(tmp_path / "new", option, code=code).stderr.splitlines()[-1]

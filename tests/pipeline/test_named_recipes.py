@@ -141,41 +141,32 @@ def here(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
     """A function that runs a system's recipe, with fewer steps and rows, to its trainers; nothing is reported."""
-    from tct_hf.pipeline import train as pipeline
     from tct_hf.training.stages import Stage
 
     monkeypatch.chdir(here)
 
     def call(system: str) -> list[Any]:
         name = "rounds" if "HN" in system else "train"
-        recipe = in_this_process(ROOT / "recipes" / f"{name}.py", file_of(system), monkeypatch)
+        recipe = in_this_process(name, file_of(system), monkeypatch)
         monkeypatch.setenv("TCT_HF_CACHE", str(here / "cache"))
-        parts = ["student.training"]
-        if name == "rounds":
-            parts += ["later.student.training", "later.teacher.training"]
-        if not system.startswith("splade"):
-            parts.append("teacher.training")
-        options = ["--precision=fp32"]
-        for part in parts:
-            options += [f"--{part}.max_steps=2", f"--{part}.per_device_train_batch_size=4"]
+        parts = ["student"] if system.startswith("splade") else ["student", "teacher"]
+        parts += ["later.student", "later.teacher"] if name == "rounds" else []
+        fewer = ("max_steps=2", "per_device_train_batch_size=4")
         trainers: list[Any] = []
         train_stage = Stage.train
 
         def train(stage: Any, make: Any) -> Any:
-            def made() -> Any:
-                trainers.append(make())
-                return trainers[-1]
-
-            return train_stage(stage, made)
+            return train_stage(stage, lambda: trainers.append(make()) or trainers[-1])
 
         def report(*given: Any, **named: Any) -> Path:
-            (tmp_path / "out" / "report.md").write_text("")
-            return tmp_path / "out" / "report.md"
+            (tmp_path / "report.md").write_text("")
+            return tmp_path / "report.md"
 
         monkeypatch.setattr(Stage, "train", train)
-        monkeypatch.setattr(pipeline, "quick_report", report)
+        monkeypatch.setattr("tct_hf.pipeline.train.quick_report", report)
         monkeypatch.setattr("tct_hf.evaluation.round_report.report_rounds", report)
-        assert recipe(tmp_path / "out", *options) == 0
+        options = [f"--{part}.training.{setting}" for part in parts for setting in fewer]
+        recipe(tmp_path / "out", "--precision=fp32", *options)
         return trainers
 
     return call

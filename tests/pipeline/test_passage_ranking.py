@@ -9,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import yaml
 
 from tct_hf.data.beir import load_beir
 from tct_hf.pipeline import passage_ranking
 from tct_hf.pipeline.passage_ranking import PassageRankingFiles, SplitFiles, prepare_passage_ranking
-from tct_hf.settings import load_settings, read_yaml
+from tct_hf.settings import load_settings
+from tests.loopback_hub import LoopbackHub
 from tests.passage_files import QRELS, QUERIES, write_few
-from tests.recipe import ROOT
-
-RECIPE = ROOT / "recipes" / "msmarco-passage"
+from tests.recipe import ROOT, write_beir
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +148,8 @@ def test_compressed_and_jsonl_files_and_repeated_judgements_give_the_same(files:
     counts = prepare_passage_ranking(named, tmp_path / "b", cache_dir=tmp_path / "cache")
     assert counts["splits"]["train"]["judgements"] == 30
     prepare(files, tmp_path / "a")
-    found = [contents(tmp_path / name) for name in "ab"]
-    for one in found:
-        del one["counts.json"]
-    assert found[0] == found[1]
+    found, expected = contents(tmp_path / "b"), contents(tmp_path / "a")
+    assert found == {**expected, "counts.json": found["counts.json"]}
 
 
 def last_line(name: str, new: str = "") -> Callable[[Path], None]:
@@ -215,15 +214,36 @@ def test_what_can_not_be_prepared_is_refused(files: Path, tmp_path: Path) -> Non
     refused(r"holds a run with sample = None, but now sample = 40", 40)
 
 
-@pytest.mark.parametrize("name", ["data.yaml", "hub/data.yaml"])
-def test_the_published_counts_are_checked(name: str) -> None:
-    from dataclasses import make_dataclass
-
-    assert read_yaml(RECIPE / name)["expected_passages"] == 8_841_823
-    schema = make_dataclass("Settings", [("output_dir", str, "")], bases=(PassageRankingFiles,))
-    settings = load_settings(schema, [str(RECIPE / name)], description="")
-    splits = settings.splits
-    assert settings.expected_triples == (None if settings.triples is None else 39_780_811)
-    assert splits["train"].expected_queries == 502_939
-    assert (splits["dev"].expected_queries, splits["dev"].expected_qrels) == (6980, 7437)
-    assert splits["dl19"].expected_queries == 43
+def test_the_settings_for_the_hub_read_every_split_and_hold_train_queries_out(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    texts = write_beir(tmp_path / "texts", passages=700, train=600, dev=3, test=2)
+    qrels = (texts / "qrels").rename(tmp_path / "qrels")
+    (qrels / "dev.tsv").rename(qrels / "validation.tsv")
+    files = {file.stem: [{"split": file.stem, "path": file.name}] for file in texts.iterdir()}
+    configs = [{"config_name": name, "data_files": found} for name, found in files.items()]
+    (texts / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    parts = [{"split": file.stem, "path": file.name} for file in qrels.iterdir()]
+    configs = [{"config_name": "default", "data_files": parts}]
+    (qrels / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    hub.publish(texts, "BeIR/msmarco", "datasets")
+    hub.publish(qrels, "BeIR/msmarco-qrels", "datasets")
+    settings = ROOT / "recipes" / "msmarco-passage" / "hub" / "data.yaml"
+    text = settings.read_text().replace("output_dir: outputs/msmarco-passage/data\n", "")
+    small = {"8841823": "700", "502939": "600", "532751": "600", "6980": "3", "7437": "3", ": 43": ": 2", "9260": "2"}
+    for before, now in small.items():
+        assert before in text
+        text = text.replace(before, now)
+    (tmp_path / "data.yaml").write_text(text)
+    source = load_settings(PassageRankingFiles, [str(tmp_path / "data.yaml")], description="")
+    counts = prepare_passage_ranking(source, tmp_path / "out", cache_dir=tmp_path / "cache", write=lambda line: None)
+    assert counts["passages"] == 700
+    queries = {split: set(load_beir(tmp_path / "out", split)[1]) for split in ("train", "tune", "dev", "dl19")}
+    assert len(queries["tune"]) == 500 and queries["train"] | queries["tune"] == {f"train{row}" for row in range(600)}
+    assert not queries["train"] & queries["tune"]
+    assert (queries["dev"], queries["dl19"]) == ({"dev0", "dev1", "dev2"}, {"test0", "test1"})
+    source.splits["dev"].expected_queries = 4
+    with pytest.raises(ValueError, match="BeIR/msmarco-qrels::validation: 3 judged queries, but 4 are expected"):
+        prepare_passage_ranking(source, tmp_path / "other", cache_dir=tmp_path / "cache")

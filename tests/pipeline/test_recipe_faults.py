@@ -31,15 +31,6 @@ RECIPES = {
     "convert": ["--source=SOURCE"],
     "release": ["--path=SOURCE", "--repo_id=me/it"],
 }
-SETTINGS = {  # a file, and what is said of it
-    "data:\n\tsource: x\n": "cannot be read as a settings file",
-    "seed: 1\nseed: 2\n": "duplicate key",
-    "- a\n- b\n": "must hold settings",
-    "extends: settings.yaml\n": "a circle: settings.yaml -> settings.yaml",
-    "data: {sorce: x}\n": 'did you mean "data.source"?',
-    "seed: soon\n": '"seed" must be int, got "soon"',
-    "": "source: the name is empty",
-}
 
 
 @pytest.fixture
@@ -104,12 +95,6 @@ def test_an_output_folder_that_is_a_file_is_refused(
     said = refused(name, str(material.beir), f"--output_dir={tmp_path / 'file'}")
     assert f"output_dir: {tmp_path / 'file'}" in said and "can't be written" in said
     assert (tmp_path / "file").read_text() == "x"
-
-
-@pytest.mark.parametrize("text", SETTINGS)
-def test_a_settings_file_that_cannot_be_used_is_named(text: str, refused: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_text(text)
-    assert SETTINGS[text] in refused("train", "", str(tmp_path / "settings.yaml"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

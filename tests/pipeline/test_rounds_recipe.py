@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,10 +12,10 @@ from safetensors.torch import load
 from sentence_transformers import MultiVectorEncoder
 
 from tct_hf import validate_checkpoint
-from tests.recipe import ROOT, STEPS, killed_at, run
+from tests.recipe import STEPS, Check, Run, results
 from tests.searching import Material
 
-RECIPE = ROOT / "recipes" / "rounds.py"
+RECIPE, KINDS = "rounds", ("triples.parquet", "metrics.json")
 KILLED = ["round 1: mine", f"step     3 of {STEPS}", "round 1: student", "ColBERT teacher, round 1"]
 
 
@@ -29,13 +28,6 @@ later:
   student.training.learning_rate: 5.0e-4
   teacher: {training: {learning_rate: 5.0e-4}}
 """
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """What must not depend on how a run went: runs, weights, triples, metrics."""
-    kinds = ("*.trec", "model.safetensors", "triples.parquet", "metrics.json")
-    files = [file for kind in kinds for file in folder.rglob(kind)]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def weights(folder: Path, number: int, role: str) -> bytes:
@@ -53,15 +45,11 @@ def test_each_round_leaves_its_models_triples_and_runs(whole: Path) -> None:
     assert weights(whole, 0, "teacher") != weights(whole, 1, "teacher")
     rows = pq.read_table(whole / "round-1" / "mined" / "triples.parquet").to_pylist()
     assert len(rows) == 40 and {row["origin"] for row in rows} == {"student base"}
-    for row in rows:
-        assert row["negative_id"] not in row["known_positive_ids"]
+    assert not any(row["negative_id"] in row["known_positive_ids"] for row in rows)
     runs = {str(file.relative_to(whole)) for file in whole.rglob("*.test.trec")}
-    assert runs == {
-        *(f"runs/{key}.test.trec" for key in ("bm25", "base-native", "base-maxsim", "teacher")),
-        "round-0/runs/student-0.test.trec",
-        "round-1/runs/student-1.test.trec",
-        "round-1/runs/teacher-1.test.trec",
-    }
+    made = ("round-0/runs/student-0", "round-1/runs/student-1", "round-1/runs/teacher-1")
+    shared = (f"runs/{key}" for key in ("bm25", "base-native", "base-maxsim", "teacher"))
+    assert runs == {f"{name}.test.trec" for name in (*made, *shared)}
 
     # Six small steps from the last round's weights stay near them; from the base encoder's they would not.
     for role in ("student", "teacher"):
@@ -76,15 +64,9 @@ def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -
     lines = [line for line in report.splitlines() if line.startswith("| ")]
     names = [f"{split} {name}" for split in ("dev", "test") for name in ("RR@10", "nDCG@10", "R@20")]
     assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == names
-    titles = {
-        "bm25": "BM25",
-        "base-native": "base as it is",
-        "base-maxsim": "base reranked by its own MaxSim",
-        "student-0": "student, base",
-        "student-1": "student, round 1",
-        "teacher": "ColBERT teacher",
-        "teacher-1": "ColBERT teacher, round 1",
-    }
+    titles = {"bm25": "BM25", "base-native": "base as it is", "base-maxsim": "base reranked by its own MaxSim"}
+    titles |= {"student-0": "student, base", "student-1": "student, round 1"}
+    titles |= {"teacher": "ColBERT teacher", "teacher-1": "ColBERT teacher, round 1"}
     for line, (key, title) in zip(lines[1:], titles.items(), strict=True):
         assert line[2:].startswith(title)
         shown = [cell.strip(" *") for cell in line.split("|")[2:-1]]
@@ -97,41 +79,32 @@ def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_kind_of_stage_ends_with_the_bytes_of_an_undisturbed_one(
-    whole: Path, settings: Path
+    whole: Path, settings: Path, apart: Run
 ) -> None:
     output = settings.with_suffix("") / "killed"
     shutil.copytree(whole / "round-0", output / "round-0", ignore=shutil.ignore_patterns("search", "runs"))
-    said = [killed_at(line, settings, output, RECIPE) for line in KILLED]
+    said = [apart(output, kill_at=line).stdout for line in KILLED]
     assert "base: student: skipped, it is trained" in said[0] and "base: teacher: skipped" in said[0]
-    last = run(settings, output, recipe=RECIPE).stdout
+    last = apart(output).stdout
     assert "round 1: mine: skipped, they are mined" in last and "  step " not in last
-    assert results(output) == results(whole)
+    assert results(output, *KINDS) == results(whole, *KINDS)
 
 
 def test_a_finished_run_does_nothing_again_and_goes_on_with_another_round(
-    whole: Path, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, recipe: Run, tmp_path: Path
 ) -> None:
-    before = results(whole)
+    before = results(whole, *KINDS)
     output = shutil.copytree(whole, tmp_path / "longer")
-    capsys.readouterr()
-    assert recipe(output, "--rounds=2") == 0
-    said, after = capsys.readouterr().out, results(output)
+    said, after = recipe(output, "--rounds=2").stdout, results(output, *KINDS)
     assert "round 1: student: skipped" in said and "student, round 2" in said
     del before["metrics.json"]
     assert {name: after[name] for name in before} == before
     assert weights(output, 2, "student") != weights(output, 1, "student")
 
 
-def test_hn_trains_the_student_alone_and_may_begin_anew(
-    recipe: Callable[..., int], material: Material, tmp_path: Path
-) -> None:
-    options = [
-        f"--teacher.model={material.teacher}",
-        "--variant=HN",
-        "--start_from=new",
-        "--student.training.max_steps=2",
-    ]
-    assert recipe(tmp_path / "hn", *options) == 0
+def test_hn_trains_the_student_alone_and_may_begin_anew(recipe: Run, material: Material, tmp_path: Path) -> None:
+    options = ["--variant=HN", "--start_from=new", "--student.training.max_steps=2"]
+    recipe(tmp_path / "hn", f"--teacher.model={material.teacher}", *options)
     assert not list((tmp_path / "hn").glob("round-*/teacher"))
     report = (tmp_path / "hn" / "report.md").read_text()
     assert "student, round 1" in report and "ColBERT teacher, round 1" not in report and "base as it is" not in report
@@ -139,7 +112,7 @@ def test_hn_trains_the_student_alone_and_may_begin_anew(
     assert next(entry["learning_rate"] for entry in log if "learning_rate" in entry) <= 5.0e-4
 
 
-def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Callable[[str, str], None]) -> None:
+def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Check) -> None:
     kept("--variant=HN", "variant")
     kept("--later={student: {training: {learning_rate: 0.1}}}", "student.training.learning_rate")
 
@@ -156,7 +129,5 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Callable[[s
         (["--later={student: {trianing: {}}}"], "student.trianing"),
     ],
 )
-def test_wrong_settings_are_one_message_before_anything_runs(
-    refused: Callable[..., None], options: list[str], message: str
-) -> None:
+def test_wrong_settings_are_one_message_before_anything(refused: Check, options: list[str], message: str) -> None:
     refused(options, message)

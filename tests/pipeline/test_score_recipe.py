@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +12,13 @@ import torch
 from datasets import Dataset
 from sentence_transformers import MultiVectorEncoder
 
-from tct_hf import (
-    ColBERTTeacher,
-    CrossEncoderTeacher,
-    StoredScores,
-    TeacherEnsemble,
-    load_triples,
-    score_triples,
-)
+from tct_hf import ColBERTTeacher, CrossEncoderTeacher, StoredScores, TeacherEnsemble, load_triples, score_triples
 from tct_hf.teachers.base import write_training_scale
-from tests.recipe import ROOT, killed_at
+from tests.recipe import Check, Run
 from tests.searching import Material
 from tests.train_helpers import triples
 
-RECIPE = ROOT / "recipes" / "score.py"
+RECIPE = "score"
 
 
 SETTINGS = """
@@ -47,16 +39,16 @@ def source(material: Material) -> Dataset:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_scores_of_the_teacher(
-    settings: Path, source: Dataset, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Path, source: Dataset, recipe: Run, apart: Run, tmp_path: Path
 ) -> None:
     teacher = settings.parent / "cross-encoder"
-    killed_at("shard 2 of 4", settings, tmp_path / "killed", RECIPE)
+    apart(tmp_path / "killed", kill_at="shard 2 of 4")
     shards = sorted((tmp_path / "killed" / "triples").glob("*.parquet"))
     assert len(shards) == 2 and not (tmp_path / "killed" / "summary.json").exists()
     made = [shard.stat().st_mtime_ns for shard in shards]
-    assert recipe(tmp_path / "killed") == 0 and [shard.stat().st_mtime_ns for shard in shards] == made
-    said = capsys.readouterr().out
-    assert recipe(tmp_path / "whole") == 0
+    said = recipe(tmp_path / "killed").stdout
+    assert [shard.stat().st_mtime_ns for shard in shards] == made
+    recipe(tmp_path / "whole")
     files = [{f.name: f.read_bytes() for f in (tmp_path / n / "triples").iterdir()} for n in ("killed", "whole")]
     assert files[0] == files[1] and len(files[0]) == 4
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -80,21 +72,17 @@ def test_a_killed_run_goes_on_and_ends_with_the_scores_of_the_teacher(
     assert f"{scores.min():.2f} to {scores.max():.2f} ({scores.mean():.2f})" in said
 
 
-def test_a_colbert_scores_too_and_other_settings_are_refused(
-    recipe: Callable[..., int], material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_colbert_scores_too_and_other_settings_are_refused(recipe: Run, material: Material, tmp_path: Path) -> None:
     colbert = shutil.copytree(material.teacher, tmp_path / "colbert")
     write_training_scale(colbert, 2.0)
-    assert recipe(tmp_path / "out", "--kind=colbert", f"--teacher={colbert}") == 0
+    recipe(tmp_path / "out", "--kind=colbert", f"--teacher={colbert}")
     said = json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]
     assert said["kind"] == "MaxSim" and said["training_scale"] == 2.0
     rows = load_triples(tmp_path / "out" / "triples", scores="teacher_score", cache_dir=tmp_path / "cache")
     model = MultiVectorEncoder(str(colbert), device="cpu")
     expected = model.similarity(model.encode_query([rows[7]["query"]]), model.encode_document([rows[7]["negative_2"]]))
     assert rows[7]["scores"][2] == pytest.approx(float(expected), abs=1e-5)
-    capsys.readouterr()
-    assert recipe(tmp_path / "out") == 1  # the cross-encoder again
-    assert "choose another folder" in capsys.readouterr().err
+    assert "choose another folder" in recipe(tmp_path / "out", code=1).stderr  # the cross-encoder again
 
 
 def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(material: Material, tmp_path: Path) -> None:
@@ -118,5 +106,5 @@ def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(mater
         (["--teacher=./nowhere"], "teacher: ./nowhere is not there"),
     ],
 )
-def test_wrong_settings_are_one_message(refused: Callable[..., None], options: list[str], message: str) -> None:
+def test_wrong_settings_are_one_message(refused: Check, options: list[str], message: str) -> None:
     refused(options, message)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from tct_hf.pipeline.checks import check_together
 from tct_hf.pipeline.settings import DataSettings, OneTeacher, TeacherSettings, TrainSettings
 from tct_hf.settings import SettingsError
-from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
+from tests.recipe import Check, Run
 from tests.searching import Material
 from tests.train_helpers import with_scores
 
+RECIPE = "train"
 SETTINGS = "extends: tiny.yaml\n"
 
 
@@ -34,23 +35,16 @@ TRIPLES = "--triples.path=triples.parquet"
 STORED = [TRIPLES, "--teacher.kind=stored", "--teacher.scores=scores"]
 
 
-def test_a_cross_encoder_teaches_and_the_report_has_no_teacher_to_search_with(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [*CROSS, "--teacher.dtype=float32", *OWN]
-    assert recipe(tmp_path / "out", *options) == 0
-    assert "teacher: skipped, cross-encoder is used as it is" in capsys.readouterr().out
+def test_a_cross_encoder_teaches_and_the_report_has_no_teacher_to_search_with(recipe: Run, tmp_path: Path) -> None:
+    said = recipe(tmp_path / "out", *CROSS, "--teacher.dtype=float32", *OWN).stdout
+    assert "teacher: skipped, cross-encoder is used as it is" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| student " in report and "ColBERT teacher" not in report and "its teacher" not in report
 
 
-def test_stored_scores_teach_from_columns_and_files(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from datasets import Dataset
-
+def test_stored_scores_teach_from_columns_and_files(recipe: Run, tmp_path: Path) -> None:
     stages = "--stages=[student]"
-    assert recipe(tmp_path / "columns", *STORED, *OWN, stages) == 0
+    recipe(tmp_path / "columns", *STORED, *OWN, stages)
     rows = with_scores(24)
     pairs = {
         (row["query_id"], row[f"{name}_id"]): score
@@ -60,36 +54,30 @@ def test_stored_scores_teach_from_columns_and_files(
     file = tmp_path / "scores.parquet"
     Dataset.from_list([{"query_id": q, "passage_id": p, "score": s} for (q, p), s in pairs.items()]).to_parquet(file)
     options = [TRIPLES, "--teacher.kind=stored", f"--teacher.scores={file}", *OWN, stages]
-    assert recipe(tmp_path / "file", *options) == 0
+    recipe(tmp_path / "file", *options)
     weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("columns", "file")]
     assert weights[0] == weights[1]
     Dataset.from_list([{"query_id": "x", "passage_id": "y", "score": 1.0}]).to_parquet(file)
-    assert recipe(tmp_path / "file", *options) == 1
-    assert "holds a run with teacher.weights = " in capsys.readouterr().err
+    assert "holds a run with teacher.weights = " in recipe(tmp_path / "file", *options, code=1).stderr
 
 
-def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_colbert_mixed_with_stored_scores_teaches_the_whole_batch(recipe: Run, tmp_path: Path) -> None:
     mixed = "--teacher.mixed_with=[{kind: stored, scores: scores, weight: 2.0}]"
     options = [TRIPLES, "--teacher.model=teacher/colbert", mixed, *STUDENT, "--stages=[teacher, student]"]
-    assert recipe(tmp_path / "out", *options) == 0
     used = "teacher/colbert and the table or column of scores scores are used as they are"
-    assert f"teacher: skipped, {used}" in capsys.readouterr().out
+    assert f"teacher: skipped, {used}" in recipe(tmp_path / "out", *options).stdout
     assert "weight: 2.0" in (tmp_path / "out" / "settings.yaml").read_text()
     log = json.loads((tmp_path / "out" / "student" / "training_log.json").read_text())
     assert any("distillation" in entry for entry in log)
 
 
 def test_an_embedding_model_and_the_words_of_the_collection_teach_without_training(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Run, tmp_path: Path
 ) -> None:
-    mixed = "--teacher.mixed_with=[{kind: bm25, weight: 0.33}]"
-    options = ["--teacher.kind=dense", "--teacher.model=encoder", "--teacher.weight=6", mixed, *STUDENT]
-    cache = f"--student.teacher_cache={tmp_path / 'vectors'}"
-    stages = "--stages=[teacher, student]"
-    assert recipe(tmp_path / "out", *options, "--teacher.normalize=none", cache, stages) == 0
-    assert "teacher: skipped, encoder and BM25 are used as they are" in capsys.readouterr().out
+    options = ["--teacher.mixed_with=[{kind: bm25, weight: 0.33}]", "--teacher.kind=dense", "--teacher.model=encoder"]
+    options += ["--teacher.weight=6", *STUDENT, f"--student.teacher_cache={tmp_path / 'vectors'}"]
+    said = recipe(tmp_path / "out", *options, "--teacher.normalize=none", "--stages=[teacher, student]").stdout
+    assert "teacher: skipped, encoder and BM25 are used as they are" in said
     assert any((tmp_path / "vectors").rglob("*.sqlite"))
 
 
@@ -106,9 +94,7 @@ def test_an_embedding_model_and_the_words_of_the_collection_teach_without_traini
         (["--student.teacher_cache_gigabytes=0"], "student.teacher_cache_gigabytes=0"),
     ],
 )
-def test_wrong_teachers_are_one_message_before_anything_runs(
-    refused: Callable[..., None], options: list[str], message: str
-) -> None:
+def test_wrong_settings_are_one_message_before_anything(refused: Check, options: list[str], message: str) -> None:
     refused(options, message)
 
 
@@ -129,7 +115,7 @@ def test_stored_scores_beside_a_mixture_that_searches_are_refused(setting: str, 
     ],
 )
 def test_a_file_of_scores_is_read_and_looked_up_before_a_teacher_is_trained(
-    refused: Callable[..., None], tmp_path: Path, name: str, content: str | None, message: str
+    refused: Check, tmp_path: Path, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / name).write_text(content + "\n")
@@ -137,17 +123,14 @@ def test_a_file_of_scores_is_read_and_looked_up_before_a_teacher_is_trained(
     refused([TRIPLES, mixed], message, code=1)
 
 
-def test_the_triples_of_a_collection_are_looked_up_before_a_teacher_is_trained(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_triples_of_a_collection_are_looked_up_before_a_teacher_is_trained(recipe: Run, tmp_path: Path) -> None:
     pairs = [(f"train{query}", f"p{passage}") for query in range(40) for passage in range(60)]
     lines = [json.dumps({"query_id": q, "passage_id": p, "score": len(q + p)}) + "\n" for q, p in pairs]
     file = tmp_path / "s.jsonl"
     mixed = f"--teacher.mixed_with=[{{kind: stored, scores: {file}}}]"
     file.write_text("".join(line for line in lines if '"train7"' not in line))
-    assert recipe(tmp_path / "new", mixed) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
+    said = recipe(tmp_path / "new", mixed, code=1).stderr.splitlines()[-1]
     assert re.search(rf"query 'train7', column 'positive_id': {file} has no score of passage 'p\d+': score the", said)
     assert "triples.path" in said and not (tmp_path / "new").exists()
     file.write_text("".join(lines))
-    assert recipe(tmp_path / "new", mixed, "--teacher.model=teacher/colbert", *STUDENT, "--stages=[student]") == 0
+    recipe(tmp_path / "new", mixed, "--teacher.model=teacher/colbert", *STUDENT, "--stages=[student]")

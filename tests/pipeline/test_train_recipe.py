@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,26 +13,16 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer, Spars
 from tct_hf import read_run, validate_checkpoint
 from tct_hf.files import LOG_FILE
 from tests.models import tiny_modernbert
-from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
-from tests.recipe import STEPS, killed_at, launch, run
-from tests.warm_process import free_port
+from tests.recipe import STEPS, Check, Run, results
 
+RECIPE = "train"
 SYSTEMS = ["bm25", "base-native", "base-maxsim", "student", "teacher"]
 FUSED = ["base-native-bm25", "student-bm25"]
 TITLES = ["BM25", "base as it is", "base reranked by its own MaxSim", "student", "ColBERT teacher"]
 TITLES += ["base as it is + BM25", "student + BM25"]
 SETTINGS = "extends: tiny.yaml\n"
-KILLED = {  # where the interrupted run is killed: the line it has just printed
-    "teacher": f"step     3 of {STEPS}   loss",
-    "student": f"step     5 of {STEPS}   loss",
-    "evaluate": ": student",
-}
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """What must not depend on how a run went: runs, weights, metrics."""
-    files = [*folder.glob("runs/*.trec"), *folder.glob("*/model.safetensors"), folder / "metrics.json"]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+# Where the interrupted run is killed: the line it has just printed, one of each stage.
+KILLED = [f"step     3 of {STEPS}   loss", f"step     5 of {STEPS}   loss", ": student"]
 
 
 @pytest.mark.usefixtures("warm_checks")
@@ -79,32 +68,30 @@ def test_a_whole_run_reports_one_row_a_system_and_the_same_figures_as_json(whole
 
 @pytest.mark.slow
 def test_a_run_killed_in_every_stage_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(
-    whole: Path, settings: Path, tmp_path: Path
+    whole: Path, apart: Run, tmp_path: Path
 ) -> None:
-    in_teacher, in_student, in_evaluate = (killed_at(KILLED[stage], settings, tmp_path) for stage in KILLED)
+    in_teacher, in_student, in_evaluate = (apart(tmp_path, kill_at=line).stdout for line in KILLED)
     assert "goes on" not in in_teacher and "goes on after step 2 of 6" in in_student
     assert "goes on after step 4 of 6" in in_evaluate
     early = tmp_path / "runs" / "base-maxsim.test.trec"
     os.utime(early, ns=(1, 1))
-    last = run(settings, tmp_path, before=launch())
+    last = apart(tmp_path, launched=1)
     assert early.stat().st_mtime_ns == 1  # runs that were there are not made again
     assert "step" not in last.stdout.partition("# ")[0] and (tmp_path / "report.md").read_text() in last.stdout
-    assert results(tmp_path) == results(whole) and len(results(whole)) == 17
+    assert results(tmp_path, "metrics.json") == results(whole, "metrics.json")
     # Some queries of the collection are longer than 16 tokens, and a user can fix that: this warning stays.
     warning = "queries filled the entire query_expansion length of 16 tokens"
     assert all(warning in line for line in last.stderr.splitlines()), last.stderr
 
 
 @pytest.mark.slow
-def test_stages_alone_give_the_bytes_of_all_at_once(whole: Path, tmp_path: Path, recipe: Callable[..., int]) -> None:
+def test_stages_alone_give_the_bytes_of_all_at_once(whole: Path, tmp_path: Path, recipe: Run) -> None:
     for stage in ("teacher", "student", "evaluate"):
-        assert recipe(tmp_path / "alone", "--stages", stage) == 0
-    assert results(tmp_path / "alone") == results(whole)
+        recipe(tmp_path / "alone", "--stages", stage)
+    assert results(tmp_path / "alone", "metrics.json") == results(whole, "metrics.json")
 
 
-def test_a_finished_run_called_again_redoes_nothing_and_prints_the_report(
-    whole: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_called_again_redoes_nothing_and_prints_the_report(whole: Path, recipe: Run) -> None:
     def made() -> dict[Path, tuple[int, bytes]]:
         return {
             file: (file.stat().st_mtime_ns if file.parent != whole else 0, file.read_bytes())
@@ -113,40 +100,36 @@ def test_a_finished_run_called_again_redoes_nothing_and_prints_the_report(
         }
 
     before = made()
-    assert recipe(whole) == 0
+    said = recipe(whole).stdout
     assert made() == before
-    said = capsys.readouterr().out
     assert "  step " not in said and (whole / "report.md").read_text() in said
 
 
 @pytest.mark.parametrize("name", ["data.num_negatives", "teacher.training.learning_rate", "evaluation.depth"])
-def test_other_settings_in_the_same_output_are_refused_by_name_with_the_fix(
-    kept: Callable[[str, str], None], name: str
-) -> None:
+def test_other_settings_in_the_same_output_are_refused_by_name_with_the_fix(kept: Check, name: str) -> None:
     kept(f"--{name}=30", name)
 
 
 @pytest.mark.slow
-def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(settings: Path, tmp_path: Path) -> None:
-    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
-    done = run(settings, tmp_path / "two", before=before)
+def test_two_processes_run_the_recipe_as_one_and_neither_repeats_the_other(
+    whole: Path, apart: Run, tmp_path: Path
+) -> None:
+    done = apart(tmp_path / "two", launched=2)
     for line, times in (("[1/4] data", 1), ("[4/4] evaluate", 1), ("# ", 1), (f"step     6 of {STEPS}", 2)):
         assert sum(said.strip().startswith(line) for said in done.stdout.splitlines()) == times, line
-    assert len(results(tmp_path / "two")) == 17
+    assert results(tmp_path / "two", "metrics.json").keys() == results(whole, "metrics.json").keys()
     shutil.rmtree(tmp_path / "two" / "runs")
-    before = launch(2, "--multi_gpu", f"--main_process_port={free_port()}")
-    again = run(settings, tmp_path / "two", before=before)
-    assert again.stdout.count(": base as it is\n") == 1  # of both, one evaluates
+    assert apart(tmp_path / "two", launched=2).stdout.count(": base as it is\n") == 1  # of both, one evaluates
 
 
 def test_a_ready_teacher_is_not_trained_and_may_be_cached_and_followed_on_a_schedule(
-    recipe: Callable[..., int], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Run, whole: Path, tmp_path: Path
 ) -> None:
     options = ["--stages=[teacher, student]", f"--teacher.model={whole / 'teacher'}"]
     options += [f"--student.teacher_cache={tmp_path / 'cache'}"]
     options += ["--student.schedules={temperature: {start: 2.0, end: 0.5}}"]
-    assert recipe(tmp_path / "run", *options) == 0
-    assert f"teacher: skipped, {whole / 'teacher'} is used as it is" in capsys.readouterr().out
+    said = recipe(tmp_path / "run", *options).stdout
+    assert f"teacher: skipped, {whole / 'teacher'} is used as it is" in said
     assert not (tmp_path / "run" / "teacher").exists() and not (tmp_path / "run" / "training" / "teacher").exists()
     log = json.loads((tmp_path / "run" / "student" / LOG_FILE).read_text())
     assert [entry["temperature"] for entry in log if "temperature" in entry] == pytest.approx(
@@ -156,16 +139,13 @@ def test_a_ready_teacher_is_not_trained_and_may_be_cached_and_followed_on_a_sche
 
 
 @pytest.mark.usefixtures("warm_checks")
-def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
-    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(recipe: Run, tmp_path: Path) -> None:
     options = [*OWN, f"--encoder.base_model={tiny_modernbert(tmp_path / 'base')}", "--student.layers=[0, 2]"]
     options += ['--encoder.prompts={query: "query: ", document: "passage: "}']
     options += ["--student.pooling=cls", "--student.training.matryoshka_dims=[8, 16, 32]"]
     options += ["--teacher.training.max_steps=1", "--student.training.max_steps=2"]
     output = tmp_path / "output"
-    assert recipe(output, *options) == 0
-    said = capsys.readouterr().out
+    said = recipe(output, *options).stdout
     for title in ("base as it is", "student, first 16 dimensions", "student, first 8 dim"):
         assert f"\n| {title}" in said
     assert "first 32" not in said and "Models keep 48 tokens of a passage." in said
@@ -180,16 +160,13 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(
 
 
 @pytest.mark.usefixtures("warm_checks")
-def test_a_sparse_student_is_trained_saved_and_measured(
-    recipe: Callable[..., int], settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sparse_student_is_trained_saved_and_measured(recipe: Run, settings: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = [*SPLADE, f"--encoder.base_model={settings.parent / 'mlm'}"]
     options += ["--student.training.document_regularizer_weight=0.003"]
     options += ["--student.training.query_regularizer_weight=0.002"]
-    options += ["--student.training.eval_strategy=steps", "--student.training.eval_steps=3"]
-    assert recipe(output, *options) == 0
-    said, report = capsys.readouterr().out, (output / "report.md").read_text()
+    options += [EVAL, "--student.training.eval_steps=3"]
+    said, report = recipe(output, *options).stdout, (output / "report.md").read_text()
     assert "active dimensions: " in said and "| student (weights of words)" in said
     assert f"SparseEncoder('{output / 'student'}')" in report
     assert f"in the last batches of its training (step {STEPS}): " in report
@@ -203,18 +180,18 @@ def test_a_sparse_student_is_trained_saved_and_measured(
     assert len(found) == 12 and all(found.values())
 
 
-def test_a_stage_without_what_it_needs_is_refused_with_the_fix(
-    tmp_path: Path, recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert recipe(tmp_path / "new", "--stages=student") == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "which is not there. Add the stage teacher, or name a trained ColBERT with --teacher.model" in message
-    assert recipe(tmp_path / "new", "--stages=evaluate") == 2
-    assert "Add the stage student" in capsys.readouterr().err
+def test_a_stage_without_what_it_needs_is_refused_with_the_fix(tmp_path: Path, recipe: Run) -> None:
+    for stage, message in (
+        ("student", "is not there. Add the stage teacher, or name a trained ColBERT with --teacher.model"),
+        ("evaluate", "Add the stage student"),
+    ):
+        assert message in recipe(tmp_path / "new", f"--stages={stage}", code=2).stderr.splitlines()[-1]
 
 
 OWN = ["--encoder.encoding=own", "--teacher.kind=colbert", "--teacher.dim=null"]
 SPLADE = ["--student.kind=splade", "--student.initialise_from=base", "--student.layers=null"]
+PROMPTED = [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=own", "--encoder.prompts={query: 'q: '}"]
+EVAL = "--student.training.eval_strategy=steps"
 STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
 
 
@@ -225,10 +202,7 @@ STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
         (["--stages=train"], "teacher or unlabelled or stock or student or evaluate"),
         (["--student.training.temprature=2"], 'did you mean "student.training.temperature"?'),
         (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
-        (
-            ["--student.training.eval_strategy=steps", "--data.dev_split=null"],
-            "student.training.eval_strategy is 'steps'",
-        ),
+        ([EVAL, "--data.dev_split=null"], "student.training.eval_strategy is 'steps'"),
         (["--student.training.kl_direction=both"], "student.training: kl_direction must be"),
         (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
         (["--student.layers=[2]"], "student.layers=[2]: name distinct layers of the encoder, 0 to 1"),
@@ -239,15 +213,10 @@ STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
         ([*STREAMED, "--triples.path=null"], "triples.streaming: there is nothing to stream"),
         ([*SPLADE, "--student.scale=20"], "student.scale is of dense students"),
         ([*SPLADE, "--student.initialise_from=teacher"], "there is no encoder to take for a sparse student"),
-        (
-            [*SPLADE, "--teacher.model=a/b", "--encoder.encoding=own", "--encoder.prompts={query: 'q: '}"],
-            "encoder.prompts: a sparse student reads texts without any",
-        ),
+        (PROMPTED, "encoder.prompts: a sparse student reads texts without any"),
         (SPLADE, "lacks cls.predictions"),  # the base has no head
         (["--student.training.document_regularizer_weight=1"], "argument 'document_regularizer_weight'"),
     ],
 )
-def test_impossible_settings_are_one_message_before_anything_runs(
-    refused: Callable[..., None], options: list[str], message: str
-) -> None:
+def test_wrong_settings_are_one_message_before_anything(refused: Check, options: list[str], message: str) -> None:
     refused(options, message)

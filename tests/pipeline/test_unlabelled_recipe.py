@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,11 @@ import pytest
 from tct_hf import read_run, validate_checkpoint
 from tct_hf.pipeline.data import read_collection
 from tct_hf.pipeline.settings import DataSettings
-from tests.recipe import RECIPE as RECIPE  # of the fixture `recipe`
-from tests.recipe import ROOT
+from tests.recipe import ROOT, Run
 from tests.searching import Material
 
+RECIPE = "train"
 QUESTIONS = 40
-
-
 SETTINGS = f"""
 extends: {ROOT / "recipes" / "unlabelled.yaml"}
 precision: fp32
@@ -46,14 +44,9 @@ def questions(material: Material) -> list[str]:
 
 @pytest.mark.usefixtures("warm_checks")
 def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_what_the_teacher_finds(
-    questions: list[str],
-    recipe: Callable[..., int],
-    trained: list[Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    questions: list[str], recipe: Run, trained: list[Any], tmp_path: Path
 ) -> None:
-    assert recipe(tmp_path) == 0
-    assert f"{QUESTIONS - 4} without judgements" in capsys.readouterr().out
+    assert f"{QUESTIONS - 4} without judgements" in recipe(tmp_path).stdout
 
     [rows] = trained
     test = set(read_run(tmp_path / "runs" / "student.test.trec"))
@@ -82,15 +75,15 @@ def test_a_teacher_passages_and_questions_make_a_student_that_is_measured_by_wha
 
     # With other questions, the student is another.
     (tmp_path / "other.txt").write_text("\n".join([*questions, "one more question\n"]))
-    assert recipe(tmp_path, f"--data.questions={tmp_path / 'other.txt'}") == 1
-    assert "holds a run with data.questions = " in capsys.readouterr().err
+    again = recipe(tmp_path, f"--data.questions={tmp_path / 'other.txt'}", code=1)
+    assert "holds a run with data.questions = " in again.stderr
 
 
 def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_judges(
-    material: Material, recipe: Callable[..., int], trained: list[Any], tmp_path: Path
+    material: Material, recipe: Run, trained: list[Any], tmp_path: Path
 ) -> None:
     own = [f"--encoder.base_model={material.folder / 'mean'}", "--encoder.encoding=own", "--encoder.query_length=null"]
-    assert recipe(tmp_path, *own, "--teacher.model=null", "--student.layers=null", "--data.made_questions=5") == 0
+    recipe(tmp_path, *own, "--teacher.model=null", "--student.layers=null", "--data.made_questions=5")
     [rows] = trained
     assert not any(rows["labelled"]) and all(weight > 0 for weight in rows["label_weight"])
     log = json.loads((tmp_path / "student" / "training_log.json").read_text())
@@ -101,12 +94,11 @@ def test_without_a_trained_teacher_the_mixture_names_positives_and_own_maxsim_ju
 
 
 def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_split_is_measured(
-    material: Material, recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    material: Material, recipe: Run, tmp_path: Path
 ) -> None:
-    assert recipe(tmp_path, f"--data.source={material.beir}", "--stages=evaluate") == 2
-    said = capsys.readouterr()
-    assert f"{QUESTIONS} train, 10 dev, 12 test, {QUESTIONS} without judgements" in said.out
-    assert "Add the stage student" in said.err
+    done = recipe(tmp_path, f"--data.source={material.beir}", "--stages=evaluate", code=2)
+    assert f"{QUESTIONS} train, 10 dev, 12 test, {QUESTIONS} without judgements" in done.stdout
+    assert "Add the stage student" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -119,15 +111,9 @@ def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_spli
     ],
 )
 def test_what_is_missing_is_said_before_any_training(
-    recipe: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    code: int,
-    message: str,
+    recipe: Run, tmp_path: Path, options: list[str], code: int, message: str
 ) -> None:
-    assert recipe(tmp_path / "new", *options) == code
-    assert message in capsys.readouterr().err
+    assert message in recipe(tmp_path / "new", *options, code=code).stderr
     assert not (tmp_path / "new" / "student").exists()
 
 
@@ -135,12 +121,8 @@ def test_made_questions_are_held_out_where_there_is_no_test_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "cache"))
-    texts = [
-        f"The {one} {two} holds the vectors of {three}. It answers the question {one} of a {three}."
-        for one in "abcd"
-        for two in ("index", "run")
-        for three in ("text", "user")
-    ]
+    words = itertools.product("abcd", ("index", "run"), ("text", "user"))
+    texts = [f"The {a} {b} holds the vectors of {c}. It answers the question {a} of a {c}." for a, b, c in words]
     lines = [json.dumps({"_id": f"p{n}", "title": "", "text": text}) + "\n" for n, text in enumerate(texts)]
     (tmp_path / "corpus.jsonl").write_text("".join(lines))
     data = DataSettings(source=str(tmp_path), labels=0.0, unlabelled=True, made_questions=16)
