@@ -159,8 +159,8 @@ def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
             return train_stage(stage, lambda: trainers.append(make()) or trainers[-1])
 
         def report(*given: Any, **named: Any) -> Path:
-            (tmp_path / "report.md").write_text("")
-            return tmp_path / "report.md"
+            (tmp_path / "out" / "report.md").write_text("")
+            return tmp_path / "out" / "report.md"
 
         monkeypatch.setattr(Stage, "train", train)
         monkeypatch.setattr("tct_hf.pipeline.train.quick_report", report)
