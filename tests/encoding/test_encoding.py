@@ -403,8 +403,6 @@ def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(
     student.save_pretrained(str(tmp_path / "student"))
     with pytest.raises(ValueError, match=r"student is no ColBERT \(student\).* use build_student"):
         student_from_teacher(tmp_path / "student")
-    with pytest.raises(ValueError, match="A MultiVectorEncoder is no student of one vector a text"):
-        save_student(colbert, tmp_path / "colbert")
     with pytest.raises(ValueError, match=r"adds '\[CLS\]' and no more, which is the TCT encoding's input"):
         student_from_teacher(colbert, **PROMPTED)
     with pytest.raises(ValueError, match="dim=16"):
@@ -439,7 +437,7 @@ def test_save_student_replaces_a_student_and_leaves_other_files(bases: dict[str,
     assert load(path).max_seq_length == 20 and [p.name for p in path.parent.iterdir()] == ["student"]
     rule = Rule(AutoModel.from_pretrained(bases["bert"]), bases["bert"], augmented=False)
     close(load(path).encode_query(TEXTS), rule.wanted["query"])
-    with pytest.raises(ValueError, match="is a MultiVectorEncoder"):
+    with pytest.raises(ValueError, match="A MultiVectorEncoder is no student of one vector a text"):
         save_student(build_colbert(str(bases["bert"])), tmp_path / "colbert")  # type: ignore[arg-type]
     assert not (tmp_path / "colbert").exists()
 
