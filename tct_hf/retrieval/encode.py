@@ -150,20 +150,31 @@ def filled_rows(model: Any, features: Mapping[str, Any]) -> list[int]:
     return (used >= slots).nonzero().flatten().tolist()
 
 
-def say_cut_queries(model: Any, queries: Sequence[str], total: int) -> None:
-    """Warn of those queries, of so many in all, that are longer than their slots."""
-    slots, tokenizer = query_slots(model), getattr(model, "tokenizer", None)
+def say_cut_queries(
+    model: Any,
+    queries: Sequence[str],
+    total: int,
+    *,
+    beside: int | None = None,
+    fix: str = "build the student with a larger query_length",
+) -> bool:
+    """Warn of those queries, of so many in all, that are longer than their slots; whether there were any.
+
+    `beside`: the slots of a query that is read together with a long passage.
+    """
+    slots, tokenizer = beside or query_slots(model), getattr(model, "tokenizer", None)
     if slots is None or not queries or not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return
+        return False
     prompt = prompt_of(model, "query") or ""
     tokens = tokenizer([prompt + text for text in queries], verbose=False)["input_ids"]
     cut = [text for text, ids in zip(queries, tokens, strict=True) if len(ids) > slots]
     if cut:
         logger.warning(
-            f"{len(cut):,} of {total:,} queries have more than the {slots} tokens that a query keeps, and are cut "
-            f"(first {cut[0][:80]!r}): queries that differ only after that get the same vector. Shorten them, or "
-            "build the student with a larger query_length."
+            f"{len(cut):,} of {total:,} queries have more than the {slots} tokens that a query keeps"
+            f"{' beside a long passage' if beside else ''}, and are cut (first {cut[0][:80]!r}): queries that differ "
+            f"only after that are the same to the model. Shorten them, or {fix}."
         )
+    return bool(cut)
 
 
 def budget_of(model: Any, tokens_per_pass: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,15 +16,19 @@ from torch import Tensor
 
 from tct_hf import files
 from tct_hf.batches import spread_own
+from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.kinds import TRAINING_FILE, check_query_length
 from tct_hf.encoding.weights import check_dtype, compute_dtype, unpack_half
 from tct_hf.hub_client import told_when_missing
+from tct_hf.retrieval.encode import say_cut_queries
 
 Features = Mapping[str, Any]
 Texts = Sequence[str]
 Columns = Sequence[Sequence[str]]  # candidate columns, each the texts of all queries
 Rows = Sequence[Mapping[str, Any]]
 Dtype = Literal["auto", "bfloat16", "float32"]
+
+_LOOKED_AT = 1000  # queries of training that are looked at for being cut
 
 _CLASSES = {
     "SentenceTransformer": "one vector a text",
@@ -164,6 +169,22 @@ class ModelTeacher(Teacher):
     head: ClassVar[str] = ""
     trained_with: ClassVar[str] = ""
     tokens_per_pass: int = 16_384
+    _said_cut = False
+
+    @property
+    def slots_beside_passages(self) -> int | None:
+        """Tokens that a query keeps beside a long passage; None where it is read alone."""
+        return None
+
+    def say_cut_queries(self, queries: Texts) -> None:
+        """Warn of queries that the model cuts, the first time that there are any."""
+        if not self._said_cut:
+            fix, beside = f"take a {self.what} that reads longer ones", self.slots_beside_passages
+            self._said_cut = say_cut_queries(self.model, queries, len(queries), beside=beside, fix=fix)
+
+    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
+        """Warn of queries that the model cuts, among the first thousand."""
+        self.say_cut_queries(checked_texts((row["query"] for row in islice(rows, _LOOKED_AT)), "queries"))
 
     def __init__(self, model: Any, *, dtype: Dtype = "auto", training_scale: float | None = None) -> None:
         check_dtype(dtype)

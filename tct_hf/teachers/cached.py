@@ -210,6 +210,10 @@ class CachedTeacher(Teacher):
         assert self.store is not None  # before the data loader's workers start: they can't read a model on a GPU
         return self
 
+    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
+        """As the wrapped teacher."""
+        self.teacher.announce(rows, columns, queries=queries, devices=devices)
+
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """The padded vectors and masks of queries and candidates; where one is missing, the texts of both."""
         sides: dict[Side, list[str]] = {"query": list(queries), "document": [t for column in columns for t in column]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,11 @@ class VectorTeacher(ModelTeacher):
     def attach(self, student: SentenceTransformer) -> None:
         """Find out whether the student's tokens are this teacher's too."""
         self.shares_tokens = read_alike(self.model, student)
+
+    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
+        """As :meth:`ModelTeacher.announce`; of tokens that are the student's too the trainer has said it."""
+        if not self.shares_tokens:
+            super().announce(rows, columns, queries=queries, devices=devices)
 
     def preprocess(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
         """Tokens of texts, with the model's prompt."""
@@ -128,6 +133,8 @@ class VectorTeacher(ModelTeacher):
         """`(vectors, dim)` float16 of each of any number of queries or passages."""
         self.model.eval()
         texts = checked_texts(texts, f"{side} texts")
+        if side == "query":
+            self.say_cut_queries(texts)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         made: dict[int, np.ndarray] = {}
         with torch.inference_mode():

@@ -83,7 +83,8 @@ class CrossEncoderTeacher(ModelTeacher):
         return kind == "CrossEncoder" and len(modules) > 1
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        """Log the pairs of a batch of the whole matrix, and how long they take by the time of a few."""
+        """Log cut queries, and the pairs of a batch of the whole matrix, with how long they take by a few."""
+        super().announce(rows, columns, queries=queries, devices=devices)
         if self.covers == "own":
             return
         timed = [*islice(rows, 4)]
@@ -99,6 +100,17 @@ class CrossEncoderTeacher(ModelTeacher):
             f"candidates would be {own:,}: about {human_duration(pairs * each)} a batch, own candidates "
             f"{human_duration(own * each)}, by {len(passages)} pairs that were timed."
         )
+
+    @property
+    def slots_beside_passages(self) -> int | None:
+        """Half of what a pair keeps: the longer of its two texts is cut first."""
+        limit, added = self.model.max_seq_length, getattr(self.model.tokenizer, "num_special_tokens_to_add", None)
+        return None if limit is None or added is None else (limit - added(pair=True)) // 2 + added(pair=False)
+
+    def list_scores(self, query: str, passages: Texts) -> Tensor:
+        """As :meth:`Teacher.list_scores`."""
+        self.say_cut_queries(checked_texts([query], "query texts"))
+        return super().list_scores(query, passages)
 
     def to(self, device: torch.device) -> Teacher:
         """Move the model to the device that scores."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from sentence_transformers import (
     MultiVectorEncoder,
     MultiVectorEncoderTrainer,
@@ -18,6 +19,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
     SparseEncoder,
 )
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.multi_vector_encoder.evaluation import MultiVectorInformationRetrievalEvaluator
 from sentence_transformers.multi_vector_encoder.losses import MultiVectorMultipleNegativesRankingLoss
 from sentence_transformers.multi_vector_encoder.scoring import mean_colbert_scores
@@ -25,7 +27,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
-from tct_hf.data.column_names import candidate_columns
+from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, candidate_columns
+from tct_hf.data.near_duplicates import text_key
 from tct_hf.teachers.base import Teacher, write_training_scale
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import COSINE_SCALE
@@ -33,11 +36,9 @@ from tct_hf.training.resumable import ResumableTrainer
 from tct_hf.training.schedules import LossSchedule, Schedule
 from tct_hf.training.sparse import SparseTCTTrainer
 from tct_hf.training.stages import Stage
-from tct_hf.training.trainer import TCTTrainer
+from tct_hf.training.trainer import TCTTrainer, checked_rows
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from tct_hf.data.collection import Collection
 
 Kind = Literal["dense", "late interaction", "sparse"]
@@ -54,7 +55,43 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-class ColBERTTrainer(ResumableTrainer, MultiVectorEncoderTrainer):
+class _ApartTrainer(ResumableTrainer):
+    """Puts no two rows into a batch of which one has a known positive of the other: in a batch all are negatives."""
+
+    known: Any = None  # the rows with their ids and known positives, where there are any
+
+    def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """sentence-transformers' sampler, shown the known positives beside the texts."""
+        sampler = super().get_batch_sampler(*args, **kwargs)  # type: ignore[misc]
+        if self.known is not None and isinstance(sampler, NoDuplicatesBatchSampler):
+            sampler.dataset = self.known.with_transform(_kept_apart)
+        return sampler
+
+
+def _kept_apart(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The texts of a row, and what passages are known by, as columns of one value each."""
+    row = {name: values[0] for name, values in batch.items()}
+    names = candidate_columns(list(row))
+    keys = [f"id {one}" for one in _passages_of(row, names) + list(row.get(KNOWN, row.get(KNOWN_TEXTS)) or ())]
+    return {str(at): [value] for at, value in enumerate([row["query"], *(row[name] for name in names), *keys])}
+
+
+def _passages_of(row: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """What a row's candidates are called among its known positives."""
+    return [row[f"{name}_id"] if KNOWN in row else text_key(row[name]) for name in names]
+
+
+def _can_train(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a label, and no negative that is its query or a positive of it."""
+    names = candidate_columns(list(row))
+    own, *negatives = _passages_of(row, names)
+    texts = [row[name] for name in names]
+    known = {own, *(row.get(KNOWN, row.get(KNOWN_TEXTS)) or ())}
+    wrong = known.intersection(negatives) or {row["query"], texts[0]}.intersection(texts[1:])
+    return bool(row.get("labelled", True) and not wrong)
+
+
+class ColBERTTrainer(_ApartTrainer, MultiVectorEncoderTrainer):
     """sentence-transformers' trainer of multi-vector models, resumable."""
 
     loss: Any
@@ -64,7 +101,7 @@ class ColBERTTrainer(ResumableTrainer, MultiVectorEncoderTrainer):
         write_training_scale(path, self.loss.scale)
 
 
-class StockTrainer(ResumableTrainer, SentenceTransformerTrainer):
+class StockTrainer(_ApartTrainer, SentenceTransformerTrainer):
     """sentence-transformers' own trainer, resumable."""
 
 
@@ -116,9 +153,17 @@ def _train_on_labels(
     """Train with a loss of sentence-transformers, on the texts of the rows that have a positive."""
 
     def make() -> Any:
-        model, triples = make_model(), make_triples()
+        model, triples = make_model(), checked_rows(make_triples(), "train_dataset")
         columns = ["query", *candidate_columns(triples.column_names)]
-        if "labelled" in triples.column_names:
+        if isinstance(triples, Dataset):
+            labelled = sum(triples["labelled"]) if "labelled" in triples.column_names else len(triples)
+            triples = triples.filter(_can_train)
+            if len(triples) < labelled:
+                stage.write(
+                    f"  {labelled - len(triples):,} of {labelled:,} rows are left out: a negative of theirs is their "
+                    "query or a positive of it"
+                )
+        elif "labelled" in triples.column_names:
             triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
         made = trainer(
             model,
@@ -128,6 +173,10 @@ def _train_on_labels(
             loss=make_loss(model),
             evaluator=stage.make_evaluator(),
         )
+        beside = [name for name in (KNOWN, KNOWN_TEXTS) if name in triples.column_names]
+        if isinstance(triples, Dataset) and beside:
+            ids = [f"{name}_id" for name in columns[1:] if f"{name}_id" in triples.column_names]
+            made.known = triples.select_columns([*columns, *ids, *beside])
         made.data_collator.prompts = {
             name: model.prompts.get("query" if name == "query" else "document") or "" for name in columns
         }

@@ -43,6 +43,24 @@ def test_a_text_that_is_none_is_refused_with_its_number(
             TokenVectors.encoded(teacher.model, {"p": bad}, bf16=False)
 
 
+@pytest.mark.parametrize("kind", ["colbert", "dense", "cross-encoder", "cross-encoder in-batch", "cached"])
+def test_queries_that_a_teacher_cuts_are_counted_once(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    teacher = make_teacher(models, "colbert" if kind == "cached" else kind)
+    if kind == "dense":
+        teacher = DenseTeacher(str(models / "plain"), dtype="float32")
+    if kind == "cached":
+        teacher = CachedTeacher(teacher, tmp_path)
+    queries = ["query " * 300, "a query", "student " * 300]
+    teacher.announce([{"query": one, "positive": "a passage"} for one in queries], ["positive"], queries=2, devices=1)
+    assert "2 of 3 queries have more than the " in caplog.text
+    caplog.clear()
+    for query in queries:
+        teacher.list_scores(query, ["a passage"])
+    assert "queries have more than" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["colbert", "bm25", "cross-encoder in-batch", "cached", "ensemble"])
 def test_no_passages_have_no_scores(teachers: dict[str, Any], kind: str) -> None:
     assert teachers[kind].list_scores("a query", []).shape == (0,)

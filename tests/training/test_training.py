@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import ColBERTTeacher, build_colbert
 from tct_hf.data.collection import Collection, load_collection
+from tct_hf.data.near_duplicates import text_key
 from tct_hf.training import stages
 from tct_hf.training.run import dev_evaluator, train_colbert, train_stock
 from tct_hf.training.stages import Stage
@@ -158,6 +160,35 @@ def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> 
         log = json.loads((final / "training_log.json").read_text())
         losses.append([entry["loss"] for entry in log if "loss" in entry])
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_known_positives_are_in_no_batch_of_their_query_and_no_negatives_of_it(tmp_path: Path, ids: bool) -> None:
+    # The third negative is its own positive, the fourth a known positive, the fifth the query; the last has no label.
+    known = [["a", "b"], ["b"], ["c"], ["d", "g"], ["e"], ["f"]]
+    rows: dict[str, Any] = {"query": list("123456"), "positive": list("abcdef"), "negative": list("xyzg5w")}
+    rows["negative"][2] = "c"
+    if ids:
+        rows |= {f"{name}_id": [f"id {one}" for one in rows[name]] for name in ("positive", "negative")}
+        rows["known_positive_ids"] = [[f"id {one}" for one in of] for of in known]
+    else:
+        rows["known_positives"] = [[text_key(one) for one in of] for of in known]
+    rows["labelled"] = [True] * 5 + [False]
+    said: list[str] = []
+    batches: list[set[str]] = []
+    model = SentenceTransformer(str(tiny_bert(tmp_path / "base")), device="cpu")
+    preprocess = model.preprocess
+
+    def seen(texts: list[str], *args: Any, **kwargs: Any) -> Any:
+        batches.append(set(texts))
+        return preprocess(texts, *args, **kwargs)
+
+    model.preprocess = seen
+    arguments = {**ARGUMENTS, "max_steps": 2, "per_device_train_batch_size": 2}
+    stage = Stage(tmp_path / "stock", tmp_path / "work", settings={}, arguments=arguments, write=said.append)
+    train_stock(stage, lambda: model, lambda: Dataset.from_dict(rows))
+    assert "  3 of 5 rows are left out: a negative of theirs is their query or a positive of it" in said
+    assert {"1"} in batches and {"2"} in batches  # the card reads all rows at once
 
 
 def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(tmp_path: Path) -> None:
