@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import faiss
@@ -46,6 +47,7 @@ class DenseIndex(VectorIndex):
 
     kind, title, tags = "dense index", "A Faiss index", ("faiss",)
     settings_file, format, hub_options = "tct_dense.json", 4, ", trust_faiss=True"
+    _rows_of = staticmethod(as_matrix)
 
     def __init__(
         self,
@@ -139,47 +141,29 @@ class DenseIndex(VectorIndex):
         kept: dict[str, Any] = {"parameters": parameters, "tuning": tuning, "built_by": built_by}
         return cls(engine, id_array(id_list), description, **kept)
 
-    def search(self, query_vectors: npt.ArrayLike, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
-        """Find the passages with the greatest inner product.
-
-        Args:
-            query_vectors: (queries, dimension).
-            k: passages a query, at most.
-
-        Returns:
-            Ids and float32 scores, one list and one array a query, best first.
-
-        Raises:
-            ValueError: k is below 1, a wrong shape, NaN or infinite components, or a score that float32 can't hold.
-        """
-        k = check_k(k)
-        matrix = as_matrix(query_vectors, "query_vectors")
-        self._check_dimension(matrix)
-        if not len(matrix):
-            return [], []
-        depth = min(k, len(self.ids))
+    def _search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
         if "k_factor" in self.parameters:
             # The best few are found by scoring as many candidates again as for the k that was tuned.
-            tuned = min((self.tuning or {}).get("k", depth), len(self.ids))
-            factor = self.parameters["k_factor"] * max(1.0, tuned / depth)
+            tuned = min((self.tuning or {}).get("k", k), len(self.ids))
+            factor = self.parameters["k_factor"] * max(1.0, tuned / k)
             set_parameters(self._engine, {"k_factor": factor})
         exact = isinstance(faiss.downcast_index(self._engine), faiss.IndexFlat)
         found_by: Any = search_flat if exact else search_engine
-        all_scores, all_rows = found_by(self._engine, matrix, depth)
+        all_scores, all_rows = found_by(self._engine, queries, k)
         ids: list[list[str]] = []
         scores: list[np.ndarray] = []
         for values, rows in zip(all_scores, all_rows, strict=True):
             there = rows >= 0  # approximate indexes mark with -1 the places they could not fill
-            if len(rows) < depth or (exact and not there.all()) or not np.isfinite(values[there]).all():
+            if len(rows) < k or (exact and not there.all()) or not np.isfinite(values[there]).all():
                 raise ValueError(
                     f"query_vectors: row {len(ids)} has a score that is NaN or infinite: its products with passages "
                     "leave the range of float32; check the model, or scale its vectors down"
                 )
             found, values = self._names(rows[there]), values[there]
             if (values[1:] >= values[:-1]).any():
-                found, values = best_first(found, values, depth)
-            ids.append(found[:depth])
-            scores.append(np.array(values[:depth]))
+                found, values = best_first(found, values, k)
+            ids.append(found[:k])
+            scores.append(np.array(values[:k]))
         return ids, scores
 
     @classmethod
@@ -229,6 +213,9 @@ class DenseIndex(VectorIndex):
 
     @classmethod
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> DenseIndex:
+        kinds = {"factory": (str,), "parameters": (dict,), "tuning": (dict, NoneType), "built_by": (dict, NoneType)}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(settings[name], kind)]:
+            raise ValueError(f"{wrong[0]}: {settings[wrong[0]]!r} can't be used")
         flags = 0
         if mmap:
             on_disk = settings["factory"].startswith("IVF") and "Refine" not in settings["factory"]

@@ -112,6 +112,7 @@ def set_parameters(engine: Any, parameters: Mapping[str, float]) -> None:
             raise ValueError(f"parameters: this index has {parameter_names(engine) or 'none'}, not {name!r}")
         if not value >= 1:
             raise ValueError(f"parameters: {name}={value} is below 1")
+        value = min(value, max(engine.ntotal, 1))  # more makes no difference, but to the memory that Faiss takes
         if name == "k_factor":  # ParameterSpace would round it
             parts(engine)[0].k_factor = float(value)
         else:

@@ -134,6 +134,10 @@ class Index(ABC):
 
     @classmethod
     def _check_files(cls, folder: Path, files: Mapping[str, Any], verify: bool) -> None:
+        kept = (*files, cls.settings_file)
+        for file in folder.iterdir():
+            if _REPLACED.fullmatch(file.name) and file.name not in kept:
+                raise ValueError(f"{file}: no file of this {cls.kind}; remove it, or build and save the index again")
         for name, expected in files.items():
             file = folder / name
             wrong = None
@@ -214,9 +218,36 @@ class VectorIndex(Index):
     def dimension(self) -> int:
         """Components of a vector."""
 
-    @abstractmethod
     def search(self, query_vectors: Any, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
-        """Find the passages with the greatest inner product."""
+        """Find the passages with the greatest inner product.
+
+        Args:
+            query_vectors: (queries, dimension); of a sparse index scipy's or torch's sparse ones, or one vector of
+                torch.
+            k: passages a query, at most; a sparse index never returns passages without any term of the query.
+
+        Returns:
+            Ids and float32 scores, one list and one array a query, best first.
+
+        Raises:
+            ValueError: k is below 1, a wrong shape, a component that is NaN, infinite or, if sparse, negative, or a
+                score that float32 can't hold.
+        """
+        k, queries = check_k(k), self._rows_of(query_vectors, "query_vectors")
+        if not queries.shape[0]:
+            return [], []
+        if queries.shape[1] != self.dimension:
+            raise ValueError(
+                f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; encode queries "
+                "with the model that encoded the passages"
+            )
+        return self._search(queries, min(k, len(self)))
+
+    # An index says how query vectors are read, and searched: rows of its own dimension, one or more.
+    _rows_of: ClassVar[Any]
+
+    @abstractmethod
+    def _search(self, queries: Any, k: int) -> tuple[list[list[str]], list[np.ndarray]]: ...
 
     def run(self, query_ids: Sequence[str], query_vectors: Any, k: int = 100) -> Run:
         """Search and return a run."""
@@ -228,13 +259,6 @@ class VectorIndex(Index):
                 "id for each, each once"
             )
         return as_run(names, ids, scores)
-
-    def _check_dimension(self, queries: Any) -> None:
-        if queries.shape != (0, 0) and queries.shape[1] != self.dimension:
-            raise ValueError(
-                f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; encode queries "
-                "with the model that encoded the passages"
-            )
 
     def _names(self, rows: Any) -> list[str]:
         """The ids of some rows, an integer array."""

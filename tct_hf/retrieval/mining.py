@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 from tct_hf.data.column_names import negative_columns
 from tct_hf.data.qrels import ids_are_shared
 from tct_hf.data.rows import checked_texts
-from tct_hf.data.shards import checked_shards, digest_of, run_shards
+from tct_hf.data.shards import digest_of, run_shards
 from tct_hf.data.sources import read_parquet, write_parquet
 from tct_hf.files import claim, read_json, working_in, write_json_atomic
 from tct_hf.retrieval.miner import (
@@ -208,16 +209,16 @@ def _mined(
             claim(folder, settings)
         wait()
         if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
-            manifest = run_shards(folder / _PARTS, {}, ((digest_of(part), part) for part in parts), mine, state=state)
-            if is_main:
-                _join(checked_shards(folder / _PARTS, manifest), folder, settings)
+            made_of = ((digest_of(part), part) for part in parts)
+            about = partial(_join, folder=folder, settings=settings)
+            run_shards(folder / _PARTS, {}, made_of, mine, about=about, state=state)
             wait()
         if is_main:
             shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return read_parquet(folder / TRIPLES_FILE), read_counts(folder)
 
 
-def _join(tables: Sequence[Any], folder: Path, settings: Mapping[str, Any]) -> None:
+def _join(tables: Sequence[Any], *, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """One file of all parts, in their order, with what they counted beside it."""
     done = MiningCounts()
     for table in tables:
@@ -231,6 +232,7 @@ def _join(tables: Sequence[Any], folder: Path, settings: Mapping[str, Any]) -> N
     )
     write_parquet(folder / TRIPLES_FILE, pa.concat_tables([table.replace_schema_metadata(None) for table in tables]))
     write_json_atomic(folder / SUMMARY_FILE, {"counts": asdict(done), "settings": dict(settings)})
+    return {}
 
 
 def read_counts(folder: str | Path) -> MiningCounts:

@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_k, id_array
+from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, id_array
 from tct_hf.retrieval.vectors import ShardedRows, as_csr, csr_blocks
 
 # Scores of this many passages are added up at a time: 256 KB of them, which stays in a core's own cache.
@@ -28,6 +28,7 @@ class SparseIndex(VectorIndex):
 
     kind, title, tags = "sparse index", "Inverted lists", ("sparse", "splade")
     settings_file, format = "tct_sparse.json", 2
+    _rows_of = staticmethod(as_csr)
 
     def __init__(
         self,
@@ -98,25 +99,8 @@ class SparseIndex(VectorIndex):
             first += block.shape[0]
         return cls(starts, rows, weights, id_array(id_list), built_by=built_by)
 
-    def search(self, query_vectors: Any, k: int = 100) -> tuple[list[list[str]], list[np.ndarray]]:
-        """Find the passages with the greatest inner product.
-
-        Args:
-            query_vectors: (queries, dimension) sparse, of scipy or torch; or one vector of torch.
-            k: passages a query, at most; passages without any term of the query are never returned.
-
-        Returns:
-            Ids and float32 scores, one list and one array a query, best first; empty for a query without a term that
-            a passage has.
-
-        Raises:
-            ValueError: k is below 1, a wrong shape, a weight that is NaN, infinite or negative, or a score
-                that float32 can't hold.
-        """
-        k = check_k(k)
-        queries = as_csr(query_vectors, "query_vectors")
-        self._check_dimension(queries)
-        found = [self._best(queries, row, min(k, len(self))) for row in range(queries.shape[0])]
+    def _search(self, queries: Any, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
+        found = [self._best(queries, row, k) for row in range(queries.shape[0])]
         return [names for names, _ in found], [scores for _, scores in found]
 
     def _best(self, queries: Any, row: int, k: int) -> tuple[list[str], np.ndarray]:

@@ -5,6 +5,7 @@ A folder of encoded passages is one of `tct_hf.data.shards`: columns id and vect
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -106,19 +107,19 @@ def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
     """
     matrix: Any = vectors
     rows = vectors if isinstance(vectors, (list, tuple)) else ()
-    if any(hasattr(one, "detach") for one in rows):
-        matrix = np.stack([as_array(one) for one in rows])
-    elif hasattr(vectors, "detach") and "sparse" not in str(getattr(vectors, "layout", "")):
-        matrix = as_array(vectors)
-    elif issparse(vectors) or hasattr(vectors, "detach"):
+    if issparse(vectors) or "sparse" in str(getattr(vectors, "layout", "")):
         raise ValueError(f"{what}: sparse vectors where dense ones are needed; use a SparseIndex")
-    elif not isinstance(getattr(matrix, "dtype", None), np.dtype) or not hasattr(matrix, "shape"):
-        try:
+    try:
+        if any(hasattr(one, "detach") for one in rows):
+            matrix = np.stack([as_array(one) for one in rows])
+        elif hasattr(vectors, "detach"):
+            matrix = as_array(vectors)
+        elif not isinstance(getattr(matrix, "dtype", None), np.dtype) or not hasattr(matrix, "shape"):
             matrix = np.asanyarray(vectors)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{what}: not numbers in rows of one length ({error}); stack vectors as rows") from error
-        if matrix.dtype == np.int64:  # numbers of Python
-            matrix = matrix.astype(np.float32)
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last two of quantised and meta tensors
+        raise ValueError(f"{what}: not numbers in rows of one length ({error}); stack vectors as rows") from error
+    if any(isinstance(one, np.ma.MaskedArray) for one in (matrix, *rows)):
+        raise ValueError(f"{what}: a masked array, whose gaps no index keeps; fill it, or leave its rows out")
     for kind in (matrix.dtype, *(row.dtype for row in rows if isinstance(row, np.ndarray))):
         if kind.kind in "biu":
             raise ValueError(
@@ -136,6 +137,8 @@ def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
 
 def as_array(tensor: Any) -> np.ndarray:
     """A tensor of torch of any type and on any device as an array, one of half precision in float32."""
+    if not hasattr(tensor, "detach"):
+        return np.asarray(tensor)
     tensor = tensor.detach().cpu()
     array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
     return array
@@ -176,13 +179,13 @@ def as_csr(vectors: Any, what: str, first_row: int = 0) -> csr_matrix:
     of_torch_kind = str(getattr(vectors, "layout", "")) in ("torch.sparse_coo", "torch.sparse_csr")
     if isinstance(vectors, (list, tuple)) and not vectors:
         return csr_matrix((0, 0), dtype=np.float32)
-    if issparse(vectors) and (vectors.ndim != 2 or vectors.dtype.kind not in "fiu"):
-        raise ValueError(
-            f"{what}: {vectors.dtype} in the shape {vectors.shape} where real weights, (rows, dimension), are needed; "
-            "stack vectors as rows"
-        )
     if not issparse(vectors) and not of_torch_kind:
         raise ValueError(f"{what}: {type(vectors).__name__} where sparse vectors are needed: {_KINDS}")
+    if not re.fullmatch(r"(torch\.)?b?float\d+", str(vectors.dtype)) or vectors.ndim not in (2, 2 - of_torch_kind):
+        raise ValueError(
+            f"{what}: {vectors.dtype} in the shape {tuple(vectors.shape)} where floating-point weights, (rows, "
+            "dimension), are needed; stack vectors as rows"
+        )
     try:  # compiled search, and scipy's conversions, trust the numbers of terms
         if hasattr(vectors, "check_format"):
             vectors.check_format(full_check=True)

@@ -49,9 +49,9 @@ def analyser(language: str, stemmer: str | None) -> Callable[[str], list[str]]:
 
     A word keeps the combining marks that its vowels are written with, but for points of Hebrew and Arabic. What
     follows an apostrophe alone, as in "don't", or stands before one, as in "l'eau", is no word. Of scripts that are
-    written without spaces, each letter is a term and so is each pair of neighbours; of a Korean word, it and each pair of its
-    syllables. Full and half width, ligatures and styled letters are as their plain letters (NFKC), digits of any
-    script as 0 to 9, and a German sharp s as two.
+    written without spaces, each letter is a term and so is each pair of neighbours; of a Korean word, it and each pair
+    of its syllables. Full and half width, ligatures and styled letters are as their plain letters (NFKC), digits of
+    any script as 0 to 9, and a German sharp s as two.
     """
     stop_words = _stop_words(language)
     name = stemmer_of(language, stemmer)

@@ -83,6 +83,7 @@ def test_tensors_of_any_floating_type_are_vectors(vectors: np.ndarray, dtype: to
         (np.full((1, 8), np.nan), 2, "query_vectors: row 0 has"),
         (np.ones((1, 8), bool), 2, "query_vectors: bool"),
         (np.ones((1, 8), complex), 2, "query_vectors: complex128"),
+        (np.ones((1, 8), np.int8), 2, "query_vectors: int8"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -147,6 +148,12 @@ def test_any_faiss_factory_finds_a_vector_by_itself(vectors: np.ndarray, factory
         ([np.ones(3, np.int8)] * 2, "auto", {}, "vectors: int8 where floating-point vectors"),
         ([np.ones(3), np.ones(3, np.uint8)], "auto", {}, "vectors: uint8 where floating-point vectors"),
         ([[True, False]], "auto", {}, "vectors: bool where floating-point vectors"),
+        ([[1, 2]], "auto", {}, "vectors: int64 where floating-point vectors"),
+        (np.ma.masked_invalid([[1.0, np.nan]]), "auto", {}, "vectors: a masked array"),
+        ([torch.ones(3), np.ones(2)], "auto", {}, "vectors: not numbers in rows of one length"),
+        (torch.ones(2, 3, device="meta"), "auto", {}, "vectors: not numbers in rows"),
+        (torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8), "auto", {}, "vectors: not numbers in rows"),
+        (np.zeros((2, 3), "V2"), "auto", {}, "vectors: .*V2 where floating-point vectors"),
         ([["1", "2"]], "auto", {}, "vectors: <U1 where floating-point vectors are needed; stack rows of numbers"),
         (np.array([[1.0, None]]), "auto", {}, "vectors: object where floating-point vectors"),
         ([np.ones(3)], "auto", {"query_vectors": [np.ones(3, np.int8)]}, "query_vectors: int8 where"),

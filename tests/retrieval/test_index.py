@@ -101,6 +101,39 @@ def test_settings_that_are_damaged_or_do_not_fit_are_refused(tmp_path: Path) -> 
         DenseIndex.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("bm25", {"k1": float("nan")}),
+        ("bm25", {"b": 2.0}),
+        ("bm25", {"backend": "jax"}),
+        ("bm25", {"language": 3}),
+        ("bm25", {"stemmer": "klingon"}),
+        ("bm25", {"expansion": 3}),
+        ("bm25", {"average_length": 0}),
+        ("bm25", {"average_length": "x"}),
+        ("dense", {"tuning": 3}),
+        ("dense", {"parameters": 3}),
+        ("dense", {"factory": 3}),
+        ("dense", {"built_by": "mine"}),
+        ("sparse", {"built_by": 3}),
+        *((kind, {"files": {}}) for kind in BUILD),
+    ],
+)
+def test_settings_that_no_index_of_ours_has_are_refused(tmp_path: Path, kind: str, change: dict[str, Any]) -> None:
+    index = BUILD[kind]()
+    index.save(tmp_path)
+    rewrite(tmp_path, index.settings_file, change)
+    with pytest.raises(ValueError, match=rf"damaged {index.kind} \(|no file of this {index.kind}"):
+        type(index).load(tmp_path)
+
+
+def test_effort_beyond_the_number_of_passages_costs_no_more(tmp_path: Path) -> None:
+    index = DenseIndex.build(VECTORS, IDS, "HNSW8", parameters={"efSearch": 10**9})
+    index.save(tmp_path)
+    assert found_by(DenseIndex.load(tmp_path)) == found_by(index)
+
+
 def test_a_model_that_did_not_build_the_index_is_refused_by_what_differs(tmp_path: Path) -> None:
     BUILD["dense"]().save(tmp_path / "index")
     for model in (MINE, {**MINE, "id": "mine, moved"}, {"id": "mine"}, {**MINE, "encoding": {}}):

@@ -159,6 +159,14 @@ def test_what_can_not_be_indexed_or_searched_says_why() -> None:
         (lambda: SparseIndex.build([passages], ids), "vectors: list where sparse vectors are needed"),
         (lambda: SparseIndex.build(sparse.csr_matrix((2, 3)), ["a", "b"]), "every passage is zero in all dimensions"),
         (lambda: SparseIndex.build(sparse.csr_matrix((0, 3)), []), "nothing to index"),
+        (
+            lambda: SparseIndex.build(sparse.csr_matrix(np.eye(2, dtype=np.int8)), ["a", "b"]),
+            "vectors: int8 in the shape",
+        ),
+        (
+            lambda: SparseIndex.build(torch.eye(2, dtype=torch.int8).to_sparse(), ["a", "b"]),
+            r"vectors: torch\.int8 in",
+        ),
         (lambda: index.search(dense), "query_vectors: ndarray where sparse"),
         (lambda: SparseIndex.build(huge, ["p"]).search(huge), "query_vectors: row 0 has a score that is infinite"),
     ]
