@@ -48,7 +48,21 @@ class _Bare(dict[int, str]):
         return found
 
 
-_BARE = _Bare()
+class _First(dict[str, str]):
+    """What a letter or digit begins with once it is decomposed and folded; nothing for others."""
+
+    def __missing__(self, char: str) -> str:
+        found = self[char] = unicodedata.normalize("NFKD", char).casefold()[:1] if char.isalnum() else ""
+        return found
+
+
+_BARE, _FIRST = _Bare(), _First()
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts count as the same; most differ in their first letters."""
+    starts = {_FIRST[one[:1]], _FIRST[other[:1]]}
+    return (len(starts) == 1 or "" in starts) and folded(one) == folded(other)
 
 
 def text_key(text: str) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.column_names import KNOWN, LABELLED
 from tct_hf.data.rows import (
-    FIELD_NAME,
-    ID_NAME,
-    QUERY_ID_NAME,
     BadRow,
     SkippedRows,
     as_grade,
@@ -21,11 +20,12 @@ from tct_hf.data.rows import (
     decode,
     file_key,
     get,
+    is_header,
     refuse_or_skip,
     shown,
     there_are,
 )
-from tct_hf.data.sources import DatasetSource, Source, digest_of_rows
+from tct_hf.data.sources import ROWS_A_BATCH, DatasetSource, Source, digest_of_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,46 +95,39 @@ def read_qrels(
 
 def _lines(path: Path) -> Iterator[tuple[str, Callable[[], Judgement]]]:
     """ "file, line n", and what reads the judgement there, or raises a BadRow."""
-    width, tabs, first = 0, False, True
+    lines = ((number, line) for number, line in byte_lines(path) if line.strip())
+    head = list(islice(lines, ROWS_A_BATCH))
+    # Most lines say what a line is.
+    tabs = 2 * sum(b"\t" in line for _, line in head) >= len(head)
+    widths = Counter(len(_fields(line, tabs)) for _, line in head)
+    width = max((3, 4), key=widths.__getitem__)
 
     def read(line: bytes) -> Judgement:
-        nonlocal width, tabs
-        fields = _fields(line, tabs)
-        tabs = tabs or b"\t" in line
-        if len(fields) not in (3, 4) or len(fields) != (width or len(fields)):
-            need = f"{width or '3 or 4'} are needed (query, passage, score; or query, 0, passage, score)"
+        fields = [decode(field) for field in _fields(line, tabs)]
+        if len(fields) != width:
+            need = f"{width} are needed (query, {'0, ' * (width - 3)}passage, score)"
             raise BadRow("wrong number of fields", f"{len(fields)} fields where {need}")
-        width = len(fields)
         return _judgement(fields[0], fields[-2], fields[-1])
 
-    for number, line in byte_lines(path):
+    for at, (number, line) in enumerate(chain(head, lines)):
         place = f"{path}, line {number}"
-        if not line.strip() or (first and _is_header(line, place)):
-            continue
-        first = False
-        yield place, partial(read, line)
+        if at or not _is_header(line, tabs, place):
+            yield place, partial(read, line)
 
 
-def _fields(line: bytes, tabs: bool) -> list[str]:
-    text = decode(line)
-    fields = text.split("\t")
+def _fields(line: bytes, tabs: bool) -> list[bytes]:
     # By ASCII white space, as trec_eval does: an id may have a no-break space.
-    return decode(b" ".join(line.split())).split(" ") if len(fields) == 1 and not tabs else fields
+    return line.split(b"\t") if tabs else line.split()
 
 
-def _is_header(line: bytes, place: str) -> bool:
-    """Whether a line is of names: the query's id, the passage's, and no number where the score is."""
-    try:
-        names = [name.lower() for name in _fields(line, False)]
-    except BadRow:
+def _is_header(line: bytes, tabs: bool, place: str) -> bool:
+    """Whether a line names the columns: no number stands where the score is."""
+    names = [name.decode(errors="replace") for name in _fields(line.lstrip(b"# "), tabs)]
+    if len(names) not in (3, 4) or not is_header([names[0], *names[-2:]], unlike=True):
         return False
-    if len(names) not in (3, 4) or not all(map(FIELD_NAME.fullmatch, (names[0], names[-2], names[-1]))):
-        return False
-    if QUERY_ID_NAME.fullmatch(names[0]):
-        return True
-    if QUERY_ID_NAME.fullmatch(names[-2]) and ID_NAME.fullmatch(names[0]):
+    if "query" in names[-2].lower() and "query" not in names[0].lower():
         raise ValueError(f"{place}: columns {names}, but the query comes first, then the passage; change their order")
-    return False
+    return True
 
 
 def _judgement(query_id: Any, passage_id: Any, grade: Any) -> Judgement:

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +21,23 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 PICKLES = (".pkl", ".pickle", ".pt", ".bin", ".joblib")
 # A Hub id has an owner: a bare word may be a column. A name that ends like a file is one, there or not.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_INTEGER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _FLOAT32_MAX = 3.4028234663852886e38
 _FILES = (*TSV_SUFFIXES, *JSON_SUFFIXES, *PICKLES, ".parquet", ".csv", ".gz")
 _SKIPPED_FILE = "skipped.json"
 _GZIP = b"\x1f\x8b"
 # First bytes of what is no file of lines, whatever its name.
 _NO_LINES = {b"PAR1": ".parquet", b"PK\x03\x04": ".zip", b"BZh": ".bz2", b"\xfd7zXZ": ".xz", b"(\xb5/\xfd": ".zst"}
-# Names of columns of ids, and words that name columns of texts.
-ID_NAME = re.compile(
-    r"(q|p|_|(query|pos|neg|passage|doc|document|corpus)[_-]?|(positive|negative)([_-]?[0-9]+)?[_-]?)?ids?[+-]?"
+# Words that name columns, alone or together, such as "docno", "passage-id" and "query text"; not a letter alone.
+_COLUMN = (
+    r"query|queries|question|anchor|search|topic|user|positive|negative|pos|neg|hard|good|bad|passage|document|doc|corpus"
+    r"|text|title|body|content|answer|response|context|sentence|premise|hypothesis|segment|key|value|name"
+    r"|score|label|rank|rel|relevance|relevant|relevancy|grade|judge?ment|iteration|iter"
 )
-QUERY_ID_NAME = re.compile(r"(q|query|topic)([_-]?(id|no))?")
-FIELD_NAME = re.compile(r"[^\W\d][\w.+-]*")
-_FIELD_WORDS = frozenset(
-    {
-        "query",
-        "question",
-        "anchor",
-        "search",
-        "positive",
-        "negative",
-        "pos",
-        "neg",
-        "hard",
-        "passage",
-        "doc",
-        "document",
-    }
-    | {
-        "text",
-        "title",
-        "body",
-        "content",
-        "answer",
-        "response",
-        "context",
-        "sentence",
-        "premise",
-        "hypothesis",
-        "corpus",
-    }
-    | {"label", "score", "rank", "relevance", "relevant"}
-)
+_ID = r"id|no|nr|num|number|index|key"
+_COLUMNS = re.compile(rf"[\W_]*((?:[qpdu][\W_]?)?(?:{_COLUMN}|{_ID})s?(?:[_-]?\d+)?[\W_]*)+")
+_OF_IDS = re.compile(rf".*(?:{_ID})s?[\W\d_]*")
+_WORD = re.compile(r"[^\W\d_][^\W\d]*")
 
 
 def is_hub_id(name: str) -> bool:
@@ -229,11 +204,11 @@ def plain(value: Any) -> Any:
 
 
 def as_grade(value: Any) -> int:
-    """A grade, which must be a whole number: an int, a float of a column of floats, or text of plain digits."""
+    """A grade, which must be a whole number: 1 or 1.0, as text too."""
     value = plain(value)
     # int() takes 1_0, blanks and the digits of other scripts, too.
-    if isinstance(value, str) and _INTEGER.fullmatch(value):
-        return int(value)
+    if isinstance(value, str) and (whole := _INTEGER.fullmatch(value)):
+        return int(whole[1])
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1 and abs(value) < 2**63:
         return int(value)
     raise BadRow("bad score", f"score {shown(value)} is not an integer; write 0, 1, 2, ...")
@@ -273,6 +248,8 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     with path.open("rb") as raw:
         start = raw.read(6)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path}: UTF-16 by its byte order mark; convert the file to UTF-8")
     for magic, suffix in _NO_LINES.items():
         if start.startswith(magic):
             fix = "name it so" if suffix == ".parquet" else "unpack it first"
@@ -309,13 +286,27 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
             raise ValueError(error.at(place)) from None
 
 
-def is_header(fields: Sequence[str], below: Sequence[str]) -> bool:
-    """Whether a first line names the fields of the line below: names above texts of several words."""
-    if len({*fields}) < len(fields) or len(below) != len(fields) or not all(map(FIELD_NAME.fullmatch, fields)):
+def first_lines(path: Path) -> list[list[str]]:
+    """The fields, separated by tabs, of the first two lines of a file; what can't be read there is said later."""
+    return [line.decode(errors="replace").split("\t") for _, line in islice(byte_lines(path), 2)]
+
+
+def is_header(fields: Sequence[str], unlike: bool = False) -> bool:
+    """Whether a first line names its columns: in words that columns are named with, or, unlike the data, in any words.
+
+    Args:
+        fields: of the line.
+        unlike: no field can be what its column holds.
+    """
+    names = [field.lower().strip(" #\"'") for field in fields]
+    if len({*names}) < len(names) or max(map(len, names)) > 40:
         return False
-    words = {word for field in fields for word in re.split(r"[\W\d_]+", field.lower())}
-    of_several = [" " in text.strip() for text in below]
-    return all(of_several) or (any(of_several) and not words.isdisjoint(_FIELD_WORDS))
+    return all(map(_COLUMNS.fullmatch, names)) or (unlike and all(map(_WORD.fullmatch, names)))
+
+
+def names_ids(field: str) -> bool:
+    """Whether a name in a header is that of a column of ids."""
+    return _OF_IDS.fullmatch(field.lower().strip(" #\"'")) is not None
 
 
 def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:

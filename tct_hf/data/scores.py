@@ -11,7 +11,7 @@ import numpy as np
 
 from tct_hf.cache import prepared
 from tct_hf.data.ids import find, hash_of
-from tct_hf.data.rows import BadRow, as_id, as_score, byte_lines, get, plain, shown, there_are
+from tct_hf.data.rows import BadRow, as_id, as_score, first_lines, get, is_header, plain, shown, there_are
 from tct_hf.data.sources import LineSource, MappingSource, Source, open_source
 
 if TYPE_CHECKING:
@@ -116,13 +116,10 @@ def _of_mapping(scores: Mapping[str, Mapping[str, float]]) -> Iterator[dict[str,
 
 def _open_tsv(path: Path) -> LineSource:
     """Lines of query id, passage id and score; by a header's own order where it has the usual names."""
-    fields = next((line.decode(errors="replace").split("\t") for _, line in byte_lines(path)), ["", "", "0"])
-    try:
-        float(fields[-1])
-    except ValueError:
-        usual = all(any(name in fields for name in names) for names in _NAMES.values())
-        return LineSource(path, fields if usual else _FIELDS, header=True)
-    return LineSource(path, _FIELDS)
+    first = next(iter(first_lines(path)), [""])
+    header = isinstance(_number(first[-1]), str) and is_header(first, unlike=True)
+    usual = header and all(any(name in first for name in names) for names in _NAMES.values())
+    return LineSource(path, first if usual else _FIELDS, header=header)
 
 
 class _Reader:

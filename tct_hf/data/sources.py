@@ -31,6 +31,7 @@ from tct_hf.data.rows import (
     parse_json_line,
     parse_tsv_line,
     plain,
+    refuse_or_skip,
     there_are,
 )
 from tct_hf.files import write_aside
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 ROWS_A_BATCH = 1000
 _BYTES_AT_ONCE = 1 << 20  # of each column of a parquet file
+# What is data in a folder, be it that it must be unpacked first.
+_DATA = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv", ".parquet", ".arrow", ".bz2", ".xz", ".zst", ".zip")
 _BYTES_A_RECORD = 1 << 24  # of CSV: what is longer has a quote that isn't closed
 
 
@@ -77,9 +80,7 @@ class Source(ABC):
             try:
                 found = what(self.parse(raw))
             except BadRow as error:
-                if skipped is None:
-                    raise ValueError(error.at(self.place(number))) from None
-                skipped.add(error.kind, error.at(self.place(number)))
+                refuse_or_skip(skipped, error.kind, error.at(self.place(number)))
             else:
                 yield self.place(number), found
 
@@ -262,7 +263,7 @@ class FolderSource(Source):
             if file.names != self.names or type(file) is not type(self.files[0]):
                 raise ValueError(
                     f"{file.name}: {there_are(file.names or [])}, but in {self.files[0].name} "
-                    f"{there_are(self.names or [])}; write the same columns, in the same order, in all files"
+                    f"{there_are(self.names or [])}; write files of one kind, with the same columns in the same order"
                 )
         self.key = ["folder", *(file.key for file in self.files)]
 
@@ -414,8 +415,8 @@ def parts_of(
 ) -> dict[str, Callable[[], Source]]:
     """What opens each split of a Hub data set, or of a folder in the Hub's layout, by the split's name.
 
-    Files of text are read by our own readers, which infer no types; others by `datasets`, and so is parquet on the
-    Hub, which has types of its own and can be streamed.
+    Files of text are read by our own readers, which infer no types; Arrow files by `datasets`, and so is parquet on
+    the Hub, which can be streamed.
     """
     name = name or (f"{place} ({config})" if config else place)
 
@@ -426,11 +427,14 @@ def parts_of(
         return reach(place, lambda: load_dataset(place, config, **options))
 
     def read(split: str) -> Source:
-        local = [Path(place) for place in _fetched(name, files[split], Path(place).is_dir())]
-        if not local:
+        from datasets.utils.file_utils import cached_path
+
+        if {format_of(Path(file)) for file in files[split]} <= typed:
             return DatasetSource(load()[split], name)
+        local = [Path(reach(name, partial(cached_path, file))) for file in files[split]]
         return FolderSource([open_source(file, setting, tsv) for file in local], name)
 
+    typed = {".arrow"} if Path(place).is_dir() else {".arrow", ".parquet"}
     files = _data_files(place, config, revision)
     if files:
         return {split: partial(read, split) for split in files}
@@ -440,8 +444,15 @@ def parts_of(
 def _data_files(place: str, config: str | None, revision: str | None) -> dict[str, list[str]]:
     """The files of each split, by path or URL; none where `datasets` has to say."""
     from datasets import load_dataset_builder
+    from datasets.data_files import DataFilesDict, get_data_patterns
     from huggingface_hub import snapshot_download
 
+    card = Path(place) / "README.md"
+    if Path(place).is_dir() and config is None and not (card.is_file() and b"configs:" in card.read_bytes()):
+        # All kinds there are: `datasets` takes those of one kind.
+        every = reach(place, lambda: DataFilesDict.from_patterns(get_data_patterns(place), place))
+        found = {split: [file for file in files if format_of(Path(file)) in _DATA] for split, files in every.items()}
+        return {str(split): files for split, files in found.items() if files}
     try:
         builder = reach(place, lambda: load_dataset_builder(place, config, revision=revision))
     except OSError:
@@ -452,26 +463,7 @@ def _data_files(place: str, config: str | None, revision: str | None) -> dict[st
         except (OSError, ValueError):
             return {}
         return _data_files(snapshot, config, None)
-    if getattr(builder.config, "sep", None) not in (None, ",", "\t"):
-        return {}
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-
-
-def _fetched(name: str, files: Sequence[str], here: bool) -> list[str]:
-    """The files of a split on this machine; none where they are left to `datasets` to read."""
-    from datasets.utils.file_utils import cached_path
-
-    ours = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv", *([".parquet"] if here else []))
-    if not files or not all(format_of(Path(file)) in ours for file in files):
-        return []
-    local = [str(reach(name, partial(cached_path, file))) for file in files]
-    return local if all(map(_is_lines, map(Path, local))) else []
-
-
-def _is_lines(file: Path) -> bool:
-    if format_of(file) != ".json":
-        return file.is_file()
-    return not next((line for _, line in byte_lines(file) if line.strip()), b"").lstrip().startswith(b"[")
 
 
 def one_split(parts: Mapping[Any, Any], split: str | None, source: str) -> Any:

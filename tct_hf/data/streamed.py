@@ -15,11 +15,11 @@ from typing import Any
 
 from datasets import Features, IterableDataset
 
-from tct_hf.data.column_names import is_ours
+from tct_hf.data.column_names import LABELLED, is_ours
 from tct_hf.data.columns import NOTHING, RowReader
-from tct_hf.data.near_duplicates import folded
+from tct_hf.data.near_duplicates import folded, same
 from tct_hf.data.qrels import KnownPositives
-from tct_hf.data.rows import BadRow, SkippedRows
+from tct_hf.data.rows import BadRow, SkippedRows, refuse_or_skip
 from tct_hf.data.sources import ROWS_A_BATCH, Source
 from tct_hf.data.texts import Texts, add_texts
 
@@ -64,9 +64,7 @@ class TripleStream:
                     known = self.source.names is not None and error.kind in ("missing column", "doubled column")
                     whole = known or error.kind == NOTHING
                     message = error.at(self.source.name if whole else self.source.place(number))
-                    if whole or not self.skip_bad_rows:
-                        raise ValueError(message) from None
-                    bad.add("", message)
+                    refuse_or_skip(bad if self.skip_bad_rows and not whole else None, "", message)
                 else:
                     if number != batch[0][0]:
                         self.reader.like = self.source.place(number)
@@ -169,7 +167,13 @@ class TripleStream:
             except BadRow as error:
                 self._refuse(error, number)
         errors = add_texts([row for _, row in rows], reader.lookups)
-        errors = [bad or _of_itself(row, reader.negatives) for bad, (_, row) in zip(errors, rows, strict=True)]
+        positives: dict[int, list[str]] = {}
+        for number, row in rows:
+            positives.setdefault(number, []).extend([row["positive"]] if row.get(LABELLED, True) else [])
+        errors = [
+            bad or _of_itself(row, reader.negatives, positives[number])
+            for bad, (number, row) in zip(errors, rows, strict=True)
+        ]
         good = []
         for (number, row), bad in zip(rows, errors, strict=True):
             if bad is not None:
@@ -181,10 +185,7 @@ class TripleStream:
         return good
 
     def _refuse(self, error: BadRow, number: int) -> None:
-        message = error.at(self.source.place(number))
-        if not self.skip_bad_rows:
-            raise ValueError(message) from None
-        self.skipped.add(error.kind, message)
+        refuse_or_skip(self.skipped if self.skip_bad_rows else None, error.kind, error.at(self.source.place(number)))
 
     @property
     def can_wait(self) -> bool:
@@ -200,18 +201,21 @@ class TripleStream:
             yield {"number": number, "stored": stored}
 
 
-def _of_itself(row: Row, negatives: Sequence[str]) -> BadRow | None:
-    """What is wrong with a row whose query is its own negative, or its own positive under the same id."""
+def _of_itself(row: Row, negatives: Sequence[str], positives: Sequence[str]) -> BadRow | None:
+    """What is wrong with a row of which a passage is the query itself, or a negative one of the query's positives."""
     asked = row["query"]
     for name in ("positive", *negatives):
-        text, same_id = row[name], "query_id" in row and row.get(f"{name}_id") == row["query_id"]
-        # Equal texts are about equally long: most passages need no closer look.
-        if same_id or (name != "positive" and len(text) <= 2 * len(asked)):
-            text, query = folded(text), folded(asked)
-            if text == query or (same_id and text.endswith(query)):
-                return BadRow(
-                    "query itself", "this passage is the query itself; take another, or remove the row", name
-                )
+        # Under the same id a title may come first; queries and passages may also be numbered each for themselves.
+        same_id = "query_id" in row and row.get(f"{name}_id") == row["query_id"]
+        if same(row[name], asked) or (same_id and folded(row[name]).endswith(folded(asked))):
+            what, fix = "query itself", "this passage is the query itself; take another, or remove the row"
+        elif name != "positive" and (
+            row.get(f"{name}_id", "") == row.get("positive_id") or any(same(row[name], one) for one in positives)
+        ):
+            what, fix = "positive as negative", "this passage is a positive of its query; take another"
+        else:
+            continue
+        return BadRow(what, fix, name)
     return None
 
 

@@ -14,15 +14,15 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from tct_hf.cache import prepared
 from tct_hf.data.ids import SeenIds, find, hash_of
 from tct_hf.data.rows import (
-    FIELD_NAME,
-    ID_NAME,
     BadRow,
     SkippedRows,
     as_id,
     as_text,
-    byte_lines,
-    decode,
+    first_lines,
     get,
+    is_header,
+    names_ids,
+    refuse_or_skip,
     there_are,
 )
 from tct_hf.data.sources import (
@@ -129,17 +129,10 @@ def _opened(source: TextSource, setting: str) -> tuple[Source, Sequence[str]]:
 
 def _open_tsv(path: Path) -> LineSource:
     """Lines of id and text, perhaps below a header."""
-    fields: list[str] = []
-    for _, line in byte_lines(path):
-        try:
-            fields = decode(line).split("\t")
-        except BadRow:  # said when it is read
-            pass
-        break
-    ids = [ID_NAME.fullmatch(field.lower()) is not None for field in fields]
-    header = len(fields) == 2 and any(ids) and all(map(FIELD_NAME.fullmatch, fields))
-    if header and not ids[0]:
-        raise ValueError(f"{path}, line 1: {fields} are other columns than id and text; put ids first")
+    first = next(iter(first_lines(path)), [])
+    header = len(first) == 2 and is_header(first)
+    if header and names_ids(first[1]) and not names_ids(first[0]):
+        raise ValueError(f"{path}, line 1: {first} are other columns than id and text; put ids first")
     return LineSource(path, ("id", "text"), header=header)
 
 
@@ -226,14 +219,12 @@ def prepare_corpus(
             for at, (place, (name, title, text)) in enumerate(batch):
                 if at not in again:
                     yield {"id": name, "text": joined(title, text), "title": title}
-                elif left_out is not None:
-                    left_out.add("repeated id", f"{place}: {what} id {name!r} was used before")
-                else:
+                    continue
+                message = f"{place}: {what} id {name!r} was used before"
+                if left_out is None:
                     first = next(where for where, (other, _, _) in records() if other == name)
-                    raise ValueError(
-                        f"{place}: {what} id {name!r} was used before, in {first}; make ids unique, "
-                        "or leave such rows out with skip_bad_rows"
-                    )
+                    message += f", in {first}; make ids unique, or leave such rows out with skip_bad_rows"
+                refuse_or_skip(left_out, "repeated id", message)
 
     def build(staging: Path) -> None:
         if not write_rows(staging / "corpus.arrow", _SCHEMA, unique()):

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, negat
 from tct_hf.data.ids import stable_id
 from tct_hf.data.near_duplicates import text_key
 from tct_hf.data.qrels import KnownPositives, own_positive
-from tct_hf.data.rows import ID_NAME, SkippedRows, byte_lines, is_header, is_hub_id
+from tct_hf.data.rows import SkippedRows, first_lines, is_header, is_hub_id, names_ids
 from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
 from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
@@ -177,8 +176,7 @@ def _open_tsv(
     num_negatives: int | None,
 ) -> LineSource:
     """A file of triples; fields go by position, or with `columns` by the header that the file then must have."""
-    # What can't be read in the first two lines is said later.
-    lines = [line.decode(errors="replace").split("\t") for _, line in islice(byte_lines(path), 2)]
+    lines = first_lines(path)
     if not lines:
         raise ValueError(f"{path}: no row to train on; it is empty")
     first = lines[0]
@@ -189,10 +187,11 @@ def _open_tsv(
     suffix = "_id" if has_passages else ""
     candidates = ["positive", *negative_columns(1 if num_negatives is None else num_negatives)]
     names = ["query_id" if has_queries else "query", *(f"{name}{suffix}" for name in candidates)]
-    lower = tuple(field.strip().lower() for field in first)
-    of_ids = bool(lower) and all(ID_NAME.fullmatch(field) for field in lower)
-    header = of_ids or lower in _HEADERS or first == names
-    if not header and not has_queries and not has_passages and is_header(first, lines[-1]):
+    # Unlike names, texts of all columns have several words.
+    named = is_header(first, len(lines[-1]) == len(first) and all(" " in text.strip() for text in lines[-1]))
+    of_ids = named and all(map(names_ids, first))
+    header = named and (of_ids or has_queries or has_passages or tuple(map(str.lower, first)) in _HEADERS)
+    if named and not header:
         mapped = ", ".join(f"{ours!r}: {theirs!r}" for ours, theirs in zip(names, first, strict=False))
         raise ValueError(
             f"{path}, line 1: {first} are names of columns; read by them with columns={{{mapped}}}, or remove the line"

@@ -23,7 +23,7 @@ from tct_hf.data.texts import open_texts
 from tests.rows import jsonl, write
 
 
-@pytest.mark.parametrize("value", ["1_0", " 1", "1 ", "\uff11", "1e0", "1.0", "", "0x1", True, None, 0.5, "nan", [1]])
+@pytest.mark.parametrize("value", ["1_0", " 1", "1 ", "\uff11", "1e0", "1.5", "", "0x1", True, None, 0.5, "nan", [1]])
 def test_a_grade_that_is_no_plain_integer_is_refused_with_its_place(tmp_path: Path, value: Any) -> None:
     with pytest.raises(BadRow):
         as_grade(value)
@@ -41,7 +41,7 @@ def test_a_grade_that_is_no_plain_integer_is_refused_with_its_place(tmp_path: Pa
 
 
 def test_whole_numbers_are_grades_whatever_holds_them() -> None:
-    for value in (2, 2.0, "2", "+2", np.int64(2), np.float32(2)):
+    for value in (2, 2.0, "2", "2.0", "+2", np.int64(2), np.float32(2)):
         assert as_grade(value) == 2
     assert as_grade("-1") == -1
     grades = {"q": {"d": np.int64(1), np.int64(7): 1}}
@@ -151,6 +151,9 @@ def test_hub_text_files_are_read_as_they_stand(tmp_path: Path, monkeypatch: pyte
 
 
 ODD = {
+    "utf16.csv": "query,positive\na,b\n".encode("utf-16"),
+    "train.csv.bz2": b"BZh9...",
+    "array.json": b'[{"query": "q"}]\n',
     "utf16.jsonl": '{"query": "q"}\n'.encode("utf-16"),
     "list.jsonl": b"[1]\n",
     "nan.jsonl": b'{"query": NaN}\n',

@@ -99,7 +99,15 @@ def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "header", ["question\tgood\tbad", "q_text\tpos\tneg", "Frage\tAntwort\tfalsch", "query\tpassage_1\tpassage_2"]
+    "header",
+    [
+        "question\tgood\tbad",
+        "q_text\tpos\tneg",
+        "Frage\tAntwort\tfalsch",
+        "query\tpassage_1\tpassage_2",
+        "query text\tpositive passage\tnegative passage",
+        '"query"\t"positive"\t"negative"',
+    ],
 )
 def test_a_header_of_triples_with_unknown_names_is_no_row(tmp_path: Path, header: str) -> None:
     path = write(tmp_path / "t.tsv", f"{header}\nwhat is it\ta thing\tno thing\n")
@@ -114,10 +122,91 @@ HEADERS = ["query_id corpus_id score", "query-id corpus-id score", "qid pid rel"
 JUDGEMENTS = [f"{header}\nq1 d\u00a01 1".replace(" ", "\t") for header in HEADERS]
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "query_id\tcorpus_id\tscore",
+        "query-id\tcorpus-id\tscore",
+        "qid\tpid\trel",
+        "qid 0 docid rel",
+        "Query_ID\tDoc\tGrade",
+        "question_id\tdocument_id\trelevance",
+        "topic_number\titer\tdocno\trel",
+        "Query ID\tDoc ID\tLabel",
+        '"query-id"\t"corpus-id"\t"score"',
+        "# query\tdoc\trel",
+        "user_query_id\tdoc\trel",
+        "Anfrage\tDokument\tRelevanz",
+    ],
+)
+def test_a_header_of_judgements_is_known_by_its_query_id(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "qrels.tsv"
+    path.write_text(header + ("\nq1 0 d1 1\n" if len(header.split()) == 4 and "0" in header else "\nq1\td1\t1\n"))
+    if "iter" in header:
+        path.write_text(f"{header}\nq1\t0\td1\t1\n")
+    assert read_qrels(path).qrels == {"q1": {"d1": 1}}
+
+
 @pytest.mark.parametrize("lines", [*JUDGEMENTS, "qid 0 docid rel\nq1 0 d\u00a01  1", "q1 d\u00a01 1"])
 def test_judgements_are_read_with_any_header_and_ids_with_no_break_spaces(tmp_path: Path, lines: str) -> None:
     (tmp_path / "qrels").write_text(lines + "\n")
     assert read_qrels(tmp_path / "qrels").qrels == {"q1": {"d\u00a01": 1}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("docno\ttext", "document\tcontents", "uid\tbody", "document_number\ttext", "passage-id\tpassage text"),
+        *("#id\ttext", "key\tvalue", "queryId\tqueryText", '"pid"\t"passage"', "question_id\tquestion"),
+    ],
+)
+def test_a_header_of_texts_is_known_by_its_words(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "c.tsv"
+    path.write_text(f"{header}\nd1\tone\n")
+    assert open_texts(path, "collection", None).dataset["id"][:] == ["d1"]
+
+
+@pytest.mark.parametrize(
+    "line", ["passage 0\ttext 0", "Paris\tcity", "a\ttext", "query1\twhat is a key", "text\tthe title", "d\tq"]
+)
+def test_a_first_line_of_texts_that_names_no_columns_is_a_row(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "c.tsv"
+    path.write_text(f"{line}\nd1\tone\n")
+    assert open_texts(path, "collection", None).dataset["id"][:] == [line.split("\t")[0], "d1"]
+
+
+@pytest.mark.parametrize("first", ["q0\t0\td0\t1", "q0 0 d0 1", "q0\td0"])
+def test_most_judgements_say_what_a_line_is(tmp_path: Path, first: str) -> None:
+    path, skipped = tmp_path / "q.tsv", SkippedRows()
+    path.write_text(first + "\nq1\td1\t1\nq2\td2\t1\n")
+    with pytest.raises(ValueError, match=r"q\.tsv, line 1: \d fields where 3 are needed \(query, passage, score\)"):
+        read_qrels(path)
+    assert read_qrels(path, skipped=skipped).qrels == {"q1": {"d1": 1}, "q2": {"d2": 1}} and skipped.total == 1
+
+
+FILES = {"a.csv": "query,positive,negative\na,b,c\n", "b.jsonl": '{"query": "x", "positive": "y", "negative": "z"}\n'}
+MORE = {**FILES, "c.tsv": "a\tb\tc\n", "c.csv.bz2": "BZh9", "d.csv.xz": "\xfd7zXZ", "e.zip": "PK", "f.json": "[\n1\n]"}
+
+
+@pytest.mark.parametrize(
+    "names", [("a.csv", name) for name in MORE if name != "a.csv"] + [(name,) for name in list(MORE)[3:]]
+)
+@pytest.mark.parametrize("under", ["", "train", "data/train"])
+def test_files_of_a_folder_are_read_by_our_own_readers_or_refused(
+    tmp_path: Path, names: tuple[str, ...], under: str
+) -> None:
+    (tmp_path / under).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (tmp_path / under / name).write_text(MORE[name])
+    with pytest.raises(ValueError, match=names[-1].replace(".", r"\.")):
+        load_triples(tmp_path)
+
+
+def test_suffixes_of_a_folder_may_be_upper_case(tmp_path: Path) -> None:
+    (tmp_path / "train.CSV").write_text(FILES["a.csv"])
+    (tmp_path / "test.csv").write_text(FILES["a.csv"])
+    (tmp_path / "README.md").write_text("about\n")
+    assert load_triples(tmp_path)["query"][:] == ["a"]
 
 
 def test_columns_in_another_order_are_refused_or_read_by_their_names(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_bad_line_of_tsv_is_refused_with_its_place_or_skipped_and_counted(
         ({"labelled": True}, {"labelled": 0}, "mixed types", r"holds 0 where true .*columns=\{'labelled': None\}"),
         ({}, {"negative": " Q"}, "query itself", "column 'negative': this passage is the query itself; take another"),
         (IDS, {"negative_id": "1", "negative": "title: q"}, "query itself", "'negative': this passage is the query"),
+        ({}, {"positive": "Q!"}, "query itself", "'positive': this passage is the query itself"),
+        ({}, {"negative": "P."}, "positive as negative", "'negative': this passage is a positive of its query"),
         (LISTS, {"negatives": "n"}, "mixed types", "holds 'n' where a list is needed"),
         (LISTS, {"negatives": ["a"]}, "too few negatives", "'negatives': 1 negatives where 2 are needed; lower num_n"),
         (LISTS, {"negatives": list("abc")}, "too many negatives", "3 negatives where .* has 2; pass num_negatives=2"),
@@ -107,6 +109,13 @@ BAD_FILES: list[tuple[str, str | bytes, dict[str, Any], str]] = [
     ("t.jsonl", jsonl([{"query": "1", "positive": "2", "negatives": ["3"]}]), {}, "'3'\\] look like ids, not texts"),
     ("t.jsonl", jsonl([GOOD]), {"queries": {"1": "q"}}, "queries= has nothing to look up: this holds texts, such as"),
     ("t.jsonl", WITH_IDS, {"collection": {"d1": "one"}}, r"collection= has nothing .*columns=\{'positive': None\}"),
+    (
+        "t.jsonl",
+        jsonl([{"query": "q", "positive": ["a", "b"], "negative": ["m", "B"]}]),
+        {},
+        "'negative_2': .* a positive",
+    ),
+    ("t.jsonl", jsonl([{**GOOD, **IDS, "negative_id": "d1"}]), {}, "'negative': .* a positive"),
     # Collections and judgements.
     ("t.tsv", ID_LINE, {**TEXTS, "collection": b"d1\ta\nd1\tc\n"}, r"texts\.tsv, line 2: passage id 'd1' was used"),
     ("t.tsv", ID_LINE, {**TEXTS, "collection": b"d1\ta\nd2\tb\tc\n"}, r"texts\.tsv, line 2: 3 fields where 2 "),
