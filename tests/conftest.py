@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,3 +74,33 @@ def hub(_listening: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setenv("TCT_HF_CACHE", str(tmp_path / "tct-cache"))
     yield _HUB
     _HUB.forget()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved models of :func:`tests.train_helpers.save_models`, loaded afresh by each test."""
+    from tests.train_helpers import save_models
+
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def student(models: Path) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(models / "student"), device="cpu")
+
+
+@pytest.fixture
+def teacher(models: Path) -> Any:
+    from tests.train_helpers import make_teacher
+
+    return make_teacher(models, "colbert")
+
+
+@pytest.fixture
+def trainer_of(student: Any, teacher: Any, tmp_path: Path) -> Any:
+    """Makes a trainer of the student and the teacher that works in `tmp_path`."""
+    from tests.train_helpers import make_trainer
+
+    return partial(make_trainer, tmp_path, student, teacher)

@@ -25,16 +25,20 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from transformers.trainer_utils import get_last_checkpoint
 
+    from tct_hf import load_triples
     from tests.train_helpers import make_teacher, make_trainer, with_scores
 
     kill_in_step = settings.pop("kill_in_step", None)
     kill_in_save = settings.pop("kill_in_save", None)
     stops = int(os.environ.get("RANK", "0")) == settings.pop("rank", 0)  # only this process is killed
-    rows = settings.pop("rows", 36)
+    rows: Any = with_scores(settings.pop("rows", 36))
+    if buffer_size := settings.pop("shuffle_buffer", None):
+        rows.to_json(f"{output}.jsonl")
+        rows = load_triples(f"{output}.jsonl", streaming=True).shuffle(seed=3, buffer_size=buffer_size)
     teacher = make_teacher(models, settings.pop("teacher", "colbert"))
     name = settings.pop("student", "student")
     student: Any = (SparseEncoder if name == "sparse" else SentenceTransformer)(str(models / name), device="cpu")
-    trainer = make_trainer(output, student, teacher, with_scores(rows), **settings)
+    trainer = make_trainer(output, student, teacher, rows, **settings)
 
     if stops and kill_in_step:
         score = teacher.score_matrix

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from tests.models import tiny_bert, tiny_colbert, tiny_mlm
+from tests.models import tiny_bert, tiny_colbert, tiny_cross_encoder, tiny_mlm, tiny_modernbert
+
+EVERY_STEP: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
 PASSAGES = [
     "a passage of dense retrieval and the teacher",
@@ -95,11 +98,45 @@ def make_models(path: Path, *, dropout: float = 0.0, shared_tokens: bool = True)
     return build_student(str(base), encoding="tct", document_length=64 if shared_tokens else 48), teacher
 
 
+def score(teacher: Any, queries: Any, columns: Any, rows: Any = None) -> Any:
+    """The teacher's matrix of a batch."""
+    return teacher.score_matrix(teacher.collate(queries, columns, rows or [{}] * len(queries)), gather=False)
+
+
+def save_models(path: Path, *, dropout: float = 0.0) -> Path:
+    """The models of :func:`make_teacher` and students by name, for tests that load them, or processes of their own."""
+    from tct_hf import build_student
+
+    base, modern = str(path / "base"), str(tiny_modernbert(path / "modernbert", dropout=dropout))
+    student, _ = make_models(path, dropout=dropout)
+    made: dict[str, Any] = {
+        "student": student,
+        "other": build_student(base, encoding="tct", document_length=48),  # other tokens than the teacher's
+        "scaled": build_student(base, encoding="tct", document_length=64, pooling="cls", scale=20.0),
+        "plain": build_student(modern, document_length=64, pooling="cls"),
+        "small": build_student(modern, document_length=64, layers=[0, 2]),
+        "sparse": make_splade(path, dropout=dropout),
+    }
+    for name, model in made.items():
+        model.save_pretrained(str(path / name))
+    tiny_cross_encoder(path / "cross-encoder")
+    return path
+
+
 def make_splade(path: Path, *, dropout: float = 0.0) -> Any:
     """A sparse student of a vocabulary of about a hundred words."""
     from tct_hf import build_splade
 
     return build_splade(str(tiny_mlm(path / "mlm", dropout=dropout)), query_length=24, document_length=48)
+
+
+def make_stage(path: Path, *, arguments: dict[str, Any], **options: Any) -> Any:
+    """A stage on the CPU that publishes `path/final`."""
+    from tct_hf.training.stages import Stage
+
+    given = {"report_to": "none", "use_cpu": True, "logging_steps": 1, **arguments}
+    options = {"settings": {}, "write": lambda line: None, **options}
+    return Stage(path / "final", path / "work", arguments=given, **options)
 
 
 def make_trainer(path: Path, student: Any, teacher: Any, dataset: Any, **settings: Any) -> Any:
@@ -108,7 +145,8 @@ def make_trainer(path: Path, student: Any, teacher: Any, dataset: Any, **setting
 
     from tct_hf import SparseTCTTrainer, SparseTCTTrainingArguments, TCTTrainer, TCTTrainingArguments
 
-    extra = {key: settings.pop(key) for key in ("eval_dataset", "evaluator", "callbacks", "loss") if key in settings}
+    given = ("eval_dataset", "evaluator", "callbacks", "loss", "model_init")
+    extra = {key: settings.pop(key) for key in given if key in settings}
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 1,
@@ -132,69 +170,79 @@ def logged(trainer: Any, name: str = "loss") -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def reference_loss(
-    student_scores: np.ndarray,
-    teacher_scores: np.ndarray,
-    passage_ids: list[str],
-    own: list[int],
-    known: list[list[str]],
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    return values - values.max() - math.log(np.exp(values - values.max()).sum())
+
+
+def numpy_loss(
+    student: np.ndarray,
+    teacher: np.ndarray,
     *,
     temperature: float,
-    student_temperature: float = 1.0,
+    student_temperature: float,
     weight: float,
-    own_only: bool = False,
-    labelled: list[bool] | None = None,
-) -> tuple[float, float]:
-    """Both parts of the loss in float64, row by row in plain loops: candidates are kept in a list, no mask."""
-    rows = len(own)
-    labelled = labelled or [True] * rows
-    hard = soft = 0.0
-    for i, column in enumerate(own):
-        keep = [
-            c
-            for c, name in enumerate(passage_ids)
-            if (c == column or not labelled[i] or (name != passage_ids[column] and name not in known[i]))
-            and (not own_only or c % rows == i)
-        ]
+    margin_weight: float = 0.0,
+    divisor: float = 1.0,
+    reverse: bool = False,
+    mask: np.ndarray | None = None,
+    positive: list[int] | None = None,
+) -> tuple[float, ...]:
+    """All parts, row by row over the candidates that are left: no mask, no -inf, float64 throughout."""
+    student, teacher = student.astype(np.float64) / divisor, teacher.astype(np.float64)
+    positive = list(range(len(student))) if positive is None else positive
+    hard = soft = margins = 0.0
+    for i, column in enumerate(positive):
+        kept = [c for c in range(student.shape[1]) if mask is None or mask[i, c]]
+        if not kept:
+            continue
+        p = log_softmax(teacher[i, kept] / temperature)
+        q = log_softmax(student[i, kept] / student_temperature)
+        if reverse:
+            p, q = q, p
+        soft += sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+        if column >= 0:
+            hard -= log_softmax(student[i, kept])[kept.index(column)]
+            squares = [
+                ((student[i, column] - student[i, c]) - (teacher[i, column] - teacher[i, c])) ** 2
+                for c in kept
+                if c != column
+            ]
+            margins += sum(squares) / max(len(squares), 1)
+    labelled = sum(column >= 0 for column in positive)
+    parts = weight * hard / max(labelled, 1), (1 - weight) * soft / len(student)
+    return (*parts, margin_weight * margins / max(labelled, 1)) if margin_weight else parts
 
-        def log_softmax(values: np.ndarray) -> np.ndarray:
-            values = values.astype(np.float64)
-            return values - values.max() - np.log(np.exp(values - values.max()).sum())
 
-        log_student = log_softmax(student_scores[i, keep])
-        if labelled[i]:
-            hard -= log_student[keep.index(column)]
-        log_student_soft = log_softmax(student_scores[i, keep] / student_temperature)
-        log_teacher = log_softmax(teacher_scores[i, keep] / temperature)
-        soft += float((np.exp(log_teacher) * (log_teacher - log_student_soft)).sum())
-    return weight * hard / max(sum(labelled), 1), (1 - weight) * soft / len(own)
+def batch_and_targets(trainer: Any) -> tuple[Any, Any]:
+    """The training rows as one batch in their order, and what the loss is told of it."""
+    from tct_hf.training.collator import BATCH_KEY
+
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    features, _ = trainer.collect_features({key: value for key, value in batch.items() if key != BATCH_KEY})
+    return batch, trainer.teacher_targets(features, batch[BATCH_KEY], getattr(trainer.loss, "loss", trainer.loss))
 
 
 def reference_of_batch(
-    student: Any, teacher: Any, dataset: Dataset, batch: Any, **settings: Any
-) -> tuple[float, float]:
-    """The :func:`reference_loss` of a batch whose rows are found by their queries and done again from the texts."""
-    shuffled = student.tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
-    names = {
-        student.tokenizer.decode(student.tokenizer("[Q] " + q)["input_ids"], skip_special_tokens=True): i
-        for i, q in enumerate(dataset["query"])
-    }
-    rows = dataset.select([names[text] for text in shuffled])
+    student: Any, teacher: Any, rows: Dataset, *, own_only: bool = False, **settings: Any
+) -> tuple[float, ...]:
+    """The :func:`numpy_loss` of a batch of `rows`, of texts encoded anew and candidates chosen by their ids."""
     columns = ["positive"] + [name for name in rows.column_names if name.startswith("negative") and "_id" not in name]
     passages = [text for column in columns for text in rows[column]]
     ids = [key for column in columns for key in rows[f"{column}_id"]]
-    student_scores = student.encode_query(rows["query"]) @ student.encode_document(passages).T
-    teacher_scores = np.zeros_like(student_scores)
-    if teacher is not None:
-        colbert = teacher.model
-        queries, documents = colbert.encode_query(list(rows["query"])), colbert.encode_document(passages)
-        teacher_scores = colbert.similarity(queries, documents).numpy()
-    return reference_loss(
-        student_scores,
-        teacher_scores,
-        ids,
-        list(range(len(rows))),
-        [list(keys) for keys in rows["known_positive_ids"]],
-        labelled=list(rows["labelled"]) if "labelled" in rows.column_names else None,
-        **settings,
+    queries, documents = student.encode_query(list(rows["query"])), student.encode_document(passages)
+    scores = student.similarity(queries, documents).double().cpu().numpy()
+    colbert = teacher.model
+    told = colbert.similarity(colbert.encode_query(list(rows["query"])), colbert.encode_document(passages)).numpy()
+    labelled = list(rows["labelled"]) if "labelled" in rows.column_names else [True] * len(rows)
+    mask = np.array(
+        [
+            [
+                (c == i or not labelled[i] or (name != ids[i] and name not in known))
+                and (not own_only or c % len(rows) == i)
+                for c, name in enumerate(ids)
+            ]
+            for i, known in enumerate(rows["known_positive_ids"])
+        ]
     )
+    positive = [i if labelled[i] else -1 for i in range(len(rows))]
+    return numpy_loss(scores, told, mask=mask, positive=positive, **settings)

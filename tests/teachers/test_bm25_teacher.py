@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tct_hf import BM25Index, BM25Teacher
-from tests.train_helpers import PASSAGES, QUERIES
+from tests.train_helpers import PASSAGES, QUERIES, score
 
 GERMAN = [
     "die häuser der stadt und die gärten",
@@ -29,38 +29,39 @@ def index_of(texts: list[str], **options: Any) -> BM25Index:
     return BM25Index.build(texts, map(str, range(len(texts))), backend="numpy", **options)
 
 
-def searched(index: BM25Index, queries: list[str]) -> np.ndarray:
-    """`(queries, passages)`, zeros where nothing was found."""
-    found = np.zeros((len(queries), len(index)))
-    for row, (ids, scores) in enumerate(zip(*index.search(queries, k=len(index)), strict=True)):
-        found[row, [int(name) for name in ids]] = scores
-    return found
-
-
-def test_scores_of_passages_of_the_corpus_are_those_of_a_search(tmp_path: Path) -> None:
-    for texts, language, queries in (
+@pytest.mark.parametrize(
+    ("texts", "language", "queries"),
+    [
         (PASSAGES, "english", [*QUERIES, "token tokens tokens zebra", "zebra", "", "the of"]),
         (GERMAN, "german", ["häuser häuser garten", "bäumen und hof", "unbekannt straße"]),
-    ):
-        index = index_of(texts, language=language, stemmer=language, k1=1.1, b=0.6)
-        expected = searched(index, queries)
-        index.save(tmp_path / language)
-        for one in (index, BM25Index.load(tmp_path / language)):
-            found = BM25Teacher(one).scores(queries, texts)
-            assert found.dtype == torch.float32 and expected.any()
-            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    ],
+    ids=["english", "german"],
+)
+def test_scores_of_passages_of_the_corpus_are_those_of_a_search(
+    tmp_path: Path, texts: list[str], language: str, queries: list[str]
+) -> None:
+    index = index_of(texts, language=language, stemmer=language, k1=1.1, b=0.6)
+    expected = np.zeros((len(queries), len(index)))  # where nothing is found
+    for row, (ids, scores) in enumerate(zip(*index.search(queries, k=len(index)), strict=True)):
+        expected[row, [int(name) for name in ids]] = scores
+    assert expected.any()
+    index.save(tmp_path)
+    for one in (index, BM25Index.load(tmp_path)):
+        found = BM25Teacher(one).scores(queries, texts)
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def formula(texts: list[str], query: str, passage: str, k1: float, b: float) -> float:
     documents = [re.findall(r"\w+", text) for text in texts]
     words, average = re.findall(r"\w+", passage), sum(map(len, documents)) / len(documents)
-    score = 0.0
+    total = 0.0
     for word in re.findall(r"\w+", query):
         holders, frequency = sum(word in document for document in documents), Counter(words)[word]
         if holders and frequency:
             idf = math.log(1 + (len(texts) - holders + 0.5) / (holders + 0.5))
-            score += idf * frequency / (frequency + k1 * (1 - b + b * len(words) / average))
-    return score
+            total += idf * frequency / (frequency + k1 * (1 - b + b * len(words) / average))
+    return total
 
 
 def test_scores_of_other_texts_follow_the_formula_with_the_corpus_statistics() -> None:
@@ -74,10 +75,9 @@ def test_scores_of_other_texts_follow_the_formula_with_the_corpus_statistics() -
 def test_the_matrix_of_a_batch_has_all_positives_first_in_a_spawned_worker_and_under_autocast() -> None:
     teacher = pickle.loads(pickle.dumps(BM25Teacher(index_of(PASSAGES))))
     columns = [PASSAGES[:3], PASSAGES[4:7]]
-    inputs = teacher.collate(QUERIES[:3], columns, [{}] * 3)
     expected = BM25Teacher(index_of(PASSAGES)).scores(QUERIES[:3], columns[0] + columns[1])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(teacher.score_matrix(inputs, gather=False), expected)
+        assert torch.equal(score(teacher, QUERIES[:3], columns), expected)
     assert expected.shape == (3, 6) and expected.any()
 
 
@@ -85,12 +85,7 @@ def test_a_passage_is_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_of(PASSAGES)
     seen: list[str] = []
     analyse = index._analyse
-
-    def recorded(text: str) -> list[str]:
-        seen.append(text)
-        return analyse(text)
-
-    monkeypatch.setattr(index, "_analyse", recorded)
+    monkeypatch.setattr(index, "_analyse", lambda text: seen.append(text) or analyse(text))
     teacher = BM25Teacher(index)
     for _ in range(3):
         teacher.collate(QUERIES[:2], [PASSAGES[:2], PASSAGES[1:3]], [{}] * 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,59 +12,50 @@ import numpy as np
 import pytest
 import torch
 
-from tct_hf import CachedTeacher, ColBERTTeacher, NoTeacher
+from tct_hf import CachedTeacher, NoTeacher
 from tct_hf.teachers.cached import TokenStore
-from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_teacher, make_trainer, triples
+from tests.train_helpers import PASSAGES, QUERIES, logged, make_models, make_trainer, score, triples
 
 SETTINGS = {"weights": "w"}
 
 
-def inputs(teacher: Any, queries: list[str], columns: list[list[str]]) -> dict[str, Any]:
-    return dict(teacher.collate(queries, columns, [{} for _ in queries]))
-
-
-@pytest.fixture
-def colbert(models: Path) -> ColBERTTeacher:
-    return make_teacher(models, "colbert")
-
-
-def test_scores_are_the_live_ones_in_half_precision_and_a_stored_text_is_neither_tokenised_nor_encoded(
-    colbert: ColBERTTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_stored_texts_score_as_live_ones_and_are_not_encoded_again(
+    teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns = [PASSAGES[:4], PASSAGES[3:7]]  # one passage twice
-    live = colbert.score_matrix(inputs(colbert, QUERIES[:4], columns), gather=False)
-    cached = CachedTeacher(colbert, tmp_path / "cache")
-    first = cached.score_matrix(inputs(cached, QUERIES[:4], columns), gather=False)
+    live = score(teacher, QUERIES[:4], columns)
+    cached = CachedTeacher(teacher, tmp_path / "cache")
+    first = score(cached, QUERIES[:4], columns)
     assert len(cached.store.keys()) == 4 + 7
     torch.testing.assert_close(first, live, atol=5e-3, rtol=0)
-    again = CachedTeacher(colbert, tmp_path / "cache")
+    again = CachedTeacher(teacher, tmp_path / "cache")
     calls: list[str] = []
-    colbert.model.register_forward_pre_hook(lambda module, args: calls.append("forward"))
+    teacher.model.register_forward_pre_hook(lambda module, args: calls.append("forward"))
     with monkeypatch.context() as patch:
-        patch.setattr(colbert, "preprocess", lambda *args: pytest.fail("tokenised"))
-        assert torch.equal(again.score_matrix(inputs(again, QUERIES[:4], columns), gather=False), first)
+        patch.setattr(teacher, "preprocess", lambda *args: pytest.fail("tokenised"))
+        assert torch.equal(score(again, QUERIES[:4], columns), first)
     assert not calls
-    again.score_matrix(inputs(again, ["a new query"], [PASSAGES[:1]]), gather=False)
+    score(again, ["a new query"], [PASSAGES[:1]])
     assert calls == ["forward"]
     assert len(pickle.loads(pickle.dumps(again.store)).keys()) == 12  # for workers that are not forked
 
 
-def test_another_teacher_has_another_folder(colbert: ColBERTTeacher, tmp_path: Path) -> None:
+def test_another_teacher_has_another_folder(teacher: Any, tmp_path: Path) -> None:
     for _ in range(2):
-        cached = CachedTeacher(colbert, tmp_path / "cache")
-        scores = cached.score_matrix(inputs(cached, QUERIES[:2], [PASSAGES[:2]]), gather=False)
-        live = colbert.score_matrix(inputs(colbert, QUERIES[:2], [PASSAGES[:2]]), gather=False)
+        cached = CachedTeacher(teacher, tmp_path / "cache")
+        scores = score(cached, QUERIES[:2], [PASSAGES[:2]])
+        live = score(teacher, QUERIES[:2], [PASSAGES[:2]])
         torch.testing.assert_close(scores, live, atol=5e-3, rtol=0)
         with torch.no_grad():
-            next(colbert.model.parameters()).add_(0.5)
+            next(teacher.model.parameters()).add_(0.5)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_training_with_a_cached_teacher_is_training_with_the_live_one(tmp_path: Path) -> None:
     losses = []
     for wrap in (False, True):
-        student, teacher = make_models(tmp_path / str(wrap), shared_tokens=False)
-        used = CachedTeacher(teacher, tmp_path / "cache") if wrap else teacher
+        student, used = make_models(tmp_path / str(wrap), shared_tokens=False)
+        used = CachedTeacher(used, tmp_path / "cache") if wrap else used
         trainer = make_trainer(tmp_path / "run", student, used, triples(16), num_train_epochs=3)
         trainer.train()
         losses.append(logged(trainer))
@@ -94,14 +84,13 @@ def test_two_writers_share_what_they_write(tmp_path: Path) -> None:
 
 def test_a_full_store_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bounded = store(tmp_path, max_bytes=200_000)
-    with caplog.at_level(logging.WARNING):
-        for key in range(5):
-            bounded.put([key], [text(key, 10_000)])
+    for key in range(5):
+        bounded.put([key], [text(key, 10_000)])
     assert bounded.keys() == {0, 1} and bounded.file.stat().st_size <= 200_000
     assert caplog.text.count("vectors.sqlite: full") == 1
 
 
-def test_where_the_disk_is_full_training_goes_on_without(
+def test_on_a_full_disk_the_store_keeps_what_it_has(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounded = store(tmp_path)
@@ -115,28 +104,24 @@ def test_where_the_disk_is_full_training_goes_on_without(
             yield database
 
     monkeypatch.setattr(bounded, "_open", no_room)
-    with caplog.at_level(logging.WARNING):
-        bounded.put([2], [text(2, 10_000)])
-        bounded.put([3], [text(3, 10_000)])
+    for key in (2, 3):
+        bounded.put([key], [text(key, 10_000)])
     assert caplog.text.count("database or disk is full") == 1 and str(tmp_path) in caplog.text
     assert bounded.keys() == store(tmp_path).keys() == {1}
 
 
-def test_what_can_not_be_cached_is_refused(colbert: ColBERTTeacher, tmp_path: Path) -> None:
+def test_what_can_not_be_cached_is_refused(teacher: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="NoTeacher has none: give a ColBERTTeacher or a DenseTeacher"):
         CachedTeacher(NoTeacher(), tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_gigabytes must be a finite number greater than 0"):
-        CachedTeacher(colbert, tmp_path, max_gigabytes=0)
-    with pytest.raises(ValueError, match="max_gigabytes must be a finite number"):
-        CachedTeacher(colbert, tmp_path, max_gigabytes=float("inf"))
+    for size in (0, float("inf")):
+        with pytest.raises(ValueError, match="max_gigabytes must be a finite number greater than 0"):
+            CachedTeacher(teacher, tmp_path, max_gigabytes=size)
     store(tmp_path / "a").put([1], [text(1)])
     with pytest.raises(ValueError, match="dim"):
         TokenStore(tmp_path / "a", SETTINGS, dim=4, max_bytes=10)
 
 
-def test_a_damaged_text_counts_as_missing_and_a_damaged_file_is_begun_again_each_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damage_counts_as_missing_and_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = store(tmp_path)
     right = {key: text(key, 400) for key in range(60)}
     whole.put(right, right.values())
@@ -144,14 +129,13 @@ def test_a_damaged_text_counts_as_missing_and_a_damaged_file_is_begun_again_each
     for at in [*range(0, 120, 2), *range(120, len(content), len(content) // 40)]:
         whole.file.write_bytes(bytes([*content[:at], content[at] ^ 4, *content[at + 1 :]]))
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            damaged = store(tmp_path)
-            found = damaged.get(right)
-            assert all(np.array_equal(vectors, right[key]) for key, vectors in found.items()), at
-            assert len(found) == len(right) or len(caplog.records) == 1, at
-            damaged.put(right, right.values())
-            if "no more can be written" not in caplog.text:  # a flag says that the file is read only
-                assert damaged.get(right).keys() == right.keys(), at
+        damaged = store(tmp_path)
+        found = damaged.get(right)
+        assert all(np.array_equal(vectors, right[key]) for key, vectors in found.items()), at
+        assert len(found) == len(right) or len(caplog.records) == 1, at
+        damaged.put(right, right.values())
+        if "no more can be written" not in caplog.text:  # a flag says that the file is read only
+            assert damaged.get(right).keys() == right.keys(), at
     for broken in (b"", b"no database at all" * 1000, content[: len(content) // 2]):
         whole.file.write_bytes(broken)
         damaged = store(tmp_path)

@@ -39,12 +39,8 @@ def test_scales_are_those_that_scipy_finds_and_a_useless_member_gets_almost_none
     ready = [(scores.double().numpy(), positive.numpy()) for scores, positive in lists()]
 
     def loss(logs: np.ndarray) -> float:
-        logits = [np.exp(logs) @ scores for scores, _ in ready]
-        return float(
-            np.mean(
-                [np.logaddexp.reduce(z) - np.logaddexp.reduce(z[p]) for z, (_, p) in zip(logits, ready, strict=True)]
-            )
-        )
+        logits = [(np.exp(logs) @ scores, positive) for scores, positive in ready]
+        return float(np.mean([np.logaddexp.reduce(z) - np.logaddexp.reduce(z[p]) for z, p in logits]))
 
     best = minimize(loss, np.zeros(3), method="Nelder-Mead", options={"maxiter": 4000, "fatol": 1e-12, "xatol": 1e-8})
     found = fit_scales(lists(), [1.0, 1.0, 1.0])
@@ -80,23 +76,25 @@ def collection() -> Collection:
     return Collection("made", corpus, {"dev": Split(queries, qrels)}, {})
 
 
-def test_a_teacher_at_another_scale_is_calibrated_to_the_same_distribution(collection: Collection) -> None:
-    split, texts = collection.splits["dev"], dict(zip(collection.corpus["id"], collection.corpus["text"], strict=True))
-    draw = np.random.default_rng(0)
-    table = {
-        (query, text): draw.normal() + 1.5 * (passage in split.qrels[name])
+def table_of(collection: Collection, lead: float) -> dict[tuple[str, str], float]:
+    """Scores drawn by lot, those of positives higher."""
+    split, draw = collection.splits["dev"], np.random.default_rng(0)
+    return {
+        (query, text): draw.normal() + lead * (passage in split.qrels[name])
         for name, query in split.queries.items()
-        for passage, text in texts.items()
+        for passage, text in zip(collection.corpus["id"], collection.corpus["text"], strict=True)
     }
-    readings = []
+
+
+def test_a_teacher_at_another_scale_is_calibrated_to_the_same_distribution(collection: Collection) -> None:
+    table, found = table_of(collection, 1.5), []
     for scale in (1.0, 40.0):
         teacher = Fixed(table, scale)
         done = calibrate(teacher, collection)
-        readings.append(done.after)
-        assert teacher.training_scale * scale == pytest.approx(done.weights["table"] * scale)
-        readings.append(teacher.training_scale * scale)
-    assert readings[1] == pytest.approx(readings[3], rel=1e-3)
-    assert readings[0].cross_entropy == pytest.approx(readings[2].cross_entropy, abs=1e-5)
+        assert teacher.training_scale == pytest.approx(done.weights["table"])
+        found.append((teacher.training_scale * scale, done.after.cross_entropy))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    assert found[1][1] == pytest.approx(found[0][1], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +106,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "model")
 
 
+def mixture_of(collection: Collection, base: str, cache: Path) -> TeacherEnsemble:
+    return free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=cache)
+
+
 def test_a_mixture_finds_what_scoring_every_passage_finds(collection: Collection, base: str, tmp_path: Path) -> None:
-    mixture = free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path)
+    mixture = mixture_of(collection, base, tmp_path)
     queries = dict(list(collection.splits["dev"].queries.items())[:5])
     run = search_mixture(mixture, collection, queries, depth=40, keep=6)
     model = build_student(base)
@@ -131,13 +133,11 @@ def test_a_mixture_finds_what_scoring_every_passage_finds(collection: Collection
         np.testing.assert_allclose(list(run[name].values()), total[order], rtol=2e-3)
 
 
-def test_calibration_sets_the_mixture_and_says_what_each_member_is_worth(
-    collection: Collection, base: str, tmp_path: Path
-) -> None:
-    mixture = free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path)
+def test_calibration_sets_the_weights_and_reads_each_member(collection: Collection, base: str, tmp_path: Path) -> None:
+    mixture = mixture_of(collection, base, tmp_path)
     student = members_of(mixture)["cosine"]
     done: Calibration = calibrate(mixture, collection, student=student)
-    assert isinstance(mixture, TeacherEnsemble) and mixture.weights == list(done.weights.values())
+    assert mixture.weights == list(done.weights.values())
     assert list(done.weights) == ["cosine", "BM25", "MeanMaxSim"] == list(done.alone)
     assert done.after.cross_entropy <= done.before.cross_entropy
     assert done.after.cross_entropy <= min(one.cross_entropy for one in done.alone.values()) + 1e-6
@@ -183,10 +183,8 @@ def test_a_teachers_inputs_go_to_its_device() -> None:
 
 
 def test_a_teacher_worse_than_its_student_is_said_so(collection: Collection) -> None:
-    split = collection.splits["dev"]
-    draw = np.random.default_rng(0)
-    table = {(query, text): draw.normal() for query in split.queries.values() for text in collection.corpus["text"]}
-    done = calibrate(Fixed(table, 1.0), collection, student=BM25Teacher(collection_bm25(collection)))
+    student = BM25Teacher(collection_bm25(collection))
+    done = calibrate(Fixed(table_of(collection, 0.0), 1.0), collection, student=student)
     assert done.lead is not None and done.lead < 0
     assert "The teacher knows no more than the student about to learn from it" in done.summary()
 
@@ -199,15 +197,12 @@ def test_cross_entropy_is_read_on_queries_that_the_scales_were_not_found_on() ->
     assert held_out(lists(), start) > read(lists(), fit_scales(lists(), start)).cross_entropy
 
 
-def test_one_forward_pass_gives_the_pooled_and_the_token_vectors_of_a_passage(
-    collection: Collection, base: str, tmp_path: Path
-) -> None:
+def test_pooled_and_token_vectors_share_a_forward_pass(collection: Collection, base: str, tmp_path: Path) -> None:
     texts = [*collection.corpus["text"], "", "word " * 200]
-    members = [
-        members_of(free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path / name))
-        for name in ("apart", "together")
-    ]
-    apart, together = ([made["cosine"], made["MeanMaxSim"]] for made in members)
+    apart, together = (
+        [made["cosine"], made["MeanMaxSim"]]
+        for made in (members_of(mixture_of(collection, base, tmp_path / name)) for name in ("apart", "together"))
+    )
     encode_together(*together, texts)
     passes: list[int] = []
     for one in together:
@@ -219,7 +214,7 @@ def test_one_forward_pass_gives_the_pooled_and_the_token_vectors_of_a_passage(
 
 
 def test_two_encoders_share_no_forward_pass(collection: Collection, base: str, tmp_path: Path) -> None:
-    made = members_of(free_mixture(base, collection_bm25(collection), dtype="float32", cache_dir=tmp_path))
+    made = members_of(mixture_of(collection, base, tmp_path))
     pooled, tokens = made["cosine"], made["MeanMaxSim"]
     with torch.no_grad():
         next(tokens.teacher.model.parameters()).add_(0.5)

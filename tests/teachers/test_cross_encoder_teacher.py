@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from sentence_transformers import CrossEncoder
 from tct_hf import CrossEncoderTeacher, TeacherEnsemble
 from tct_hf.teachers import cross_encoder as cross_encoder_teacher
 from tests.models import tiny_bert, tiny_cross_encoder
-from tests.train_helpers import PASSAGES, QUERIES, make_trainer, triples
+from tests.train_helpers import PASSAGES, QUERIES, make_trainer, score, triples
 
 COLUMNS = [[*PASSAGES[:3], PASSAGES[0]], PASSAGES[4:8]]  # one passage twice
 
@@ -21,6 +20,16 @@ COLUMNS = [[*PASSAGES[:3], PASSAGES[0]], PASSAGES[4:8]]  # one passage twice
 @pytest.fixture
 def path(models: Path) -> Path:
     return models / "cross-encoder"
+
+
+@pytest.fixture
+def teacher(path: Path) -> CrossEncoderTeacher:
+    return CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
+
+
+@pytest.fixture
+def whole(teacher: CrossEncoderTeacher) -> torch.Tensor:
+    return score(teacher, QUERIES[:4], COLUMNS)  # type: ignore[no-any-return]
 
 
 def plain(path: Path, query: str, passage: str) -> float:
@@ -33,49 +42,40 @@ def plain(path: Path, query: str, passage: str) -> float:
         return float(model(**tokenizer(query, passage, truncation=True, return_tensors="pt")).logits)
 
 
-def score(teacher: Any, columns: list[list[str]] = COLUMNS) -> torch.Tensor:
-    queries = QUERIES[: len(columns[0])]
-    return teacher.score_matrix(teacher.collate(queries, columns, [{} for _ in queries]), gather=False)
-
-
-def test_every_query_is_scored_with_every_passage_or_its_own_as_plain_transformers_does(path: Path) -> None:
-    teacher = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
+def test_scores_are_those_of_plain_transformers(path: Path, teacher: Any, whole: torch.Tensor) -> None:
     passages = [text for column in COLUMNS for text in column]
     expected = torch.tensor([[plain(path, query, passage) for passage in passages] for query in QUERIES[:4]])
-    torch.testing.assert_close(score(teacher), expected, atol=1e-5, rtol=1e-5)
-    own = score(CrossEncoderTeacher(CrossEncoder(str(path), device="cpu"), dtype="float32"))
-    mask = torch.eye(4, dtype=torch.bool).repeat(1, 2)
-    torch.testing.assert_close(own, expected * mask, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)
+    own = score(CrossEncoderTeacher(CrossEncoder(str(path), device="cpu"), dtype="float32"), QUERIES[:4], COLUMNS)
+    torch.testing.assert_close(own, expected * torch.eye(4).repeat(1, 2), atol=1e-5, rtol=1e-5)
     assert teacher.covers == "in-batch" and not own.requires_grad and not own.is_inference()
 
 
-def test_passes_and_chunks_change_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = score(CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32"))
+def test_passes_and_chunks_change_nothing(teacher: Any, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_encoder_teacher, "_PAIRS_A_CHUNK", 5)
-    small = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
-    small.tokens_per_pass = 64
+    teacher.tokens_per_pass = 64
     passes: list[int] = []
-    small.model.register_forward_pre_hook(lambda module, args: passes.append(args[0]["input_ids"].numel()))
-    torch.testing.assert_close(score(small), whole, atol=1e-5, rtol=1e-5)
-    assert len(passes) > 8
-    assert max(passes) <= 64
+    teacher.model.register_forward_pre_hook(lambda module, args: passes.append(args[0]["input_ids"].numel()))
+    torch.testing.assert_close(score(teacher, QUERIES[:4], COLUMNS), whole, atol=1e-5, rtol=1e-5)
+    assert len(passes) > 8 and max(passes) <= 64
 
 
 def test_long_pairs_are_cut(path: Path) -> None:
     columns = [["word " * 300, "the passage"]]
-    short = score(CrossEncoderTeacher(str(path), dtype="float32", max_length=8), columns)
-    longer = score(CrossEncoderTeacher(str(path), dtype="float32"), columns)
-    assert short[0, 0] != longer[0, 0]
-    assert float(longer[0, 0]) == pytest.approx(plain(path, QUERIES[0], "word " * 300), abs=1e-5)
+    short, longer = (
+        score(CrossEncoderTeacher(str(path), dtype="float32", max_length=length), QUERIES[:2], columns)[0, 0]
+        for length in (8, None)
+    )
+    assert short != longer
+    assert float(longer) == pytest.approx(plain(path, QUERIES[0], "word " * 300), abs=1e-5)
 
 
-def test_texts_that_travelled_give_the_same_scores(path: Path) -> None:
-    teacher = CrossEncoderTeacher(str(path), candidates="in-batch", dtype="float32")
+def test_texts_that_travelled_give_the_same_scores(teacher: CrossEncoderTeacher) -> None:
     columns = [["", "Ünïcode 検索"], ["a passage", "\x00"]]
-    expected = score(teacher, columns)
+    expected = score(teacher, QUERIES[:2], columns)
     teacher._travels = True
     assert set(teacher.collate(QUERIES[:2], columns, [{}, {}])) == {"queries", "passages"}
-    torch.testing.assert_close(score(teacher, columns), expected)
+    torch.testing.assert_close(score(teacher, QUERIES[:2], columns), expected)
 
 
 def test_in_batch_candidates_are_refused_of_a_teacher_of_own_ones(student: Any, path: Path, tmp_path: Path) -> None:
@@ -99,18 +99,12 @@ def test_what_is_no_cross_encoder_of_one_score_is_refused(tmp_path: Path, path: 
 
 
 @pytest.mark.parametrize(("candidates", "said"), [("in-batch", True), ("own", False)])
-def test_what_a_batch_of_the_whole_matrix_costs_is_said_before_training(
-    path: Path, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, candidates: Any, said: bool
+def test_what_a_batch_costs_is_said_before_training(
+    path: Path, student: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, candidates: Any, said: bool
 ) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    student = SentenceTransformer(str(models / "student"), device="cpu")
-    for teacher in (
-        CrossEncoderTeacher(str(path), candidates=candidates),
-        TeacherEnsemble({CrossEncoderTeacher(str(path), candidates=candidates): 1.0}),
-    ):
+    live = CrossEncoderTeacher(str(path), candidates=candidates)
+    for teacher in (live, TeacherEnsemble({live: 1.0})):
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            make_trainer(tmp_path, student, teacher, triples(16), candidates=candidates)
+        make_trainer(tmp_path, student, teacher, triples(16), candidates=candidates)
         assert ("scores 128 pairs a batch on each device" in caplog.text) == said
         assert ("own candidates would be 16: about " in caplog.text) == said

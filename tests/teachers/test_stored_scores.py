@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tct_hf import StoredScores, TeacherEnsemble
-from tests.train_helpers import make_teacher, make_trainer, triples, with_scores
+from tests.train_helpers import make_trainer, score, triples, with_scores
 
 ROW = {"query": "a query", "positive": "one", "negative": "two", "query_id": "q1", "positive_id": "p1"}
 ROW |= {"negative_id": "p2"}
@@ -18,8 +18,8 @@ ROW |= {"negative_id": "p2"}
 
 def of(teacher: StoredScores, rows: list[dict[str, Any]]) -> torch.Tensor:
     columns = [[row[name] for row in rows] for name in ("positive", "negative")]
-    inputs = teacher.collate([row["query"] for row in rows], columns, rows)
-    return teacher.score_matrix(inputs, gather=False)
+    found: torch.Tensor = score(teacher, [row["query"] for row in rows], columns, rows)
+    return found
 
 
 EXPECTED = torch.tensor([[2.0, 0.0, -1.0, 0.0], [0.0, 4.0, 0.0, 3.0]])
@@ -28,26 +28,25 @@ EXPECTED = torch.tensor([[2.0, 0.0, -1.0, 0.0], [0.0, 4.0, 0.0, 3.0]])
 @pytest.mark.parametrize(
     ("column", "names"),
     [
-        (None, ("scores",)),
-        ("label", ("label",)),
-        (None, ("positive_teacher_score", "negative_teacher_score")),
-        ("teacher_score", ("positive_teacher_score", "negative_teacher_score")),
-        (None, ("positive_score", "negative_score")),
+        (None, ["scores"]),
+        ("label", ["label"]),
+        (None, ["positive_teacher_score", "negative_teacher_score"]),
+        ("teacher_score", ["positive_teacher_score", "negative_teacher_score"]),
+        (None, ["positive_score", "negative_score"]),
     ],
 )
-def test_columns_give_own_scores_in_their_places(column: str | None, names: tuple[str, ...]) -> None:
-    rows = []
-    for values in ([2.0, -1.0], [4, 3]):
-        rows.append(ROW | (dict(zip(names, values, strict=True)) if len(names) > 1 else {names[0]: values}))
+def test_columns_give_own_scores_in_their_places(column: str | None, names: list[str]) -> None:
+    values: list[list[Any]] = [[2.0, -1.0], [4, 3]]
+    rows = [ROW | dict(zip(names, pair if len(names) > 1 else [pair], strict=True)) for pair in values]
     assert torch.equal(of(StoredScores(column=column), rows), EXPECTED)
 
 
-def test_columns_of_any_name_train(models: Path, student: Any, tmp_path: Path) -> None:
+def test_columns_of_any_name_train(student: Any, teacher: Any, tmp_path: Path) -> None:
     dataset = with_scores(16).rename_column("scores", "minilm")
     stored = StoredScores(column="minilm")
-    for teacher in (stored, TeacherEnsemble({stored: 1.0, make_teacher(models, "colbert"): 1.0})):
-        settings: Any = {"candidates": "own", "batch_sampler": "no_duplicates", "max_steps": 1}
-        make_trainer(tmp_path / "run", student, teacher, dataset, eval_dataset=dataset, **settings).train()
+    settings: Any = {"candidates": "own", "batch_sampler": "no_duplicates", "max_steps": 1, "eval_dataset": dataset}
+    for one in (stored, TeacherEnsemble({stored: 1.0, teacher: 1.0})):
+        make_trainer(tmp_path / "run", student, one, dataset, **settings).train()
     with pytest.raises(ValueError, match="'other' is not known"):
         make_trainer(tmp_path / "run", student, stored, dataset.add_column("other", [0] * 16), candidates="own")
 
@@ -66,8 +65,7 @@ def test_a_table_is_looked_up_by_ids_and_goes_to_workers(tmp_path: Path) -> None
     teacher = StoredScores(table, cache_dir=tmp_path)
     rows = [ROW, ROW | {"query_id": "q2"}]
     assert torch.equal(of(teacher, rows), EXPECTED)
-    again = pickle.loads(pickle.dumps(teacher))
-    assert torch.equal(of(again, rows), EXPECTED)
+    assert torch.equal(of(pickle.loads(pickle.dumps(teacher)), rows), EXPECTED)
     with pytest.raises(ValueError, match=r"query 'q3', column 'positive_id': .* has no score of passage 'p1'"):
         of(teacher, [ROW | {"query_id": "q3"}])
 

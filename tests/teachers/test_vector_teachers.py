@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,9 @@ from tct_hf.batches import passes as cut_into_passes
 from tct_hf.encoding.kinds import TRAINING_FILE
 from tct_hf.teachers.base import write_training_scale
 from tests.hub.models import dual_encoder
-from tests.models import (
-    load_colbert,
-    pylate_colbert,
-    stanford_colbert,
-    tiny_bert,
-    tiny_colbert,
-    tiny_cross_encoder,
-)
+from tests.models import load_colbert, pylate_colbert, stanford_colbert, tiny_bert, tiny_colbert, tiny_cross_encoder
+from tests.train_helpers import score
 
-FORMATS = ["tct", "stanford", "pylate"]
 TEXTS = [
     "what is a dense representation",
     "",
@@ -54,37 +48,49 @@ def columns_of(rows: int, columns: int) -> list[list[str]]:
     return [[TEXTS[(5 * i + 3 * column + 1) % 13] for i in range(rows)] for column in range(columns)]
 
 
+COLUMNS = columns_of(13, 2)
+Encoders = dict[str, MultiVectorEncoder]
+Own = dict[str, Tensor]
+KINDS = ["tct", "stanford", "pylate", "mean", "passage prompt", "corpus prompt"]
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     path = tmp_path_factory.mktemp("teachers")
-    return {
-        "tct": tiny_colbert(path / "tct"),
-        "stanford": stanford_colbert(path / "stanford"),
-        "pylate": pylate_colbert(path / "pylate"),
-    }
+    makers = {"tct": tiny_colbert, "stanford": stanford_colbert, "pylate": pylate_colbert}
+    return {name: make(path / name) for name, make in makers.items()}
 
 
 @pytest.fixture(scope="session")
-def encoders(checkpoints: dict[str, Path]) -> dict[str, MultiVectorEncoder]:
-    return {name: load_colbert(path) for name, path in checkpoints.items()}
+def encoders(checkpoints: dict[str, Path]) -> Encoders:
+    found = {name: load_colbert(path) for name, path in checkpoints.items()}
+    found["mean"] = copy.deepcopy(found["pylate"])
+    found["mean"].similarity_fn_name = "meanmaxsim"
+    for name, prompts in (
+        ("passage prompt", {"query": "", "passage": "the "}),
+        ("corpus prompt", {"query": "a ", "corpus": "of "}),
+    ):
+        found[name] = copy.deepcopy(found["stanford"])
+        found[name].prompts = prompts
+    return found
+
+
+@pytest.fixture(scope="session")
+def own(encoders: Encoders) -> Own:
+    """Scores of TEXTS with COLUMNS."""
+    return {name: own_scores(model, TEXTS, COLUMNS) for name, model in encoders.items()}
+
+
+exact = partial(ColBERTTeacher, dtype="float32")
+close = partial(torch.testing.assert_close, atol=1e-4, rtol=0)
 
 
 def own_scores(model: MultiVectorEncoder, queries: Sequence[str], columns: Sequence[Sequence[str]]) -> Tensor:
     """One text at a time, no padding, no mask: what the model's users get."""
     passages = [text for column in columns for text in column]
-    vectors = (
-        [model.encode_query([text])[0] for text in queries],
-        [model.encode_document([text])[0] for text in passages],
-    )
-    return torch.tensor(
-        [[float(model.similarity([query], [passage])) for passage in vectors[1]] for query in vectors[0]]
-    )
-
-
-def score(teacher: Any, queries: Sequence[str], columns: Sequence[Sequence[str]]) -> Tensor:
-    inputs = teacher.collate(queries, columns, [{}] * len(queries))
-    assert inputs is not None
-    return teacher.score_matrix(inputs, gather=False)
+    of_queries = [model.encode_query([text])[0] for text in queries]
+    of_passages = [model.encode_document([text])[0] for text in passages]
+    return torch.tensor([[float(model.similarity([q], [p])) for p in of_passages] for q in of_queries])
 
 
 def record_forwards(teacher: ColBERTTeacher, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -101,29 +107,28 @@ def record_forwards(teacher: ColBERTTeacher, monkeypatch: pytest.MonkeyPatch) ->
     return seen
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_scores_equal_the_models_own_one_text_at_a_time(encoders: dict[str, MultiVectorEncoder], format: str) -> None:
-    model, passages = encoders[format], columns_of(13, 2)
-    expected = own_scores(model, TEXTS, passages)
-    found = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_the_models_own_of_single_texts(encoders: Encoders, own: Own, kind: str) -> None:
+    teacher = exact(encoders[kind])
+    assert teacher.score_kind == ("MeanMaxSim" if kind == "mean" else "MaxSim")
+    found = score(teacher, TEXTS, COLUMNS)
     assert found.dtype == torch.float32 and found.shape == (13, 26)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert expected.std() > 0.1  # scores that tell the candidates apart
+    close(found, own[kind])
+    assert kind == "mean" or own[kind].std() > 0.1  # scores that tell the candidates apart
 
 
 @pytest.mark.parametrize(("tokens_per_pass", "chunk_elements"), [(1, 5_000), (200, 1)])
 def test_passes_hold_so_many_tokens_and_neither_they_nor_chunks_change_scores(
-    encoders: dict[str, MultiVectorEncoder],
+    encoders: Encoders,
+    own: Own,
     tokens_per_pass: int,
     chunk_elements: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, passages = encoders["stanford"], columns_of(13, 2)
-    whole = score(ColBERTTeacher(model, dtype="float32"), TEXTS, passages)
-    parts = ColBERTTeacher(model, dtype="float32")
+    parts = exact(encoders["stanford"])
     parts.tokens_per_pass, parts.chunk_elements = tokens_per_pass, chunk_elements
     seen = record_forwards(parts, monkeypatch)
-    torch.testing.assert_close(score(parts, TEXTS, passages), whole, atol=1e-4, rtol=0)
+    close(score(parts, TEXTS, COLUMNS), own["stanford"])
     assert sum(rows for rows, _ in seen) == 13 + 26
     assert all(rows * tokens <= tokens_per_pass or rows == 1 for rows, tokens in seen)
 
@@ -141,14 +146,12 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
-def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
-    encoders: dict[str, MultiVectorEncoder],
-) -> None:
+def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(encoders: Encoders) -> None:
     queries, passages = [f"{TEXTS[i % 13][:40]} {i}" for i in range(48)], columns_of(48, 2)
     all_similarities = 48 * 96 * 36 * 64
     sizes = {}
     for budget in (1 << 18, 1 << 24):
-        teacher = ColBERTTeacher(encoders["tct"], dtype="float32")
+        teacher = exact(encoders["tct"])
         teacher.chunk_elements, teacher.tokens_per_pass = budget, 1024
         inputs = teacher.collate(queries, passages, [{}] * 48)
         with LargestResult() as largest:
@@ -158,22 +161,12 @@ def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(
     assert sizes[1 << 18] <= 1 << 18
 
 
-def test_a_model_that_compares_by_the_mean_over_query_tokens_is_scored_so(
-    encoders: dict[str, MultiVectorEncoder],
-) -> None:
-    model = copy.deepcopy(encoders["pylate"])
-    model.similarity_fn_name = "meanmaxsim"
-    teacher, passages = ColBERTTeacher(model, dtype="float32"), columns_of(13, 2)
-    assert teacher.score_kind == "MeanMaxSim" and ColBERTTeacher(encoders["pylate"]).score_kind == "MaxSim"
-    found = score(teacher, TEXTS, passages)
-    torch.testing.assert_close(found, own_scores(model, TEXTS, passages), atol=1e-5, rtol=0)
-    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
-    assert inputs is not None
-    inputs["query"] = {  # the mean of cosines, however padded the query
-        key: torch.nn.functional.pad(value, (0, 7)) if isinstance(value, Tensor) and value.ndim == 2 else value
-        for key, value in inputs["query"].items()
-    }
-    torch.testing.assert_close(teacher.score_matrix(inputs, gather=False), found, atol=1e-5, rtol=0)
+def test_the_mean_does_not_know_how_a_query_is_padded(encoders: Encoders, own: Own) -> None:
+    inputs: Any = exact(encoders["mean"]).collate(TEXTS, COLUMNS, [{}] * 13)
+    for key, value in inputs["query"].items():
+        if isinstance(value, Tensor) and value.ndim == 2:
+            inputs["query"][key] = torch.nn.functional.pad(value, (0, 7))
+    close(exact(encoders["mean"]).score_matrix(inputs, gather=False), own["mean"])
 
 
 # One vector a text.
@@ -190,31 +183,18 @@ def dense_model(path: Path, **settings: Any) -> SentenceTransformer:
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
-def test_an_embedding_models_scores_are_those_of_its_own_encoding_and_similarity(
-    tmp_path: Path, similarity: Any
-) -> None:
+def test_an_embedding_models_scores_are_its_own_similarity(tmp_path: Path, similarity: Any) -> None:
     model = dense_model(tmp_path / "base", similarity_fn_name=similarity, truncate_dim=24)
-    passages = columns_of(13, 2)
-    expected = model.similarity(model.encode_query(TEXTS), model.encode_document(passages[0] + passages[1]))
+    expected = model.similarity(model.encode_query(TEXTS), model.encode_document(COLUMNS[0] + COLUMNS[1]))
     model.save_pretrained(str(tmp_path / "saved"))
     for source in (model, tmp_path / "saved"):
         teacher = DenseTeacher(source, dtype="float32")
         teacher.tokens_per_pass = 100
         assert teacher.score_kind == similarity and teacher.training_scale == 1.0
-        found = score(teacher, TEXTS, passages)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(score(teacher, TEXTS, COLUMNS), expected, atol=1e-5, rtol=1e-5)
 
 
 # Tokens: the student's where they are the same, its own elsewhere.
-
-
-def student_inputs(
-    student: SentenceTransformer, queries: Sequence[str], columns: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    def features(texts: Sequence[str], side: str) -> dict[str, Any]:
-        return student.preprocess(list(texts), prompt=student.prompts[side], task=side)
-
-    return {"query": features(queries, "query"), "columns": [features(column, "document") for column in columns]}
 
 
 # For our own format, only the length of passages differs at 63: no short text would show it.
@@ -222,26 +202,26 @@ def student_inputs(
     ("format", "length", "shared"), [("tct", 64, True), ("tct", 63, False), ("pylate", 59, False)]
 )
 def test_only_a_student_of_the_same_tokens_is_not_tokenised_twice_and_scores_are_right(
-    encoders: dict[str, MultiVectorEncoder], format: str, length: int, shared: bool
+    encoders: Encoders, own: Own, format: str, length: int, shared: bool
 ) -> None:
-    teacher = ColBERTTeacher(encoders[format], dtype="float32")
+    teacher = exact(encoders[format])
     student = student_from_teacher(teacher, document_length=length)
-    passages = columns_of(13, 2)
     teacher.attach(student)
-    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
+    inputs: Any = teacher.collate(TEXTS, COLUMNS, [{}] * 13)
     assert (inputs is None) is teacher.shares_tokens is shared
-    found = teacher.score_matrix(inputs or student_inputs(student, TEXTS, passages), gather=False)
-    torch.testing.assert_close(found, own_scores(encoders[format], TEXTS, passages), atol=1e-4, rtol=0)
+    if shared:
+        of_query, *of_columns = (
+            student.preprocess(list(texts), prompt=student.prompts[side], task=side)
+            for texts, side in ((TEXTS, "query"), *((column, "document") for column in COLUMNS))
+        )
+        inputs = {"query": of_query, "columns": of_columns}
+    close(teacher.score_matrix(inputs, gather=False), own[format])
 
 
-def test_attaching_to_another_student_is_decided_anew(encoders: dict[str, MultiVectorEncoder], tmp_path: Path) -> None:
+def test_attaching_to_another_student_is_decided_anew(encoders: Encoders) -> None:
     teacher = ColBERTTeacher(encoders["tct"])
-    for settings, shared in (
-        ({"document_length": 64, "query_augmentation": False}, False),
-        ({"document_length": 64, "query_length": 35}, False),
-        ({"document_length": 64}, True),
-    ):
-        student = student_from_teacher(teacher, **settings)
+    for settings, shared in (({"query_augmentation": False}, False), ({"query_length": 35}, False), ({}, True)):
+        student = student_from_teacher(teacher, document_length=64, **settings)
         teacher.attach(student)
         assert teacher.shares_tokens is shared, settings
     # The same model with one more word in its vocabulary reads some texts differently.
@@ -251,47 +231,31 @@ def test_attaching_to_another_student_is_decided_anew(encoders: dict[str, MultiV
 
 
 def test_input_that_is_no_padded_text_goes_through_column_by_column_and_stays_as_it_was(
-    encoders: dict[str, MultiVectorEncoder], monkeypatch: pytest.MonkeyPatch
+    encoders: Encoders, own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = ColBERTTeacher(encoders["stanford"], dtype="float32")
-    passages = columns_of(13, 2)
-    inputs = teacher.collate(TEXTS, passages, [{}] * 13)
-    assert inputs is not None
+    teacher = exact(encoders["stanford"])
+    inputs: Any = teacher.collate(TEXTS, COLUMNS, [{}] * 13)
     features = [inputs["query"], *inputs["columns"]]
     for column in features:
         column["other"] = torch.zeros(2, 2, 2)  # no (rows, tokens): rows cannot be picked out of it
-    masks = [column["attention_mask"] for column in features]
+    before = [dict(column) for column in features]
     seen = record_forwards(teacher, monkeypatch)
-    found = teacher.score_matrix(inputs, gather=False)
-    torch.testing.assert_close(found, own_scores(encoders["stanford"], TEXTS, passages), atol=1e-4, rtol=0)
+    close(teacher.score_matrix(inputs, gather=False), own["stanford"])
     assert [rows for rows, _ in seen][:3] == [13, 13, 13]
-    assert all(column["attention_mask"] is mask for column, mask in zip(features, masks, strict=True))
-    assert all("token_embeddings" not in column for column in features)
+    for column, same in zip(features, before, strict=True):
+        assert column.keys() == same.keys() and all(column[key] is value for key, value in same.items())
 
 
-def test_passages_padded_on_the_left_keep_their_positions(encoders: dict[str, MultiVectorEncoder]) -> None:
+def test_passages_padded_on_the_left_keep_their_positions(encoders: Encoders) -> None:
     model = copy.deepcopy(encoders["tct"])
     model.tokenizer.padding_side = "left"
-    teacher = ColBERTTeacher(model, dtype="float32")
-    inputs = teacher.collate(TEXTS[:5], [TEXTS[:5]], [{}] * 5)
-    assert inputs is not None and (inputs["columns"][0]["attention_mask"][:, 0] == 0).any()
-    whole = model(dict(inputs["columns"][0]), task="document")
-    queries = model(dict(inputs["query"]), task="query")
-    expected = model.similarity(
-        queries["token_embeddings"],
-        whole["token_embeddings"],
-        a_mask=queries["attention_mask"],
-        b_mask=whole["attention_mask"],
-    )
-    torch.testing.assert_close(teacher.score_matrix(inputs, gather=False), expected, atol=1e-4, rtol=0)
-
-
-def test_prompts_are_those_the_model_encodes_with(encoders: dict[str, MultiVectorEncoder]) -> None:
-    model = copy.deepcopy(encoders["stanford"])
-    for prompts in ({"query": "", "passage": "the "}, {"query": "a ", "corpus": "of "}):
-        model.prompts = prompts
-        found = score(ColBERTTeacher(model, dtype="float32"), TEXTS, columns_of(13, 1))
-        torch.testing.assert_close(found, own_scores(model, TEXTS, columns_of(13, 1)), atol=1e-4, rtol=0)
+    inputs: Any = exact(model).collate(TEXTS[:5], [TEXTS[:5]], [{}] * 5)
+    [column] = inputs["columns"]
+    assert (column["attention_mask"][:, 0] == 0).any()
+    queries, whole = model(dict(inputs["query"]), task="query"), model(dict(column), task="document")
+    masks = {"a_mask": queries["attention_mask"], "b_mask": whole["attention_mask"]}
+    expected = model.similarity(queries["token_embeddings"], whole["token_embeddings"], **masks)
+    close(exact(model).score_matrix(inputs, gather=False), expected)
 
 
 # Mode, gradients and types.
@@ -299,18 +263,18 @@ def test_prompts_are_those_the_model_encodes_with(encoders: dict[str, MultiVecto
 
 def test_scoring_is_in_evaluation_mode_and_makes_no_graph(tmp_path: Path) -> None:
     model = load_colbert(tiny_colbert(tmp_path, dropout=0.5))
-    teacher = ColBERTTeacher(model, dtype="float32")
-    expected = score(teacher, TEXTS, columns_of(13, 1))
+    teacher = exact(model)
+    expected = score(teacher, TEXTS, COLUMNS)
     model.train()
-    found = score(teacher, TEXTS, columns_of(13, 1))
+    found = score(teacher, TEXTS, COLUMNS)
     assert torch.equal(found, expected) and not found.requires_grad
     assert not any(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())  # the caller's model is left as it was
 
 
-def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEncoder]) -> None:
-    model, passages = encoders["pylate"], columns_of(13, 2)
-    full, half = (score(ColBERTTeacher(model, dtype=dtype), TEXTS, passages) for dtype in ("float32", "bfloat16"))
+def test_bfloat16_scores_are_close_to_float32(encoders: Encoders) -> None:
+    model = encoders["pylate"]
+    full, half = (score(ColBERTTeacher(model, dtype=dtype), TEXTS, COLUMNS) for dtype in ("float32", "bfloat16"))
     assert half.dtype == torch.float32 and not torch.equal(half, full)
     # Sums of 32 or 36 cosines, each of vectors that are right to about 1%.
     torch.testing.assert_close(half, full, atol=0.3, rtol=0)
@@ -318,28 +282,24 @@ def test_bfloat16_scores_are_close_to_float32(encoders: dict[str, MultiVectorEnc
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_a_checkpoint_in_half_precision_computes_in_float32_where_that_is_asked_for(tmp_path: Path) -> None:
-    model = load_colbert(tiny_colbert(tmp_path / "whole")).half()
-    model.save_pretrained(str(tmp_path / "half"))
-    teacher = ColBERTTeacher(str(tmp_path / "half"), dtype="float32")
-    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
-    expected = score(ColBERTTeacher(model.float(), dtype="float32"), TEXTS, columns_of(13, 2))  # of rounded weights
-    torch.testing.assert_close(score(teacher, TEXTS, columns_of(13, 2)), expected)
-
-
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
 def test_a_teacher_of_any_precision_scores_on_a_cpu(tmp_path: Path, half: torch.dtype, dtype: Any) -> None:
     model = load_colbert(tiny_colbert(tmp_path)).to(half)
-    expected = score(ColBERTTeacher(copy.deepcopy(model).float(), dtype="float32"), TEXTS, columns_of(13, 2))
-    found = score(ColBERTTeacher(model, dtype=dtype), TEXTS, columns_of(13, 2))
-    torch.testing.assert_close(found, expected, atol=0.3 if dtype != "float32" else 1e-5, rtol=0)
+    model.save_pretrained(str(tmp_path / "half"))
+    expected = score(exact(copy.deepcopy(model).float()), TEXTS, COLUMNS)  # of rounded weights
+    for source in (model, str(tmp_path / "half")):
+        teacher = ColBERTTeacher(source, dtype=dtype)
+        if dtype == "float32":
+            assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
+        found = score(teacher, TEXTS, COLUMNS)
+        torch.testing.assert_close(found, expected, atol=0.3 if dtype != "float32" else 1e-5, rtol=0)
 
 
 # Making one.
 
 
-def test_settings_that_make_no_sense_are_refused(encoders: dict[str, MultiVectorEncoder]) -> None:
+def test_settings_that_make_no_sense_are_refused(encoders: Encoders) -> None:
     for settings, message in (
         ({"dtype": "float16"}, "dtype='float16' is not known"),
         ({"training_scale": 0.0}, "training_scale is 0.0"),
@@ -348,14 +308,12 @@ def test_settings_that_make_no_sense_are_refused(encoders: dict[str, MultiVector
             ColBERTTeacher(encoders["tct"], **settings)
 
 
-def test_training_scale_is_written_beside_a_checkpoint_and_read_back(
-    encoders: dict[str, MultiVectorEncoder], tmp_path: Path
-) -> None:
+def test_training_scale_is_written_and_read_back(encoders: Encoders, tmp_path: Path) -> None:
     path = tmp_path / "colbert"
     encoders["tct"].save_pretrained(str(path))
     assert ColBERTTeacher(path).training_scale == 1.0
     write_training_scale(path, 384)
-    assert ColBERTTeacher(path).training_scale == ColBERTTeacher(str(path)).training_scale == 384.0
+    assert ColBERTTeacher(path).training_scale == 384.0
     assert ColBERTTeacher(path, training_scale=2.0).training_scale == 2.0
     assert json.loads((path / TRAINING_FILE).read_text()) == {"training_scale": 384.0}
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from tct_hf import TeacherTargets, TightlyCoupledLoss, build_student
 from tct_hf import batches as batching
+from tct_hf.batches import stack_columns, take, token_lengths
 from tests.models import tiny_bert
-from tests.training.test_score_losses import numpy_loss
+from tests.train_helpers import logged, make_models, make_trainer, numpy_loss, triples
 
 QUERIES = ["what is dense", "the teacher", "tokens", "student of a query", "of the passage", "retrieval", "distilled"]
 
@@ -68,27 +70,19 @@ def expected_loss(
     """Both parts, means over first dimensions, of texts encoded anew: dot products, or cosines times `scale`."""
     queries = student.encode_query(QUERIES).astype(np.float64)
     documents = [student.encode_document(passages(column)) for column in range(1 + negatives)]
+    given: dict[str, Any] = {"temperature": 0.7, "student_temperature": 1.5, "weight": 0.3}
+    given |= {"mask": labels.mask.numpy(), "positive": labels.positive_index.tolist()}
     parts = []
     for d in dims:
         q, p = queries[:, :d], np.concatenate(documents)[:, :d].astype(np.float64)
         if scale is not None:
             q, p = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (q, p))
-        parts.append(
-            numpy_loss(
-                (scale or 1.0) * q @ p.T,
-                labels.scores.numpy(),
-                temperature=0.7,
-                student_temperature=1.5,
-                weight=0.3,
-                mask=labels.mask.numpy(),
-                positive=labels.positive_index.tolist(),
-            )
-        )
+        parts.append(numpy_loss((scale or 1.0) * q @ p.T, labels.scores.numpy(), **given))
     return np.mean(parts, axis=0)
 
 
 @pytest.mark.parametrize("padding", [0, 40])
-def test_passes_of_like_length_change_neither_loss_nor_gradients(
+def test_passes_change_neither_loss_nor_gradients(
     student: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, padding: int
 ) -> None:
     loss = TightlyCoupledLoss(student, temperature=0.7)
@@ -160,7 +154,7 @@ def test_scores_are_float32_under_autocast(student: SentenceTransformer) -> None
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
-def test_teacher_matrix_of_another_shape_is_refused_with_both_shapes(
+def test_teacher_scores_of_another_shape_are_refused(
     student: SentenceTransformer, mini_batch_size: int | None
 ) -> None:
     loss = TightlyCoupledLoss(student, mini_batch_size=mini_batch_size)
@@ -203,3 +197,136 @@ def test_a_student_of_dot_products_and_a_learned_scale_are_taken_as_they_are(bas
     ):
         with pytest.raises(ValueError, match=message):
             TightlyCoupledLoss(scaled, **wrong)
+
+
+class SameChunks(TightlyCoupledLoss):
+    """The same forward passes in the same order, with their graphs kept: what caching must not differ from."""
+
+    def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
+        assert self.mini_batch_size is not None
+        merged = stack_columns(features[1:])
+        assert merged is not None
+        order = torch.tensor(token_lengths(merged)).argsort(stable=True)
+        width = merged["attention_mask"].shape[1]
+        vectors = []
+        for column in (features[0], {key: take(value, order, width) for key, value in merged.items()}):
+            lengths = token_lengths(column)
+            parts = []
+            for start in range(0, len(lengths), self.mini_batch_size):
+                rows = torch.arange(start, min(start + self.mini_batch_size, len(lengths)))
+                longest = max(lengths[start : start + self.mini_batch_size])
+                part = {key: take(value, rows, longest) for key, value in column.items()}
+                parts.append(self.model(part)["sentence_embedding"])
+            vectors.append(torch.cat(parts))
+        columns = vectors[1][order.argsort()].chunk(len(features) - 1)
+        return total(self.compute_loss_from_embeddings([vectors[0], *columns], labels))
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys() and len(found) > 10
+    scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values()))
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max().item() <= tolerance * scale, name
+
+
+@pytest.mark.parametrize(
+    ("mini_batch_size", "negatives", "dims"), [(1, 0, None), (3, 1, None), (3, 2, [8, 32]), (50, 3, None)]
+)
+def test_cached_gradients_are_the_plain_ones(
+    student: SentenceTransformer, mini_batch_size: int, negatives: int, dims: list[int] | None
+) -> None:
+    student = student.double()
+    settings: dict[str, Any] = {"temperature": 0.5, "student_temperature": 4.0, "matryoshka_dims": dims}
+    of_plain, of_cached = targets(negatives), targets(negatives)
+    plain = total(TightlyCoupledLoss(student, **settings)(features(student, negatives), of_plain))
+    expected = gradients(student, plain)
+    cached = TightlyCoupledLoss(student, mini_batch_size=mini_batch_size, **settings)
+    loss = total(cached(features(student, negatives), of_cached))
+    assert {k: v.item() for k, v in of_cached.report.items()} == pytest.approx(
+        {k: v.item() for k, v in of_plain.report.items()}, abs=1e-9
+    )
+    assert plain.dtype == loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-9)
+    close(gradients(student, loss), expected, 1e-6)
+
+
+def test_a_prompt_length_in_a_tensor_is_cut_with_its_rows(student: SentenceTransformer) -> None:
+    of_ints = features(student, 2)
+    of_tensors = [column | {"prompt_length": torch.full((7,), column["prompt_length"])} for column in of_ints]
+    loss = TightlyCoupledLoss(student, mini_batch_size=4)
+    assert total(loss(of_tensors, targets(2))).item() == total(loss(of_ints, targets(2))).item()
+
+
+def test_with_dropout_gradients_are_those_of_the_same_chunks(tmp_path: Path) -> None:
+    dropping = str(tiny_bert(tmp_path, seed=11, dropout=0.3))
+    student = build_student(dropping, encoding="tct", document_length=64).train()
+
+    def step(kind: type[TightlyCoupledLoss], seed: int) -> tuple[float, dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        loss = total(kind(student, temperature=1.0, mini_batch_size=2)(features(student, 2), targets(2)))
+        return loss.item(), gradients(student, loss)
+
+    expected, wanted = step(SameChunks, 0)
+    found, got = step(TightlyCoupledLoss, 0)
+    assert found == pytest.approx(expected, abs=1e-6)
+    close(got, wanted, 1e-6)
+    assert abs(step(TightlyCoupledLoss, 1)[0] - expected) > 1e-4  # dropout is on
+
+
+@pytest.mark.parametrize(("bf16", "accumulate"), [(False, 2), (True, 1)])
+def test_in_training_weights_are_those_of_the_same_chunks(tmp_path: Path, bf16: bool, accumulate: int) -> None:
+    weights, losses = [], []
+    for kind in (SameChunks, TightlyCoupledLoss):
+        student, teacher = make_models(tmp_path / kind.__name__, dropout=0.1)
+        settings: dict[str, Any] = {"loss": kind(student, temperature=1.0, mini_batch_size=3), "bf16": bf16}
+        settings |= {"gradient_accumulation_steps": accumulate, "max_steps": 2}
+        settings |= {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
+        trainer = make_trainer(tmp_path / "run", student, teacher, triples(32, negatives=2), **settings)
+        trainer.train()
+        losses.append(logged(trainer))
+        weights.append({name: value.clone() for name, value in student.state_dict().items()})
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3 if bf16 else 1e-5)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=5e-4 if bf16 else 1e-6, rtol=0)
+
+
+def test_the_self_coupled_loss_equals_plain_torch(base: Path) -> None:
+    student = embedding_model(base, similarity="cosine").eval()
+    texts = [QUERIES[:3], passages(0)[:3], passages(1)[:3]]
+    loss = TightlyCoupledLoss(student, temperature=1.0, hard_label_weight=0.4, self_coupled=[6.0, 12.0])
+    lexical, mask = torch.rand(3, 6), torch.ones(3, 6, dtype=torch.bool)
+    mask[0, 4] = False
+    labels = TeacherTargets(scores=lexical, mask=mask, positive_index=torch.tensor([0, 1, -1]))
+    parts = loss([student.preprocess(column) for column in texts], labels)
+
+    def read(texts: list[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = [student[0].model(**student.tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+        pooled = torch.stack([torch.nn.functional.normalize(one.mean(0), dim=0) for one in out])
+        return pooled, [torch.nn.functional.normalize(one, dim=1) for one in out]
+
+    (queries, query_tokens), (documents, document_tokens) = read(texts[0]), read(texts[1] + texts[2])
+    cosines = queries @ documents.T
+    maxsim = torch.stack([torch.stack([(q @ p.T).amax(1).mean() for p in document_tokens]) for q in query_tokens])
+    hidden = ~mask
+    teacher = (lexical + 6 * cosines + 12 * maxsim).detach().masked_fill(hidden, float("-inf")).log_softmax(1)
+    of_pooled, of_tokens = ((20 * one).masked_fill(hidden, float("-inf")).log_softmax(1) for one in (cosines, maxsim))
+    divergence = torch.where(hidden, 0.0, teacher.exp() * (teacher - of_pooled)).sum(1).mean()
+    torch.testing.assert_close(parts["distillation"], 0.6 * divergence, atol=1e-5, rtol=1e-4)
+    for name, scores in (("hard_label", of_pooled), ("token_hard_label", of_tokens)):
+        torch.testing.assert_close(parts[name], -0.4 * (scores[0, 0] + scores[1, 1]) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_what_self_coupling_can_not_do_is_refused_when_the_trainer_is_built(
+    student: Any, trainer_of: Any, sparse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = TightlyCoupledLoss(student, self_coupled=[6.0, 12.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "num_processes", 2)  # that have met after the loss was made
+        with pytest.raises(ValueError, match="train a dense student, in one process"):
+            trainer_of(triples(8), loss=loss)
+    trainer_of(triples(8), loss=loss)
+    loss.mini_batch_size = 2
+    with pytest.raises(ValueError, match="leave out mini_batch_size"):
+        trainer_of(triples(8), loss=loss)
+    with pytest.raises(ValueError, match="train a dense student, in one process"):
+        TightlyCoupledLoss(sparse, self_coupled=[6.0, 12.0])

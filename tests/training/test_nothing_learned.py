@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,22 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import Trainer
 
-from tct_hf import (
-    StoredScores,
-    TCTTrainer,
-    TCTTrainingArguments,
-    TightlyCoupledLoss,
-    save_student,
-    validate_checkpoint,
-)
+from tct_hf import StoredScores, TightlyCoupledLoss, save_student, validate_checkpoint
 from tct_hf.training.run import train_colbert, train_stock, train_student
 from tct_hf.training.stages import Stage
 from tests.models import tiny_colbert
-from tests.train_helpers import PASSAGES, QUERIES, make_teacher, make_trainer, triples, with_scores
+from tests.train_helpers import (
+    EVERY_STEP,
+    PASSAGES,
+    QUERIES,
+    make_stage,
+    make_teacher,
+    make_trainer,
+    triples,
+    with_scores,
+)
+
+ROWS = triples(16)
 
 
 @pytest.fixture(params=["dense", "sparse"])
@@ -35,18 +38,17 @@ def any_student(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue("student" if request.param == "dense" else "sparse")
 
 
+@pytest.fixture
+def any_trainer_of(any_student: Any, teacher: Any, tmp_path: Path) -> Any:
+    return partial(make_trainer, tmp_path, any_student, teacher)
+
+
 def of_stage(kind: str, path: Path, student: Any, rows: Dataset, **settings: Any) -> Any:
-    arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True, **settings}
-    stage = Stage(path / "final", path / "work", {}, arguments, write=lambda line: None)
+    stage = make_stage(path, arguments={"max_steps": 6, "per_device_train_batch_size": 4, **settings})
     if kind == "stock":
         return train_stock(stage, lambda: student, lambda: rows)
     colbert = tiny_colbert(path / "colbert")
     return train_colbert(stage, lambda: MultiVectorEncoder(str(colbert), device="cpu"), lambda: rows)
-
-
-def spoil(model: Any) -> None:
-    with torch.no_grad():
-        next(iter(model.parameters())).fill_(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -66,20 +68,18 @@ def spoil(model: Any) -> None:
     ],
 )
 def test_a_run_that_can_change_no_weight_is_refused(
-    student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any], message: str
+    student: Any, trainer_of: Any, settings: dict[str, Any], message: str
 ) -> None:
     settings = dict(settings)
     if (trained := settings.pop("frozen", None)) is not None:
         for name, weight in student.named_parameters():
             weight.requires_grad_(bool(trained) and trained in name)
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, student, teacher, triples(16), **settings).train()
+        trainer_of(ROWS, **settings).train()
 
 
-def test_a_loss_that_is_not_finite_before_any_update_blames_no_learning_rate(
-    student: Any, teacher: Any, tmp_path: Path
-) -> None:
-    trainer = make_trainer(tmp_path, student, teacher, triples(8))
+def test_a_loss_that_is_not_finite_before_any_update_blames_no_learning_rate(trainer_of: Any) -> None:
+    trainer = trainer_of(triples(8))
     trainer.compute_loss = lambda model, *args, **kwargs: next(model.parameters()).sum() * float("nan")
     with pytest.raises(ValueError, match="step 1: the loss is nan, before any weight has changed"):
         trainer.train()
@@ -87,11 +87,11 @@ def test_a_loss_that_is_not_finite_before_any_update_blames_no_learning_rate(
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"mini_batch_size": 4}])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_training_stops_at_the_first_step_that_is_not_finite(
-    any_student: Any, teacher: Any, tmp_path: Path, what: str, settings: dict[str, Any]
+def test_training_stops_where_it_is_not_finite(
+    any_trainer_of: Any, tmp_path: Path, what: str, settings: dict[str, Any]
 ) -> None:
-    settings |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
-    trainer = make_trainer(tmp_path, any_student, teacher, triples(32), **settings)
+    settings |= {"max_steps": 4, "lr_scheduler_type": "constant"}
+    trainer = any_trainer_of(triples(32), **EVERY_STEP, **settings)
     compute = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -110,10 +110,8 @@ def test_training_stops_at_the_first_step_that_is_not_finite(
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-3").exists()
 
 
-def test_steps_that_a_scaler_skips_are_let_pass_until_it_finds_no_factor(
-    student: Any, teacher: Any, tmp_path: Path
-) -> None:
-    trainer = make_trainer(tmp_path, student, teacher, triples(8), max_steps=1)
+def test_steps_that_a_scaler_skips_are_let_pass_until_it_finds_no_factor(student: Any, trainer_of: Any) -> None:
+    trainer = trainer_of(triples(8), max_steps=1)
     trainer.train()
     trainer.accelerator.scaler = object()
     for norm in [float("inf")] * 31 + [1.0] + [float("nan")] * 31:
@@ -122,11 +120,11 @@ def test_steps_that_a_scaler_skips_are_let_pass_until_it_finds_no_factor(
         trainer._get_grad_norm(student, float("inf"))
 
 
-def test_a_best_model_is_chosen_by_a_number(student: Any, teacher: Any, tmp_path: Path) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    settings |= {"metric_for_best_model": "score", "load_best_model_at_end": True, "greater_is_better": True}
+def test_a_best_model_is_chosen_by_a_number(trainer_of: Any) -> None:
+    settings = {**EVERY_STEP, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "score"}
+    settings |= {"load_best_model_at_end": True, "greater_is_better": True}
     scores = iter([0.5, float("nan")])
-    trainer = make_trainer(tmp_path, student, teacher, triples(16), eval_dataset=triples(8), **settings)
+    trainer = trainer_of(ROWS, eval_dataset=ROWS, **settings)
     trainer.evaluate = lambda *args, **kwargs: {"eval_score": next(scores)}
     with pytest.raises(ValueError, match="step 2: score, which chooses the best model, is nan"):
         trainer.train()
@@ -140,11 +138,14 @@ def test_stages_publish_nothing_that_is_not_finite(kind: str, student: Any, tmp_
     assert not (tmp_path / "final").exists()
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_valid(student: Any, teacher: Any, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_neither_saved_nor_valid(
+    student: Any, trainer_of: Any, tmp_path: Path
+) -> None:
     save_student(student, tmp_path / "good")
     validate_checkpoint(tmp_path / "good")
-    trainer = make_trainer(tmp_path / "run", student, teacher, triples(8))
-    spoil(student)
+    trainer = trainer_of(triples(8))
+    with torch.no_grad():
+        next(iter(student.parameters())).fill_(float("nan"))
     for save in (lambda: save_student(student, tmp_path / "bad"), lambda: trainer.save_model(str(tmp_path / "bad"))):
         with pytest.raises(ValueError, match=r"has weights that are not finite \(.*lower learning_rate"):
             save()
@@ -155,10 +156,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_valid(student: Any, t
 
 
 @pytest.mark.parametrize("rows", [8, {"many": 64, "few": 8}])
-def test_fewer_rows_than_a_whole_batch_are_refused(any_student: Any, teacher: Any, tmp_path: Path, rows: Any) -> None:
+def test_fewer_rows_than_a_whole_batch_are_refused(any_trainer_of: Any, rows: Any) -> None:
     made = DatasetDict({k: triples(n) for k, n in rows.items()}) if isinstance(rows, dict) else triples(rows)
-    settings = {"per_device_train_batch_size": 32, "dataloader_drop_last": True}
-    trainer = make_trainer(tmp_path, any_student, teacher, made, **settings)
+    trainer = any_trainer_of(made, per_device_train_batch_size=32, dataloader_drop_last=True)
     with pytest.raises(ValueError, match=r"(few|train_dataset) has 8 rows, fewer than one whole batch \(32 on"):
         trainer.train()
 
@@ -177,102 +177,85 @@ def test_stages_refuse_batches_that_are_never_full(kind: str, student: Any, tmp_
 
 
 @pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 1}, {"candidates": "own"}])
-def test_a_positive_without_other_candidates_is_refused(
-    any_student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_positive_without_other_candidates_is_refused(any_trainer_of: Any, settings: dict[str, Any]) -> None:
     alone = triples(8).select_columns(["query", "positive"])
     with pytest.raises(ValueError, match=r"train_dataset has no negatives, and .* nothing is learned: add negatives"):
-        make_trainer(tmp_path, any_student, teacher, alone, **settings)
-    make_trainer(tmp_path, any_student, teacher, triples(8), **settings).train()
+        any_trainer_of(alone, **settings)
+    any_trainer_of(triples(8), **settings).train()
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_steps": 2}])
-def test_training_stops_where_no_row_has_another_candidate(
-    student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_training_stops_where_no_row_has_another_candidate(trainer_of: Any, settings: dict[str, Any]) -> None:
     same = Dataset.from_dict({"query": [f"q {i}" for i in range(16)], "positive": ["one and the same passage"] * 16})
-    trainer = make_trainer(tmp_path, student, teacher, same, per_device_train_batch_size=4, **settings)
+    trainer = trainer_of(same, per_device_train_batch_size=4, **settings)
     with pytest.raises(ValueError, match=r"gradient of the first [23] steps is 0, so nothing is learned"):
         trainer.train()
 
 
-def test_each_data_set_is_looked_at_with_its_own_loss(student: Any, teacher: Any, tmp_path: Path) -> None:
-    alone, rows = triples(8).select_columns(["query", "positive"]), triples(16)
+def test_each_data_set_is_looked_at_with_its_own_loss(student: Any, trainer_of: Any) -> None:
     own, batch = (TightlyCoupledLoss(student, candidates=one) for one in ("own", "in-batch"))
-    trainer = make_trainer(tmp_path, student, teacher, DatasetDict(a=alone, b=rows), loss={"a": batch, "b": own})
-    trainer.train()
+    rows = DatasetDict(a=triples(8).select_columns(["query", "positive"]), b=triples(16))
+    trainer_of(rows, loss={"a": batch, "b": own}).train()
     with pytest.raises(ValueError, match="a has no negatives, and candidates is own"):
-        make_trainer(tmp_path, student, teacher, DatasetDict(a=alone, b=rows), loss={"a": own, "b": batch})
-    scored = DatasetDict(a=with_scores(8), b=with_scores(8))
+        trainer_of(rows, loss={"a": own, "b": batch})
+
+
+def test_stored_scores_need_own_candidates_of_each_data_set(student: Any, tmp_path: Path) -> None:
+    losses = {name: TightlyCoupledLoss(student, candidates=one) for name, one in (("a", "own"), ("b", "in-batch"))}
+    rows = DatasetDict(a=with_scores(8), b=with_scores(8))
     with pytest.raises(ValueError, match='own candidates only, but the loss has candidates="in-batch"'):
-        make_trainer(tmp_path, student, StoredScores(), scored, loss={"a": own, "b": batch})
+        make_trainer(tmp_path, student, StoredScores(), rows, loss=losses)
 
 
-def test_a_streamed_data_set_is_given_alone(student: Any, teacher: Any, tmp_path: Path) -> None:
-    given = {"a": triples(8), "b": triples(8).to_iterable_dataset()}
+def test_a_streamed_data_set_is_given_alone(trainer_of: Any) -> None:
     with pytest.raises(ValueError, match="train_dataset: b is streamed, and only a data set that is given alone"):
-        make_trainer(tmp_path, student, teacher, given, max_steps=2)
+        trainer_of({"a": triples(8), "b": triples(8).to_iterable_dataset()}, max_steps=2)
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_steps": 3}])
-def test_an_epoch_of_fewer_batches_than_a_step_accumulates_is_one_step(
-    student: Any, teacher: Any, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    trainer = make_trainer(tmp_path, student, teacher, triples(16), gradient_accumulation_steps=8, **settings)
+def test_an_epoch_of_less_than_a_step_is_one_step(trainer_of: Any, settings: dict[str, Any]) -> None:
+    trainer = trainer_of(ROWS, gradient_accumulation_steps=8, **settings)
     trainer.train()
     assert trainer.state.global_step == settings.get("max_steps", 1)
 
 
+@pytest.mark.parametrize("made_by", ["model_init", "add_adapter"])
 def test_a_model_of_model_init_and_one_with_an_adapter_are_trained_in_float32(
-    models: Path, teacher: Any, tmp_path: Path
+    student: Any, teacher: Any, tmp_path: Path, made_by: str
 ) -> None:
-    SentenceTransformer(str(models / "student"), device="cpu").bfloat16().save_pretrained(str(tmp_path / "half"))
-    args = TCTTrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", temperature=1.0
-    )
-
-    def half() -> Any:
-        return SentenceTransformer(str(tmp_path / "half"), device="cpu")
-
-    trainer = TCTTrainer(None, teacher, args, train_dataset=triples(8), model_init=half)
+    half: Any = student.bfloat16()
+    if made_by == "model_init":
+        settings: dict[str, Any] = {"model_init": lambda: half}
+    else:
+        peft = pytest.importorskip("peft")
+        half.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2))
+        settings = {}
+    trainer = make_trainer(tmp_path, None if settings else half, teacher, triples(8), **settings)
     trainer.train()
-    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
-    peft = pytest.importorskip("peft")
-    adapted = half()
-    adapted.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2))
-    trainer = make_trainer(tmp_path, adapted, teacher, triples(8))
-    trainer.train()
-    assert {w.dtype for w in adapted.parameters() if w.requires_grad} == {torch.float32}
+    assert {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_trained_in_float32(
-    any_student: Any, teacher: Any, tmp_path: Path, dtype: Any, caplog: pytest.LogCaptureFixture
+def test_half_precision_is_trained_in_float32(
+    any_student: Any, any_trainer_of: Any, dtype: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = {name: weight.clone().float() for name, weight in any_student.to(dtype).state_dict().items()}
-    with caplog.at_level(logging.WARNING):
-        trainer = make_trainer(tmp_path, any_student, teacher, triples(16), learning_rate=1e-5)
+    trainer = any_trainer_of(ROWS, learning_rate=1e-5)
     assert f"The weights are {dtype}: they are trained as float32" in caplog.text
     trainer.train()
     trained = dict(trainer.model.named_parameters())
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
-    moved = [(weight.detach() != before[name]).any() for name, weight in trained.items() if weight.grad is not None]
-    assert all(moved)
+    assert all((w.detach() != before[name]).any() for name, w in trained.items() if w.grad is not None)
 
 
-def test_a_trainer_that_was_evaluated_in_half_precision_trains_as_before(
-    student: Any, teacher: Any, tmp_path: Path
-) -> None:
+def test_a_trainer_that_was_evaluated_in_half_precision_trains_as_before(student: Any, trainer_of: Any) -> None:
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    trainer = make_trainer(tmp_path, student, teacher, triples(16), eval_dataset=triples(8), bf16_full_eval=True)
+    trainer = trainer_of(ROWS, eval_dataset=triples(8), bf16_full_eval=True)
     trainer.evaluate()
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
     trainer.model.half()
     trainer.train()
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
-
-
-ROWS = triples(16)
 
 
 @pytest.mark.parametrize(
@@ -285,21 +268,15 @@ ROWS = triples(16)
         ("known_positive_ids", [None], r"has known_positive_ids = \[None\]: give a list"),
     ],
 )
-def test_a_row_of_the_wrong_kind_is_refused(
-    student: Any, teacher: Any, tmp_path: Path, column: str, value: Any, message: str
-) -> None:
+def test_a_row_of_the_wrong_kind_is_refused(trainer_of: Any, column: str, value: Any, message: str) -> None:
     rows = Dataset.from_list([{**row, column: value} for row in ROWS])
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, student, teacher, rows).train()
+        trainer_of(rows).train()
 
 
 @pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
-def test_a_data_set_of_any_format_trains_as_the_plain_one(
-    student: Any, teacher: Any, tmp_path: Path, form: str
-) -> None:
-    given = ROWS.with_format(form)
-    trainer = make_trainer(tmp_path, student, teacher, given, eval_dataset=given)
-    plain = make_trainer(tmp_path, student, teacher, ROWS, eval_dataset=ROWS)
+def test_a_data_set_of_any_format_trains_as_the_plain_one(trainer_of: Any, form: str) -> None:
+    trainer, plain = (trainer_of(rows, eval_dataset=rows) for rows in (ROWS.with_format(form), ROWS))
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
     batch, same = (next(iter(one.get_train_dataloader())) for one in (trainer, plain))
     assert torch.equal(batch["tct"]["candidate_ids"], same["tct"]["candidate_ids"])
@@ -324,29 +301,27 @@ def without(name: str) -> Dataset:
     ],
     ids=["list", "none", "empty", "empty stream", "query", "positive", "id"],
 )
-def test_what_is_no_training_data_is_refused_before_training(
-    student: Any, teacher: Any, tmp_path: Path, argument: str, given: Any, message: str
-) -> None:
-    with pytest.raises(ValueError, match=f"{argument}:? {message}"):
-        make_trainer(tmp_path, student, teacher, **{"dataset": ROWS, argument.replace("train_", ""): given})
-    with pytest.raises(ValueError, match=f"part:? {message}"):
-        make_trainer(tmp_path, student, teacher, **{"dataset": ROWS, argument.replace("train_", ""): {"part": given}})
+def test_what_is_no_training_data_is_refused(trainer_of: Any, argument: str, given: Any, message: str) -> None:
+    def refused(name: str, given: Any) -> None:
+        with pytest.raises(ValueError, match=f"{name}:? {message}"):
+            trainer_of(**{"dataset": ROWS, argument.replace("train_", ""): given})
+
+    refused(argument, given)
+    refused("part", {"part": given})
     if argument == "eval_dataset":
         with pytest.raises(ValueError, match=f"eval_dataset:? {message}"):
-            make_trainer(tmp_path, student, teacher, ROWS).evaluate(given)
+            trainer_of(ROWS).evaluate(given)
 
 
-def test_a_stock_loss_is_refused(student: Any, teacher: Any, tmp_path: Path) -> None:
+def test_a_stock_loss_is_refused(student: Any, trainer_of: Any) -> None:
     for loss in (MultipleNegativesRankingLoss(student), MultipleNegativesRankingLoss):
         with pytest.raises(ValueError, match=r"MultipleNegativesRankingLoss, which takes no teacher's scores"):
-            make_trainer(tmp_path, student, teacher, ROWS, loss=loss)
+            trainer_of(ROWS, loss=loss)
 
 
-def test_queries_that_are_cut_are_counted_before_training(
-    any_student: Any, teacher: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_queries_that_are_cut_are_counted(any_trainer_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{**row, "query": row["query"] + " teacher" * (40 if i < 3 else 0)} for i, row in enumerate(ROWS)]
-    make_trainer(tmp_path, any_student, teacher, Dataset.from_list(rows))
+    any_trainer_of(Dataset.from_list(rows))
     assert "3 of 16 queries have more than the " in caplog.text
 
 
@@ -357,18 +332,12 @@ def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
 ) -> None:
     queries, corpus = ({str(i): text for i, text in enumerate(texts)} for texts in (QUERIES, PASSAGES))
     evaluator: Any = InformationRetrievalEvaluator if kind == "student" else MultiVectorInformationRetrievalEvaluator
+    make = partial(evaluator, queries, corpus, {"1": {"1"}}, name="dev")
+    arguments = {"max_steps": 6, "per_device_train_batch_size": 8, "save_steps": 2}
+    arguments |= {"eval_strategy": "steps", "eval_steps": 2}
 
     def train(path: Path) -> str:
-        arguments = {"max_steps": 6, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none"}
-        arguments |= {"logging_steps": 1, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-        stage = Stage(
-            path / "final",
-            path / "work",
-            {},
-            arguments,
-            make_evaluator=lambda: evaluator(queries, corpus, {"1": {"1"}}, name="dev"),
-            write=lambda line: None,
-        )
+        stage = make_stage(path, arguments=arguments, make_evaluator=make)
         if kind == "student":
             student = partial(SentenceTransformer, str(models / "student"), device="cpu")
             train_student(stage, student, lambda: make_teacher(models, "colbert"), lambda: triples(32))
@@ -389,8 +358,8 @@ def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
     def never(*args: Any) -> None:
         raise KeyboardInterrupt
 
+    where: Any = (Trainer, "training_step", stop) if stops == "in step 4" else (Stage, "_publish", never)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        where: Any = (Trainer, "training_step", stop) if stops == "in step 4" else (Stage, "_publish", never)
         patch.setattr(*where)
         train(tmp_path / "stopped")
     assert train(tmp_path / "stopped") == whole

@@ -32,19 +32,13 @@ def test_a_constant_and_a_training_of_one_step() -> None:
     assert Schedule(1.0, 0.0).value(0, 1) == 1.0
 
 
-SCHEDULES = {
-    "temperature": Schedule(4.0, 0.5, "cosine"),
-    "hard_label_weight": Schedule(1.0, 0.0),
-    "margin_mse_weight": Schedule(0.0, 0.05, until=0.5),
-    "student_divisor": Schedule(3.0, 1.0),
-}
-
-
-def test_the_loss_of_every_step_has_the_values_of_that_step(student: Any, teacher: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, student, teacher, triples(48), max_steps=6)
-    trainer.add_callback(LossSchedule(trainer.loss, **SCHEDULES))
+def test_the_loss_of_every_step_has_the_values_of_that_step(trainer_of: Any) -> None:
+    schedules = {"temperature": Schedule(4.0, 0.5, "cosine"), "hard_label_weight": Schedule(1.0, 0.0)}
+    schedules |= {"margin_mse_weight": Schedule(0.0, 0.05, until=0.5), "student_divisor": Schedule(3.0, 1.0)}
+    trainer = trainer_of(triples(48), max_steps=6)
+    trainer.add_callback(LossSchedule(trainer.loss, **schedules))
     trainer.train()
-    for name, schedule in SCHEDULES.items():
+    for name, schedule in schedules.items():
         expected = [schedule.value(step, 6) for step in range(6)]
         assert logged(trainer, name) == pytest.approx(expected, abs=1e-4)  # rounded for the log
     assert logged(trainer, "hard_label")[-1] == 0.0 and logged(trainer, "distillation")[0] == 0.0

@@ -13,49 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tct_hf import coupled_loss
-
-
-def log_softmax(values: np.ndarray) -> np.ndarray:
-    return values - values.max() - math.log(np.exp(values - values.max()).sum())
-
-
-def numpy_loss(
-    student: np.ndarray,
-    teacher: np.ndarray,
-    *,
-    temperature: float,
-    student_temperature: float,
-    weight: float,
-    margin_weight: float = 0.0,
-    divisor: float = 1.0,
-    reverse: bool = False,
-    mask: np.ndarray | None = None,
-    positive: list[int] | None = None,
-) -> tuple[float, ...]:
-    """All parts, row by row over the candidates that are left: no mask, no -inf, float64 throughout."""
-    student, teacher = student.astype(np.float64) / divisor, teacher.astype(np.float64)
-    positive = list(range(len(student))) if positive is None else positive
-    hard = soft = margins = 0.0
-    for i, column in enumerate(positive):
-        kept = [c for c in range(student.shape[1]) if mask is None or mask[i, c]]
-        if not kept:
-            continue
-        p = log_softmax(teacher[i, kept] / temperature)
-        q = log_softmax(student[i, kept] / student_temperature)
-        if reverse:
-            p, q = q, p
-        soft += sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
-        if column >= 0:
-            hard -= log_softmax(student[i, kept])[kept.index(column)]
-            squares = [
-                ((student[i, column] - student[i, c]) - (teacher[i, column] - teacher[i, c])) ** 2
-                for c in kept
-                if c != column
-            ]
-            margins += sum(squares) / max(len(squares), 1)
-    labelled = sum(column >= 0 for column in positive)
-    parts = weight * hard / max(labelled, 1), (1 - weight) * soft / len(student)
-    return (*parts, margin_weight * margins / max(labelled, 1)) if margin_weight else parts
+from tests.train_helpers import log_softmax, numpy_loss
 
 
 def case(
@@ -86,12 +44,8 @@ def tensors(mask: np.ndarray | None, positive: list[int] | None) -> dict[str, An
 @settings(max_examples=150, deadline=None)
 @given(
     made=st.fixed_dictionaries(
-        {
-            "seed": st.integers(0, 2**32 - 1),
-            "queries": st.integers(2, 17),
-            "negatives": st.integers(1, 5),
-            **{name: st.booleans() for name in ("masked", "indexed", "empty")},
-        }
+        {"seed": st.integers(0, 2**32 - 1), "queries": st.integers(2, 17), "negatives": st.integers(1, 5)}
+        | dict.fromkeys(("masked", "indexed", "empty"), st.booleans())
     ),
     temperature=st.floats(0.05, 20),
     student_temperature=st.floats(0.05, 20),
@@ -105,6 +59,8 @@ def test_loss_equals_an_independent_numpy_version(
 ) -> None:
     student, teacher, mask, positive = case(**made)
     theirs = {"weight": weight, "margin_weight": margin_weight, "divisor": divisor, "reverse": reverse, **temperatures}
+    ours: dict[str, Any] = {"hard_label_weight": weight, "margin_mse_weight": margin_weight, **temperatures}
+    ours |= {"student_divisor": divisor, "kl_direction": "reverse" if reverse else "forward"}
     # A logit is rounded by its size times eps, and low temperatures make large ones.
     logits = max(
         np.abs(student).max() / divisor / min(1.0, temperatures["student_temperature"]),
@@ -114,49 +70,39 @@ def test_loss_equals_an_independent_numpy_version(
         tolerance = max(least, 4 * float(np.finfo(dtype).eps) * logits)
         s, t = student.astype(dtype), teacher.astype(dtype)
         expected = numpy_loss(s, t, mask=mask, positive=positive, **theirs)  # type: ignore[arg-type]
-        parts = coupled_loss(
-            torch.from_numpy(s),
-            torch.from_numpy(t),
-            hard_label_weight=weight,
-            margin_mse_weight=margin_weight,
-            student_divisor=divisor,
-            kl_direction="reverse" if reverse else "forward",
-            **temperatures,
-            **tensors(mask, positive),
-        )
+        parts = coupled_loss(torch.from_numpy(s), torch.from_numpy(t), **ours, **tensors(mask, positive))
         assert list(parts) == ["hard_label", "distillation", "margin_mse"][: len(expected)]
         assert [part.item() for part in parts.values()] == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 MORE: dict[str, Any] = {"margin_mse_weight": 0.5, "student_divisor": 3.0, "kl_direction": "reverse"}
+every_part = pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+
+
+def total(parts: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).sum()
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+@every_part
 def test_gradient_equals_finite_differences(masked: bool, indexed: bool, more: dict[str, Any]) -> None:
     student, teacher, mask, positive = case(3, 4, 2, masked=masked, indexed=indexed, empty=masked)
     if positive is not None:
         positive[1] = -1
     scores = torch.from_numpy(student / 4).requires_grad_()
 
+    given = {"temperature": 2.0, "student_temperature": 1.5, "hard_label_weight": 0.4, **more}
+
     def loss(scores: Tensor) -> tuple[Tensor, ...]:
-        parts = coupled_loss(
-            scores,
-            torch.from_numpy(teacher),
-            temperature=2.0,
-            student_temperature=1.5,
-            hard_label_weight=0.4,
-            **more,
-            **tensors(mask, positive),
-        )
+        parts = coupled_loss(scores, torch.from_numpy(teacher), **given, **tensors(mask, positive))
         return tuple(parts.values())
 
     assert torch.autograd.gradcheck(loss, (scores,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+@every_part
 def test_extreme_scores_stay_finite(dtype: torch.dtype, more: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     student = ((torch.rand(6, 12, generator=generator) - 0.5) * 2e4).to(dtype).requires_grad_()
@@ -165,24 +111,24 @@ def test_extreme_scores_stay_finite(dtype: torch.dtype, more: dict[str, Any]) ->
     mask.fill_diagonal_(True)
     mask[4] = False
     parts = coupled_loss(student, teacher, temperature=0.05, student_temperature=0.1, candidate_mask=mask, **more)
-    torch.stack(list(parts.values())).sum().backward()
+    total(parts).backward()
     assert all(torch.isfinite(part) for part in parts.values())
     assert student.grad is not None and torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("more", [{}, MORE], ids=["the paper's", "all parts"])
+@every_part
 def test_masked_candidate_has_no_influence_and_no_gradient(more: dict[str, Any]) -> None:
     student, teacher, mask, _ = case(9, 5, 2, masked=True, indexed=False)
     keep = torch.from_numpy(mask)
     first = torch.from_numpy(student).requires_grad_()
     parts = coupled_loss(first, torch.from_numpy(teacher), candidate_mask=keep, **more)
-    torch.stack(list(parts.values())).sum().backward()
+    total(parts).backward()
     assert first.grad is not None and (first.grad[~keep] == 0).all()
     for wild in (1e6, float("inf"), float("nan")):
         second = first.detach().masked_fill(~keep, wild).requires_grad_()
         other = coupled_loss(second, torch.from_numpy(teacher).masked_fill(~keep, wild), candidate_mask=keep, **more)
         assert {name: value.item() for name, value in other.items()} == {n: v.item() for n, v in parts.items()}
-        torch.stack(list(other.values())).sum().backward()
+        total(other).backward()
         assert second.grad is not None and torch.equal(second.grad, first.grad)
 
 
@@ -190,7 +136,7 @@ def test_no_gradient_reaches_the_teacher() -> None:
     student = torch.randn(3, 6, requires_grad=True)
     teacher = torch.randn(3, 6, requires_grad=True)
     parts = coupled_loss(student, teacher)
-    torch.stack(list(parts.values())).sum().backward()
+    total(parts).backward()
     assert teacher.grad is None and student.grad is not None
 
 

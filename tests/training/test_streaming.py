@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,27 @@ from torch.utils.data import DataLoader
 from tct_hf import load_triples
 from tct_hf.training import streaming
 from tct_hf.training.streaming import StreamedBatches
-from tests.train_helpers import make_trainer
+from tests.train_helpers import EVERY_STEP, make_trainer
+from tests.warm_process import run_warm
 
 COLUMNS = ("query", "positive", "negative")
 
 
-def write_rows(path: Path, rows: int, first: int = 0) -> Path:
-    path.write_text("".join(f"query {i}\tpositive {i}\tnegative {i}\n" for i in range(first, first + rows)))
+def write_rows(path: Path, rows: int) -> Path:
+    """Rows of a file, no two batches of which are alike."""
+    lines = [f"query {i}\t{'positive ' * (i % 18 + 1)}{i}\tnegative {i}\n" for i in range(rows)]
+    path.write_text("".join(lines))
     return path
+
+
+@pytest.fixture
+def ten(tmp_path: Path) -> IterableDataset:
+    return load_triples(write_rows(tmp_path / "ten.tsv", 10), streaming=True)
+
+
+@pytest.fixture
+def shuffled(ten: IterableDataset) -> IterableDataset:
+    return ten.shuffle(seed=3, buffer_size=4)
 
 
 def numbers(batch: Any) -> list[int]:
@@ -41,54 +56,53 @@ def passes(
     return [[number for batch in step if batch for number in numbers(batch)] for step in zip(*read, strict=True)]
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0), (3, 2)])
-def test_processes_and_workers_share_every_row_once_a_pass(
-    tmp_path: Path, processes: int, workers: int, shuffled: bool
-) -> None:
+def test_processes_and_workers_share_each_pass(tmp_path: Path, processes: int, workers: int, shuffle: bool) -> None:
     rows = load_triples(write_rows(tmp_path / "t.tsv", 36), streaming=True)
-    rows = rows.shuffle(seed=3, buffer_size=10) if shuffled else rows
+    rows = rows.shuffle(seed=3, buffer_size=10) if shuffle else rows
     steps = passes(rows, 12 // processes, processes, workers, steps=6)  # two passes
     assert steps == passes(rows, 12, 1, 0, steps=6)
     once, again = [*chain(*steps[:3])], [*chain(*steps[3:])]
     assert sorted(once) == sorted(again) == list(range(36))
-    assert (once == list(range(36))) == (not shuffled)
-    assert (once == again) == (not shuffled)
+    assert (once == list(range(36))) == (once == again) == (not shuffle)
 
 
-def test_pass_is_filled_up_from_the_next(tmp_path: Path) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
-    steps = passes(rows, 2, 2, 1, steps=5)  # 20 rows in steps of 4
-    taken = [*chain(*steps)]
+def test_pass_is_filled_up_from_the_next(shuffled: IterableDataset) -> None:
+    taken = [*chain(*passes(shuffled, 2, 2, 1, steps=5))]  # 20 rows in steps of 4
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
     assert taken[:10] != taken[10:]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_that_are_done_are_not_read_again(tmp_path: Path, workers: int) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
-    whole = passes(rows, 2, 2, workers, steps=8)
-    assert passes(rows, 2, 2, workers, steps=8, trained=4) == [[], [], [], [], *whole[4:]]
+def test_batches_that_are_done_are_not_read_again(shuffled: IterableDataset, workers: int) -> None:
+    whole = passes(shuffled, 2, 2, workers, steps=8)
+    assert passes(shuffled, 2, 2, workers, steps=8, trained=4) == [[], [], [], [], *whole[4:]]
 
 
 @pytest.mark.parametrize("trained", [7, 10, 12, 18])
-def test_whole_passes_that_are_done_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: int) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
-    whole = passes(rows, 2, 2, 0, steps=22)
+def test_passes_that_are_done_are_skipped(
+    shuffled: IterableDataset, monkeypatch: pytest.MonkeyPatch, trained: int
+) -> None:
+    whole = passes(shuffled, 2, 2, 0, steps=22)
     begun: list[int] = []
     one_pass = streaming._one_pass
     monkeypatch.setattr(streaming, "_one_pass", lambda rows, n: begun.append(n) or one_pass(rows, n))
-    assert passes(rows, 4, 1, 0, steps=22, trained=trained) == [*([[]] * trained), *whole[trained:]]
+    assert passes(shuffled, 4, 1, 0, steps=22, trained=trained) == [*([[]] * trained), *whole[trained:]]
     assert begun == [0, *range(trained * 4 // 10, 9)]
 
 
-def test_one_pass_ends_with_what_is_left(tmp_path: Path) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 10), streaming=True)
-    assert [numbers(batch) for batch in StreamedBatches(rows, 4, passes=1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    halves = [[*map(numbers, StreamedBatches(rows, 2, process=p, processes=2, passes=1))] for p in range(2)]
-    assert halves == [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]
-    thirds = [[*map(numbers, StreamedBatches(rows, 3, process=p, processes=3, passes=1))] for p in range(3)]
-    assert thirds == [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]  # the row that is left is no batch for each of them
+@pytest.mark.parametrize(
+    ("size", "processes", "expected"),
+    [
+        (4, 1, [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]),
+        (2, 2, [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]),
+        (3, 3, [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]),  # the row that is left is no batch for each of them
+    ],
+)
+def test_one_pass_ends_with_what_is_left(ten: IterableDataset, size: int, processes: int, expected: Any) -> None:
+    parts = [StreamedBatches(ten, size, process=p, processes=processes, passes=1) for p in range(processes)]
+    assert [[*map(numbers, part)] for part in parts] == expected
 
 
 def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) -> None:
@@ -98,37 +112,46 @@ def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) 
     assert numbers(next(iter(StreamedBatches(rows, 8)))) == [0, 1]  # alone, it is a small batch
 
 
-def test_outside_of_training_the_loader_gives_one_pass(student: Any, teacher: Any, tmp_path: Path) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 20), streaming=True)
-    trainer = make_trainer(tmp_path, student, teacher, rows, max_steps=1)
-    assert [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()] == [8, 8, 4]
+def test_outside_of_training_the_loader_gives_one_pass(trainer_of: Any, ten: IterableDataset) -> None:
+    trainer = trainer_of(ten, max_steps=1, per_device_train_batch_size=4)
+    assert [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()] == [4, 4, 2]
 
 
-def test_a_run_goes_on_with_the_rows_that_follow(student: Any, teacher: Any, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "t.tsv", 40)
+def taken_by(trainer: Any, **options: Any) -> list[int]:
+    """Trains; the numbers of the rows it took."""
     taken: list[int] = []
+    step = trainer.training_step
 
-    def train(steps: int, batch: int, *, resume: bool = True, **settings: Any) -> None:
-        rows = load_triples(path, streaming=True).shuffle(seed=1, buffer_size=10)
+    def training_step(model: Any, inputs: Any, *args: Any) -> Any:
+        texts = trainer.model.tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
+        taken.extend(int(text.split()[-1]) for text in texts)
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    trainer.train(**options)
+    return taken
+
+
+@pytest.fixture
+def train(student: Any, teacher: Any, tmp_path: Path) -> Any:
+    """Trains a run of 40 shuffled rows to a step; the numbers of the rows it took."""
+    path = write_rows(tmp_path / "t.tsv", 40)
+
+    def train(steps: int, batch: int, *, seed: int = 1, resume: bool = True, **settings: Any) -> list[int]:
+        rows = load_triples(path, streaming=True).shuffle(seed=seed, buffer_size=10)
         settings |= {"max_steps": steps, "per_device_train_batch_size": batch, "save_steps": 2}
-        settings |= {"save_strategy": "steps", "save_total_limit": 1}
-        trainer = make_trainer(tmp_path / "run", student, teacher, rows, **settings)
-        loss = trainer.compute_loss
+        trainer = make_trainer(tmp_path / "run", student, teacher, rows, **{**EVERY_STEP, **settings})
+        return taken_by(trainer, resume_from_checkpoint=resume)
 
-        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            texts = student.tokenizer.batch_decode(inputs["query_input_ids"], skip_special_tokens=True)
-            taken.extend(int(text.split()[-1]) for text in texts)
-            return loss(model, inputs, *args, **kwargs)
+    return train
 
-        trainer.compute_loss = compute_loss
-        trainer.train(resume_from_checkpoint=resume)
 
-    train(2, 4, resume=False)
+def test_a_run_goes_on_with_the_rows_that_follow(train: Any) -> None:
+    taken = train(2, 4, resume=False)
     assert len(taken) == 8
-    train(10, 2, gradient_accumulation_steps=2)
+    taken += train(10, 2, gradient_accumulation_steps=2, save_total_limit=1)
     assert sorted(taken) == [*range(40)]
-    train(10, 4)  # there is nothing left: the trainer takes one step more
-    assert len(taken) == 44
+    assert len(train(10, 4)) == 4  # there is nothing left: the trainer takes one step more
 
 
 @pytest.mark.parametrize(
@@ -138,37 +161,21 @@ def test_a_run_goes_on_with_the_rows_that_follow(student: Any, teacher: Any, tmp
         (4, 2, "has other rows first: .* shuffle seed"),
     ],
 )
-def test_another_number_of_rows_a_step_or_another_order_is_refused(
-    student: Any, teacher: Any, tmp_path: Path, batch: int, seed: int, message: str
-) -> None:
-    path = write_rows(tmp_path / "t.tsv", 40)
-
-    def train(steps: int, batch: int, seed: int, resume: bool, **settings: Any) -> None:
-        rows = load_triples(path, streaming=True).shuffle(seed=seed, buffer_size=10)
-        settings |= {"max_steps": steps, "per_device_train_batch_size": batch, "save_strategy": "steps"}
-        make_trainer(tmp_path / "run", student, teacher, rows, save_steps=2, **settings).train(
-            resume_from_checkpoint=resume
-        )
-
-    train(2, 4, 1, resume=False)
+def test_another_batch_size_or_order_is_refused(train: Any, batch: int, seed: int, message: str) -> None:
+    train(2, 4, resume=False)
     with pytest.raises(ValueError, match=rf"{message}.*ignore_data_skip=True"):
-        train(4, batch, seed, resume=True)
-    train(4, batch, seed, resume=True, ignore_data_skip=True)
+        train(4, batch, seed=seed)
+    train(4, batch, seed=seed, ignore_data_skip=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_evaluation_has_the_loss_of_the_same_rows_in_memory(
-    student: Any, teacher: Any, tmp_path: Path, workers: int
-) -> None:
+def test_streamed_evaluation_has_the_loss_of_rows_in_memory(trainer_of: Any, tmp_path: Path, workers: int) -> None:
     path = write_rows(tmp_path / "t.tsv", 24)
     # One batch of all rows: those in memory are shuffled, and the candidates are those of a batch.
     settings = {"per_device_eval_batch_size": 24, "dataloader_num_workers": workers, "max_steps": 1}
     settings["dataloader_persistent_workers"] = workers > 0
     held = load_triples(path, cache_dir=tmp_path)
-    trainers = [
-        make_trainer(tmp_path, student, teacher, held, eval_dataset=rows, **settings)
-        for rows in (load_triples(path, streaming=True), held)
-    ]
+    trainers = [trainer_of(held, eval_dataset=rows, **settings) for rows in (load_triples(path, streaming=True), held)]
     streamed, again, expected = (one.evaluate()["eval_loss"] for one in (trainers[0], *trainers))
     assert streamed == again == pytest.approx(expected, rel=1e-5)
 
@@ -183,3 +190,42 @@ def test_rows_shuffled_otherwise_in_every_process_are_refused(tmp_path: Path, mo
             streaming.same_order_everywhere(rows.shuffle(seed=seed), torch.device("cpu"))
         with pytest.raises(ValueError, match=r"in another order in each process.*\.shuffle\(seed=\.\.\.\)"):
             streaming.same_order_everywhere(rows.shuffle(seed=2), torch.device("cpu"))
+
+
+# 24 rows in steps of 12 make two steps a pass; in steps of 18, the second step ends one pass and begins the next.
+SHARED: dict[str, dict[str, Any]] = {
+    "in order": {"step": 12},
+    "shuffled, two workers": {"step": 12, "shuffle_buffer": 7, "dataloader_num_workers": 2},
+    "over the end of a pass": {"step": 18, "shuffle_buffer": 7},
+    "evaluated": {"step": 12, "eval_strategy": "steps", "eval_steps": 2},
+}
+
+
+@pytest.mark.slow
+def test_processes_train_on_and_evaluate_the_rows_of_one(models: Path, tmp_path: Path) -> None:
+    def steps_of(case: str, processes: int, file_name: str = "rows") -> list[list[int]]:
+        """The rows of each step, of all processes together, in the order of the processes."""
+        files = [tmp_path / str(processes) / case / f"{file_name}-{process}.txt" for process in range(processes)]
+        read = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        return [[*chain(*parts)] for parts in zip(*read, strict=True)]
+
+    trained, evaluated = (str(write_rows(tmp_path / f"{rows}.tsv", rows)) for rows in (24, 18))
+    for processes in (1, 2, 3):
+        cases: dict[str, dict[str, Any]] = {}
+        for name, case in SHARED.items():
+            cases[name] = {"path": trained, "max_steps": 4, **case}
+            cases[name]["per_device_train_batch_size"] = cases[name].pop("step") // processes
+        cases["evaluated"]["evaluated"] = evaluated  # one step of 12, and half of one
+        words = ["-m", "tests.streaming_worker", str(models), str(tmp_path / str(processes)), json.dumps(cases)]
+        done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for name in SHARED:
+        expected = steps_of(name, 1)
+        assert all(steps_of(name, several) == expected for several in (2, 3)), name
+        taken = [*chain(*expected)]
+        assert all(sorted(taken[at : at + 24]) == list(range(24)) for at in range(0, len(taken), 24)), name
+    losses = []
+    for processes in (1, 2, 3):
+        assert steps_of("evaluated", processes, "evaluated") == 2 * [[*range(12)], [*range(12, 18)]]
+        losses.append(json.loads((tmp_path / str(processes) / "evaluated" / "eval_losses.json").read_text()))
+    assert losses[1:] == [pytest.approx(losses[0], rel=1e-4)] * 2

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,21 +15,18 @@ from tct_hf.data.collection import Collection, load_collection
 from tct_hf.data.near_duplicates import text_key
 from tct_hf.training import stages
 from tct_hf.training.run import dev_evaluator, train_colbert, train_stock
-from tct_hf.training.stages import Stage
+from tct_hf.training.stages import Stage, StepLines, precision
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.recipe import write_beir
-from tests.train_helpers import make_models, make_splade, triples
+from tests.train_helpers import make_models, make_splade, make_stage, triples
 
-ARGUMENTS: dict[str, Any] = {
-    "per_device_train_batch_size": 8,
-    "max_steps": 3,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "learning_rate": 1e-3,
-    "report_to": "none",
-    "use_cpu": True,
-    "seed": 3,
-}
+ARGUMENTS: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 3, "save_steps": 1, "learning_rate": 1e-3}
+SEED = {"seed": 3}
+ARGUMENTS |= SEED
+
+
+def losses_of(final: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((final / "training_log.json").read_text()) if "loss" in entry]
 
 
 def never() -> Any:
@@ -42,8 +40,8 @@ def colbert(
         torch.manual_seed(0)
         return build_colbert(str(base), encoding="tct", dim=8, query_length=16, document_length=64)
 
-    given: dict[str, Any] = {"arguments": ARGUMENTS, "settings": {"seed": 3}, "write": lambda line: None, **options}
-    return train_colbert(Stage(path / "teacher", path / "work", **given), make or new, make_triples, scale=scale)
+    stage = make_stage(path, **{"arguments": ARGUMENTS, "settings": SEED, **options})
+    return train_colbert(stage, make or new, make_triples, scale=scale)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(base: Path, tmp_path: Path) -> None:
     said: list[str] = []
     final = colbert(tmp_path, base, scale=4.0, write=said.append)
-    assert final == tmp_path / "teacher"
+    assert final == tmp_path / "final"
     assert ColBERTTeacher(str(final), dtype="float32").training_scale == 4.0
     log = json.loads((final / "training_log.json").read_text())
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
@@ -88,7 +86,7 @@ def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, wh
 
     with pytest.raises(Stop):
         colbert(tmp_path / "stopped", base, write=stop)
-    assert not (tmp_path / "stopped" / "teacher").exists()
+    assert not (tmp_path / "stopped" / "final").exists()
     with pytest.raises(ValueError, match="work holds a run with seed = 3, but now seed = 4"):
         colbert(tmp_path / "stopped", base, make=never, make_triples=never, settings={"seed": 4})
     said: list[str] = []
@@ -98,20 +96,19 @@ def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, wh
         assert (again / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_a_kill_between_training_and_publishing_costs_no_step(
+def test_a_kill_before_publishing_costs_no_step(
     base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stages, "replace_dir", lambda *args: never())
         with pytest.raises(AssertionError):
             colbert(tmp_path, base)
-    assert not (tmp_path / "teacher").exists()
+    assert not (tmp_path / "final").exists()
     said: list[str] = []
     final = colbert(tmp_path, base, write=said.append)
     assert said == []
     assert (final / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    log = json.loads((final / "training_log.json").read_text())
-    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert len(losses_of(final)) == 3
 
 
 @pytest.fixture
@@ -127,9 +124,7 @@ def test_a_dev_evaluator_takes_the_dev_queries_with_their_answers(collection: Co
 
 
 @pytest.mark.parametrize("kind", ["dense", "late interaction", "sparse"])
-def test_dev_is_encoded_in_the_precision_of_training_and_compared_in_float32(
-    collection: Collection, tmp_path: Path, kind: Any
-) -> None:
+def test_dev_is_encoded_in_the_precision_of_training(collection: Collection, tmp_path: Path, kind: Any) -> None:
     model: Any
     if kind == "late interaction":
         model = load_colbert(tiny_colbert(tmp_path))
@@ -148,18 +143,13 @@ def test_dev_is_encoded_in_the_precision_of_training_and_compared_in_float32(
 
 
 def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> None:
-    losses = []
     flagged = triples(16).add_column("labelled", [True] * 8 + [False] * 8)  # type: ignore[call-arg]
-    for name, rows in (("all", flagged), ("labelled", triples(8))):
-        final = colbert(
-            tmp_path / name,
-            base,
-            make_triples=lambda rows=rows: rows,
-            arguments={**ARGUMENTS, "batch_sampler": "batch_sampler"},
-        )
-        log = json.loads((final / "training_log.json").read_text())
-        losses.append([entry["loss"] for entry in log if "loss" in entry])
-    assert losses[0] == losses[1] and len(losses[0]) == 3
+    options = {"arguments": {**ARGUMENTS, "batch_sampler": "batch_sampler"}}
+    of_all, of_labelled = (
+        colbert(tmp_path / name, base, make_triples=lambda rows=rows: rows, **options)
+        for name, rows in (("all", flagged), ("labelled", triples(8)))
+    )
+    assert losses_of(of_all) == losses_of(of_labelled) and len(losses_of(of_all)) == 3
 
 
 @pytest.mark.parametrize("ids", [True, False])
@@ -185,7 +175,7 @@ def test_known_positives_are_in_no_batch_of_their_query_and_no_negatives_of_it(t
 
     model.preprocess = seen
     arguments = {**ARGUMENTS, "max_steps": 2, "per_device_train_batch_size": 2}
-    stage = Stage(tmp_path / "stock", tmp_path / "work", settings={}, arguments=arguments, write=said.append)
+    stage = make_stage(tmp_path, arguments=arguments, write=said.append)
     train_stock(stage, lambda: model, lambda: Dataset.from_dict(rows))
     assert "  3 of 5 rows are left out: a negative of theirs is their query or a positive of it" in said
     assert {"1"} in batches and {"2"} in batches  # the card reads all rows at once
@@ -199,7 +189,41 @@ def test_stock_training_is_cross_entropy_of_cosines_times_twenty_over_the_batch(
     expected = torch.nn.functional.cross_entropy(20 * queries @ torch.cat(passages).T, torch.arange(4))
     arguments = {**ARGUMENTS, "max_steps": 1, "per_device_train_batch_size": 4, "batch_sampler": "batch_sampler"}
     arguments |= {"hard_label_weight": 0.3, "push_to_hub": True}  # of other stages
-    folders = (tmp_path / "stock", tmp_path / "work")
-    stage = Stage(*folders, settings={}, arguments=arguments, write=lambda line: None)
-    final = train_stock(stage, lambda: model, lambda: rows)
-    assert json.loads((final / "training_log.json").read_text())[0]["loss"] == pytest.approx(float(expected), rel=1e-3)
+    final = train_stock(make_stage(tmp_path, arguments=arguments), lambda: model, lambda: rows)
+    assert losses_of(final) == [pytest.approx(float(expected), rel=1e-3)]
+
+
+def test_step_lines_tell_loss_parts_and_time_left() -> None:
+    said: list[str] = []
+    now = [0.0]
+    lines = StepLines(said.append, clock=lambda: now[0])
+    state = SimpleNamespace(global_step=20, max_steps=100, is_world_process_zero=True, log_history=[{"elapsed": 5.0}])
+    lines.on_train_begin(None, state, None)
+    now[0], state.global_step = 60.0, 40  # 20 steps a minute since the start
+    state.log_history.append({"loss": 1.5})
+    lines.on_log(None, state, None, logs={"loss": 1.5})
+    assert state.log_history == [{"elapsed": 5.0}, {"loss": 1.5, "elapsed": 65.0}]  # over all interruptions
+    parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.3, "top_agreement": 0.256}
+    lines.on_log(None, state, None, logs=parts)
+    lines.on_log(None, state, None, logs={"eval_loss": 1.0})
+    lines.on_log(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": False}), None, logs=parts)
+    assert said == [
+        "  goes on after step 20 of 100",
+        "  step    40 of 100   loss 1.500   3 min left",
+        "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.300, agreement with the teacher 26%)"
+        "   3 min left",
+    ]
+
+
+def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert precision("bf16", cpu) == {"bf16": True, "use_cpu": True}
+    assert precision("fp32", torch.device("cuda")) == {"bf16": False, "use_cpu": False}
+    for has in (True, False):
+        monkeypatch.setattr(stages, "has_bfloat16", lambda device, has=has: has)
+        assert precision("auto", cpu) == {"bf16": has, "use_cpu": True}
+
+
+def test_arguments_that_the_stage_sets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.output_dir is set by the stage itself"):
+        Stage(tmp_path, tmp_path, settings={}, arguments={"output_dir": "x"}).args(dict)
