@@ -337,7 +337,8 @@ def claim(
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
     if file.is_file() and any(p.name != CLAIM_FILE and not p.name.startswith(".") for p in folder.iterdir()):
         kept = read_json(file, _BEGIN_AGAIN)
-        kept_names = kept.pop(_NAMES, {})
+        kept_names = kept.pop(_NAMES, None)
+        kept_names = kept_names if isinstance(kept_names, dict) else {}  # nothing but shown
         if difference := _first_difference(kept, wanted):
             name, *values = difference
             before, now = (

@@ -159,18 +159,6 @@ def check_model_folder(name_or_path: str | Path) -> None:
         raise FileNotFoundError(f"{folder}: no config.json here, so this is no model folder; name the folder of one.")
 
 
-@contextmanager
-def told_when_missing(name_or_path: str) -> Iterator[None]:
-    """Say in one line which model a library could not find or read."""
-    check_model_folder(name_or_path)
-    try:
-        yield
-    except OSError as error:
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(f"{name_or_path}: no model can be loaded, from a folder or from the Hub ({first})") from error
-
-
 def resolve_model(name_or_path: str) -> str:
     """The folder of a bundled model; every other path or Hub id comes back as it is.
 

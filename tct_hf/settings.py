@@ -23,6 +23,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -304,6 +305,8 @@ def environment() -> dict[str, Any]:
     }
 
 
+# The recipe that runs: the name of its file, however it was started; None outside of recipes.
+_RECIPE: ContextVar[str | None] = ContextVar("recipe", default=None)
 # Beside `settings.yaml`: what the run ran on, and the recipe that it was of.
 _ENVIRONMENT_FILE = "environment.json"
 
@@ -311,11 +314,7 @@ _ENVIRONMENT_FILE = "environment.json"
 def save_resolved(settings: Any, output_dir: str | os.PathLike[str], *, extra: dict[str, Any]) -> None:
     """Write what a run was: `settings.yaml`, loadable again, and `environment.json`, what it ran on."""
     write_text_atomic(Path(output_dir) / "settings.yaml", resolved_yaml(settings))
-    write_json_atomic(Path(output_dir) / _ENVIRONMENT_FILE, {"recipe": _recipe(), **environment(), **extra})
-
-
-def _recipe() -> str:
-    return Path(sys.argv[0]).stem
+    write_json_atomic(Path(output_dir) / _ENVIRONMENT_FILE, {"recipe": _RECIPE.get(), **environment(), **extra})
 
 
 def _check_output(folder: str | None) -> None:
@@ -327,18 +326,15 @@ def _check_output(folder: str | None) -> None:
     other = None
     with suppress(OSError, ValueError):  # damaged: it is written anew
         other = read_json(Path(folder) / _ENVIRONMENT_FILE, MADE_AGAIN).get("recipe")
-    if other not in (None, _recipe()):
+    if other not in (None, _RECIPE.get()):
         raise SettingsError(f"output_dir: {folder} holds a run of the recipe {other}; name another folder")
 
 
-def _raised_on_purpose(error: BaseException) -> bool:
-    """Whether a `raise` statement of this package made the error, so that its message was written for the user."""
+def _for_the_user(error: BaseException, output: str | None) -> str | None:
+    """What was written for the user, or the system says of a path that can't be used; None of any other error."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise ")
-
-
-def _of_files(error: BaseException, output: str | None) -> str | None:
-    """What the system says of a path that can't be read or written; None of any other error."""
+    if Path(last.filename).is_relative_to(Path(__file__).parent) and (last.line or "").startswith("raise "):
+        return str(error)
     if not isinstance(error, OSError) or not isinstance(error.filename, (str, os.PathLike)):
         return None
     if output is not None and Path(error.filename).is_relative_to(output):
@@ -374,6 +370,7 @@ def run_recipe(
     A recipe script ends with `if __name__ == "__main__": run_recipe(main, Settings, __doc__)`.
     """
     output: str | None = None
+    running = _RECIPE.set(Path(main.__code__.co_filename).stem)  # type: ignore[attr-defined]
     try:
         with _stoppable():
             settings = load_settings(schema, argv, description=description or "")
@@ -389,8 +386,10 @@ def run_recipe(
             print(f"interrupted; to go on: {shlex.join(sys.orig_argv)}", file=sys.stderr)
         raise SystemExit(128 + number) from error
     except (ValueError, OSError, ImportError) as error:
-        said = str(error) if _raised_on_purpose(error) else _of_files(error, output)
+        said = _for_the_user(error, output)
         if said is None:
             raise
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(1) from error
+    finally:
+        _RECIPE.reset(running)

@@ -121,7 +121,6 @@ def in_this_process(name: str, settings: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
     def call(output: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", [str(script)])
         words, ended = [str(settings), f"--output_dir={output}", *options], 0
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             try:

@@ -27,6 +27,7 @@ from tct_hf.encoding.kinds import read_modules
 from tct_hf.evaluation.experiment import read_log
 from tct_hf.evaluation.report import Report
 from tct_hf.files import (
+    CLAIM_FILE,
     claim,
     is_claimed,
     read_json,
@@ -275,6 +276,15 @@ READERS: dict[str, Callable[[Path], object]] = {
     "tct_teacher.json": lambda folder: read_training_scale(str(folder)),
     "report.json": Report.load,
 }
+
+
+@pytest.mark.parametrize("kept", [3, None, ["model"], {"model": 3}])
+def test_names_of_another_kind_hide_no_claim(tmp_path: Path, kept: Any) -> None:
+    (tmp_path / "result").write_text("x")
+    write_json_atomic(tmp_path / CLAIM_FILE, {"model": "0123", "names": kept})
+    claim(tmp_path, {"model": "0123"}, {"model": "me/it"})
+    with pytest.raises(ValueError, match=r"holds a run with model = .*but now model = 'me/it' \(4567\)"):
+        claim(tmp_path, {"model": "4567"}, {"model": "me/it"})
 
 
 @pytest.mark.parametrize("counts", ["[]", "7", "{}", '{"queries": "x"}', '{"other": 1}'])

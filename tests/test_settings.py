@@ -254,6 +254,18 @@ def test_a_run_leaves_its_settings_and_what_it_ran_on(tmp_path: Path) -> None:
     assert {"python", "platform", "cpu_count", "torch_threads"} <= environment.keys()
 
 
+def test_a_recipe_has_the_name_of_its_file_however_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(settings: Lazy) -> None:
+        save_resolved(settings, settings.output_dir, extra={})
+
+    for program in ("/usr/bin/tct-hf", "-c", "recipes/train.py"):
+        monkeypatch.setattr(sys, "argv", [program])
+        run_recipe(main, Lazy, "Test.", ["--output_dir", str(tmp_path)])
+    assert json.loads((tmp_path / "environment.json").read_text())["recipe"] == "test_settings"
+
+
 def test_recipes_end_with_one_message_and_a_status(capsys: pytest.CaptureFixture[str]) -> None:
     def raises(error: BaseException) -> Any:
         def main(settings: Settings) -> None:

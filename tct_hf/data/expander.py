@@ -21,8 +21,8 @@ from tct_hf.batches import padding_of, passes
 from tct_hf.data import shards
 from tct_hf.data.expansion import query_columns
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
+from tct_hf.encoding.encoders import told_of_files
 from tct_hf.encoding.weights import check_dtype, compute_dtype, tokenizer_digest, weights_digest
-from tct_hf.hub_client import told_when_missing
 from tct_hf.progress import PassageProgress, print_at_once
 
 if TYPE_CHECKING:
@@ -73,14 +73,15 @@ def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", 
     """
     check_dtype(dtype)
     place = torch.device("cpu" if device is None else device)
-    with told_when_missing(name_or_path):
+    with told_of_files(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
     if not config.is_encoder_decoder:
         raise ValueError(
             f"{name_or_path}: no seq2seq model (T5, BART ...): name one that was trained to write queries"
         )
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=compute_dtype(dtype, place))
-    return model.eval().to(place), AutoTokenizer.from_pretrained(name_or_path)
+    with told_of_files(name_or_path):
+        model: Any = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=compute_dtype(dtype, place))
+        return model.eval().to(place), AutoTokenizer.from_pretrained(name_or_path)
 
 
 def expand_corpus(

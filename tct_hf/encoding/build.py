@@ -38,6 +38,7 @@ from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.encoders import (
     check_length,
     keep_layers,
+    load_model,
     load_transformer,
     make_own,
     make_tct,
@@ -48,7 +49,6 @@ from tct_hf.encoding.kinds import PROMPTS, kind_of
 from tct_hf.encoding.scale import length_of, scale_modules
 from tct_hf.encoding.weights import refuse_not_finite
 from tct_hf.files import replace_dir, staging_beside
-from tct_hf.hub_client import told_when_missing
 
 Encoding = Literal["own", "tct"]
 
@@ -103,9 +103,7 @@ def _load_own(
         model = SentenceTransformer(modules=[transformer, pool], similarity_fn_name="dot")
     else:
         # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-        kind_of(model_name_or_path)  # refuses what its files say wrong
-        with told_of_files(model_name_or_path):
-            model = SentenceTransformer(model_name_or_path, model_kwargs={"dtype": torch.float32})
+        model = load_model(SentenceTransformer, model_name_or_path, model_kwargs={"dtype": torch.float32})
     return _with_own(model, prompts, **lengths)
 
 
@@ -280,7 +278,7 @@ def student_from_teacher(
             raise ValueError(
                 f"{teacher} is no ColBERT ({kind}), so there is no teacher to start from: use build_student."
             )
-        model = MultiVectorEncoder(str(teacher), device="cpu")
+        model = load_model(MultiVectorEncoder, str(teacher), device="cpu")
     if not isinstance(model, MultiVectorEncoder):
         raise ValueError(
             f"{type(model).__name__} is not a multi-vector model: give a MultiVectorEncoder, a ColBERTTeacher, or the "
@@ -348,12 +346,13 @@ def _check_head(model_name_or_path: str) -> None:
         "A SPLADE student needs a checkpoint with its masked-language-model head (an architecture *ForMaskedLM, such "
         "as Luyu/co-condenser-marco, bert-base-uncased or distilbert-base-uncased), or a trained SPLADE."
     )
-    with told_when_missing(model_name_or_path):
+    with told_of_files(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path)
     if type(config) not in AutoModelForMaskedLM._model_mapping:
         raise ValueError(f"{model_name_or_path} is a {config.model_type} model, which has no such head. {needed}")
     if not any(name.endswith("ForMaskedLM") for name in config.architectures or []):
-        _, loading = AutoModelForMaskedLM.from_pretrained(model_name_or_path, output_loading_info=True)
+        with told_of_files(model_name_or_path):
+            _, loading = AutoModelForMaskedLM.from_pretrained(model_name_or_path, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"{model_name_or_path} lacks {', '.join(missing[:3])}. {needed}")
 

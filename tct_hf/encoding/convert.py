@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,7 @@ from transformers.utils import logging
 from tct_hf.cache import build_once, default_cache_dir
 from tct_hf.encoding.build import build_student
 from tct_hf.encoding.checkpoint import finalise_checkpoint
-from tct_hf.encoding.encoders import QUERY_LENGTH, told_of_files
+from tct_hf.encoding.encoders import QUERY_LENGTH, load_model, told_of_files
 from tct_hf.encoding.kinds import (
     ORIGIN_FILE,
     STARTING,
@@ -91,8 +90,7 @@ def load_student(
         folder = _cached(source, length, partial(_write_student, document_length=length))
     else:
         raise ValueError(f"{name_or_path} is no TCT student: {found.why}. {_instead(name_or_path, found)}")
-    with told_of_files(str(source)):
-        student = SentenceTransformer(str(folder), device=device)
+    student: SentenceTransformer = load_model(SentenceTransformer, str(folder), device=device)
     if document_length is not None:
         _set_document_length(student, document_length)
     # So that vectors and indexes say which model made them, not which folder of a cache.
@@ -111,7 +109,7 @@ def load_encoder(
     folder = fetch_model(name_or_path, revision=revision, token=token)
     loaders: dict[str, Callable[..., Any]] = {"dual-encoder": SentenceTransformer, "sparse": SparseEncoder}
     if loader := loaders.get(recognise(name_or_path, folder).kind):
-        return loader(str(folder), device=device)
+        return load_model(loader, str(folder), device=device)
     return load_student(name_or_path, revision=revision, token=token, device=device)
 
 
@@ -250,8 +248,7 @@ def _write_teacher(source: Path, out: Path, document_length: int | None) -> None
             "ColBERT (modules.json, or the architecture HF_ColBERT in config.json); to train one from this encoder "
             "use build_colbert."
         )
-    with _told_of_weights(source):
-        model = MultiVectorEncoder(str(source), device="cpu")
+    model = load_model(MultiVectorEncoder, str(source), device="cpu")
     if not native:
         transformer: Any = model[0]
         _check_weights(source / (modules[0]["path"] if modules else ""), type(transformer.model))
@@ -278,7 +275,7 @@ def _check_weights(source: Path, encoder: Any = AutoModel) -> list[str]:
 
     Returns the names of those that the encoder does not take.
     """
-    with _told_of_weights(source), _without_report():
+    with told_of_files(str(source)), _without_report():
         _, info = encoder.from_pretrained(str(source), output_loading_info=True)
     wrong = sorted(key for key in info["missing_keys"] if "pooler" not in key and "position_ids" not in key)
     wrong += [str(key) for key in info["mismatched_keys"]]
@@ -288,18 +285,3 @@ def _check_weights(source: Path, encoder: Any = AutoModel) -> list[str]:
             "the model would be partly random. Is this the checkpoint of an encoder of config.json's type?"
         )
     return [str(key) for key in info["unexpected_keys"]]
-
-
-@contextmanager
-def _told_of_weights(source: Path) -> Iterator[None]:
-    """Say what to do about weights that can't be read; the libraries load only tensors from pickles."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{source}: its weights hold more than tensors, and reading them could run code of their author. Get the "
-            "checkpoint in safetensors, or convert it where you trust it."
-        ) from error
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{source}: its weights don't fit its modules ({reason}); download it again.") from error

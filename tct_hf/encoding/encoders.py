@@ -6,11 +6,13 @@ TCT input is `[CLS] $A`, no `[SEP]`, with a prompt whose tokens stand apart from
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.base.modules.transformer import QueryExpansionConfig
 from tokenizers import Tokenizer
@@ -20,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from tct_hf.encoding.kinds import PROMPTS, kind_of
-from tct_hf.hub_client import told_when_missing
+from tct_hf.hub_client import check_model_folder
 
 QUERY_LENGTH = 36
 DOCUMENT_LENGTH = 154
@@ -39,13 +41,25 @@ def query_expansion(length: int) -> QueryExpansionConfig:
 
 @contextmanager
 def told_of_files(name_or_path: str) -> Iterator[None]:
-    """Say in one sentence which file of a model the libraries can't use."""
+    """Say in one sentence which model can't be loaded, and which file of it the libraries can't use."""
+    check_model_folder(name_or_path)
+    kind_of(name_or_path)  # refuses what its small files say wrong
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except OSError as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"{name_or_path}: no model can be loaded, from a folder or from the Hub ({first})") from error
+    except (ImportError, MemoryError):
         raise
+    except pickle.UnpicklingError as error:  # the libraries load nothing but tensors
+        raise ValueError(
+            f"{name_or_path}: its weights hold more than tensors, and reading them could run code of their author. "
+            "Get the checkpoint in safetensors, or convert it where you trust it."
+        ) from error
     except Exception as error:
-        blamed = "config.json or modules.json"
+        blamed = "config.json, modules.json, sentence_bert_config.json, config_sentence_transformers.json"
+        blamed += " or the weights"
         try:
             AutoTokenizer.from_pretrained(name_or_path)
         except Exception:
@@ -62,9 +76,28 @@ def told_of_files(name_or_path: str) -> Iterator[None]:
 def load_transformer(model_name_or_path: str, **options: Any) -> Transformer:
     """The encoder of a folder or Hub id, in float32."""
     # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
-    kind_of(model_name_or_path)  # refuses what its files say wrong
-    with told_when_missing(model_name_or_path), told_of_files(model_name_or_path):
-        return Transformer(model_name_or_path, model_kwargs={"dtype": torch.float32}, **options)
+    with told_of_files(model_name_or_path):
+        transformer = Transformer(model_name_or_path, model_kwargs={"dtype": torch.float32}, **options)
+        with torch.no_grad():
+            transformer(transformer.preprocess(["a"]))  # some of what its files say is read only now
+    return transformer
+
+
+def load_model(model_class: Any, name_or_path: str, **options: Any) -> Any:
+    """A model of sentence-transformers, tried on a word: some of what its files say is read only then."""
+    with told_of_files(name_or_path):
+        model = model_class(name_or_path, **options)
+        if all(weight.dtype == torch.float32 for weight in model.parameters()):  # a CPU may have no other
+            if isinstance(model, CrossEncoder):
+                model.predict([("a", "a")], show_progress_bar=False)
+            else:
+                for encode in (model.encode_query, model.encode_document):
+                    vectors = encode(["a"], show_progress_bar=False)
+                if isinstance(model, SentenceTransformer):
+                    said, found = model.get_embedding_dimension(), vectors.shape[1]
+                    if said not in (None, found):
+                        raise ValueError(f"its vectors have {found} dimensions, not {said!r}")
+    return model
 
 
 def make_tct(

@@ -36,7 +36,9 @@ _SIZES: dict[str, float] = {
     "max_seq_length": 10**8,
     "truncate_dim": 10**8,
     "model_max_length": math.inf,  # of thirty digits, or 1e30, where there is no limit
-    "num_hidden_layers": 10_000,
+    # Without a library's own limit: so many layers are made before the weights are looked at.
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers"), 1000),
+    **dict.fromkeys(("num_hidden_groups", "inner_group_num"), 1000),
 }
 _KINDS = {"architectures": list, "query_expansion": dict, "prompts": dict}
 
@@ -94,8 +96,18 @@ def _wrong_value(content: dict[str, Any]) -> str | None:
             return f"{name} is {value!r}, and no whole number {up_to}"
         if kind and value is not None and not isinstance(value, kind):
             return f"{name} is {value!r}, and no {kind.__name__}"
+        if kind is list and not all(isinstance(one, str) for one in value or []):
+            return f"{name} is {value!r}, and no list of texts"
     expansion = content.get("query_expansion")
     return _wrong_value(expansion) if expansion else None
+
+
+def read_json_of(name_or_path: str, file: str) -> Any:
+    """A JSON file of a folder or Hub repository; one that is missing is None."""
+    from sentence_transformers.util import load_file_path
+
+    path = load_file_path(name_or_path, file)
+    return None if path is None else read_json(Path(path))
 
 
 def module_classes(modules: list[dict[str, Any]] | None) -> list[str]:

@@ -15,23 +15,9 @@ from safetensors import safe_open
 
 logger = logging.getLogger(__name__)
 
-_forked = False
-
-
-def _in_child() -> None:
-    """A child has none of the threads of its parent's pool, and would wait for them for ever."""
-    global _forked
-    _forked = True
-    torch.set_num_threads(1)
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
-
-
-def usable_threads(threads: int) -> int:
-    """How many of these threads torch and Faiss can use: one in a forked process."""
-    return 1 if _forked else threads
+    # A child has none of the threads of its parent's pool, and would wait for them for ever.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -210,8 +210,7 @@ def compute_threads(threads: int | None) -> Iterator[None]:
     """Give torch and Faiss a number of CPU threads for a while; None leaves their own settings."""
     import torch
 
-    from tct_hf.encoding.weights import usable_threads
-    from tct_hf.retrieval.faiss_tools import faiss_threads
+    from tct_hf.retrieval.faiss_tools import faiss_threads, usable_threads
 
     before = torch.get_num_threads()
     with faiss_threads(threads):

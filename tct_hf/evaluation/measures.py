@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from tct_hf.data.ids import is_utf8
 from tct_hf.retrieval.runs import check_common, rank
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MEASURES = ("RR@10", "nDCG@10", "R@100")
 # TREC Deep Learning counts grades 2 and 3 as relevant for all but nDCG. Recall is often given from grade 1 on, too:
@@ -69,7 +72,7 @@ def evaluate_run(
         raise ValueError(f"measures: {measures!r} is one string; pass a list, for instance [{measures!r}]")
     if not measures:
         raise ValueError("measures is empty; name at least one, for instance RR@10")
-    if not qrels:
+    if not qrels and isinstance(qrels, Mapping):
         raise ValueError("qrels: no judged query; load the judgements of a split that has some")
     if type(relevance) is not int or not 1 <= relevance <= _HIGHEST_GRADE:
         raise ValueError(f"relevance: {relevance!r} is no grade of 1 or more")
@@ -78,6 +81,13 @@ def evaluate_run(
     # Copied into fresh dictionaries: engines accept nothing but plain int and float.
     judged = {query: _graded(query, grades) for query, grades in qrels.items()}
     scored = {query: _scored(query, run[query]) for query in judged if query in run}
+    if any(scored.values()) and all(judged[query].keys().isdisjoint(scores) for query, scores in scored.items()):
+        query = next(query for query, scores in scored.items() if scores)
+        logger.warning(
+            f"run, qrels: no passage of the run is judged for its query (for instance {next(iter(scored[query]))!r}, "
+            f"where {next(iter(judged[query]), None)!r} is judged): all measures are 0. Do both name passages of one "
+            "collection, with the same ids?"
+        )
     own = find_themselves(qrels, scored) if ignore_identical_ids is None else ignore_identical_ids
     import ir_measures
 

@@ -20,6 +20,7 @@ from tct_hf.cache import default_cache_dir
 from tct_hf.data.shards import MANIFEST_FILE
 from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
+from tct_hf.encoding.encoders import load_model
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
 from tct_hf.files import claim, command, working_in, write_json_atomic
@@ -312,7 +313,7 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
                 f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of "
                 f"one vector a text (beside a teacher of {command('train')} that is the folder student)."
             )
-        return SparseEncoder(place, device=device) if kind == "sparse" else SentenceTransformer(place, device=device)
+        return load_model(SparseEncoder if kind == "sparse" else SentenceTransformer, place, device=device)
 
     return _load("student", name, load)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardData
@@ -31,12 +31,23 @@ _READ_AS = {
     "mixture": " (pooled vectors, own MaxSim and BM25)",
     "self": " (the student's own token vectors and BM25)",
 }
-# For each family: the report's system that the card's metadata speaks of, and sentence-transformers' own metadata.
-_SYSTEM = {"student": "dense-exact", "sparse_student": LEARNED, "teacher": "teacher"}
-_METADATA: dict[str, Any] = {
-    "student": SentenceTransformerModelCardData,
-    "sparse_student": SparseEncoderModelCardData,
-    "teacher": MultiVectorEncoderModelCardData,
+
+
+class OfFamily(NamedTuple):
+    """What a family of checkpoints is elsewhere."""
+
+    loader: str  # sentence-transformers' class of it
+    metadata: Any  # sentence-transformers' own, of a card
+    system: str  # in a report
+    kinds: Sequence[str]  # as recognised by files
+
+
+FAMILIES: dict[Family, OfFamily] = {
+    "student": OfFamily(
+        "SentenceTransformer", SentenceTransformerModelCardData, "dense-exact", ("student", "dual-encoder")
+    ),
+    "sparse_student": OfFamily("SparseEncoder", SparseEncoderModelCardData, LEARNED, ("sparse",)),
+    "teacher": OfFamily("MultiVectorEncoder", MultiVectorEncoderModelCardData, "teacher", ("colbert",)),
 }
 _SIMILARITIES = {
     "dot": "dot product",
@@ -77,7 +88,15 @@ class CardFacts:
     def completed_by(self, folder: Path) -> CardFacts:
         """These facts, completed by what the training or conversion recorded beside the checkpoint."""
         record = read_json(folder / CLAIM_FILE) or {}
-        source = (read_json(folder / ORIGIN_FILE) or {}).get("source")
+        try:
+            return self._completed_by(record, (read_json(folder / ORIGIN_FILE) or {}).get("source"))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / CLAIM_FILE} holds no record of a training ({error}); copy it again, or remove it and give "
+                "the facts yourself."
+            ) from error
+
+    def _completed_by(self, record: dict[str, Any], source: Any) -> CardFacts:
         base = self.base_model or _base_model(record) or source
         teacher, student = record.get("teacher") or {}, record.get("student")
         distilled = student is not None
@@ -162,9 +181,9 @@ def write_card(
         raise ValueError(f"the model card is not complete: give {'; '.join(wrong)}.")
     check_metadata(vars(facts))  # what a record completed, too
     title = repo_id.split("/")[-1]
-    results = [] if report is None else eval_results(report, _SYSTEM[family])
+    results = [] if report is None else eval_results(report, FAMILIES[family].system)
     shape = _shape(folder)
-    stock = _METADATA[family]()
+    stock = FAMILIES[family].metadata()
     tags = [*stock.tags, *(["splade"] if family == "sparse_student" and shape["splade"] else [])]
     if (family == "student" and shape["tct"]) or (family == "sparse_student" and facts.distilled):
         tags.append("tct-colbert")

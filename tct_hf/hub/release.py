@@ -16,7 +16,7 @@ from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, read_json, read_modules
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
 from tct_hf.files import command, replace_dir, staging_beside, write_text_atomic, writing
-from tct_hf.hub.cards import CardFacts, Family, write_card
+from tct_hf.hub.cards import FAMILIES, CardFacts, Family, write_card
 from tct_hf.hub.contents import (
     FIGURES,
     RECIPE,
@@ -30,7 +30,6 @@ from tct_hf.hub.contents import (
 from tct_hf.hub_client import active_token, check_hub_names, check_metadata, files_of, push_folder
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".ot")
-_LOADERS = {"student": "SentenceTransformer", "sparse_student": "SparseEncoder", "teacher": "MultiVectorEncoder"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Release:
     def loading(self) -> str:
         """The lines that load it, pinned to the tag or the commit."""
         pin = self.tag or self.commit
-        revision, loader = f', revision="{pin}"' if pin else "", _LOADERS[self.family]
+        revision, loader = f', revision="{pin}"' if pin else "", FAMILIES[self.family].loader
         return f'from sentence_transformers import {loader}\n\nmodel = {loader}("{self.repo_id}"{revision})'
 
 
@@ -166,19 +165,14 @@ def release(
 
 def _family(source: Path) -> Family:
     found = recognise(str(source), source)
-    families: dict[str, Family] = {
-        "student": "student",
-        "dual-encoder": "student",
-        "colbert": "teacher",
-        "sparse": "sparse_student",
-    }
-    if found.kind not in families or (source / "artifact.metadata").is_file():
+    family = next((family for family, of in FAMILIES.items() if found.kind in of.kinds), None)
+    if family is None or (source / "artifact.metadata").is_file():
         raise ValueError(
             f"{source}: {found.why}; a release is a student, a ColBERT teacher or a sparse student saved by "
             "sentence-transformers. Convert a bare encoder or a checkpoint of the Stanford code with "
             "convert_checkpoint first."
         )
-    return families[found.kind]
+    return family
 
 
 def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | Path | None) -> None:
@@ -218,7 +212,7 @@ def _check(staging: Path, family: Family, source: Path) -> None:
         finalise_checkpoint(staging)
         validate_checkpoint(staging)
         return
-    loader = _LOADERS[family]
+    loader = FAMILIES[family].loader
     here = {} if family == "teacher" else own_vectors(source, loader)
     check_vectors(
         staging,
@@ -241,7 +235,7 @@ def _check_report(report: Report, staging: Path, family: Family) -> None:
     # A sparse student may be the only student of the report, or the one beside a dense one.
     role = "student" if family == "sparse_student" and not report.models.get(family) else family
     measured = report.models.get(role) or {}
-    model = getattr(sentence_transformers, _LOADERS[family])(str(staging), device="cpu")
+    model = getattr(sentence_transformers, FAMILIES[family].loader)(str(staging), device="cpu")
     if measured.get("weights_sha256") != weights_digest(model):
         name, kind = measured.get("name"), role.replace("_", " ")
         raise ValueError(

@@ -17,7 +17,6 @@ import faiss
 import numpy as np
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
-from tct_hf.encoding.weights import usable_threads
 from tct_hf.retrieval.vectors import BLOCK, UnitRows, as_matrix, blocks
 
 # Up to these counts the simpler index is the better one: exact search takes milliseconds, and a graph with its whole
@@ -32,6 +31,7 @@ _MOST_LISTS = 65_536
 # the mean of the unit vectors.
 _SAME, _COMMON = 0.2, 0.5
 
+_LOADED_BY = os.getpid()
 if hasattr(os, "register_at_fork"):
     # A child has none of the threads of its parent's pool, and would wait for them for ever.
     os.register_at_fork(after_in_child=partial(faiss.omp_set_num_threads, 1))
@@ -67,6 +67,11 @@ def factory_for(count: int) -> str:
 def _lists_for(count: int) -> int:
     """Near 2 sqrt(count): reading the centroids then costs about as much as reading the lists."""
     return min(_MOST_LISTS, 2 ** round(math.log2(2 * math.sqrt(count))))
+
+
+def usable_threads(threads: int) -> int:
+    """How many of these threads Faiss and torch can use: one in a forked process."""
+    return threads if os.getpid() == _LOADED_BY else 1
 
 
 @contextmanager

@@ -29,7 +29,10 @@ def without_own(run: Mapping[str, Mapping[str, float]], depth: int | None = None
 
 
 def check_common(name: str, one: Mapping[str, Any], other_name: str, other: Mapping[str, Any]) -> None:
-    """Refuse runs or judgements that have queries, but none in common: their ids are of two kinds, or two splits'."""
+    """Refuse what is no run or judgements, and those without a query in common: ids of two kinds, or two splits'."""
+    for what, given in ((name, one), (other_name, other)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{what} is a {type(given).__name__}; give a mapping of query id to its passages")
     if one and other and one.keys().isdisjoint(other):
         raise ValueError(
             f"{name}, {other_name}: no query in common (for instance {next(iter(one))!r} and {next(iter(other))!r}); "

@@ -11,15 +11,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate.utils import send_to_device
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import load_file_path
 from torch import Tensor
 
 from tct_hf import files
 from tct_hf.batches import spread_own
 from tct_hf.data.rows import checked_texts
-from tct_hf.encoding.kinds import TRAINING_FILE, check_query_length
+from tct_hf.encoding.encoders import load_model
+from tct_hf.encoding.kinds import TRAINING_FILE, read_json_of
 from tct_hf.encoding.weights import check_dtype, compute_dtype, unpack_half
-from tct_hf.hub_client import told_when_missing
 from tct_hf.retrieval.encode import say_cut_queries
 
 Features = Mapping[str, Any]
@@ -207,16 +206,12 @@ class ModelTeacher(Teacher):
     @classmethod
     def load(cls, name_or_path: str) -> Any:
         """The model of a folder or Hub id, unless it would be completed with random weights."""
-        names = ("config_sentence_transformers.json", "sentence_bert_config.json")
-        own, also = (read_json(name_or_path, file) for file in names)
-        kind = (own or {}).get("model_type")
+        kind = (read_json_of(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
         if kind in _CLASSES and kind != cls.model_class.__name__:
             raise ValueError(
                 f"{name_or_path} is a {kind}, {_CLASSES[kind]}, and no {cls.what}: name the folder or Hub id of one."
             )
-        config = read_json(name_or_path, "config.json")
-        check_query_length(name_or_path, config, own, also)
-        modules = read_json(name_or_path, "modules.json")
+        config, modules = (read_json_of(name_or_path, file) for file in ("config.json", "modules.json"))
         if config is not None and not cls.is_whole(kind, [one["type"].rpartition(".")[2] for one in modules or []]):
             architectures = config.get("architectures") or [""]
             if not any(name.endswith(cls.heads) for name in architectures):
@@ -225,8 +220,7 @@ class ModelTeacher(Teacher):
                     "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
                     f"train one from it ({cls.trained_with})."
                 )
-        with told_when_missing(name_or_path):
-            return cls.model_class(name_or_path)
+        return load_model(cls.model_class, name_or_path)
 
     @classmethod
     def is_whole(cls, kind: str | None, modules: Sequence[str]) -> bool:
@@ -263,17 +257,11 @@ def check_scale(value: Any) -> float:
     return float(value)
 
 
-def read_json(name_or_path: str, file: str) -> Any:
-    """A JSON file of a folder or Hub repository, None where it is not there."""
-    path = load_file_path(name_or_path, file)
-    return None if path is None else files.read_json(path, "copy or download the model again.", kind=object)
-
-
 def read_training_scale(name_or_path: str) -> float:
     """The scale a teacher was trained at, as its folder or Hub repository records it; 1.0 where it records nothing."""
     try:
-        record = read_json(name_or_path, TRAINING_FILE)
-        return 1.0 if record is None else check_scale(record["training_scale"] if isinstance(record, dict) else None)
+        record = read_json_of(name_or_path, TRAINING_FILE)
+        return 1.0 if record is None else check_scale(record["training_scale"])
     except (ValueError, KeyError) as error:  # not UTF-8, not JSON, or no scale
         raise ValueError(
             f'{name_or_path}/{TRAINING_FILE}: {error} Make it {{"training_scale": 1.0}} with the factor of the '

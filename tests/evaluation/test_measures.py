@@ -98,6 +98,9 @@ def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
         ({"q1": {1: 2.0}}, QRELS, ["RR@10"], "run: query 'q1': passage id 1 must be a text"),
         ({"q1": ["a", "b"]}, QRELS, ["RR@10"], "run: query 'q1' has a list; give a mapping of passage id to score"),
         ({}, {"q1": ["a"]}, ["RR@10"], "qrels: query 'q1' has a list; give a mapping of passage id to grade"),
+        (["q1"], QRELS, ["RR@10"], "run is a list; give a mapping of query id"),
+        (RUN, ["q1"], ["RR@10"], "qrels is a list; give a mapping of query id"),
+        (None, None, ["RR@10"], "run is a NoneType"),
         ({"x": {"a": 1.0}}, QRELS, ["RR@10"], "no query in common .for instance 'x' and 'q1'"),
         # What would end the process in C, or be taken for something else there.
         ({"q1": {"a\ud800": 1.0}}, QRELS, ["RR@10"], r"run: query 'q1': passage id 'a\\ud800' must be a text"),
@@ -116,6 +119,13 @@ def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
 def test_wrong_arguments_are_named(run: dict, qrels: dict, measures: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_run(run, qrels, measures)
+
+
+def test_a_run_without_a_judged_passage_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for run, said in (({"q2": {"1": 2.0}}, 1), ({"q2": {}}, 0), (RUN, 0), ({"q2": {"c": 1.0, "x": 2.0}}, 0)):
+        caplog.clear()
+        evaluate_run(run, QRELS)
+        assert ["(for instance '1', where 'c' is judged)" in one.message for one in caplog.records] == [True] * said
 
 
 @pytest.mark.parametrize("relevance", [0, True, 2**21])

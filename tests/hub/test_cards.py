@@ -98,6 +98,17 @@ def test_a_card_says_what_is_beyond_the_papers_student(tmp_path: Path) -> None:
     check(card, (*recorded, *said), ("always 36 tokens",))
 
 
+@pytest.mark.parametrize(
+    "record",
+    [{"teacher": "x"}, {"student": [1]}, {"student": {"training": 3}}, {"encoder": "x"}, {"data": 7},
+     {"student": {}, "teacher": {"kind": "bm25", "mixed_with": 3}}, {"student": {}, "teacher": {"kind": "stored"}}],
+)  # fmt: skip
+def test_a_record_of_another_kind_is_named(tmp_path: Path, record: dict[str, Any]) -> None:
+    write_json_atomic(tmp_path / CLAIM_FILE, record)
+    with pytest.raises(ValueError, match=r"tct_settings\.json holds no record of a training"):
+        CardFacts().completed_by(tmp_path)
+
+
 def test_a_sparse_card_says_what_it_was_trained_with(tmp_path: Path) -> None:
     types = ["sentence_transformers.x.MLMTransformer", "sentence_transformers.x.SpladePooling"]
     modules = [{"type": kind, "path": f"{i}_X" if i else ""} for i, kind in enumerate(types)]
