@@ -176,7 +176,7 @@ class ResumableTrainer(Trainer):
         self._skipped_steps = 0
         if self._idle_steps is not None:
             optimizer: Any = self.optimizer
-            self._rate = max(float(group["lr"]) for group in optimizer.param_groups)
+            self._rate = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
             self._idle_steps = self._idle_steps + 1 if 0.0 in (float(norm), self._rate) else None
             if self._idle_steps == PATIENCE:
                 self.refuse_idle()
@@ -198,10 +198,7 @@ class ResumableTrainer(Trainer):
     def refuse_idle(self) -> None:
         """Stop a run whose steps have no gradient, or a learning rate of 0."""
         if not self._rate:
-            raise ValueError(
-                f"The learning rate of the first {self._idle_steps} steps is 0, so nothing is learned: raise "
-                "learning_rate, or warm up over fewer steps."
-            )
+            raise ValueError("learning_rate is 0, so nothing is learned: raise it.")
         raise ValueError(
             f"The gradient of the first {self._idle_steps} steps is 0, so nothing is learned: a query needs another "
             "candidate than its positive. Raise per_device_train_batch_size, give rows negatives, and unfreeze the "
