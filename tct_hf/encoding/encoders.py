@@ -78,7 +78,7 @@ def load_transformer(model_name_or_path: str, **options: Any) -> Transformer:
     # transformers would keep a half-precision checkpoint's dtype: training in it loses small updates.
     with told_of_files(model_name_or_path):
         transformer = Transformer(model_name_or_path, model_kwargs={"dtype": torch.float32}, **options)
-        with torch.no_grad():
+        with torch.no_grad(), _as_it_was(transformer.tokenizer):
             transformer(transformer.preprocess(["a"]))  # some of what its files say is read only now
     return transformer
 
@@ -88,16 +88,33 @@ def load_model(model_class: Any, name_or_path: str, **options: Any) -> Any:
     with told_of_files(name_or_path):
         model = model_class(name_or_path, **options)
         if all(weight.dtype == torch.float32 for weight in model.parameters()):  # a CPU may have no other
-            if isinstance(model, CrossEncoder):
-                model.predict([("a", "a")], show_progress_bar=False)
-            else:
-                for encode in (model.encode_query, model.encode_document):
-                    vectors = encode(["a"], show_progress_bar=False)
-                if isinstance(model, SentenceTransformer):
-                    said, found = model.get_embedding_dimension(), vectors.shape[1]
-                    if said not in (None, found):
-                        raise ValueError(f"its vectors have {found} dimensions, not {said!r}")
+            with _as_it_was(getattr(model, "tokenizer", None)):
+                _try(model)
     return model
+
+
+def _try(model: Any) -> None:
+    if isinstance(model, CrossEncoder):
+        model.predict([("a", "a")], show_progress_bar=False)
+        return
+    for encode in (model.encode_query, model.encode_document):
+        vectors = encode(["a"], show_progress_bar=False)
+    if isinstance(model, SentenceTransformer):
+        said, found = model.get_embedding_dimension(), vectors.shape[1]
+        if said not in (None, found):
+            raise ValueError(f"its vectors have {found} dimensions, not {said!r}")
+
+
+@contextmanager
+def _as_it_was(tokenizer: Any) -> Iterator[None]:
+    """Keep the truncation and padding of a tokenizer, which are saved with it, from what is encoded meanwhile."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = None if backend is None else (backend.truncation, backend.padding)
+    yield
+    if backend is not None and before is not None:
+        truncation, padding = before
+        backend.enable_truncation(**truncation) if truncation else backend.no_truncation()
+        backend.enable_padding(**padding) if padding else backend.no_padding()
 
 
 def make_tct(
