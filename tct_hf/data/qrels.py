@@ -121,9 +121,9 @@ def _fields(line: bytes, tabs: bool) -> list[bytes]:
 
 
 def _is_header(line: bytes, tabs: bool, place: str) -> bool:
-    """Whether a line names the columns: no number stands where the score is."""
+    """Whether a line names the columns; words between blanks may be prose."""
     names = [name.decode(errors="replace") for name in _fields(line.lstrip(b"# "), tabs)]
-    if len(names) not in (3, 4) or not is_header([names[0], *names[-2:]], unlike=True):
+    if len(names) not in (3, 4) or not is_header([names[0], *names[-2:]], unlike=tabs):
         return False
     if "query" in names[-2].lower() and "query" not in names[0].lower():
         raise ValueError(f"{place}: columns {names}, but the query comes first, then the passage; change their order")
