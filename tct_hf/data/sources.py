@@ -451,7 +451,7 @@ def _data_files(place: str, config: str | None, revision: str | None) -> dict[st
     if Path(place).is_dir() and config is None and not (card.is_file() and b"configs:" in card.read_bytes()):
         # All kinds there are: `datasets` takes those of one kind.
         every = reach(place, lambda: DataFilesDict.from_patterns(get_data_patterns(place), place))
-        found = {split: [file for file in files if format_of(Path(file)) in _DATA] for split, files in every.items()}
+        found = {split: [file for file in files if _holds_rows(Path(file))] for split, files in every.items()}
         return {str(split): files for split, files in found.items() if files}
     try:
         builder = reach(place, lambda: load_dataset_builder(place, config, revision=revision))
@@ -464,6 +464,15 @@ def _data_files(place: str, config: str | None, revision: str | None) -> dict[st
             return {}
         return _data_files(snapshot, config, None)
     return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether a file of a folder is data by its suffix, and not a licence, a README or settings in indented JSON."""
+    if format_of(path) not in _DATA or path.name in ("dataset_infos.json", "dataset_info.json", "state.json"):
+        return False
+    if format_of(path) == ".txt":
+        return path.stem.lower() not in ("readme", "license", "licence", "notice")
+    return format_of(path) != ".json" or next(byte_lines(path), (1, b""))[1].strip() not in (b"{", b"{}")
 
 
 def one_split(parts: Mapping[Any, Any], split: str | None, source: str) -> Any:

@@ -202,6 +202,17 @@ def test_files_of_a_folder_are_read_by_our_own_readers_or_refused(
         load_triples(tmp_path)
 
 
+def test_settings_and_licences_beside_data_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / "triples.csv").write_text(FILES["a.csv"])
+    for name, text in (
+        ("summary.json", '{\n  "rows": 1\n}\n'),
+        ("LICENSE.txt", "free\n"),
+        ("dataset_infos.json", "{}"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert load_triples(tmp_path)["query"][:] == ["a"]
+
+
 def test_suffixes_of_a_folder_may_be_upper_case(tmp_path: Path) -> None:
     (tmp_path / "train.CSV").write_text(FILES["a.csv"])
     (tmp_path / "test.csv").write_text(FILES["a.csv"])
