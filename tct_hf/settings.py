@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import json
 import os
@@ -337,7 +338,10 @@ def _for_the_user(error: BaseException, output: str | None) -> str | None:
         return str(error)
     if not isinstance(error, OSError) or not isinstance(error.filename, (str, os.PathLike)):
         return None
-    if output is not None and Path(error.filename).is_relative_to(output):
+    unwritable = (
+        isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) or error.errno == errno.EROFS
+    )
+    if output is not None and unwritable and Path(error.filename).is_relative_to(output):
         return f"output_dir: {error.filename} can't be written ({error.strerror}); name another folder"
     return f"{error.filename}: {error.strerror}"
 
@@ -382,8 +386,11 @@ def run_recipe(
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":  # one of a group of processes speaks for all
-            print(f"interrupted; to go on: {shlex.join(sys.orig_argv)}", file=sys.stderr)
+        # One of a group of processes speaks for all, and only their launcher knows the command.
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if os.environ.get("RANK", "0") == "0":
+            again = shlex.join(sys.orig_argv) if alone else "run the same command again"
+            print(f"interrupted; to go on: {again}", file=sys.stderr)
         raise SystemExit(128 + number) from error
     except (ValueError, OSError, ImportError) as error:
         said = _for_the_user(error, output)

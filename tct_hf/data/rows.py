@@ -206,8 +206,8 @@ def plain(value: Any) -> Any:
 def as_grade(value: Any) -> int:
     """A grade, which must be a whole number: 1 or 1.0, as text too."""
     value = plain(value)
-    # int() takes 1_0, blanks and the digits of other scripts, too.
-    if isinstance(value, str) and (whole := _INTEGER.fullmatch(value)):
+    # int() takes 1_0 and the digits of other scripts, too.
+    if isinstance(value, str) and (whole := _INTEGER.fullmatch(value.strip(" \t\r"))):
         return int(whole[1])
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1 and abs(value) < 2**63:
         return int(value)

@@ -23,7 +23,7 @@ from tct_hf.data.texts import open_texts
 from tests.rows import jsonl, write
 
 
-@pytest.mark.parametrize("value", ["1_0", " 1", "1 ", "\uff11", "1e0", "1.5", "", "0x1", True, None, 0.5, "nan", [1]])
+@pytest.mark.parametrize("value", ["1_0", "--1", "\uff11", "1e0", "1.5", "", "0x1", True, None, 0.5, "nan", [1]])
 def test_a_grade_that_is_no_plain_integer_is_refused_with_its_place(tmp_path: Path, value: Any) -> None:
     with pytest.raises(BadRow):
         as_grade(value)
@@ -41,7 +41,7 @@ def test_a_grade_that_is_no_plain_integer_is_refused_with_its_place(tmp_path: Pa
 
 
 def test_whole_numbers_are_grades_whatever_holds_them() -> None:
-    for value in (2, 2.0, "2", "2.0", "+2", np.int64(2), np.float32(2)):
+    for value in (2, 2.0, "2", "2.0", "+2", " 2 ", np.int64(2), np.float32(2)):
         assert as_grade(value) == 2
     assert as_grade("-1") == -1
     grades = {"q": {"d": np.int64(1), np.int64(7): 1}}
