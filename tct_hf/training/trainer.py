@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import islice
 from typing import Any, ClassVar, cast
 
@@ -78,9 +79,9 @@ def checked_rows(given: Any, argument: str) -> Any:
             "datasets.interleave_datasets, or load them with streaming=False."
         )
     rows = {name: _checked(one, name) for name, one in before.items()}
-    if all(rows[name] is one for name, one in before.items()):
-        return given
-    return type(given)(rows) if isinstance(given, dict) else rows[argument]
+    if isinstance(given, dict):  # copies: sentence-transformers puts a transform on each of them in place
+        return type(given)({name: copy(one) for name, one in rows.items()})
+    return rows.get(argument)
 
 
 def _checked(rows: Any, name: str) -> Any:

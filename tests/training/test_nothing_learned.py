@@ -195,6 +195,7 @@ def test_each_data_set_is_looked_at_with_its_own_loss(student: Any, trainer_of: 
     own, batch = (TightlyCoupledLoss(student, candidates=one) for one in ("own", "in-batch"))
     rows = DatasetDict(a=triples(8).select_columns(["query", "positive"]), b=triples(16))
     trainer_of(rows, loss={"a": batch, "b": own}).train()
+    assert "dataset_name" not in rows["a"][0]  # the caller's own rows stay as they were
     with pytest.raises(ValueError, match="a has no negatives, and candidates is own"):
         trainer_of(rows, loss={"a": own, "b": batch})
 
