@@ -37,6 +37,13 @@ def pytest_collection_finish() -> None:
     spare_the_collector()
 
 
+@pytest.fixture(autouse=True)
+def _nothing_said_yet() -> None:
+    """Warnings that are given once in a process are given once in a test."""
+    if encode := sys.modules.get("tct_hf.retrieval.encode"):
+        encode._said.clear()
+
+
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     """As `monkeypatch`, for what a whole module shares."""

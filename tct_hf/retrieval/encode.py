@@ -150,6 +150,10 @@ def filled_rows(model: Any, features: Mapping[str, Any]) -> list[int]:
     return (used >= slots).nonzero().flatten().tolist()
 
 
+# Warnings that were given; each is given once in a process.
+_said: set[str] = set()
+
+
 def say_cut_queries(
     model: Any,
     queries: Sequence[str],
@@ -169,11 +173,14 @@ def say_cut_queries(
     tokens = tokenizer([prompt + text for text in queries], verbose=False)["input_ids"]
     cut = [text for text, ids in zip(queries, tokens, strict=True) if len(ids) > slots]
     if cut:
-        logger.warning(
-            f"{len(cut):,} of {total:,} queries have more than the {slots} tokens that a query keeps"
-            f"{' beside a long passage' if beside else ''}, and are cut (first {cut[0][:80]!r}): queries that differ "
-            f"only after that are the same to the model. Shorten them, or {fix}."
+        said = (
+            f"Longer than the {slots} tokens that are read of a query{' beside a long passage' if beside else ''}, "
+            f"and cut: {len(cut):,} of {total:,} queries (first {cut[0][:60]!r}). Those that differ only after that "
+            f"are the same to the model: shorten them, or {fix}."
         )
+        if said not in _said:  # models of one kind say the same of the same queries
+            _said.add(said)
+            logger.warning(said)
     return bool(cut)
 
 

@@ -107,11 +107,11 @@ def test_queries_that_a_teacher_cuts_are_counted_once(
         teacher = CachedTeacher(teacher, tmp_path)
     queries = ["query " * 300, "a query", "student " * 300]
     teacher.announce([{"query": one, "positive": "a passage"} for one in queries], ["positive"], queries=2, devices=1)
-    assert "2 of 3 queries have more than the " in caplog.text
+    assert "and cut: 2 of 3 queries" in caplog.text
     caplog.clear()
     for query in queries:
         teacher.list_scores(query, ["a passage"])
-    assert "queries have more than" not in caplog.text
+    assert "Longer than" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["colbert", "bm25", "cross-encoder in-batch", "cached", "ensemble"])
