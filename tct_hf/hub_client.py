@@ -52,7 +52,7 @@ def _message(error: BaseException, doing: str) -> str | None:
         f"it ({doing}). Check the name; for a private one {_LOG_IN}.",
         errors.RevisionNotFoundError: f"it has no such revision ({doing}). Name a branch, a tag or a whole commit "
         "hash.",
-        errors.HFValidationError: f"it is no folder here, and no Hub id (owner/name) either ({doing}).",
+        errors.HFValidationError: f"neither a folder nor a Hub id (owner/name) ({doing}).",
         errors.LocalTokenNotFoundError: f"there is no token ({doing}); {_LOG_IN}.",
         errors.OfflineModeIsEnabled: f"{doing} needs the Hub, but HF_HUB_OFFLINE is set; unset it.",
         errors.LocalEntryNotFoundError: f"it is not in the local cache, and the Hub can't be reached ({doing}). Check "
@@ -155,7 +155,8 @@ BUNDLED = {
 def check_model_folder(name_or_path: str | Path) -> None:
     """Refuse a folder that holds no model."""
     folder = Path(name_or_path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "modules.json")):
+    names = ("config.json", "modules.json", "adapter_config.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(f"{folder}: no config.json here, so this is no model folder; name the folder of one.")
 
 

@@ -205,5 +205,5 @@ def _check_passages(corpus: Dataset, judged: Judgements, source: str, skipped: S
             del grades[passage_id]
         if not grades:
             del judged.qrels[query_id]
-    first = next(iter(judged.places.values()))
-    check_positives(judged.qrels, f"{first} and after, of queries and passages that are there")
+    file = next(iter(judged.places.values())).rpartition(", ")[0]
+    check_positives(judged.qrels, f"{file}, without judgements of missing queries and passages")

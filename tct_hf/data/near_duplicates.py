@@ -32,7 +32,7 @@ def groups(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
 
 
 def folded(text: str) -> str:
-    """What two texts have in common that count as the same: all but case, punctuation and white space.
+    """Normalise case, punctuation and white space.
 
     A text of nothing but punctuation keeps it.
     """

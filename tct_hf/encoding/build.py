@@ -30,7 +30,6 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from sentence_transformers.sparse_encoder.modules import SpladePooling
-from sentence_transformers.util import load_file_path
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -45,7 +44,7 @@ from tct_hf.encoding.encoders import (
     set_lengths,
     told_of_files,
 )
-from tct_hf.encoding.kinds import PROMPTS, kind_of
+from tct_hf.encoding.kinds import PROMPTS, kind_of, read_json_of
 from tct_hf.encoding.scale import length_of, scale_modules
 from tct_hf.encoding.weights import refuse_not_finite
 from tct_hf.files import replace_dir, staging_beside
@@ -97,7 +96,7 @@ def _load_own(
     model_name_or_path: str, prompts: Mapping[str, str] | None, **lengths: int | None
 ) -> SentenceTransformer:
     """An embedding model as it is, but for prompts and lengths; a bare encoder with mean pooling and dot product."""
-    if load_file_path(model_name_or_path, "modules.json") is None:
+    if read_json_of(model_name_or_path, "modules.json") is None:
         transformer = load_transformer(model_name_or_path)
         pool = Pooling(transformer.get_embedding_dimension(), "mean")
         model = SentenceTransformer(modules=[transformer, pool], similarity_fn_name="dot")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -31,6 +32,9 @@ DOCUMENT_LENGTH = 154
 # an ideograph, a space.
 _PROBES = ("a", "the", "word", "Word", "1", ".", "é", "中", " x", "")
 
+# In errors of a device, which no file is to blame for.
+_OF_A_DEVICE = re.compile(r"CUDA|cuda|cuDNN|CUBLAS|NCCL|NVIDIA|HIP error|\b(MPS|XPU)\b")
+
 _SPECIAL = ("unk_token", "bos_token", "eos_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -43,14 +47,14 @@ def query_expansion(length: int) -> QueryExpansionConfig:
 def told_of_files(name_or_path: str) -> Iterator[None]:
     """Say in one sentence which model can't be loaded, and which file of it the libraries can't use."""
     check_model_folder(name_or_path)
-    kind_of(name_or_path)  # refuses what its small files say wrong
+    kind_of(name_or_path)  # refuses what its small files say wrong, and a repository that can't be read
     try:
         yield
     except OSError as error:
         first = (str(error).strip().splitlines() or [repr(error)])[0]
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
         raise kind(f"{name_or_path}: no model can be loaded, from a folder or from the Hub ({first})") from error
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:  # the libraries load nothing but tensors
         raise ValueError(
@@ -58,6 +62,12 @@ def told_of_files(name_or_path: str) -> Iterator[None]:
             "Get the checkpoint in safetensors, or convert it where you trust it."
         ) from error
     except Exception as error:
+        if isinstance(error, (RuntimeError, AssertionError)) and _OF_A_DEVICE.search(str(error)):
+            raise
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name_or_path}: needs code of its author (trust_remote_code), which is not run; name another model."
+            ) from error
         blamed = "config.json, modules.json, sentence_bert_config.json, config_sentence_transformers.json"
         blamed += " or the weights"
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tct_hf import files
+from tct_hf.hub_client import hub_errors
 
 Kind = Literal["student", "tct", "colbert", "dual-encoder", "bare", "sparse", "other"]
 
@@ -33,13 +34,13 @@ _SIZES: dict[str, float] = {
     "query_length": math.inf,
     "query_maxlen": math.inf,
     "document_length": 10**8,
-    "max_seq_length": 10**8,
     "truncate_dim": 10**8,
-    "model_max_length": math.inf,  # of thirty digits, or 1e30, where there is no limit
+    **dict.fromkeys(("max_seq_length", "model_max_length"), math.inf),  # of thirty digits, or 1e30: no limit
     # Without a library's own limit: so many layers are made before the weights are looked at.
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers"), 1000),
     **dict.fromkeys(("num_hidden_groups", "inner_group_num"), 1000),
 }
+_AGAIN = "download or save the checkpoint again."
 _KINDS = {"architectures": list, "query_expansion": dict, "prompts": dict}
 
 # Beside a teacher's checkpoint: what its scores were multiplied by in training.
@@ -77,9 +78,6 @@ def read_json(path: Path, *, required: bool = False) -> Any:
     return content
 
 
-_AGAIN = "download or save the checkpoint again."
-
-
 def _wrong_modules(modules: list[Any]) -> str | None:
     for place, one in enumerate(modules):
         if not isinstance(one, dict) or not all(isinstance(one.get(name), str) for name in ("type", "path")):
@@ -93,21 +91,27 @@ def _wrong_value(content: dict[str, Any]) -> str | None:
         whole = type(value) is int or (most == math.inf and type(value) is float)
         if most and value is not None and not (whole and 0 < value <= most):
             up_to = f"from 1 to {most:,}" if most < math.inf else "above 0"
-            return f"{name} is {value!r}, and no whole number {up_to}"
+            return f"{name}={value!r}: must be a whole number {up_to}"
         if kind and value is not None and not isinstance(value, kind):
-            return f"{name} is {value!r}, and no {kind.__name__}"
+            return f"{name}={value!r}: must be a {kind.__name__}"
         if kind is list and not all(isinstance(one, str) for one in value or []):
-            return f"{name} is {value!r}, and no list of texts"
+            return f"{name}={value!r}: must be a list of texts"
     expansion = content.get("query_expansion")
     return _wrong_value(expansion) if expansion else None
 
 
 def read_json_of(name_or_path: str, file: str) -> Any:
     """A JSON file of a folder or Hub repository; one that is missing is None."""
+    path = _file_of(name_or_path, file)
+    return None if path is None else read_json(path)
+
+
+def _file_of(name_or_path: str, file: str) -> Path | None:
     from sentence_transformers.util import load_file_path
 
-    path = load_file_path(name_or_path, file)
-    return None if path is None else read_json(Path(path))
+    with hub_errors(name_or_path, "reading its configuration"):
+        path = load_file_path(name_or_path, file)
+    return None if path is None else Path(path)
 
 
 def module_classes(modules: list[dict[str, Any]] | None) -> list[str]:
@@ -208,10 +212,8 @@ def _pooling_mode(pooling: dict[str, Any]) -> str:
 
 def kind_of(name_or_path: str) -> Kind | None:
     """What a folder or Hub id is, by its configuration files alone, which are downloaded; None without any."""
-    from sentence_transformers.util import load_file_path
-
     names = ("modules.json", "config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
-    files = [Path(path) for name in (*names, "tokenizer_config.json") if (path := load_file_path(name_or_path, name))]
+    files = [path for name in (*names, "tokenizer_config.json") if (path := _file_of(name_or_path, name))]
     if not any(file.name in names[:2] for file in files):
         return None
     return recognise(name_or_path, files[0].parent).kind  # the client's cache has them in one folder

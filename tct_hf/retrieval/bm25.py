@@ -160,7 +160,7 @@ class BM25Index(Index):
     def run(self, queries: Mapping[str, str], k: int = 100) -> Run:
         """Search queries, id to text, and return a run, in which every query has an entry."""
         if not isinstance(queries, Mapping):
-            raise ValueError("queries: no mapping; pass {id: text}, or use search()")
+            raise ValueError("queries must be a mapping {id: text}; for a list of texts use search()")
         return as_run(queries, *self.search(list(queries.values()), k))
 
     def known_words(self, text: str) -> list[int]:

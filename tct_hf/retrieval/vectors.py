@@ -119,7 +119,7 @@ def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
     except (TypeError, ValueError, NotImplementedError) as error:  # the last two of quantised and meta tensors
         raise ValueError(f"{what}: not numbers in rows of one length ({error}); stack vectors as rows") from error
     if any(isinstance(one, np.ma.MaskedArray) for one in (matrix, *rows)):
-        raise ValueError(f"{what}: a masked array, whose gaps no index keeps; fill it, or leave its rows out")
+        raise ValueError(f"{what}: masked arrays can't be indexed; fill them first")
     for kind in (matrix.dtype, *(row.dtype for row in rows if isinstance(row, np.ndarray))):
         if kind.kind in "biu":
             raise ValueError(

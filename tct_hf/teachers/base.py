@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,7 +27,7 @@ Columns = Sequence[Sequence[str]]  # candidate columns, each the texts of all qu
 Rows = Sequence[Mapping[str, Any]]
 Dtype = Literal["auto", "bfloat16", "float32"]
 
-_LOOKED_AT = 1000  # queries of training that are looked at for being cut
+_LOOKED_AT = 1000  # queries that are looked at for being cut, before training and of those that are encoded
 
 _CLASSES = {
     "SentenceTransformer": "one vector a text",
@@ -168,7 +168,7 @@ class ModelTeacher(Teacher):
     head: ClassVar[str] = ""
     trained_with: ClassVar[str] = ""
     tokens_per_pass: int = 16_384
-    _said_cut = False
+    _said_cut, _not_looked_at = False, _LOOKED_AT
 
     @property
     def slots_beside_passages(self) -> int | None:
@@ -182,8 +182,9 @@ class ModelTeacher(Teacher):
             self._said_cut = say_cut_queries(self.model, queries, len(queries), beside=beside, fix=fix)
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        """Warn of queries that the model cuts, among the first thousand."""
-        self.say_cut_queries(checked_texts((row["query"] for row in islice(rows, _LOOKED_AT)), "queries"))
+        """Warn of queries that the model cuts, among the first thousand; a stream is not read for it."""
+        if isinstance(rows, Sized):
+            self.say_cut_queries(checked_texts((row["query"] for row in islice(rows, _LOOKED_AT)), "queries"))
 
     def __init__(self, model: Any, *, dtype: Dtype = "auto", training_scale: float | None = None) -> None:
         check_dtype(dtype)

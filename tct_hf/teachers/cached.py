@@ -29,6 +29,7 @@ from tct_hf.teachers.colbert import (
     DenseTeacher,
     Side,
     VectorTeacher,
+    compare_texts,
     describe_teacher,
     padded,
     read_alike,
@@ -250,7 +251,9 @@ class CachedTeacher(Teacher):
         """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
         return self.teacher.scores(queries, passages)
 
-    list_scores = VectorTeacher.list_scores
+    def list_scores(self, query: str, passages: Texts) -> Tensor:
+        """As :meth:`VectorTeacher.list_scores`."""
+        return compare_texts(self, query, passages)
 
 
 class _PooledAndTokens(ColBERTTeacher):

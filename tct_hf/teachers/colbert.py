@@ -134,7 +134,9 @@ class VectorTeacher(ModelTeacher):
         self.model.eval()
         texts = checked_texts(texts, f"{side} texts")
         if side == "query":
-            self.say_cut_queries(texts)
+            looked_at = texts[: self._not_looked_at]
+            self._not_looked_at -= len(looked_at)
+            self.say_cut_queries(looked_at)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         made: dict[int, np.ndarray] = {}
         with torch.inference_mode():
@@ -150,11 +152,16 @@ class VectorTeacher(ModelTeacher):
             parts = send_to_device((*padded(queries), *padded(passages)), self.device)
             return self.compare(*parts, gather=False).clone()
 
-    def list_scores(self: Any, query: str, passages: Texts) -> Tensor:
+    def list_scores(self, query: str, passages: Texts) -> Tensor:
         """Scores of one query's passages, by vectors of :meth:`vectors`."""
-        if not passages:
-            return torch.zeros(0)
-        return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
+        return compare_texts(self, query, passages)
+
+
+def compare_texts(teacher: Any, query: str, passages: Texts) -> Tensor:
+    """Scores of one query's passages, by a teacher's vectors, `(passages,)` float32 on the CPU."""
+    if not passages:
+        return torch.zeros(0)
+    return teacher.scores(teacher.vectors([query], "query"), teacher.vectors(passages, "document"))[0].cpu()
 
 
 class ColBERTTeacher(VectorTeacher):

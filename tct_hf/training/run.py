@@ -65,6 +65,7 @@ class _ApartTrainer(ResumableTrainer):
         sampler = super().get_batch_sampler(*args, **kwargs)  # type: ignore[misc]
         if self.known is not None and isinstance(sampler, NoDuplicatesBatchSampler):
             sampler.dataset = self.known.with_transform(_kept_apart)
+            sampler.precompute_hashes = False  # which needs as many values of every row
         return sampler
 
 

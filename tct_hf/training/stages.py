@@ -138,7 +138,7 @@ class Stage:
             # Stopped between its last step and publishing: transformers would train one step more.
             best = reached.best_model_checkpoint if trainer.args.load_best_model_at_end else None
             if best and not os.path.isdir(best):
-                self.write(f"  {best} is gone, which was the best: the last checkpoint is taken.")
+                self.write(f"  The best checkpoint {best} is gone: the last one is taken.")
                 best = None
             refuse_damaged(best or last)
             trainer.restore(best or last, reached)

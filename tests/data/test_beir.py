@@ -233,5 +233,5 @@ def test_advice_about_a_flaw_names_a_setting_that_is_there(folder: Path, flaw: d
 
 def test_judgements_of_nothing_that_is_there_are_named_themselves(folder: Path) -> None:
     (folder / "qrels" / "test.tsv").write_text("q1\td9\t1\n")
-    with pytest.raises(ValueError, match=r"test\.tsv, line 1 and after, of queries and passages that are there"):
+    with pytest.raises(ValueError, match=r"test\.tsv, without judgements of missing queries and passages: no"):
         load(folder, skip_bad_rows=True)

@@ -15,7 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
-from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_student, save_student, validate_checkpoint
+from tct_hf import (
+    ColBERTTeacher,
+    build_student,
+    convert_checkpoint,
+    load_student,
+    save_student,
+    student_from_teacher,
+    validate_checkpoint,
+)
+from tct_hf.encoding.encoders import told_of_files
 from tct_hf.encoding.kinds import recognise
 from tct_hf.evaluation.workspace import open_student
 from tct_hf.hub_client import HubError
@@ -182,6 +191,35 @@ def test_values_of_the_wrong_kind_are_told_with_the_file(tmp_path: Path) -> None
         (student / name).write_text(before)
 
 
+@pytest.mark.parametrize("value", [None, 10**9, 10**30])
+def test_a_checkpoint_may_have_no_limit_of_tokens(tmp_path: Path, value: int | None) -> None:
+    student = tct_student(tmp_path)
+    for name, key in ((SETTINGS, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        content = json.loads((student / name).read_text())
+        (student / name).write_text(json.dumps({**content, key: value}))
+    assert SentenceTransformer(str(student), device="cpu").encode("a").shape == (32,)
+    build_student(str(student))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "^CUDA out of memory"),
+        (RuntimeError("CUDA error: invalid device ordinal"), "^CUDA error"),
+        (ValueError("Please pass `trust_remote_code=True`"), "needs code of its author"),
+        (RuntimeError("size mismatch for weight"), "the weights can't be used"),
+    ],
+)
+def test_what_no_file_causes_is_blamed_on_none(tmp_path: Path, error: Exception, message: str) -> None:
+    for name in ("adapter_config.json", "modules.json"):  # each makes a model folder
+        (tmp_path / name).write_text(
+            '[{"type": "x.Transformer", "path": "0_Transformer"}]' if name[0] == "m" else "{}"
+        )
+        with pytest.raises((ValueError, RuntimeError), match=message) as caught, told_of_files(str(tmp_path)):
+            raise error
+        assert error in (caught.value, caught.value.__cause__)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -199,6 +237,10 @@ def test_what_is_no_tct_student_is_refused_with_the_way_to_load_it(
 ) -> None:
     with pytest.raises((ValueError, HubError, FileNotFoundError), match=message):
         load_student(str(make(tmp_path)))
+    if "repository" in message:
+        for door in (build_student, student_from_teacher, ColBERTTeacher, open_student):
+            with pytest.raises(OSError, match=message):
+                door("tester/none")
 
 
 # --- convert_checkpoint ---

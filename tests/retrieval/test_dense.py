@@ -149,7 +149,7 @@ def test_any_faiss_factory_finds_a_vector_by_itself(vectors: np.ndarray, factory
         ([np.ones(3), np.ones(3, np.uint8)], "auto", {}, "vectors: uint8 where floating-point vectors"),
         ([[True, False]], "auto", {}, "vectors: bool where floating-point vectors"),
         ([[1, 2]], "auto", {}, "vectors: int64 where floating-point vectors"),
-        (np.ma.masked_invalid([[1.0, np.nan]]), "auto", {}, "vectors: a masked array"),
+        (np.ma.masked_invalid([[1.0, np.nan]]), "auto", {}, "vectors: masked arrays can't be indexed"),
         ([torch.ones(3), np.ones(2)], "auto", {}, "vectors: not numbers in rows of one length"),
         (torch.ones(2, 3, device="meta"), "auto", {}, "vectors: not numbers in rows"),
         (torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8), "auto", {}, "vectors: not numbers in rows"),

@@ -105,6 +105,9 @@ def test_queries_that_a_teacher_cuts_are_counted_once(
         teacher = DenseTeacher(str(models / "student"), dtype="float32")
     if kind == "cached":
         teacher = CachedTeacher(teacher, tmp_path)
+    stream = iter([{"query": "a query", "positive": "a passage"}] * 6)
+    teacher.announce(stream, ["positive"], queries=2, devices=1)
+    assert len([*stream]) > 1  # of a stream no thousand rows are read first
     queries = ["query " * 300, "a query", "student " * 300]
     teacher.announce([{"query": one, "positive": "a passage"} for one in queries], ["positive"], queries=2, devices=1)
     assert "and cut: 2 of 3 queries" in caplog.text
@@ -112,6 +115,14 @@ def test_queries_that_a_teacher_cuts_are_counted_once(
     for query in queries:
         teacher.list_scores(query, ["a passage"])
     assert "Longer than" not in caplog.text
+
+
+def test_a_thousand_encoded_queries_are_looked_at_for_being_cut(teachers: dict[str, Any], caplog: Any) -> None:
+    teacher = ColBERTTeacher(teachers["colbert"].model)
+    teacher._not_looked_at = 2
+    for queries in (["a query"], ["a query", "query " * 300], ["query " * 300]):
+        teacher.vectors(queries, "query")
+    assert "queries have more than" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["colbert", "bm25", "cross-encoder in-batch", "cached", "ensemble"])

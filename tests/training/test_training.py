@@ -152,8 +152,12 @@ def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> 
     assert losses_of(of_all) == losses_of(of_labelled) and len(losses_of(of_all)) == 3
 
 
-@pytest.mark.parametrize("ids", [True, False])
-def test_known_positives_are_in_no_batch_of_their_query_and_no_negatives_of_it(tmp_path: Path, ids: bool) -> None:
+@pytest.mark.parametrize(
+    ("ids", "sampler"), [(True, "no_duplicates"), (False, "no_duplicates"), (True, "no_duplicates_hashed")]
+)
+def test_known_positives_are_in_no_batch_of_their_query_and_no_negatives_of_it(
+    tmp_path: Path, ids: bool, sampler: str
+) -> None:
     # The third negative is its own positive, the fourth a known positive, the fifth the query; the last has no label.
     known = [["a", "b"], ["b"], ["c"], ["d", "g"], ["e"], ["f"]]
     rows: dict[str, Any] = {"query": list("123456"), "positive": list("abcdef"), "negative": list("xyzg5w")}
@@ -174,7 +178,7 @@ def test_known_positives_are_in_no_batch_of_their_query_and_no_negatives_of_it(t
         return preprocess(texts, *args, **kwargs)
 
     model.preprocess = seen
-    arguments = {**ARGUMENTS, "max_steps": 2, "per_device_train_batch_size": 2}
+    arguments = {**ARGUMENTS, "max_steps": 2, "per_device_train_batch_size": 2, "batch_sampler": sampler}
     stage = make_stage(tmp_path, arguments=arguments, write=said.append)
     train_stock(stage, lambda: model, lambda: Dataset.from_dict(rows))
     assert "  3 of 5 rows are left out: a negative of theirs is their query or a positive of it" in said
