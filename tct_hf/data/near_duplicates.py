@@ -65,6 +65,13 @@ def same(one: str, other: str) -> bool:
     return (len(starts) == 1 or "" in starts) and folded(one) == folded(other)
 
 
+def is_query(text: str, query: str, *, title: str = "", same_id: bool = False) -> bool:
+    """Whether a passage is the query itself: its text, with or without its title; after any words under its id."""
+    if same_id:  # ids alone don't say it: queries and passages may be numbered each for themselves
+        return f" {folded(text)}".endswith(f" {folded(query)}")
+    return same(text, query) or (title != "" and same(text.removeprefix(title.strip()).lstrip(), query))
+
+
 def text_key(text: str) -> int:
     """The number that a text is known by where there is no id; texts that count as the same share it."""
     return stable_id(folded(text))

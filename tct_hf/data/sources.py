@@ -40,8 +40,9 @@ T = TypeVar("T")
 
 ROWS_A_BATCH = 1000
 _BYTES_AT_ONCE = 1 << 20  # of each column of a parquet file
+_LINES = {*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv"}
 # What is data in a folder, be it that it must be unpacked first.
-_DATA = (*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv", ".parquet", ".arrow", ".bz2", ".xz", ".zst", ".zip")
+_DATA = (*_LINES, ".parquet", ".arrow", ".bz2", ".xz", ".zst", ".zip")
 _BYTES_A_RECORD = 1 << 24  # of CSV: what is longer has a quote that isn't closed
 
 
@@ -352,7 +353,8 @@ def open_source(
         given: a path, a data set, a dictionary of its splits, or "owner/name:configuration:split".
         setting: the setting that named it, for messages.
         tsv: opens a file of fields separated by tabs.
-        config, split, revision, streaming: of a Hub data set or folder; text files on the Hub are downloaded whole.
+        config, split, revision, streaming: of a Hub data set or folder; unless streamed, text files on the Hub are
+            downloaded whole.
     """
     if isinstance(given, dict) and split is not None:  # DatasetDict and IterableDatasetDict
         given = one_split(given, split, "the data set")
@@ -415,8 +417,8 @@ def parts_of(
 ) -> dict[str, Callable[[], Source]]:
     """What opens each split of a Hub data set, or of a folder in the Hub's layout, by the split's name.
 
-    Files of text are read by our own readers, which infer no types; Arrow files by `datasets`, and so is parquet on
-    the Hub, which can be streamed.
+    Files of text are read by our own readers, which infer no types; Arrow files by `datasets`, and so is what is
+    streamed from the Hub, or what our readers don't read: parquet, archives, lists in JSON.
     """
     name = name or (f"{place} ({config})" if config else place)
 
@@ -429,12 +431,14 @@ def parts_of(
     def read(split: str) -> Source:
         from datasets.utils.file_utils import cached_path
 
-        if {format_of(Path(file)) for file in files[split]} <= typed:
+        formats, here = {format_of(Path(file)) for file in files[split]}, Path(place).is_dir()
+        if formats <= {".arrow"} or not (here or (formats <= _LINES and not streaming)):
             return DatasetSource(load()[split], name)
         local = [Path(reach(name, partial(cached_path, file))) for file in files[split]]
+        if not here and any(map(_is_list, local)):
+            return DatasetSource(load()[split], name)
         return FolderSource([open_source(file, setting, tsv) for file in local], name)
 
-    typed = {".arrow"} if Path(place).is_dir() else {".arrow", ".parquet"}
     files = _data_files(place, config, revision)
     if files:
         return {split: partial(read, split) for split in files}
@@ -445,7 +449,6 @@ def _data_files(place: str, config: str | None, revision: str | None) -> dict[st
     """The files of each split, by path or URL; none where `datasets` has to say."""
     from datasets import load_dataset_builder
     from datasets.data_files import DataFilesDict, get_data_patterns
-    from huggingface_hub import snapshot_download
 
     card = Path(place) / "README.md"
     if Path(place).is_dir() and config is None and not (card.is_file() and b"configs:" in card.read_bytes()):
@@ -458,12 +461,23 @@ def _data_files(place: str, config: str | None, revision: str | None) -> dict[st
     except OSError:
         if Path(place).is_dir():
             raise
-        try:  # without the network, what was fetched before
-            snapshot = snapshot_download(place, repo_type="dataset", revision=revision, local_files_only=True)
-        except (OSError, ValueError):
-            return {}
-        return _data_files(snapshot, config, None)
-    return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+        return {}
+    found = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    kinds = {format_of(Path(file)) for files in found.values() for file in files}
+    usual = {"sep": "\t"} if kinds == {".tsv"} else {}
+    return found if Path(place).is_dir() or _options(builder.config) == usual else {}
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """What a data set's card has its files read with, other than usual."""
+    usual, about = vars(type(config)()), ("name", "version", "description", "data_dir", "data_files", "features")
+    return {name: value for name, value in vars(config).items() if name not in about and value != usual.get(name)}
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is a list in JSON instead of lines."""
+    lines = (line.strip() for _, line in byte_lines(path)) if format_of(path) in JSON_SUFFIXES else iter(())
+    return next(filter(None, lines), b"").startswith(b"[")
 
 
 def _holds_rows(path: Path) -> bool:

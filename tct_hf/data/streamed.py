@@ -17,7 +17,7 @@ from datasets import Features, IterableDataset
 
 from tct_hf.data.column_names import LABELLED, is_ours
 from tct_hf.data.columns import NOTHING, RowReader
-from tct_hf.data.near_duplicates import folded, same
+from tct_hf.data.near_duplicates import is_query, same
 from tct_hf.data.qrels import KnownPositives
 from tct_hf.data.rows import BadRow, SkippedRows, refuse_or_skip
 from tct_hf.data.sources import ROWS_A_BATCH, Source
@@ -26,8 +26,10 @@ from tct_hf.data.texts import Texts, add_texts
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-# Takes a value; raises what is wrong with it.
+# Takes a value; raises what is wrong with it: a BadRow leaves the row out.
 Check = Callable[[Any], object]
+# Rows of these kinds teach nothing, and public triples hold some: they are always left out.
+_LEFT_OUT = ("positive is the query", "positive as negative")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class TripleStream:
     scores: str | None = None
     of_texts: SkippedRows = field(default_factory=SkippedRows)
     reader: RowReader | None = field(default=None, init=False)
+    said: set[str] = field(default_factory=set, init=False)  # kinds of rows left out that were logged
 
     def plan(self) -> RowReader:
         """The reader of all rows: made from a row that most are like, which decides the columns there are."""
@@ -158,7 +161,7 @@ class TripleStream:
     def read(self, stored: Iterable[tuple[int, Any]]) -> list[Row]:
         """Checked and complete training rows of rows as they are stored, each with its number.
 
-        A bad row is a ValueError with its place, or is counted as skipped.
+        A bad row is a ValueError with its place, or is counted as skipped, as those that teach nothing always are.
         """
         reader, rows = self.plan(), list[tuple[int, Row]]()
         for number, raw in stored:
@@ -185,17 +188,19 @@ class TripleStream:
         return good
 
     def _refuse(self, error: BadRow, number: int) -> None:
-        refuse_or_skip(self.skipped if self.skip_bad_rows else None, error.kind, error.at(self.source.place(number)))
+        skips = self.skip_bad_rows or error.kind in _LEFT_OUT
+        refuse_or_skip(self.skipped if skips else None, error.kind, error.at(self.source.place(number)))
 
     @property
     def can_wait(self) -> bool:
-        """Whether each row of the source makes one training row: their order is settled before they are read."""
+        """Whether a row of the source makes one training row at most: their order is settled before they are read."""
         return self.plan().one_positive and not self.skip_bad_rows
 
     def stored(self) -> Iterator[Row]:
         """What the source holds, row by row, without a look inside; or training rows, where reading can't wait."""
         rows: Iterable[tuple[int, Any]] = enumerate(self())
         if self.can_wait:
+            self.skipped.replace(self.of_texts)
             rows = self.source.raw(self.plan().source_columns())
         for number, stored in rows:
             yield {"number": number, "stored": stored}
@@ -203,12 +208,11 @@ class TripleStream:
 
 def _of_itself(row: Row, negatives: Sequence[str], positives: Sequence[str]) -> BadRow | None:
     """What is wrong with a row of which a passage is the query itself, or a negative one of the query's positives."""
-    asked = row["query"]
     for name in ("positive", *negatives):
-        # Under the same id a title may come first; queries and passages may also be numbered each for themselves.
         same_id = "query_id" in row and row.get(f"{name}_id") == row["query_id"]
-        if same(row[name], asked) or (same_id and folded(row[name]).endswith(folded(asked))):
-            what, fix = "query itself", "this passage is the query itself; take another, or remove the row"
+        if is_query(row[name], row["query"], same_id=same_id):
+            what = "positive is the query" if name == "positive" else "query itself"
+            fix = "this passage is the query itself; take another, or remove the row"
         elif name != "positive" and (
             row.get(f"{name}_id", "") == row.get("positive_id") or any(same(row[name], one) for one in positives)
         ):
@@ -226,7 +230,7 @@ class RowsRead:
     Args:
         stream: over the source.
         names: columns of the training rows.
-        checks: of the training rows, each of one column.
+        checks: of the training rows, each of one column; a BadRow leaves the row out.
     """
 
     stream: TripleStream
@@ -234,14 +238,22 @@ class RowsRead:
     checks: Sequence[tuple[Check, str]] = ()
 
     def rows(self, stored: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """Training rows; a bad row is a ValueError with its place."""
-        rows = [one["stored"] for one in stored]
+        """Training rows, without those left out; a bad row is a ValueError with its place."""
+        rows, good, skipped = [one["stored"] for one in stored], list[Row](), self.stream.skipped
         if self.stream.can_wait:
             rows = self.stream.read((one["number"], one["stored"]) for one in stored)
-        for check, name in self.checks:
-            for row in rows:
-                check(row[name])
-        return [{name: row[name] for name in self.names} for row in rows]
+        for row in rows:
+            try:
+                for check, name in self.checks:
+                    check(row[name])
+            except BadRow as error:
+                skipped.add(error.kind, error.at(self.stream.source.name))
+            else:
+                good.append({name: row[name] for name in self.names})
+        for kind in sorted(skipped.counts.keys() - self.stream.said):
+            logger.warning("rows are left out, counted as %s; the first: %s", kind, skipped.examples[kind])
+        self.stream.said.update(skipped.counts)
+        return good
 
     def __call__(self, stored: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """A batch of columns instead of rows, for `IterableDataset.map`."""

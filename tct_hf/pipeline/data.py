@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from tct_hf.data.collection import Collection, load_collection
 from tct_hf.data.near_duplicates import folded
-from tct_hf.data.rows import SkippedRows
+from tct_hf.data.rows import BadRow, SkippedRows
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.pipeline.settings import DataSettings, TriplesSettings
 from tct_hf.retrieval.triples import load_triples
@@ -86,37 +86,46 @@ def read_triples(
     return rows
 
 
-def refuse_reported_queries(rows: Dataset | IterableDataset, collection: Collection) -> Dataset | IterableDataset:
-    """Refuse triples that hold queries of dev or test: figures on these would say nothing.
+@dataclass(frozen=True)
+class _Reported:
+    """Refuses queries that a run is measured on, each with the split it is of."""
 
-    Queries are compared whatever their case, punctuation and white space. Streamed rows are checked as they pass: the
-    first of a dev or test query ends the run.
+    splits: dict[str, str]
+    name: str
+
+    def __call__(self, query: str) -> None:
+        if (use := self.splits.get(folded(query))) is not None:
+            why = f"{query!r} ({use} of {self.name}): figures on queries that were trained on say nothing"
+            raise BadRow("query of dev or test", why, "query")
+
+    def other(self, query: str) -> bool:
+        """Whether nothing is measured on a query."""
+        return folded(query) not in self.splits
+
+
+def leave_out_reported(
+    rows: Dataset | IterableDataset, collection: Collection, write: Callable[[str], None]
+) -> Dataset | IterableDataset:
+    """Triples without those of queries of dev or test: figures on these would say nothing.
+
+    Queries are compared whatever their case, punctuation and white space. Streamed rows are left out as they pass.
     """
-    reported = {
-        folded(text): use
-        for use, split in collection.splits.items()
-        if use != "train"
-        for text in split.queries.values()
-    }
+    splits = {use: split for use, split in collection.splits.items() if use != "train"}
+    check = _Reported(
+        {folded(text): use for use, split in splits.items() for text in split.queries.values()}, collection.name
+    )
+    if isinstance(rows, StreamedTriples):
+        return rows.checked(check, "query")
     if isinstance(rows, IterableDataset):
-        check = partial(_refuse_reported, reported=reported, name=collection.name)
-        if isinstance(rows, StreamedTriples):
-            return rows.checked(check, "query")
-        return rows.map(check, input_columns="query", features=rows.features)
-    found: list[str] = []
-    for batch in rows.select_columns("query").iter(10_000):
-        found += [query for query in batch["query"] if folded(query) in reported]
-    if found:
-        _refuse_reported(found[0], reported, collection.name, f"{len(found):,} of the {len(rows):,} rows have")
-    return rows
-
-
-def _refuse_reported(query: str, reported: Mapping[str, str], name: str, count: str = "a row has") -> dict[str, Any]:
-    use = reported.get(folded(query))
-    if use is not None:
+        return rows.filter(check.other, input_columns="query")
+    queries = (query for batch in rows.select_columns("query").iter(10_000) for query in batch["query"])
+    found = [at for at, query in enumerate(queries) if not check.other(query)]
+    if not found:
+        return rows
+    write(f"  {len(found):,} of {len(rows):,} rows are left out: their queries are of dev or test")
+    if len(found) == len(rows):
         raise ValueError(
-            f"triples.path: {count} a query of dev or test, such as {query!r} ({use} of {name}). Figures on queries "
-            "that were trained on say nothing: leave these rows out, or measure on others with data.dev_split and "
-            "data.test_split."
+            "triples.path: all rows have queries of dev or test; measure on others with data.dev_split and "
+            "data.test_split"
         )
-    return {}  # nothing of the row changes
+    return rows.select(np.delete(np.arange(len(rows)), found))

@@ -19,7 +19,7 @@ from tct_hf.evaluation.quick_report import quick_report
 from tct_hf.files import file_digest, is_claimed
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
-from tct_hf.pipeline.data import read_collection, read_triples, refuse_reported_queries
+from tct_hf.pipeline.data import leave_out_reported, read_collection, read_triples
 from tct_hf.pipeline.job import Job
 from tct_hf.pipeline.mixture import prepare
 from tct_hf.pipeline.models import check_scores, make_teacher, new_student
@@ -106,7 +106,7 @@ class Training:
             settings.triples, seed=settings.seed, write=write, scores=settings.teacher.score_columns
         )
         if self.rows is not None:
-            self.rows = refuse_reported_queries(self.rows, self.collection)
+            self.rows = leave_out_reported(self.rows, self.collection, write)
         if "student" in settings.stages and not (self.folder / "student").is_dir():
             check_scores(settings.teacher, self.rows, partial(self.rows_of, "student"))
         if "evaluate" in settings.stages:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tct_hf.data.column_names import negative_columns
-from tct_hf.data.near_duplicates import folded, share_most, shingles
+from tct_hf.data.near_duplicates import folded, is_query, share_most, shingles
 from tct_hf.data.rows import BadRow, as_id, as_text
 from tct_hf.retrieval.index import check_ids
 
@@ -149,8 +149,8 @@ class Miner:
                 as_id(query_id, "id"), as_text(text, "text", allow_empty=True)
             except BadRow as error:
                 raise ValueError(error.at(f"query {query_id!r}")) from None
-        self._asked = {query_id: folded(text) for query_id, text in queries.items()}
         self._text: dict[int, str] = {}
+        self._title: dict[int, Any] = {}
         self._folded = cache(lambda passage: folded(self._text[passage]))
         self._shingles = cache(lambda passage: shingles(self._text[passage], _WIDTH))
         self.counts = MiningCounts()
@@ -159,15 +159,11 @@ class Miner:
     def choose(self, rows: Sequence[OpenRow]) -> list[OpenRow]:
         """Choose the negatives of rows, and return the rows that have all of them, in their order.
 
-        A row whose positive is its query, judged relevant to itself, is left out.
+        A row whose positive is its query, judged relevant to itself or to its copy, is left out.
         """
         wanted = self._rules.num_negatives
         self.read({positive for row in rows for positive in row.positives})
-        rows = [
-            row
-            for row in rows
-            if self._ids[row.positive] != row.query_id or not self.is_query(row.query_id, row.positive)
-        ]
+        rows = [row for row in rows if not self.is_query(row.query_id, row.positive)]
         self.counts.positives_found += sum(row.positive in row.candidates for row in rows)
         self.counts.queries += len({row.query_id for row in rows})
         pending = [(row, self._order(row)) for row in rows]
@@ -216,18 +212,19 @@ class Miner:
         """Read the texts of passages at once, which is faster than one by one."""
         missing = sorted(passages - self._text.keys())
         if missing:
-            self._text.update(zip(missing, self._corpus[missing]["text"], strict=True))
+            found = self._corpus[missing]
+            self._text.update(zip(missing, found["text"], strict=True))
+            self._title.update(zip(missing, found.get("title", ()), strict=False))
 
     def is_query(self, query_id: str, passage: int) -> bool:
-        """Whether a passage is the query itself: by its text, which a title may precede, or by its id."""
+        """Whether a passage is the query itself: by its text, with or without its title, or by its id."""
         if passage not in self._text:
             self.read({passage})
         same_id = self._ids[passage] == query_id
-        # Equal texts are about equally long: most passages need no closer look.
-        if not same_id and len(self._text[passage]) > 2 * len(self._queries[query_id]):
-            return False
-        ends = f" {self._folded(passage)}".endswith(f" {self._asked[query_id]}")
-        return ends or (same_id and self._same_ids)
+        title = str(self._title.get(passage) or "")
+        return (same_id and self._same_ids) or is_query(
+            self._text[passage], self._queries[query_id], title=title, same_id=same_id
+        )
 
     def _consider(self, row: OpenRow, passage: int) -> None:
         if len(row.chosen) == self._rules.num_negatives or passage in row.seen:
@@ -317,7 +314,10 @@ def column_names(num_negatives: int) -> list[str]:
 
 
 def read_corpus(corpus: Dataset) -> tuple[Dataset, list[str]]:
-    """A corpus in no format and its ids as text; ValueError where an id is repeated, or an id or a text is missing."""
+    """A corpus in no format, with its titles if any, and its ids as text.
+
+    ValueError where an id is repeated, or an id or a text is missing.
+    """
     from datasets import Dataset  # slow to import
 
     if not isinstance(corpus, Dataset):
@@ -328,7 +328,7 @@ def read_corpus(corpus: Dataset) -> tuple[Dataset, list[str]]:
     missing = [name for name in ("id", "text") if name not in corpus.column_names]
     if missing:
         raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
-    corpus = corpus.select_columns(["id", "text"])
+    corpus = corpus.select_columns([name for name in ("id", "text", "title") if name in corpus.column_names])
     table = corpus.with_format("arrow")[:]
     for name in ("id", "text"):
         if table[name].null_count:

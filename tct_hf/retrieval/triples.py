@@ -100,7 +100,8 @@ def load_triples(
         stemmer: of BEIR folders: of BM25, as `BM25Index.build` takes it.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
         skip_bad_rows: leave bad rows out instead of refusing the source: of the triples, and of a collection, queries
-            and judgements; of a BEIR folder as `load_beir` does.
+            and judgements; of a BEIR folder as `load_beir` does. Rows of which the positive is the query, or a
+            negative a positive of the row, are always left out, and counted.
         skipped: takes what was left out, per kind, with the first of each; when streaming, of the pass under way in
             this process. It is also logged, and stands in the description of the result's `info`.
         cache_dir: where prepared data are kept; by default `default_cache_dir()`.

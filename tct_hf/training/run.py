@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, candidate_columns
-from tct_hf.data.near_duplicates import text_key
+from tct_hf.data.near_duplicates import is_query, same, text_key
 from tct_hf.teachers.base import Teacher, write_training_scale
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import COSINE_SCALE
@@ -88,8 +88,8 @@ def _can_train(row: Mapping[str, Any]) -> bool:
     own, *negatives = _passages_of(row, names)
     texts = [row[name] for name in names]
     known = {own, *(row.get(KNOWN, row.get(KNOWN_TEXTS)) or ())}
-    wrong = known.intersection(negatives) or {row["query"], texts[0]}.intersection(texts[1:])
-    return bool(row.get("labelled", True) and not wrong)
+    wrong = any(is_query(text, row["query"]) or same(text, texts[0]) for text in texts[1:])
+    return bool(row.get("labelled", True) and not wrong and not known.intersection(negatives))
 
 
 class ColBERTTrainer(_ApartTrainer, MultiVectorEncoderTrainer):

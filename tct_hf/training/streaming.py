@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
 
     All processes and workers go through the rows in the same order, and each parses and looks up its own part of every
     `processes * batch_size` rows: a step trains on the same rows however many share them. A batch that a pass ends in
-    is filled up from the next pass: no row is left out, whatever the batch size.
+    is filled up from the next pass: no row is left out, whatever the batch size. Rows that reading leaves out have
+    others in their place, those of the step that follows first: processes have equally many.
     """
 
     def __init__(
@@ -55,13 +56,27 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
         """Read from the start of the first pass."""
         info = data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        for number, batch in enumerate(self._filled(self.batch_size * self.processes)):
+        batches = chain(self._filled(self.batch_size * self.processes), [list[Row]()])
+        for number, (batch, following) in enumerate(pairwise(batches)):
             if number % workers == worker:  # the data loader takes one batch of each worker in turn
-                start, end = (len(batch) * part // self.processes for part in (self.process, self.process + 1))
-                yield [] if number < self.trained else self._read(batch[start:end])
+                yield [] if number < self.trained else self._read(self._own(batch), self._own(following))
 
-    def _read(self, rows: list[Row]) -> list[Row]:
-        return self.rows.reader.rows(rows) if isinstance(self.rows, StreamedTriples) else rows
+    def _own(self, batch: list[Row]) -> list[Row]:
+        start, end = (len(batch) * part // self.processes for part in (self.process, self.process + 1))
+        return batch[start:end]
+
+    def _read(self, rows: list[Row], following: list[Row]) -> list[Row]:
+        if not isinstance(self.rows, StreamedTriples):
+            return rows
+        read = self.rows.reader.rows(rows)
+        if len(read) == len(rows):
+            return read
+        others = chain(following, _one_pass(self.rows, 0))
+        while len(read) < len(rows) and (other := next(others, None)) is not None:
+            read += [row for row in self.rows.reader.rows([other]) if row not in read]
+        if not read:
+            raise ValueError("The streamed data set has no row to train on: all are left out.")
+        return read
 
     def _filled(self, size: int) -> Iterator[list[Row]]:
         """Batches of `size` rows, filled up from the next pass."""

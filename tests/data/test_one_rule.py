@@ -140,7 +140,7 @@ def test_hub_text_files_are_read_as_they_stand(tmp_path: Path, monkeypatch: pyte
     separated = lines.replace(",", "\t") if suffix == ".tsv" else lines
     write(tmp_path / f"train{suffix}", jsonl(rows) if "json" in suffix else separated)
     files = {"train": [f"hf://datasets/tester/set@main/train{suffix}"]}
-    config = SimpleNamespace(data_files=files)
+    config = SimpleNamespace(data_files=files, **({"sep": "\t"} if suffix == ".tsv" else {}))
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *given, **options: SimpleNamespace(config=config))
     monkeypatch.setattr("datasets.utils.file_utils.cached_path", lambda url: str(tmp_path / url.rpartition("/")[2]))
     source = parts_of("tester/set", None)["train"]()
@@ -148,6 +148,39 @@ def test_hub_text_files_are_read_as_they_stand(tmp_path: Path, monkeypatch: pyte
     assert open_texts("tester/set", "collection", None).get(["007", "2024-01-01"]) == ["null", "1984"]
     with pytest.raises(FileNotFoundError, match="no split 'test'; splits there: train"):
         open_source("tester/set", "data", lambda path: None, split="test")  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "streaming"),
+    [
+        ("a.json", {}, False),
+        *((f"a.csv{suffix}", {}, False) for suffix in (".zst", ".xz", ".bz2", ".zip")),
+        ("a.csv", {"sep": ";"}, False),
+        ("a.csv", {"sep": "\t"}, False),
+        ("a.jsonl", {"field": "data"}, False),
+        ("a.jsonl", {}, True),
+    ],
+)
+def test_hub_files_that_our_readers_do_not_read_go_through_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict, streaming: bool
+) -> None:
+    (tmp_path / name).write_text('[\n{"query": "q"}]\n')
+    config = SimpleNamespace(data_files={"train": [f"hf://datasets/tester/set@main/{name}"]}, **options)
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *given, **options: SimpleNamespace(config=config))
+    monkeypatch.setattr("datasets.utils.file_utils.cached_path", lambda url: str(tmp_path / url.rpartition("/")[2]))
+    asked: list[Any] = []
+    loaded = {"train": Dataset.from_dict({"query": ["q"]})}
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **options: asked.append((given, options)) or loaded)
+    source = parts_of("tester/set", None, streaming=streaming)["train"]()
+    assert [dict(row) for _, row in source.read(dict)] == [{"query": "q"}]
+    assert asked == [(("tester/set", None), {"streaming": True} if streaming else {})]
+
+
+def test_files_fetched_before_are_no_whole_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **options: str(tmp_path))
+    write(tmp_path / "train-0.jsonl", jsonl([{"query": "q"}]))
+    with pytest.raises(OSError, match="the Hub can't be reached"):
+        parts_of("tester/set", None)
 
 
 ODD = {

@@ -120,6 +120,21 @@ def test_a_restart_gives_the_rows_that_follow(tmp_path: Path, rows: int, trained
         assert [numbers(batch) for batch in again[trained:]] == whole[trained:]
 
 
+@pytest.mark.parametrize(("size", "processes"), [(3, 2), (1, 2), (1, 1)])
+def test_rows_that_teach_nothing_leave_no_process_with_fewer(tmp_path: Path, size: int, processes: int) -> None:
+    path, bad = tsv(tmp_path / "t.tsv"), (0, 1, 2, 8, 9, 20, 35)
+    lines = path.read_text().splitlines()
+    lines = [line.replace("negative", "positive") if at in bad else line for at, line in enumerate(lines)]
+    path.write_text("\n".join(lines) + "\n")
+    rows = load_triples(path, streaming=True)
+    steps = ROWS // size // processes
+    for process in range(processes):
+        given = [numbers(batch) for batch in islice(of_process(rows, size, process, processes, 0), steps)]
+        assert [len({*batch}) for batch in given] == [size] * steps and not {*chain(*given)} & {*bad}
+        again = islice(of_process(rows, size, process, processes, 0, 4), 4, steps)
+        assert [numbers(batch) for batch in again] == given[4:]
+
+
 def test_shuffling_without_a_seed_is_the_same_in_every_process_and_another_epoch_another_order(tmp_path: Path) -> None:
     orders = [numbers(of_tsv(tmp_path).shuffle(buffer_size=10)) for _ in range(2)]
     assert orders[0] == orders[1] != sorted(orders[0])

@@ -251,7 +251,7 @@ def test_hub_data_set_is_loaded_with_its_configuration(monkeypatch: pytest.Monke
         "ids": [{"query": "q", "positive_id": "d1", "negative_id": "d2"}],
         # The BEIR layout.
         "corpus": [{"_id": f"d{at}", "title": "", "text": f"word{at}"} for at in range(4)],
-        "queries": [{"_id": "q1", "text": "word1"}],
+        "queries": [{"_id": "q1", "text": "what is word1"}],
         "default": [{"query-id": "q1", "corpus-id": "d1", "score": 1}],
     }
 

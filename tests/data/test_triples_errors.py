@@ -64,8 +64,6 @@ def test_bad_line_of_tsv_is_refused_with_its_place_or_skipped_and_counted(
         ({"labelled": True}, {"labelled": 0}, "mixed types", r"holds 0 where true .*columns=\{'labelled': None\}"),
         ({}, {"negative": " Q"}, "query itself", "column 'negative': this passage is the query itself; take another"),
         (IDS, {"negative_id": "1", "negative": "title: q"}, "query itself", "'negative': this passage is the query"),
-        ({}, {"positive": "Q!"}, "query itself", "'positive': this passage is the query itself"),
-        ({}, {"negative": "P."}, "positive as negative", "'negative': this passage is a positive of its query"),
         (LISTS, {"negatives": "n"}, "mixed types", "holds 'n' where a list is needed"),
         (LISTS, {"negatives": ["a"]}, "too few negatives", "'negatives': 1 negatives where 2 are needed; lower num_n"),
         (LISTS, {"negatives": list("abc")}, "too many negatives", "3 negatives where .* has 2; pass num_negatives=2"),
@@ -80,6 +78,26 @@ def test_bad_object_is_refused_with_its_place_or_skipped_and_counted(
     second = {name: value for name, value in {**first, **change}.items() if value is not ...}
     options = {"num_negatives": 2} if kind == "too few negatives" else {}
     check_bad_row(tmp_path / "t.jsonl", jsonl([first, second]), options, kind, f".*{message}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("good", "change", "kind"),
+    [
+        ({}, {"positive": "Q!"}, "positive is the query"),
+        ({}, {"negative": "P."}, "positive as negative"),
+        (IDS, {"negative_id": "d1", "negative": "a copy"}, "positive as negative"),
+        (IDS, {"positive_id": "1", "positive": "title: q"}, "positive is the query"),
+    ],
+)
+def test_rows_that_teach_nothing_are_left_out_and_counted(
+    tmp_path: Path, good: dict, change: dict, kind: str, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, skipped = {**GOOD, **good}, SkippedRows()
+    path = write(tmp_path / "t.jsonl", jsonl([first, {**first, **change}, *[first] * 1000, {**first, **change}]))
+    loaded = load_triples(path, streaming=streaming, skipped=skipped)
+    for _ in range(2):
+        assert len([*loaded]) == 1001 and skipped.counts == {kind: 2} and kind in caplog.text
 
 
 def test_bad_json_and_lists_that_do_not_match_are_refused_or_skipped(tmp_path: Path) -> None:
@@ -113,9 +131,8 @@ BAD_FILES: list[tuple[str, str | bytes, dict[str, Any], str]] = [
         "t.jsonl",
         jsonl([{"query": "q", "positive": ["a", "b"], "negative": ["m", "B"]}]),
         {},
-        "'negative_2': .* a positive",
+        "no row to train on.*'negative_2': .* a positive",
     ),
-    ("t.jsonl", jsonl([{**GOOD, **IDS, "negative_id": "d1"}]), {}, "'negative': .* a positive"),
     # Collections and judgements.
     ("t.tsv", ID_LINE, {**TEXTS, "collection": b"d1\ta\nd1\tc\n"}, r"texts\.tsv, line 2: passage id 'd1' was used"),
     ("t.tsv", ID_LINE, {**TEXTS, "collection": b"d1\ta\nd2\tb\tc\n"}, r"texts\.tsv, line 2: 3 fields where 2 "),

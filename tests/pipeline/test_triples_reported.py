@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from tct_hf import SkippedRows, load_triples
 from tct_hf.data.collection import Collection, Split
-from tct_hf.pipeline.data import refuse_reported_queries
+from tct_hf.pipeline.data import leave_out_reported
 
 SPLITS = {
     "train": Split({"1": "trained on"}, {}),
@@ -24,26 +25,25 @@ def rows(*queries: str) -> Dataset:
 
 
 def test_triples_of_other_queries_pass_as_they_are() -> None:
-    given = rows("trained on", "another", "what is")
-    assert refuse_reported_queries(given, COLLECTION) is given
+    given, said = rows("trained on", "another", "what is"), list[str]()
+    assert leave_out_reported(given, COLLECTION, said.append) is given and not said
 
 
-def test_triples_of_dev_or_test_queries_are_counted_and_refused_with_the_fix() -> None:
-    given = rows("another", *["WHERE  is it "] * 3, *["more"] * 12_000, "what is dense?")
-    message = (
-        r"triples\.path: 4 of the 12,005 rows have a query of dev or test, such as 'WHERE  is it ' "
-        r"\(test of set\).*leave these rows out.*data\.test_split"
-    )
-    with pytest.raises(ValueError, match=message):
-        refuse_reported_queries(given, COLLECTION)
+def test_triples_of_dev_or_test_queries_are_left_out_and_counted() -> None:
+    given, said = rows("another", *["WHERE  is it? "] * 3, *["more"] * 12_000, "what is dense?"), list[str]()
+    left = leave_out_reported(given, COLLECTION, said.append)
+    assert left["query"][:] == ["another", *["more"] * 12_000]
+    assert said == ["  4 of 12,005 rows are left out: their queries are of dev or test"]
+    with pytest.raises(ValueError, match=r"triples\.path: all rows have queries of dev or test; .*data\.test_split"):
+        leave_out_reported(rows("where is it"), COLLECTION, said.append)
 
 
-def test_streamed_triples_are_checked_as_they_pass() -> None:
-    given: Any = rows("one", "two", "where is it").to_iterable_dataset().shuffle(seed=1, buffer_size=2)
-    checked = refuse_reported_queries(given, COLLECTION)
-    assert checked.features == given.features
-    checked = pickle.loads(pickle.dumps(checked))
-    with pytest.raises(ValueError, match=r"a row has a query of dev or test, such as 'where is it'"):
-        list(checked)
-    fine: Any = rows("one", "two").to_iterable_dataset()
-    assert list(refuse_reported_queries(fine, COLLECTION)) == list(fine)
+def test_streamed_triples_are_left_out_as_they_pass(caplog: pytest.LogCaptureFixture) -> None:
+    given: Any = rows("one", "two", "where is it").to_iterable_dataset()
+    skipped = SkippedRows()
+    for stream in (given, load_triples(given, streaming=True, skipped=skipped)):
+        checked = leave_out_reported(stream.shuffle(seed=1, buffer_size=2), COLLECTION, print)
+        assert checked.features == stream.features
+        assert {row["query"] for row in pickle.loads(pickle.dumps(checked))} == {"one", "two"}
+    assert {row["query"] for row in checked} == {"one", "two"} and skipped.counts == {"query of dev or test": 1}
+    assert "'where is it' (test of set)" in caplog.text

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from tct_hf import BM25Index, bm25_triples, mine_triples
+from tct_hf import BM25Index, bm25_triples, load_triples, mine_triples
 
 TEXTS = {
     "apple": "apple tree fruit garden",
@@ -171,20 +172,28 @@ ITSELF = {
     **TEXTS,
     "q1": "Garden: apple tree fruit",  # with a title before the query's own text
     "same": "Apple, tree; fruit!",
-    "titled": "Orchard. Apple tree fruit",  # under another id too
+    "titled": "Orchard. Apple tree fruit",  # under another id too, where the title is known
+    "howto": "How to pick an apple tree fruit",  # another text
 }
 
 
 @pytest.mark.parametrize(
     ("make", "qrels"),
     [
-        *product(["bm25", "mined", "candidates"], [{"q1": {"apple": 1}}, {"q1": {"apple": 1, "q1": 1}}]),
+        *product(
+            ["bm25", "mined", "candidates"],
+            [{"q1": {"apple": 1}}, {"q1": {"apple": 1, "q1": 1}}, {"q1": {"apple": 1, "same": 1}}],
+        ),
         *product(["bm25", "candidates"], [None]),  # mining takes judged queries only
     ],
 )
-def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive(make: str, qrels: dict) -> None:
-    asked, of_texts = {"q1": "apple tree fruit"}, corpus(ITSELF)
-    ranked = {name: 9.0 - place for place, name in enumerate(["same", "titled", "q1", "apple", "pear", "plum"])}
+def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive(
+    tmp_path: Path, make: str, qrels: dict
+) -> None:
+    titles = ["Orchard." if name == "titled" else None for name in ITSELF]
+    asked, of_texts = {"q1": "apple tree fruit"}, corpus(ITSELF).add_column("title", titles)
+    names = ["same", "titled", "q1", "apple", "pear", "plum", "howto"]
+    ranked = {name: 9.0 - place for place, name in enumerate(names)}
     options: dict = {"num_negatives": 3, "seed": 1}
     if make == "mined":
         rows = mine_triples({"q1": ranked}, of_texts, asked, qrels, origin="a run", depth=6, **options)
@@ -194,9 +203,13 @@ def test_a_passage_that_is_the_query_itself_is_neither_a_negative_nor_a_positive
         rows = bm25_triples(of_texts, asked, qrels or {}, unlabelled=unlabelled, **options)
     [row] = list(rows)
     assert row["positive_id"] in ("apple", "copy")
+    if make == "mined":
+        assert "howto" in [row[f"negative_{n}_id"] for n in (1, 2, 3)]
+    if qrels is not None:
+        assert len(load_triples(Dataset.from_list([row]), cache_dir=tmp_path)) == 1
     assert not {row[f"negative_{n}_id"] for n in (1, 2, 3)} & {"q1", "same", "titled", "apple", "copy"}
     if qrels is None and make == "candidates":
-        assert row["label_weight"] == pytest.approx(1 / (1 + math.exp(-1) + math.exp(-2)))
+        assert row["label_weight"] == pytest.approx(1 / sum(math.exp(-at) for at in range(4)))
 
 
 @pytest.mark.parametrize("asked", [{"q1": "half \ud800"}, {"q\ud800": "apple"}, {"q1": None}])
