@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from tct_hf.data.file_sources import LineSource, Source
 from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
 from tct_hf.data.rows import SkippedRows, is_hub_id, refuse_or_skip
-from tct_hf.data.sources import LineSource, Source, named_by_header, one_split, parts_of, reach
+from tct_hf.data.sources import named_by_header, one_split, parts_of, reach
 from tct_hf.data.texts import prepare_corpus, records_of
 
 if TYPE_CHECKING:

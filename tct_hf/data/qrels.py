@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.data.column_names import KNOWN, LABELLED
+from tct_hf.data.file_sources import ROWS_A_BATCH, Source
 from tct_hf.data.rows import (
     BadRow,
     SkippedRows,
@@ -25,7 +26,7 @@ from tct_hf.data.rows import (
     shown,
     there_are,
 )
-from tct_hf.data.sources import ROWS_A_BATCH, DatasetSource, Source, digest_of_rows
+from tct_hf.data.sources import DatasetSource, digest_of_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 
 from tct_hf.cache import prepared
+from tct_hf.data.file_sources import LineSource, Source
 from tct_hf.data.ids import find, hash_of
 from tct_hf.data.rows import BadRow, as_id, as_score, first_lines, get, is_header, plain, shown, there_are
-from tct_hf.data.sources import LineSource, MappingSource, Source, open_source
+from tct_hf.data.sources import MappingSource, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset

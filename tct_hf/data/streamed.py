@@ -17,10 +17,10 @@ from datasets import Features, IterableDataset
 
 from tct_hf.data.column_names import LABELLED, is_ours
 from tct_hf.data.columns import NOTHING, RowReader
+from tct_hf.data.file_sources import ROWS_A_BATCH, Source
 from tct_hf.data.near_duplicates import is_query, same
 from tct_hf.data.qrels import KnownPositives
 from tct_hf.data.rows import BadRow, SkippedRows, refuse_or_skip
-from tct_hf.data.sources import ROWS_A_BATCH, Source
 from tct_hf.data.texts import Texts, add_texts
 
 logger = logging.getLogger(__name__)

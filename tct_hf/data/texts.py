@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tct_hf.cache import prepared
+from tct_hf.data.file_sources import ROWS_A_BATCH, LineSource, Source
 from tct_hf.data.ids import SeenIds, find, hash_of
 from tct_hf.data.rows import (
     BadRow,
@@ -25,15 +26,7 @@ from tct_hf.data.rows import (
     refuse_or_skip,
     there_are,
 )
-from tct_hf.data.sources import (
-    ROWS_A_BATCH,
-    LineSource,
-    MappingSource,
-    Source,
-    open_source,
-    without_format,
-    write_rows,
-)
+from tct_hf.data.sources import MappingSource, open_source, without_format, write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import pyarrow as pa
 
 from tct_hf.data.column_names import negative_columns
+from tct_hf.data.file_sources import read_parquet, write_parquet
 from tct_hf.data.qrels import ids_are_shared
 from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, run_shards
-from tct_hf.data.sources import read_parquet, write_parquet
 from tct_hf.files import claim, read_json, working_in, write_json_atomic
 from tct_hf.retrieval.miner import (
     Miner,

@@ -17,11 +17,12 @@ from datasets import Dataset, Features, IterableDataset, concatenate_datasets
 from tct_hf.cache import prepared
 from tct_hf.data.beir import hub_configurations, load_beir
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, negative_columns
+from tct_hf.data.file_sources import ROWS_A_BATCH, LineSource
 from tct_hf.data.ids import stable_id
 from tct_hf.data.near_duplicates import text_key
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import SkippedRows, first_lines, is_header, is_hub_id, names_ids
-from tct_hf.data.sources import ROWS_A_BATCH, LineSource, open_source, write_rows
+from tct_hf.data.sources import open_source, write_rows
 from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
 from tct_hf.retrieval.negatives import bm25_triples

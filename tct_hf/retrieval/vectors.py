@@ -116,7 +116,7 @@ def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
             matrix = as_array(vectors)
         elif not isinstance(getattr(matrix, "dtype", None), np.dtype) or not hasattr(matrix, "shape"):
             matrix = np.asanyarray(vectors)
-    except (TypeError, ValueError, NotImplementedError) as error:  # the last two of quantised and meta tensors
+    except (TypeError, ValueError, NotImplementedError) as error:  # quantised and meta tensors raise these, too
         raise ValueError(f"{what}: not numbers in rows of one length ({error}); stack vectors as rows") from error
     if any(isinstance(one, np.ma.MaskedArray) for one in (matrix, *rows)):
         raise ValueError(f"{what}: masked arrays can't be indexed; fill them first")

@@ -18,7 +18,7 @@ from tct_hf.batches import own_places
 from tct_hf.data import shards
 from tct_hf.data.column_names import candidate_columns
 from tct_hf.data.expansion import SCORES_FOLDER, score_columns
-from tct_hf.data.sources import read_parquet, write_parquet
+from tct_hf.data.file_sources import read_parquet, write_parquet
 from tct_hf.data.texts import checked_passages
 from tct_hf.files import claim, file_digest, read_json, working_in, write_json_atomic
 from tct_hf.progress import PassageProgress, print_at_once

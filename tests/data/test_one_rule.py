@@ -15,10 +15,11 @@ from datasets import Dataset
 
 from tct_hf import SkippedRows, load_triples
 from tct_hf.cache import build_once
+from tct_hf.data.file_sources import CsvSource
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.qrels import KnownPositives, read_qrels
 from tct_hf.data.rows import BadRow, as_grade
-from tct_hf.data.sources import CsvSource, open_source, parts_of
+from tct_hf.data.sources import open_source, parts_of
 from tct_hf.data.texts import open_texts
 from tests.rows import jsonl, write
 

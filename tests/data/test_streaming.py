@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from torch.utils.data import DataLoader
 
 from tct_hf import load_triples
-from tct_hf.data.sources import LineSource
+from tct_hf.data.file_sources import LineSource
 from tct_hf.data.streamed import StreamedTriples
 from tct_hf.training.streaming import StreamedBatches
 from tests.rows import jsonl, write

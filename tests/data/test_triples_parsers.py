@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tct_hf import SkippedRows, load_triples
 from tct_hf.data.columns import RowReader
+from tct_hf.data.file_sources import LineSource
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.rows import BadRow, byte_lines, parse_json_line
-from tct_hf.data.sources import LineSource
 from tct_hf.data.texts import joined, records_of
 from tests.rows import write
 
