@@ -67,11 +67,11 @@ class Work:
         sparse_student: str | None,
         base: str | None,
         dims: Sequence[int] | None,
-        runs: Mapping[str, str],
+        runs: Mapping[str, str | None],
         device: str | None = None,
     ) -> None:
         self.collection, self.settings, self.output, self.write = collection, settings, output, write
-        self.runs = runs  # other systems' files by name
+        self.runs = runs  # other systems' files by name, None of those that are functions
         self.depth, self.test = collection.reach(settings.measures.depth), collection.splits["test"]
         self.tuning = tuning_queries(collection, settings.hybrid)
         self.hybrids: dict[str, dict[str, Any]] = {}  # how each was tuned, as in report.json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tct_hf.data.collection import Split
 from tct_hf.evaluation.experiment import check_ids, effectiveness
@@ -17,12 +17,14 @@ from tct_hf.evaluation.significance import compare_evaluations
 from tct_hf.evaluation.tune_alpha import tuning_queries
 from tct_hf.evaluation.workspace import OWN
 from tct_hf.files import file_digest
-from tct_hf.retrieval.runs import Run, read_run
+from tct_hf.retrieval.runs import Run, read_run, write_run
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
     from tct_hf.data.collection import Collection
+
+Search: TypeAlias = Callable[[Mapping[str, str]], Mapping[str, Mapping[str, float]]]  # queries, id to text, to a run
 
 
 def build_report(
@@ -34,7 +36,7 @@ def build_report(
     sparse_student: str | None = None,
     base: str | None = None,
     settings: ReportSettings | None = None,
-    runs: Mapping[str, str] | None = None,
+    runs: Mapping[str, str | Search] | None = None,
     dims: Sequence[int] | None = None,
     write: Callable[[str], None] = print,
 ) -> Report:
@@ -54,7 +56,8 @@ def build_report(
         base: folder, Hub id or bundled name of the embedding model that the student was trained from, reported as it
             is.
         settings: what to measure and how.
-        runs: name to TREC file of other systems' runs on the reported queries.
+        runs: other systems by name: a TREC file of a run on the reported queries, or a function from queries, id to
+            text, to a run, query id to passage id to score, which every call asks again.
         dims: first dimensions of the student to measure alone too; those that its training recorded when None.
         write: takes lines of progress.
 
@@ -72,7 +75,8 @@ def build_report(
     settings = replace(settings, measures=replace(settings.measures, names=named_measures(settings.measures.names)))
     foreign = check_report(collection, settings, runs or {})
     models: dict[str, Any] = {"teacher": teacher, "sparse_student": sparse_student, "base": base, "dims": dims}
-    work = Work(collection, student, Path(output), settings, write, runs=runs or {}, **models)
+    files = {name: None if callable(given) else given for name, given in (runs or {}).items()}
+    work = Work(collection, student, Path(output), settings, write, runs=files, **models)
     work.claim()
     systems = work.systems()
     measured = _measured(work, "test", work.test, settings.measures.names, foreign)
@@ -109,7 +113,7 @@ def encode_corpora(
         workspace.encode(state)
 
 
-def check_report(collection: Collection, settings: ReportSettings, runs: Mapping[str, str]) -> dict[str, Run]:
+def check_report(collection: Collection, settings: ReportSettings, runs: Mapping[str, str | Search]) -> dict[str, Run]:
     """Find out before any model is loaded what would stop the report later; the runs from elsewhere, read."""
     settings.check()
     for split in settings.also_report:
@@ -129,11 +133,14 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
     tuning_queries(collection, settings.hybrid)
     known = set(collection.corpus["id"]) if runs else set()
     read: dict[str, Run] = {}
-    for name, file in runs.items():
-        read[name] = read_run(file)
-        more = settings.also_report if name == settings.measures.baseline else ()
-        for split, judged in {"": test, **{one: collection.also[one] for one in more}}.items():
-            if judged.queries.keys().isdisjoint(read[name]):
+    reported = {"": test, **{split: collection.also[split] for split in settings.also_report}}
+    asked = {query: text for judged in reported.values() for query, text in judged.queries.items()}
+    for name, given in runs.items():
+        read[name] = _ask(name, given, asked) if callable(given) else read_run(given)
+        file = "the function" if callable(given) else given
+        for split, judged in reported.items():
+            needed = not split or name == settings.measures.baseline
+            if needed and judged.queries.keys().isdisjoint(read[name]):
                 where = f" of {split}" if split else ""
                 raise ValueError(
                     f"runs.{name}: {file} has none of the {len(judged.queries):,} reported queries{where} "
@@ -149,6 +156,17 @@ def check_report(collection: Collection, settings: ReportSettings, runs: Mapping
     return read
 
 
+def _ask(name: str, search: Search, queries: Mapping[str, str]) -> Run:
+    """The run that a function returns, its scores as Python's own numbers."""
+    found: Any = search(queries)
+    try:
+        return {query: {passage: float(score) for passage, score in hits.items()} for query, hits in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"runs.{name}: the function returns no run ({error}); return query id to passage id to score"
+        ) from error
+
+
 def _measured(
     work: Work, split: str, judged: Split, measures: Sequence[str], foreign: Mapping[str, Run]
 ) -> dict[str, dict[str, Any]]:
@@ -157,6 +175,10 @@ def _measured(
     folder = work.output / "runs" / ("" if split == "test" else split)
     experiment.search(list(work.made.values()), folder)
     experiment.runs |= {(name, split): run for name, run in foreign.items()}
+    for name, run in foreign.items():
+        if work.runs[name] is None:
+            theirs = {query: run[query] for query in judged.queries if query in run}
+            write_run(theirs, folder / f"{name}.{split}.trec", "function")
     found = experiment.evaluate()[split]
     tests: dict[str, dict[str, Any]] = {key: {} for key in found}
     for measure in measures if len(judged.qrels) > 1 else ():
@@ -170,7 +192,7 @@ def _measured(
             "significance": tests[key] or None,
             "run": {
                 "file": work.runs.get(key) or str(own.relative_to(work.output)),
-                "sha256": file_digest(work.runs.get(key, own)),
+                "sha256": file_digest(work.runs.get(key) or own),
                 "missing_queries": len(judged.qrels.keys() - experiment.runs[key, split].keys()),
             },
         }
@@ -230,7 +252,8 @@ def _assemble(
     for key, run in foreign.items():
         missing, deepest = measured[key]["run"]["missing_queries"], max(map(len, run.values()), default=0)
         lacks = f"; it lacks {missing:,} of the reported queries, which count as 0" if missing else ""
-        work.notes.append(f"{key}: run from {work.runs[key]}, at most {deepest:,} passages a query{lacks}.")
+        origin = work.runs[key] or "a function"
+        work.notes.append(f"{key}: run from {origin}, at most {deepest:,} passages a query{lacks}.")
         results.append(SystemResult(key, key, "other", cost=None, **measured[key]))
     work.notes += _timing_notes(costs)
     machine, collection = costs[BM25]["machine"], work.collection

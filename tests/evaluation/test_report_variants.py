@@ -11,7 +11,17 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import DenseIndex, Report, build_colbert, build_report, build_student, fuse, save_student, write_run
+from tct_hf import (
+    DenseIndex,
+    Report,
+    build_colbert,
+    build_report,
+    build_student,
+    fuse,
+    read_run,
+    save_student,
+    write_run,
+)
 from tct_hf.data.collection import Split, load_collection
 from tct_hf.evaluation import report_work
 from tct_hf.evaluation.reporting import check_report
@@ -129,6 +139,30 @@ def test_a_run_from_elsewhere_stands_in_the_table_without_a_cost(material: Mater
     assert system.significance is not None and system.run["missing_queries"] == 1
     assert "lacks 1 of the reported queries" in found.markdown()
     assert Report.load(tmp_path / "out") == found
+
+
+def test_a_function_is_a_system_that_is_asked_at_every_call(material: Material, tmp_path: Path) -> None:
+    options = graded(material, expansion=ExpansionSettings())
+    collection = options["collection"]
+    qrels = {**collection.also["graded"].qrels, **collection.splits["test"].qrels}
+    asked: list[dict[str, str]] = []
+
+    def ideal(queries: Any) -> dict[str, dict[str, np.float32]]:
+        asked.append(dict(queries))
+        return {query: {p: np.float32(grade) for p, grade in qrels[query].items()} for query in queries}
+
+    for calls in (1, 2):
+        found = make(material, tmp_path, teacher=None, runs={"my own": ideal}, **options)
+        assert len(asked) == calls
+    assert asked[0] == {**collection.also["graded"].queries, **collection.splits["test"].queries}
+    system, graded_one = found.system("my own"), found.also["graded"]["systems"]["my own"]
+    assert system.effectiveness["RR@10"]["mean"] == 1 == graded_one["effectiveness"]["nDCG@10"]["mean"]
+    assert system.cost is None and "my own: run from a function, at most " in found.markdown()
+    for run, split in ((system.run, collection.splits["test"]), (graded_one["run"], collection.also["graded"])):
+        assert read_run(tmp_path / run["file"]) == split.qrels and run["missing_queries"] == 0
+    for wrong in (lambda queries: list(queries), lambda queries: {query: ["p1"] for query in queries}):
+        with pytest.raises(ValueError, match=r"runs\.mine: the function returns no run .* passage id to score"):
+            check_report(collection, options["settings"], {"mine": wrong})
 
 
 def test_first_dimensions_are_measured_as_trained_or_as_asked(material: Material, tmp_path: Path) -> None:
