@@ -97,7 +97,6 @@ class RowReader:
             for name, texts in (("query", queries), *((name, passages) for name in ("positive", *self.negatives)))
             if texts is not None and name.partition("_")[0] not in self.fields
         }
-        self._types: dict[str, tuple[str, str]] = {}
         self._scores = None if scores is None else _score_columns(scores, names, there)
 
     @cached_property
@@ -137,12 +136,12 @@ class RowReader:
 
     # Reading -------------------------------------------------------------------------------------------------------
 
-    def read(self, row: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
-        """Check one row read at a place; a training row for each positive, without texts that are looked up later."""
+    def read(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Check one row; a training row for each positive, without texts that are looked up later."""
         if not row.keys() <= self._names:
             self._check_names(row)
         row = self._flat(row)
-        read = {part: self._values(part, field, row, place) for part, field in self.fields.items()}
+        read = {part: self._values(part, field, row) for part, field in self.fields.items()}
         positives = [read[part] for part in ("positive", "positive_id") if part in read]
         if len({len(values) for values in positives}) > 1:
             texts, ids = map(len, positives)
@@ -166,14 +165,14 @@ class RowReader:
         for at in range(len(positives[0])):
             yield {**shared, **{part: read[part][at] for part in ("positive", "positive_id") if part in read}}
 
-    def _values(self, part: str, field: _Field, row: Mapping[str, Any], place: str) -> list[Any]:
+    def _values(self, part: str, field: _Field, row: Mapping[str, Any]) -> list[Any]:
         items = field.items(row)
         if part.startswith("negative"):
             items = self._cut(items, field.columns[0])
         if part == LABELLED:
             return [_flag(label, value) for label, value in items]
         if part.endswith(("_id", "_ids")):
-            return [self._id(label, value, place) for label, value in items]
+            return [as_id(value, label) for label, value in items]
         return [as_text(value, label) for label, value in items]
 
     def _cut(self, items: list[tuple[str, Any]], column: str) -> list[tuple[str, Any]]:
@@ -185,15 +184,6 @@ class RowReader:
             fix = f"pass num_negatives={wanted} to take the first ones"
             raise BadRow("too many negatives", f"{count} negatives where {self.like} has {wanted}; {fix}", column)
         return items[:wanted]
-
-    def _id(self, label: str, value: Any, place: str) -> str:
-        text = as_id(value, label)
-        kind = "text" if isinstance(value, str) else "a number"
-        first, where = self._types.setdefault(label.split("[")[0], (kind, place))
-        if kind != first:
-            fix = "write all ids of a column as one type"
-            raise BadRow("mixed types", f"holds {shown(value)}, {kind}, but {first} in {where}; {fix}", label)
-        return text
 
     def _check_names(self, row: Mapping[str, Any]) -> None:
         """Refuse what would be read otherwise, had it come first."""

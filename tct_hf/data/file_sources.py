@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import sys
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,7 +28,7 @@ T = TypeVar("T")
 
 ROWS_A_BATCH = 1000
 _BYTES_AT_ONCE = 1 << 20  # of each column of a parquet file
-_BYTES_A_RECORD = 1 << 24  # of CSV: what is longer has a quote that isn't closed
+_BYTES_A_FIELD = 1 << 24  # of CSV: what is longer has a quote that isn't closed
 
 
 class Source(ABC):
@@ -91,12 +89,12 @@ class LineSource(Source):
     Args:
         path: the file.
         fields: names of the fields, by position; None for JSONL.
-        header: the first line is a header, and not a row.
+        header: number of the line that is a header, and not a row; 0 for none.
     """
 
     unit = "line"
 
-    def __init__(self, path: Path, fields: Sequence[str] | None = None, *, header: bool = False) -> None:
+    def __init__(self, path: Path, fields: Sequence[str] | None = None, *, header: int = False) -> None:
         self.path, self.name = path, str(path)
         self.names = None if fields is None else list(fields)
         self.header, self.only_text = header, fields is not None
@@ -112,58 +110,37 @@ class LineSource(Source):
 
 
 class CsvSource(Source):
-    """A file of fields separated by commas, quoted where they must be, plain or .gz; its first line names them.
-
-    A field is text as it stands: neither a number nor missing.
-    """
+    """A file of fields separated by commas, named in its first line; each field is text as it stands."""
 
     unit, only_text = "line", True
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
         self.key = ["csv", *file_key(path)]
-        header: Any = next((fields for _, fields in self._records()), [])
+        header: Any = next(self._records(), (1, []))[1]
         if not all(header) or len({*header}) < len(header) or isinstance(header, str):
             raise ValueError(f"{path}, line 1: {header} are no names of columns; give each column a name of its own")
         self.names = header
 
     def _records(self) -> Iterator[tuple[int, Any]]:
-        """The first line and the fields of each record; what is wrong where it can't be read."""
-        csv.field_size_limit(sys.maxsize)
-        lines, again = byte_lines(self.path), deque[tuple[int, bytes]]()
-        taken: list[tuple[int, bytes]] = []  # of the record that is being read
-
-        def text() -> Iterator[str]:
-            size = 0
-            while (one := again.popleft() if again else next(lines, None)) is not None:
-                size = size * bool(taken) + len(one[1])
-                taken.append(one)
-                if size > _BYTES_A_RECORD:
-                    return
-                yield one[1].decode("utf-8", "surrogateescape") + "\n"
-
-        records = csv.reader(text(), strict=True)
+        """The first line of each record, and its fields or what is wrong with them."""
+        csv.field_size_limit(_BYTES_A_FIELD)
+        lines = (line.decode("utf-8", "surrogateescape") + "\n" for _, line in byte_lines(self.path))
+        records = csv.reader(lines, strict=True)
         while True:
-            taken.clear()
+            first = records.line_num + 1
             try:
-                fields: list[str] | str = next(records)
-                if len(taken) > 1 and self.names and len(fields) != len(self.names):
-                    fields = f"{len(fields)} fields where {len(self.names)} are needed"
+                fields: Any = next(records)
             except StopIteration:
                 return
             except csv.Error as error:
                 fields = str(error)
-            if not isinstance(fields, str):
-                if fields:
-                    yield taken[0][0], fields
-                continue
-            if len(taken) > 1:  # what follows the line with the quote may be whole records
-                at = _opening(taken if "end of data" in fields else taken[:-1])
-                again.extendleft(reversed(taken[at + 1 :]))
-                fields = f"a quote opens here that isn't closed where the field ends: {fields}"
-                taken = taken[at:]
-            yield taken[0][0], fields
-            records = csv.reader(text(), strict=True)
+            why = fields if isinstance(fields, str) else f"{len(fields)} fields"
+            whole = why is not fields and len(fields) == len(self.names or fields)
+            if records.line_num > first and not whole:  # a quote that isn't closed has taken rows with it
+                raise ValueError(f"{self.path}, line {first}: not CSV ({why}); close the quote that opens here")
+            if fields:
+                yield first, fields
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
         return islice(self._records(), 1, None)
@@ -178,17 +155,6 @@ class CsvSource(Source):
         if not all(map(is_utf8, raw)):
             raise BadRow("not UTF-8", "not UTF-8; convert the file to UTF-8")
         return dict(zip(names, raw, strict=True))
-
-
-def _opening(lines: Sequence[tuple[int, bytes]]) -> int:
-    """At which of these lines the last quote opens that isn't closed in its line."""
-    at, odd = 0, False
-    for place, (_, line) in enumerate(lines):
-        quotes = line.replace(b'""', b"").count(b'"')
-        odd ^= quotes % 2 == 1
-        if odd and quotes:
-            at = place
-    return at
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

@@ -12,8 +12,8 @@ import numpy as np
 from tct_hf.cache import prepared
 from tct_hf.data.file_sources import LineSource, Source
 from tct_hf.data.ids import find, hash_of
-from tct_hf.data.rows import BadRow, as_id, as_score, first_lines, get, is_header, plain, shown, there_are
-from tct_hf.data.sources import MappingSource, open_source
+from tct_hf.data.rows import BadRow, as_id, as_score, first_lines, get, is_header, there_are
+from tct_hf.data.sources import of_pairs, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,21 +54,14 @@ class ScoreTable:
         self._arrays: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
-    def open(
-        cls,
-        source: ScoreSource,
-        *,
-        columns: Mapping[str, str] | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> ScoreTable:
-        """Read and check a table once for each content, in constant memory; later calls find it prepared.
+    def open(cls, source: ScoreSource, *, cache_dir: str | Path | None = None) -> ScoreTable:
+        """Read and check a table once for each content; later calls find it prepared.
 
         Args:
             source: a file of rows (query id, passage id, score): .parquet, JSONL, or TSV with or without a header
                 (the last two plain or .gz); a Hub id "owner/name", "owner/name:configuration" or
                 "owner/name:configuration:split"; a data set; or {query id: {passage id: score}}. A row may also hold
                 lists of passage ids and their scores.
-            columns: query_id, passage_id and score to the source's names, where it has others than the usual ones.
             cache_dir: where the prepared form is kept; by default `default_cache_dir()`.
 
         Raises:
@@ -79,11 +72,10 @@ class ScoreTable:
         """
         opened: Source
         if isinstance(source, Mapping):
-            opened = MappingSource(lambda: _of_mapping(source), "scores")
+            opened = of_pairs(source, "scores", _FIELDS)
         else:
             opened = open_source(source, "scores", _open_tsv)
-        key = [_FORMAT, opened.need_key(), sorted((columns or {}).items())]
-        folder = prepared("scores", key, lambda staging: _build(staging, opened, columns or {}), cache_dir)
+        folder = prepared("scores", [_FORMAT, opened.need_key()], lambda staging: _build(staging, opened), cache_dir)
         return cls(opened.name, folder)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,16 +97,6 @@ class ScoreTable:
         return [float(score) if there else None for score, there in zip(scores[at], found, strict=True)]
 
 
-def _of_mapping(scores: Mapping[str, Mapping[str, float]]) -> Iterator[dict[str, Any]]:
-    for query_id, of_query in scores.items():
-        if not isinstance(of_query, Mapping):
-            raise ValueError(
-                f"scores (query {query_id!r}): holds {shown(of_query)} where {{passage id: score}} is needed"
-            )
-        values = [plain(score) for score in of_query.values()]
-        yield {"query_id": query_id, "passage_id": list(of_query), "score": values}
-
-
 def _open_tsv(path: Path) -> LineSource:
     """Lines of query id, passage id and score; by a header's own order where it has the usual names."""
     first = next(iter(first_lines(path)), [""])
@@ -123,46 +105,39 @@ def _open_tsv(path: Path) -> LineSource:
     return LineSource(path, first if usual else _FIELDS, header=header)
 
 
-class _Reader:
-    """Pairs and scores of a source's rows, of which the first says which of the usual names it has."""
+def _pairs(source: Source) -> Iterator[tuple[int, float]]:
+    """Key and score of each pair of a source's rows, of which the first says which of the usual names it has."""
+    columns: list[str] = []
 
-    def __init__(self, source: Source, columns: Mapping[str, str]) -> None:
-        self.source, self.columns = source, columns
-        self.names: list[str] | None = None
-        if unknown := sorted(columns.keys() - set(_FIELDS)):
-            raise ValueError(f"columns: {unknown[0]!r} is no field of a score table: name {', '.join(_FIELDS)}")
-
-    def _name(self, there: Sequence[str], ours: str) -> str:
-        wanted = (self.columns[ours],) if ours in self.columns else _NAMES[ours]
-        for name in wanted:
-            if name in there:
-                return name
-        fix = f"name it with columns={{{ours!r}: ...}}"
-        raise ValueError(f"{self.source.name}: column {wanted[0]!r} is missing ({there_are(there)}); {fix}")
-
-    def __call__(self, row: Mapping[str, Any]) -> list[tuple[int, float]]:
-        """Key and score of each pair of a row."""
-        if self.names is None:
-            self.names = [self._name(list(row), ours) for ours in _FIELDS]
-        query, passages, scores = (get(row, name) for name in self.names)
-        query_id = as_id(query, self.names[0])
+    def read(row: Mapping[str, Any]) -> list[tuple[int, float]]:
+        if not columns:
+            columns.extend(_column(source.name, list(row), names) for names in _NAMES.values())
+        query, passages, scores = (get(row, name) for name in columns)
+        query_id = as_id(query, columns[0])
         lists = [isinstance(value, (list, tuple)) for value in (passages, scores)]
-        _, of_passages, of_scores = map(repr, self.names)
         if lists[0] != lists[1]:
-            raise BadRow("mixed types", f"{of_passages} and {of_scores} must both be lists, or both single values")
+            raise BadRow("mixed types", "{1!r} and {2!r} must both be lists, or both single values".format(*columns))
         if not lists[0]:
             passages, scores = [passages], [scores]
         if len(passages) != len(scores):
-            counts = f"{len(passages)} passages in {of_passages} but {len(scores)} scores in {of_scores}"
+            counts = f"{len(passages)} passages in {columns[1]!r} but {len(scores)} scores in {columns[2]!r}"
             raise BadRow("different lengths", f"{counts} of query {query_id!r}: give one each")
         found = []
         for passage, score in zip(passages, scores, strict=True):
-            passage_id = as_id(passage, self.names[1])
-            if self.source.only_text:
-                score = _number(score)
+            passage_id = as_id(passage, columns[1])
+            score = _number(score) if source.only_text else score
             what = f"passage {passage_id!r} of query {query_id!r}"
-            found.append((pair_key(query_id, passage_id), as_score(score, what, self.names[2])))
+            found.append((pair_key(query_id, passage_id), as_score(score, what, columns[2])))
         return found
+
+    return chain.from_iterable(found for _, found in source.read(read))
+
+
+def _column(source: str, there: Sequence[str], names: Sequence[str]) -> str:
+    found = next((name for name in names if name in there), None)
+    if found is None:
+        raise ValueError(f"{source}: column {names[0]!r} is missing ({there_are(there)}); name it so")
+    return found
 
 
 def _number(text: str) -> Any:
@@ -173,10 +148,9 @@ def _number(text: str) -> Any:
         return text
 
 
-def _build(staging: Path, source: Source, columns: Mapping[str, str]) -> None:
+def _build(staging: Path, source: Source) -> None:
     """Sort by key, in 20 bytes of memory a pair."""
-    pairs_of = chain.from_iterable(found for _, found in source.read(_Reader(source, columns)))
-    pairs = np.fromiter(pairs_of, dtype=[("key", "<u8"), ("score", "<f4")])
+    pairs = np.fromiter(_pairs(source), dtype=[("key", "<u8"), ("score", "<f4")])
     if not len(pairs):
         raise ValueError(f"{source.name}: it holds no score; check the file")
     keys, first = np.unique(pairs["key"], return_index=True)

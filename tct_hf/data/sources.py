@@ -21,6 +21,7 @@ from tct_hf.data.rows import (
     format_of,
     is_hub_id,
     plain,
+    shown,
     there_are,
 )
 
@@ -97,14 +98,27 @@ class MappingSource(Source):
 
     def __init__(self, rows: Callable[[], Iterable[dict[str, Any]]], setting: str) -> None:
         self.rows, self.name = rows, f"{setting} (a mapping)"
-        self.key = ["mapping", digest_of_rows(rows())]
+        self.key = ["mapping", _digest_of_rows(rows())]
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.rows())
 
 
-def digest_of_rows(rows: Iterable[Any]) -> str:
-    """A checksum of rows, whatever they hold: their values are checked when they are read."""
+def of_pairs(given: Mapping[Any, Mapping[Any, Any]], setting: str, names: Sequence[str]) -> MappingSource:
+    """{query id: {passage id: value}} as rows of three columns."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for query, found in given.items():
+            if not isinstance(found, Mapping):
+                raise ValueError(f"{setting} (query {query!r}): holds {shown(found)}, and no {{passage id: value}}")
+            for passage, value in found.items():
+                yield dict(zip(names, (query, passage, value), strict=True))
+
+    return MappingSource(rows, setting)
+
+
+def _digest_of_rows(rows: Iterable[Any]) -> str:
+    # Whatever they hold: values are checked when they are read.
     digest = sha256()
     for row in rows:
         digest.update(json.dumps(row, default=_plain_or_shown).encode())

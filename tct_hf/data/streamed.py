@@ -61,7 +61,7 @@ class TripleStream:
         while batch := list(islice(stored, ROWS_A_BATCH)):
             for number, raw in self._most_alike(batch):
                 try:
-                    self.reader = self._reader_of(self.source.parse(raw), self.source.place(number))
+                    self.reader = self._reader_of(self.source.parse(raw))
                 except BadRow as error:
                     # Where the columns are known apart from the rows, one that is missing is missing in all of them.
                     known = self.source.names is not None and error.kind in ("missing column", "doubled column")
@@ -98,7 +98,7 @@ class TripleStream:
                 kind.append(len(value) if self.num_negatives is None else None)
         return tuple(kind)
 
-    def _reader_of(self, first: Mapping[str, Any], place: str) -> RowReader:
+    def _reader_of(self, first: Mapping[str, Any]) -> RowReader:
         names = list(first) if self.source.names is None else self.source.names
         reader = RowReader(
             names,
@@ -109,7 +109,7 @@ class TripleStream:
             passages=self.passages,
             scores=self.scores,
         )
-        row = next(reader.read(first, place))
+        row = next(reader.read(first))
         texts = [row[name] for name in ("query", "positive", *reader.negatives) if name in row]
         if not reader.lookups and all(map(str.isdigit, texts)):
             raise BadRow(NOTHING, f"{texts} look like ids, not texts; pass queries= and collection= with their texts")
@@ -166,7 +166,7 @@ class TripleStream:
         reader, rows = self.plan(), list[tuple[int, Row]]()
         for number, raw in stored:
             try:
-                rows.extend((number, row) for row in reader.read(self.source.parse(raw), self.source.place(number)))
+                rows.extend((number, row) for row in reader.read(self.source.parse(raw)))
             except BadRow as error:
                 self._refuse(error, number)
         errors = add_texts([row for _, row in rows], reader.lookups)

@@ -73,7 +73,7 @@ BAD_FILES = [
     ("qrels/test.tsv", "q1\td1\t1\nq1 d1 1\n", r"test\.tsv, line 2: 1 fields where 3 are needed"),
     ("qrels/test.tsv", "q1\td1\t0.5\n", r"test\.tsv, line 1: score '0\.5' is not an integer"),
     ("qrels/test.tsv", "q1\td1\t1\nq1\td1\t0\n", r"test\.tsv, line 2: .*judged twice"),
-    ("qrels/test.tsv", "\td1\t1\n", r"test\.tsv, line 1: empty query-id"),
+    ("qrels/test.tsv", "\td1\t1\n", r"test\.tsv, line 1, column 'query-id': the id is empty"),
     ("qrels/test.tsv", "q1\td1\t0\n", r"test\.tsv: no judgement with a score of 1"),
 ]
 

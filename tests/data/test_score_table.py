@@ -80,16 +80,6 @@ def test_the_prepared_form_is_made_once_a_content(tmp_path: Path) -> None:
     assert ScoreTable.open(path).get([("1", "7")]) == [99.0]
 
 
-def test_names_are_mapped(tmp_path: Path) -> None:
-    named = Dataset.from_list([{"a": "1", "b": "7", "c": 1.0}])
-    table = ScoreTable.open(named, columns={"query_id": "a", "passage_id": "b", "score": "c"})
-    assert table.get([("1", "7")]) == [1.0]
-    missing = (None, r"column 'query_id' is missing .*columns=\{'query_id'")
-    for columns, message in (missing, ({"text": "a"}, "'text' is no field of a score table")):
-        with pytest.raises(ValueError, match=message):
-            ScoreTable.open(named, columns=columns)
-
-
 LISTS = '{"query_id": 4, "passage_ids": [1, 2], '
 PAIR = '{"query_id": "1", "passage_id": "7", "score": 1}\n'
 
@@ -102,6 +92,7 @@ PAIR = '{"query_id": "1", "passage_id": "7", "score": 1}\n'
         (PAIR.replace("1}", "NaN}"), "line 1: not JSON"),
         (PAIR.replace("1}", '"x"}'), "is 'x', which is no number"),
         (PAIR + '{"query_id": "1", "score": 1}\n', "line 2: column 'passage"),
+        ('{"a": 1}\n', "column 'query_id' is missing .there are: a.; name it so"),
         (PAIR.replace('"1"', "null"), "column 'query_id': no id .null.; fill it in"),
         (LISTS + '"scores": [0.5]}\n', "line 1: 2 passages in .* but 1 scores .*query '4'"),
         (LISTS + '"scores": 0.5}\n', "must both be lists"),

@@ -50,7 +50,7 @@ def test_a_bad_row_of_a_folder_is_named_by_file_and_line_or_left_out(tmp_path: P
     folder = folder_of(tmp_path / "set", suffix, [row, row])
     bad = sorted(folder.iterdir())[1]
     with bad.open("ab") as file:
-        file.write(b'caf\xe9,p,n\n"a,b\n' if suffix == ".csv" else b'{"query": "caf\xe9"}\n{oops\n')
+        file.write(b'caf\xe9,p,n\na,b,"n"c\n' if suffix == ".csv" else b'{"query": "caf\xe9"}\n{oops\n')
     with pytest.raises(ValueError, match=rf"{bad.name}, line {3 - (suffix != '.csv')}: not UTF-8"):
         load_triples(folder)
     skipped = SkippedRows()

@@ -178,7 +178,7 @@ def test_rows_with_lists_of_negatives_round_trip(rows: list[tuple[str, str, list
     raw = [{"query": query, "positive": positive, "negatives": negatives} for query, positive, negatives in rows]
     reader = RowReader(list(raw[0]), raw[0])
     for row, (query, positive, (first, second)) in zip(raw, rows, strict=True):
-        (read,) = reader.read(row, "row")
+        (read,) = reader.read(row)
         assert read == {"query": query, "positive": positive, "negative_1": first, "negative_2": second}
 
 
