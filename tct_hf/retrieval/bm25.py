@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.sparse import csc_matrix
 
 from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
 from tct_hf.data.rows import checked_texts, each_checked
 from tct_hf.files import command, file_digest
-from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k
+from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k, check_lists
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.words import LANGUAGE, STEMMER, analyser, stemmer_of
 
@@ -43,7 +42,7 @@ class BM25Index(Index):
     """
 
     kind, title, tags = "BM25 index", "A BM25 index (bm25s)", ("bm25",)
-    settings_file, format = "tct_bm25.json", 8
+    settings_file, format = "tct_bm25.json", 9
 
     def __init__(self, engine: Any, ids: list[str], settings: dict[str, Any]) -> None:
         self._engine = engine
@@ -217,7 +216,10 @@ class BM25Index(Index):
             raise ValueError(f"average_length={settings['average_length']}: it must be finite and above 0")
         _keep_compiled()
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
-        _check_engine(engine, len(ids), verify)
+        check_lists((np.asarray(engine.scores[name]) for name in ("data", "indices", "indptr")), len(ids), verify)
+        terms = len(engine.scores["indptr"]) - 1
+        if not all(type(number) is int and 0 <= number < terms for number in engine.vocab_dict.values()):
+            raise ValueError(f"a word of the vocabulary has a number beyond its {terms} terms")
         return cls(engine, ids.to_pylist(), settings)
 
     def _card(self) -> tuple[str, list[tuple[str, str]]]:
@@ -235,21 +237,6 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
     if not isinstance(expansion := settings.get("expansion", {}), dict):
         raise ValueError(f"expansion: {expansion!r} is no mapping")
-
-
-def _check_engine(engine: Any, passages: int, verify: bool) -> None:
-    """Refuse what compiled search would read or write beyond its arrays with; `verify`: look at every posting."""
-    data, indices, indptr = (np.asarray(engine.scores[name]) for name in ("data", "indices", "indptr"))
-    terms, kinds = len(indptr) - 1, (data.dtype.kind, indices.dtype.kind, indptr.dtype.kind)
-    if engine.scores["num_docs"] != passages or kinds != ("f", "i", "i") or (np.diff(indptr) < 0).any():
-        raise ValueError(f"its arrays are not the lists of {passages} passages")
-    if not all(type(number) is int and 0 <= number < terms for number in engine.vocab_dict.values()):
-        raise ValueError(f"a word of the vocabulary has a number beyond its {terms} terms")
-    matrix = csc_matrix((data, indices, indptr), (passages, terms), copy=False)
-    if verify:
-        matrix.check_format(full_check=True)
-        if not (np.isfinite(data) & (data >= 0)).all():
-            raise ValueError("a weight is negative, NaN or infinite")
 
 
 @cache

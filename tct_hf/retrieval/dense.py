@@ -46,7 +46,7 @@ class DenseIndex(VectorIndex):
     """
 
     kind, title, tags = "dense index", "A Faiss index", ("faiss",)
-    settings_file, format, hub_options = "tct_dense.json", 4, ", trust_faiss=True"
+    settings_file, format, hub_options = "tct_dense.json", 5, ", trust_faiss=True"
     _rows_of = staticmethod(as_matrix)
 
     def __init__(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,9 +16,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
+from scipy.sparse import csc_matrix
 
 from tct_hf.data.ids import is_utf8
-from tct_hf.files import file_digest, replace_dir, staging_beside, write_text_atomic
+from tct_hf.files import (
+    check_seal,
+    read_json,
+    replace_dir,
+    seal,
+    staging_beside,
+    write_json_atomic,
+    write_text_atomic,
+)
 from tct_hf.hub_client import check_hub_names, check_metadata, hub_errors, push_folder, template
 from tct_hf.retrieval.runs import Run
 
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _IDS_FILE = "ids.arrow"
+_AGAIN = "delete the folder, then build and save the index again"
 # Files of an earlier index in a repository, which go when the new one lacks them.
 _REPLACED = re.compile(r".*\.(faiss|npy|npz|json|bin|arrow)")
 
@@ -83,10 +93,8 @@ class Index(ABC):
             table = pa.table({"id": self.ids if isinstance(self.ids, pa.Array) else id_array(self.ids)})
             with pa.ipc.new_file(str(staging / _IDS_FILE), table.schema) as writer:
                 writer.write_table(table)
-            settings = {"format": self.format, "passages": len(self), **self._settings(), "files": {}}
-            for path in sorted(staging.iterdir()):
-                settings["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            (staging / self.settings_file).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            write_json_atomic(staging / self.settings_file, {"format": self.format, **self._settings()})
+            seal(staging)
             for path in staging.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -96,59 +104,20 @@ class Index(ABC):
     def load(cls, directory: str | Path, *, mmap: bool = False, verify: bool = True) -> Self:
         """Open an index that `save` wrote."""
         folder = Path(directory)
-        settings = cls._read_settings(folder)
+        file = folder / cls.settings_file
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder}: no {cls.kind} here ({file.name} is missing); build and save one first")
+        settings = read_json(file, _AGAIN)
+        if (found := settings.pop("format", None)) != cls.format:
+            raise ValueError(f"{file}: format {found} where this version reads {cls.format}; {_AGAIN}")
         try:
-            cls._check_files(folder, settings.pop("files"), verify)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / cls.settings_file}: damaged ({error!r}); build and save the index again"
-            ) from error
-        try:
+            check_seal(folder, verify=verify)
             with pa.memory_map(str(folder / _IDS_FILE)) if mmap else pa.OSFile(str(folder / _IDS_FILE)) as source:
                 table = pa.ipc.open_file(source).read_all()
             table.validate(full=verify)
-            ids = table["id"].chunk(0)
-            passages = settings.pop("passages")
-            if len(ids) != passages:
-                raise ValueError(f"{len(ids)} ids where {passages} are announced")
-            return cls._open(folder, settings, ids, mmap=mmap, verify=verify)
+            return cls._open(folder, settings, table["id"].chunk(0), mmap=mmap, verify=verify)
         except (RuntimeError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder}: damaged {cls.kind} ({error}); build and save it again") from error
-
-    @classmethod
-    def _read_settings(cls, folder: Path) -> dict[str, Any]:
-        path = folder / cls.settings_file
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder}: no {cls.kind} here ({path.name} is missing); build and save one first")
-        try:
-            settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found = settings.pop("format")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: damaged ({error!r}); build and save the index again") from error
-        if found != cls.format:
-            raise ValueError(
-                f"{path}: format {found} where this version reads {cls.format}; delete the folder, and build the "
-                "index again"
-            )
-        return settings
-
-    @classmethod
-    def _check_files(cls, folder: Path, files: Mapping[str, Any], verify: bool) -> None:
-        kept = (*files, cls.settings_file)
-        for file in folder.iterdir():
-            if _REPLACED.fullmatch(file.name) and file.name not in kept:
-                raise ValueError(f"{file}: no file of this {cls.kind}; remove it, or build and save the index again")
-        for name, expected in files.items():
-            file = folder / name
-            wrong = None
-            if not file.is_file():
-                wrong = f"missing from this {cls.kind}"
-            elif file.stat().st_size != expected["bytes"]:
-                wrong = f"{file.stat().st_size} bytes where {expected['bytes']} were saved: truncated or altered"
-            elif verify and file_digest(file) != expected["sha256"]:
-                wrong = "altered since it was saved (checksum)"
-            if wrong:
-                raise ValueError(f"{file}: {wrong}; copy it again, or build and save the index again")
+            raise ValueError(f"{folder}: damaged {cls.kind} ({error}); copy it again, or {_AGAIN}") from error
 
     def push_to_hub(
         self,
@@ -161,13 +130,31 @@ class Index(ABC):
         revision: str = "main",
         tag: str | None = None,
         token: str | None = None,
+        **model: Any,
     ) -> PushedIndex:
-        """Push the index to a dataset repository: files, manifest and a card."""
-        _check_asked(repo_id, license, revision, tag)
-        name = type(self).__name__
+        """Push the index to a dataset repository: files and a card.
+
+        Args:
+            repo_id: dataset repository.
+            license: of the passages.
+            license_note: a sentence about it on the card.
+            passages: where the passages are, for the card.
+            private: whether the repository is to be private.
+            revision: branch.
+            tag: of the commit.
+            token: of the Hub.
+            **model: `model_id` and `model_revision`, of an index of vectors: the model that built it, by default its
+                newest revision. It is loaded first: its weights must be those that built the index.
+        """
+        check_hub_names(repo_id, revision, tag)
+        if not license:
+            raise ValueError('license: an index on the Hub needs that of its passages, such as license="cc-by-4.0".')
+        check_metadata({"license": license})
+        index = self._pinned(token=token, **model)
         pin = (f', revision="{tag}"' if tag else "") + self.hub_options
+        name = type(self).__name__
         usage = [f"from tct_hf import {name}", "", f'index = {name}.from_hub("{repo_id}"{pin})', *self.usage]
-        of_what, rows = self._card()
+        of_what, rows = index._card()
         card = DatasetCard.from_template(
             DatasetCardData(license=license, tags=["retrieval", "index", *self.tags]),
             template_str=template("index"),
@@ -181,7 +168,7 @@ class Index(ABC):
         )
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "index"
-            self.save(folder)
+            index.save(folder)
             write_text_atomic(folder / "README.md", str(card))
             sent, commit, url = push_folder(
                 folder,
@@ -195,6 +182,10 @@ class Index(ABC):
                 replaced=lambda name: _REPLACED.fullmatch(name) is not None,
             )
         return PushedIndex(repo_id, url, commit, tag, sent)
+
+    def _pinned(self, *, token: str | None) -> Self:
+        """The index as it is pushed."""
+        return self
 
     @classmethod
     def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Self:
@@ -275,17 +266,8 @@ class VectorIndex(Index):
             check_model(directory, index.built_by, model if isinstance(model, Mapping) else _described(model))
         return index
 
-    def push_to_hub(
-        self, repo_id: str, *, model_id: str | None = None, model_revision: str | None = None, **options: Any
-    ) -> PushedIndex:
-        """Push the index, pinned to the revision of the model that built it; see `Index.push_to_hub`.
-
-        The model at that revision, by default its newest, is loaded first: its weights must be those that built the
-        index.
-        """
-        _check_asked(repo_id, options.get("license"), options.get("revision", "main"), options.get("tag"))
-        before, token = self.built_by, options.get("token")
-        built_by = before or {}
+    def _pinned(self, *, token: str | None, model_id: str | None = None, model_revision: str | None = None) -> Self:
+        built_by = self.built_by or {}
         name = model_id or built_by.get("id") or ""
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
             raise ValueError(
@@ -302,11 +284,9 @@ class VectorIndex(Index):
             commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
         found = _described(self._encoder(name, revision=commit, token=token, device="cpu"))
         check_model(f"model_revision {commit[:12]}: the index", built_by, found)
-        self.built_by = {**built_by, "id": name, "revision": commit}
-        try:
-            return super().push_to_hub(repo_id, **options)
-        finally:
-            self.built_by = before
+        pinned = copy(self)
+        pinned.built_by = {**built_by, "id": name, "revision": commit}
+        return pinned
 
     def _card(self) -> tuple[str, list[tuple[str, str]]]:
         built_by = self.built_by or {}
@@ -406,17 +386,34 @@ def check_ids(ids: Sequence[str], count: int, what: str) -> None:
         seen.add(passage_id)
 
 
+def check_lists(lists: Iterable[np.ndarray], passages: int, verify: bool) -> None:
+    """Refuse inverted lists that compiled search would leave its arrays with, as those of a forged index.
+
+    Args:
+        lists: weights `(postings,)`, finite and not negative; rows `(postings,)`, rising within a list; and starts
+            `(terms + 1,)`, where each term's list begins.
+        passages: rows in all.
+        verify: look at every posting.
+    """
+    weights, rows, starts = lists
+    if (
+        any(array.dtype.kind not in kinds for array, kinds in ((weights, "f"), (rows, "iu"), (starts, "i")))
+        or not (passages and starts.ndim == rows.ndim == 1 and rows.shape == weights.shape and len(starts) > 1)
+        or (starts[0], starts[-1]) != (0, len(rows))
+        or (np.diff(starts) < 0).any()
+    ):
+        raise ValueError(f"its arrays are not the lists of {passages} passages")
+    if verify:
+        matrix = csc_matrix((weights, rows, starts), (passages, len(starts) - 1))
+        matrix.check_format(full_check=True)
+        if not (matrix.has_canonical_format and (np.isfinite(weights) & (weights >= 0)).all()):
+            raise ValueError("rows that don't rise, or a weight that is negative, NaN or infinite")
+
+
 def id_array(ids: Iterable[str]) -> Any:
     """Ids as an Arrow array, whose offsets have 8 bytes only where 4 are too few."""
     array = pa.array(ids, pa.string())
     return array if isinstance(array, pa.Array) else array.cast(pa.large_string()).combine_chunks()
-
-
-def _check_asked(repo_id: str, license: str | None, revision: str = "main", tag: str | None = None) -> None:
-    check_hub_names(repo_id, revision, tag)
-    if not license:
-        raise ValueError('license: an index on the Hub needs one, such as license="cc-by-4.0"; that of its passages.')
-    check_metadata({"license": license})
 
 
 def _described(model: Any) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, id_array
+from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_lists, id_array
 from tct_hf.retrieval.vectors import ShardedRows, as_csr, csr_blocks
 
 # Scores of this many passages are added up at a time: 256 KB of them, which stays in a core's own cache.
@@ -27,7 +28,7 @@ class SparseIndex(VectorIndex):
     """
 
     kind, title, tags = "sparse index", "Inverted lists", ("sparse", "splade")
-    settings_file, format = "tct_sparse.json", 2
+    settings_file, format = "tct_sparse.json", 3
     _rows_of = staticmethod(as_csr)
 
     def __init__(
@@ -119,7 +120,7 @@ class SparseIndex(VectorIndex):
         return best_first(self._names(rows), scores, k)
 
     def _settings(self) -> dict[str, Any]:
-        return {"dimension": self.dimension, "postings": self.postings, "built_by": self.built_by}
+        return {"built_by": self.built_by}
 
     def _write(self, folder: Path) -> None:
         for name, part in zip(_ARRAYS, (self._starts, self._rows, self._weights), strict=True):
@@ -129,23 +130,10 @@ class SparseIndex(VectorIndex):
     def _open(cls, folder: Path, settings: dict[str, Any], ids: Any, *, mmap: bool, verify: bool) -> SparseIndex:
         mode: Any = "r" if mmap else None
         starts, rows, weights = (
-            np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in _ARRAYS
+            np.load(folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False).astype(kind, copy=False)
+            for name, kind in _ARRAYS.items()
         )
-        # Compiled search trusts its arrays.
-        if (
-            tuple(part.dtype.name for part in (starts, rows, weights)) != tuple(_ARRAYS.values())
-            or not len(ids)
-            or starts.shape != (settings["dimension"] + 1,)
-            or not rows.shape == weights.shape == (settings["postings"],)
-            or starts[0] != 0
-            or starts[-1] != settings["postings"]
-            or (np.diff(starts) < 0).any()
-            or (verify and not _searchable(starts, rows, weights, len(ids)))
-        ):
-            raise ValueError(
-                f"its arrays are not those of {len(ids)} passages of dimension {settings['dimension']} with "
-                f"{settings['postings']} non-zeros"
-            )
+        check_lists((weights, rows, starts), len(ids), verify)
         return cls(starts, rows, weights, ids, built_by=settings["built_by"])
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -158,15 +146,6 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = np.asarray(array).view()
     view.flags.writeable = False
     return view
-
-
-def _searchable(starts: np.ndarray, rows: np.ndarray, weights: np.ndarray, passages: int) -> bool:
-    """Whether lists name passages that are there, rising, with weights that are finite and above 0."""
-    step = 1 << 20  # weights that are looked at together
-    parts = (weights[first : first + step] for first in range(0, len(weights), step))
-    return bool(are_lists(*map(_read_only, (starts, rows)), passages)) and all(
-        bool((np.isfinite(part) & (part > 0)).all()) for part in parts
-    )
 
 
 def _compiled(function: Any) -> Any:
@@ -191,49 +170,6 @@ def append_rows(row_starts, terms, weights, first_row, ends, list_rows, list_wei
 
 
 @_compiled
-def are_lists(starts, list_rows, passages):  # type: ignore[no-untyped-def]
-    """Whether the rows of every list rise and are below `passages`: `best_rows` writes where they say."""
-    for term in range(len(starts) - 1):
-        before = np.int64(-1)
-        for at in range(starts[term], starts[term + 1]):
-            row = np.int64(list_rows[at])
-            if row <= before or row >= passages:
-                return False
-            before = row
-    return True
-
-
-@_compiled
-def _replace_least(heap, value):  # type: ignore[no-untyped-def]
-    """Replace the least of a heap, its first."""
-    at = 0
-    size = len(heap)
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and heap[child + 1] < heap[child]:
-            child += 1
-        if heap[child] >= value:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
-
-
-@_compiled
-def _first_from(list_rows, low, high, row):  # type: ignore[no-untyped-def]
-    """The first place from `low` to `high` whose row is `row` or greater."""
-    while low < high:
-        middle = (low + high) // 2
-        if list_rows[middle] < row:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@_compiled
 def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # type: ignore[no-untyped-def]
     """The k best passages of one query, and all that equal the last of them: rows int64, rising, and scores float32.
 
@@ -246,7 +182,7 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
         weights: (query terms,) float32.
         k: passages wanted, at least 1; those of a score of 0 are left out.
     """
-    heap = np.zeros(k, np.float32)  # the k greatest scores so far, the least first; zeros where there are fewer
+    heap = [np.float32(0)] * k  # the k greatest scores so far, the least first; zeros where there are fewer
     sums = np.zeros(passages, np.float32)
     places = np.empty(len(terms), np.int64)
     for number in range(len(terms)):
@@ -256,7 +192,7 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
         for number in range(len(terms)):
             begin, end, weight = places[number], starts[terms[number] + 1], weights[number]
             if last < passages:
-                end = _first_from(list_rows, begin, end, last)
+                end = begin + np.searchsorted(list_rows[begin:end], last)
             for at in range(begin, end):
                 sums[np.int64(list_rows[at])] += weight * list_weights[at]
             places[number] = end
@@ -270,6 +206,6 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
             if reached:
                 for row in range(near, far):
                     if sums[row] > heap[0]:
-                        _replace_least(heap, sums[row])
+                        heapq.heapreplace(heap, sums[row])
     rows = np.flatnonzero(sums >= max(heap[0], _TINY))
     return rows, sums[rows]
