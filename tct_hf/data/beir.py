@@ -9,6 +9,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from tct_hf.data.file_sources import LineSource, Source
+from tct_hf.data.irds import IrdsSource, is_irds, judged_sets
 from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
 from tct_hf.data.rows import SkippedRows, is_hub_id, refuse_or_skip
 from tct_hf.data.sources import named_by_header, one_split, parts_of, reach
@@ -38,7 +39,8 @@ def load_beir(
 
     Args:
         path_or_hub_id: a folder, or a Hub data set with configurations "corpus" and "queries" whose judgements are
-            in `<id>-qrels`, or in its own configuration "default" or "qrels".
+            in `<id>-qrels`, or in its own configuration "default" or "qrels"; or "irds:ID" of ir_datasets, whose
+            splits are the data sets below it (the split "dev" is "ID/dev"), its own judgements being "test".
         split: the judgements to load, for instance "test".
         allow_empty: keep passages without any text (some published collections have them) instead of refusing them.
         skip_bad_rows: leave out malformed, empty and repeated passages, queries and judgements, and judgements of
@@ -67,6 +69,8 @@ def open_beir(
     path_or_hub_id: str | Path, cache_dir: str | Path | None = None, *, skip_bad_rows: bool = False
 ) -> BeirFolder:
     """The collection of a folder or Hub id, not read yet."""
+    if is_irds(path_or_hub_id):
+        return BeirOfIrds(path_or_hub_id, cache_dir, skip_bad_rows)
     folder = Path(path_or_hub_id)
     if not str(path_or_hub_id).strip():
         raise ValueError("source: the name is empty; name a BEIR folder or a Hub id")
@@ -76,7 +80,9 @@ def open_beir(
         raise ValueError(f"{folder} is a file; give the folder that holds corpus.jsonl, queries.jsonl and qrels/")
     if is_hub_id(str(path_or_hub_id)):
         return BeirOnHub(path_or_hub_id, cache_dir, skip_bad_rows)
-    raise FileNotFoundError(f"{folder}: no such folder, and not a Hub id (owner/name) either; give the right path")
+    raise FileNotFoundError(
+        f"{folder}: no such folder, and not a Hub id (owner/name) or irds:ID either; give the right path"
+    )
 
 
 class BeirFolder:
@@ -110,6 +116,10 @@ class BeirFolder:
         there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder}: neither {name}.jsonl nor {name}.jsonl.gz is there (there is: {there})")
 
+    def queries(self, split: str) -> Source:
+        """The raw rows of the queries, of this split at least."""
+        return self.part("queries")
+
     def judgements(self, split: str) -> Judgements:
         """The judgements of a split."""
         folder = Path(self.place) / "qrels"
@@ -123,7 +133,7 @@ class BeirFolder:
 
     def load(self, split: str, *, allow_empty: bool = False) -> tuple[Dataset, dict[str, str], Qrels]:
         """As :func:`load_beir`; the corpus has a column title besides, empty where a passage has none."""
-        judged, passages, queries = self.judgements(split), self.part("corpus"), self.part("queries")
+        judged, passages, queries = self.judgements(split), self.part("corpus"), self.queries(split)
         texts = _judged_queries(queries, judged, self._skip(f"queries of {split}"))
         corpus = prepare_corpus(passages, self.cache_dir, allow_empty=allow_empty, skipped=self._skip("corpus"))
         _check_passages(corpus, judged, passages.name, self._skip(f"judgements of {split}"))
@@ -157,6 +167,24 @@ class BeirOnHub(BeirFolder):
         except FileNotFoundError as error:
             raise MissingSplitError(str(error)) from error
         return read_qrels(rows, skipped=self._skip(f"qrels of {split}"))
+
+
+class BeirOfIrds(BeirFolder):
+    """The same of ir_datasets."""
+
+    def part(self, name: str) -> Source:
+        return IrdsSource(self.place, "docs")
+
+    def queries(self, split: str) -> Source:
+        return IrdsSource(judged_sets(self.place)[split], "queries")
+
+    def judgements(self, split: str) -> Judgements:
+        splits = judged_sets(self.place)
+        if split not in splits:
+            raise MissingSplitError(f"{self.place}: no split {split!r}; splits there: {', '.join(splits) or 'none'}")
+        judged = IrdsSource(splits[split], "qrels")
+        # MS MARCO's train judgements have the same line twice here and there.
+        return read_qrels(judged, allow_repeats=True, skipped=self._skip(f"qrels of {split}"))
 
 
 def hub_configurations(hub_id: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tct_hf.data.beir import MissingSplitError, open_beir
 from tct_hf.data.builtin import builtin_corpus, builtin_fingerprint
 from tct_hf.data.ids import hash_of
+from tct_hf.data.irds import is_irds, judged_sets
 from tct_hf.data.made_questions import MadeQuestion, questions_from
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.rows import SkippedRows, text_lines
@@ -291,7 +292,7 @@ def load_collection(
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
     Args:
-        source: "builtin", a folder or a Hub id.
+        source: "builtin", a folder, a Hub id, or "irds:ID" of ir_datasets.
         packages: of the built-in corpus.
         test_split: the split to report.
         dev_split: the split to compare models on; "auto": "dev" where the built-in corpus or the folder has it; or
@@ -308,6 +309,7 @@ def load_collection(
     defaults = {"train": True, "dev": dev_split == AUTO, "test": test_split == "test"}
     if dev_split == AUTO:
         there = source == BUILTIN or any((Path(source) / "qrels").glob("dev.tsv*"))
+        there = there or (is_irds(source) and "dev" in judged_sets(source))
         dev_split = "dev" if there and "dev" not in (test_split, *also) else None
     names = {"train": "train", "dev": dev_split, "test": test_split}
     if dev_split == test_split:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tct_hf.data.column_names import KNOWN, LABELLED
 from tct_hf.data.file_sources import ROWS_A_BATCH, LineSource, Source
+from tct_hf.data.irds import IrdsSource, is_irds
 from tct_hf.data.rows import BadRow, SkippedRows, as_grade, as_id, decode, get, is_header, refuse_or_skip, there_are
 from tct_hf.data.sources import of_pairs
 
@@ -119,7 +120,7 @@ def ids_are_shared(qrels: Mapping[str, Mapping[str, int]]) -> bool:
 
 
 class KnownPositives:
-    """Positives (grade 1 and more) by query id, of a file or {query id: {passage id: grade}}.
+    """Positives (grade 1 and more) by query id, of a file, "irds:ID" or {query id: {passage id: grade}}.
 
     Attributes:
         key: JSON-ready, identifies the content.
@@ -128,13 +129,19 @@ class KnownPositives:
     def __init__(
         self, qrels: str | Path | Mapping[str, Mapping[str, int]], skipped: SkippedRows | None = None
     ) -> None:
-        if not isinstance(qrels, Mapping) and not Path(qrels).is_file():
+        source: Source
+        if isinstance(qrels, Mapping):
+            source = of_pairs(qrels, "qrels", HEADER)
+        elif is_irds(qrels):
+            source = IrdsSource(qrels, "qrels")
+        elif not Path(qrels).is_file():
             raise FileNotFoundError(f"qrels: {qrels}: no such file; give the right path")
-        source = of_pairs(qrels, "qrels", HEADER) if isinstance(qrels, Mapping) else JudgementLines(Path(qrels))
-        self.source, self.key = source.name, source.key
+        else:
+            source = JudgementLines(Path(qrels))
+        self.source, self.key, repeats = source.name, source.key, is_irds(qrels)
         self.positives = {
             query: [passage for passage, grade in found.items() if grade >= 1]
-            for query, found in read_qrels(source, skipped=skipped).qrels.items()
+            for query, found in read_qrels(source, skipped=skipped, allow_repeats=repeats).qrels.items()
         }
 
     def add(self, row: dict[str, Any]) -> None:

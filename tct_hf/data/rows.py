@@ -50,7 +50,8 @@ def is_hub_id(name: str) -> bool:
 
 def is_score_file(name: str) -> bool:
     """Whether a setting names a file of scores, there or not, or a Hub table, rather than columns of the triples."""
-    return Path(name).is_file() or format_of(Path(name)) in _FILES or name.endswith(".gz") or is_hub_id(name)
+    is_file = Path(name).is_file() or format_of(Path(name)) in _FILES or name.endswith(".gz")
+    return is_file or name.startswith("irds:") or is_hub_id(name)
 
 
 def format_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from tct_hf.data.file_sources import ROWS_A_BATCH, CsvSource, LineSource, ParquetSource, Source
+from tct_hf.data.irds import KINDS, IrdsSource, is_irds
 from tct_hf.data.rows import (
     JSON_SUFFIXES,
     PICKLES,
@@ -140,7 +141,7 @@ def open_source(
     revision: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """Rows of a file, a data set, a Hub id, or a folder in the Hub's layout.
+    """Rows of a file, a data set, a Hub id, "irds:ID", or a folder in the Hub's layout.
 
     Args:
         given: a path, a data set, a dictionary of its splits, or "owner/name:configuration:split".
@@ -158,6 +159,8 @@ def open_source(
                 "(Dataset.from_list makes one)"
             )
         return DatasetSource(given, f"{setting} (a data set)")
+    if is_irds(given):
+        return IrdsSource(given, KINDS[setting.rpartition(".")[2]])
     path = Path(given)
     if path.is_dir() or is_hub_id(str(given)):
         named = ", ".join(filter(None, (config, split)))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tct_hf.data.beir import load_beir
 from tct_hf.data.ids import hash_of
+from tct_hf.data.irds import is_irds
 from tct_hf.data.qrels import HEADER, Qrels, read_qrels
 from tct_hf.data.rows import byte_lines, file_key, is_hub_id
 from tct_hf.data.sources import named_by_header, open_source
@@ -158,7 +159,7 @@ def _place(folder: str | None, name: str | None, setting_name: str) -> str:
     for file in (path, path.with_name(f"{path.name}.gz")):
         if file.is_file():
             return str(file)
-    if is_hub_id(name) and setting_name != "triples":
+    if (is_irds(name) or is_hub_id(name)) and setting_name != "triples":
         return name
     raise FileNotFoundError(f"{setting_name}: {path}: no such file; download it, or name its folder with --files")
 

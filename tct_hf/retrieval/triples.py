@@ -19,6 +19,7 @@ from tct_hf.data.beir import hub_configurations, load_beir
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, LABELLED, SCORES, negative_columns
 from tct_hf.data.file_sources import ROWS_A_BATCH, LineSource
 from tct_hf.data.ids import stable_id
+from tct_hf.data.irds import is_irds, open_irds
 from tct_hf.data.near_duplicates import text_key
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import SkippedRows, first_lines, is_header, is_hub_id, names_ids
@@ -71,6 +72,7 @@ def load_triples(
     - JSONL (.jsonl, .json or .ndjson, plain or .gz) and .parquet, with the columns below.
     - A Hub id, or a local folder in the Hub's layout.
     - A BEIR folder or Hub data set: BM25 negatives for its judged queries (`bm25_triples`).
+    - "irds:ID" of ir_datasets: its docpairs, or, where it has none, as a BEIR folder.
     - A `datasets.Dataset`, or an `IterableDataset` with streaming=True.
 
     Columns read: query, positive, negative; or negative_1 ... negative_n; or a list, negatives (or negative).
@@ -140,6 +142,10 @@ def load_triples(
         triples = _from_beir(*found, num_negatives, sample, cache_dir)
         triples.info.description = skipped.summary()
         return triples
+
+    if is_irds(path_or_hub_id):
+        collection, queries = collection or path_or_hub_id, queries or path_or_hub_id
+        qrels = qrels or (path_or_hub_id if open_irds(path_or_hub_id).has("qrels") else None)
 
     def tsv(path: Path) -> LineSource:
         return _open_tsv(path, columns, queries is not None, collection is not None, num_negatives)
@@ -217,6 +223,8 @@ def _open_tsv(
 def _is_beir(given: Any, config: str | None) -> bool:
     if not isinstance(given, (str, Path)):
         return False
+    if is_irds(given):
+        return not open_irds(given).has("docpairs")
     path = Path(given)
     if path.is_dir():
         return any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz"))
