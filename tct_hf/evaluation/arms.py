@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from tct_hf.data.collection import Collection
@@ -19,6 +20,8 @@ from tct_hf.evaluation.tables import markdown_table, p_value
 from tct_hf.files import claim, file_digest, write_text_atomic
 
 Split = Mapping[str, Evaluation]
+# What a measure is called where a system is fused with BM25.
+_FUSED = "{} + BM25"
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,6 @@ class ArmResult:
     against: Sequence[str]
     evaluations: Mapping[int, Split]
     logs: Mapping[int, Sequence[Mapping[str, Any]]]
-
-    def values(self, split: str, measure: str) -> list[float]:
-        """The mean over queries of each seed."""
-        return [parts[split].mean[measure] for parts in self.evaluations.values()]
-
-    def per_query(self, split: str, measure: str, seeds: Iterable[int]) -> list[float]:
-        """Each query's mean over some seeds, in the order of the queries' ids."""
-        several = [self.evaluations[seed][split].per_query[measure] for seed in seeds]
-        return [math.fsum(one[query] for one in several) / len(several) for query in sorted(several[0])]
-
-
-def fused_name(measure: str) -> str:
-    """What a measure is called where a system is fused with BM25."""
-    return f"{measure} + BM25"
 
 
 def search_student(student: Path, title: str, collection: Collection, experiment: Experiment, *, bf16: bool) -> Split:
@@ -67,7 +56,7 @@ def search_student(student: Path, title: str, collection: Collection, experiment
 def with_fused(evaluations: Split, key: str, measure: str) -> dict[str, Evaluation]:
     """Put what a system reached fused with BM25 beside what it reached alone, as one more measure."""
     kept = dict(evaluations)
-    fused, own, name = kept.pop(fused_key(key)), kept[key], fused_name(measure)
+    fused, own, name = kept.pop(fused_key(key)), kept[key], _FUSED.format(measure)
     kept[key] = Evaluation(own.mean | {name: fused.mean[measure]}, own.per_query | {name: fused.per_query[measure]})
     return kept
 
@@ -114,7 +103,7 @@ def report_arms(
         for seed, parts in found.items():
             for one, evaluation in parts.items():
                 measured[one][f"{arm}, seed {seed}"] = evaluation
-    shown = [*measures, fused_name(measures[0])]
+    shown = [*measures, _FUSED.format(measures[0])]
     lines = [
         f"# {collection.summary()}",
         "",
@@ -152,13 +141,11 @@ def arm_table(results: Mapping[str, ArmResult], references: Split, split: str, m
     for name, result in results.items():
         cells = []
         for measure in measures:
-            values = result.values(split, measure)
-            mean = math.fsum(values) / len(values)
-            spread = math.sqrt(math.fsum((one - mean) ** 2 for one in values) / max(len(values) - 1, 1))
-            cells.append(f"{mean:.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else ""))
+            values = [parts[split].mean[measure] for parts in result.evaluations.values()]
+            cells.append(f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else ""))
         entries = [entry for log in result.logs.values() for entry in log]
         steps = max(int(entry["step"]) for entry in entries)
-        minutes = math.fsum(entry.get("seconds", 0.0) for entry in entries) / len(result.logs) / 60
+        minutes = sum(entry.get("seconds", 0.0) for entry in entries) / len(result.logs) / 60
         rows.append([name, *cells, str(len(result.evaluations)), str(steps), f"{minutes:.1f}"])
     return markdown_table(rows)
 
@@ -169,33 +156,36 @@ def against_table(results: Mapping[str, ArmResult], references: Split, split: st
     `references` are by key. A cell is empty where its reference was not measured by one; two arms without a seed in
     common are refused.
     """
-    pairs = [(name, other) for name, result in results.items() for other in result.against]
-    pairs = [(name, other) for name, other in pairs if name != other and (other in results or other in references)]
+
+    def values(name: str, seeds: Sequence[int]) -> list[float]:
+        """Each query's mean over the seeds, in the order of the queries' ids."""
+        arm = [results[name].evaluations[seed][split] for seed in seeds] if name in results else [references[name]]
+        return [fmean(one.per_query[measure][query] for one in arm) for query in sorted(arm[0].per_query[measure])]
+
+    pairs: list[tuple[str, str, list[int]]] = []
+    for name, result in results.items():
+        for other in result.against:
+            if other == name or (other not in results and other not in references):
+                continue
+            theirs = results[other].evaluations if other in results else result.evaluations
+            seeds = sorted(result.evaluations.keys() & theirs.keys())
+            if not seeds:
+                raise ValueError(f"arms.{name}.against: {other!r} has no seed in common with it: set their seeds")
+            pairs.append((name, other, seeds))
     if not pairs:
         return ""
-    rows = [["arm", "against", "seeds"], *([name, other, ""] for name, other in pairs)]
+    rows = [["arm", "against", "seeds"], *([name, other, str(len(seeds))] for name, other, seeds in pairs)]
     for measure in measures:
+        measured = [other in results or measure in references[other].mean for _, other, _ in pairs]
+        tested = [(values(name, seeds), values(other, seeds)) for name, other, seeds in compress(pairs, measured)]
+        ps = [paired_randomisation_test(*both) for both in tested]
+        cells = [
+            f"{fmean(a) - fmean(b):+.3f} ({p_value(p)}; {p_value(corrected)})"
+            for (a, b), p, corrected in zip(tested, ps, holm(ps), strict=True)
+        ][::-1]
         rows[0].append(f"{measure} (p; Holm)")
-        found: list[tuple[list[str], float, float]] = []
-        for row in rows[1:]:
-            name, other = row[:2]
-            row.append("")
-            if other not in results and measure not in references[other].mean:
-                continue
-            seeds = sorted(results[name].evaluations)
-            if other in results:
-                seeds = [seed for seed in seeds if seed in results[other].evaluations]
-                if not seeds:
-                    raise ValueError(f"arms.{name}.against: {other!r} has no seed in common with it: set their seeds")
-                b = results[other].per_query(split, measure, seeds)
-            else:
-                values = references[other].per_query[measure]
-                b = [values[query] for query in sorted(values)]
-            a = results[name].per_query(split, measure, seeds)
-            row[2] = str(len(seeds))
-            found.append((row, (math.fsum(a) - math.fsum(b)) / len(a), paired_randomisation_test(a, b)))
-        for (row, gain, p), corrected in zip(found, holm([p for *_, p in found]), strict=True):
-            row[-1] = f"{gain:+.3f} ({p_value(p)}; {p_value(corrected)})"
+        for row, there in zip(rows[1:], measured, strict=True):
+            row.append(cells.pop() if there else "")
     return markdown_table(rows, left=2)
 
 

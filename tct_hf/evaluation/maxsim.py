@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from tct_hf.data.rows import checked_texts
+from tct_hf.data.shards import digest_of, read_shard, run_shards
 from tct_hf.encoding.weights import unpack_half
-from tct_hf.files import write_aside
 from tct_hf.retrieval.encode import say_cut_queries
 from tct_hf.retrieval.runs import Run, rank
 
@@ -210,43 +212,34 @@ def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def encode_tokens(
     model: MultiVectorEncoder,
     corpus: Dataset,
-    folder: str | Path,
+    folder: Path,
+    depends: Mapping[str, Any],
     *,
+    names: Mapping[str, str | None] | None = None,
     bf16: bool = False,
     write: Callable[[str], None] = print,
 ) -> TokenVectors:
-    """Encode a corpus into a folder, or read what is there; a call that was stopped goes on after its last shard.
+    """Encode a corpus into shards of a folder, in float16, or read what is there; see `run_shards`."""
 
-    A shard is a file of a thousand passages: `tokens` (tokens, dim) float16 and `lengths` (passages,). The folder does
-    not record the model: claim it (`tct_hf.files.claim`).
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    ids: list[str] = []
-    parts, lengths = [], []
+    def make(passages: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        vectors = _encoded(model, "document", [text for _, text in passages], bf16)
+        for (name, _), one in zip(passages, vectors, strict=True):
+            if not len(one) or not bool(one.isfinite().all()):
+                raise ValueError(
+                    f"teacher: passage {name!r} has {'a NaN or infinite' if len(one) else 'no'} token vector; "
+                    "check the teacher's weights, or set precision to fp32"
+                )
+        tokens = torch.cat(vectors).half().cpu().numpy()
+        write(f"    token vectors of {len(passages):,} passages more")
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(tokens.ravel()), tokens.shape[1])
+        return {"tokens": pa.ListArray.from_arrays(np.cumsum([0, *map(len, vectors)], dtype=np.int32), rows)}
+
     batches: Any = corpus.iter(_PASSAGES_PER_SHARD)
-    for number, batch in enumerate(batches):
-        ids += batch["id"]
-        file = folder / f"{number:05d}.npz"
-        if not file.is_file():
-            vectors = _encoded(model, "document", batch["text"], bf16)
-            for name, one in zip(batch["id"], vectors, strict=True):
-                if not len(one) or not bool(one.isfinite().all()):
-                    raise ValueError(
-                        f"teacher: passage {name!r} has {'a NaN or infinite' if len(one) else 'no'} token vector; "
-                        "check the teacher's weights, or set precision to fp32"
-                    )
-            counts = np.array([len(one) for one in vectors], np.uint32)
-            with write_aside(file) as aside, aside.open("wb") as opened:
-                np.savez(opened, tokens=torch.cat(vectors).half().cpu().numpy(), lengths=counts)
-            write(f"    token vectors of {len(ids):,} of {len(corpus):,} passages")
-        try:
-            with np.load(file, allow_pickle=False) as shard:
-                tokens, counts = shard["tokens"], shard["lengths"]
-                if len(counts) != len(batch["id"]) or counts.sum() != len(tokens):
-                    raise ValueError(f"{len(tokens)} vectors of {len(counts)} passages")
-        except Exception as error:
-            raise ValueError(f"{file}: damaged ({error}); delete it, and it is made again") from error
-        parts.append(tokens)
-        lengths.append(counts)
-    return TokenVectors(ids, torch.from_numpy(np.concatenate(parts)), np.concatenate(lengths), model.device)
+    passages = (list(zip(batch["id"], batch["text"], strict=True)) for batch in batches)
+    parts = ((digest_of(chain.from_iterable(part)), part) for part in passages)
+    manifest = run_shards(folder, depends, parts, make, names=names)
+    shards = [read_shard(folder, at)["tokens"].combine_chunks() for at in range(len(manifest["shards"]))]
+    lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
+    dim = shards[0].type.value_type.list_size
+    tokens = np.concatenate([shard.values.values.to_numpy().reshape(-1, dim) for shard in shards])
+    return TokenVectors(corpus["id"], torch.from_numpy(tokens), lengths, model.device)

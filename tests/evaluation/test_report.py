@@ -226,7 +226,7 @@ def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
     assert [line for line in lines if "time" in line] == [f"  time 1 of {len(KEYS)}: BM25"]
     assert json.loads(timed.read_text())["run"] == kept["run"]
 
-    for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/vectors/00000.npz"):
+    for lost in ("vectors/manifest.json", "runs/hybrid.test.trec", "tokens/00000.arrow"):
         (copy / lost).unlink()
     for lost in ("indexes/dense-flat/index", "indexes/dense-hnsw32/index"):
         shutil.rmtree(copy / lost)

@@ -23,7 +23,7 @@ from tct_hf import (
     write_run,
 )
 from tct_hf.data.collection import Split, load_collection
-from tct_hf.evaluation import report_work
+from tct_hf.evaluation import reporting
 from tct_hf.evaluation.reporting import check_report
 from tct_hf.evaluation.settings import (
     AnnSettings,
@@ -299,7 +299,7 @@ def test_a_wrong_model_is_refused(material: Material, splade: str, tmp_path: Pat
 def test_a_model_that_gives_nan_is_named_with_the_passage(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: str, said: str
 ) -> None:
-    load = getattr(report_work, opener)
+    load = getattr(reporting, opener)
 
     def spoilt(*names: Any) -> Any:
         model = load(*names)
@@ -307,6 +307,6 @@ def test_a_model_that_gives_nan_is_named_with_the_passage(
             next(model.parameters()).fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(report_work, opener, spoilt)
+    monkeypatch.setattr(reporting, opener, spoilt)
     with pytest.raises(ValueError, match=said):
         make(material, tmp_path)
