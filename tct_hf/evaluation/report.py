@@ -34,10 +34,6 @@ class SystemResult:
     cost: dict[str, Any] | None
     run: dict[str, Any]
 
-    def differs(self, measure: str) -> bool:
-        """Whether the randomisation test, Holm-corrected, tells it from the baseline."""
-        return self.significance is not None and self.significance[measure]["p_randomisation_holm"] < SIGNIFICANT
-
 
 @dataclass(frozen=True)
 class Report:

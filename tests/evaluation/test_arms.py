@@ -9,6 +9,7 @@ import pytest
 from tct_hf.evaluation.arms import ArmResult, against_table, arm_table
 from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
+from tct_hf.evaluation.tables import p_value
 
 QUERIES = [f"q{at}" for at in range(10)]
 MEASURES = ["RR@10", "R@100"]
@@ -28,13 +29,12 @@ def result(seeds: list[int], *, shift: float = 0.0, offset: int = 0, against: Se
     return ArmResult("", against, {seed: {"test": evaluation(seed + offset, shift)} for seed in seeds}, logs)
 
 
-@pytest.fixture
-def results() -> dict[str, ArmResult]:
-    return {
-        "plain": result([1, 2, 3]),
-        "taught": result([2, 3, 4], shift=0.3, offset=50, against=["plain", "bm25", "gone"]),
-        "once": result([3], against=["plain"]),
-    }
+BM25 = evaluation(9)
+RESULTS = {
+    "plain": result([1, 2, 3]),
+    "taught": result([2, 3, 4], shift=0.3, offset=50, against=["plain", "bm25", "gone"]),
+    "once": result([3], against=["plain"]),
+}
 
 
 def cells(table: str) -> list[list[str]]:
@@ -42,43 +42,33 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
 
 
-def test_a_line_holds_the_mean_and_the_deviation_over_seeds(results: dict[str, ArmResult]) -> None:
-    head, reference, *lines = cells(arm_table(results, {"BM25": evaluation(9)}, "test", MEASURES))
+def test_a_line_holds_the_mean_and_the_deviation_over_seeds() -> None:
+    head, reference, *lines = cells(arm_table(RESULTS, {"BM25": BM25}, "test", MEASURES))
     assert head == ["system", *MEASURES, "seeds", "steps", "minutes"]
-    assert reference == ["BM25", *(f"{evaluation(9).mean[name]:.3f}" for name in MEASURES), "", "", ""]
-    for line, (name, found) in zip(lines, results.items(), strict=True):
+    assert reference == ["BM25", *(f"{BM25.mean[name]:.3f}" for name in MEASURES), "", "", ""]
+    for line, (name, found) in zip(lines, RESULTS.items(), strict=True):
         means = [[parts["test"].mean[measure] for parts in found.evaluations.values()] for measure in MEASURES]
         shown = [f"{np.mean(m):.3f}" + (f" ± {np.std(m, ddof=1):.3f}" if len(m) > 1 else "") for m in means]
-        assert line[0] == name and line[1:3] == shown
+        assert line[:3] == [name, *shown]
     assert [line[3:] for line in lines] == [["3", "8", "3.0"], ["3", "8", "3.0"], ["1", "8", "2.0"]]
 
 
-def shown(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def test_arms_are_tested_query_by_query_on_their_common_seeds_and_corrected_over_the_lines(
-    results: dict[str, ArmResult],
-) -> None:
-    bm25 = evaluation(9)
-    head, *lines = cells(against_table(results, {"bm25": bm25}, "test", MEASURES))
+def test_arms_are_tested_query_by_query_on_their_common_seeds_and_corrected_over_the_lines() -> None:
+    head, *lines = cells(against_table(RESULTS, {"bm25": BM25}, "test", MEASURES))
     assert head == ["arm", "against", "seeds", *(f"{name} (p; Holm)" for name in MEASURES)]
     common = {("taught", "plain"): [2, 3], ("taught", "bm25"): [2, 3, 4], ("once", "plain"): [3]}
     assert [line[:3] for line in lines] == [[*names, str(len(seeds))] for names, seeds in common.items()]
 
     def values(name: str, seeds: list[int], measure: str) -> list[float]:
-        found = [bm25] if name == "bm25" else [results[name].evaluations[seed]["test"] for seed in seeds]
+        found = [BM25] if name == "bm25" else [RESULTS[name].evaluations[seed]["test"] for seed in seeds]
         return [statistics.fmean(one.per_query[measure][query] for one in found) for query in QUERIES]
 
     for column, measure in enumerate(MEASURES, 3):
         pairs = [[values(name, seeds, measure) for name in names] for names, seeds in common.items()]
         gains = [statistics.fmean(x - y for x, y in zip(*pair, strict=True)) for pair in pairs]
         ps = [paired_randomisation_test(*pair) for pair in pairs]
-        wanted = [f"{g:+.3f} ({shown(p)}; {shown(h)})" for g, p, h in zip(gains, ps, holm(ps), strict=True)]
+        wanted = [f"{g:+.3f} ({p_value(p)}; {p_value(h)})" for g, p, h in zip(gains, ps, holm(ps), strict=True)]
         assert [line[column] for line in lines] == wanted
-
-
-def test_arms_without_a_common_seed_or_anything_to_be_tested_against(results: dict[str, ArmResult]) -> None:
-    assert against_table({"plain": results["plain"]}, {}, "test", MEASURES) == ""
+    assert against_table({"plain": RESULTS["plain"]}, {}, "test", MEASURES) == ""
     with pytest.raises(ValueError, match="'plain' has no seed in common with it"):
-        against_table({"plain": result([1]), "once": results["once"]}, {}, "test", MEASURES)
+        against_table({"plain": result([1]), "once": RESULTS["once"]}, {}, "test", MEASURES)

@@ -29,44 +29,15 @@ def found(rank_of_answer: int) -> dict[str, dict[str, float]]:
     return run
 
 
-def test_standard_error_equals_the_one_worked_out_by_hand() -> None:
-    # mean 2, squares of differences 4 + 1 + 0 + 1 + 4 = 10, variance 10 / 4, of the mean 10 / 4 / 5
-    assert standard_error([0, 1, 2, 3, 4]) == pytest.approx((10 / 4 / 5) ** 0.5)
-    assert standard_error([0.5]) == 0
-
-
-def test_table_marks_the_best_of_each_column_and_lines_up() -> None:
-    rows = [("first", {"RR@10": 1.0, "R@3": 1.0}), ("a longer second", {"RR@10": 0.5, "R@3": 1.0})]
-    assert means_table(rows, ["RR@10", "R@3"]).splitlines() == [
-        "| system          |     RR@10 |       R@3 |",
-        "|-----------------|----------:|----------:|",
-        "| first           | **1.000** | **1.000** |",
-        "| a longer second |     0.500 | **1.000** |",
-    ]
-
-
 def test_examples_are_evenly_spaced_in_the_order_of_ids_and_an_answer_that_is_not_found_is_named() -> None:
     shown = show_examples(COLLECTION, found(2), count=2, depth=2)
-    assert shown.splitlines()[:6] == [
-        'Question: "what is q2"',
-        "  1. p3 (3.0)",
-        "     text of p3",
-        "  2. p2 (2.0)  <- the answer",
-        "     text of p2",
-        "",
-    ]
+    hits = ["  1. p3 (3.0)", "     text of p3", "  2. p2 (2.0)  <- the answer", "     text of p2", ""]
+    assert shown.splitlines()[:6] == ['Question: "what is q2"', *hits]
     for count, rows in ((2, (2, 6)), (99, range(8))):
         lines = show_examples(COLLECTION, found(1), count=count).splitlines()
         assert [line for line in lines if "Question" in line] == [f'Question: "what is q{row}"' for row in rows]
     assert "  the answer is p4" in show_examples(COLLECTION, found(3), count=1, depth=2).splitlines()
     assert show_examples(COLLECTION, {}, count=1).splitlines() == ['Question: "what is q4"', "  the answer is p4"]
-
-
-@pytest.mark.parametrize(
-    ("text", "short"), [(" a\n b ", "a b"), ("one two three", "one two..."), ("x" * 50, "x" * 7 + "...")]
-)
-def test_shortened_text_is_one_line_of_at_most_its_width(text: str, short: str) -> None:
-    assert shorten(text, 10) == short
 
 
 def test_a_system_searches_once_for_all_sets_and_not_again_where_its_runs_are(tmp_path: Path) -> None:
@@ -102,10 +73,17 @@ def test_metrics_hold_mean_and_standard_error_of_each_split_and_system(tmp_path:
     assert written["corpus"] == {"sha256": "1"}
 
 
-def test_a_model_without_a_log_has_an_empty_one(tmp_path: Path) -> None:
-    assert read_log(tmp_path) == [] and read_log("owner/name") == []
-
-
-@pytest.mark.parametrize(("alpha", "text"), [(0.0, "0"), (0.26149, "0.261"), (999.7, "1,000"), (3094.2, "3,094")])
-def test_a_weight_is_never_a_power_of_ten(alpha: float, text: str) -> None:
-    assert weight_text(alpha) == text
+def test_tables_and_texts_for_people(tmp_path: Path) -> None:
+    rows = [("first", {"RR@10": 1.0, "R@3": 1.0}), ("a longer second", {"RR@10": 0.5, "R@3": 1.0})]
+    assert means_table(rows, ["RR@10", "R@3"]).splitlines() == [
+        "| system          |     RR@10 |       R@3 |",
+        "|-----------------|----------:|----------:|",
+        "| first           | **1.000** | **1.000** |",
+        "| a longer second |     0.500 | **1.000** |",
+    ]
+    for text, short in ((" a\n b ", "a b"), ("one two three", "one two..."), ("x" * 50, "x" * 7 + "...")):
+        assert shorten(text, 10) == short
+    assert [weight_text(alpha) for alpha in (0.0, 0.26149, 999.7, 3094.2)] == ["0", "0.261", "1,000", "3,094"]
+    assert read_log(tmp_path) == [] and read_log("owner/name") == []  # a model without a log
+    # mean 2, squares of differences 4 + 1 + 0 + 1 + 4 = 10, variance 10 / 4, of the mean 10 / 4 / 5
+    assert standard_error([0, 1, 2, 3, 4]) == pytest.approx((10 / 4 / 5) ** 0.5) and standard_error([0.5]) == 0

@@ -4,7 +4,6 @@ import math
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tct_hf import evaluate_run
@@ -86,13 +85,11 @@ def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
     ("run", "qrels", "measures", "message"),
     [
         ({}, QRELS, ["MRR@ten"], "'MRR@ten' is not an ir-measures name"),
-        ({}, QRELS, ["RR@10", "ERR@10"], "no installed engine computes 'ERR@10'; use"),
         ({}, QRELS, ["alpha_nDCG@10"], r"computes 'alpha_nDCG@10' \(pip install ir-measures\[pyndeval\] adds one"),
         ({}, QRELS, [], "measures is empty"),
         ({}, QRELS, "RR@10", "one string"),
         ({}, {}, ["RR@10"], "no judged query"),
         ({"q1": {"a": math.nan}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN"),
-        ({"q1": {"a": np.float32("nan")}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN"),
         ({"q1": {"a": None}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN or no number"),
         ({"q1": {"q1": "0.5", "b": 2.0}}, QRELS, ["RR@10"], "query 'q1' has a score that is NaN or no number"),
         ({"q1": {1: 2.0}}, QRELS, ["RR@10"], "run: query 'q1': passage id 1 must be a text"),
@@ -119,6 +116,9 @@ def test_ndcg_of_exponential_gains_as_worked_out_by_hand() -> None:
 def test_wrong_arguments_are_named(run: dict, qrels: dict, measures: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_run(run, qrels, measures)
+    for relevance in (0, True, 2**21):
+        with pytest.raises(ValueError, match="is no grade of 1 or more"):
+            evaluate_run(RUN, QRELS, relevance=relevance)
 
 
 def test_a_run_without_a_judged_passage_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -126,12 +126,6 @@ def test_a_run_without_a_judged_passage_is_said(caplog: pytest.LogCaptureFixture
         caplog.clear()
         evaluate_run(run, QRELS)
         assert ["(for instance '1', where 'c' is judged)" in one.message for one in caplog.records] == [True] * said
-
-
-@pytest.mark.parametrize("relevance", [0, True, 2**21])
-def test_a_relevance_that_is_no_grade_is_refused(relevance: int) -> None:
-    with pytest.raises(ValueError, match="is no grade of 1 or more"):
-        evaluate_run(RUN, QRELS, relevance=relevance)
 
 
 def test_variants_of_a_measure_in_one_call_keep_their_own_values() -> None:
@@ -142,16 +136,13 @@ def test_variants_of_a_measure_in_one_call_keep_their_own_values() -> None:
     assert evaluate_run(run, qrels, names).mean == evaluate_run(run, qrels, names[::-1]).mean == alone
 
 
-@pytest.mark.parametrize("grades", [{"a": -2}, {"a": -1, "b": 0}])
-def test_a_query_of_negative_grades_alone_scores_zero(grades: dict[str, int]) -> None:
-    qrels = {"first": {"a": 1}, "junk": grades, "last": {"b": 2}}
-    run = {query: {"a": 2.0, "b": 1.0, "c": 0.5} for query in qrels}
-    found = evaluate_run(run, qrels, ["AP", "RR@10", "nDCG@10", "R@5", "nDCG(dcg='exp-log2')@10"])
-    for values in found.per_query.values():
-        assert values["junk"] == 0 and values["first"] == 1 and values["last"] > 0
-
-
-def test_a_query_without_passages_scores_zero_by_every_measure() -> None:
+def test_a_query_of_negative_grades_alone_or_without_passages_scores_zero_by_every_measure() -> None:
+    for grades in ({"a": -2}, {"a": -1, "b": 0}):
+        qrels = {"first": {"a": 1}, "junk": grades, "last": {"b": 2}}
+        run = {query: {"a": 2.0, "b": 1.0, "c": 0.5} for query in qrels}
+        found = evaluate_run(run, qrels, ["AP", "RR@10", "nDCG@10", "R@5", "nDCG(dcg='exp-log2')@10"])
+        for values in found.per_query.values():
+            assert values["junk"] == 0 and values["first"] == 1 and values["last"] > 0
     measures = ["Judged@10", "P@2", "RR@10"]
     found = evaluate_run({"q1": {}, "q2": {"c": 1.0, "x": 0.5}}, QRELS | {"empty": {}}, measures)
     assert found.per_query["Judged@10"] == {"q1": 0.0, "q2": 0.5, "q3": 0.0, "empty": 0.0}

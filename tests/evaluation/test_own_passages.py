@@ -47,9 +47,7 @@ def test_every_measure_of_runs_leaves_a_query_out_of_its_own_ranking(rule: bool 
     assert evaluate_run(RUN, QRELS, ["RR@10"], **options).mean == {"RR@10": expected}
     assert compare_runs({}, RUN, QRELS, **options).systems["b"].mean == expected
     assert tune_alpha(RUN, RUN, QRELS, alphas=[1.0], **options).value == expected
-
-
-def test_a_question_that_its_own_id_answers_keeps_it() -> None:
+    # A question that its own id answers keeps it.
     assert evaluate_run(RUN, {name: {name: 1} for name in RUN}, ["RR@10"]).mean == {"RR@10": 1.0}
 
 
@@ -67,12 +65,9 @@ def test_queries_are_passages_by_their_ids(texts: dict[str, str], qrels: dict[st
     made = collection_of(texts, qrels)
     assert made.skips_own == expected == made.part(queries=5).skips_own
     assert replace(made, ignore_identical_ids=not expected).skips_own != expected
-
-
-def test_numbers_that_are_equal_by_chance_make_no_query_a_passage() -> None:
-    made = collection_of({"7": "a text", "8": "other"}, {"7": {"8": 1}})
-    made.splits["test"].queries["7"] = "something else"
-    assert not made.skips_own and not made.own_note
+    chance = collection_of({"7": "a text", "8": "other"}, {"7": {"8": 1}})
+    chance.splits["test"].queries["7"] = "something else"  # equal numbers make no query a passage
+    assert not chance.skips_own and not chance.own_note
 
 
 def test_runs_hold_as_many_passages_as_without_the_rule(tmp_path: Path) -> None:

@@ -29,16 +29,15 @@ def width(path: Path) -> int:
     return int.from_bytes(data[16:20], "big")
 
 
-def test_each_stage_with_losses_has_a_panel(tmp_path: Path) -> None:
+def test_each_stage_with_losses_has_a_panel_and_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = plot_losses({"teacher": TEACHER, "student": []}, tmp_path / "deep" / "one.png")
     two = plot_losses({"teacher": TEACHER, "student": STUDENT}, tmp_path / "deep" / "two.png")
     assert width(two) == 2 * width(one)
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["one.png", "two.png"]
-
-
-def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    for module in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install 'tct_hf\[plots\]'"):
         plot_losses({"teacher": TEACHER}, tmp_path / "x.png")
 

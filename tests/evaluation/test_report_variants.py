@@ -43,21 +43,18 @@ from tests.searching import Material
 KEYS = ["bm25", "dense-exact", "dense-ann", "hybrid", "teacher", "reranked"]
 
 
-@pytest.mark.parametrize("tune_on", ["auto", "train"])
-def test_alpha_is_never_tuned_on_the_reported_queries(material: Material, tune_on: Any) -> None:
+def test_alpha_is_never_tuned_on_reported_queries_nor_on_those_of_a_further_split(
+    material: Material, output: Path, report: Report, splade: str
+) -> None:
     collection = material.collection()
     test, dev = collection.splits["test"], collection.splits["dev"]
     # A reported question is also among those of dev, in other words of the same letters.
     dev.queries["dev0"] = f"  {test.queries['test0'].upper()} "
-    tuning = tuning_queries(collection, HybridSettings(tune_on=tune_on))
-    assert tuning is not None and tuning.queries and tuning.queries.keys() == tuning.qrels.keys()
-    assert tuning.queries.keys().isdisjoint(test.queries) and "dev0" not in tuning.queries
-    assert tuning.left_out == (0 if tune_on == "train" else 1)
-
-
-def test_queries_of_a_further_split_are_not_tuned_on(
-    material: Material, output: Path, report: Report, splade: str
-) -> None:
+    for tune_on, left_out in (("auto", 1), ("train", 0)):
+        tuning = tuning_queries(collection, HybridSettings(tune_on=tune_on))  # type: ignore[arg-type]
+        assert tuning is not None and tuning.queries and tuning.queries.keys() == tuning.qrels.keys()
+        assert tuning.queries.keys().isdisjoint(test.queries) and "dev0" not in tuning.queries
+        assert tuning.left_out == left_out
     options = graded(material)
     found = options["collection"]
     taken = next(iter(found.splits["dev"].queries))
@@ -69,16 +66,14 @@ def test_queries_of_a_further_split_are_not_tuned_on(
     found.also["graded"].queries.update(found.splits["dev"].queries)
     tuning = tuning_queries(found, HybridSettings())
     assert tuning is not None and tuning.split == "train"
-
-
-def test_a_split_has_one_use(material: Material) -> None:
+    # A split has one use.
     found = load_collection(str(material.beir), also=["dev"])
     assert "dev" not in found.splits and len(found.also["dev"].queries) == 10
     part = graded(material)["collection"].part(queries=3)
     assert len(part.also["graded"].queries) == 3 == len(part.also["graded"].qrels)
-    for name, options in (("test", {}), ("dev", {"dev_split": "dev"})):
+    for name, given in (("test", {}), ("dev", {"dev_split": "dev"})):
         with pytest.raises(ValueError, match=f"also_report: '{name}'"):
-            load_collection(str(material.beir), also=[name], **options)
+            load_collection(str(material.beir), also=[name], **given)
 
 
 def test_without_other_queries_lists_are_fused_by_rank(material: Material, tmp_path: Path) -> None:
@@ -189,11 +184,9 @@ def test_first_dimensions_are_measured_as_trained_or_as_asked(material: Material
 
 
 def test_each_choice_of_generated_queries_is_an_index_of_its_own(material: Material, tmp_path: Path) -> None:
-    student = open_student(str(material.student))
-    workspace = Workspace(material.collection(), student, "student", tmp_path, write=lambda line: None)
+    workspace = Workspace(material.collection(), open_student(str(material.student)), "student", tmp_path)
     chosen = ExpansionSettings(path=str(material.folder / "queries"), num_queries=1)
-    first = workspace.expanded(chosen)
-    assert workspace.expanded(replace(chosen)) is first
+    assert workspace.expanded(replace(chosen)) is workspace.expanded(chosen)
     with pytest.raises(ValueError, match=r"num_queries = 1, but now expansion\.num_queries = 2"):
         workspace.expanded(replace(chosen, num_queries=2))  # not the other index
 
@@ -253,18 +246,15 @@ def test_settings_that_would_stop_the_report_are_refused_by_name(
         check_report(options["collection"], options["settings"], {})
 
 
-@pytest.mark.parametrize(
-    ("factory", "said"),
-    [
-        ("nonsense", r"ann\.factory: Faiss knows no index 'nonsense' for inner products of 32 dimensions"),
-        ("PQ48", r"ann\.factory: Faiss knows no index 'PQ48'"),
-        ("IVF64,Flat", r"ann\.factory: 'IVF64,Flat' has 64 lists for 60 passages"),
-    ],
-)
-def test_an_index_that_can_not_be_built_is_refused(factory: str, said: str) -> None:
+def test_an_index_that_can_not_be_built_is_refused() -> None:
     AnnSettings(factory="OPQ16_32,IVF8,PQ16x4fs,RFlat").check(32, 60)
-    with pytest.raises(ValueError, match=said):
-        AnnSettings(factory=factory).check(32, 60)
+    for factory, said in (
+        ("nonsense", "Faiss knows no index 'nonsense' for inner products of 32 dimensions"),
+        ("PQ48", "Faiss knows no index 'PQ48'"),
+        ("IVF64,Flat", "'IVF64,Flat' has 64 lists for 60 passages"),
+    ):
+        with pytest.raises(ValueError, match=rf"ann\.factory: {said}"):
+            AnnSettings(factory=factory).check(32, 60)
 
 
 def test_a_wrong_model_is_refused(material: Material, splade: str, tmp_path: Path) -> None:
@@ -293,11 +283,9 @@ def test_a_wrong_model_is_refused(material: Material, splade: str, tmp_path: Pat
         Workspace(material.collection(), cosine, "student", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("opener", "said"), [("open_student", "passage 'p0'"), ("open_reranker", "passage 'p0' has a NaN")]
-)
+@pytest.mark.parametrize("opener", ["open_student", "open_reranker"])
 def test_a_model_that_gives_nan_is_named_with_the_passage(
-    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: str, said: str
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: str
 ) -> None:
     load = getattr(reporting, opener)
 
@@ -308,5 +296,5 @@ def test_a_model_that_gives_nan_is_named_with_the_passage(
         return model
 
     monkeypatch.setattr(reporting, opener, spoilt)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match="passage 'p0' has a NaN"):
         make(material, tmp_path)

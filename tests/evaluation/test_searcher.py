@@ -54,15 +54,6 @@ def test_passages_are_ordered_by_the_system_asked_for(searcher: Searcher) -> Non
     assert len(unknown) == 3 and all(hit.bm25 is None and hit.dense is not None for hit in unknown)
 
 
-def test_a_weight_is_given_or_ranks_are_fused_where_nothing_is_judged(material: Material, tmp_path: Path) -> None:
-    searcher = make_searcher(material, tmp_path, hybrid={"alpha": 2.0})
-    assert searcher.alpha == 2.0 and not (tmp_path / "fusion").exists()
-    collection = material.collection()
-    collection.splits.clear()
-    searcher = make_searcher(material, tmp_path, collection=collection)
-    assert searcher.alpha is None and "reciprocal ranks" in searcher.fusion and searcher.ask("dense", 2)
-
-
 @pytest.mark.parametrize(
     ("settings", "asked", "message"),
     [
@@ -98,9 +89,11 @@ def test_a_reranker_puts_the_best_of_the_fused_list_in_the_order_of_max_sim(
 def test_own_reranking_compares_the_students_own_token_vectors(material: Material, tmp_path: Path) -> None:
     folder = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
     workspace = Workspace(material.collection(), open_student(folder), folder, tmp_path / "own")
-    own, texts = build_colbert(folder, encoding="own"), {"a": "dense tokens", "b": "what is a passage"}
-    run, asked = {"q": dict.fromkeys(texts, 0.0)}, {"q": "dense retrieval"}
-    assert rerank_run(open_reranker("own", workspace), run, texts, asked) == rerank_run(own, run, texts, asked)
+    texts, asked = {"a": "dense tokens", "b": "what is a passage"}, {"q": "dense retrieval"}
+    rest: Any = ({"q": dict.fromkeys(texts, 0.0)}, texts, asked)
+    assert rerank_run(open_reranker("own", workspace), *rest) == rerank_run(
+        build_colbert(folder, encoding="own"), *rest
+    )
     tct = Workspace(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
     with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
         open_reranker("own", tct)
@@ -128,12 +121,25 @@ def test_bm25_may_have_generated_queries(material: Material, tmp_path: Path, mon
     assert make_searcher(material, tmp_path / "kept").ask("zebra", 5, rank_by="bm25") == []
 
 
-def test_another_depth_in_the_same_folder_has_a_weight_of_its_own(searcher: Searcher, material: Material) -> None:
+def test_a_weight_is_given_or_that_of_the_folders_settings_or_ranks_are_fused_where_nothing_is_judged(
+    searcher: Searcher, material: Material, tmp_path: Path
+) -> None:
     kept = material.folder / "kept"
     changes: list[dict[str, Any]] = [{"depth": 40}, {"hybrid": {"normalize": True}}]
     assert all(make_searcher(material, kept, **changed).alpha for changed in changes)
     assert len(list(kept.glob("fusion/*.json"))) >= 3
     assert make_searcher(material, kept).alpha == searcher.alpha
+    given = make_searcher(material, tmp_path, hybrid={"alpha": 2.0})
+    assert given.alpha == 2.0 and not (tmp_path / "fusion").exists()
+    collection = material.collection()
+    collection.splits.clear()
+    unjudged = make_searcher(material, tmp_path, collection=collection)
+    assert unjudged.alpha is None and "reciprocal ranks" in unjudged.fusion and unjudged.ask("dense", 2)
+    student = open_student(str(material.student))
+    with torch.no_grad():
+        next(student.parameters()).add_(0.5)
+    with pytest.raises(ValueError, match=r"student\.weights"):  # of another student
+        make_searcher(material, kept, student=student)
 
 
 def test_an_index_that_is_not_exact_serves_every_depth(
@@ -145,14 +151,6 @@ def test_an_index_that_is_not_exact_serves_every_depth(
     assert [folder.name for folder in tmp_path.glob("indexes/dense-*")] == ["dense-hnsw32"]
 
 
-def test_the_kept_folder_of_another_student_is_refused(searcher: Searcher, material: Material) -> None:
-    student = open_student(str(material.student))
-    with torch.no_grad():
-        next(student.parameters()).add_(0.5)
-    with pytest.raises(ValueError, match=r"student\.weights"):
-        make_searcher(material, material.folder / "kept", student=student)
-
-
 def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt = np.full((1, 32), np.nan, np.float32)
     monkeypatch.setattr(searcher._workspace, "_encoded", lambda texts, task: spoilt)
@@ -160,15 +158,14 @@ def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: py
         searcher.ask("dense", 3)
 
 
-def test_a_sparse_student_alone_is_fused_with_bm25(material: Material, splade: str, tmp_path: Path) -> None:
+def test_a_sparse_student_is_fused_with_bm25_or_with_a_dense_one(
+    material: Material, splade: str, tmp_path: Path
+) -> None:
     found = make_searcher(material, tmp_path, student=splade)
     assert found.systems == ["bm25", "sparse", "fused"] and "* BM25 + sparse student (tuned on" in found.fusion
     check_order(found, *found.systems)
     assert all(hit.dense is None and hit.maxsim is None for hit in found.ask("dense", 5))
-
-
-def test_two_students_are_fused_with_each_other(material: Material, splade: str, tmp_path: Path) -> None:
-    both = make_searcher(material, tmp_path, sparse=splade, hybrid={"alpha": 0.5})
+    both = make_searcher(material, tmp_path / "both", sparse=splade, hybrid={"alpha": 0.5})
     assert both.fusion == "0.5 * sparse student + dense"
     runs = [
         {"q": {hit.id: getattr(hit, name) for hit in both.ask("dense retrieval tokens", 20, rank_by=name)}}
@@ -177,5 +174,5 @@ def test_two_students_are_fused_with_each_other(material: Material, splade: str,
     expected = fuse(*runs, 0.5)["q"]
     hits = both.ask("dense retrieval tokens", 10)
     assert [hit.id for hit in hits] == list(expected)[:10]
-    np.testing.assert_allclose([hit.fused for hit in hits], list(expected.values())[:10])  # type: ignore[arg-type]
+    np.testing.assert_allclose([hit.fused for hit in hits], list(expected.values())[:10])
     assert any(hit.bm25 is not None for hit in hits)

@@ -51,9 +51,7 @@ def test_the_middle_one_of_equally_good_weights_is_taken() -> None:
     sparse, dense, qrels = case(1, 1.0)
     assert tune_alpha(sparse, dense, qrels, alphas=[5.0, 1.08, 0.95, 1.0, 0.1]) == 1.0
     assert tune_alpha(sparse, dense, {"q0": {"absent": 1}}, alphas=[3.0, 1.0, 2.0, 4.0]) == 2.0
-
-
-def test_a_weight_is_tuned_for_a_measure_that_empty_lists_have_not() -> None:
+    # Of a measure that empty lists have not.
     qrels = {"q1": {"a": 1, "b": 2}, "q2": {"c": 1}, "q3": {"d": 1}}
     tuned = tune_alpha({"q1": {"a": 1.0}}, {"q1": {"x": 1.0}, "q2": {"c": 1.0}}, qrels, "Judged@1")
     assert tuned.value == pytest.approx(2 / 3)
