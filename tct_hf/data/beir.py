@@ -12,15 +12,11 @@ from tct_hf.data.file_sources import LineSource, Source
 from tct_hf.data.irds import IrdsSource, is_irds, judged_sets
 from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
 from tct_hf.data.rows import SkippedRows, is_hub_id, refuse_or_skip
-from tct_hf.data.sources import named_by_header, one_split, parts_of, reach
-from tct_hf.data.texts import prepare_corpus, records_of
+from tct_hf.data.sources import MissingSplitError, named_by_header, one_split, parts_of, reach
+from tct_hf.data.texts import TEXT_FIX, prepare_corpus, records_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-class MissingSplitError(FileNotFoundError):
-    """A collection is there, but has no judgements of the split that was asked for."""
 
 
 def load_beir(
@@ -127,9 +123,8 @@ class BeirFolder:
             if path.is_file():
                 return read_qrels(path, skipped=self._skip(f"qrels of {split}"))
         splits = sorted({path.name.split(".tsv")[0] for path in folder.glob("*.tsv*")})
-        raise MissingSplitError(
-            f"{folder}: no {split}.tsv or {split}.tsv.gz; splits there: {', '.join(splits) or 'none'}"
-        )
+        there = ", ".join(splits) or "none"
+        raise MissingSplitError(f"{folder}: no {split}.tsv or {split}.tsv.gz; splits there: {there}")
 
     def load(self, split: str, *, allow_empty: bool = False) -> tuple[Dataset, dict[str, str], Qrels]:
         """As :func:`load_beir`; the corpus has a column title besides, empty where a passage has none."""
@@ -150,22 +145,17 @@ class BeirOnHub(BeirFolder):
 
     def part(self, name: str) -> Source:
         # A configuration "corpus" or "queries", whose only split usually has the same name.
-        parts, source = parts_of(self.place, name), f"{self.place} ({name})"
-        return one_split(parts, None if len(parts) == 1 else name, source)()
+        parts = parts_of(self.place, name)
+        return one_split(parts, None if len(parts) == 1 else name, f"{self.place} ({name})")()
 
     def judgements(self, split: str) -> Judgements:
-        own = [name for name in hub_configurations(self.place) if name in ("default", "qrels")]
-        source = f"{self.place} ({own[0]})" if own else f"{self.place}-qrels"
+        own = next((name for name in hub_configurations(self.place) if name in ("default", "qrels")), None)
+        place = self.place if own else f"{self.place}-qrels"
         try:
-            parts = parts_of(self.place, own[0], named_by_header) if own else parts_of(source, None, named_by_header)
+            parts = parts_of(place, own, named_by_header)
         except FileNotFoundError as error:
-            if own:
-                raise
-            raise MissingSplitError(str(error)) from error
-        try:
-            rows = one_split(parts, split, source)()
-        except FileNotFoundError as error:
-            raise MissingSplitError(str(error)) from error
+            raise error if own else MissingSplitError(str(error)) from error
+        rows = one_split(parts, split, f"{place} ({own})" if own else place)()
         return read_qrels(rows, skipped=self._skip(f"qrels of {split}"))
 
 
@@ -198,19 +188,16 @@ def _judged_queries(source: Source, judged: Judgements, skipped: SkippedRows | N
     """The texts of the judged queries; judgements of others are refused, or left out and added to `skipped`."""
     texts: dict[str, str] = {}
     places: dict[str, str] = {}
-    fix = "fill it in, remove the line, or leave such rows out with skip_bad_rows"
-    for place, (query_id, _, text) in records_of(source, title=False, skipped=skipped, fix=fix):
-        if query_id in places:
-            message = f"{place}: query id {query_id!r} was used before, in {places[query_id]}; make ids unique"
+    for place, (query_id, _, text) in records_of(source, title=False, skipped=skipped, fix=TEXT_FIX):
+        if (first := places.setdefault(query_id, place)) is not place:
+            message = f"{place}: query id {query_id!r} was used before, in {first}; make ids unique"
             refuse_or_skip(skipped, "repeated id", message)
-            continue
-        places[query_id] = place
-        if query_id in judged.qrels:
+        elif query_id in judged.qrels:
             texts[query_id] = text
     for query_id, place in judged.places.items():
         if query_id not in texts:
-            message = f"{place}: query {query_id!r} is not in {source.name}; add it, or leave such judgements out "
-            message += "with skip_bad_rows"
+            fix = "add it, or leave such judgements out with skip_bad_rows"
+            message = f"{place}: query {query_id!r} is not in {source.name}; {fix}"
             refuse_or_skip(skipped, "judged query that is missing", message)
             del judged.qrels[query_id]
     return texts
@@ -225,11 +212,9 @@ def _check_passages(corpus: Dataset, judged: Judgements, source: str, skipped: S
         wanted.difference_update(batch.filter(pc.is_in(batch, value_set=values)).to_pylist())
     for query_id, grades in list(judged.qrels.items()) if wanted else ():
         for passage_id in wanted & grades.keys():
-            message = (
-                f"{judged.places[query_id]} and after: query {query_id!r} is judged with passage {passage_id!r}, "
-                f"which is not in {source} ({len(wanted)} are missing); add the passage, or leave such judgements out "
-                "with skip_bad_rows"
-            )
+            what = f"{judged.places[query_id]} and after: query {query_id!r} is judged with passage {passage_id!r}"
+            fix = "add the passage, or leave such judgements out with skip_bad_rows"
+            message = f"{what}, which is not in {source} ({len(wanted)} are missing); {fix}"
             refuse_or_skip(skipped, "judged passage that is missing", message)
             del grades[passage_id]
         if not grades:

@@ -63,7 +63,7 @@ def builtin_corpus(
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     from datasets import Dataset
 
-    folder, _ = _prepared(packages, cache_dir)
+    folder = _prepared(packages, cache_dir)
     part = read_json(folder / f"{split}.json", MADE_AGAIN)
     return Dataset.from_file(str(folder / "corpus.arrow")), part["queries"], part["qrels"]
 
@@ -72,15 +72,14 @@ def builtin_fingerprint(
     *, packages: Sequence[str] = DEFAULT_PACKAGES, cache_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """The identity of the built-in corpus a result was measured on, JSON-ready, to be stored beside it."""
-    return _prepared(packages, cache_dir)[1]
+    return read_json(_prepared(packages, cache_dir) / "fingerprint.json", MADE_AGAIN)
 
 
-def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> tuple[Path, dict[str, Any]]:
+def _prepared(packages: Sequence[str], cache_dir: str | Path | None) -> Path:
     if isinstance(packages, str) or not packages:
         raise ValueError(f"packages: {packages!r} must be a list of installed packages, such as [numpy]")
     versions = {name: _version(name) for name in sorted(set(packages))}
-    folder = prepared("builtin", [EXTRACTION_VERSION, versions], lambda staging: _build(staging, versions), cache_dir)
-    return folder, read_json(folder / "fingerprint.json", MADE_AGAIN)
+    return prepared("builtin", [EXTRACTION_VERSION, versions], lambda staging: _build(staging, versions), cache_dir)
 
 
 def _version(package: str) -> str:
@@ -93,20 +92,15 @@ def _version(package: str) -> str:
             return distribution.version
     for owner in metadata.packages_distributions().get(package, []):
         return metadata.version(owner)
-    raise ValueError(
-        f"packages: {package!r} has source here but no version, so its results couldn't be repeated; "
-        "install it with pip or leave it out of `packages`"
-    )
+    raise ValueError(f"packages: {package!r} has source here but no version; install it with pip or leave it out")
 
 
 def _build(staging: Path, versions: dict[str, str]) -> None:
     found = [read_docstrings(name) for name in versions]
     passages, parts = make_collection([docstring for docstrings, _ in found for docstring in docstrings])
     if not passages:
-        raise ValueError(
-            f"packages: {', '.join(versions)} hold no docstring with a summary of {_SUMMARY_WORDS[0]} to "
-            f"{_SUMMARY_WORDS[1]} words and at least {_BODY_WORDS} words after it; name other packages"
-        )
+        what = "no docstring with a summary of {} to {} words".format(*_SUMMARY_WORDS)
+        raise ValueError(f"packages: {', '.join(versions)} hold {what}, and {_BODY_WORDS} after it; name others")
     content = json.dumps([versions, passages, parts], sort_keys=True)
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])
     write_rows(staging / "corpus.arrow", schema, ({"id": name, "text": text} for name, text in passages.items()))
@@ -123,17 +117,8 @@ def _build(staging: Path, versions: dict[str, str]) -> None:
     (staging / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
 
 
-def make_collection(
-    docstrings: Sequence[Docstring],
-) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Turn docstrings into passages, queries and judgements, split without near-duplicates across splits.
-
-    Args:
-        docstrings: in a fixed order; of several with one id the first keeps the short id.
-
-    Returns:
-        Passages {id: text}, and {split: {"queries": {id: text}, "qrels": {id: {passage id: 1}}}}.
-    """
+def make_collection(docstrings: Sequence[Docstring]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Passages {id: text} and {split: {"queries", "qrels"}}, without near-duplicates across splits."""
     chosen: dict[str, Docstring] = {}
     id_of_text: dict[str, str] = {}
     names: set[str] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -40,13 +40,6 @@ class Split:
         return Split(
             {name: text for name, text in self.queries.items() if name in names},
             {name: grades for name, grades in self.qrels.items() if name in names},
-        )
-
-    def within(self, passages: Container[str]) -> Split:
-        """The same queries with the judgements of these passages."""
-        return Split(
-            self.queries,
-            {name: {p: grade for p, grade in grades.items() if p in passages} for name, grades in self.qrels.items()},
         )
 
 
@@ -118,15 +111,10 @@ class Collection:
     def own_note(self) -> list[str]:
         """What a report says of passages with the query's own id, a line where there is something to say."""
         if self.skips_own:
-            return [
-                "A passage with the query's own id is left out of its ranking (data.ignore_identical_ids), as in BEIR."
-            ]
-        if self.asks_passages:
-            return [
-                "The queries are passages, which stay in their own rankings (data.ignore_identical_ids is false): "
-                "BEIR's figures are without them."
-            ]
-        return []
+            rule = "A passage with the query's own id is left out of its ranking"
+            return [f"{rule} (data.ignore_identical_ids), as in BEIR."]
+        what = "The queries are passages, which stay in their own rankings (data.ignore_identical_ids is false)"
+        return [f"{what}: BEIR's figures are without them."] if self.asks_passages else []
 
     def read_words(self, **words: str | None) -> None:
         """Set the `language` and `stemmer` that BM25 reads the texts with; they join the fingerprint."""
@@ -141,18 +129,15 @@ class Collection:
             labels: share of the train queries whose judgements are used, 0 to 1, whatever the seed.
             most: the largest number of them, drawn by a hash of the id; all when None.
         """
-        train = self._train.queries
+        train = self.splits["train"].queries if "train" in self.splits else {}
         kept = set(_share(train, labels))
         others = {name: text for name, text in train.items() if name not in kept} | self.questions
         return Split(others, {}).only(set(sorted(others, key=hash_of)[:most])).queries
 
     def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
         """Judgements of that share of the train queries, query id to passage id to grade."""
-        return self._train.only(set(_share(self._train.queries, labels))).qrels
-
-    @property
-    def _train(self) -> Split:
-        return self.splits.get("train", Split({}, {}))
+        train = self.splits.get("train", Split({}, {}))
+        return train.only(set(_share(train.queries, labels))).qrels
 
     def part(self, *, passages: int | None = None, queries: int | None = None) -> Collection:
         """A smaller collection, for a quick comparison: easier to search, so its figures stand for itself alone.
@@ -167,35 +152,27 @@ class Collection:
         """
         if passages is None and queries is None:
             return self
-        corpus, every = self.corpus, [self.splits, self.also]
+        corpus = self.corpus
         every = [
             {name: split.only(set(sorted(split.queries, key=hash_of)[:queries])) for name, split in splits.items()}
-            for splits in every
+            for splits in (self.splits, self.also)
         ]
         if passages is not None and passages < len(corpus):
             ids = corpus["id"][:]
             judged = [grades for splits in every for split in splits.values() for grades in split.qrels.values()]
             positives = {name for grades in judged for name, grade in grades.items() if grade > 0}
             if len(positives) > passages:
-                raise ValueError(
-                    f"A part of {passages} passages can't hold the {len(positives)} that are relevant to the queries "
-                    "kept: raise data.max_passages (curve.passages for the figures on dev during training), or lower "
-                    "data.max_queries (curve.queries)."
-                )
+                fix = "raise data.max_passages (curve.passages), or lower data.max_queries (curve.queries)"
+                what = f"the {len(positives)} that are relevant to the queries kept"
+                raise ValueError(f"A part of {passages} passages can't hold {what}: {fix}.")
             kept = set(sorted(ids, key=lambda name: (name not in positives, hash_of(name)))[:passages])
             corpus = corpus.select([row for row, name in enumerate(ids) if name in kept])
-            every = [{name: split.within(kept) for name, split in splits.items()} for splits in every]
-        part = Collection(
-            f"{self.name}, a part",
-            corpus,
-            every[0],
-            _fingerprint(corpus, every[0]),
-            self.questions,
-            also=every[1],
-            test_split=self.test_split,
-            skipped=self.skipped,
-            ignore_identical_ids=self.ignore_identical_ids,
-        )
+            for split in (split for splits in every for split in splits.values()):
+                for query, grades in split.qrels.items():
+                    split.qrels[query] = {name: grade for name, grade in grades.items() if name in kept}
+        changed: dict[str, Any] = {"corpus": corpus, "splits": every[0], "also": every[1], "made": {}, "index": None}
+        name, fingerprint = f"{self.name}, a part", _fingerprint(corpus, every[0])
+        part = replace(self, name=name, fingerprint=fingerprint, **changed)
         if self.words:
             part.read_words(**self.words)
         return part
@@ -230,10 +207,7 @@ class Collection:
         there = {folded(text) for split in self.splits.values() for text in split.queries.values()}
         questions = [text for key, text in first.items() if key not in there]
         if not questions:
-            raise ValueError(
-                f"{path}: every question in it is a query of {self.name} already, case and punctuation apart; "
-                "add others"
-            )
+            raise ValueError(f"{path}: every question in it is a query of {self.name} already; add others")
         self.questions = {f"question-{number}": text for number, text in enumerate(questions, 1)}
         known = {"sha256": file_digest(path), "count": len(questions)}
         self.fingerprint = {**self.fingerprint, "questions": known}
@@ -254,10 +228,8 @@ class Collection:
         """
         held_out = _share(self.questions, share)[:most]
         if not held_out:
-            raise ValueError(
-                f"{self.name}: {len(self.questions)} questions are too few to hold out {share:.0%} of them for test: "
-                "add questions to data.questions, or a test split with judgements to the collection."
-            )
+            few = f"{len(self.questions)} questions are too few to hold out {share:.0%} of them for test"
+            raise ValueError(f"{self.name}: {few}: add more to data.questions, or a test split to the collection.")
         self.splits["test"] = Split({name: self.questions.pop(name) for name in held_out}, {})
 
     def summary(self) -> str:
@@ -313,19 +285,13 @@ def load_collection(
         dev_split = "dev" if there and "dev" not in (test_split, *also) else None
     names = {"train": "train", "dev": dev_split, "test": test_split}
     if dev_split == test_split:
-        raise ValueError(
-            f"dev_split and test_split are both {test_split!r}: models must not be chosen on the queries that are "
-            "reported. Name another dev_split, or none."
-        )
+        why = "models must not be chosen on the queries that are reported"
+        raise ValueError(f"dev_split and test_split are both {test_split!r}: {why}. Name another dev_split, or none.")
     for name in also:
         # Their names are those of files, too, beside those of the uses.
         if name in ("train", "test", test_split, dev_split) or (name == "dev" and dev_split is not None):
-            raise ValueError(
-                f"also_report: {name!r} is no split to report beside the others: it is reported already (as "
-                f"data.test_split), trained on, or named as a use of another (train, dev, test). data.test_split is "
-                f"{test_split!r}, data.dev_split {dev_split!r}: report the split named test as data.test_split, and "
-                "set data.dev_split to none to report dev."
-            )
+            uses = f"data.test_split is {test_split!r}, data.dev_split {dev_split!r} (none lets dev be reported)"
+            raise ValueError(f"also_report: {name!r} is reported already, trained on, or the name of a use: {uses}.")
 
     folder = None if source == BUILTIN else open_beir(source, skip_bad_rows=skip_bad_rows)
 

@@ -43,28 +43,19 @@ class _Field:
 class RowReader:
     """Turns the rows of one source into training rows; the first row decides which columns there are.
 
-    Args:
-        names: the columns of the source, or the keys of its first row.
-        first: the first row; shows which columns hold lists, and which ids.
-        columns, num_negatives, scores: as in `load_triples`.
-        queries: query texts by id.
-        passages: passage texts by id.
+    Options are those of `load_triples`; a BadRow says which column is missing or doubled.
 
     Attributes:
         fields: the columns of the source that hold each part of a row.
         negatives: the names of the negative columns.
         lookups: the id columns whose texts are not in the source, with where they are.
         like: what row the others must be like, for messages.
-
-    Raises:
-        BadRow: a column is missing or doubled; the message lists what there is, and the fix.
     """
 
     def __init__(
         self,
         names: Sequence[str],
         first: Mapping[str, Any],
-        *,
         columns: Mapping[str, str | None] | None = None,
         num_negatives: int | None = None,
         queries: Texts | None = None,
@@ -189,11 +180,8 @@ class RowReader:
         """Refuse what would be read otherwise, had it come first."""
         new = [name for name in row if name not in self._names and is_ours(name) and name not in self._columns]
         if new:
-            raise BadRow(
-                "other columns",
-                f"{self.like} has no {new[0]!r}; write the same keys in every row, or leave it out with "
-                f"columns={{{new[0]!r}: None}}",
-            )
+            fix = f"write the same keys in every row, or leave it out with columns={{{new[0]!r}: None}}"
+            raise BadRow("other columns", f"{self.like} has no {new[0]!r}; {fix}")
 
     def _read_scores(self, row: Mapping[str, Any], found: _Field) -> list[float]:
         """A teacher's score of each candidate in the source's row."""
@@ -223,11 +211,8 @@ class RowReader:
         source = {name: name for name in names if is_ours(name) and name not in self._columns and name not in taken}
         for ours, theirs in self._columns.items():
             if not is_ours(ours):
-                raise ValueError(
-                    f"columns: {ours!r} is no column of training; write {{ours: theirs}} with query, positive, "
-                    f"negative, negatives (a list), negative_1 ..., query_id, positive_id, negative_id, negative_ids, "
-                    f"{KNOWN}, {LABELLED}"
-                )
+                known = "query, positive, negative (or negatives, negative_1 ...), their _id, "
+                raise ValueError(f"columns: {ours!r} is no column of training, such as {known}{KNOWN}, {LABELLED}")
             if theirs is None:
                 continue
             if theirs not in self._names:
@@ -277,12 +262,8 @@ class RowReader:
             return
         label, value = items[0]
         fix = f"{parts[0]!r}: None" if has_ids else f"'{parts[0]}_id': ..."
-        raise BadRow(
-            NOTHING,
-            f"{setting}= has nothing to look up: this holds texts, such as {shown(value)}, and no id of "
-            f"{texts.source}; leave {setting}= out, or look ids up with columns={{{fix}}}",
-            label,
-        )
+        what = f"{setting}= has nothing to look up: this holds texts, such as {shown(value)}, no id of {texts.source}"
+        raise BadRow(NOTHING, f"{what}; leave {setting}= out, or look ids up with columns={{{fix}}}", label)
 
     def _check_complete(self, queries: Texts | None, passages: Texts | None) -> None:
         there = there_are(sorted(self._names))
@@ -303,17 +284,11 @@ class RowReader:
         if self.negatives and len(has) == 1:
             lacks = "negative" if has == ["positive"] else "positive"
             column = self.fields[f"{has[0]}_id"].columns[0]
-            raise BadRow(
-                "missing column",
-                f"there are ids of the {has[0]}s but none of the {lacks}s; map them with columns=, or leave "
-                f"{column!r} out with columns={{'{has[0]}_id': None}}",
-            )
+            fix = f"map them, or leave {column!r} out, with columns={{'{has[0]}_id': None}}"
+            raise BadRow("missing column", f"there are ids of the {has[0]}s but none of the {lacks}s; {fix}")
         if KNOWN in self.fields and "positive_id" not in self.fields:
-            raise BadRow(
-                "missing column",
-                f"there is {KNOWN} but no positive_id it could be compared with; map it with columns=, or leave it "
-                f"out with columns={{{KNOWN!r}: None}}",
-            )
+            fix = f"map it, or leave {KNOWN} out, with columns={{{KNOWN!r}: None}}"
+            raise BadRow("missing column", f"there is {KNOWN} but no positive_id it could be compared with; {fix}")
 
     # Lists of passages as objects {docid, title, text} -------------------------------------------------------------
 
@@ -356,12 +331,8 @@ def _with_title(text: Any, title: Any) -> Any:
 
 def _flag(label: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise BadRow(
-            "mixed types",
-            f"holds {shown(value)} where true is needed, or false for a row that is not judged; write one of them "
-            f"(not as text), or leave the column out with columns={{{LABELLED!r}: None}}",
-            label,
-        )
+        need = f"holds {shown(value)} where true is needed, or false for a row that is not judged"
+        raise BadRow("mixed types", f"{need}; or leave it out with columns={{{LABELLED!r}: None}}", label)
     return value
 
 
@@ -373,9 +344,6 @@ def _score_columns(name: str, names: Sequence[str], negatives: int) -> _Field:
     numbered = one or [f"negative_{place + 1}" for place in range(negatives)]
     columns = tuple(f"{candidate}_{name}" for candidate in ("positive", *numbered))
     if missing := [column for column in columns if column not in names]:
-        raise BadRow(
-            "missing column",
-            f"there is neither a column {name!r} nor {missing[0]!r} ({there_are(names)}); give scores= the name "
-            "of a list, one score a candidate and the positive first, or what follows positive_ and negative_",
-        )
+        fix = "give scores= the name of a list, positive first, or what follows positive_ and negative_"
+        raise BadRow("missing column", f"neither a column {name!r} nor {missing[0]!r} ({there_are(names)}); {fix}")
     return _Field(columns)

@@ -11,12 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_SKIPPED = frozenset(
-    ("tests", "test", "testing", "conftest.py", "setup.py", "_vendor", "_vendored", "externals", "_external")
-)
-_BLOCK_KEEP_TEXT = frozenset(
-    ("note", "notes", "warning", "important", "tip", "hint", "caution", "attention", "seealso", "topic")
-)
+_SKIPPED = ["tests", "test", "testing", "conftest.py", "setup.py", "_vendor", "_vendored", "externals", "_external"]
+_BLOCK_KEEP_TEXT = ["note", "notes", "warning", "important", "tip", "hint", "caution", "attention", "seealso", "topic"]
 _PLACEHOLDER = re.compile(r"%\(\w+\)s|\{\w*\}")
 _ROLE = re.compile(r":[\w:+-]+:`(?:[^`<]*<)?[~!.]*([^`>]*)>?`")
 _LITERAL = re.compile(r"``([^`]*)``|`([^`]*)`_{0,2}")
@@ -48,10 +44,8 @@ class Docstring:
 def package_roots(package: str) -> list[Path]:
     """Folders or the single file of a package's source, found without importing it."""
     if not package.isidentifier():
-        raise ValueError(
-            f"packages: {package!r} is not a top-level module name; use the name that is imported, "
-            'for instance "sklearn" for scikit-learn'
-        )
+        fix = 'use the name that is imported, for instance "sklearn" for scikit-learn'
+        raise ValueError(f"packages: {package!r} is not a top-level module name; {fix}")
     try:
         spec = importlib.util.find_spec(package)
     except ValueError:
@@ -60,20 +54,14 @@ def package_roots(package: str) -> list[Path]:
     if spec and not roots and spec.origin and spec.origin.endswith(".py"):
         roots = [Path(spec.origin)]
     if not roots:
-        raise ValueError(
-            f"packages: {package!r} is not installed here as Python source; "
-            f"install it (the import name may differ from the distribution's) or leave it out of `packages`"
-        )
+        raise ValueError(f"packages: {package!r} is not installed here as Python source; install it or leave it out")
     return roots
 
 
 def read_docstrings(package: str) -> tuple[list[Docstring], int]:
-    """Read the documented public names of an installed package from its source files, without importing it.
+    """The docstrings of an installed package's public names in the order of its files; and how many can't be parsed.
 
-    Docstrings of compiled functions that a package attaches by a call (`add_newdoc`, `add_docstr`) are read from it.
-
-    Returns:
-        The docstrings, ordered by file path and place in the file, and how many files could not be parsed.
+    Those of compiled functions that a package attaches by a call (`add_newdoc`, `add_docstr`) are read from it.
     """
     found: list[Docstring] = []
     unreadable = 0
@@ -123,11 +111,7 @@ def split_docstring(full_name: str, text: str) -> Docstring | None:
 
 
 def plain_text(text: str) -> str:
-    """Strip reStructuredText to one line of running text.
-
-    Doctests, mathematics, figures, version notes, footnotes and the list of references go; notes and parameter
-    descriptions stay, without their markers.
-    """
+    """Strip reStructuredText to one line of prose: notes and parameters stay; code, figures and references go."""
     kept: list[str] = []
     lines = text.expandtabs().split("\n")
     at, skip_deeper_than = 0, -1
@@ -195,10 +179,9 @@ def _attached(call: ast.Call, path: Sequence[str]) -> Iterator[tuple[str, str]]:
     if function not in ("add_newdoc", "add_docstr", "add_docstr_all") or len(call.args) < 2:
         return
     first, last = call.args[0], call.args[-1]
+    member = None
     if isinstance(last, ast.Tuple) and len(last.elts) == 2:
         member, last = _text(last.elts[0]), last.elts[1]
-    else:
-        member = None
     doc = _text(last)
     if not doc:
         return

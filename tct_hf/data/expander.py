@@ -28,8 +28,6 @@ from tct_hf.progress import PassageProgress, print_at_once
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["DEFAULT_EXPANDER", "expand_corpus", "load_expander"]
-
 DEFAULT_EXPANDER = "castorini/doc2query-t5-base-msmarco"
 # Passage tokens times queries a pass. Estimates for accelerators, not measurements.
 CPU_TOKENS = 16_384
@@ -76,9 +74,7 @@ def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", 
     with told_of_files(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
     if not config.is_encoder_decoder:
-        raise ValueError(
-            f"{name_or_path}: no seq2seq model (T5, BART ...): name one that was trained to write queries"
-        )
+        raise ValueError(f"{name_or_path}: no seq2seq model (T5, BART ...) that was trained to write queries")
     with told_of_files(name_or_path):
         model: Any = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=compute_dtype(dtype, place))
         return model.eval().to(place), AutoTokenizer.from_pretrained(name_or_path)
@@ -109,10 +105,9 @@ def expand_corpus(
     passages are the same. `load_expansions` reads the folder.
 
     Each query is drawn with random numbers that depend on `seed`, the passage's id, the query's number, the token's
-    place and `max_length` alone. Files are therefore the same, byte for byte, for any number of processes and after
-    any interruption, as long as hardware, threads and libraries are the same. Another `shard_size` or
-    `tokens_per_pass` changes probabilities in their last bits: in float32 all but a few queries in a hundred
-    thousand stay the same, in bfloat16 fewer. Fewer queries are the first of more, in the same sense.
+    place and `max_length` alone: files are the same, byte for byte, for any number of processes and after any
+    interruption. Another `shard_size`, `tokens_per_pass` or machine changes probabilities in their last bits, and so
+    a few queries in a hundred thousand. Fewer queries are the first of more.
 
     Args:
         model: a seq2seq model on the device that generates, or folder or Hub id of one, which is put on that of
@@ -148,15 +143,12 @@ def expand_corpus(
     if tokens_per_pass is None:
         tokens_per_pass = CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
     sampling = Sampling(num_queries, top_k, max_length, passage_length, tokens_per_pass, prompt, seed)
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     passages_of = passage_shards(checked_passages(corpus, True), shard_size)
     parts = ((shards.digest_of(chain.from_iterable(shard)), shard) for shard in passages_of)
     total = len(corpus) if isinstance(corpus, Sized) else None
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    progress = PassageProgress(
-        total, processes, write or print_at_once, write_every, time.monotonic, enabled=rank == 0
-    )
+    shown = write or print_at_once
+    progress = PassageProgress(total, processes, shown, write_every, time.monotonic, enabled=rank == 0)
 
     def make(passages: Sequence[Passage]) -> dict[str, Any]:
         queries = generate_queries(model, tokenizer, passages, sampling, done=progress.encoded)
@@ -171,15 +163,9 @@ def expand_corpus(
         "device": model.device.type,
     }
     about = {"model": getattr(model.config, "_name_or_path", None) or None}
+    names = {"weights_sha256": about["model"]}
     manifest = shards.run_shards(
-        out_dir,
-        settings,
-        parts,
-        make,
-        about=about,
-        names={"weights_sha256": about["model"]},
-        state=state,
-        progress=progress,
+        out_dir, settings, parts, make, about=about, names=names, state=state, progress=progress
     )
     progress.finish(manifest["count"])
     return manifest
@@ -205,11 +191,6 @@ def sample(logits: Tensor, uniform: Tensor, top_k: int) -> Tensor:
     return tokens.gather(1, place)[:, 0]
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """The widest type of a device: Apple's have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def generate_queries(
     model: Any,
     tokenizer: Any,
@@ -218,10 +199,7 @@ def generate_queries(
     *,
     done: Callable[[int], None] = lambda passages: None,
 ) -> list[list[str]]:
-    """Sample queries of (id, text) passages, in passes of similar length; one without words gets none.
-
-    `done` is told after every pass how many passages it held.
-    """
+    """Sample queries of passages, in passes of similar length; `done` is told after each how many it held."""
     found: list[list[str]] = [[] for _ in passages]
     rows = [row for row, (_, text) in enumerate(passages) if text.strip()]
     if empty := len(passages) - len(rows):
@@ -236,7 +214,8 @@ def generate_queries(
         names = [passages[rows[item]][0] for item in group]
         numbers = [uniform_numbers(sampling.seed, name, count, sampling.max_length) for name in names]
         inputs = tokenizer.pad({"input_ids": [ids[item] for item in group]}, return_tensors="pt").to(model.device)
-        uniform = torch.from_numpy(np.concatenate(numbers)).to(model.device, exact_dtype(model.device))
+        exact = torch.float32 if model.device.type == "mps" else torch.float64  # which Apple's devices don't have
+        uniform = torch.from_numpy(np.concatenate(numbers)).to(model.device, exact)
         tokens = decode(model.eval(), inputs, uniform, sampling)
         written = [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         for place, item in enumerate(group):
@@ -247,11 +226,10 @@ def generate_queries(
 
 @torch.inference_mode()
 def decode(model: Any, inputs: Any, uniform: Tensor, sampling: Sampling) -> list[list[int]]:
-    """Sample token ids of each input, all samples of the first one first; `generate` prepares, the loop is ours.
+    """Sample token ids of each input, all of the first one first, by `(passages * samples, max_length)` numbers.
 
-    All samples of a passage begin with the same token, so the first step is computed once a passage, and with it the
-    keys and values of its tokens. Rows that have ended are taken out of the batch. `uniform` is
-    `(passages * samples, max_length)` in [0, 1).
+    `generate` prepares, the loop is ours: all samples of a passage begin with the same token, so its first step, and
+    the keys and values of its tokens, are computed once. Rows that have ended are taken out of the batch.
     """
     found: list[list[int]] = []
 
@@ -272,13 +250,7 @@ def decode(model: Any, inputs: Any, uniform: Tensor, sampling: Sampling) -> list
 
 
 def _steps(
-    model: Any,
-    input_ids: Tensor,
-    processors: Any,
-    inputs: dict[str, Any],
-    ends: Tensor | None,
-    uniform: Tensor,
-    top_k: int,
+    model: Any, input_ids: Tensor, processors: Any, inputs: dict[str, Any], ends: Any, uniform: Tensor, top_k: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields each step, the rows that are still written, and their tokens."""
     mask, states, cache = inputs["attention_mask"], inputs["encoder_outputs"][0], inputs["past_key_values"]

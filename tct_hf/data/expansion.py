@@ -1,9 +1,4 @@
-"""Generated queries beside a corpus (doc2query): how they are kept, read, and joined to passages at index time.
-
-They stay apart from the passages, so that how many are appended, and which are left out, is decided when an index is
-built. A folder of them is one of `tct_hf.data.shards`: columns `id` and `queries`, and in its folder `scores` the same
-again where a teacher has scored them: `id` and `scores`, one a query.
-"""
+"""Generated queries beside a corpus (doc2query): shards of id and queries, and below `scores` those of a teacher."""
 
 from __future__ import annotations
 
@@ -25,18 +20,14 @@ from tct_hf.files import command
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["expanded_texts", "load_expansions", "write_expansions"]
-
 SCORES_FOLDER = "scores"
 
 
 def query_columns(ids: Sequence[str], queries: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The columns of a shard of queries."""
     return {"id": pa.array(ids, pa.string()), "queries": pa.array(queries, pa.list_(pa.string()))}
 
 
 def score_columns(ids: Sequence[str], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The columns of a shard of scores."""
     return {"id": pa.array(ids, pa.string()), "scores": pa.array(scores, pa.list_(pa.float32()))}
 
 
@@ -65,11 +56,9 @@ def load_expansions(path: str | Path) -> Dataset:
     if (scores / shards.MANIFEST_FILE).is_file():
         found = shards.checked_shards(scores, shards.read_manifest(scores, "scores"))
         for number, (mine, its) in enumerate(zip_longest(queries, found)):
-            if mine is None or its is None or not _one_each(mine, its):
-                raise ValueError(
-                    f"{shards.shard_file(scores, number)}: it has not one score a query of that shard: delete scores, "
-                    "score again"
-                )
+            if mine is None or its is None or _lengths(mine, "queries") != _lengths(its, "scores"):
+                what = "it has not one score a query of that shard"
+                raise ValueError(f"{shards.shard_file(scores, number)}: {what}: delete scores, score again")
         parts.append(_data_set(scores, len(found), ["scores"]))
     return concatenate_datasets(parts, axis=1)
 
@@ -81,17 +70,12 @@ def _data_set(folder: Path, count: int, columns: list[str]) -> Dataset:
     return concatenate_datasets([Dataset.from_file(file) for file in files]).select_columns(columns)
 
 
-def _one_each(queries: pa.Table, scores: pa.Table) -> bool:
-    lengths = pc.list_value_length(queries["queries"]), pc.list_value_length(scores["scores"])
-    return bool(queries["id"] == scores["id"] and lengths[0] == lengths[1])
+def _lengths(table: pa.Table, column: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    return table["id"], pc.list_value_length(table[column])
 
 
 def write_expansions(
-    rows: Iterable[Mapping[str, Any]],
-    out_dir: str | Path,
-    *,
-    settings: Mapping[str, Any],
-    shard_size: int = 4096,
+    rows: Iterable[Mapping[str, Any]], out_dir: str | Path, *, settings: Mapping[str, Any], shard_size: int = 4096
 ) -> dict[str, Any]:
     """Write generated queries of any origin as a folder of expansions.
 
@@ -107,8 +91,6 @@ def write_expansions(
     Raises:
         ValueError: a row without id or queries, naming it; no row; a folder of other settings or other queries.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
     checked = _checked(rows)
 
     def parts() -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
@@ -116,9 +98,8 @@ def write_expansions(
             texts = chain.from_iterable((passage_id, "\0".join(queries)) for passage_id, queries in part)
             yield shards.digest_of(texts), part
 
-    return shards.run_shards(
-        out_dir, {**settings, "shard_size": shard_size}, parts(), lambda part: query_columns(*zip(*part, strict=True))
-    )
+    settings = {**settings, "shard_size": shard_size}
+    return shards.run_shards(out_dir, settings, parts(), lambda part: query_columns(*zip(*part, strict=True)))
 
 
 def _checked(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
@@ -127,9 +108,7 @@ def _checked(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]
         if not isinstance(passage_id, str):
             raise ValueError(f"rows: number {number} has id = {passage_id!r}: it must be a string.")
         if not isinstance(queries, (list, tuple)) or not all(isinstance(query, str) for query in queries):
-            raise ValueError(
-                f"rows: {passage_id!r} (number {number}) has queries = {queries!r}: give a list of texts."
-            )
+            raise ValueError(f"rows: {passage_id!r} (number {number}) has queries = {queries!r}, no list of texts.")
         [passage_id, *texts] = checked_texts([passage_id, *queries], f"rows: number {number}, id and queries")
         yield passage_id, texts
 
@@ -170,10 +149,8 @@ def expanded_texts(
     if not 0.0 <= drop_share < 1.0:
         raise ValueError(f"drop_share must be at least 0 and below 1, got {drop_share}.")
     if drop_share and "scores" not in expansions.column_names:
-        raise ValueError(
-            f"drop_share is {drop_share}, but the queries have no scores: score them with score_expansions "
-            f"({command('expand')} --teacher), or leave drop_share at 0."
-        )
+        fix = f"score them with score_expansions ({command('expand')} --teacher)"
+        raise ValueError(f"drop_share is {drop_share}, but the queries have no scores: {fix}, or leave it at 0.")
     if hasattr(corpus, "select_columns") and hasattr(corpus, "__len__"):  # before hours of indexing
         for _ in _beside(*(rows_in_batches(one.select_columns("id")) for one in (corpus, expansions))):
             pass
@@ -189,10 +166,8 @@ def _beside(passages: Iterator[Any], expansions: Iterator[Any]) -> Iterator[tupl
     for number, (passage, row) in enumerate(zip_longest(passages, expansions)):
         if passage is None or row is None or passage["id"] != row["id"]:
             mine, its = ("ends before it" if one is None else f"has {one['id']!r} there" for one in (passage, row))
-            raise ValueError(
-                f"expansions: they are not of this corpus: at passage number {number} the corpus {mine} and the "
-                f"expansion {its}: expand this corpus as it is, in its order."
-            )
+            where = f"at passage number {number} the corpus {mine} and the expansion {its}"
+            raise ValueError(f"expansions: they are not of this corpus: {where}: expand it as it is, in its order.")
         yield passage, row
 
 

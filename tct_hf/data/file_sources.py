@@ -32,18 +32,11 @@ _BYTES_A_FIELD = 1 << 24  # of CSV: what is longer has a quote that isn't closed
 
 
 class Source(ABC):
-    """Raw rows, read from the start each time they are asked for.
+    """Raw rows, read from the start each time they are asked for."""
 
-    Attributes:
-        name: for messages.
-        names: the columns, where they are known before a row is read.
-        only_text: every value is text.
-        key: JSON-ready, identifies the content; None where nothing does.
-    """
-
-    name: str
-    names: list[str] | None = None
-    key: list[Any] | None = None
+    name: str  # for messages
+    names: list[str] | None = None  # the columns, where they are known before a row is read
+    key: list[Any] | None = None  # JSON-ready, identifies the content, where something does
     only_text = False
     unit = "row"
 
@@ -77,19 +70,14 @@ class Source(ABC):
     def need_key(self) -> list[Any]:
         """The key; refuses a source that can't be read twice."""
         if self.key is None:
-            raise ValueError(
-                f"{self.name}: an IterableDataset, which can't be looked up by id; give a Dataset or a file"
-            )
+            raise ValueError(f"{self.name}: an IterableDataset can't be looked up by id; give a Dataset or a file")
         return self.key
 
 
 class LineSource(Source):
-    """A file of lines, plain or .gz: fields separated by tabs, or JSONL.
+    """A file of lines, plain or .gz: fields separated by tabs, or JSONL without names of `fields`.
 
-    Args:
-        path: the file.
-        fields: names of the fields, by position; None for JSONL.
-        header: number of the line that is a header, and not a row; 0 for none.
+    `header` is the number of the line that is one; 0 for none.
     """
 
     unit = "line"

@@ -8,6 +8,7 @@ import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -32,10 +33,7 @@ def groups(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
 
 
 def folded(text: str) -> str:
-    """Normalise case, punctuation and white space.
-
-    A text of nothing but punctuation keeps it.
-    """
+    """Normalise case, punctuation and white space; a text of nothing but punctuation keeps it."""
     text = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
     return " ".join(text.translate(_BARE).split()) or " ".join(text.split())
 
@@ -96,20 +94,11 @@ def share_most(a: frozenset[int], b: frozenset[int], threshold: float) -> bool:
 def near_duplicate_pairs(
     texts: Sequence[str], *, width: int, threshold: float, sketch: int = 24, max_bucket: int = 200
 ) -> list[tuple[int, int]]:
-    """Find pairs of texts that share most of their word shingles.
+    """Pairs of texts (left < right, in order) that share most of their shingles of `width` words.
 
     Candidates share at least one of their `sketch` smallest shingle hashes (bottom-k sketch; Broder, "On the
-    resemblance and containment of documents", 1997); each is then judged by the exact Jaccard index.
-
-    Args:
-        texts: the texts.
-        width: words a shingle.
-        threshold: the least Jaccard index, 0 to 1, of two near-duplicates.
-        sketch: hashes kept a text to find candidates by.
-        max_bucket: a shingle held by more texts than this is boilerplate and proposes only neighbours in order.
-
-    Returns:
-        Pairs of indexes (left < right), each once, in order.
+    resemblance and containment of documents", 1997); each is then judged by the exact Jaccard index. A shingle of more
+    than `max_bucket` texts is boilerplate and proposes only neighbours in order.
     """
     sets = [shingles(text, width) for text in texts]
     buckets: dict[int, list[int]] = defaultdict(list)
@@ -118,8 +107,6 @@ def near_duplicate_pairs(
             buckets[shingle].append(index)
     candidates: set[tuple[int, int]] = set()
     for bucket in buckets.values():
-        if len(bucket) > max_bucket:
-            candidates.update(itertools.pairwise(bucket))
-        else:
-            candidates.update((left, right) for at, left in enumerate(bucket) for right in bucket[at + 1 :])
+        pairs = itertools.pairwise if len(bucket) > max_bucket else partial(itertools.combinations, r=2)
+        candidates.update(pairs(bucket))
     return [(left, right) for left, right in sorted(candidates) if share_most(sets[left], sets[right], threshold)]

@@ -43,9 +43,8 @@ _WORD = re.compile(r"[^\W\d_][^\W\d]*")
 def is_hub_id(name: str) -> bool:
     """Whether a name is "owner/name", "owner/name:configuration" or "owner/name:configuration:split", and no path."""
     hub_id, _, _ = name.partition(":")
-    return (
-        _HUB_ID.fullmatch(hub_id) is not None and Path(hub_id).suffix.lower() not in _FILES and not Path(name).exists()
-    )
+    is_id = _HUB_ID.fullmatch(hub_id) is not None and Path(hub_id).suffix.lower() not in _FILES
+    return is_id and not Path(name).exists()
 
 
 def is_score_file(name: str) -> bool:
@@ -82,7 +81,7 @@ class BadRow(ValueError):
 
 @dataclass
 class SkippedRows:
-    """What `skip_bad_rows=True` left out: how many rows of each kind, and the first of each.
+    """What `skip_bad_rows=True` left out.
 
     Args:
         counts: kind of problem to number of rows.
@@ -128,12 +127,10 @@ class SkippedRows:
 
     def summary(self) -> str:
         """For people: one line in all, then one a kind; empty when nothing was left out."""
-        if not self.counts:
-            return ""
-        lines = [f"{self.total:,} bad {'row was' if self.total == 1 else 'rows were'} left out"]
-        for kind in sorted(self.counts, key=lambda kind: (-self.counts[kind], kind)):
-            lines.append(f"  {kind}: {self.counts[kind]:,}; the first: {self.examples[kind]}")
-        return "\n".join(lines)
+        were = "row was" if self.total == 1 else "rows were"
+        kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))
+        lines = (f"\n  {kind}: {self.counts[kind]:,}; the first: {self.examples[kind]}" for kind in kinds)
+        return f"{self.total:,} bad {were} left out{''.join(lines)}" if kinds else ""
 
 
 def refuse_or_skip(skipped: SkippedRows | None, kind: str, message: str) -> None:
@@ -146,9 +143,8 @@ def refuse_or_skip(skipped: SkippedRows | None, kind: str, message: str) -> None
 def get(row: Mapping[str, Any], name: str) -> Any:
     """A row's value of a column that must be there."""
     if name not in row:
-        raise BadRow(
-            "missing column", f"column {name!r} is missing ({there_are(list(row))}); add it or remove the row"
-        )
+        what = f"column {name!r} is missing ({there_are(list(row))})"
+        raise BadRow("missing column", f"{what}; add it or remove the row")
     return row[name]
 
 
@@ -242,9 +238,7 @@ def shown(value: Any) -> str:
 def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and bytes of each line of a file, plain or gzip, without line end and byte order mark.
 
-    Raises:
-        ValueError: a truncated or damaged gzip file, the message names the last line that was read; or no lines at
-            all, by the first bytes.
+    A ValueError says of a broken gzip file the last line that was read, and what is no lines by its first bytes.
     """
     number = 0
     with path.open("rb") as raw:
@@ -262,9 +256,8 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line.removesuffix(b"\n").removesuffix(b"\r")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}, after line {number}: broken .gz ({error}); copy or download the file again"
-        ) from error
+        fix = "copy or download the file again"
+        raise ValueError(f"{path}, after line {number}: broken .gz ({error}); {fix}") from error
 
 
 def decode(line: bytes) -> str:
@@ -272,9 +265,8 @@ def decode(line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(
-            "not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
-        ) from None
+        why = f"not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        raise BadRow("not UTF-8", why) from None
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -293,12 +285,7 @@ def first_lines(path: Path) -> list[list[str]]:
 
 
 def is_header(fields: Sequence[str], unlike: bool = False) -> bool:
-    """Whether a first line names its columns: in words that columns are named with, or, unlike the data, in any words.
-
-    Args:
-        fields: of the line.
-        unlike: no field can be what its column holds.
-    """
+    """Whether a first line names its columns in usual words; in any words if no field can be what its column holds."""
     names = [field.lower().strip(" #\"'") for field in fields]
     if len({*names}) < len(names) or max(map(len, names)) > 40:
         return False
@@ -314,11 +301,8 @@ def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
     """Name to field of one line of fields separated by tabs, without quoting."""
     fields = decode(line).split("\t")
     if len(fields) != len(names):
-        raise BadRow(
-            "wrong number of fields",
-            f"{len(fields)} {'field' if len(fields) == 1 else 'fields'} where {len(names)} separated by tabs are "
-            f"needed ({', '.join(names)}); remove stray tabs and line breaks from the texts",
-        )
+        need = f"{len(fields)} fields where {len(names)} separated by tabs are needed ({', '.join(names)})"
+        raise BadRow("wrong number of fields", f"{need}; remove stray tabs and line breaks from the texts")
     return dict(zip(names, fields, strict=True))
 
 

@@ -23,6 +23,7 @@ ScoreSource: TypeAlias = Union[str, Path, "Dataset", Mapping[str, Mapping[str, f
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
 _FORMAT = 3
+_FILES = ("keys", "scores")  # sorted, unsigned 64 bits; float32
 _FIELDS = ("query_id", "passage_id", "score")
 # What published sets call them.
 _NAMES = {
@@ -41,34 +42,21 @@ def pair_key(query_id: str, passage_id: str) -> int:
 
 
 class ScoreTable:
-    """Scores by query and passage id: 12 bytes a pair, memory-mapped.
-
-    Args:
-        name: for messages.
-        folder: the prepared form, `keys.npy` (sorted, unsigned 64 bits) and `scores.npy` (float32).
-    """
+    """Scores by query and passage id: 12 bytes a pair, memory-mapped."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.folder = folder
-        self._arrays: tuple[np.ndarray, np.ndarray] | None = None
+        self.name, self.folder = name, folder
+        self._arrays: list[np.ndarray] | None = None
 
     @classmethod
     def open(cls, source: ScoreSource, *, cache_dir: str | Path | None = None) -> ScoreTable:
         """Read and check a table once for each content; later calls find it prepared.
 
         Args:
-            source: a file of rows (query id, passage id, score): .parquet, JSONL, or TSV with or without a header
-                (the last two plain or .gz); a Hub id "owner/name", "owner/name:configuration" or
-                "owner/name:configuration:split"; a data set; or {query id: {passage id: score}}. A row may also hold
-                lists of passage ids and their scores.
+            source: a file of rows (query id, passage id, score): .parquet, JSONL, or TSV with or without a header; a
+                Hub id "owner/name:configuration:split"; a data set; or {query id: {passage id: score}}. A row may
+                also hold lists of passage ids and their scores.
             cache_dir: where the prepared form is kept; by default `default_cache_dir()`.
-
-        Raises:
-            FileNotFoundError: no such file or Hub data set.
-            ValueError: a pickle, a row with a missing, misaligned or not finite score, a pair that comes twice with
-                different scores, or no score at all; with the row, the query id and the fix.
-            OSError: the cache can't be written, or the Hub not be reached.
         """
         opened: Source
         if isinstance(source, Mapping):
@@ -81,18 +69,13 @@ class ScoreTable:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}  # a memory map would be copied into every worker
 
-    def __len__(self) -> int:
-        return len(self._open_arrays()[0])
-
-    def _open_arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._arrays is None:
-            keys, scores = (np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("keys", "scores"))
-            self._arrays = keys, scores
+    def _open(self) -> list[np.ndarray]:
+        self._arrays = self._arrays or [np.load(self.folder / f"{one}.npy", mmap_mode="r") for one in _FILES]
         return self._arrays
 
     def get(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """The score of each (query id, passage id); None where there is none."""
-        keys, scores = self._open_arrays()
+        keys, scores = self._open()
         at, found = find(keys, (pair_key(*pair) for pair in pairs))
         return [float(score) if there else None for score, there in zip(scores[at], found, strict=True)]
 
@@ -158,9 +141,8 @@ def _build(staging: Path, source: Source) -> None:
     its = scores[np.searchsorted(keys, pairs["key"])]
     if (differ := its != pairs["score"]).any():
         at = int(differ.argmax())
-        raise ValueError(
-            f"{source.name}: a pair of query and passage comes twice with different scores, such as "
-            f"{float(its[at]):g} and {float(pairs['score'][at]):g}; keep one of them"
-        )
+        both = f"{float(its[at]):g} and {float(pairs['score'][at]):g}"
+        what = "a pair of query and passage comes twice with different scores, such as"
+        raise ValueError(f"{source.name}: {what} {both}; keep one of them")
     np.save(staging / "keys.npy", keys)
     np.save(staging / "scores.npy", scores)

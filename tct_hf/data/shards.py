@@ -64,14 +64,6 @@ def run_shards(
         names: as in `claim`.
         state: the processes of a distributed run, which share the missing shards; one process when None.
         progress: told of items whose shard is there already.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ValueError: no part at all; a folder of other settings or parts; a damaged shard, or one that an earlier
-            manifest announces with another checksum.
-        FileExistsError: a folder of other files.
     """
     folder = Path(folder)
     wait = state.wait_for_everyone if state is not None else lambda: None
@@ -90,9 +82,8 @@ def run_shards(
             if file.name in there:
                 _compare(file)
                 if (_opened(file).schema.metadata or {}).get(_MADE_OF, b"") != made_of.encode():
-                    raise ValueError(
-                        f"{file} was made of other passages (a text, an id or their order differs): {_BEGIN_AGAIN}"
-                    )
+                    what = "was made of other passages (a text, an id or their order differs)"
+                    raise ValueError(f"{file} {what}: {_BEGIN_AGAIN}")
                 if progress is not None:
                     progress.skipped(len(items))
             else:
@@ -101,9 +92,7 @@ def run_shards(
                 missing += 1
             count += len(items)
         if not shards:
-            raise ValueError(
-                f"{folder}: nothing to write, the corpus or the rows are empty; check where they come from."
-            )
+            raise ValueError(f"{folder}: nothing to write, the corpus or the rows are empty.")
         wait()
         if rank == 0:
             _finish(folder, shards, count, about or {}, there)
@@ -173,26 +162,26 @@ def _opened(file: Path) -> Any:
 
 
 def _finish(folder: Path, shards: int, count: int, about: Any, kept: Collection[str]) -> None:
-    if shard_file(folder, shards).is_file():
-        raise ValueError(
-            f"{shard_file(folder, shards)} was made of another corpus (this one has {count:,} passages and ends "
-            f"before it): {_BEGIN_AGAIN}"
-        )
+    if (more := shard_file(folder, shards)).is_file():
+        ends = f"this one has {count:,} passages and ends before it"
+        raise ValueError(f"{more} was made of another corpus ({ends}): {_BEGIN_AGAIN}")
     announced: dict[str, str] = {}
     with suppress(FileNotFoundError, ValueError):
         announced = {entry["file"]: entry["sha256"] for entry in read_manifest(folder, "shards")["shards"]}
     tables = [read_shard(folder, number) for number in range(shards)]
     entries = []
     for number, table in enumerate(tables):
-        file = shard_file(folder, number)
-        digest = file_digest(file)
+        file, digest = shard_file(folder, number), str(file_digest(shard_file(folder, number)))
         if file.name in kept and announced.get(file.name, digest) != digest:
-            raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
+            raise _altered(file)
         entries.append({"file": file.name, "count": len(table), "sha256": digest})
     about = about(tables) if callable(about) else about
-    settings = read_claim(folder, _BEGIN_AGAIN)
-    manifest = {**settings, **about, "count": count, "shards": entries}
+    manifest = {**read_claim(folder, _BEGIN_AGAIN), **about, "count": count, "shards": entries}
     write_json_atomic(folder / MANIFEST_FILE, {**manifest, _CHECKSUM: _checksum(manifest)})
+
+
+def _altered(file: Path) -> ValueError:
+    return ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -208,12 +197,10 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no {what} here ({file.name} is missing); give the folder that has them")
     manifest: dict[str, Any] = read_json(file, _RUN_AGAIN)
     if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder}: {what} in the format of another version of tct_hf: delete the folder, and run again what "
-            "wrote it"
-        )
+        fix = "delete the folder, and run again what wrote it"
+        raise ValueError(f"{folder}: {what} in the format of another version of tct_hf: {fix}")
     if manifest.pop(_CHECKSUM, None) != _checksum(manifest):
-        raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
+        raise _altered(file)
     claimed = folder / CLAIM_FILE
     settings = read_claim(folder, _RUN_AGAIN) if claimed.is_file() else {}
     if altered := [name for name, value in settings.items() if manifest.get(name) != value]:
@@ -226,5 +213,5 @@ def checked_shards(folder: Path, manifest: Mapping[str, Any]) -> list[Any]:
     for number, entry in enumerate(manifest["shards"]):
         file = _written(folder, number)
         if file_digest(file) != entry["sha256"]:
-            raise ValueError(f"{file} is damaged or was altered (its checksum differs): {_RUN_AGAIN}")
+            raise _altered(file)
     return [read_shard(folder, number) for number in range(len(manifest["shards"]))]

@@ -43,10 +43,8 @@ class FolderSource(Source):
         self.names, self.only_text = self.files[0].names, self.files[0].only_text
         for file in self.files:
             if file.names != self.names or type(file) is not type(self.files[0]):
-                raise ValueError(
-                    f"{file.name}: {there_are(file.names or [])}, but in {self.files[0].name} "
-                    f"{there_are(self.names or [])}; write files of one kind, with the same columns in the same order"
-                )
+                wrong = f"{there_are(file.names or [])}, but in {self.files[0].name} {there_are(self.names or [])}"
+                raise ValueError(f"{file.name}: {wrong}; write files of one kind, with the same columns in order")
         self.key = ["folder", *(file.key for file in self.files)]
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
@@ -141,23 +139,17 @@ def open_source(
     revision: str | None = None,
     streaming: bool = False,
 ) -> Source:
-    """Rows of a file, a data set, a Hub id, "irds:ID", or a folder in the Hub's layout.
+    """Rows of a file, a data set, a Hub id (owner/name:config:split), "irds:ID", or a folder in the Hub's layout.
 
-    Args:
-        given: a path, a data set, a dictionary of its splits, or "owner/name:configuration:split".
-        setting: the setting that named it, for messages.
-        tsv: opens a file of fields separated by tabs.
-        config, split, revision, streaming: of a Hub data set or folder; unless streamed, text files on the Hub are
-            downloaded whole.
+    `setting` named it, for messages; `tsv` opens a file of fields separated by tabs. Unless streamed, text files on
+    the Hub are downloaded whole.
     """
     if isinstance(given, dict) and split is not None:  # DatasetDict and IterableDatasetDict
         given = one_split(given, split, "the data set")
     if not isinstance(given, (str, Path)):
         if not hasattr(given, "column_names") or isinstance(given, dict):
-            raise ValueError(
-                f"{setting}: a {type(given).__name__} can't be loaded; give a path, a Hub id, or a datasets.Dataset "
-                "(Dataset.from_list makes one)"
-            )
+            what = f"a {type(given).__name__} can't be loaded"
+            raise ValueError(f"{setting}: {what}; give a path, a Hub id, or a Dataset (Dataset.from_list makes one)")
         return DatasetSource(given, f"{setting} (a data set)")
     if is_irds(given):
         return IrdsSource(given, KINDS[setting.rpartition(".")[2]])
@@ -174,29 +166,18 @@ def open_source(
         return one_split(parts, split or None, f"{given} ({config})" if config else given)()
     suffix = format_of(path)
     if suffix in PICKLES:
-        raise ValueError(
-            f"{setting}: {path}: a pickle, which may run code when it is read. Convert it where you trust it, to a "
-            "parquet or JSONL file"
-        )
+        fix = "Convert it where you trust it, to a parquet or JSONL file"
+        raise ValueError(f"{setting}: {path}: a pickle, which may run code when it is read. {fix}")
     if not path.is_file():
         raise FileNotFoundError(f"{setting}: {path}: no such file; give the right path")
-    if suffix in JSON_SUFFIXES:
-        return LineSource(path)
-    if suffix == ".parquet":
-        return ParquetSource(path)
-    if suffix in TSV_SUFFIXES:
-        return tsv(path)
-    if suffix == ".csv":
-        return CsvSource(path)
-    known = ", ".join((*TSV_SUFFIXES, *JSON_SUFFIXES, ".csv"))
-    raise ValueError(
-        f"{setting}: {path}: ends in {suffix or 'nothing'}; known are {known} (plain or .gz) and .parquet. Unpack "
-        "archives first."
-    )
+    readers = {**dict.fromkeys(TSV_SUFFIXES, tsv), **dict.fromkeys(JSON_SUFFIXES, LineSource), ".csv": CsvSource}
+    if suffix != ".parquet" and suffix not in readers:
+        known = f"known are {', '.join(readers)} (plain or .gz) and .parquet"
+        raise ValueError(f"{setting}: {path}: ends in {suffix or 'nothing'}; {known}. Unpack archives first.")
+    return readers.get(suffix, ParquetSource)(path)
 
 
 def named_by_header(path: Path) -> LineSource:
-    """Lines of fields separated by tabs, of which the first names them."""
     first = next((line for _, line in byte_lines(path)), b"")
     return LineSource(path, first.decode(errors="replace").split("\t"), header=True)
 
@@ -211,10 +192,10 @@ def parts_of(
     streaming: bool = False,
     name: str | None = None,
 ) -> dict[str, Callable[[], Source]]:
-    """What opens each split of a Hub data set, or of a folder in the Hub's layout, by the split's name.
+    """What opens each split of a Hub data set, or of a folder in the Hub's layout.
 
-    Files of text are read by our own readers, which infer no types; Arrow files by `datasets`, and so is what is
-    streamed from the Hub, or what our readers don't read: parquet, archives, lists in JSON.
+    Files of text are read by our own readers, which infer no types; by `datasets` what is streamed from the Hub, and
+    what our readers don't read.
     """
     name = name or (f"{place} ({config})" if config else place)
 
@@ -285,13 +266,17 @@ def _holds_rows(path: Path) -> bool:
     return format_of(path) != ".json" or next(byte_lines(path), (1, b""))[1].strip() not in (b"{", b"{}")
 
 
+class MissingSplitError(FileNotFoundError):
+    """The source is there, but has no split of the name that was asked for."""
+
+
 def one_split(parts: Mapping[Any, Any], split: str | None, source: str) -> Any:
     """The split of a name, or the only one when None."""
     there = ", ".join(map(str, parts))
     if split is None and len(parts) != 1:
         raise ValueError(f"{source}: name one of its splits: {there}")
     if split is not None and split not in parts:
-        raise FileNotFoundError(f"{source}: no split {split!r}; splits there: {there}")
+        raise MissingSplitError(f"{source}: no split {split!r}; splits there: {there}")
     return next(iter(parts.values())) if split is None else parts[split]
 
 

@@ -1,7 +1,4 @@
-"""From raw rows to checked training rows, in one pass or streamed.
-
-Streamed, the order of the rows is settled while they are bytes, and only those asked for are read.
-"""
+"""From raw rows to checked training rows; streamed, their order is settled before they are read."""
 
 from __future__ import annotations
 
@@ -34,10 +31,9 @@ _LEFT_OUT = ("positive is the query", "positive as negative")
 
 @dataclass
 class TripleStream:
-    """Checked training rows of a source.
+    """Checked training rows of a source, with the arguments of `load_triples`, opened.
 
-    The fields are the arguments of `load_triples`, opened; `skipped` takes the counts anew in each pass, after those
-    `of_texts` and judgements.
+    `skipped` takes the counts anew in each pass, after those `of_texts` and judgements.
     """
 
     source: Source
@@ -100,15 +96,8 @@ class TripleStream:
 
     def _reader_of(self, first: Mapping[str, Any]) -> RowReader:
         names = list(first) if self.source.names is None else self.source.names
-        reader = RowReader(
-            names,
-            first,
-            columns=self.columns,
-            num_negatives=self.num_negatives,
-            queries=self.queries,
-            passages=self.passages,
-            scores=self.scores,
-        )
+        sources = self.queries, self.passages
+        reader = RowReader(names, first, self.columns, self.num_negatives, *sources, self.scores)
         row = next(reader.read(first))
         texts = [row[name] for name in ("query", "positive", *reader.negatives) if name in row]
         if not reader.lookups and all(map(str.isdigit, texts)):
@@ -127,13 +116,11 @@ class TripleStream:
         reader = self.plan()
         if self.known is not None and not {"query_id", "positive_id"} <= reader.fields.keys():
             lacks = "passage ids (positive_id, negative_id)" if "query_id" in reader.fields else "query_id"
-            raise ValueError(
-                f"{self.source.name}: qrels= needs {lacks}, which is not there; map it with columns=, or leave "
-                "qrels out"
-            )
+            fix = "map it with columns=, or leave qrels out"
+            raise ValueError(f"{self.source.name}: qrels= needs {lacks}, which is not there; {fix}")
         return reader.output_columns(reader.has_known or self.known is not None)
 
-    def __call__(self) -> Iterator[Row]:
+    def __call__(self, most: int | None = None) -> Iterator[Row]:
         """Training rows from the source's start; refuses bad rows, no row at all, and judgements of other queries."""
         self.skipped.replace(self.of_texts)
         columns = self.output_columns()
@@ -144,19 +131,18 @@ class TripleStream:
                 judged += self.known is not None and row["query_id"] in self.known.positives
                 count += 1
                 yield {name: row[name] for name in columns}
+                if count == most:
+                    return self._check_judged(judged)
         if self.skipped.total:
             logger.warning("%s: %s", self.source.name, self.skipped.summary())
         if not count:
             raise self._nothing(self.skipped)
-        self.check_judged(judged)
+        self._check_judged(judged)
 
-    def check_judged(self, judged: int) -> None:
-        """Refuse judgements where no row has a judged query."""
+    def _check_judged(self, judged: int) -> None:
         if self.known is not None and not judged:
-            raise ValueError(
-                f"{self.source.name}: none of its queries is judged in {self.known.source}; give the qrels of the "
-                "split it belongs to"
-            )
+            what = f"{self.source.name}: none of its queries is judged in {self.known.source}"
+            raise ValueError(f"{what}; give the qrels of the split it belongs to")
 
     def read(self, stored: Iterable[tuple[int, Any]]) -> list[Row]:
         """Checked and complete training rows of rows as they are stored, each with its number.
@@ -172,14 +158,11 @@ class TripleStream:
         errors = add_texts([row for _, row in rows], reader.lookups)
         positives: dict[int, list[str]] = {}
         for number, row in rows:
-            positives.setdefault(number, []).extend([row["positive"]] if row.get(LABELLED, True) else [])
-        errors = [
-            bad or _of_itself(row, reader.negatives, positives[number])
-            for bad, (number, row) in zip(errors, rows, strict=True)
-        ]
+            known = row["positive"] if row.get(LABELLED, True) else None  # where its text is not there, too
+            positives.setdefault(number, []).extend([known] if known else [])
         good = []
-        for (number, row), bad in zip(rows, errors, strict=True):
-            if bad is not None:
+        for (number, row), missing in zip(rows, errors, strict=True):
+            if bad := missing or _of_itself(row, reader.negatives, positives[number]):
                 self._refuse(bad, number)
                 continue
             if self.known is not None:
@@ -212,30 +195,20 @@ def _of_itself(row: Row, negatives: Sequence[str], positives: Sequence[str]) -> 
         same_id = "query_id" in row and row.get(f"{name}_id") == row["query_id"]
         if is_query(row[name], row["query"], same_id=same_id):
             what = "positive is the query" if name == "positive" else "query itself"
-            fix = "this passage is the query itself; take another, or remove the row"
-        elif name != "positive" and (
-            row.get(f"{name}_id", "") == row.get("positive_id") or any(same(row[name], one) for one in positives)
-        ):
-            what, fix = "positive as negative", "this passage is a positive of its query; take another"
-        else:
-            continue
-        return BadRow(what, fix, name)
+            return BadRow(what, "this passage is the query itself; take another, or remove the row", name)
+        id_of_positive = row.get(f"{name}_id", "") == row.get("positive_id")
+        if name != "positive" and (id_of_positive or any(same(row[name], one) for one in positives)):
+            return BadRow("positive as negative", "this passage is a positive of its query; take another", name)
     return None
 
 
 @dataclass(frozen=True)
 class RowsRead:
-    """Makes training rows of what :meth:`TripleStream.stored` gives.
-
-    Args:
-        stream: over the source.
-        names: columns of the training rows.
-        checks: of the training rows, each of one column; a BadRow leaves the row out.
-    """
+    """Makes training rows of what :meth:`TripleStream.stored` gives."""
 
     stream: TripleStream
-    names: Sequence[str]
-    checks: Sequence[tuple[Check, str]] = ()
+    names: Sequence[str]  # columns of the training rows
+    checks: Sequence[tuple[Check, str]] = ()  # each of one column; a BadRow leaves the row out
 
     def rows(self, stored: Sequence[Mapping[str, Any]]) -> list[Row]:
         """Training rows, without those left out; a bad row is a ValueError with its place."""
@@ -266,25 +239,17 @@ class StreamedTriples(IterableDataset):
 
     Many processes and workers then agree on the order of all rows, each at the price of reading lines, and parse,
     check and look up only their own.
-
-    Attributes:
-        ordered: rows as they are stored, in the order of the training rows, one for each of them.
-        reader: makes training rows of them.
     """
 
-    ordered: IterableDataset
+    ordered: IterableDataset  # rows as they are stored, in the order of the training rows, one for each of them
     reader: RowsRead
 
     @classmethod
     def of(cls, ordered: IterableDataset, reader: RowsRead, features: Features) -> StreamedTriples:
         """Training rows of `ordered`, with the features that `reader` sees to."""
-        rows = ordered.map(
-            reader,
-            batched=True,
-            batch_size=ROWS_A_BATCH,
-            remove_columns=["number", "stored"],
-            features=Features({name: features[name] for name in reader.names}),
-        )
+        features = Features({name: features[name] for name in reader.names})
+        batches: dict[str, Any] = {"batched": True, "batch_size": ROWS_A_BATCH, "features": features}
+        rows = ordered.map(reader, remove_columns=["number", "stored"], **batches)
         made = cls.__new__(cls)
         made.__dict__.update(rows.__dict__)
         made.ordered, made.reader = ordered, reader

@@ -35,29 +35,22 @@ if TYPE_CHECKING:
 TextSource: TypeAlias = Union[str, Path, "Dataset", Mapping[str, str]]
 # Id, title, text.
 Record: TypeAlias = tuple[str, str, str]
+# Id, text.
+Passage: TypeAlias = tuple[str, str]
 
 # Part of the cache key: raise it when the prepared form of the same source changes.
 _FORMAT = 2
+TEXT_FIX = "fill it in, remove the line, or leave such rows out with skip_bad_rows"
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "title")])
-
-
-# Id, text.
-Passage: TypeAlias = tuple[str, str]
 
 
 @dataclass
 class Texts:
-    """Texts by id.
+    """Texts by id."""
 
-    Args:
-        source: their origin, for messages.
-        dataset: columns id and text, both text, ids unique.
-        key: JSON-ready, identifies the content.
-    """
-
-    source: str
-    dataset: Dataset
-    key: list[Any]
+    source: str  # for messages
+    dataset: Dataset  # columns id and text
+    key: list[Any]  # JSON-ready, identifies the content
     _index: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,16 +74,7 @@ class Texts:
 def open_texts(
     source: TextSource, setting: str, cache_dir: str | Path | None, skipped: SkippedRows | None = None
 ) -> Texts:
-    """Open texts by id: checked and converted once, then memory-mapped.
-
-    Args:
-        source: a TSV file (id, text), a JSONL file of the BEIR layout (_id, title, text), a CSV or parquet file, each
-            but parquet plain or .gz; a folder of these; a data set or a mapping; a Hub id "owner/name",
-            "owner/name:configuration" or "owner/name:configuration:split".
-        setting: the setting that named it, "queries" or "collection".
-        cache_dir: folder of the converted form.
-        skipped: takes bad rows, which are left out; they are refused when None.
-    """
+    """Open texts by id, of what :func:`open_source` opens or a mapping: converted once, then memory-mapped."""
     opened, names = _opened(source, setting)
     what = "query" if setting == "queries" else "passage"
     dataset = prepare_corpus(opened, cache_dir, names=names, allow_empty=True, what=what, skipped=skipped)
@@ -135,10 +119,7 @@ def _text_columns(names: Sequence[str], source: str, setting: str) -> tuple[str,
     rest = [name for name in names if name not in ids[:1]]
     texts = ["text"] if "text" in rest else rest
     if not ids or len(texts) != 1 or (len(ids) > 1 and "id" not in ids and "_id" not in ids):
-        raise ValueError(
-            f"{setting}: {source} has other columns ({there_are(names)}); name them id and text (and title, if there "
-            "is one)"
-        )
+        raise ValueError(f"{setting}: {source} has other columns ({there_are(names)}); name them id and text")
     title = ["title"] if "title" in rest and texts == ["text"] else []
     return (ids[0], texts[0], *title)
 
@@ -152,16 +133,7 @@ def records_of(
     skipped: SkippedRows | None = None,
     fix: str = "fill it in or remove the line",
 ) -> Iterator[tuple[str, Record]]:
-    """Read a source's texts one by one, each with its place.
-
-    Args:
-        source: the raw rows.
-        names: its columns of _id, text and title where they have other names.
-        title: whether titles are read.
-        allow_empty: let texts without words pass.
-        skipped: takes bad rows, which are left out; they are refused when None.
-        fix: what to do about a text without words.
-    """
+    """A source's texts, each with its place; `names` are its columns of _id, text and title if they differ."""
     id_name, text_name, title_name = (*names, "title")[:3] if names else ("_id", "text", "title")
 
     def read(row: Mapping[str, Any]) -> Record:
@@ -191,18 +163,16 @@ def prepare_corpus(
     what: str = "passage",
     skipped: SkippedRows | None = None,
 ) -> Dataset:
-    """Convert texts by id once, in constant memory, and open the converted form: memory-mapped id, text, title.
+    """Convert texts once, in constant memory, and open the converted form: memory-mapped id, text, title.
 
-    Refuses a malformed record and an id that comes twice, or leaves them out and adds them to `skipped`; refuses no
-    record at all. `what` is "passage" or "query", for messages.
+    Bad records and repeated ids are refused, or left out and added to `skipped`.
     """
     from datasets import Dataset
 
     left_out = None if skipped is None else SkippedRows()
 
     def records() -> Iterator[tuple[str, Record]]:
-        fix = "fill it in, remove the line, or leave such rows out with skip_bad_rows"
-        return records_of(source, names, allow_empty=allow_empty, skipped=left_out, fix=fix)
+        return records_of(source, names, allow_empty=allow_empty, skipped=left_out, fix=TEXT_FIX)
 
     def unique() -> Iterator[dict[str, str]]:
         seen, every = SeenIds(), records()
@@ -233,12 +203,7 @@ def prepare_corpus(
 
 
 def add_texts(rows: Sequence[dict[str, Any]], columns: Mapping[str, Texts]) -> list[BadRow | None]:
-    """Add the texts of ids to rows, in place; for each row None, or its error: an unknown id, or one without text.
-
-    Args:
-        rows: with ids, for instance positive_id, whose text goes to the column positive.
-        columns: the texts of each id column.
-    """
+    """Add the texts of ids (positive_id) to rows (positive), in place; for each row None, or its error."""
     errors: list[BadRow | None] = [None] * len(rows)
     for column, texts in columns.items() if rows else ():
         for at, text in enumerate(texts.get([row[column] for row in rows])):
@@ -265,12 +230,7 @@ def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[s
 
 
 def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> Iterator[Passage]:
-    """Id and text of each passage of a corpus, read once; a bad one is a ValueError with its number and id.
-
-    Args:
-        corpus: rows with "id" and "text"; a data set, or any iterable.
-        allow_empty: passages without words may pass.
-    """
+    """Id and text of each passage of a corpus, read once; a bad one is a ValueError with its number and id."""
     for number, row in enumerate(rows_in_batches(corpus, ("id", "text"))):
         if not isinstance(row, Mapping):
             raise ValueError(f"corpus, passage number {number} is a {type(row).__name__}: give rows of id and text.")
@@ -279,10 +239,8 @@ def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> 
         except BadRow as error:
             raise ValueError(error.at(f"corpus, passage number {number} (id {row.get('id')!r})")) from None
         if not allow_empty and not text.strip():
-            raise ValueError(
-                f"corpus: passage {name!r} (number {number}) has no words: leave it out, or encode it as it is with "
-                "allow_empty=True."
-            )
+            fix = "leave it out, or pass allow_empty=True"
+            raise ValueError(f"corpus: passage {name!r} (number {number}) has no words: {fix}.")
         yield name, text
 
 
@@ -291,9 +249,7 @@ def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Pass
     seen, count = SeenIds(), 0
     while shard := list(islice(passages, size)):
         if again := seen.add([passage_id for passage_id, _ in shard]):
-            raise ValueError(
-                f"corpus: two passages have the id {shard[again[0]][0]!r} (again at number {count + again[0]}): give "
-                "each its own id."
-            )
+            name = shard[again[0]][0]
+            raise ValueError(f"corpus: two passages have the id {name!r} (again at number {count + again[0]}).")
         count += len(shard)
         yield shard

@@ -44,7 +44,6 @@ def test_every_form_gives_the_same_scores(tmp_path: Path, form: str) -> None:
     table = ScoreTable.open(write(tmp_path, form))
     wanted = [("1", "7"), ("2", "8"), ("1", "8"), ("2", "7"), ("17", ""), ("", "17")]
     assert table.get(wanted) == [0.5, None, -2.25, 3.0, None, None]
-    assert len(table) == 3
 
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -172,7 +172,7 @@ BAD_COLUMNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({**GOOD, "negative_2": "n"}, {"columns": {"negative": None}}, "negative_1 is missing before 2"),
     ({**GOOD, "negative_1": "n"}, {}, "both 'negative' and 'negative_1'.*leave one out"),
     ({"query": "q", "positive": "p"}, {"num_negatives": 1}, "'negative' is missing"),
-    (IDS, {"collection": Dataset.from_list([GOOD]).to_iterable_dataset()}, "IterableDataset, which can't be looked"),
+    (IDS, {"collection": Dataset.from_list([GOOD]).to_iterable_dataset()}, "IterableDataset can't be looked"),
 ]
 
 
