@@ -24,6 +24,7 @@ def main(settings: Settings) -> None:
     from tct_hf.pipeline.job import Job
 
     job, output, measured = Job(["data"]), Path(settings.output_dir), settings.evaluation
+    name = settings.report + ("" if settings.only is None else ".part")
     comparison = Comparison(settings, job)
     with job.first("data"):
         collection = comparison.read(settings.report)
@@ -60,12 +61,13 @@ def main(settings: Settings) -> None:
                 measures=measured.measures,
                 depth=measured.depth,
                 bf16=base.base["bf16"],
-                name=settings.report + ("" if settings.only is None else ".part"),
+                name=name,
                 settings=asdict(settings),
             )
         print("\n" + report.read_text(encoding="utf-8"))
         print(f"{report}, and metrics and curves of that name beside it", flush=True)
     job.finish()
+    job.verify(settings, output / f"metrics.{name}.json")
 
 
 if __name__ == "__main__":

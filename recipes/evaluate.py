@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tct_hf.evaluation.expected import ExpectedSettings
 from tct_hf.evaluation.settings import ReportSettings
 from tct_hf.pipeline.settings import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
@@ -33,15 +34,20 @@ class Settings(ReportSettings):
     )
     runs: dict[str, str] = setting({}, "name to TREC file of another system's run on the reported queries")
     data: DataSettings = field(default_factory=DataSettings)
+    verify: bool = setting(False, "compare the report with the figures of `expected`, and fail where one is off")
+    expected: ExpectedSettings = field(default_factory=ExpectedSettings)
 
 
 def main(settings: Settings) -> None:
+    from tct_hf.evaluation.report import JSON_FILE
     from tct_hf.evaluation.reporting import build_report, check_report, encode_corpora
     from tct_hf.pipeline.data import read_collection
     from tct_hf.pipeline.job import Job
 
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to evaluate, for instance --student PATH")
+    if settings.verify:
+        settings.expected.check()
     job = Job(["data", "report"])
     shares = job.state.num_processes > 1  # one process alone encodes as part of the report
     if shares:
@@ -62,6 +68,7 @@ def main(settings: Settings) -> None:
         job.record(settings, corpus=collection.fingerprint)
         print("\n" + report.markdown())
     job.finish()
+    job.verify(settings, Path(settings.output_dir) / JSON_FILE)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def main(settings: Settings) -> None:
             )
         print("\n" + report.read_text(encoding="utf-8"))
     job.finish()
+    job.verify(settings, rounds.output / "metrics.json")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main(settings: Settings) -> None:
             report = run.report()
         print(f"\n{report}")
     job.finish()
+    job.verify(settings, run.folder / "metrics.json")
 
 
 if __name__ == "__main__":

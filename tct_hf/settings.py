@@ -177,7 +177,9 @@ def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[
         return own
     if not isinstance(base, str):
         raise SettingsError(f"{path}: extends must name one YAML file, got {base!r}")
-    return _merge(read_yaml(path.parent / base, [*chain, path]), own)
+    extended = read_yaml(path.parent / base, [*chain, path])
+    extended.pop("expected", None)  # figures are of one recipe
+    return _merge(extended, own)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

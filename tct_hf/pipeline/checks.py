@@ -86,6 +86,8 @@ def check_teacher(teacher: TeacherSettings) -> None:
 def check_together(settings: TrainSettings) -> None:
     """Refuse settings that contradict one another, and what would be ignored; the teacher is settled."""
     data, triples, teacher, student = settings.data, settings.triples, settings.teacher, settings.student
+    if settings.verify:
+        settings.expected.check()
     asks = data.unlabelled or "unlabelled" in settings.stages
     if data.questions is not None and not data.unlabelled:
         raise SettingsError("data.questions: these have no labels; set data.unlabelled for the teacher to judge them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tct_hf.progress import human_duration, print_at_once, quieten
@@ -55,6 +56,11 @@ class Job:
     def end_group(self) -> None:
         """End the group of processes: the main one goes on alone, and no barrier that could time out waits for it."""
         self.state.destroy_process_group()
+
+    def verify(self, settings: Any, file: str | Path) -> None:
+        """With --verify, compare the figures of a report.json or metrics.json with those that are expected."""
+        if settings.verify and self.is_main:
+            settings.expected.verify(Path(file))
 
     def finish(self) -> None:
         """Print how long the run took in all."""

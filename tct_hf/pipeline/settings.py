@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from tct_hf.evaluation.expected import ExpectedSettings
 from tct_hf.files import file_digest
 from tct_hf.settings import SettingsError, filled, setting
 
@@ -275,6 +276,8 @@ class TrainSettings:
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    verify: bool = setting(False, "compare the report with the figures of `expected`, and fail where one is off")
+    expected: ExpectedSettings = field(default_factory=ExpectedSettings)
 
 
 @dataclass

@@ -29,7 +29,9 @@ def test_one_command_gives_table_json_plots_and_runs(material: Material) -> None
     foreign, output = material.folder / "foreign.trec", material.folder / "whole"
     write_run({f"test{number}": {"p0": 2.0, "p1": 1.0} for number in range(12)}, foreign, "foreign")
     splade = tiny_splade(material.folder / "reported-sparse")
-    said = evaluate(material, output, f"--runs.elsewhere={foreign}", f"--sparse_student={splade}")
+    verify = ["--verify", "--expected.figures={test: {bm25: {RR@10: 0.5, tolerance: 1}}}"]
+    said = evaluate(material, output, f"--runs.elsewhere={foreign}", f"--sparse_student={splade}", *verify)
+    assert "| yes |" in said
     report = Report.load(output)
     keys = [system.key for system in report.systems]
     assert keys[-1] == "elsewhere" and {*KEYS, "learned-sparse", "dense-learned-sparse"} < {*keys}

@@ -103,6 +103,8 @@ def test_a_finished_run_called_again_redoes_nothing_and_prints_the_report(whole:
     said = recipe(whole).stdout
     assert made() == before
     assert "  step " not in said and (whole / "report.md").read_text() in said
+    off = recipe(whole, "--verify", "--expected.figures={test: {bm25: {RR@10: 2}}}", code=1)
+    assert "verify: 1 figure is off" in off.stderr and (whole / "report.md").read_text() in off.stdout
 
 
 @pytest.mark.parametrize("name", ["data.num_negatives", "teacher.training.learning_rate", "evaluation.depth"])
