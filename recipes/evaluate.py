@@ -3,7 +3,7 @@
 accelerate launch recipes/evaluate.py recipes/evaluate.yaml [--setting value ...]
 accelerate launch recipes/evaluate.py --data.source FOLDER --student PATH [--teacher PATH] --output_dir DIR
     [--base NAME] [--sparse_student PATH] [--expansion.path FOLDER]
-    [--data.test_split dev --also_report '{dl19: [trec-dl]}']
+    [--data.test_split dev --also_report '{dl19: [trec-dl]}'] [--tasks nanobeir]
 
 Writes report.md, report.json, latency.png, storage.png and runs/. --runs.NAME FILE adds another system's TREC run.
 If it is stopped, the same command resumes it; with several processes, they share the encoding.
@@ -33,6 +33,9 @@ class Settings(ReportSettings):
         None, "numbers of first dimensions to measure as well; those of its training when null"
     )
     runs: dict[str, str] = setting({}, "name to TREC file of another system's run on the reported queries")
+    tasks: list[str] = setting(
+        [], "tasks of mteb to measure the models on as well: nanobeir, mteb:SciFact,NFCorpus, or a BEIR folder"
+    )
     data: DataSettings = field(default_factory=DataSettings)
     verify: bool = setting(False, "compare the report with the figures of `expected`, and fail where one is off")
     expected: ExpectedSettings = field(default_factory=ExpectedSettings)
@@ -64,7 +67,7 @@ def main(settings: Settings) -> None:
     job.end_group()
     if job.is_main:
         with job.stage("report"):
-            report = build_report(*arguments, settings=settings, write=job.write, **models)
+            report = build_report(*arguments, settings=settings, write=job.write, tasks=settings.tasks, **models)
         job.record(settings, corpus=collection.fingerprint)
         print("\n" + report.markdown())
     job.finish()

@@ -53,6 +53,7 @@ class Report:
     settings: dict[str, Any]
     notes: list[str]
     also: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -115,6 +116,16 @@ class Report:
                 rows.append([system.title, *latency, str(total["queries"]), rate, *sizes, build])
         return markdown_table(rows)
 
+    def task_table(self, measure: str = "nDCG@10") -> str:
+        """A measure of each system on mteb's tasks, one line a task and their mean, as a Markdown table."""
+        figures = {name: [one[measure] for one in task["systems"].values()] for name, task in self.tasks.items()}
+        if len(figures) > 1:
+            figures["mean"] = [sum(column) / len(column) for column in zip(*figures.values(), strict=True)]
+        keys = next(iter(self.tasks.values()))["systems"]
+        heads = [self.system(key).title.split(", ")[0] for key in keys]  # without the weight of this collection
+        rows = [[name, *(f"{value:.3f}" for value in values)] for name, values in figures.items()]
+        return markdown_table([[measure, *heads], *rows])
+
     def _tested(self, split: str | None = None) -> dict[str, Tested]:
         """Title, effectiveness and significance of each system by key, of a further split where it is named."""
         if split is None:
@@ -154,6 +165,16 @@ class Report:
                 "",
                 f"†: differs from {base}, as above. {_grades(measures, split['relevance'])}",
                 *(f"- {one}: no passage for {n:,} queries, which count as 0." for one, n in lacking.items() if n),
+                "",
+            ]
+        if self.tasks:
+            version = ", ".join(sorted({task["mteb"] for task in self.tasks.values()}))
+            lines += [
+                "## Tasks of mteb",
+                "",
+                self.task_table(),
+                "",
+                f"Measured by mteb {version}. In a hybrid both lists have the same spread; nothing is tuned.",
                 "",
             ]
         lines += [

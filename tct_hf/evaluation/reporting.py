@@ -23,6 +23,7 @@ from tct_hf.evaluation.settings import HYBRIDS, ReportSettings
 from tct_hf.evaluation.significance import compare_evaluations
 from tct_hf.evaluation.systems import Batch, System, bm25_system, by_token, hybrid_system, measure_cost, student_system
 from tct_hf.evaluation.tables import weight_text
+from tct_hf.evaluation.tasks import evaluate_tasks, find_tasks
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
 from tct_hf.evaluation.workspace import (
     BASE_FOLDER,
@@ -69,6 +70,7 @@ def build_report(
     settings: ReportSettings | None = None,
     runs: Mapping[str, str | Search] | None = None,
     dims: Sequence[int] | None = None,
+    tasks: Sequence[Any] = (),
     write: Callable[[str], None] = print,
 ) -> Report:
     """Search a collection with every system, measure what each finds and costs, and write the report to a folder.
@@ -90,6 +92,7 @@ def build_report(
         runs: other systems by name: a TREC file of a run on the reported queries, or a function from queries, id to
             text, to a run, query id to passage id to score, which every call asks again.
         dims: first dimensions of the student to measure alone too; those that its training recorded when None.
+        tasks: retrieval tasks of mteb to measure the models on as well, see `find_tasks`.
         write: takes lines of progress.
 
     Returns:
@@ -104,12 +107,14 @@ def build_report(
     settings = settings or ReportSettings()
     record = asdict(settings)
     settings = replace(settings, measures=replace(settings.measures, names=named_measures(settings.measures.names)))
+    found = find_tasks(tasks)
     foreign = check_report(collection, settings, runs or {})
     models: dict[str, Any] = {"teacher": teacher, "sparse_student": sparse_student, "base": base, "dims": dims}
     files = {name: None if callable(given) else given for name, given in (runs or {}).items()}
     work = Work(collection, student, Path(output), settings, write, runs=files, **models)
     work.foreign = foreign
     work.claim()
+    work.measure_tasks(found)  # first: whether their data can be had shows here
     for key, make in work.plan.items():
         work.made[key] = make()
     report = work.report(record)
@@ -215,6 +220,7 @@ class Work:
         self.ann: dict[str, Any] | None = None  # the same of the approximate index
         self.notes, self.names = list(collection.own_note), dict(_NAMES)
         self.made: dict[str, System] = {}
+        self.tasks: dict[str, Any] = {}  # figures of mteb's tasks, as in report.json
         self.deployed = "dense-exact"  # the system of the dense student that hybrids take
         self.teacher: Any = None  # of one vector a token
         self.tokens: TokenVectors | None = None
@@ -232,6 +238,9 @@ class Work:
             if name is not None:
                 self.workspaces[role] = Workspace(collection, load(name, device), name, output / folder, **options)
         self.learned = self.student if sparse else self.workspaces.get("sparse_student")
+        exact = {"dense-exact": None if sparse else self.student, "learned-sparse": self.learned}
+        exact["base"] = self.workspaces.get("base")
+        self.exact = {key: space for key, space in exact.items() if space is not None}
         self.teacher_name = None if teacher == OWN and not has_own_maxsim(self.student.student) else teacher
         self.late_name = "own MaxSim" if teacher == OWN else "teacher"
         if not sparse:
@@ -313,6 +322,16 @@ class Work:
             claim(self.output / "runs" / name, {**depends, "queries": digest_of(split.queries)}, names)
         claim(self.output / "costs", {**depends, "cost": asdict(settings.cost), "machine": machine_key()}, names)
 
+    def measure_tasks(self, tasks: Sequence[Any]) -> None:
+        """Measure the models that are searched exactly, BM25 and their hybrids on tasks of mteb."""
+        if tasks:
+            folder, words = self.output / "tasks", self.collection.words
+            depends = {role: space.depends["student"] for role, space in self.workspaces.items()}
+            names = {f"{role}.weights": space.name for role, space in self.workspaces.items()}
+            claim(folder, {**depends, "words": words}, names)
+            models = {key: space.student for key, space in self.exact.items()}
+            self.tasks = evaluate_tasks(tasks, models, folder, words=words, write=self.write)
+
     def _words(self, key: str) -> System:
         stored = self.student.bm25() if key == "bm25" else self.student.expanded(self.settings.expansion)
         if key == "bm25-expanded":
@@ -320,8 +339,7 @@ class Work:
         return bm25_system(key, self.names[key], stored, self.depth)
 
     def _exact(self, key: str) -> System:
-        roles = {"dense-exact": self.student, "learned-sparse": self.learned, "base": self.workspaces.get("base")}
-        space: Any = roles[key]
+        space = self.exact[key]
         space.encode()
         stored = space.exact()
         if key == "learned-sparse":
@@ -571,6 +589,7 @@ class Work:
             settings=dict(record),
             notes=list(self.notes),
             also=also,
+            tasks=self.tasks,
         )
 
     def _models(self) -> dict[str, Any]:

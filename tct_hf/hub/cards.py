@@ -226,10 +226,10 @@ def write_card(
 def eval_results(report: Report, key: str) -> list[EvalResult]:
     """The figures of one system of a report as the metadata that the Hub reads; none if the report lacks it."""
     collection = report.collection
-    return [
+    kind: Any = {"task_type": "information-retrieval", "task_name": "Information Retrieval"}
+    found = [
         EvalResult(
-            task_type="information-retrieval",
-            task_name="Information Retrieval",
+            **kind,
             dataset_type=re.sub(r"[^\w.-]+", "-", str(collection["name"])).strip("-").lower(),
             dataset_name=f"{collection['name']}, {collection['passages']:,} passages",
             dataset_split=collection["split"],
@@ -240,6 +240,22 @@ def eval_results(report: Report, key: str) -> list[EvalResult]:
         for system in report.systems
         if system.key == key
         for measure, figures in system.effectiveness.items()
+    ]
+    return found + [
+        EvalResult(
+            **kind,
+            dataset_type=re.sub(r"[^\w./-]+", "-", task["dataset"]),
+            dataset_name=f"MTEB {name}",
+            dataset_split=", ".join(task["splits"]),
+            dataset_revision=task["revision"],
+            metric_type=measure.lower().replace("@", "_at_"),
+            metric_name=measure,
+            metric_value=round(value, 4),
+            source_name=f"MTEB {task['mteb']}",
+            source_url="https://github.com/embeddings-benchmark/mteb",
+        )
+        for name, task in report.tasks.items()
+        for measure, value in task["systems"].get(key, {}).items()
     ]
 
 
@@ -256,6 +272,7 @@ def _measured(report: Report) -> str:
         "disk, models aside.",
         f"Measured on {report.machine['processor']}, {report.machine['cpu_count']} cores, models on "
         f"{report.machine['device']}. All figures are in `report.json`.",
+        *(["", "On tasks of MTEB, as mteb measures them:", "", report.task_table()] if report.tasks else []),
     ]
     return "\n".join(lines)
 
