@@ -168,13 +168,6 @@ def test_hub_layout_with_judgements_of_its_own(repository: Path, tmp_path: Path)
     assert not isinstance(broken.value, MissingSplitError)
 
 
-def test_hub_layout_with_passages_alone(repository: Path, tmp_path: Path) -> None:
-    (repository / "queries.jsonl").unlink()
-    (repository / "README.md").write_text(CONFIGS.partition("- config_name: queries")[0] + "---\n")
-    corpus = BeirOnHub(repository, tmp_path / "cache").corpus()
-    assert corpus["id"][:] == ["d1", "d2", "3"] and corpus["text"][0] == "Title one"
-
-
 def data_folder(name: str) -> Path:
     root = Path(os.environ.get("TCT_HF_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
     if not (root / name).is_dir():

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,21 +117,9 @@ def test_a_damaged_cache_is_made_again(built: Path, tmp_path: Path) -> None:
     assert _fingerprint(tmp_path / "copy") == made
 
 
-@pytest.mark.parametrize(
-    ("split", "packages", "message"),
-    [
-        ("validation", ["numpy"], "train, dev, test"),
-        ("dev", ["not_there_at_all"], "not_there_at_all"),
-        ("dev", "numpy", "must be a list"),
-        ("dev", [], "must be a list"),
-    ],
-)
-def test_wrong_arguments_are_named(split: str, packages: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        builtin_corpus(split, packages=packages)
-
-
-def test_packages_that_give_nothing_are_named(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_and_packages_that_give_nothing_are_named(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, content in (
         ("loose_demo.py", "x = 1\n"),
         ("bare_demo.py", "x = 1\n"),
@@ -139,8 +128,14 @@ def test_packages_that_give_nothing_are_named(tmp_path: Path, cache: Path, monke
     ):
         write(tmp_path / name, content)
     monkeypatch.syspath_prepend(tmp_path)
-    versionless = ("loose_demo", "'loose_demo' has source here but no version")
-    for name, message in (versionless, ("bare_demo", "bare_demo hold no docstring")):
+    packages: Any
+    for split, packages, message in (
+        ("validation", ["numpy"], "train, dev, test"),
+        ("dev", ["not_there_at_all"], "not_there_at_all"),
+        *(("dev", packages, "must be a list") for packages in ("numpy", [])),
+        ("dev", ["loose_demo"], "'loose_demo' has source here but no version"),
+        ("dev", ["bare_demo"], "bare_demo hold no docstring"),
+    ):
         with pytest.raises(ValueError, match=message):
-            builtin_corpus("dev", packages=[name])
+            builtin_corpus(split, packages=packages)
     assert list(cache.iterdir()) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -174,27 +172,3 @@ def test_columns_and_checks_leave_rows_unread(tmp_path: Path) -> None:
     assert len(taken) == 3
     with pytest.raises(ValueError, match="no column 'title'; there are positive, query"):
         rows.select_columns("title")
-
-
-MEMORY = """
-import sys, resource
-from pathlib import Path
-from tct_hf import load_triples
-rows = load_triples(sys.argv[1], streaming=True).shuffle(seed=0, buffer_size=2000)
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-for number, row in enumerate(rows):
-    if number == 30_000:
-        begun = resident()
-print(number + 1, resident() - begun)
-"""
-
-
-@pytest.mark.slow
-def test_memory_is_flat_once_the_buffer_is_full(tmp_path: Path) -> None:
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("reads /proc")
-    path = tsv(tmp_path / "t.tsv", 300_000)
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
-    rows, growth = done.stdout.split()
-    assert int(rows) == 300_000 and float(growth) < 20

@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tct_hf import SkippedRows, load_triples
-from tct_hf.data.columns import RowReader
-from tct_hf.data.file_sources import LineSource
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.rows import BadRow, byte_lines, parse_json_line
-from tct_hf.data.texts import joined, records_of
 from tests.rows import write
 
 NAMES = ("query", "positive", "negative")
@@ -130,56 +125,6 @@ def test_mutated_lines_of_triples_are_read_right_or_refused(
     loaded = load_triples(write(tmp_path / name, data), skip_bad_rows=True, skipped=skipped)
     assert list(zip(*(loaded[name][:] for name in NAMES), strict=True)) == right
     assert skipped.total == len(rows) - len(right)
-
-
-def simple_record(line: bytes) -> tuple[str, str] | None:
-    """Id and text (the title before it) of one object, or None."""
-    row = simple_json(line)
-    if not isinstance(row, dict) or type(row.get("_id")) not in (str, int):
-        return None
-    parts = [part for part in (row.get("title"), row.get("text", 0)) if part is not None]
-    if row.get("text") is None or not all(isinstance(part, str) for part in parts):
-        return None
-    found = str(row["_id"]), " ".join(part.strip() for part in parts if part.strip())
-    bad = re.search("[\ud800-\udfff]", "".join(found)) or not found[0].strip() or "\0" in found[0]
-    return None if bad else found
-
-
-def test_400_mutated_lines_of_collections_are_read_right_or_refused_with_their_place(tmp_path: Path) -> None:
-    draw = random.Random(4)
-    path = tmp_path / "collection.jsonl"
-    good = 0
-    for number in range(400):
-        title, text, _ = texts(draw)
-        record = {"_id": draw.choice((number, f"d{number}")), "title": title, "text": text}
-        data = mutate(json.dumps(record, ensure_ascii=draw.random() < 0.5).encode(), draw)
-        path.write_bytes(data)
-        lines = simple_lines(data.removeprefix(codecs.BOM_UTF8))
-        right = [simple_record(line) for line in lines if line.strip()]
-        try:
-            found = records_of(LineSource(path, None), (), allow_empty=True)
-            read = [(key, joined(title, text)) for _, (key, title, text) in found]
-        except ValueError as error:
-            assert None in right, data
-            assert str(error).startswith(f"{path}, line "), data
-        else:
-            assert read == right, data
-            good += 1
-    assert 40 < good < 360  # both happen
-
-
-# Properties --------------------------------------------------------------------------------------------------------
-
-NOT_BLANK = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
-
-
-@given(st.lists(st.tuples(NOT_BLANK, NOT_BLANK, st.lists(NOT_BLANK, min_size=2, max_size=2)), min_size=1))
-def test_rows_with_lists_of_negatives_round_trip(rows: list[tuple[str, str, list[str]]]) -> None:
-    raw = [{"query": query, "positive": positive, "negatives": negatives} for query, positive, negatives in rows]
-    reader = RowReader(list(raw[0]), raw[0])
-    for row, (query, positive, (first, second)) in zip(raw, rows, strict=True):
-        (read,) = reader.read(row)
-        assert read == {"query": query, "positive": positive, "negative_1": first, "negative_2": second}
 
 
 def test_what_is_no_json_object_is_refused_by_kind() -> None:
