@@ -54,11 +54,9 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 
 comma := ,
 
-# No --cpu: a GPU is used where there is one.
+# Without a launcher, whose traceback would hide the line that Ctrl-C prints; a GPU is used where there is one.
 quickstart: $(VENV)/.installed-quickstart
-	"$(RUN)" -m accelerate.commands.launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no \
-		--dynamo_backend=no --num_cpu_threads_per_process=$(THREADS) \
-		recipes/train.py recipes/quickstart.yaml $(ARGS)
+	@OMP_NUM_THREADS=$(THREADS) "$(RUN)" recipes/train.py recipes/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.installed-dev
 	"$(RUN)" -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder $(ARGS)

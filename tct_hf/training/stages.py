@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 from tct_hf.encoding.weights import has_bfloat16
@@ -80,7 +83,15 @@ class StepLines(TrainerCallback):
                 f"   active dimensions: {logs['query_active_dims']:.0f} of queries, "
                 f"{logs['document_active_dims']:.0f} of passages"
             )
-        self.write(f"{line}   {human_duration(max(left, 0))} left")
+        with tqdm.external_write_mode():  # above the bar
+            self.write(f"{line}   {human_duration(max(left, 0))} left")
+
+
+class _Bars(ProgressCallback):
+    """The Trainer's bars; what is logged, :class:`StepLines` says."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def elapsed(state: TrainerState) -> float:
@@ -110,10 +121,17 @@ class Stage:
 
     def args(self, kind: Any, **defaults: Any) -> Any:
         """The arguments as the trainer takes them."""
-        for name in ("output_dir", "disable_tqdm", "prompts", "router_mapping"):
+        for name in ("output_dir", "prompts", "router_mapping"):
             if name in self.arguments:
                 raise ValueError(f"training.{name} is set by the stage itself: leave it out of the settings.")
-        return kind(output_dir=str(self.work), disable_tqdm=True, **{**defaults, **self.arguments})
+        bars = {"disable_tqdm": not sys.stderr.isatty()}  # a log file would keep every state of a bar
+        made = kind(output_dir=str(self.work), **{**bars, **defaults, **self.arguments})
+        try:
+            for tracker in get_reporting_integration_callbacks(made.report_to):
+                tracker()
+        except (ValueError, RuntimeError) as error:  # an unknown one, or one that is not installed
+            raise ValueError(f"training.report_to: {error}") from error
+        return made
 
     def train(self, make: Callable[[], Any]) -> Path:
         """Train what `make` makes from the last checkpoint to the end, and publish it; finished, return at once."""
@@ -131,6 +149,8 @@ class Stage:
     def _train(self, make: Callable[[], Any]) -> Path:
         trainer = make()
         trainer.remove_callback(PrinterCallback)
+        if trainer.pop_callback(ProgressCallback):
+            trainer.add_callback(_Bars())
         trainer.add_callback(StepLines(self.write))
         last = last_whole_checkpoint(self.work)
         reached = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME)) if last else None

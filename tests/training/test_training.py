@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from tct_hf import ColBERTTeacher, build_colbert
+from tct_hf import ColBERTTeacher, TCTTrainingArguments, build_colbert, build_student
 from tct_hf.data.collection import Collection, load_collection
 from tct_hf.data.near_duplicates import text_key
 from tct_hf.training import stages
-from tct_hf.training.run import dev_evaluator, train_colbert, train_stock
+from tct_hf.training.run import dev_evaluator, train_colbert, train_stock, train_student
 from tct_hf.training.stages import Stage, StepLines, precision
 from tests.models import load_colbert, tiny_bert, tiny_colbert
 from tests.recipe import write_beir
@@ -217,6 +220,30 @@ def test_step_lines_tell_loss_parts_and_time_left() -> None:
         "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.300, agreement with the teacher 26%)"
         "   3 min left",
     ]
+
+
+def test_bars_are_shown_where_they_are_wanted_and_a_tracker_gets_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracked: dict[str, float] = {}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            tracked.update(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mine", Tracker)
+    base = str(tiny_bert(tmp_path / "base"))
+    arguments = {**ARGUMENTS, "max_steps": 2, "per_device_train_batch_size": 4, "report_to": "mine"}
+    said: list[str] = []
+    stage = make_stage(tmp_path, arguments={**arguments, "disable_tqdm": False}, write=said.append)
+    train_student(stage, lambda: build_student(base), lambda: ColBERTTeacher(build_colbert(base)), lambda: triples(8))
+    _, err = capfd.readouterr()
+    assert "2/2" in err and "{'loss'" not in err and len(said) == 2
+    assert {"loss", "grad_norm", "learning_rate", "hard_label", "distillation", "teacher_entropy"} < tracked.keys()
+    monkeypatch.setattr("sys.stderr", io.StringIO())  # no terminal
+    assert make_stage(tmp_path, arguments={}).args(TCTTrainingArguments).disable_tqdm
+    with pytest.raises(ValueError, match=r"training\.report_to: nothing is not supported"):
+        make_stage(tmp_path, arguments={"report_to": "nothing"}).args(TCTTrainingArguments)
 
 
 def test_precision_follows_the_choice_and_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
