@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
+from tct_hf.data.documents import DocumentSource, document_files
 from tct_hf.data.file_sources import LineSource, Source
 from tct_hf.data.irds import IrdsSource, is_irds, judged_sets
 from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
@@ -109,8 +110,11 @@ class BeirFolder:
         for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
             if path.is_file():
                 return LineSource(path)
-        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder}: neither {name}.jsonl nor {name}.jsonl.gz is there (there is: {there})")
+        there = sorted(path.name for path in folder.iterdir())
+        if name == "corpus" and document_files(folder):
+            return DocumentSource(folder)
+        said = ", ".join(there) or "nothing"
+        raise FileNotFoundError(f"{folder}: neither {name}.jsonl nor {name}.jsonl.gz is there (there is: {said})")
 
     def queries(self, split: str) -> Source:
         """The raw rows of the queries, of this split at least."""

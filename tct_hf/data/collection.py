@@ -239,7 +239,7 @@ class Collection:
             parts.append(f"{len(self.questions):,} without judgements")
         without = "" if "dev" in self.splits else " (no dev split)"
         left_out = f"; {self.skipped.line()}" if self.skipped.total else ""
-        return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts)}{without}{left_out}"
+        return f"{self.name}: {len(self.corpus):,} passages; queries: {', '.join(parts) or 'none'}{without}{left_out}"
 
 
 def _share(names: Iterable[str], share: float) -> list[str]:
@@ -264,7 +264,7 @@ def load_collection(
     """Load the built-in corpus, or a BEIR folder or Hub data set, with the splits of a training run.
 
     Args:
-        source: "builtin", a folder, a Hub id, or "irds:ID" of ir_datasets.
+        source: "builtin", a BEIR folder or one of Markdown and text files, a Hub id, or "irds:ID" of ir_datasets.
         packages: of the built-in corpus.
         test_split: the split to report.
         dev_split: the split to compare models on; "auto": "dev" where the built-in corpus or the folder has it; or
