@@ -34,7 +34,7 @@ class Settings(MiningSettings):
 def main(settings: Settings) -> None:
     from tct_hf.pipeline.data import read_collection
     from tct_hf.pipeline.job import Job
-    from tct_hf.pipeline.mine import check_judged, check_mining, mine
+    from tct_hf.pipeline.rounds import check_judged, check_mining, mine
     from tct_hf.training.stages import precision
 
     if settings.model is not None and settings.run is not None:
@@ -57,12 +57,11 @@ def main(settings: Settings) -> None:
             source,
             rules,
             output / "mined",
+            job,
             seed=settings.seed,
             labels=settings.data.labels,
             teacher=settings.teacher,
             bf16=precision(settings.precision, job.state.device)["bf16"],
-            state=job.state,
-            write=job.write,
         )
     job.record(settings, corpus=collection.fingerprint)
     if job.is_main:
@@ -74,7 +73,7 @@ def main(settings: Settings) -> None:
 
 def source_of(settings: Settings, collection: Any, output: Path, job: Any) -> Any:
     from tct_hf.evaluation.workspace import Workspace, open_student
-    from tct_hf.pipeline.mine import Source, student_source
+    from tct_hf.pipeline.rounds import Source, student_source
     from tct_hf.retrieval.negatives import collection_bm25
     from tct_hf.retrieval.runs import read_run, read_tag
 
@@ -86,7 +85,7 @@ def source_of(settings: Settings, collection: Any, output: Path, job: Any) -> An
     student, folder = open_student(settings.model, str(job.state.device)), output / "search"
     workspace = Workspace(collection, student, settings.model, folder, precision=settings.precision, write=job.write)
     origin = settings.origin or f"student {settings.model}"
-    return student_source(workspace, origin, depth=settings.depth, state=job.state)
+    return student_source(workspace, origin, settings.depth, job.state)
 
 
 if __name__ == "__main__":

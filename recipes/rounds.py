@@ -35,7 +35,7 @@ def main(settings: Settings) -> None:
                 collection,
                 rounds.output,
                 base_model=settings.encoder.base_model if settings.teacher.model is None else None,
-                teacher=rounds.base_teacher,
+                teacher=str(rounds.rounds[0].teacher_model),
                 measures=measured.measures,
                 depth=measured.depth,
                 precision=settings.precision,

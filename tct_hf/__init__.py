@@ -3,65 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
-
-# Module -> its public names. Nothing is imported until it is asked for: `import tct_hf` must not import torch.
-_PUBLIC = {
-    "encoding.build": [
-        "build_student",
-        "student_from_teacher",
-        "build_colbert",
-        "build_splade",
-        "save_student",
-    ],
-    "encoding.checkpoint": ["finalise_checkpoint", "validate_checkpoint"],
-    "encoding.convert": ["load_student", "convert_checkpoint"],
-    "data.beir": ["load_beir"],
-    "data.builtin": ["builtin_corpus"],
-    "data.collection": ["Collection", "load_collection"],
-    "data.expansion": ["expanded_texts", "load_expansions", "write_expansions"],
-    "data.expander": ["expand_corpus", "load_expander"],
-    "data.rows": ["SkippedRows"],
-    "retrieval.triples": ["load_triples"],
-    "retrieval.bm25": ["BM25Index", "expanded_bm25"],
-    "retrieval.dense": ["DenseIndex"],
-    "retrieval.encode": ["encode_corpus"],
-    "retrieval.fusion": ["fuse", "reciprocal_rank_fusion"],
-    "retrieval.miner": ["MiningCounts"],
-    "retrieval.mining": ["mine_triples"],
-    "retrieval.negatives": ["bm25_triples", "collection_bm25", "collection_triples"],
-    "retrieval.runs": ["read_run", "write_run"],
-    "retrieval.sparse": ["SparseIndex"],
-    "retrieval.vectors": ["load_vectors"],
-    "teachers.base": ["Teacher", "NoTeacher"],
-    "teachers.bm25": ["BM25Teacher"],
-    "teachers.cached": ["CachedTeacher"],
-    "teachers.calibration": ["calibrate", "Calibration"],
-    "teachers.colbert": ["ColBERTTeacher", "DenseTeacher"],
-    "teachers.cross_encoder": ["CrossEncoderTeacher"],
-    "teachers.ensemble": ["TeacherEnsemble"],
-    "teachers.mixture": ["free_mixture", "search_mixture"],
-    "teachers.scoring": ["score_expansions", "score_triples"],
-    "teachers.stored": ["StoredScores"],
-    "training.arguments": ["TCTTrainingArguments", "SparseTCTTrainingArguments"],
-    "training.loss": ["coupled_loss", "TightlyCoupledLoss", "TeacherTargets"],
-    "training.schedules": ["LossSchedule", "Schedule"],
-    "training.collator": ["TCTDataCollator"],
-    "training.sparse": ["CollapsedStudent", "SparseTCTTrainer"],
-    "training.trainer": ["TCTTrainer"],
-    "evaluation.cost": ["measure_efficiency"],
-    "evaluation.measures": ["evaluate_run"],
-    "evaluation.report": ["Report"],
-    "evaluation.reporting": ["build_report"],
-    "evaluation.tune_alpha": ["tune_alpha"],
-    "evaluation.significance": ["compare_runs"],
-    "hub.release": ["release"],
-}
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
-
-__all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
     from tct_hf.data.beir import load_beir as load_beir
@@ -133,11 +79,20 @@ if TYPE_CHECKING:
     from tct_hf.training.sparse import SparseTCTTrainer as SparseTCTTrainer
     from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
+# The imports above are the table of public names. At run time none of them is made until its name is asked for:
+# `import tct_hf` must not import torch.
+_MODULE_OF = {
+    name: module
+    for module, name in re.findall(r"from (tct_hf\S+) import (\w+) as", Path(__file__).read_text(encoding="utf-8"))
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'tct_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tct_hf.{_MODULE_OF[name]}"), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

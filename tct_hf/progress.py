@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def human_duration(seconds: float) -> str:
     """Write a duration for people, with its two largest units: "3 min 20 s", "2 h 5 min", "under 1 s"."""
     if seconds < 1:
         return "under 1 s"
-    whole = round(seconds)
-    for size, unit, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // smaller_size
-            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
-    return f"{whole} s"
+    minutes, rest = divmod(round(seconds), 60)
+    parts = {"d": minutes // 1440, "h": minutes // 60 % 24, "min": minutes % 60, "s": rest}
+    first = next(at for at, count in enumerate(parts.values()) if count)
+    return " ".join(f"{count} {unit}" for unit, count in list(parts.items())[first : first + 2] if count)
 
 
 def print_at_once(line: str) -> None:
@@ -27,30 +29,23 @@ def print_at_once(line: str) -> None:
 
 
 class PassageProgress:
-    """Lines of progress through a corpus; other processes are taken to be as fast as this one.
+    """Lines of progress through a corpus, of the main process; other processes are taken to be as fast as this one.
 
     Args:
         total: passages in all; None where that is not known.
-        processes: number of processes that share the work.
-        write: takes a line without its line end.
+        state: the processes that share the work; one when None.
+        write: takes a line without its line end; prints it when None.
         every: seconds between lines.
-        clock: seconds from a fixed moment, never going back.
-        enabled: False writes nothing, as for all processes but the main one.
     """
 
     def __init__(
-        self,
-        total: int | None,
-        processes: int,
-        write: Callable[[str], None],
-        every: float,
-        clock: Callable[[], float],
-        *,
-        enabled: bool,
+        self, total: int | None, state: PartialState | None, write: Callable[[str], None] | None, every: float
     ) -> None:
-        self._total, self._processes, self._every, self._clock = total, processes, every, clock
-        self._write = write if enabled else lambda line: None
-        self._begun = self._last = clock()
+        self._total, self._every = total, every
+        self._processes = 1 if state is None else state.num_processes
+        speaks = state is None or state.process_index == 0
+        self._write = (write or print_at_once) if speaks else lambda line: None
+        self._begun = self._last = time.monotonic()
         self.there = self._encoded = 0  # `there`: from an earlier run
 
     def skipped(self, passages: int) -> None:
@@ -60,22 +55,20 @@ class PassageProgress:
     def encoded(self, passages: int) -> None:
         """Count passages that this process has done."""
         self._encoded += passages * self._processes
-        now = self._clock()
+        now = time.monotonic()
         if now - self._last < self._every or now <= self._begun:
             return
-        self._last = now
+        self._last, done = now, self.there + self._encoded
         rate = self._encoded / (now - self._begun)
-        done = self.there + self._encoded
-        if self._total is None:
-            self._write(f"  {done:,} passages   {_rate(rate)}")
-        else:
+        of = left = ""
+        if self._total is not None:
             done = min(done, self._total)
-            left = human_duration((self._total - done) / rate)
-            self._write(f"  {done:,} of {self._total:,} passages   {_rate(rate)}   {left} left")
+            of, left = f" of {self._total:,}", f"   {human_duration((self._total - done) / rate)} left"
+        self._write(f"  {done:,}{of} passages   {_rate(rate)}{left}")
 
     def finish(self, passages: int) -> None:
         """Say that all passages are there."""
-        seconds = self._clock() - self._begun
+        seconds = time.monotonic() - self._begun
         fresh = passages - self.there
         rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""
         there = f" ({self.there:,} were there)" if self.there else ""
@@ -106,9 +99,8 @@ def quieten() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    bar: Any = getattr(model_card, "tqdm", None)
-    if bar is not None:  # over the examples of a model card; no switch turns it off
-        model_card.tqdm = partial(bar, disable=True)
+    # Over the examples of a model card; no switch turns it off.
+    model_card.tqdm = partial(model_card.tqdm, disable=True)  # type: ignore[attr-defined]
     transformers.utils.logging.set_verbosity_warning()
     for name in NOTICES:
         logging.getLogger(name).addFilter(_no_notice)

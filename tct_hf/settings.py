@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
-import importlib
 import json
 import os
+import pkgutil
 import platform
 import re
 import shlex
@@ -87,7 +87,7 @@ def _describe(hint: Any) -> str:
 
 
 class _Setting(NamedTuple):
-    hint: Any
+    hint: Any = Any
     default: Any = None
     help: str = ""
     keys_of: str = ""
@@ -95,20 +95,14 @@ class _Setting(NamedTuple):
     def below(self) -> dict[str, _Setting] | None:
         """The settings under this one, None where every name may stand."""
         if section := _section(self.hint):
-            hints = typing.get_type_hints(section)
-            return {
-                one.name: _Setting(
-                    hints[one.name],
-                    one.default if one.default_factory is dataclasses.MISSING else one.default_factory(),
-                    one.metadata.get("help", ""),
-                    one.metadata.get("keys_of", ""),
-                )
-                for one in dataclasses.fields(section)
-            }
+            hints, found = typing.get_type_hints(section), {}
+            for one in dataclasses.fields(section):
+                default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+                found[one.name] = _Setting(hints[one.name], default, **one.metadata)
+            return found
         if not self.keys_of:
             return None
-        module, _, name = self.keys_of.partition(":")
-        arguments = getattr(importlib.import_module(module), name)
+        arguments = pkgutil.resolve_name(self.keys_of)
         try:
             hints = typing.get_type_hints(arguments)
         except NameError:  # its module imports a name for type checkers only; the keys are still checked
@@ -220,7 +214,7 @@ def _command_line(schema: type, words: Sequence[str]) -> tuple[str | None, dict[
             below = here.below()
             if below is not None:
                 part = part.replace("-", "_")
-            here = _Setting(_item(here.hint, dict)) if below is None else below.get(part, _Setting(Any))
+            here = _Setting(_item(here.hint, dict)) if below is None else below.get(part, _Setting())
             names.append(part)
         if not equals:
             members = {*_members(here.hint)}
@@ -245,8 +239,7 @@ def _help(schema: type, prefix: str = "", defaults: Any = None) -> list[str]:
     for name, one in (_Setting(schema).below() or {}).items():
         default = one.default if defaults is None else getattr(defaults, name)
         if section := _section(one.hint):
-            lines += [f"  {prefix}{name}: {one.help}".rstrip(": ") + (":" if not one.help else "")]
-            lines += _help(section, f"{prefix}{name}.", default if isinstance(default, section) else None)
+            lines += [f"  {prefix}{name}:", *_help(section, f"{prefix}{name}.", default)]
             continue
         is_given = default is not dataclasses.MISSING
         shown = f"default {json.dumps(default, ensure_ascii=False, default=str)}" if is_given else "must be given"
@@ -261,10 +254,8 @@ def load_settings(schema: type[T], argv: Sequence[str] | None, *, description: s
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         print(f"usage: {Path(sys.argv[0]).name} [settings.yaml] [--key value | --key=value | --section.key value ...]")
-        print(
-            f"\n{description.strip()}\n\nsettings (the command line wins over the YAML, the YAML over the defaults):"
-        )
-        print("\n".join(_help(schema)))
+        print(f"\n{description.strip()}\n")
+        print("settings (the command line wins over the YAML, the YAML over the defaults):", *_help(schema), sep="\n")
         raise SystemExit(0)
     file, given = _command_line(schema, arguments)
     return filled(schema, given if file is None else _merge(read_yaml(file), given))
@@ -290,21 +281,18 @@ def resolved_yaml(settings: Any) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions of the required packages and the machine, JSON-ready, to be stored beside a result."""
-    versions: dict[str, str | None] = {"tct_hf": None}
-    try:
-        required = [
-            re.split(r"[^\w.-]", line)[0] for line in metadata.requires("tct_hf") or () if "extra ==" not in line
-        ]
-        versions = {name: metadata.version(name) for name in ("tct_hf", *required)}
-    except metadata.PackageNotFoundError:
-        pass  # run from a source tree
+    packages: dict[str, str | None] = {"tct_hf": None}
+    with suppress(metadata.PackageNotFoundError):  # run from a source tree
+        required = (line for line in metadata.requires("tct_hf") or () if "extra ==" not in line)
+        names = ("tct_hf", *(re.split(r"[^\w.-]", line)[0] for line in required))
+        packages = {name: metadata.version(name) for name in names}
     torch = sys.modules.get("torch")
     return {
-        "packages": versions,
+        "packages": packages,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads() if torch is not None else None,
+        "torch_threads": torch and torch.get_num_threads(),
     }
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -12,13 +14,6 @@ from sentence_transformers.base import model_card
 
 from tct_hf.pipeline.job import Job
 from tct_hf.progress import NOTICES, PassageProgress, _no_notice, human_duration, quieten
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_durations_read_well() -> None:
@@ -42,15 +37,16 @@ def test_stages_are_told_by_their_place_by_the_main_process_alone(
         assert capsys.readouterr().out == said * is_main
 
 
-def test_passages_are_counted_over_all_processes_with_what_was_there_before() -> None:
-    clock, lines = Clock(), list[str]()
+def test_passages_are_counted_over_all_processes_with_what_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines, two = Mock(return_value=100.0), list[str](), SimpleNamespace(num_processes=2, process_index=0)
+    monkeypatch.setattr("tct_hf.progress.time", SimpleNamespace(monotonic=clock))
     for total in (1000, None):
-        progress = PassageProgress(total, 2, lines.append, 10.0, clock, enabled=True)
+        progress = PassageProgress(total, two, lines.append, 10.0)  # type: ignore[arg-type]
         progress.skipped(100)
-        clock.now += 20
+        clock.return_value += 20
         progress.encoded(200)
         progress.encoded(10)  # too soon for another line
-        clock.now += 30
+        clock.return_value += 30
         progress.finish(1000)
     assert lines == [
         "  500 of 1,000 passages   20 passages/s   25 s left",

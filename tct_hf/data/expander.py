@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -23,7 +22,7 @@ from tct_hf.data.expansion import query_columns
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.encoders import told_of_files
 from tct_hf.encoding.weights import check_dtype, compute_dtype, tokenizer_digest, weights_digest
-from tct_hf.progress import PassageProgress, print_at_once
+from tct_hf.progress import PassageProgress
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -146,9 +145,7 @@ def expand_corpus(
     passages_of = passage_shards(checked_passages(corpus, True), shard_size)
     parts = ((shards.digest_of(chain.from_iterable(shard)), shard) for shard in passages_of)
     total = len(corpus) if isinstance(corpus, Sized) else None
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    shown = write or print_at_once
-    progress = PassageProgress(total, processes, shown, write_every, time.monotonic, enabled=rank == 0)
+    progress = PassageProgress(total, state, write, write_every)
 
     def make(passages: Sequence[Passage]) -> dict[str, Any]:
         queries = generate_queries(model, tokenizer, passages, sampling, done=progress.encoded)

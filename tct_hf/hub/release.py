@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentence_transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_token
 
 from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_vectors, validate_checkpoint
 from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, read_json, read_modules, recognise
@@ -27,7 +27,7 @@ from tct_hf.hub.contents import (
     mark,
     refuse_tokens,
 )
-from tct_hf.hub_client import active_token, check_hub_names, check_metadata, files_of, push_folder
+from tct_hf.hub_client import check_hub_names, check_metadata, files_of, push_folder
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack", ".ot")
 
@@ -141,7 +141,7 @@ def release(
         else:
             text = _written_card(Path(card))
         write_text_atomic(staging / "README.md", text)
-        refuse_tokens(staging, token or active_token())
+        refuse_tokens(staging, token or get_token())
         files = files_of(staging)
         if kept is not None:
             mark(staging, files)

@@ -27,9 +27,7 @@ def named(prefix: str) -> Iterator[None]:
             prefix = "encoder"
         elif said.startswith("training."):
             prefix, name = prefix.removesuffix(".training"), "training"
-        raise SettingsError(
-            (f"{prefix}.{said}" if name.isidentifier() else f"{prefix}: {said}").lstrip(".: ")
-        ) from error
+        raise SettingsError(f"{prefix}{'.' if name.isidentifier() else ': '}{said}".lstrip(".: ")) from error
 
 
 @contextmanager
@@ -46,45 +44,20 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
     if one.kind != "stored" and one.scores is not None:
         raise SettingsError(f'{prefix}scores: a {one.kind} scores live; leave it out, or set {prefix}kind to "stored"')
     if one.kind == "stored" and one.scores is None:
-        raise SettingsError(
-            f"{prefix}scores: name the stored scores, columns of the triples (scores, teacher_score) or a file"
-        )
+        raise SettingsError(f"{prefix}scores: name the stored scores, columns of the triples or a file")
     if one.kind in ("stored", "bm25"):
         return
     what = {"colbert": "a ColBERT", "cross-encoder": "a cross-encoder"}.get(one.kind, "an embedding model")
-    name = one.model
-    if name is None:
+    if (name := one.model) is None:
         if not trains:
             raise SettingsError(f"{prefix}{model}: name the folder or Hub id of {what}")
     elif not Path(resolve_model(name)).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        train = f"Train one with {command('train paper')}, or name" if one.kind == "colbert" else "Name"
-        raise SettingsError(
-            f"{prefix}{model}: {name} is not there, and no Hub id (owner/name) either. {train} the folder of {what}."
-        )
-
-
-def check_teacher(teacher: TeacherSettings) -> None:
-    """Refuse a settled teacher, or one that it is mixed with, that lacks what its kind needs."""
-    weights = teacher.mixture_weights
-    if weights is not None and (not teacher.is_mixture or len(weights) != 3):
-        raise SettingsError(
-            "teacher.mixture_weights: give three numbers, of a mixture's pooled vectors, BM25 and own MaxSim"
-        )
-    if teacher.is_mixture:
-        default = TeacherSettings()
-        for name in ("scores", "weight", "normalize", "dim", "training"):
-            if getattr(teacher, name) != getattr(default, name):
-                raise SettingsError(f"teacher.{name} has no effect on a mixture: leave it out, or set teacher.kind")
-    else:
-        check_part(teacher, "teacher.", trains=teacher.kind == "colbert")
-    for place, one in enumerate(teacher.mixed_with):
-        check_part(one, f"teacher.mixed_with[{place}].")
-    if len({one.column for one in teacher.parts if one.column is not None}) > 1:
-        raise SettingsError("teacher: stored scores from two sets of columns; keep one, and give the other as a file")
+        train = f" Train one with {command('train paper')}." if one.kind == "colbert" else ""
+        raise SettingsError(f"{prefix}{model}: {name} is not there, and is no Hub id of {what} (owner/name).{train}")
 
 
 def check_together(settings: TrainSettings) -> None:
-    """Refuse settings that contradict one another, and what would be ignored; the teacher is settled."""
+    """Refuse settings that lack something, contradict one another or would be ignored; the teacher is settled."""
     data, triples, teacher, student = settings.data, settings.triples, settings.teacher, settings.student
     if settings.verify:
         settings.expected.check()
@@ -94,50 +67,52 @@ def check_together(settings: TrainSettings) -> None:
     if data.made_questions and not asks:
         raise SettingsError("data.made_questions: questions without labels; set data.unlabelled to learn from them")
     if triples.path is not None and (asks or data.labels < 1):
-        raise SettingsError(
-            "triples.path: data.labels, data.unlabelled and the stage unlabelled choose from a train split; leave "
-            "them or triples.path out"
-        )
+        raise SettingsError("triples.path: data.labels, data.unlabelled and the stage unlabelled need a train split")
     if triples.path is None and triples.streaming:
         raise SettingsError("triples.streaming: there is nothing to stream; name the triples with triples.path")
     if data.negatives == "teacher" and not teacher.is_mixture:
         raise SettingsError("data.negatives: only a mixture searches the corpus; leave it out, or set teacher.kind")
-    check_teacher(teacher)
+
+    weights = teacher.mixture_weights
+    if weights is not None and (not teacher.is_mixture or len(weights) != 3):
+        raise SettingsError("teacher.mixture_weights: give three numbers, of pooled vectors, BM25 and own MaxSim")
+    default = TeacherSettings()
+    if teacher.is_mixture:
+        for name in ("scores", "weight", "normalize", "dim", "training"):
+            if getattr(teacher, name) != getattr(default, name):
+                raise SettingsError(f"teacher.{name} has no effect on a mixture: leave it out, or set teacher.kind")
+    else:
+        check_part(teacher, "teacher.", trains=teacher.kind == "colbert")
+    for place, one in enumerate(teacher.mixed_with):
+        check_part(one, f"teacher.mixed_with[{place}].")
+    if len({one.column for one in teacher.parts if one.column is not None}) > 1:
+        raise SettingsError("teacher: stored scores from two sets of columns; keep one, and give the other as a file")
     stored = any(one.kind == "stored" for one in teacher.parts)
     if teacher.is_mixture and stored and (asks or data.negatives == "teacher"):
-        raise SettingsError(
-            f"{'data.unlabelled' if asks else 'data.negatives'}: the stored scores of teacher.mixed_with do not cover "
-            "the passages that the mixture finds; leave one of the two out"
-        )
+        name = "data.unlabelled" if asks else "data.negatives"
+        raise SettingsError(f"{name}: the stored scores of teacher.mixed_with do not cover what the mixture finds")
     if triples.path is None and teacher.score_columns is not None:
         raise SettingsError(
             f"teacher.scores: {teacher.score_columns} are columns of triples, or a file that is not there; name the "
             f"triples with triples.path ({command('score')} writes them), or give the right path of a file"
         )
+
     whole = [p for p in teacher.parts if p.kind != "stored" and (p.kind, p.candidates) != ("cross-encoder", "own")]
     if not whole and student.training.get("candidates", "in-batch") != "own":
         raise SettingsError(
             f"student.training.candidates: a {teacher.kind} teacher scores a query's own candidates only; set it to "
-            "own, or mix the teacher with a ColBERT (teacher.mixed_with). A cross-encoder can score the whole batch, "
-            "slowly, with teacher.candidates: in-batch"
+            "own, mix in a ColBERT (teacher.mixed_with), or set teacher.candidates of a cross-encoder to in-batch"
         )
-    if not 0 < student.teacher_cache_gigabytes < float("inf"):
-        raise SettingsError(
-            f"student.teacher_cache_gigabytes={student.teacher_cache_gigabytes}: give a finite number greater than 0"
-        )
+    if not 0 < (size := student.teacher_cache_gigabytes) < float("inf"):
+        raise SettingsError(f"student.teacher_cache_gigabytes={size}: give a finite number greater than 0")
     if teacher.is_mixture and student.training.get("preset") is not None:
-        raise SettingsError(
-            "student.training.preset: its temperature belongs to the paper's teacher; leave it out, or set "
-            "teacher.kind to colbert"
-        )
+        raise SettingsError("student.training.preset: its temperature belongs to the paper's teacher; leave it out")
     sparse = student.kind == "splade"
-    starts_from = settings.encoder.starts_from(student.initialise_from)
-    if starts_from == "teacher" and (teacher.kind != "colbert" or sparse):
+    if settings.encoder.starts_from(student.initialise_from) == "teacher" and (teacher.kind != "colbert" or sparse):
         what = "for a sparse student" if sparse else f"from a {teacher.kind} teacher"
         raise SettingsError(f"student.initialise_from: there is no encoder to take {what}; set it to base")
-    dense = StudentSettings()
     for name in ("layers", "pooling", "scale", "query_augmentation"):
-        if sparse and getattr(student, name) != getattr(dense, name):
+        if sparse and getattr(student, name) != getattr(StudentSettings(), name):
             raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
     if sparse and settings.encoder.prompts and not teacher.is_trained_here:
         raise SettingsError("encoder.prompts: a sparse student reads texts without any; leave them out")
@@ -146,6 +121,5 @@ def check_together(settings: TrainSettings) -> None:
         if triples.streaming and name in settings.stages and not arguments.get("max_steps", -1) > 0:
             raise SettingsError(
                 f"{name}.training.max_steps: streamed triples have no length, so num_train_epochs can't say when "
-                "training ends. Set it (for e passes over n rows: e * n / (per_device_train_batch_size * "
-                "processes * gradient_accumulation_steps))."
+                "training ends; set it (for e passes over n rows: e * n / the rows of one optimizer step)"
             )

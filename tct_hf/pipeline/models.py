@@ -1,25 +1,35 @@
-"""The models of a run, made of its settings: teachers, and a student before its training."""
+"""The models of a run, made of its settings: teachers, what they find before training, and untrained students."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
-from sentence_transformers import SentenceTransformer
 
-from tct_hf.encoding.build import build_colbert, build_student, student_from_teacher
+from tct_hf.encoding.build import build_colbert, build_splade, build_student, student_from_teacher
+from tct_hf.files import CLAIM_FILE, is_claimed, read_json, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.teachers.base import Teacher
+from tct_hf.retrieval.negatives import collection_bm25
+from tct_hf.retrieval.runs import Run, read_run, write_run
+from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
+from tct_hf.teachers.calibration import calibrate
 from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
-from tct_hf.teachers.mixture import by_cosine
+from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, members_of, search_mixture, weights_of
 from tct_hf.teachers.stored import StoredScores
+from tct_hf.training.run import ARGUMENTS
+
+if TYPE_CHECKING:
+    from tct_hf.pipeline.train import Training
 
 
 def make_part(
@@ -52,34 +62,25 @@ def make_part(
     return ColBERTTeacher(model, dtype=dtype)
 
 
-def make_teacher(
-    teacher: TeacherSettings,
-    *,
-    index: Callable[[], BM25Index],
-    reads: Mapping[str, Any],
-    cache: str | None,
-    cache_gigabytes: float,
-) -> Teacher:
-    """The teacher of a run: one, or several mixed.
-
-    Args:
-        index: gives the collection's BM25 index, for a part of the kind bm25.
-        reads: lengths and prompts of the base of a mixture.
-        cache: folder for vectors of ColBERTs and embedding models; None: encode every time.
-        cache_gigabytes: maximum size of each one's vectors.
-    """
+def make_teacher(run: Training, teaching: TeacherSettings, student: StudentSettings) -> Teacher:
+    """The teacher of a run's student: none, one, or several mixed."""
+    said = student.training
+    also = run.schedules or said.get("margin_mse_weight") or said.get("self_coupled")
+    if said.get("hard_label_weight") == 1.0 and not also:
+        return NoTeacher()  # hard labels are all that the student learns from
+    teaching, cache = replace(teaching, model=run.teacher_model), run.vectors_folder
     made: list[tuple[Teacher, float]] = []
-    for one in teacher.parts:
-        base = teacher.is_mixture and one.model == teacher.model
-        live = make_part(one, dtype=teacher.dtype, index=index, reads=reads if base else None)
-        if base and isinstance(live, DenseTeacher):
+    for one in teaching.parts:
+        reads = run.settings.encoder.reads if teaching.is_mixture and one.model == teaching.model else None
+        live = make_part(one, dtype=teaching.dtype, index=partial(collection_bm25, run.collection), reads=reads)
+        if reads is not None and isinstance(live, DenseTeacher):
             by_cosine(live.model)
         if cache is not None and isinstance(live, VectorTeacher):
-            live = CachedTeacher(live, cache, max_gigabytes=cache_gigabytes)
+            live = CachedTeacher(live, cache, max_gigabytes=student.teacher_cache_gigabytes)
         made.append((live, one.weight))
-    if teacher.is_mixture:
-        return TeacherEnsemble(made, normalize="none")
-    return TeacherEnsemble(made, normalize=teacher.normalize) if len(made) > 1 else made[0][0]
+    if len(made) == 1 and not teaching.is_mixture:
+        return made[0][0]
+    return TeacherEnsemble(made, normalize="none" if teaching.is_mixture else teaching.normalize)
 
 
 def check_scores(
@@ -107,8 +108,10 @@ def check_scores(
                 stored.check_rows(rows)
 
 
-def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> SentenceTransformer:
-    """An untrained dense student: the encoder of `teacher` (folder or Hub id) or the base, read as `encoder` says."""
+def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> Any:
+    """An untrained student: the encoder of `teacher` (folder or Hub id) or the base, read as `encoder` says."""
+    if student.kind == "splade":
+        return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
     from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
     make: Any = student_from_teacher if from_teacher else build_student
     return make(
@@ -121,3 +124,81 @@ def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str
         prompts=encoder.prompts,
         **encoder.lengths,
     )
+
+
+def prepare(run: Training, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:
+    """The settings of student and teacher with what is found once before the stage `name`, and the best passages.
+
+    A mixture is calibrated where labels are used, dev is judged and no weights are given; any other teacher where
+    `student.training.temperature` is "auto". A mixture searches for questions without judgements, and where its ranks
+    are those that negatives are sampled from.
+    """
+    student, teaching, data, collection = run.settings.student, run.settings.teacher, run.data_of(name), run.collection
+    temperature = student.training.get("temperature")
+    calibrates = (
+        (teaching.is_mixture if temperature is None else temperature == "auto")
+        and teaching.mixture_weights is None
+        and data.labels > 0
+        and "dev" in collection.splits
+        and bool(collection.splits["dev"].qrels)
+        # Stored scores are known of their own pairs alone, not of what a search finds.
+        and not any(one.kind == "stored" for one in teaching.parts)
+    )
+    queries: dict[str, str] = {}
+    if teaching.is_mixture and run.rows is None:
+        queries = collection.unjudged(data.labels, data.max_questions) if data.unlabelled else {}
+        if data.negatives == "teacher" and "train" in collection.splits:
+            queries |= collection.splits["train"].queries
+    if teaching.is_mixture and not calibrates:
+        shown = ", ".join(f"{weight:g}" for weight in teaching.mixture_weights or DEFAULT_WEIGHTS)
+        run.job.write(f"  not calibrated: pooled vectors, BM25 and own MaxSim weigh {shown}")
+
+    candidates: Run = {}
+    if calibrates or queries:
+        folder = (run.mixtures or run.folder) / f"mixture-{name}"
+        depends = {**run.depends(name), "queries": len(queries), "calibrated": calibrates}
+        for other in ("seed", "student"):
+            del depends[other]
+        if not is_claimed(folder, depends):
+            with staging_beside(folder) as staging:
+                staging.mkdir(parents=True)
+                mixture = replace(teaching, kind="mixture") if teaching.is_mixture else teaching
+                teacher = make_teacher(run, mixture, replace(student, training={}))
+                if calibrates:
+                    _calibrate(run, teacher, staging)
+                if queries:
+                    corpus = f"{len(collection.corpus):,} passages"
+                    run.job.write(f"  {len(queries):,} questions: the mixture searches {corpus}")
+                write_run(search_mixture(teacher, collection, queries), staging / "candidates.trec", "mixture")
+                write_json_atomic(staging / "weights.json", weights_of(teacher))
+                write_json_atomic(staging / CLAIM_FILE, depends)
+                replace_dir(staging, folder)
+        weights = read_json(folder / "weights.json", "delete the folder, and run again.", kind=list)
+        if not teaching.is_mixture:
+            temperature = ARGUMENTS[run.kind].softening / weights[0]
+            return replace(student, training={**student.training, "temperature": temperature}), teaching, {}
+        others = [replace(one, weight=own) for one, own in zip(teaching.mixed_with, weights[3:], strict=True)]
+        teaching = replace(teaching, mixture_weights=weights[:3], mixed_with=others)
+        candidates = read_run(folder / "candidates.trec") if queries else {}
+    if teaching.kind == "self":
+        pooled, _, tokens = teaching.mixture_weights or DEFAULT_WEIGHTS
+        student = replace(student, training={**student.training, "self_coupled": [pooled, tokens]})
+    return student, teaching, candidates
+
+
+def _calibrate(run: Training, teacher: Teacher, folder: Path) -> None:
+    """Set the weights of a teacher's members by the judgements of dev."""
+    is_mixture, encoder = run.settings.teacher.is_mixture, run.settings.encoder
+    if is_mixture:  # its first member is the base, which the student starts from
+        student = next(iter(members_of(teacher).values()))
+    else:
+        student = DenseTeacher(build_student(resolve_model(encoder.base_model), **encoder.reads))
+    try:
+        found = calibrate(teacher, run.collection, student=student)
+    except ValueError as error:
+        if not is_mixture:
+            raise
+        run.job.write(f"  not calibrated, the default weights stay: {error}")
+    else:
+        run.job.write("  " + found.summary().replace("\n", "\n  "))
+        found.save(folder)

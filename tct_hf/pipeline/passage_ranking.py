@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from huggingface_hub.utils import tqdm
 
 from tct_hf.data.beir import load_beir
 from tct_hf.data.ids import hash_of
@@ -20,14 +22,13 @@ from tct_hf.data.texts import joined, read_texts
 from tct_hf.files import MADE_AGAIN, claim, read_json, write_aside, write_json_atomic
 from tct_hf.settings import setting
 
-Row = TypeVar("Row")
-
 # Share of a sample that passages relevant to its queries may take.
 _RELEVANT = 0.5
 # Queries of train that are drawn for each of every other split.
 _TRAIN_A_TURN = 4
 # What is written beside the collection, last: how many there are of everything.
 COUNTS_FILE = "counts.json"
+_BAR: dict[str, Any] = {"unit": "", "unit_scale": True, "mininterval": 10, "disable": None}  # only in a terminal
 
 
 @dataclass
@@ -75,7 +76,7 @@ def prepare_passage_ranking(
     Args:
         source: what to read, and how many there must be.
         out_dir: gets corpus.jsonl, queries.jsonl, qrels/<split>.tsv, counts.json, and of a sample triples.tsv (ids).
-        sample: number of passages to keep, see :func:`_sample`; all when None.
+        sample: number of passages to keep; all when None.
         cache_dir: folder of the prepared corpus, from which BM25 draws triples; by default `default_cache_dir()`.
         write: takes lines of progress.
 
@@ -92,21 +93,19 @@ def prepare_passage_ranking(
     places = [source.collection, source.triples, *(p for s in source.splits.values() for p in (s.queries, s.qrels))]
     keys = {place: file_key(Path(place)) for place in places if place is not None and Path(place).is_file()}
     claim(out, {"source": given, "sample": sample, "files": keys})
-    counts: dict[str, Any]
     if (out / COUNTS_FILE).is_file():
         write(f"  {out}: it is there already")
-        counts = read_json(out / COUNTS_FILE, MADE_AGAIN)
-        return counts
+        return dict(read_json(out / COUNTS_FILE, MADE_AGAIN))
 
     qrels = {name: _judgements(name, split) for name, split in source.splits.items()}
     if source.triples is not None and source.expected_triples is not None:
-        found = sum(1 for _ in _told(byte_lines(Path(source.triples)), "triples counted", write))
+        found = sum(1 for _ in tqdm(byte_lines(Path(source.triples)), "triples", **_BAR))
         _check_count(found, source.expected_triples, source.triples, "triples", "expected_triples")
     judged = _kept_queries(source, qrels)
     queries = _query_texts(source, judged)
     for name, grades in judged.items():
         write(f"  {name}: {len(grades):,} queries, {sum(map(len, grades.values())):,} judgements")
-    passages: set[str] | None = None
+    passages = None
     if sample is not None:
         passages, judged = _sample(source, judged, sample, write)
 
@@ -115,26 +114,36 @@ def prepare_passage_ranking(
     for name, grades in judged.items():
         rows = ((query, passage, str(grade)) for query, found in grades.items() for passage, grade in found.items())
         _write_lines(out / "qrels" / f"{name}.tsv", ("\t".join(row) + "\n" for row in chain([HEADER], rows)))
-    lines = _corpus_lines(source, judged, passages, write)
-    count = _write_lines(out / "corpus.jsonl", lines)
+    counts: dict[str, Any] = {"passages": _write_lines(out / "corpus.jsonl", _corpus_lines(source, judged, passages))}
     if sample is not None:
-        _write_lines(out / "triples.tsv", ("\t".join(row) + "\n" for row in _bm25_triples(out, source, cache_dir)))
-    counts = {
-        "passages": count,
-        "splits": {
-            name: {"queries": len(grades), "judgements": sum(map(len, grades.values()))}
-            for name, grades in judged.items()
-        },
+        from tct_hf.retrieval.negatives import bm25_triples  # heavy: numba
+
+        words: dict[str, Any] = {"language": source.language, "stemmer": source.stemmer}
+        loaded = load_beir(out, "train", cache_dir=cache_dir)
+        drawn = bm25_triples(*loaded, num_negatives=1, depth=100, seed=0, **words)  # one a judgement
+        triples = zip(drawn["query_id"], drawn["positive_id"], drawn["negative_id"], strict=True)
+        _write_lines(out / "triples.tsv", ("\t".join(row) + "\n" for row in triples))
+    counts["splits"] = {
+        name: {"queries": len(grades), "judgements": sum(map(len, grades.values()))} for name, grades in judged.items()
     }
     write_json_atomic(out / COUNTS_FILE, counts)
     return counts
 
 
-# What is read -------------------------------------------------------------------------------------------------------
-
-
 def _located(source: PassageRankingFiles) -> PassageRankingFiles:
     """The same with paths and Hub ids for names; refuses files that are not there."""
+
+    def place(name: str | None, setting_name: str) -> str:
+        if name is None:
+            raise ValueError(f"{setting_name}: name the file or Hub id that holds them")
+        path = Path(source.files or "", name)
+        for file in (path, path.with_name(f"{path.name}.gz")):
+            if file.is_file():
+                return str(file)
+        if (is_irds(name) or is_hub_id(name)) and setting_name != "triples":
+            return name
+        raise FileNotFoundError(f"{setting_name}: {path}: no such file; download it, or name its folder with --files")
+
     if not source.splits:
         raise ValueError("splits: there is none; name the queries and qrels of train, and of a split to report")
     splits = {}
@@ -142,26 +151,10 @@ def _located(source: PassageRankingFiles) -> PassageRankingFiles:
         other = source.splits.get(split.without or name)
         if split.without is not None and (other is None or other.without is not None):
             raise ValueError(f"splits.{name}.without: {split.without!r} is no split, or is itself without another")
-        queries, qrels = (
-            _place(source.files, getattr(split, part), f"splits.{name}.{part}") for part in ("queries", "qrels")
-        )
-        splits[name] = replace(split, queries=queries, qrels=qrels)
-    collection = _place(source.files, source.collection, "collection")
-    triples = None if source.triples is None else _place(source.files, source.triples, "triples")
-    return replace(source, collection=collection, triples=triples, splits=splits)
-
-
-def _place(folder: str | None, name: str | None, setting_name: str) -> str:
-    """The path of a file or of its .gz, below the folder of files, or a Hub id."""
-    if name is None:
-        raise ValueError(f"{setting_name}: name the file or Hub id that holds them")
-    path = Path(folder or "", name)
-    for file in (path, path.with_name(f"{path.name}.gz")):
-        if file.is_file():
-            return str(file)
-    if (is_irds(name) or is_hub_id(name)) and setting_name != "triples":
-        return name
-    raise FileNotFoundError(f"{setting_name}: {path}: no such file; download it, or name its folder with --files")
+        found = {part: place(getattr(split, part), f"splits.{name}.{part}") for part in ("queries", "qrels")}
+        splits[name] = replace(split, **found)  # type: ignore[arg-type]
+    triples = None if source.triples is None else place(source.triples, "triples")
+    return replace(source, collection=place(source.collection, "collection"), triples=triples, splits=splits)
 
 
 def _judgements(name: str, split: SplitFiles) -> Qrels:
@@ -216,23 +209,11 @@ def _query_texts(source: PassageRankingFiles, judged: Mapping[str, Qrels]) -> di
     return texts
 
 
-def _told(rows: Iterable[Row], what: str, write: Callable[[str], None]) -> Iterator[Row]:
-    for number, row in enumerate(rows, 1):
-        yield row
-        if number % 5_000_000 == 0:
-            write(f"  {number:,} {what}")
-
-
-# What is written ----------------------------------------------------------------------------------------------------
-
-
-def _corpus_lines(
-    source: PassageRankingFiles, judged: Mapping[str, Qrels], kept: set[str] | None, write: Callable[[str], None]
-) -> Iterator[str]:
+def _corpus_lines(source: PassageRankingFiles, judged: Mapping[str, Qrels], kept: set[str] | None) -> Iterator[str]:
     """The passages that are kept, all when None. The last one is followed by the checks of the whole collection."""
     place, read = source.collection, 0
     missing = {passage for grades in judged.values() for found in grades.values() for passage in found}
-    for _, (passage_id, title, text) in _told(read_texts(place, "collection"), "passages read", write):
+    for _, (passage_id, title, text) in tqdm(read_texts(place, "collection"), "passages", **_BAR):
         read += 1
         missing.discard(passage_id)
         if kept is None or passage_id in kept:
@@ -254,9 +235,6 @@ def _write_lines(path: Path, lines: Iterable[str]) -> int:
     """Write lines to a file that takes its name after the last one; their number."""
     with write_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
         return sum(1 for line in lines if file.write(line))
-
-
-# A sample -----------------------------------------------------------------------------------------------------------
 
 
 def _sample(
@@ -301,13 +279,3 @@ def _sample_queries(qrels: Mapping[str, Qrels], room: int) -> tuple[dict[str, Qr
             taken |= new
             chosen[name][query] = grades
     return chosen, taken
-
-
-def _bm25_triples(folder: Path, source: PassageRankingFiles, cache_dir: Path | None) -> Iterable[tuple[str, str, str]]:
-    """One triple a judgement."""
-    from tct_hf.retrieval.negatives import bm25_triples  # heavy: numba
-
-    corpus, queries, qrels = load_beir(folder, "train", cache_dir=cache_dir)
-    words: dict[str, Any] = {"language": source.language, "stemmer": source.stemmer}
-    drawn = bm25_triples(corpus, queries, qrels, num_negatives=1, depth=100, seed=0, **words)
-    return zip(drawn["query_id"], drawn["positive_id"], drawn["negative_id"], strict=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from transformers import set_seed
 
 from tct_hf.data.collection import Collection
-from tct_hf.encoding.build import build_colbert, build_splade
+from tct_hf.encoding.build import build_colbert
 from tct_hf.evaluation.experiment import check_evaluation
 from tct_hf.evaluation.quick_report import quick_report
 from tct_hf.files import file_digest, is_claimed
@@ -21,13 +21,12 @@ from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import leave_out_reported, read_collection, read_triples
 from tct_hf.pipeline.job import Job
-from tct_hf.pipeline.mixture import prepare
-from tct_hf.pipeline.models import check_scores, make_teacher, new_student
-from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TeacherSettings, TrainSettings
-from tct_hf.retrieval.negatives import collection_bm25, collection_triples
+from tct_hf.pipeline.models import check_scores, make_teacher, new_student, prepare
+from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TrainSettings
+from tct_hf.retrieval.negatives import collection_triples
 from tct_hf.retrieval.runs import Run
 from tct_hf.settings import SettingsError
-from tct_hf.teachers.base import NoTeacher, Teacher, read_training_scale
+from tct_hf.teachers.base import read_training_scale
 from tct_hf.training import run as training
 from tct_hf.training.loss import TightlyCoupledLoss
 from tct_hf.training.schedules import LossSchedule, Schedule
@@ -74,21 +73,14 @@ class Training:
         self.folder = self.output or Path(settings.output_dir)
         ready = self.teacher is not None and "teacher" not in settings.stages
         self.trains_teacher = not ready and (settings.teacher.is_trained_here or "teacher" in self.start)
+        # Trained by this run, or by one before it.
+        self.has_own_teacher = self.trains_teacher or self.teacher is not None
+        self.kind: training.Kind = "sparse" if settings.student.kind == "splade" else "dense"
         self.base: dict[str, Any] = {"seed": settings.seed, **precision(settings.precision, self.job.state.device)}
         with named("student.schedules"):
             self.schedules = {name: Schedule(**one) for name, one in settings.student.schedules.items()}
             if self.schedules:
                 LossSchedule({}, **self.schedules)
-
-    @property
-    def has_own_teacher(self) -> bool:
-        """Whether the teacher is a ColBERT that this run, or one before it, trains."""
-        return self.trains_teacher or self.teacher is not None
-
-    @property
-    def kind(self) -> training.Kind:
-        """What the student is to a trainer."""
-        return "sparse" if self.settings.student.kind == "splade" else "dense"
 
     @property
     def teacher_model(self) -> str | None:
@@ -134,7 +126,8 @@ class Training:
             return
         with named("student"):
             # The teacher that it starts from may not be there yet: it has the base's encoder.
-            model = self._new_student(replace(student, initialise_from="base") if self.has_own_teacher else student)
+            begun = replace(student, initialise_from="base") if self.has_own_teacher else student
+            model = new_student(settings.encoder, begun, self.teacher_model)
         if isinstance(model, SentenceTransformer):
             with named("student.training"):
                 TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
@@ -312,34 +305,15 @@ class Training:
         training.train_student(
             self._stage(name, self.kind, **student.training),
             partial(self._begin, student),
-            partial(self.make_teacher, teaching, student),
+            partial(make_teacher, self, teaching, student),
             partial(self.rows_of, name, candidates),
             schedules=self.schedules,
         )
 
-    def _begin(self, student: StudentSettings) -> SentenceTransformer | SparseEncoder:
-        start = self.start.get("student")
-        return self._new_student(student) if start is None else SentenceTransformer(start)
-
-    def _new_student(self, student: StudentSettings) -> SentenceTransformer | SparseEncoder:
-        encoder = self.settings.encoder
-        if student.kind == "splade":
-            return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
-        return new_student(encoder, student, self.teacher_model)
-
-    def make_teacher(self, teaching: TeacherSettings, student: StudentSettings) -> Teacher:
-        """The teacher of a student, of these settings."""
-        said = student.training
-        also = self.schedules or said.get("margin_mse_weight") or said.get("self_coupled")
-        if said.get("hard_label_weight") == 1.0 and not also:
-            return NoTeacher()  # hard labels are all that the student learns from
-        return make_teacher(
-            replace(teaching, model=self.teacher_model),
-            index=partial(collection_bm25, self.collection),
-            reads=self.settings.encoder.reads,
-            cache=self.vectors_folder,
-            cache_gigabytes=student.teacher_cache_gigabytes,
-        )
+    def _begin(self, student: StudentSettings) -> Any:
+        if "student" in self.start:
+            return SentenceTransformer(self.start["student"])
+        return new_student(self.settings.encoder, student, self.teacher_model)
 
     @property
     def vectors_folder(self) -> str | None:

@@ -27,7 +27,7 @@ from tct_hf.data.shards import digest_of, has_shards, run_shards
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
-from tct_hf.progress import PassageProgress, print_at_once
+from tct_hf.progress import PassageProgress
 from tct_hf.retrieval.vectors import check_version, finite_rows, of_torch, vector_facts, vector_table
 
 if TYPE_CHECKING:
@@ -300,9 +300,9 @@ def encode_corpus(
     first = next(passages_of, None)  # what is wrong with all passages leaves no folder
     if first is None:
         raise ValueError("corpus: it has no passage; check its source.")
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
+    is_main = state is None or state.process_index == 0
     computed_in: str = precision
-    if precision == "auto" and rank == 0:
+    if precision == "auto" and is_main:
         kept = _begun_precision(folder) if has_shards(folder) else None
         computed_in = kept or choose_precision(model, [text for _, text in first])
     description = describe_model(model, model_id)
@@ -317,9 +317,7 @@ def encode_corpus(
         **({"layout": "sparse"} if sparse else {}),
     }
     total = len(corpus) if isinstance(corpus, Sized) else None
-    progress = PassageProgress(
-        total, processes, write or print_at_once, write_every, time.monotonic, enabled=rank == 0
-    )
+    progress = PassageProgress(total, state, write, write_every)
 
     def make(passages: Sequence[Passage]) -> Any:
         chosen = _begun_precision(folder)  # by the main process
@@ -345,7 +343,7 @@ def encode_corpus(
     manifest = run_shards(folder, settings, parts, make, about=about, names=names, state=state, progress=progress)
     progress.finish(manifest["count"])
     fresh = manifest["count"] - progress.there
-    if rank == 0 and fresh:
+    if is_main and fresh:
         seconds = (time.monotonic() - begun) * manifest["count"] / fresh
         write_json_atomic(folder / SECONDS_FILE, {"seconds": seconds, "passages_timed": fresh})
     return manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tct_hf.data.expansion import SCORES_FOLDER, score_columns
 from tct_hf.data.file_sources import read_parquet, write_parquet
 from tct_hf.data.texts import checked_passages
 from tct_hf.files import claim, file_digest, read_json, working_in, write_json_atomic
-from tct_hf.progress import PassageProgress, print_at_once
+from tct_hf.progress import PassageProgress
 from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
@@ -221,14 +220,11 @@ def score_expansions(
     manifest = shards.read_manifest(place, "expansions")
     settings = {**depends, "batch_size": batch_size, "expansions": file_digest(place / shards.MANIFEST_FILE)}
     _check(teacher, batch_size=batch_size)
-    rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     if state is not None:
         teacher.to(state.device)
     passages = checked_passages(corpus, True)
     count = manifest["count"]
-    progress = PassageProgress(
-        count, processes, write or print_at_once, write_every, time.monotonic, enabled=rank == 0
-    )
+    progress = PassageProgress(count, state, write, write_every)
 
     def parts() -> Iterator[tuple[str, list[Row]]]:
         tables = shards.checked_shards(place, manifest)

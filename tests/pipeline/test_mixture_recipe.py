@@ -73,7 +73,7 @@ def test_dev_without_a_positive_among_the_candidates_leaves_the_default_weights(
     def refuse(*args: Any, **options: Any) -> None:
         raise ValueError("calibrate: none of the 10 dev queries has a judged positive among its candidates.")
 
-    monkeypatch.setattr("tct_hf.pipeline.mixture.calibrate", refuse)
+    monkeypatch.setattr("tct_hf.pipeline.models.calibrate", refuse)
     said = recipe(tmp_path, "--stages=student", "--student.training.max_steps=1").stdout
     assert "not calibrated, the default weights stay: calibrate: none of the 10 dev" in said
     assert json.loads((tmp_path / "mixture-student" / "weights.json").read_text()) == [6.0, 0.33, 12.0]
