@@ -1,11 +1,9 @@
-"""Files in the formats of MS MARCO's passage ranking task, of any collection; what an experiment on them leaves."""
+"""Files in the formats of MS MARCO's passage ranking task, of any collection."""
 
 from __future__ import annotations
 
-import json
 import random
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +26,27 @@ QRELS = {
 
 
 def write_few(folder: Path, *, passages: int = 80) -> Path:
-    """A small collection of random words, as its publisher would write it; each query is a few words of its passage.
-
-    The whole of dev has the queries of dev.small too. Those of DL also have passages of lower grades, and queries
-    without judgements.
-    """
+    """A small collection of random words; each query is a few words of its passage."""
     draw = random.Random(3)
     words = [*WORDS[4:], *(f"{a}{b}" for a in "bcdf" for b in "xyz123")]
     texts = [" ".join(draw.choices(words, k=draw.randint(6, 14))) for _ in range(passages)]
-    rows = {name: [draw.randrange(passages) for _ in range(30 if name == "train" else 6)] for name in QUERIES}
-    numbers = iter(range(100_000, 10_000_000))
-    asked = {
-        name: [(next(numbers), " ".join(draw.sample(texts[row].split(), 3)), row) for row in found]
-        for name, found in rows.items()
-    }
+    parts = {}
+    for name in QUERIES:
+        rows = [draw.randrange(passages) for _ in range(30 if name == "train" else 6)]
+        parts[name] = [(" ".join(draw.sample(texts[row].split(), 3)), row) for row in rows]
+    return write_passage_files(folder, texts, parts)
+
+
+def write_passage_files(
+    folder: Path, texts: Sequence[str], parts: Mapping[str, Sequence[tuple[str, int]]], *, triples: int = 3
+) -> Path:
+    """A collection as its publisher would write it, of queries by split, each with the row of its passage.
+
+    The whole of dev has the queries of dev.small too. Those of DL also have passages of lower grades, and queries
+    without judgements. Each train query has some `triples`.
+    """
+    draw, passages, numbers = random.Random(3), len(texts), iter(range(100_000, 10_000_000))
+    asked = {name: [(next(numbers), text, row) for text, row in found] for name, found in parts.items()}
     asked["dev"] = [*asked["dev.small"], *asked["dev"]]
     folder.mkdir(parents=True)
 
@@ -63,36 +68,10 @@ def write_few(folder: Path, *, passages: int = 80) -> Path:
         else:
             write(QUERIES[name], queries)
             write(QRELS[name], [(query, 0, positive, 1) for query, _, positive in found])
-    triples = [
+    made = [
         (text, texts[positive], texts[(positive + draw.randrange(1, passages)) % passages])
         for _, text, positive in asked["train"]
-        for _ in range(3)
+        for _ in range(triples)
     ]
-    write("triples.train.small.tsv", draw.sample(triples, len(triples)))
+    write("triples.train.small.tsv", draw.sample(made, len(made)))
     return folder
-
-
-def results(folder: Path) -> dict[str, object]:
-    """What must not depend on how the steps went: weights, vectors, triples, runs, figures; not what is timed."""
-    kinds = (
-        "*.trec",
-        "model.safetensors",
-        "triples.*",
-        "metrics.json",
-        "*.jsonl",
-        "*.npy",
-        "*.parquet",
-        "counts.json",
-    )
-    found: dict[str, object] = {
-        str(file.relative_to(folder)): file.read_bytes() for kind in kinds for file in folder.rglob(kind)
-    }
-    reports = {str(file.relative_to(folder)): json.loads(file.read_text()) for file in folder.rglob("report.json")}
-    return found | {name: without_times(report) for name, report in reports.items()}
-
-
-def without_times(value: object) -> object:
-    timed = re.compile("second|latency|throughput|_ms|per_s|timed|time|load_average|notes|environment|date")
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if not timed.search(key)}
-    return [without_times(item) for item in value] if isinstance(value, list) else value

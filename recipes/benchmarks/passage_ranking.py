@@ -12,7 +12,9 @@ byte, times apart.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -105,6 +107,32 @@ def run(work: Path, name: str, sample: int, kill: dict[str, str]) -> float:
     return time.monotonic() - begun
 
 
+def results(folder: Path) -> dict[str, object]:
+    """What must not depend on how the steps went: weights, vectors, triples, runs, figures; not what is timed."""
+    kinds = [
+        "*.trec",
+        "model.safetensors",
+        "triples.*",
+        "metrics.json",
+        "*.jsonl",
+        "*.npy",
+        "*.parquet",
+        "counts.json",
+    ]
+    files = [file for kind in kinds for file in folder.rglob(kind)]
+    found: dict[str, object] = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    for file in folder.rglob("report.json"):
+        found[str(file.relative_to(folder))] = without_times(json.loads(file.read_text()))
+    return found
+
+
+def without_times(value: object) -> object:
+    timed = re.compile("second|latency|throughput|_ms|per_s|timed|time|load_average|notes|environment|date")
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if not timed.search(key)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="BEIR folder with train and test")
@@ -114,8 +142,6 @@ def main() -> None:
     work = arguments.work.resolve()
     counts = write_files(arguments.source.resolve(), work / "msmarco")
     write_settings(work / "settings", counts)
-    from tests.passage_files import results
-
     seconds = {name: run(work, name, arguments.sample, kill) for name, kill in (("whole", {}), ("killed", KILLED))}
     first, second = (results(work / name / "outputs") for name in ("whole", "killed"))
     differing = [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]

@@ -12,11 +12,10 @@ from safetensors.torch import load
 from sentence_transformers import MultiVectorEncoder
 
 from tct_hf import validate_checkpoint
-from tests.recipe import STEPS, Check, Run, results
+from tests.recipe import Check, Run, results
 from tests.searching import Material
 
 RECIPE, KINDS = "rounds", ("triples.parquet", "metrics.json")
-KILLED = ["round 1: mine", f"step     3 of {STEPS}", "round 1: student", "ColBERT teacher, round 1"]
 
 
 SETTINGS = """
@@ -75,19 +74,6 @@ def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -
     assert f"{whole / f'round-{best}' / 'student'}" in report
     assert "Plot: rounds.png" in report and (whole / "rounds.png").read_bytes().startswith(b"\x89PNG")
     assert "Mined for round 1: 40 triples of 40 queries" in report and "p: paired randomisation" in report
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_every_kind_of_stage_ends_with_the_bytes_of_an_undisturbed_one(
-    whole: Path, settings: Path, apart: Run
-) -> None:
-    output = settings.with_suffix("") / "killed"
-    shutil.copytree(whole / "round-0", output / "round-0", ignore=shutil.ignore_patterns("search", "runs"))
-    said = [apart(output, kill_at=line).stdout for line in KILLED]
-    assert "base: student: skipped, it is trained" in said[0] and "base: teacher: skipped" in said[0]
-    last = apart(output).stdout
-    assert "round 1: mine: skipped, they are mined" in last and "  step " not in last
-    assert results(output, *KINDS) == results(whole, *KINDS)
 
 
 def test_a_finished_run_does_nothing_again_and_goes_on_with_another_round(
