@@ -38,15 +38,8 @@ def main(settings: Settings) -> None:
     if settings.source is None:
         raise SettingsError("source: name the checkpoint, such as --source castorini/tct_colbert-msmarco")
     quieten()
-    made = convert_checkpoint(
-        settings.source,
-        settings.output_dir,
-        kind=settings.kind,
-        pooling=settings.pooling,
-        revision=settings.revision,
-        query_length=settings.query_length,
-        document_length=settings.document_length,
-    )
+    given = dict(vars(settings))
+    made = convert_checkpoint(given.pop("source"), given.pop("output_dir"), **given)
     print(f"{settings.source}: {made.why}", flush=True)
     if made.kind == "teacher":
         load = f'tct_hf.ColBERTTeacher("{made.path}")'

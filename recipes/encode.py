@@ -46,13 +46,9 @@ def main(settings: Settings) -> None:
         raise SettingsError("model: name the folder or Hub id of the model to encode with, --model PATH")
     quieten()
     state = process_state()
+    how = {"allow_empty": settings.allow_empty}
     with state.main_process_first():
-        corpus = read_corpus(
-            settings.source,
-            settings.packages,
-            allow_empty=settings.allow_empty,
-            skip_bad_rows=settings.skip_bad_rows,
-        )
+        corpus = read_corpus(settings.source, settings.packages, skip_bad_rows=settings.skip_bad_rows, **how)
     model = open_student(settings.model, str(state.device))
     if settings.truncate_dim is not None:
         cut(model, settings.truncate_dim)
@@ -63,11 +59,8 @@ def main(settings: Settings) -> None:
         corpus,
         settings.output_dir,
         model_id=settings.model,
-        precision=settings.precision,
-        dtype=settings.dtype,
-        shard_size=settings.shard_size,
-        tokens_per_pass=settings.tokens_per_pass,
-        allow_empty=settings.allow_empty,
+        **{name: getattr(settings, name) for name in ("precision", "dtype", "shard_size", "tokens_per_pass")},
+        **how,
         state=state,
         write_every=settings.progress_every,
     )

@@ -57,24 +57,16 @@ def main(settings: Settings) -> None:
             raise SettingsError(f"{name}: must be at least 1, got {getattr(settings, name)}")
     job = Job(["data", "expand", *([] if settings.teacher is None else ["score"])])
     with job.first("data"):
-        corpus = read_corpus(
-            settings.source, settings.packages, allow_empty=True, skip_bad_rows=settings.skip_bad_rows
-        )
+        how = {"allow_empty": True, "skip_bad_rows": settings.skip_bad_rows}
+        corpus = read_corpus(settings.source, settings.packages, **how)
         job.write(f"  {settings.source}: {len(corpus):,} passages, with {settings.model} on {job.state.device}")
     with job.stage("expand"):
+        sampling = ("num_queries", "top_k", "max_length", "passage_length", "prompt", "seed")
         manifest = expand_corpus(
             settings.model,
             corpus,
             settings.output_dir,
-            dtype=settings.dtype,
-            num_queries=settings.num_queries,
-            top_k=settings.top_k,
-            max_length=settings.max_length,
-            passage_length=settings.passage_length,
-            prompt=settings.prompt,
-            seed=settings.seed,
-            shard_size=settings.shard_size,
-            tokens_per_pass=settings.tokens_per_pass,
+            **{name: getattr(settings, name) for name in (*sampling, "dtype", "shard_size", "tokens_per_pass")},
             state=job.state,
             write_every=settings.progress_every,
         )
@@ -109,11 +101,10 @@ def table(manifest: dict[str, Any], settings: Settings) -> str:
 
     folder = Path(settings.output_dir)
     queries = words = distinct = 0
-    for batch in load_expansions(folder).select_columns("queries").iter(1000):
-        for texts in batch["queries"]:
-            queries += len(texts)
-            distinct += len(set(texts))
-            words += sum(len(text.split()) for text in texts)
+    for texts in load_expansions(folder)["queries"]:
+        queries += len(texts)
+        distinct += len(set(texts))
+        words += sum(len(text.split()) for text in texts)
     cells = {
         "passages": f"{manifest['count']:,}",
         "queries": f"{queries:,}",

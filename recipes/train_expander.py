@@ -86,13 +86,10 @@ def main(settings: Settings) -> None:
             return training.new_expander(texts, seed=settings.seed, **asdict(settings.sizes))
         return load_expander(settings.model, dtype="float32")
 
-    stage = Stage(
-        output / "expander",
-        output / "training",
-        settings=depends(settings, collection.fingerprint["sha256"], arguments),
-        arguments=arguments,
-        write=job.write,
-    )
+    begun = {"sizes": asdict(settings.sizes)} if settings.from_scratch else {"model": settings.model}
+    read = {"prompt": settings.prompt, "data": settings.data.of_trained, "corpus": collection.fingerprint["sha256"]}
+    depends = {**begun, **lengths, **read, **arguments}
+    stage = Stage(output / "expander", output / "training", settings=depends, arguments=arguments, write=job.write)
     with job.stage("train"):
         evaluates = arguments.get("eval_strategy", "no") not in ("no", False)
         dev = training.expander_pairs(collection, "dev") if evaluates else None
@@ -101,19 +98,6 @@ def main(settings: Settings) -> None:
     if job.is_main:
         print(f"\n{table(final, len(pairs), settings)}", flush=True)
     job.finish()
-
-
-def depends(settings: Settings, corpus: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    begun = {"sizes": asdict(settings.sizes)} if settings.from_scratch else {"model": settings.model}
-    lengths = {"passage_length": settings.passage_length, "query_length": settings.query_length}
-    return {
-        **begun,
-        **lengths,
-        "prompt": settings.prompt,
-        "data": settings.data.of_trained,
-        "corpus": corpus,
-        **arguments,
-    }
 
 
 def table(final: Path, pairs: int, settings: Settings) -> str:

@@ -98,10 +98,6 @@ class _Reported:
             why = f"{query!r} ({use} of {self.name}): figures on queries that were trained on say nothing"
             raise BadRow("query of dev or test", why, "query")
 
-    def other(self, query: str) -> bool:
-        """Whether nothing is measured on a query."""
-        return folded(query) not in self.splits
-
 
 def leave_out_reported(
     rows: Dataset | IterableDataset, collection: Collection, write: Callable[[str], None]
@@ -111,21 +107,17 @@ def leave_out_reported(
     Queries are compared whatever their case, punctuation and white space. Streamed rows are left out as they pass.
     """
     splits = {use: split for use, split in collection.splits.items() if use != "train"}
-    check = _Reported(
-        {folded(text): use for use, split in splits.items() for text in split.queries.values()}, collection.name
-    )
+    reported = {folded(text): use for use, split in splits.items() for text in split.queries.values()}
     if isinstance(rows, StreamedTriples):
-        return rows.checked(check, "query")
-    if isinstance(rows, IterableDataset):
-        return rows.filter(check.other, input_columns="query")
+        return rows.checked(_Reported(reported, collection.name), "query")
     queries = (query for batch in rows.select_columns("query").iter(10_000) for query in batch["query"])
-    found = [at for at, query in enumerate(queries) if not check.other(query)]
-    if not found:
+    kept = np.fromiter((folded(query) not in reported for query in queries), bool, len(rows))
+    if kept.all():
         return rows
-    write(f"  {len(found):,} of {len(rows):,} rows are left out: their queries are of dev or test")
-    if len(found) == len(rows):
+    if not kept.any():
         raise ValueError(
             "triples.path: all rows have queries of dev or test; measure on others with data.dev_split and "
             "data.test_split"
         )
-    return rows.select(np.delete(np.arange(len(rows)), found))
+    write(f"  {np.count_nonzero(~kept):,} of {len(rows):,} rows are left out: their queries are of dev or test")
+    return rows.select(np.flatnonzero(kept))

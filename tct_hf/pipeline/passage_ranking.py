@@ -246,7 +246,18 @@ def _sample(
     passages that are relevant to them, up to half of the sample. Then come other passages, in the order of a hash.
     Queries are easier in a sample: figures of it stand for themselves alone.
     """
-    chosen, relevant = _sample_queries(qrels, int(size * _RELEVANT))
+    turns = []
+    for place, (name, found) in enumerate(qrels.items()):
+        answered = sorted((query for query, grades in found.items() if max(grades.values()) > 0), key=hash_of)
+        a_turn = _TRAIN_A_TURN if name == "train" else 1
+        turns += [(rank // a_turn, place, rank, name, query) for rank, query in enumerate(answered)]
+    chosen: dict[str, Qrels] = {name: {} for name in qrels}
+    relevant: set[str] = set()
+    for *_, name, query in sorted(turns):
+        passages = {passage for passage, grade in qrels[name][query].items() if grade > 0}
+        if len(relevant) + len(passages - relevant) <= int(size * _RELEVANT):
+            relevant |= passages
+            chosen[name][query] = qrels[name][query]
     if lacking := [name for name, found in chosen.items() if not found]:
         raise ValueError(
             f"sample: {size} passages can't hold those relevant to one query of {', '.join(lacking)}; take more"
@@ -261,21 +272,3 @@ def _sample(
     shown = ", ".join(f"{len(found):,} {name}" for name, found in within.items())
     write(f"  sample: {len(kept):,} passages, {len(relevant):,} of them relevant; queries: {shown}")
     return kept, within
-
-
-def _sample_queries(qrels: Mapping[str, Qrels], room: int) -> tuple[dict[str, Qrels], set[str]]:
-    """Queries whose relevant passages have room, and these passages."""
-    turns = []
-    for place, (name, found) in enumerate(qrels.items()):
-        answered = sorted((query for query, grades in found.items() if max(grades.values()) > 0), key=hash_of)
-        a_turn = _TRAIN_A_TURN if name == "train" else 1
-        turns += [(rank // a_turn, place, rank, name, query) for rank, query in enumerate(answered)]
-    chosen: dict[str, Qrels] = {name: {} for name in qrels}
-    taken: set[str] = set()
-    for *_, name, query in sorted(turns):
-        grades = qrels[name][query]
-        new = {passage for passage, grade in grades.items() if grade > 0} - taken
-        if len(taken) + len(new) <= room:
-            taken |= new
-            chosen[name][query] = grades
-    return chosen, taken

@@ -121,12 +121,11 @@ class Training:
                 self._stage("teacher", "late interaction").args(training.ARGUMENTS["late interaction"])
         with named("student.training"):
             self._stage("student", self.kind).args(training.ARGUMENTS[self.kind])
-        distilled = [name for name in ("unlabelled", "student") if name in settings.stages]
-        if all((self.folder / name).is_dir() for name in distilled):
+        if all((self.folder / name).is_dir() for name in {"unlabelled", "student"}.intersection(settings.stages)):
             return
+        # The teacher that it starts from may not be there yet: it has the base's encoder.
+        begun = replace(student, initialise_from="base") if self.has_own_teacher else student
         with named("student"):
-            # The teacher that it starts from may not be there yet: it has the base's encoder.
-            begun = replace(student, initialise_from="base") if self.has_own_teacher else student
             model = new_student(settings.encoder, begun, self.teacher_model)
         if isinstance(model, SentenceTransformer):
             with named("student.training"):
@@ -191,21 +190,13 @@ class Training:
         }
         return {**self.of_teacher, **questions, **own}
 
-    def of_runs(self) -> dict[str, Any]:
-        """Everything the runs of the report depend on."""
-        weights = {name: file_digest(path / "model.safetensors") for name, path in self.reported.items()}
+    def of_runs(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Everything the runs of the report depend on, and what the digests in it are of."""
+        models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
+        weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
         evaluation = {"depth": self.settings.evaluation.depth, **self.collection.own_rule}
-        return {**self.depends("student"), "evaluation": evaluation, "weights": weights}
-
-    @property
-    def reported(self) -> dict[str, Path]:
-        """The folders of all models of the report, by name."""
-        return self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
-
-    @property
-    def names(self) -> dict[str, str]:
-        """What the digests of `of_runs` are of."""
-        return {f"weights.{name}": str(path) for name, path in self.reported.items()}
+        depends = {**self.depends("student"), "evaluation": evaluation, "weights": weights}
+        return depends, {f"weights.{name}": str(path) for name, path in models.items()}
 
     @property
     def students(self) -> dict[str, Path]:
@@ -215,7 +206,7 @@ class Training:
 
     def claim(self) -> None:
         """Refuse an output folder that holds models or runs of other settings."""
-        is_claimed(self.folder / "runs", self.of_runs(), self.names)
+        is_claimed(self.folder / "runs", *self.of_runs())
         self.claim_models()
 
     def claim_models(self) -> None:
@@ -255,10 +246,8 @@ class Training:
         arguments = {**TRAINING, **self.base, **section.training, **arguments}
         evaluates = arguments.get("eval_strategy", "no") not in ("no", False)
         if evaluates and "dev" not in self.collection.splits:
-            raise ValueError(
-                f"training.eval_strategy is {arguments['eval_strategy']!r}, but {self.collection.name} has no dev "
-                "split: name one with data.dev_split, or leave eval_strategy out."
-            )
+            asked = f"training.eval_strategy is {arguments['eval_strategy']!r}"
+            raise ValueError(f"{asked}, but {self.collection.name} has no dev split: name one with data.dev_split")
         evaluator = partial(training.dev_evaluator, self.collection, kind, bf16=arguments.get("bf16", False))
         return Stage(
             self.folder_of(name),
@@ -274,18 +263,12 @@ class Training:
         if "teacher" in self.start:
             return MultiVectorEncoder(self.start["teacher"])
         encoder = self.settings.encoder
-        return build_colbert(
-            resolve_model(encoder.base_model),
-            dim=self.settings.teacher.dim,
-            encoding=encoder.encoding,
-            prompts=encoder.prompts,
-            **encoder.lengths,
-        )
+        how: dict[str, Any] = {"encoding": encoder.encoding, "prompts": encoder.prompts, **encoder.lengths}
+        return build_colbert(resolve_model(encoder.base_model), dim=self.settings.teacher.dim, **how)
 
     def _train_teacher(self) -> None:
-        start = self.start.get("teacher")
+        scale = read_training_scale(self.start["teacher"]) if "teacher" in self.start else None
         stage = self._stage("teacher", "late interaction", seed=self.of_teacher["seed"])
-        scale = None if start is None else read_training_scale(start)
         training.train_colbert(stage, self._new_colbert, partial(self.rows_of, "teacher"), scale=scale)
 
     def _train_stock(self) -> None:
@@ -332,7 +315,7 @@ class Training:
         stock = models.pop("stock", None)
         if "unlabelled" in models:
             models = {"unlabelled": models["unlabelled"], "labelled": models["student"]}
-        colbert = settings.teacher.kind == "colbert"
+        colbert, (depends, names) = settings.teacher.kind == "colbert", self.of_runs()
         quick_report(
             self.collection,
             self.folder,
@@ -341,8 +324,8 @@ class Training:
             students=models,
             stock=stock,
             teacher=self.teacher_model if colbert else None,
-            settings=self.of_runs(),
-            names=self.names,
+            settings=depends,
+            names=names,
             bf16=self.base["bf16"],
             lengths=settings.encoder.lengths,
             prompts=settings.encoder.prompts,
