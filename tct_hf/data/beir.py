@@ -29,10 +29,7 @@ def load_beir(
     skipped: SkippedRows | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[Dataset, dict[str, str], Qrels]:
-    """Load a collection in the BEIR layout.
-
-    Files may be plain or compressed (.gz). A passage's text is its title and text joined by a space. The corpus is
-    converted once, in constant memory, and kept in the cache under the file's path, size and time.
+    """Load a collection in the BEIR layout, its files plain or .gz; a passage's title and text are joined by a space.
 
     Args:
         path_or_hub_id: a folder, or a Hub data set with configurations "corpus" and "queries" whose judgements are
@@ -50,8 +47,7 @@ def load_beir(
         judgements {query id: {passage id: relevance}}, both in the order of the judgements.
 
     Raises:
-        FileNotFoundError: a missing folder or file, and `MissingSplitError` for a split; the message lists what
-            there is.
+        FileNotFoundError: a missing folder, file or split; the message lists what there is.
         ValueError: a malformed file, named with its line, or a split without positives.
         OSError: the cache can't be written, or the Hub can't be reached.
     """
@@ -65,7 +61,6 @@ def load_beir(
 def open_beir(
     path_or_hub_id: str | Path, cache_dir: str | Path | None = None, *, skip_bad_rows: bool = False
 ) -> BeirFolder:
-    """The collection of a folder or Hub id, not read yet."""
     if is_irds(path_or_hub_id):
         return BeirOfIrds(path_or_hub_id, cache_dir, skip_bad_rows)
     folder = Path(path_or_hub_id)
@@ -77,9 +72,7 @@ def open_beir(
         raise ValueError(f"{folder} is a file; give the folder that holds corpus.jsonl, queries.jsonl and qrels/")
     if is_hub_id(str(path_or_hub_id)):
         return BeirOnHub(path_or_hub_id, cache_dir, skip_bad_rows)
-    raise FileNotFoundError(
-        f"{folder}: no such folder, and not a Hub id (owner/name) or irds:ID either; give the right path"
-    )
+    raise FileNotFoundError(f"{folder}: no such folder, and no Hub id (owner/name) or irds:ID; give the right path")
 
 
 class BeirFolder:
@@ -173,16 +166,12 @@ class BeirOfIrds(BeirFolder):
         return IrdsSource(judged_sets(self.place)[split], "queries")
 
     def judgements(self, split: str) -> Judgements:
-        splits = judged_sets(self.place)
-        if split not in splits:
-            raise MissingSplitError(f"{self.place}: no split {split!r}; splits there: {', '.join(splits) or 'none'}")
-        judged = IrdsSource(splits[split], "qrels")
+        judged = IrdsSource(one_split(judged_sets(self.place), split, self.place), "qrels")
         # MS MARCO's train judgements have the same line twice here and there.
         return read_qrels(judged, allow_repeats=True, skipped=self._skip(f"qrels of {split}"))
 
 
 def hub_configurations(hub_id: str) -> list[str]:
-    """Names of the configurations of a Hub data set."""
     from datasets import get_dataset_config_names
 
     return list(reach(hub_id, lambda: get_dataset_config_names(hub_id)))

@@ -40,12 +40,10 @@ def builtin_corpus(
 ) -> tuple[Dataset, dict[str, str], dict[str, dict[str, int]]]:
     """Load the documentation of installed packages as a retrieval collection.
 
-    Docstrings are read from source files with `ast`; nothing is imported or run. The summary (4 to 40 words) is the
-    query and is not part of its passage, which is the rest (at least 15 words) under a title that says which
-    package, module and class it belongs to. Identical summaries are one query with several positives.
-    Near-duplicates (`Series.add` and `DataFrame.add`) are grouped, and whole groups go to one split, by hash: about
-    70% train, 10% dev, 20% test. With other packages or versions a group may change its split, so train and measure
-    with the same `packages`.
+    Docstrings are read from source files; nothing is imported or run. The summary (4 to 40 words) is the query, and
+    the rest (at least 15 words) its passage, under a title of package, module and class. Identical summaries are one
+    query with several positives. Near-duplicates (`Series.add` and `DataFrame.add`) go to one split, by hash: about
+    70% train, 10% dev, 20% test; with other packages or versions perhaps to another one.
 
     Args:
         split: "train", "dev" or "test".

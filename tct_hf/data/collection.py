@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Sequence
+import random
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -14,7 +16,6 @@ from tct_hf.data.beir import MissingSplitError, open_beir
 from tct_hf.data.builtin import builtin_corpus, builtin_fingerprint
 from tct_hf.data.ids import hash_of
 from tct_hf.data.irds import is_irds, judged_sets
-from tct_hf.data.made_questions import MadeQuestion, questions_from
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.rows import SkippedRows, text_lines
 from tct_hf.files import file_digest
@@ -26,6 +27,19 @@ logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
 AUTO = "auto"
+_LEAST_REST = 3  # words that a passage keeps
+_SENTENCE_WORDS = range(5, 31)
+_TITLE_WORDS = range(3, 31)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+|\n(?=\s*[-*#])")
+
+
+@dataclass(frozen=True)
+class MadeQuestion:
+    """A title or sentence that stands for a question, and its passage without it."""
+
+    text: str
+    passage_id: str
+    rest: str
 
 
 @dataclass(frozen=True)
@@ -250,6 +264,47 @@ def _share(names: Iterable[str], share: float) -> list[str]:
     return ordered[: round(share * len(ordered))]
 
 
+def questions_from(corpus: Dataset, count: int, *, seed: int, without: Iterable[str] = ()) -> Iterator[MadeQuestion]:
+    """Questions out of passages drawn at random, one a passage: titles of 3 to 30 words, else a sentence of 5 to 30.
+
+    A question is removed from its passage, as BM25 would answer it word for word, and is none of the texts `without`.
+    Source: the inverse cloze task (Lee, Chang and Toutanova, ACL 2019); half of DRAGON's queries are such sentences
+    (Lin et al., arXiv 2302.07452).
+    """
+    order = list(range(len(corpus)))
+    random.Random(seed).shuffle(order)
+    made, taken = 0, {folded(text) for text in without}
+    for row in order:
+        if made == count:
+            return
+        passage = corpus[row]
+        passage_id, text, title = passage["id"], passage["text"], passage.get("title") or ""
+        body = text.removeprefix(title)
+
+        def fits(one: str, words: range) -> bool:
+            return len(one.split()) in words and _is_prose(one) and folded(one) not in taken
+
+        if fits(title, _TITLE_WORDS):
+            chosen, rest = title, body
+        else:
+            sentences = [part.strip() for part in _SENTENCE_END.split(body)]
+            fit = [one for one in sentences if fits(one, _SENTENCE_WORDS)]
+            if not fit:
+                continue
+            chosen = random.Random(f"{seed}\x1f{passage_id}").choice(fit)
+            rest = text.replace(chosen, " ")
+        rest = " ".join(rest.split())
+        if len(rest.split()) < _LEAST_REST:
+            continue
+        taken.add(folded(chosen))
+        made += 1
+        yield MadeQuestion(chosen, passage_id, rest)
+
+
+def _is_prose(text: str) -> bool:
+    return sum(letter.isalpha() or letter == " " for letter in text) > 0.85 * len(text)
+
+
 def load_collection(
     source: str,
     *,
@@ -267,8 +322,7 @@ def load_collection(
         source: "builtin", a BEIR folder or one of Markdown and text files, a Hub id, or "irds:ID" of ir_datasets.
         packages: of the built-in corpus.
         test_split: the split to report.
-        dev_split: the split to compare models on; "auto": "dev" where the built-in corpus or the folder has it; or
-            None.
+        dev_split: the split to compare models on, or None; "auto": "dev" where the source has it.
         required: of "train", "dev" and "test", the uses without whose split there is no run. Another is left out
             where the source has no judgements of it, unless it was named: then it was mistyped.
         also: more splits to report. A dev split that is reported is none to compare models on where that is "auto".

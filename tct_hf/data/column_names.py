@@ -36,11 +36,7 @@ def is_ours(name: str) -> bool:
 
 
 def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> list[str]:
-    """The candidate columns of a data set in the order of the score matrix: positive, then the negatives.
-
-    Args:
-        names: all columns of the data set.
-        read: other columns that the teacher reads.
+    """The candidate columns in the order of the score matrix, of all columns `names`, of which a teacher reads `read`.
 
     Raises:
         ValueError: a column is missing, unknown or numbered with a gap; says the fix.
@@ -50,16 +46,16 @@ def candidate_columns(names: Sequence[str], *, read: Collection[str] = ()) -> li
     wrong = [f"{name!r} is missing" for name in ("query", "positive") if name not in known]
     wrong += [f"{name!r} is not known" for name in names if name not in others and not _BESIDE.fullmatch(name)]
     if wrong:
+        takes = (
+            "query, positive, negative (or negative_1 to negative_n), ids as query_id, positive_id, negative_id ..."
+        )
         raise ValueError(
-            f"The data set has the columns {list(names)}, but {' and '.join(wrong)}. Training takes query, positive, "
-            "negative (or negative_1 to negative_n), and ids as query_id, positive_id, negative_id (or "
-            "negative_1_id ...), known_positive_ids, labelled and label_weight: rename_column or remove_columns."
+            f"The data set has the columns {list(names)}, but {' and '.join(wrong)}. Training takes {takes}, "
+            "known_positive_ids, labelled and label_weight: rename_column or remove_columns."
         )
     negatives = [name for name in names if name in known and name.startswith("negative")]
     wanted = ["negative"] if negatives == ["negative"] else [f"negative_{i}" for i in range(1, len(negatives) + 1)]
     if sorted(negatives) != sorted(wanted):
-        raise ValueError(
-            f"The negative columns are {negatives}: name one negative, or several negative_1 to negative_n without a "
-            "gap."
-        )
+        fix = "name one negative, or several negative_1 to negative_n without a gap"
+        raise ValueError(f"The negative columns are {negatives}: {fix}.")
     return ["positive", *wanted]

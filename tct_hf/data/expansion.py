@@ -14,7 +14,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from tct_hf.data import shards
 from tct_hf.data.near_duplicates import folded
 from tct_hf.data.rows import checked_texts, plain
-from tct_hf.data.texts import rows_in_batches
+from tct_hf.data.sources import rows_in_batches
 from tct_hf.files import command
 
 if TYPE_CHECKING:
@@ -123,10 +123,9 @@ def expanded_texts(
 ) -> Iterator[str]:
     """Each passage with its generated queries appended, joined by spaces, for an index of words.
 
-    By default every query is kept, as published: BM25 counts words, and a query that was drawn twice counts twice
-    (Nogueira and Lin, docTTTTTquery, 2019). Of the first `num_queries` queries of a passage, repeats are left out
-    first, then those with the lowest scores in the whole corpus (Doc2Query--, Gospodinov et al., ECIR 2023), so that
-    one passage may lose all its queries and another none.
+    By default every query is kept, as published (Nogueira and Lin, docTTTTTquery, 2019): one drawn twice counts twice.
+    Of the first `num_queries` of a passage, repeats are left out first, then those with the lowest scores in the whole
+    corpus (Doc2Query--, Gospodinov et al., ECIR 2023).
 
     Args:
         corpus: passages with "id" and "text"; a data set, or any iterable, read once as the texts are taken.
@@ -141,8 +140,7 @@ def expanded_texts(
         The texts in the corpus's order, made as they are taken.
 
     Raises:
-        ValueError: a share without scores; passages without expansions or in another order, naming the first. Of a
-            data set this is found at once, of another iterable where it happens.
+        ValueError: a share without scores; passages without expansions or in another order, naming the first.
     """
     if num_queries is not None and num_queries < 0:
         raise ValueError(f"num_queries must be at least 0, or None for all, got {num_queries}.")

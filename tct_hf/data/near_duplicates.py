@@ -8,7 +8,7 @@ import unicodedata
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -46,20 +46,18 @@ class _Bare(dict[int, str]):
         return found
 
 
-class _First(dict[str, str]):
+_BARE = _Bare()
+
+
+@cache
+def _first(char: str) -> str:
     """What a letter or digit begins with once it is decomposed and folded; nothing for others."""
-
-    def __missing__(self, char: str) -> str:
-        found = self[char] = unicodedata.normalize("NFKD", char).casefold()[:1] if char.isalnum() else ""
-        return found
-
-
-_BARE, _FIRST = _Bare(), _First()
+    return unicodedata.normalize("NFKD", char).casefold()[:1] if char.isalnum() else ""
 
 
 def same(one: str, other: str) -> bool:
     """Whether two texts count as the same; most differ in their first letters."""
-    starts = {_FIRST[one[:1]], _FIRST[other[:1]]}
+    starts = {_first(one[:1]), _first(other[:1])}
     return (len(starts) == 1 or "" in starts) and folded(one) == folded(other)
 
 

@@ -58,17 +58,11 @@ class JudgementLines(LineSource):
 
 @dataclass(frozen=True)
 class Judgements:
-    """Judgements of a split.
-
-    Args:
-        qrels: query id to passage id to grade, in the order of the source.
-        places: query id to "file, line n" of its first judgement.
-        count: judgements read, repeated ones included.
-    """
+    """Judgements of a split, in the order of the source."""
 
     qrels: Qrels
-    places: dict[str, str]
-    count: int
+    places: dict[str, str]  # query id to "file, line n" of its first judgement
+    count: int  # of those read, repeated ones included
 
 
 def read_qrels(
@@ -132,12 +126,10 @@ class KnownPositives:
         source: Source
         if isinstance(qrels, Mapping):
             source = of_pairs(qrels, "qrels", HEADER)
-        elif is_irds(qrels):
-            source = IrdsSource(qrels, "qrels")
-        elif not Path(qrels).is_file():
+        elif not is_irds(qrels) and not Path(qrels).is_file():
             raise FileNotFoundError(f"qrels: {qrels}: no such file; give the right path")
         else:
-            source = JudgementLines(Path(qrels))
+            source = IrdsSource(qrels, "qrels") if is_irds(qrels) else JudgementLines(Path(qrels))
         self.source, self.key, repeats = source.name, source.key, is_irds(qrels)
         self.positives = {
             query: [passage for passage, grade in found.items() if grade >= 1]

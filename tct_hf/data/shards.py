@@ -1,9 +1,4 @@
-"""A folder of numbered Arrow files: work that survives a kill and is shared out among processes.
-
-tct_settings.json   what the work depends on; written first
-00000.arrow         the rows of one shard, an Arrow stream whose schema says what they were made of, and a checksum
-manifest.json       written last: the settings, and each shard by count and checksum
-"""
+"""A folder of numbered Arrow files (shards), claimed first, listed last in a manifest: work that survives a kill."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -67,6 +67,18 @@ def without_format(dataset: Any) -> Any:
     return dataset.with_format(None)
 
 
+def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows of a data set or any iterable; of a data set, only the columns `keys` where there are some."""
+    if not hasattr(rows, "iter"):
+        yield from rows
+        return
+    # A streamed data set would give its own iterator only a part of the rows in a data loader's worker.
+    for batch in without_format(rows).iter(ROWS_A_BATCH):
+        columns = {key: values for key, values in batch.items() if not keys or key in keys} or batch
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
 class DatasetSource(Source):
     """A `datasets.Dataset` or `IterableDataset`."""
 
@@ -81,15 +93,8 @@ class DatasetSource(Source):
         self.key = ["dataset", dataset._fingerprint] if map_style else None
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        dataset = self.dataset
-        if columns is not None and self.names is not None:
-            dataset = dataset.select_columns(list(columns))
-        number = 0
-        # A streamed data set would give its own iterator only a part of the rows in a data loader's worker.
-        for batch in dataset.iter(ROWS_A_BATCH):
-            for values in zip(*batch.values(), strict=True):
-                yield number, dict(zip(batch, values, strict=True))
-                number += 1
+        select = columns is not None and self.names is not None
+        return enumerate(rows_in_batches(self.dataset.select_columns(list(columns or ())) if select else self.dataset))
 
 
 class MappingSource(Source):
@@ -97,7 +102,10 @@ class MappingSource(Source):
 
     def __init__(self, rows: Callable[[], Iterable[dict[str, Any]]], setting: str) -> None:
         self.rows, self.name = rows, f"{setting} (a mapping)"
-        self.key = ["mapping", _digest_of_rows(rows())]
+        digest = sha256()
+        for row in rows():  # whatever they hold: values are checked when they are read
+            digest.update(json.dumps(row, default=lambda value: repr(plain(value))).encode())
+        self.key = ["mapping", digest.hexdigest()]
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.rows())
@@ -114,19 +122,6 @@ def of_pairs(given: Mapping[Any, Mapping[Any, Any]], setting: str, names: Sequen
                 yield dict(zip(names, (query, passage, value), strict=True))
 
     return MappingSource(rows, setting)
-
-
-def _digest_of_rows(rows: Iterable[Any]) -> str:
-    # Whatever they hold: values are checked when they are read.
-    digest = sha256()
-    for row in rows:
-        digest.update(json.dumps(row, default=_plain_or_shown).encode())
-    return digest.hexdigest()
-
-
-def _plain_or_shown(value: Any) -> Any:
-    found = plain(value)
-    return repr(value) if found is value else found
 
 
 def open_source(

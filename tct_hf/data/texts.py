@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from tct_hf.data.rows import (
     refuse_or_skip,
     there_are,
 )
-from tct_hf.data.sources import MappingSource, open_source, without_format, write_rows
+from tct_hf.data.sources import MappingSource, open_source, rows_in_batches, write_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -216,17 +216,6 @@ def add_texts(rows: Sequence[dict[str, Any]], columns: Mapping[str, Texts]) -> l
             errors[at] = errors[at] or bad
             row[column.removesuffix("_id")] = text
     return errors
-
-
-def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[Mapping[str, Any]]:
-    """Rows of a data set or any iterable; of a data set, only the columns `keys` where there are some."""
-    if not hasattr(rows, "iter"):
-        yield from rows
-        return
-    for batch in without_format(rows).iter(1000):  # a data set gives a thousand rows in little more time than one
-        columns = {key: values for key, values in batch.items() if not keys or key in keys}
-        for place in range(len(next(iter(batch.values())))):
-            yield {key: values[place] for key, values in columns.items()}
 
 
 def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> Iterator[Passage]:

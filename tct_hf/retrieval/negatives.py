@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from tct_hf.data.collection import Collection, Split
-from tct_hf.data.made_questions import MadeQuestion
+from tct_hf.data.collection import Collection, MadeQuestion, Split
 from tct_hf.data.qrels import ids_are_shared
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, positive_rows, read_corpus

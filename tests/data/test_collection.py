@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tct_hf.data.collection import Collection, Split, load_collection
-from tct_hf.data.made_questions import questions_from
+from tct_hf.data.collection import Collection, Split, load_collection, questions_from
 from tct_hf.pipeline.data import read_collection
 from tct_hf.pipeline.settings import DataSettings
 from tct_hf.retrieval.bm25 import BM25Index
