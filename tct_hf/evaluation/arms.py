@@ -104,32 +104,35 @@ def report_arms(
             for one, evaluation in parts.items():
                 measured[one][f"{arm}, seed {seed}"] = evaluation
     shown = [*measures, _FUSED.format(measures[0])]
-    lines = [
-        f"# {collection.summary()}",
-        "",
+    said = [
         f"{split} queries, exact search. Mean over seeds ± their standard deviation; minutes of a training.",
         f"{shown[-1]}: fused with BM25, alpha tuned on dev where it is judged.",
         *collection.own_note,
-        "",
+    ]
+    sections = [
+        f"# {collection.summary()}",
+        "\n".join(said),
         arm_table(results, {titles[key]: found for key, found in references.items()}, split, shown),
-        "",
-        *(f"- {arm}: {result.says}" for arm, result in results.items()),
-        "",
+        "\n".join(f"- {arm}: {result.says}" for arm, result in results.items()),
     ]
     if tests := against_table(results, references, split, shown):
-        lines += [
+        sections += [
             "Gains (p of the paired randomisation test over the queries; the same after Holm's correction over the "
             "lines). A query counts with its mean over the seeds that both have; with one seed, p says nothing about "
             "another seed.",
-            "",
             tests,
-            "",
         ]
-    lines += _plot_curves(results, output / f"curves.{name}.png")
+    plot = output / f"curves.{name}.png"
+    curves = {arm: [_curve(log) for log in result.logs.values()] for arm, result in results.items()}
+    if any(map(any, curves.values())):
+        sections.append(missing_plot(plot_dev_curves, curves, plot, ylabel="dev RR@10") or f"Plot: {plot.name}")
     write_metrics(output / f"metrics.{name}.json", measured, corpus=collection.fingerprint, settings=settings)
-    path = output / f"report.{name}.md"
-    write_text_atomic(path, "\n".join(lines))
-    return path
+    return write_text_atomic(output / f"report.{name}.md", "\n\n".join(sections) + "\n")
+
+
+def _curve(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """RR@10 on dev by step, as training measured it, where it did."""
+    return {entry["step"]: entry[key] for entry in log for key in entry if key.endswith("_mrr@10")}
 
 
 def arm_table(results: Mapping[str, ArmResult], references: Split, split: str, measures: Sequence[str]) -> str:
@@ -187,15 +190,3 @@ def against_table(results: Mapping[str, ArmResult], references: Split, split: st
         for row, there in zip(rows[1:], measured, strict=True):
             row.append(cells.pop() if there else "")
     return markdown_table(rows, left=2)
-
-
-def _plot_curves(results: Mapping[str, ArmResult], path: Path) -> list[str]:
-    """Plot RR@10 on dev as training measured it, where it did; what to say in the report."""
-
-    def curve(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-        return {entry["step"]: entry[key] for entry in log for key in entry if key.endswith("_mrr@10")}
-
-    curves = {name: [curve(log) for log in result.logs.values()] for name, result in results.items()}
-    if not any(any(found) for found in curves.values()):
-        return []
-    return [missing_plot(plot_dev_curves, curves, path, ylabel="dev RR@10") or f"Plot: {path.name}", ""]

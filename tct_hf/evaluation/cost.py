@@ -49,16 +49,12 @@ class Latency:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What `measure_efficiency` found; `str()` of it is a Markdown table.
+    """What `measure_efficiency` found; `str()` of it is a Markdown table. A figure that is not known is None.
 
     Args:
         latency: stage to its latency, and under "total" that of all stages of a query together.
-        queries_per_second: in batches, None where no batch was measured.
-        batch_size: queries a batch, None where no batch was measured.
+        queries_per_second, batch_size: in batches.
         passages: searched.
-        disk_bytes, disk_bytes_per_passage: of the index on disk, None where unknown.
-        memory_bytes, memory_bytes_per_passage: of the index in memory, None where unknown.
-        build_seconds: seconds to make the index, None where unknown.
         threads: library to its number of threads.
         machine: versions of packages and the machine (`tct_hf.settings.environment`), processor and memory.
     """
@@ -79,8 +75,7 @@ class Efficiency:
         """All figures as plain JSON-ready values."""
         return asdict(self)
 
-    def table(self) -> str:
-        """A Markdown table of the latencies, and a line of each other figure that is known."""
+    def __str__(self) -> str:
         rows = [["stage", " p50 ms", " p95 ms", " p99 ms", "mean ms"]]
         for stage, one in self.latency.items():
             rows.append([stage, *(f"{value:7.2f}" for value in (one.p50, one.p95, one.p99, one.mean))])
@@ -99,9 +94,6 @@ class Efficiency:
         timed = self.latency[TOTAL].queries
         lines.append(f"{timed} queries timed one at a time; threads: {threads}; {self.machine['processor']}.")
         return "\n".join(lines)
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 def measure_efficiency(
@@ -196,13 +188,9 @@ def bytes_on_disk(paths: str | Path | Sequence[str | Path]) -> int:
 
 def threads_in_use() -> dict[str, int]:
     """Library to the threads it is set to, of those that are loaded and compute."""
-    ask: dict[str, Callable[[Any], int]] = {
-        "torch": lambda torch: torch.get_num_threads(),
-        "faiss": lambda faiss: faiss.omp_get_max_threads(),
-        "numba": lambda numba: numba.config.NUMBA_NUM_THREADS,
-    }
-    # What is not loaded took no part in the measurement.
-    return {name: int(count(sys.modules[name])) for name, count in ask.items() if name in sys.modules}
+    ask = {"torch": "get_num_threads", "faiss": "omp_get_max_threads"}
+    # What is not loaded took no part in the measurement; what numba may use says nothing.
+    return {name: int(getattr(sys.modules[name], number)()) for name, number in ask.items() if name in sys.modules}
 
 
 @contextmanager

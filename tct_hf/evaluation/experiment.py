@@ -76,15 +76,12 @@ class Experiment:
         """
         alphas: dict[str, float] = {}
         dev = self.splits["dev"].qrels if tune and "dev" in self.splits else {}
+        tuned_on = "dev" if dev else [*self.splits][-1]
         for key in keys:
-            name = fused_key(key)
-            if dev:
-                lists = (self.runs["bm25", "dev"], self.runs[key, "dev"])  # without the queries already
-                alpha: float = tune_alpha(*lists, dev, self.measures[0], ignore_identical_ids=False)
-            else:
-                last = [*self.splits][-1]
-                alpha = equal_spread_alpha(self.runs["bm25", last], self.runs[key, last])
-            alphas[name] = float(alpha)
+            name, lists = fused_key(key), (self.runs["bm25", tuned_on], self.runs[key, tuned_on])
+            # The queries' own passages are out already.
+            tuned = tune_alpha(*lists, dev, self.measures[0], ignore_identical_ids=False) if dev else None
+            alpha = alphas[name] = equal_spread_alpha(*lists) if tuned is None else float(tuned)
             for split in self.splits:
                 self.runs[name, split] = fuse(self.runs["bm25", split], self.runs[key, split], alpha, k=self.depth)
                 if not (file := folder / f"{name}.{split}.trec").is_file():
@@ -123,25 +120,21 @@ def check_ids(collection: Collection) -> None:
 
 def show_examples(collection: Collection, run: Run, *, count: int, depth: int = 3) -> str:
     """Questions of the test split, evenly spaced in the order of ids, and a run's best passages, the answer marked."""
-    test = collection.splits["test"]
+    test, rows = collection.splits["test"], {name: row for row, name in enumerate(collection.corpus["id"])}
     names = sorted(test.queries)
     count = min(count, len(names))
-    chosen = [names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)]
-    hits = {query: rank(run.get(query, {}))[:depth] for query in chosen}
-    wanted = {passage for found in hits.values() for passage, _ in found}
-    rows = [row for row, name in enumerate(collection.corpus["id"]) if name in wanted]
-    texts = {one["id"]: one["text"] for one in map(collection.corpus.__getitem__, rows)}
-    lines = []
-    for query in chosen:
+    shown = []
+    for query in (names[(2 * i + 1) * len(names) // (2 * count)] for i in range(count)):
         answers = [passage for passage, grade in test.qrels[query].items() if grade > 0]
-        lines.append(f'Question: "{test.queries[query]}"')
-        for place, (passage, score) in enumerate(hits[query], 1):
+        hits = rank(run.get(query, {}))[:depth]
+        lines = [f'Question: "{test.queries[query]}"']
+        for place, (passage, score) in enumerate(hits, 1):
             lines.append(f"  {place}. {passage} ({score:.1f}){'  <- the answer' if passage in answers else ''}")
-            lines.append(f"     {shorten(texts[passage], 100)}")
-        if not any(passage in answers for passage, _ in hits[query]):
+            lines.append(f"     {shorten(collection.corpus[rows[passage]]['text'], 100)}")
+        if not any(passage in answers for passage, _ in hits):
             lines.append(f"  the answer is {', '.join(answers)}")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+        shown.append("\n".join(lines))
+    return "\n\n".join(shown)
 
 
 def effectiveness(evaluation: Evaluation) -> dict[str, dict[str, float]]:

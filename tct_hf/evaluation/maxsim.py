@@ -83,14 +83,9 @@ class TokenVectors:
         return cls(list(texts), torch.cat(vectors), np.array([len(one) for one in vectors]), model.device)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all vectors."""
-        return self.tokens.nbytes
-
-    @property
     def block_bytes(self) -> int:
         """Bytes that exhaustive search holds in memory."""
-        padded = sum(len(rows) * int(self.lengths[rows].max()) for rows in self._rows_by_length())
+        padded = sum(len(rows) * int(self.lengths[rows].max()) for rows in self._rows_by_length)
         return 4 * padded * self.tokens.shape[1]
 
     def scores(self, queries: Sequence[torch.Tensor]) -> np.ndarray:
@@ -134,13 +129,14 @@ class TokenVectors:
         at = self._starts[rows, None] + np.minimum(width, self.lengths[rows, None] - 1)
         return self.tokens[torch.from_numpy(at).to(self.tokens.device)].to(self._device, torch.float32)
 
+    @cached_property
     def _rows_by_length(self) -> list[np.ndarray]:
         order = np.argsort(self.lengths, kind="stable")
         return [order[at : at + _PASSAGES_PER_BLOCK] for at in range(0, len(order), _PASSAGES_PER_BLOCK)]
 
     @cached_property
     def _blocks(self) -> list[tuple[np.ndarray, torch.Tensor]]:
-        return [(rows, self._padded(rows)) for rows in self._rows_by_length()]
+        return [(rows, self._padded(rows)) for rows in self._rows_by_length]
 
 
 def late_interaction_run(

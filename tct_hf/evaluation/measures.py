@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -99,20 +100,14 @@ def evaluate_run(
     by_rank = {query: _by_rank(query, scores, own) for query, scores in scored.items() if judged[query]}
     ranked = {query: places for query, places in by_rank.items() if places}
     # trec_eval dies of a query that has negative grades alone.
-    judged = {
-        query: grades if any(grade >= 0 for grade in grades.values()) else dict.fromkeys(grades, 0)
+    graded = {
+        query: grades if max(grades.values()) >= 0 else dict.fromkeys(grades, 0)
         for query, grades in judged.items()
+        if grades
     }
-    graded = {query: grades for query, grades in judged.items() if grades}
     per_query: dict[str, dict[str, float]] = {name: dict.fromkeys(judged, 0.0) for name in parsed}
-    # Two names may mean one measure (P@10, Precision@10): each gets its values.
-    names: dict[Any, list[str]] = {}
     for name, measure in parsed.items():
-        names.setdefault(measure, []).append(name)
-    for measure, same in names.items():
-        values = _values(engine, measure, same[0], graded, ranked)
-        for name in same:
-            per_query[name].update(values)
+        per_query[name].update(_values(engine, measure, name, graded, ranked))
     mean = {name: math.fsum(values.values()) / len(judged) for name, values in per_query.items()}
     return Evaluation(mean=mean, per_query=per_query)
 
@@ -192,28 +187,21 @@ def _check_ids(what: str, names: Iterable[str]) -> None:
 
 
 def _check_inner(place: str, scores: Any, what: str) -> None:
-    """Refuse what a query has where it is no mapping, or its ids are unusable."""
     if not isinstance(scores, Mapping):
         raise ValueError(f"{place} has a {type(scores).__name__}; give a mapping of passage id to {what}")
     _check_ids(f"{place}: passage id", scores)
 
 
 def _graded(query: str, grades: Mapping[str, Any]) -> dict[str, int]:
-    """The grades of a query, checked."""
     _check_inner(f"qrels: query {query!r}", grades, "grade")
-    found = {}
     for passage, grade in grades.items():
-        try:
-            found[passage] = int(grade)
-            usable = found[passage] == grade and abs(found[passage]) <= _HIGHEST_GRADE
-        except (TypeError, ValueError, OverflowError):
-            usable = False
-        if not usable:
+        number: Any = grade if isinstance(grade, numbers.Real) else math.nan
+        if not (abs(number) <= _HIGHEST_GRADE and number % 1 == 0):
             raise ValueError(
                 f"qrels: query {query!r}, passage {passage!r}: grade {grade!r} is no whole number up to "
                 f"{_HIGHEST_GRADE:,}; write 0, 1, 2, ..."
             )
-    return found
+    return {passage: int(grade) for passage, grade in grades.items()}
 
 
 def _parse(name: str, relevance: int, grades: Set[int], engine: Any) -> Any:
@@ -259,7 +247,6 @@ def _values(
 
 
 def _scored(query: str, scores: Mapping[str, float]) -> Mapping[str, float]:
-    """The scores of a query, checked."""
     _check_inner(f"run: query {query!r}", scores, "score")
     try:
         usable = not any(map(math.isnan, scores.values()))

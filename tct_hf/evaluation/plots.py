@@ -24,7 +24,7 @@ def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     curves = {title: [entry for entry in log if "loss" in entry] for title, log in logs.items()}
     curves = {title: log for title, log in curves.items() if log}
     if not curves:
-        raise ValueError("There is no loss to plot: no stage has logged a step. Lower logging_steps.")
+        raise ValueError("no stage has logged a loss. Lower logging_steps.")
     figure, panels = _panels(5.2 * len(curves), 3.8, len(curves))
     for axes, (title, log) in zip(panels, curves.items(), strict=True):
         steps = [entry["step"] for entry in log]
@@ -41,8 +41,6 @@ def plot_losses(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
 def plot_dev_curves(arms: Mapping[str, Sequence[Mapping[int, float]]], path: str | Path, *, ylabel: str) -> Path:
     """Plot a measure on dev over the steps of training, one line an arm: the mean of its seeds, with their range."""
     arms = {name: kept for name, curves in arms.items() if (kept := [curve for curve in curves if curve])}
-    if not arms:
-        raise ValueError("There is no dev figure to plot: set curve.steps, and have a dev split.")
     figure, [axes] = _panels(4.6, 3.8)
     for name, curves in arms.items():
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -91,11 +89,8 @@ _MARKS = {"sparse": "s", "learned sparse": "v", "dense": "o", "hybrid": "D", "la
 
 def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str, ylabel: str, **labels: str) -> Path:
     """Plot effectiveness against cost on a logarithmic axis, a mark for each kind and a colour for each system."""
-    if not points:
-        raise ValueError("There is no system with a cost to plot.")
-    for point in points:
-        if not point.cost > 0:
-            raise ValueError(f"{point.label}: its cost of {point.cost} has no place on a logarithmic axis.")
+    if not points or min(point.cost for point in points) <= 0:
+        raise ValueError("there is no system with a cost to plot, or a cost of 0.")
     figure, [axes] = _panels(8.6, 4.6)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

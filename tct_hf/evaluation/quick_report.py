@@ -79,8 +79,8 @@ def quick_report(
     if labels and "dev" in splits and splits["dev"].qrels:
         tuned = f"tuned for {measure} on the dev queries"
     remarks = []
-    for key, folder in students.items():
-        if last := next((entry for entry in reversed(read_log(folder)) if "document_active_dims" in entry), None):
+    for key, student in students.items():
+        if last := next((entry for entry in reversed(read_log(student)) if "document_active_dims" in entry), None):
             remarks.append(
                 f"Active dims of the {titles[key]}, in the last batches of its training (step {last['step']}): "
                 f"{last['query_active_dims']:.1f} a query, {last['document_active_dims']:.1f} a passage."
@@ -109,25 +109,15 @@ def quick_report(
             "The base, all-MiniLM-L6-v2, was trained on over a billion pairs, many of them questions with answers."
         )
     head = f"{len(collection.corpus):,} passages, {len(splits['test'].queries):,} test queries, exact search"
-    lines = [
+    weights = ", ".join(f"{weight_text(alpha)} ({fused[name]})" for name, alpha in alphas.items())
+    parts = [
         f"# {collection.name}: {head}",
-        "",
         means_table([(title, evaluations["test"][key].mean) for key, title in {**titles, **fused}.items()], measures),
-        "",
-        f"Encoded in {'bfloat16' if bf16 else 'float32'}.{kept}",
-        f"Fused: alpha * BM25 + the other, alpha {tuned}: "
-        + ", ".join(f"{weight_text(alpha)} ({fused[name]})" for name, alpha in alphas.items())
-        + ".",
-        *remarks,
-        "",
+        f"Encoded in {'bfloat16' if bf16 else 'float32'}.{kept}\n"
+        f"Fused: alpha * BM25 + the other, alpha {tuned}: {weights}.\n" + "\n".join(remarks),
         f"## What the {titles[shown]} finds",
-        "",
-        "```",
-        show_examples(collection, experiment.runs[shown, "test"], count=examples),
-        "```",
-        "",
-        f"Search with it: {loader}({student!r}), encode_query, encode_document, similarity.",
-        f"In {output}: runs (TREC format), metrics.json{'' if problem else ', losses.png'}.",
-        "",
+        f"```\n{show_examples(collection, experiment.runs[shown, 'test'], count=examples)}\n```",
+        f"Search with it: {loader}({student!r}), encode_query, encode_document, similarity.\n"
+        f"In {output}: runs (TREC format), metrics.json{'' if problem else ', losses.png'}.\n",
     ]
-    write_text_atomic(output / "report.md", "\n".join(lines))
+    write_text_atomic(output / "report.md", "\n\n".join(parts))

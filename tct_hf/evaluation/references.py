@@ -1,7 +1,4 @@
-"""The systems a training run is measured by, searched exactly: BM25, the base, stock, the teacher, the students.
-
-Corpora are encoded in memory, and models loaded when they are searched with.
-"""
+"""The systems a training run is measured by, searched exactly; models are loaded when they are searched with."""
 
 from __future__ import annotations
 
@@ -28,10 +25,8 @@ from tct_hf.teachers.mixture import dense_run, lists_scores
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
 
-BM25, BASE_NATIVE, OWN_MAXSIM, STOCK, STUDENT, TEACHER = (
-    *("bm25", "base-native", "base-maxsim"),
-    *("stock", "student", "teacher"),
-)
+BM25, BASE_NATIVE, OWN_MAXSIM = "bm25", "base-native", "base-maxsim"
+STOCK, STUDENT, TEACHER = "stock", "student", "teacher"
 # Titles of students by their keys; another key is its own title.
 STUDENT_TITLES = {STUDENT: "student", "unlabelled": "student without labels", "labelled": "student with labels"}
 # Passages of each list that own MaxSim puts in order.
@@ -58,9 +53,8 @@ class References:
                 found.update({one: workspace.search(queries, self.collection.reach(self.depth), one) for one in sizes})
             return found[size]
 
-        cut = {f"{key}-{size}": (f"{title}, first {size} dimensions", size) for size in sizes if size is not None}
-        rows: dict[str, tuple[str, int | None]] = {key: (title, None), **cut}
-        return [System(name, title, partial(search, size)) for name, (title, size) in rows.items()]
+        cut = [(f"-{size}", f", first {size} dimensions", partial(search, size)) for size in sizes[1:]]
+        return [System(key + name, title + said, find) for name, said, find in [("", "", partial(search, None)), *cut]]
 
     def students(self, students: Mapping[str, str], dims: Sequence[int] | None = None) -> list[System]:
         """Exact search with the students (folders) of a training run by their keys, dense or sparse."""
@@ -133,13 +127,8 @@ class References:
                 for name in queries
             ]
             found = lists_scores(tokens, list(queries.values()), [[of[one] for one in pool] for pool in pools])
-            return {
-                name: dict(rank(dict(zip(pool, scores, strict=True)))[:depth])
-                for name, pool, scores in zip(queries, pools, found, strict=True)
-            }
+            scored = (dict(zip(*pair, strict=True)) for pair in zip(pools, found, strict=True))
+            return {name: dict(rank(scores)[:depth]) for name, scores in zip(queries, scored, strict=True)}
 
-        title = "base reranked by its own MaxSim, untrained"
-        return [
-            System(BASE_NATIVE, "base as it is", search),
-            System(OWN_MAXSIM, title, rerank, of=(BM25, BASE_NATIVE)),
-        ]
+        reranked = System(OWN_MAXSIM, "base reranked by its own MaxSim, untrained", rerank, of=(BM25, BASE_NATIVE))
+        return [System(BASE_NATIVE, "base as it is", search), reranked]

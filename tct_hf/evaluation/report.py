@@ -141,82 +141,62 @@ class Report:
         """What report.md holds."""
         collection, base, others = self.collection, self.system(self.baseline).title, len(self.systems) - 1
         threads = ", ".join(f"{name} {count}" for name, count in self.threads.items()) or "not known"
-        lines = [
+        parts = [
             f"# {collection['name']}: {collection['passages']:,} passages, {collection['queries']:,} "
             f"{collection['split']} queries",
-            "",
             self.table(),
-            "",
             f"Bold: the best. †: differs from {base} (paired randomisation test, p < {SIGNIFICANT}, "
             f"Holm-corrected over {others} systems). p50 ms: median time of a query from text to ranking. "
-            f"Bytes a passage: of all that searching needs on disk, models aside.",
+            "Bytes a passage: of all that searching needs on disk, models aside.\n"
             f"{_grades(self.measures, self.relevance)} Runs hold {self.depth} passages a query.",
-            "",
-            *(f"- {note}" for note in self.notes),
-            "",
+            "\n".join(f"- {note}" for note in self.notes),
         ]
-        for name, split in self.also.items():
-            found, measures = self._tested(name), split["measures"]
-            lacking = {found[key][0]: one["run"]["missing_queries"] for key, one in split["systems"].items()}
-            lines += [
-                f"## {name}: {split['queries']:,} queries",
-                "",
-                markdown_table([["system", *measures], *_effect_rows(found, measures)]),
-                "",
-                f"†: differs from {base}, as above. {_grades(measures, split['relevance'])}",
-                *(f"- {one}: no passage for {n:,} queries, which count as 0." for one, n in lacking.items() if n),
-                "",
-            ]
-        if self.tasks:
-            version = ", ".join(sorted({task["mteb"] for task in self.tasks.values()}))
-            lines += [
-                "## Tasks of mteb",
-                "",
-                self.task_table(),
-                "",
-                f"Measured by mteb {version}. In a hybrid both lists have the same spread; nothing is tuned.",
-                "",
-            ]
-        lines += [
-            "## Cost",
-            "",
-            self.cost_table(),
-            "",
-            "From text to ranking, one query at a time after warm-up; queries/s in batches. Models take no part in "
-            "the bytes. Building includes encoding the corpus, with the threads of the run.",
-            f"CPU threads while timing: {threads}. {self.machine['processor']}, {self.machine['cpu_count']} cores, "
-            f"models on {self.machine['device']}.",
-            "",
-            "Median milliseconds of each stage:",
-            "",
-        ]
-        for system in self.systems:
-            if system.cost is not None and len(system.cost["latency"]) > 2:
-                stages = [(name, one["p50"]) for name, one in system.cost["latency"].items() if name != "total"]
-                lines.append(f"- {system.title}: {', '.join(f'{name} {milliseconds(ms)}' for name, ms in stages)}")
         splits = [("", self._tested(), self.measures)]
         for name, split in self.also.items():
-            splits.append((f"{name} ({split['queries']:,} queries), ", self._tested(name), split["measures"]))
+            found, measures = self._tested(name), split["measures"]
+            splits.append((f"{name} ({split['queries']:,} queries), ", found, measures))
+            lacking = {found[key][0]: one["run"]["missing_queries"] for key, one in split["systems"].items()}
+            said = [f"†: differs from {base}, as above. {_grades(measures, split['relevance'])}"]
+            said += [f"- {one}: no passage for {n:,} queries, which count as 0." for one, n in lacking.items() if n]
+            parts += [f"## {name}: {split['queries']:,} queries"]
+            parts += [markdown_table([["system", *measures], *_effect_rows(found, measures)]), "\n".join(said)]
+        if self.tasks:
+            version = ", ".join(sorted({task["mteb"] for task in self.tasks.values()}))
+            how = f"Measured by mteb {version}. In a hybrid both lists have the same spread; nothing is tuned."
+            parts += ["## Tasks of mteb", self.task_table(), how]
+        stages = {
+            system.title: ", ".join(f"{n} {milliseconds(one['p50'])}" for n, one in latency.items() if n != "total")
+            for system in self.systems
+            if system.cost is not None and len(latency := system.cost["latency"]) > 2
+        }
+        parts += [
+            "## Cost",
+            self.cost_table(),
+            "From text to ranking, one query at a time after warm-up; queries/s in batches. Models take no part in "
+            "the bytes. Building includes encoding the corpus, with the threads of the run.\n"
+            f"CPU threads while timing: {threads}. {self.machine['processor']}, {self.machine['cpu_count']} cores, "
+            f"models on {self.machine['device']}.",
+            "Median milliseconds of each stage:",
+            "\n".join(f"- {title}: {figures}" for title, figures in stages.items()),
+        ]
         for head, found, measures in splits:
             for measure in measures:
-                table = _significance(found, measure, self.baseline)
-                lines += ["", f"## Significance, {head}{measure}", "", table]
+                parts += [f"## Significance, {head}{measure}", _significance(found, measure, self.baseline)]
         over = f", Holm-corrected over {others} systems" if others > 1 else ""
-        lines += [
-            "",
-            f"{collection['queries']:,} queries where no other number stands; ±: standard error of the mean; "
-            f"two-sided paired tests against {base}{over}.",
-            "",
-            "## Models",
-            "",
-        ]
+        models = []
         for role, model in self.models.items():
             if model is not None:
                 known = {name: value for name, value in model.items() if name != "name" and value is not None}
                 figures = ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in known.items())
-                lines.append(f"- {role}: {model['name']} ({figures})")
-        files = f"Plots: {LATENCY_FILE}, {STORAGE_FILE}. All figures: {JSON_FILE}. Runs (TREC format): runs/."
-        return "\n".join([*lines, "", files, ""])
+                models.append(f"- {role}: {model['name']} ({figures})")
+        parts += [
+            f"{collection['queries']:,} queries where no other number stands; ±: standard error of the mean; "
+            f"two-sided paired tests against {base}{over}.",
+            "## Models",
+            "\n".join(models),
+            f"Plots: {LATENCY_FILE}, {STORAGE_FILE}. All figures: {JSON_FILE}. Runs (TREC format): runs/.\n",
+        ]
+        return "\n\n".join(part for part in parts if part)
 
     def save(self, folder: str | Path) -> list[str]:
         """Write report.json, report.md and the plots to a folder.

@@ -470,7 +470,7 @@ class Work:
         title = f"{self.late_name} over the hybrid's top {top}"
         if tokens is not None:
             own = {**by_token(model, self.bf16), f"MaxSim of {top}": kept}
-            made = self.made_tokens + Footprint(memory=tokens.nbytes)
+            made = self.made_tokens + Footprint(memory=tokens.tokens.nbytes)
         else:
             self._late_note(
                 f"only reranking, passages encoded anew for every query: {len(corpus):,} passages are more than "
@@ -564,8 +564,6 @@ class Work:
         machine = costs["bm25"]["machine"]
         self.notes += _timing_notes(costs, machine["cpu_count"] or 1)
         threads = {name: count for cost in costs.values() for name, count in cost["threads"].items()}
-        # What numba may use says nothing: bm25s searches on one thread unless it is asked for more.
-        threads.pop("numba", None)
         several = {"hybrids": self.hybrids} if len(self.hybrids) > 1 else {}
         return Report(
             collection={
@@ -584,7 +582,7 @@ class Work:
             systems=results,
             machine={name: machine[name] for name in ("processor", "memory_bytes", "cpu_count", "platform")}
             | {"device": str(self.student.student.device)},
-            threads=threads | {"bm25s": 1},
+            threads=threads | {"bm25s": 1},  # unless it is asked for more
             environment={"packages": machine["packages"], "python": machine["python"]},
             settings=dict(record),
             notes=list(self.notes),

@@ -85,44 +85,38 @@ def report_rounds(
         (titles[key], {name: evaluations[split][key].mean[measure] for name, (split, measure) in columns.items()})
         for key in (*(key for key in titles if key not in last), *last)
     ]
-    lines = [
-        f"# {collection.summary()}",
-        "",
-        f"Exact search; {' and '.join(evaluations)} queries.",
-        *collection.own_note,
-        "",
-        means_table(rows, [*columns]),
-        "",
-    ]
+    said = [f"Exact search; {' and '.join(evaluations)} queries.", *collection.own_note]
+    parts = [f"# {collection.summary()}", "\n".join(said), means_table(rows, [*columns])]
+    remarks = []
     test, measure = evaluations["test"], measures[0]
     if "dev" in evaluations:
         best = max(range(len(rounds)), key=lambda number: evaluations["dev"][students[number]].mean[measure])
-        lines.append(
+        remarks.append(
             f"On the dev queries the student of {round_name(best)} is best in {measure}: {rounds[best].student}"
         )
     for number in range(1, len(rounds)):
-        teacher_key, own_found = teachers[max(at for at in teachers if at <= number)], test[students[number]]
-        others = {"the one before it": students[number - 1], "BM25": BM25, "its teacher": teacher_key}
-        places = [f"{placed(own_found, test[key], measure)} {title}" for title, key in others.items()]
-        lines.append(f"On the test queries the student of {round_name(number)} is, in {measure}, {', '.join(places)}.")
-    lines += ["p: paired randomisation test, above 0.05 it may be chance.", ""]
+        taught_by = teachers[max(at for at in teachers if at <= number)]
+        others = {"the one before it": students[number - 1], "BM25": BM25, "its teacher": taught_by}
+        places = [f"{placed(test[students[number]], test[key], measure)} {title}" for title, key in others.items()]
+        remarks.append(
+            f"On the test queries the student of {round_name(number)} is, in {measure}, {', '.join(places)}."
+        )
+    parts.append("\n".join([*remarks, "p: paired randomisation test, above 0.05 it may be chance."]))
     for number, result in enumerate(rounds):
         if result.mined is not None:
-            lines += [f"Mined for {round_name(number)}: {'; '.join(result.mined.summary().splitlines())}.", ""]
+            parts.append(f"Mined for {round_name(number)}: {'; '.join(result.mined.summary().splitlines())}.")
     if len(rounds) > 1:
         series = {"student": dict(enumerate(students)), "ColBERT teacher": teachers, "BM25": {0: BM25}}
-        points: dict[str, list[tuple[float, float, float]]] = {title: [] for title in series}
-        for title, keys in series.items():
-            for number, key in keys.items():
-                found = effectiveness(test[key])[measure]
-                points[title].append((number, found["mean"], found["standard_error"]))
+        found = {key: effectiveness(evaluation)[measure] for key, evaluation in test.items()}
+        points = {
+            title: [(number, found[key]["mean"], found[key]["standard_error"]) for number, key in keys.items()]
+            for title, keys in series.items()
+        }
         labels = {"xlabel": "rounds of hard negatives", "ylabel": f"test {measure} (bar: its standard error)"}
         plot = output / "rounds.png"
-        problem = missing_plot(plot_sweep, points, plot, title="Hard-negative rounds", **labels)
-        lines += [problem or f"Plot: {plot.name}", ""]
-    path = output / "report.md"
-    write_text_atomic(path, "\n".join(lines))
-    return path
+        labels["title"] = "Hard-negative rounds"
+        parts.append(missing_plot(plot_sweep, points, plot, **labels) or f"Plot: {plot.name}")
+    return write_text_atomic(output / "report.md", "\n\n".join(parts) + "\n")
 
 
 def open_workspace(

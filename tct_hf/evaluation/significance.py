@@ -49,16 +49,12 @@ class Comparison:
         """The same as plain JSON-ready values."""
         return asdict(self)
 
-    def table(self) -> str:
-        """A Markdown table, one line a system, p values Holm-corrected, and a line that explains them."""
+    def __str__(self) -> str:
         base = (f"{self.baseline} (baseline)", f"{self.baseline_mean:.4f}", None)
         others = [(name, f"{one.mean:.4f}", asdict(one)) for name, one in self.systems.items()]
         over = f", Holm-corrected over {len(self.systems)} systems" if len(self.systems) > 1 else ""
         note = f"{self.queries} queries; two-sided paired tests against {self.baseline}{over}."
         return f"{difference_table(self.measure, [base, *others])}\n\n{note}"
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 def compare_runs(
@@ -123,22 +119,16 @@ def compare_evaluations(
     evaluations: Mapping[str, Evaluation], baseline: str, measure: str, *, samples: int = 10_000, seed: int = 0
 ) -> Comparison:
     """The tests of `compare_runs` on runs that are evaluated already."""
-    base, others = evaluations[baseline], [name for name in evaluations if name != baseline]
-    values = {name: list(found.per_query[measure].values()) for name, found in evaluations.items()}
-    own = values[baseline]
+    others = [name for name in evaluations if name != baseline]
+    values = {name: np.array([*found.per_query[measure].values()]) for name, found in evaluations.items()}
+    own, base = values[baseline], evaluations[baseline].mean[measure]
     randomised = [paired_randomisation_test(values[one], own, samples=samples, seed=seed) for one in others]
     t_tested = [paired_t_test(values[one], own) for one in others]
     systems = {}
     for name, *ps in zip(others, randomised, t_tested, holm(randomised), holm(t_tested), strict=True):
-        pairs = list(zip(values[name], own, strict=True))
-        systems[name] = SystemDifference(
-            evaluations[name].mean[measure],
-            evaluations[name].mean[measure] - base.mean[measure],
-            sum(one > other for one, other in pairs),
-            sum(one < other for one, other in pairs),
-            *ps,
-        )
-    return Comparison(measure, len(own), baseline, base.mean[measure], systems)
+        mean, better, worse = evaluations[name].mean[measure], values[name] > own, values[name] < own
+        systems[name] = SystemDifference(mean, mean - base, int(better.sum()), int(worse.sum()), *ps)
+    return Comparison(measure, len(own), baseline, base, systems)
 
 
 def compare_pairs(
@@ -163,9 +153,7 @@ def difference(one: Evaluation, other: Evaluation, measure: str) -> tuple[float,
     return one.mean[measure] - other.mean[measure], paired_randomisation_test(a, b)
 
 
-def paired_randomisation_test(
-    a: Sequence[float], b: Sequence[float], *, samples: int = 10_000, seed: int = 0
-) -> float:
+def paired_randomisation_test(a: Any, b: Any, *, samples: int = 10_000, seed: int = 0) -> float:
     """The chance of a mean difference this large, up or down, if each query's two values were swapped at random.
 
     All swaps are gone through where there are no more than `samples` of them, which makes the p value exact; otherwise
@@ -200,7 +188,7 @@ def paired_randomisation_test(
     return (hits + 1) / (samples + 1)
 
 
-def paired_t_test(a: Sequence[float], b: Sequence[float]) -> float:
+def paired_t_test(a: Any, b: Any) -> float:
     """Two-sided p value of Student's paired t-test; 1 where no query differs, 0 where all differ by one amount."""
     differences = _differences(a, b, at_least=2)
     if differences.mean() == 0 or differences.std() == 0:  # where the statistic is 0 / 0 or infinite
@@ -213,15 +201,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for value in p_values:
         if not 0 <= value <= 1:
             raise ValueError(f"p_values: {value} is not between 0 and 1")
-    corrected = [0.0] * len(p_values)
-    highest = 0.0
+    corrected, highest = [0.0] * len(p_values), 0.0
     for place, at in enumerate(sorted(range(len(p_values)), key=lambda at: p_values[at])):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[at]))
         corrected[at] = highest
     return corrected
 
 
-def _differences(a: Sequence[float], b: Sequence[float], *, at_least: int) -> np.ndarray:
+def _differences(a: Any, b: Any, *, at_least: int) -> np.ndarray:
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
         raise ValueError(

@@ -34,7 +34,7 @@ class Batch:
         return Batch(self.queries, (*self.runs, run))
 
     def joined(self, run: Run) -> Batch:
-        """With one list made of all."""
+        """With this list instead of all."""
         return Batch(self.queries, (run,))
 
 
@@ -79,17 +79,17 @@ class System:
 
 def measure_cost(system: System, queries: Mapping[str, str], passages: int, settings: CostSettings) -> Efficiency:
     """Time a system on some of the reported queries, evenly spaced, one at a time and in batches."""
-    texts, made = list(queries.values()), system.footprint
+    texts = list(queries.values())
     wanted = min(len(texts), settings.teacher_queries if system.kind == "late interaction" else settings.queries)
-    options: dict[str, Any] = {"batch_size": settings.batch_size, "warm_up": settings.warm_up}
-    options |= {"disk": made.disk, "memory": made.memory, "build_seconds": made.build_seconds}
     with compute_threads(settings.threads):
         return measure_efficiency(
             system.stages,
             [Batch({"query": texts[at * len(texts) // wanted]}) for at in range(wanted)],
             passages=passages,
             batch=lambda part: system.run({f"query{at}": one.queries["query"] for at, one in enumerate(part)}),
-            **options,
+            batch_size=settings.batch_size,
+            warm_up=settings.warm_up,
+            **vars(system.footprint),
         )
 
 

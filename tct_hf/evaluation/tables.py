@@ -72,11 +72,8 @@ def weight_text(alpha: float) -> str:
 
 def p_text(difference: float, p: float) -> str:
     """Where a system stands beside another, with the p value of the difference."""
-    if difference == 0:
-        return "level with"
-    return (
-        f"{'above' if difference > 0 else 'below'} ({difference:+.3f}, {'p < 0.001' if p < 0.001 else f'p {p:.3f}'})"
-    )
+    where = "above" if difference > 0 else "below"
+    return f"{where} ({difference:+.3f}, p {p_value(p)})" if difference else "level with"
 
 
 def shorten(text: str, width: int) -> str:

@@ -89,11 +89,10 @@ def tune_alpha(
     if ignore_identical_ids:
         sparse_run, dense_run = without_own(sparse_run), without_own(dense_run)
     aligned = {query: align(query, sparse_run.get(query, {}), dense_run.get(query, {}), normalize) for query in qrels}
-    depth = cutoff_of(measure)
-    found: dict[float, float] = {}
+    depth, found = cutoff_of(measure), dict[float, float]()
 
     def try_out(weights: Sequence[float]) -> None:
-        for alpha in weights:
+        for alpha in weights if alphas is not None else [float(f"{alpha:.3g}") for alpha in weights]:
             if alpha in found:
                 continue
             run: Run = {}
@@ -112,16 +111,16 @@ def tune_alpha(
         try_out([float(alpha) for alpha in alphas])
     else:
         unit = 1.0 if normalize else equal_spread_alpha(sparse_run, dense_run, qrels)
-        try_out([_rounded(unit * step) for step in _GRID])
+        try_out([unit * step for step in _GRID])
         for _ in range(_REFINEMENTS):
             tried = sorted(found)
             at = tried.index(_best(found))
-            near = tried[max(at - 1, 0) : at + 2]
-            for low, high in itertools.pairwise(near):
-                try_out(_between(low, high))
-    alpha = _best(found)
-    tuned = TunedAlpha(alpha)
-    tuned.measure, tuned.value, tuned.normalize = measure, found[alpha], normalize
+            for low, high in itertools.pairwise(tried[max(at - 1, 0) : at + 2]):
+                # By equal factors, or by equal steps from 0.
+                parts = [step / (_BETWEEN + 1) for step in range(1, _BETWEEN + 1)]
+                try_out([low * (high / low) ** part if low else high * part for part in parts])
+    tuned = TunedAlpha(_best(found))
+    tuned.measure, tuned.value, tuned.normalize = measure, found[tuned], normalize
     tuned.curve, tuned.queries = sorted(found.items()), list(qrels)
     return tuned
 
@@ -169,17 +168,6 @@ def tuning_queries(collection: Collection, settings: HybridSettings) -> TuningQu
             f"{there}); name another split, or set hybrid.alpha"
         )
     return None
-
-
-def _between(low: float, high: float) -> list[float]:
-    """Weights between two: by equal factors, or by equal steps from 0."""
-    if low == 0:
-        return [_rounded(high * step / (_BETWEEN + 1)) for step in range(1, _BETWEEN + 1)]
-    return [_rounded(low * (high / low) ** (step / (_BETWEEN + 1))) for step in range(1, _BETWEEN + 1)]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
 
 
 def _best(found: Mapping[float, float]) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
@@ -106,7 +106,7 @@ class Workspace:
     @property
     def built_by(self) -> dict[str, Any]:
         """The student, as its indexes record it."""
-        return _record(self.description)
+        return self.description["model"]
 
     @property
     def depends(self) -> dict[str, Any]:
@@ -151,12 +151,10 @@ class Workspace:
         return ids, self._as_dot(vectors)
 
     def _encoded(self, texts: Sequence[str], task: str) -> Any:
-        """Vectors of texts, computed in memory in the precision of the corpus."""
         precision = self._precision if self._in_memory else self.manifest["precision"]
         return encode_texts(self.student, texts, task=task, bf16=precision == "bf16")
 
-    def _as_dot(self, vectors: Any) -> Any:
-        """Vectors whose dot products are the student's scores."""
+    def _as_dot(self, vectors: Any) -> Any:  # vectors whose dot products are the student's scores
         return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)
 
     def encode_queries(self, queries: Mapping[str, str], size: int | None = None) -> Any:
@@ -209,11 +207,10 @@ class Workspace:
     def _faiss(
         self, name: str, settings: Mapping[str, Any], factory: str, size: int | None = None, **options: Any
     ) -> Stored[DenseIndex]:
-        built_by = self.built_by
+        built_by, student = self.built_by, cast(SentenceTransformer, self.student)
         if size is not None:
-            student: Any = self.student  # a dense one
             with student.truncate_embeddings(size):
-                built_by = _record(describe_model(self.student, self.name))
+                built_by = describe_model(student, self.name)["model"]
 
         def build() -> DenseIndex:
             ids, vectors = self.vectors
@@ -282,10 +279,6 @@ def check_dims(dims: Sequence[int], dimension: int | None) -> None:
             raise ValueError(f"dims: {size} is not between 1 and the {dimension} dimensions of the vectors.")
 
 
-def _record(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {**description["model"], "id": str(description["model"]["id"])}
-
-
 def _memory(index: Any, folder: Path) -> int:
     """Bytes that an index holds: of Faiss what it writes, and the table of ids; of BM25 its lists, words and ids."""
     if isinstance(index, DenseIndex):
@@ -299,7 +292,7 @@ def _memory(index: Any, folder: Path) -> int:
 
 
 def open_student(name: str, device: str | None = None) -> SentenceTransformer | SparseEncoder:
-    """Load a model of one vector a text, a sparse one where its configuration says so.
+    """Load a model of one vector a text, dense or sparse.
 
     A bare TCT checkpoint, of which sentence-transformers would give wrong vectors without a word, is converted first.
     """
@@ -309,10 +302,7 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
         if kind == "tct":
             return load_student(place, device=device)
         if kind == "colbert":
-            raise ValueError(
-                f"student: {name} has one vector a token, and no student is: name the folder or Hub id of a model of "
-                f"one vector a text (beside a teacher of {command('train')} that is the folder student)."
-            )
+            raise ValueError(f"student: {name} has one vector a token, and no student is: name one of a vector a text")
         return load_model(SparseEncoder if kind == "sparse" else SentenceTransformer, place, device=device)
 
     return _load("student", name, load)
@@ -321,10 +311,7 @@ def open_student(name: str, device: str | None = None) -> SentenceTransformer | 
 def open_beside(workspace: Workspace, name: str, device: str | None = None) -> SparseEncoder:
     """Load the sparse student to be searched beside the dense one of `workspace`."""
     if workspace.is_sparse:
-        raise ValueError(
-            f"sparse_student: {name} beside the student {workspace.name}, which is sparse itself; name one sparse "
-            "student, alone as student or beside a dense one"
-        )
+        raise ValueError(f"sparse_student: beside {workspace.name}, which is sparse itself; name one of them alone")
     model = open_student(name, device)
     if not is_sparse_encoder(model):
         raise ValueError(f"sparse_student: {name} is no SparseEncoder; name it as student, or name a sparse student")
@@ -347,16 +334,13 @@ def open_reranker(name: str, workspace: Workspace) -> MultiVectorEncoder:
     """Load the model that reranks by MaxSim: a ColBERT (folder or Hub id), or OWN, the student's own token vectors."""
     if name != OWN:
         return open_teacher(name)
+    student = workspace.name
     if not has_own_maxsim(workspace.student):
-        raise ValueError(
-            f"{OWN}: the token vectors of {workspace.name} can't be compared, it is a sparse student or one in TCT "
-            "encoding; name the folder or Hub id of a ColBERT"
-        )
-    return _load("student", workspace.name, lambda place: build_colbert(place, encoding="own"))
+        raise ValueError(f"{OWN}: the token vectors of {student} can't be compared (sparse or TCT): name a ColBERT")
+    return _load("student", student, lambda place: build_colbert(place, encoding="own"))
 
 
 def _load(role: str, name: str, load: Callable[[str], Model]) -> Model:
-    """A model from where it is; an error of the Hub says which role it was for."""
     place = resolve_model(name)
     if not Path(place).is_dir() and (Path(place).exists() or not _HUB_ID.fullmatch(place)):
         raise FileNotFoundError(
@@ -364,10 +348,4 @@ def _load(role: str, name: str, load: Callable[[str], Model]) -> Model:
             "or give the right path"
         )
     check_model_folder(place)
-    try:
-        return load(place)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise OSError(f"{role}: {name} is no folder here and can't be loaded from the Hub either ({first})") from error
+    return load(place)

@@ -90,10 +90,8 @@ class CardFacts:
         try:
             return self._completed_by(record, (read_json(folder / ORIGIN_FILE) or {}).get("source"))
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder / CLAIM_FILE} holds no record of a training ({error}); copy it again, or remove it and give "
-                "the facts yourself."
-            ) from error
+            file = folder / CLAIM_FILE
+            raise ValueError(f"{file} holds no record of a training ({error}); copy it again, or remove it") from error
 
     def _completed_by(self, record: dict[str, Any], source: Any) -> CardFacts:
         base = self.base_model or _base_model(record) or source
@@ -115,14 +113,11 @@ class CardFacts:
 
     def missing(self) -> list[str]:
         """What a complete card still needs, as the settings to give."""
-        base, is_none = self.base_model or "", ""
-        if base and not _HUB_ID.fullmatch(base):
-            is_none = f"; {base!r} is none"
-        elif base and Path(base).exists():
-            is_none = f"; {base!r} is a folder here"
+        base = self.base_model or ""
+        is_none = not _HUB_ID.fullmatch(base) or Path(base).exists()
         needed = {
             'license (such as "apache-2.0")': self.license,
-            f"base_model (a Hub id{is_none})": base and not is_none,
+            f"base_model (a Hub id{base and f'; {base!r} is none, or a folder here'})": not is_none,
             "training_data (in words) or datasets (Hub ids)": self.training_data or self.datasets,
         }
         return [setting for setting, given in needed.items() if not given]
@@ -141,12 +136,11 @@ def _base_model(record: dict[str, Any]) -> str | None:
 
 
 def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
-    if part.get("kind") == "stored":
-        return f"of stored scores ({_name(str(part['scores']))})"
-    if part.get("kind") == "bm25":
-        return "BM25"
+    kind = str(part.get("kind"))
+    if kind in ("stored", "bm25"):
+        return "BM25" if kind == "bm25" else f"of stored scores ({_name(str(part['scores']))})"
     if ready := part.get("model"):
-        return _name(str(ready)) + _READ_AS.get(str(part.get("kind")), "")
+        return _name(str(ready)) + _READ_AS.get(kind, "")
     return f"trained in the same run from {_name(str((record.get('encoder') or {}).get('base_model')))}"
 
 
@@ -179,10 +173,8 @@ def write_card(
     if wrong := facts.missing():
         raise ValueError(f"the model card is not complete: give {'; '.join(wrong)}.")
     check_metadata(vars(facts))  # what a record completed, too
-    title = repo_id.split("/")[-1]
+    title, shape, stock = repo_id.split("/")[-1], _shape(folder), FAMILIES[family].metadata()
     results = [] if report is None else eval_results(report, FAMILIES[family].system)
-    shape = _shape(folder)
-    stock = FAMILIES[family].metadata()
     tags = [*stock.tags, *(["splade"] if family == "sparse_student" and shape["splade"] else [])]
     if (family == "student" and shape["tct"]) or (family == "sparse_student" and facts.distilled):
         tags.append("tct-colbert")
@@ -261,24 +253,19 @@ def eval_results(report: Report, key: str) -> list[EvalResult]:
 
 def _measured(report: Report) -> str:
     collection = report.collection
-    lines = [
+    return (
         f"On {collection['name']} ({collection['passages']:,} passages, {collection['queries']:,} "
-        f"{collection['split']} queries):",
-        "",
-        report.table(),
-        "",
+        f"{collection['split']} queries):\n\n{report.table()}\n\n"
         f"†: differs from {report.system(report.baseline).title} (paired randomisation test, p < 0.05, "
         "Holm-corrected). p50 ms: median time of a query from text to ranking, one at a time. Bytes a passage: on "
-        "disk, models aside.",
-        f"Measured on {report.machine['processor']}, {report.machine['cpu_count']} cores, models on "
-        f"{report.machine['device']}. All figures are in `report.json`.",
-        *(["", "On tasks of MTEB, as mteb measures them:", "", report.task_table()] if report.tasks else []),
-    ]
-    return "\n".join(lines)
+        f"disk, models aside.\nMeasured on {report.machine['processor']}, {report.machine['cpu_count']} cores, models "
+        f"on {report.machine['device']}. All figures are in `report.json`."
+        + (f"\n\nOn tasks of MTEB, as mteb measures them:\n\n{report.task_table()}" if report.tasks else "")
+    )
 
 
 def _active_dims(report: Report) -> list[str] | None:
-    """What a report says of a sparse student's vectors and index, a line each; None where it measured none."""
+    """What a report says of a sparse student's vectors and index, a line each."""
     measured = report.models.get("sparse_student") or report.models.get("student") or {}
     if "document_active_dims" not in measured:
         return None

@@ -57,18 +57,14 @@ def check_folder(folder: str | Path, source: Path) -> Path:
     place = Path(folder).expanduser()
     kept, checkpoint = place.resolve(), source.resolve()
     if kept.is_relative_to(checkpoint) or checkpoint.is_relative_to(kept):
-        raise ValueError(
-            f"folder (--output_dir): {place} and the checkpoint {source} lie in one another, and the folder is "
-            "replaced as a whole; name another one."
-        )
+        raise ValueError(f"folder (--output_dir): {place} and {source} lie in one another; name another one.")
     if place.exists() and not place.is_dir():
         raise FileExistsError(f"folder (--output_dir): {place} is a file; name a folder.")
     known = {MARKER, *((read_json(place / MARKER) or {}).get("files") or [])}
     others = sorted({file.relative_to(place).as_posix() for file in place.rglob("*") if not file.is_dir()} - known)
     if others:
         raise FileExistsError(
-            f"folder (--output_dir): {place} holds {others[0]}, which no earlier release put there, and the folder is "
-            "replaced as a whole; name another folder, or empty it."
+            f"folder (--output_dir): {place} holds {others[0]}, which no earlier release put there; name another."
         )
     return place
 
@@ -94,16 +90,15 @@ def copy_parts(source: Path, staging: Path) -> list[str]:
 
 def cut_local_paths(staging: Path) -> None:
     """Cut the paths of this machine in all files of a release that may name any; see :func:`without_local_paths`."""
-    for file in (staging / name for name in (RECIPE, ORIGIN_FILE, *FIGURES[:2])):
-        if file.is_file():
-            try:
-                text = file.read_text(encoding="utf-8")
-                cut = without_local_paths(text, file.suffix)
-            except (ValueError, RecursionError, yaml.YAMLError) as error:
-                why = " ".join(str(error).split())
-                raise ValueError(f"{file.name} can't be read ({why}); give it as the run wrote it.") from error
-            if cut != text:
-                write_text_atomic(file, cut)
+    for file in filter(Path.is_file, (staging / name for name in (RECIPE, ORIGIN_FILE, *FIGURES[:2]))):
+        try:
+            text = file.read_text(encoding="utf-8")
+            cut = without_local_paths(text, file.suffix)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{file.name} can't be read ({why}); give it as the run wrote it.") from error
+        if cut != text:
+            write_text_atomic(file, cut)
     for file in [*staging.rglob("config.json"), *staging.rglob("tokenizer_config.json")]:
         content = read_json(file)
         named = {key: content[key] for key in _LOADED_FROM if key in content}
@@ -147,7 +142,6 @@ def refuse_tokens(staging: Path, token: str | None) -> None:
             content = opened.read(int.from_bytes(opened.read(8), "little") if weights else -1)
         if _TOKEN.search(content) or (token and token.encode() in content):
             raise ValueError(
-                f"{file.relative_to(staging).as_posix()} holds a Hub token, for whoever reads it to use. Take it out "
-                "where the file comes from (set HF_TOKEN or log in with `hf auth login` instead), and revoke it if "
-                "anybody else has seen it."
+                f"{file.relative_to(staging).as_posix()} holds a Hub token: take it out where the file comes from "
+                "(HF_TOKEN gives it), and revoke it if anybody else has seen it."
             )

@@ -69,20 +69,11 @@ def release(
     folder: str | Path | None = None,
     message: str | None = None,
 ) -> Release:
-    """Check a checkpoint, write its card, and push it with evaluation results and recipe.
+    """Check a checkpoint, write its card, and push it with evaluation results and recipe, as docs/hub.md says.
 
-    Before anything is sent: a TCT student's vectors are compared with the rule in a fresh interpreter
-    (:func:`tct_hf.validate_checkpoint`), those of other students with what the checkpoint gives here, and a teacher
-    must load there; every module must be one of sentence-transformers; no file may hold a Hub token; the card must be
-    complete. Only the parts of a checkpoint are copied, so that no pickle and no code is pushed, and paths of this
-    machine are cut to their last name.
-
-    A dry run makes all of these checks, and those of the Hub that can be made here: names of the repository, branch
-    and tag, licence, languages, ids of models and data sets.
-
-    A second call sends only what has changed. What an earlier release had and this one has not is deleted in the same
-    commit, and so are other weights, code, pickles and the folders `last-checkpoint` and `checkpoint-N` of a training
-    that pushed to the same branch: they stay in its history.
+    A TCT student's vectors are compared with the rule in a fresh interpreter (:func:`tct_hf.validate_checkpoint`),
+    those of other students with what the checkpoint gives here, and a teacher must load there. A second call sends
+    only what has changed, and deletes what an earlier release or a training that pushed had and this one has not.
 
     Args:
         path: the checkpoint: a student, a ColBERT teacher or a sparse student.
@@ -96,7 +87,7 @@ def release(
         revision: branch to push to; made when missing.
         tag: tag for the commit, such as "v1.0". A tag never moves.
         token: token for the Hub; the logged-in one when None.
-        dry_run: check and write everything, push nothing.
+        dry_run: make all checks, also of names, licence and languages that the Hub would refuse; push nothing.
         folder: folder to keep what is pushed in, instead of an earlier release; any other content is refused.
         message: commit message.
 
@@ -105,8 +96,7 @@ def release(
 
     Raises:
         ValueError: the checkpoint is not fit to be released, the card is not complete, the Hub takes no such name,
-            licence or language, a file holds a token, or the repository is public where a private one is asked for;
-            says the fix.
+            licence or language, a file holds a token, or the repository is public where a private one is asked for.
         FileExistsError: the folder holds something other than an earlier release.
         FileNotFoundError: the checkpoint, report, recipe or card is missing.
         HubError: the Hub refused or could not be reached; run it again, what has arrived is not sent again.
@@ -168,15 +158,13 @@ def _family(source: Path) -> Family:
     family = next((family for family, of in FAMILIES.items() if found.kind in of.kinds), None)
     if family is None or (source / "artifact.metadata").is_file():
         raise ValueError(
-            f"{source}: {found.why}; a release is a student, a ColBERT teacher or a sparse student saved by "
-            "sentence-transformers. Convert a bare encoder or a checkpoint of the Stanford code with "
+            f"{source}: {found.why}; a release is a student or a ColBERT saved by sentence-transformers: use "
             "convert_checkpoint first."
         )
     return family
 
 
 def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | Path | None) -> None:
-    """The evaluation and the recipe, beside the weights."""
     if report is not None:
         place = Path(report) if Path(report).is_dir() else Path(report).parent
         if not (place / "report.json").is_file():
@@ -198,13 +186,10 @@ def _check(staging: Path, family: Family, source: Path) -> None:
         if not module["type"].startswith("sentence_transformers."):
             raise ValueError(
                 f"modules.json, router_config.json: the module {module['type']} is not one of sentence-transformers, "
-                "so that loading it would need trust_remote_code; use stock modules."
+                "and would need trust_remote_code; use stock modules."
             )
     if (read_json(staging / ORIGIN_FILE) or {}).get("made") == STARTING:
-        raise ValueError(
-            f"{ORIGIN_FILE}: this is a student to start from, not trained for its encoding; train it, then "
-            "release the result."
-        )
+        raise ValueError(f"{ORIGIN_FILE}: this is a student to start from, not trained for its encoding; train it")
     for name in sorted({"config.json", *((Path(module["path"]) / "config.json").as_posix() for module in modules)}):
         if "auto_map" in (read_json(staging / name) or {}):
             raise ValueError(f"{name}: auto_map names code to run on loading; use an encoder of transformers itself.")
@@ -220,19 +205,18 @@ def _check(staging: Path, family: Family, source: Path) -> None:
         loader=loader,
         tolerance=1e-4,
         than=f"those of {source} here",
-        fix="A file of the checkpoint is not one that a release carries, or differs on every load: save it again with "
-        "stock modules.",
+        fix="Save it again with stock modules.",
     )
     if family == "sparse_student" and not all(vectors.any() for vectors in here.values()):
         raise ValueError(
             f"{source}: all vectors are zero in all dimensions: the student has collapsed; train it with a weaker "
-            "regulariser or a longer warm-up of it."
+            "regulariser."
         )
 
 
 def _check_report(report: Report, staging: Path, family: Family) -> None:
     """Refuse the figures of another model."""
-    # A sparse student may be the only student of the report, or the one beside a dense one.
+    # A sparse student may be the only one of the report, or beside a dense one.
     role = "student" if family == "sparse_student" and not report.models.get(family) else family
     measured = report.models.get(role) or {}
     model = getattr(sentence_transformers, FAMILIES[family].loader)(str(staging), device="cpu")

@@ -230,19 +230,16 @@ def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
     assert restored.also == also.also
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"measures": MeasureSettings(names=["RR@10"], depth=30)}, "settings.depth = 20, but now settings.depth = 30"),
-        ({"cost": CostSettings(queries=5)}, "cost.queries = 4, but now cost.queries = 5"),
-    ],
-)
 def test_other_settings_in_the_same_folder_are_refused_by_name(
-    report: Report, material: Material, output: Path, splade: str, changes: dict[str, Any], named: str
+    report: Report, material: Material, output: Path, splade: str
 ) -> None:
     before = (output / "report.json").read_bytes()
-    with pytest.raises(ValueError, match=f"{re.escape(named)}.*choose another folder"):
-        make(material, output, sparse_student=splade, **graded(material, **changes))
+    for changes, named in (
+        ({"measures": MeasureSettings(names=["RR@10"], depth=30)}, "settings.depth = 20, but now settings.depth = 30"),
+        ({"cost": CostSettings(queries=5)}, "cost.queries = 4, but now cost.queries = 5"),
+    ):
+        with pytest.raises(ValueError, match=f"{re.escape(named)}.*choose another folder"):
+            make(material, output, sparse_student=splade, **graded(material, **changes))
     assert (output / "report.json").read_bytes() == before
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
 
-from tct_hf import build_colbert, build_student, fuse, save_student, write_expansions
+from tct_hf import fuse, write_expansions
 from tct_hf.evaluation.maxsim import rerank_run
 from tct_hf.evaluation.searcher import Searcher
 from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
@@ -84,28 +83,9 @@ def test_a_reranker_puts_the_best_of_the_fused_list_in_the_order_of_max_sim(
     assert [hit.maxsim for hit in hits] == pytest.approx(list(expected.values())[:4])
     assert [hit.fused for hit in hits] == [one.fused for hit in hits for one in fused if one.id == hit.id]
     assert [hit.id for hit in reranking.ask("dense tokens", 4, rank_by="fused")] == list(texts)[:4]
-
-
-def test_own_reranking_compares_the_students_own_token_vectors(material: Material, tmp_path: Path) -> None:
-    folder = str(save_student(build_student(str(material.folder / "base"), encoding="own"), tmp_path / "student"))
-    workspace = Workspace(material.collection(), open_student(folder), folder, tmp_path / "own")
-    texts, asked = {"a": "dense tokens", "b": "what is a passage"}, {"q": "dense retrieval"}
-    rest: Any = ({"q": dict.fromkeys(texts, 0.0)}, texts, asked)
-    assert rerank_run(open_reranker("own", workspace), *rest) == rerank_run(
-        build_colbert(folder, encoding="own"), *rest
-    )
-    tct = Workspace(material.collection(), open_student(str(material.student)), "the student", tmp_path / "other")
+    tct = Workspace(material.collection(), open_student(str(material.student)), "the student", material.folder / "tct")
     with pytest.raises(ValueError, match="own: the token vectors of the student can't be compared"):
         open_reranker("own", tct)
-
-
-def test_first_dimensions_are_searched_as_a_truncated_student_would(material: Material, tmp_path: Path) -> None:
-    searcher = make_searcher(material, tmp_path, dims=8)
-    student = SentenceTransformer(str(material.student), truncate_dim=8, device="cpu")
-    texts = list(material.collection().corpus["text"])
-    scores = student.encode_document(texts) @ student.encode_query("dense tokens")
-    found = [hit.dense for hit in searcher.ask("dense tokens", 20, rank_by="dense")]
-    np.testing.assert_allclose(np.array(found, float), np.sort(scores)[::-1][:20], rtol=1e-4)
 
 
 def test_bm25_may_have_generated_queries(material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

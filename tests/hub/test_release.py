@@ -128,18 +128,15 @@ def test_a_second_release_sends_what_has_changed_and_removes_what_is_stale(hub: 
     names = set(hub.files(NAME))
     assert again.sent == [] and not set(stale) & names and set(mine) <= names
     assert release(student, NAME, facts=CHANGED).commit == again.commit
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_tag_does_not_move_and_a_branch_leaves_the_main_one(hub: LoopbackHub, student: Path) -> None:
-    release(student, NAME, facts=FACTS, tag="v1.0")
-    release(student, NAME, facts=FACTS, tag="v1.0")  # nothing has changed: it names this commit
+    # A tag does not move, and a branch leaves the main one as it is.
+    release(student, NAME, facts=CHANGED, tag="v1.0")
+    release(student, NAME, facts=CHANGED, tag="v1.0")  # nothing has changed: it names this commit
     commits = len(hub.repo(NAME).commits)
     with pytest.raises(ValueError, match=r"has a tag v1\.0 already, of the commit \w{12}"):
-        release(student, NAME, facts=CHANGED, tag="v1.0")
+        release(student, NAME, facts=FACTS, tag="v1.0")
     assert len(hub.repo(NAME).commits) == commits
-    release(student, NAME, facts=CHANGED, revision="next")
-    assert b"Another." in hub.files(NAME, "next")["README.md"] and b"Another." not in hub.files(NAME)["README.md"]
+    release(student, NAME, facts=FACTS, revision="next")
+    assert b"Another." in hub.files(NAME)["README.md"] and b"Another." not in hub.files(NAME, "next")["README.md"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -203,9 +200,8 @@ def test_templates_are_in_the_source_tree_and_in_a_wheel() -> None:
         assert (ROOT / "model_cards" / f"{name}.md").is_file()
 
 
-@pytest.mark.parametrize(
-    ("text", "suffix", "expected"),
-    [
+def test_what_is_released_names_no_folder_of_this_machine() -> None:
+    for text, suffix, expected in (
         ("source: /home/me/my data/set one\n", ".yaml", "source: set one\n"),
         ("a: BeIR/scifact  # from /home/me/x\n", ".yaml", "a: BeIR/scifact  # from x\n"),
         ("a: [~/run/student, ../other/teacher, /data]\n", ".yaml", "a:\n- student\n- teacher\n- data\n"),
@@ -213,23 +209,18 @@ def test_templates_are_in_the_source_tree_and_in_a_wheel() -> None:
         ("u: https://a.b/c/d\nh: BeIR/scifact\nr: 1/2\nn: ~\ne: 1e-4\n", ".yaml", None),
         ('{"a": ["C:\\\\Users\\\\me\\\\x", "file:///me/y z"]}', ".json", '{\n  "a": [\n    "x",\n    "y z"\n  ]\n}\n'),
         ("measured on /home/me/corpus/x, see [it](https://a.b/c)", ".md", "measured on x, see [it](https://a.b/c)"),
-    ],
-)
-def test_what_is_released_names_no_folder_of_this_machine(text: str, suffix: str, expected: str | None) -> None:
-    found = without_local_paths(text, suffix)
-    assert found == (text if expected is None else expected) and without_local_paths(found, suffix) == found
+    ):
+        found = without_local_paths(text, suffix)
+        assert found == (text if expected is None else expected) and without_local_paths(found, suffix) == found
 
 
-DAMAGED = [
-    (name, text) for name in ("recipe.yaml", "tct_origin.json", "report.json") for text in (b"a: [1", b"[" * 10**5)
-]
-
-
-@pytest.mark.parametrize(("name", "content"), [*DAMAGED, ("report.md", b"\xff"), ("report.json", b"\xff")])
+@pytest.mark.parametrize("name", ["recipe.yaml", "tct_origin.json", "report.json", "report.md"])
+@pytest.mark.parametrize("content", [b"a: [1", b"[" * 10**5, b"\xff"])
 def test_a_damaged_small_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} can't be read"):
-        cut_local_paths(tmp_path)
+    if name != "report.md" or content == b"\xff":  # any text is Markdown
+        with pytest.raises(ValueError, match=f"{name} can't be read"):
+            cut_local_paths(tmp_path)
 
 
 # --- what is refused ---

@@ -38,7 +38,7 @@ def loaded(lines: str) -> SparseEncoder:
     return namespace["model"].to("cpu")
 
 
-def test_a_sparse_student_comes_back_with_equal_vectors(hub: LoopbackHub, splade: Path) -> None:
+def test_a_sparse_student_and_its_index_come_back_with_equal_vectors(hub: LoopbackHub, splade: Path) -> None:
     done = release(splade, "tester/splade", facts=FACTS, tag="v1.0")
     assert done.family == "sparse_student"
     before, after = SparseEncoder(str(splade), device="cpu"), loaded(done.loading())
@@ -46,6 +46,17 @@ def test_a_sparse_student_comes_back_with_equal_vectors(hub: LoopbackHub, splade
     card = hub.files("tester/splade")["README.md"].decode()
     ModelCard(card).validate()
     assert "SparseIndex.build(passages" in card and "None" not in card and "## Vectors and index" not in card
+    built_by = describe_model(before, "tester/splade")["model"]
+    index = SparseIndex.build(before.encode_document(PASSAGES), IDS, built_by=built_by)
+    pushed = index.push_to_hub("tester/lists", license="mit", passages="tester/passages")
+    back = SparseIndex.from_hub("tester/lists", mmap=True, model=before)
+    queries = back.load_model(device="cpu").encode_query(QUERIES)
+    (ids, scores), (expected, values) = back.search(queries, 5), index.search(queries, 5)
+    assert ids == expected and all(np.array_equal(a, b) for a, b in zip(scores, values, strict=True))
+    card = hub.files("tester/lists", kind="datasets")["README.md"].decode()
+    DatasetCard(card).validate(repo_type="dataset")
+    assert hub.repo("tester/splade").branches["main"] in card and "rows.npy" in pushed.sent
+    assert f"| active dims a passage | {index.active_dims:.1f} |" in card and "- splade" in card
 
 
 def test_a_student_whose_queries_need_no_encoder_is_released_whole_and_without_code(
@@ -113,19 +124,3 @@ def test_a_collapsed_student_is_not_released(hub: LoopbackHub, splade: Path, tmp
     with pytest.raises(ValueError, match="all vectors are zero in all dimensions: the student has collapsed"):
         release(tmp_path / "zero", "tester/zero", facts=FACTS)
     assert ("models", "tester/zero") not in hub.repos
-
-
-def test_a_sparse_index_comes_back_with_the_model_that_built_it(hub: LoopbackHub, quick: None, splade: Path) -> None:
-    release(splade, "tester/splade", facts=FACTS)
-    model = SparseEncoder(str(splade), device="cpu")
-    built_by = describe_model(model, "tester/splade")["model"]
-    index = SparseIndex.build(model.encode_document(PASSAGES), IDS, built_by=built_by)
-    pushed = index.push_to_hub("tester/lists", license="mit", passages="tester/passages")
-    back = SparseIndex.from_hub("tester/lists", mmap=True, model=model)
-    queries = back.load_model(device="cpu").encode_query(QUERIES)
-    (ids, scores), (expected, values) = back.search(queries, 5), index.search(queries, 5)
-    assert ids == expected and all(np.array_equal(a, b) for a, b in zip(scores, values, strict=True))
-    card = hub.files("tester/lists", kind="datasets")["README.md"].decode()
-    DatasetCard(card).validate(repo_type="dataset")
-    assert hub.repo("tester/splade").branches["main"] in card and "rows.npy" in pushed.sent
-    assert f"| active dims a passage | {index.active_dims:.1f} |" in card and "- splade" in card
