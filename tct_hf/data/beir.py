@@ -84,7 +84,6 @@ class BeirFolder:
 
     @property
     def skipped(self) -> SkippedRows:
-        """What was left out of all that has been read."""
         found = SkippedRows()
         for one in self._skipped.values():
             found.update(one)
@@ -98,7 +97,6 @@ class BeirFolder:
         return self._skipped[part]
 
     def part(self, name: str) -> Source:
-        """The raw rows of "corpus" or "queries"."""
         folder = Path(self.place)
         for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
             if path.is_file():
@@ -114,7 +112,6 @@ class BeirFolder:
         return self.part("queries")
 
     def judgements(self, split: str) -> Judgements:
-        """The judgements of a split."""
         folder = Path(self.place) / "qrels"
         for path in (folder / f"{split}.tsv", folder / f"{split}.tsv.gz"):
             if path.is_file():
@@ -132,7 +129,6 @@ class BeirFolder:
         return corpus, {name: texts[name] for name in judged.qrels}, judged.qrels
 
     def corpus(self, *, allow_empty: bool = False) -> Dataset:
-        """The passages alone: id, text and title."""
         skipped = self._skip("corpus")
         return prepare_corpus(self.part("corpus"), self.cache_dir, allow_empty=allow_empty, skipped=skipped)
 

@@ -154,7 +154,6 @@ def make_collection(docstrings: Sequence[Docstring]) -> tuple[dict[str, str], di
 
 
 def _group(chosen: dict[str, Docstring], members: dict[str, list[str]]) -> dict[str, str]:
-    """Give each passage the id of its group of near-duplicates."""
     ids = list(chosen)
     row = {passage_id: at for at, passage_id in enumerate(ids)}
     pairs = [(row[first], row[other]) for first, *others in members.values() for other in others]

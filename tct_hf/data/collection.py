@@ -50,7 +50,6 @@ class Split:
     qrels: dict[str, dict[str, int]]
 
     def only(self, names: Container[str]) -> Split:
-        """These queries and their judgements."""
         return Split(
             {name: text for name, text in self.queries.items() if name in names},
             {name: grades for name, grades in self.qrels.items() if name in names},
@@ -109,7 +108,6 @@ class Collection:
 
     @property
     def skips_own(self) -> bool:
-        """Whether a passage with the query's own id is left out of its ranking."""
         return self.asks_passages if self.ignore_identical_ids is None else self.ignore_identical_ids
 
     def reach(self, depth: int) -> int:
@@ -149,7 +147,6 @@ class Collection:
         return Split(others, {}).only(set(sorted(others, key=hash_of)[:most])).queries
 
     def labelled(self, labels: float = 1.0) -> dict[str, dict[str, int]]:
-        """Judgements of that share of the train queries, query id to passage id to grade."""
         train = self.splits.get("train", Split({}, {}))
         return train.only(set(_share(train.queries, labels))).qrels
 
@@ -247,7 +244,6 @@ class Collection:
         self.splits["test"] = Split({name: self.questions.pop(name) for name in held_out}, {})
 
     def summary(self) -> str:
-        """One line for people."""
         parts = [f"{len(split.queries):,} {name}" for name, split in (*self.splits.items(), *self.also.items())]
         if self.questions:
             parts.append(f"{len(self.questions):,} without judgements")

@@ -249,7 +249,6 @@ def decode(model: Any, inputs: Any, uniform: Tensor, sampling: Sampling) -> list
 def _steps(
     model: Any, input_ids: Tensor, processors: Any, inputs: dict[str, Any], ends: Any, uniform: Tensor, top_k: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields each step, the rows that are still written, and their tokens."""
     mask, states, cache = inputs["attention_mask"], inputs["encoder_outputs"][0], inputs["past_key_values"]
     rows = torch.arange(len(uniform), device=uniform.device)
     alive = torch.ones_like(rows, dtype=torch.bool)

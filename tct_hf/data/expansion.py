@@ -160,7 +160,6 @@ def expanded_texts(
 
 
 def _beside(passages: Iterator[Any], expansions: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-    """Passages with their expansions; refuses others."""
     for number, (passage, row) in enumerate(zip_longest(passages, expansions)):
         if passage is None or row is None or passage["id"] != row["id"]:
             mine, its = ("ends before it" if one is None else f"has {one['id']!r} there" for one in (passage, row))
@@ -172,7 +171,6 @@ def _beside(passages: Iterator[Any], expansions: Iterator[Any]) -> Iterator[tupl
 def _kept(
     expansions: Dataset, num_queries: int | None, drop_repeats: bool, least: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows without the queries that are left out for their number, as repeats, or for a score below `least`."""
     for row in rows_in_batches(expansions):
         places = list(range(len(row["queries"])))[:num_queries]
         if drop_repeats:

@@ -45,7 +45,6 @@ class Source(ABC):
         """The number of each row, and the row as it is stored; `columns` names those that are needed."""
 
     def parse(self, raw: Any) -> Mapping[str, Any]:
-        """The content of a row as it is stored, or a BadRow."""
         return cast("Mapping[str, Any]", raw)
 
     def read(
@@ -64,7 +63,6 @@ class Source(ABC):
                 yield self.place(number), found
 
     def place(self, number: int) -> str:
-        """ "file, line 3"."""
         return f"{self.name}, {self.unit} {number}"
 
     def need_key(self) -> list[Any]:

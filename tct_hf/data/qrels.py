@@ -143,5 +143,4 @@ class KnownPositives:
 
 
 def own_positive(row: Mapping[str, Any]) -> list[str]:
-    """The id of a row's positive; none where the row is not labelled."""
     return [row["positive_id"]] if row.get(LABELLED, True) else []

@@ -117,12 +117,10 @@ class SkippedRows:
         return f"bad rows left out: {kinds}" if kinds else ""
 
     def save(self, folder: Path) -> None:
-        """Write them beside what they were left out of."""
         (folder / _SKIPPED_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> SkippedRows:
-        """What :meth:`save` wrote."""
         return cls(**read_json(folder / _SKIPPED_FILE, MADE_AGAIN))
 
     def summary(self) -> str:
@@ -141,7 +139,6 @@ def refuse_or_skip(skipped: SkippedRows | None, kind: str, message: str) -> None
 
 
 def get(row: Mapping[str, Any], name: str) -> Any:
-    """A row's value of a column that must be there."""
     if name not in row:
         what = f"column {name!r} is missing ({there_are(list(row))})"
         raise BadRow("missing column", f"{what}; add it or remove the row")
@@ -167,7 +164,6 @@ def checked_texts(texts: Iterable[Any], what: str, first: int = 0) -> list[str]:
 
 
 def each_checked(texts: Iterable[Any], what: str, first: int = 0) -> Iterator[str]:
-    """The same, one by one."""
     if isinstance(texts, (str, bytes, Mapping)):
         given = "a mapping" if isinstance(texts, Mapping) else "one string"
         raise ValueError(f"{what}: {given}; pass a list of texts")
@@ -225,7 +221,6 @@ def as_score(value: Any, what: str, column: str) -> float:
 
 
 def there_are(names: Sequence[str]) -> str:
-    """The columns there are, for messages."""
     return f"there are: {', '.join(map(str, names)) or 'none'}"
 
 
@@ -261,7 +256,6 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(line: bytes) -> str:
-    """The text of one line; a BadRow where it is not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -293,12 +287,10 @@ def is_header(fields: Sequence[str], unlike: bool = False) -> bool:
 
 
 def names_ids(field: str) -> bool:
-    """Whether a name in a header is that of a column of ids."""
     return _OF_IDS.fullmatch(field.lower().strip(" #\"'")) is not None
 
 
 def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
-    """Name to field of one line of fields separated by tabs, without quoting."""
     fields = decode(line).split("\t")
     if len(fields) != len(names):
         need = f"{len(fields)} fields where {len(names)} separated by tabs are needed ({', '.join(names)})"
@@ -307,7 +299,6 @@ def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
 
 
 def parse_json_line(line: bytes) -> dict[str, Any]:
-    """The object of one line of JSONL."""
     text = decode(line)
     try:
         row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)

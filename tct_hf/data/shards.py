@@ -105,7 +105,6 @@ def _there(folder: Path) -> set[str]:
 
 
 def shard_file(folder: Path, number: int) -> Path:
-    """Where a shard is, written or not."""
     return folder / f"{number:05d}.arrow"
 
 

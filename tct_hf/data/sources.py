@@ -80,8 +80,6 @@ def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[dict[str,
 
 
 class DatasetSource(Source):
-    """A `datasets.Dataset` or `IterableDataset`."""
-
     def __init__(self, dataset: Any, name: str) -> None:
         from datasets import Dataset
 
@@ -98,8 +96,6 @@ class DatasetSource(Source):
 
 
 class MappingSource(Source):
-    """Rows made of a mapping."""
-
     def __init__(self, rows: Callable[[], Iterable[dict[str, Any]]], setting: str) -> None:
         self.rows, self.name = rows, f"{setting} (a mapping)"
         digest = sha256()

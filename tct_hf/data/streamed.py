@@ -204,8 +204,6 @@ def _of_itself(row: Row, negatives: Sequence[str], positives: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class RowsRead:
-    """Makes training rows of what :meth:`TripleStream.stored` gives."""
-
     stream: TripleStream
     names: Sequence[str]  # columns of the training rows
     checks: Sequence[tuple[Check, str]] = ()  # each of one column; a BadRow leaves the row out
@@ -229,7 +227,6 @@ class RowsRead:
         return good
 
     def __call__(self, stored: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """A batch of columns instead of rows, for `IterableDataset.map`."""
         rows = self.rows([dict(zip(stored, values, strict=True)) for values in zip(*stored.values(), strict=True)])
         return {name: [row[name] for row in rows] for name in self.names}
 
@@ -246,7 +243,6 @@ class StreamedTriples(IterableDataset):
 
     @classmethod
     def of(cls, ordered: IterableDataset, reader: RowsRead, features: Features) -> StreamedTriples:
-        """Training rows of `ordered`, with the features that `reader` sees to."""
         features = Features({name: features[name] for name in reader.names})
         batches: dict[str, Any] = {"batched": True, "batch_size": ROWS_A_BATCH, "features": features}
         rows = ordered.map(reader, remove_columns=["number", "stored"], **batches)
@@ -268,7 +264,6 @@ class StreamedTriples(IterableDataset):
         return self.of(self.ordered.shuffle(seed, *args, **kwargs), self.reader, self.features)
 
     def select_columns(self, column_names: str | list[str]) -> StreamedTriples:
-        """Keep some of the columns."""
         names = [column_names] if isinstance(column_names, str) else list(column_names)
         if missing := [name for name in names if name not in self.reader.names]:
             raise ValueError(f"no column {missing[0]!r}; there are {', '.join(self.reader.names)}")
@@ -280,6 +275,5 @@ class StreamedTriples(IterableDataset):
         return self.of(self.ordered, replace(self.reader, checks=checks), self.features)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order, where the rows are shuffled."""
         super().set_epoch(epoch)
         self.ordered.set_epoch(epoch)

@@ -46,8 +46,6 @@ _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "title")])
 
 @dataclass
 class Texts:
-    """Texts by id."""
-
     source: str  # for messages
     dataset: Dataset  # columns id and text
     key: list[Any]  # JSON-ready, identifies the content
@@ -58,7 +56,6 @@ class Texts:
         return {**self.__dict__, "_index": None}
 
     def get(self, ids: Sequence[str]) -> list[str | None]:
-        """The text of each id; None where there is none."""
         if self._index is None:
             chunks = self.dataset.data.column("id").chunks
             hashes = np.fromiter((hash_of(name) for chunk in chunks for name in chunk.to_pylist()), np.uint64)
@@ -105,7 +102,6 @@ def _opened(source: TextSource, setting: str) -> tuple[Source, Sequence[str]]:
 
 
 def _open_tsv(path: Path) -> LineSource:
-    """Lines of id and text, perhaps below a header."""
     first = next(iter(first_lines(path)), [])
     header = len(first) == 2 and is_header(first)
     if header and names_ids(first[1]) and not names_ids(first[0]):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,20 +165,6 @@ def test_hub_layout_with_judgements_of_its_own(repository: Path, tmp_path: Path)
     with pytest.raises(FileNotFoundError) as broken:
         BeirOnHub(repository, tmp_path / "other").load("test")
     assert not isinstance(broken.value, MissingSplitError)
-
-
-def data_folder(name: str) -> Path:
-    root = Path(os.environ.get("TCT_HF_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
-    if not (root / name).is_dir():
-        pytest.skip(f"{name} is not here; set TCT_HF_DATA to the folder that holds it")
-    return root / name
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(("name", "passages", "queries"), [("scifact", 5183, 300), ("medquad", 15809, 1410)])
-def test_real_collections_load_whole(name: str, passages: int, queries: int, tmp_path: Path) -> None:
-    corpus, texts, qrels = load_beir(data_folder(name), "test", cache_dir=tmp_path)
-    assert (len(corpus), len(texts), len(qrels)) == (passages, queries, queries)
 
 
 def with_flaws(folder: Path) -> None:

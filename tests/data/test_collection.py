@@ -13,7 +13,6 @@ from tct_hf.pipeline.settings import DataSettings
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.negatives import collection_bm25, collection_triples
 from tests.recipe import write_beir
-from tests.rows import jsonl, write
 
 
 @pytest.fixture
@@ -254,15 +253,6 @@ def test_a_title_long_enough_is_the_question_and_leaves_its_passage() -> None:
     assert (made.passage_id, made.text, made.rest) == ("a", titles[0], bodies[0])
     (made,) = questions_from(titled, 10, seed=1, without=["how arrays are sorted?"])
     assert (made.text, made.rest) == ("The values all stay in place.", "How arrays are sorted It returns nothing.")
-
-
-def test_titles_reach_the_collection_of_a_beir_folder(tmp_path: Path) -> None:
-    row = {"_id": "d1", "title": "How arrays are sorted", "text": "The values stay where they are."}
-    write(tmp_path / "corpus.jsonl", jsonl([row]))
-    collection = load_collection(str(tmp_path), required=())
-    collection.make_questions(5, seed=0)
-    assert collection.questions == {"made-d1": "How arrays are sorted"}
-    assert collection.made["made-d1"].rest == "The values stay where they are."
 
 
 def test_rows_of_made_questions_learn_from_the_rest_of_their_passage() -> None:

@@ -185,16 +185,9 @@ def test_rows_without_judgements_stay_marked(tmp_path: Path, streaming: bool) ->
     assert "labelled" not in load_triples(path, columns={"labelled": None}).column_names
 
 
-QRELS_FILES = {
-    "beir.tsv": "query-id\tcorpus-id\tscore\n1\td1\t1\n1\td6\t2\n1\td2\t0\n",
-    "trec.txt": "1 0 d1 1\n1 0 d6 2\n1 0 d2 0\n",
-    "trec.tsv.gz": "1\t0\td1\t1\n1\t0\td6\t2\n1\t0\td2\t0\n",
-}
-
-
-@pytest.mark.parametrize(("name", "streaming"), [(name, name[0] == "t") for name in QRELS_FILES])
-def test_known_positives_come_from_qrels(tmp_path: Path, name: str, streaming: bool) -> None:
-    qrels = write(tmp_path / name, QRELS_FILES[name])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_known_positives_come_from_qrels(tmp_path: Path, streaming: bool) -> None:
+    qrels = write(tmp_path / "trec.txt.gz", "1 0 d1 1\n1 0 d6 2\n1 0 d2 0\n")
     loaded = load_triples(write(tmp_path / "ids.tsv", ID_LINES), qrels=qrels, streaming=streaming, **BY_ID)
     # The row's own positive is known even where it is not judged.
     assert [row["known_positive_ids"] for row in loaded] == [["d1", "d6"], ["d1", "d6", "d3"], ["d5"]]
@@ -231,17 +224,6 @@ def test_beir_folder_gives_bm25_triples(tmp_path: Path) -> None:
             load_triples(folder, **wrong)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_folder_in_the_hubs_layout_is_read(tmp_path: Path, streaming: bool) -> None:
-    for at, row in enumerate(ROWS):
-        write(tmp_path / "set" / "data" / f"train-0000{at}-of-00002.jsonl", jsonl([row]))
-    write(tmp_path / "set" / "data" / "dev-00000-of-00001.jsonl", jsonl(ROWS[:1]))
-    for split, rows in (("train", ROWS), ("dev", ROWS[:1])):
-        assert rows_of(load_triples(tmp_path / "set", split=split, streaming=streaming)) == rows
-    with pytest.raises(FileNotFoundError, match=r"no split 'test'; splits there: .*train"):
-        load_triples(tmp_path / "set", split="test", streaming=streaming)
-
-
 def test_hub_data_set_is_loaded_with_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     parts: dict[str | None, list[dict[str, Any]]] = {
@@ -265,11 +247,6 @@ def test_hub_data_set_is_loaded_with_its_configuration(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["corpus", "queries", "default"])
     loaded = load_triples("owner/name")
     assert loaded[0]["positive_id"] == "d1" and loaded[0]["negative_id"] != "d1"
-
-
-def test_offline_hub_error_says_the_fix() -> None:
-    with pytest.raises(OSError, match=r"owner/name.*can't be reached.*check the path or the network"):
-        load_triples("owner/name", config="any")
 
 
 # Streaming ---------------------------------------------------------------------------------------------------------
@@ -297,13 +274,10 @@ def test_same_source_and_settings_are_prepared_once(tmp_path: Path, cache: Path)
         assert len(list(cache.glob("triples-*"))) == prepared
     write(path, path.read_bytes() * 2)
     assert len(load_triples(path)) == 4
-
-
-def test_changed_collection_is_looked_up_anew(tmp_path: Path) -> None:
     path = write(tmp_path / "ids.tsv", ID_LINES)
-    load_triples(path, collection=PASSAGES, queries=QUERIES)
-    changed = load_triples(path, collection={**PASSAGES, "d1": "new text"}, queries=QUERIES)
-    assert changed[0]["positive"] == "new text"
+    for text in ("old text", "new text"):
+        loaded = load_triples(path, collection={**PASSAGES, "d1": text}, queries=QUERIES)
+        assert loaded[0]["positive"] == text
 
 
 def test_skipped_rows_are_reported_each_time_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -394,8 +368,9 @@ def test_bad_scores_are_named_and_can_be_skipped(tmp_path: Path, change: dict[st
 def test_scores_that_are_not_finite_or_not_there_are_named(tmp_path: Path) -> None:
     for bad in (float("nan"), float("inf"), 1e300):
         rows = Dataset.from_list([LISTED, {**LISTED, "label": [1.0, 0.0, bad]}])
-        message = r"row 1, column 'label': the score of negatives\[1\] of query 'first query' is"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(
+            ValueError, match=r"row 1, column 'label': the score of negatives\[1\] of query 'first q.* is"
+        ):
             load_triples(rows, scores="label")
     with pytest.raises(ValueError, match=r"neither a column 'scores' nor 'positive_scores' .*what follows positive_"):
         load(tmp_path, [EACH], scores="scores")
