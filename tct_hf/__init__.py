@@ -56,27 +56,27 @@ if TYPE_CHECKING:
     from tct_hf.teachers.base import Teacher as Teacher
     from tct_hf.teachers.bm25 import BM25Teacher as BM25Teacher
     from tct_hf.teachers.cached import CachedTeacher as CachedTeacher
-    from tct_hf.teachers.calibration import Calibration as Calibration
-    from tct_hf.teachers.calibration import calibrate as calibrate
     from tct_hf.teachers.colbert import ColBERTTeacher as ColBERTTeacher
     from tct_hf.teachers.colbert import DenseTeacher as DenseTeacher
     from tct_hf.teachers.cross_encoder import CrossEncoderTeacher as CrossEncoderTeacher
     from tct_hf.teachers.ensemble import TeacherEnsemble as TeacherEnsemble
+    from tct_hf.teachers.mixture import Calibration as Calibration
+    from tct_hf.teachers.mixture import calibrate as calibrate
     from tct_hf.teachers.mixture import free_mixture as free_mixture
     from tct_hf.teachers.mixture import search_mixture as search_mixture
     from tct_hf.teachers.scoring import score_expansions as score_expansions
     from tct_hf.teachers.scoring import score_triples as score_triples
     from tct_hf.teachers.stored import StoredScores as StoredScores
+    from tct_hf.training.arguments import LossSchedule as LossSchedule
+    from tct_hf.training.arguments import Schedule as Schedule
     from tct_hf.training.arguments import SparseTCTTrainingArguments as SparseTCTTrainingArguments
     from tct_hf.training.arguments import TCTTrainingArguments as TCTTrainingArguments
     from tct_hf.training.collator import TCTDataCollator as TCTDataCollator
     from tct_hf.training.loss import TeacherTargets as TeacherTargets
     from tct_hf.training.loss import TightlyCoupledLoss as TightlyCoupledLoss
     from tct_hf.training.loss import coupled_loss as coupled_loss
-    from tct_hf.training.schedules import LossSchedule as LossSchedule
-    from tct_hf.training.schedules import Schedule as Schedule
-    from tct_hf.training.sparse import CollapsedStudent as CollapsedStudent
-    from tct_hf.training.sparse import SparseTCTTrainer as SparseTCTTrainer
+    from tct_hf.training.trainer import CollapsedStudent as CollapsedStudent
+    from tct_hf.training.trainer import SparseTCTTrainer as SparseTCTTrainer
     from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
 # The imports above are the table of public names. At run time none of them is made until its name is asked for:

@@ -96,6 +96,27 @@ def parts_of_similar_length(
         yield index, {key: take(value, index, width) for key, value in merged.items()}
 
 
+def in_parts(
+    merged: Features, forward: Callable[[dict[str, Any]], Sequence[Tensor]], budget: int | None = None
+) -> list[Tensor]:
+    """What a forward pass makes of a padded batch, in passes of :func:`parts_of_similar_length`.
+
+    Returns:
+        Each tensor `(rows, ...)` of `forward`, the rows in their order, the second dimension padded with zeros.
+    """
+    rows, made = zip(*[(rows, forward(part)) for rows, part in parts_of_similar_length(merged, budget)], strict=True)
+    back = torch.cat(rows).argsort()
+    return [torch.cat(pad_alike(parts))[back] for parts in zip(*made, strict=True)]
+
+
+def pad_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`(rows, tokens, ...)` tensors padded with zeros to the widest; those of one dimension as they are."""
+    if tensors[0].ndim == 1:
+        return list(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    return [tensor if tensor.shape[1] == width else pad_tokens(tensor, width) for tensor in tensors]
+
+
 def sizes_of_all(size: int, device: torch.device) -> list[int]:
     """One number from every process, in rank order."""
     if get_world_size() == 1:

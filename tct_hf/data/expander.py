@@ -21,7 +21,7 @@ from tct_hf.data import shards
 from tct_hf.data.expansion import query_columns
 from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.encoders import told_of_files
-from tct_hf.encoding.weights import check_dtype, compute_dtype, tokenizer_digest, weights_digest
+from tct_hf.encoding.weights import compute_dtype, tokenizer_digest, weights_digest
 from tct_hf.progress import PassageProgress
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def load_expander(name_or_path: str = DEFAULT_EXPANDER, *, dtype: str = "auto", 
         ValueError: an unknown dtype, or a model that is no seq2seq model.
         OSError: there is no such model.
     """
-    check_dtype(dtype)
     place = torch.device("cpu" if device is None else device)
     with told_of_files(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)

@@ -1,8 +1,5 @@
 """Build and save students, dense and sparse, and ColBERTs made of stock sentence-transformers modules.
 
-By default a model reads texts its own way ("own"): tokenizer, prompts, pooling, normalisation and similarity are those
-of the embedding model it begins with, and so its checkpoint is an ordinary embedding model. The paper's way is "tct".
-
 The rule of "tct" (Pyserini's, for the released checkpoints; `[Q]` and `[D]` are three WordPiece tokens each):
 
     query      [CLS] [Q] text [MASK] ... [MASK]    always 36 tokens, all attended; mean over positions 4 to 35
@@ -10,9 +7,6 @@ The rule of "tct" (Pyserini's, for the released checkpoints; `[Q]` and `[D]` are
 
 No [SEP], no projection, no normalisation, compared by dot product. Without query augmentation a query has no [MASK]s
 and is pooled like a passage. A text with no token of its own (the empty passage) is the zero vector.
-
-Beyond the paper a student may take the start token's vector, normalise with a learned scale, or keep some layers of
-the encoder.
 """
 
 from __future__ import annotations
@@ -37,15 +31,16 @@ from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.encoders import (
     check_length,
     keep_layers,
+    length_of,
     load_model,
     load_transformer,
     make_own,
     make_tct,
+    scale_modules,
     set_lengths,
     told_of_files,
 )
 from tct_hf.encoding.kinds import PROMPTS, kind_of, read_json_of
-from tct_hf.encoding.scale import length_of, scale_modules
 from tct_hf.encoding.weights import refuse_not_finite
 from tct_hf.files import replace_dir, staging_beside
 
@@ -71,8 +66,7 @@ def _check(
         )
     if encoding == "own" and (scale is not None or not query_augmentation):
         raise ValueError(
-            'scale and query_augmentation are settings of encoding="tct": leave them out, or ask for it. The factor '
-            "of an own-encoding student's cosines is the loss's student_scale."
+            'scale and query_augmentation are settings of encoding="tct": leave them out, or set student_scale.'
         )
 
 
@@ -109,7 +103,6 @@ def _load_own(
 def _with_own(
     model: SentenceTransformer, prompts: Mapping[str, str] | None, **lengths: int | None
 ) -> SentenceTransformer:
-    """A model with these prompts and lengths, where they are given."""
     if prompts:
         model.prompts = {"query": "", "document": "", **prompts}
         # Plain encode() takes its texts for passages.
@@ -146,7 +139,7 @@ def build_student(
         prompts: prompts such as `{"query": "query: ", "document": "passage: "}`, instead of the model's own. With a
             prompt of documents plain `encode` takes its texts for passages.
         scale: with "tct", normalise the vectors and learn the factor of their cosines, from this number on (20.0, for
-            example), in a stock module, see :mod:`tct_hf.encoding.scale`. None (the paper's): vectors as pooled.
+            example), in a stock module. None (the paper's): vectors as pooled.
 
     Returns:
         A SentenceTransformer of stock modules, in float32.
@@ -191,9 +184,7 @@ def build_colbert(
             "tct", the students' TCT input and a projection, scored by the sum.
         dim: with "tct", dimensions of a token vector, 128 when None. The projection is drawn from torch's global
             random state.
-        query_length: as in :func:`build_student`.
-        document_length: as in :func:`build_student`.
-        prompts: as in :func:`build_student`.
+        query_length, document_length, prompts: as in :func:`build_student`.
 
     Returns:
         A MultiVectorEncoder: encoder, linear projection ("tct"), scoring mask, L2 normalisation of every token vector.
@@ -222,8 +213,7 @@ def build_colbert(
     model = _load_own(model_name_or_path, prompts, **lengths)
     if not isinstance(model[0], Transformer):
         raise ValueError(
-            f"{model_name_or_path} begins with a {type(model[0]).__name__}, which gives no vector for each token "
-            "in its context: use a model that begins with a Transformer."
+            f"{model_name_or_path} begins with a {type(model[0]).__name__}: use one that begins with a Transformer."
         )
     return MultiVectorEncoder(
         modules=[model[0], *scoring],
@@ -247,18 +237,12 @@ def student_from_teacher(
 ) -> SentenceTransformer:
     """Initialise a student from a ColBERT teacher's encoder: the paper's initialisation.
 
-    The encoder is copied without the projection. The student's tokenizer never has the teacher's own markers
-    ([unused0], an added "[Q] " token).
+    The encoder is copied without the projection, the tokenizer without the teacher's markers ([unused0], "[Q] ").
 
     Args:
         teacher: a multi-vector model, a ColBERTTeacher, or a path or Hub id of one.
         encoding: "tct", or "own" for the teacher's tokenizer, lengths and prompts, compared by dot product.
-        layers: the layers of the teacher's encoder to keep, counted from 0; None: all.
-        query_length: as in :func:`build_student`.
-        document_length: as in :func:`build_student`.
-        query_augmentation: as in :func:`build_student`.
-        prompts: as in :func:`build_student`.
-        scale: as in :func:`build_student`.
+        layers, query_length, document_length, query_augmentation, prompts, scale: as in :func:`build_student`.
         pooling: "mean" or "cls"; "mean" when None.
 
     Returns:
@@ -274,15 +258,10 @@ def student_from_teacher(
     model: Any = getattr(teacher, "model", teacher)
     if isinstance(teacher, (str, Path)):
         if (kind := kind_of(str(teacher))) not in ("colbert", "other", None):
-            raise ValueError(
-                f"{teacher} is no ColBERT ({kind}), so there is no teacher to start from: use build_student."
-            )
+            raise ValueError(f"{teacher} is no ColBERT ({kind}): use build_student.")
         model = load_model(MultiVectorEncoder, str(teacher), device="cpu")
     if not isinstance(model, MultiVectorEncoder):
-        raise ValueError(
-            f"{type(model).__name__} is not a multi-vector model: give a MultiVectorEncoder, a ColBERTTeacher, or the "
-            "path of one; for any other encoder use build_student."
-        )
+        raise ValueError(f"{type(model).__name__} is not a multi-vector model: give one, or use build_student.")
     transformer: Any = copy.deepcopy(model[0]).float().requires_grad_(True)
     lengths: dict[str, Any] = {"query_length": query_length, "document_length": document_length}
     own = {side: prompt or "" for side, prompt in model.prompts.items()}
@@ -341,10 +320,7 @@ def build_splade(
 
 def _check_head(model_name_or_path: str) -> None:
     """Refuse a checkpoint without all weights of the masked-language-model head: they would be random."""
-    needed = (
-        "A SPLADE student needs a checkpoint with its masked-language-model head (an architecture *ForMaskedLM, such "
-        "as Luyu/co-condenser-marco, bert-base-uncased or distilbert-base-uncased), or a trained SPLADE."
-    )
+    needed = "A SPLADE student needs one with its masked-language-model head, such as distilbert-base-uncased."
     with told_of_files(model_name_or_path):
         config = AutoConfig.from_pretrained(model_name_or_path)
     if type(config) not in AutoModelForMaskedLM._model_mapping:

@@ -20,9 +20,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from tct_hf.encoding.encoders import query_expansion, tct_post_processor
+from tct_hf.encoding.encoders import length_of, query_expansion, tct_post_processor
 from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, check_query_length, is_tct, module_classes, read_json
-from tct_hf.encoding.scale import length_of
 from tct_hf.encoding.weights import refuse_broken_files
 from tct_hf.files import write_json_atomic, write_text_atomic
 
@@ -32,8 +31,6 @@ REQUIREMENTS = {"sentence-transformers": {"specifier": ">=6.0"}}
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a TCT student's files say of its encoding."""
-
     settings: dict[str, Any]  # of the Transformer module
     query_length: int
     document_length: int
@@ -46,12 +43,11 @@ class _Layout:
 
 def _read_layout(path: Path) -> _Layout:
     """Read the parts of a TCT student's encoding that only its builder can know."""
-    not_ours = "so this is not a student of this package: build one with build_student or student_from_teacher."
+    not_ours = "so this is not a student of this package: build one with build_student."
     modules = read_json(path / "modules.json", required=True)
     if module_classes(modules) not in TCT_MODULES:
         raise ValueError(
-            f"{path / 'modules.json'} has the modules {module_classes(modules)}, not Transformer and Pooling (and "
-            f"Normalize and Dense of a learned scale), {not_ours}"
+            f"{path / 'modules.json'} has the modules {module_classes(modules)}, not {TCT_MODULES[1]}, {not_ours}"
         )
     settings_file, pooling_file = "sentence_bert_config.json", f"{modules[1]['path']}/config.json"
     settings, pooling = (read_json(path / file, required=True) for file in (settings_file, pooling_file))
@@ -147,8 +143,7 @@ def _tct_template(path: Path, config: dict[str, Any]) -> str | None:
     start = _token(config, "cls_token", "bos_token")
     if start is None or tokenizer.token_to_id(start) is None:
         raise ValueError(
-            f"{path / 'tokenizer_config.json'} names no cls_token or bos_token that is in the vocabulary: save the "
-            "student again with save_student."
+            f"{path / 'tokenizer_config.json'} names no cls_token or bos_token of the vocabulary: save it again."
         )
     tokenizer.post_processor = tct_post_processor(tokenizer, start)
     tokenizer.no_truncation()

@@ -92,7 +92,7 @@ def load_student(
         raise ValueError(f"{name_or_path} is no TCT student: {found.why}. {_instead(name_or_path, found)}")
     student: SentenceTransformer = load_model(SentenceTransformer, str(folder), device=device)
     if document_length is not None:
-        _set_document_length(student, document_length)
+        student.max_seq_length = student[0].document_length = document_length  # type: ignore[assignment]
     # So that vectors and indexes say which model made them, not which folder of a cache.
     transformer: Any = student[0]
     transformer.model.config._name_or_path = str(name_or_path)
@@ -111,11 +111,6 @@ def load_encoder(
     if loader := loaders.get(recognise(name_or_path, folder).kind):
         return load_model(loader, str(folder), device=device)
     return load_student(name_or_path, revision=revision, token=token, device=device)
-
-
-def _set_document_length(model: Any, length: int) -> None:
-    model.max_seq_length = length
-    model[0].document_length = length
 
 
 def _instead(name: str, found: Recognised) -> str:
@@ -197,17 +192,15 @@ def convert_checkpoint(
     if kind != "auto" and found.kind not in (kind, "bare"):
         raise ValueError(f'{name} is {found.why}, not "{kind}"; leave kind at "auto".')
     if asked not in ("tct", "colbert", "dual-encoder"):
-        hints = {
+        hint = {
             "bare": 'pass kind="tct" if it was trained with the TCT encoding, or kind="dual-encoder" to start from it',
             "student": "there is nothing to convert",
-        }
-        other = "only TCT checkpoints, ColBERTs and dual encoders can be converted"
-        raise ValueError(f"{name}: {found.why}; {hints.get(asked, other)}.")
+        }.get(asked, "only TCT checkpoints, ColBERTs and dual encoders can be converted")
+        raise ValueError(f"{name}: {found.why}; {hint}.")
     pooled = pooling or found.pooling if asked == "dual-encoder" else "mean"
     if pooled not in ("mean", "cls"):
         raise ValueError(
-            f'{name}: pooling {pooled!r} is not part of the TCT encoding; pass pooling="mean" or pooling="cls", '
-            "whichever it was trained with."
+            f'{name}: pooling {pooled!r} is unknown; pass pooling="mean" or "cls", whichever it was trained with.'
         )
     kinds: dict[str, Any] = {"colbert": "teacher", "tct": "student", "dual-encoder": STARTING}
     with staging_beside(out) as staging:
@@ -244,16 +237,14 @@ def _write_teacher(source: Path, out: Path, document_length: int | None) -> None
     native = any(str(name).endswith("ForRetrieval") for name in architectures)
     if modules is None and not native and "HF_ColBERT" not in architectures:
         raise ValueError(
-            f"{source}: a bare encoder without a projection to token vectors, which would be random. Name a trained "
-            "ColBERT (modules.json, or the architecture HF_ColBERT in config.json); to train one from this encoder "
-            "use build_colbert."
+            f"{source}: a bare encoder without a projection: name a trained ColBERT, or train one with build_colbert."
         )
     model = load_model(MultiVectorEncoder, str(source), device="cpu")
     if not native:
         transformer: Any = model[0]
         _check_weights(source / (modules[0]["path"] if modules else ""), type(transformer.model))
     if document_length is not None:
-        _set_document_length(model, document_length)
+        model.max_seq_length = model[0].document_length = document_length
     model.save_pretrained(str(out), safe_serialization=True)
     if (source / TRAINING_FILE).is_file():
         shutil.copyfile(source / TRAINING_FILE, out / TRAINING_FILE)
@@ -261,8 +252,7 @@ def _write_teacher(source: Path, out: Path, document_length: int | None) -> None
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Load a model without transformers' report of its weights."""
-    before = logging.get_verbosity()
+    before = logging.get_verbosity()  # transformers reports on a model's weights
     logging.set_verbosity_error()
     try:
         yield
@@ -281,7 +271,7 @@ def _check_weights(source: Path, encoder: Any = AutoModel) -> list[str]:
     wrong += [str(key) for key in info["mismatched_keys"]]
     if wrong:
         raise ValueError(
-            f"{source}: {len(wrong)} weights of the encoder are missing or of another shape ({wrong[0]}, ...): "
-            "the model would be partly random. Is this the checkpoint of an encoder of config.json's type?"
+            f"{source}: the model would be partly random, {len(wrong)} weights are missing or of another shape "
+            f"({wrong[0]}, ...): download or save it again."
         )
     return [str(key) for key in info["unexpected_keys"]]

@@ -1,11 +1,9 @@
-"""An encoder made ready for a student or a ColBERT: the layers it keeps, its tokenizer, its lengths.
-
-TCT input is `[CLS] $A`, no `[SEP]`, with a prompt whose tokens stand apart from the text.
-"""
+"""An encoder made ready for a student or a ColBERT: the layers it keeps, its tokenizer, its lengths."""
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,11 +12,12 @@ from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.transformer import QueryExpansionConfig
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -56,31 +55,26 @@ def told_of_files(name_or_path: str) -> Iterator[None]:
         raise kind(f"{name_or_path}: no model can be loaded, from a folder or from the Hub ({first})") from error
     except (ImportError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:  # the libraries load nothing but tensors
-        raise ValueError(
-            f"{name_or_path}: its weights hold more than tensors, and reading them could run code of their author. "
-            "Get the checkpoint in safetensors, or convert it where you trust it."
-        ) from error
     except Exception as error:
         if isinstance(error, (RuntimeError, AssertionError)) and _OF_A_DEVICE.search(str(error)):
             raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{name_or_path}: needs code of its author (trust_remote_code), which is not run; name another model."
-            ) from error
-        blamed = "config.json, modules.json, sentence_bert_config.json, config_sentence_transformers.json"
-        blamed += " or the weights"
-        try:
-            AutoTokenizer.from_pretrained(name_or_path)
-        except Exception:
-            with suppress(Exception):
-                AutoConfig.from_pretrained(name_or_path)
-                blamed = "tokenizer_config.json or tokenizer.json"
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{name_or_path}: {blamed} can't be used ({type(error).__name__}: {why}); download or save the checkpoint "
-            "again."
-        ) from error
+        raise ValueError(f"{name_or_path}: {_what_is_wrong(name_or_path, error)}") from error
+
+
+def _what_is_wrong(name_or_path: str, error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # the libraries load nothing but tensors
+        return "its weights hold more than tensors, which could be code to run: get the checkpoint in safetensors."
+    if "trust_remote_code" in str(error):
+        return "needs code of its author (trust_remote_code), which is not run; name another model."
+    blamed = "config.json, modules.json, sentence_bert_config.json, config_sentence_transformers.json or the weights"
+    try:
+        AutoTokenizer.from_pretrained(name_or_path)
+    except Exception:
+        with suppress(Exception):
+            AutoConfig.from_pretrained(name_or_path)
+            blamed = "tokenizer_config.json or tokenizer.json"
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{blamed} can't be used ({why}); download or save the checkpoint again."
 
 
 def load_transformer(model_name_or_path: str, **options: Any) -> Transformer:
@@ -144,8 +138,7 @@ def make_tct(
     if query_augmentation:
         if tokenizer.mask_token is None:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path!r} has no mask token for query augmentation: use another "
-                "encoder, or query_augmentation=False."
+                f"{tokenizer.name_or_path!r} has no mask token for query augmentation: set query_augmentation=False."
             )
         tokens.append(str(tokenizer.mask_token))
     encoder: Any = transformer.model
@@ -154,7 +147,7 @@ def make_tct(
         if tokenizer.backend_tokenizer.token_to_id(token) >= rows:
             raise ValueError(
                 f"The token {token!r} of {tokenizer.name_or_path!r} has no embedding: the encoder has {rows}. Use the "
-                "tokenizer that the encoder was trained with, or resize its embeddings and train them."
+                "tokenizer that it was trained with."
             )
     _set(transformer, tokenizer, query_length, document_length, augmented=query_augmentation)
 
@@ -170,7 +163,7 @@ def make_own(transformer: Transformer, *, markers: Sequence[str] = ()) -> None:
     if start and tokenizer("a")["input_ids"] == tokenizer(f"{start}a", add_special_tokens=False)["input_ids"]:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} adds {start!r} and no more, which is the TCT encoding's "
-            'input: use encoding="tct", or begin with another encoder (a ColBERT of encoding="own").'
+            'input: use encoding="tct".'
         )
     if markers:
         tokenizer = _made_of(_without_added_tokens(tokenizer.backend_tokenizer, markers), tokenizer, length)
@@ -233,8 +226,7 @@ def keep_layers(model: Any, layers: Sequence[int] | None) -> None:
     stacks = {name: stack for name, stack in stacks.items() if len(stack) == count}
     if len(stacks) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers, so that it is unclear which layers "
-            "to keep: use an encoder with one stack (BERT, MiniLM, MPNet), or layers=None."
+            f"{type(model).__name__} has {len(stacks)} stacks of {count} layers: use one with one, or layers=None."
         )
     [(name, stack)] = stacks.items()
     model.set_submodule(name, nn.ModuleList([stack[layer] for layer in layers]))
@@ -248,8 +240,7 @@ def keep_layers(model: Any, layers: Sequence[int] | None) -> None:
     if found != wanted:
         raise ValueError(
             f"layers={list(layers)}: the layers of {type(model).__name__} differ, and at its new place "
-            f"{min(found ^ wanted)[0]} would be lost, or random, in a saved student: keep that layer at its place "
-            "(the first one first, of ModernBERT and T5), or layers=None."
+            f"{min(found ^ wanted)[0]} would be lost, or random: keep that layer at its place, or layers=None."
         )
 
 
@@ -257,8 +248,7 @@ def tct_post_processor(tokenizer: Tokenizer, token: str) -> TemplateProcessing:
     """What adds special tokens to a text: the start token only, no `[SEP]`."""
     if tokenizer.token_to_id(token) is None:
         raise ValueError(
-            f"{token!r}, the first token of every input, is not in the vocabulary: set tokenizer.cls_token to a token "
-            "that is."
+            f"{token!r}, the first token of every input, is not in the vocabulary: set tokenizer.cls_token to one."
         )
     special: Any = [(token, tokenizer.token_to_id(token))]
     return TemplateProcessing(single=f"{token} $A", pair=f"{token} $A $B:1", special_tokens=special)
@@ -275,10 +265,7 @@ def tct_tokenizer(
     tokenizer = _fast(tokenizer)
     start = tokenizer.cls_token or tokenizer.bos_token
     if start is None:
-        raise ValueError(
-            f"{type(tokenizer).__name__} of {tokenizer.name_or_path!r} has neither a cls_token nor a bos_token, but "
-            "TCT input starts with one: use a BERT-like encoder, or set tokenizer.cls_token to one of its tokens."
-        )
+        raise ValueError(f"{tokenizer.name_or_path!r} has neither a cls_token nor a bos_token: use a BERT-like one.")
     backend = _without_added_tokens(tokenizer.backend_tokenizer, markers)
     backend.post_processor = tct_post_processor(backend, start)
     fresh = _made_of(backend, tokenizer, document_length)
@@ -289,8 +276,7 @@ def tct_tokenizer(
 def _fast(tokenizer: PreTrainedTokenizerBase | None) -> Any:
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError(
-            f"{type(tokenizer).__name__} is not backed by the tokenizers library, which TCT input needs to leave out "
-            "[SEP]: load the encoder with a fast tokenizer (a tokenizer.json)."
+            f"{type(tokenizer).__name__} is not of the tokenizers library: use one with a tokenizer.json."
         )
     return tokenizer
 
@@ -320,23 +306,71 @@ def _made_of(backend: Tokenizer, tokenizer: PreTrainedTokenizerBase, document_le
 
 def _check_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a prompt's tokens are a prefix of the tokens of the prompt with any text, and end as text."""
-    shown = tokenizer.convert_ids_to_tokens
+    shown, name = tokenizer.convert_ids_to_tokens, tokenizer.name_or_path
     for prompt in PROMPTS.values():
         alone = tokenizer(prompt)["input_ids"]
         # sentence-transformers takes a special token at the prompt's end for a [SEP] and counts one token less.
         if alone[-1] in tokenizer.all_special_ids:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path!r} ends the prompt {prompt!r} with a special token: "
-                f"{shown(alone)}. The prompt's tokens would be miscounted and every vector silently wrong: use an "
-                "encoder whose vocabulary has '[' and ']'."
+                f"The tokenizer of {name!r} ends the prompt {prompt!r} with a special token, {shown(alone)}, and "
+                "every vector would be wrong: use an encoder whose vocabulary has '[' and ']'."
             )
         for probe in (*_PROBES, tokenizer.mask_token or "a"):
             joined = tokenizer(prompt + probe)["input_ids"]
             if joined[: len(alone)] != alone:
                 raise ValueError(
-                    f"The tokenizer of {tokenizer.name_or_path!r} joins the prompt {prompt!r} with the text after it: "
-                    f"alone it is {shown(alone)}, before {probe!r} it is {shown(joined)}. The prompt's tokens could "
-                    "not be left out of the pooling, and every vector would be silently wrong. Byte-level BPE "
-                    "(RoBERTa, GPT) and SentencePiece (XLM-R) do this with the space: use an encoder with a WordPiece "
-                    'tokenizer, such as BERT, MiniLM or MPNet, or encoding="own".'
+                    f"The tokenizer of {name!r} joins the prompt {prompt!r} with the text after it (alone it is "
+                    f"{shown(alone)}, before {probe!r} {shown(joined)}), and every vector would be wrong. Byte-level "
+                    "BPE and SentencePiece do this with the space: use an encoder with a WordPiece tokenizer, such as "
+                    'BERT, MiniLM or MPNet, or encoding="own".'
                 )
+
+
+def scale_modules(dim: int, scale: float) -> list[Module]:
+    r"""The modules after the pooling of a student whose scores are `scale * cosine`, of vectors `sqrt(scale)` long.
+
+    The matrix is `sqrt(scale)` times the identity: no stock module holds a single number. Training moves that number
+    alone, at the encoder's learning rate, or its own: `learning_rate_mapping={r"\.3\.linear\.weight": 1e-2}`.
+    """
+    if isinstance(scale, bool) or not 0.0 < scale < float("inf"):
+        raise ValueError(
+            f"scale={scale!r}: give a finite number greater than 0, such as 20.0, or None for vectors as pooled."
+        )
+    weight = torch.eye(dim) * math.sqrt(scale)
+    return [Normalize(), Dense(dim, dim, bias=False, activation_function=nn.Identity(), init_weight=weight)]
+
+
+def length_of(modules: Sequence[Any]) -> Tensor | None:
+    """The weight that makes all vectors of a student (or of its modules) one length.
+
+    Returns:
+        `(dim, dim)`, exactly `s` times the identity; None where the last modules are no learned scale.
+    """
+    ends = list(modules)[-2:]
+    if [type(module) for module in ends] != [Normalize, Dense]:
+        return None
+    before, last = ends
+    plain = not last.bias and not last.use_residual and isinstance(last.activation_function, nn.Identity)
+    names = {before.module_input_name, before.module_output_name, last.module_input_name, last.module_output_name}
+    weight = last.linear.weight
+    scalar = weight.shape[0] == weight.shape[1] and torch.equal(weight, _diagonal(weight[0, 0], len(weight)))
+    return weight if plain and scalar and names == {"sentence_embedding"} else None
+
+
+def _diagonal(value: Tensor, size: int) -> Tensor:
+    return torch.diag(value.detach().expand(size))
+
+
+def _uniform(gradient: Tensor) -> Tensor:
+    # The nearest multiple of the identity: every element of the diagonal then takes the same step of the optimizer.
+    return _diagonal(gradient.diagonal().mean(), len(gradient))
+
+
+def keep_scalar(student: Any) -> None:
+    """Let training move a student's learned scale, where it has one, and nothing else of its matrix.
+
+    An optimizer that treats equal elements equally (SGD, Adam, AdamW, Adafactor and most others) keeps it exact.
+    """
+    weight = length_of(getattr(student, "_orig_mod", student))
+    if weight is not None and weight.requires_grad and _uniform not in (weight._backward_hooks or {}).values():
+        weight.register_hook(_uniform)

@@ -27,15 +27,11 @@ TCT_MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize
 
 _MOST_TOKENS = 65_536  # of a query, whatever number of positions a configuration says
 
-# Whole numbers in the small files and the most that each may be (of padded queries see check_query_length), and other
-# values that the readers walk into.
+# Whole numbers in the small files and the most that each may be (of padded queries see check_query_length).
 _SIZES: dict[str, float] = {
-    "length": math.inf,
-    "query_length": math.inf,
-    "query_maxlen": math.inf,
-    "document_length": 10**8,
-    "truncate_dim": 10**8,
-    **dict.fromkeys(("max_seq_length", "model_max_length"), math.inf),  # of thirty digits, or 1e30: no limit
+    # Of thirty digits, or 1e30: no limit.
+    **dict.fromkeys(("length", "query_length", "query_maxlen", "max_seq_length", "model_max_length"), math.inf),
+    **dict.fromkeys(("document_length", "truncate_dim"), 10**8),
     # Without a library's own limit: so many layers are made before the weights are looked at.
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers"), 1000),
     **dict.fromkeys(("num_hidden_groups", "inner_group_num"), 1000),
@@ -43,10 +39,8 @@ _SIZES: dict[str, float] = {
 _AGAIN = "download or save the checkpoint again."
 _KINDS = {"architectures": list, "query_expansion": dict, "prompts": dict}
 
-# Beside a teacher's checkpoint: what its scores were multiplied by in training.
-TRAINING_FILE = "tct_teacher.json"
-# In a conversion: what it was made from.
-ORIGIN_FILE = "tct_origin.json"
+TRAINING_FILE = "tct_teacher.json"  # beside a teacher's checkpoint: what its scores were multiplied by in training
+ORIGIN_FILE = "tct_origin.json"  # in a conversion: what it was made from
 STARTING = "starting student"
 
 
@@ -102,8 +96,7 @@ def _wrong_value(content: dict[str, Any]) -> str | None:
 
 def read_json_of(name_or_path: str, file: str) -> Any:
     """A JSON file of a folder or Hub repository; one that is missing is None."""
-    path = _file_of(name_or_path, file)
-    return None if path is None else read_json(path)
+    return None if (path := _file_of(name_or_path, file)) is None else read_json(path)
 
 
 def _file_of(name_or_path: str, file: str) -> Path | None:
@@ -163,8 +156,8 @@ def check_query_length(name: str, config: Any, *settings: Any) -> None:
         for file, length in lengths.items():
             if isinstance(length, (int, float)) and length > most:
                 raise ValueError(
-                    f"{name}/{file}: it pads queries to {length:,} tokens, but its encoder takes {most:,}, and memory "
-                    "would end first: its files are damaged or forged; get the checkpoint from another place."
+                    f"{name}/{file}: it pads queries to {length:,} tokens, but its encoder takes {most:,}: its files "
+                    "are damaged or forged; get the checkpoint from another place."
                 )
 
 

@@ -25,21 +25,15 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):  # older torch does not tell
-            return False
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a setting that says nothing of what to compute in."""
-    if dtype not in ("auto", "bfloat16", "float32"):
-        raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """What a setting of "auto", "bfloat16" or "float32" comes to on a device."""
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
     wanted = dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(device))
     return torch.bfloat16 if wanted else torch.float32
 
@@ -55,14 +49,10 @@ def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> No
         model.float()
 
 
-def is_half(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of a floating type smaller than float32."""
-    return tensor.is_floating_point() and tensor.element_size() < 4
-
-
 def master_weights(model: Any) -> Any:
     """Make a model that will be trained float32: an update is often too small for half precision to take it in."""
-    half = next((one.dtype for one in model.parameters() if one.requires_grad and is_half(one)), None)
+    trained = {one.dtype for one in model.parameters() if one.requires_grad}
+    half = next((dtype for dtype in trained if dtype.is_floating_point and dtype.itemsize < 4), None)
     if half is not None:
         logger.warning(f"The weights are {half}: they are trained as float32. Set bf16=True to compute in bfloat16.")
         model.float()

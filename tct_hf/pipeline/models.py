@@ -20,11 +20,10 @@ from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
-from tct_hf.teachers.calibration import calibrate
 from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
-from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, members_of, search_mixture, weights_of
+from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, calibrate, members_of, search_mixture, weights_of
 from tct_hf.teachers.stored import StoredScores
 from tct_hf.training.run import ARGUMENTS
 

@@ -28,8 +28,8 @@ from tct_hf.retrieval.runs import Run
 from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import read_training_scale
 from tct_hf.training import run as training
+from tct_hf.training.arguments import LossSchedule, Schedule
 from tct_hf.training.loss import TightlyCoupledLoss
-from tct_hf.training.schedules import LossSchedule, Schedule
 from tct_hf.training.stages import Stage, precision
 
 Rows: TypeAlias = Dataset | IterableDataset  # type: ignore[valid-type]

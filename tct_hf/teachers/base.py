@@ -18,7 +18,7 @@ from tct_hf.batches import spread_own
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.encoders import load_model
 from tct_hf.encoding.kinds import TRAINING_FILE, read_json_of
-from tct_hf.encoding.weights import check_dtype, compute_dtype, unpack_half
+from tct_hf.encoding.weights import compute_dtype, unpack_half
 from tct_hf.retrieval.encode import say_cut_queries
 
 Features = Mapping[str, Any]
@@ -28,13 +28,7 @@ Rows = Sequence[Mapping[str, Any]]
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 _LOOKED_AT = 1000  # queries that are looked at for being cut, before training and of those that are encoded
-
-_CLASSES = {
-    "SentenceTransformer": "one vector a text",
-    "MultiVectorEncoder": "one vector a token",
-    "SparseEncoder": "one weight a word of the vocabulary",
-    "CrossEncoder": "one score a pair",
-}
+_CLASSES = ("SentenceTransformer", "MultiVectorEncoder", "SparseEncoder", "CrossEncoder")
 
 
 class Teacher(ABC):
@@ -69,8 +63,7 @@ class Teacher(ABC):
         if candidates == "in-batch" and self.covers == "own":
             raise ValueError(
                 f"A {type(self).__name__} here scores a query's own candidates only, but the loss has "
-                'candidates="in-batch": set candidates="own", mix it with a teacher of the whole batch in a '
-                'TeacherEnsemble, or, if it is a CrossEncoderTeacher, accept the cost with its candidates="in-batch".'
+                'candidates="in-batch": set candidates="own", of the loss, or "in-batch", of a CrossEncoderTeacher.'
             )
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:  # noqa: B027
@@ -84,7 +77,7 @@ class Teacher(ABC):
         """
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
-        """The columns among a data set's that this teacher reads beside texts and ids."""
+        """The columns among a data set's that this teacher reads besides texts and ids."""
         return []
 
     @property
@@ -130,11 +123,8 @@ class Teacher(ABC):
         """Scores of one query's passages, `(passages,)` float32 on the CPU."""
         if not passages:
             return torch.zeros(0)
-        row = {"query": query, "positive": passages[0]}
-        inputs = {
-            "columns": [None] * len(passages),
-            **(self.collate([query], [[one] for one in passages], [row]) or {}),
-        }
+        prepared = self.collate([query], [[one] for one in passages], [{"query": query, "positive": passages[0]}])
+        inputs = {"columns": [None] * len(passages), **(prepared or {})}
         return self.score_matrix(send_to_device(inputs, self.device), gather=False)[0].cpu()
 
 
@@ -145,11 +135,9 @@ class NoTeacher(Teacher):
     """
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Scores of zero, `(queries, columns)`."""
         return {"scores": torch.zeros(len(queries), len(columns))}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """Zeros, `(queries, candidates)`."""
         return spread_own(inputs["scores"], gather=gather)
 
 
@@ -168,7 +156,7 @@ class ModelTeacher(Teacher):
     head: ClassVar[str] = ""
     trained_with: ClassVar[str] = ""
     tokens_per_pass: int = 16_384
-    _said_cut, _not_looked_at = False, _LOOKED_AT
+    _to_look_at = _LOOKED_AT
 
     @property
     def slots_beside_passages(self) -> int | None:
@@ -176,25 +164,24 @@ class ModelTeacher(Teacher):
         return None
 
     def say_cut_queries(self, queries: Texts) -> None:
-        """Warn of queries that the model cuts, the first time that there are any."""
-        if not self._said_cut:
-            fix, beside = f"take a {self.what} that reads longer ones", self.slots_beside_passages
-            self._said_cut = say_cut_queries(self.model, queries, len(queries), beside=beside, fix=fix)
+        """Warn once of queries that the model cuts, among the first thousand."""
+        looked_at, fix = queries[: self._to_look_at], f"take a {self.what} that reads longer ones"
+        self._to_look_at -= len(looked_at)
+        if say_cut_queries(self.model, looked_at, len(looked_at), beside=self.slots_beside_passages, fix=fix):
+            self._to_look_at = 0
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        """Warn of queries that the model cuts, among the first thousand; a stream is not read for it."""
-        if isinstance(rows, Sized):
+        """Warn of queries that the model cuts."""
+        if isinstance(rows, Sized):  # a stream is not read for it
             self.say_cut_queries(checked_texts((row["query"] for row in islice(rows, _LOOKED_AT)), "queries"))
 
     def __init__(self, model: Any, *, dtype: Dtype = "auto", training_scale: float | None = None) -> None:
-        check_dtype(dtype)
         path = str(model) if isinstance(model, (str, Path)) else None
         if path is not None:
             model = self.load(path)
         if not isinstance(model, self.model_class):
             raise ValueError(
-                f"A {type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}: "
-                f"load the model with sentence_transformers.{self.model_class.__name__}."
+                f"A {type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}."
             )
         self.model = model
         if training_scale is None:
@@ -209,17 +196,14 @@ class ModelTeacher(Teacher):
         """The model of a folder or Hub id, unless it would be completed with random weights."""
         kind = (read_json_of(name_or_path, "config_sentence_transformers.json") or {}).get("model_type")
         if kind in _CLASSES and kind != cls.model_class.__name__:
-            raise ValueError(
-                f"{name_or_path} is a {kind}, {_CLASSES[kind]}, and no {cls.what}: name the folder or Hub id of one."
-            )
+            raise ValueError(f"{name_or_path} is a {kind} and no {cls.what}: name the folder or Hub id of one.")
         config, modules = (read_json_of(name_or_path, file) for file in ("config.json", "modules.json"))
         if config is not None and not cls.is_whole(kind, [one["type"].rpartition(".")[2] for one in modules or []]):
             architectures = config.get("architectures") or [""]
             if not any(name.endswith(cls.heads) for name in architectures):
                 raise ValueError(
                     f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no {cls.what}: {cls.head} "
-                    "would be random, and so would be what it teaches. Name the folder or Hub id of a trained one, or "
-                    f"train one from it ({cls.trained_with})."
+                    f"would be random. Name a trained one, or train one from it ({cls.trained_with})."
                 )
         return load_model(cls.model_class, name_or_path)
 
@@ -231,7 +215,6 @@ class ModelTeacher(Teacher):
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
         return self.model.device
 
     @property
@@ -245,7 +228,6 @@ class ModelTeacher(Teacher):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the model to the device that scores."""
         self.model.to(device)
         unpack_half(self.model, compute_dtype(self.dtype, device))
         return self
@@ -265,8 +247,7 @@ def read_training_scale(name_or_path: str) -> float:
         return 1.0 if record is None else check_scale(record["training_scale"])
     except (ValueError, KeyError) as error:  # not UTF-8, not JSON, or no scale
         raise ValueError(
-            f'{name_or_path}/{TRAINING_FILE}: {error} Make it {{"training_scale": 1.0}} with the factor of the '
-            "teacher's training, or remove the file."
+            f'{name_or_path}/{TRAINING_FILE}: {error} Make it {{"training_scale": 1.0}}, or remove the file.'
         ) from None
 
 

@@ -45,7 +45,6 @@ class BM25Teacher(Teacher):
         return type(self), (self.index,)  # a process that is spawned remembers texts of its own
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Words of the queries `(queries, words)`, padded with -1, and words and weights of the candidates."""
         words, weights = self._passages([text for row in zip(*columns, strict=True) for text in row])
         shape = (len(queries), len(columns), -1)
         return {
@@ -62,7 +61,6 @@ class BM25Teacher(Teacher):
         return torch.from_numpy(pad_arrays(words, -1)), torch.from_numpy(pad_arrays(weights))
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """The sum of a candidate's weights of the query's words, `(queries, candidates)`."""
         words, weights = inputs["passage_words"], inputs["passage_weights"]
         if gather:
             rows, width = (sizes_of_all(size, words.device) for size in (len(words), words.shape[2]))

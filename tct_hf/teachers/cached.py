@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.weights import tokenizer_digest, weights_digest
-from tct_hf.files import claim, staging_beside
+from tct_hf.files import claim
 from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
 from tct_hf.teachers.colbert import (
     TEXTS_AT_ONCE,
@@ -50,9 +49,8 @@ _NO_DAMAGE = ("locked", "full", "readonly", "unable to open", "disk I/O")
 class TokenStore:
     """Vectors of texts, each `(tokens, dim)` float16, by a 64-bit key: an SQLite file that several processes share.
 
-    Full, it keeps what it has and takes no more. Training goes through its texts in rounds: of a store for half of
-    them, half would be found; with the oldest thrown out for the newest, none would. A full disk is a full store.
-    A damaged text counts as missing, a damaged file is begun again, a folder of other settings is refused.
+    Full, it takes no more: training goes through its texts in rounds, and with the oldest thrown out none
+    would be found. A full disk is a full store, a damaged text counts as missing, a damaged file is begun again.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dim: int, max_bytes: int) -> None:
@@ -82,17 +80,10 @@ class TokenStore:
         except sqlite3.DatabaseError as error:
             if any(words in str(error) for words in _NO_DAMAGE):
                 raise
-            with staging_beside(self.file) as aside:
-                try:
-                    with self._open() as database:
-                        database.execute(f"SELECT {_COLUMNS} FROM vectors").fetchall()
-                except sqlite3.DatabaseError:  # no other process has begun it again
-                    logger.warning(f"{self.file}: damaged ({error}): it is begun again, its texts are encoded again.")
-                    with closing(sqlite3.connect(aside)) as database:
-                        database.execute("PRAGMA page_size = 16384")
-                        database.execute(_TABLE)
-                    self.file.with_name(f"{self.file.name}-journal").unlink(missing_ok=True)
-                    os.replace(aside, self.file)
+            logger.warning(f"{self.file}: damaged ({error}): it is begun again, its texts are encoded again.")
+            for file in (self.file, self.file.with_name(f"{self.file.name}-journal")):
+                file.unlink(missing_ok=True)
+            self._run(_TABLE)
         return []
 
     def keys(self) -> set[int]:
@@ -149,12 +140,9 @@ def _keys(side: str, texts: Iterable[str]) -> list[int]:
 class CachedTeacher(Teacher):
     """Wraps a :class:`ColBERTTeacher` or :class:`DenseTeacher` and keeps its vectors on disk, in half precision.
 
-    A text is encoded when it is met for the first time; scores are computed live all the same, of the vectors read. A
-    vector is known by its teacher (a hash of weights, tokens and encoding: another teacher has another folder) and by
-    its text, not its id: the same id may stand for another text elsewhere, the same text never has other vectors.
-
-    Vectors just computed are rounded like those on disk, so that a batch has the same scores the first time and later
-    (to the last bits, in which padding plays a part).
+    A text is encoded when it is met for the first time; scores are computed live, of vectors rounded as they are on
+    disk, so that a batch has the same scores the first time and later. A vector is known by its teacher (a hash of
+    weights, tokens and encoding: another teacher has another folder) and by its text.
 
     Args:
         teacher: the teacher to wrap.
@@ -168,10 +156,8 @@ class CachedTeacher(Teacher):
 
     def __init__(self, teacher: VectorTeacher, cache_dir: str | Path, *, max_gigabytes: float = 20.0) -> None:
         if not isinstance(teacher, VectorTeacher):
-            raise ValueError(
-                f"A CachedTeacher keeps vectors, and a {type(teacher).__name__} has none: give a ColBERTTeacher or a "
-                "DenseTeacher."
-            )
+            what = f"A CachedTeacher keeps vectors, and a {type(teacher).__name__} has none"
+            raise ValueError(f"{what}: give a ColBERTTeacher or a DenseTeacher.")
         if not 0 < max_gigabytes < float("inf"):
             raise ValueError(f"max_gigabytes must be a finite number greater than 0, got {max_gigabytes}.")
         self.teacher = teacher
@@ -201,18 +187,15 @@ class CachedTeacher(Teacher):
 
     @property
     def device(self) -> torch.device:
-        """The wrapped teacher's."""
         return self.teacher.device
 
     def to(self, device: torch.device) -> CachedTeacher:
-        """Move the model to the device that scores, and open the store of what it computes there."""
         self.teacher.to(device)
         self._store = None
         assert self.store is not None  # before the data loader's workers start: they can't read a model on a GPU
         return self
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        """As the wrapped teacher."""
         self.teacher.announce(rows, columns, queries=queries, devices=devices)
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
@@ -225,7 +208,6 @@ class CachedTeacher(Teacher):
         return {"vectors": [part for each in keys for part in padded([known[key] for key in each])]}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """The similarity of every query with every candidate, as the wrapped teacher compares them."""
         parts = inputs.get("vectors")
         if parts is None:
             queries, passages = inputs["texts"]
@@ -248,11 +230,9 @@ class CachedTeacher(Teacher):
         return [found[key] for key in wanted]
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
-        """Compare vectors of :meth:`vectors`, see :meth:`VectorTeacher.scores`."""
         return self.teacher.scores(queries, passages)
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
-        """As :meth:`VectorTeacher.list_scores`."""
         return compare_texts(self, query, passages)
 
 

@@ -15,10 +15,11 @@ from sentence_transformers.util import truncate_embeddings
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import pad_tokens, parts_of_similar_length, score_where_the_passages_are, stack_columns
+from tct_hf.batches import in_parts, pad_alike, score_where_the_passages_are, stack_columns
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.files import command
+from tct_hf.retrieval.encode import prompt_of
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts
 
 Side = Literal["query", "document"]
@@ -50,12 +51,10 @@ class VectorTeacher(ModelTeacher):
         """`(queries, passages)` scores of float32 vectors `(rows, vectors, dim)`, as the model compares them."""
 
     def attach(self, student: SentenceTransformer) -> None:
-        """Find out whether the student's tokens are this teacher's too."""
         self.shares_tokens = read_alike(self.model, student)
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        """As :meth:`ModelTeacher.announce`; of tokens that are the student's too the trainer has said it."""
-        if not self.shares_tokens:
+        if not self.shares_tokens:  # else the trainer has said it
             super().announce(rows, columns, queries=queries, devices=devices)
 
     def preprocess(self, texts: Sequence[str], side: Side) -> dict[str, Any]:
@@ -63,7 +62,6 @@ class VectorTeacher(ModelTeacher):
         return _preprocess(self.model, checked_texts(texts, f"{side} texts"), side)
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any] | None:
-        """Tokenise the batch this teacher's way; None when the student tokenises the same way."""
         if self.shares_tokens:
             return None
         return {
@@ -72,11 +70,9 @@ class VectorTeacher(ModelTeacher):
         }
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """The similarity of every query with every candidate, in chunks.
+        """Passages of all columns go through the encoder sorted by length, and scores are compared in float32.
 
-        Passages of all columns go through the encoder sorted by length; vectors and what devices exchange are of the
-        type that the encoder computes in, scores are compared in float32. With several devices queries travel to the
-        passages, see :func:`tct_hf.batches.score_where_the_passages_are`.
+        With several devices queries travel to the passages, see :func:`tct_hf.batches.score_where_the_passages_are`.
         """
         self.model.eval()
         with torch.inference_mode():
@@ -86,33 +82,20 @@ class VectorTeacher(ModelTeacher):
 
     def encode(self, columns: Sequence[Features], side: Side) -> tuple[Tensor, Tensor]:
         """Tokenised columns to `(columns * rows, vectors, dim)` of the compute type and its mask, column by column."""
+
+        def forward(features: Features) -> tuple[Tensor, Tensor]:
+            # A shallow copy: a model's modules write into the dict that they are given.
+            vectors, mask = self.forward(dict(features), side)
+            # Rounded to what the encoder computes in, however many devices there are: they exchange vectors in it.
+            return vectors.to(self.compute_dtype), mask.bool()
+
         with self.computing():
             merged = stack_columns(columns)
-            if merged is None:  # not padded text (packed for flash attention, images): a pass a column
-                parts = [self._pass(column, side) for column in columns]
-                width = max(vectors.shape[1] for vectors, _ in parts)
-                vectors, mask = (
-                    torch.cat([pad_tokens(one, width) for one in ones]) for ones in zip(*parts, strict=True)
-                )
-                return vectors, mask
-            rows = len(merged["attention_mask"])
-            embeddings: Tensor | None = None
-            # The widest pass first: it says how wide the result is.
-            for index, part in reversed(list(parts_of_similar_length(merged, self.tokens_per_pass))):
-                vectors, compared = self._pass(part, side)
-                if embeddings is None:
-                    embeddings = vectors.new_zeros(rows, *vectors.shape[1:])
-                    mask = compared.new_zeros(rows, compared.shape[1])
-                embeddings[index, : vectors.shape[1]] = vectors
-                mask[index, : vectors.shape[1]] = compared
-        assert embeddings is not None
-        return embeddings, mask
-
-    def _pass(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
-        # A shallow copy: a model's modules write into the dict that they are given.
-        vectors, mask = self.forward(dict(features), side)
-        # Rounded to what the encoder computes in, however many devices there are: they exchange vectors in it.
-        return vectors.to(self.compute_dtype), mask.bool()
+            if merged is not None:
+                vectors, mask = in_parts(merged, forward, self.tokens_per_pass)
+            else:  # not padded text (packed for flash attention, images): a pass a column
+                vectors, mask = (torch.cat(pad_alike(parts)) for parts in zip(*map(forward, columns), strict=True))
+        return vectors, mask
 
     def compare(
         self, queries: Tensor, query_mask: Tensor, passages: Tensor, passage_mask: Tensor, *, gather: bool
@@ -134,9 +117,7 @@ class VectorTeacher(ModelTeacher):
         self.model.eval()
         texts = checked_texts(texts, f"{side} texts")
         if side == "query":
-            looked_at = texts[: self._not_looked_at]
-            self._not_looked_at -= len(looked_at)
-            self.say_cut_queries(looked_at)
+            self.say_cut_queries(texts)
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
         made: dict[int, np.ndarray] = {}
         with torch.inference_mode():
@@ -153,7 +134,6 @@ class VectorTeacher(ModelTeacher):
             return self.compare(*parts, gather=False).clone()
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
-        """Scores of one query's passages, by vectors of :meth:`vectors`."""
         return compare_texts(self, query, passages)
 
 
@@ -191,12 +171,10 @@ class ColBERTTeacher(VectorTeacher):
     chunk_elements: int = 1 << 24
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
-        """Token vectors, and those that are scored."""
         out = self.model(features, task=side)
         return out["token_embeddings"], out["attention_mask"]
 
     def similarity(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
-        """The model's own, in chunks."""
         return self.model.similarity(
             queries, passages, a_mask=query_mask, b_mask=passage_mask, chunk_elements=self.chunk_elements
         )
@@ -214,21 +192,16 @@ class DenseTeacher(VectorTeacher):
     what = "embedding model"
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
-        """The text's vector, as its only one."""
         vectors = self.model(features, task=side)["sentence_embedding"]
         vectors = truncate_embeddings(vectors, self.model.truncate_dim)[:, None]
         return vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
 
     def similarity(self, queries: Tensor, passages: Tensor, query_mask: Tensor, passage_mask: Tensor) -> Tensor:
-        """The model's own."""
         return self.model.similarity(queries[:, 0], passages[:, 0])
 
 
 def _preprocess(model: Any, texts: Sequence[str], side: Side) -> dict[str, Any]:
-    # The prompt that encode_query and encode_document would take.
-    names = ("query",) if side == "query" else ("document", "passage", "corpus")
-    name = next((name for name in names if name in model.prompts), model.default_prompt_name)
-    return dict(model.preprocess(list(texts), prompt=model.prompts[name] if name else None, task=side))
+    return dict(model.preprocess(list(texts), prompt=prompt_of(model, side), task=side))
 
 
 def read_alike(one: Any, other: Any) -> bool:
@@ -240,11 +213,11 @@ def read_alike(one: Any, other: Any) -> bool:
     expanded = [getattr(model[0], "query_expansion", None) for model in (one, other)]
     fixed = all(expansion is not None and expansion["strategy"] == "fixed" for expansion in expanded)
     for side, probes in (("query", _TOKEN_PROBES[:4] if fixed else _TOKEN_PROBES), ("document", _TOKEN_PROBES)):
-        made: list[dict[str, Tensor]] = [
-            {key: value for key, value in _preprocess(model, probes, side).items() if isinstance(value, Tensor)}  # type: ignore[arg-type]
-            for model in (one, other)
-        ]
-        if made[0].keys() != made[1].keys() or not all(torch.equal(made[0][key], made[1][key]) for key in made[0]):
+        mine, theirs = (_preprocess(model, probes, side) for model in (one, other))  # type: ignore[arg-type]
+        names = {key for made in (mine, theirs) for key, value in made.items() if isinstance(value, Tensor)}
+        if any(key not in made for key in names for made in (mine, theirs)):
+            return False
+        if not all(torch.equal(mine[key], theirs[key]) for key in names):
             return False
     return True
 

@@ -16,7 +16,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import parts_of_similar_length, spread_own, stack_columns
+from tct_hf.batches import in_parts, spread_own, stack_columns
 from tct_hf.data.rows import checked_texts
 from tct_hf.progress import human_duration
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
@@ -71,15 +71,14 @@ class CrossEncoderTeacher(ModelTeacher):
         super().__init__(model, dtype=dtype, training_scale=training_scale)
         if self.model.num_labels != 1:
             raise ValueError(
-                f"The cross-encoder has {self.model.num_labels} labels, and a teacher gives one score a pair: use one "
-                "that was trained to rank (num_labels=1), or score with it first and distil StoredScores."
+                f"The cross-encoder has {self.model.num_labels} labels, and a teacher gives one score a pair."
             )
         if max_length is not None:
             self.model.max_seq_length = max_length
 
     @classmethod
     def is_whole(cls, kind: str | None, modules: Sequence[str]) -> bool:
-        """Whether modules of a cross-encoder score; one alone is the encoder, whose architecture tells."""
+        # One alone is the encoder, whose architecture tells.
         return kind == "CrossEncoder" and len(modules) > 1
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
@@ -96,9 +95,8 @@ class CrossEncoderTeacher(ModelTeacher):
         each = (time.perf_counter() - begun) / len(passages)
         pairs = own * queries * devices
         logger.warning(
-            f"The cross-encoder scores {pairs:,} pairs a batch on each device (every passage of the batch), where own "
-            f"candidates would be {own:,}: about {human_duration(pairs * each)} a batch, own candidates "
-            f"{human_duration(own * each)}, by {len(passages)} pairs that were timed."
+            f"The cross-encoder scores {pairs:,} pairs a batch on each device, where own candidates would be {own:,}: "
+            f"about {human_duration(pairs * each)} a batch, own candidates {human_duration(own * each)}."
         )
 
     @property
@@ -108,18 +106,15 @@ class CrossEncoderTeacher(ModelTeacher):
         return None if limit is None or added is None else (limit - added(pair=True)) // 2 + added(pair=False)
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
-        """As :meth:`Teacher.list_scores`."""
         self.say_cut_queries(checked_texts([query], "query texts"))
         return super().list_scores(query, passages)
 
     def to(self, device: torch.device) -> Teacher:
-        """Move the model to the device that scores."""
         # Workers know nothing of other processes' passages: then the texts travel, and pairs are made where they meet.
         self._travels = self.covers == "in-batch" and get_world_size() > 1
         return super().to(device)
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Token pairs; of several processes that share candidates, the texts."""
         queries, columns = checked_texts(queries, "query texts"), [checked_texts(c, "document texts") for c in columns]
         if self._travels:
             return {"queries": queries, "passages": columns}
@@ -144,25 +139,21 @@ class CrossEncoderTeacher(ModelTeacher):
 
     def _score(self, chunks: Sequence[Features]) -> Tensor:
         """`(pairs,)` raw scores, in the order of the chunks."""
+
+        def forward(features: Features) -> list[Tensor]:
+            # The module's own call, not predict(), which would put the logits through a sigmoid.
+            return [self.model(dict(features))["scores"].float().reshape(-1)]
+
         self.model.eval()
+        found: list[Tensor] = []
         with torch.inference_mode(), self.computing():
-            scores = torch.cat([self._score_chunk(chunk) for chunk in chunks])
+            for chunk in chunks:
+                merged = stack_columns([chunk])  # None where it is not padded text (packed for flash attention)
+                found += forward(chunk) if merged is None else in_parts(merged, forward, self.tokens_per_pass)
+            scores = torch.cat(found)
         return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
 
-    def _score_chunk(self, chunk: Features) -> Tensor:
-        merged = stack_columns([chunk])
-        if merged is None:  # not padded text (packed for flash attention): as it is
-            return self._forward(chunk)
-        parts = [(rows, self._forward(part)) for rows, part in parts_of_similar_length(merged, self.tokens_per_pass)]
-        order = torch.cat([rows for rows, _ in parts])
-        return torch.cat([scores for _, scores in parts])[order.argsort()]
-
-    def _forward(self, features: Features) -> Tensor:
-        # The module's own call, not predict(), which would put the logits through a sigmoid.
-        return self.model(dict(features))["scores"].float().reshape(-1)
-
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """Raw logits; zeros where a query's candidates are its own alone."""
         if "chunks" not in inputs:  # this process's queries with the passages of all
             columns: list[Any] = [inputs["passages"]]
             if gather:

@@ -60,8 +60,7 @@ class TeacherEnsemble(Teacher):
         for teacher, weight in pairs:
             if not isinstance(teacher, Teacher) or isinstance(teacher, TeacherEnsemble):
                 raise ValueError(
-                    f"A TeacherEnsemble holds teachers, no {type(teacher).__name__}: give a Teacher and its weight; "
-                    "the teachers of an ensemble go into one list."
+                    f"A TeacherEnsemble holds teachers, no {type(teacher).__name__}: all teachers go into one list."
                 )
             if not math.isfinite(weight) or (weight <= 0 and normalize != "none"):
                 wanted = "a finite number" if normalize == "none" else "a number above 0"
@@ -74,40 +73,33 @@ class TeacherEnsemble(Teacher):
         self.covers = "own" if all(teacher.covers == "own" for teacher in self.teachers) else "in-batch"
 
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
-        """As each of the teachers."""
         super().check(columns, candidates=candidates)
         for teacher in self.teachers:
             teacher.check(columns, candidates="own" if teacher.covers == "own" else candidates)
 
     def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        """As each of the teachers."""
         for teacher in self.teachers:
             teacher.announce(rows, columns, queries=queries, devices=devices)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
-        """Those of all teachers."""
         return [name for teacher in self.teachers for name in teacher.columns_read(names)]
 
     def attach(self, student: SentenceTransformer) -> None:
-        """As each of the teachers."""
         for teacher in self.teachers:
             teacher.attach(student)
 
     def to(self, device: torch.device) -> TeacherEnsemble:
-        """Move all teachers to the device that scores."""
         for teacher in self.teachers:
             teacher.to(device)
         return self
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """What each teacher prepares."""
         return {
             "teachers": [teacher.collate(queries, columns, rows) or {} for teacher in self.teachers],
             "shape": torch.zeros(len(queries), len(columns)),
         }
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """The weighted sum; log-probabilities where teachers of both kinds are mixed."""
         prepared = zip(self.teachers, inputs["teachers"], strict=True)
         # (teachers, queries, candidates), zeros where a teacher scores own candidates only
         scores = torch.stack([one.score_matrix({**inputs, **own}, gather=gather).float() for one, own in prepared])

@@ -30,7 +30,6 @@ Row = tuple[str, str, list[str]]  # id, text, queries
 
 
 def _check(teacher: Teacher, **sizes: int) -> None:
-    """Refuse what can't score."""
     for setting, size in sizes.items():
         if size < 1:
             raise ValueError(f"{setting} must be at least 1, got {size}.")
@@ -42,13 +41,12 @@ def _check(teacher: Teacher, **sizes: int) -> None:
 
 def _checked(scores: Tensor, queries: Sequence[str], *, of: Sequence[str] | None = None) -> Tensor:
     """Scores `(queries, ...)` on the CPU, in float32; `of` names each query's passage for the message."""
-    finite = torch.isfinite(scores).flatten(1).all(1) if scores.ndim > 1 else torch.isfinite(scores)
+    finite = torch.isfinite(scores).reshape(len(scores), -1).all(1)
     if not finite.all():
         row = int((~finite).nonzero()[0])
         place = f" of passage {of[row]!r}" if of is not None else ""
         raise ValueError(
-            f"The teacher gave a score that is not finite for the query {queries[row]!r}{place}: load it with dtype "
-            "float32, and check that its checkpoint scores single texts finitely."
+            f"The teacher gave a score that is not finite for the query {queries[row]!r}{place}: load it in float32."
         )
     return scores.float().cpu()
 
@@ -94,8 +92,7 @@ def score_triples(
     """
     if isinstance(teacher, TeacherEnsemble) and teacher.covers == "in-batch":
         raise ValueError(
-            "A TeacherEnsemble of teachers for the whole batch normalises over it, so that its scores depend on the "
-            "rows beside a row: score with each teacher alone, and mix StoredScores."
+            "A TeacherEnsemble's scores of a batch depend on the rows beside a row: score with each teacher alone."
         )
     if not len(triples):
         raise ValueError("triples: there is no row to score.")
@@ -119,9 +116,7 @@ def score_triples(
             teacher.to(state.device)
         shards = -(-len(triples) // rows_a_shard)
         files = [folder / "triples" / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
-        for shard in range(rank, shards, processes):
-            if files[shard].is_file():
-                continue
+        for shard in [number for number in range(rank, shards, processes) if not files[number].is_file()]:
             rows = triples.select(range(shard * rows_a_shard, min((shard + 1) * rows_a_shard, len(triples))))
             table = rows.with_format("arrow")[:]
             for column, scores in zip(columns, _own_scores(teacher, rows, names, batch_size).T, strict=True):
@@ -211,10 +206,8 @@ def score_expansions(
     Source: Gospodinov, MacAvaney, Macdonald, Doc2Query--, ECIR 2023 (arXiv 2301.03266).
     """
     if not isinstance(teacher, (ColBERTTeacher, CrossEncoderTeacher)):
-        raise ValueError(
-            f"Generated queries can't be scored by a {type(teacher).__name__}: use a ColBERTTeacher or a "
-            "CrossEncoderTeacher."
-        )
+        what = f"Generated queries can't be scored by a {type(teacher).__name__}"
+        raise ValueError(f"{what}: use a ColBERTTeacher or a CrossEncoderTeacher.")
     place = Path(folder)
     scores = place / SCORES_FOLDER
     manifest = shards.read_manifest(place, "expansions")

@@ -62,7 +62,6 @@ class StoredScores(Teacher):
         self.training_scale = check_scale(training_scale)
 
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
-        """Also refuse a data set without the scores, or without the ids to find them by."""
         super().check(columns, candidates=candidates)
         names = candidate_columns(columns, read=columns)
         if self.table is None:
@@ -71,8 +70,7 @@ class StoredScores(Teacher):
         missing = [name for name in ("query_id", *(f"{name}_id" for name in names)) if name not in columns]
         if missing:
             raise ValueError(
-                f"The scores of {self.table.name} are found by ids, but the data set has no {', '.join(missing)}: use "
-                "triples with ids (load_triples keeps them), or scores in columns."
+                f"The scores of {self.table.name} are found by ids, but the data set has no {', '.join(missing)}."
             )
 
     def check_rows(self, rows: Dataset, *, fix: str = _FIX) -> None:
@@ -82,7 +80,6 @@ class StoredScores(Teacher):
             self._looked_up(batch["query_id"], [batch[f"{name}_id"] for name in names], names, fix)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
-        """The columns of the scores; none of a table's."""
         if self.table is not None:
             return []
         found = self._score_columns(names, candidate_columns(names, read=names))
@@ -111,7 +108,6 @@ class StoredScores(Teacher):
         )
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
-        """Read and check the scores of the rows, `(queries, columns)`."""
         there = list(rows[0])
         names = candidate_columns(there, read=there)
         if self.table is not None:
@@ -140,7 +136,6 @@ class StoredScores(Teacher):
         return [scores[start : start + len(names)] for start in range(0, len(scores), len(names))]  # type: ignore[misc]
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
-        """The scores in their places, zeros elsewhere."""
         return spread_own(inputs["scores"], gather=gather)
 
 

@@ -1,19 +1,46 @@
-"""Arguments of a TCT training run, for dense and for sparse students."""
+"""Arguments of a training run, for dense and for sparse students, and settings that change over it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sparse_encoder import SparseEncoderTrainingArguments
+from transformers import TrainerCallback
 
-from tct_hf.training.score_losses import LOSS_SETTINGS, check_settings
+from tct_hf.training.loss import coupled_parts
+from tct_hf.training.score_losses import LOSS_SETTINGS, NUMBERS, Ranges, check_settings
 
+Shape = Literal["linear", "cosine"]
 # What the paper says, and what its released code does where that differs.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"temperature": 0.25, "student_temperature": 1.0, "hard_label_weight": 0.1},
     "released-code": {"temperature": 0.25, "student_temperature": 1.0, "hard_label_weight": 0.0},
+}
+_WEIGHT = (lambda value: 0.0 <= value < float("inf")), "a finite number, 0 or greater"
+_THRESHOLD = (lambda value: value >= 0 and value == int(value)), "a whole number of dimensions, 0 or more, or None"
+_DENSE = (lambda value: not value), "left out of a sparse student's arguments: it is for dense students"
+SPARSE_SETTINGS: Ranges = {
+    "document_regularizer_weight": _WEIGHT,
+    "query_regularizer_weight": _WEIGHT,
+    "document_regularizer_threshold": _THRESHOLD,
+    "query_regularizer_threshold": _THRESHOLD,
+    "regularizer_warmup": (
+        lambda value: 0.0 <= value < 1.0 or (value >= 1.0 and float(value).is_integer()),
+        "a share of the steps, below 1, or a whole number of steps",
+    ),
+    "regularizer_warmup_shape": (lambda value: value in ("quadratic", "linear"), "quadratic or linear"),
+    "matryoshka_dims": _DENSE,
+    "self_coupled": _DENSE,
+}
+_FINITE = (lambda value: isinstance(value, (int, float)) and math.isfinite(value)), "a finite number"
+SCHEDULE_SETTINGS: Ranges = {
+    "start": _FINITE,
+    "end": _FINITE,
+    "shape": (lambda value: value in get_args(Shape), "linear or cosine"),
+    "until": (lambda value: 0.0 < value <= 1.0, "a share of the steps, above 0 and at most 1"),
 }
 
 
@@ -69,9 +96,7 @@ class CoupledArguments:
                 setattr(self, name, value)
         check_settings({name: getattr(self, name) for name in LOSS_SETTINGS})
         if args.prompts or args.router_mapping:
-            raise ValueError(
-                "prompts and router_mapping come from the student's encoding: leave them out of the arguments."
-            )
+            raise ValueError("prompts and router_mapping come from the student's encoding: leave them out.")
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = args.per_device_train_batch_size
         super().__post_init__()  # type: ignore[misc]
@@ -86,11 +111,7 @@ class CoupledArguments:
 
 @dataclass
 class TCTTrainingArguments(CoupledArguments, SentenceTransformerTrainingArguments):  # type: ignore[misc]
-    """Arguments of :class:`~tct_hf.TCTTrainer`: those of sentence-transformers and :class:`CoupledArguments`.
-
-    Without a temperature both distributions are taken as they are: a teacher's scores times the scale it was trained
-    at give back the distribution that it learned.
-    """
+    """Arguments of :class:`~tct_hf.TCTTrainer`: those of sentence-transformers and :class:`CoupledArguments`."""
 
 
 @dataclass
@@ -100,8 +121,7 @@ class SparseTCTTrainingArguments(CoupledArguments, SparseEncoderTrainingArgument
 
     Both temperatures are 2 where they are not set (the teacher's relative to the scale it was trained at):
     sentence-transformers saw sparse students at temperature 1 go to zero active dimensions, and has 2 for its default.
-    Unlike there, no temperature-squared factor multiplies the divergence, so that the regularisers' weights must be
-    smaller by it too.
+    Unlike there, no temperature-squared factor multiplies the divergence: the regularisers' weights are smaller by it.
 
     Args:
         document_regularizer_weight: weight of the FLOPS of the passages, all positives and negatives of the batch, on
@@ -131,24 +151,73 @@ class SparseTCTTrainingArguments(CoupledArguments, SparseEncoderTrainingArgument
     regularizer_warmup_shape: str = "quadratic"
 
     def __post_init__(self) -> None:
-        for name in ("document_regularizer_weight", "query_regularizer_weight", "regularizer_warmup"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number, 0 or greater, got {value}.")
-        for name in ("document_regularizer_threshold", "query_regularizer_threshold"):
-            value = getattr(self, name)
-            if value is not None and (value < 0 or value != int(value)):
-                raise ValueError(f"{name} must be a whole number of dimensions, 0 or more, or None, got {value}.")
-        if self.regularizer_warmup >= 1.0 and self.regularizer_warmup != int(self.regularizer_warmup):
-            raise ValueError(
-                f"regularizer_warmup={self.regularizer_warmup} must be a share of the steps, below 1, or a whole "
-                "number of steps."
-            )
-        if self.regularizer_warmup_shape not in ("quadratic", "linear"):
-            raise ValueError(
-                f"regularizer_warmup_shape={self.regularizer_warmup_shape!r} is not known: use quadratic or linear."
-            )
-        for name in ("matryoshka_dims", "self_coupled"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is for dense students: leave it out of a sparse student's arguments.")
+        check_settings({name: getattr(self, name) for name in SPARSE_SETTINGS}, SPARSE_SETTINGS)
         super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value that goes from `start` to `end` over a part of training, and stays there.
+
+    Args:
+        start: value at the first step.
+        end: value from the share `until` of the steps on; `start` when None.
+        shape: "linear" or "cosine" (half a cosine wave: slow, fast, slow).
+        until: share of the steps at which `end` is reached, above 0 and at most 1.
+
+    Raises:
+        ValueError: not a number, an unknown shape, or a share out of range.
+    """
+
+    start: float
+    end: float | None = None
+    shape: Shape = "linear"
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(vars(self), SCHEDULE_SETTINGS)
+
+    def value(self, step: int, steps: int) -> float:
+        """The value at a step, `step` of `steps` being done."""
+        end = self.start if self.end is None else self.end
+        # The last step that is taken has the last value.
+        done = min(1.0, step / max(1.0, self.until * steps - 1.0))
+        share = done if self.shape == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
+        return (1.0 - share) * self.start + share * end  # exact at both ends
+
+
+class LossSchedule(TrainerCallback):
+    """Sets numeric settings of a loss before every step, and logs them.
+
+    The values depend on `global_step` alone, so that a run that resumes goes on where it was::
+
+        trainer = TCTTrainer(student, teacher, args, train_dataset=triples)
+        trainer.add_callback(LossSchedule(trainer.loss, hard_label_weight=Schedule(0.5, 0.1, "cosine")))
+
+    Args:
+        loss: the trainer's :class:`TightlyCoupledLoss`, or its dict of losses by data set.
+        **schedules: a :class:`Schedule` each for `temperature`, `student_temperature`, `hard_label_weight`,
+            `margin_mse_weight`, `student_divisor`.
+
+    Raises:
+        ValueError: no schedule, one of another setting, or one that leaves the setting's range.
+    """
+
+    def __init__(self, loss: Any, **schedules: Schedule) -> None:
+        self.losses, self.schedules = coupled_parts(loss), schedules
+        unknown = [name for name in schedules if name not in NUMBERS]
+        if unknown or not schedules:
+            what = f"{unknown[0]!r} has no schedule" if unknown else "there is no schedule"
+            raise ValueError(f"{what}: give one of {', '.join(NUMBERS)}.")
+        for name, schedule in schedules.items():
+            for value in (schedule.start, schedule.end):
+                check_settings({name: value})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for loss in self.losses:
+            loss.reported_settings = tuple(self.schedules)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, schedule in self.schedules.items():
+            for loss in self.losses:
+                setattr(loss, name, schedule.value(state.global_step, state.max_steps))

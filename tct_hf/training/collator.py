@@ -32,11 +32,9 @@ class TCTDataCollator(SentenceTransformerDataCollator):
     `candidate_ids (queries, columns)` int64, `query_ids (queries,)` int64, under which a passage is the query itself,
     `asked (queries,)` int64, the same for the labelled rows of one query, and, where the data set has them,
     `known_positive_ids (queries, most)` int64 padded with -1, `labelled (queries,)` bool and `label_weight (queries,)`
-    float32. Ids are hashes of the data set's passage ids; without ids, of the texts, whatever their case, punctuation
-    and white space. With ids, `candidate_texts`, `query_texts` and `known_positive_texts` are those of the texts: a
-    passage is a known positive, or the query itself, by either. A row whose column labelled is
-    false has passages in all its candidate columns, but no judgement says that the one in column positive answers its
-    query.
+    float32. Ids are hashes of the data set's passage ids, or of the texts where it has none. With ids,
+    `candidate_texts`, `query_texts` and `known_positive_texts` are hashes of the texts: a passage is a known positive,
+    or the query itself, by either.
 
     Args:
         teacher: the teacher that scores the batch.
@@ -51,7 +49,6 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         return (prompts or {}).get("query" if column_name == "query" else "document")
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make one batch of `(queries,)` rows."""
         first = features[0]
         columns = candidate_columns(list(first), read=self.teacher.columns_read(list(first)) if self.teacher else ())
         texts = {name: [row[name] for row in features] for name in ("query", *columns)}
@@ -65,24 +62,30 @@ class TCTDataCollator(SentenceTransformerDataCollator):
         if first.get("dataset_name") is not None:
             batch["dataset_name"] = first["dataset_name"]
         rest: dict[str, Any] = _ids(features, columns)
-        if "labelled" in first:
-            for row in features:
-                if not isinstance(row["labelled"], bool):
-                    raise ValueError(
-                        f"Column 'labelled' holds {row['labelled']!r}: give true, or false for a row without a label."
-                    )
-            rest["labelled"] = torch.tensor([row["labelled"] for row in features], dtype=torch.bool)
-        if "label_weight" in first:
-            for row in features:
-                if not isinstance(weight := row["label_weight"], (int, float)) or not 0.0 <= weight < float("inf"):
-                    raise ValueError(f"Column 'label_weight' holds {weight!r}: give a finite number, 0 or greater.")
-            rest["label_weight"] = torch.tensor([row["label_weight"] for row in features], dtype=torch.float32)
+        for name, fits, dtype, wanted in (
+            (
+                "labelled",
+                lambda value: isinstance(value, bool),
+                torch.bool,
+                "true, or false without a label",
+            ),
+            ("label_weight", _is_weight, torch.float32, "a finite number, 0 or greater"),
+        ):
+            if name in first:
+                values = [row[name] for row in features]
+                if wrong := [value for value in values if not fits(value)]:
+                    raise ValueError(f"Column {name!r} holds {wrong[0]!r}: give {wanted}.")
+                rest[name] = torch.tensor(values, dtype=dtype)
         if self.teacher is not None:
             prepared = self.teacher.collate(texts["query"], [texts[name] for name in columns], features)
             if prepared is not None:
                 rest["teacher"] = prepared
         batch[BATCH_KEY] = rest
         return batch
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0.0 <= value < float("inf")
 
 
 def _ids(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Tensor]:
@@ -152,5 +155,4 @@ class SameDatasetBatchSampler(BatchSampler):
         return sum(count // self.world * self.world for count in counts)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler which epoch it shuffles for."""
         self.inner.set_epoch(epoch)

@@ -52,20 +52,12 @@ def expander_texts(collection: Collection) -> Iterator[str]:
     """What the tokenizer of a new model is trained on: passages and train queries."""
     for batch in collection.corpus.select_columns("text").iter(1000):
         yield from batch["text"]
-    train = collection.splits.get("train")
-    if train is not None:
-        yield from train.queries.values()
+    if "train" in collection.splits:
+        yield from collection.splits["train"].queries.values()
 
 
 def new_expander(
-    texts: Iterable[str],
-    *,
-    seed: int,
-    vocabulary: int,
-    d_model: int,
-    layers: int,
-    heads: int,
-    d_ff: int,
+    texts: Iterable[str], *, seed: int, vocabulary: int, d_model: int, layers: int, heads: int, d_ff: int
 ) -> tuple[Any, Any]:
     """A small T5 with random weights, and a tokenizer trained on some texts: for where no checkpoint can be had."""
     sizes = {"vocabulary": vocabulary, "d_model": d_model, "layers": layers, "heads": heads, "d_ff": d_ff}
@@ -125,19 +117,15 @@ def train_expander(
         model, tokenizer = make_model()
 
         def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
-            texts = [prompt + text for text in batch["passage"]]
-            inputs = tokenizer(texts, truncation=True, max_length=passage_length)
+            inputs = tokenizer(
+                [prompt + text for text in batch["passage"]], truncation=True, max_length=passage_length
+            )
             labels = tokenizer(text_target=batch["query"], truncation=True, max_length=query_length)
-            return {
-                "input_ids": inputs["input_ids"],
-                "attention_mask": inputs["attention_mask"],
-                "labels": labels["input_ids"],
-            }
+            return {**{name: inputs[name] for name in ("input_ids", "attention_mask")}, "labels": labels["input_ids"]}
 
-        args = stage.args(Seq2SeqTrainingArguments, remove_unused_columns=False)
         return ExpanderTrainer(
             model=model,
-            args=args,
+            args=stage.args(Seq2SeqTrainingArguments, remove_unused_columns=False),
             # Tokenised as they are asked for: no copy of the pairs in tokens, whatever their number.
             train_dataset=pairs.with_transform(tokens),
             eval_dataset=None if dev_pairs is None else dev_pairs.with_transform(tokens),

@@ -15,15 +15,7 @@ from sentence_transformers.util.distributed import get_world_size
 from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
-from tct_hf.batches import (
-    gather_rows,
-    pad_tokens,
-    parts_of_similar_length,
-    sizes_of_all,
-    stack_columns,
-    take,
-    token_lengths,
-)
+from tct_hf.batches import gather_rows, in_parts, sizes_of_all, stack_columns, take, token_lengths
 from tct_hf.training.score_losses import (
     LOSS_SETTINGS,
     NUMBERS,
@@ -142,10 +134,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
         self.margin_mse_weight = margin_mse_weight
-        if student_scale is None:
-            unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
-            student_scale = COSINE_SCALE if unit else 1.0
-        self.student_scale = student_scale
+        unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
+        self.student_scale = student_scale if student_scale is not None else COSINE_SCALE if unit else 1.0
         self.student_divisor = student_divisor
         self.kl_direction: KLDirection = kl_direction
         self.candidates = candidates
@@ -165,10 +155,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             if not 0 < d <= (dimension or d):
                 raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
         if self.self_coupled is not None and (self.is_sparse or processes > 1):
-            raise ValueError(
-                "self_coupled compares the token vectors of a whole batch of a dense student: train a dense student, "
-                "in one process."
-            )
+            raise ValueError("self_coupled compares tokens of a whole batch: train a dense student, in one process.")
 
     @property
     def asks_teacher(self) -> bool:
@@ -194,49 +181,43 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             return self._forward_in_mini_batches(features, labels)
         if self.self_coupled is not None:
             return self._forward_self_coupled(features, labels)
-        queries = self.model(features[0])["sentence_embedding"]
-        return self.compute_loss_from_embeddings([queries, *self._embed_passages(features[1:])], labels)
+        queries, merged = self.model(features[0])["sentence_embedding"], self._merged(features[1:])
+        if merged is None:
+            columns = [self.model(column)["sentence_embedding"] for column in features[1:]]
+        else:
+            [passages] = in_parts(merged, lambda part: [self.model(part)["sentence_embedding"]])
+            columns = list(passages.chunk(len(features) - 1))
+        return self.compute_loss_from_embeddings([queries, *columns], labels)
 
     def _forward_self_coupled(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> dict[str, Tensor]:
         """The loss with the student's own readings in the teacher, and hard labels for its token vectors too."""
         assert self.self_coupled is not None
-        pooled, tokens = self.self_coupled
-        queries, query_tokens, query_mask = self._passes(features[0], tokens=True)
+        unit = nn.functional.normalize
+
+        def read(part: dict[str, Any]) -> list[Tensor]:
+            out = self.model(part)
+            return [out["sentence_embedding"], unit(out["token_embeddings"].float(), dim=2), out["attention_mask"]]
+
         merged = stack_columns(features[1:])
         assert merged is not None
-        passages, passage_tokens, passage_mask = self._passes(merged, tokens=True)
+        queries, query_tokens, query_mask = in_parts(features[0], read)
+        passages, passage_tokens, passage_mask = in_parts(merged, read)
         with torch.autocast(queries.device.type, enabled=False):
-            maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask, passage_mask)
-            unit = nn.functional.normalize
+            maxsim = mean_maxsim(query_tokens, passage_tokens, query_mask.bool(), passage_mask.bool())
             cosines = unit(queries.float(), dim=1) @ unit(passages.float(), dim=1).T
-            own = (pooled * cosines + tokens * maxsim).detach()
+            own = (self.self_coupled[0] * cosines + self.self_coupled[1] * maxsim).detach()
         targets = replace(labels, scores=labels.scores + own)
         parts = self.compute_loss_from_embeddings([queries, *passages.chunk(len(features) - 1)], targets)
-        hard = coupled_loss(
+        parts["token_hard_label"] = coupled_loss(
             self.student_scale * maxsim,
             targets.scores,
             hard_label_weight=self.hard_label_weight,
             candidate_mask=labels.mask,
             positive_index=labels.positive_index,
             label_weight=labels.label_weight,
-        )
-        parts["token_hard_label"] = hard["hard_label"]
-        labels.report["token_hard_label"] = hard["hard_label"].detach()
+        )["hard_label"]
+        labels.report["token_hard_label"] = parts["token_hard_label"].detach()
         return parts
-
-    def _passes(self, merged: dict[str, Any], *, tokens: bool = False) -> list[Tensor]:
-        """`(rows, dim)` pooled vectors; with tokens also `(rows, tokens, dim)` unit token vectors and their mask."""
-        width = merged["attention_mask"].shape[1]
-        found, order = [], []
-        for rows, part in parts_of_similar_length(merged):
-            out = self.model(part)
-            order.append(rows)
-            found.append([out["sentence_embedding"]])
-            if tokens:
-                unit = nn.functional.normalize(out["token_embeddings"].float(), dim=2)
-                found[-1] += [pad_tokens(unit, width), pad_tokens(out["attention_mask"], width).bool()]
-        back = torch.cat(order).argsort()
-        return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]
 
     def _merged(self, columns: list[dict[str, Tensor]]) -> dict[str, Any] | None:
         # A compiled model is compiled for a few shapes: one pass a column.
@@ -254,13 +235,6 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             passages["prompt_length"] = int(passages["prompt_length"].flatten()[0])
         cached = _Cached(labels, columns=len(features) - 1, order=order)
         return self.forward_cached([features[0], passages], cached)  # type: ignore[arg-type]
-
-    def _embed_passages(self, columns: list[dict[str, Tensor]]) -> list[Tensor]:
-        """`(queries, dim)` of each candidate column, passages of similar length in one forward pass."""
-        merged = self._merged(columns)
-        if merged is None:
-            return [self.model(column)["sentence_embedding"] for column in columns]
-        return list(self._passes(merged)[0].chunk(len(columns)))
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -295,8 +269,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         if labels.scores.shape != (len(queries), len(passages)):
             raise ValueError(
                 f"The teacher's score matrix is {tuple(labels.scores.shape)}, the student's "
-                f"{(len(queries), len(passages))}: teacher and student must score the same queries and candidates. "
-                "A Teacher's score_matrix returns one row a query of this process and one column a candidate."
+                f"{(len(queries), len(passages))}: it must have a row for each query and a column for each candidate."
             )
         dims = sorted(self.matryoshka_dims or [queries.shape[1]])  # the report is of the last, the longest
         totals: dict[str, Tensor] = {}
@@ -314,7 +287,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             )
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(dims)
-        shares = self._shares(labels)
+        shares = _shares(labels)
         totals = {name: value * shares[name] for name, value in totals.items()}
         with torch.no_grad():
             labels.report.update({name: value.detach() for name, value in totals.items()})
@@ -325,36 +298,17 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
                     labels.report[f"{side}_active_dims"] = active
                     labels.report[f"{side}_sparsity"] = 1.0 - active / vectors.shape[1]
             if self.asks_teacher:
-                labels.report.update(self._against_teacher(scores, labels))
+                counts = labels.mask.any(dim=1)
+                rows = counts.sum().clamp(min=1)
+                agree = masked(scores, labels.mask).argmax(1) == masked(labels.scores, labels.mask).argmax(1)
+                entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 without candidates
+                labels.report["teacher_entropy"] = entropy.sum() / rows
+                labels.report["top_agreement"] = (agree & counts).sum() / rows
         return totals
 
     def _compared(self, embeddings: Tensor, d: int) -> Tensor:
-        """The first d dimensions, `(rows, d)`, whose dot products are the student's scores."""
         sliced = at_least_float32(embeddings[:, :d])
         return nn.functional.normalize(sliced, dim=1) if self.compares_by_cosine else sliced
-
-    def _against_teacher(self, scores: Tensor, labels: TeacherTargets) -> dict[str, Tensor]:
-        """The teacher's entropy and how often the student's top candidate is the teacher's, for the log."""
-        agree = masked(scores, labels.mask).argmax(1) == masked(labels.scores, labels.mask).argmax(1)
-        counts = labels.mask.any(dim=1)
-        rows = counts.sum().clamp(min=1)
-        entropy = teacher_entropy(labels.scores, labels.mask, self.temperature)  # 0 for a row without candidates
-        return {"teacher_entropy": entropy.sum() / rows, "top_agreement": (agree & counts).sum() / rows}
-
-    def _shares(self, labels: TeacherTargets) -> dict[str, Tensor]:
-        """What turns this device's mean of each part into its share of the mean over all devices' rows.
-
-        A distributed wrapper averages over the devices, however many rows each of them holds.
-        """
-        labelled = (labels.positive_index >= 0).float()
-        weight = labelled if labels.label_weight is None else labels.label_weight * labelled
-        local = torch.stack([weight.sum(), labelled.sum(), torch.ones_like(labelled).sum()])
-        shares = torch.ones_like(local)
-        if get_world_size() > 1:
-            total = local.clone()
-            dist.all_reduce(total)
-            shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
-        return dict(zip(("hard_label", "margin_mse", "distillation"), shares, strict=True))
 
     def get_config_dict(self) -> dict[str, Any]:
         """The loss's settings, as the model card shows them."""
@@ -370,6 +324,22 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     year={2020}, eprint={2010.11386}, archivePrefix={arXiv}, primaryClass={cs.IR}
 }
 """
+
+
+def _shares(labels: TeacherTargets) -> dict[str, Tensor]:
+    """What turns this device's mean of each part into its share of the mean over all devices' rows.
+
+    A distributed wrapper averages over the devices, however many rows each of them holds.
+    """
+    labelled = (labels.positive_index >= 0).float()
+    weight = labelled if labels.label_weight is None else labels.label_weight * labelled
+    local = torch.stack([weight.sum(), labelled.sum(), torch.ones_like(labelled).sum()])
+    shares = torch.ones_like(local)
+    if get_world_size() > 1:
+        total = local.clone()
+        dist.all_reduce(total)
+        shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
+    return dict(zip(("hard_label", "margin_mse", "distillation"), shares, strict=True))
 
 
 def coupled_part(loss: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -32,18 +31,11 @@ from tct_hf.training.streaming import PassOver, same_order_everywhere, streamed_
 
 logger = logging.getLogger(__name__)
 
-# Checkpoints are written here and renamed when whole; its name matches no checkpoint's.
-UNFINISHED = ".unfinished"
-
-# What is pushed lies here: a checkpoint may be rotated away before all of it has gone out.
-PUSHED_FROM = ".pushing"
-
-# First steps without a gradient before training stops: a batch may have no label.
-PATIENCE = 3
-
+UNFINISHED = ".unfinished"  # checkpoints are written here and renamed when whole; matches no checkpoint's name
+PUSHED_FROM = ".pushing"  # what is pushed: a checkpoint may be rotated away before all of it has gone out
+PATIENCE = 3  # first steps without a gradient before training stops: a batch may have no label
 # Files of a checkpoint that are the run's and not the model's.
 OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE_NAME, CONTENTS_FILE]
-
 # Steps in a row that fp16's scaler may skip: it halves its factor at each, 2^16 at first, until gradients are finite.
 SKIPPED_IN_A_ROW = 32
 
@@ -62,9 +54,7 @@ def _damage(checkpoint: Path) -> str | None:
 def refuse_damaged(checkpoint: str | os.PathLike[str]) -> None:
     """Refuse a checkpoint whose files have changed since it was saved."""
     if damage := _damage(Path(checkpoint)):
-        raise ValueError(
-            f"{checkpoint} is damaged ({damage}): delete it to go on from an earlier one, or to begin again."
-        )
+        raise ValueError(f"{checkpoint} is damaged ({damage}): delete it to go on from an earlier one.")
 
 
 def last_whole_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:
@@ -82,17 +72,10 @@ def last_whole_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:
 class ResumableTrainer(Trainer):
     """The base of all trainers here, before a trainer of transformers or sentence-transformers.
 
-    Checkpoints are written aside, sealed by checksums and renamed when whole: transformers writes straight into
-    `checkpoint-N`, so that a kill during a save leaves half a checkpoint which is chosen next.
-
-    Every pushed revision is a whole, finalised model, with pickles only where `hub_strategy` asks for checkpoints; a
-    push that fails is logged and stops nothing. transformers would pickle the Hub token with the arguments.
-
-    All passes over a streamed data set are one epoch of `max_steps` steps to the trainer; a resumed run goes on with
-    the row that follows. `dataloader_drop_last` has no effect: no row is left over.
-
-    Training stops at the first loss or gradient that is not finite, and where no step changes a weight. Weights are
-    trained in float32, whatever they were loaded in, and evaluation in half precision leaves them as they were.
+    Checkpoints are written aside, sealed by checksums and renamed when whole (transformers writes straight into
+    `checkpoint-N`), and every pushed revision is a whole, finalised model; a push that fails stops nothing. A resumed
+    run of streamed rows goes on with the row that follows. Training stops at the first loss or gradient that is not
+    finite, and where no step changes a weight. Weights are trained in float32, whatever they were loaded in.
     """
 
     _aside: str | None = None
@@ -102,12 +85,6 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for one in _evaluators(self):
-            if not callable(one):
-                raise ValueError(
-                    f"evaluator is {one!r}, which can't be called: give an evaluator of sentence-transformers, such "
-                    "as an InformationRetrievalEvaluator, or None."
-                )
         master_weights(self.model)
         self.add_callback(PassOver())
         self.add_callback(_NothingLearned(self))
@@ -126,17 +103,6 @@ class ResumableTrainer(Trainer):
         master_weights(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; with bf16_full_eval or fp16_full_eval, which cast the model itself, its weights come back."""
-        in_half = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
-        model: Any = self.model
-        kept = copy.deepcopy(model.state_dict()) if in_half else None
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            if kept is not None:
-                model.float().load_state_dict(kept)
-
     def _load_best_model(self) -> None:
         if os.path.isdir(self.state.best_model_checkpoint or ""):
             refuse_damaged(str(self.state.best_model_checkpoint))  # else the last weights would be taken
@@ -148,7 +114,7 @@ class ResumableTrainer(Trainer):
         if not math.isfinite(value):
             raise ValueError(
                 f"Training stopped at step {self.state.global_step}: {name}, which chooses the best model, is "
-                f"{value}. Set metric_for_best_model to a metric that is defined on this data, or lower learning_rate."
+                f"{value}. Set metric_for_best_model to another metric, or lower learning_rate."
             )
         return super()._determine_best_metric(metrics, trial)
 
@@ -159,10 +125,7 @@ class ResumableTrainer(Trainer):
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-            raise ValueError(
-                "None of the weights that the loss depends on is to be trained (requires_grad is False), so nothing "
-                "would be learned: unfreeze some with requires_grad_(True)."
-            ) from error
+            raise ValueError("No weight of the loss is trained: unfreeze some with requires_grad_(True).") from error
         self._refuse_not_finite("loss", float(loss))
         return loss
 
@@ -183,38 +146,35 @@ class ResumableTrainer(Trainer):
         return norm
 
     def _refuse_not_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            if not self.state.global_step:
-                raise ValueError(
-                    f"Training stopped at step 1: the {what} is {value}, before any weight has changed. Check that "
-                    "the model's weights and the teacher's scores are of ordinary size, and the loss's settings."
-                )
+        if math.isfinite(value):
+            return
+        stopped = f"Training stopped at step {self.state.global_step + 1}: the {what} is {value}, "
+        if not self.state.global_step:
             raise ValueError(
-                f"Training stopped at step {self.state.global_step + 1}: the {what} is {value}, with learning rate "
-                f"{self._get_learning_rate():.3g} and max_grad_norm {self.args.max_grad_norm:g}. Lower learning_rate, "
-                "warm up longer or set max_grad_norm=1.0, and start again from an earlier checkpoint or the beginning."
+                f"{stopped}before any weight has changed. Check weights, the teacher's scores and settings."
             )
+        raise ValueError(
+            f"{stopped}with learning rate {self._get_learning_rate():.3g} and max_grad_norm "
+            f"{self.args.max_grad_norm:g}. Lower learning_rate, or set max_grad_norm=1.0, and start again."
+        )
 
     def refuse_idle(self) -> None:
         """Stop a run whose steps have no gradient, or a learning rate of 0."""
         if not self._rate:
             raise ValueError("learning_rate is 0, so nothing is learned: raise it.")
         raise ValueError(
-            f"The gradient of the first {self._idle_steps} steps is 0, so nothing is learned: a query needs another "
-            "candidate than its positive. Raise per_device_train_batch_size, give rows negatives, and unfreeze the "
-            "weights to train."
+            f"The gradient of the first {self._idle_steps} steps is 0, so nothing is learned: raise "
+            "per_device_train_batch_size, give rows negatives, and unfreeze the weights to train."
         )
 
-    def refuse_few_rows(self, name: str, count: int) -> None:
-        """Refuse rows that are no whole batch where the last, shorter one is left out."""
+    def _refuse_few_rows(self, name: str, count: int) -> None:
         args: Any = self.args
         processes = 1 if args.accelerator_config.split_batches else self.accelerator.num_processes
         whole = args.train_batch_size * processes if args.dataloader_drop_last else 1
         if count < whole:
             raise ValueError(
-                f"{name} has {count} rows, fewer than one whole batch ({args.train_batch_size} on each of "
-                f"{processes} processes = {whole}), so nothing would be trained: give it more rows, lower "
-                "per_device_train_batch_size or, in one process, set dataloader_drop_last=False."
+                f"{name} has {count} rows, fewer than one whole batch ({args.train_batch_size} on each of {processes} "
+                "processes): give it more, or lower per_device_train_batch_size."
             )
 
     def restore(self, checkpoint: str, state: TrainerState) -> None:
@@ -283,24 +243,21 @@ class ResumableTrainer(Trainer):
             )
 
     def _push_checkpoint(self, checkpoint: Path) -> None:
-        """Begin to push a whole checkpoint, as `hub_strategy` asks; a push under way is not waited for."""
+        """Begin to push a whole checkpoint, as `hub_strategy` asks; waits for one under way if `hub_always_push`."""
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        running: Any = self.push_in_progress
-        busy = running is not None and not running.is_done()
-        if busy and not args.hub_always_push:
+        if not args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
             return
+        self._finish_current_push()
         source = Path(str(args.output_dir), PUSHED_FROM, checkpoint.name)
-        shutil.rmtree(source if busy else source.parent, ignore_errors=True)
         try:
-            shutil.copytree(checkpoint, source, copy_function=_link)
+            shutil.copytree(checkpoint, source)
         except OSError as error:
             logger.warning(f"{checkpoint} is not pushed; training goes on, and the next save pushes again. {error}")
-            shutil.rmtree(source, ignore_errors=True)
             return
         upload = partial(
-            hf_api().upload_folder,  # of one client, whose queue sends one push after the other
+            hf_api().upload_folder,
             repo_id=self.hub_model_id,
             folder_path=source,
             token=args.hub_token,
@@ -310,16 +267,12 @@ class ResumableTrainer(Trainer):
         message = f"Training in progress, step {self.state.global_step}"
         jobs: list[Any] = [upload(commit_message=message, ignore_patterns=OF_THE_RUN)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = args.hub_strategy == HubStrategy.CHECKPOINT
-            folder = "last-checkpoint" if last else checkpoint.name
+            folder = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             jobs.append(upload(commit_message=f"{message}, checkpoint", path_in_repo=folder))
         for job in jobs:
             job.add_done_callback(partial(_say_if_failed, what=f"{checkpoint.name} to {self.hub_model_id}"))
-        if busy:
-            running.jobs.extend(jobs)
-        else:
-            pushes: Any = PushInProgress
-            self.push_in_progress = pushes(jobs)
+        pushes: Any = PushInProgress
+        self.push_in_progress = pushes(jobs)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -352,7 +305,7 @@ class ResumableTrainer(Trainer):
         rows: Any = self.train_dataset
         if not isinstance(rows, IterableDataset):
             for name, one in rows.items() if isinstance(rows, dict) else [("train_dataset", rows)]:
-                self.refuse_few_rows(name, len(one))
+                self._refuse_few_rows(name, len(one))
             return super().get_train_dataloader()
         if self.accelerator.num_processes > 1:
             same_order_everywhere(rows, self.accelerator.device)
@@ -383,14 +336,11 @@ class _NothingLearned(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.max_steps <= 0:
-            raise ValueError(
-                f"num_train_epochs={args.num_train_epochs:g} makes no step, so nothing would be trained: raise it, or "
-                "set max_steps."
-            )
+            raise ValueError(f"num_train_epochs={args.num_train_epochs:g} makes no step: raise it, or set max_steps.")
         if not state.global_step:
             raise ValueError(
-                "No batch was made of train_dataset, so nothing was trained: give it more rows with different texts, "
-                "lower per_device_train_batch_size or set batch_sampler to batch_sampler."
+                "No batch was made of train_dataset: give it more rows with different texts, lower "
+                "per_device_train_batch_size or set batch_sampler to batch_sampler."
             )
         if not self.begun and self.trainer._idle_steps:
             self.trainer.refuse_idle()
@@ -414,17 +364,10 @@ class _WholeCard(TrainerCallback, ExportableState):
         self.card: Any = getattr(trainer.model, "model_card_data", None)  # models of transformers have none
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
-        logs = getattr(self.card, "training_logs", [])
-        results = getattr(self.card, "eval_results_dict", {})
-        kept = {
-            "logs": [_plain(line) for line in logs],
-            # An evaluator gives its metrics their whole names when it is first called.
-            "results": [
-                [getattr(one, "primary_metric", None), _plain(results.get(one, {}))] for one in self.evaluators
-            ],
-        }
-        return {"args": {}, "attributes": kept}
+        logs, results = getattr(self.card, "training_logs", []), getattr(self.card, "eval_results_dict", {})
+        # An evaluator gives its metrics their whole names when it is first called.
+        of = [[getattr(one, "primary_metric", None), _plain(results.get(one, {}))] for one in self.evaluators]
+        return {"args": {}, "attributes": {"logs": [_plain(line) for line in logs], "results": of}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.card is None:
@@ -442,13 +385,6 @@ class _WholeCard(TrainerCallback, ExportableState):
 def _plain(numbers: Mapping[str, Any]) -> list[tuple[str, Any]]:
     # Pairs: the trainer's state is saved with its keys sorted.
     return [(name, value if isinstance(value, int) else float(value)) for name, value in numbers.items()]
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _say_if_failed(job: Future[Any], *, what: str) -> None:

@@ -30,13 +30,11 @@ from sentence_transformers.sparse_encoder.evaluation import SparseInformationRet
 from tct_hf.data.column_names import KNOWN, KNOWN_TEXTS, candidate_columns
 from tct_hf.data.near_duplicates import is_query, same, text_key
 from tct_hf.teachers.base import Teacher, write_training_scale
-from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
+from tct_hf.training.arguments import LossSchedule, Schedule, SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import COSINE_SCALE
 from tct_hf.training.resumable import ResumableTrainer
-from tct_hf.training.schedules import LossSchedule, Schedule
-from tct_hf.training.sparse import SparseTCTTrainer
 from tct_hf.training.stages import Stage
-from tct_hf.training.trainer import TCTTrainer, checked_rows
+from tct_hf.training.trainer import SparseTCTTrainer, TCTTrainer, checked_rows
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection
@@ -61,7 +59,6 @@ class _ApartTrainer(ResumableTrainer):
     known: Any = None  # the rows with their ids and known positives, where there are any
 
     def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """sentence-transformers' sampler, shown the known positives beside the texts."""
         sampler = super().get_batch_sampler(*args, **kwargs)  # type: ignore[misc]
         if self.known is not None and isinstance(sampler, NoDuplicatesBatchSampler):
             sampler.dataset = self.known.with_transform(_kept_apart)
@@ -69,36 +66,34 @@ class _ApartTrainer(ResumableTrainer):
         return sampler
 
 
+def _row_of(row: Mapping[str, Any]) -> tuple[list[str], list[Any], set[Any]]:
+    """Texts of a row's candidates, what they are called among known positives, and its known positives."""
+    names = candidate_columns(list(row))
+    called = [row[f"{name}_id"] if KNOWN in row else text_key(row[name]) for name in names]
+    return [row[name] for name in names], called, {called[0], *(row.get(KNOWN, row.get(KNOWN_TEXTS)) or ())}
+
+
 def _kept_apart(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """The texts of a row, and what passages are known by, as columns of one value each."""
     row = {name: values[0] for name, values in batch.items()}
-    names = candidate_columns(list(row))
-    keys = [f"id {one}" for one in _passages_of(row, names) + list(row.get(KNOWN, row.get(KNOWN_TEXTS)) or ())]
-    return {str(at): [value] for at, value in enumerate([row["query"], *(row[name] for name in names), *keys])}
-
-
-def _passages_of(row: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """What a row's candidates are called among its known positives."""
-    return [row[f"{name}_id"] if KNOWN in row else text_key(row[name]) for name in names]
+    texts, called, known = _row_of(row)
+    keys = [row["query"], *texts, *(f"id {one}" for one in {*called, *known})]
+    return {str(at): [key] for at, key in enumerate(keys)}
 
 
 def _can_train(row: Mapping[str, Any]) -> bool:
     """Whether a row has a label, and no negative that is its query or a positive of it."""
-    names = candidate_columns(list(row))
-    own, *negatives = _passages_of(row, names)
-    texts = [row[name] for name in names]
-    known = {own, *(row.get(KNOWN, row.get(KNOWN_TEXTS)) or ())}
+    texts, called, known = _row_of(row)
     wrong = any(is_query(text, row["query"]) or same(text, texts[0]) for text in texts[1:])
-    return bool(row.get("labelled", True) and not wrong and not known.intersection(negatives))
+    return bool(row.get("labelled", True) and not wrong and not known.intersection(called[1:]))
 
 
 class ColBERTTrainer(_ApartTrainer, MultiVectorEncoderTrainer):
-    """sentence-transformers' trainer of multi-vector models, resumable."""
+    """sentence-transformers' trainer of multi-vector models, resumable; all that it saves says its scale."""
 
     loss: Any
 
     def finalise(self, path: str) -> None:
-        """Record what the scores are multiplied by, so that every saved or pushed teacher says it."""
         write_training_scale(path, self.loss.scale)
 
 
@@ -155,16 +150,15 @@ def _train_on_labels(
 
     def make() -> Any:
         model, triples = make_model(), checked_rows(make_triples(), "train_dataset")
-        columns = ["query", *candidate_columns(triples.column_names)]
-        if isinstance(triples, Dataset):
-            labelled = sum(triples["labelled"]) if "labelled" in triples.column_names else len(triples)
+        columns, in_memory = ["query", *candidate_columns(triples.column_names)], isinstance(triples, Dataset)
+        flagged = "labelled" in triples.column_names
+        if in_memory:
+            labelled = sum(triples["labelled"]) if flagged else len(triples)
             triples = triples.filter(_can_train)
-            if len(triples) < labelled:
-                stage.write(
-                    f"  {labelled - len(triples):,} of {labelled:,} rows are left out: a negative of theirs is their "
-                    "query or a positive of it"
-                )
-        elif "labelled" in triples.column_names:
+            if left_out := labelled - len(triples):
+                what = "a negative of theirs is their query or a positive of it"
+                stage.write(f"  {left_out:,} of {labelled:,} rows are left out: {what}")
+        elif flagged:
             triples = triples.filter(lambda labelled: labelled, input_columns="labelled")
         made = trainer(
             model,
@@ -174,10 +168,8 @@ def _train_on_labels(
             loss=make_loss(model),
             evaluator=stage.make_evaluator(),
         )
-        beside = [name for name in (KNOWN, KNOWN_TEXTS) if name in triples.column_names]
-        if isinstance(triples, Dataset) and beside:
-            ids = [f"{name}_id" for name in columns[1:] if f"{name}_id" in triples.column_names]
-            made.known = triples.select_columns([*columns, *ids, *beside])
+        if in_memory and {KNOWN, KNOWN_TEXTS} & {*triples.column_names}:
+            made.known = triples
         made.data_collator.prompts = {
             name: model.prompts.get("query" if name == "query" else "document") or "" for name in columns
         }
@@ -207,8 +199,7 @@ def train_colbert(
             gather_across_devices=PartialState().num_processes > 1,
         )
 
-    arguments = ARGUMENTS["late interaction"]
-    return _train_on_labels(stage, make_model, make_triples, make_loss, ColBERTTrainer, arguments)
+    return _train_on_labels(stage, make_model, make_triples, make_loss, ColBERTTrainer, ARGUMENTS["late interaction"])
 
 
 def train_stock(
@@ -216,20 +207,17 @@ def train_stock(
 ) -> Path:
     """Train an embedding model as sentence-transformers does by itself, the baseline of a distilled student.
 
-    The loss is MultipleNegativesRankingLoss: cosines times 20, softmax over the passages of the batch. Arguments of a
-    student's training that sentence-transformers' own lack, and push_to_hub, are left out.
-
-    Source: sentence-transformers' training overview, for (anchor, positive, negative) triplets.
+    Arguments of a student's training that sentence-transformers' own lack, and push_to_hub, are left out.
     """
-    known = {field.name for field in fields(SentenceTransformerTrainingArguments)} - {"push_to_hub"}
+    kind = SentenceTransformerTrainingArguments
+    known = {field.name for field in fields(kind)} - {"push_to_hub"}
     stage = replace(stage, arguments={name: value for name, value in stage.arguments.items() if name in known})
 
     def make_loss(model: SentenceTransformer) -> MultipleNegativesRankingLoss:
         gather = PartialState().num_processes > 1
         return MultipleNegativesRankingLoss(model, scale=COSINE_SCALE, gather_across_devices=gather)
 
-    arguments = SentenceTransformerTrainingArguments
-    return _train_on_labels(stage, make_model, make_triples, make_loss, StockTrainer, arguments)
+    return _train_on_labels(stage, make_model, make_triples, make_loss, StockTrainer, kind)
 
 
 def train_student(

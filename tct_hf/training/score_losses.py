@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 KLDirection = Literal["forward", "reverse"]
-# Each setting of the coupled loss, with a value in its range; those that are numbers may follow a schedule.
-NUMBERS: dict[str, float] = {
-    "temperature": 1.0,
-    "student_temperature": 1.0,
-    "hard_label_weight": 0.1,
-    "margin_mse_weight": 0.0,
-    "student_divisor": 1.0,
+Ranges = Mapping[str, tuple[Callable[[Any], Any], str]]  # of a setting: whether a value is in its range, and the range
+# Beyond, scores overflow in float32 or gradients vanish.
+_FACTOR = (lambda value: 1e-6 <= value <= 1e6), "a finite number greater than 0, from 1e-06 to 1e+06"
+LOSS_SETTINGS: Ranges = {
+    "temperature": _FACTOR,
+    "student_temperature": _FACTOR,
+    "hard_label_weight": (lambda value: 0.0 <= value <= 1.0, "a number from 0 to 1"),
+    "margin_mse_weight": (lambda value: 0.0 <= value <= 1e6, "a finite number from 0 to 1e+06"),
+    "student_divisor": _FACTOR,
+    "student_scale": _FACTOR,
+    "kl_direction": (lambda value: value in get_args(KLDirection), "'forward' or 'reverse'"),
+    "candidates": (lambda value: value in ("in-batch", "own"), "'in-batch' or 'own'"),
+    "mini_batch_size": (
+        lambda value: type(value) is int and value >= 1,
+        "a whole number, at least 1, or None for no gradient caching",
+    ),
+    "matryoshka_dims": (
+        lambda value: isinstance(value, list) and value and all(type(d) is int and d > 0 for d in value),
+        "a list of whole numbers above 0, such as [96, 192, 384]",
+    ),
+    "self_coupled": (lambda value: len(value) == 2, "the weights of the pooled score and of MaxSim"),
 }
-_FARTHEST = 1e6  # of a factor or divisor: beyond, scores overflow in float32 or gradients vanish
-LOSS_SETTINGS = (
-    *NUMBERS,
-    "student_scale",
-    "kl_direction",
-    "candidates",
-    "mini_batch_size",
-    "matryoshka_dims",
-    "self_coupled",
-)
+NUMBERS = tuple(LOSS_SETTINGS)[:5]  # that may follow a schedule
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -40,49 +45,26 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the coupled loss that are out of range, by name; None is not set yet."""
-    for name in ("temperature", "student_temperature", "student_divisor", "student_scale"):
-        value = settings.get(name)
-        if value is not None and not 0.0 < value < float("inf"):
-            raise ValueError(f"{name}={value} must be a finite number greater than 0.")
-        if value is not None and not 1 / _FARTHEST <= value <= _FARTHEST:
-            raise ValueError(
-                f"{name}={value} is beyond what float32 can train with: take a number from 1e-06 to 1e+06."
-            )
-    for name, most in (("hard_label_weight", 1.0), ("margin_mse_weight", _FARTHEST)):
-        value = settings.get(name)
-        if value is not None and not 0.0 <= value <= most:
-            wanted = "number from 0 to 1" if most == 1 else "finite number from 0 to 1e+06"
-            raise ValueError(f"{name}={value} must be a {wanted}.")
-    for name, known in (("kl_direction", get_args(KLDirection)), ("candidates", ("in-batch", "own"))):
-        if settings.get(name, known[0]) not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {settings[name]!r}.")
-    dims = settings.get("matryoshka_dims")
-    if dims is not None and not (isinstance(dims, list) and dims and all(type(d) is int and d > 0 for d in dims)):
-        raise ValueError(f"matryoshka_dims={dims!r}: give a list of whole numbers above 0, such as [96, 192, 384].")
-    size = settings.get("mini_batch_size")
-    if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(
-            f"mini_batch_size must be a whole number, at least 1, or None for no gradient caching; got {size!r}."
-        )
-    if settings.get("self_coupled") is not None and size is not None:
+def check_settings(settings: Mapping[str, Any], ranges: Ranges = LOSS_SETTINGS) -> None:
+    """Refuse settings that are out of range, by name; None is not set."""
+    for name, value in settings.items():
+        may_be_none = name not in ("kl_direction", "candidates")
+        if name in ranges and not (value is None and may_be_none) and not ranges[name][0](value):
+            raise ValueError(f"{name}={value!r} must be {ranges[name][1]}.")
+    if settings.get("self_coupled") is not None and settings.get("mini_batch_size") is not None:
         raise ValueError(
             "self_coupled compares the token vectors of a whole batch: leave out mini_batch_size, or self_coupled."
         )
 
 
 def _check_columns(shape: torch.Size, candidate_mask: Tensor | None, positive_index: Tensor) -> None:
-    if candidate_mask is not None and (candidate_mask.shape != shape or candidate_mask.dtype != torch.bool):
-        raise ValueError(
-            f"candidate_mask has shape {tuple(candidate_mask.shape)} and is {candidate_mask.dtype}: give one bool for "
-            f"each query and candidate, {tuple(shape)}, True for what counts."
-        )
-    if positive_index.shape != shape[:1] or positive_index.dtype != torch.int64:
-        raise ValueError(
-            f"positive_index has shape {tuple(positive_index.shape)} and is {positive_index.dtype}: give one int64 "
-            f"column for each query, {tuple(shape[:1])}, and -1 for a query without a label."
-        )
+    for name, tensor, wanted, dtype, what in (
+        ("candidate_mask", candidate_mask, shape, torch.bool, "bool for each query and candidate"),
+        ("positive_index", positive_index, shape[:1], torch.int64, "int64 column for each query, -1 without a label"),
+    ):
+        if tensor is not None and (tensor.shape != wanted or tensor.dtype != dtype):
+            found = f"has shape {tuple(tensor.shape)} and is {tensor.dtype}"
+            raise ValueError(f"{name} {found}: give one {what}, {tuple(wanted)}.")
     # Elsewhere reading values would make the host wait for the device at every step.
     if positive_index.device.type == "cpu" and ((positive_index < -1) | (positive_index >= shape[1])).any():
         raise ValueError(

@@ -27,8 +27,8 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
 
     All processes and workers go through the rows in the same order, and each parses and looks up its own part of every
     `processes * batch_size` rows: a step trains on the same rows however many share them. A batch that a pass ends in
-    is filled up from the next pass: no row is left out, whatever the batch size. Rows that reading leaves out have
-    others in their place, those of the step that follows first: processes have equally many.
+    is filled up from the next pass. Rows that reading leaves out have others in their place, those of the step that
+    follows first: processes have equally many.
     """
 
     def __init__(
@@ -40,20 +40,15 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
         processes: int = 1,
         passes: int | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}: such batches would never be full.")
         self.rows, self.batch_size = rows, batch_size
-        self.process, self.processes = process, processes
-        self.passes = passes
-        self.first_pass = 0
+        self.process, self.processes, self.passes = process, processes, passes
+        self.first_pass = 0  # each has its own order where the rows are shuffled
         self.trained = 0  # batches that a resumed run has trained on: they are passed over, empty
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin with this pass, from 0: each has its own order where the rows are shuffled."""
         self.first_pass = epoch
 
     def __iter__(self) -> Iterator[list[Row]]:
-        """Read from the start of the first pass."""
         info = data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         batches = chain(self._filled(self.batch_size * self.processes), [list[Row]()])
@@ -95,8 +90,7 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
                 if not count or (self.processes > 1 and (self.passes is None or count < self.processes)):
                     raise ValueError(
                         f"The streamed data set has {count:,} rows, fewer than one batch of {self.batch_size} rows on "
-                        f"each of {self.processes} processes ({size}): give it more rows, smaller batches or fewer "
-                        "processes."
+                        f"each of {self.processes} processes ({size}): give it more rows, or smaller batches."
                     )
                 yield batch
                 batch = []
@@ -110,14 +104,10 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
             yield batch
 
 
-def _as_stored(rows: IterableDataset) -> IterableDataset:
-    return rows.ordered if isinstance(rows, StreamedTriples) else rows
-
-
 def _one_pass(rows: IterableDataset, number: int) -> Iterator[Row]:
     # Each process and worker goes through all rows, but reads only its own.
     # An IterableDataset's epoch is in memory that all workers share: each of them needs its own.
-    own = _as_stored(rows).with_format(None)
+    own = (rows.ordered if isinstance(rows, StreamedTriples) else rows).with_format(None)
     own.set_epoch(number)
     # Iterated row by row in a worker, it would be divided among the workers once more.
     for batch in own.iter(_ROWS_AT_ONCE):
@@ -130,15 +120,11 @@ def _collate(collate: Callable[[list[Row]], dict[str, Any]], batch: list[Row]) -
 
 
 class PassOver(TrainerCallback, ExportableState):
-    """Lets a resumed run skip the batches it has trained on: these are read, but not tokenised again.
-
-    Every checkpoint says how many rows a step took and how they began: with others the rows that follow are not known.
-    """
+    """Lets a resumed run skip the batches it has trained on; refuses other batches or another order than before."""
 
     steps: dict[str, int] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
         return {"args": {}, "attributes": {"steps": self.steps}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,15 +137,12 @@ class PassOver(TrainerCallback, ExportableState):
             kept = (state.stateful_callbacks or {}).get(type(self).__name__) or {}
             before = kept.get("attributes", {}).get("steps") or now
             if before != now:
-                what = (
-                    f"{before['rows a step']} rows a step, now {rows}"
-                    if before["rows a step"] != rows
-                    else ("other rows first: the file or the shuffle seed is another one")
-                )
+                what = "other rows first: the file or the shuffle seed is another one"
+                if before["rows a step"] != rows:
+                    what = f"{before['rows a step']} rows a step, now {rows}"
                 raise ValueError(
                     f"train_dataset is streamed, and the checkpoint has {what}; rows would be lost or repeated. Keep "
-                    "per_device_train_batch_size * processes * gradient_accumulation_steps and .shuffle(seed=...), or "
-                    "begin with the first row: ignore_data_skip=True."
+                    "rows a step and seed, or begin with the first row: ignore_data_skip=True."
                 )
             # As the trainer counts: a run that goes on after its last step begins again.
             batches.trained = state.global_step % state.max_steps * args.gradient_accumulation_steps
@@ -175,16 +158,12 @@ def same_order_everywhere(rows: IterableDataset, device: torch.device) -> None:
     """Refuse rows that begin otherwise in each process."""
     if len(set(sizes_of_all(_order(rows), device))) > 1:
         raise ValueError(
-            "train_dataset is shuffled in another order in each process: rows would be lost and repeated. Shuffle "
-            "it with a seed, .shuffle(seed=...), the same one everywhere."
+            "train_dataset is shuffled in another order in each process: shuffle it with a seed, .shuffle(seed=...)."
         )
 
 
 def streamed_loader(trainer: Any, rows: IterableDataset, size: int, passes: int | None) -> data.DataLoader[Any]:
-    """A trainer's data loader of streamed rows, in batches of this process's own.
-
-    Without a length, the base class counts a last, shorter batch of streamed rows like a whole one.
-    """
+    """A trainer's data loader of streamed rows, in batches of this process's own."""
     args, accelerator = trainer.args, trainer.accelerator
     processes = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     loader: data.DataLoader[Any] = data.DataLoader(

@@ -1,4 +1,4 @@
-"""Train a student against a live teacher: scoring, the loss, logging; and the trainer of single-vector students."""
+"""Train a student, dense or sparse, against a live teacher: scoring, the loss, logging."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset, IterableDataset
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import (
+    MultiVectorEncoder,
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SparseEncoder,
+    SparseEncoderTrainer,
+)
+from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
+from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, FlopsLoss, SpladeLoss
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from tct_hf.batches import first_row, gather_rows, sizes_of_all
 from tct_hf.data.column_names import IN_EVERY_ROW, candidate_columns
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.checkpoint import finalise_checkpoint
-from tct_hf.encoding.scale import keep_scalar, length_of
+from tct_hf.encoding.encoders import keep_scalar, length_of
 from tct_hf.retrieval.encode import say_cut_queries
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
-from tct_hf.training.arguments import TCTTrainingArguments
+from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.collator import BATCH_KEY, NO_ID, SameDatasetBatchSampler, TCTDataCollator
 from tct_hf.training.loss import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part, coupled_parts
 from tct_hf.training.resumable import ResumableTrainer
+from tct_hf.training.score_losses import at_least_float32
 
+PATIENCE = 3  # steps without active dimensions before training of a sparse student stops
 _LOOKED_AT = 1000  # queries of training that are looked at for being cut
 
 
@@ -72,37 +84,31 @@ def _each(given: Any, name: str) -> list[tuple[str, Any]]:
 
 def checked_rows(given: Any, argument: str) -> Any:
     """A trainer's data sets, of Python values; refuses what can't be trained on, before the first step."""
-    before = dict(_each(given, argument))
-    if isinstance(given, dict) and (streamed := [k for k, one in before.items() if isinstance(one, IterableDataset)]):
+    if not isinstance(given, dict):
+        return None if given is None else _checked(given, argument)
+    if streamed := [name for name, rows in given.items() if isinstance(rows, IterableDataset)]:
         raise ValueError(
-            f"{argument}: {streamed[0]} is streamed, and only a data set that is given alone may be: join them with "
-            "datasets.interleave_datasets, or load them with streaming=False."
+            f"{argument}: {streamed[0]} is streamed, and only a data set that is given alone may be: load them whole."
         )
-    rows = {name: _checked(one, name) for name, one in before.items()}
-    if isinstance(given, dict):  # copies: sentence-transformers puts a transform on each of them in place
-        return type(given)({name: copy(one) for name, one in rows.items()})
-    return rows.get(argument)
+    # Copies: sentence-transformers puts a transform on each of them in place.
+    return type(given)({name: copy(_checked(rows, name)) for name, rows in given.items()})
 
 
 def _checked(rows: Any, name: str) -> Any:
-    if isinstance(rows, IterableDataset) and (rows.column_names or next(iter(rows), None)):
-        return rows
     if not isinstance(rows, (Dataset, IterableDataset)):
         raise ValueError(
-            f"{name} is a {type(rows).__name__}, not a data set: make it one with datasets.Dataset.from_list(rows), "
-            "or read a file with load_triples."
+            f"{name} is a {type(rows).__name__}, not a data set: make it one with datasets.Dataset.from_list(rows)."
         )
+    if isinstance(rows, IterableDataset) and (rows.column_names or next(iter(rows), None)):
+        return rows
     if isinstance(rows, IterableDataset) or not len(rows):
         raise ValueError(f"{name} has no rows: check its source, and what a filter left of it.")
     if rows.format["type"] not in (None, "custom"):  # a transform is the user's own
         rows = rows.with_format(None)
     for column in rows.column_names:
-        if IN_EVERY_ROW.fullmatch(column) and rows.data.column(column).null_count:
-            empty = next((row for row, value in enumerate(rows[column]) if value is None), None)
-            if empty is not None:
-                raise ValueError(
-                    f"{name}: row {empty} has no {column}. Fill it in, or remove the row (or, of ids, the column)."
-                )
+        if IN_EVERY_ROW.fullmatch(column) and rows.data.column(column).null_count and None in rows[column]:
+            row = list(rows[column]).index(None)
+            raise ValueError(f"{name}: row {row} has no {column}. Fill it in, or remove the row (or a column of ids).")
     return rows
 
 
@@ -126,20 +132,12 @@ class CoupledTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         own = type(self).__name__
-        if teacher is None:
-            raise ValueError(f"A {own} needs a teacher: a ColBERTTeacher, or a multi-vector model or its path.")
         if model is not None and not isinstance(model, self.model_class):
             raise ValueError(
                 f"A {own} trains a {self.model_class.__name__}, got {type(model).__name__}: {self.other_model}"
             )
         train_dataset = checked_rows(train_dataset, "train_dataset")
         eval_dataset = checked_rows(eval_dataset, "eval_dataset")
-        for name, one in _each(loss, "loss"):
-            if not callable(one):
-                raise ValueError(
-                    f"{name} is {one!r}, not a loss: give a TightlyCoupledLoss, or none for one with the arguments' "
-                    "settings."
-                )
         self.teacher = teacher if isinstance(teacher, Teacher) else ColBERTTeacher(teacher)
         collator = kwargs.get("data_collator")
         if isinstance(collator, TCTDataCollator):
@@ -147,8 +145,7 @@ class CoupledTrainer(ResumableTrainer):
             collator.prompts = collator.prompts or getattr(model, "prompts", None)
         elif collator is not None:
             raise ValueError(
-                f"data_collator is a {type(collator).__name__}: a {own} needs a TCTDataCollator, "
-                "which also lets the teacher prepare a batch. Leave it out, or subclass TCTDataCollator."
+                f"data_collator is a {type(collator).__name__}: a {own} needs a TCTDataCollator, or a subclass."
             )
         if model is not None:
             self.teacher.attach(model)
@@ -171,20 +168,17 @@ class CoupledTrainer(ResumableTrainer):
             )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate on a data set that is checked as those of training are."""
         if not isinstance(eval_dataset, str):
             eval_dataset = checked_rows(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_data_collator(self, model: Any, args: Any, processing_class: Any = None) -> TCTDataCollator:
-        """The collator that also lets the teacher prepare a batch."""
         return TCTDataCollator(preprocess_fn=model.preprocess, prompts=model.prompts, teacher=self.teacher)
 
     def _candidates(self, names: list[str]) -> list[str]:
         return candidate_columns(names, read=self.teacher.columns_read(names))
 
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
-        """Refuse a data set without the columns of training, before the first step."""
         super().validate_column_names(dataset, dataset_name=dataset_name)  # type: ignore[misc]
         if not isinstance(dataset, dict):
             self._candidates(dataset.column_names)
@@ -213,10 +207,9 @@ class CoupledTrainer(ResumableTrainer):
     def _prepare_teacher(self) -> None:
         """Let the teacher refuse what it can't teach, and say what it will cost, before the first step."""
         size = self.args.per_device_train_batch_size
-        for name, dataset, training in (
-            *((*one, True) for one in _each(self.train_dataset, "train_dataset")),
-            *((*one, False) for one in _each(self.eval_dataset, "eval_dataset")),
-        ):
+        sets = [(one, True) for one in _each(self.train_dataset, "train_dataset")]
+        sets += [(one, False) for one in _each(self.eval_dataset, "eval_dataset")]
+        for (name, dataset), training in sets:
             loss = coupled_part(self.loss[name] if isinstance(self.loss, dict) else self.loss)
             candidates = getattr(loss, "candidates", "in-batch")
             self.teacher.check(dataset.column_names, candidates=candidates)
@@ -225,11 +218,9 @@ class CoupledTrainer(ResumableTrainer):
             columns = self._candidates(dataset.column_names)
             devices = self.accelerator.num_processes if getattr(loss, "gathers", False) else 1
             if len(columns) == 1 and (candidates == "own" or size * devices == 1):
+                why = "candidates is own" if candidates == "own" else "a batch is one row"
                 raise ValueError(
-                    f"{name} has no negatives, and "
-                    f"{'candidates is own' if candidates == 'own' else 'a batch is one row'}, so a positive is its "
-                    "query's only candidate and nothing is learned: add negatives, or use candidates='in-batch' "
-                    "and larger batches."
+                    f"{name} has no negatives, and {why}, so nothing is learned: add some, or use larger batches."
                 )
             if self.is_world_process_zero():
                 if isinstance(dataset, Dataset):
@@ -268,8 +259,7 @@ class CoupledTrainer(ResumableTrainer):
         if not_finite:
             raise ValueError(
                 f"The teacher gave scores that are not finite for {len(not_finite)} of {len(scores)} queries (first "
-                f"in row {not_finite[0]}). Load it with dtype='float32' if it is not, and check that its checkpoint "
-                "scores single texts finitely."
+                f"in row {not_finite[0]}): load it with dtype='float32', and check its checkpoint."
             )
         asked, (queries, columns) = batch["asked"][:, None], batch["candidate_ids"].shape
         kinds = [kind for kind in ("ids", "texts") if f"candidate_{kind}" in batch]
@@ -340,16 +330,135 @@ class TCTTrainer(CoupledTrainer, SentenceTransformerTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
-        """The loss on the model's device."""
         loss = loss if isinstance(loss, nn.Module) else loss(model)
         if type(loss).__module__.startswith("sentence_transformers."):
             raise ValueError(
-                f"The loss is a {type(loss).__name__}, which takes no teacher's scores: a TCTTrainer needs a "
-                "TightlyCoupledLoss, or none for one with the arguments' settings. Train with stock losses in a "
-                "SentenceTransformerTrainer."
+                f"The loss is a {type(loss).__name__}, which takes no teacher's scores: give a TightlyCoupledLoss."
             )
         return super().prepare_loss(loss, model)
 
     def finalise(self, path: str) -> None:
-        """Complete a saved student, so that stock sentence-transformers loads it right."""
         finalise_checkpoint(path)
+
+
+class FlopsOfAllDevices(FlopsLoss):
+    """FLOPS of the whole batch, where sentence-transformers takes the mean over a device's rows, in float32.
+
+    Source: Paria et al., arXiv 2004.05665, section 4; threshold: arXiv 2504.14839.
+    """
+
+    def compute_loss_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            weights = at_least_float32(embeddings)
+            if self.threshold is not None:
+                dense = (embeddings != 0).sum(dim=1, keepdim=True) > self.threshold
+                weights = weights.masked_fill(~dense, 0.0)
+            sizes = sizes_of_all(len(weights), weights.device)
+            sums = gather_rows(weights.sum(dim=0, keepdim=True), [1] * len(sizes), with_grad=True)
+            return (sums.sum(dim=0) / sum(sizes)).square().sum()
+
+
+class RegularizerWarmup(SpladeRegularizerWeightSchedulerCallback):
+    """sentence-transformers' warm-up of the regularisers' weights, over a share of the steps or a number of them."""
+
+    def __init__(self, loss: SpladeLoss, *, warmup: float, shape: str) -> None:
+        super().__init__(loss, shape, warmup_ratio=warmup if 0.0 < warmup < 1.0 else 1.0)
+        self.fixed_steps = None if 0.0 < warmup < 1.0 else int(warmup)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.fixed_steps is not None:
+            self.warmup_steps: Any = self.fixed_steps
+
+
+class CollapsedStudent(ValueError):
+    """A sparse student's vectors have lost all active dimensions; they do not come back."""
+
+
+class SparseTCTTrainer(CoupledTrainer, SparseEncoderTrainer):
+    """Distil a live teacher into a sparse student.
+
+    The loss is the coupled loss inside sentence-transformers' SpladeLoss (CachedSpladeLoss with a `mini_batch_size`),
+    whose regularisers keep queries and passages sparse. Mean active dimensions of both are logged, as
+    `query_active_dims` and `document_active_dims`, and the training stops when they are gone.
+
+    Args:
+        model: the student, of :func:`~tct_hf.build_splade` or any SparseEncoder, compared by dot product; with a
+            Router, columns go to its routes "query" and "document".
+        teacher: as of :class:`~tct_hf.TCTTrainer`, like the arguments that are not listed here.
+        evaluator: such as a SparseInformationRetrievalEvaluator on dev queries; models are chosen by it.
+        loss: a SpladeLoss of a TightlyCoupledLoss of the student; by default one with the arguments' settings, which
+            a loss that is given here takes none of but the warm-up.
+
+    Raises:
+        ValueError: as :class:`~tct_hf.TCTTrainer`.
+        CollapsedStudent: in training, when the student is empty.
+
+    Source: Lin, Yang, Lin, arXiv 2010.11386, section 3.2; Formal et al., arXiv 2205.04733.
+    """
+
+    model_class = SparseEncoder
+    training_args_class = SparseTCTTrainingArguments
+    other_model = "build one with build_splade; a SentenceTransformer takes a TCTTrainer."
+    args: SparseTCTTrainingArguments
+    _dims: tuple[Tensor, ...] = ()  # active dimensions of queries and passages, of the batches of this step
+    _empty_steps = 0
+
+    def get_default_loss(self, model: Any) -> SpladeLoss:
+        settings = self.args.loss_settings(self.teacher.training_scale)
+        # The gradient cache is the outer loss's: it holds the embeddings that all parts of the loss take.
+        size = settings.pop("mini_batch_size")
+        kind, cached = (SpladeLoss, {}) if size is None else (CachedSpladeLoss, {"mini_batch_size": size})
+        return kind(
+            model,
+            TightlyCoupledLoss(model, **settings),
+            document_regularizer_weight=self.args.document_regularizer_weight,
+            query_regularizer_weight=self.args.query_regularizer_weight,
+            document_regularizer=FlopsOfAllDevices(model, self.args.document_regularizer_threshold),
+            query_regularizer=FlopsOfAllDevices(model, self.args.query_regularizer_threshold),
+            **cached,
+        )
+
+    def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
+        loss = loss if isinstance(loss, nn.Module) else loss(model)
+        if not isinstance(loss, SpladeLoss) or not isinstance(loss.loss, TightlyCoupledLoss):
+            inner = f" of a {type(loss.loss).__name__}" if isinstance(loss, SpladeLoss) else ""
+            raise ValueError(
+                f"The loss is a {type(loss).__name__}{inner}: a SparseTCTTrainer needs a SpladeLoss or "
+                "CachedSpladeLoss of a TightlyCoupledLoss, or none."
+            )
+        if loss.loss.mini_batch_size is not None:
+            raise ValueError("mini_batch_size has no effect inside another loss: give it to a CachedSpladeLoss.")
+        if not any(isinstance(one, RegularizerWarmup) and one.loss is loss for one in self.callback_handler.callbacks):
+            shape, warmup = self.args.regularizer_warmup_shape, self.args.regularizer_warmup
+            # After the first callback, where sentence-transformers looks for it: it would add its own.
+            self.callback_handler.callbacks.insert(1, RegularizerWarmup(loss, warmup=warmup, shape=shape))
+        return super().prepare_loss(loss, model)
+
+    def track_loss_components(self, loss: dict[str, Tensor]) -> None:
+        super().track_loss_components(loss)
+        if not self.model.training or "document_active_dims" not in loss:
+            return
+        self._dims += (torch.stack([loss["query_active_dims"], loss["document_active_dims"]]),)
+        if not self.accelerator.sync_gradients:  # more batches of this step are to come
+            return
+        dims, self._dims = torch.stack(self._dims).mean(0), ()
+        if get_world_size() > 1:  # all processes decide the same
+            dist.all_reduce(dims)
+            dims = dims / get_world_size()
+        self.refuse_collapse(*dims.tolist())
+
+    def refuse_collapse(self, queries: float, passages: float) -> None:
+        """Stop when queries or passages have had less than one active dimension on average, several steps in a row."""
+        self._empty_steps = self._empty_steps + 1 if min(queries, passages) < 1.0 else 0
+        if self._empty_steps < PATIENCE:
+            return
+        part = coupled_parts(self.loss)[0]
+        settings = [f"{name}={getattr(part, name, None)}" for name in ("temperature", "student_temperature")]
+        for name in ("document_regularizer_weight", "query_regularizer_weight", "regularizer_warmup", "learning_rate"):
+            settings.append(f"{name}={getattr(self.args, name)}")
+        raise CollapsedStudent(
+            f"The student has {queries:.4g} active dimensions a query and {passages:.4g} a passage, and vectors of "
+            "zeros have no gradient. Start again with higher temperatures, lower regularizer weights or a lower "
+            f"learning_rate; now {', '.join(settings)}."
+        )

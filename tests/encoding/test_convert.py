@@ -299,7 +299,7 @@ def test_nothing_is_guessed_in_a_conversion(tmp_path: Path) -> None:
         (bare, "dual-encoder", "whichever it was trained with"),
         (bare, "colbert", "a bare encoder without a projection"),
         (dual_encoder(tmp_path / "dual"), "tct", 'not "tct"; leave kind at "auto"'),
-        (dual_encoder(tmp_path / "max", "max"), "auto", "pooling 'max' is not part"),
+        (dual_encoder(tmp_path / "max", "max"), "auto", "pooling 'max' is unknown"),
         (tct_student(tmp_path), "auto", "there is nothing to convert"),
     ):
         with pytest.raises(ValueError, match=message):

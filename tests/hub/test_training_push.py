@@ -109,10 +109,10 @@ def test_a_slow_push_undoes_no_later_one(hub: LoopbackHub, tmp_path: Path) -> No
 def test_a_full_disk_stops_no_training(
     hub: LoopbackHub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*paths: str) -> None:
+    def full(*paths: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(resumable, "_link", full)
+    monkeypatch.setattr(resumable.shutil, "copytree", full)
     with caplog.at_level(logging.WARNING):
         trainer = train(tmp_path, strategy="every_save", steps=1)
     assert trainer.state.global_step == 1 and (tmp_path / "run/checkpoint-1/model.safetensors").is_file()

@@ -78,11 +78,6 @@ def test_texts_that_travelled_give_the_same_scores(teacher: CrossEncoderTeacher)
     torch.testing.assert_close(score(teacher, QUERIES[:2], columns), expected)
 
 
-def test_in_batch_candidates_are_refused_of_a_teacher_of_own_ones(student: Any, path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'set candidates="own", mix it .* its candidates="in-batch"'):
-        make_trainer(tmp_path / "run", student, CrossEncoderTeacher(str(path)), triples(16))
-
-
 def test_what_is_no_cross_encoder_of_one_score_is_refused(tmp_path: Path, path: Path) -> None:
     with pytest.raises(ValueError, match="has 3 labels, and a teacher gives one score"):
         CrossEncoderTeacher(str(tiny_cross_encoder(tmp_path / "three", labels=3)))

@@ -15,8 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tct_hf import ColBERTTeacher, CrossEncoderTeacher, DenseTeacher, student_from_teacher
 from tct_hf.batches import passes as cut_into_passes
@@ -133,34 +131,6 @@ def test_passes_hold_so_many_tokens_and_neither_they_nor_chunks_change_scores(
     assert all(rows * tokens <= tokens_per_pass or rows == 1 for rows, tokens in seen)
 
 
-class LargestResult(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
-def test_small_chunks_bound_the_largest_temporary_of_the_whole_scoring(encoders: Encoders) -> None:
-    queries, passages = [f"{TEXTS[i % 13][:40]} {i}" for i in range(48)], columns_of(48, 2)
-    all_similarities = 48 * 96 * 36 * 64
-    sizes = {}
-    for budget in (1 << 18, 1 << 24):
-        teacher = exact(encoders["tct"])
-        teacher.chunk_elements, teacher.tokens_per_pass = budget, 1024
-        inputs = teacher.collate(queries, passages, [{}] * 48)
-        with LargestResult() as largest:
-            teacher.score_matrix(inputs, gather=False)
-        sizes[budget] = largest.elements
-    assert sizes[1 << 24] == all_similarities  # the measure sees the whole matrix
-    assert sizes[1 << 18] <= 1 << 18
-
-
 def test_the_mean_does_not_know_how_a_query_is_padded(encoders: Encoders, own: Own) -> None:
     inputs: Any = exact(encoders["mean"]).collate(TEXTS, COLUMNS, [{}] * 13)
     for key, value in inputs["query"].items():
@@ -169,22 +139,11 @@ def test_the_mean_does_not_know_how_a_query_is_padded(encoders: Encoders, own: O
     close(exact(encoders["mean"]).score_matrix(inputs, gather=False), own["mean"])
 
 
-# One vector a text.
-
-
-def dense_model(path: Path, **settings: Any) -> SentenceTransformer:
-    """Token vectors' mean, of an encoder with prompts."""
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    encoder = Transformer(str(tiny_bert(path, seed=11)), max_seq_length=48)
-    modules = [encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode="mean")]
-    prompts = {"query": "what is ", "document": "the passage "}
-    return SentenceTransformer(modules=modules, prompts=prompts, device="cpu", **settings)
-
-
 @pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean"])
 def test_an_embedding_models_scores_are_its_own_similarity(tmp_path: Path, similarity: Any) -> None:
-    model = dense_model(tmp_path / "base", similarity_fn_name=similarity, truncate_dim=24)
+    prompts, path = {"query": "what is ", "document": "the passage "}, str(dual_encoder(tmp_path / "base"))
+    settings: dict[str, Any] = {"prompts": prompts, "similarity_fn_name": similarity, "truncate_dim": 24}
+    model = SentenceTransformer(path, device="cpu", **settings)
     expected = model.similarity(model.encode_query(TEXTS), model.encode_document(COLUMNS[0] + COLUMNS[1]))
     model.save_pretrained(str(tmp_path / "saved"))
     for source in (model, tmp_path / "saved"):
@@ -192,9 +151,6 @@ def test_an_embedding_models_scores_are_its_own_similarity(tmp_path: Path, simil
         teacher.tokens_per_pass = 100
         assert teacher.score_kind == similarity and teacher.training_scale == 1.0
         torch.testing.assert_close(score(teacher, TEXTS, COLUMNS), expected, atol=1e-5, rtol=1e-5)
-
-
-# Tokens: the student's where they are the same, its own elsewhere.
 
 
 # For our own format, only the length of passages differs at 63: no short text would show it.
@@ -224,8 +180,7 @@ def test_attaching_to_another_student_is_decided_anew(encoders: Encoders) -> Non
         student = student_from_teacher(teacher, document_length=64, **settings)
         teacher.attach(student)
         assert teacher.shares_tokens is shared, settings
-    # The same model with one more word in its vocabulary reads some texts differently.
-    student.tokenizer.add_tokens(["zyxw"])
+    student.tokenizer.add_tokens(["zyxw"])  # one more word, so that some texts are read differently
     teacher.attach(student)
     assert not teacher.shares_tokens
 
@@ -258,9 +213,6 @@ def test_passages_padded_on_the_left_keep_their_positions(encoders: Encoders) ->
     close(exact(model).score_matrix(inputs, gather=False), expected)
 
 
-# Mode, gradients and types.
-
-
 def test_scoring_is_in_evaluation_mode_and_makes_no_graph(tmp_path: Path) -> None:
     model = load_colbert(tiny_colbert(tmp_path, dropout=0.5))
     teacher = exact(model)
@@ -270,16 +222,6 @@ def test_scoring_is_in_evaluation_mode_and_makes_no_graph(tmp_path: Path) -> Non
     assert torch.equal(found, expected) and not found.requires_grad
     assert not any(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())  # the caller's model is left as it was
-
-
-def test_bfloat16_scores_are_close_to_float32(encoders: Encoders) -> None:
-    model = encoders["pylate"]
-    full, half = (score(ColBERTTeacher(model, dtype=dtype), TEXTS, COLUMNS) for dtype in ("float32", "bfloat16"))
-    assert half.dtype == torch.float32 and not torch.equal(half, full)
-    # Sums of 32 or 36 cosines, each of vectors that are right to about 1%.
-    torch.testing.assert_close(half, full, atol=0.3, rtol=0)
-    assert (half - full).abs().mean() < 0.1
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
@@ -293,10 +235,8 @@ def test_a_teacher_of_any_precision_scores_on_a_cpu(tmp_path: Path, half: torch.
         if dtype == "float32":
             assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.float32}
         found = score(teacher, TEXTS, COLUMNS)
+        assert found.dtype == torch.float32 and (dtype != "bfloat16" or not torch.equal(found, expected))
         torch.testing.assert_close(found, expected, atol=0.3 if dtype != "float32" else 1e-5, rtol=0)
-
-
-# Making one.
 
 
 def test_settings_that_make_no_sense_are_refused(encoders: Encoders) -> None:
@@ -316,9 +256,6 @@ def test_training_scale_is_written_and_read_back(encoders: Encoders, tmp_path: P
     assert ColBERTTeacher(path).training_scale == 384.0
     assert ColBERTTeacher(path, training_scale=2.0).training_scale == 2.0
     assert json.loads((path / TRAINING_FILE).read_text()) == {"training_scale": 384.0}
-
-
-# The cut into passes.
 
 
 @given(
@@ -345,9 +282,9 @@ def test_a_model_of_another_kind_is_refused(checkpoints: dict[str, Path], tmp_pa
         (CrossEncoderTeacher, embedding, "is a BertModel and no cross-encoder: the head that scores a pair would be"),
         (ColBERTTeacher, tiny_bert(tmp_path / "b"), "BertModel and no ColBERT: its projection would be random"),
         (ColBERTTeacher, cross_encoder, "is a BertForSequenceClassification and no ColBERT"),
-        (ColBERTTeacher, tmp_path / "saved", "is a CrossEncoder, one score a pair, and no ColBERT"),
+        (ColBERTTeacher, tmp_path / "saved", "is a CrossEncoder and no ColBERT"),
         (DenseTeacher, load_colbert(checkpoints["tct"]), "needs a SentenceTransformer, got MultiVectorEncoder"),
-        (DenseTeacher, checkpoints["tct"], "is a MultiVectorEncoder, one vector a token, and no embedding model"),
+        (DenseTeacher, checkpoints["tct"], "is a MultiVectorEncoder and no embedding model"),
     ]
     for kind, model, message in teachers:
         with pytest.raises(ValueError, match=message):

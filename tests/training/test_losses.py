@@ -18,9 +18,8 @@ from torch import Tensor
 
 from tct_hf import TeacherTargets, TightlyCoupledLoss, build_student
 from tct_hf import batches as batching
-from tct_hf.batches import stack_columns, take, token_lengths
 from tests.models import tiny_bert
-from tests.train_helpers import logged, make_models, make_trainer, numpy_loss, triples
+from tests.train_helpers import numpy_loss, triples
 
 QUERIES = ["what is dense", "the teacher", "tokens", "student of a query", "of the passage", "retrieval", "distilled"]
 
@@ -144,13 +143,11 @@ def test_report_holds_the_parts_the_entropy_and_the_agreement(student: SentenceT
 
 
 def test_scores_are_float32_under_autocast(student: SentenceTransformer) -> None:
-    generator = torch.Generator().manual_seed(1)
-    vectors = [torch.randn(7, 32, generator=generator) * 5 for _ in range(3)]
+    vectors = [torch.randn(7, 32) * 5 for _ in range(3)]
     loss = TightlyCoupledLoss(student, temperature=1.0)
     plain = loss.compute_loss_from_embeddings(vectors, targets(1))
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = loss.compute_loss_from_embeddings(vectors, targets(1))
-    assert {k: v.item() for k, v in mixed.items()} == {k: v.item() for k, v in plain.items()}
+        assert loss.compute_loss_from_embeddings(vectors, targets(1)) == plain
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 3])
@@ -190,36 +187,8 @@ def test_a_student_of_dot_products_and_a_learned_scale_are_taken_as_they_are(bas
     scaled = build_student(str(base), encoding="tct", document_length=64, scale=9.0)
     for student in (embedding_model(base, similarity="dot"), scaled):
         assert TightlyCoupledLoss(student).student_scale == 1.0
-    wrong: Any
-    for wrong, message in (
-        ({"student_scale": 0}, "student_scale=0"),
-        ({"matryoshka_dims": [16, 33]}, "33 is not between 1 and the embedding's 32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TightlyCoupledLoss(scaled, **wrong)
-
-
-class SameChunks(TightlyCoupledLoss):
-    """The same forward passes in the same order, with their graphs kept: what caching must not differ from."""
-
-    def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
-        assert self.mini_batch_size is not None
-        merged = stack_columns(features[1:])
-        assert merged is not None
-        order = torch.tensor(token_lengths(merged)).argsort(stable=True)
-        width = merged["attention_mask"].shape[1]
-        vectors = []
-        for column in (features[0], {key: take(value, order, width) for key, value in merged.items()}):
-            lengths = token_lengths(column)
-            parts = []
-            for start in range(0, len(lengths), self.mini_batch_size):
-                rows = torch.arange(start, min(start + self.mini_batch_size, len(lengths)))
-                longest = max(lengths[start : start + self.mini_batch_size])
-                part = {key: take(value, rows, longest) for key, value in column.items()}
-                parts.append(self.model(part)["sentence_embedding"])
-            vectors.append(torch.cat(parts))
-        columns = vectors[1][order.argsort()].chunk(len(features) - 1)
-        return total(self.compute_loss_from_embeddings([vectors[0], *columns], labels))
+    with pytest.raises(ValueError, match="33 is not between 1 and the embedding's 32"):
+        TightlyCoupledLoss(scaled, matryoshka_dims=[16, 33])
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -255,39 +224,6 @@ def test_a_prompt_length_in_a_tensor_is_cut_with_its_rows(student: SentenceTrans
     of_tensors = [column | {"prompt_length": torch.full((7,), column["prompt_length"])} for column in of_ints]
     loss = TightlyCoupledLoss(student, mini_batch_size=4)
     assert total(loss(of_tensors, targets(2))).item() == total(loss(of_ints, targets(2))).item()
-
-
-def test_with_dropout_gradients_are_those_of_the_same_chunks(tmp_path: Path) -> None:
-    dropping = str(tiny_bert(tmp_path, seed=11, dropout=0.3))
-    student = build_student(dropping, encoding="tct", document_length=64).train()
-
-    def step(kind: type[TightlyCoupledLoss], seed: int) -> tuple[float, dict[str, Tensor]]:
-        torch.manual_seed(seed)
-        loss = total(kind(student, temperature=1.0, mini_batch_size=2)(features(student, 2), targets(2)))
-        return loss.item(), gradients(student, loss)
-
-    expected, wanted = step(SameChunks, 0)
-    found, got = step(TightlyCoupledLoss, 0)
-    assert found == pytest.approx(expected, abs=1e-6)
-    close(got, wanted, 1e-6)
-    assert abs(step(TightlyCoupledLoss, 1)[0] - expected) > 1e-4  # dropout is on
-
-
-@pytest.mark.parametrize(("bf16", "accumulate"), [(False, 2), (True, 1)])
-def test_in_training_weights_are_those_of_the_same_chunks(tmp_path: Path, bf16: bool, accumulate: int) -> None:
-    weights, losses = [], []
-    for kind in (SameChunks, TightlyCoupledLoss):
-        student, teacher = make_models(tmp_path / kind.__name__, dropout=0.1)
-        settings: dict[str, Any] = {"loss": kind(student, temperature=1.0, mini_batch_size=3), "bf16": bf16}
-        settings |= {"gradient_accumulation_steps": accumulate, "max_steps": 2}
-        settings |= {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
-        trainer = make_trainer(tmp_path / "run", student, teacher, triples(32, negatives=2), **settings)
-        trainer.train()
-        losses.append(logged(trainer))
-        weights.append({name: value.clone() for name, value in student.state_dict().items()})
-    assert losses[1] == pytest.approx(losses[0], abs=1e-3 if bf16 else 1e-5)
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, atol=5e-4 if bf16 else 1e-6, rtol=0)
 
 
 def test_the_self_coupled_loss_equals_plain_torch(base: Path) -> None:

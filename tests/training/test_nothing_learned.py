@@ -18,7 +18,6 @@ from transformers import Trainer
 from tct_hf import StoredScores, TightlyCoupledLoss, save_student, validate_checkpoint
 from tct_hf.training.run import train_colbert, train_stock, train_student
 from tct_hf.training.stages import Stage
-from tests.models import tiny_colbert
 from tests.train_helpers import (
     EVERY_STEP,
     PASSAGES,
@@ -31,50 +30,41 @@ from tests.train_helpers import (
 )
 
 ROWS = triples(16)
-
-
-@pytest.fixture(params=["dense", "sparse"])
-def any_student(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue("student" if request.param == "dense" else "sparse")
-
-
-@pytest.fixture
-def any_trainer_of(any_student: Any, teacher: Any, tmp_path: Path) -> Any:
-    return partial(make_trainer, tmp_path, any_student, teacher)
-
-
-def of_stage(kind: str, path: Path, student: Any, rows: Dataset, **settings: Any) -> Any:
-    stage = make_stage(path, arguments={"max_steps": 6, "per_device_train_batch_size": 4, **settings})
-    if kind == "stock":
-        return train_stock(stage, lambda: student, lambda: rows)
-    colbert = tiny_colbert(path / "colbert")
-    return train_colbert(stage, lambda: MultiVectorEncoder(str(colbert), device="cpu"), lambda: rows)
+ALONE = ROWS.select_columns(["query", "positive"])
+SAME = Dataset.from_dict({"query": [f"q {i}" for i in range(16)], "positive": ["one and the same passage"] * 16})
+SMALL = {"per_device_train_batch_size": 4}
+WHOLE_BATCHES = {"per_device_train_batch_size": 32, "dataloader_drop_last": True}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("rows", "settings", "message"),
     [
-        ({"num_train_epochs": 0}, "num_train_epochs=0 makes no step"),
-        ({"learning_rate": 0.0}, "learning_rate is 0, so nothing is learned"),
-        ({"frozen": ""}, "unfreeze some with requires_grad_"),
-        ({"frozen": "pooler"}, "unfreeze some with requires_grad_"),  # which the vectors do not depend on
-        ({"temperature": 1e-45}, "temperature=1e-45 is beyond what float32 can train with"),
-        ({"student_scale": 1e38}, "student_scale=1e.38 is beyond"),
-        ({"student_divisor": 1e30}, "student_divisor=1e.30 is beyond"),
-        ({"margin_mse_weight": 1e38}, "margin_mse_weight=1e.38 must be a finite number"),
-        ({"loss": "kl"}, "loss is 'kl', not a loss"),
-        ({"evaluator": "x"}, "evaluator is 'x', which can't be called"),
+        (ROWS, {"num_train_epochs": 0}, "num_train_epochs=0 makes no step"),
+        (ROWS, {"learning_rate": 0.0}, "learning_rate is 0, so nothing is learned"),
+        (ROWS, {"frozen": ""}, "unfreeze some with requires_grad_"),
+        (ROWS, {"frozen": "pooler"}, "unfreeze some with requires_grad_"),  # which the vectors do not depend on
+        (ROWS, {"temperature": 1e-45}, "temperature=1e-45 must be a finite number greater than 0, from 1e-06"),
+        (ROWS, {"student_scale": 1e38}, "student_scale=1e.38 must be"),
+        (ROWS, {"student_divisor": 1e30}, "student_divisor=1e.30 must be"),
+        (ROWS, {"margin_mse_weight": 1e38}, "margin_mse_weight=1e.38 must be a finite number"),
+        (ALONE, {"per_device_train_batch_size": 1}, "train_dataset has no negatives, and a batch is one row"),
+        (ALONE, {"candidates": "own"}, "train_dataset has no negatives, and candidates is own"),
+        (SAME, SMALL, "gradient of the first 3 steps is 0, so nothing is learned"),
+        (SAME, {**SMALL, "max_steps": 2}, "gradient of the first 2 steps is 0, so nothing is learned"),
+        (triples(8), WHOLE_BATCHES, r"train_dataset has 8 rows, fewer than one whole batch \(32 on"),
+        (DatasetDict(many=triples(64), few=triples(8)), WHOLE_BATCHES, "few has 8 rows, fewer than one whole batch"),
+        ({"a": ROWS, "b": ROWS.to_iterable_dataset()}, {"max_steps": 2}, "train_dataset: b is streamed, and only"),
     ],
 )
 def test_a_run_that_can_change_no_weight_is_refused(
-    student: Any, trainer_of: Any, settings: dict[str, Any], message: str
+    student: Any, trainer_of: Any, rows: Any, settings: dict[str, Any], message: str
 ) -> None:
     settings = dict(settings)
     if (trained := settings.pop("frozen", None)) is not None:
         for name, weight in student.named_parameters():
             weight.requires_grad_(bool(trained) and trained in name)
     with pytest.raises(ValueError, match=message):
-        trainer_of(ROWS, **settings).train()
+        trainer_of(rows, **settings).train()
 
 
 def test_a_loss_that_is_not_finite_before_any_update_blames_no_learning_rate(trainer_of: Any) -> None:
@@ -87,10 +77,10 @@ def test_a_loss_that_is_not_finite_before_any_update_blames_no_learning_rate(tra
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"mini_batch_size": 4}])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_training_stops_where_it_is_not_finite(
-    any_trainer_of: Any, tmp_path: Path, what: str, settings: dict[str, Any]
+    trainer_of: Any, tmp_path: Path, what: str, settings: dict[str, Any]
 ) -> None:
     settings |= {"max_steps": 4, "lr_scheduler_type": "constant"}
-    trainer = any_trainer_of(triples(32), **EVERY_STEP, **settings)
+    trainer = trainer_of(triples(32), **EVERY_STEP, **settings)
     compute = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -129,11 +119,22 @@ def test_a_best_model_is_chosen_by_a_number(trainer_of: Any) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("kind", ["stock", "colbert"])
-def test_stages_publish_nothing_that_is_not_finite(kind: str, student: Any, tmp_path: Path) -> None:
-    settings = {"learning_rate": 1e30, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-    with pytest.raises(ValueError, match=r"step \d+: the (loss|gradient) is|has weights that are not finite"):
-        of_stage(kind, tmp_path, student, triples(16), **settings)
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        (ROWS, {"learning_rate": 1e30, "max_grad_norm": 0.0}, r"step \d+: the (loss|gradient) is|are not finite"),
+        (triples(8), WHOLE_BATCHES, "has 8 rows, fewer than one whole batch"),
+        # Of which no_duplicates makes no batch of four.
+        (Dataset.from_list([ROWS[0]] * 8), {"dataloader_drop_last": True}, "No batch was made of train_dataset"),
+        (ALONE, {"per_device_train_batch_size": 1}, "gradient of the first 3 steps is 0, so nothing is learned"),
+    ],
+)
+def test_stages_publish_nothing_that_was_not_trained(
+    student: Any, tmp_path: Path, rows: Dataset, settings: dict[str, Any], message: str
+) -> None:
+    stage = make_stage(tmp_path, arguments={"max_steps": 6, **SMALL, "lr_scheduler_type": "constant", **settings})
+    with pytest.raises(ValueError, match=message):
+        train_stock(stage, lambda: student, lambda: rows)
     assert not (tmp_path / "final").exists()
 
 
@@ -141,7 +142,6 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_valid(
     student: Any, trainer_of: Any, tmp_path: Path
 ) -> None:
     save_student(student, tmp_path / "good")
-    validate_checkpoint(tmp_path / "good")
     trainer = trainer_of(triples(8))
     with torch.no_grad():
         next(iter(student.parameters())).fill_(float("nan"))
@@ -154,108 +154,43 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_valid(
         validate_checkpoint(tmp_path / "good")
 
 
-@pytest.mark.parametrize("rows", [8, {"many": 64, "few": 8}])
-def test_fewer_rows_than_a_whole_batch_are_refused(any_trainer_of: Any, rows: Any) -> None:
-    made = DatasetDict({k: triples(n) for k, n in rows.items()}) if isinstance(rows, dict) else triples(rows)
-    trainer = any_trainer_of(made, per_device_train_batch_size=32, dataloader_drop_last=True)
-    with pytest.raises(ValueError, match=r"(few|train_dataset) has 8 rows, fewer than one whole batch \(32 on"):
-        trainer.train()
-
-
-@pytest.mark.parametrize("kind", ["stock", "colbert"])
-def test_stages_refuse_batches_that_are_never_full(kind: str, student: Any, tmp_path: Path) -> None:
-    rows = triples(8).select_columns(["query", "positive", "negative"])
-    with pytest.raises(ValueError, match=r"has 8 rows, fewer than one whole batch"):
-        of_stage(kind, tmp_path / "few", student, rows, per_device_train_batch_size=32, dataloader_drop_last=True)
-    alike = Dataset.from_list([rows[0]] * 8)  # of which no_duplicates makes no batch of four
-    with pytest.raises(ValueError, match=r"No batch was made of train_dataset"):
-        of_stage(kind, tmp_path / "alike", student, alike, dataloader_drop_last=True)
-    with pytest.raises(ValueError, match=r"gradient of the first 3 steps is 0, so nothing is learned"):
-        alone = rows.select_columns(["query", "positive"])
-        of_stage(kind, tmp_path / "alone", student, alone, per_device_train_batch_size=1)
-
-
-@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 1}, {"candidates": "own"}])
-def test_a_positive_without_other_candidates_is_refused(any_trainer_of: Any, settings: dict[str, Any]) -> None:
-    alone = triples(8).select_columns(["query", "positive"])
-    with pytest.raises(ValueError, match=r"train_dataset has no negatives, and .* nothing is learned: add negatives"):
-        any_trainer_of(alone, **settings)
-    any_trainer_of(triples(8), **settings).train()
-
-
-@pytest.mark.parametrize("settings", [{}, {"max_steps": 2}])
-def test_training_stops_where_no_row_has_another_candidate(trainer_of: Any, settings: dict[str, Any]) -> None:
-    same = Dataset.from_dict({"query": [f"q {i}" for i in range(16)], "positive": ["one and the same passage"] * 16})
-    trainer = trainer_of(same, per_device_train_batch_size=4, **settings)
-    with pytest.raises(ValueError, match=r"gradient of the first [23] steps is 0, so nothing is learned"):
-        trainer.train()
-
-
-def test_each_data_set_is_looked_at_with_its_own_loss(student: Any, trainer_of: Any) -> None:
+def test_each_data_set_is_looked_at_with_its_own_loss(student: Any, trainer_of: Any, tmp_path: Path) -> None:
     own, batch = (TightlyCoupledLoss(student, candidates=one) for one in ("own", "in-batch"))
-    rows = DatasetDict(a=triples(8).select_columns(["query", "positive"]), b=triples(16))
+    rows = DatasetDict(a=ALONE.select(range(8)), b=ROWS)
     trainer_of(rows, loss={"a": batch, "b": own}).train()
     assert "dataset_name" not in rows["a"][0]  # the caller's own rows stay as they were
     with pytest.raises(ValueError, match="a has no negatives, and candidates is own"):
         trainer_of(rows, loss={"a": own, "b": batch})
-
-
-def test_stored_scores_need_own_candidates_of_each_data_set(student: Any, tmp_path: Path) -> None:
-    losses = {name: TightlyCoupledLoss(student, candidates=one) for name, one in (("a", "own"), ("b", "in-batch"))}
-    rows = DatasetDict(a=with_scores(8), b=with_scores(8))
+    scored = DatasetDict(a=with_scores(8), b=with_scores(8))
     with pytest.raises(ValueError, match='own candidates only, but the loss has candidates="in-batch"'):
-        make_trainer(tmp_path, student, StoredScores(), rows, loss=losses)
+        make_trainer(tmp_path, student, StoredScores(), scored, loss={"a": own, "b": batch})
 
 
-def test_a_streamed_data_set_is_given_alone(trainer_of: Any) -> None:
-    with pytest.raises(ValueError, match="train_dataset: b is streamed, and only a data set that is given alone"):
-        trainer_of({"a": triples(8), "b": triples(8).to_iterable_dataset()}, max_steps=2)
-
-
-@pytest.mark.parametrize("settings", [{}, {"max_steps": 3}])
-def test_an_epoch_of_less_than_a_step_is_one_step(trainer_of: Any, settings: dict[str, Any]) -> None:
-    trainer = trainer_of(ROWS, gradient_accumulation_steps=8, **settings)
+def test_an_epoch_of_less_than_a_step_is_one_step(trainer_of: Any) -> None:
+    trainer = trainer_of(ROWS, gradient_accumulation_steps=8)
     trainer.train()
-    assert trainer.state.global_step == settings.get("max_steps", 1)
-
-
-@pytest.mark.parametrize("made_by", ["model_init", "add_adapter"])
-def test_a_model_of_model_init_and_one_with_an_adapter_are_trained_in_float32(
-    student: Any, teacher: Any, tmp_path: Path, made_by: str
-) -> None:
-    half: Any = student.bfloat16()
-    if made_by == "model_init":
-        settings: dict[str, Any] = {"model_init": lambda: half}
-    else:
-        peft = pytest.importorskip("peft")
-        half.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2))
-        settings = {}
-    trainer = make_trainer(tmp_path, None if settings else half, teacher, triples(8), **settings)
-    trainer.train()
-    assert {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} == {torch.float32}
+    assert trainer.state.global_step == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("made_by", ["hand", "model_init", "add_adapter"])
 def test_half_precision_is_trained_in_float32(
-    any_student: Any, any_trainer_of: Any, dtype: Any, caplog: pytest.LogCaptureFixture
+    student: Any, teacher: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, made_by: str, dtype: torch.dtype
 ) -> None:
-    before = {name: weight.clone().float() for name, weight in any_student.to(dtype).state_dict().items()}
-    trainer = any_trainer_of(ROWS, learning_rate=1e-5)
-    assert f"The weights are {dtype}: they are trained as float32" in caplog.text
+    half: Any = student.to(dtype)
+    if made_by == "add_adapter":
+        peft = pytest.importorskip("peft")
+        half.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2))
+    before = {name: weight.clone().float() for name, weight in half.named_parameters()}
+    settings: dict[str, Any] = {"model_init": lambda: half} if made_by == "model_init" else {}
+    trainer = make_trainer(tmp_path, None if settings else half, teacher, ROWS, learning_rate=1e-5, **settings)
     trainer.train()
-    trained = dict(trainer.model.named_parameters())
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
-    assert all((w.detach() != before[name]).any() for name, w in trained.items() if w.grad is not None)
-
-
-def test_a_trainer_that_was_evaluated_in_half_precision_trains_as_before(student: Any, trainer_of: Any) -> None:
-    before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    trainer = trainer_of(ROWS, eval_dataset=triples(8), bf16_full_eval=True)
-    trainer.evaluate()
-    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
-    trainer.model.half()
-    trainer.train()
-    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
+    if made_by == "hand":
+        assert f"The weights are {dtype}: they are trained as float32" in caplog.text
+        moved = [bool((weight != before[name]).any()) for name, weight in trained.items() if "pooler" not in name]
+        assert sum(moved) > 0.9 * len(moved)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +199,7 @@ def test_a_trainer_that_was_evaluated_in_half_precision_trains_as_before(student
         ("query", 7, "train_dataset: queries, number 0: holds 7 where text is needed"),
         ("label_weight", float("nan"), "Column 'label_weight' holds nan"),
         ("label_weight", -1.0, "Column 'label_weight' holds -1.0"),
+        ("labelled", 1, "Column 'labelled' holds 1: give true, or false"),
         ("known_positive_ids", "p1", "has known_positive_ids = 'p1': give a list"),
         ("known_positive_ids", [None], r"has known_positive_ids = \[None\]: give a list"),
     ],
@@ -289,7 +225,6 @@ def without(name: str) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("argument", ["train_dataset", "eval_dataset"])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -301,16 +236,13 @@ def without(name: str) -> Dataset:
     ],
     ids=["list", "none", "empty", "empty stream", "query", "positive", "id"],
 )
-def test_what_is_no_training_data_is_refused(trainer_of: Any, argument: str, given: Any, message: str) -> None:
-    def refused(name: str, given: Any) -> None:
-        with pytest.raises(ValueError, match=f"{name}:? {message}"):
-            trainer_of(**{"dataset": ROWS, argument.replace("train_", ""): given})
-
-    refused(argument, given)
-    refused("part", {"part": given})
-    if argument == "eval_dataset":
-        with pytest.raises(ValueError, match=f"eval_dataset:? {message}"):
-            trainer_of(ROWS).evaluate(given)
+def test_what_is_no_training_data_is_refused(trainer_of: Any, given: Any, message: str) -> None:
+    for argument in ("train_dataset", "eval_dataset"):
+        for name, rows in ((argument, given), ("part", {"part": given})):
+            with pytest.raises(ValueError, match=f"{name}:? {message}"):
+                trainer_of(**{"dataset": ROWS, argument.replace("train_", ""): rows})
+    with pytest.raises(ValueError, match=f"eval_dataset:? {message}"):
+        trainer_of(ROWS).evaluate(given)
 
 
 def test_a_stock_loss_is_refused(student: Any, trainer_of: Any) -> None:
@@ -319,15 +251,15 @@ def test_a_stock_loss_is_refused(student: Any, trainer_of: Any) -> None:
             trainer_of(ROWS, loss=loss)
 
 
-def test_queries_that_are_cut_are_counted(any_trainer_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_queries_that_are_cut_are_counted(trainer_of: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{**row, "query": row["query"] + " teacher" * (40 if i < 3 else 0)} for i, row in enumerate(ROWS)]
-    any_trainer_of(Dataset.from_list(rows))
+    trainer_of(Dataset.from_list(rows))
     assert "and cut: 3 of 16 queries" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["colbert", "student"])
 @pytest.mark.parametrize("stops", ["in step 4", "before publishing"])
-def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
+def test_card_and_weights_of_an_interrupted_run_are_those_of_one_that_was_not(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stops: str
 ) -> None:
     queries, corpus = ({str(i): text for i, text in enumerate(texts)} for texts in (QUERIES, PASSAGES))
@@ -336,7 +268,7 @@ def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
     arguments = {"max_steps": 6, "per_device_train_batch_size": 8, "save_steps": 2}
     arguments |= {"eval_strategy": "steps", "eval_steps": 2}
 
-    def train(path: Path) -> str:
+    def train(path: Path) -> tuple[str, bytes]:
         stage = make_stage(path, arguments=arguments, make_evaluator=make)
         if kind == "student":
             student = partial(SentenceTransformer, str(models / "student"), device="cpu")
@@ -344,10 +276,11 @@ def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
         else:
             colbert = partial(MultiVectorEncoder, str(models / "teacher" / "colbert"), device="cpu")
             train_colbert(stage, colbert, lambda: triples(32))
-        return (path / "final" / "README.md").read_text(encoding="utf-8")
+        final = path / "final"
+        return (final / "README.md").read_text(encoding="utf-8"), (final / "model.safetensors").read_bytes()
 
     whole = train(tmp_path / "whole")
-    assert "| 6 " in whole and "Training Time" not in whole
+    assert "| 6 " in whole[0] and "Training Time" not in whole[0]
     step = Trainer.training_step
 
     def stop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -362,4 +295,5 @@ def test_the_card_of_an_interrupted_run_is_that_of_one_that_was_not(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*where)
         train(tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "final").exists()
     assert train(tmp_path / "stopped") == whole

@@ -54,7 +54,7 @@ def test_without_a_teacher_no_schedule_may_ask_for_one(student: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' is not known: use one of linear"),
+        (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' must be linear or cosine"),
         (lambda: Schedule(1.0, until=0.0), "until=0.0 must be a share"),
         (lambda: Schedule("2"), "start='2' must be a finite number"),  # type: ignore[arg-type]
         (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),

@@ -90,15 +90,16 @@ def test_gradient_equals_finite_differences(masked: bool, indexed: bool, more: d
     student, teacher, mask, positive = case(3, 4, 2, masked=masked, indexed=indexed, empty=masked)
     if positive is not None:
         positive[1] = -1
-    scores = torch.from_numpy(student / 4).requires_grad_()
-
     given = {"temperature": 2.0, "student_temperature": 1.5, "hard_label_weight": 0.4, **more}
+    told = torch.from_numpy(teacher).requires_grad_()
 
     def loss(scores: Tensor) -> tuple[Tensor, ...]:
-        parts = coupled_loss(scores, torch.from_numpy(teacher), **given, **tensors(mask, positive))
-        return tuple(parts.values())
+        return tuple(coupled_loss(scores, told.detach(), **given, **tensors(mask, positive)).values())
 
+    scores = torch.from_numpy(student / 4).requires_grad_()
     assert torch.autograd.gradcheck(loss, (scores,))
+    total(coupled_loss(scores, told, **given, **tensors(mask, positive))).backward()
+    assert told.grad is None and scores.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -132,30 +133,11 @@ def test_masked_candidate_has_no_influence_and_no_gradient(more: dict[str, Any])
         assert second.grad is not None and torch.equal(second.grad, first.grad)
 
 
-def test_no_gradient_reaches_the_teacher() -> None:
-    student = torch.randn(3, 6, requires_grad=True)
-    teacher = torch.randn(3, 6, requires_grad=True)
-    parts = coupled_loss(student, teacher)
-    total(parts).backward()
-    assert teacher.grad is None and student.grad is not None
-
-
 def test_half_precision_scores_are_compared_in_float32() -> None:
     student, teacher = torch.randn(4, 8).bfloat16(), torch.randn(4, 8).bfloat16() * 10
     half, full = coupled_loss(student, teacher), coupled_loss(student.float(), teacher.float())
     assert all(part.dtype == torch.float32 for part in half.values())
     assert {k: v.item() for k, v in half.items()} == {k: v.item() for k, v in full.items()}
-
-
-def test_loss_of_a_two_by_two_batch_by_hand() -> None:
-    # Student: odds 3:1 and 1:1. Teacher at temperature 0.5: odds 1:1 and 4:1.
-    student = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], dtype=torch.float64)
-    teacher = torch.tensor([[5.0, 5.0], [0.0, math.log(4) * -0.5]], dtype=torch.float64)
-    parts = coupled_loss(student, teacher, temperature=0.5, hard_label_weight=0.25)
-    hard = (math.log(4 / 3) + math.log(2)) / 2
-    soft = (0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25) + 0.8 * math.log(1.6) + 0.2 * math.log(0.4)) / 2
-    assert parts["hard_label"].item() == pytest.approx(0.25 * hard, rel=1e-12)
-    assert parts["distillation"].item() == pytest.approx(0.75 * soft, rel=1e-12)
 
 
 def test_margins_of_a_row_by_hand_and_other_parts_unchanged() -> None:
@@ -181,12 +163,12 @@ SCORES = torch.zeros(3, 6)
         ({"positive_index": torch.tensor([0, 6, 1])}, r"positive_index holds \[0, 6, 1\]"),
         ({"candidate_mask": torch.ones(3, 6)}, r"candidate_mask has shape \(3, 6\) and is torch.float32"),
         ({"candidate_mask": torch.ones(3, 5, dtype=torch.bool)}, r"candidate_mask has shape \(3, 5\)"),
-        ({"temperature": 0.0}, r"^temperature=0.0"),
+        ({"temperature": 0.0}, r"^temperature=0.0 must be a finite number greater than 0"),
         ({"student_temperature": math.nan}, "student_temperature=nan"),
         ({"hard_label_weight": 1.01}, "hard_label_weight=1.01"),
         ({"margin_mse_weight": math.inf}, "margin_mse_weight=inf"),
         ({"student_divisor": 0.0}, "student_divisor=0.0"),
-        ({"kl_direction": "backward"}, "kl_direction must be 'forward' or 'reverse', got 'backward'"),
+        ({"kl_direction": "backward"}, "kl_direction='backward' must be 'forward' or 'reverse'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from sentence_transformers.sparse_encoder.losses import (
     SpladeLoss,
 )
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
-from torch import nn
 
 from tct_hf import (
     ColBERTTeacher,
@@ -34,9 +31,8 @@ from tct_hf import (
     TCTTrainer,
     TightlyCoupledLoss,
 )
-from tct_hf.training.sparse import FlopsOfAllDevices, RegularizerWarmup
+from tct_hf.training.trainer import FlopsOfAllDevices
 from tests.train_helpers import EVERY_STEP, batch_and_targets, logged, make_trainer, reference_of_batch, triples
-from tests.warm_process import run_warm
 
 
 @pytest.fixture
@@ -72,7 +68,6 @@ def test_default_temperatures_are_two_at_the_teachers_scale(student: Any, teache
     scaled = ColBERTTeacher(teacher.model, training_scale=4.0)
     loss = make_trainer(tmp_path, student, scaled, triples(8), temperature=None).loss
     assert type(loss) is SpladeLoss and loss.loss.temperature == 0.5 and loss.loss.student_temperature == 2.0
-    assert (loss.document_regularizer_weight, loss.query_regularizer_weight) == (3e-5, 5e-5)
 
 
 def test_cached_gradients_are_those_of_the_whole_batch(student: Any, trainer_of: Any) -> None:
@@ -88,9 +83,15 @@ def test_cached_gradients_are_those_of_the_whole_batch(student: Any, trainer_of:
     torch.testing.assert_close(gradients(mini_batch_size=3), gradients(), rtol=1e-4, atol=1e-6)
 
 
-def test_warm_up_and_schedules_reach_the_loss_at_every_step(trainer_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("warmup", "shape", "shares"),
+    [(2, "linear", [0.0, 0.5, 1.0, 1.0]), (0.5, "quadratic", [0.0, 0.25, 1.0, 1.0]), (0, "linear", [1.0] * 4)],
+)
+def test_warm_up_and_schedules_reach_the_loss_at_every_step(
+    trainer_of: Any, monkeypatch: pytest.MonkeyPatch, warmup: float, shape: str, shares: list[float]
+) -> None:
     settings: dict[str, Any] = {"document_regularizer_weight": 0.4, "query_regularizer_weight": 0.8}
-    settings |= {"regularizer_warmup": 2, "regularizer_warmup_shape": "linear", "max_steps": 4}
+    settings |= {"regularizer_warmup": warmup, "regularizer_warmup_shape": shape, "max_steps": 4}
     trainer = trainer_of(triples(32), **settings)
     seen: list[tuple[float, float, float]] = []
     compute, loss = trainer.compute_loss, trainer.loss
@@ -102,28 +103,9 @@ def test_warm_up_and_schedules_reach_the_loss_at_every_step(trainer_of: Any, mon
     monkeypatch.setattr(trainer, "compute_loss", watched)
     trainer.add_callback(LossSchedule(loss, temperature=Schedule(4.0, 1.0)))
     trainer.train()
-    expected = [(0.0, 0.0, 4.0), (0.2, 0.4, 3.0), (0.4, 0.8, 2.0), (0.4, 0.8, 1.0)]
+    expected = [(0.4 * share, 0.8 * share, 4.0 - step) for step, share in enumerate(shares)]
     assert seen == [pytest.approx(step) for step in expected]
     assert logged(trainer, "temperature") == pytest.approx([4.0, 3.0, 2.0, 1.0])
-
-
-LOADER = """
-import sys
-sys.modules["tct_hf"] = None  # an import of this package would fail
-import torch
-from sentence_transformers import SparseEncoder
-model = SparseEncoder(sys.argv[1], device="cpu")
-torch.save([model.encode_query(sys.argv[3:]), model.encode_document(sys.argv[3:])], sys.argv[2])
-"""
-
-
-def test_a_checkpoint_loads_as_a_stock_sparse_encoder(student: Any, teacher: Any, tmp_path: Path) -> None:
-    make_trainer(tmp_path / "run", student, teacher, triples(16), **EVERY_STEP).train()
-    texts, saved = ["what is dense", "the teacher " * 60], tmp_path / "vectors.pt"
-    done = run_warm(["-c", LOADER, str(tmp_path / "run" / "checkpoint-2"), str(saved), *texts], env=os.environ)
-    assert done.returncode == 0, done.stderr
-    for found, encode in zip(torch.load(saved), (student.encode_query, student.encode_document), strict=True):
-        torch.testing.assert_close(found.to_dense(), encode(texts).to_dense().cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [None, 4])
@@ -218,11 +200,11 @@ def test_a_splade_loss_of_ones_own_is_taken_with_the_warm_up_of_the_arguments(st
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"document_regularizer_weight": -1.0}, "document_regularizer_weight must be"),
+        ({"document_regularizer_weight": -1.0}, "document_regularizer_weight=-1.0 must be"),
         ({"document_regularizer_threshold": 1.5}, "must be a whole number of dimensions, 0 or more"),
         ({"regularizer_warmup": 1.5}, "regularizer_warmup=1.5 must be a share"),
         ({"regularizer_warmup_shape": "cubic"}, "regularizer_warmup_shape='cubic'"),
-        ({"matryoshka_dims": [8, 16]}, "matryoshka_dims is for dense students"),
+        ({"matryoshka_dims": [8, 16]}, "matryoshka_dims=.* must be left out"),
     ],
 )
 def test_arguments_out_of_their_range_are_refused(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
@@ -261,29 +243,3 @@ def test_flops_of_half_precision_are_added_in_float32() -> None:
     found = FlopsOfAllDevices(model).compute_loss_from_embeddings(weights)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(float((weights.double().mean(0) ** 2).sum()), rel=1e-6)
-
-
-class Part(nn.Module):
-    def compute_loss_from_embeddings(self, embeddings: Any, labels: Any) -> torch.Tensor:
-        return torch.zeros(())
-
-
-def warmed(steps: int, *, query: float | None = 4.0, **settings: Any) -> list[tuple[float, float | None]]:
-    model: Any = nn.Identity()
-    loss = SpladeLoss(model, Part(), document_regularizer_weight=2.0, query_regularizer_weight=query)
-    warmup = RegularizerWarmup(loss, **settings)
-    state: Any = SimpleNamespace(max_steps=steps, global_step=0)
-    nothing: Any = None
-    warmup.on_train_begin(nothing, state, nothing)
-    found = []
-    for state.global_step in range(steps):
-        warmup.on_step_begin(nothing, state, nothing)
-        found.append((loss.document_regularizer_weight, loss.query_regularizer_weight))
-    return found
-
-
-def test_warm_up_goes_over_a_share_or_a_number_of_steps_or_is_left_out() -> None:
-    assert warmed(8, warmup=0.5, shape="quadratic") == [(2 * s, 4 * s) for s in (0, 1 / 16, 1 / 4, 9 / 16, 1, 1, 1, 1)]
-    assert warmed(5, warmup=2, shape="linear") == [(2 * s, 4 * s) for s in (0, 0.5, 1, 1, 1)]
-    assert warmed(2, warmup=0.0, shape="linear") == [(2.0, 4.0)] * 2
-    assert warmed(3, query=None, warmup=2, shape="linear") == [(0.0, None), (1.0, None), (2.0, None)]

@@ -68,12 +68,6 @@ def test_processes_and_workers_share_each_pass(tmp_path: Path, processes: int, w
     assert (once == list(range(36))) == (once == again) == (not shuffle)
 
 
-def test_pass_is_filled_up_from_the_next(shuffled: IterableDataset) -> None:
-    taken = [*chain(*passes(shuffled, 2, 2, 1, steps=5))]  # 20 rows in steps of 4
-    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
-    assert taken[:10] != taken[10:]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_that_are_done_are_not_read_again(shuffled: IterableDataset, workers: int) -> None:
     whole = passes(shuffled, 2, 2, workers, steps=8)
@@ -110,11 +104,6 @@ def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"has 2 rows, fewer than one batch of 1 rows on each of 3 processes \(3\)"):
         next(iter(StreamedBatches(rows, 1, process=2, processes=3)))
     assert numbers(next(iter(StreamedBatches(rows, 8)))) == [0, 1]  # alone, it is a small batch
-
-
-def test_outside_of_training_the_loader_gives_one_pass(trainer_of: Any, ten: IterableDataset) -> None:
-    trainer = trainer_of(ten, max_steps=1, per_device_train_batch_size=4)
-    assert [len(batch["query_input_ids"]) for batch in trainer.get_train_dataloader()] == [4, 4, 2]
 
 
 def taken_by(trainer: Any, **options: Any) -> list[int]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,30 +37,14 @@ def never() -> Any:
     raise AssertionError("made although there is nothing to train")
 
 
-def colbert(
-    path: Path, base: Path, *, make: Any = None, make_triples: Any = triples, scale: Any = None, **options: Any
-) -> Path:
-    def new() -> Any:
-        torch.manual_seed(0)
-        return build_colbert(str(base), encoding="tct", dim=8, query_length=16, document_length=64)
+def test_a_trained_teacher_is_published_whole_and_a_finished_one_makes_nothing(tmp_path: Path) -> None:
+    base, said = str(tiny_bert(tmp_path / "base")), []
 
-    stage = make_stage(path, **{"arguments": ARGUMENTS, "settings": SEED, **options})
-    return train_colbert(stage, make or new, make_triples, scale=scale)
+    def make() -> Any:
+        return build_colbert(base, encoding="tct", dim=8, query_length=16, document_length=64)
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bert(tmp_path_factory.mktemp("base"), dropout=0.1)
-
-
-@pytest.fixture(scope="module")
-def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colbert(tmp_path_factory.mktemp("whole"), base)
-
-
-def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(base: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    final = colbert(tmp_path, base, scale=4.0, write=said.append)
+    stage = make_stage(tmp_path, arguments=ARGUMENTS, settings=SEED, write=said.append)
+    final = train_colbert(stage, make, triples, scale=4.0)
     assert final == tmp_path / "final"
     assert ColBERTTeacher(str(final), dtype="float32").training_scale == 4.0
     log = json.loads((final / "training_log.json").read_text())
@@ -68,50 +53,13 @@ def test_a_trained_teacher_is_published_whole_with_its_scale_log_and_settings(ba
     assert json.loads((final / "tct_settings.json").read_text()) == {"seed": 3}
     assert len(said) == 3 and "step     3 of 3" in said[2]
     assert sorted(entry.name for entry in (tmp_path / "work").iterdir()) == ["tct_settings.json", "training_log.json"]
-
-
-def test_a_finished_stage_makes_neither_model_nor_triples(base: Path, whole: Path) -> None:
-    before = (whole / "model.safetensors").stat().st_mtime_ns
-    assert colbert(whole.parent, base, make=never, make_triples=never) == whole
-    assert (whole / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="holds a run with seed = 3, but now seed = 4"):
-        colbert(whole.parent, base, make=never, make_triples=never, settings={"seed": 4})
-
-
-class Stop(Exception):
-    pass
-
-
-def test_a_stopped_teacher_goes_on_and_ends_with_the_same_weights(base: Path, whole: Path, tmp_path: Path) -> None:
-    def stop(line: str) -> None:
-        if "step     2 of" in line:
-            raise Stop
-
-    with pytest.raises(Stop):
-        colbert(tmp_path / "stopped", base, write=stop)
-    assert not (tmp_path / "stopped" / "final").exists()
-    with pytest.raises(ValueError, match="work holds a run with seed = 3, but now seed = 4"):
-        colbert(tmp_path / "stopped", base, make=never, make_triples=never, settings={"seed": 4})
-    said: list[str] = []
-    again = colbert(tmp_path / "stopped", base, write=said.append)
-    assert said[0] == "  goes on after step 1 of 3"
-    for file in ("model.safetensors", "1_Dense/model.safetensors"):
-        assert (again / file).read_bytes() == (whole / file).read_bytes()
-
-
-def test_a_kill_before_publishing_costs_no_step(
-    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "replace_dir", lambda *args: never())
-        with pytest.raises(AssertionError):
-            colbert(tmp_path, base)
-    assert not (tmp_path / "final").exists()
-    said: list[str] = []
-    final = colbert(tmp_path, base, write=said.append)
-    assert said == []
-    assert (final / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert len(losses_of(final)) == 3
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    assert train_colbert(stage, never, never) == final
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+    for folder in ("final", "work"):
+        with pytest.raises(ValueError, match=f"{folder} holds a run with seed = 3, but now seed = 4"):
+            train_colbert(make_stage(tmp_path, arguments=ARGUMENTS, settings={"seed": 4}), never, never)
+        shutil.rmtree(tmp_path / "final", ignore_errors=True)
 
 
 @pytest.fixture
@@ -143,16 +91,6 @@ def test_dev_is_encoded_in_the_precision_of_training(collection: Collection, tmp
     assert not torch.equal(vectors[0], vectors[1])
     torch.testing.assert_close(vectors[0], vectors[1], atol=0.05, rtol=0.05)
     assert all(0 < value <= 1 for value in measured)
-
-
-def test_a_teacher_trains_on_labelled_rows_alone(base: Path, tmp_path: Path) -> None:
-    flagged = triples(16).add_column("labelled", [True] * 8 + [False] * 8)  # type: ignore[call-arg]
-    options = {"arguments": {**ARGUMENTS, "batch_sampler": "batch_sampler"}}
-    of_all, of_labelled = (
-        colbert(tmp_path / name, base, make_triples=lambda rows=rows: rows, **options)
-        for name, rows in (("all", flagged), ("labelled", triples(8)))
-    )
-    assert losses_of(of_all) == losses_of(of_labelled) and len(losses_of(of_all)) == 3
 
 
 @pytest.mark.parametrize(
