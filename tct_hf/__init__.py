@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.negatives import bm25_triples as bm25_triples
     from tct_hf.retrieval.negatives import collection_bm25 as collection_bm25
     from tct_hf.retrieval.negatives import collection_triples as collection_triples
+    from tct_hf.retrieval.pyterrier import pyterrier_index as pyterrier_index
+    from tct_hf.retrieval.pyterrier import pyterrier_student as pyterrier_student
     from tct_hf.retrieval.runs import read_run as read_run
     from tct_hf.retrieval.runs import write_run as write_run
     from tct_hf.retrieval.sparse import SparseIndex as SparseIndex
