@@ -8,7 +8,6 @@ name another one that it changes, `extends: other.yaml`, and use OmegaConf's `${
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import errno
 import json
 import os
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from tct_hf.files import MADE_AGAIN, is_shallow, read_json, write_json_atomic, write_text_atomic
@@ -52,16 +51,6 @@ def setting(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
-def refuse_secret(name: str, value: Any) -> None:
-    """Refuse a token: settings are written beside every result and released with it."""
-    key = name.rpartition(".")[2]
-    if key == "hub_token" or (isinstance(value, str) and re.search(r"\bhf_[A-Za-z0-9]{20,}", value)):
-        raise SettingsError(
-            f'"{name}" is a secret, and settings are written into every result: leave it out, and set HF_TOKEN or log '
-            "in with `hf auth login`."
-        )
-
-
 def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
@@ -70,85 +59,67 @@ def _section(hint: Any) -> type | None:
     return next((one for one in _members(hint) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
-def _item(hint: Any, kind: type) -> Any:
-    """The hint of a list's or dict's items."""
-    return next((typing.get_args(one)[-1] for one in _members(hint) if typing.get_origin(one) is kind), Any)
-
-
-def _describe(hint: Any) -> str:
-    """A hint in YAML's words."""
-    names: list[str] = []
-    for one in _members(hint):
-        if typing.get_origin(one) is Literal:
-            names += map(str, typing.get_args(one))
-        else:
-            names.append(one.__name__ if isinstance(one, type) and not typing.get_args(one) else str(one))
-    return " or ".join(names).replace("NoneType", "null").replace("typing.", "")
-
-
 class _Setting(NamedTuple):
     hint: Any = Any
+    kind: str = ""
     default: Any = None
     help: str = ""
     keys_of: str = ""
 
-    def below(self) -> dict[str, _Setting] | None:
-        """The settings under this one, None where every name may stand."""
-        if section := _section(self.hint):
-            hints, found = typing.get_type_hints(section), {}
-            for one in dataclasses.fields(section):
-                default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-                found[one.name] = _Setting(hints[one.name], default, **one.metadata)
-            return found
-        if not self.keys_of:
-            return None
-        arguments = pkgutil.resolve_name(self.keys_of)
-        try:
-            hints = typing.get_type_hints(arguments)
-        except NameError:  # its module imports a name for type checkers only; the keys are still checked
-            hints = {}
-        # Argument classes of other libraries are loose about texts, enums and mappings, and say so in prose only.
-        strict = {name: hint for name, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
-        return {one.name: _Setting(strict.get(one.name, Any)) for one in dataclasses.fields(arguments) if one.init}
+    def below(self) -> dict[str, _Setting]:
+        """The settings of a section."""
+        section, found = _section(self.hint), {}
+        hints = typing.get_type_hints(section) if section else {}
+        for one in dataclasses.fields(section) if section else ():
+            default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+            kind = re.sub(r"Literal\[([^]]*)\]", r"\1", str(one.type)).replace('"', "").replace("None", "null")
+            found[one.name] = _Setting(hints[one.name], kind, default, **one.metadata)
+        return found
 
 
-def _unknown(key: str, prefix: str, known: dict[str, _Setting]) -> SettingsError:
-    names = [*known]
-    for name, one in known.items():
-        names += [f"{name}.{inner}" for inner in (one.below() or () if _section(one.hint) else ())]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    near = near or [name for name in names if difflib.get_close_matches(key, [name.rpartition(".")[2]], cutoff=0.8)]
-    fix = f'did you mean "{prefix}{near[0]}"?' if near else f"known here: {', '.join(known)}"
-    return SettingsError(f'unknown setting "{prefix}{key}": {fix}')
+def _with_arguments(setting: _Setting, given: Any, prefix: str = "") -> Any:
+    """What was given, with the names and types checked of mappings that are passed on as arguments."""
+    if not isinstance(given, Mapping):
+        return given
+    if not setting.keys_of:
+        of = setting.below()
+        return {
+            name: _with_arguments(of.get(name, _Setting()), one, f"{prefix}{name}.") for name, one in given.items()
+        }
+    arguments = pkgutil.resolve_name(setting.keys_of)
+    try:
+        hints = typing.get_type_hints(arguments)
+    except NameError:  # its module imports a name for type checkers only; the keys are still checked
+        hints = {}
+    # Argument classes of other libraries are loose about texts, enums and mappings, and say so in prose only.
+    strict = {name: hint for name, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
+    fields = [(one.name, strict.get(one.name, Any), MISSING) for one in dataclasses.fields(arguments) if one.init]
+    known: Any = OmegaConf.structured(dataclasses.make_dataclass(arguments.__name__, fields))
+    try:
+        typed: Any = OmegaConf.to_container(OmegaConf.merge(known, given))
+    except OmegaConfBaseException as error:
+        raise _refused(error, prefix) from error
+    return {name: typed[name] for name in given}
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    kind = dict if _section(hint) else typing.get_origin(hint) or hint
-    return hint is Any or type(value) is kind
+def _refused(error: OmegaConfBaseException, prefix: str = "") -> SettingsError:
+    said = str(error).splitlines()[0]
+    said = "a list is needed; write [a, b, c]" if "is not a ListConfig" in said else said
+    return SettingsError(f'"{prefix}{error.full_key}": {said}' if error.full_key else said)
 
 
-def _fit(one: _Setting, value: Any, name: str = "") -> Any:
-    """Check the names and types of what was given; whole numbers become the floats that are asked for."""
-    refuse_secret(name, value)
-    members = _members(one.hint)
-    if type(value) is int and float in members and int not in members:
-        value = float(value)
-    if not any(_fits(member, value) for member in members):
-        fix = "; write it in quotes" if str in members and isinstance(value, (bool, int, float)) else ""
-        fix = "; write [a, b, c]" if _item(one.hint, list) is not Any else fix
-        raise SettingsError(f'"{name}" must be {_describe(one.hint)}, got {json.dumps(value)}{fix}')
-    if isinstance(value, list):
-        return [_fit(_Setting(_item(one.hint, list)), item, f"{name}[{at}]") for at, item in enumerate(value)]
-    if not isinstance(value, dict) or not value:
-        return value
-    known, prefix = one.below(), f"{name}." if name else ""
-    for key in value:
-        if known is not None and key not in known:
-            raise _unknown(str(key), prefix, known)
-    others = _Setting(_item(one.hint, dict))
-    return {key: _fit(known[key] if known else others, item, f"{prefix}{key}") for key, item in value.items()}
+def _check(given: Any, made: Any, name: str = "") -> None:
+    """Refuse secrets, since settings are written beside every result, and numbers that YAML made of texts."""
+    if isinstance(given, (Mapping, list)):
+        for key, value in given.items() if isinstance(given, Mapping) else enumerate(given):
+            _check(value, made[key], f"{name}.{key}" if name else str(key))
+    elif name.rpartition(".")[2] == "hub_token" or re.search(r"\bhf_[A-Za-z0-9]{20,}", str(given)):
+        raise SettingsError(
+            f'"{name}" is a secret, and settings are written into every result: leave it out, and set HF_TOKEN or log '
+            "in with `hf auth login`."
+        )
+    elif isinstance(made, str) and not isinstance(given, str):
+        raise SettingsError(f'"{name}" must be a text, got {json.dumps(given)}; write it in quotes')
 
 
 def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[str, Any]:
@@ -211,11 +182,9 @@ def _command_line(schema: type, words: Sequence[str]) -> tuple[str | None, dict[
         option, equals, text = word[2:].partition("=")
         names, here = [], _Setting(schema)
         for part in option.split("."):
-            below = here.below()
-            if below is not None:
-                part = part.replace("-", "_")
-            here = _Setting(_item(here.hint, dict)) if below is None else below.get(part, _Setting())
-            names.append(part)
+            mapping = next((one for one in _members(here.hint) if typing.get_origin(one) is dict), None)
+            names.append(part if mapping and not here.keys_of else part.replace("-", "_"))
+            here = here.below().get(names[-1], _Setting(typing.get_args(mapping)[-1] if mapping else Any))
         if not equals:
             members = {*_members(here.hint)}
             only_switch = members <= {bool, type(None)}  # the word after one may be the settings file
@@ -236,7 +205,7 @@ def _command_line(schema: type, words: Sequence[str]) -> tuple[str | None, dict[
 
 def _help(schema: type, prefix: str = "", defaults: Any = None) -> list[str]:
     lines = []
-    for name, one in (_Setting(schema).below() or {}).items():
+    for name, one in _Setting(schema).below().items():
         default = one.default if defaults is None else getattr(defaults, name)
         if section := _section(one.hint):
             lines += [f"  {prefix}{name}:", *_help(section, f"{prefix}{name}.", default)]
@@ -244,7 +213,7 @@ def _help(schema: type, prefix: str = "", defaults: Any = None) -> list[str]:
         is_given = default is not dataclasses.MISSING
         shown = f"default {json.dumps(default, ensure_ascii=False, default=str)}" if is_given else "must be given"
         mapping = ".KEY" if typing.get_origin(one.hint) is dict else ""
-        kind = f"any field of {one.keys_of}" if one.keys_of else _describe(one.hint)
+        kind = f"any field of {one.keys_of}" if one.keys_of else one.kind
         lines += [f"  --{prefix}{name}{mapping}  {kind} ({shown})", *([f"      {one.help}"] if one.help else [])]
     return lines
 
@@ -264,12 +233,13 @@ def load_settings(schema: type[T], argv: Sequence[str] | None, *, description: s
 def filled(schema: type[T], given: Mapping[str, Any]) -> T:
     """A settings dataclass with what was given, by nested names, and its defaults elsewhere."""
     try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _fit(_Setting(schema), given)))
-        return made
+        made: Any = OmegaConf.merge(OmegaConf.structured(schema), _with_arguments(_Setting(schema), given))
+        _check(given, OmegaConf.to_container(made))
+        return OmegaConf.to_object(made)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         raise SettingsError(f'"{error.full_key}" must be given: --{error.full_key} VALUE, or in the YAML') from error
     except OmegaConfBaseException as error:
-        raise SettingsError(f'"{error.full_key}": {str(error).splitlines()[0]}') from error
+        raise _refused(error) from error
     except ValueError as error:  # a check in the schema's own __post_init__
         raise error if isinstance(error, SettingsError) else SettingsError(str(error)) from error
 

@@ -99,7 +99,7 @@ def test_a_model_from_nothing_is_trained_and_writes(material: Material, train: R
     [
         (["--teacher=./nowhere"], "teacher: ./nowhere is not there"),
         (["--num_queries=0"], "num_queries: must be at least 1, got 0"),
-        (["--numqueries=3"], 'did you mean "num_queries"?'),
+        (["--numqueries=3"], "Did you mean: 'num_queries'?"),
     ],
 )
 def test_wrong_settings_are_one_message(refused: Check, options: list[str], message: str) -> None:

@@ -200,9 +200,9 @@ STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--encoder.base_modle=x"], 'did you mean "encoder.base_model"?'),
-        (["--stages=train"], "teacher or unlabelled or stock or student or evaluate"),
-        (["--student.training.temprature=2"], 'did you mean "student.training.temperature"?'),
+        (["--encoder.base_modle=x"], "Did you mean: 'base_model'?"),
+        (["--stages=train"], "\"stages[0]\": Invalid value 'train', expected one of ['teacher', "),
+        (["--student.training.temprature=2"], "\"student.training.temprature\": Key 'temprature'"),
         (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
         ([EVAL, "--data.dev_split=null"], "student.training.eval_strategy is 'steps'"),
         (["--student.training.kl_direction=both"], "student.training: kl_direction must be"),
