@@ -17,7 +17,7 @@ from tct_hf.data.texts import Texts, joined
 _PARTS = ("query", "positive", "negative", "query_id", "positive_id", "negative_id", KNOWN, LABELLED)
 # What the ids of a column of passage objects are called once they are taken out of it.
 _IDS_OF = "[].id"
-_ID_KEYS = ("docid", "_id", "id")
+_ID_KEYS = ("docid", "_id", "id", "passage_id", "psg_id")
 # Bad rows of this kind show that a setting does not fit the source.
 NOTHING = "nothing to look up"
 
@@ -152,9 +152,12 @@ class RowReader:
         if self._lists_texts:
             shared[KNOWN_TEXTS] = [text_key(text) for text in positives[0]] if shared.get(LABELLED, True) else []
         if self._scores is not None:
-            shared[SCORES] = self._read_scores(row, self._scores)[: 1 + len(self.negatives)]
+            scores, count = self._read_scores(row, self._scores), len(positives[0])
         for at in range(len(positives[0])):
-            yield {**shared, **{part: read[part][at] for part in ("positive", "positive_id") if part in read}}
+            own: dict[str, Any] = {part: read[part][at] for part in ("positive", "positive_id") if part in read}
+            if self._scores is not None:
+                own[SCORES] = [scores[at], *scores[count : count + len(self.negatives)]]
+            yield {**shared, **own}
 
     def _values(self, part: str, field: _Field, row: Mapping[str, Any]) -> list[Any]:
         items = field.items(row)
@@ -187,11 +190,8 @@ class RowReader:
         """A teacher's score of each candidate in the source's row."""
         each = [[label for label, _ in field.items(row)] for field in self._candidates]
         labels, column = [label for labels in each for label in labels], found.columns[0]
-        if len(each[0]) != 1:
-            fix = "write a row of each, with scores of its own"
-            raise BadRow("misaligned scores", f"{len(each[0])} positives in a row with scores; {fix}", column)
         if found.listed and not isinstance(value := get(row, column), (list, tuple)):
-            what = f"a list of {len(labels)} scores is needed, positive first"
+            what = f"a list of {len(labels)} scores is needed, positives first"
             raise BadRow("mixed types", f"holds {shown(value)}, where {what}", column)
         items = found.items(row)
         if len(items) != len(labels):

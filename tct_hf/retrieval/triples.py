@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from tct_hf.data.file_sources import ROWS_A_BATCH, LineSource
 from tct_hf.data.ids import stable_id
 from tct_hf.data.irds import is_irds, open_irds
 from tct_hf.data.near_duplicates import text_key
+from tct_hf.data.neighbours import in_our_columns
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import SkippedRows, first_lines, is_header, is_hub_id, names_ids
 from tct_hf.data.sources import open_source, write_rows
@@ -37,6 +39,7 @@ _TYPES = {
     LABELLED: pa.bool_(),
     SCORES: pa.list_(pa.float64()),
 }
+_MARGIN = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 # First lines that are recognised as a header, whatever the columns are used for; so is one of nothing but id columns.
 _HEADERS = (("query", "positive", "negative"), ("anchor", "positive", "negative"), ("query", "pos", "neg"))
 
@@ -153,6 +156,7 @@ def load_triples(
     source = open_source(
         path_or_hub_id, "triples", tsv, config=config, split=split, revision=revision, streaming=streaming
     )
+    source = in_our_columns(source, columns)
     of_texts = SkippedRows() if skip_bad_rows else None
     stream = TripleStream(
         source,
@@ -214,6 +218,8 @@ def _open_tsv(
             f"{' and '.join(f'{name}=' for name in lacks)} with their texts"
             + ("; remove this line if they are texts" if of_ids else "")
         )
+    if num_negatives is None and not lacks and len(lines[-1]) == 4 and _MARGIN.fullmatch(lines[-1][3]):
+        names.append("margin")  # GPL
     return LineSource(path, names, header=header)
 
 

@@ -353,7 +353,7 @@ def test_one_negative_and_ids(tmp_path: Path) -> None:
         ({"label": 1.0}, "line 2, column 'label': holds 1.0, where a list of 3 scores is needed"),
         ({"label": [1.0, None, 2.0]}, r"column 'label': negatives\[0\] of query 'first query' has no score"),
         ({"label": [1, 0, "x"]}, r"the score of negatives\[1\] of query 'first query' is 'x', which is no number"),
-        ({"positive": ["right", "also right"]}, "2 positives in a row with scores"),
+        ({"positive": ["right", "also right"]}, "3 scores for 4 candidates"),
     ],
 )
 def test_bad_scores_are_named_and_can_be_skipped(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -164,7 +164,7 @@ def test_bad_file_or_setting_is_refused_with_the_fix(
 
 # Columns of a data set are known before a row is read: what is missing is missing everywhere
 BAD_COLUMNS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"anchor": "a", "positive": "p"}, {}, r"column 'query' is missing \(there are: anchor, positive\); name it with"),
+    ({"asked": "a", "positive": "p"}, {}, r"column 'query' is missing \(there are: asked, positive\); name it with"),
     (GOOD, {"columns": {"query": "anchor"}}, "column 'anchor', which columns= maps to 'query', is"),
     (IDS, {}, "column 'query' is missing, though its ids are there .*pass queries= with the texts"),
     ({**GOOD, "positive_id": "d"}, {}, "ids of the positives but none of the negatives.*'positive_id': N"),
