@@ -46,8 +46,10 @@ class TripleStream:
     skipped: SkippedRows = field(default_factory=SkippedRows)
     scores: str | None = None
     of_texts: SkippedRows = field(default_factory=SkippedRows)
-    reader: RowReader | None = field(default=None, init=False)
-    said: set[str] = field(default_factory=set, init=False)  # kinds of rows left out that were logged
+    names: Sequence[str] = ()  # columns of the streamed rows
+    checks: Sequence[tuple[Check, str]] = ()  # of the streamed rows, each of one column; a BadRow leaves the row out
+    reader: RowReader | None = None
+    said: set[str] = field(default_factory=set)  # kinds of rows left out that were logged
 
     def plan(self) -> RowReader:
         """The reader of all rows: made from a row that most are like, which decides the columns there are."""
@@ -188,6 +190,29 @@ class TripleStream:
         for number, stored in rows:
             yield {"number": number, "stored": stored}
 
+    def rows(self, stored: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """Training rows of what :meth:`stored` gives, without those left out; a bad row is a ValueError."""
+        rows, good = [one["stored"] for one in stored], list[Row]()
+        if self.can_wait:
+            rows = self.read((one["number"], one["stored"]) for one in stored)
+        for row in rows:
+            try:
+                for check, name in self.checks:
+                    check(row[name])
+            except BadRow as error:
+                self.skipped.add(error.kind, error.at(self.source.name))
+            else:
+                good.append({name: row[name] for name in self.names})
+        for kind in sorted(self.skipped.counts.keys() - self.said):
+            logger.warning("rows are left out, counted as %s; the first: %s", kind, self.skipped.examples[kind])
+        self.said.update(self.skipped.counts)
+        return good
+
+    def columns_of(self, stored: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """The same for a batch of columns, as `IterableDataset.map` has them."""
+        rows = self.rows([dict(zip(stored, values, strict=True)) for values in zip(*stored.values(), strict=True)])
+        return {name: [row[name] for row in rows] for name in self.names}
+
 
 def _of_itself(row: Row, negatives: Sequence[str], positives: Sequence[str]) -> BadRow | None:
     """What is wrong with a row of which a passage is the query itself, or a negative one of the query's positives."""
@@ -202,35 +227,6 @@ def _of_itself(row: Row, negatives: Sequence[str], positives: Sequence[str]) -> 
     return None
 
 
-@dataclass(frozen=True)
-class RowsRead:
-    stream: TripleStream
-    names: Sequence[str]  # columns of the training rows
-    checks: Sequence[tuple[Check, str]] = ()  # each of one column; a BadRow leaves the row out
-
-    def rows(self, stored: Sequence[Mapping[str, Any]]) -> list[Row]:
-        """Training rows, without those left out; a bad row is a ValueError with its place."""
-        rows, good, skipped = [one["stored"] for one in stored], list[Row](), self.stream.skipped
-        if self.stream.can_wait:
-            rows = self.stream.read((one["number"], one["stored"]) for one in stored)
-        for row in rows:
-            try:
-                for check, name in self.checks:
-                    check(row[name])
-            except BadRow as error:
-                skipped.add(error.kind, error.at(self.stream.source.name))
-            else:
-                good.append({name: row[name] for name in self.names})
-        for kind in sorted(skipped.counts.keys() - self.stream.said):
-            logger.warning("rows are left out, counted as %s; the first: %s", kind, skipped.examples[kind])
-        self.stream.said.update(skipped.counts)
-        return good
-
-    def __call__(self, stored: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        rows = self.rows([dict(zip(stored, values, strict=True)) for values in zip(*stored.values(), strict=True)])
-        return {name: [row[name] for row in rows] for name in self.names}
-
-
 class StreamedTriples(IterableDataset):
     """An `IterableDataset` of training rows that can say their order without reading them.
 
@@ -239,16 +235,16 @@ class StreamedTriples(IterableDataset):
     """
 
     ordered: IterableDataset  # rows as they are stored, in the order of the training rows, one for each of them
-    reader: RowsRead
+    stream: TripleStream
 
     @classmethod
-    def of(cls, ordered: IterableDataset, reader: RowsRead, features: Features) -> StreamedTriples:
-        features = Features({name: features[name] for name in reader.names})
+    def of(cls, ordered: IterableDataset, stream: TripleStream, features: Features) -> StreamedTriples:
+        features = Features({name: features[name] for name in stream.names})
         batches: dict[str, Any] = {"batched": True, "batch_size": ROWS_A_BATCH, "features": features}
-        rows = ordered.map(reader, remove_columns=["number", "stored"], **batches)
+        rows = ordered.map(stream.columns_of, remove_columns=["number", "stored"], **batches)
         made = cls.__new__(cls)
         made.__dict__.update(rows.__dict__)
-        made.ordered, made.reader = ordered, reader
+        made.ordered, made.stream = ordered, stream
         return made
 
     def shuffle(self, seed: int | None = None, *args: Any, **kwargs: Any) -> StreamedTriples:
@@ -261,18 +257,18 @@ class StreamedTriples(IterableDataset):
         if "max_buffer_input_shards" in signature(IterableDataset.shuffle).parameters:
             # There is one shard; to mix several, datasets has a thread fetch each row, ten times as slowly.
             kwargs.setdefault("max_buffer_input_shards", 1)
-        return self.of(self.ordered.shuffle(seed, *args, **kwargs), self.reader, self.features)
+        return self.of(self.ordered.shuffle(seed, *args, **kwargs), self.stream, self.features)
 
     def select_columns(self, column_names: str | list[str]) -> StreamedTriples:
         names = [column_names] if isinstance(column_names, str) else list(column_names)
-        if missing := [name for name in names if name not in self.reader.names]:
-            raise ValueError(f"no column {missing[0]!r}; there are {', '.join(self.reader.names)}")
-        return self.of(self.ordered, replace(self.reader, names=names), self.features)
+        if missing := [name for name in names if name not in self.stream.names]:
+            raise ValueError(f"no column {missing[0]!r}; there are {', '.join(self.stream.names)}")
+        return self.of(self.ordered, replace(self.stream, names=names), self.features)
 
     def checked(self, check: Check, column: str) -> StreamedTriples:
         """Let `check` see the column of every row before the row is given."""
-        checks = [*self.reader.checks, (check, column)]
-        return self.of(self.ordered, replace(self.reader, checks=checks), self.features)
+        checks = [*self.stream.checks, (check, column)]
+        return self.of(self.ordered, replace(self.stream, checks=checks), self.features)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)

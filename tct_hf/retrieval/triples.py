@@ -26,7 +26,7 @@ from tct_hf.data.neighbours import in_our_columns
 from tct_hf.data.qrels import KnownPositives, own_positive
 from tct_hf.data.rows import SkippedRows, first_lines, is_header, is_hub_id, names_ids
 from tct_hf.data.sources import open_source, write_rows
-from tct_hf.data.streamed import RowsRead, StreamedTriples, TripleStream
+from tct_hf.data.streamed import StreamedTriples, TripleStream
 from tct_hf.data.texts import TextSource, open_texts
 from tct_hf.retrieval.negatives import bm25_triples
 from tct_hf.retrieval.words import LANGUAGE, STEMMER
@@ -363,7 +363,8 @@ def _streamed(stream: TripleStream) -> IterableDataset:
     # The first rows are checked now: what is wrong with all of them should not wait for the first step.
     for _ in head(ROWS_A_BATCH):
         pass
-    names = stream.output_columns()
-    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in names])
-    features = Features.from_arrow_schema(schema)
-    return StreamedTriples.of(IterableDataset.from_generator(stream.stored), RowsRead(stream, names), features)
+    stream.names = stream.output_columns()
+    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in stream.names])
+    return StreamedTriples.of(
+        IterableDataset.from_generator(stream.stored), stream, Features.from_arrow_schema(schema)
+    )

@@ -63,12 +63,12 @@ class StreamedBatches(data.IterableDataset[list[Row]]):
     def _read(self, rows: list[Row], following: list[Row]) -> list[Row]:
         if not isinstance(self.rows, StreamedTriples):
             return rows
-        read = self.rows.reader.rows(rows)
+        read = self.rows.stream.rows(rows)
         if len(read) == len(rows):
             return read
         others = chain(following, _one_pass(self.rows, 0))
         while len(read) < len(rows) and (other := next(others, None)) is not None:
-            read += [row for row in self.rows.reader.rows([other]) if row not in read]
+            read += [row for row in self.rows.stream.rows([other]) if row not in read]
         if not read:
             raise ValueError("The streamed data set has no row to train on: all are left out.")
         return read
