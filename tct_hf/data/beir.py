@@ -122,10 +122,10 @@ class BeirFolder:
 
     def load(self, split: str, *, allow_empty: bool = False) -> tuple[Dataset, dict[str, str], Qrels]:
         """As :func:`load_beir`; the corpus has a column title besides, empty where a passage has none."""
-        judged, passages, queries = self.judgements(split), self.part("corpus"), self.queries(split)
-        texts = _judged_queries(queries, judged, self._skip(f"queries of {split}"))
-        corpus = prepare_corpus(passages, self.cache_dir, allow_empty=allow_empty, skipped=self._skip("corpus"))
-        _check_passages(corpus, judged, passages.name, self._skip(f"judgements of {split}"))
+        judged = self.judgements(split)
+        texts = _judged_queries(self.queries(split), judged, self._skip(f"queries of {split}"))
+        corpus = self.corpus(allow_empty=allow_empty)
+        _check_passages(corpus, judged, f"the corpus of {self.place}", self._skip(f"judgements of {split}"))
         return corpus, {name: texts[name] for name in judged.qrels}, judged.qrels
 
     def corpus(self, *, allow_empty: bool = False) -> Dataset:

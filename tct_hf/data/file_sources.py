@@ -37,7 +37,6 @@ class Source(ABC):
     name: str  # for messages
     names: list[str] | None = None  # the columns, where they are known before a row is read
     key: list[Any] | None = None  # JSON-ready, identifies the content, where something does
-    only_text = False
     unit = "row"
 
     @abstractmethod
@@ -83,7 +82,7 @@ class LineSource(Source):
     def __init__(self, path: Path, fields: Sequence[str] | None = None, *, header: int = False) -> None:
         self.path, self.name = path, str(path)
         self.names = None if fields is None else list(fields)
-        self.header, self.only_text = header, fields is not None
+        self.header = header
         self.key = ["jsonl" if fields is None else "tsv", header, *file_key(path)]
 
     def raw(self, columns: Sequence[str] | None = None) -> Iterator[tuple[int, bytes]]:
@@ -98,7 +97,7 @@ class LineSource(Source):
 class CsvSource(Source):
     """A file of fields separated by commas, named in its first line; each field is text as it stands."""
 
-    unit, only_text = "line", True
+    unit = "line"
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)

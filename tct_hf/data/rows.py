@@ -22,6 +22,8 @@ PICKLES = (".pkl", ".pickle", ".pt", ".bin", ".joblib")
 # A Hub id has an owner: a bare word may be a column. A name that ends like a file is one, there or not.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INTEGER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
+# float() takes 1_0, blanks and the digits of other scripts, too.
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _FLOAT32_MAX = 3.4028234663852886e38
 _FILES = (*TSV_SUFFIXES, *JSON_SUFFIXES, *PICKLES, ".parquet", ".csv", ".gz")
 _SKIPPED_FILE = "skipped.json"
@@ -208,8 +210,10 @@ def as_grade(value: Any) -> int:
 
 
 def as_score(value: Any, what: str, column: str) -> float:
-    """The score of `what`, which must be a finite number that float32 can hold."""
+    """The score of `what`, a finite number that float32 can hold, as text too."""
     value = plain(value)
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
     fix = "score it again, or remove it"
     if value is None:
         raise BadRow("bad score", f"{what} has no score (null): {fix}", column)

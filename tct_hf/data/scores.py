@@ -12,7 +12,7 @@ import numpy as np
 from tct_hf.cache import prepared
 from tct_hf.data.file_sources import LineSource, Source
 from tct_hf.data.ids import find, hash_of
-from tct_hf.data.rows import BadRow, as_id, as_score, first_lines, get, is_header, there_are
+from tct_hf.data.rows import NUMBER, BadRow, as_id, as_score, first_lines, get, is_header, there_are
 from tct_hf.data.sources import of_pairs, open_source
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ScoreTable:
 def _open_tsv(path: Path) -> LineSource:
     """Lines of query id, passage id and score; by a header's own order where it has the usual names."""
     first = next(iter(first_lines(path)), [""])
-    header = isinstance(_number(first[-1]), str) and is_header(first, unlike=True)
+    header = NUMBER.fullmatch(first[-1]) is None and is_header(first, unlike=True)
     usual = header and all(any(name in first for name in names) for names in _NAMES.values())
     return LineSource(path, first if usual else _FIELDS, header=header)
 
@@ -108,7 +108,6 @@ def _pairs(source: Source) -> Iterator[tuple[int, float]]:
         found = []
         for passage, score in zip(passages, scores, strict=True):
             passage_id = as_id(passage, columns[1])
-            score = _number(score) if source.only_text else score
             what = f"passage {passage_id!r} of query {query_id!r}"
             found.append((pair_key(query_id, passage_id), as_score(score, what, columns[2])))
         return found
@@ -121,14 +120,6 @@ def _column(source: str, there: Sequence[str], names: Sequence[str]) -> str:
     if found is None:
         raise ValueError(f"{source}: column {names[0]!r} is missing ({there_are(there)}); name it so")
     return found
-
-
-def _number(text: str) -> Any:
-    # float() takes 1_0, blanks and the digits of other scripts, too.
-    try:
-        return float(text) if text.isascii() and "_" not in text and text == text.strip() else text
-    except ValueError:
-        return text
 
 
 def _build(staging: Path, source: Source) -> None:

@@ -40,7 +40,7 @@ class FolderSource(Source):
 
     def __init__(self, files: Sequence[Source], name: str) -> None:
         self.files, self.name = list(files), name
-        self.names, self.only_text = self.files[0].names, self.files[0].only_text
+        self.names = self.files[0].names
         for file in self.files:
             if file.names != self.names or type(file) is not type(self.files[0]):
                 wrong = f"{there_are(file.names or [])}, but in {self.files[0].name} {there_are(self.names or [])}"

@@ -97,7 +97,7 @@ PAIR = '{"query_id": "1", "passage_id": "7", "score": 1}\n'
         (LISTS + '"scores": 0.5}\n', "must both be lists"),
         (PAIR + PAIR.replace("1}", "2}"), "comes twice with different scores, such as 1 and 2"),
         ("", "it holds no score"),
-        ("1\t7\t1\n1\t8\tnan\n", "line 2, .*is nan"),
+        ("1\t7\t1\n1\t8\tnan\n", "line 2, .*is 'nan', which is no number"),
         *((f"1\t7\t1e0\n1\t8\t{no}\n", "line 2, .*is .*, which is no number") for no in ("x", "1_0", " 1", "\uff11")),
     ],
 )

@@ -94,7 +94,7 @@ def test_prepared_data_are_compared_once_in_a_process(tmp_path: Path, monkeypatc
     folder = build_once(tmp_path / "done", lambda staging: (staging / "a").write_text("abc") and None)
     build_once(folder, lambda staging: None)
     fed: list[Any] = []
-    monkeypatch.setattr("tct_hf.files._feed", lambda digest, path: fed.append(path))
+    monkeypatch.setattr("tct_hf.files._hex", lambda digest, path: fed.append(path))
     assert build_once(folder, lambda staging: None) == folder and not fed
 
 
