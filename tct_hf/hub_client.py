@@ -186,16 +186,9 @@ def fetch_model(name_or_path: str, *, revision: str | None = None, token: str | 
         raise FileNotFoundError(f"{name_or_path}: there is no such folder, and it is no Hub id (owner/name) either.")
 
     def snapshot(*patterns: str) -> Path:
+        options: dict[str, Any] = {"revision": revision, "token": token, "ignore_patterns": _OTHER_RUNTIMES}
         with hub_errors(name_or_path, "downloading the model"):
-            return Path(
-                snapshot_download(
-                    name_or_path,
-                    revision=revision,
-                    token=token,
-                    allow_patterns=[*_FILES, *patterns],
-                    ignore_patterns=_OTHER_RUNTIMES,
-                )
-            )
+            return Path(snapshot_download(name_or_path, allow_patterns=[*_FILES, *patterns], **options))
 
     found = snapshot()
     return found if any(found.rglob("*.safetensors")) else snapshot("pytorch_model*.bin", "*/pytorch_model.bin")
@@ -242,17 +235,10 @@ def push_folder(
             )
         if sent or gone:
             # Not upload_folder, which finds out what has changed only when it sends, after the tag was to be refused.
-            info: Any = api.create_commit(
-                repo_id,
-                [
-                    *(CommitOperationAdd(name, folder / name) for name in sent),
-                    *(CommitOperationDelete(name) for name in gone),
-                ],
-                repo_type=kind,
-                revision=revision,
-                commit_message=message,
-                parent_commit=head,
-            )
+            changes: list[Any] = [CommitOperationAdd(name, folder / name) for name in sent]
+            changes += [CommitOperationDelete(name) for name in gone]
+            place: dict[str, Any] = {"repo_type": kind, "revision": revision, "parent_commit": head}
+            info: Any = api.create_commit(repo_id, changes, commit_message=message, **place)
             commit = str(info.oid)
         if tag is not None and taken is None:
             api.create_tag(repo_id, tag=tag, revision=commit, repo_type=kind)

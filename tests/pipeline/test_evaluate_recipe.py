@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tct_hf import Report, read_run, write_run
-from tct_hf.settings import load_settings
-from tests.recipe import ROOT, load_recipe, run
+from tests.recipe import run
 from tests.searching import Material
 from tests.splade import tiny_splade
 
@@ -47,15 +46,6 @@ def test_one_command_gives_table_json_plots_and_runs(material: Material) -> None
     assert len(report.collection["fingerprint"]["sha256"]) == 64 and report.threads["torch"] == 1
     assert report.environment["packages"]["torch"] and report.machine["processor"]
     assert all(len(report.models[role]["weights_sha256"]) == 64 for role in ("student", "teacher"))
-
-
-def test_the_quickstarts_settings_file_names_the_quickstarts_models() -> None:
-    schema = load_recipe(ROOT / "recipes" / "evaluate.py").Settings
-    settings = load_settings(schema, [str(ROOT / "recipes" / "evaluate.yaml")], description="")
-    assert (settings.student, settings.teacher) == ("outputs/quickstart/student", "own")
-    quickstart = (ROOT / "recipes" / "quickstart.yaml").read_text()
-    assert "output_dir: outputs/quickstart" in quickstart
-    assert f"packages: [{', '.join(settings.data.packages)}]" in quickstart
 
 
 def test_a_faulty_collection_and_a_missing_student_are_one_message(material: Material, tmp_path: Path) -> None:
