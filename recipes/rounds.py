@@ -14,7 +14,7 @@ from tct_hf.settings import run_recipe
 
 def main(settings: Settings) -> None:
     from tct_hf.evaluation.experiment import check_evaluation
-    from tct_hf.evaluation.round_report import report_rounds
+    from tct_hf.evaluation.training_reports import report_rounds
     from tct_hf.pipeline.job import Job
     from tct_hf.pipeline.rounds import Rounds
 

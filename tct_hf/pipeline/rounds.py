@@ -13,7 +13,7 @@ from sentence_transformers import MultiVectorEncoder
 
 from tct_hf.data.collection import Collection
 from tct_hf.evaluation.maxsim import rerank_run
-from tct_hf.evaluation.round_report import RoundResult, open_workspace, round_name
+from tct_hf.evaluation.training_reports import RoundResult, open_workspace, round_name
 from tct_hf.evaluation.workspace import Workspace, open_teacher
 from tct_hf.files import claim, command
 from tct_hf.pipeline.checks import named, of_section

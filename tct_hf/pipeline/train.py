@@ -15,7 +15,7 @@ from transformers import set_seed
 from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert
 from tct_hf.evaluation.experiment import check_evaluation
-from tct_hf.evaluation.quick_report import quick_report
+from tct_hf.evaluation.training_reports import quick_report
 from tct_hf.files import file_digest, is_claimed
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named

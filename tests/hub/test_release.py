@@ -17,7 +17,7 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from tct_hf import ColBERTTeacher, build_student, convert_checkpoint, load_student, release, save_student
 from tct_hf.encoding import checkpoint
 from tct_hf.encoding.weights import weights_digest
-from tct_hf.hub.contents import cut_local_paths, without_local_paths
+from tct_hf.hub.release import cut_local_paths, without_local_paths
 from tct_hf.hub_client import HubError, template
 from tct_hf.teachers.base import write_training_scale
 from tests.hub.models import FACTS as PLAIN

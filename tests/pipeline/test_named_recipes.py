@@ -132,7 +132,7 @@ def run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
         monkeypatch.setattr(Stage, "train", train)
         monkeypatch.setattr("tct_hf.pipeline.train.quick_report", report)
-        monkeypatch.setattr("tct_hf.evaluation.round_report.report_rounds", report)
+        monkeypatch.setattr("tct_hf.evaluation.training_reports.report_rounds", report)
         options = [f"--{part}.training.{setting}" for part in parts for setting in fewer]
         recipe(tmp_path / "out", "--precision=fp32", *options)
         return trainers
