@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import fuse, read_run
+from tct_hf import build_student, fuse, read_run
 from tct_hf.data.collection import Collection, Split, load_collection
-from tct_hf.evaluation import references
+from tct_hf.evaluation import references, workspace
 from tct_hf.evaluation.experiment import Experiment
 from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.references import References
@@ -23,9 +24,13 @@ from tct_hf.evaluation.significance import holm, paired_randomisation_test
 from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import p_value
 from tct_hf.evaluation.training_reports import ArmResult, against_table, arm_table, quick_report
+from tct_hf.evaluation.workspace import encode_texts
 from tct_hf.files import write_json_atomic
+from tests.evaluation.test_maxsim import ASKED, IDS, check
 from tests.models import tiny_bert
 from tests.recipe import write_beir
+from tests.train_helpers import PASSAGES
+from tests.train_helpers import QUERIES as TEXTS
 
 KEYS = ["bm25", "base-native", "base-maxsim", "stock", "unlabelled", "student", "teacher"]
 
@@ -148,6 +153,42 @@ def test_without_judgements_the_best_passage_of_the_judge_is_the_answer(
     assert "These questions are not judged" in text and f"put first: the {judge}." in text
     measured = json.loads((tmp_path / "metrics.json").read_text())["measured"]["test"]
     assert measured[judge]["RR@10"]["mean"] == 1.0
+
+
+# --- first dimensions ---
+
+COLLECTION = Collection("tiny", Dataset.from_dict({"id": IDS, "text": PASSAGES}), {}, {})
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> SentenceTransformer:
+    return build_student(str(tiny_bert(tmp_path_factory.mktemp("base"))), encoding="tct", document_length=64).to("cpu")
+
+
+@pytest.mark.parametrize(("similarity", "k"), [("dot", 5), ("cosine", 3), ("cosine", 50)])
+def test_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
+    student: Any, similarity: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Any] = []
+    monkeypatch.setattr(
+        workspace, "encode_texts", lambda model, texts, **kw: encoded.append(texts) or encode_texts(model, texts, **kw)
+    )
+    monkeypatch.setattr(student, "similarity_fn_name", similarity)
+    systems = References(COLLECTION, k, bf16=False).exact("student", "student", lambda: student, [8, 1])
+    titles = ["student", "student, first 8 dimensions", "student, first 1 dimensions"]
+    assert [system.title for system in systems] == titles
+    for system, (key, size) in zip(systems, {"student": 32, "student-8": 8, "student-1": 1}.items(), strict=True):
+        run = system.run(ASKED)
+        queries, passages = student.encode_query(TEXTS)[:, :size], student.encode_document(PASSAGES)[:, :size]
+        if similarity == "cosine":
+            queries, passages = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, passages))
+        assert system.key == key
+        if size > 1 or similarity == "dot":
+            check(run, queries @ passages.T, k)
+    assert [list(texts) for texts in encoded].count(PASSAGES) == 1
+    monkeypatch.setattr(student, "similarity_fn_name", "euclidean")
+    with pytest.raises(ValueError, match="compares by 'euclidean': only dot and cosine"):
+        References(COLLECTION, k, bf16=False).exact("student", "student", lambda: student)[0].run(ASKED)
 
 
 # --- arms ---
