@@ -211,7 +211,6 @@ def compute_threads(threads: int | None) -> Iterator[None]:
 
 
 def _timed(stages: Mapping[str, Callable[[Any], Any]], query: Any, clock: Callable[[], float]) -> list[float]:
-    """Seconds of each stage for one query, and of all together."""
     moments, value = [clock()], query
     for stage in stages.values():
         value = stage(value)

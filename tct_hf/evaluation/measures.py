@@ -260,6 +260,5 @@ def _scored(query: str, scores: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _by_rank(query: str, scores: Mapping[str, float], own: bool) -> dict[str, float]:
-    """Passages with descending whole numbers as scores; with `own`, without the query's own id."""
     ordered = [passage for passage, _ in rank(scores) if not own or passage != query]
     return {passage: float(len(ordered) - place) for place, passage in enumerate(ordered)}

@@ -226,19 +226,15 @@ class Report:
 
 
 def _effect_rows(systems: Mapping[str, Tested], measures: Sequence[str]) -> list[list[str]]:
-    """Title and means of each system, the best bold, a dagger on differences."""
-    marked = {
-        (row, name)
-        for row, (_, _, tests) in enumerate(systems.values())
-        for name in measures
-        if tests is not None and tests[name]["p_randomisation_holm"] < SIGNIFICANT
-    }
+    marked = [
+        [name for name in measures if tests and tests[name]["p_randomisation_holm"] < SIGNIFICANT]
+        for _, _, tests in systems.values()
+    ]
     means = [(title, {name: effects[name]["mean"] for name in measures}) for title, effects, _ in systems.values()]
     return mean_rows(means, measures, marked)
 
 
 def _significance(systems: Mapping[str, Tested], measure: str, baseline: str) -> str:
-    """Systems against a baseline in one measure, the baseline first."""
     rows = []
     for key in (baseline, *(key for key in systems if key != baseline)):
         title, effects, tests = systems[key]
@@ -249,7 +245,6 @@ def _significance(systems: Mapping[str, Tested], measure: str, baseline: str) ->
 
 
 def _grades(measures: Sequence[str], relevance: int) -> str:
-    """The lowest relevant grade of each measure, in a sentence."""
     grades: dict[int | None, list[str]] = {}
     for measure in measures:
         grades.setdefault(relevant_from(measure, relevance), []).append(measure)

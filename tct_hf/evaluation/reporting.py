@@ -591,7 +591,6 @@ class Work:
         )
 
     def _models(self) -> dict[str, Any]:
-        """All models, as in report.json."""
 
         def described(name: str | None, weights: str, model: Any, **more: Any) -> dict[str, Any]:
             parameters = sum(parameter.numel() for parameter in model.parameters())

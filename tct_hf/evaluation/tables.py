@@ -18,17 +18,14 @@ def markdown_table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def mean_rows(
-    systems: Sequence[tuple[str, Mapping[str, float]]],
-    measures: Sequence[str],
-    marked: Container[tuple[int, str]] = (),
+    systems: Sequence[tuple[str, Mapping[str, float]]], measures: Sequence[str], marked: Sequence[Container[str]] = ()
 ) -> list[list[str]]:
-    """Title and means of each system, the best of a measure in bold, a dagger where (row, measure) is marked."""
+    """Title and means of each system, the best of a measure in bold, a dagger where it is `marked` of a system."""
     best = {name: max(means[name] for _, means in systems) for name in measures}
     rows = []
-    for row, (title, means) in enumerate(systems):
+    for (title, means), marks in zip(systems, marked or [()] * len(systems), strict=True):
         cells = [f"**{means[name]:.3f}**" if means[name] == best[name] else f"{means[name]:.3f}" for name in measures]
-        marks = [" †" if (row, name) in marked else "" for name in measures]
-        rows.append([title, *map("".join, zip(cells, marks, strict=True))])
+        rows.append([title, *(cell + " †" * (name in marks) for cell, name in zip(cells, measures, strict=True))])
     return rows
 
 

@@ -265,7 +265,6 @@ def _measured(report: Report) -> str:
 
 
 def _active_dims(report: Report) -> list[str] | None:
-    """What a report says of a sparse student's vectors and index, a line each."""
     measured = report.models.get("sparse_student") or report.models.get("student") or {}
     if "document_active_dims" not in measured:
         return None
@@ -292,7 +291,6 @@ def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
 
 
 def _shape(folder: Path) -> dict[str, Any]:
-    """What the files say of vectors and lengths."""
     modules = read_modules(folder, route="document")
     # At the root, but for that of a Router.
     encoder = folder if (folder / "config.json").is_file() or not modules else folder / modules[0]["path"]

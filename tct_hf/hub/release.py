@@ -205,7 +205,6 @@ def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | P
 
 
 def _check(staging: Path, family: Family, source: Path) -> None:
-    """Refuse code, a student without training, and a checkpoint that gives other vectors elsewhere."""
     modules = read_modules(staging)
     for module in modules:
         if not module["type"].startswith("sentence_transformers."):
@@ -240,7 +239,6 @@ def _check(staging: Path, family: Family, source: Path) -> None:
 
 
 def _check_report(report: Report, staging: Path, family: Family) -> None:
-    """Refuse the figures of another model."""
     # A sparse student may be the only one of the report, or beside a dense one.
     role = "student" if family == "sparse_student" and not report.models.get(family) else family
     measured = report.models.get(role) or {}
