@@ -44,11 +44,13 @@ class Teacher(ABC):
         covers: "in-batch", every passage of the batch is scored for every query; or "own", only a query's own positive
             and negatives. The rest of the matrix then holds zeros, which the mask of `candidates="own"` leaves out.
         score_kind: what a score is, for records: "MaxSim", "logit", ...
+        members: the teachers that this one is made of, which are checked, announced, attached and moved with it.
     """
 
     training_scale: float = 1.0
     covers: Literal["in-batch", "own"] = "in-batch"
     score_kind: str = "score"
+    members: Sequence[Teacher] = ()
 
     def check(self, columns: Sequence[str], *, candidates: str) -> None:
         """Refuse what can't be taught, before the first batch.
@@ -65,8 +67,10 @@ class Teacher(ABC):
                 f"A {type(self).__name__} here scores a query's own candidates only, but the loss has "
                 'candidates="in-batch": set candidates="own", of the loss, or "in-batch", of a CrossEncoderTeacher.'
             )
+        for one in self.members:
+            one.check(columns, candidates="own" if one.covers == "own" else candidates)
 
-    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:  # noqa: B027
+    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
         """Say what a batch will cost, where that is much, before the first one.
 
         Args:
@@ -75,21 +79,27 @@ class Teacher(ABC):
             queries: rows of a batch on each device.
             devices: how many share their candidates.
         """
+        for one in self.members:
+            one.announce(rows, columns, queries=queries, devices=devices)
 
     def columns_read(self, names: Sequence[str]) -> list[str]:
         """The columns among a data set's that this teacher reads besides texts and ids."""
-        return []
+        return [name for one in self.members for name in one.columns_read(names)]
 
     @property
     def device(self) -> torch.device:
         """Where it scores."""
-        return torch.device("cpu")
+        return next((one.device for one in self.members), torch.device("cpu"))
 
-    def attach(self, student: SentenceTransformer) -> None:  # noqa: B027
+    def attach(self, student: SentenceTransformer) -> None:
         """Learn which student will be taught, before the first batch."""
+        for one in self.members:
+            one.attach(student)
 
     def to(self, device: torch.device) -> Teacher:
         """Move to the device that scores."""
+        for one in self.members:
+            one.to(device)
         return self
 
     @abstractmethod

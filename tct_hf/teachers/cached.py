@@ -160,7 +160,7 @@ class CachedTeacher(Teacher):
             raise ValueError(f"{what}: give a ColBERTTeacher or a DenseTeacher.")
         if not 0 < max_gigabytes < float("inf"):
             raise ValueError(f"max_gigabytes must be a finite number greater than 0, got {max_gigabytes}.")
-        self.teacher = teacher
+        self.teacher, self.members = teacher, [teacher]
         self.training_scale = teacher.training_scale
         self.score_kind = teacher.score_kind
         self.cache_dir = Path(cache_dir).expanduser()
@@ -185,18 +185,11 @@ class CachedTeacher(Teacher):
             )
         return self._store
 
-    @property
-    def device(self) -> torch.device:
-        return self.teacher.device
-
-    def to(self, device: torch.device) -> CachedTeacher:
-        self.teacher.to(device)
+    def to(self, device: torch.device) -> Teacher:
+        super().to(device)
         self._store = None
         assert self.store is not None  # before the data loader's workers start: they can't read a model on a GPU
         return self
-
-    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        self.teacher.announce(rows, columns, queries=queries, devices=devices)
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         """The padded vectors and masks of queries and candidates; where one is missing, the texts of both."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from tct_hf.batches import own_places, spread_own
@@ -66,32 +65,11 @@ class TeacherEnsemble(Teacher):
                 wanted = "a finite number" if normalize == "none" else "a number above 0"
                 raise ValueError(f"The weight of a {type(teacher).__name__} is {weight}: give {wanted}.")
         total = 1.0 if normalize == "none" else sum(weight for _, weight in pairs)
-        self.teachers = [teacher for teacher, _ in pairs]
+        self.members = self.teachers = [teacher for teacher, _ in pairs]
         self.weights = [weight / total for _, weight in pairs]
         self.normalize = normalize
         self.score_kind = f"weighted sum of {_KINDS[normalize]}"
         self.covers = "own" if all(teacher.covers == "own" for teacher in self.teachers) else "in-batch"
-
-    def check(self, columns: Sequence[str], *, candidates: str) -> None:
-        super().check(columns, candidates=candidates)
-        for teacher in self.teachers:
-            teacher.check(columns, candidates="own" if teacher.covers == "own" else candidates)
-
-    def announce(self, rows: Iterable[Mapping[str, Any]], columns: Texts, *, queries: int, devices: int) -> None:
-        for teacher in self.teachers:
-            teacher.announce(rows, columns, queries=queries, devices=devices)
-
-    def columns_read(self, names: Sequence[str]) -> list[str]:
-        return [name for teacher in self.teachers for name in teacher.columns_read(names)]
-
-    def attach(self, student: SentenceTransformer) -> None:
-        for teacher in self.teachers:
-            teacher.attach(student)
-
-    def to(self, device: torch.device) -> TeacherEnsemble:
-        for teacher in self.teachers:
-            teacher.to(device)
-        return self
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         return {

@@ -348,11 +348,6 @@ class _NothingLearned(TrainerCallback):
     on_train_end = on_epoch_end  # without an epoch there is no end of one
 
 
-def _evaluators(trainer: Any) -> list[Any]:
-    evaluator = getattr(trainer, "evaluator", None)  # trainers of transformers have none
-    return evaluator.evaluators if isinstance(evaluator, SequentialEvaluator) else [evaluator] if evaluator else []
-
-
 class _WholeCard(TrainerCallback, ExportableState):
     """Keeps what the model card tells of training in every checkpoint: sentence-transformers begins it anew.
 
@@ -360,7 +355,9 @@ class _WholeCard(TrainerCallback, ExportableState):
     """
 
     def __init__(self, trainer: ResumableTrainer) -> None:
-        self.evaluators = _evaluators(trainer)
+        evaluator: Any = getattr(trainer, "evaluator", None)  # trainers of transformers have none
+        whole = isinstance(evaluator, SequentialEvaluator)
+        self.evaluators = evaluator.evaluators if whole else [evaluator] if evaluator else []
         self.card: Any = getattr(trainer.model, "model_card_data", None)  # models of transformers have none
 
     def state(self) -> dict[str, Any]:
