@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import SparseEncoder
 
-from tct_hf.data.beir import load_beir
+from tct_hf.data.collection import load_collection
 from tct_hf.data.sources import reach
 from tct_hf.data.texts import joined
 from tct_hf.evaluation.settings import HYBRIDS
@@ -209,9 +209,12 @@ def _folder_task(folder: Path) -> Any:
         )
 
         def load_data(self, num_proc: int | None = None, **options: Any) -> None:
-            corpus, queries, qrels = load_beir(folder, "test")
-            asked = Dataset.from_dict({"id": list(queries), "text": list(queries.values())})
-            parts = {"corpus": corpus, "queries": asked, "relevant_docs": qrels, "top_ranked": None}
-            self.dataset, self.data_loaded = {"default": {"test": parts}}, True
+            collection = load_collection(str(folder), dev_split=None, required=["test"])
+            test = collection.splits["test"]
+            asked = Dataset.from_dict({"id": list(test.queries), "text": list(test.queries.values())})
+            # A title begins its text already.
+            parts = {"corpus": collection.corpus.select_columns(["id", "text"]), "queries": asked}
+            self.dataset = {"default": {"test": {**parts, "relevant_docs": test.qrels, "top_ranked": None}}}
+            self.ignore_identical_ids, self.data_loaded = collection.skips_own, True
 
     return FolderTask()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import pytrec_eval
+from huggingface_hub import ModelCard
 
 from tct_hf import BM25Index, Report, fuse
 from tct_hf.evaluation.tasks import MEASURES, evaluate_tasks, find_tasks
 from tct_hf.evaluation.workspace import Workspace, open_student
-from tct_hf.hub.cards import eval_results
+from tct_hf.hub.cards import CardFacts, write_card
 from tct_hf.retrieval.fusion import equal_spread_alpha
 from tests.evaluation.reports import make
 from tests.searching import Material
@@ -53,11 +55,14 @@ def test_a_report_has_mtebs_figures_of_models_bm25_and_hybrids(
     [head, _, row] = report.task_table().splitlines()
     assert head.startswith("| nDCG@10 |  BM25 | dense | sparse student (learned) | base as it is | dense + BM25 |")
     assert row.startswith("| beir    | ")
-    found = [one for one in eval_results(report, "dense-exact") if one.dataset_name == "MTEB beir"]
+    facts = CardFacts(license="mit", base_model="some/base", training_data="words")
+    card = ModelCard(write_card(Path(student), "student", "some/student", facts, report=report))
+    found = [one for one in card.data.eval_results if one.dataset_name == "MTEB beir"]
     assert {one.metric_name: one.metric_value for one in found} == {
         measure: round(value, 4) for measure, value in task["systems"]["dense-exact"].items()
     }
     assert found[0].dataset_type == "beir" and found[0].dataset_revision == task["revision"]
+    assert report.task_table() in card.text and str(tmp_path) not in str(card)
 
     asked = []
     measured = mteb.evaluate
@@ -78,6 +83,19 @@ def test_tasks_are_found_by_name_and_wrong_ones_are_refused(mteb: Any, material:
     ):
         with pytest.raises(ValueError, match=message):
             find_tasks(names)
+
+
+def test_a_folder_of_queries_that_are_passages_is_measured_as_beir_does(mteb: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "arguments"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {"a": "wind and more wind", "b": "wind and nothing", "c": "a stone"}
+    rows = "".join(json.dumps({"_id": name, "title": "", "text": text}) + "\n" for name, text in texts.items())
+    (folder / "corpus.jsonl").write_text(rows)
+    (folder / "queries.jsonl").write_text(rows.splitlines()[0] + "\n")
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\na\tb\t1\n")
+    assert evaluate_tasks(find_tasks([str(folder)]), {}, tmp_path, words={})["arguments"]["systems"] == {
+        "bm25": {"nDCG@10": 1.0, "RR@10": 1.0, "R@100": 1.0}
+    }
 
 
 def test_without_mteb_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
