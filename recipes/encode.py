@@ -32,6 +32,7 @@ class Settings:
     tokens_per_pass: int | None = setting(None, "tokens a forward pass; chosen by the device when null")
     allow_empty: bool = setting(False, "encode passages without text instead of refusing them")
     skip_bad_rows: bool = setting(False, "skip bad and repeated passages and say which")
+    parquet: str | None = setting(None, "folder for the vectors as parquet files, too, as Anserini reads them")
     progress_every: float = setting(10.0, "seconds between lines of progress")
 
 
@@ -39,6 +40,7 @@ def main(settings: Settings) -> None:
     from tct_hf.data.collection import read_corpus
     from tct_hf.evaluation.workspace import open_student
     from tct_hf.progress import quieten
+    from tct_hf.retrieval.anserini import write_anserini
     from tct_hf.retrieval.encode import encode_corpus
     from tct_hf.training.stages import process_state
 
@@ -66,6 +68,9 @@ def main(settings: Settings) -> None:
     )
     if state.is_main_process:
         print("\n" + summary(manifest, Path(settings.output_dir)))
+        if settings.parquet is not None:
+            files = write_anserini(settings.output_dir, settings.parquet)
+            print(f"{len(files):,} parquet {'file' if len(files) == 1 else 'files'} in {settings.parquet}")
     state.destroy_process_group()
 
 

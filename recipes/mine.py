@@ -39,7 +39,7 @@ def main(settings: Settings) -> None:
 
     if settings.model is not None and settings.run is not None:
         raise SettingsError("model, run: candidates come from one of them; leave the other out")
-    if (settings.margin is None) != (settings.teacher is None):
+    if (settings.margin is None and settings.relative_margin is None) != (settings.teacher is None):
         raise SettingsError("margin, teacher: the ColBERT judges by the margin; give both, or leave both out")
     rules = MiningSettings(**{one.name: getattr(settings, one.name) for one in fields(MiningSettings)})
     check_mining(rules)

@@ -105,9 +105,9 @@ def mine(
     """
     judge: PairScorer | None = None
     depends: dict[str, Any] = dict(source.depends)
-    if settings.margin is not None:
+    if settings.margin is not None or settings.relative_margin is not None:
         if teacher is None:
-            raise ValueError(f"margin is {settings.margin}, but there is no teacher to judge by it: name a ColBERT")
+            raise ValueError("margin, relative_margin: there is no teacher to judge by them; name a ColBERT")
         model = open_teacher(teacher)
         judge = pair_scorer(model, bf16=bf16)
         depends["teacher"] = {**describe_teacher(model), "bf16": bf16}

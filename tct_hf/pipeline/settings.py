@@ -289,6 +289,9 @@ class MiningSettings:
     margin: float | None = setting(
         None, "leave out candidates that the teacher scores above the positive by more than this; null: keep them"
     )
+    relative_margin: float | None = setting(
+        None, "leave out candidates that score above (1 - this) of the positive's teacher score; null: keep them"
+    )
     near_duplicate: float | None = setting(
         0.6, "leave out candidates that share this much of their word triples with a positive (0 to 1)"
     )

@@ -82,6 +82,18 @@ class Rules:
     margin: float | None = None
     near_duplicate: float | None = None
     too_few: str = "fill"
+    relative_margin: float | None = None
+
+    @property
+    def judges(self) -> bool:
+        """Whether the scores of a teacher refuse candidates."""
+        return self.margin is not None or self.relative_margin is not None
+
+    def most(self, positive: float) -> float:
+        """The highest score of a teacher that a candidate may have beside a positive's."""
+        absolute = math.inf if self.margin is None else positive + self.margin
+        relative = math.inf if self.relative_margin is None else positive - abs(positive) * self.relative_margin
+        return min(absolute, relative)
 
     def __post_init__(self) -> None:
         few, near = self.num_negatives, self.near_duplicate
@@ -91,6 +103,9 @@ class Rules:
                 f"depth={self.depth}: too few candidates to sample num_negatives={few} from": self.depth < few,
                 f"margin={self.margin}: give a finite number, or None to keep what the teacher likes": (
                     self.margin is not None and not math.isfinite(self.margin)
+                ),
+                f"relative_margin={self.relative_margin}: give a share of the positive's score, 0 to 1, or None": (
+                    self.relative_margin is not None and not 0 <= self.relative_margin <= 1
                 ),
                 f"near_duplicate={near}: give a share of common word triples above 0, at most 1, or None": (
                     near is not None and not 0 < near <= 1
@@ -248,8 +263,8 @@ class Miner:
             return "near_duplicates"
         if self._folded(passage) in map(self._folded, row.chosen):
             return "repeated"
-        margin, score = self._rules.margin, self.scores.get((row.query_id, passage))
-        if margin is not None and score is not None and score > self.scores[row.query_id, row.positive] + margin:
+        score = self.scores.get((row.query_id, passage))
+        if score is not None and score > self._rules.most(self.scores[row.query_id, row.positive]):
             return "above_margin"
         return None
 

@@ -60,6 +60,7 @@ def mine_triples(
     depth: int = 200,
     teacher: PairScorer | None = None,
     margin: float | None = None,
+    relative_margin: float | None = None,
     near_duplicate: float | None = 0.6,
     too_few: Literal["fill", "skip"] = "fill",
     counts: MiningCounts | None = None,
@@ -90,6 +91,9 @@ def mine_triples(
             (`CrossEncoder.predict`).
         margin: refuse a candidate whose teacher score is above that of the row's positive by more than this: it
             probably answers the query. None: the teacher's scores are recorded and refuse nothing.
+        relative_margin: refuse a candidate whose teacher score is not below that of the row's positive by this share
+            of its size, as `sentence_transformers.util.mine_hard_negatives` does: 0.05 keeps what scores at most 95%
+            of a positive score.
         near_duplicate: refuse candidates that share at least this much of their word triples with a positive (Jaccard
             index, above 0, at most 1). Texts that differ in case and punctuation alone are always refused.
         too_few: what becomes of a row with too few candidates left: "fill" takes random passages, which no teacher
@@ -119,11 +123,11 @@ def mine_triples(
     from datasets import Dataset  # slow to import
 
     [origin] = checked_texts([origin], "origin")
-    rules = Rules(num_negatives, depth, seed, margin, near_duplicate, too_few)
+    rules = Rules(num_negatives, depth, seed, margin, near_duplicate, too_few, relative_margin)
     refuse(
         {
             f'origin={origin!r}: name where the negatives come from, for instance "bm25"': not origin.strip(),
-            f"margin={margin}: there is no teacher to judge by it": margin is not None and teacher is None,
+            "margin, relative_margin: there is no teacher to judge by them": rules.judges and teacher is None,
             "teacher: not a function from (query, passage) texts to scores; pass one, such as CrossEncoder.predict": (
                 teacher is not None and not callable(teacher)
             ),

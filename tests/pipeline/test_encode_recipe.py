@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import load_vectors
@@ -33,7 +34,13 @@ def test_a_collection_becomes_vectors_and_one_table(material: Material, tmp_path
     assert said.splitlines()[-1] == f"| 60 | 32 | fp32 | float32 | 8 | {size:.0f} | {folder} |"
     [line] = encode(material, material.student, folder, "--dtype=float16", code=1)[1].splitlines()
     assert "dtype = 'float32', but now dtype = 'float16'" in line
-    assert "| 8 |" in encode(material, material.student, tmp_path / "first", "--truncate_dim=8")[0]
+    first = encode(material, material.student, tmp_path / "first", "--truncate_dim=8", f"--parquet={tmp_path / 'pq'}")
+    assert "| 8 |" in first[0] and first[0].endswith(f"1 parquet file in {tmp_path / 'pq'}\n")
+    exported = pq.read_table(tmp_path / "pq" / "00000.parquet")  # through to_pylist: by Arrow's own reading of lists
+    assert exported["docid"].to_pylist() == ids
+    assert np.array_equal(np.array(exported["vector"].to_pylist(), np.float32), vectors[:, :8])
+    levels = [column.path for column in map(pq.ParquetFile(tmp_path / "pq" / "00000.parquet").schema.column, (0, 1))]
+    assert levels == ["docid", "vector.list.element"]  # the names that Anserini reads
     assert np.array_equal(load_vectors(tmp_path / "first")[1], vectors[:, :8])
     _, refused = encode(material, material.student, tmp_path / "none", "--truncate_dim=33", code=2)
     assert "truncate_dim: 33 is not between 1 and the 32 dimensions of the vectors" in refused

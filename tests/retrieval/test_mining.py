@@ -45,7 +45,7 @@ def triples_of_words(text: str) -> set[tuple[str, ...]]:
 
 
 def plainly_allowed(
-    ranked: list[str], texts: dict[str, str], positive: str, known: list[str], scores: dict[str, float], margin: Any
+    ranked: list[str], texts: dict[str, str], positive: str, known: list[str], scores: dict[str, float], margins: Any
 ) -> list[str]:
     """What may be a negative of a row, in rank order: every candidate judged by itself, by the words of the rules."""
     allowed = []
@@ -55,7 +55,10 @@ def plainly_allowed(
             continue
         if any(len(mine & other) / len(mine | other) >= 0.6 for other in (triples_of_words(texts[k]) for k in known)):
             continue
+        margin, relative = margins
         if margin is not None and scores[passage] > scores[positive] + margin:
+            continue
+        if relative is not None and scores[positive] - scores[passage] < abs(scores[positive]) * relative:
             continue
         allowed.append(passage)
     return allowed
@@ -78,6 +81,7 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
     table = {(q, p): data.draw(score) for q in queries for p in names}
     depth, count = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 2))
     margin, seed = data.draw(st.none() | st.integers(-2, 2).map(float)), data.draw(st.integers(0, 5))
+    relative = data.draw(st.sampled_from([None, None, 0.0, 0.5, 1.0]))
 
     def predict(pairs: Any) -> list[float]:
         return [table[query.replace("query ", "q"), passage.partition(" ")[0]] for query, passage in pairs]
@@ -85,7 +89,14 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
     marked = {name: f"{name} {body}" for name, body in texts.items()}  # each text its own
     counts = MiningCounts()
     given: dict[str, Any] = {"depth": depth, "num_negatives": count, "seed": seed, "near_duplicate": 0.6}
-    given |= {"teacher": predict, "margin": margin, "origin": "x", "too_few": "skip", "counts": counts}
+    given |= {
+        "teacher": predict,
+        "margin": margin,
+        "relative_margin": relative,
+        "origin": "x",
+        "too_few": "skip",
+        "counts": counts,
+    }
     try:
         rows = list(mine_triples(run, corpus(marked), queries, qrels, **given))
     except ValueError as error:
@@ -97,7 +108,7 @@ def test_rows_are_a_random_order_of_what_the_plain_rules_allow(bodies: list[str]
         for positive in grades:
             ranked = sorted(run[query_id], key=lambda name: (-run[query_id][name], name))[:depth]
             scores = {name: table[query_id, name] for name in names}
-            allowed = plainly_allowed(ranked, marked, positive, list(grades), scores, margin)
+            allowed = plainly_allowed(ranked, marked, positive, list(grades), scores, (margin, relative))
             # The same generator; the order of all candidates, of which the allowed are taken first come first.
             order = random.Random(f"{seed}\x1f{query_id}\x1f{positive}").sample(ranked, len(ranked))
             expected = [name for name in order if name in allowed][:count]
@@ -256,7 +267,9 @@ def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
         ({"num_negatives": 5}, r"query 'q1' has only 4 passages.*num_negatives is 5"),
         ({"depth": 7, "num_negatives": 7, "too_few": "skip"}, r"none of 4 rows has enough candidates; raise depth"),
         ({"depth": 1, "num_negatives": 2}, "depth=1: too few candidates"),
-        ({"margin": 1.0}, "margin=1.0: there is no teacher"),
+        ({"margin": 1.0}, "margin, relative_margin: there is no teacher"),
+        ({"relative_margin": 0.1}, "margin, relative_margin: there is no teacher"),
+        ({"relative_margin": 1.5}, r"relative_margin=1.5: give a share"),
         ({"near_duplicate": 0.0}, "near_duplicate=0.0"),
         ({"too_few": "drop"}, 'use "fill" or "skip"'),
         ({"origin": " "}, "origin=' '"),
