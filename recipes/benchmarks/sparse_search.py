@@ -17,11 +17,11 @@ import json
 import os
 import platform
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import Clocks, clocked, options, processor, table
 from scipy.sparse import csr_matrix
 
 from tct_hf import SparseIndex
@@ -57,8 +57,8 @@ def by_scipy(query: csr_matrix, by_term: csr_matrix, ids: np.ndarray) -> tuple[l
     return ids[rows[best]].tolist(), scores[best]
 
 
-def percentiles(seconds: list[float]) -> list[float]:
-    return [round(float(value), 3) for value in 1000 * np.percentile(seconds, [50, 95])]
+def percentiles(times: list[Clocks], clock: int) -> str:
+    return "{:.2f} / {:.2f}".format(*1000 * np.percentile([taken[clock] for taken in times], [50, 95]))
 
 
 def measure(law: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -67,9 +67,7 @@ def measure(law: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     passages = draw(args.count, args.nonzeros, law, generator, order)
     queries = draw(args.queries, args.terms, law, generator, order)
     names = [f"p{row:08d}" for row in range(args.count)]  # in the order of rows, so that ties are broken alike
-    begun = time.perf_counter()
-    built = SparseIndex.build(passages, names)
-    seconds = time.perf_counter() - begun
+    built, (seconds, _) = clocked(SparseIndex.build, passages, names)
     built.save(work / law)
     index = SparseIndex.load(work / law, mmap=True)
     by_term, ids = passages.T.tocsr(), np.array(names)
@@ -77,8 +75,7 @@ def measure(law: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "SparseIndex": lambda query: tuple(part[0] for part in index.search(query, K)),
         "scipy": lambda query: by_scipy(query, by_term, ids),
     }
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[Clocks]] = {name: [] for name in ways}
     for warm_up in range(10):
         for way in ways.values():
             way(queries[warm_up])
@@ -86,10 +83,9 @@ def measure(law: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     for number in range(args.queries):
         answers = []
         for name in list(ways)[:: 1 if number % 2 else -1]:
-            begun, used = time.perf_counter(), time.process_time()
-            answers.append(ways[name](queries[number]))
-            wall[name].append(time.perf_counter() - begun)
-            cpu[name].append(time.process_time() - used)
+            answer, taken = clocked(ways[name], queries[number])
+            answers.append(answer)
+            times[name].append(taken)
         (ids_a, scores_a), (ids_b, scores_b) = answers
         different += ids_a != ids_b or not np.array_equal(scores_a, scores_b)
     lengths = np.bincount(passages.indices, minlength=VOCABULARY)
@@ -99,41 +95,37 @@ def measure(law: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "longest_list": int(lengths.max()),
         "build_s": round(seconds, 2),
         "bytes_a_passage": round(sum(f.stat().st_size for f in (work / law).iterdir()) / args.count, 1),
-        "wall_ms": {name: percentiles(values) for name, values in wall.items()},
-        "cpu_ms": {name: percentiles(values) for name, values in cpu.items()},
+        "wall_ms": {name: percentiles(taken, 0) for name, taken in times.items()},
+        "cpu_ms": {name: percentiles(taken, 1) for name, taken in times.items()},
         "answers_that_differ": different,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--queries", type=int, default=300)
-    parser.add_argument("--nonzeros", type=int, default=110, help="terms of a passage")
-    parser.add_argument("--terms", type=int, default=25, help="terms of a query")
-    args = parser.parse_args()
+    args = options(
+        __doc__,
+        count=100_000,
+        queries=300,
+        nonzeros=(110, "terms of a passage"),
+        terms=(25, "terms of a query"),
+    ).parse_args()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as work:
         found = [measure(law, args, Path(work)) for law in ("uniform", "zipf")]
     machine = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": 1,
         "load_average": [round(before, 1), round(os.getloadavg()[0], 1)],
         "python": platform.python_version(),
     }
     print(json.dumps({"settings": vars(args), "machine": machine, "measured": found}, indent=1))
-    print("| terms | postings a query | way | p50 / p95 ms | CPU p50 / p95 ms | answers that differ | B a passage |")
-    print("|---|---:|---|---:|---:|---:|---:|")
+    rows = []
     for one in found:
         for way, wall in one["wall_ms"].items():
-            cpu = one["cpu_ms"][way]
-            own = way == "SparseIndex"
-            print(
-                f"| {one['law']} | {one['postings_a_query']:,} | {way} | {wall[0]:.2f} / {wall[1]:.2f} | "
-                f"{cpu[0]:.2f} / {cpu[1]:.2f} | {one['answers_that_differ'] if own else ''} | "
-                f"{one['bytes_a_passage'] if own else ''} |"
-            )
+            own = [one["answers_that_differ"], one["bytes_a_passage"]] if way == "SparseIndex" else ["", ""]
+            rows.append([one["law"], f"{one['postings_a_query']:,}", way, wall, one["cpu_ms"][way], *own])
+    table("terms | postings a query | way | p50 / p95 ms | CPU p50 / p95 ms | answers that differ | B a passage", rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 One process, one thread. Rows like MS MARCO's (short texts) are written to a temporary folder: text triples as TSV, id
 triples as TSV with a collection and queries to look them up in, text triples as parquet. Each kind is read through
 `load_triples(..., streaming=True)` and its shuffle buffer in a process of its own, and every row is counted. Memory is
-the process's resident set (/proc/self/statm), and the part of it that is its own (anonymous: without the pages of
+the process's resident set, and the part of it that is its own (anonymous: without the pages of
 memory-mapped files, which the system takes back when it needs them). Growth is from 1 % to the end.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -21,25 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import memory_of, options, processor
+
 KINDS = ("text", "ids", "parquet")
-WORDS = [
-    "what",
-    "is",
-    "the",
-    "of",
-    "a",
-    "retrieval",
-    "dense",
-    "passage",
-    "query",
-    "teacher",
-    "student",
-    "token",
-    "index",
-    "vector",
-    "rank",
-    "learn",
-]
+TEXT = "what is the of a retrieval dense passage query teacher student token index vector rank learn"
+WORDS = TEXT.split()
 QUERIES = 50_000
 SHOWN = (0.01, 0.25, 0.5, 0.75, 1.0)
 
@@ -63,7 +48,7 @@ def write(folder: Path, kind: str, rows: int, passages: int) -> None:
     if kind == "text":
         with (folder / "text.tsv").open("w") as file:
             for i in range(rows):
-                file.write(f"{i} {draw.choice(parts)}\t{draw.choice(parts)} {i}\t{i} {draw.choice(parts)}\n")
+                file.write(f"{i} {draw.choice(parts)}\t{draw.choice(parts)} {i}\t{draw.choice(parts)} {i} {i}\n")
         return
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -73,15 +58,13 @@ def write(folder: Path, kind: str, rows: int, passages: int) -> None:
     with pq.ParquetWriter(folder / "parquet.parquet", schema) as writer:
         for start in range(0, rows, 100_000):
             count = min(100_000, rows - start)
-            columns = [[f"{start + i} {draw.choice(parts)}" for i in range(count)] for _ in names]
+            columns = [[f"{name} {start + i} {draw.choice(parts)}" for i in range(count)] for name in names]
             writer.write_table(pa.table(columns, schema=schema))
 
 
 def memory() -> tuple[float, float]:
     """MiB resident, and of these anonymous."""
-    _, resident, shared = (int(word) for word in Path("/proc/self/statm").read_text().split()[:3])
-    page = os.sysconf("SC_PAGE_SIZE") / 2**20
-    return resident * page, (resident - shared) * page
+    return memory_of("VmRSS"), memory_of("RssAnon")
 
 
 def measure(folder: Path, kind: str, rows: int, buffer: int) -> None:
@@ -112,17 +95,19 @@ def measure(folder: Path, kind: str, rows: int, buffer: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=5_000_000)
+    parser = options(
+        __doc__,
+        rows=5_000_000,
+        buffer=(10_000, "rows of the shuffle buffer"),
+        passages=(200_000, "of the collection that ids are looked up in"),
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--buffer", type=int, default=10_000, help="rows of the shuffle buffer")
-    parser.add_argument("--passages", type=int, default=200_000, help="of the collection that ids are looked up in")
     parser.add_argument("--read", help=argparse.SUPPRESS)  # a folder that was written: measure in this process
     args = parser.parse_args()
     if args.read is not None:
         measure(Path(args.read), args.kinds[0], args.rows, args.buffer)
         return
-    print(f"{platform.machine()}, one thread; shuffle buffer of {args.buffer:,} rows; MiB resident (own)")
+    print(f"{processor()}, one thread; shuffle buffer of {args.buffer:,} rows; MiB resident (own)")
     print("| kind | rows | file MiB | rows/s | rows a CPU s | 1 % | 25 % | 50 % | 75 % | 100 % | growth |")
     print("|---" + "|---:" * 10 + "|", flush=True)
     for kind in args.kinds:

@@ -10,11 +10,10 @@ before: the figures are those of the second epoch on.
 
 from __future__ import annotations
 
-import platform
-import statistics
 import tempfile
-import time
+from collections.abc import Iterator
 
+from common import begin, clocked, median, quartiles, table
 from train_step import MODES, make_step, step_options, triples
 
 GROUPS = (("hard", "tct", "cached"), ("own", "mixture", "self"))
@@ -23,40 +22,26 @@ GROUPS = (("hard", "tct", "cached"), ("own", "mixture", "self"))
 def main() -> None:
     args = step_options(__doc__).parse_args()
 
-    import torch
-
-    from tct_hf.progress import quieten
-
-    quieten()
-    torch.set_num_threads(args.threads)
     rows = triples(args.batch * args.steps, seed=1)
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, batch {args.batch}")
-    print("| mode | side | s/step | of hard labels (quartiles) | of CPU time (quartiles) |")
-    print("|---|---|---:|---|---|")
-    for mode in [args.mode] if args.mode else MODES:
-        for group in GROUPS:
-            with tempfile.TemporaryDirectory() as folder:
-                steps = {side: make_step(side, mode, rows, args.batch, f"{folder}/{side}") for side in group}
-                for _ in range(args.steps):  # an epoch, in which the caches are filled
-                    for side in {"cached", "mixture"} & {*group}:
-                        steps[side]()
-                for side in {*group} - {"cached", "mixture"}:
-                    steps[side]()
-                times: dict[str, list[tuple[float, float]]] = {side: [] for side in group}  # wall and CPU seconds
-                for turn in range(args.steps):
-                    for side in group[turn % 3 :] + group[: turn % 3]:
-                        begun, work = time.perf_counter(), time.process_time()
-                        steps[side]()
-                        times[side].append((time.perf_counter() - begun, time.process_time() - work))
-            for side in group:
-                cells = [f"{statistics.median(wall for wall, _ in times[side]):.3f}"]
-                for clock in (0, 1):
-                    low, middle, high = statistics.quantiles(
-                        [mine[clock] / hard[clock] for mine, hard in zip(times[side], times[group[0]], strict=True)],
-                        n=4,
-                    )
-                    cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-                print(f"| {mode} | {side} | {' | '.join(cells)} |", flush=True)
+    begin(args.threads, f"batch {args.batch}")
+
+    def measured() -> Iterator[list[str]]:
+        for mode in [args.mode] if args.mode else MODES:
+            for group in GROUPS:
+                with tempfile.TemporaryDirectory() as folder:
+                    steps = {side: make_step(side, mode, rows, args.batch, f"{folder}/{side}") for side in group}
+                    for side, step in steps.items():  # an epoch, in which the caches are filled
+                        for _ in range(args.steps if side in ("cached", "mixture") else 1):
+                            step()
+                    times: dict[str, list[tuple[float, float]]] = {side: [] for side in group}
+                    for turn in range(args.steps):
+                        for side in group[turn % 3 :] + group[: turn % 3]:
+                            times[side].append(clocked(steps[side])[1])
+                for side in group:
+                    ratios = (quartiles(times[side], times[group[0]], clock) for clock in (0, 1))
+                    yield [mode, side, f"{median(times[side]):.3f}", *ratios]
+
+    table("mode | side | s/step | of hard labels (quartiles) | of CPU time (quartiles)", measured())
 
 
 if __name__ == "__main__":

@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from memory import peak_memory
+import common
 
 from tct_hf.retrieval.negatives import collection_triples
 
@@ -39,7 +34,7 @@ MODES = {
 def triples(count: int, seed: int) -> Any:
     from tct_hf.data.collection import load_collection
 
-    collection = load_collection("builtin", packages=["numpy", "scipy", "pandas", "sklearn"])
+    collection = load_collection("builtin", packages=common.PACKAGES)
     rows = collection_triples(collection, num_negatives=1, depth=100, seed=seed)
     return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
 
@@ -117,10 +112,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         args = TCTTrainingArguments(**common, temperature=1.0, hard_label_weight=weight)
         trainer = TCTTrainer(student, teacher, args, train_dataset=rows)
     loader = trainer.get_train_dataloader()
-    trainer.create_optimizer_and_scheduler(1000)
-    model, optimizer = trainer.accelerator.prepare(student, trainer.optimizer)
-    trainer.model_wrapped = model
-    trainer.current_gradient_accumulation_steps = 1
+    model, optimizer = common.ready_to_step(trainer, student)
 
     def batches() -> Any:
         while True:
@@ -146,24 +138,12 @@ def memory(side: str, mode: str, steps: int, batch: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(side, mode, rows, batch, folder)
         step()  # the optimizer's state is made by its first step; what that step leaves unused goes back
-        print(json.dumps(peak_memory(lambda: [step() for _ in range(steps)])))
-
-
-def measure_memory(side: str, mode: str, args: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--memory", side, "--mode", mode]
-    command += ["--steps", str(args.steps), "--batch", str(args.batch), "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(common.peak_memory(lambda: [step() for _ in range(steps)])))
 
 
 def step_options(description: str | None) -> argparse.ArgumentParser:
     """The options of a benchmark of training steps."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each side")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = common.options(description, steps=(20, "timed steps of each side"), batch=32, threads=2)
     parser.add_argument("--mode", choices=MODES, help="one of the modes; all when left out")
     return parser
 
@@ -173,39 +153,34 @@ def main() -> None:
     parser.add_argument("--memory", choices=("stock", "tct"), help="measure the memory of one side in this process")
     args = parser.parse_args()
 
-    from tct_hf.progress import quieten
-
-    quieten()
     if args.memory:
         memory(args.memory, args.mode, args.steps, args.batch, args.threads)
         return
-    import torch
-
-    torch.set_num_threads(args.threads)
     rows = triples(args.batch * (args.steps + 5), seed=1)
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, batch {args.batch}")
-    print("| mode | stock s/step | tct s/step | ratio (median, quartiles) | stock MiB | tct MiB | ratio |")
-    print("|---|---|---|---|---|---|---|")
-    for mode in [args.mode] if args.mode else MODES:
-        with tempfile.TemporaryDirectory() as folder:
-            sides = {side: make_step(side, mode, rows, args.batch, folder) for side in ("stock", "tct")}
-            times: dict[str, list[float]] = {side: [] for side in sides}
-            for turn in range(args.steps + 3):
-                for side in ("stock", "tct") if turn % 2 else ("tct", "stock"):
-                    step = sides[side]
-                    begun = time.perf_counter()
-                    step()
-                    if turn >= 3:
-                        times[side].append(time.perf_counter() - begun)
-        ratios = [tct / stock for stock, tct in zip(times["stock"], times["tct"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        stock, tct = (statistics.median(times[side]) for side in ("stock", "tct"))
-        used = {side: measure_memory(side, mode, args) for side in sides}
-        print(
-            f"| {mode} | {stock:.3f} | {tct:.3f} | {middle:.2f} ({low:.2f} to {high:.2f}) | {used['stock']:.0f} | "
-            f"{used['tct']:.0f} | {used['tct'] / used['stock']:.2f} |",
-            flush=True,
-        )
+    common.begin(args.threads, f"batch {args.batch}")
+
+    def measured() -> Iterator[list[str]]:
+        for mode in [args.mode] if args.mode else MODES:
+            with tempfile.TemporaryDirectory() as folder:
+                sides = {side: make_step(side, mode, rows, args.batch, folder) for side in ("stock", "tct")}
+                common.take_turns(sides, 3)
+                times, _ = common.take_turns(sides, args.steps)
+            given = {"mode": mode, "steps": args.steps, "batch": args.batch, "threads": args.threads}
+            used = [common.in_own_process(__file__, memory=side, **given) for side in sides]
+            seconds = [f"{common.median(taken):.3f}" for taken in times.values()]
+            mebibytes = [f"{one:.0f}" for one in used]
+            yield [
+                mode,
+                *seconds,
+                common.quartiles(times["tct"], times["stock"]),
+                *mebibytes,
+                f"{used[1] / used[0]:.2f}",
+            ]
+
+    common.table(
+        "mode | stock s/step | tct s/step | ratio (median, quartiles) | stock MiB | tct MiB | ratio",
+        measured(),
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tct_hf.data.texts import Passage, checked_passages, passage_shards
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
 from tct_hf.progress import PassageProgress
-from tct_hf.retrieval.vectors import check_version, finite_rows, of_torch, vector_facts, vector_table
+from tct_hf.retrieval.vectors import finite_rows, of_torch, vector_facts, vector_table
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -50,8 +50,7 @@ CPU_TOKENS = 2048
 ACCELERATOR_TOKENS = 32_768
 # A sparse student computes a score of every term for every token, of which pooling makes a copy: with 30,522 terms,
 # 125 MB each of 1,024 tokens, and 1 GB of 8,192.
-SPARSE_CPU_TOKENS = 1024
-SPARSE_ACCELERATOR_TOKENS = 8192
+_SPARSE_TOKENS = (1024, 8192)  # on the CPU, on an accelerator
 SECONDS_FILE = "encoding_seconds.json"
 
 
@@ -75,7 +74,6 @@ def encode_texts(
     """
     if task not in ("query", "document"):
         raise ValueError(f'task={task!r} is not known: use "query" or "document".')
-    _at_least_one(tokens_per_pass=tokens_per_pass)
     sparse = is_sparse_encoder(model)
     device = model.device
     budget = budget_of(model, tokens_per_pass)
@@ -112,12 +110,6 @@ def encode_texts(
     return stack(pools or [csr_matrix(none) if sparse else none])
 
 
-def _at_least_one(**limits: int | None) -> None:
-    for name, limit in limits.items():
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1, got {limit}.")
-
-
 def is_sparse_encoder(model: Any) -> bool:
     """Whether a model gives sparse vectors over a vocabulary; refuses what gives no vector a text."""
     if not isinstance(model, (SentenceTransformer, SparseEncoder)):
@@ -139,11 +131,8 @@ def query_slots(model: Any) -> int | None:
 
 def filled_rows(model: Any, features: Mapping[str, Any]) -> list[int]:
     """Rows of tokenised queries whose text fills all slots: those that may have been cut."""
-    expanded, mask, slots = (
-        features.get("query_expansion_positions"),
-        features.get("attention_mask"),
-        query_slots(model),
-    )
+    expanded, mask = features.get("query_expansion_positions"), features.get("attention_mask")
+    slots = query_slots(model)
     if slots is None or mask is None or mask.ndim != 2:
         return []
     used = mask.sum(dim=1) if expanded is None else (~expanded).sum(dim=1)
@@ -186,11 +175,12 @@ def say_cut_queries(
 
 def budget_of(model: Any, tokens_per_pass: int | None) -> int:
     """Tokens a forward pass: as asked for, or by the model's device and kind."""
-    if tokens_per_pass:
+    if tokens_per_pass is not None:
+        if tokens_per_pass < 1:
+            raise ValueError(f"tokens_per_pass must be at least 1, got {tokens_per_pass}.")
         return tokens_per_pass
-    if is_sparse_encoder(model):
-        return SPARSE_CPU_TOKENS if model.device.type == "cpu" else SPARSE_ACCELERATOR_TOKENS
-    return CPU_TOKENS if model.device.type == "cpu" else ACCELERATOR_TOKENS
+    on_cpu, elsewhere = _SPARSE_TOKENS if is_sparse_encoder(model) else (CPU_TOKENS, ACCELERATOR_TOKENS)
+    return on_cpu if model.device.type == "cpu" else elsewhere
 
 
 def prompt_of(model: Any, task: str) -> str | None:
@@ -285,17 +275,14 @@ def encode_corpus(
         OSError: the folder holds other files, or can't be written.
     """
     sparse = is_sparse_encoder(model)
-    for name, value, known in (
-        ("precision", precision, ("auto", "bf16", "fp32")),
-        ("dtype", dtype, ("float32", "float16")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known: use one of {', '.join(known)}.")
-    if sparse and dtype != "float32":
-        raise ValueError(f'dtype={dtype!r}: the weights of sparse vectors are stored as they are: use "float32".')
-    _at_least_one(shard_size=shard_size, tokens_per_pass=tokens_per_pass)
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ValueError(f'precision={precision!r} is not known: use "auto", "bf16" or "fp32".')
+    if dtype not in (known := ("float32",) if sparse else ("float32", "float16")):
+        raise ValueError(f"dtype={dtype!r} is not known for these vectors: use one of {', '.join(known)}.")
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
+    budget = budget_of(model, tokens_per_pass)
     folder = Path(out_dir)
-    check_version(folder)
     passages_of = passage_shards(checked_passages(corpus, allow_empty), shard_size)
     first = next(passages_of, None)  # what is wrong with all passages leaves no folder
     if first is None:
@@ -313,7 +300,7 @@ def encode_corpus(
         "dtype": dtype,
         "shard_size": shard_size,
         "device": model.device.type,
-        "tokens_per_pass": budget_of(model, tokens_per_pass),
+        "tokens_per_pass": budget,
         **({"layout": "sparse"} if sparse else {}),
     }
     total = len(corpus) if isinstance(corpus, Sized) else None

@@ -8,7 +8,6 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -237,14 +236,22 @@ def stand_ins(passages: np.ndarray, seed: int) -> np.ndarray:
     return made
 
 
-@dataclass(frozen=True)
 class ExactNeighbours:
-    """What exhaustive search finds."""
+    """The k rows with the greatest inner products, by exhaustive search.
 
-    queries: np.ndarray  # (queries, dimension) float32
-    vectors: Any  # (rows, dimension), of any kind that gives rows by number
-    rows: np.ndarray  # (queries, k) int64, best first
-    tied: np.ndarray  # (queries,) bool: other rows score what the last of these does
+    Attributes:
+        rows: `(queries, k)` int64, best first.
+        tied: `(queries,)` bool, whether other rows score what the last of these does.
+    """
+
+    def __init__(self, queries: np.ndarray, vectors: Any, k: int) -> None:
+        self.queries, self.vectors = queries, vectors
+        depth = min(k + 1, len(vectors))  # one more than asked for shows where equal scores straddle the cut
+        scores, rows = knn_ground_truth(queries, blocks(vectors), depth, faiss.METRIC_INNER_PRODUCT)
+        self.rows = rows[:, :k]
+        self.tied = np.zeros(len(queries), bool)
+        if depth > k:
+            self.tied = scores[:, k] >= scores[:, k - 1] - _ROUNDING * np.abs(scores[:, k - 1])
 
     def recall(self, found: np.ndarray) -> np.ndarray:
         """Recall@k (queries,) of the rows that an index found (queries, any), -1 for none.
@@ -265,16 +272,6 @@ class ExactNeighbours:
         return recall
 
 
-def exact_neighbours(queries: np.ndarray, vectors: Any, k: int) -> ExactNeighbours:
-    """Find the `k` rows with the greatest inner products by exhaustive search, block by block."""
-    depth = min(k + 1, len(vectors))  # one more than asked for shows where equal scores straddle the cut
-    scores, rows = knn_ground_truth(queries, blocks(vectors), depth, faiss.METRIC_INNER_PRODUCT)
-    tied = np.zeros(len(queries), bool)
-    if depth > k:
-        tied = scores[:, k] >= scores[:, k - 1] - _ROUNDING * np.abs(scores[:, k - 1])
-    return ExactNeighbours(queries, vectors, rows[:, :k], tied)
-
-
 def tune(
     engine: Any, vectors: Any, held_out: np.ndarray, queries: np.ndarray | None, recall: float, k: int, seed: int
 ) -> dict[str, Any]:
@@ -288,7 +285,7 @@ def tune(
         queries = stand_ins(as_matrix(vectors[held_out], "vectors"), seed)
     else:
         queries = queries[np.sort(np.random.default_rng(seed).permutation(len(queries))[:SLICE])]
-    exact = exact_neighbours(queries, vectors, min(k, len(vectors)))
+    exact = ExactNeighbours(queries, vectors, min(k, len(vectors)))
     places = exact.rows.shape[1]
     aim = recall + (1 - recall) * _KEPT_BACK[source]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tct_hf.data.column_names import negative_columns
 from tct_hf.data.near_duplicates import folded, is_query, share_most, shingles
+from tct_hf.data.qrels import ids_are_shared
 from tct_hf.data.rows import BadRow, as_id, as_text
 from tct_hf.retrieval.index import check_ids
 
@@ -135,11 +136,34 @@ class OpenRow:
     seen: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A corpus, and which of its rows are the positives of a query."""
+
+    corpus: Dataset
+    ids: Sequence[str]
+    row_of: Mapping[str, int]
+    positives: Mapping[str, list[int]]  # of each query that has any
+    same_ids: bool  # a passage under the id of a query is the query itself
+
+    @classmethod
+    def of(
+        cls,
+        corpus: Dataset,
+        queries: Mapping[str, str],
+        qrels: Mapping[str, Mapping[str, int]],
+        *,
+        may_be_none: bool = False,
+    ) -> Judged:
+        """Read and check both; `may_be_none`: of the positives."""
+        corpus, ids = read_corpus(corpus)
+        row_of = {passage_id: row for row, passage_id in enumerate(ids)}
+        positives = positive_rows(queries, qrels, row_of) if qrels or not may_be_none else {}
+        return cls(corpus, ids, row_of, positives, ids_are_shared(qrels))
+
+
 class Miner:
     """Chooses the negatives of the rows of some queries, id to text; it holds the texts that were looked at.
-
-    `same_ids`: a passage under the id of
-    a query is the query itself; see :func:`ids_are_shared`.
 
     Attributes:
         counts: what was drawn and refused.
@@ -147,18 +171,10 @@ class Miner:
     """
 
     def __init__(
-        self,
-        corpus: Dataset,
-        ids: Sequence[str],
-        rules: Rules,
-        queries: Mapping[str, str],
-        teacher: PairScorer | None = None,
-        *,
-        same_ids: bool,
+        self, judged: Judged, rules: Rules, queries: Mapping[str, str], teacher: PairScorer | None = None
     ) -> None:
-        self._corpus = corpus
-        self._ids, self._rules, self._queries, self._teacher = ids, rules, queries, teacher
-        self._same_ids = same_ids
+        self._judged, self._rules, self._queries, self._teacher = judged, rules, queries, teacher
+        self._ids = judged.ids
         for query_id, text in queries.items():
             try:
                 as_id(query_id, "id"), as_text(text, "text", allow_empty=True)
@@ -227,17 +243,16 @@ class Miner:
         """Read the texts of passages at once, which is faster than one by one."""
         missing = sorted(passages - self._text.keys())
         if missing:
-            found = self._corpus[missing]
+            found = self._judged.corpus[missing]
             self._text.update(zip(missing, found["text"], strict=True))
             self._title.update(zip(missing, found.get("title", ()), strict=False))
 
     def is_query(self, query_id: str, passage: int) -> bool:
         """Whether a passage is the query itself: by its text, with or without its title, or by its id."""
-        if passage not in self._text:
-            self.read({passage})
+        self.read({passage})
         same_id = self._ids[passage] == query_id
         title = str(self._title.get(passage) or "")
-        return (same_id and self._same_ids) or is_query(
+        return (same_id and self._judged.same_ids) or is_query(
             self._text[passage], self._queries[query_id], title=title, same_id=same_id
         )
 
@@ -255,18 +270,22 @@ class Miner:
 
     def _cause(self, row: OpenRow, passage: int) -> str | None:
         """Why a passage is refused, by the name of its count; None where it may train."""
-        if passage in row.positives:
-            return "known_positives"
-        if self.is_query(row.query_id, passage):
-            return "themselves"
-        if self._copies_a_positive(row, passage):
-            return "near_duplicates"
+        if cause := self._barred(row, passage):
+            return cause
         if self._folded(passage) in map(self._folded, row.chosen):
             return "repeated"
         score = self.scores.get((row.query_id, passage))
         if score is not None and score > self._rules.most(self.scores[row.query_id, row.positive]):
             return "above_margin"
         return None
+
+    def _barred(self, row: OpenRow, passage: int) -> str | None:
+        """The same by query and positives alone."""
+        if passage in row.positives:
+            return "known_positives"
+        if self.is_query(row.query_id, passage):
+            return "themselves"
+        return "near_duplicates" if self._copies_a_positive(row, passage) else None
 
     def _copies_a_positive(self, row: OpenRow, passage: int) -> bool:
         if row.text is not None:
@@ -283,27 +302,21 @@ class Miner:
         wanted: dict[tuple[str, int], None] = {}
         for row, part in drawn:
             wanted[row.query_id, row.positive] = None
-            for passage in part:
-                # Random passages fill up what the margin empties, so that it must not empty it again.
-                if (
-                    passage in row.candidates
-                    and passage not in row.positives
-                    and not self.is_query(row.query_id, passage)
-                    and not self._copies_a_positive(row, passage)
-                ):
-                    wanted[row.query_id, passage] = None
+            # Random passages fill up what the margin empties, so that it must not empty it again.
+            asked = (passage for passage in part if passage in row.candidates and not self._barred(row, passage))
+            wanted |= {(row.query_id, passage): None for passage in asked}
         pairs = [pair for pair in wanted if pair not in self.scores]
         texts = [(self._queries[query_id], self._text[passage]) for query_id, passage in pairs]
         scores = [float(score) for score in teacher(texts)] if pairs else []
         if len(scores) != len(pairs):
             raise ValueError(f"teacher: it gave {len(scores)} scores for {len(pairs)} pairs; return one for each")
-        self.scores.update(zip(pairs, scores, strict=True))
-        for query_id, passage in pairs:
-            if not math.isfinite(score := self.scores[query_id, passage]):
+        for (query_id, passage), score in zip(pairs, scores, strict=True):
+            if not math.isfinite(score):
                 raise ValueError(
                     f"teacher: its score of query {query_id!r} and passage {self._ids[passage]!r} is {score}; "
                     "check its weights"
                 )
+            self.scores[query_id, passage] = score
 
     def _is_whole(self, row: OpenRow) -> bool:
         short = len(row.chosen) < self._rules.num_negatives
@@ -311,8 +324,7 @@ class Miner:
         if short and self._rules.too_few == "fill":
             raise ValueError(
                 f"corpus: query {row.query_id!r} has only {len(row.chosen)} passages that may train as its negatives, "
-                f"and num_negatives is {self._rules.num_negatives}; lower it, or add passages (mine_triples leaves "
-                'such rows out with too_few="skip")'
+                f"and num_negatives is {self._rules.num_negatives}; lower it, or add passages"
             )
         self.counts.short_rows += bool(short or filled)
         self.counts.skipped_rows += short
@@ -336,13 +348,9 @@ def read_corpus(corpus: Dataset) -> tuple[Dataset, list[str]]:
     from datasets import Dataset  # slow to import
 
     if not isinstance(corpus, Dataset):
-        given = type(corpus).__name__
-        raise ValueError(
-            f"corpus: a {given} where a Dataset with id and text is needed; make one with Dataset.from_list"
-        )
-    missing = [name for name in ("id", "text") if name not in corpus.column_names]
-    if missing:
-        raise ValueError(f"corpus: column {missing[0]!r} is missing; it has {', '.join(corpus.column_names)}")
+        raise ValueError(f"corpus: a {type(corpus).__name__} where a Dataset is needed; use Dataset.from_list")
+    if missing := {"id", "text"}.difference(corpus.column_names):
+        raise ValueError(f"corpus: column {min(missing)!r} is missing; it has {', '.join(corpus.column_names)}")
     corpus = corpus.select_columns([name for name in ("id", "text", "title") if name in corpus.column_names])
     table = corpus.with_format("arrow")[:]
     for name in ("id", "text"):
@@ -363,16 +371,14 @@ def positive_rows(
     found: dict[str, list[int]] = {}
     for query_id, grades in qrels.items():
         wanted = [passage_id for passage_id, grade in grades.items() if grade >= 1]
-        if not wanted:
-            continue
-        if query_id not in queries:
+        if wanted and query_id not in queries:
             raise ValueError(f"qrels: query {query_id!r} is not among the queries; load both from the same split")
         for passage_id in wanted:
             if passage_id not in row_of:
                 raise ValueError(
                     f"qrels: passage {passage_id!r} (query {query_id!r}) is not in the corpus; load both together"
                 )
-        found[query_id] = [row_of[passage_id] for passage_id in wanted]
+            found.setdefault(query_id, []).append(row_of[passage_id])
     if not found:
         raise ValueError("qrels: no positive judgement, so there is no triple to make; check the split")
     return found

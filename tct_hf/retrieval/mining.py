@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -16,11 +14,11 @@ import pyarrow as pa
 
 from tct_hf.data.column_names import negative_columns
 from tct_hf.data.file_sources import read_parquet, write_parquet
-from tct_hf.data.qrels import ids_are_shared
 from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, run_shards
 from tct_hf.files import claim, read_json, working_in, write_json_atomic
 from tct_hf.retrieval.miner import (
+    Judged,
     Miner,
     MiningCounts,
     OpenRow,
@@ -28,8 +26,6 @@ from tct_hf.retrieval.miner import (
     Rules,
     Scores,
     column_names,
-    positive_rows,
-    read_corpus,
     refuse,
 )
 from tct_hf.retrieval.runs import rank
@@ -128,9 +124,6 @@ def mine_triples(
         {
             f'origin={origin!r}: name where the negatives come from, for instance "bm25"': not origin.strip(),
             "margin, relative_margin: there is no teacher to judge by them": rules.judges and teacher is None,
-            "teacher: not a function from (query, passage) texts to scores; pass one, such as CrossEncoder.predict": (
-                teacher is not None and not callable(teacher)
-            ),
             f"queries_a_part={queries_a_part}: it must be 1 or more": queries_a_part < 1,
             "state: processes share the work through files; give an output_dir": not output_dir and state is not None,
             "depends: run or teacher is a function; give what they depend on, such as the checksum of a model, so "
@@ -139,9 +132,8 @@ def mine_triples(
             and (callable(run) or teacher is not None),
         }
     )
-    corpus, ids = read_corpus(corpus)
-    row_of = {passage_id: row for row, passage_id in enumerate(ids)}
-    positives, same_ids = positive_rows(queries, qrels, row_of), ids_are_shared(qrels)
+    judged = Judged.of(corpus, queries, qrels)
+    ids, positives = judged.ids, judged.positives
     if not callable(run) and not any(run.get(query_id) for query_id in positives):
         raise ValueError("run: it has none of the queries with judgements; give the run of the same split as qrels")
     names = ["positive", *negative_columns(num_negatives)]
@@ -150,27 +142,25 @@ def mine_triples(
         types |= {f"{name}_{kind}": pa.float64() for name in names}
     schema = pa.schema({**types, "origin": pa.string()})
     asked = list(positives)
-    parts: list[Sequence[str]] = [
-        asked[start : start + queries_a_part] for start in range(0, len(asked), queries_a_part)
-    ]
+    parts = [asked[start : start + queries_a_part] for start in range(0, len(asked), queries_a_part)]
 
     def mine(part: Sequence[str]) -> Any:
         texts = {query_id: queries[query_id] for query_id in part}
         found = run(texts) if callable(run) else run
         opened = []
         for query_id in part:
-            candidates = _candidates(found.get(query_id, {}), query_id, depth, row_of)
+            candidates = _candidates(found.get(query_id, {}), query_id, depth, judged.row_of)
             own = positives[query_id]
             opened += [OpenRow(query_id, positive, own, candidates) for positive in own]
-        miner = Miner(corpus, ids, rules, texts, teacher, same_ids=same_ids)
+        miner = Miner(judged, rules, texts, teacher)
         made = []
         for row in miner.choose(opened):
             score = found.get(row.query_id, {}).get(ids[row.positive])  # also below the candidates
             scores = [None if score is None else float(score), *map(row.candidates.get, row.chosen)]
-            judged = [miner.scores.get((row.query_id, passage)) for passage in (row.positive, *row.chosen)]
+            by_teacher = [miner.scores.get((row.query_id, passage)) for passage in (row.positive, *row.chosen)]
             triple = {**miner.triple(row), "origin": origin}
             triple |= {f"{name}_score": one for name, one in zip(names, scores, strict=True)}
-            triple |= {f"{name}_teacher_score": one for name, one in zip(names, judged, strict=True)}
+            triple |= {f"{name}_teacher_score": one for name, one in zip(names, by_teacher, strict=True)}
             made.append(triple)
         if write is not None and len(parts) > 1 and (state is None or state.is_main_process):
             write(f"  part {parts.index(list(part)) + 1} of {len(parts)}: {len(made):,} triples")
@@ -178,8 +168,7 @@ def mine_triples(
         return pa.Table.from_pylist(made, schema.with_metadata({_COUNTS: counts}))
 
     if output_dir is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            table, done = _mined(Path(scratch), parts, mine, None, {})
+        table, done = _joined([mine(part) for part in parts])
     else:
         settings = {
             **asdict(rules),
@@ -188,7 +177,7 @@ def mine_triples(
             "run": dict(depends or {}) if callable(run) else _run_digest(run),
             "teacher": None if teacher is None else "a function",
             **({"depends": dict(depends)} if depends and not callable(run) else {}),
-            "data": _data_digest(corpus, queries, positives, ids),
+            "data": _data_digest(judged, queries),
         }
         table, done = _mined(Path(output_dir), parts, mine, state, settings)
     if counts is not None:
@@ -198,32 +187,8 @@ def mine_triples(
     return dataset
 
 
-def _mined(
-    folder: Path,
-    parts: Sequence[Sequence[str]],
-    mine: Callable[[Sequence[str]], Any],
-    state: PartialState | None,
-    settings: Mapping[str, Any],
-) -> tuple[Any, MiningCounts]:
-    """Mine the parts that a folder lacks, join them, and read the result."""
-    is_main = state is None or state.process_index == 0
-    wait = state.wait_for_everyone if state is not None else lambda: None
-    with working_in(folder, is_main):
-        if is_main:
-            claim(folder, settings)
-        wait()
-        if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
-            made_of = ((digest_of(part), part) for part in parts)
-            about = partial(_join, folder=folder, settings=settings)
-            run_shards(folder / _PARTS, {}, made_of, mine, about=about, state=state)
-            wait()
-        if is_main:
-            shutil.rmtree(folder / _PARTS, ignore_errors=True)
-    return read_parquet(folder / TRIPLES_FILE), read_counts(folder)
-
-
-def _join(tables: Sequence[Any], *, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One file of all parts, in their order, with what they counted beside it."""
+def _joined(tables: Sequence[Any]) -> tuple[Any, MiningCounts]:
+    """The rows of all parts, in their order, and what they counted."""
     done = MiningCounts()
     for table in tables:
         done.add(MiningCounts(**json.loads(table.schema.metadata[_COUNTS])))
@@ -234,9 +199,36 @@ def _join(tables: Sequence[Any], *, folder: Path, settings: Mapping[str, Any]) -
             'up with too_few="fill"': not done.rows,
         }
     )
-    write_parquet(folder / TRIPLES_FILE, pa.concat_tables([table.replace_schema_metadata(None) for table in tables]))
-    write_json_atomic(folder / SUMMARY_FILE, {"counts": asdict(done), "settings": dict(settings)})
-    return {}
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables]), done
+
+
+def _mined(
+    folder: Path,
+    parts: Sequence[Sequence[str]],
+    mine: Callable[[Sequence[str]], Any],
+    state: PartialState | None,
+    settings: Mapping[str, Any],
+) -> tuple[Any, MiningCounts]:
+    """Mine the parts that a folder lacks, join them in one file, and read it."""
+    is_main = state is None or state.process_index == 0
+    wait = state.wait_for_everyone if state is not None else lambda: None
+
+    def join(tables: Sequence[Any]) -> dict[str, Any]:
+        table, done = _joined(tables)
+        write_parquet(folder / TRIPLES_FILE, table)
+        write_json_atomic(folder / SUMMARY_FILE, {"counts": asdict(done), "settings": dict(settings)})
+        return {}
+
+    with working_in(folder, is_main):
+        if is_main:
+            claim(folder, settings)
+        wait()
+        if not ((folder / SUMMARY_FILE).is_file() and (folder / TRIPLES_FILE).is_file()):
+            run_shards(folder / _PARTS, {}, ((digest_of(part), part) for part in parts), mine, about=join, state=state)
+            wait()
+        if is_main:
+            shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    return read_parquet(folder / TRIPLES_FILE), read_counts(folder)
 
 
 def read_counts(folder: str | Path) -> MiningCounts:
@@ -271,13 +263,11 @@ def _run_digest(run: Scores) -> str:
     return digest_of(json.dumps([query_id, sorted(run[query_id].items())]) for query_id in sorted(run))
 
 
-def _data_digest(
-    corpus: Dataset, queries: Mapping[str, str], positives: Mapping[str, Sequence[int]], ids: Sequence[str]
-) -> str:
+def _data_digest(judged: Judged, queries: Mapping[str, str]) -> str:
     def texts() -> Iterator[str]:
-        for batch in corpus.iter(1000):
+        for batch in judged.corpus.iter(1000):
             yield from (*map(str, batch["id"]), *batch["text"])
-        for query_id, rows in positives.items():
-            yield from (query_id, queries[query_id], *(ids[row] for row in rows))
+        for query_id, rows in judged.positives.items():
+            yield from (query_id, queries[query_id], *(judged.ids[row] for row in rows))
 
     return digest_of(texts())

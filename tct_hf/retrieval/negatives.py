@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from tct_hf.data.collection import Collection, MadeQuestion, Split
-from tct_hf.data.qrels import ids_are_shared
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.retrieval.miner import Miner, OpenRow, Rules, column_names, positive_rows, read_corpus
+from tct_hf.retrieval.miner import Judged, Miner, OpenRow, Rules, column_names
 from tct_hf.retrieval.runs import rank
 from tct_hf.retrieval.words import LANGUAGE, STEMMER
 
@@ -56,8 +55,7 @@ def bm25_triples(
             100 makes harder negatives of a small corpus.
         seed: the seed.
         index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
-        language: of the index that is built, as `BM25Index.build` takes it.
-        stemmer: of the index that is built, as `BM25Index.build` takes it.
+        language, stemmer: of the index that is built; see `BM25Index.build`.
         unlabelled: query id to text of questions without judgements.
         candidates: a run whose scores are a teacher's logits, instead of BM25's best for the queries it has; the first
             passage of an unlabelled question is then a pseudo-positive that counts as much as the teacher is sure.
@@ -78,14 +76,13 @@ def bm25_triples(
     from datasets import Dataset  # slow to import
 
     rules = Rules(num_negatives, max(depth, num_negatives), seed)
-    corpus, ids = read_corpus(corpus)
-    row_of = {passage_id: row for row, passage_id in enumerate(ids)}
     unlabelled, without = unlabelled or {}, without or {}
-    positives = positive_rows(queries, qrels, row_of) if qrels or not unlabelled else {}
+    judged = Judged.of(corpus, queries, qrels, may_be_none=bool(unlabelled))
+    ids, row_of, positives = judged.ids, judged.row_of, judged.positives
     if both := [query_id for query_id in unlabelled if query_id in positives]:
         raise ValueError(f"unlabelled: query {both[0]!r} has positives in qrels; leave it out of one of them")
     if index is None:
-        passages = (row["text"] for row in corpus)
+        passages = (row["text"] for row in judged.corpus)
         index = BM25Index.build(passages, ids, language=language, stemmer=stemmer)
     elif len(index) != len(ids) or any(passage_id not in row_of for passage_id in index.ids):
         raise ValueError(
@@ -97,7 +94,6 @@ def bm25_triples(
         names += ["labelled"] if candidates is None else ["labelled", "label_weight"]
     candidates = candidates or {}
     schema = pa.schema([(name, types.get(name, pa.string())) for name in names])
-    same_ids = ids_are_shared(qrels)
     texts = {**{query_id: queries[query_id] for query_id in positives}, **unlabelled}
     texts |= {query_id: made.text for query_id, made in without.items() if query_id in texts}
     asked = list(texts)
@@ -106,7 +102,7 @@ def bm25_triples(
         part = asked[start : start + _QUERIES_A_BATCH]
         found = index.run({query_id: texts[query_id] for query_id in part if query_id not in candidates}, depth)
         found |= {query_id: dict(rank(candidates[query_id])[:depth]) for query_id in part if query_id in candidates}
-        miner = Miner(corpus, ids, rules, {name: texts[name] for name in part}, same_ids=same_ids)
+        miner = Miner(judged, rules, {name: texts[name] for name in part})
         miner.read({row_of[passage_id] for hits in found.values() for passage_id in islice(hits, 1)})
         opened: list[OpenRow] = []
         for query_id in part:
@@ -179,12 +175,8 @@ def collection_triples(
     others = collection.unjudged(labels, max_questions) if unlabelled else {}
     if not labelled and not others:
         raise ValueError(
-            f"{collection.name}: no train query has a label (data.labels is {labels}), and "
-            + (
-                "there is no question without one either: give a file of them as data.questions."
-                if unlabelled
-                else "unlabelled questions are not asked for: set data.unlabelled, or raise data.labels."
-            )
+            f"{collection.name}: no train query has a label (data.labels is {labels}), and there is no question "
+            "without one: raise data.labels, or set data.unlabelled and give a file as data.questions."
         )
     return bm25_triples(
         collection.corpus,

@@ -18,9 +18,7 @@ import pyarrow as pa
 from scipy.sparse import coo_matrix, csr_matrix, issparse, vstack
 
 from tct_hf.data import shards
-from tct_hf.files import command
 
-_FORMER_SETTINGS = "encoding.json"  # of folders that versions before wrote
 BLOCK = 65_536  # rows of dense vectors
 SPARSE_BLOCK = 16_384
 _KINDS = "a scipy sparse matrix, or a torch sparse tensor as SparseEncoder.encode_document returns"
@@ -121,13 +119,8 @@ def as_rows(vectors: npt.ArrayLike, what: str) -> Any:
     if any(isinstance(one, np.ma.MaskedArray) for one in (matrix, *rows)):
         raise ValueError(f"{what}: masked arrays can't be indexed; fill them first")
     for kind in (matrix.dtype, *(row.dtype for row in rows if isinstance(row, np.ndarray))):
-        if kind.kind in "biu":
-            raise ValueError(
-                f"{what}: {kind} where floating-point vectors are needed: quantised ones do not compare as they are; "
-                "pass those that the model encodes, and choose a factory that compresses them"
-            )
         if kind.kind != "f" and (kind.kind != "V" or kind.type is np.void):  # V: bfloat16 of numpy's extensions
-            raise ValueError(f"{what}: {kind} where floating-point vectors are needed; stack rows of numbers")
+            raise ValueError(f"{what}: {kind} where floating-point vectors are needed; pass those of the model")
     if matrix.shape == (0,):  # what encoding no text gives
         return np.empty((0, 0), np.float32)
     if len(matrix.shape) != 2 or matrix.shape[1] == 0:
@@ -251,12 +244,11 @@ def load_vectors(
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
-    if verify:
-        list(shards.checked_shards(folder, manifest))
+    numbers = range(len(manifest["shards"]))
+    tables = shards.checked_shards(folder, manifest) if verify else [shards.read_shard(folder, at) for at in numbers]
     ids: list[str] = []
     parts: list[Any] = []
-    for number in range(len(manifest["shards"])):
-        table = shards.read_shard(folder, number)
+    for number, table in enumerate(tables):
         try:
             parts.append(_part(table, manifest["dim"], verify))
             ids += table["id"].to_pylist()
@@ -264,8 +256,6 @@ def load_vectors(
             raise ValueError(
                 f"{shards.shard_file(folder, number)}: its vectors are damaged ({error}); encode again"
             ) from error
-    if verify and len(ids) != manifest["count"]:
-        raise ValueError(f"{folder}: {len(ids)} vectors where {manifest['count']} are announced; encode again")
     if verify and len(set(ids)) != len(ids):
         twice = Counter(ids).most_common(1)[0][0]
         raise ValueError(f"{folder}: two passages have the id {twice!r}: give each its own id, and encode again")
@@ -290,25 +280,10 @@ def _part(table: Any, dim: int, verify: bool) -> Any:
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a finished folder, see `load_vectors`; FileNotFoundError where the encoding is not finished."""
-    folder = Path(directory)
-    check_version(folder)
-    manifest = shards.read_manifest(folder, "vectors")
-    sizes = [manifest.get(name) for name in ("dim", "count")]
-    if not all(type(size) is int for size in sizes) or not isinstance(manifest.get("shards"), list):
-        raise ValueError(
-            f"{folder / shards.MANIFEST_FILE}: not that of vectors (dim, count: {sizes}); give a folder that "
-            "encode_corpus wrote, or encode again"
-        )
+    manifest = shards.read_manifest(Path(directory), "vectors")
+    if type(manifest.get("dim")) is not int or not isinstance(manifest.get("shards"), list):
+        raise ValueError(f"{directory}: holds no vectors; give a folder that encode_corpus wrote")
     return manifest
-
-
-def check_version(folder: Path) -> None:
-    """Refuse a folder in an earlier form."""
-    if (folder / _FORMER_SETTINGS).is_file():
-        raise ValueError(
-            f"{folder}: vectors in the format of another version of tct_hf: delete the folder, and encode again "
-            f"({command('encode')})"
-        )
 
 
 def vector_table(ids: Sequence[str], vectors: Any) -> Any:

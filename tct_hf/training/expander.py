@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from tct_hf.retrieval.mining import positive_rows
+from tct_hf.retrieval.miner import positive_rows
 from tct_hf.training.resumable import ResumableTrainer
 from tct_hf.training.stages import Stage
 

@@ -29,7 +29,7 @@ from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_v
 from tct_hf.data.ids import SeenIds
 from tct_hf.data.shards import _write_shard
 from tct_hf.encoding.weights import weights_digest
-from tct_hf.retrieval import encode, vectors
+from tct_hf.retrieval import encode
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
 from tests.encode_worker import COUNT, SHARD, passages
@@ -158,20 +158,14 @@ def test_bfloat16_is_chosen_by_cosine_where_the_hardware_has_it_and_kept(
         monkeypatch.setattr(encode, "ENOUGH_COSINE", enough)
         # The zero vector has no cosine, and is no objection.
         assert choose_precision(either, [*TEXTS, ""]) == chosen
+    # What another model's run without a shard was begun in is not taken.
+    (tmp_path / "tct_settings.json").write_text('{"weights_sha256": "other", "precision": "fp32"}')
     manifest = encoded(either, tmp_path, precision="auto")
     assert manifest["precision"] == "bf16"
     monkeypatch.setattr(encode, "ENOUGH_COSINE", 2.0)
     assert encoded(either, tmp_path, precision="auto") == manifest
     with pytest.raises(ValueError, match="precision = 'bf16', but now precision = 'fp32'"):
         encoded(either, tmp_path)
-
-
-def test_the_precision_of_another_model_s_run_without_a_shard_is_not_taken(
-    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encode, "has_bfloat16", lambda device: False)
-    (tmp_path / "tct_settings.json").write_text('{"weights_sha256": "other", "precision": "bf16"}')
-    assert encoded(student, tmp_path, precision="auto")["precision"] == "fp32"
 
 
 # A corpus into a folder
@@ -185,18 +179,12 @@ def test_a_folder_of_other_files_is_refused_and_left_as_it_is(student: Any, tmp_
     assert {file.name for file in tmp_path.iterdir()} == {".hidden", "thesis.tex"}
 
 
-def test_vectors_with_an_id_twice_or_of_another_count_are_refused(
-    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vectors_with_an_id_twice_are_refused(student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "passage_shards", lambda passages, size: iter([list(passages)]))
     encoded(student, tmp_path, corpus=[*passages(3), *passages(1)])
     with pytest.raises(ValueError, match="two passages have the id 'p0'"):
         load_vectors(tmp_path)
     assert load_vectors(tmp_path, verify=False)[0] == ["p0", "p1", "p2", "p0"]
-    manifest = vectors.read_manifest(tmp_path)
-    monkeypatch.setattr(vectors, "read_manifest", lambda folder: {**manifest, "count": 5})
-    with pytest.raises(ValueError, match="4 vectors where 5 are announced; encode again"):
-        load_vectors(tmp_path)
 
 
 def test_a_corpus_becomes_shards_in_its_order_with_a_manifest(either: Any, tmp_path: Path) -> None:
@@ -262,7 +250,7 @@ def test_a_corpus_is_read_as_it_is_encoded_and_can_be_stored_in_half_the_bytes(
     assert manifest["dtype"] == "float16" and manifest["count"] == COUNT
     np.testing.assert_array_equal(found, found.astype(np.float16))
     np.testing.assert_allclose(found, student.encode_document(TEXTS), rtol=2e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="the weights of sparse vectors are stored as they are"):
+    with pytest.raises(ValueError, match="dtype='float16' is not known for these vectors: use one of float32"):
         encoded(sparse_student, tmp_path / "half", dtype="float16")
 
 
@@ -388,10 +376,6 @@ def test_a_folder_of_another_model_or_other_settings_is_refused_by_what_differs(
     with pytest.raises(ValueError, match=r"weights_sha256 = 'first' \(\w{12}\), but now weights_sha256 = 'second' \("):
         encoded(student, folder, model_id="second")
     assert content(folder) == before
-    (folder / "encoding.json").write_text("{}")
-    for again in (load_vectors, lambda folder: encoded(student, folder)):
-        with pytest.raises(ValueError, match=r"format of another version of tct_hf: delete the folder, .*encode"):
-            again(folder)
 
 
 def test_a_folder_of_another_corpus_is_refused_by_the_shard_that_differs(student: Any, tmp_path: Path) -> None:
@@ -422,8 +406,6 @@ BLANK = texts_of({"p0": "dense", "blank": " \n"})
         (texts_of({"p0": "a", "p\ud800": "b"}), {}, r"passage number 1 .*column 'id': half a surrogate"),
         ([*texts_of({"a": "a", "b": "a"}), *texts_of({"b": "c"})], {}, r"the id 'b' \(again at number 2\)"),
         ([*passages(3), *texts_of({"bad": None})], {}, r"corpus, passage number 3 .*column 'text': no text"),
-        (texts_of({"1": "one", "2": "half \ud800"}), {}, r"passage number 1 .*'text': half a surrogate"),
-        (texts_of({"1": "one", "2": 3}), {}, r"passage number 1 .*'text': holds 3"),
         (["a text"], {}, r"corpus, passage number 0 is a str: give rows of id and text"),
         (None, {"precision": "fp16"}, "precision='fp16' is not known"),
         (None, {"shard_size": 0}, "shard_size must be at least 1"),
@@ -438,15 +420,12 @@ def test_wrong_passages_and_settings_are_refused_and_leave_no_folder(
     assert not (tmp_path / "v").exists()
 
 
-def test_passages_without_words_may_be_kept(student: Any, tmp_path: Path) -> None:
-    encoded(student, tmp_path / "w", corpus=BLANK, allow_empty=True)
-    assert not load_vectors(tmp_path / "w")[1][1].any()
-
-
 def test_a_nan_vector_is_refused_with_its_passage(student: Any, sparse_student: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         student[0].model.embeddings.word_embeddings.weight[student.tokenizer.convert_tokens_to_ids("z")] = float("nan")
         sparse_student[0].model.cls.predictions.bias.fill_(torch.nan)
+    encoded(student, tmp_path / "blank", corpus=BLANK, allow_empty=True)  # the vector of no words is zero
+    assert not load_vectors(tmp_path / "blank")[1][1].any()
     corpus = [*passages(7), {"id": "bad", "text": "z"}]
     with pytest.raises(ValueError, match=r"'bad' has a NaN or infinite vector .*computed in fp32"):
         encoded(student, tmp_path / "v", corpus=corpus)
@@ -456,12 +435,8 @@ def test_a_nan_vector_is_refused_with_its_passage(student: Any, sparse_student: 
 
 
 def flip(file: Path) -> None:
-    """Alter the last vector of a shard."""
-    with pa.memory_map(str(file)) as source:
-        last = pa.ipc.open_stream(source).read_all().columns[-1].chunk(0).flatten()[-1:].buffers()[1]
-        at = file.read_bytes().rindex(last.to_pybytes()[-4:])
     data = bytearray(file.read_bytes())
-    data[at + 1] ^= 1
+    data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
@@ -483,17 +458,13 @@ def test_a_corrupt_or_missing_shard_is_refused_by_name_and_fixed_as_told(
     (folder / "00002.arrow").unlink(missing_ok=True)
     encoded(either, folder)
     assert content(folder) == before
-
-
-def test_a_shard_that_is_whole_but_not_what_the_manifest_announces_is_refused(student: Any, tmp_path: Path) -> None:
-    encoded(student, tmp_path)
-    ids, whole, _ = load_vectors(tmp_path)
-    with pa.OSFile(str(tmp_path / "00001.arrow")) as source:
-        made_of = pa.ipc.open_stream(source).schema.metadata[b"tct_hf"].decode()
-    _write_shard(tmp_path / "00001.arrow", vector_table(ids[5:10], whole[5:10][::-1]), made_of)
-    for again in (load_vectors, lambda folder: encoded(student, folder)):
-        with pytest.raises(ValueError, match=r"00001\.arrow is damaged or was altered"):
-            again(tmp_path)
+    if damage is Path.unlink:  # a whole shard, but not the one that the manifest announces
+        ids, whole, _ = load_vectors(folder)
+        made_of = pa.ipc.open_stream(pa.memory_map(str(folder / "00001.arrow"))).schema.metadata[b"tct_hf"].decode()
+        _write_shard(folder / "00001.arrow", vector_table(ids[5:10], whole[5:10][::-1]), made_of)
+        for again in (load_vectors, partial(encoded, either)):
+            with pytest.raises(ValueError, match=r"00001\.arrow is damaged or was altered"):
+                again(folder)
 
 
 @pytest.mark.parametrize("text", ["half \ud800", None, 3])

@@ -207,7 +207,8 @@ def test_a_function_gives_what_its_run_gives_and_is_asked_for_some_queries_at_a_
     assert [list(call.args[0]) for call in asked.call_args_list] == [["q1", "q2"], ["q3"]]
 
 
-def test_a_call_that_was_stopped_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
+def test_a_call_that_was_stopped_goes_on_in_two_processes_to_the_bytes_of_one(tmp_path: Path) -> None:
+    barrier = threading.Barrier(2)
     asked: list[str] = []
 
     def stopping(queries: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -216,34 +217,23 @@ def test_a_call_that_was_stopped_goes_on_after_the_last_whole_part(tmp_path: Pat
             raise KeyboardInterrupt
         return search(queries)
 
-    options: dict[str, Any] = {"output_dir": tmp_path / "out", "queries_a_part": 1, "depends": {"model": "m"}}
+    options: dict[str, Any] = {"output_dir": tmp_path / "two", "queries_a_part": 1, "depends": {"model": "m"}}
     with pytest.raises(KeyboardInterrupt):
         mined(stopping, **options)
-    assert [file.name for file in (tmp_path / "out" / "parts").glob("*.arrow")] == ["00000.arrow"]
+    assert [file.name for file in (tmp_path / "two" / "parts").glob("*.arrow")] == ["00000.arrow"]
     with pytest.raises(ValueError, match=r"holds a run with run.model = 'm', but now run.model = 'n'"):
         mined(stopping, **{**options, "depends": {"model": "n"}})
-    assert mined(stopping, **options) == mined()
-    assert asked == ["q1", "q2", "q2", "q3"] and not (tmp_path / "out" / "parts").exists()
-
-
-def test_processes_share_the_parts_and_end_with_the_bytes_of_one(tmp_path: Path) -> None:
-    barrier = threading.Barrier(2)
-    made: list[str] = []
-
-    def noted(queries: dict[str, str]) -> dict[str, dict[str, float]]:
-        made.extend(queries)
-        return search(queries)
 
     def process(rank: int) -> list[dict[str, Any]]:
         state = SimpleNamespace(
             process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: barrier.wait(60)
         )
-        return mined(noted, output_dir=tmp_path / "two", queries_a_part=1, depends={}, state=state)
+        return mined(stopping, **options, state=state)
 
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(process, range(2)))
-    assert both == [mined(), mined()] and sorted(made) == ["q1", "q2", "q3"]
-    mined(lambda queries: RUN, output_dir=tmp_path / "one", queries_a_part=1, depends={})
+        assert list(pool.map(process, range(2))) == [mined(), mined()]
+    assert asked[:2] == ["q1", "q2"] and sorted(asked[2:]) == ["q2", "q3"]
+    mined(search, **{**options, "output_dir": tmp_path / "one"})
     assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(ValueError, match="state: processes share the work through files"):
         mined(state=SimpleNamespace())
@@ -281,7 +271,6 @@ def test_load_triples_and_the_collator_take_the_rows(tmp_path: Path) -> None:
         ({"run": {"q1": {"quince": 1.0}}}, "run: passage 'quince' .query 'q1'. is not in the corpus"),
         # Wherever it stands: the others could not be put in order.
         ({"run": {"q1": {"bus": 1.0, "car": float("nan"), "train": 3.0}}, "depth": 1}, "passage 'car' is nan; leave"),
-        ({"teacher": RUN}, "teacher: not a function"),
         ({"teacher": lambda pairs: [1.0]}, r"teacher: it gave 1 scores for \d+ pairs"),
         ({"teacher": lambda pairs: [float("inf")] * len(pairs)}, "teacher: its score of query 'q1'.*is inf"),
         ({"run": lambda queries: RUN, "output_dir": "x"}, "depends: run or teacher is a function"),

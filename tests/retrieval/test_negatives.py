@@ -127,12 +127,17 @@ def with_questions(questions: dict[str, str] = QUESTIONS, **options: object) -> 
     return triples(unlabelled=questions, **options)
 
 
-def test_a_question_without_judgements_has_bm25s_best_passage_as_its_positive() -> None:
+def test_a_question_without_judgements_has_bm25s_best_passage_or_any_as_its_positive() -> None:
     rows = {row["query_id"]: row for row in with_questions() if not row["labelled"]}
     assert list(rows) == list(QUESTIONS) and (rows["u1"]["positive_id"], rows["q4"]["positive_id"]) == ("plum", "pear")
     for name, row in rows.items():
         assert row["query"] == QUESTIONS[name] and row["known_positive_ids"] == []
         assert row["positive"] == TEXTS[row["positive_id"]] and row["negative"] == TEXTS[row["negative_id"]]
+    # Of u2 BM25 knows no word: it has the same two passages whatever else is asked for.
+    assert rows["u2"]["positive_id"] != rows["u2"]["negative_id"]
+    assert rows["u2"] in with_questions({"u2": QUESTIONS["u2"]})
+    unknown = [row for seed in range(30) for row in with_questions(seed=seed) if row["query_id"] == "u2"]
+    assert len({row["positive_id"] for row in unknown}) > 3
 
 
 @pytest.mark.parametrize("depth", [3, 100])
@@ -141,14 +146,6 @@ def test_negatives_of_a_question_without_judgements_are_ranked_below_its_positiv
     assert ranked[0] == "plum" and len(ranked) == 4
     rows = [row for seed in range(12) for row in with_questions(seed=seed, depth=depth) if row["query_id"] == "u1"]
     assert {row["negative_id"] for row in rows} == set(ranked[1:depth])
-
-
-def test_a_question_of_unknown_words_gets_passages_all_the_same_and_the_same_ones_again() -> None:
-    [first] = [row for row in with_questions() if row["query_id"] == "u2"]
-    assert first["positive_id"] != first["negative_id"] and {first["positive_id"], first["negative_id"]} <= set(TEXTS)
-    assert first in with_questions({"u2": QUESTIONS["u2"]})
-    rows = [row for seed in range(30) for row in with_questions(seed=seed) if row["query_id"] == "u2"]
-    assert len({row["positive_id"] for row in rows}) > 3
 
 
 def test_the_first_candidate_of_an_unlabelled_question_is_a_positive_as_sure_as_its_softmax() -> None:
