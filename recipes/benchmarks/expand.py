@@ -138,10 +138,7 @@ def measure_memory(counts: list[int]) -> None:
         for count in counts:
             with tempfile.TemporaryDirectory() as folder:
                 given: dict[str, Any] = {"num_queries": 2, "max_length": 4, "write": lambda line: None}
-                given["tokenizer"] = tokenizer
-                _, (seconds, _) = clocked(
-                    expand_corpus, model, corpus(count), folder, write=lambda line: None, **given
-                )
+                _, (seconds, _) = clocked(expand_corpus, model, corpus(count), folder, tokenizer=tokenizer, **given)
                 first = memory_of("VmHWM")
                 expansions = load_expansions(folder)
                 for _ in expanded_texts(corpus(count), expansions):

@@ -77,7 +77,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     student = build_student(base, encoding="tct", document_length=DOCUMENT_LENGTH)
     if side in ("own", "mixture", "self"):
         student = build_student(base, document_length=OWN_LENGTH)
-    common: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": batch,
         "bf16": bf16,
@@ -89,7 +89,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         texts = ["query", "positive", "negative"]
         sides = {name: "query" if name == "query" else "document" for name in texts}
         args = SentenceTransformerTrainingArguments(
-            **common, prompts={name: student.prompts[task] for name, task in sides.items()}, router_mapping=sides
+            **settings, prompts={name: student.prompts[task] for name, task in sides.items()}, router_mapping=sides
         )
         loss = MultipleNegativesRankingLoss(student, scale=1.0, similarity_fct=dot_score)
         trainer: Any = SentenceTransformerTrainer(student, args, train_dataset=rows.select_columns(texts), loss=loss)
@@ -107,9 +107,9 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
             if side == "mixture":
                 teacher = free_mixture(base, index, reads=lengths, dtype=dtype, cache_dir=folder)
         if side == "self":
-            common["self_coupled"] = [6.0, 12.0]
+            settings["self_coupled"] = [6.0, 12.0]
         weight = {"hard": 1.0, "own": 1.0, "tct": 0.1, "cached": 0.1}.get(side, 0.5)
-        args = TCTTrainingArguments(**common, temperature=1.0, hard_label_weight=weight)
+        args = TCTTrainingArguments(**settings, temperature=1.0, hard_label_weight=weight)
         trainer = TCTTrainer(student, teacher, args, train_dataset=rows)
     loader = trainer.get_train_dataloader()
     model, optimizer = common.ready_to_step(trainer, student)

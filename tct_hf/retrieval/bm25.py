@@ -16,7 +16,7 @@ import numpy as np
 from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
 from tct_hf.data.rows import checked_texts, each_checked
-from tct_hf.files import command, file_digest
+from tct_hf.files import file_digest
 from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k, check_lists
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.words import LANGUAGE, STEMMER, analyser, stemmer_of
@@ -235,8 +235,6 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"k1={k1}, b={b}: k1 must be finite and 0 or more, and b between 0 and 1")
     if backend not in ("numba", "numpy"):
         raise ValueError(f'backend: {backend!r} is neither "numba" nor "numpy"')
-    if not isinstance(expansion := settings.get("expansion", {}), dict):
-        raise ValueError(f"expansion: {expansion!r} is no mapping")
 
 
 @cache
@@ -302,11 +300,6 @@ def describe_expansion(
     scores_sha256 = None
     if drop_share:
         scores = folder / SCORES_FOLDER
-        if not scores.is_dir():
-            raise FileNotFoundError(
-                f"{scores}: drop_share is {drop_share}, but the queries have no scores: score them with "
-                f"score_expansions ({command('expand')} --teacher), or leave drop_share at 0"
-            )
         shards.read_manifest(scores, "scores")
         scores_sha256 = file_digest(scores / shards.MANIFEST_FILE)
     return {

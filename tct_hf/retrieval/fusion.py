@@ -115,7 +115,7 @@ def equal_spread_alpha(
 
 def align(query: str, sparse: Scores, dense: Scores, normalize: bool) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The union of two lists: ids, sparse scores and dense scores (passages,) float64, each missing one filled in."""
-    values = []
+    values, lowest = [], []
     for scores in (sparse, dense):
         # Rows are fused as arrays, so that tuning adds and multiplies exactly as fusing does.
         array = np.fromiter(scores.values(), np.float64, len(scores))
@@ -125,16 +125,14 @@ def align(query: str, sparse: Scores, dense: Scores, normalize: bool) -> tuple[l
             low, high = array.min(), array.max()
             array = (array - (low + high) / 2) / (high - low) if low < high else np.zeros_like(array)
         values.append(array)
-    sparse_values, dense_values = values
-    sparse_low = float(sparse_values.min()) if len(sparse_values) else 0.0
-    dense_low = float(dense_values.min()) if len(dense_values) else 0.0
+        lowest.append(float(array.min()) if len(array) else 0.0)
+    (sparse_values, dense_values), (sparse_low, dense_low) = values, lowest
     # One look-up a passage: what is left after the sparse list's passages are taken out is in the dense list only.
     rest = dict(zip(dense, dense_values.tolist(), strict=True))
     take = rest.pop
     shared = [take(passage, dense_low) for passage in sparse]
     sparse_all = np.concatenate([sparse_values, np.full(len(rest), sparse_low)])
-    dense_all = np.array([*shared, *rest.values()], np.float64)
-    return [*sparse, *rest], sparse_all, dense_all
+    return [*sparse, *rest], sparse_all, np.array([*shared, *rest.values()], np.float64)
 
 
 def order_of(ids: Sequence[str], scores: np.ndarray, depth: int | None = None) -> np.ndarray:

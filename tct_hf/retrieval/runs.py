@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,10 @@ def write_run(run: Mapping[str, Mapping[str, float]], path: str | Path, tag: str
     path = Path(path)
     _check_word(tag, "tag", path)
     with write_aside(path) as aside, aside.open("xb") as raw:
-        if path.name.endswith(".gz"):
-            # Neither name nor time in the header: the same run gives the same bytes.
-            with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
-                packed.writelines(_lines(run, tag, path))
-        else:
-            raw.writelines(_lines(run, tag, path))
+        # Neither name nor time in gzip's header: the same run gives the same bytes.
+        packed = path.name.endswith(".gz")
+        with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if packed else nullcontext(raw) as file:
+            file.writelines(_lines(run, tag, path))
 
 
 def _lines(run: Mapping[str, Mapping[str, float]], tag: str, path: Path) -> Iterator[bytes]:
@@ -96,7 +95,20 @@ def read_run(path: str | Path) -> Run:
     """
     run: Run = {}
     for place, fields in _fields(Path(path)):
-        _read_line(fields, place, run)
+        if len(fields) != 6:
+            raise ValueError(f"{place}: {len(fields)} columns instead of 6 (query Q0 passage rank score tag); fix it")
+        query_id, _, passage_id, _, text, _ = fields
+        try:
+            # Python takes 1_0 and digits of other scripts for numbers; no other reader of runs does.
+            score = float(text) if text.isascii() and "_" not in text else math.nan
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise ValueError(f"{place}: score {text!r} (column 5) is not a finite number; fix or remove the line")
+        scores = run.setdefault(query_id, {})
+        if passage_id in scores:
+            raise ValueError(f"{place}: passage {passage_id!r} comes twice for query {query_id!r}; remove one line")
+        scores[passage_id] = score
     return run
 
 
@@ -118,30 +130,9 @@ def _fields(path: Path) -> Iterator[tuple[str, list[str]]]:
             raise ValueError(error.at(place)) from None
 
 
-def _read_line(fields: list[str], place: str, run: Run) -> None:
-    if len(fields) != 6:
-        raise ValueError(
-            f"{place}: {len(fields)} columns instead of 6 (query Q0 passage rank score tag); fix or remove the line"
-        )
-    query_id, _, passage_id, _, text, _ = fields
-    try:
-        # Python takes 1_0 and digits of other scripts for numbers; no other reader of runs does.
-        score = float(text) if text.isascii() and "_" not in text else math.nan
-    except ValueError:
-        score = math.nan
-    if not math.isfinite(score):
-        raise ValueError(f"{place}: score {text!r} (column 5) is not a finite number; fix or remove the line")
-    scores = run.setdefault(query_id, {})
-    if passage_id in scores:
-        raise ValueError(f"{place}: passage {passage_id!r} comes twice for query {query_id!r}; remove one line")
-    scores[passage_id] = score
-
-
 def _check_word(text: str, what: str, path: Path) -> None:
-    if text.split() != [text] or text.startswith("\ufeff"):
+    if text.split() != [text] or text.startswith("\ufeff") or not is_utf8(text):
         raise ValueError(
-            f"{path}: {what} {text!r} is empty, has white space or begins with a byte order mark, which a TREC run "
-            "can't hold; rename it first"
+            f"{path}: {what} {text!r} is empty, or has white space, a byte order mark or a lone surrogate, which a "
+            "TREC run can't hold; rename it first"
         )
-    if not is_utf8(text):
-        raise ValueError(f"{path}: {what} {text!r} has a lone surrogate, which UTF-8 can't hold; rename it first")

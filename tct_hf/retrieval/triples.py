@@ -100,10 +100,7 @@ def load_triples(
             how many to sample, 1 by default.
         scores: keep a teacher's scores too, for `StoredScores`: the name of a column of lists (one score a candidate,
             positive first), or what follows positive_ and negative_ (or negative_1_ ...), such as "teacher_score".
-        depth: of BEIR folders: how many of BM25's best passages to sample from.
-        seed: of BEIR folders: of the sample.
-        language: of BEIR folders: stop words of BM25, as `BM25Index.build` takes it.
-        stemmer: of BEIR folders: of BM25, as `BM25Index.build` takes it.
+        depth, seed, language, stemmer: of BEIR folders: as `bm25_triples` takes them.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
         skip_bad_rows: leave bad rows out instead of refusing the source: of the triples, and of a collection, queries
             and judgements; of a BEIR folder as `load_beir` does. Rows of which the positive is the query, or a
@@ -136,8 +133,8 @@ def load_triples(
         for name, value in {**own, "scores": scores, "streaming": streaming or None, "revision": revision}.items():
             if value is not None:
                 raise ValueError(
-                    f"{name}= does not go with a BEIR collection, whose texts and judgements are its own; leave it "
-                    "out (of another revision, download it and give its folder)"
+                    f"{name}= does not go with a BEIR collection; leave it out (of another revision, download it and "
+                    "give its folder)"
                 )
         skipped.replace(SkippedRows())
         found = load_beir(path_or_hub_id, split, skip_bad_rows=skip_bad_rows, skipped=skipped, cache_dir=cache_dir)
@@ -175,9 +172,6 @@ def load_triples(
     if source.key is None:
         raise ValueError(f"{source.name}: an IterableDataset; pass streaming=True, or make a Dataset of it first")
     return _prepared(stream, cache_dir)
-
-
-# Sources -----------------------------------------------------------------------------------------------------------
 
 
 def _open_tsv(
@@ -223,9 +217,6 @@ def _open_tsv(
     return LineSource(path, names, header=header)
 
 
-# BEIR --------------------------------------------------------------------------------------------------------------
-
-
 def _is_beir(given: Any, config: str | None) -> bool:
     if not isinstance(given, (str, Path)):
         return False
@@ -251,9 +242,6 @@ def _from_beir(
 
     folder = prepared("triples", [_FORMAT, "beir", made_from, judgements, count, sample], build, cache)
     return Dataset.from_file(str(folder / "rows.arrow"))
-
-
-# Results -----------------------------------------------------------------------------------------------------------
 
 
 def _key_of(stream: TripleStream) -> list[Any]:

@@ -93,7 +93,6 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
         ("bm25", {"backend": "jax"}),
         ("bm25", {"language": 3}),
         ("bm25", {"stemmer": "klingon"}),
-        ("bm25", {"expansion": 3}),
         ("bm25", {"average_length": 0}),
         ("bm25", {"average_length": "x"}),
         ("dense", {"tuning": 3}),

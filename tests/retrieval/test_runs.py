@@ -45,10 +45,10 @@ def test_lines_are_ordered_by_score_then_id_and_bytes_are_the_same_in_any_order(
         ({"q 1": {"a": 1.0}}, "t", "query id 'q 1'"),
         ({"q": {"a\tb": 1.0}}, "t", "passage id"),
         ({"q": {"": 1.0}}, "t", "passage id ''"),
-        ({"\ufeffq": {"a": 1.0}}, "t", "begins with a byte order mark"),
+        ({"\ufeffq": {"a": 1.0}}, "t", "a byte order mark"),
         ({"q": {"a": 1.0}}, "my run", "tag 'my run'"),
         ({"q": {"a": float("nan")}}, "t", "score nan is not finite"),
-        ({"q\ud800": {"a": 1.0}}, "t", r"id 'q\\ud800' has a lone surrogate"),
+        ({"q\ud800": {"a": 1.0}}, "t", r"id 'q\\ud800' is .* a lone surrogate"),
     ],
 )
 def test_what_the_format_cannot_hold_leaves_the_old_file(tmp_path: Path, run: dict, tag: str, message: str) -> None:
