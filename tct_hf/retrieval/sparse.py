@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +169,36 @@ def append_rows(row_starts, terms, weights, first_row, ends, list_rows, list_wei
 
 
 @_compiled
+def _replace_least(heap, value):  # type: ignore[no-untyped-def]
+    """Replace the least of a heap, its first."""
+    at = 0
+    size = len(heap)
+    while True:
+        child = 2 * at + 1
+        if child >= size:
+            break
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= value:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
+@_compiled
+def _first_from(list_rows, low, high, row):  # type: ignore[no-untyped-def]
+    """The first place from `low` to `high` whose row is `row` or greater."""
+    while low < high:
+        middle = (low + high) // 2
+        if list_rows[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@_compiled
 def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # type: ignore[no-untyped-def]
     """The k best passages of one query, and all that equal the last of them: rows int64, rising, and scores float32.
 
@@ -182,7 +211,7 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
         weights: (query terms,) float32.
         k: passages wanted, at least 1; those of a score of 0 are left out.
     """
-    heap = [np.float32(0)] * k  # the k greatest scores so far, the least first; zeros where there are fewer
+    heap = np.zeros(k, np.float32)  # the k greatest scores so far, the least first; zeros where there are fewer
     sums = np.zeros(passages, np.float32)
     places = np.empty(len(terms), np.int64)
     for number in range(len(terms)):
@@ -192,7 +221,7 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
         for number in range(len(terms)):
             begin, end, weight = places[number], starts[terms[number] + 1], weights[number]
             if last < passages:
-                end = begin + np.searchsorted(list_rows[begin:end], last)
+                end = _first_from(list_rows, begin, end, last)
             for at in range(begin, end):
                 sums[np.int64(list_rows[at])] += weight * list_weights[at]
             places[number] = end
@@ -206,6 +235,6 @@ def best_rows(starts, list_rows, list_weights, passages, terms, weights, k):  # 
             if reached:
                 for row in range(near, far):
                     if sums[row] > heap[0]:
-                        heapq.heapreplace(heap, sums[row])
+                        _replace_least(heap, sums[row])
     rows = np.flatnonzero(sums >= max(heap[0], _TINY))
     return rows, sums[rows]

@@ -170,6 +170,8 @@ def test_given_parameters_and_threads_are_set(vectors: np.ndarray) -> None:
     index = DenseIndex.build(vectors, IDS, "IVF4,Flat", parameters={"nprobe": 4}, threads=2)
     assert index.parameters == {"nprobe": 4} and index.tuning is None
     assert DenseIndex.build(vectors, IDS, "IVF4,Flat", recall=None).parameters == {}
+    beyond = DenseIndex.build(vectors, IDS, "HNSW8", parameters={"efSearch": 10**9})  # takes no more memory than 50
+    assert beyond.search(vectors[:1], 1)[0] == DenseIndex.build(vectors, IDS, "HNSW8").search(vectors[:1], 1)[0]
     assert faiss.omp_get_max_threads() == before
 
 

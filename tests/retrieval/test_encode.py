@@ -297,14 +297,7 @@ def worker(saved: Path, output: Path, *killed: str, processes: int = 1) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def undisturbed(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed") / "v"
-    encoded(SentenceTransformer(str(saved), device="cpu"), output)
-    return output
-
-
-def test_a_stopped_encoding_goes_on_after_its_last_whole_shard_to_the_same_bytes(either: Any, tmp_path: Path) -> None:
+def test_a_stopped_encoding_goes_on_in_two_processes_to_the_bytes_of_one(either: Any, tmp_path: Path) -> None:
     encoded(either, tmp_path / "whole")
 
     def stopping() -> Iterator[dict[str, str]]:
@@ -312,32 +305,12 @@ def test_a_stopped_encoding_goes_on_after_its_last_whole_shard_to_the_same_bytes
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encoded(either, tmp_path / "stopped", stopping())
+        encoded(either, tmp_path / "v", stopping())
     with pytest.raises(FileNotFoundError, match="not finished; run again"):
-        load_vectors(tmp_path / "stopped")
-    before = (tmp_path / "stopped" / "00000.arrow").stat().st_mtime_ns
+        load_vectors(tmp_path / "v")
+    before = (tmp_path / "v" / "00000.arrow").stat().st_mtime_ns
     either.encode_query(["words"])  # having encoded queries since must not count as another model
-    encoded(either, tmp_path / "stopped")
-    assert content(tmp_path / "whole") == content(tmp_path / "stopped")
-    assert (tmp_path / "stopped" / "00000.arrow").stat().st_mtime_ns == before
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_in_two_processes_to_the_bytes_of_an_undisturbed_one(
-    saved: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "v"
-    for killed, whole in (("tct_settings.json", 0), ("00001.arrow", 1)):
-        worker(saved, output, killed)
-        assert len(list(output.glob("0*.arrow"))) == whole
-    said = worker(saved, output, processes=2)
-    assert "process 0 of 2" in said and "process 1 of 2" in said
-    assert content(output) == content(undisturbed)
-
-
-def test_processes_share_the_shards_and_give_the_bytes_of_one(saved: Path, undisturbed: Path, tmp_path: Path) -> None:
-    barrier = threading.Barrier(2)
-    models = [SentenceTransformer(str(saved), device="cpu") for _ in range(2)]  # no two are loaded at once
+    barrier, models = threading.Barrier(2), [either, copy.deepcopy(either)]
 
     def process(rank: int) -> dict[str, Any]:
         wait = partial(barrier.wait, 60)
@@ -346,8 +319,21 @@ def test_processes_share_the_shards_and_give_the_bytes_of_one(saved: Path, undis
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(process, range(2))
-    assert first == second
-    assert content(tmp_path / "v") == content(undisturbed)
+    assert first == second and content(tmp_path / "v") == content(tmp_path / "whole")
+    assert (tmp_path / "v" / "00000.arrow").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_two_processes_to_the_bytes_of_an_undisturbed_one(
+    student: Any, saved: Path, tmp_path: Path
+) -> None:
+    encoded(student, tmp_path / "whole")
+    for killed, whole in (("tct_settings.json", 0), ("00001.arrow", 1)):
+        worker(saved, tmp_path / "v", killed)
+        assert len(list((tmp_path / "v").glob("0*.arrow"))) == whole
+    said = worker(saved, tmp_path / "v", processes=2)
+    assert "process 0 of 2" in said and "process 1 of 2" in said
+    assert content(tmp_path / "v") == content(tmp_path / "whole")
 
 
 # Faults

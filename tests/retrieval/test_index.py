@@ -110,12 +110,6 @@ def test_settings_that_no_index_of_ours_has_are_refused(tmp_path: Path, kind: st
         type(index).load(tmp_path)
 
 
-def test_effort_beyond_the_number_of_passages_costs_no_more(tmp_path: Path) -> None:
-    index = DenseIndex.build(VECTORS, IDS, "HNSW8", parameters={"efSearch": 10**9})
-    index.save(tmp_path)
-    assert found_by(DenseIndex.load(tmp_path)) == found_by(index)
-
-
 def test_a_model_that_did_not_build_the_index_is_refused_by_what_differs(tmp_path: Path) -> None:
     BUILD["dense"]().save(tmp_path / "index")
     for model in (MINE, {**MINE, "id": "mine, moved"}, {"id": "mine"}, {**MINE, "encoding": {}}):
