@@ -151,6 +151,9 @@ def _converted(row: dict[str, Any]) -> dict[str, Any]:
     # By their texts or their ids.
     negatives = {_SUFFIX.sub("", name): value for name, value in row.items() if name.startswith("negative")}
     count = sum(len(one) if isinstance(one, (list, tuple)) else 1 for one in negatives.values())
+    if not count and {"positive", "score"} <= row.keys() and "label" not in row:  # sentence-transformers' scored pairs
+        fix = "give labels (1 or 0), or columns= where all are positives"
+        raise BadRow("mixed types", f"a pair with a score may be a negative; {fix}", "score")
     if SCORES not in row:
         if row.get("pos_scores") is not None and row.get("neg_scores") is not None:  # FlagEmbedding
             row |= _scores([*row["pos_scores"], *row["neg_scores"]])

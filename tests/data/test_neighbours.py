@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import mine_hard_negatives
 
 from tct_hf import load_triples
+from tests.models import tiny_bert
 from tests.rows import jsonl, write
 
 PASSAGES = {str(number): f"passage {number}" for number in range(1, 9)}
@@ -127,6 +130,29 @@ def test_what_neighbours_write_is_read_without_mapping(tmp_path: Path, name: str
         assert found == TEXTS and (scores is None or [row["scores"] for row in rows] == scores)
 
 
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("form", ["triplet", "n-tuple", "labeled-pair", "labeled-list"])
+def test_what_sentence_transformers_mines_is_read(tmp_path: Path, form: str, scored: bool) -> None:
+    words = [f"{a} {b}" for a in ("dense", "teacher", "token") for b in ("query", "passage", "retrieval")]
+    pairs = Dataset.from_dict({"question": [f"what is {text}" for text in words], "answer": words})
+    model = SentenceTransformer(str(tiny_bert(tmp_path / "bert")), device="cpu")
+    options: dict[str, Any] = {"num_negatives": 2, "output_format": form, "output_scores": scored, "verbose": False}
+    mined = mine_hard_negatives(pairs, model, **options)
+    if scored and form == "labeled-pair":
+        with pytest.raises(ValueError, match="a pair with a score may be a negative"):
+            load_triples(mined)
+        return
+    rows = list(load_triples(mined, scores="scores" if scored else None))
+    assert len(rows) == len(words) * (2 if form == "triplet" else 1)
+    for row in rows:
+        assert row["query"] == f"what is {row['positive']}"
+        assert row["positive"] not in [row[name] for name in row if name.startswith("negative")]
+        if scored:
+            texts = [row["query"], *(row[name] for name in row if name.startswith(("positive", "negative")))]
+            query, *vectors = model.encode(texts)
+            assert row["scores"] == pytest.approx(model.similarity(query, vectors)[0].tolist(), abs=1e-4)
+
+
 def test_gpls_margins_are_stored_scores(tmp_path: Path) -> None:
     path = write(tmp_path / "gpl-training-data.tsv", "7\t1\t2\t3.25\n8\t4\t5\t-1.5\n")
     rows = list(load_triples(path, scores="scores", **BY_ID))
@@ -163,6 +189,7 @@ def test_arrays_have_their_elements_by_number_and_pairs_their_queries_apart(tmp_
     ("lines", "message"),
     [
         ([*PAIRS[:2], {**PAIRS[2], "label": 0.4}], "column 'label': holds 0.4 where 1"),
+        ([{"question": "a", "answer": "b", "score": 0.4}], "line 1, column 'score': a pair with a score may be a neg"),
         ([{**FIRST, "pos": ["a"], "neg": ["b"], "pos_scores": 3, "neg_scores": [1]}], "of another shape than usual"),
     ],
 )
