@@ -205,7 +205,7 @@ STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
         (["--student.training.temprature=2"], "\"student.training.temprature\": Key 'temprature'"),
         (["--student.training.output_dir=x"], "student.training.output_dir is set by the stage itself"),
         ([EVAL, "--data.dev_split=null"], "student.training.eval_strategy is 'steps'"),
-        (["--student.training.kl_direction=both"], "student.training: kl_direction='both' must be 'forward' or"),
+        (["--student.training.kl_direction=both"], "student.training.kl_direction='both' must be 'forward' or"),
         (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
         (["--student.layers=[2]"], "student.layers=[2]: name distinct layers of the encoder, 0 to 1"),
         (["--student.training.matryoshka_dims=[16, 33]"], "matryoshka_dims: 33 is not between 1 and the"),
