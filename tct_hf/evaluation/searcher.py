@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
 from tct_hf.evaluation.workspace import Stored, Workspace, digest_of
 from tct_hf.files import MADE_AGAIN, read_json, write_json_atomic
 from tct_hf.retrieval.faiss_tools import factory_for
-from tct_hf.retrieval.runs import rank
+from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
     from sentence_transformers import MultiVectorEncoder
@@ -38,6 +39,14 @@ class Hit:
     sparse: float | None = None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The passages that each system finds for a question, best first, and the seconds that it takes."""
+
+    hits: dict[str, list[Hit]]
+    seconds: dict[str, float]
+
+
 class Searcher:
     """BM25, one or two students, and two of these fused, over one collection.
 
@@ -50,6 +59,7 @@ class Searcher:
         *,
         reranker: MultiVectorEncoder | None = None,
         depth: int,
+        reranked: int | None = None,
         hybrid: HybridSettings,
         sparse: Workspace | None = None,
         expansion: ExpansionSettings | None = None,
@@ -59,9 +69,13 @@ class Searcher:
         self._expansion = expansion if expansion is not None and expansion.path is not None else None
         if dims is not None and workspace.is_sparse:
             raise ValueError("dims: a sparse student's first dimensions are no smaller student; leave it out")
-        self._workspace, self._reranker, self._depth = workspace, reranker, depth
+        self._workspace, self.reranker, self.depth = workspace, reranker, depth
+        self.reranked = reranked or depth  # passages of the fused list
         self._dims, self._hybrid = dims, hybrid
+        self.collection = workspace.collection
         self._sparse = workspace if workspace.is_sparse else sparse
+        students = {"dense": None if workspace.is_sparse else workspace, "sparse": self._sparse}
+        self.names = {system: student.name for system, student in students.items() if student is not None}
         words = workspace.bm25() if self._expansion is None else workspace.expanded(self._expansion)
         title = "BM25" if self._expansion is None else "expanded BM25"
         self._found_by: dict[str, System] = {"bm25": bm25_system("bm25", title, words, depth)}
@@ -85,26 +99,59 @@ class Searcher:
 
         There are fewer where BM25 orders and fewer passages have a word of the question.
         """
+        self._check(question, k)
+        rank_by = rank_by or ("maxsim" if self.reranker is not None else "fused")
+        if rank_by not in self.systems:
+            raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, self.systems))}")
+        scores, _ = self._scores(question, rerank=rank_by == "maxsim")
+        if rank_by != "maxsim" and self.reranker is not None:
+            best = [name for name, _ in rank(scores[rank_by])[:k]]
+            scores["maxsim"] = self._maxsim(question, best)[_QUESTION]
+        return self._hits(rank_by, scores, k)
+
+    def answer(self, question: str, k: int) -> Answer:
+        """The best k passages of a question by every system."""
+        self._check(question, k)
+        scores, seconds = self._scores(question)
+        return Answer({system: self._hits(system, scores, k) for system in self.systems}, seconds)
+
+    def _check(self, question: str, k: int) -> None:
         if not question.strip():
             raise ValueError("question: it is blank; write some words")
         if k < 1:
             raise ValueError(f"k: {k} is below 1; ask for at least one passage")
-        rank_by = rank_by or ("maxsim" if self._reranker is not None else "fused")
-        if rank_by not in self.systems:
-            raise ValueError(f"rank_by: {rank_by!r} is not one of {', '.join(map(json.dumps, self.systems))}")
-        found = {name: system.run({_QUESTION: question}) for name, system in self._found_by.items()}
+
+    def _scores(self, question: str, *, rerank: bool = True) -> tuple[Run, dict[str, float]]:
+        """System to passage id to score, and the seconds of each system."""
+        scores: Run = {}
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, search: Callable[..., Run], *of: Any, after: Sequence[str] = ()) -> None:
+            begun = time.perf_counter()
+            scores[name] = dict(search(*of).get(_QUESTION, {}))
+            seconds[name] = time.perf_counter() - begun + sum(map(seconds.__getitem__, after))
+
+        for name, system in self._found_by.items():
+            timed(name, system.run, {_QUESTION: question})
         join = joiner(self.alpha, self._hybrid.normalize, None)
-        found["fused"] = join(*(found[name] for name in self._fused))
-        scores = {name: run.get(_QUESTION, {}) for name, run in found.items()}
-        first, count = ("fused", self._depth) if rank_by == "maxsim" else (rank_by, k)
-        texts = self._texts([name for name, _ in rank(scores[first])[:count]])
-        if self._reranker is not None and texts:
-            pool = {_QUESTION: dict.fromkeys(texts, 0.0)}
-            scores["maxsim"] = rerank_run(self._reranker, pool, texts, {_QUESTION: question}, len(texts))[_QUESTION]
-        shown = [name for name, _ in rank(scores.get("maxsim", {}))[:k]] if rank_by == "maxsim" else texts
+        timed("fused", join, *({_QUESTION: scores[name]} for name in self._fused), after=self._fused)
+        if self.reranker is not None and rerank:
+            best = [name for name, _ in rank(scores["fused"])[: self.reranked]]
+            timed("maxsim", lambda: self._maxsim(question, best), after=["fused"])
+        return scores, seconds
+
+    def _maxsim(self, question: str, names: Sequence[str]) -> Run:
+        pool = {_QUESTION: dict.fromkeys(names, 0.0)}
+        assert self.reranker is not None
+        return rerank_run(self.reranker, pool, self._texts(names), {_QUESTION: question}, len(names))
+
+    def _hits(self, system: str, scores: Mapping[str, Mapping[str, float]], k: int) -> list[Hit]:
+        """The best k passages of a system, with the scores of all."""
+        names = [name for name, _ in rank(scores[system])[:k]]
+        texts = self._texts(names)
         return [
-            Hit(place, name, texts[name], **{system: found_by.get(name) for system, found_by in scores.items()})
-            for place, name in enumerate(shown, 1)
+            Hit(place, name, texts[name], **{other: found.get(name) for other, found in scores.items()})
+            for place, name in enumerate(names, 1)
         ]
 
     def _texts(self, names: Sequence[str]) -> dict[str, str]:
@@ -125,7 +172,7 @@ class Searcher:
             **workspace.depends,
             "hybrid": asdict(hybrid),
             **workspace.collection.own_rule,
-            "depth": self._depth,
+            "depth": self.depth,
             "dims": self._dims,
             "sparse_student": self._sparse and self._sparse.depends["student"],
             "expansion": self._expansion and self._expansion.depends(),

@@ -72,6 +72,7 @@ class Workspace:
         precision: to encode in: "auto", "bf16" or "fp32".
         threads: CPU threads that build indexes.
         in_memory: write nothing; `precision` is then "bf16" or "fp32".
+        indexes: those that are there already, by their names in `indexes`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Workspace:
         precision: Any = "auto",
         threads: int = 1,
         in_memory: bool = False,
+        indexes: Mapping[str, Any] | None = None,
         write: Callable[[str], None] = print,
     ) -> None:
         self.is_sparse = is_sparse_encoder(student)
@@ -96,7 +98,14 @@ class Workspace:
             folder = default_cache_dir() / f"search-{digest_of(self.depends)[:16]}"
         self.folder = folder or Path()
         self._compared = False  # whether the vectors on disk are known to be of this corpus
-        self._made: dict[str, Stored[Any]] = {}
+        self._made: dict[str, Stored[Any]] = {
+            name: Stored(index, Footprint()) for name, index in (indexes or {}).items()
+        }
+
+    @property
+    def indexes(self) -> dict[str, Any]:
+        """The indexes that have been asked for, by name."""
+        return {name: stored.index for name, stored in self._made.items()}
 
     @cached_property
     def description(self) -> dict[str, Any]:

@@ -16,12 +16,14 @@ import sentence_transformers
 import yaml
 from huggingface_hub import ModelCard, get_token
 
+from tct_hf.data.collection import Collection
 from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_vectors, validate_checkpoint
 from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, TRAINING_FILE, read_json, read_modules, recognise
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
 from tct_hf.files import command, replace_dir, staging_beside, write_json_atomic, write_text_atomic, writing
 from tct_hf.hub.cards import FAMILIES, CardFacts, Family, write_card
+from tct_hf.hub.space import write_space
 from tct_hf.hub_client import MARKER, check_hub_names, check_metadata, files_of, push_folder
 
 RECIPE = "recipe.yaml"
@@ -70,6 +72,7 @@ class Release:
     commit: str | None = None
     tag: str | None = None
     folder: Path | None = None
+    space_url: str | None = None
 
     def loading(self) -> str:
         """The lines that load it, pinned to the tag or the commit."""
@@ -93,6 +96,8 @@ def release(
     dry_run: bool = False,
     folder: str | Path | None = None,
     message: str | None = None,
+    space: str | None = None,
+    collection: Collection | None = None,
 ) -> Release:
     """Check a checkpoint, write its card, and push it with evaluation results and recipe, as docs/hub.md says.
 
@@ -115,6 +120,10 @@ def release(
         dry_run: make all checks, also of names, licence and languages that the Hub would refuse; push nothing.
         folder: folder to keep what is pushed in, instead of an earlier release; any other content is refused.
         message: commit message.
+        space: owner/name of a Space to push beside it: a page that searches `collection` with the student. Its
+            passages are then as public as the Space; `private` holds for it too. A dry run with `folder` writes it
+            to a folder of the same name with "-space".
+        collection: what the Space searches.
 
     Returns:
         What was done.
@@ -134,6 +143,10 @@ def release(
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: there is no such checkpoint folder.")
     family = _family(source)
+    if space is not None:
+        check_hub_names(space, "main", None)
+        if collection is None or family == "teacher":
+            raise ValueError("space: it serves a student and what that searches; release a student, with collection=.")
     kept = None if folder is None else check_folder(folder, source)
     with ExitStack() as stack:
         if kept is None:
@@ -163,6 +176,12 @@ def release(
             staging = kept = replace_dir(staging, kept)
         done = Release(repo_id, family, files, [], left_out, tag=tag, folder=kept)
         if dry_run:
+            if space is not None and kept is not None and collection is not None:
+                place = check_folder(f"{kept}-space", source)
+                with staging_beside(place) as aside:
+                    write_space(aside, space.split("/")[1], source, collection, repo_id, tag or "main")
+                    mark(aside, files_of(aside))
+                    replace_dir(aside, place)
             return done
         sent, commit, url = push_folder(
             staging,
@@ -175,7 +194,25 @@ def release(
             message=message or f"Release {tag or repo_id.split('/')[1]}",
             replaced=is_replaced,
         )
-        return replace(done, sent=sent, unchanged=[name for name in files if name not in sent], commit=commit, url=url)
+        unchanged = [name for name in files if name not in sent]
+        done = replace(done, sent=sent, unchanged=unchanged, commit=commit, url=url)
+        if space is None or collection is None:
+            return done
+        page = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "space"
+        write_space(page, space.split("/")[1], source, collection, repo_id, commit)
+        refuse_tokens(page, token or get_token())
+        _, _, space_url = push_folder(
+            page,
+            space,
+            kind="space",
+            private=private,
+            revision="main",
+            tag=None,
+            token=token,
+            message=f"Search with {repo_id}",
+            replaced=lambda name: name.startswith(("tct_hf/", "indexes/")),
+        )
+        return replace(done, space_url=space_url)
 
 
 def _family(source: Path) -> Family:
