@@ -73,6 +73,8 @@ def load_triples(
       `query id, positive id, negative id` with `collection` and `queries`. With num_negatives=n, lines have 2 + n
       fields.
     - JSONL (.jsonl, .json or .ndjson, plain or .gz) and .parquet, with the columns below.
+    - Rows of Tevatron, FlagEmbedding, PyLate, GPL, sentence-transformers, DPR and ColBERT, as docs/data.md lists them,
+      where `columns` names none.
     - A Hub id, or a local folder in the Hub's layout.
     - A BEIR folder or Hub data set: BM25 negatives for its judged queries (`bm25_triples`).
     - "irds:ID" of ir_datasets: its docpairs, or, where it has none, as a BEIR folder.
