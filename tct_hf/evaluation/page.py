@@ -245,7 +245,7 @@ def serve(page: Page, host: str, port: int, tell: Callable[[str], None]) -> None
         listening = socket.create_server((host, port))
     except OSError as error:
         raise ValueError(
-            f"host, port: {host}:{port} can't be used ({error.strerror}); --port 0 takes a free one"
+            f"host, port: {host}:{port} can't be used ({os.strerror(error.errno or 0)}); --port 0 takes a free one"
         ) from error
     with listening:
         tell(f"search at http://{host}:{listening.getsockname()[1]} (JSON: /search?q=...); Ctrl-C ends it")

@@ -11,7 +11,6 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import SpaceCard, SpaceCardData
-from packaging.requirements import Requirement
 
 import tct_hf
 from tct_hf.data.collection import Collection
@@ -27,6 +26,28 @@ from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.index import VectorIndex
 from tct_hf.retrieval.sparse import SparseIndex
 
+# The dependencies of pyproject.toml: what is installed may not say them, or say those of another version.
+NEEDED = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "datasets",
+    "filelock",
+    "xxhash",
+    "accelerate",
+    "huggingface_hub",
+    "faiss-cpu",
+    "bm25s",
+    "numba",
+    "PyStemmer",
+    "ir-measures",
+    "pytrec_eval-terrier",
+    "omegaconf",
+    "pyyaml",
+    "numpy",
+    "psutil",
+    "scipy",
+)
 _FACTS, _PASSAGES, _INDEXES = "space.json", "passages.parquet", "indexes"
 _DAMAGED = "the Space is not as it was written; release it again"
 _APP = '''"""Serves the page to search."""
@@ -75,7 +96,7 @@ def write_space(folder: Path, title: str, path: Path, collection: Collection, st
     ignored = shutil.ignore_patterns("__pycache__", "recipes", "templates")
     shutil.copytree(Path(tct_hf.__file__).parent, folder / "tct_hf", ignore=ignored)
     write_text_atomic(folder / "app.py", _APP)
-    write_text_atomic(folder / "requirements.txt", "".join(f"{line}\n" for line in _requirements()))
+    write_text_atomic(folder / "requirements.txt", "".join(f"{name}=={_version(name)}\n" for name in NEEDED))
     card = SpaceCardData(
         title=title,
         sdk="gradio",
@@ -110,12 +131,6 @@ def open_space(folder: Path) -> Page:
     hybrid = HybridSettings(alpha=facts["alpha"])
     searcher = Searcher(workspace, reranker=own, depth=100, reranked=RERANKED, hybrid=hybrid)
     return page_of(searcher, OWN, 5)
-
-
-def _requirements() -> list[str]:
-    """What the package needs, each at the version that is installed here; Gradio is the Space's own."""
-    needed = [Requirement(line) for line in metadata.requires("tct_hf") or []]
-    return [f"{one.name}=={_version(one.name)}" for one in needed if one.marker is None]
 
 
 def _version(name: str) -> str:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tct_hf.evaluation.marks import Match, matching_tokens, matching_words
-from tct_hf.evaluation.page import Page, marked, page_app, page_of
+from tct_hf.evaluation.page import Page, marked, page_app, page_of, serve
 from tct_hf.evaluation.workspace import open_teacher
 from tests.evaluation.test_searcher import make_searcher
 from tests.searching import Material
@@ -112,7 +112,7 @@ def test_a_page_escapes_passages_questions_and_errors(page: Page, monkeypatch: p
     assert _Tags(page.html("dense")).tags == {"p"} and _Tags(page.html("dense")).text == f"question: {EVIL}"
 
 
-def test_the_json_refuses_what_it_cannot_answer_and_names_of_other_machines(page: Page) -> None:
+def test_wrong_questions_other_hosts_and_taken_ports_are_refused(page: Page) -> None:
     pytest.importorskip("gradio", reason="the page needs gradio: pip install 'tct_hf[demo]'")
     from starlette.testclient import TestClient
 
@@ -123,6 +123,11 @@ def test_the_json_refuses_what_it_cannot_answer_and_names_of_other_machines(page
         assert refused.status_code == 422 and said in refused.json()["detail"]
     assert client.get("/search?q=dense", headers={"Host": "elsewhere.example"}).status_code == 400
     assert TestClient(page_app(page, local=False)).get("/search?q=dense").status_code == 200
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"host, port: 127\.0\.0\.1:{port} can't be used .*; --port 0 takes"):
+            serve(page, "127.0.0.1", port, print)
 
 
 # --- in a browser ---
