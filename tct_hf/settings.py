@@ -51,6 +51,11 @@ def setting(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
+def hide_passwords(text: str) -> str:
+    """A text without the passwords of the URLs in it."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+
+
 def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
@@ -274,7 +279,7 @@ _ENVIRONMENT_FILE = "environment.json"
 
 def save_resolved(settings: Any, output_dir: str | os.PathLike[str], *, extra: dict[str, Any]) -> None:
     """Write what a run was: `settings.yaml`, loadable again, and `environment.json`, what it ran on."""
-    write_text_atomic(Path(output_dir) / "settings.yaml", resolved_yaml(settings))
+    write_text_atomic(Path(output_dir) / "settings.yaml", hide_passwords(resolved_yaml(settings)))
     write_json_atomic(Path(output_dir) / _ENVIRONMENT_FILE, {"recipe": _RECIPE.get(), **environment(), **extra})
 
 

@@ -195,14 +195,11 @@ class Index(ABC):
         return cls.load(folder, **options)
 
 
-class VectorIndex(Index):
-    """An index of vectors, with a record of the model that encoded the passages."""
+class VectorSearch(ABC):
+    """Passages that are found by their vectors."""
 
-    built_by: dict[str, Any] | None
-    usage = (
-        "model = index.load_model()  # the revision that built it",
-        'ids, scores = index.search(model.encode_query(["a question"]), k=10)',
-    )
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
     @abstractmethod
@@ -251,6 +248,16 @@ class VectorIndex(Index):
             )
         return as_run(names, ids, scores)
 
+
+class VectorIndex(Index, VectorSearch):
+    """An index of vectors, with a record of the model that encoded the passages."""
+
+    built_by: dict[str, Any] | None
+    usage = (
+        "model = index.load_model()  # the revision that built it",
+        'ids, scores = index.search(model.encode_query(["a question"]), k=10)',
+    )
+
     def _names(self, rows: Any) -> list[str]:
         """The ids of some rows, an integer array."""
         if len(rows) <= 16:  # a call of `take` costs as much as 16 of these
@@ -263,7 +270,7 @@ class VectorIndex(Index):
         """Open an index that `save` wrote, and refuse it where `model` did not build it."""
         index = super().load(directory, **options)
         if model is not None:
-            check_model(directory, index.built_by, model if isinstance(model, Mapping) else _described(model))
+            check_model(directory, index.built_by, model if isinstance(model, Mapping) else described(model))
         return index
 
     def _pinned(self, *, token: str | None, model_id: str | None = None, model_revision: str | None = None) -> Self:
@@ -282,7 +289,7 @@ class VectorIndex(Index):
         with hub_errors(name, "looking up the index's model"):
             revision = model_revision or built_by.get("revision")
             commit = str(HfApi(token=token).model_info(name, revision=revision).sha)
-        found = _described(self._encoder(name, revision=commit, token=token, device="cpu"))
+        found = described(self._encoder(name, revision=commit, token=token, device="cpu"))
         check_model(f"model_revision {commit[:12]}: the index", built_by, found)
         pinned = copy(self)
         pinned.built_by = {**built_by, "id": name, "revision": commit}
@@ -304,7 +311,7 @@ class VectorIndex(Index):
         if not built_by.get("id"):
             raise ValueError("load_model: the index does not say which model built it; build it again with built_by=.")
         model = self._encoder(built_by["id"], revision=built_by.get("revision"), token=token, device=device)
-        check_model("this index", built_by, _described(model))
+        check_model("this index", built_by, described(model))
         return model
 
     def _encoder(self, name: str, **options: Any) -> Any:
@@ -416,7 +423,7 @@ def id_array(ids: Iterable[str]) -> Any:
     return array if isinstance(array, pa.Array) else array.cast(pa.large_string()).combine_chunks()
 
 
-def _described(model: Any) -> Mapping[str, Any]:
+def described(model: Any) -> Mapping[str, Any]:
     """A model in the words of `check_model`."""
     from tct_hf.retrieval.encode import describe_model  # torch: an index can be searched without
 

@@ -1,0 +1,1 @@
+"""Engines that other people run, filled with what encode has written."""

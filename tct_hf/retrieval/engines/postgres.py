@@ -1,0 +1,199 @@
+"""PostgreSQL with pgvector as an index: shards stored in transactions, searched exactly or through an HNSW graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from tct_hf.retrieval.engines.base import EngineIndex, Rows, check_name
+from tct_hf.retrieval.index import best_first
+from tct_hf.settings import hide_passwords
+
+# What is stored of all tables, and of their shards.
+_TABLES = """
+create extension if not exists vector;
+create table if not exists tct_hf_indexes (name text primary key, about jsonb not null);
+create table if not exists tct_hf_shards (
+    name text references tct_hf_indexes on delete cascade, number int, digest text not null,
+    primary key (name, number)
+);
+"""
+_MOST_SEARCHED = 1000  # pgvector's limit of ef_search
+_ROWS = "id text primary key, shard int, vector {}({}) not null, text text, metadata jsonb"
+
+
+class PgVectorIndex(EngineIndex):
+    """Passage vectors in a PostgreSQL table (columns id, vector, text, metadata), found by inner product.
+
+    Equal scores are ordered by id: among all passages in exact search, otherwise among those found.
+
+    Attributes:
+        exact: search every passage instead of the HNSW graph.
+        ef_search: candidates that the graph looks at, 1 to 1000; the more, the better and slower.
+        where: an SQL condition on the columns, such as "metadata->>'lang' = 'de'", that every passage found meets.
+    """
+
+    engine = "PostgreSQL"
+
+    def __init__(self, connection: Any, name: str, about: Mapping[str, Any]) -> None:
+        super().__init__(name, about)
+        self._connection = connection
+        self.ef_search, self.where = 100, ""
+
+    @classmethod
+    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **graph: int) -> PgVectorIndex:
+        check_name(name)
+        try:
+            import psycopg
+            from pgvector.psycopg import register_vector
+        except ImportError as error:
+            raise ImportError(
+                f"{cls.__name__} needs psycopg and pgvector ({error}): pip install 'tct_hf[postgres]'."
+            ) from error
+        with _plainly():
+            connection = psycopg.connect(url or "", autocommit=True)
+            with connection.transaction():
+                connection.execute("select pg_advisory_xact_lock(7262831)")  # several pushes may begin together
+                connection.execute(_TABLES)
+                if about is not None:
+                    kind = "halfvec" if about["half"] else "vector"
+                    new = connection.execute(
+                        "insert into tct_hf_indexes values (%s, %s) on conflict do nothing returning name",
+                        (name, json.dumps({**about, **graph})),
+                    ).fetchone()
+                    if new:
+                        connection.execute(f"create table {name} ({_ROWS.format(kind, about['dimension'])})")
+            register_vector(connection)
+            found = connection.execute("select about from tct_hf_indexes where name = %s", (name,)).fetchone()
+        if found is None:
+            raise ValueError(f"name: there is no table {name} of tct_hf in this database; push one first")
+        return cls(connection, name, found[0])
+
+    def __len__(self) -> int:
+        return int(self._ask(f"select count(*) from {self.name}")[0][0])
+
+    def _ask(self, query: str, values: Any = None) -> list[Any]:
+        with _plainly():
+            cursor = self._connection.execute(query, values)
+            return list(cursor.fetchall()) if cursor.description else []
+
+    def _digests(self) -> dict[int, str]:
+        return dict(self._ask("select number, digest from tct_hf_shards where name = %s", (self.name,)))
+
+    def _store(self, number: int | None, digest: str, rows: Rows) -> None:
+        from pgvector import HalfVector
+        from psycopg.types.json import Jsonb
+
+        with _plainly(), self._connection.transaction(), self._connection.cursor() as cursor:
+            cursor.execute(f"delete from {self.name} where shard = %s or id = any(%s)", (number, list(rows.ids)))
+            columns = "(id, shard, vector, text, metadata)"
+            with cursor.copy(f"copy {self.name} {columns} from stdin with (format binary)") as copy:
+                copy.set_types(["text", "int4", "halfvec" if self.about["half"] else "vector", "text", "jsonb"])
+                for passage_id, vector, text, more in zip(*rows, strict=True):
+                    value = HalfVector(vector) if self.about["half"] else vector
+                    copy.write_row((passage_id, number, value, text, None if more is None else Jsonb(more)))
+            if number is not None:
+                cursor.execute(
+                    "insert into tct_hf_shards values (%s, %s, %s) on conflict (name, number) do update set digest = "
+                    "excluded.digest",
+                    (self.name, number, digest),
+                )
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        gone = list(numbers)
+        with _plainly(), self._connection.transaction():
+            self._ask(f"delete from {self.name} where shard = any(%s)", (gone,))
+            self._ask("delete from tct_hf_shards where name = %s and number = any(%s)", (self.name, gone))
+
+    def _finish(self) -> None:
+        kind = "halfvec" if self.about["half"] else "vector"
+        graph = {"m": self.about.get("m", 16), "ef_construction": self.about.get("ef_construction", 64)}
+        options = ", ".join(f"{key} = {int(value)}" for key, value in graph.items())
+        self._ask(
+            f"create index if not exists {self.name}_graph on {self.name} using hnsw (vector {kind}_ip_ops) "
+            f"with ({options})"
+        )
+        self._ask(f"analyze {self.name}")
+
+    def upsert(
+        self,
+        ids: Sequence[str],
+        vectors: Any,
+        texts: Sequence[str] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._store(None, "", self._checked(ids, vectors, texts, metadata))
+
+    def delete(self, ids: Sequence[str]) -> None:
+        self._ask(f"delete from {self.name} where id = any(%s)", (list(ids),))
+
+    def drop(self) -> None:
+        with _plainly(), self._connection.transaction():
+            self._ask(f"drop table {self.name}")
+            self._ask("delete from tct_hf_indexes where name = %s", (self.name,))
+
+    def _vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        rows = self._ask(f"select id, vector from {self.name} where id = any(%s)", (list(ids),))
+        return {
+            name: np.asarray(getattr(vector, "to_numpy", lambda v=vector: v)(), np.float32) for name, vector in rows
+        }
+
+    @contextmanager
+    def _searching(self, k: int) -> Iterator[str]:
+        """A transaction with the settings of a search, and its statement: the vector twice, and k."""
+        # The planner would rather sort the whole table than look at many candidates of the graph.
+        settings: dict[str, Any] = {"jit": "off", "enable_indexscan" if self.exact else "enable_seqscan": "off"}
+        if not self.exact:
+            looked_at = min(max(self.ef_search, k), _MOST_SEARCHED)
+            settings |= {"hnsw.ef_search": looked_at, "hnsw.iterative_scan": "strict_order"}
+        kind = "halfvec" if self.about["half"] else "vector"
+        where = f" where {self.where}" if self.where else ""
+        distance = f"vector <#> %s::{kind}"
+        with _plainly(), self._connection.transaction():
+            self._connection.execute("; ".join(f"set local {key} = {value}" for key, value in settings.items()))
+            yield (
+                f"select id, -({distance}) from {self.name}{where} order by {distance}{', id' if self.exact else ''} "
+                "limit %s"
+            )
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
+        ids, scores = [], []
+        with self._searching(k) as statement:
+            with self._connection.pipeline():
+                answers = [
+                    self._connection.execute(statement, (query, query, k), prepare=True, binary=True)
+                    for query in map(self._value, queries)
+                ]
+            for answer in answers:
+                rows = answer.fetchall()
+                found, values = [row[0] for row in rows], np.array([row[1] for row in rows], np.float32)
+                found, values = best_first(found, values, k)
+                ids.append(found)
+                scores.append(values)
+        return ids, scores
+
+    def _value(self, vector: np.ndarray) -> Any:
+        from pgvector import HalfVector
+
+        return HalfVector(vector) if self.about["half"] else vector
+
+    def uses_graph(self) -> bool:
+        query = self._value(np.ones(self.dimension, np.float32))
+        with self._searching(10) as statement:
+            plan = self._ask(f"explain {statement}", (query, query, 10))
+        return any(f"using {self.name}_graph" in line for (line,) in plan)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """What the server says, without the password that libpq repeats."""
+    import psycopg
+
+    try:
+        yield
+    except psycopg.Error as error:
+        raise OSError(hide_passwords(f"PostgreSQL: {' '.join(str(error).split())}")) from None
