@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from tct_hf.data import shards
 from tct_hf.files import file_digest
-from tct_hf.progress import PassageProgress, print_at_once
+from tct_hf.progress import PassageProgress
 from tct_hf.retrieval.index import VectorSearch, check_ids, check_k, check_model, described
 from tct_hf.retrieval.vectors import as_matrix, load_vectors, read_manifest
 
@@ -109,7 +108,7 @@ class EngineIndex(VectorSearch):
         *,
         corpus: Dataset | None = None,
         half: bool = False,
-        write: Callable[[str], None] | None = print_at_once,
+        write: Callable[[str], None] | None = None,
         **options: Any,
     ) -> Self:
         """Fill a table with what `encode_corpus` wrote, one shard at a time; what is stored already is left.
@@ -124,7 +123,7 @@ class EngineIndex(VectorSearch):
             corpus: the passages in the order in which they were encoded: its column text is stored, and its other
                 columns as metadata.
             half: store vectors in half precision.
-            write: takes a line of progress; None for silence.
+            write: takes a line of progress; prints it when None.
             **options: see the engine.
 
         Raises:
@@ -146,9 +145,7 @@ class EngineIndex(VectorSearch):
                 f"{about[different[0]]}; name another table, or drop this one"
             )
         done = index._digests()
-        progress = PassageProgress(
-            manifest["count"], 1, write or print, 10.0, time.monotonic, enabled=write is not None
-        )
+        progress = PassageProgress(manifest["count"], None, write, 10.0)
         start = 0
         for number, entry in enumerate(manifest["shards"]):
             file = shards.shard_file(folder, number)

@@ -1,0 +1,182 @@
+"""Engines against exact search with Faiss, and what is left when they or we are stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from tct_hf import DenseIndex, PgVectorIndex
+from tct_hf.data.shards import run_shards
+from tct_hf.retrieval.vectors import vector_facts, vector_table
+from tests.postgres import Server
+
+pytest.importorskip("psycopg", reason="pip install 'tct_hf[postgres]'")
+pytest.importorskip("pgvector", reason="pip install 'tct_hf[postgres]'")
+
+COUNT, DIM, SHARD = 1200, 32, 200
+MODEL = {"id": "me/model", "weights_sha256": "a" * 64, "encoding": {"pooling": "mean"}}
+draw = np.random.default_rng(0)
+CENTRES = draw.standard_normal((20, DIM))
+VECTORS = (CENTRES[draw.integers(0, 20, COUNT)] + draw.standard_normal((COUNT, DIM))).astype(np.float32)
+QUERIES = (CENTRES[draw.integers(0, 20, 100)] + draw.standard_normal((100, DIM))).astype(np.float32)
+IDS = [f"p{number}" for number in range(COUNT)]
+CORPUS = Dataset.from_dict(
+    {"id": IDS, "text": [f"text of {name}" for name in IDS], "lang": ["de" if n % 3 else "en" for n in range(COUNT)]}
+)
+
+
+def write_vectors(folder: Path, vectors: np.ndarray = VECTORS, model: dict[str, Any] = MODEL) -> Path:
+    rows = list(zip(IDS, vectors, strict=False))
+    parts = [(str(at), rows[at : at + SHARD]) for at in range(0, len(rows), SHARD)]
+
+    def table(items: Any) -> Any:
+        return vector_table([name for name, _ in items], np.stack([vector for _, vector in items]))
+
+    run_shards(folder, {"model": model}, parts, table, about=vector_facts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vectors(tmp_path_factory.mktemp("encoded") / "vectors")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.end()
+
+
+def push(vectors: Path, server: Server, name: str = "passages", **options: Any) -> PgVectorIndex:
+    return PgVectorIndex.push(vectors, server.url, name, write=str, **options)
+
+
+WHOLE = {"passages": COUNT, "expected": COUNT, "sample": 100, "equal": 100, "k": 100, "uses_graph": True}
+
+
+def whole(index: Any, vectors: Path) -> bool:
+    found = index.verify(vectors)
+    return found.pop("recall") > 0.9 and found == WHOLE
+
+
+def test_exact_search_gives_the_run_of_a_flat_index_and_the_graph_most_of_it(server: Server, vectors: Path) -> None:
+    index, names = push(vectors, server, corpus=CORPUS), [f"q{row}" for row in range(100)]
+    assert whole(index, vectors) and len(index) == COUNT and index.dimension == DIM
+    wanted = DenseIndex.build(VECTORS, IDS, "Flat").run(names, QUERIES)
+    index.exact = True
+    found = index.run(names, QUERIES)
+    assert {name: [*hits] for name, hits in found.items()} == {name: [*hits] for name, hits in wanted.items()}
+    for name in names:
+        np.testing.assert_allclose([*found[name].values()], [*wanted[name].values()], rtol=1e-5)
+    index.exact = False
+    recalls = []
+    for index.ef_search in (100, 400):
+        found = index.run(names, QUERIES)
+        recalls.append(np.mean([len(found[name].keys() & wanted[name].keys()) / 100 for name in names]))
+    assert 0.9 < recalls[0] <= recalls[1] and recalls[1] > 0.99
+    index.where = "metadata->>'lang' = 'en'"
+    assert all(int(name[1:]) % 3 == 0 for hits in index.search(QUERIES, 20)[0] for name in hits)
+    assert index._ask("select text from passages where id = 'p7'") == [("text of p7",)]
+
+
+def test_ties_go_by_id_and_halves_are_equal_to_float16(server: Server, vectors: Path) -> None:
+    index = push(vectors, server, "halves", half=True)
+    assert whole(index, vectors)
+    index.upsert(["z", "a", "p5"], np.full((3, DIM), 100.0))
+    for index.exact in (True, False):
+        assert index.search(np.ones((1, DIM)), 3)[0] == [["a", "p5", "z"]]
+    index.delete(["a", "z", "not there"])
+    assert len(index) == COUNT
+    index.drop()
+    with pytest.raises(ValueError, match="there is no table halves"):
+        PgVectorIndex.open(server.url, "halves")
+
+
+def test_what_does_not_fit_is_refused_by_name_and_a_password_is_never_shown(
+    server: Server, vectors: Path, tmp_path: Path
+) -> None:
+    push(vectors, server, "pinned")
+    other = {**MODEL, "id": "me/other", "weights_sha256": "b" * 64}
+    with pytest.raises(ValueError, match=r"built by 'me/model' .* encoded by 'me/other'"):
+        PgVectorIndex.open(server.url, "pinned", model=other)
+    with pytest.raises(ValueError, match=r"built by 'me/model' .* encoded by 'me/other'"):
+        push(write_vectors(tmp_path / "other", model=other), server, "pinned")
+    with pytest.raises(ValueError, match="half: table pinned has False"):
+        push(vectors, server, "pinned", half=True)
+    with pytest.raises(ValueError, match="corpus: row 200 is 'p201' where 'p200' was encoded"):
+        rows = [*range(200), 201, 200, *range(202, COUNT)]
+        push(vectors, server, "ordered", corpus=CORPUS.select(rows))
+    with pytest.raises(ValueError, match="name: 'a;b'"):
+        push(vectors, server, "a;b")
+    for url in (
+        server.url.replace("/postgres", "/none"),
+        "postgresql://tct:secret@[::1",
+        "postgresql://a:secret@127.0.0.1:1/b",
+    ):
+        with pytest.raises(OSError, match="PostgreSQL: ") as refused:
+            PgVectorIndex.open(url)
+        assert "secret" not in str(refused.value) and refused.value.__cause__ is None
+
+
+def test_a_corpus_encoded_anew_replaces_what_has_changed(server: Server, vectors: Path, tmp_path: Path) -> None:
+    push(vectors, server, "renewed")
+    changed = VECTORS[:1000].copy()
+    changed[450] += 1
+    again = write_vectors(tmp_path / "again", changed)
+    stored: list[int] = []
+
+    class Watched(PgVectorIndex):
+        def _store(self, number: Any, *args: Any) -> None:
+            stored.append(number)
+            super()._store(number, *args)
+
+    index = Watched.push(again, server.url, "renewed", write=str)
+    assert stored == [2] and len(index) == 1000 and index.verify(again)["equal"] == 100
+
+
+PUSH = """
+import os, signal, sys
+from tct_hf import PgVectorIndex
+from tct_hf.retrieval.engines.base import Rows
+
+class Stopped(PgVectorIndex):
+    def _store(self, number, digest, rows):
+        def texts():  # read in the middle of the copy
+            for at in range(len(rows.ids)):
+                if (number, at) == (3, 100):
+                    {stop}
+                yield None
+        super()._store(number, digest, Rows(rows.ids, rows.vectors, texts(), rows.metadata))
+
+Stopped.push(sys.argv[1], sys.argv[2], sys.argv[3], write=str)
+"""
+
+
+@pytest.mark.parametrize("stopped", ["push", "connection", "server"])
+def test_a_push_that_is_stopped_in_a_shard_goes_on_with_it(server: Server, vectors: Path, stopped: str) -> None:
+    stops = {
+        "push": "os.kill(os.getpid(), signal.SIGKILL)",
+        "connection": "os.close(self._connection.fileno())",
+        "server": "os.kill(int(sys.argv[4]), signal.SIGKILL)",
+    }
+    words = [vectors, server.url, f"stopped_{stopped}", str(server._process.pid)]
+    program = [sys.executable, "-c", PUSH.format(stop=stops[stopped]), *words]
+    done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == (-signal.SIGKILL if stopped == "push" else 1), done.stderr
+    assert "secret" not in done.stderr
+    if stopped == "server":
+        server.end()
+        server.start()
+    begun = PgVectorIndex.open(server.url, f"stopped_{stopped}")
+    assert len(begun) == 600 and begun._digests().keys() == {0, 1, 2}
+    assert whole(push(vectors, server, f"stopped_{stopped}"), vectors)
