@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tct_hf.data.ids import is_utf8
-from tct_hf.evaluation.settings import ExpansionSettings, HybridSettings
+from tct_hf.evaluation.settings import EngineSettings, ExpansionSettings, HybridSettings
 from tct_hf.pipeline.settings import DataSettings
 from tct_hf.settings import SettingsError, run_recipe, setting
 
@@ -60,6 +60,7 @@ class Settings:
     dims: int | None = setting(None, "number of first dimensions to search with, exactly; all when null")
     hybrid: HybridSettings = field(default_factory=HybridSettings)
     expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     data: DataSettings = field(default_factory=DataSettings)
 
 
@@ -125,6 +126,7 @@ def main(settings: Settings) -> None:
         sparse=beside,
         expansion=settings.expansion,
         dims=settings.dims,
+        engine=settings.engine,
     )
     tell(
         f"fused: {searcher.fusion}; -: not among the first {depth} of that system, or, for "

@@ -41,6 +41,7 @@ from tct_hf.files import CLAIM_FILE, MADE_AGAIN, claim, file_digest, read_json, 
 from tct_hf.retrieval.encode import read_seconds
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import Run, rank, read_run, write_run
+from tct_hf.settings import hide_passwords
 from tct_hf.teachers.colbert import describe_teacher
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def build_report(
     """
     settings = settings or ReportSettings()
     record = asdict(settings)
+    record["engine"]["url"] = hide_passwords(settings.engine.url or "") or None
     settings = replace(settings, measures=replace(settings.measures, names=named_measures(settings.measures.names)))
     found = find_tasks(tasks)
     foreign = check_report(collection, settings, runs or {})
@@ -277,6 +279,7 @@ class Work:
             "bm25-expanded": (settings.expansion.path is not None, self._words),
             "dense-exact": (dense, self._exact),
             "dense-ann": (dense, self._approximate),
+            "dense-engine": (dense and settings.engine.name is not None, self._engine),
             **{f"dense-first-{size}": (dense, partial(self._first_dims, size)) for size in sizes},
             "hybrid": (True, self._hybrid),
             "hybrid-expanded": (True, self._hybrid),
@@ -307,6 +310,9 @@ class Work:
             auto = settings.precision == "auto" and has_bfloat16(self.teacher.device)
             self.bf16 = settings.precision == "bf16" or auto
             depends["teacher"] = {**describe_teacher(self.teacher), "bf16": self.bf16}
+        if "dense-engine" in self.plan:
+            self.stored_engine = self.student.engine(settings.engine)
+            depends["engine"] = {"rows": self.stored_engine.index.digest, "ef_search": settings.engine.ef_search}
         depends["settings"] = {
             "depth": settings.measures.depth,
             **self.collection.own_rule,
@@ -381,6 +387,15 @@ class Work:
         if auto != "Flat":
             self.deployed, self.names["dense-exact"] = key, f"dense ({index.factory})"
         return student_system(key, f"dense, ANN ({index.factory})", self.student, stored, self.depth)
+
+    def _engine(self, key: str) -> System:
+        stored = self.stored_engine
+        index = stored.index
+        how = f"{'graph' if index.uses_graph() else 'every passage'}, ef_search {index.ef_search}"
+        self.notes.append(
+            f"{index.engine}: table {index.name}, {how}; times include the wire, bytes are the engine's."
+        )
+        return student_system(key, f"dense, {index.engine}", self.student, stored, self.depth)
 
     def _first_dims(self, size: int, key: str) -> System:
         title, stored = f"dense, first {size} dimensions", self.student.first_dims(size)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.maxsim import rerank_run
-from tct_hf.evaluation.settings import HYBRIDS, ExpansionSettings, HybridSettings
+from tct_hf.evaluation.settings import HYBRIDS, EngineSettings, ExpansionSettings, HybridSettings
 from tct_hf.evaluation.systems import System, bm25_system, joiner, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
@@ -64,6 +64,7 @@ class Searcher:
         sparse: Workspace | None = None,
         expansion: ExpansionSettings | None = None,
         dims: int | None = None,
+        engine: EngineSettings | None = None,
     ) -> None:
         hybrid.check()
         self._expansion = expansion if expansion is not None and expansion.path is not None else None
@@ -82,7 +83,11 @@ class Searcher:
         if not workspace.is_sparse:
             # An approximate index is tuned for a k of its own, so that another depth finds the same index.
             factory = factory_for(len(workspace.collection.corpus))
-            index: Stored[Any] = workspace.first_dims(dims) if dims is not None else workspace.dense(factory)
+            index: Stored[Any]
+            if engine is not None and engine.name is not None:
+                index = workspace.engine(engine)
+            else:
+                index = workspace.first_dims(dims) if dims is not None else workspace.dense(factory)
             self._found_by["dense"] = student_system("dense", SYSTEMS["dense"], workspace, index, depth, size=dims)
         if self._sparse is not None:
             index = self._sparse.sparse()

@@ -25,6 +25,7 @@ _LEAST = {
     "measures.depth": 1,
     "late_interaction.rerank": 1,
     "late_interaction.max_passages": 0,
+    "engine.ef_search": 1,
     "cost.queries": 1,
     "cost.teacher_queries": 1,
     "cost.batch_size": 1,
@@ -129,6 +130,15 @@ class AnnSettings:
 
 
 @dataclass
+class EngineSettings:
+    """A table of the command push, searched over the wire."""
+
+    url: str | None = setting(None, "of the engine; that of its environment variables when null")
+    name: str | None = setting(None, "table to search; no engine when null")
+    ef_search: int = setting(100, "candidates that its graph looks at")
+
+
+@dataclass
 class LateInteractionSettings:
     """Reranking by MaxSim, and search over all token vectors where they fit."""
 
@@ -160,6 +170,7 @@ class ReportSettings:
     hybrid: HybridSettings = field(default_factory=HybridSettings)
     expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
     ann: AnnSettings = field(default_factory=AnnSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     late_interaction: LateInteractionSettings = field(default_factory=LateInteractionSettings)
     cost: CostSettings = field(default_factory=CostSettings)
     precision: Literal["auto", "bf16", "fp32"] = setting(

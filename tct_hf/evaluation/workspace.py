@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+import numpy as np
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 
@@ -35,6 +36,7 @@ from tct_hf.retrieval.encode import (
     is_sparse_encoder,
     read_seconds,
 )
+from tct_hf.retrieval.engines.postgres import PgVectorIndex
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.vectors import FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from tct_hf.data.collection import Collection
-    from tct_hf.evaluation.settings import ExpansionSettings
+    from tct_hf.evaluation.settings import EngineSettings, ExpansionSettings
 
 Model = TypeVar("Model")
 Index = TypeVar("Index", BM25Index, DenseIndex, SparseIndex)
@@ -240,6 +242,28 @@ class Workspace:
     def exact(self) -> Stored[Any]:
         """The index by which the student is searched exactly."""
         return self.sparse() if self.is_sparse else self.dense("Flat")
+
+    def engine(self, settings: EngineSettings) -> Stored[Any]:
+        """A table of the student's vectors that `push` filled; refused where it is not of this student and corpus."""
+        assert settings.name is not None
+        index = PgVectorIndex.open(settings.url, settings.name, model=self.built_by)
+        index.ef_search = settings.ef_search
+        ids = self.collection.corpus["id"]
+        if len(index) != len(ids):
+            raise ValueError(
+                f"engine.name: table {settings.name} has {len(index):,} passages, and {self.collection.name} has "
+                f"{len(ids):,}; push its vectors again, or name another table"
+            )
+        some = index.vectors(ids[:100])
+        if len(some) < len(ids[:100]):
+            raise ValueError(f"engine.name: table {settings.name} has other passages than {self.collection.name}")
+        lengths = np.linalg.norm([*some.values()], axis=1)
+        if self.student.similarity_fn_name == "cosine" and not np.allclose(lengths, 1, atol=1e-2):
+            raise ValueError(
+                f"engine.name: {self.name} compares by cosine, and table {settings.name} has vectors of other lengths "
+                "than 1; give the student a Normalize module, encode and push again"
+            )
+        return Stored(index, Footprint(index.nbytes))
 
     def footprint(self, stored: Stored[Any]) -> Footprint:
         """What an index of the student costs with the encoding, whose seconds are scaled up from what was timed."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from tct_hf.data import shards
+from tct_hf.data.shards import digest_of
 from tct_hf.files import file_digest
 from tct_hf.progress import PassageProgress
 from tct_hf.retrieval.index import VectorSearch, check_ids, check_k, check_model, described
@@ -55,9 +56,14 @@ class EngineIndex(VectorSearch):
         """Components of a vector."""
         return int(self.about["dimension"])
 
+    @property
+    def digest(self) -> str:
+        """Identifies what `push` has stored."""
+        return digest_of([*map(str, sorted(self._digests().items())), str(sorted(self.about.items()))])
+
     # An engine connects, making its tables where they are missing; says what is stored of a table, and stores it
     # where nothing is; and then, of a table: the digests of its shards; one shard, stored whole or not at all in place
-    # of whatever it was; the graph, made where it is missing; vectors by id; whether a search goes through the graph.
+    # of whatever it was; and the graph, made where it is missing.
     @classmethod
     @abstractmethod
     def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **options: Any) -> Self: ...
@@ -75,7 +81,13 @@ class EngineIndex(VectorSearch):
     def _finish(self) -> None: ...
 
     @abstractmethod
-    def _vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]: ...
+    def vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """The stored vectors `(dimension,)` float32 of those of the passages that are there, by id."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the table and its graph take in the engine."""
 
     @abstractmethod
     def uses_graph(self) -> bool:
@@ -193,7 +205,7 @@ class EngineIndex(VectorSearch):
         names, wanted = [ids[row] for row in drawn], np.asarray(vectors[drawn])
         if self.about["half"]:
             wanted = wanted.astype(np.float16).astype(np.float32)
-        kept = self._vectors(names)
+        kept = self.vectors(names)
         equal = sum(name in kept and np.array_equal(kept[name], row) for name, row in zip(names, wanted, strict=True))
         before, found = self.exact, {}
         for self.exact in (False, True):

@@ -81,6 +81,10 @@ class PgVectorIndex(EngineIndex):
             cursor = self._connection.execute(query, values)
             return list(cursor.fetchall()) if cursor.description else []
 
+    @property
+    def nbytes(self) -> int:
+        return int(self._ask("select pg_total_relation_size(%s::regclass)", (self.name,))[0][0])
+
     def _digests(self) -> dict[int, str]:
         return dict(self._ask("select number, digest from tct_hf_shards where name = %s", (self.name,)))
 
@@ -136,7 +140,7 @@ class PgVectorIndex(EngineIndex):
             self._ask(f"drop table {self.name}")
             self._ask("delete from tct_hf_indexes where name = %s", (self.name,))
 
-    def _vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    def vectors(self, ids: Sequence[str]) -> dict[str, np.ndarray]:
         rows = self._ask(f"select id, vector from {self.name} where id = any(%s)", (list(ids),))
         return {
             name: np.asarray(getattr(vector, "to_numpy", lambda v=vector: v)(), np.float32) for name, vector in rows

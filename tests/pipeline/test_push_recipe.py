@@ -1,0 +1,48 @@
+"""Vectors pushed into PostgreSQL, and found there by the report and at the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tct_hf import Report, read_run
+from tests.postgres import Server
+from tests.recipe import run
+from tests.searching import Material
+
+pytest.importorskip("psycopg", reason="pip install 'tct_hf[postgres]'")
+
+
+@pytest.mark.slow
+def test_pushed_vectors_are_reported_and_searched_as_those_of_faiss(material: Material, tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    server = Server(tmp_path / "server")
+    folder, engine = material.folder, [f"--engine.url={server.url}", "--engine.name=passages"]
+    collection = [f"--data.source={material.beir}", f"--student={material.student}"]
+    encode = [f"--model={material.student}", f"--source={material.beir}", f"--output_dir={folder / 'vectors'}"]
+    run("encode", folder, *encode, "--shard_size=16")
+    push = [f"--vectors={folder / 'vectors'}", f"--url={server.url}", f"--source={material.beir}"]
+    assert "60 of 60" in run("push", folder, *push).stdout
+    assert "(60 were there)" in run("push", folder, *push).stdout
+    report = [
+        *collection,
+        "--teacher=null",
+        "--measures.depth=20",
+        "--cost.queries=2",
+        f"--output_dir={folder / 'pg'}",
+    ]
+    run("evaluate", folder, *report, "--measures.names=[RR@10]", *engine)
+    found, exact = (read_run(folder / "pg" / "runs" / f"dense-{key}.test.trec") for key in ("engine", "exact"))
+    assert {query: [*hits] for query, hits in found.items()} == {query: [*hits] for query, hits in exact.items()}
+    row = next(system for system in Report.load(folder / "pg").systems if system.key == "dense-engine")
+    assert row.title == "dense, PostgreSQL" and (row.cost or {})["disk_bytes"] > 60 * 32
+    written = [file.read_text() for file in (folder / "pg").rglob("*") if file.suffix in (".json", ".yaml", ".md")]
+    assert any("127.0.0.1" in text for text in written) and not any("secret" in text for text in written)
+    asked = [run("search", folder, *collection, "--json", *more, stdin="dense\n").stdout for more in ([], engine)]
+    ours, theirs = ([hit["id"] for hit in json.loads(line)["passages"]] for line in asked)
+    assert ours == theirs
+    wrong = [f"--student={material.folder / 'mean'}", f"--data.source={material.beir}", *engine]
+    assert "table passages: built by" in run("search", folder, *wrong, stdin="dense\n", code=1).stderr
+    server.end()
