@@ -93,7 +93,10 @@ class PgVectorIndex(EngineIndex):
         from psycopg.types.json import Jsonb
 
         with _plainly(), self._connection.transaction(), self._connection.cursor() as cursor:
-            cursor.execute(f"delete from {self.name} where shard = %s or id = any(%s)", (number, list(rows.ids)))
+            # Not in one statement, which would compare every row with every id.
+            stored = "exists (select from tct_hf_shards where name = %s and number = %s)"
+            cursor.execute(f"delete from {self.name} where shard = %s and {stored}", (number, self.name, number))
+            cursor.execute(f"delete from {self.name} where id = any(%s)", (list(rows.ids),))
             columns = "(id, shard, vector, text, metadata)"
             with cursor.copy(f"copy {self.name} {columns} from stdin with (format binary)") as copy:
                 copy.set_types(["text", "int4", "halfvec" if self.about["half"] else "vector", "text", "jsonb"])
