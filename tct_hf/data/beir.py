@@ -102,7 +102,8 @@ class BeirFolder:
             if path.is_file():
                 return LineSource(path)
         there = sorted(path.name for path in folder.iterdir())
-        if name == "corpus" and document_files(folder):
+        mistyped = any(one.partition(".")[0] == name for one in there)  # in another format, beside a README
+        if name == "corpus" and not mistyped and document_files(folder):
             return DocumentSource(folder)
         said = ", ".join(there) or "nothing"
         raise FileNotFoundError(f"{folder}: neither {name}.jsonl nor {name}.jsonl.gz is there (there is: {said})")

@@ -12,8 +12,8 @@ from tct_hf.data.rows import file_key, text_lines
 
 _SUFFIXES = (".md", ".markdown", ".txt")
 _WORDS = 150  # of a passage at most: many encoders read 256 tokens
-_HEADING = re.compile(r"(#{1,6})\s+(.*?)[\s#]*")
-_FENCE = re.compile(r"\s*(```|~~~)")
+_HEADING = re.compile(r"(#{1,6})\s+(.*?)(\s+#+)?\s*")
+_FENCE = re.compile(r"\s*(`{3,}[^`]*$|~~~)")
 
 
 def document_files(folder: Path) -> list[Path]:

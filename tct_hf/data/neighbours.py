@@ -127,7 +127,10 @@ def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ours(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with our names of columns."""
-    names = {theirs: ours for theirs, ours in _RENAMED.items() if not {ours, f"{ours}s"} & row.keys()}
+    names = {name: ours for name in row if (ours := _RENAMED.get(name)) and not {ours, f"{ours}s"} & row.keys()}
+    if len({*names.values()}) < len(names):
+        what = f"more than one of {', '.join(names)} may be the query or the positive"
+        raise BadRow("doubled column", f"{what}; leave one out, or say which with columns=")
     return {names.get(name, name): value for name, value in row.items()}
 
 
@@ -138,7 +141,7 @@ def _converted(row: dict[str, Any]) -> dict[str, Any]:
     candidates = next((name for name in ("document_ids", "documents") if name in row), None)
     if candidates and SCORES in row and "positive" not in row:  # PyLate: no labels, and the teacher's best is first
         passages, scores = (_listed(row.pop(name)) for name in (candidates, SCORES))
-        ranked = sorted(zip(scores, passages, strict=False), key=lambda pair: pair[0], reverse=True)
+        ranked = sorted(zip(scores, passages, strict=True), key=lambda pair: pair[0], reverse=True)
         names = ("positive_id", "negative_ids") if candidates == "document_ids" else ("positive", "negatives")
         best, others = [passage for _, passage in ranked][:1], [passage for _, passage in ranked][1:]
         row |= {names[0]: best[0] if best else None, names[1]: others, LABELLED: False}
@@ -156,6 +159,8 @@ def _converted(row: dict[str, Any]) -> dict[str, Any]:
         raise BadRow("mixed types", f"a pair with a score may be a negative; {fix}", "score")
     if SCORES not in row:
         if row.get("pos_scores") is not None and row.get("neg_scores") is not None:  # FlagEmbedding
+            if isinstance(row["positive"], list) and len(row["positive"]) != len(row["pos_scores"]):
+                raise ValueError(f"{len(row['pos_scores'])} pos_scores of {len(row['positive'])} pos")
             row |= _scores([*row["pos_scores"], *row["neg_scores"]])
         elif "margin" in row:  # GPL
             row |= _scores([_number(row["margin"]), 0.0])
@@ -185,7 +190,7 @@ def _number(value: Any) -> Any:
 def _by_label(passages: Sequence[Any], labels: Sequence[Any], column: str) -> dict[str, Any]:
     """Passages of label 1 as positives, those of label 0 as negatives."""
     found: dict[float, list[Any]] = {1.0: [], 0.0: []}
-    for passage, label in zip(passages, labels, strict=False):
+    for passage, label in zip(passages, labels, strict=True):
         if _number(label) not in found:
             raise BadRow("mixed types", f"holds {shown(label)} where 1 (relevant) or 0 is needed", column)
         found[_number(label)].append(passage)

@@ -61,6 +61,8 @@ def run_shards(
         progress: told of items whose shard is there already.
     """
     folder = Path(folder)
+    if settings.get("shard_size", 1) < 1:
+        raise ValueError(f"shard_size must be at least 1, got {settings['shard_size']}.")
     wait = state.wait_for_everyone if state is not None else lambda: None
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     with working_in(folder, rank == 0):

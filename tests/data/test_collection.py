@@ -113,7 +113,7 @@ def test_the_queries_of_a_share_of_labels_are_among_those_of_a_larger_share(larg
             made(larger, share)
     larger.questions = {}
     del larger.splits["train"]
-    with pytest.raises(ValueError, match=r"give a file of them as data\.questions"):
+    with pytest.raises(ValueError, match=r"give a file as data\.questions"):
         made(larger, 0.0, unlabelled=True)
 
 

@@ -13,8 +13,8 @@ GUIDE = f"""before any heading
 ```
 ### Deep
 
-## Install
-with pip
+## Install C# ##
+```with pip```
 
 from source
 # Use
@@ -46,7 +46,7 @@ def test_passages_of_documents_are_sections_under_their_headings_and_parts_of_lo
         "long.TXT#4": ("", " ".join(WORDS[300:])),
         "sub/guide.md#1": ("", "before any heading"),
         "sub/guide.md#2": ("Guide", "```\n# a comment of code, no heading\n```"),
-        "sub/guide.md#3": ("Guide: Install", "with pip\n\nfrom source"),
+        "sub/guide.md#3": ("Guide: Install C#", "```with pip```\n\nfrom source"),
         "sub/guide.md#4": ("Use", " ".join(WORDS[:100])),
         "sub/guide.md#5": ("Use", " ".join(WORDS[100:180])),
     }
@@ -66,4 +66,7 @@ def test_documents_are_read_again_when_one_changes_and_judged_by_their_passages_
 def test_a_document_that_is_not_utf_8_is_named_with_its_line(notes: Path) -> None:
     (notes / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
     with pytest.raises(ValueError, match=r"latin\.txt, line 2: not UTF-8"):
+        load_collection(str(notes), required=())
+    (notes / "corpus.parquet").write_bytes(b"PAR1")  # a collection in another format, with a README
+    with pytest.raises(FileNotFoundError, match=r"neither corpus\.jsonl nor .*there is: .*corpus\.parquet"):
         load_collection(str(notes), required=())

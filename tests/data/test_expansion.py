@@ -119,6 +119,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             write_expansions(bad, tmp_path / "bad", settings={})
+    with pytest.raises(ValueError, match="shard_size must be at least 1, got 0"):
+        write_expansions(rows(), tmp_path / "bad", settings={}, shard_size=0)
 
 
 def test_rows_in_another_format_are_written_alike(tmp_path: Path) -> None:

@@ -191,6 +191,10 @@ def test_arrays_have_their_elements_by_number_and_pairs_their_queries_apart(tmp_
         ([*PAIRS[:2], {**PAIRS[2], "label": 0.4}], "column 'label': holds 0.4 where 1"),
         ([{"question": "a", "answer": "b", "score": 0.4}], "line 1, column 'score': a pair with a score may be a neg"),
         ([{**FIRST, "pos": ["a"], "neg": ["b"], "pos_scores": 3, "neg_scores": [1]}], "of another shape than usual"),
+        ([{**FIRST, **FLAG, "pos_scores": [4.5, 1.0], "neg_scores": [2.0]}], "2 pos_scores of 1 pos"),
+        ([{**FIRST, "documents": ["a", "b", "c"], "scores": [2.0, 1.0]}], "of another shape than usual"),
+        ([{**FIRST, "answer": ["a", "b", "c"], "labels": [1, 0]}], "of another shape than usual"),
+        ([{"question": "a", "answer": "b", "passage": "c"}], "more than one of question, answer, passage may be"),
     ],
 )
 def test_other_shapes_are_refused(tmp_path: Path, lines: list[Any], message: str) -> None:

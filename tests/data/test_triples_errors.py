@@ -107,6 +107,8 @@ def test_bad_json_and_lists_that_do_not_match_are_refused_or_skipped(tmp_path: P
     check_bad_row(tmp_path / "u.jsonl", rows, {}, "different lengths", ": 2 positives but 1 positive ids", left=2)
     rows = jsonl({"query": "1", "positive": name, "negative": "d2"} for name in ("d1", "d9"))
     check_bad_row(tmp_path / "v.jsonl", rows, TEXTS, "unknown id", ", column 'positive_id': 'd9' is not in")
+    rows = jsonl({"query": "1", "positive": names, "negative": "d2"} for names in (["d1"], ["d9", "d1"]))
+    check_bad_row(tmp_path / "w.jsonl", rows, TEXTS, "unknown id", ", column 'positive_id': 'd9' is not in", left=2)
 
 
 # What is wrong with the whole file or a setting, and skip_bad_rows does not pass over

@@ -106,7 +106,7 @@ def test_questions_join_the_train_queries_of_a_judged_collection_whose_test_spli
     [
         (["--data.questions=null"], 2, "has no test split, and there are no data.questions or data.made_questions"),
         (["--data.unlabelled=false"], 2, "data.questions: these have no labels; set data.unlabelled"),
-        (["--data.questions=null", "--stages=student"], 1, "give a file of them as data.questions"),
+        (["--data.questions=null", "--stages=student"], 1, "give a file as data.questions"),
         (["--data.labels=1.0"], 1, "qrels: no train.tsv"),
     ],
 )
