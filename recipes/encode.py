@@ -2,7 +2,8 @@
 
 accelerate launch recipes/encode.py [settings.yaml] --model PATH --source PATH --output_dir DIR [--setting value ...]
 
-If it is stopped, the same command resumes after the last whole shard. Several processes share the work.
+If it is stopped, the same command resumes after the last whole shard. Several processes share the work; so do jobs
+that have only the output folder in common: the same command with --shard_index 0 --num_shards 4, and so on to 3.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Settings:
     dtype: Literal["float32", "float16"] = setting("float32", "dtype of the stored vectors")
     shard_size: int = setting(4096, "passages a shard; an interruption loses at most one shard")
     tokens_per_pass: int | None = setting(None, "tokens a forward pass; chosen by the device when null")
+    shard_index: int = setting(0, "number of this job, from 0, where several share nothing but the output folder")
+    num_shards: int = setting(1, "how many such jobs there are; the last of them to end finishes the folder")
     allow_empty: bool = setting(False, "encode passages without text instead of refusing them")
     skip_bad_rows: bool = setting(False, "skip bad and repeated passages and say which")
     parquet: str | None = setting(None, "folder for the vectors as parquet files, too, as Anserini reads them")
@@ -46,6 +49,12 @@ def main(settings: Settings) -> None:
 
     if settings.model is None:
         raise SettingsError("model: name the folder or Hub id of the model to encode with, --model PATH")
+    if not 0 <= settings.shard_index < settings.num_shards:
+        at, of = settings.shard_index, settings.num_shards
+        raise SettingsError(f"shard_index, num_shards: {at} of {of}; jobs are numbered from 0 to num_shards - 1")
+    job = (settings.shard_index, settings.num_shards) if settings.num_shards > 1 else None
+    if job is not None and settings.parquet is not None:
+        raise SettingsError("parquet: of a part; write them when all is there, by this command without num_shards")
     quieten()
     state = process_state()
     how = {"allow_empty": settings.allow_empty}
@@ -63,10 +72,13 @@ def main(settings: Settings) -> None:
         model_id=settings.model,
         **{name: getattr(settings, name) for name in ("precision", "dtype", "shard_size", "tokens_per_pass")},
         **how,
+        job=job,
         state=state,
         write_every=settings.progress_every,
     )
-    if state.is_main_process:
+    if job is not None and not manifest:
+        print(f"job {job[0]} of {job[1]} (from 0) has ended; shards of others are missing", flush=True)
+    elif state.is_main_process:
         print("\n" + summary(manifest, Path(settings.output_dir)))
         if settings.parquet is not None:
             files = write_anserini(settings.output_dir, settings.parquet)

@@ -53,7 +53,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _held(lock: Path, what: Path, stale: str) -> Iterator[None]:
+def _held(lock: Path, what: Path, stale: str | None) -> Iterator[None]:
     """Hold a lock file, which filelock makes a soft one where the file system has no locks."""
     from filelock import FileLock, Timeout  # not for --help
 
@@ -65,7 +65,7 @@ def _held(lock: Path, what: Path, stale: str) -> Iterator[None]:
         logger.warning(f"{what}: waiting for another process, which is writing it.")
         held.acquire()
     try:
-        for left in lock.parent.glob(stale):  # by killed holders
+        for left in lock.parent.glob(stale) if stale else ():  # by killed holders
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
     finally:
@@ -88,18 +88,19 @@ def _locked(final: Path) -> Iterator[None]:
 
 
 @contextmanager
-def working_in(folder: str | os.PathLike[str], main: bool = True) -> Iterator[None]:
+def working_in(folder: str | os.PathLike[str], main: bool = True, *, shared: bool = False) -> Iterator[None]:
     """Keep other runs out of a folder that is filled file by file: they wait, and say for whom.
 
     Args:
         folder: made when missing.
         main: whether this process takes the lock, for all of a distributed run.
+        shared: what others are writing without the lock is not cleared away.
     """
     folder = Path(folder)
     if not main:
         yield
         return
-    with writing(folder / "."), _held(folder / ".lock", folder, ".*.tmp"):
+    with writing(folder / "."), _held(folder / ".lock", folder, None if shared else ".*.tmp"):
         yield
 
 
@@ -281,7 +282,11 @@ _NAMES = "names"  # in the claim: of digests, beside the settings
 
 
 def claim(
-    folder: str | os.PathLike[str], settings: Mapping[str, Any], names: Mapping[str, str | None] | None = None
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    names: Mapping[str, str | None] | None = None,
+    *,
+    shared: bool = False,
 ) -> None:
     """Record which settings a folder's content belongs to, or refuse the folder if they are others.
 
@@ -289,12 +294,14 @@ def claim(
         folder: made when missing.
         settings: JSON-ready.
         names: what digests among the settings are of, such as a model's id, by setting; shown, and never compared.
+        shared: others may be at work on what is not there yet.
     """
     folder = Path(folder)
     wanted = json.loads(json.dumps(settings))
     file = folder / CLAIM_FILE
     # A folder that holds the claim alone has nothing to lose: the run stopped before its first result.
-    if file.is_file() and any(p.name != CLAIM_FILE and not p.name.startswith(".") for p in folder.iterdir()):
+    begun = shared or any(p.name != CLAIM_FILE and not p.name.startswith(".") for p in folder.glob("*"))
+    if file.is_file() and begun:
         kept = read_json(file, _BEGIN_AGAIN)
         kept_names = kept.pop(_NAMES, None)
         kept_names = kept_names if isinstance(kept_names, dict) else {}  # nothing but shown

@@ -66,8 +66,9 @@ class PassageProgress:
             of, left = f" of {self._total:,}", f"   {human_duration((self._total - done) / rate)} left"
         self._write(f"  {done:,}{of} passages   {_rate(rate)}{left}")
 
-    def finish(self, passages: int) -> None:
-        """Say that all passages are there."""
+    def finish(self, passages: int | None = None) -> None:
+        """Say that all passages are there; those that were counted when their number is not given."""
+        passages = self.there + self._encoded if passages is None else passages
         seconds = time.monotonic() - self._begun
         fresh = passages - self.there
         rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""

@@ -1,8 +1,9 @@
 """Encode a small corpus into a folder, in one process or under `accelerate launch`, and maybe be killed on the way.
 
-python -m tests.encode_worker MODEL OUTPUT [KILLED]
+python -m tests.encode_worker MODEL OUTPUT [KILLED [INDEX JOBS]]
 
 KILLED: the name of a file; the process ends before it is put in place.
+INDEX JOBS: this is one of several jobs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def passages(count: int = COUNT) -> Iterator[dict[str, str]]:
         yield {"id": f"p{row}", "text": " ".join(WORDS[(row * 5 + place) % 14] for place in range(1 + row * 7 % 30))}
 
 
-def main(model: str, output: str, killed: str = "") -> None:
+def main(model: str, output: str, killed: str = "", index: str = "", jobs: str = "") -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -44,7 +45,8 @@ def main(model: str, output: str, killed: str = "") -> None:
         os.replace = put  # type: ignore[assignment]
     state = process_state()
     encoder = SentenceTransformer(model, device="cpu")
-    encode_corpus(encoder, passages(), output, precision="fp32", shard_size=SHARD, state=state)
+    job = (int(index), int(jobs)) if jobs else None
+    encode_corpus(encoder, passages(), output, precision="fp32", shard_size=SHARD, job=job, state=state)
     print(f"process {state.process_index} of {state.num_processes}", flush=True)
     state.destroy_process_group()
 

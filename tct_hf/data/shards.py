@@ -33,6 +33,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = 3
 _MADE_OF = b"tct_hf"
 _CHECKSUM = "checksum"  # of the rest of the manifest
+# Of a folder that several jobs fill: "jobs", "shards" and "items"; gone when it is finished.
+_JOBS_FILE = ".jobs.json"
 _BEGIN_AGAIN = "choose another folder, or delete this one to begin again."
 _RUN_AGAIN = "delete it, and run again what wrote the folder"
 
@@ -67,9 +69,7 @@ def run_shards(
     rank, processes = (state.process_index, state.num_processes) if state is not None else (0, 1)
     with working_in(folder, rank == 0):
         if rank == 0:
-            if not (folder / CLAIM_FILE).is_file() and any(not file.name.startswith(".") for file in folder.iterdir()):
-                raise FileExistsError(f"{folder}: holds something other than shards; name another folder")
-            claim(folder, {**settings, "format": FORMAT}, names)
+            _claim(folder, settings, names)
         wait()
         there = _there(folder)
         wait()  # a shard is written only after every process has seen which are there
@@ -77,10 +77,7 @@ def run_shards(
         for shards, (made_of, items) in enumerate(parts, 1):
             file = shard_file(folder, shards - 1)
             if file.name in there:
-                _compare(file)
-                if (_opened(file).schema.metadata or {}).get(_MADE_OF, b"") != made_of.encode():
-                    what = "was made of other passages (a text, an id or their order differs)"
-                    raise ValueError(f"{file} {what}: {_BEGIN_AGAIN}")
+                _compare(file, made_of)
                 if progress is not None:
                     progress.skipped(len(items))
             else:
@@ -95,6 +92,94 @@ def run_shards(
             _finish(folder, shards, count, about or {}, there)
         wait()
     return read_manifest(folder, "shards")
+
+
+def run_job(
+    folder: str | Path,
+    settings: Callable[[], Mapping[str, Any]],
+    parts: Iterable[tuple[str | None, Sequence[Any]]],
+    make: Callable[[Sequence[Any]], Any],
+    *,
+    jobs: int,
+    size: tuple[int, int] | None = None,
+    about: Mapping[str, Any] | Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
+    names: Mapping[str, str | None] | None = None,
+    progress: PassageProgress | None = None,
+) -> dict[str, Any]:
+    """Write one job's shards of a folder that several fill, none waiting for another; called again, it goes on.
+
+    The job that finds all shards there writes the manifest. The folder is locked only while it is claimed, and while
+    the manifest is written.
+
+    Args:
+        folder: as in `run_shards`, as are make, about, names and progress.
+        settings: makes the settings, in turn: a job can take over what an earlier one has claimed.
+        parts: as in `run_shards`; of a shard of another job no checksum, and as many items of any kind.
+        jobs: how many there are.
+        size: shards and items in all; None where they are known when all are read.
+
+    Returns:
+        The manifest; empty while shards of other jobs are missing.
+    """
+    folder = Path(folder)
+    with working_in(folder, shared=True):
+        _claim(folder, settings(), names, shared=True)
+        if size is not None and not (folder / MANIFEST_FILE).is_file():
+            _note_jobs(folder, jobs, *size)
+    written: set[str] = set()
+    shards = count = 0
+    for shards, (made_of, items) in enumerate(parts, 1):
+        file = shard_file(folder, shards - 1)
+        count += len(items)
+        if made_of is None:
+            continue
+        if not file.is_file():
+            _write_shard(file, make(items), made_of, held=False)
+            written.add(file.name)
+            continue
+        _compare(file, made_of)
+        if progress is not None:
+            progress.skipped(len(items))
+    with working_in(folder, shared=True):
+        there = _there(folder)
+        if any(shard_file(folder, number).name not in there for number in range(shards)):
+            _note_jobs(folder, jobs, shards, count)
+            return {}
+        announced = _announced(folder)
+        changed = any(announced.get(name) != file_digest(folder / name) for name in written)
+        if changed or len(announced) != shards:  # otherwise another job has just written it
+            _finish(folder, shards, count, about or {}, there - written)
+    return read_manifest(folder, "shards")
+
+
+def _claim(folder: Path, settings: Mapping[str, Any], names: Any, shared: bool = False) -> None:
+    if not (folder / CLAIM_FILE).is_file() and any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise FileExistsError(f"{folder}: holds something other than shards; name another folder")
+    claim(folder, {**settings, "format": FORMAT}, names, shared=shared)
+
+
+def _note_jobs(folder: Path, jobs: int, shards: int, items: int) -> None:
+    """Write down what all jobs are to make, or refuse a job that has other things to make it of."""
+    file, noted = folder / _JOBS_FILE, {"jobs": jobs, "shards": shards, "items": items}
+    before = read_json(file, "delete it.", needs=list(noted)) if file.is_file() else noted
+    if before["items"] != items:
+        both = f"another job was given {before['items']:,} passages, this one {items:,}"
+        raise ValueError(f"{folder}: {both}; give all jobs the same corpus, or {_BEGIN_AGAIN}")
+    write_json_atomic(file, noted)
+
+
+def _missing(folder: Path, what: str) -> str:
+    """What is missing of a folder that is not finished, and what to run again."""
+    if not (folder / _JOBS_FILE).is_file():
+        return f"its {what} are not finished; run again what made them, and it goes on"
+    noted, there = read_json(folder / _JOBS_FILE, "delete it.", needs=["jobs", "shards"]), _there(folder)
+    missing = [number for number in range(noted["shards"]) if shard_file(folder, number).name not in there]
+    if not missing:
+        return f"all shards of its {what} are there, but not {MANIFEST_FILE}; run any of its jobs again to write that"
+    some = ", ".join(shard_file(folder, number).name for number in missing[:5]) + ", ..." * (len(missing) > 5)
+    jobs = ", ".join(map(str, sorted({number % noted["jobs"] for number in missing})))
+    left = f"{len(missing):,} of {noted['shards']:,} shards of its {what} are missing ({some})"
+    return f"{left}; if they no longer run, start these of its {noted['jobs']} jobs again (from 0): {jobs}"
 
 
 def has_shards(folder: Path) -> bool:
@@ -119,21 +204,24 @@ def digest_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _write_shard(file: Path, columns: Any, made_of: str) -> None:
+def _write_shard(file: Path, columns: Any, made_of: str, held: bool = True) -> None:
     table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _MADE_OF: made_of})
-    with write_aside(file, held=True) as aside:
+    with write_aside(file, held=held) as aside:
         with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         with aside.open("rb+") as opened:  # after the stream, where its readers stop
             opened.write(xxhash.xxh3_128(opened.read()).digest())
 
 
-def _compare(file: Path) -> None:
-    """Refuse a shard that has changed since it was written: Arrow trusts what it opens."""
+def _compare(file: Path, made_of: str) -> None:
+    """Refuse a shard of something else, or one that has changed since it was written: Arrow trusts what it opens."""
     content = memoryview(file.read_bytes())
     if xxhash.xxh3_128(content[:-16]).digest() != content[-16:]:
         raise ValueError(f"{file}: damaged (its checksum differs): {_RUN_AGAIN}")
+    if (_opened(file).schema.metadata or {}).get(_MADE_OF, b"") != made_of.encode():
+        what = "was made of other passages (a text, an id or their order differs)"
+        raise ValueError(f"{file} {what}: {_BEGIN_AGAIN}")
 
 
 def read_shard(folder: Path, number: int) -> Any:
@@ -161,9 +249,7 @@ def _finish(folder: Path, shards: int, count: int, about: Any, kept: Collection[
     if (more := shard_file(folder, shards)).is_file():
         ends = f"this one has {count:,} passages and ends before it"
         raise ValueError(f"{more} was made of another corpus ({ends}): {_BEGIN_AGAIN}")
-    announced: dict[str, str] = {}
-    with suppress(FileNotFoundError, ValueError):
-        announced = {entry["file"]: entry["sha256"] for entry in read_manifest(folder, "shards")["shards"]}
+    announced = _announced(folder)
     tables = [read_shard(folder, number) for number in range(shards)]
     entries = []
     for number, table in enumerate(tables):
@@ -174,6 +260,14 @@ def _finish(folder: Path, shards: int, count: int, about: Any, kept: Collection[
     about = about(tables) if callable(about) else about
     manifest = {**read_claim(folder, _BEGIN_AGAIN), **about, "count": count, "shards": entries}
     write_json_atomic(folder / MANIFEST_FILE, {**manifest, _CHECKSUM: _checksum(manifest)})
+    (folder / _JOBS_FILE).unlink(missing_ok=True)
+
+
+def _announced(folder: Path) -> dict[str, str]:
+    """The checksums of shards by the manifest, where there is one."""
+    with suppress(FileNotFoundError, ValueError):
+        return {entry["file"]: entry["sha256"] for entry in read_manifest(folder, "shards")["shards"]}
+    return {}
 
 
 def _altered(file: Path) -> ValueError:
@@ -189,7 +283,7 @@ def read_manifest(folder: Path, what: str) -> dict[str, Any]:
     file = folder / MANIFEST_FILE
     if not file.is_file():
         if (folder / CLAIM_FILE).is_file():
-            raise FileNotFoundError(f"{folder}: its {what} are not finished; run again what made them, and it goes on")
+            raise FileNotFoundError(f"{folder}: {_missing(folder, what)}")
         raise FileNotFoundError(f"{folder}: no {what} here ({file.name} is missing); give the folder that has them")
     manifest: dict[str, Any] = read_json(file, _RUN_AGAIN)
     if manifest.get("format") != FORMAT:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -214,9 +215,9 @@ def add_texts(rows: Sequence[dict[str, Any]], columns: Mapping[str, Texts]) -> l
     return errors
 
 
-def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool) -> Iterator[Passage]:
+def checked_passages(corpus: Iterable[Mapping[str, Any]], allow_empty: bool, first: int = 0) -> Iterator[Passage]:
     """Id and text of each passage of a corpus, read once; a bad one is a ValueError with its number and id."""
-    for number, row in enumerate(rows_in_batches(corpus, ("id", "text"))):
+    for number, row in enumerate(rows_in_batches(corpus, ("id", "text")), first):
         if not isinstance(row, Mapping):
             raise ValueError(f"corpus, passage number {number} is a {type(row).__name__}: give rows of id and text.")
         try:
@@ -233,8 +234,38 @@ def passage_shards(passages: Iterator[Passage], size: int) -> Iterator[list[Pass
     """Consecutive passages, so many at a time; refuses an id that comes twice, in 16 bytes of memory an id."""
     seen, count = SeenIds(), 0
     while shard := list(islice(passages, size)):
-        if again := seen.add([passage_id for passage_id, _ in shard]):
-            name = shard[again[0]][0]
-            raise ValueError(f"corpus: two passages have the id {name!r} (again at number {count + again[0]}).")
+        refuse_repeated(seen, [passage_id for passage_id, _ in shard], count)
         count += len(shard)
         yield shard
+
+
+def refuse_repeated(seen: SeenIds, ids: Sequence[str], count: int) -> None:
+    """Take the ids of the next passages, after so many; a ValueError names one that came before."""
+    if again := seen.add(ids):
+        raise ValueError(f"corpus: two passages have the id {ids[again[0]]!r} (again at number {count + again[0]}).")
+
+
+def job_shards(
+    corpus: Iterable[Mapping[str, Any]], size: int, job: tuple[int, int], allow_empty: bool
+) -> Iterator[list[Passage] | range]:
+    """The shards of one of several jobs, and the first of all; of others the numbers of their rows.
+
+    Those rows a data set doesn't read; another iterable is read to its end.
+    """
+    index, jobs = job
+    for number, (numbers, read) in enumerate(_row_blocks(corpus, size)):
+        own = number == 0 or number % jobs == index
+        yield list(checked_passages(read(), allow_empty, numbers.start)) if own else numbers
+
+
+def _row_blocks(corpus: Any, size: int) -> Iterator[tuple[range, Callable[[], Any]]]:
+    """Consecutive row numbers, so many at a time, with what reads their rows."""
+    if hasattr(corpus, "select"):
+        for start in range(0, len(corpus), size):
+            rows = range(start, min(start + size, len(corpus)))
+            yield rows, partial(corpus.select, rows)
+        return
+    rest, start = rows_in_batches(corpus, ("id", "text")), 0
+    while block := list(islice(rest, size)):
+        yield range(start, start + len(block)), partial(iter, block)
+        start += len(block)

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tct_hf.batches import padding_of, parts_of_similar_length, stack_columns
+from tct_hf.data.ids import SeenIds
 from tct_hf.data.rows import checked_texts
-from tct_hf.data.shards import digest_of, has_shards, run_shards
-from tct_hf.data.texts import Passage, checked_passages, passage_shards
+from tct_hf.data.shards import digest_of, has_shards, run_job, run_shards
+from tct_hf.data.texts import Passage, checked_passages, job_shards, passage_shards, refuse_repeated
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
 from tct_hf.progress import PassageProgress
@@ -237,6 +238,7 @@ def encode_corpus(
     shard_size: int = POOL,
     tokens_per_pass: int | None = None,
     allow_empty: bool = False,
+    job: tuple[int, int] | None = None,
     state: PartialState | None = None,
     write: Callable[[str], None] | None = None,
     write_every: float = 10.0,
@@ -251,23 +253,29 @@ def encode_corpus(
     Several processes split the shards among them, each given the whole corpus in the same order. Vectors depend
     neither on the number of processes nor on interruptions, as long as hardware, threads and libraries are the same.
 
+    Jobs that share nothing but the folder split the shards, too: each is given the same corpus, of which it reads its
+    own part, and none waits for another. The one that finds all shards there writes the manifest.
+
     Args:
         model: dense or sparse encoder of one vector a text, on the device that encodes.
         corpus: passages with "id" and "text"; a data set, or any iterable, read once.
         out_dir: the folder; made when missing.
         model_id: name or path of the model, recorded and shown; by default what the encoder was loaded from.
         precision: what to compute in. "auto": bfloat16 where the hardware has it and a few dozen passages of the first
-            shard keep a cosine of 0.9999 to float32; a folder that was begun keeps its precision.
+            shard keep a cosine of 0.9999 to float32; a folder that was begun keeps its precision, and all jobs take
+            that of the first.
         dtype: what to store vectors in; float32 for those of a sparse encoder.
         shard_size: passages a shard: what a kill loses at most, and what memory holds.
         tokens_per_pass: as `encode_texts`; recorded, since the last bits of a vector depend on it.
         allow_empty: encode passages without words instead of refusing them (a student's vector of one is zero).
+        job: the number of this job, from 0, and how many there are; the shards whose numbers leave it as remainder are
+            its own.
         state: the processes of a distributed run; one process when None.
         write: takes a line of progress without its line end; printed by the main process when None.
         write_every: seconds between such lines.
 
     Returns:
-        The manifest; see `load_vectors`.
+        The manifest; see `load_vectors`. Of a job, an empty one while shards of others are missing.
 
     Raises:
         ValueError: an unknown setting; a folder of another model, settings or corpus, naming what differs; an empty
@@ -281,30 +289,44 @@ def encode_corpus(
         raise ValueError(f"dtype={dtype!r} is not known for these vectors: use one of {', '.join(known)}.")
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}.")
+    if job is not None and not 0 <= job[0] < job[1]:
+        raise ValueError(f"job={job}: the first must be a number from 0, less than the second, of all jobs.")
+    if job is not None and state is not None and state.num_processes > 1:
+        raise ValueError(f"job={job}: {state.num_processes} processes share this job; start a job for each instead.")
     budget = budget_of(model, tokens_per_pass)
     folder = Path(out_dir)
-    passages_of = passage_shards(checked_passages(corpus, allow_empty), shard_size)
+    passages_of: Any = (
+        passage_shards(checked_passages(corpus, allow_empty), shard_size)
+        if job is None
+        else job_shards(corpus, shard_size, job, allow_empty)
+    )
     first = next(passages_of, None)  # what is wrong with all passages leaves no folder
     if first is None:
         raise ValueError("corpus: it has no passage; check its source.")
     is_main = state is None or state.process_index == 0
-    computed_in: str = precision
-    if precision == "auto" and is_main:
-        kept = _begun_precision(folder) if has_shards(folder) else None
-        computed_in = kept or choose_precision(model, [text for _, text in first])
     description = describe_model(model, model_id)
-    settings = {
-        "weights_sha256": description["model"]["weights_sha256"],
-        "encoding": description["encoding"],
-        "precision": computed_in,
-        "dtype": dtype,
-        "shard_size": shard_size,
-        "device": model.device.type,
-        "tokens_per_pass": budget,
-        **({"layout": "sparse"} if sparse else {}),
-    }
+
+    def settings() -> dict[str, Any]:
+        computed_in: str = precision
+        if precision == "auto" and is_main:
+            kept = _begun_precision(folder) if job is not None or has_shards(folder) else None
+            computed_in = kept or choose_precision(model, [text for _, text in first])
+        return {
+            "weights_sha256": description["model"]["weights_sha256"],
+            "encoding": description["encoding"],
+            "precision": computed_in,
+            "dtype": dtype,
+            "shard_size": shard_size,
+            "device": model.device.type,
+            "tokens_per_pass": budget,
+            **({"layout": "sparse"} if sparse else {}),
+        }
+
     total = len(corpus) if isinstance(corpus, Sized) else None
-    progress = PassageProgress(total, state, write, write_every)
+    own = total
+    if job is not None and total is not None:
+        own = sum(min(shard_size, total - start) for start in range(job[0] * shard_size, total, job[1] * shard_size))
+    progress = PassageProgress(own, state, write, write_every)
 
     def make(passages: Sequence[Passage]) -> Any:
         chosen = _begun_precision(folder)  # by the main process
@@ -322,12 +344,27 @@ def encode_corpus(
 
     def about(tables: Sequence[Any]) -> dict[str, Any]:
         # Not among the settings: the same weights may lie in another place.
+        if job is not None:
+            seen, count = SeenIds(), 0
+            for table in tables:
+                refuse_repeated(seen, table["id"].to_pylist(), count)
+                count += len(table)
         return {"model": description["model"], **vector_facts(tables)}
 
-    parts = ((digest_of(chain.from_iterable(shard)), shard) for shard in chain([first], passages_of))
+    shards = chain([first if job is None or job[0] == 0 else range(len(first))], passages_of)
+    parts: Any = ((None if isinstance(one, range) else digest_of(chain.from_iterable(one)), one) for one in shards)
+    options: dict[str, Any] = {
+        "about": about,
+        "names": {"weights_sha256": description["model"]["id"]},
+        "progress": progress,
+    }
+    if job is not None:
+        size = None if total is None else (math.ceil(total / shard_size), total)
+        manifest = run_job(folder, settings, parts, make, jobs=job[1], size=size, **options)
+        progress.finish()
+        return manifest
     begun = time.monotonic()
-    names = {"weights_sha256": description["model"]["id"]}
-    manifest = run_shards(folder, settings, parts, make, about=about, names=names, state=state, progress=progress)
+    manifest = run_shards(folder, settings(), parts, make, state=state, **options)
     progress.finish(manifest["count"])
     fresh = manifest["count"] - progress.there
     if is_main and fresh:

@@ -46,6 +46,19 @@ def test_a_collection_becomes_vectors_and_one_table(material: Material, tmp_path
     assert "truncate_dim: 33 is not between 1 and the 32 dimensions of the vectors" in refused
 
 
+def test_jobs_share_nothing_but_the_folder(material: Material, tmp_path: Path) -> None:
+    folder, jobs = tmp_path / "jobs", "--num_shards=2"
+    said, errors = encode(material, material.student, folder, jobs, "--shard_index=1")
+    assert errors == "" and said.splitlines()[-1] == "job 1 of 2 (from 0) has ended; shards of others are missing"
+    said, _ = encode(material, material.student, folder, jobs)
+    assert said.splitlines()[-1].startswith("| 60 | 32 | fp32 |") and len(load_vectors(folder)[0]) == 60
+    for more, message in (
+        ("--shard_index=2", "shard_index, num_shards: 2 of 2"),
+        ("--parquet=pq", "parquet: of a part"),
+    ):
+        assert message in encode(material, material.student, folder, jobs, more, code=2)[1]
+
+
 def test_a_sparse_student_is_encoded_too(material: Material, tmp_path: Path) -> None:
     model, folder = tiny_splade(tmp_path), tmp_path / "vectors"
     said, errors = encode(material, model, folder)

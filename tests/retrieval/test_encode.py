@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -334,6 +336,103 @@ def test_a_killed_run_goes_on_in_two_processes_to_the_bytes_of_an_undisturbed_on
     said = worker(saved, tmp_path / "v", processes=2)
     assert "process 0 of 2" in said and "process 1 of 2" in said
     assert content(tmp_path / "v") == content(tmp_path / "whole")
+
+
+# As jobs that share nothing but the folder
+
+
+def as_job(model: Any, folder: Path, index: int, jobs: int = 3, corpus: Any = None, **settings: Any) -> dict[str, Any]:
+    corpus = Dataset.from_list(list(passages())) if corpus is None else corpus
+    return encoded(model, folder, corpus, job=(index, jobs), **settings)
+
+
+def test_jobs_in_any_order_make_the_bytes_of_one_and_missing_ones_are_named(either: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "v"
+    whole, lines = encoded(either, tmp_path / "whole"), list[str]()
+    assert as_job(either, folder, 2, write=lines.append) == {} and lines[-1].startswith("  5 passages in ")
+    with pytest.raises(FileNotFoundError, match=r"4 of 5 .* missing \(00000\.arrow, 00001\.arrow, 00003.*: 0, 1$"):
+        load_vectors(folder)
+
+    def stopping() -> Iterator[dict[str, str]]:
+        yield from list(passages())[: 3 * SHARD + 1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # an iterable is read to the end of what is needed
+        as_job(either, folder, 0, corpus=stopping())
+    with pytest.raises(FileNotFoundError, match=r"3 of 5 .* \(00001\.arrow, 00003\.arrow, 00004\.arrow\).*: 0, 1$"):
+        load_vectors(folder)
+    assert as_job(either, folder, 1) == {}
+    before = (folder / "00000.arrow").stat().st_mtime_ns
+    assert as_job(either, folder, 0, corpus=passages(), write=lines.append) == whole
+    assert lines[-1].startswith("  10 passages (5 were there) in ")
+    assert content(folder) == content(tmp_path / "whole") and before == (folder / "00000.arrow").stat().st_mtime_ns
+    assert as_job(either, folder, 1) == whole  # again, with all there
+    (folder / "manifest.json").unlink()
+    assert as_job(either, folder, 7, jobs=9) == whole  # nothing of its own
+    (folder / "00003.arrow").unlink()
+    assert encoded(either, folder) == whole and content(folder) == content(tmp_path / "whole")
+
+
+def test_a_job_reads_only_its_own_rows_of_a_data_set(student: Any, tmp_path: Path) -> None:
+    corpus = Dataset.from_list(list(passages()))
+    corpus.select = Mock(side_effect=corpus.select)
+    as_job(student, tmp_path / "v", 1, corpus=corpus)
+    read = [list(call.args[0]) for call in corpus.select.call_args_list]
+    assert read == [list(range(5)), list(range(5, 10)), list(range(20, 23))]  # the first is what precision is told by
+
+
+def test_all_jobs_take_the_precision_of_the_first(
+    student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(encode, "ENOUGH_COSINE", 0.9)
+    as_job(student, tmp_path, 1, jobs=9, corpus=passages(3), precision="auto")  # claims, and has nothing to encode
+    monkeypatch.setattr(encode, "ENOUGH_COSINE", 2.0)
+    assert as_job(student, tmp_path, 0, jobs=1, corpus=passages(3), precision="auto")["precision"] == "bf16"
+    with pytest.raises(ValueError, match="precision = 'bf16', but now precision = 'fp32'"):
+        as_job(student, tmp_path, 1, jobs=9, corpus=passages(3))
+
+
+def test_jobs_of_another_corpus_or_model_and_impossible_ones_are_refused(student: Any, tmp_path: Path) -> None:
+    as_job(student, tmp_path / "v", 1)
+    with pytest.raises(ValueError, match="another job was given 23 passages, this one 22; give all jobs the same"):
+        as_job(student, tmp_path / "v", 0, corpus=Dataset.from_list(list(passages(22))))
+    with pytest.raises(ValueError, match="shard_size = 5, but now shard_size = 6"):
+        as_job(student, tmp_path / "v", 0, shard_size=6)
+    for index, jobs in ((3, 3), (-1, 3), (0, 0)):
+        with pytest.raises(ValueError, match=r"job=\(.*: the first must be a number from 0"):
+            as_job(student, tmp_path / "none", index, jobs)
+    with pytest.raises(ValueError, match="2 processes share this job; start a job for each"):
+        as_job(student, tmp_path / "none", 0, state=SimpleNamespace(process_index=0, num_processes=2))
+    assert not (tmp_path / "none").exists()
+    twice = [*passages(20), *passages(3)]
+    assert as_job(student, tmp_path / "twice", 0, 2, twice) == {}
+    with pytest.raises(ValueError, match=r"two passages have the id 'p0' \(again at number 20\)"):
+        as_job(student, tmp_path / "twice", 1, 2, twice)
+
+
+@pytest.mark.slow
+def test_four_jobs_started_together_of_which_one_is_killed_make_the_bytes_of_one(
+    student: Any, saved: Path, tmp_path: Path
+) -> None:
+    encoded(student, tmp_path / "whole")
+    folder, dying = tmp_path / "v", 1  # it has two shards, and is killed before the second is put in place
+    words = [sys.executable, "-m", "tests.encode_worker", str(saved), str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(index: int, killed: str = "") -> subprocess.Popen[str]:
+        return subprocess.Popen([*words, killed, str(index), "4"], env=env, stderr=subprocess.PIPE, text=True)
+
+    jobs = [start(index, "00001.arrow" if index == dying else "") for index in range(4)]
+    for index, job in enumerate(jobs):
+        _, errors = job.communicate()
+        assert job.returncode == (-signal.SIGKILL if index == dying else 0), errors[-4000:]
+    assert not (folder / "manifest.json").exists()
+    with pytest.raises(FileNotFoundError, match=r"1 of 5 .* missing \(00001\.arrow\); .*: 1$"):
+        load_vectors(folder)
+    again = start(dying)
+    assert again.communicate() and again.returncode == 0
+    assert content(folder) == content(tmp_path / "whole")
 
 
 # Faults
