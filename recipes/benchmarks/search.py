@@ -54,10 +54,11 @@ class World:
     passage_mean, query_mean, cosine_of_means = 2.91, 2.98, 0.70
     relevance, query_noise = 0.53, 0.33  # how much of a passage is in its query, and what else is
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, dimension: int = DIMENSION) -> None:
         draw = np.random.default_rng(seed)
-        self.axes = np.linalg.qr(draw.standard_normal((DIMENSION, DIMENSION)))[0].astype(np.float32)
-        variance = (np.arange(DIMENSION) + 14.0) ** -1.38
+        self.dimension = dimension
+        self.axes = np.linalg.qr(draw.standard_normal((dimension, dimension)))[0].astype(np.float32)
+        variance = (np.arange(dimension) + 14.0) ** -1.38
         self.deviation = np.sqrt(variance / variance.sum()).astype(np.float32)
         self.query_deviation = self.deviation**1.35
         self.query_deviation /= np.linalg.norm(self.query_deviation)
@@ -66,12 +67,12 @@ class World:
         self.centres = topics[draw.integers(self.topics, size=self.subtopics)]
         self.centres += self._normal(draw, self.subtopics) * among
         self.sizes = draw.dirichlet(np.full(self.subtopics, 0.7))
-        self.mean, other = np.linalg.qr(draw.standard_normal((DIMENSION, 2)))[0].T.astype(np.float32)
+        self.mean, other = np.linalg.qr(draw.standard_normal((dimension, 2)))[0].T.astype(np.float32)
         self.away = self.cosine_of_means * self.mean + np.float32(np.sqrt(1 - self.cosine_of_means**2)) * other
         self.spread = np.float32(np.sqrt(self.passage_length[0] ** 2 - self.passage_mean**2))
 
     def _normal(self, draw: np.random.Generator, rows: int) -> np.ndarray:
-        return draw.standard_normal((rows, DIMENSION), dtype=np.float32) * self.deviation
+        return draw.standard_normal((rows, self.dimension), dtype=np.float32) * self.deviation
 
     @staticmethod
     def _with_lengths(draw: np.random.Generator, rows: np.ndarray, length: tuple[float, float]) -> np.ndarray:
@@ -96,7 +97,7 @@ class World:
 def make_vectors(path: Path, count: int, world: World) -> None:
     """Write the passage vectors block by block, aside and renamed."""
     aside = path.with_suffix(".tmp.npy")
-    out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(count, DIMENSION))
+    out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(count, world.dimension))
     for number, start in enumerate(range(0, count, BLOCK)):
         rows = min(BLOCK, count - start)
         out[start : start + rows] = world.passages(rows, np.random.default_rng([1, number]))
