@@ -158,7 +158,7 @@ class PgVectorIndex(EngineIndex):
             looked_at = min(max(self.ef_search, k), _MOST_SEARCHED)
             settings |= {"hnsw.ef_search": looked_at, "hnsw.iterative_scan": "strict_order"}
         kind = "halfvec" if self.about["half"] else "vector"
-        where = f" where {self.where}" if self.where else ""
+        where = f" where {self.where}".replace("%", "%%") if self.where else ""  # % is psycopg's sign of a value
         distance = f"vector <#> %s::{kind}"
         with _plainly(), self._connection.transaction():
             self._connection.execute("; ".join(f"set local {key} = {value}" for key, value in settings.items()))
