@@ -1,6 +1,7 @@
 # make quickstart   train and measure the built-in example; ARGS="--key value" changes settings
 # make test         run the tests; ARGS="-k name" and the like go to pytest
 # make test-all     run the slow tests too
+# make test-extras  install the optional extras, and run the tests that need them
 # make docs         build the pages of docs/ and the API reference into site/
 # make lint         check style and types
 # make format       put the code in shape
@@ -16,12 +17,12 @@ PIP_ARGS ?=
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 RUN := $(VENV)/bin/python
 
-.PHONY: help quickstart test test-all docs lint format clean clean-venv check-python
+.PHONY: help quickstart test test-all test-extras docs lint format clean clean-venv check-python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 check-python:
 	@command -v "$(PYTHON)" >/dev/null || { echo "There is no $(PYTHON); give one with make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -63,6 +64,18 @@ test: $(VENV)/.installed-dev
 
 test-all: ARGS += -m "not data and not network and not gpu"
 test-all: test
+
+# The browser test also needs Debian's or Ubuntu's chromium, and is skipped without.
+$(VENV)/.installed-extras: $(VENV)/.installed-dev
+	"$(RUN)" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]" playwright
+	@touch "$@"
+
+EXTRAS := demo,mteb,pyterrier
+EXTRA_TESTS := evaluation/test_tasks.py evaluation/test_page.py hub/test_space.py retrieval/test_pyterrier.py
+
+test-extras: $(VENV)/.installed-extras
+	"$(RUN)" -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder -m "not data and not network and not gpu" \
+		$(addprefix tests/,$(EXTRA_TESTS)) $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 "$(RUN)" -m mkdocs build --strict
