@@ -54,16 +54,24 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def _held(lock: Path, what: Path, stale: str | None) -> Iterator[None]:
-    """Hold a lock file, which filelock makes a soft one where the file system has no locks."""
-    from filelock import FileLock, Timeout  # not for --help
+    """Hold a lock file."""
+    from filelock import FileLock, SoftFileLock, Timeout  # not for --help
 
     lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock)
-    try:
-        held.acquire(timeout=1)
-    except Timeout:
-        logger.warning(f"{what}: waiting for another process, which is writing it.")
-        held.acquire()
+    held: FileLock | SoftFileLock
+    for held in (FileLock(lock), SoftFileLock(there := lock.with_name(f"{lock.name}.there"))):
+        try:
+            try:
+                held.acquire(timeout=1)
+            except Timeout:
+                logger.warning(f"{what}: waiting for another process, which is writing it.")
+                held.acquire()
+            break
+        except OSError as error:  # NFS without its lock service, and other mounts; of ENOSYS filelock knows by itself
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            lock.unlink(missing_ok=True)  # which the attempt made
+            lock = there
     try:
         for left in lock.parent.glob(stale) if stale else ():  # by killed holders
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -89,7 +97,7 @@ def _locked(final: Path) -> Iterator[None]:
 
 @contextmanager
 def working_in(folder: str | os.PathLike[str], main: bool = True, *, shared: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder that is filled file by file: they wait, and say for whom.
+    """Keep other runs out of a folder that is filled file by file: they wait, and say so.
 
     Args:
         folder: made when missing.

@@ -208,7 +208,7 @@ def push_folder(
 ) -> tuple[list[str], str, str]:
     """Push what has changed of a folder to a repository, in one commit, and tag it."""
     api = HfApi(token=token)
-    doing = f"pushing the {({'model': 'release', 'space': 'Space'}).get(kind, 'index')}"
+    doing = "pushing the " + {"model": "release", "space": "Space"}.get(kind, "index")
     with hub_errors(repo_id, doing):
         if api.token is None and get_token() is None:
             raise HubError(f"{repo_id}: there is no token ({doing}); {_LOG_IN}.")

@@ -82,14 +82,24 @@ class _Setting(NamedTuple):
         return found
 
 
-def _with_arguments(setting: _Setting, given: Any, prefix: str = "") -> Any:
-    """What was given, with the names and types checked of mappings that are passed on as arguments."""
-    if not isinstance(given, Mapping):
+_SHAPES = {dict: "a mapping is needed; write {name: value}", list: "a list is needed; write [a, b, c]"}
+
+
+def _with_arguments(setting: _Setting, given: Any, name: str = "") -> Any:
+    """What was given, its shape checked, and names and types of mappings that are passed on as arguments."""
+    members = [one for one in _members(setting.hint) if one is not type(None)]
+    shapes: dict[Any, Any] = {dict if _section(one) else typing.get_origin(one): one for one in members}
+    shape = next((one for one in _SHAPES if isinstance(given, one)), None)
+    is_value = given is None or "${" in str(given) or not {*shapes} <= {*_SHAPES}
+    if Any not in members and (not is_value if shape is None else shape not in shapes):
+        fix = next((_SHAPES[one] for one in shapes if one in _SHAPES), "one value is needed")
+        raise SettingsError(f'"{name}": {fix}')
+    if shape is not dict:
         return given
     if not setting.keys_of:
-        of = setting.below()
+        of, other = setting.below(), _Setting((typing.get_args(shapes.get(dict)) or [Any])[-1])
         return {
-            name: _with_arguments(of.get(name, _Setting()), one, f"{prefix}{name}.") for name, one in given.items()
+            key: _with_arguments(of.get(key, other), one, f"{name}.{key}".lstrip(".")) for key, one in given.items()
         }
     arguments = pkgutil.resolve_name(setting.keys_of)
     try:
@@ -97,19 +107,18 @@ def _with_arguments(setting: _Setting, given: Any, prefix: str = "") -> Any:
     except NameError:  # its module imports a name for type checkers only; the keys are still checked
         hints = {}
     # Argument classes of other libraries are loose about texts, enums and mappings, and say so in prose only.
-    strict = {name: hint for name, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
+    strict = {key: hint for key, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
     fields = [(one.name, strict.get(one.name, Any), MISSING) for one in dataclasses.fields(arguments) if one.init]
     known: Any = OmegaConf.structured(dataclasses.make_dataclass(arguments.__name__, fields))
     try:
         typed: Any = OmegaConf.to_container(OmegaConf.merge(known, given))
     except OmegaConfBaseException as error:
-        raise _refused(error, prefix) from error
-    return {name: typed[name] for name in given}
+        raise _refused(error, f"{name}.") from error
+    return {key: typed[key] for key in given}
 
 
 def _refused(error: OmegaConfBaseException, prefix: str = "") -> SettingsError:
     said = str(error).splitlines()[0]
-    said = "a list is needed; write [a, b, c]" if "is not a ListConfig" in said else said
     return SettingsError(f'"{prefix}{error.full_key}": {said}' if error.full_key else said)
 
 
@@ -153,8 +162,8 @@ def read_yaml(path: str | os.PathLike[str], chain: Sequence[Path] = ()) -> dict[
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(base, over))
-    return merged
+    both = [name for name in over if isinstance(base.get(name), dict) and isinstance(over[name], dict)]
+    return {**base, **over, **{name: _merge(base[name], over[name]) for name in both}}
 
 
 def _value(text: str, hint: Any) -> Any:

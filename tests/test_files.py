@@ -191,12 +191,12 @@ def test_a_full_disk_is_told_with_the_path_and_the_room_that_is_left(
         raise HubError("the Hub answered 413 (No space left on device)")
 
 
-@pytest.mark.parametrize("has_locks", [True, False], ids=["locks", "no locks"])
+@pytest.mark.parametrize("missing", [None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_the_second_who_would_fill_a_folder_waits_and_says_so(
-    tmp_path: Path, has_locks: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, missing: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not has_locks:
-        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "of the file system")))
+    if missing:
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(missing, "of the file system")))
     with ThreadPoolExecutor(1) as pool:
         with working_in(tmp_path):
             second = pool.submit(lambda: working_in(tmp_path).__enter__())
@@ -204,6 +204,9 @@ def test_the_second_who_would_fill_a_folder_waits_and_says_so(
             assert not second.done()
         second.result()
     assert f"{tmp_path}: waiting for another process, which is writing it." in caplog.messages
+    with working_in(tmp_path):
+        pass
+    assert not names(tmp_path)
 
 
 def test_a_limit_of_the_system_is_told_of_every_library(tmp_path: Path) -> None:

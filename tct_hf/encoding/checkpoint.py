@@ -47,7 +47,7 @@ def _read_layout(path: Path) -> _Layout:
     modules = read_json(path / "modules.json", required=True)
     if module_classes(modules) not in TCT_MODULES:
         raise ValueError(
-            f"{path / 'modules.json'} has the modules {module_classes(modules)}, not {TCT_MODULES[1]}, {not_ours}"
+            f"{path / 'modules.json'} has the modules {module_classes(modules)}, not {TCT_MODULES[0]}, {not_ours}"
         )
     settings_file, pooling_file = "sentence_bert_config.json", f"{modules[1]['path']}/config.json"
     settings, pooling = (read_json(path / file, required=True) for file in (settings_file, pooling_file))

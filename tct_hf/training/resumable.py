@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -75,7 +76,8 @@ class ResumableTrainer(Trainer):
     Checkpoints are written aside, sealed by checksums and renamed when whole (transformers writes straight into
     `checkpoint-N`), and every pushed revision is a whole, finalised model; a push that fails stops nothing. A resumed
     run of streamed rows goes on with the row that follows. Training stops at the first loss or gradient that is not
-    finite, and where no step changes a weight. Weights are trained in float32, whatever they were loaded in.
+    finite, and where no step changes a weight. Weights are trained in float32, whatever they were loaded in, and
+    evaluation in half precision leaves them as they were.
     """
 
     _aside: str | None = None
@@ -102,6 +104,17 @@ class ResumableTrainer(Trainer):
             refuse_damaged(resume_from_checkpoint)
         master_weights(self.model)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; bf16_full_eval and fp16_full_eval round the weights themselves, which come back."""
+        in_half = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        model: Any = self.model
+        kept = copy.deepcopy(model.state_dict()) if in_half else None
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if kept is not None:
+                model.float().load_state_dict(kept)
 
     def _load_best_model(self) -> None:
         if os.path.isdir(self.state.best_model_checkpoint or ""):

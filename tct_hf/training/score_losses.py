@@ -31,6 +31,7 @@ LOSS_SETTINGS: Ranges = {
     ),
     "self_coupled": (lambda value: len(value) == 2, "the weights of the pooled score and of MaxSim"),
 }
+_NEEDED = ("kl_direction", "candidates", "start", "shape", "until", "regularizer_warmup", "regularizer_warmup_shape")
 NUMBERS = tuple(LOSS_SETTINGS)[:5]  # that may follow a schedule
 
 
@@ -48,9 +49,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def check_settings(settings: Mapping[str, Any], ranges: Ranges = LOSS_SETTINGS) -> None:
     """Refuse settings that are out of range, by name; None is not set."""
     for name, value in settings.items():
-        may_be_none = name not in ("kl_direction", "candidates")
-        if name in ranges and not (value is None and may_be_none) and not ranges[name][0](value):
-            raise ValueError(f"{name}={value!r} must be {ranges[name][1]}.")
+        fits, wanted = ranges.get(name, (lambda value: True, ""))
+        try:
+            wrong = not fits(value) if value is not None else name in _NEEDED
+        except TypeError:  # compared with a number
+            wrong = True
+        if wrong:
+            raise ValueError(f"{name}={value!r} must be {wanted}.")
     if settings.get("self_coupled") is not None and settings.get("mini_batch_size") is not None:
         raise ValueError(
             "self_coupled compares the token vectors of a whole batch: leave out mini_batch_size, or self_coupled."

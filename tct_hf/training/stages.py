@@ -129,7 +129,7 @@ class Stage:
         try:
             for tracker in get_reporting_integration_callbacks(made.report_to):
                 tracker()
-        except (ValueError, RuntimeError) as error:  # an unknown one, or one that is not installed
+        except (ValueError, RuntimeError, ImportError) as error:  # an unknown one, or one that is not installed
             raise ValueError(f"training.report_to: {error}") from error
         return made
 

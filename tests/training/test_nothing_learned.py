@@ -193,6 +193,13 @@ def test_half_precision_is_trained_in_float32(
         assert sum(moved) > 0.9 * len(moved)
 
 
+def test_evaluation_in_half_precision_leaves_the_weights_as_they_were(student: Any, trainer_of: Any) -> None:
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    trainer = trainer_of(ROWS, eval_dataset=triples(8), bf16_full_eval=True)
+    trainer.evaluate()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [

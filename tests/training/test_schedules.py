@@ -56,6 +56,8 @@ def test_without_a_teacher_no_schedule_may_ask_for_one(student: Any, tmp_path: P
     [
         (lambda: Schedule(1.0, 2.0, "steps"), "shape='steps' must be linear or cosine"),
         (lambda: Schedule(1.0, until=0.0), "until=0.0 must be a share"),
+        (lambda: Schedule(1.0, until="half"), "until='half' must be a share"),  # type: ignore[arg-type]
+        (lambda: Schedule(None), "start=None must be a finite number"),  # type: ignore[arg-type]
         (lambda: Schedule("2"), "start='2' must be a finite number"),  # type: ignore[arg-type]
         (lambda: LossSchedule({}), "there is no schedule: give one of temperature"),
         (lambda: LossSchedule({}, candidates=Schedule(1.0)), "'candidates' has no schedule"),

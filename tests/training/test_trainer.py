@@ -206,6 +206,7 @@ def test_presets_keep_the_published_numbers_and_give_way_to_explicit_ones(tmp_pa
     [
         ({"preset": "papers"}, "preset='papers' is not known"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number greater than 0"),
+        ({"temperature": "warm"}, "temperature='warm' must be a finite number"),
         ({"candidates": "all"}, "candidates='all' must be 'in-batch' or 'own'"),
         ({"kl_direction": None}, "kl_direction=None must be 'forward' or 'reverse'"),
         ({"prompts": "x"}, "prompts and router_mapping come from the student's encoding"),
