@@ -1,9 +1,10 @@
-"""Push the vectors of recipes/encode.py into a PostgreSQL table with pgvector, to search them there.
+"""Push the vectors of recipes/encode.py into PostgreSQL with pgvector, or into Milvus, to search them there.
 
 python recipes/push.py --vectors outputs/encode --name passages [--url postgresql://host/db] [--source PATH]
 
-Without --url the environment says where (PGHOST, PGDATABASE, PGUSER, PGPASSWORD or a .pgpass file). With --source the
-passages' texts are stored beside their vectors. If it is stopped, the same command resumes after the last whole shard;
+Without --url it is PostgreSQL, and the environment says where (PGHOST, PGDATABASE, PGUSER, PGPASSWORD or a .pgpass
+file). Milvus is --url http://host:19530, with its token or user:password in MILVUS_TOKEN. With --source the passages'
+texts are stored beside their vectors. If it is stopped, the same command resumes after the last whole shard;
 called again, it stores nothing twice.
 """
 
@@ -30,12 +31,12 @@ class Settings:
 
 def main(settings: Settings) -> None:
     from tct_hf.data.collection import read_corpus
-    from tct_hf.retrieval.engines.postgres import PgVectorIndex
+    from tct_hf.retrieval.engines import engine_of
 
     corpus = None if settings.source is None else read_corpus(settings.source, settings.packages)
     graph = {"m": settings.m, "ef_construction": settings.ef_construction}
     options = {"corpus": corpus, "half": settings.half, **graph}
-    index = PgVectorIndex.push(settings.vectors, settings.url, settings.name, **options)
+    index = engine_of(settings.url).push(settings.vectors, settings.url, settings.name, **options)
     if settings.verify:
         found = index.verify(settings.vectors)
         cells = {

