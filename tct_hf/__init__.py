@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.bm25 import expanded_bm25 as expanded_bm25
     from tct_hf.retrieval.dense import DenseIndex as DenseIndex
     from tct_hf.retrieval.encode import encode_corpus as encode_corpus
+    from tct_hf.retrieval.encode_batch import EncodeBatch as EncodeBatch
     from tct_hf.retrieval.engines.milvus import MilvusIndex as MilvusIndex
     from tct_hf.retrieval.engines.postgres import PgVectorIndex as PgVectorIndex
     from tct_hf.retrieval.fusion import fuse as fuse
