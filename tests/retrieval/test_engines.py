@@ -177,5 +177,9 @@ def test_a_push_that_is_stopped_in_a_shard_goes_on_with_it(server: Any, vectors:
         server.end()
         server.start()
     begun = server.index.open(server.url, f"stopped_{stopped}")
-    assert len(begun) == (694 if server.index is MilvusIndex else 600) and begun._digests().keys() == {0, 1, 2}
+    shards = len(begun._digests())
+    if server.index is MilvusIndex:  # which has what it was sent of the fourth shard
+        assert (len(begun), shards) == (694, 3)
+    else:  # which may still commit a shard when its first process is killed
+        assert len(begun) == SHARD * shards and shards in ((3, 4) if stopped == "server" else (3,))
     assert whole(push(vectors, server, f"stopped_{stopped}"), vectors)
