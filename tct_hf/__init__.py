@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
-import re
-from pathlib import Path
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
@@ -84,12 +84,14 @@ if TYPE_CHECKING:
     from tct_hf.training.trainer import SparseTCTTrainer as SparseTCTTrainer
     from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
-# The imports above are the table of public names. At run time none of them is made until its name is asked for:
-# `import tct_hf` must not import torch.
-_MODULE_OF = {
-    name: module
-    for module, name in re.findall(r"from (tct_hf\S+) import (\w+) as", Path(__file__).read_text(encoding="utf-8"))
-}
+# The imports above are the table of public names, read from the compiled code, which zip files and frozen programs
+# have too. At run time none of them is made until its name is asked for: `import tct_hf` must not import torch.
+_MODULE_OF: dict[str, str] = {}
+for _step in dis.get_instructions(sys._getframe().f_code):
+    if _step.opname == "IMPORT_NAME":
+        _module = _step.argval
+    elif _step.opname == "IMPORT_FROM" and _module.startswith("tct_hf."):
+        _MODULE_OF[_step.argval] = _module
 
 __all__ = ["__version__", *_MODULE_OF]
 

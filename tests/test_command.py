@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,3 +67,10 @@ def test_messages_name_the_command_that_exists_where_the_user_is(
     (tmp_path / "recipes").mkdir()
     monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
     assert files.command("train_expander") == "tct-hf train-expander"
+
+
+def test_the_package_knows_its_public_names_in_a_zip_file_too(tmp_path: Path) -> None:
+    found = shutil.make_archive(str(tmp_path / "package"), "zip", Path(tct_hf.__file__).parents[1], "tct_hf")
+    code = f"import sys; sys.path.insert(0, {found!r}); import tct_hf; print(tct_hf.__file__, *tct_hf.__all__)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [f"{found}/tct_hf/__init__.py", *tct_hf.__all__]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.weights import tokenizer_digest, weights_digest
-from tct_hf.files import claim
+from tct_hf.files import claim, staging_beside
 from tct_hf.teachers.base import Columns, Features, Rows, Teacher, Texts
 from tct_hf.teachers.colbert import (
     TEXTS_AT_ONCE,
@@ -80,10 +81,17 @@ class TokenStore:
         except sqlite3.DatabaseError as error:
             if any(words in str(error) for words in _NO_DAMAGE):
                 raise
-            logger.warning(f"{self.file}: damaged ({error}): it is begun again, its texts are encoded again.")
-            for file in (self.file, self.file.with_name(f"{self.file.name}-journal")):
-                file.unlink(missing_ok=True)
-            self._run(_TABLE)
+            with staging_beside(self.file) as aside:  # one process at a time
+                try:
+                    with self._open() as database:
+                        database.execute(f"SELECT {_COLUMNS} FROM vectors").fetchall()
+                except sqlite3.DatabaseError:  # no other process has begun it again
+                    logger.warning(f"{self.file}: damaged ({error}): it is begun again, its texts are encoded again.")
+                    with closing(sqlite3.connect(aside)) as database:
+                        database.execute("PRAGMA page_size = 16384")
+                        database.execute(_TABLE)
+                    self.file.with_name(f"{self.file.name}-journal").unlink(missing_ok=True)
+                    os.replace(aside, self.file)
         return []
 
     def keys(self) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ def test_on_a_full_disk_the_store_keeps_what_it_has(
         small.put([key], [text(key, 10_000)])
     assert small.keys() == {0, 1} and small.file.stat().st_size <= 200_000
     assert caplog.text.count("vectors.sqlite: full") == 1
+
+
+def test_a_damaged_file_is_begun_again_once_by_all_who_open_it(tmp_path: Path) -> None:
+    def fill(number: int) -> None:
+        store(tmp_path).put([number], [text(number, 3)])
+
+    store(tmp_path)
+    for _ in range(10):
+        (tmp_path / "vectors.sqlite").write_bytes(b"damaged" * 10_000)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(fill, range(4)))
+        assert store(tmp_path).keys() == {*range(4)}
 
 
 def test_what_can_not_be_cached_is_refused(teacher: Any, tmp_path: Path) -> None:
