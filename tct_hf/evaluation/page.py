@@ -106,14 +106,15 @@ class Page:
 
     def _answer(self, question: str, k: int | None) -> Answer:
         k = self.k if k is None else k
-        if k > MOST:
-            raise ValueError(f"k: {k} is above {MOST}; ask for fewer passages")
-        with _ONE_AT_A_TIME:
+        if k > max(MOST, self.k):
+            raise ValueError(f"k: {k} is above {max(MOST, self.k)}; ask for fewer passages")
+        with _MODEL:
             return self.searcher.answer(question, k)
 
     def _marked(self, question: str, texts: list[str]) -> list[str]:
         model, words = self.searcher.reranker, self.searcher.collection.words
-        tokens = matching_tokens(model, question, texts) if model is not None and texts else [[]] * len(texts)
+        with _MODEL:
+            tokens = matching_tokens(model, question, texts) if model is not None and texts else [[]] * len(texts)
         return [
             marked(text, matching_words(question, text, words), found)
             for text, found in zip(texts, tokens, strict=True)
@@ -150,7 +151,7 @@ def short_name(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-_ONE_AT_A_TIME = threading.Lock()
+_MODEL = threading.Lock()  # a tokenizer can't be used by two threads at once
 
 
 def _article(system: str, hit: Hit, text: str, systems: Sequence[str]) -> str:
@@ -243,10 +244,9 @@ def serve(page: Page, host: str, port: int, tell: Callable[[str], None]) -> None
 
     try:
         listening = socket.create_server((host, port))
-    except OSError as error:
-        raise ValueError(
-            f"host, port: {host}:{port} can't be used ({os.strerror(error.errno or 0)}); --port 0 takes a free one"
-        ) from error
+    except (OSError, OverflowError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise ValueError(f"host, port: {host}:{port} can't be used ({why}); --port 0 takes a free one") from error
     with listening:
         tell(f"search at http://{host}:{listening.getsockname()[1]} (JSON: /search?q=...); Ctrl-C ends it")
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -186,7 +187,10 @@ def _ask(name: str, search: Search, queries: Mapping[str, str]) -> Run:
     """The run that a function returns, its scores as Python's own numbers."""
     found: Any = search(queries)
     try:
-        return {query: {passage: float(score) for passage, score in hits.items()} for query, hits in found.items()}
+        run = {query: {passage: float(score) for passage, score in hits.items()} for query, hits in found.items()}
+        if bad := [query for query, hits in run.items() if not all(map(isfinite, hits.values()))]:
+            raise ValueError(f"query {bad[0]!r} has a score that is not finite")
+        return run
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"runs.{name}: the function returns no run ({error}); return query id to passage id to score"

@@ -180,6 +180,7 @@ def release(
                 place = check_folder(f"{kept}-space", source)
                 with staging_beside(place) as aside:
                     write_space(aside, space.split("/")[1], source, collection, repo_id, tag or "main")
+                    refuse_tokens(aside, token or get_token())
                     mark(aside, files_of(aside))
                     replace_dir(aside, place)
             return done

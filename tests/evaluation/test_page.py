@@ -91,6 +91,7 @@ def test_marks_change_nothing_of_the_text_and_add_no_other_tag(text: str, data: 
 
 def test_an_answer_has_what_each_system_finds_by_itself(page: Page) -> None:
     assert len(page.json("dense retrieval", 12)["passages"]["maxsim"]) == 9
+    assert len(replace(page, k=60).json("dense retrieval")["passages"]["dense"])  # as many as it is to show
     answer = page.json("dense retrieval", 4)
     assert list(answer["passages"]) == list(answer["milliseconds"]) == ["bm25", "dense", "fused", "maxsim"]
     for system, found in answer["passages"].items():
@@ -128,6 +129,9 @@ def test_wrong_questions_other_hosts_and_taken_ports_are_refused(page: Page) -> 
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"host, port: 127\.0\.0\.1:{port} can't be used .*; --port 0 takes"):
             serve(page, "127.0.0.1", port, print)
+    for host, port, said in (("127.0.0.1", 99999, "port must be 0-65535[.]"), ("no.invalid", 0, "[^-]+")):
+        with pytest.raises(ValueError, match=rf"host, port: {host}:{port} can't be used .*{said}\)"):
+            serve(page, host, port, print)
 
 
 # --- in a browser ---
