@@ -41,7 +41,7 @@ def write(folder: Path, kind: str, rows: int, passages: int) -> None:
                 file.writelines(f"{i}\t{text(draw, words)}\n" for i in range(count))
         with (folder / "ids.tsv").open("w") as file:
             for _ in range(rows):
-                positive, negative = draw.randrange(passages), draw.randrange(passages)
+                positive, negative = draw.sample(range(passages), 2)
                 file.write(f"{draw.randrange(QUERIES)}\t{positive}\t{negative}\n")
         return
     parts = [text(draw, 10) for _ in range(10_000)]  # drawing every word of every row would take longer than reading

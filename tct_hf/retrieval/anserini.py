@@ -12,7 +12,7 @@ from tct_hf.retrieval.vectors import BLOCK, as_matrix, load_vectors
 
 
 def write_anserini(vectors: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write the vectors of an `encode_corpus` folder as parquet files; returns these.
+    """Write the vectors of an `encode_corpus` folder as parquet files, instead of earlier ones; returns these.
 
     Raises:
         ValueError: the folder holds sparse vectors, or is damaged.
@@ -28,4 +28,6 @@ def write_anserini(vectors: str | Path, output_dir: str | Path) -> list[Path]:
         files.append(Path(output_dir) / f"{len(files):05}.parquet")
         with write_aside(files[-1]) as aside:
             pq.write_table(pa.table(table), aside, compression="snappy")
+    for former in set(Path(output_dir).glob("[0-9]" * 5 + ".parquet")) - {*files}:  # of a larger corpus
+        former.unlink()
     return files

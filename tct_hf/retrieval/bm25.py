@@ -217,6 +217,8 @@ class BM25Index(Index):
         _keep_compiled()
         engine = bm25s.BM25.load(folder, mmap=mmap, show_progress=False, backend=settings["backend"])
         check_lists((np.asarray(engine.scores[name]) for name in ("data", "indices", "indptr")), len(ids), verify)
+        if engine.scores["num_docs"] != len(ids):  # the size of the array that compiled search writes to
+            raise ValueError(f"its arrays are not the lists of {len(ids)} passages")
         terms = len(engine.scores["indptr"]) - 1
         if not all(type(number) is int and 0 <= number < terms for number in engine.vocab_dict.values()):
             raise ValueError(f"a word of the vocabulary has a number beyond its {terms} terms")

@@ -34,8 +34,11 @@ def test_a_collection_becomes_vectors_and_one_table(material: Material, tmp_path
     assert said.splitlines()[-1] == f"| 60 | 32 | fp32 | float32 | 8 | {size:.0f} | {folder} |"
     [line] = encode(material, material.student, folder, "--dtype=float16", code=1)[1].splitlines()
     assert "dtype = 'float32', but now dtype = 'float16'" in line
+    (tmp_path / "pq").mkdir()
+    (tmp_path / "pq" / "00001.parquet").write_bytes(b"of a larger corpus")
     first = encode(material, material.student, tmp_path / "first", "--truncate_dim=8", f"--parquet={tmp_path / 'pq'}")
     assert "| 8 |" in first[0] and first[0].endswith(f"1 parquet file in {tmp_path / 'pq'}\n")
+    assert len([*(tmp_path / "pq").iterdir()]) == 1
     exported = pq.read_table(tmp_path / "pq" / "00000.parquet")  # through to_pylist: by Arrow's own reading of lists
     assert exported["docid"].to_pylist() == ids
     assert np.array_equal(np.array(exported["vector"].to_pylist(), np.float32), vectors[:, :8])

@@ -95,6 +95,7 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
         ("bm25", {"stemmer": "klingon"}),
         ("bm25", {"average_length": 0}),
         ("bm25", {"average_length": "x"}),
+        ("bm25", {"num_docs": 1}),
         ("dense", {"tuning": 3}),
         ("dense", {"parameters": 3}),
         ("dense", {"factory": 3}),
@@ -105,7 +106,7 @@ def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_settings_that_no_index_of_ours_has_are_refused(tmp_path: Path, kind: str, change: dict[str, Any]) -> None:
     index = BUILD[kind]()
     index.save(tmp_path)
-    rewrite(tmp_path, index.settings_file, change)
+    rewrite(tmp_path, "params.index.json" if "num_docs" in change else index.settings_file, change)
     with pytest.raises(ValueError, match=rf"damaged {index.kind} \("):
         type(index).load(tmp_path)
 
