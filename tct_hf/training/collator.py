@@ -63,12 +63,7 @@ class TCTDataCollator(SentenceTransformerDataCollator):
             batch["dataset_name"] = first["dataset_name"]
         rest: dict[str, Any] = _ids(features, columns)
         for name, fits, dtype, wanted in (
-            (
-                "labelled",
-                lambda value: isinstance(value, bool),
-                torch.bool,
-                "true, or false without a label",
-            ),
+            ("labelled", lambda value: isinstance(value, bool), torch.bool, "true, or false without a label"),
             ("label_weight", _is_weight, torch.float32, "a finite number, 0 or greater"),
         ):
             if name in first:
