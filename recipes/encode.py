@@ -19,7 +19,10 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 @dataclass
 class Settings:
     model: str | None = setting(None, "folder or Hub id of a SentenceTransformer or SparseEncoder, or a bundled model")
-    source: str = setting("builtin", '"builtin" (API docs of installed packages), a BEIR folder or Hub id, or irds:ID')
+    source: str = setting(
+        "builtin",
+        '"builtin" (API docs of installed packages), a folder (BEIR, Markdown or text files), a Hub id, or irds:ID',
+    )
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     output_dir: str = setting("outputs/encode", "where vectors and their manifest are written")
     precision: Literal["auto", "bf16", "fp32"] = setting(

@@ -22,7 +22,10 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 @dataclass
 class Settings:
     model: str = setting("castorini/doc2query-t5-base-msmarco", "folder or Hub id of a seq2seq model")
-    source: str = setting("builtin", '"builtin" (API docs of installed packages), a BEIR folder or Hub id, or irds:ID')
+    source: str = setting(
+        "builtin",
+        '"builtin" (API docs of installed packages), a folder (BEIR, Markdown or text files), a Hub id, or irds:ID',
+    )
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     output_dir: str = setting("outputs/expand", "where queries, their scores and the manifest are written")
     skip_bad_rows: bool = setting(False, "skip bad and repeated passages and say which")

@@ -10,7 +10,7 @@ with --rerank PATH, a ColBERT does. With --sparse_student PATH beside a dense st
 small embedding model as it is, and reranks with its token vectors. GET /search?q=... answers in JSON.
 
 The first start encodes the corpus and keeps it. An empty line or Ctrl-D ends. Questions are read from standard input,
-one a line, where it is no terminal; --json prints print one line of JSON a question.
+one a line, where it is no terminal; --json prints one line of JSON a question.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import ast
 import runpy
 import shutil
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -52,7 +53,12 @@ def main() -> None:
         sys.exit(f"tct-hf: there is no command {command!r}; choose from {', '.join([*commands, 'list', 'copy'])}")
     else:
         if words and not words[0].startswith("-") and not Path(words[0]).exists():
-            words[0] = str(named_settings(recipes).get(words[0], words[0]))
+            named = named_settings(recipes)
+            if words[0] not in named and not words[0].endswith((".yaml", ".yml")):
+                near = get_close_matches(words[0], named, n=1)
+                meant = f"Did you mean {near[0]}? " if near else ""
+                sys.exit(f"tct-hf {command}: there are no settings {words[0]!r}. {meant}`tct-hf list` names all.")
+            words[0] = str(named.get(words[0], words[0]))
         sys.argv = [str(commands[command]), *words]
         runpy.run_path(sys.argv[0], run_name="__main__")
 

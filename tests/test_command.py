@@ -36,6 +36,11 @@ def test_list_names_every_command_and_settings_file_and_an_unknown_one_is_refuse
         run("trian")
 
 
+def test_settings_that_no_file_has_are_refused_with_the_nearest_name(run: Callable[..., None]) -> None:
+    with pytest.raises(SystemExit, match=r"no settings 'quickstrat'\. Did you mean quickstart\? `tct-hf list`"):
+        run("train", "quickstrat")
+
+
 def test_copy_makes_a_new_folder_of_recipes_and_refuses_one_that_is_there(
     run: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -21,7 +21,10 @@ TRAINING = {"logging_steps": 10, "save_steps": 25, "save_total_limit": 1, "repor
 class DataSettings:
     """The collection: where it comes from, its splits, its labels and negatives."""
 
-    source: str = setting("builtin", '"builtin" (API docs of installed packages), a BEIR folder or Hub id, or irds:ID')
+    source: str = setting(
+        "builtin",
+        '"builtin" (API docs of installed packages), a folder (BEIR, Markdown or text files), a Hub id, or irds:ID',
+    )
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
     test_split: str = setting("test", "split that is reported")
     dev_split: str | None = setting("auto", "split to tune on; auto: dev if there is one")
