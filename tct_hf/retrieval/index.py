@@ -229,7 +229,10 @@ class VectorSearch(ABC):
                 f"query_vectors: dimension {queries.shape[1]} where the index has {self.dimension}; encode queries "
                 "with the model that encoded the passages"
             )
-        return self._search(queries, min(k, len(self)))
+        return self._search(queries, self._at_most(k))
+
+    def _at_most(self, k: int) -> int:
+        return min(k, len(self))
 
     # An index says how query vectors are read, and searched: rows of its own dimension, one or more.
     _rows_of: ClassVar[Any]
