@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tct_hf import TeacherTargets, TightlyCoupledLoss, build_student
 from tct_hf import batches as batching
+from tct_hf.batches import stack_columns, take, token_lengths
 from tests.models import tiny_bert
 from tests.train_helpers import numpy_loss, triples
 
@@ -191,6 +192,29 @@ def test_a_student_of_dot_products_and_a_learned_scale_are_taken_as_they_are(bas
         TightlyCoupledLoss(scaled, matryoshka_dims=[16, 33])
 
 
+class SameChunks(TightlyCoupledLoss):
+    """The same forward passes in the same order, with their graphs kept: what caching must not differ from."""
+
+    def _forward_in_mini_batches(self, features: list[dict[str, Tensor]], labels: TeacherTargets) -> Tensor:
+        assert self.mini_batch_size is not None
+        merged = stack_columns(features[1:])
+        assert merged is not None
+        order = torch.tensor(token_lengths(merged)).argsort(stable=True)
+        width = merged["attention_mask"].shape[1]
+        vectors = []
+        for column in (features[0], {key: take(value, order, width) for key, value in merged.items()}):
+            lengths = token_lengths(column)
+            parts = []
+            for start in range(0, len(lengths), self.mini_batch_size):
+                rows = torch.arange(start, min(start + self.mini_batch_size, len(lengths)))
+                longest = max(lengths[start : start + self.mini_batch_size])
+                part = {key: take(value, rows, longest) for key, value in column.items()}
+                parts.append(self.model(part)["sentence_embedding"])
+            vectors.append(torch.cat(parts))
+        columns = vectors[1][order.argsort()].chunk(len(features) - 1)
+        return total(self.compute_loss_from_embeddings([vectors[0], *columns], labels))
+
+
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys() and len(found) > 10
     scale = max(1.0, *(gradient.abs().max().item() for gradient in expected.values()))
@@ -224,6 +248,22 @@ def test_a_prompt_length_in_a_tensor_is_cut_with_its_rows(student: SentenceTrans
     of_tensors = [column | {"prompt_length": torch.full((7,), column["prompt_length"])} for column in of_ints]
     loss = TightlyCoupledLoss(student, mini_batch_size=4)
     assert total(loss(of_tensors, targets(2))).item() == total(loss(of_ints, targets(2))).item()
+
+
+def test_with_dropout_gradients_are_those_of_the_same_chunks(tmp_path: Path) -> None:
+    dropping = str(tiny_bert(tmp_path, seed=11, dropout=0.3))
+    student = build_student(dropping, encoding="tct", document_length=64).train()
+
+    def step(kind: type[TightlyCoupledLoss], seed: int) -> tuple[float, dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        loss = total(kind(student, temperature=1.0, mini_batch_size=2)(features(student, 2), targets(2)))
+        return loss.item(), gradients(student, loss)
+
+    expected, wanted = step(SameChunks, 0)
+    found, got = step(TightlyCoupledLoss, 0)
+    assert found == pytest.approx(expected, abs=1e-6)
+    close(got, wanted, 1e-6)
+    assert abs(step(TightlyCoupledLoss, 1)[0] - expected) > 1e-4  # dropout is on
 
 
 def test_the_self_coupled_loss_equals_plain_torch(base: Path) -> None:

@@ -85,6 +85,13 @@ def test_gradient_accumulation_takes_the_mean_of_its_batches(models: Path, tmp_p
     assert accumulated == pytest.approx([np.mean(still)], abs=1e-6)
 
 
+def test_gradient_checkpointing_changes_no_loss(student: Any, trainer_of: Any, plain: list[float]) -> None:
+    trainer = trainer_of(triples(16), gradient_checkpointing=True)
+    trainer.train()
+    assert student[0].model.is_gradient_checkpointing
+    assert logged(trainer) == pytest.approx(plain, abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_torch_compile_changes_no_loss(models: Path, plain: list[float], tmp_path: Path) -> None:
