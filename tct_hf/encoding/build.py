@@ -184,7 +184,9 @@ def build_colbert(
             "tct", the students' TCT input and a projection, scored by the sum.
         dim: with "tct", dimensions of a token vector, 128 when None. The projection is drawn from torch's global
             random state.
-        query_length, document_length, prompts: as in :func:`build_student`.
+        query_length: as in :func:`build_student`.
+        document_length: as in :func:`build_student`.
+        prompts: as in :func:`build_student`.
 
     Returns:
         A MultiVectorEncoder: encoder, linear projection ("tct"), scoring mask, L2 normalisation of every token vector.
@@ -242,7 +244,12 @@ def student_from_teacher(
     Args:
         teacher: a multi-vector model, a ColBERTTeacher, or a path or Hub id of one.
         encoding: "tct", or "own" for the teacher's tokenizer, lengths and prompts, compared by dot product.
-        layers, query_length, document_length, query_augmentation, prompts, scale: as in :func:`build_student`.
+        layers: as in :func:`build_student`.
+        query_length: as in :func:`build_student`.
+        document_length: as in :func:`build_student`.
+        query_augmentation: as in :func:`build_student`.
+        prompts: as in :func:`build_student`.
+        scale: as in :func:`build_student`.
         pooling: "mean" or "cls"; "mean" when None.
 
     Returns:

@@ -55,7 +55,8 @@ def bm25_triples(
             100 makes harder negatives of a small corpus.
         seed: the seed.
         index: BM25 over this corpus, when there is one already; built with its defaults otherwise.
-        language, stemmer: of the index that is built; see `BM25Index.build`.
+        language: of the index that is built; see `BM25Index.build`.
+        stemmer: of the index that is built; see `BM25Index.build`.
         unlabelled: query id to text of questions without judgements.
         candidates: a run whose scores are a teacher's logits, instead of BM25's best for the queries it has; the first
             passage of an unlabelled question is then a pseudo-positive that counts as much as the teacher is sure.

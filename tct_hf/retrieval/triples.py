@@ -102,7 +102,10 @@ def load_triples(
             how many to sample, 1 by default.
         scores: keep a teacher's scores too, for `StoredScores`: the name of a column of lists (one score a candidate,
             positive first), or what follows positive_ and negative_ (or negative_1_ ...), such as "teacher_score".
-        depth, seed, language, stemmer: of BEIR folders: as `bm25_triples` takes them.
+        depth: of BEIR folders, as `bm25_triples` takes it.
+        seed: of BEIR folders, as `bm25_triples` takes it.
+        language: of BEIR folders, as `bm25_triples` takes it.
+        stemmer: of BEIR folders, as `bm25_triples` takes it.
         streaming: read and check row by row while training: memory and disk do not grow with the source.
         skip_bad_rows: leave bad rows out instead of refusing the source: of the triples, and of a collection, queries
             and judgements; of a BEIR folder as `load_beir` does. Rows of which the positive is the query, or a

@@ -72,8 +72,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             compares by cosine. A sparse one needs a SpladeLoss around this loss, so that it stays sparse:
             :class:`~tct_hf.SparseTCTTrainer` makes it.
         temperature: divisor of the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
-        student_temperature, hard_label_weight, margin_mse_weight, student_divisor, kl_direction: arguments of
-            :func:`coupled_loss`.
+        student_temperature: see :func:`coupled_loss`.
+        hard_label_weight: see :func:`coupled_loss`.
+        margin_mse_weight: see :func:`coupled_loss`.
+        student_divisor: see :func:`coupled_loss`.
+        kl_direction: see :func:`coupled_loss`.
         student_scale: factor of the student's scores before anything else, which is no part of its checkpoint. None:
             20.0 where the student compares by cosine or ends in Normalize, 1.0 otherwise.
         candidates: "in-batch", every passage of the batch is a candidate of every query (the paper's method), or

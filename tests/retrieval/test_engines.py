@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from tct_hf import DenseIndex, MilvusIndex
+from tct_hf import DenseIndex, MilvusIndex, PgVectorIndex
 from tct_hf.data.shards import run_shards
 from tct_hf.retrieval.vectors import vector_facts, vector_table
 from tests.milvus import Cpp, Lite
@@ -121,6 +121,12 @@ def test_what_does_not_fit_is_refused_by_name_and_a_password_is_never_shown(
         with pytest.raises((OSError, ValueError), match=f"{server.index.engine}: |url: ") as refused:
             server.index.open(url)
         assert "secret" not in str(refused.value) and refused.value.__cause__ is None
+
+
+def test_more_dimensions_than_the_graph_takes_are_refused_before_anything_is_stored() -> None:
+    for half, most, fix in ((False, 2000, "half=True"), (True, 4000, "truncate_dim")):
+        with pytest.raises(ValueError, match=f"dimension: 5000 where pgvector's graph takes {most}; .*{fix}"):
+            PgVectorIndex._connected(None, "wide", {"dimension": 5000, "half": half})
 
 
 def test_a_corpus_encoded_anew_replaces_what_has_changed(server: Any, vectors: Path, tmp_path: Path) -> None:

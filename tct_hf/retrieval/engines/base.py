@@ -218,7 +218,7 @@ class EngineIndex(VectorSearch):
             found[self.exact] = self.search(wanted, k)[0]
         self.exact = before
         pairs = zip(found[False], found[True], strict=True)
-        recall = float(np.mean([len({*some} & {*every}) / len(every) for some, every in pairs]))
+        recall = float(np.mean([len({*some} & {*every}) / max(len(every), 1) for some, every in pairs]))
         figures = {"passages": len(self), "expected": len(ids), "sample": len(names), "equal": equal}
         return {**figures, "k": k, "recall": recall, "uses_graph": self.uses_graph()}
 

@@ -46,6 +46,9 @@ class PgVectorIndex(EngineIndex):
     @classmethod
     def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **graph: int) -> PgVectorIndex:
         check_name(name)
+        if about is not None and about["dimension"] > (most := 4000 if about["half"] else 2000):
+            fix = "encode fewer with truncate_dim" if about["half"] else "push with half=True, or encode fewer"
+            raise ValueError(f"dimension: {about['dimension']} where pgvector's graph takes {most}; {fix}")
         try:
             import psycopg
             from pgvector.psycopg import register_vector
