@@ -15,6 +15,7 @@ from tct_hf.data.qrels import Judgements, Qrels, check_positives, read_qrels
 from tct_hf.data.rows import SkippedRows, is_hub_id, refuse_or_skip
 from tct_hf.data.sources import MissingSplitError, named_by_header, one_split, parts_of, reach
 from tct_hf.data.texts import TEXT_FIX, prepare_corpus, records_of
+from tct_hf.files import command
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,7 +107,10 @@ class BeirFolder:
         if name == "corpus" and not mistyped and document_files(folder):
             return DocumentSource(folder)
         said = ", ".join(there) or "nothing"
-        raise FileNotFoundError(f"{folder}: neither {name}.jsonl nor {name}.jsonl.gz is there (there is: {said})")
+        more = ", nor Markdown or text files instead," if name == "corpus" else ""
+        raise FileNotFoundError(
+            f"{folder}: neither {name}.jsonl nor {name}.jsonl.gz{more} is there (there is: {said})"
+        )
 
     def queries(self, split: str) -> Source:
         """The raw rows of the queries, of this split at least."""
@@ -118,7 +122,7 @@ class BeirFolder:
             if path.is_file():
                 return read_qrels(path, skipped=self._skip(f"qrels of {split}"))
         splits = sorted({path.name.split(".tsv")[0] for path in folder.glob("*.tsv*")})
-        there = ", ".join(splits) or "none"
+        there = ", ".join(splits) or f"none; without judgements, train by {command('train unlabelled')}"
         raise MissingSplitError(f"{folder}: no {split}.tsv or {split}.tsv.gz; splits there: {there}")
 
     def load(self, split: str, *, allow_empty: bool = False) -> tuple[Dataset, dict[str, str], Qrels]:

@@ -63,6 +63,14 @@ def test_documents_are_read_again_when_one_changes_and_judged_by_their_passages_
         load_beir(notes, "test")
 
 
+def test_a_folder_without_documents_or_judgements_says_what_it_may_have(notes: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no train\.tsv.*splits there: none; .*recipes/unlabelled\.yaml"):
+        load_collection(str(notes))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"neither corpus.*nor Markdown or text files instead, is there"):
+        load_collection(str(tmp_path / "empty"), required=())
+
+
 def test_a_document_that_is_not_utf_8_is_named_with_its_line(notes: Path) -> None:
     (notes / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
     with pytest.raises(ValueError, match=r"latin\.txt, line 2: not UTF-8"):
