@@ -166,11 +166,11 @@ def say_cut_queries(
         said = (
             f"Longer than the {slots} tokens that are read of a query{' beside a long passage' if beside else ''}, "
             f"and cut: {len(cut):,} of {total:,} queries (first {cut[0][:60]!r}). Those that differ only after that "
-            f"are the same to the model: shorten them, or {fix}."
+            "are the same to the model: shorten them, or "
         )
         if said not in _said:  # models of one kind say the same of the same queries
             _said.add(said)
-            logger.warning(said)
+            logger.warning(f"{said}{fix}.")
     return bool(cut)
 
 

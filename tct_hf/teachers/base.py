@@ -175,7 +175,7 @@ class ModelTeacher(Teacher):
 
     def say_cut_queries(self, queries: Texts) -> None:
         """Warn once of queries that the model cuts, among the first thousand."""
-        looked_at, fix = queries[: self._to_look_at], f"take a {self.what} that reads longer ones"
+        looked_at, fix = queries[: self._to_look_at], f"take another {self.what}, which reads longer ones"
         self._to_look_at -= len(looked_at)
         if say_cut_queries(self.model, looked_at, len(looked_at), beside=self.slots_beside_passages, fix=fix):
             self._to_look_at = 0
