@@ -62,6 +62,7 @@ def load_beir(
 def open_beir(
     path_or_hub_id: str | Path, cache_dir: str | Path | None = None, *, skip_bad_rows: bool = False
 ) -> BeirFolder:
+    """The collection of a folder, a Hub id or "irds:ID", not read yet."""
     if is_irds(path_or_hub_id):
         return BeirOfIrds(path_or_hub_id, cache_dir, skip_bad_rows)
     folder = Path(path_or_hub_id)
@@ -173,6 +174,7 @@ class BeirOfIrds(BeirFolder):
 
 
 def hub_configurations(hub_id: str) -> list[str]:
+    """Names of the configurations of a Hub data set."""
     from datasets import get_dataset_config_names
 
     return list(reach(hub_id, lambda: get_dataset_config_names(hub_id)))

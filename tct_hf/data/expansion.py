@@ -24,10 +24,12 @@ SCORES_FOLDER = "scores"
 
 
 def query_columns(ids: Sequence[str], queries: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The columns of a shard of generated queries."""
     return {"id": pa.array(ids, pa.string()), "queries": pa.array(queries, pa.list_(pa.string()))}
 
 
 def score_columns(ids: Sequence[str], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The columns of a shard of their scores."""
     return {"id": pa.array(ids, pa.string()), "scores": pa.array(scores, pa.list_(pa.float32()))}
 
 

@@ -143,4 +143,5 @@ class KnownPositives:
 
 
 def own_positive(row: Mapping[str, Any]) -> list[str]:
+    """The id of a row's positive, none where it is not judged."""
     return [row["positive_id"]] if row.get(LABELLED, True) else []

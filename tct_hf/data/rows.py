@@ -141,6 +141,7 @@ def refuse_or_skip(skipped: SkippedRows | None, kind: str, message: str) -> None
 
 
 def get(row: Mapping[str, Any], name: str) -> Any:
+    """A column of a row; a BadRow where it is missing."""
     if name not in row:
         what = f"column {name!r} is missing ({there_are(list(row))})"
         raise BadRow("missing column", f"{what}; add it or remove the row")
@@ -166,6 +167,7 @@ def checked_texts(texts: Iterable[Any], what: str, first: int = 0) -> list[str]:
 
 
 def each_checked(texts: Iterable[Any], what: str, first: int = 0) -> Iterator[str]:
+    """Texts as they are, any other value refused with its number, counted from `first`."""
     if isinstance(texts, (str, bytes, Mapping)):
         given = "a mapping" if isinstance(texts, Mapping) else "one string"
         raise ValueError(f"{what}: {given}; pass a list of texts")
@@ -225,6 +227,7 @@ def as_score(value: Any, what: str, column: str) -> float:
 
 
 def there_are(names: Sequence[str]) -> str:
+    """Names that there are, for messages."""
     return f"there are: {', '.join(map(str, names)) or 'none'}"
 
 
@@ -260,6 +263,7 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def decode(line: bytes) -> str:
+    """The text of one line; a BadRow where it is not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -291,10 +295,12 @@ def is_header(fields: Sequence[str], unlike: bool = False) -> bool:
 
 
 def names_ids(field: str) -> bool:
+    """Whether the name of a field says that it holds ids."""
     return _OF_IDS.fullmatch(field.lower().strip(" #\"'")) is not None
 
 
 def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
+    """The fields of a line by `names`; a BadRow where their number differs."""
     fields = decode(line).split("\t")
     if len(fields) != len(names):
         need = f"{len(fields)} fields where {len(names)} separated by tabs are needed ({', '.join(names)})"
@@ -303,6 +309,7 @@ def parse_tsv_line(line: bytes, names: Sequence[str]) -> dict[str, str]:
 
 
 def parse_json_line(line: bytes) -> dict[str, Any]:
+    """The object of a line; a BadRow where it is none."""
     text = decode(line)
     try:
         row = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def _measured(
     return {**known, "mteb": mteb.__version__, "systems": figures}
 
 
-class Searched:
+class Searched(ABC):
     """A system behind mteb's search protocol, which keeps what it found, by split and subset."""
 
     def __init__(self) -> None:
@@ -133,7 +134,7 @@ class Searched:
         self.mteb_model_meta: Any = ModelMeta.create_empty()
         self.runs: dict[tuple[str, str], Run] = {}
 
-    def index(self, corpus: Any, **options: Any) -> None:
+    def index(self, corpus: Any, **options: Any) -> None:  # noqa: B027  # a fused system has none
         """Index a corpus, a data set with the columns id, text and perhaps title."""
 
     def search(self, queries: Any, **options: Any) -> Run:
@@ -142,9 +143,9 @@ class Searched:
         self.runs[place] = self.find(queries, place, options)
         return self.runs[place]
 
+    @abstractmethod
     def find(self, queries: Any, place: tuple[str, str], options: dict[str, Any]) -> Run:
         """What `search` returns and keeps."""
-        raise NotImplementedError
 
 
 class _Model(Searched):

@@ -69,7 +69,7 @@ class EngineIndex(VectorSearch):
 
     # An engine connects, making its tables where they are missing; says what is stored of a table, and stores it
     # where nothing is; and then, of a table: the digests of its shards; one shard, stored whole or not at all in place
-    # of whatever it was; and the graph, made where it is missing.
+    # of whatever it was (None: rows of no shard); and the graph, made where it is missing.
     @classmethod
     @abstractmethod
     def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **options: Any) -> Self: ...
@@ -78,7 +78,7 @@ class EngineIndex(VectorSearch):
     def _digests(self) -> dict[int, str]: ...
 
     @abstractmethod
-    def _store(self, number: int, digest: str, rows: Rows) -> None: ...
+    def _store(self, number: int | None, digest: str, rows: Rows) -> None: ...
 
     @abstractmethod
     def _forget(self, numbers: Iterable[int]) -> None: ...
@@ -99,7 +99,6 @@ class EngineIndex(VectorSearch):
     def uses_graph(self) -> bool:
         """Whether a search goes through the engine's graph, by its own account."""
 
-    @abstractmethod
     def upsert(
         self,
         ids: Sequence[str],
@@ -108,6 +107,7 @@ class EngineIndex(VectorSearch):
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Store passages, in place of those with the same ids."""
+        self._store(None, "", self._checked(ids, vectors, texts, metadata))
 
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> None:

@@ -161,15 +161,6 @@ class MilvusIndex(EngineIndex):
                     raise OSError(f"Milvus: the index of {self.name} failed; see the server's log")
                 time.sleep(0.5)
 
-    def upsert(
-        self,
-        ids: Sequence[str],
-        vectors: Any,
-        texts: Sequence[str] | None = None,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
-        self._store(None, "", self._checked(ids, vectors, texts, metadata))
-
     def delete(self, ids: Sequence[str]) -> None:
         with _plainly():
             self._client.delete(self.name, filter=_named(ids))

@@ -128,15 +128,6 @@ class PgVectorIndex(EngineIndex):
         )
         self._ask(f"analyze {self.name}")
 
-    def upsert(
-        self,
-        ids: Sequence[str],
-        vectors: Any,
-        texts: Sequence[str] | None = None,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
-        self._store(None, "", self._checked(ids, vectors, texts, metadata))
-
     def delete(self, ids: Sequence[str]) -> None:
         self._ask(f"delete from {self.name} where id = any(%s)", (list(ids),))
 
