@@ -125,7 +125,9 @@ def test_odd_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("t.tsv", gzip.compress(b"q\tp\tn\n")), ("t.tsv.gz", b"\xef\xbb\xbfq\tp\tn\r\n")]
+    ("name", "content"),
+    [("t.tsv", gzip.compress(b"q\tp\tn\n")), ("t.tsv.gz", b"\xef\xbb\xbfq\tp\tn\r\n")],
+    ids=["packed", "plain with a mark"],  # gzip writes the time, which would name the test otherwise in each worker
 )
 def test_a_file_is_read_by_its_content_whatever_its_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
