@@ -23,7 +23,7 @@ from tct_hf import (
     write_run,
 )
 from tct_hf.data.collection import Split, load_collection
-from tct_hf.evaluation import reporting
+from tct_hf.evaluation import report_systems
 from tct_hf.evaluation.reporting import check_report
 from tct_hf.evaluation.settings import (
     AnnSettings,
@@ -284,7 +284,7 @@ def test_a_wrong_model_is_refused(material: Material, splade: str, tmp_path: Pat
 def test_a_model_that_gives_nan_is_named_with_the_passage(
     material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opener: str
 ) -> None:
-    load = getattr(reporting, opener)
+    load = getattr(report_systems, opener)
 
     def spoilt(*names: Any) -> Any:
         model = load(*names)
@@ -292,6 +292,6 @@ def test_a_model_that_gives_nan_is_named_with_the_passage(
             next(model.parameters()).fill_(float("nan"))
         return model
 
-    monkeypatch.setattr(reporting, opener, spoilt)
+    monkeypatch.setattr(report_systems, opener, spoilt)
     with pytest.raises(ValueError, match="passage 'p0' has a NaN"):
         make(material, tmp_path)
