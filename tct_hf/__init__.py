@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from tct_hf.training.arguments import SparseTCTTrainingArguments as SparseTCTTrainingArguments
     from tct_hf.training.arguments import TCTTrainingArguments as TCTTrainingArguments
     from tct_hf.training.collator import TCTDataCollator as TCTDataCollator
+    from tct_hf.training.embeddings import embedding_loss as embedding_loss
     from tct_hf.training.loss import TeacherTargets as TeacherTargets
     from tct_hf.training.loss import TightlyCoupledLoss as TightlyCoupledLoss
     from tct_hf.training.loss import coupled_loss as coupled_loss

@@ -41,7 +41,8 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
     trainer = make_trainer(output, student, teacher, rows, **settings)
 
     if stops and kill_in_step:
-        score = teacher.score_matrix
+        name = "score_and_embed" if settings.get("embedding_weight") else "score_matrix"
+        score = getattr(teacher, name)
         calls = 0
 
         def score_and_die(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +52,7 @@ def main(models: Path, output: Path, settings: dict[str, Any]) -> None:
                 kill()
             return score(*args, **kwargs)
 
-        teacher.score_matrix = score_and_die  # type: ignore[method-assign]
+        setattr(teacher, name, score_and_die)
     if kill_in_save is not None:
         write = torch.save
 

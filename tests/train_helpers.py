@@ -59,6 +59,8 @@ def with_scores(rows: int = 16, *, negatives: int = 1) -> Dataset:
 
 def make_teacher(models: Path, kind: str) -> Any:
     """A teacher of a kind, of the models that tests with processes of their own keep in a folder."""
+    from sentence_transformers import SentenceTransformer
+
     from tct_hf import (
         BM25Index,
         BM25Teacher,
@@ -69,6 +71,8 @@ def make_teacher(models: Path, kind: str) -> Any:
         TeacherEnsemble,
     )
 
+    if kind == "narrow":  # of other dimensions than the students
+        return DenseTeacher(SentenceTransformer(str(models / "plain"), device="cpu", truncate_dim=16), dtype="float32")
     if kind in ("bm25", "dense", "log-linear"):
         bm25 = BM25Teacher(BM25Index.build(PASSAGES, map(str, range(len(PASSAGES))), backend="numpy"))
         dense = DenseTeacher(str(models / "plain"), dtype="float32")

@@ -64,7 +64,8 @@ def make_part(
 def make_teacher(run: Training, teaching: TeacherSettings, student: StudentSettings) -> Teacher:
     """The teacher of a run's student: none, one, or several mixed."""
     said = student.training
-    also = run.schedules or said.get("margin_mse_weight") or said.get("self_coupled")
+    others = ("margin_mse_weight", "self_coupled", "distillation_weight", "embedding_weight")
+    also = run.schedules or any(said.get(name) for name in others)
     if said.get("hard_label_weight") == 1.0 and not also:
         return NoTeacher()  # hard labels are all that the student learns from
     teaching, cache = replace(teaching, model=run.teacher_model), run.vectors_folder

@@ -87,6 +87,11 @@ class Teacher(ABC):
         return [name for one in self.members for name in one.columns_read(names)]
 
     @property
+    def embedding_dim(self) -> int | None:
+        """Dimensions of the vectors, one a text, that :meth:`score_and_embed` gives; None without vectors."""
+        return next((one.embedding_dim for one in self.members if one.embedding_dim is not None), None)
+
+    @property
     def device(self) -> torch.device:
         """Where it scores."""
         return next((one.device for one in self.members), torch.device("cpu"))
@@ -128,6 +133,15 @@ class Teacher(ABC):
             `(queries, candidates)` float32: this device's queries against all positives in rank order, then all
             first negatives, and so on.
         """
+
+    def score_and_embed(self, inputs: Mapping[str, Any], *, gather: bool) -> tuple[Tensor, list[Tensor] | None]:
+        """Score the batch as :meth:`score_matrix`, and give the vectors that were computed for it.
+
+        Returns:
+            The score matrix; and `(queries, embedding_dim)` float32 of this device's queries, then of each candidate
+            column, None where the teacher has no vectors of texts.
+        """
+        return self.score_matrix(inputs, gather=gather), None
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
         """Scores of one query's passages, `(passages,)` float32 on the CPU."""

@@ -209,13 +209,15 @@ class CachedTeacher(Teacher):
         return {"vectors": [part for each in keys for part in padded([known[key] for key in each])]}
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        return self.score_and_embed(inputs, gather=gather)[0]
+
+    def score_and_embed(self, inputs: Mapping[str, Any], *, gather: bool) -> tuple[Tensor, list[Tensor] | None]:
         parts = inputs.get("vectors")
         if parts is None:
             queries, passages = inputs["texts"]
             parts = (*padded(self.vectors(queries, "query")), *padded(self.vectors(passages, "document")))
             parts = send_to_device(parts, self.device)
-        with torch.inference_mode():
-            return self.teacher.compare(*parts, gather=gather).clone()
+        return self.teacher.compare_and_embed(*parts, gather=gather)
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
         """As :meth:`VectorTeacher.vectors`; missing ones are encoded, and kept while there is room."""

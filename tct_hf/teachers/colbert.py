@@ -74,11 +74,13 @@ class VectorTeacher(ModelTeacher):
 
         With several devices queries travel to the passages, see :func:`tct_hf.batches.score_where_the_passages_are`.
         """
+        return self.score_and_embed(inputs, gather=gather)[0]
+
+    def score_and_embed(self, inputs: Mapping[str, Any], *, gather: bool) -> tuple[Tensor, list[Tensor] | None]:
         self.model.eval()
         with torch.inference_mode():
             queries, passages = self.encode([inputs["query"]], "query"), self.encode(inputs["columns"], "document")
-            scores = self.compare(*queries, *passages, gather=gather)
-        return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
+        return self.compare_and_embed(*queries, *passages, gather=gather)
 
     def encode(self, columns: Sequence[Features], side: Side) -> tuple[Tensor, Tensor]:
         """Tokenised columns to `(columns * rows, vectors, dim)` of the compute type and its mask, column by column."""
@@ -111,6 +113,18 @@ class VectorTeacher(ModelTeacher):
                 columns = len(passages) // len(queries)
                 return score_where_the_passages_are(queries, query_mask, passages, passage_mask, columns, similarity)
             return similarity(queries, passages, query_mask, passage_mask)
+
+    def compare_and_embed(
+        self, queries: Tensor, query_mask: Tensor, passages: Tensor, passage_mask: Tensor, *, gather: bool
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """As :meth:`compare`, and the vectors by column where there is one a text."""
+        with torch.inference_mode():
+            scores = self.compare(queries, query_mask, passages, passage_mask, gather=gather)
+        # Copies: a tensor of inference mode can't be kept for a backward pass.
+        if self.embedding_dim is None:
+            return scores.clone(), None
+        columns = [queries[:, 0], *passages[:, 0].split(len(queries))]
+        return scores.clone(), [column.to(torch.float32, copy=True) for column in columns]
 
     def vectors(self, texts: Sequence[str], side: Side) -> list[np.ndarray]:
         """`(vectors, dim)` float16 of each of any number of queries or passages."""
@@ -181,8 +195,9 @@ class ColBERTTeacher(VectorTeacher):
 
 
 class DenseTeacher(VectorTeacher):
-    """An embedding model as a teacher: one vector a text, compared as the model compares them.
+    """An embedding model as a teacher of scores, of its vectors, or of both: one vector a text.
 
+    Vectors are compared as the model compares them; a student learns them too where its `embedding_weight` is above 0.
     Arguments and errors as of :class:`ColBERTTeacher`; the model is a SentenceTransformer, whose own prompts, pooling
     and similarity are used.
     """
@@ -190,6 +205,10 @@ class DenseTeacher(VectorTeacher):
     model: SentenceTransformer
     model_class = SentenceTransformer
     what = "embedding model"
+
+    @property
+    def embedding_dim(self) -> int | None:
+        return self.model.get_embedding_dimension()
 
     def forward(self, features: Features, side: Side) -> tuple[Tensor, Tensor]:
         vectors = self.model(features, task=side)["sentence_embedding"]

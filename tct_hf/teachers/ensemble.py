@@ -30,6 +30,8 @@ class TeacherEnsemble(Teacher):
     in-batch teachers for the whole batch and of all teachers for how the own candidates share what they have together.
     A weight is then the factor that a teacher's scores need, and may be set later in :attr:`weights`.
 
+    Vectors of texts are those of the first teacher that has any; its weight may be 0.
+
     Args:
         teachers: teachers and their weights, as a mapping or as pairs; weights are made to sum to 1, but for "none".
         normalize: "standard", scores of a query get zero mean and unit spread, a constant row gets zeros: scales do
@@ -41,8 +43,8 @@ class TeacherEnsemble(Teacher):
         weights: `(teachers,)` numbers, in the order of `teachers`.
 
     Raises:
-        ValueError: no teacher, a weight that is not above 0 (for "none": that is not finite), an unknown
-            normalisation, or an ensemble within another.
+        ValueError: no teacher, a weight that is not above 0 (for "none": that is not finite; 0 is enough for a
+            teacher with vectors of texts, but not for all), an unknown normalisation, or an ensemble within another.
     """
 
     def __init__(
@@ -61,15 +63,19 @@ class TeacherEnsemble(Teacher):
                 raise ValueError(
                     f"A TeacherEnsemble holds teachers, no {type(teacher).__name__}: all teachers go into one list."
                 )
-            if not math.isfinite(weight) or (weight <= 0 and normalize != "none"):
+            too_low = weight < 0 or (weight == 0 and teacher.embedding_dim is None)
+            if not math.isfinite(weight) or (too_low and normalize != "none"):
                 wanted = "a finite number" if normalize == "none" else "a number above 0"
                 raise ValueError(f"The weight of a {type(teacher).__name__} is {weight}: give {wanted}.")
         total = 1.0 if normalize == "none" else sum(weight for _, weight in pairs)
+        if not total:
+            raise ValueError("All weights of a TeacherEnsemble are 0: give at least one teacher a number above 0.")
         self.members = self.teachers = [teacher for teacher, _ in pairs]
         self.weights = [weight / total for _, weight in pairs]
         self.normalize = normalize
         self.score_kind = f"weighted sum of {_KINDS[normalize]}"
-        self.covers = "own" if all(teacher.covers == "own" for teacher in self.teachers) else "in-batch"
+        scoring = [teacher for teacher, weight in pairs if weight or normalize == "none"]
+        self.covers = "own" if all(teacher.covers == "own" for teacher in scoring) else "in-batch"
 
     def collate(self, queries: Texts, columns: Columns, rows: Rows) -> dict[str, Any]:
         return {
@@ -78,9 +84,16 @@ class TeacherEnsemble(Teacher):
         }
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
+        return self.score_and_embed(inputs, gather=gather)[0]
+
+    def score_and_embed(self, inputs: Mapping[str, Any], *, gather: bool) -> tuple[Tensor, list[Tensor] | None]:
         prepared = zip(self.teachers, inputs["teachers"], strict=True)
+        made = [one.score_and_embed({**inputs, **own}, gather=gather) for one, own in prepared]
         # (teachers, queries, candidates), zeros where a teacher scores own candidates only
-        scores = torch.stack([one.score_matrix({**inputs, **own}, gather=gather).float() for one, own in prepared])
+        scores = self._mix(torch.stack([one.float() for one, _ in made]), inputs, gather=gather)
+        return scores, next((vectors for _, vectors in made if vectors is not None), None)
+
+    def _mix(self, scores: Tensor, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         whole = torch.tensor([teacher.covers == "in-batch" for teacher in self.teachers], device=scores.device)
         if all(teacher.covers == "in-batch" for teacher in self.teachers):
             return self._combine(scores)

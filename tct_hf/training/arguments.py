@@ -34,6 +34,7 @@ SPARSE_SETTINGS: Ranges = {
     "regularizer_warmup_shape": (lambda value: value in ("quadratic", "linear"), "quadratic or linear"),
     "matryoshka_dims": _DENSE,
     "self_coupled": _DENSE,
+    "embedding_weight": _DENSE,
 }
 _FINITE = (lambda value: isinstance(value, (int, float)) and math.isfinite(value)), "a finite number"
 SCHEDULE_SETTINGS: Ranges = {
@@ -73,7 +74,10 @@ class CoupledArguments:
     temperature: float | str | None = None
     student_temperature: float | None = None
     hard_label_weight: float | None = None
+    distillation_weight: float | None = None
     margin_mse_weight: float = 0.0
+    embedding_weight: float = 0.0
+    embedding_distance: str = "cosine"
     student_scale: float | None = None
     student_divisor: float = 1.0
     kl_direction: str = "forward"
@@ -134,8 +138,8 @@ class SparseTCTTrainingArguments(CoupledArguments, SparseEncoderTrainingArgument
         regularizer_warmup_shape: "quadratic" or "linear".
 
     Raises:
-        ValueError: as :class:`CoupledArguments`; a negative weight, threshold or warm-up; `matryoshka_dims` or
-            `self_coupled`, which are for dense students.
+        ValueError: as :class:`CoupledArguments`; a negative weight, threshold or warm-up; `matryoshka_dims`,
+            `self_coupled` or `embedding_weight`, which are for dense students.
 
     Source: Formal et al., arXiv 2205.04733 (weights and quadratic warm-up); Paria et al., arXiv 2004.05665 (FLOPS);
     arXiv 2504.14839 (threshold).
@@ -197,7 +201,7 @@ class LossSchedule(TrainerCallback):
     Args:
         loss: the trainer's :class:`TightlyCoupledLoss`, or its dict of losses by data set.
         **schedules: a :class:`Schedule` each for `temperature`, `student_temperature`, `hard_label_weight`,
-            `margin_mse_weight`, `student_divisor`.
+            `distillation_weight`, `margin_mse_weight`, `student_divisor`.
 
     Raises:
         ValueError: no schedule, one of another setting, or one that leaves the setting's range.

@@ -16,9 +16,11 @@ from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
 from tct_hf.batches import gather_rows, in_parts, sizes_of_all, stack_columns, take, token_lengths
+from tct_hf.training.embeddings import Projection, embedding_loss
 from tct_hf.training.score_losses import (
     LOSS_SETTINGS,
     NUMBERS,
+    Distance,
     KLDirection,
     at_least_float32,
     check_settings,
@@ -43,6 +45,8 @@ class TeacherTargets:
         mask: `(queries, candidates)` bool, True for candidates that take part in both softmaxes.
         positive_index: `(queries,)` int64, the column of each row's positive; -1 for a row without a label.
         label_weight: `(queries,)` float32, weight of each row's hard label; equal weights when None.
+        embeddings: `(queries, dim)` float32, the teacher's vectors of the queries, then of each candidate column of
+            this process, or of the queries alone; needed for an `embedding_weight`.
         report: figures that the loss leaves for the log: its parts, the teacher's entropy in nats and the share of
             rows where student and teacher agree on the top candidate; of a sparse student also the mean active
             dimensions of queries and passages, and the share of dimensions that are not.
@@ -52,6 +56,7 @@ class TeacherTargets:
     mask: Tensor
     positive_index: Tensor
     label_weight: Tensor | None = None
+    embeddings: list[Tensor] | None = None
     report: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -74,7 +79,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         temperature: divisor of the teacher's scores. Calibrated at 1 / (the scale the teacher was trained at).
         student_temperature: see :func:`coupled_loss`.
         hard_label_weight: see :func:`coupled_loss`.
+        distillation_weight: see :func:`coupled_loss`.
         margin_mse_weight: see :func:`coupled_loss`.
+        embedding_weight: weight of the distance to a dense teacher's vectors, see :func:`embedding_loss`. Above 0 the
+            student must be dense; whole vectors are compared, whatever `matryoshka_dims`.
+        embedding_distance: see :func:`embedding_loss`.
         student_divisor: see :func:`coupled_loss`.
         kl_direction: see :func:`coupled_loss`.
         student_scale: factor of the student's scores before anything else, which is no part of its checkpoint. None:
@@ -119,9 +128,12 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         temperature: float = 0.25,
         student_temperature: float = 1.0,
         hard_label_weight: float = 0.1,
+        distillation_weight: float | None = None,
         margin_mse_weight: float = 0.0,
         student_scale: float | None = None,
         student_divisor: float = 1.0,
+        embedding_weight: float = 0.0,
+        embedding_distance: Distance = "cosine",
         kl_direction: KLDirection = "forward",
         candidates: Literal["in-batch", "own"] = "in-batch",
         mini_batch_size: int | None = None,
@@ -136,10 +148,14 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.temperature = temperature
         self.student_temperature = student_temperature
         self.hard_label_weight = hard_label_weight
+        self.distillation_weight = distillation_weight
         self.margin_mse_weight = margin_mse_weight
         unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
         self.student_scale = student_scale if student_scale is not None else COSINE_SCALE if unit else 1.0
         self.student_divisor = student_divisor
+        self.embedding_weight = embedding_weight
+        self.embedding_distance: Distance = embedding_distance
+        self.projection: Projection | None = None
         self.kl_direction: KLDirection = kl_direction
         self.candidates = candidates
         self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
@@ -159,11 +175,20 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
                 raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
         if self.self_coupled is not None and (self.is_sparse or processes > 1):
             raise ValueError("self_coupled compares tokens of a whole batch: train a dense student, in one process.")
+        if self.is_sparse and self.embedding_weight:
+            raise ValueError("embedding_weight is for dense students: leave it out of a sparse one's loss.")
+
+    def project_to(self, dim: int) -> None:
+        """Compare with vectors of `dim` dimensions; where the student has others, by a projection that is learned."""
+        own = self.model.get_embedding_dimension()
+        if self.projection is None and own is not None and own != dim:
+            self.projection = Projection(own, dim).to(self.model.device)
 
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher's scores count at all."""
-        return self.hard_label_weight < 1.0 or self.margin_mse_weight > 0.0
+        scores = self.hard_label_weight < 1.0 if self.distillation_weight is None else self.distillation_weight > 0.0
+        return scores or self.margin_mse_weight > 0.0
 
     @property
     def gathers(self) -> bool:
@@ -239,6 +264,13 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         cached = _Cached(labels, columns=len(features) - 1, order=order)
         return self.forward_cached([features[0], passages], cached)  # type: ignore[arg-type]
 
+    def embed_minibatch(self, *args: Any, **kwargs: Any) -> Any:
+        """Embeddings of a mini-batch, and beside them their projection: its weights get their gradient like others."""
+        embeddings, state = super().embed_minibatch(*args, **kwargs)
+        if self.projection is not None:
+            embeddings = torch.cat([embeddings, self.projection(embeddings)], dim=1)
+        return embeddings, state
+
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
@@ -247,19 +279,25 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         embeddings = [torch.cat(column) for column in reps]
         if cached.order is not None:
             embeddings = [embeddings[0], *embeddings[1][cached.order.argsort()].chunk(cached.columns)]
-        parts = self.compute_loss_from_embeddings(embeddings, cached.targets)
+        own = self.projection.in_features if self.projection else 0
+        projected = [one[:, own:] for one in embeddings]
+        embeddings = [one[:, :own] for one in embeddings] if self.projection else embeddings
+        parts = self.compute_loss_from_embeddings(embeddings, cached.targets, projected)
         loss = torch.stack(list(parts.values())).sum()
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
 
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: TeacherTargets) -> dict[str, Tensor]:
+    def compute_loss_from_embeddings(
+        self, embeddings: list[Tensor], labels: TeacherTargets, projected: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The parts of the loss over embeddings, however they were made: plain, cached or sparse.
 
         Args:
             embeddings: `(queries, dim)` of the queries, then `(queries, dim)` of each candidate column.
             labels: what the teacher says of the batch.
+            projected: the embeddings in the teacher's dimensions, computed here when None.
 
         Raises:
             ValueError: the teacher scored other candidates than the student.
@@ -290,6 +328,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
             )
             for name, value in parts.items():
                 totals[name] = totals.get(name, 0.0) + value / len(dims)
+        if self.embedding_weight:
+            assert labels.embeddings is not None
+            projected = projected or [self.projection(one) if self.projection else one for one in embeddings]
+            distance = embedding_loss(projected, labels.embeddings, self.embedding_distance)
+            totals["embedding"] = self.embedding_weight * distance
         shares = _shares(labels)
         totals = {name: value * shares[name] for name, value in totals.items()}
         with torch.no_grad():
@@ -342,7 +385,7 @@ def _shares(labels: TeacherTargets) -> dict[str, Tensor]:
         total = local.clone()
         dist.all_reduce(total)
         shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
-    return dict(zip(("hard_label", "margin_mse", "distillation"), shares, strict=True))
+    return dict(zip(("hard_label", "margin_mse", "distillation", "embedding"), (*shares, shares[-1]), strict=True))
 
 
 def coupled_part(loss: Any) -> Any:

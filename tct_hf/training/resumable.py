@@ -36,7 +36,7 @@ UNFINISHED = ".unfinished"  # checkpoints are written here and renamed when whol
 PUSHED_FROM = ".pushing"  # what is pushed: a checkpoint may be rotated away before all of it has gone out
 PATIENCE = 3  # first steps without a gradient before training stops: a batch may have no label
 # Files of a checkpoint that are the run's and not the model's.
-OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", TRAINER_STATE_NAME, CONTENTS_FILE]
+OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "projections*", TRAINER_STATE_NAME, CONTENTS_FILE]
 # Steps in a row that fp16's scaler may skip: it halves its factor at each, 2^16 at first, until gradients are finite.
 SKIPPED_IN_A_ROW = 32
 

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 KLDirection = Literal["forward", "reverse"]
+Distance = Literal["cosine", "squared"]
 Ranges = Mapping[str, tuple[Callable[[Any], Any], str]]  # of a setting: whether a value is in its range, and the range
 # Beyond, scores overflow in float32 or gradients vanish.
 _FACTOR = (lambda value: 1e-6 <= value <= 1e6), "a finite number greater than 0, from 1e-06 to 1e+06"
+_WEIGHT = (lambda value: 0.0 <= value <= 1e6), "a finite number from 0 to 1e+06"
 LOSS_SETTINGS: Ranges = {
     "temperature": _FACTOR,
     "student_temperature": _FACTOR,
     "hard_label_weight": (lambda value: 0.0 <= value <= 1.0, "a number from 0 to 1"),
-    "margin_mse_weight": (lambda value: 0.0 <= value <= 1e6, "a finite number from 0 to 1e+06"),
+    "distillation_weight": _WEIGHT,
+    "margin_mse_weight": _WEIGHT,
     "student_divisor": _FACTOR,
+    "embedding_weight": _WEIGHT,
+    "embedding_distance": (lambda value: value in get_args(Distance), "'cosine' or 'squared'"),
     "student_scale": _FACTOR,
     "kl_direction": (lambda value: value in get_args(KLDirection), "'forward' or 'reverse'"),
     "candidates": (lambda value: value in ("in-batch", "own"), "'in-batch' or 'own'"),
@@ -31,8 +36,11 @@ LOSS_SETTINGS: Ranges = {
     ),
     "self_coupled": (lambda value: len(value) == 2, "the weights of the pooled score and of MaxSim"),
 }
-_NEEDED = ("kl_direction", "candidates", "start", "shape", "until", "regularizer_warmup", "regularizer_warmup_shape")
-NUMBERS = tuple(LOSS_SETTINGS)[:5]  # that may follow a schedule
+_NEEDED = (  # None is no value of these
+    "kl_direction", "candidates", "embedding_weight", "embedding_distance", "start", "shape", "until",
+    "regularizer_warmup", "regularizer_warmup_shape",
+)  # fmt: skip
+NUMBERS = tuple(LOSS_SETTINGS)[:6]  # that may follow a schedule
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,6 +92,7 @@ def coupled_loss(
     temperature: float = 0.25,
     student_temperature: float = 1.0,
     hard_label_weight: float = 0.1,
+    distillation_weight: float | None = None,
     margin_mse_weight: float = 0.0,
     student_divisor: float = 1.0,
     kl_direction: KLDirection = "forward",
@@ -93,7 +102,7 @@ def coupled_loss(
 ) -> dict[str, Tensor]:
     """The loss of tightly-coupled distillation as a pure function of two score matrices.
 
-    `hard_label_weight * -log P_student(positive) + (1 - hard_label_weight) * KL(P_teacher || P_student)`, the first
+    `hard_label_weight * -log P_student(positive) + distillation_weight * KL(P_teacher || P_student)`, the first
     averaged over labelled rows, the second over all rows. `P_teacher = softmax(teacher / temperature)`; the student's
     temperature divides its scores in the distillation part only, and there is no temperature-squared factor. MarginMSE
     is added with its own weight: for each labelled row the mean, over the candidates other than the positive, of
@@ -105,6 +114,7 @@ def coupled_loss(
         temperature: divisor of the teacher's scores. The paper's 0.25 belongs to its own teacher.
         student_temperature: divisor of the student's scores in the distillation part.
         hard_label_weight: weight of the hard labels, from 0 to 1 (gamma of the paper).
+        distillation_weight: weight of the teacher's scores; 1 - hard_label_weight when None.
         margin_mse_weight: weight of MarginMSE, which compares raw scores: no temperature, only `student_divisor`.
         student_divisor: divisor of the student's scores in every part, for a student whose scores are on another
             scale than the teacher's.
@@ -139,11 +149,14 @@ def coupled_loss(
             "temperature": temperature,
             "student_temperature": student_temperature,
             "hard_label_weight": hard_label_weight,
+            "distillation_weight": distillation_weight,
             "margin_mse_weight": margin_mse_weight,
             "student_divisor": student_divisor,
             "kl_direction": kl_direction,
         }
     )
+    if distillation_weight is None:
+        distillation_weight = 1.0 - hard_label_weight
     student_scores = at_least_float32(student_scores) / student_divisor
     teacher_scores = teacher_scores.detach().to(student_scores.dtype)
     margins = None
@@ -182,7 +195,7 @@ def coupled_loss(
     hard_label = hard_label / weight.sum().masked_fill(weight.sum() == 0, 1.0)
     parts = {
         "hard_label": hard_label_weight * hard_label,
-        "distillation": (1.0 - hard_label_weight) * distillation,
+        "distillation": distillation_weight * distillation,
     }
     return parts if margins is None else {**parts, "margin_mse": margin_mse_weight * margins}
 

@@ -31,6 +31,7 @@ from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.training.arguments import SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.collator import BATCH_KEY, NO_ID, SameDatasetBatchSampler, TCTDataCollator
+from tct_hf.training.embeddings import EmbeddingTrainer
 from tct_hf.training.loss import NO_LABEL, TeacherTargets, TightlyCoupledLoss, coupled_part, coupled_parts
 from tct_hf.training.resumable import ResumableTrainer
 from tct_hf.training.score_losses import at_least_float32
@@ -112,7 +113,7 @@ def _checked(rows: Any, name: str) -> Any:
     return rows
 
 
-class CoupledTrainer(ResumableTrainer):
+class CoupledTrainer(EmbeddingTrainer, ResumableTrainer):
     """The base of the trainers with a live teacher."""
 
     teacher: Teacher
@@ -156,6 +157,7 @@ class CoupledTrainer(ResumableTrainer):
             self._refuse_no_teacher(one)
             if isinstance(one, TightlyCoupledLoss):  # a loss that was made before the processes met
                 one.check(self.accelerator.num_processes)
+        self.learn_embeddings()
         self._prepare_teacher()
         # The loss is a mean over the batch: the base class divides it by the accumulation steps.
         self.loss_is_scaled_for_ga = False
@@ -164,7 +166,8 @@ class CoupledTrainer(ResumableTrainer):
         if isinstance(self.teacher, NoTeacher) and getattr(loss, "asks_teacher", False):
             raise ValueError(
                 f"There is no teacher to distil, but hard_label_weight is {loss.hard_label_weight} and "
-                f"margin_mse_weight is {loss.margin_mse_weight}: set them to 1 and 0, or give a teacher."
+                f"margin_mse_weight is {loss.margin_mse_weight}: set them to 1 and 0 (and leave out "
+                "distillation_weight), or give a teacher."
             )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -254,7 +257,10 @@ class CoupledTrainer(ResumableTrainer):
         self._refuse_no_teacher(loss)  # a schedule may have changed the weights
         gather = getattr(loss, "gathers", False)
         prepared = {"query": features[0], "columns": features[1:], **batch.get("teacher", {})}
-        scores = self.teacher.score_matrix(prepared, gather=gather)
+        if getattr(loss, "embedding_weight", 0.0):
+            scores, embeddings = self.teacher.score_and_embed(prepared, gather=gather)
+        else:
+            scores, embeddings = self.teacher.score_matrix(prepared, gather=gather), None
         not_finite = (~torch.isfinite(scores)).any(1).nonzero().flatten().tolist()
         if not_finite:
             raise ValueError(
@@ -280,7 +286,7 @@ class CoupledTrainer(ResumableTrainer):
         mask = torch.stack(masks).all(0)
         if getattr(loss, "candidates", "in-batch") == "own":
             mask = mask & torch.eye(queries, dtype=torch.bool, device=asked.device).repeat(1, columns)
-        return TeacherTargets(scores=scores, mask=mask, positive_index=positive, label_weight=weight)
+        return TeacherTargets(scores, mask, positive, label_weight=weight, embeddings=embeddings)
 
 
 class TCTTrainer(CoupledTrainer, SentenceTransformerTrainer):

@@ -52,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "table of scores": {"teacher": "table", "candidates": "own"},
     "mixture, fewer rows": {"teacher": "mixture", "uneven": True},
     "embedding model": {"teacher": "dense"},
+    "vectors in few dimensions, gradient cache": {"teacher": "narrow", "embedding_weight": 2.0, "mini_batch_size": 3},
+    "vectors, fewer rows": {"teacher": "dense", "embedding_weight": 2.0, "uneven": True},
     "BM25, fewer rows": {"teacher": "bm25", "uneven": True},
     "log-linear, fewer rows": {"teacher": "log-linear", "uneven": True},
     "two data sets": {"two": True, "multi_dataset_batch_sampler": "round_robin"},  # one of them at a time

@@ -64,6 +64,7 @@ CASES: dict[str, Any] = {
         IN_STEP_7,
         6,
     ),
+    "vectors in few dimensions": ({"teacher": "narrow", "embedding_weight": 2.0}, IN_STEP_7, 6),
     "mixture": ({"teacher": "mixture"}, IN_STEP_7, 6),
     QUICK: ({"save_total_limit": 1, "num_train_epochs": 1}, {"kill_in_save": 3}, 2),
     # 22 streamed rows in batches of 4: the second pass begins in the sixth step.

@@ -231,6 +231,7 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(trainer_of: Any, t
     settings: dict[str, Any] = {"temperature": 0.5, "student_temperature": 3.0, "student_scale": 3.0}
     settings |= {"hard_label_weight": 0.2, "margin_mse_weight": 0.3, "student_divisor": 30.0, "candidates": "own"}
     settings |= {"kl_direction": "reverse", "mini_batch_size": 3, "matryoshka_dims": [8, 32], "self_coupled": None}
+    settings |= {"distillation_weight": 0.4, "embedding_weight": 0.0, "embedding_distance": "squared"}
     trainer = trainer_of(triples(8), **settings)
     assert trainer.loss.get_config_dict() == {**settings, "gather_across_devices": True}
     assert "2010.11386" in trainer.loss.citation and trainer.loss.citation.strip().startswith("@misc{")
