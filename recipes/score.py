@@ -1,6 +1,6 @@
 """Write a teacher's scores of a set of triples, each query's own candidates, to distil them without the teacher.
 
-accelerate launch recipes/score.py [settings.yaml] --triples.path PATH --teacher PATH [--kind cross-encoder]
+accelerate launch recipes/score.py [settings.yaml] --triples.path PATH --teacher PATH_OR_URL [--kind cross-encoder]
     --output_dir DIR [--setting value ...]
 
 Writes parquet shards in DIR/triples (recipes/train.py takes them as --triples.path, with --teacher.kind stored) and
@@ -23,8 +23,10 @@ from tct_hf.settings import SettingsError, run_recipe, setting
 @dataclass
 class Settings:
     output_dir: str = setting("outputs/score", "where everything is written")
-    teacher: str | None = setting(None, "folder or Hub id of the model that scores")
-    kind: Literal["colbert", "cross-encoder"] = setting("colbert", "type of the teacher")
+    teacher: str | None = setting(None, "folder or Hub id of the model that scores, or the URL of a server")
+    kind: Literal["colbert", "cross-encoder", "causal", "url"] = setting("colbert", "type of the teacher")
+    key_env: str | None = setting(None, "url: name of the environment variable that holds the server's key")
+    options: dict[str, Any] = setting({}, "more arguments of the teacher, such as {max_length: 512}")
     dtype: Literal["auto", "bfloat16", "float32"] = setting("auto", "compute dtype")
     rows_a_shard: int = setting(4096, "rows a shard; an interruption loses at most one shard")
     batch_size: int = setting(32, "rows scored at once")
@@ -39,24 +41,26 @@ def main(settings: Settings) -> None:
     from tct_hf.teachers.scoring import score_triples
 
     if settings.teacher is None:
-        raise SettingsError("teacher: name the folder or Hub id of the model that scores, --teacher PATH")
+        raise SettingsError("teacher: name the folder or Hub id of the model that scores, or a URL, --teacher PATH")
     if settings.triples.path is None:
         raise SettingsError("triples.path: name the triples that are scored, --triples.path PATH")
     if settings.triples.streaming:
         raise SettingsError("triples.streaming: shards are parts of a whole that is read first; leave it out")
-    part = OneTeacher(kind=settings.kind, model=settings.teacher)
+    part = OneTeacher(settings.kind, settings.teacher, key_env=settings.key_env, options=settings.options)
     check_part(part, "", model="teacher")
     job = Job(["data", "score"])
     with job.first("data"):
         rows = read_triples(settings.triples, seed=0, write=job.write)
     with job.stage("score"):
         teacher: Any = make_part(part, dtype=settings.dtype)
+        of = teacher.identity if settings.kind == "url" else describe_teacher(teacher.model)
+        depends = {"teacher": of, "kind": settings.kind, "dtype": settings.dtype}
         summary = score_triples(
             teacher,
             rows,  # type: ignore[arg-type]
             settings.output_dir,
             name=settings.teacher,
-            depends={"teacher": describe_teacher(teacher.model), "kind": settings.kind, "dtype": settings.dtype},
+            depends={**depends, **({"options": part.lasting} if part.lasting else {})},
             rows_a_shard=settings.rows_a_shard,
             batch_size=settings.batch_size,
             state=job.state,

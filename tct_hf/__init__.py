@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from tct_hf.teachers.base import Teacher as Teacher
     from tct_hf.teachers.bm25 import BM25Teacher as BM25Teacher
     from tct_hf.teachers.cached import CachedTeacher as CachedTeacher
+    from tct_hf.teachers.causal import CausalRerankerTeacher as CausalRerankerTeacher
     from tct_hf.teachers.colbert import ColBERTTeacher as ColBERTTeacher
     from tct_hf.teachers.colbert import DenseTeacher as DenseTeacher
     from tct_hf.teachers.cross_encoder import CrossEncoderTeacher as CrossEncoderTeacher
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
     from tct_hf.teachers.mixture import calibrate as calibrate
     from tct_hf.teachers.mixture import free_mixture as free_mixture
     from tct_hf.teachers.mixture import search_mixture as search_mixture
+    from tct_hf.teachers.remote import RemoteTeacherError as RemoteTeacherError
+    from tct_hf.teachers.remote import URLTeacher as URLTeacher
     from tct_hf.teachers.scoring import score_expansions as score_expansions
     from tct_hf.teachers.scoring import score_triples as score_triples
     from tct_hf.teachers.stored import StoredScores as StoredScores

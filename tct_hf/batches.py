@@ -180,6 +180,15 @@ def score_where_the_passages_are(
     return torch.cat(parts, dim=2).flatten(1)
 
 
+def texts_of_all(columns: Sequence[Sequence[str]], *, gather: bool) -> list[str]:
+    """The candidates' texts in the order of the score matrix; of all processes with `gather`."""
+    of_all: list[Any] = [columns]
+    if gather and get_world_size() > 1:
+        of_all = [None] * get_world_size()
+        dist.all_gather_object(of_all, columns)
+    return [text for parts in zip(*of_all, strict=True) for part in parts for text in part]
+
+
 def first_row(sizes: list[int]) -> int:
     """Position of this process's first row among the rows of all processes."""
     return sum(sizes[: get_rank()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ MARKER = ".tct_release.json"
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token="
 # The client has changed its HTTP library before: the class that all its errors are of is taken from its own.
 _HTTPError: Any = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+http: Any = importlib.import_module(_HTTPError.__module__.partition(".")[0])  # that library, of httpx's interface
 _RESUMES = "what has arrived is not sent again"
 
 

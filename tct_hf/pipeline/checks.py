@@ -9,7 +9,14 @@ from pathlib import Path
 
 from tct_hf.files import command
 from tct_hf.hub_client import resolve_model
-from tct_hf.pipeline.settings import EncoderSettings, OneTeacher, StudentSettings, TeacherSettings, TrainSettings
+from tct_hf.pipeline.settings import (
+    OF_PAIRS,
+    EncoderSettings,
+    OneTeacher,
+    StudentSettings,
+    TeacherSettings,
+    TrainSettings,
+)
 from tct_hf.settings import SettingsError
 
 
@@ -39,21 +46,43 @@ def of_section(prefix: str) -> Iterator[None]:
         raise SettingsError(f"{prefix}{error}") from error
 
 
+# What a teacher's model is named by, for messages.
+_WHAT = {
+    "colbert": "the folder or Hub id of a ColBERT",
+    "cross-encoder": "the folder or Hub id of a cross-encoder",
+    "causal": "the folder or Hub id of a causal language model",
+    "url": "the URL of a server that reranks",
+}
+
+
 def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bool = False) -> None:
     """Refuse a teacher that lacks what its kind needs; `prefix` and `model` name its settings in messages."""
     if one.kind != "stored" and one.scores is not None:
         raise SettingsError(f'{prefix}scores: a {one.kind} scores live; leave it out, or set {prefix}kind to "stored"')
     if one.kind == "stored" and one.scores is None:
         raise SettingsError(f"{prefix}scores: name the stored scores, columns of the triples or a file")
+    if one.kind != "url" and one.key_env is not None:
+        raise SettingsError(f'{prefix}key_env is of a server: leave it out, or set {prefix}kind to "url"')
+    if one.kind not in OF_PAIRS and one.options:
+        raise SettingsError(f"{prefix}options: a {one.kind} teacher takes none; leave them out")
     if one.kind in ("stored", "bm25"):
         return
-    what = {"colbert": "a ColBERT", "cross-encoder": "a cross-encoder"}.get(one.kind, "an embedding model")
+    what = _WHAT.get(one.kind, "the folder or Hub id of an embedding model")
     if (name := one.model) is None:
         if not trains:
-            raise SettingsError(f"{prefix}{model}: name the folder or Hub id of {what}")
+            raise SettingsError(f"{prefix}{model}: name {what}")
+    elif one.kind == "url":
+        from tct_hf.teachers.remote import URLTeacher  # with torch, which --help does without
+
+        try:
+            URLTeacher(name, key_env=one.key_env, candidates=one.candidates, **one.options)
+        except (ValueError, TypeError) as error:
+            said = str(error).replace("url:", f"{model}:", 1)
+            section = "" if said.startswith((model, "key_env")) else "options: "
+            raise SettingsError(f"{prefix}{section}{said}") from error
     elif not Path(resolve_model(name)).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         train = f" Train one with {command('train paper')}." if one.kind == "colbert" else ""
-        raise SettingsError(f"{prefix}{model}: {name} is not there, and is no Hub id of {what} (owner/name).{train}")
+        raise SettingsError(f"{prefix}{model}: {name} is not there; name {what} (owner/name).{train}")
 
 
 def check_together(settings: TrainSettings) -> None:
@@ -78,7 +107,7 @@ def check_together(settings: TrainSettings) -> None:
         raise SettingsError("teacher.mixture_weights: give three numbers, of pooled vectors, BM25 and own MaxSim")
     default = TeacherSettings()
     if teacher.is_mixture:
-        for name in ("scores", "weight", "normalize", "dim", "training"):
+        for name in ("scores", "weight", "normalize", "dim", "training", "key_env", "options"):
             if getattr(teacher, name) != getattr(default, name):
                 raise SettingsError(f"teacher.{name} has no effect on a mixture: leave it out, or set teacher.kind")
     else:
@@ -97,11 +126,11 @@ def check_together(settings: TrainSettings) -> None:
             f"triples with triples.path ({command('score')} writes them), or give the right path of a file"
         )
 
-    whole = [p for p in teacher.parts if p.kind != "stored" and (p.kind, p.candidates) != ("cross-encoder", "own")]
+    whole = [p for p in teacher.parts if p.kind != "stored" and not (p.kind in OF_PAIRS and p.candidates == "own")]
     if not whole and student.training.get("candidates", "in-batch") != "own":
         raise SettingsError(
             f"student.training.candidates: a {teacher.kind} teacher scores a query's own candidates only; set it to "
-            "own, mix in a ColBERT (teacher.mixed_with), or set teacher.candidates of a cross-encoder to in-batch"
+            "own, mix in a ColBERT (teacher.mixed_with), or set teacher.candidates to in-batch if it takes it"
         )
     if not 0 < (size := student.teacher_cache_gigabytes) < float("inf"):
         raise SettingsError(f"student.teacher_cache_gigabytes={size}: give a finite number greater than 0")

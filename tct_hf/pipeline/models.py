@@ -13,17 +13,19 @@ from datasets import Dataset, IterableDataset
 from tct_hf.encoding.build import build_colbert, build_splade, build_student, student_from_teacher
 from tct_hf.files import CLAIM_FILE, is_claimed, read_json, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import resolve_model
-from tct_hf.pipeline.settings import EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
+from tct_hf.pipeline.settings import OF_PAIRS, EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
+from tct_hf.teachers.causal import CausalRerankerTeacher
 from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, calibrate, members_of, search_mixture, weights_of
+from tct_hf.teachers.remote import URLTeacher
 from tct_hf.teachers.stored import StoredScores
 from tct_hf.training.run import ARGUMENTS
 
@@ -51,8 +53,11 @@ def make_part(
         assert index is not None
         return BM25Teacher(index())
     assert one.model is not None
-    if one.kind == "cross-encoder":
-        return CrossEncoderTeacher(one.model, candidates=one.candidates, dtype=dtype)
+    if one.kind == "url":
+        return URLTeacher(one.model, key_env=one.key_env, candidates=one.candidates, **one.options)
+    if one.kind in OF_PAIRS:
+        kind = CausalRerankerTeacher if one.kind == "causal" else CrossEncoderTeacher
+        return kind(one.model, candidates=one.candidates, dtype=dtype, **one.options)
     model = resolve_model(one.model)
     if one.kind == "own":
         return ColBERTTeacher(build_colbert(model, **(reads or {})), dtype=dtype)

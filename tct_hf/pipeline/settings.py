@@ -117,22 +117,33 @@ class EncoderSettings:
         return initialise_from or ("teacher" if self.encoding == "tct" else "base")
 
 
+# Options of a URLTeacher that change no score: a run may go on with others.
+_OF_REQUESTS = ("documents", "requests", "timeout", "wait", "cache_dir")
+# Teachers that read a query and a passage together.
+OF_PAIRS = ("cross-encoder", "causal", "url")
+
+
 @dataclass
 class OneTeacher:
     """A teacher, or one of several that are mixed."""
 
-    kind: Literal["colbert", "dense", "own", "bm25", "cross-encoder", "stored"] = setting(
+    kind: Literal["colbert", "dense", "own", "bm25", "cross-encoder", "causal", "url", "stored"] = setting(
         "colbert",
-        "type of the teacher; dense: an embedding model; own: its token vectors; bm25: BM25 of the collection",
+        "type of the teacher; dense: an embedding model; own: its token vectors; bm25: BM25 of the collection; "
+        "causal: a language model that answers yes or no; url: a server that reranks",
     )
-    model: str | None = setting(None, "folder or Hub id of the model; a ColBERT is trained when null")
+    model: str | None = setting(None, "folder, Hub id or URL of the model; a ColBERT is trained when null")
+    key_env: str | None = setting(None, "url: name of the environment variable that holds the server's key")
+    options: dict[str, Any] = setting(
+        {}, "more arguments of a CrossEncoderTeacher, CausalRerankerTeacher or URLTeacher, such as {max_length: 512}"
+    )
     scores: str | None = setting(
         None,
         "stored: scores or teacher_score, columns of the triples; or query_id, passage_id, score: a file, or a Hub id "
         "(owner/name:configuration:split)",
     )
     candidates: Literal["own", "in-batch"] = setting(
-        "own", "pairs a cross-encoder scores; in-batch: every query with every passage, which is slow"
+        "own", "pairs a cross-encoder, causal or url scores; in-batch: every query with every passage, which is slow"
     )
     weight: float = setting(1.0, "weight in the mixture")
 
@@ -140,6 +151,11 @@ class OneTeacher:
     def name(self) -> str:
         """What it is called in what a run says."""
         return self.model or ("BM25" if self.kind == "bm25" else f"the table or column of scores {self.scores}")
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """The options that scores depend on; a stopped run may go on with others of the rest."""
+        return {name: value for name, value in self.options.items() if name not in _OF_REQUESTS}
 
     @property
     def column(self) -> str | None:
@@ -153,7 +169,10 @@ class OneTeacher:
 class TeacherSettings(OneTeacher):
     """A teacher to use, or how a ColBERT is trained; others mixed with it."""
 
-    kind: Literal["mixture", "self", "colbert", "dense", "own", "bm25", "cross-encoder", "stored"] | None = setting(  # type: ignore[assignment]
+    kind: (
+        Literal["mixture", "self", "colbert", "dense", "own", "bm25", "cross-encoder", "causal", "url", "stored"]
+        | None
+    ) = setting(  # type: ignore[assignment]
         None,
         "mixture: the base as it is, its own token vectors and BM25; self: the student's own token vectors and BM25; "
         "null: a mixture, with tct or a model a ColBERT",
@@ -219,6 +238,12 @@ class TeacherSettings(OneTeacher):
                 digest = file_digest(Path(one.model) / "model.safetensors")
             if digest is not None:
                 section["weights"] = digest
+            del section["key_env"]
+            section["options"] = one.lasting
+            if not one.lasting:  # as folders were made before there were any
+                del section["options"]
+            if one.kind == "url" and "model" in one.options:  # wherever it is served
+                del section["model"]
         return found
 
 

@@ -65,7 +65,7 @@ class Teacher(ABC):
         if candidates == "in-batch" and self.covers == "own":
             raise ValueError(
                 f"A {type(self).__name__} here scores a query's own candidates only, but the loss has "
-                'candidates="in-batch": set candidates="own", of the loss, or "in-batch", of a CrossEncoderTeacher.'
+                'candidates="in-batch": set candidates="own", of the loss, or "in-batch", of a teacher that takes it.'
             )
         for one in self.members:
             one.check(columns, candidates="own" if one.covers == "own" else candidates)
@@ -229,6 +229,11 @@ class ModelTeacher(Teacher):
                     f"{name_or_path} is a {', '.join(architectures) or 'bare encoder'} and no {cls.what}: {cls.head} "
                     f"would be random. Name a trained one, or train one from it ({cls.trained_with})."
                 )
+        return cls.opened(name_or_path)
+
+    @classmethod
+    def opened(cls, name_or_path: str) -> Any:
+        """The model of a folder or Hub id."""
         return load_model(cls.model_class, name_or_path)
 
     @classmethod

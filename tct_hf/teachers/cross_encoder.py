@@ -7,16 +7,15 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from sentence_transformers import CrossEncoder
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
-from tct_hf.batches import in_parts, spread_own, stack_columns
+from tct_hf.batches import in_parts, spread_own, stack_columns, texts_of_all
 from tct_hf.data.rows import checked_texts
 from tct_hf.progress import human_duration
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Teacher, Texts
@@ -49,7 +48,7 @@ class CrossEncoderTeacher(ModelTeacher):
     model: CrossEncoder
     model_class = CrossEncoder
     what = "cross-encoder"
-    heads = ("ForSequenceClassification", "ForCausalLM")
+    heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification", "ForCausalLM")
     head, trained_with = "the head that scores a pair", "sentence_transformers.CrossEncoderTrainer"
     score_kind = "logit"
     _travels = False
@@ -129,37 +128,39 @@ class CrossEncoderTeacher(ModelTeacher):
         # Similar lengths together; characters tell them well enough, and passes are cut by tokens later.
         pairs = sorted({pair for row in wanted for pair in row}, key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
         place = {pair: number for number, pair in enumerate(pairs)}
-        model: Any = self.model
-        prompt = model.prompts[model.default_prompt_name] if model.default_prompt_name else None
         starts = range(0, len(pairs), _PAIRS_A_CHUNK)
         return {
-            "chunks": [dict(model.preprocess(pairs[at : at + _PAIRS_A_CHUNK], prompt=prompt)) for at in starts],
+            "chunks": [self._features(pairs[at : at + _PAIRS_A_CHUNK]) for at in starts],
             "places": torch.tensor([[place[pair] for pair in row] for row in wanted]),
         }
 
+    def _features(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """One padded batch of pairs."""
+        model: Any = self.model
+        prompt = model.prompts[model.default_prompt_name] if model.default_prompt_name else None
+        return dict(model.preprocess(pairs, prompt=prompt))
+
+    def _forward(self, features: Features) -> list[Tensor]:
+        """Raw scores `(pairs,)`."""
+        # The module's own call, not predict(), which would put the logits through a sigmoid.
+        return [self.model(dict(features))["scores"].float().reshape(-1)]
+
     def _score(self, chunks: Sequence[Features]) -> Tensor:
         """`(pairs,)` raw scores, in the order of the chunks."""
-
-        def forward(features: Features) -> list[Tensor]:
-            # The module's own call, not predict(), which would put the logits through a sigmoid.
-            return [self.model(dict(features))["scores"].float().reshape(-1)]
-
         self.model.eval()
         found: list[Tensor] = []
         with torch.inference_mode(), self.computing():
             for chunk in chunks:
                 merged = stack_columns([chunk])  # None where it is not padded text (packed for flash attention)
-                found += forward(chunk) if merged is None else in_parts(merged, forward, self.tokens_per_pass)
+                found += (
+                    self._forward(chunk) if merged is None else in_parts(merged, self._forward, self.tokens_per_pass)
+                )
             scores = torch.cat(found)
         return scores.clone()  # a tensor of inference mode can't be kept for a backward pass
 
     def score_matrix(self, inputs: Mapping[str, Any], *, gather: bool) -> Tensor:
         if "chunks" not in inputs:  # this process's queries with the passages of all
-            columns: list[Any] = [inputs["passages"]]
-            if gather:
-                columns = [None] * get_world_size()
-                dist.all_gather_object(columns, inputs["passages"])
-            passages = [text for parts in zip(*columns, strict=True) for part in parts for text in part]
+            passages = texts_of_all(inputs["passages"], gather=gather)
             inputs = self._pairs([(query, *passages) for query in inputs["queries"]])
             inputs = send_to_device(inputs, self.device)
         scores = self._score(inputs["chunks"])[inputs["places"]]

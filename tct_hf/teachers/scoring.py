@@ -25,6 +25,7 @@ from tct_hf.teachers.base import Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
+from tct_hf.teachers.remote import URLTeacher
 
 Row = tuple[str, str, list[str]]  # id, text, queries
 
@@ -33,10 +34,8 @@ def _check(teacher: Teacher, **sizes: int) -> None:
     for setting, size in sizes.items():
         if size < 1:
             raise ValueError(f"{setting} must be at least 1, got {size}.")
-    if isinstance(teacher, CrossEncoderTeacher) and teacher.covers == "in-batch":
-        raise ValueError(
-            'The cross-encoder would score every query with every passage: load it with candidates="own".'
-        )
+    if isinstance(teacher, (CrossEncoderTeacher, URLTeacher)) and teacher.covers == "in-batch":
+        raise ValueError('The teacher would score every query with every passage: load it with candidates="own".')
 
 
 def _checked(scores: Tensor, queries: Sequence[str], *, of: Sequence[str] | None = None) -> Tensor:

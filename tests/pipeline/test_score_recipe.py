@@ -15,6 +15,7 @@ from sentence_transformers import MultiVectorEncoder
 from tct_hf import ColBERTTeacher, CrossEncoderTeacher, StoredScores, TeacherEnsemble, load_triples, score_triples
 from tct_hf.teachers.base import write_training_scale
 from tests.recipe import Check, Run
+from tests.reranker import relevance, serving
 from tests.searching import Material
 from tests.train_helpers import triples
 
@@ -83,6 +84,15 @@ def test_a_colbert_scores_too_and_other_settings_are_refused(recipe: Run, materi
     expected = model.similarity(model.encode_query([rows[7]["query"]]), model.encode_document([rows[7]["negative_2"]]))
     assert rows[7]["scores"][2] == pytest.approx(float(expected), abs=1e-5)
     assert "choose another folder" in recipe(tmp_path / "out", code=1).stderr  # the cross-encoder again
+
+
+def test_a_server_scores_too(recipe: Run, tmp_path: Path) -> None:
+    with serving() as server:
+        recipe(tmp_path / "out", "--kind=url", f"--teacher={server.url}", f"--options={{cache_dir: {tmp_path}}}")
+    rows = load_triples(tmp_path / "out" / "triples", scores="teacher_score", cache_dir=tmp_path / "cache")
+    expected = [relevance(rows[7]["query"], rows[7][name]) for name in ("positive", "negative_1", "negative_2")]
+    assert list(rows[7]["scores"]) == pytest.approx(expected)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["scores"]["kind"] == "relevance score"
 
 
 def test_scores_that_would_depend_on_the_other_rows_of_a_batch_are_refused(material: Material, tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from tct_hf.pipeline.checks import check_together
+from tct_hf import CausalRerankerTeacher, URLTeacher
+from tct_hf.pipeline.checks import check_part, check_together
+from tct_hf.pipeline.models import make_part
 from tct_hf.pipeline.settings import DataSettings, OneTeacher, TeacherSettings, TrainSettings
 from tct_hf.settings import SettingsError
+from tests.models import tiny_causal
 from tests.recipe import Check, Run
+from tests.reranker import serving
 from tests.searching import Material
 from tests.train_helpers import with_scores
 
@@ -31,6 +35,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, material: Material) -> None:
 STUDENT = ["--student.initialise_from=base", "--student.training.max_steps=2"]
 OWN = [*STUDENT, "--student.training.candidates=own"]
 CROSS = ["--teacher.kind=cross-encoder", "--teacher.model=cross-encoder"]
+URL = ["--teacher.kind=url", "--teacher.model=http://localhost/rerank"]
 TRIPLES = "--triples.path=triples.parquet"
 STORED = [TRIPLES, "--teacher.kind=stored", "--teacher.scores=scores"]
 
@@ -81,9 +86,61 @@ def test_an_embedding_model_and_the_words_of_the_collection_teach_without_traini
     assert any((tmp_path / "vectors").rglob("*.sqlite"))
 
 
+def test_a_run_whose_server_stops_goes_on_by_the_same_command_to_the_same_weights(
+    recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RERANK_KEY", "very-secret")
+    monkeypatch.setattr(URLTeacher, "first_pause", 0.01)
+    training = ["--student.training.max_steps=4", "--student.training.save_steps=1", "--stages=[student]"]
+    with serving() as server:
+        shared = [
+            f"--teacher.model={server.url}",
+            "--teacher.kind=url",
+            "--teacher.key_env=RERANK_KEY",
+            *OWN,
+            *training,
+        ]
+
+        def run(name: str, code: int = 0, **options: Any) -> Any:
+            options = {"model": name, "cache_dir": str(tmp_path / "cache"), **options}
+            return recipe(
+                tmp_path / name, *OWN, *training, *shared, f"--teacher.options={json.dumps(options)}", code=code
+            )
+
+        run("whole")
+        asked, server.answers_left = len(server.pairs), 20  # in batches of 8
+        said = run("stopped", code=1, wait=0.1).stderr.splitlines()[-1]
+        assert said.startswith(f"error: {server.url} has failed since ") and said.endswith("and it goes on.")
+        assert {file.name for file in (tmp_path / "stopped/training/student").glob("checkpoint-*")} == {"checkpoint-2"}
+        server.answers_left = 1000
+        assert "goes on after step 2 of 4" in run("stopped", wait=60, requests=2).stdout
+        assert len(server.pairs) == 2 * asked  # each pair once
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    written = [file for file in tmp_path.rglob("*") if file.is_file() and b"very-secret" in file.read_bytes()]
+    assert not written and server.headers[0]["Authorization"] == "Bearer very-secret"
+
+
+def test_a_causal_language_model_is_made_of_its_settings(tmp_path: Path) -> None:
+    path = str(tiny_causal(tmp_path))
+    check_part(part := OneTeacher("causal", path, options={"max_length": 64, "yes": " is"}), "teacher.")
+    made = make_part(part, dtype="float32")
+    assert isinstance(made, CausalRerankerTeacher) and made.model.max_seq_length == 64
+    depends = TeacherSettings("causal", path, options=part.options).depends()
+    assert depends["options"] == part.options and "key_env" not in depends and len(depends["weights"]) == 64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--teacher.kind=url"], "teacher.model: name the URL of a server that reranks"),
+        (["--teacher.kind=url", "--teacher.model=a/b", *OWN], "teacher.model: write the address"),
+        ([*URL, "--teacher.options={documents: 0}"], "teacher.options: documents must be at least 1"),
+        ([*URL, "--teacher.options={pages: 1}"], "teacher.options: URLTeacher.__init__() got an unexpected"),
+        ([*URL, "--teacher.key_env=NOT_SET"], "teacher.key_env: the environment variable NOT_SET is not set"),
+        ([*URL, *STUDENT], "student.training.candidates: a url teacher scores a query's own"),
+        ([*CROSS, "--teacher.key_env=A"], "teacher.key_env is of a server"),
+        (["--teacher.options={documents: 2}"], "teacher.options: a colbert teacher takes none"),
         (["--teacher.kind=cross-encoder"], "teacher.model: name the folder or Hub id of a cross-encoder"),
         (["--teacher.kind=stored"], "teacher.scores: name the stored scores"),
         ([*STORED, "--student.training.candidates=own"], "student.initialise_from: there is no encoder to take"),
