@@ -2,6 +2,8 @@
 
 python recipes/release.py --path outputs/quickstart/student --repo_id me/my-student --license apache-2.0 [--dry_run]
 
+With --onnx and --openvino, graphs for servers go along (docs/hub.md).
+
 With --space owner/name, a page that searches --data.source with the student is pushed to a Space beside it.
 """
 
@@ -34,6 +36,9 @@ class Settings:
     tag: str | None = setting(None, "tag of the commit, such as v1.0")
     message: str | None = setting(None, "commit message")
     dry_run: bool = setting(False, "check and write everything, push nothing")
+    onnx: bool = setting(False, "add the student as an ONNX graph (extra: onnx)")
+    openvino: bool = setting(False, "add the student as an OpenVINO graph (extra: openvino)")
+    int8: bool = setting(False, "add these graphs in int8, too")
     space: str | None = setting(None, "owner/name of a Space to search data.source with the student (extra: demo)")
     data: DataSettings = field(default_factory=DataSettings)  # of the Space
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from tct_hf.encoding.encoders import length_of, query_expansion, tct_post_processor
+from tct_hf.encoding.export import check_exports
 from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, check_query_length, is_tct, module_classes, read_json
 from tct_hf.encoding.weights import refuse_broken_files
 from tct_hf.files import write_json_atomic, write_text_atomic
@@ -224,18 +225,23 @@ def check_vectors(
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """How far a checkpoint's vectors are from the rule, as largest absolute differences over the golden texts."""
+    """How far a checkpoint's vectors are from the rule, as largest absolute differences over the golden texts.
+
+    `exports` has the same of every exported file in it, and of int8 files the lowest cosine.
+    """
 
     query: float
     document: float
     plain: float
+    exports: dict[str, float] = field(default_factory=dict)
 
 
 def validate_checkpoint(path: str | Path) -> CheckpointReport:
     """Load a student in a fresh interpreter that cannot import tct_hf and compare its vectors with the rule.
 
     The rule of a TCT student is computed with plain transformers; that of a student that reads texts its own way is
-    its own vectors in this interpreter.
+    its own vectors in this interpreter. Each file that :func:`tct_hf.export` wrote there is run as a server would, and
+    its vectors must be equal to 1e-4 (of int8 files, have a cosine of .9 at least).
 
     Args:
         path: folder of the checkpoint.
@@ -258,7 +264,8 @@ def validate_checkpoint(path: str | Path) -> CheckpointReport:
         than="the TCT encoding" if tct else "the model's own encoding",
         fix="Run finalise_checkpoint on the folder; if that does not help, build it again with build_student.",
     )
-    return CheckpointReport(found["query"], found["document"], max(found["plain"], found["alone"]))
+    exports = check_exports(path, GOLDEN_TEXTS, rule)
+    return CheckpointReport(found["query"], found["document"], max(found["plain"], found["alone"]), exports)
 
 
 def own_vectors(path: Path, loader: str = _DENSE) -> dict[str, np.ndarray]:

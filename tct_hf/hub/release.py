@@ -17,7 +17,14 @@ import yaml
 from huggingface_hub import ModelCard, get_token
 
 from tct_hf.data.collection import Collection
-from tct_hf.encoding.checkpoint import check_vectors, finalise_checkpoint, own_vectors, validate_checkpoint
+from tct_hf.encoding.checkpoint import (
+    GOLDEN_TEXTS,
+    check_vectors,
+    finalise_checkpoint,
+    own_vectors,
+    validate_checkpoint,
+)
+from tct_hf.encoding.export import ENCODING_FILE, Format, check_exports, export
 from tct_hf.encoding.kinds import ORIGIN_FILE, STARTING, TRAINING_FILE, read_json, read_modules, recognise
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
@@ -40,6 +47,7 @@ _PARTS = re.compile(
     rf"|{re.escape(TRAINING_FILE)}|{re.escape(ORIGIN_FILE)}|\d+_\w+/(config\.json|model\.safetensors)"
     # The modules of a Router, such as query_0_SparseStaticEmbedding.
     rf"|router_config\.json|[\w-]+_\d+_[A-Z]\w*/{_MODULE}"
+    rf"|{re.escape(ENCODING_FILE)}|onnx/model(_int8)?\.onnx|openvino/openvino_model(_int8)?\.(xml|bin)"
 )
 # What others may have put into the repository before: weights that would be loaded instead of the new ones, code, and
 # what a training that pushes leaves, pickles among it.
@@ -98,6 +106,9 @@ def release(
     message: str | None = None,
     space: str | None = None,
     collection: Collection | None = None,
+    onnx: bool = False,
+    openvino: bool = False,
+    int8: bool = False,
 ) -> Release:
     """Check a checkpoint, write its card, and push it with evaluation results and recipe, as docs/hub.md says.
 
@@ -124,6 +135,10 @@ def release(
             passages are then as public as the Space; `private` holds for it too. A dry run with `folder` writes it
             to a folder of the same name with "-space".
         collection: what the Space searches.
+        onnx: add the student's ONNX file, by :func:`tct_hf.export`. Those that the checkpoint holds already go along;
+            the vectors of each are compared with the checkpoint's.
+        openvino: the same for OpenVINO.
+        int8: add these files in int8, too.
 
     Returns:
         What was done.
@@ -147,6 +162,12 @@ def release(
         check_hub_names(space, "main", None)
         if collection is None or family == "teacher":
             raise ValueError("space: it serves a student and what that searches; release a student, with collection=.")
+    if (onnx or openvino) and family != "student":
+        raise ValueError(
+            f"onnx, openvino: {source} is a {family.replace('_', ' ')}; only dense students are exported."
+        )
+    if int8 and not (onnx or openvino):
+        raise ValueError("int8: of which file? Set onnx or openvino, too.")
     kept = None if folder is None else check_folder(folder, source)
     with ExitStack() as stack:
         if kept is None:
@@ -160,6 +181,11 @@ def release(
             pickled = next((f", only the pickle {name}" for name in left_out if name.endswith(_PICKLES)), "")
             raise ValueError(f"{source}: no weights in safetensors{pickled}; save it again with save_student.")
         cut_local_paths(staging)
+        asked: dict[Format, bool] = {"onnx": onnx, "openvino": openvino}
+        for format in (name for name, wanted in asked.items() if wanted):
+            student = sentence_transformers.SentenceTransformer(str(staging), device="cpu")
+            for small in (False, True)[: 1 + int8]:
+                export(student, staging, format, int8=small)
         _check(staging, family, source)
         measured = None if report is None else Report.load(staging / "report.json")
         if measured is not None:
@@ -269,6 +295,8 @@ def _check(staging: Path, family: Family, source: Path) -> None:
         than=f"those of {source} here",
         fix="Save it again with stock modules.",
     )
+    if family == "student":
+        check_exports(staging, GOLDEN_TEXTS, here)
     if family == "sparse_student" and not all(vectors.any() for vectors in here.values()):
         raise ValueError(
             f"{source}: all vectors are zero in all dimensions: the student has collapsed; train it with a weaker "

@@ -143,6 +143,18 @@ def test_a_second_release_sends_what_has_changed_and_removes_what_is_stale(hub: 
     assert b"Another." in hub.files(NAME)["README.md"] and b"Another." not in hub.files(NAME, "next")["README.md"]
 
 
+def test_graphs_go_along_and_are_compared_with_the_checkpoint(student: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    options: dict[str, Any] = {"facts": FACTS, "dry_run": True}
+    done = release(student, NAME, openvino=True, folder=tmp_path / "release", **options)
+    assert {"encoding.json", "openvino/openvino_model.xml", "openvino/openvino_model.bin"} <= set(done.sent)
+    weights = tmp_path / "release" / "openvino" / "openvino_model.bin"
+    content = weights.read_bytes()
+    weights.write_bytes(bytes(20_000) + content[20_000:])
+    with pytest.raises(ValueError, match=r"openvino_model\.xml differ by .*export it again"):
+        release(tmp_path / "release", NAME, folder=tmp_path / "again", **options)
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_private_repository_needs_a_token_and_is_not_promised_of_a_public_one(
     hub: LoopbackHub, student: Path, monkeypatch: pytest.MonkeyPatch
