@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
@@ -14,7 +15,7 @@ from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.encoding.kinds import kind_of
 from tct_hf.evaluation.maxsim import late_interaction_run
 from tct_hf.evaluation.systems import System
-from tct_hf.evaluation.workspace import Workspace
+from tct_hf.evaluation.workspace import Workspace, dense_name, said_of
 from tct_hf.hub_client import resolve_model
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, rank
@@ -41,33 +42,48 @@ class References:
     depth: int
     bf16: bool
 
-    def exact(self, key: str, title: str, load: Callable[[], Any], dims: Sequence[int] = ()) -> list[System]:
-        """Search with a model's vectors whole, then cut to each size of `dims`, the largest first; one encoding."""
-        sizes: list[int | None] = [None, *sorted(set(dims), reverse=True)]
-        found: dict[int | None, Run] = {}
+    def model(
+        self,
+        key: str,
+        title: str,
+        load: Callable[[], Any],
+        dims: Sequence[int] | None = None,
+        codes: Sequence[str] | None = None,
+    ) -> list[System]:
+        """Search with a model's vectors, then with each size of `dims`, the largest first; one encoding.
 
-        def search(size: int | None, queries: Mapping[str, str]) -> Run:
-            if size not in found:  # all at once: the model and the vectors are then let go
-                precision = "bf16" if self.bf16 else "fp32"
+        At each size exactly, then by each Faiss factory of `codes`.
+        """
+        sizes: list[int | None] = [None, *sorted(set(dims or ()), reverse=True)]
+        parts, found = [*product(sizes, ["Flat", *(codes or ())])], dict[Any, Run]()
+
+        def search(size: int | None, code: str, queries: Mapping[str, str]) -> Run:
+            if not found:  # all at once: the model and the vectors are then let go
+                precision, depth = "bf16" if self.bf16 else "fp32", self.collection.reach(self.depth)
                 workspace = Workspace(self.collection, load(), key, precision=precision, in_memory=True)
-                found.update({one: workspace.search(queries, self.collection.reach(self.depth), one) for one in sizes})
-            return found[size]
+                found.update({part: workspace.search(queries, depth, *part) for part in parts})
+            return found[size, code]
 
-        cut = [(f"-{size}", f", first {size} dimensions", partial(search, size)) for size in sizes[1:]]
-        return [System(key + name, title + said, find) for name, said, find in [("", "", partial(search, None)), *cut]]
+        names = [key, *(dense_name(code, size).replace("dense", key, 1) for size, code in parts[1:])]
+        return [
+            System(name, title + said_of(code, size), partial(search, size, code))
+            for name, (size, code) in zip(names, parts, strict=True)
+        ]
 
-    def students(self, students: Mapping[str, str], dims: Sequence[int] | None = None) -> list[System]:
-        """Exact search with the students (folders) of a training run by their keys, dense or sparse."""
+    def students(
+        self, students: Mapping[str, str], dims: Sequence[int] | None = None, codes: Sequence[str] | None = None
+    ) -> list[System]:
+        """The students (folders) of a training run by their keys, dense or sparse, as :meth:`model`."""
         systems = []
         for key, student in students.items():
             title = STUDENT_TITLES.get(key, key)
             if kind_of(student) == "sparse":
-                systems += self.exact(key, f"{title} (weights of words)", partial(SparseEncoder, student))
+                systems += self.model(key, f"{title} (weights of words)", partial(SparseEncoder, student))
             else:
                 # The largest size is often the whole vector.
                 whole = AutoConfig.from_pretrained(student).hidden_size if dims else None
                 sizes = [size for size in dims or () if size != whole]
-                systems += self.exact(key, title, partial(SentenceTransformer, student), sizes)
+                systems += self.model(key, title, partial(SentenceTransformer, student), sizes, codes)
         return systems
 
     def teacher(self, key: str, title: str, teacher: str) -> System:
@@ -88,6 +104,7 @@ class References:
         stock: str | None = None,
         students: Mapping[str, str] | None = None,
         dims: Sequence[int] | None = None,
+        codes: Sequence[str] | None = None,
         prompts: Mapping[str, str] | None = None,
         lengths: Mapping[str, int] | None = None,
         vectors: str | None = None,
@@ -101,8 +118,8 @@ class References:
         if base_model is not None:
             systems += self._base(resolve_model(base_model), {"prompts": prompts, **(lengths or {})}, vectors)
         if stock is not None:
-            systems += self.exact(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
-        systems += self.students(students or {}, dims)
+            systems += self.model(STOCK, "stock fine-tuning of the base", partial(SentenceTransformer, stock))
+        systems += self.students(students or {}, dims, codes)
         if teacher is not None:
             systems.append(self.teacher(TEACHER, "ColBERT teacher (one vector a token)", teacher))
         return systems

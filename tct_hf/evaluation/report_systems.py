@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk, machine_key
 from tct_hf.evaluation.experiment import Experiment
 from tct_hf.evaluation.maxsim import TokenVectors, above, encode_tokens, rerank_run
-from tct_hf.evaluation.settings import HYBRIDS, ReportSettings
+from tct_hf.evaluation.settings import HYBRIDS, ReportSettings, check_factory
 from tct_hf.evaluation.systems import Batch, System, bm25_system, by_token, hybrid_system, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
@@ -23,17 +24,20 @@ from tct_hf.evaluation.workspace import (
     BASE_FOLDER,
     OWN,
     SPARSE_FOLDER,
+    Stored,
     Workspace,
     check_dims,
+    dense_name,
     digest_of,
     has_own_maxsim,
     open_beside,
     open_reranker,
     open_student,
+    said_of,
 )
 from tct_hf.files import CLAIM_FILE, claim, read_json, write_json_atomic
 from tct_hf.retrieval.encode import read_seconds
-from tct_hf.retrieval.faiss_tools import factory_for
+from tct_hf.retrieval.faiss_tools import codes_for, factory_for
 from tct_hf.retrieval.runs import Run, rank
 from tct_hf.teachers.colbert import describe_teacher
 
@@ -87,8 +91,8 @@ class ReportSystems:
         self.student = Workspace(collection, open_student(student, device), student, output, **options)
         self.workspaces = {"student": self.student}  # by role
         sparse, dimension = self.student.is_sparse, self.student.student.get_embedding_dimension()
-        if sparse and dims:
-            raise ValueError("dims: the first dimensions of a sparse student are no smaller student; leave it out")
+        if sparse and (dims or settings.codes):
+            raise ValueError("dims, codes: a sparse student has no first dimensions and no codes; leave them out")
         for role, name, load, folder in (
             ("sparse_student", sparse_student, partial(open_beside, self.student), SPARSE_FOLDER),
             ("base", base, open_student, BASE_FOLDER),
@@ -101,9 +105,14 @@ class ReportSystems:
         self.exact = {key: space for key, space in exact.items() if space is not None}
         self.teacher_name = None if teacher == OWN and not has_own_maxsim(self.student.student) else teacher
         self.late_name = "own MaxSim" if teacher == OWN else "teacher"
+        sizes, codes = list[int](), list[str]()
         if not sparse:
             settings.ann.check(dimension, len(collection.corpus))
-        self.plan = self._plan([] if sparse else self._sizes(dims, dimension))
+            sizes = self._sizes(dims, dimension)
+            codes = codes_for(self._trained("passage_bits")) if settings.codes is None else settings.codes
+            for size, code in product([dimension or 1, *sizes], codes):
+                check_factory("codes", code, size, len(collection.corpus), "use SQ8, RaBitQfs or RaBitQfs,Refine(SQ8)")
+        self.plan = self._plan(sizes, codes)
         # That of the student and BM25: a single weight that is given is its own, and its passages are reranked.
         self.first_hybrid = next(key for key in self.plan if key in HYBRIDS)
         rows = [*self.plan, *runs]
@@ -118,15 +127,19 @@ class ReportSystems:
     def _sizes(self, dims: Sequence[int] | None, dimension: int | None) -> list[int]:
         """First dimensions to measure alone, the largest first: those asked for, or those the training recorded."""
         if dims is None:
-            file = Path(self.student.name) / CLAIM_FILE
-            found = read_json(file, "copy the student again.") if file.is_file() else {}
-            trained = ((found.get("student") or {}).get("training") or {}).get("matryoshka_dims") or []
             # Of a student that was cut after its training, those that are left.
+            trained = self._trained("matryoshka_dims")
             dims = [one for one in trained if isinstance(one, int) and (dimension is None or one < dimension)]
         check_dims(dims, dimension)
         return sorted({size for size in dims if size != dimension}, reverse=True)
 
-    def _plan(self, sizes: Sequence[int]) -> dict[str, Callable[[], System]]:
+    def _trained(self, name: str) -> list[Any]:
+        """A list among the settings that the student's training recorded, empty where there is none."""
+        file = Path(self.student.name) / CLAIM_FILE
+        found = read_json(file, "copy the student again.") if file.is_file() else {}
+        return ((found.get("student") or {}).get("training") or {}).get(name) or []
+
+    def _plan(self, sizes: Sequence[int], codes: Sequence[str]) -> dict[str, Callable[[], System]]:
         """The systems by key, in the order of the table, each made when it is called."""
         settings, dense, late = self.settings, not self.student.is_sparse, self.teacher_name is not None
         searched = late and len(self.collection.corpus) <= settings.late_interaction.max_passages
@@ -136,7 +149,10 @@ class ReportSystems:
             "dense-exact": (dense, self._exact),
             "dense-ann": (dense, self._approximate),
             "dense-engine": (dense and settings.engine.name is not None, self._engine),
-            **{f"dense-first-{size}": (dense, partial(self._first_dims, size)) for size in sizes},
+            **{
+                dense_name(code, size): (dense, partial(self._part, size, code))
+                for size, code in [*product([None, *sizes], ["Flat", *codes])][1:]
+            },
             "hybrid": (True, self._hybrid),
             "hybrid-expanded": (True, self._hybrid),
             "learned-sparse": (self.learned, self._exact),
@@ -215,13 +231,8 @@ class ReportSystems:
                     f"At {count:,} passages exact search is the index to take (up to 50,000); the ANN index is there "
                     "to show what it would cost and lose."
                 )
-        source, options = "passages", dict[str, Any]()
-        if tuning is not None:
-            source = f"{tuning.split} queries"
-            options = {"query_vectors": self.student.encode_queries(tuning.queries)}
-            options["tuned_on"] = f"{len(tuning.queries)} {source}"
-        stored = self.student.dense(factory, recall=settings.recall, **options)
-        index = stored.index
+        stored = self._tuned(factory)
+        index, source = stored.index, "passages" if tuning is None else f"{tuning.split} queries"
         if (tuned := index.tuning) is not None:
             shown = ", ".join(f"{name} {value:g}" for name, value in index.parameters.items())
             self.notes.append(
@@ -243,9 +254,23 @@ class ReportSystems:
         )
         return student_system(key, f"dense, {index.engine}", self.student, stored, self.depth)
 
-    def _first_dims(self, size: int, key: str) -> System:
-        title, stored = f"dense, first {size} dimensions", self.student.first_dims(size)
+    def _part(self, size: int | None, code: str, key: str) -> System:
+        """The student's vectors in codes, or their first dimensions, or both."""
+        title, stored = f"dense{said_of(code, size)}", self._tuned(code, size)
         return student_system(key, title, self.student, stored, self.depth, size=size)
+
+    def _tuned(self, factory: str, size: int | None = None) -> Stored[Any]:
+        """A Faiss index, tuned on queries where there are some."""
+        options: dict[str, Any] = {"recall": self.settings.ann.recall}
+        if (tuning := self.tuning) is not None:
+            options["query_vectors"] = self.student.cut(self._tuning_vectors, size)
+            options["tuned_on"] = f"{len(tuning.queries)} {tuning.split} queries"
+        return self.student.dense(factory, size, **options)
+
+    @cached_property
+    def _tuning_vectors(self) -> Any:
+        assert self.tuning is not None
+        return self.student.encode_queries(self.tuning.queries)
 
     def _hybrid(self, key: str) -> System:
         """`alpha * weighted + first`, alpha tuned where it is not given."""

@@ -87,7 +87,7 @@ class Searcher:
             if engine is not None and engine.name is not None:
                 index = workspace.engine(engine)
             else:
-                index = workspace.first_dims(dims) if dims is not None else workspace.dense(factory)
+                index = workspace.dense(factory if dims is None else "Flat", dims)
             self._found_by["dense"] = student_system("dense", SYSTEMS["dense"], workspace, index, depth, size=dims)
         if self._sparse is not None:
             index = self._sparse.sparse()

@@ -105,6 +105,19 @@ class ExpansionSettings:
         return {"expansion": describe_expansion(self.path, **self.kept()), "k1": self.k1, "b": self.b}
 
 
+def check_factory(name: str, factory: str, dimension: int, passages: int, fix: str) -> None:
+    """Refuse an index that Faiss does not know, or of too many lists for the passages."""
+    from tct_hf.retrieval.faiss_tools import make_engine, parts
+
+    try:
+        _, lists, _ = parts(make_engine(dimension, factory))
+    except RuntimeError as error:
+        known = f"Faiss knows no index {factory!r} for inner products of {dimension} dimensions"
+        raise ValueError(f"{name}: {known}; {fix}") from error
+    if lists is not None and lists.nlist > passages:
+        raise ValueError(f"{name}: {factory!r} has {lists.nlist:,} lists for {passages:,} passages")
+
+
 @dataclass
 class AnnSettings:
     """The approximate index that is measured beside exact search."""
@@ -114,19 +127,8 @@ class AnnSettings:
 
     def check(self, dimension: int | None, passages: int) -> None:
         """Refuse an index that Faiss does not know, or of too many lists for the passages."""
-        from tct_hf.retrieval.faiss_tools import make_engine, parts
-
-        if self.factory == "auto" or dimension is None:
-            return
-        try:
-            _, lists, _ = parts(make_engine(dimension, self.factory))
-        except RuntimeError as error:
-            raise ValueError(
-                f"ann.factory: Faiss knows no index {self.factory!r} for inner products of {dimension} dimensions; "
-                'use "auto", "HNSW32" or "IVF256,Flat"'
-            ) from error
-        if lists is not None and lists.nlist > passages:
-            raise ValueError(f"ann.factory: {self.factory!r} has {lists.nlist:,} lists for {passages:,} passages")
+        if self.factory != "auto" and dimension is not None:
+            check_factory("ann.factory", self.factory, dimension, passages, 'use "auto", "HNSW32" or "IVF256,Flat"')
 
 
 @dataclass
@@ -170,6 +172,11 @@ class ReportSettings:
     hybrid: HybridSettings = field(default_factory=HybridSettings)
     expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
     ann: AnnSettings = field(default_factory=AnnSettings)
+    codes: list[str] | None = setting(
+        None,
+        "Faiss factories, such as [SQ8, RaBitQfs], to measure the vectors with as well, at each of their sizes; those "
+        "of the training's passage_bits when null",
+    )
     engine: EngineSettings = field(default_factory=EngineSettings)
     late_interaction: LateInteractionSettings = field(default_factory=LateInteractionSettings)
     cost: CostSettings = field(default_factory=CostSettings)

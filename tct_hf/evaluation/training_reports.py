@@ -257,27 +257,46 @@ class ArmResult:
     logs: Mapping[int, Sequence[Mapping[str, Any]]]
 
 
-def search_student(student: Path, title: str, collection: Collection, experiment: Experiment, *, bf16: bool) -> Found:
+def search_student(
+    student: Path,
+    title: str,
+    collection: Collection,
+    experiment: Experiment,
+    *,
+    bf16: bool,
+    dims: Sequence[int] | None = None,
+    codes: Sequence[str] | None = None,
+) -> Found:
     """Search with a student (folder), alone and fused with the BM25 of an experiment: split to evaluation.
 
-    The runs go beside the student, and are read where an earlier call has left them.
+    What its first dimensions reach, and Faiss's `codes`, are further measures of it. The runs go beside the student,
+    and are read where an earlier call has left them.
     """
     folder, depth = student.parent / "runs", experiment.depth
     weights = file_digest(student / "model.safetensors")
     claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
-    [system] = References(collection, depth, bf16).students({STUDENT: str(student)})
+    system, *parts = References(collection, depth, bf16).students({STUDENT: str(student)}, dims, codes)
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)
-    own.search([replace(system, title=title)], folder)
+    own.search([replace(system, title=title), *parts], folder)
     own.fuse_with_bm25([STUDENT], folder)
-    return {split: with_fused(parts, STUDENT, own.measures[0])[STUDENT] for split, parts in own.evaluate().items()}
+    measure = own.measures[0]
+    names = {part.key: part.title.replace(system.title, measure, 1) for part in parts}
+    return {split: with_fused(found, STUDENT, measure, names)[STUDENT] for split, found in own.evaluate().items()}
 
 
-def with_fused(evaluations: Found, key: str, measure: str) -> dict[str, Evaluation]:
-    """Put what a system reached fused with BM25 beside what it reached alone, as one more measure."""
+def with_fused(
+    evaluations: Found, key: str, measure: str, parts: Mapping[str, str] | None = None
+) -> dict[str, Evaluation]:
+    """Put what a system reached fused with BM25 beside what it reached alone, as one more measure.
+
+    The same of other systems, whose keys `parts` maps to the names of such measures.
+    """
     kept = dict(evaluations)
-    fused, own, name = kept.pop(fused_key(key)), kept[key], _FUSED.format(measure)
-    kept[key] = Evaluation(own.mean | {name: fused.mean[measure]}, own.per_query | {name: fused.per_query[measure]})
+    for other, name in {fused_key(key): _FUSED.format(measure), **(parts or {})}.items():
+        found, own = kept.pop(other), kept[key]
+        mean, per_query = {name: found.mean[measure]}, {name: found.per_query[measure]}
+        kept[key] = Evaluation(own.mean | mean, own.per_query | per_query)
     return kept
 
 
@@ -295,12 +314,15 @@ def report_arms(
     bf16: bool,
     name: str,
     settings: Mapping[str, Any],
+    dims: Sequence[int] | None = None,
+    codes: Sequence[str] | None = None,
     write: Callable[[str], None] = print,
 ) -> Path:
     """Search with every arm's students (seed to folder) and the reference systems; write report, metrics and plot.
 
     `systems` begin with BM25; `split` is "test", or "dev", which never searches for the test queries; `name` is in
-    the names of all files. Returns the report, Markdown.
+    the names of all files. Students are also searched with their first `dims` dimensions and by Faiss's `codes`.
+    Returns the report, Markdown.
     """
     experiment = Experiment.of(collection, measures, depth, splits=("dev", split), write=write)
     experiment.search(systems, output / "runs")
@@ -313,9 +335,10 @@ def report_arms(
             measured[one] = with_fused(measured[one], key, measures[0])
     references = dict(measured[split])
     results: dict[str, ArmResult] = {}
+    how: Any = {"bf16": bf16, "dims": dims, "codes": codes}
     for arm, folders in students.items():
         found = {
-            seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, bf16=bf16)
+            seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, **how)
             for seed, folder in folders.items()
         }
         logs = {seed: read_log(folder) for seed, folder in folders.items()}
@@ -342,6 +365,10 @@ def report_arms(
             "another seed.",
             tests,
         ]
+    any_arm = next(iter(next(iter(results.values())).evaluations.values()))[split]
+    if coded := [name for name in any_arm.mean if name not in shown]:
+        sections += ["## In codes and first dimensions", arm_table(results, {}, split, coded)]
+        sections += [tests] if (tests := against_table(results, {}, split, coded)) else []
     plot = output / f"curves.{name}.png"
     curves = {arm: [_curve(log) for log in result.logs.values()] for arm, result in results.items()}
     if any(map(any, curves.values())):

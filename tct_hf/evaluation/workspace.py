@@ -178,11 +178,15 @@ class Workspace:
                 f"query {name!r} has a NaN or infinite vector: check the weights of {self.name}, or set precision to "
                 "fp32 in another folder."
             )
+        return self.cut(vectors, size)
+
+    def cut(self, vectors: Any, size: int | None) -> Any:
+        """The first `size` dimensions of such vectors, all when None."""
         return vectors if size is None else self._as_dot(FirstColumns(vectors, size))[:]
 
-    def search(self, queries: Mapping[str, str], depth: int, size: int | None = None) -> Run:
-        """Exact search, with the first `size` dimensions of a dense student where it is given."""
-        index = self.exact().index if size is None else self.first_dims(size).index
+    def search(self, queries: Mapping[str, str], depth: int, size: int | None = None, factory: str = "Flat") -> Run:
+        """Search, exactly if not said otherwise, with the first `size` dimensions of a dense student if given."""
+        index = self.exact().index if self.is_sparse else self.dense(factory, size).index
         return index.run(list(queries), self.encode_queries(queries, size), depth)
 
     def bm25(self) -> Stored[BM25Index]:
@@ -198,37 +202,37 @@ class Workspace:
         return self._stored("bm25-expanded", build, BM25Index.load, settings.depends())
 
     def dense(
-        self, factory: str, *, query_vectors: Any = None, tuned_on: str = "passages", recall: float = 0.97
+        self,
+        factory: str,
+        size: int | None = None,
+        *,
+        query_vectors: Any = None,
+        tuned_on: str = "passages",
+        recall: float = 0.97,
     ) -> Stored[DenseIndex]:
         """The student's vectors in a Faiss index, tuned for Recall@100 unless it is "Flat".
 
-        `tuned_on` describes `query_vectors` (passages where None); an index tuned on others is refused.
+        `size` takes their first dimensions, which is what `truncate_dim` gives. `tuned_on` describes `query_vectors`
+        (passages where None); an index tuned on others is refused.
         """
         settings: dict[str, Any] = {"factory": factory}
+        if size is not None:
+            check_dims([size], self.student.get_embedding_dimension())
+            settings["first_dims"] = size
         if factory != "Flat":
             settings |= {"recall": recall, "k": 100, "tuned_on": tuned_on}
-        name = "dense-" + re.sub(r"[^A-Za-z0-9]+", "-", factory).strip("-").lower()
-        return self._faiss(name, settings, factory, recall=recall, query_vectors=query_vectors)
-
-    def first_dims(self, size: int) -> Stored[DenseIndex]:
-        """The first dimensions of the student's vectors, searched exactly: what `truncate_dim` gives."""
-        check_dims([size], self.student.get_embedding_dimension())
-        return self._faiss(f"dense-first-{size}", {"first_dims": size}, "Flat", size)
-
-    def _faiss(
-        self, name: str, settings: Mapping[str, Any], factory: str, size: int | None = None, **options: Any
-    ) -> Stored[DenseIndex]:
         built_by, student = self.built_by, cast(SentenceTransformer, self.student)
         if size is not None:
             with student.truncate_embeddings(size):
                 built_by = describe_model(student, self.name)["model"]
 
         def build() -> DenseIndex:
+            how: dict[str, Any] = {"recall": recall, "query_vectors": query_vectors, "threads": self._threads}
             ids, vectors = self.vectors
             vectors = vectors if size is None else self._as_dot(FirstColumns(vectors, size))
-            return DenseIndex.build(vectors, ids, factory, built_by=built_by, threads=self._threads, **options)
+            return DenseIndex.build(vectors, ids, factory, built_by=built_by, **how)
 
-        return self._stored(name, build, partial(DenseIndex.load, model=built_by), settings)
+        return self._stored(dense_name(factory, size), build, partial(DenseIndex.load, model=built_by), settings)
 
     def sparse(self) -> Stored[SparseIndex]:
         """The sparse student's vectors in inverted lists."""
@@ -303,6 +307,17 @@ class Workspace:
 def digest_of(content: Any) -> str:
     """SHA-256 of JSON-ready content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def dense_name(factory: str, size: int | None = None) -> str:
+    """The name of an index of the first `size` dimensions of a student's vectors, or of all."""
+    code = "-" + re.sub(r"[^A-Za-z0-9]+", "-", factory).strip("-").lower()
+    return f"dense{code}" if size is None else f"dense-first-{size}" + ("" if factory == "Flat" else code)
+
+
+def said_of(factory: str, size: int | None) -> str:
+    """The same in words, after the title of a student."""
+    return ("" if size is None else f", first {size} dimensions") + ("" if factory == "Flat" else f", {factory}")
 
 
 def check_dims(dims: Sequence[int], dimension: int | None) -> None:

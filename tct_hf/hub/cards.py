@@ -60,7 +60,7 @@ _SHOWN = """
     max_steps num_train_epochs per_device_train_batch_size learning_rate temperature hard_label_weight candidates
     distillation_weight margin_mse_weight embedding_weight embedding_distance student_scale student_divisor
     kl_direction document_regularizer_weight query_regularizer_weight document_regularizer_threshold
-    query_regularizer_threshold regularizer_warmup matryoshka_dims layers scale
+    query_regularizer_threshold regularizer_warmup matryoshka_dims passage_bits query_bits layers scale
 """
 
 

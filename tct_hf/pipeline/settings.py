@@ -282,6 +282,9 @@ class EvaluationSettings:
 
     measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first is tuned for on dev")
     depth: int = setting(100, "passages a query in the runs")
+    codes: list[str] | None = setting(
+        None, "Faiss factories, such as [SQ8, RaBitQfs], to search students with as well; null: by passage_bits"
+    )
     examples: int = setting(3, "number of questions to show with the student's passages")
 
 
@@ -306,6 +309,14 @@ class TrainSettings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     verify: bool = setting(False, "compare the report with the figures of `expected`, and fail where one is off")
     expected: ExpectedSettings = field(default_factory=ExpectedSettings)
+
+    @property
+    def codes(self) -> list[str]:
+        """Faiss factories to search the student with as well: those given, or of the bits it was trained for."""
+        from tct_hf.retrieval.faiss_tools import codes_for  # imports Faiss, which --help does without
+
+        given = self.evaluation.codes
+        return codes_for(self.student.training.get("passage_bits") or []) if given is None else given
 
 
 @dataclass

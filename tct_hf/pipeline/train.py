@@ -332,6 +332,6 @@ class Training:
             vectors=self.vectors_folder,
             dims=settings.student.training.get("matryoshka_dims"),
             labels=settings.data.labels > 0,
-            **asdict(settings.evaluation),
+            **asdict(settings.evaluation) | {"codes": settings.codes},
         )
         return (self.folder / "report.md").read_text(encoding="utf-8")

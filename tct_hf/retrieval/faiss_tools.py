@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
@@ -48,6 +48,15 @@ _EFFORTS = [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0]
 # Microseconds, for comparing settings with each other: measured at dimension 384, but fixed, so that the same vectors
 # give the same index whatever else the machine does.
 _COST_LIST, _COST_CODE, _COST_REFINED = 3.0, 0.0072, 0.85
+
+
+def codes_for(bits: Iterable[int]) -> list[str]:
+    """Faiss factory strings of exhaustive search in codes of so many bits a component, those of 32 left out.
+
+    The best candidates of one bit are found with and without scoring them again by one byte.
+    """
+    codes = {32: [], 8: ["SQ8"], 1: ["RaBitQfs", "RaBitQfs,Refine(SQ8)"]}
+    return [factory for one in sorted(bits, reverse=True) for factory in codes[one]]
 
 
 def factory_for(count: int) -> str:

@@ -32,9 +32,7 @@ SPARSE_SETTINGS: Ranges = {
         "a share of the steps, below 1, or a whole number of steps",
     ),
     "regularizer_warmup_shape": (lambda value: value in ("quadratic", "linear"), "quadratic or linear"),
-    "matryoshka_dims": _DENSE,
-    "self_coupled": _DENSE,
-    "embedding_weight": _DENSE,
+    **dict.fromkeys(("matryoshka_dims", "passage_bits", "query_bits", "self_coupled", "embedding_weight"), _DENSE),
 }
 _FINITE = (lambda value: isinstance(value, (int, float)) and math.isfinite(value)), "a finite number"
 SCHEDULE_SETTINGS: Ranges = {
@@ -84,6 +82,8 @@ class CoupledArguments:
     candidates: str = "in-batch"
     mini_batch_size: int | None = None
     matryoshka_dims: list[int] | None = None
+    passage_bits: list[int] | None = None
+    query_bits: int | None = None
     self_coupled: list[float] | None = None
     preset: str | None = None
     per_device_eval_batch_size: int | None = None
@@ -138,8 +138,8 @@ class SparseTCTTrainingArguments(CoupledArguments, SparseEncoderTrainingArgument
         regularizer_warmup_shape: "quadratic" or "linear".
 
     Raises:
-        ValueError: as :class:`CoupledArguments`; a negative weight, threshold or warm-up; `matryoshka_dims`,
-            `self_coupled` or `embedding_weight`, which are for dense students.
+        ValueError: as :class:`CoupledArguments`; a negative weight, threshold or warm-up; what is for dense students
+            (`matryoshka_dims`, `passage_bits`, `query_bits`, `self_coupled`, `embedding_weight`).
 
     Source: Formal et al., arXiv 2205.04733 (weights and quadratic warm-up); Paria et al., arXiv 2004.05665 (FLOPS);
     arXiv 2504.14839 (threshold).

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.modules import Normalize
@@ -16,6 +16,7 @@ from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
 from tct_hf.batches import gather_rows, in_parts, sizes_of_all, stack_columns, take, token_lengths
+from tct_hf.training.codes import WHOLE, coded_scores
 from tct_hf.training.embeddings import Projection, embedding_loss
 from tct_hf.training.score_losses import (
     LOSS_SETTINGS,
@@ -25,6 +26,7 @@ from tct_hf.training.score_losses import (
     at_least_float32,
     check_settings,
     coupled_loss,
+    device_shares,
     masked,
     teacher_entropy,
 )
@@ -95,6 +97,10 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         gather_across_devices: candidates are those of all devices' batches.
         matryoshka_dims: sizes d for which the first d dimensions of the embeddings are trained too; the parts are
             averaged. Slices of a student that compares by cosine are normalised, others never.
+        passage_bits: bits of a passage's components that are trained for, such as [32, 1]: 32, vectors as they are; 8
+            and 1, scores as Faiss's SQ8 and RaBitQ compute them of codes of the batch's candidates. The parts, of each
+            of the `matryoshka_dims`, are averaged. See :func:`~tct_hf.training.codes.coded_scores`.
+        query_bits: bits, 1 to 8, that a query's components are rounded to in all of these parts; None: as they are.
         self_coupled: weights of the student's own pooled score and own MaxSim, of the same forward pass and without
             gradient, added to the teacher's scores: the student is its own teacher. Hard labels then train both of
             its readings. Needs a dense student and the whole batch in one pass of one process.
@@ -139,6 +145,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = True,
         matryoshka_dims: list[int] | None = None,
+        passage_bits: list[int] | None = None,
+        query_bits: int | None = None,
         self_coupled: list[float] | None = None,
     ) -> None:
         super().__init__()
@@ -162,6 +170,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.uses_gradient_cache = mini_batch_size is not None
         self.gather_across_devices = gather_across_devices
         self.matryoshka_dims = matryoshka_dims
+        self.passage_bits, self.query_bits = passage_bits, query_bits
         self.self_coupled = self_coupled
         self.reported_settings: tuple[str, ...] = ()  # those that change over training
         self.check(get_world_size())
@@ -312,12 +321,14 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
                 f"The teacher's score matrix is {tuple(labels.scores.shape)}, the student's "
                 f"{(len(queries), len(passages))}: it must have a row for each query and a column for each candidate."
             )
-        dims = sorted(self.matryoshka_dims or [queries.shape[1]])  # the report is of the last, the longest
+        # The report is of the last, the longest.
+        read = [*product(sorted(self.matryoshka_dims or [queries.shape[1]]), sorted(self.passage_bits or [WHOLE]))]
         totals: dict[str, Tensor] = {}
-        for d in dims:
+        for d, bits in read:
             # Under autocast a matmul would come out in half precision: scores need all of float32.
             with torch.autocast(queries.device.type, enabled=False):
-                scores = self.student_scale * (self._compared(queries, d) @ self._compared(passages, d).T)
+                compared = self._compared(queries, d), self._compared(passages, d)
+                scores = self.student_scale * coded_scores(*compared, bits, self.query_bits)
             parts = coupled_loss(
                 scores,
                 labels.scores,
@@ -327,13 +338,13 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
                 label_weight=labels.label_weight,
             )
             for name, value in parts.items():
-                totals[name] = totals.get(name, 0.0) + value / len(dims)
+                totals[name] = totals.get(name, 0.0) + value / len(read)
         if self.embedding_weight:
             assert labels.embeddings is not None
             projected = projected or [self.projection(one) if self.projection else one for one in embeddings]
             distance = embedding_loss(projected, labels.embeddings, self.embedding_distance)
             totals["embedding"] = self.embedding_weight * distance
-        shares = _shares(labels)
+        shares = device_shares(labels.positive_index, labels.label_weight)
         totals = {name: value * shares[name] for name, value in totals.items()}
         with torch.no_grad():
             labels.report.update({name: value.detach() for name, value in totals.items()})
@@ -370,22 +381,6 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
     year={2020}, eprint={2010.11386}, archivePrefix={arXiv}, primaryClass={cs.IR}
 }
 """
-
-
-def _shares(labels: TeacherTargets) -> dict[str, Tensor]:
-    """What turns this device's mean of each part into its share of the mean over all devices' rows.
-
-    A distributed wrapper averages over the devices, however many rows each of them holds.
-    """
-    labelled = (labels.positive_index >= 0).float()
-    weight = labelled if labels.label_weight is None else labels.label_weight * labelled
-    local = torch.stack([weight.sum(), labelled.sum(), torch.ones_like(labelled).sum()])
-    shares = torch.ones_like(local)
-    if get_world_size() > 1:
-        total = local.clone()
-        dist.all_reduce(total)
-        shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
-    return dict(zip(("hard_label", "margin_mse", "distillation", "embedding"), (*shares, shares[-1]), strict=True))
 
 
 def coupled_part(loss: Any) -> Any:

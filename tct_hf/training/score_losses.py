@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor
 
 KLDirection = Literal["forward", "reverse"]
@@ -34,6 +36,11 @@ LOSS_SETTINGS: Ranges = {
         lambda value: isinstance(value, list) and value and all(type(d) is int and d > 0 for d in value),
         "a list of whole numbers above 0, such as [96, 192, 384]",
     ),
+    "passage_bits": (
+        lambda value: isinstance(value, list) and value and {*value} <= {32, 8, 1},
+        "a list of 32, 8 and 1, such as [32, 1]",
+    ),
+    "query_bits": (lambda value: type(value) is int and 1 <= value <= 8, "a whole number from 1 to 8"),
     "self_coupled": (lambda value: len(value) == 2, "the weights of the pooled score and of MaxSim"),
 }
 _NEEDED = (  # None is no value of these
@@ -219,3 +226,19 @@ def teacher_entropy(teacher_scores: Tensor, candidate_mask: Tensor, temperature:
     log_p = torch.log_softmax(masked(teacher_scores, candidate_mask) / temperature, dim=1)
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
+
+
+def device_shares(positive_index: Tensor, label_weight: Tensor | None) -> dict[str, Tensor]:
+    """What turns this device's mean of each part into its share of the mean over all devices' rows.
+
+    A distributed wrapper averages over the devices, however many rows each of them holds.
+    """
+    labelled = (positive_index >= 0).float()
+    weight = labelled if label_weight is None else label_weight * labelled
+    local = torch.stack([weight.sum(), labelled.sum(), torch.ones_like(labelled).sum()])
+    shares = torch.ones_like(local)
+    if get_world_size() > 1:
+        total = local.clone()
+        dist.all_reduce(total)
+        shares = local * get_world_size() / total.masked_fill(total == 0, 1.0)
+    return dict(zip(("hard_label", "margin_mse", "distillation", "embedding"), (*shares, shares[-1]), strict=True))

@@ -184,6 +184,25 @@ def test_first_dimensions_are_measured_as_trained_or_as_asked(material: Material
         assert all(asked.system(key).effectiveness == trained.system(key).effectiveness for key in KEYS[:4])
 
 
+def test_codes_are_measured_at_every_size_as_trained_or_as_asked(material: Material, tmp_path: Path) -> None:
+    student = save_student(open_student(str(material.student), "cpu"), tmp_path / "student")
+    training = {"matryoshka_dims": [8, 32], "passage_bits": [32, 8]}
+    write_json_atomic(student / CLAIM_FILE, {"student": {"training": training}})
+    options: dict[str, Any] = {"student": str(student), "teacher": None}
+    found = make(material, tmp_path / "out", **options)
+    coded = ["dense-sq8", "dense-first-8", "dense-first-8-sq8"]
+    assert [system.key for system in found.systems] == [*KEYS[:3], *coded, "hybrid"]
+    assert found.system("dense-first-8-sq8").title == "dense, first 8 dimensions, SQ8"
+    whole, byte = (found.system(key).cost for key in ("dense-first-8", "dense-first-8-sq8"))
+    assert whole is not None and byte is not None
+    assert whole["disk_bytes_per_passage"] - byte["disk_bytes_per_passage"] == pytest.approx(8 * 3, abs=4)
+    asked = tiny_settings(codes=["RaBitQfs,Refine(SQ8)"])
+    found = make(material, tmp_path / "out", dims=[], settings=asked, **options)
+    assert [system.key for system in found.systems] == [*KEYS[:3], "dense-rabitqfs-refine-sq8", "hybrid"]
+    with pytest.raises(ValueError, match="codes: Faiss knows no index 'SQ9'"):
+        make(material, tmp_path / "out", settings=tiny_settings(codes=["SQ9"]), **options)
+
+
 def test_each_choice_of_generated_queries_is_an_index_of_its_own(material: Material, tmp_path: Path) -> None:
     workspace = Workspace(material.collection(), open_student(str(material.student)), "student", tmp_path)
     chosen = ExpansionSettings(path=str(material.folder / "queries"), num_queries=1)

@@ -174,10 +174,11 @@ def test_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
         workspace, "encode_texts", lambda model, texts, **kw: encoded.append(texts) or encode_texts(model, texts, **kw)
     )
     monkeypatch.setattr(student, "similarity_fn_name", similarity)
-    systems = References(COLLECTION, k, bf16=False).exact("student", "student", lambda: student, [8, 1])
+    systems = References(COLLECTION, k, bf16=False).model("student", "student", lambda: student, [8, 1])
     titles = ["student", "student, first 8 dimensions", "student, first 1 dimensions"]
     assert [system.title for system in systems] == titles
-    for system, (key, size) in zip(systems, {"student": 32, "student-8": 8, "student-1": 1}.items(), strict=True):
+    sizes = {"student": 32, "student-first-8": 8, "student-first-1": 1}
+    for system, (key, size) in zip(systems, sizes.items(), strict=True):
         run = system.run(ASKED)
         queries, passages = student.encode_query(TEXTS)[:, :size], student.encode_document(PASSAGES)[:, :size]
         if similarity == "cosine":
@@ -188,7 +189,7 @@ def test_runs_of_first_dimensions_are_products_of_slices_of_one_encoding(
     assert [list(texts) for texts in encoded].count(PASSAGES) == 1
     monkeypatch.setattr(student, "similarity_fn_name", "euclidean")
     with pytest.raises(ValueError, match="compares by 'euclidean': only dot and cosine"):
-        References(COLLECTION, k, bf16=False).exact("student", "student", lambda: student)[0].run(ASKED)
+        References(COLLECTION, k, bf16=False).model("student", "student", lambda: student)[0].run(ASKED)
 
 
 # --- arms ---

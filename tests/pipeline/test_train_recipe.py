@@ -146,9 +146,10 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(recipe
     options += ['--encoder.prompts={query: "query: ", document: "passage: "}']
     options += ["--student.pooling=cls", "--student.training.matryoshka_dims=[8, 16, 32]"]
     options += ["--teacher.training.max_steps=1", "--student.training.max_steps=2"]
+    options += ["--student.training.passage_bits=[32, 8]"]
     output = tmp_path / "output"
     said = recipe(output, *options).stdout
-    for title in ("base as it is", "student, first 16 dimensions", "student, first 8 dim"):
+    for title in ("base as it is", "student, SQ8", "student, first 16 dimensions", "student, first 8 dimensions, SQ8"):
         assert f"\n| {title}" in said
     assert "first 32" not in said and "Models keep 48 tokens of a passage." in said
     student = SentenceTransformer(str(output / "student"), device="cpu")
@@ -157,7 +158,9 @@ def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(recipe
     assert len(student[0].model.layers) == student[0].model.config.num_hidden_layers == 2
     validate_checkpoint(output / "student")
     assert {file.name for file in (output / "runs").glob("student*")} == {
-        f"student{size}.{split}.trec" for size in ("", "-16", "-8", "-bm25") for split in ("dev", "test")
+        f"student{part}.{split}.trec"
+        for part in ("", "-first-16", "-first-8", "-sq8", "-first-16-sq8", "-first-8-sq8", "-bm25")
+        for split in ("dev", "test")
     }
 
 

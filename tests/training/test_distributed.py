@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "separate tokens": {"student": "other"},
     "streamed": {"streaming": True},
     "learned scale, Matryoshka sizes": {"student": "scaled", "matryoshka_dims": [8, 16, 32]},
+    "codes": {"matryoshka_dims": [8, 32], "passage_bits": [32, 1], "query_bits": 4},
     "plain encoding": {"student": "plain"},
     # With three labels the processes hold different numbers of them, with one a process holds none.
     "few labels": {"labelled": FEW, "hard_label_weight": 0.5},

@@ -223,13 +223,14 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 
 
 @pytest.mark.parametrize(
-    ("mini_batch_size", "negatives", "dims"), [(1, 0, None), (3, 1, None), (3, 2, [8, 32]), (50, 3, None)]
+    ("mini_batch_size", "negatives", "more"),
+    [(1, 0, {}), (3, 1, {}), (3, 2, {"matryoshka_dims": [8, 32], "passage_bits": [32, 8, 1]}), (50, 3, {})],
 )
 def test_cached_gradients_are_the_plain_ones(
-    student: SentenceTransformer, mini_batch_size: int, negatives: int, dims: list[int] | None
+    student: SentenceTransformer, mini_batch_size: int, negatives: int, more: dict[str, Any]
 ) -> None:
     student = student.double()
-    settings: dict[str, Any] = {"temperature": 0.5, "student_temperature": 4.0, "matryoshka_dims": dims}
+    settings: dict[str, Any] = {"temperature": 0.5, "student_temperature": 4.0, **more}
     of_plain, of_cached = targets(negatives), targets(negatives)
     plain = total(TightlyCoupledLoss(student, **settings)(features(student, negatives), of_plain))
     expected = gradients(student, plain)

@@ -205,6 +205,7 @@ def test_a_splade_loss_of_ones_own_is_taken_with_the_warm_up_of_the_arguments(st
         ({"regularizer_warmup": 1.5}, "regularizer_warmup=1.5 must be a share"),
         ({"regularizer_warmup_shape": "cubic"}, "regularizer_warmup_shape='cubic'"),
         ({"matryoshka_dims": [8, 16]}, "matryoshka_dims=.* must be left out"),
+        ({"passage_bits": [1]}, "passage_bits=.* must be left out"),
     ],
 )
 def test_arguments_out_of_their_range_are_refused(tmp_path: Path, setting: dict[str, Any], message: str) -> None:

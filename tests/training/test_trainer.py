@@ -218,6 +218,8 @@ def test_presets_keep_the_published_numbers_and_give_way_to_explicit_ones(tmp_pa
         ({"kl_direction": None}, "kl_direction=None must be 'forward' or 'reverse'"),
         ({"prompts": "x"}, "prompts and router_mapping come from the student's encoding"),
         ({"matryoshka_dims": [8, 0]}, "matryoshka_dims="),
+        ({"passage_bits": [32, 4]}, "passage_bits=.* must be a list of 32, 8 and 1"),
+        ({"query_bits": 9}, "query_bits=9 must be a whole number from 1 to 8"),
         ({"mini_batch_size": 2.5}, "mini_batch_size=2.5 must be a whole number"),
         ({"self_coupled": [6.0, 12.0], "mini_batch_size": 2}, "leave out mini_batch_size"),
     ],
@@ -232,6 +234,7 @@ def test_every_loss_setting_of_the_arguments_reaches_the_loss(trainer_of: Any, t
     settings |= {"hard_label_weight": 0.2, "margin_mse_weight": 0.3, "student_divisor": 30.0, "candidates": "own"}
     settings |= {"kl_direction": "reverse", "mini_batch_size": 3, "matryoshka_dims": [8, 32], "self_coupled": None}
     settings |= {"distillation_weight": 0.4, "embedding_weight": 0.0, "embedding_distance": "squared"}
+    settings |= {"passage_bits": [32, 1], "query_bits": 4}
     trainer = trainer_of(triples(8), **settings)
     assert trainer.loss.get_config_dict() == {**settings, "gather_across_devices": True}
     assert "2010.11386" in trainer.loss.citation and trainer.loss.citation.strip().startswith("@misc{")
