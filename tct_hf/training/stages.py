@@ -73,9 +73,10 @@ class StepLines(TrainerCallback):
         left = taken / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
         line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
         if "top_agreement" in logs:
-            margins = f"MarginMSE {logs['margin_mse']:.3f}, " if "margin_mse" in logs else ""
+            parts = {"margin_mse": "MarginMSE", "embedding": "vectors"}
+            more = "".join(f"{what} {logs[name]:.3f}, " for name, what in parts.items() if name in logs)
             line += (
-                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, {margins}"
+                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, {more}"
                 f"agreement with the teacher {logs['top_agreement']:.0%})"
             )
         if "document_active_dims" in logs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from tct_hf import CachedTeacher, DenseTeacher, NoTeacher, TCTTrainingArguments, TeacherEnsemble, TightlyCoupledLoss
+from tct_hf.pipeline.models import make_teacher as teacher_of_run
+from tct_hf.pipeline.settings import StudentSettings, TeacherSettings
 from tct_hf.training.embeddings import PROJECTIONS_FILE, embedding_loss
 from tests.train_helpers import (
     EVERY_STEP,
@@ -178,6 +181,13 @@ def test_a_student_learns_the_vectors_alone_and_a_projection_is_learned_and_resu
     assert torch.equal(resumed.loss.projection.weight, whole.loss.projection.weight)
     for one, two in zip(other.parameters(), student.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_run_asks_a_teacher_where_labels_and_vectors_are_learned(models: Path) -> None:
+    run: Any = SimpleNamespace(schedules={}, teacher_model=str(models / "plain"), vectors_folder=None, collection=None)
+    for more, kind in (({}, NoTeacher), ({"embedding_weight": 1.0}, DenseTeacher)):
+        student = StudentSettings(training={"hard_label_weight": 1.0, **more})
+        assert isinstance(teacher_of_run(run, TeacherSettings(kind="dense"), student), kind)
 
 
 def test_what_can_not_be_learned_is_refused(student: Any, sparse: Any, teacher: Any, tmp_path: Path) -> None:

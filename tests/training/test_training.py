@@ -148,15 +148,15 @@ def test_step_lines_tell_loss_parts_and_time_left() -> None:
     state.log_history.append({"loss": 1.5})
     lines.on_log(None, state, None, logs={"loss": 1.5})
     assert state.log_history == [{"elapsed": 5.0}, {"loss": 1.5, "elapsed": 65.0}]  # over all interruptions
-    parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.3, "top_agreement": 0.256}
+    parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.2, "embedding": 0.1, "top_agreement": 0.256}
     lines.on_log(None, state, None, logs=parts)
     lines.on_log(None, state, None, logs={"eval_loss": 1.0})
     lines.on_log(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": False}), None, logs=parts)
     assert said == [
         "  goes on after step 20 of 100",
         "  step    40 of 100   loss 1.500   3 min left",
-        "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.300, agreement with the teacher 26%)"
-        "   3 min left",
+        "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.200, vectors 0.100, agreement with "
+        "the teacher 26%)   3 min left",
     ]
 
 
