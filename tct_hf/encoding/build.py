@@ -134,7 +134,7 @@ def build_student(
             prompt and [MASK]s included; 36 when None. An own one that differs needs sentence-transformers 6.
         document_length: tokens a passage keeps, prompt included; the model's own number when None (154 with "tct").
         query_augmentation: with "tct", pad queries with attended [MASK]s. Without, servers that know nothing of query
-            expansion can run the student.
+            expansion can run a student with pooling="cls"; with mean pooling they would pool the prompt, too.
         layers: the layers of the encoder to keep, counted from 0; None: all.
         prompts: prompts such as `{"query": "query: ", "document": "passage: "}`, instead of the model's own. With a
             prompt of documents plain `encode` takes its texts for passages.

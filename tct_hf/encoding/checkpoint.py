@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+from tct_hf.encoding.clients import write_client_table
 from tct_hf.encoding.encoders import length_of, query_expansion, tct_post_processor
 from tct_hf.encoding.export import check_exports
 from tct_hf.encoding.kinds import PROMPTS, TCT_MODULES, check_query_length, is_tct, module_classes, read_json
@@ -77,8 +78,9 @@ def finalise_checkpoint(path: str | Path) -> None:
     """Write what a saved student needs so that stock sentence-transformers loads it right, or fails loudly.
 
     The only writer of the tokenizer's class and [SEP]-free template, the version requirement, prompts and whether they
-    are pooled, lengths and similarity. A second call changes no byte. A student that reads texts its own way is right
-    as sentence-transformers saves it: it only gets the version requirement where it has a query length.
+    are pooled, lengths and similarity, and of the README's table of other libraries. A second call changes no byte. A
+    student that reads texts its own way is right as sentence-transformers saves it: it only gets that table, and the
+    version requirement where it has a query length.
 
     Args:
         path: folder that a student was saved to.
@@ -92,6 +94,7 @@ def finalise_checkpoint(path: str | Path) -> None:
     if not is_tct(path):
         if (read_json(path / settings_file) or {}).get("query_length") is not None:
             _update(path / own_file, {"requirements": REQUIREMENTS})
+        write_client_table(path)
         return
     layout = _read_layout(path)
     tokenizer_config = read_json(path / "tokenizer_config.json", required=True)
@@ -123,6 +126,7 @@ def finalise_checkpoint(path: str | Path) -> None:
     _update(path / layout.pooling_file, {"include_prompt": layout.pooling["pooling_mode"] == "cls"})
     if template is not None:
         write_text_atomic(path / "tokenizer.json", template)
+    write_client_table(path)
 
 
 def _update(file: Path, wanted: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEnc
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.sparse_encoder.model_card import SparseEncoderModelCardData
 
+from tct_hf.encoding.clients import client_table
 from tct_hf.encoding.kinds import ORIGIN_FILE, TRAINING_FILE, read_json, read_modules, recognise
 from tct_hf.evaluation.report import Report
 from tct_hf.files import CLAIM_FILE
@@ -211,6 +212,7 @@ def write_card(
         "training": [*((name, value) for name, value in training.items() if value), *facts.steps],
         "effectiveness": None if report is None else _measured(report),
         **_hybrid(report, family),
+        "clients": client_table(folder) if family == "student" else None,
         "active_dims": _active_dims(report) if report is not None and family == "sparse_student" else None,
         **shape,
         "dims": sorted(size for size in facts.dims if family == "student" and size < (shape["dimension"] or 0)),
@@ -324,6 +326,7 @@ def _shape(folder: Path) -> dict[str, Any]:
         "one_way": not any((own.get("prompts") or {}).values()) and settings.get("query_length") is None,
         "needs_6": "sentence-transformers" in (own.get("requirements") or {}),
         "normalised": any(kind.endswith("Normalize") for kind in configs),
+        "mean_pooled": not cls,
         "query_length": query_length,
         "document_length": settings.get("document_length") or settings.get("max_seq_length") or longest,
         "query_pooling": f"mean over positions 4 to {query_length - 1}" if expansion and not cls else mean,
