@@ -28,6 +28,10 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "compute precision; auto: bf16 where the hardware has it and the vectors stay the same"
     )
+    backend: Literal["auto", "torch", "openvino"] = setting(
+        "auto",
+        "what computes; auto: OpenVINO on the CPU where it is installed and as good (extra: openvino)",
+    )
     truncate_dim: int | None = setting(
         None, "number of first dimensions to keep, for Matryoshka students; all when null"
     )
@@ -73,7 +77,10 @@ def main(settings: Settings) -> None:
         corpus,
         settings.output_dir,
         model_id=settings.model,
-        **{name: getattr(settings, name) for name in ("precision", "dtype", "shard_size", "tokens_per_pass")},
+        **{
+            name: getattr(settings, name)
+            for name in ("precision", "backend", "dtype", "shard_size", "tokens_per_pass")
+        },
         **how,
         job=job,
         state=state,
@@ -105,7 +112,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> str:
     cells = {
         "passages": f"{manifest['count']:,}",
         "dim": str(manifest["dim"]),
-        "computed in": manifest["precision"],
+        "computed in": manifest["precision"] + (" by OpenVINO" if "engine" in manifest else ""),
         "stored in": manifest["dtype"],
         **({"active dims": f"{manifest['nonzeros'] / manifest['count']:,.1f}"} if "nonzeros" in manifest else {}),
         "shards": str(len(manifest["shards"])),

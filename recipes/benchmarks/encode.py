@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import random
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from common import PACKAGES, begin, median, options, table, take_turns
@@ -37,9 +39,56 @@ def make_texts(count: int, seed: int) -> list[str]:
     return texts[:count]
 
 
-def measure(model: Any, texts: list[str], rounds: int) -> None:
+def peers(model: Any, folder: Path) -> dict[str, Callable[[list[str]], Any]]:
+    """What a user would pick instead, where it is installed: optimum-intel (transformers below 5.6), fastembed."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from tct_hf import export, save_student
+
+    sides: dict[str, Callable[[list[str]], Any]] = {}
+    save_student(model, folder)
+    try:
+        import optimum.intel.openvino  # noqa: F401
+    except ImportError as error:
+        print(f"without SentenceTransformer's OpenVINO backend: {error}")
+    else:
+        export(model, folder, "openvino")
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        for name in ("f32", "bf16"):
+            config = {"INFERENCE_PRECISION_HINT": name, **threads}
+            peer = SentenceTransformer(
+                str(folder), device="cpu", backend="openvino", model_kwargs={"ov_config": config}
+            )
+            sides[f"SentenceTransformer, OpenVINO, {name}"] = partial(peer.encode, show_progress_bar=False)
+    try:
+        from fastembed import TextEmbedding
+        from fastembed.common.model_description import ModelSource, PoolingType
+    except ImportError as error:
+        print(f"without fastembed: {error}")
+        return sides
+    if model.prompts.get("document"):
+        return sides  # it knows no prompts, and pools all tokens
     import numpy as np
 
+    export(model, folder, "onnx")
+    TextEmbedding.add_custom_model(
+        model="exported/student",
+        pooling=PoolingType.MEAN,
+        normalization=True,
+        sources=ModelSource(hf="exported/student"),
+        dim=model.get_embedding_dimension(),
+        model_file="onnx/model.onnx",
+    )
+    fast = TextEmbedding("exported/student", specific_model_path=str(folder), threads=torch.get_num_threads())
+    sides["fastembed"] = lambda part: np.stack(list(fast.embed(part)))
+    return sides
+
+
+def measure(model: Any, texts: list[str], rounds: int, folder: Path) -> None:
+    import numpy as np
+
+    from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
     from tct_hf.retrieval.encode import choose_precision, encode_texts
 
     chosen = choose_precision(model, texts)
@@ -48,6 +97,13 @@ def measure(model: Any, texts: list[str], rounds: int) -> None:
         "SentenceTransformer.encode, fp32": lambda part: model.encode(part, show_progress_bar=False),
         "encode_texts, fp32": lambda part: encode_texts(model, part, task="document"),
         "encode_texts, bf16": lambda part: encode_texts(model, part, task="document", bf16=True),
+        **{
+            f"encode_texts, OpenVINO {name}": partial(
+                encode_texts, model, task="document", engine=OpenVINOEngine(model, bf16=name == "bf16")
+            )
+            for name in (("fp32", "bf16") if has_openvino() else ())
+        },
+        **peers(model, folder),
     }
     for encode in sides.values():  # warm-up, untimed
         encode(texts[:32])
@@ -86,7 +142,8 @@ def main() -> None:
         ("TCT encoding (154 tokens)", build_student(base, encoding="tct").to("cpu")),
     ):
         print(f"\n## {name}")
-        measure(model, texts, args.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            measure(model, texts, args.rounds, Path(folder) / "student")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tct_hf.data.shards import MANIFEST_FILE
 from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
 from tct_hf.encoding.encoders import load_model
+from tct_hf.encoding.engine import OpenVINOEngine
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
 from tct_hf.files import claim, command, working_in, write_json_atomic
@@ -162,8 +163,14 @@ class Workspace:
         return ids, self._as_dot(vectors)
 
     def _encoded(self, texts: Sequence[str], task: str) -> Any:
-        precision = self._precision if self._in_memory else self.manifest["precision"]
-        return encode_texts(self.student, texts, task=task, bf16=precision == "bf16")
+        bf16 = (self._precision if self._in_memory else self.manifest["precision"]) == "bf16"
+        if self._in_memory or self.manifest.get("engine") != "openvino":
+            return encode_texts(self.student, texts, task=task, bf16=bf16)
+        return encode_texts(self.student, texts, task=task, engine=self._engine)
+
+    @cached_property
+    def _engine(self) -> OpenVINOEngine:  # of the queries, where it is that of the passages
+        return OpenVINOEngine(self.student, bf16=self.manifest["precision"] == "bf16")  # type: ignore[arg-type]
 
     def _as_dot(self, vectors: Any) -> Any:  # vectors whose dot products are the student's scores
         return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,7 @@ from tct_hf.data.ids import SeenIds
 from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, has_shards, run_job, run_shards
 from tct_hf.data.texts import Passage, checked_passages, job_shards, passage_shards, refuse_repeated
+from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
 from tct_hf.progress import PassageProgress
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 # bfloat16 is good enough where the worst of the probed texts keeps this cosine to its float32 vector.
 ENOUGH_COSINE = 0.9999
 PROBE_TEXTS = 48
+# OpenVINO's graph takes seconds to make: fewer passages are encoded sooner without.
+ENOUGH_TEXTS = 1000
 
 # Texts that are tokenised, then sorted by their number of tokens, together.
 POOL = 4096
@@ -63,12 +66,13 @@ def encode_texts(
     bf16: bool = False,
     tokens_per_pass: int | None = None,
     done: Callable[[int], None] | None = None,
+    engine: OpenVINOEngine | None = None,
 ) -> Any:
     """Encode texts with the model's own prompt of a task: the vectors of `encode_query` or `encode_document`.
 
     Texts are tokenised once, sorted by their number of tokens and encoded in passes of similar length, so that hardly
     any padding is computed. A text without words is encoded like any other. A model in half precision is brought to
-    float32 first, and stays so.
+    float32 first, and stays so. An `engine` made of the model computes instead of it, in its own precision.
 
     Returns:
         `(texts, dim)` float32, in the order of `texts`: an array, or of a sparse encoder a scipy CSR matrix.
@@ -94,7 +98,7 @@ def encode_texts(
                 if task == "query":
                     filled += [pool[rows[row]] for row in filled_rows(model, features)]
                 inputs = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in features.items()}
-                embeddings = model(inputs, task=task, **options)["sentence_embedding"]
+                embeddings = (engine or model)(inputs, task=task, **options)["sentence_embedding"]
                 if sparse:
                     # At once: a pool of vectors with their zeros would take 500 MB.
                     embeddings = select_max_active_dims(embeddings, max_active_dims=active).to_sparse()
@@ -104,6 +108,8 @@ def encode_texts(
                 pending.append((rows, embeddings.float()))
                 if done is not None:
                     done(len(rows))
+            if engine is not None:
+                engine.wait()
             order = np.argsort(np.concatenate([rows for rows, _ in pending]))
             pools.append(stack([of_torch(one) if sparse else one.cpu().numpy() for _, one in pending])[order])
     say_cut_queries(model, filled, len(texts))
@@ -212,19 +218,51 @@ def _passes(model: Any, texts: Sequence[str], task: str, budget: int) -> Iterato
 
 def choose_precision(model: SentenceTransformer | SparseEncoder, texts: Sequence[str]) -> Literal["bf16", "fp32"]:
     """What to encode passages in: "bf16" where the hardware has it and the vectors of some stay the same."""
-    probed = list(texts[:: max(1, len(texts) // PROBE_TEXTS)][:PROBE_TEXTS])
+    probed = _probed(texts)
     if not probed or not has_bfloat16(model.device):
         return "fp32"
-    full, half = (encode_texts(model, probed, task="document", bf16=bf16).astype(np.float64) for bf16 in (False, True))
-    if is_sparse_encoder(model):
+    full, half = (encode_texts(model, probed, task="document", bf16=bf16) for bf16 in (False, True))
+    return "bf16" if _lowest_cosine(full, half) >= ENOUGH_COSINE else "fp32"
+
+
+def choose_engine(model: Any, texts: Sequence[str], backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    """What to encode passages with, "openvino" or "torch", and in what, "bf16" or "fp32".
+
+    OpenVINO where it is installed, for dense students on the CPU and enough passages, if the vectors of some are the
+    same as torch's in float32; torch elsewhere, which a line says where OpenVINO was tried.
+    """
+    worth_it = model.device.type == "cpu" and not is_sparse_encoder(model) and len(texts) >= ENOUGH_TEXTS
+    if backend == "openvino" or (backend == "auto" and worth_it and has_openvino()):
+        known = ("bf16", "fp32") if has_bfloat16(model.device) else ("fp32",)
+        probed, why = _probed(texts), f"the cosines of its vectors to torch's are below {ENOUGH_COSINE}"
+        try:
+            full = encode_texts(model, probed, task="document")
+            for tried in known if precision == "auto" else (precision,):
+                engine = OpenVINOEngine(model, bf16=tried == "bf16")
+                if _lowest_cosine(full, encode_texts(model, probed, task="document", engine=engine)) >= ENOUGH_COSINE:
+                    return "openvino", tried
+        except (ValueError, RuntimeError) as error:
+            why = str(error)
+        if backend == "openvino":
+            raise ValueError(f"backend: OpenVINO does not take this model, use torch: {why}")
+        logger.warning(f"Encoding with torch, since OpenVINO does not take this model: {why}")
+    return "torch", choose_precision(model, texts) if precision == "auto" else precision
+
+
+def _probed(texts: Sequence[str]) -> list[str]:
+    return list(texts[:: max(1, len(texts) // PROBE_TEXTS)][:PROBE_TEXTS])
+
+
+def _lowest_cosine(full: Any, half: Any) -> float:
+    if not isinstance(full, np.ndarray):
         full, half = full.toarray(), half.toarray()  # of some dozen texts
+    full, half = full.astype(np.float64), half.astype(np.float64)
     lengths = np.linalg.norm(full, axis=1) * np.linalg.norm(half, axis=1)
     same = (full == half).all(axis=1)  # the zero vector of a text without words has no cosine
     with np.errstate(divide="ignore", invalid="ignore"):
         cosines = np.where(same, 1.0, (full * half).sum(axis=1) / lengths)
     # A NaN or an infinity on one side only refuses bfloat16; on both, the encoding itself names the passage.
-    lowest = np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0).min()
-    return "bf16" if lowest >= ENOUGH_COSINE else "fp32"
+    return float(np.nan_to_num(cosines, nan=-1.0, posinf=-1.0, neginf=-1.0).min())
 
 
 def encode_corpus(
@@ -234,6 +272,7 @@ def encode_corpus(
     *,
     model_id: str | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
+    backend: Literal["auto", "torch", "openvino"] = "auto",
     dtype: Literal["float32", "float16"] = "float32",
     shard_size: int = POOL,
     tokens_per_pass: int | None = None,
@@ -264,6 +303,9 @@ def encode_corpus(
         precision: what to compute in. "auto": bfloat16 where the hardware has it and a few dozen passages of the first
             shard keep a cosine of 0.9999 to float32; a folder that was begun keeps its precision, and all jobs take
             that of the first.
+        backend: what computes. "auto": OpenVINO where it is installed, for a dense student on the CPU whose first
+            shard has a thousand passages, some dozen of which keep a cosine of 0.9999 to torch's in float32; else
+            torch. The manifest says which; a folder that was begun keeps it.
         dtype: what to store vectors in; float32 for those of a sparse encoder.
         shard_size: passages a shard: what a kill loses at most, and what memory holds.
         tokens_per_pass: as `encode_texts`; recorded, since the last bits of a vector depend on it.
@@ -285,6 +327,8 @@ def encode_corpus(
     sparse = is_sparse_encoder(model)
     if precision not in ("auto", "bf16", "fp32"):
         raise ValueError(f'precision={precision!r} is not known: use "auto", "bf16" or "fp32".')
+    if backend not in ("auto", "torch", "openvino"):
+        raise ValueError(f'backend={backend!r} is not known: use "auto", "torch" or "openvino".')
     if dtype not in (known := ("float32",) if sparse else ("float32", "float16")):
         raise ValueError(f"dtype={dtype!r} is not known for these vectors: use one of {', '.join(known)}.")
     if shard_size < 1:
@@ -307,10 +351,13 @@ def encode_corpus(
     description = describe_model(model, model_id)
 
     def settings() -> dict[str, Any]:
-        computed_in: str = precision
-        if precision == "auto" and is_main:
-            kept = _begun_precision(folder) if job is not None or has_shards(folder) else None
-            computed_in = kept or choose_precision(model, [text for _, text in first])
+        computed_in, computed_by = str(precision), str(backend)
+        if is_main:
+            kept = _begun(folder) if job is not None or has_shards(folder) else {}
+            computed_in = kept.get("precision", computed_in) if precision == "auto" else computed_in
+            computed_by = kept.get("engine", "torch" if kept else backend) if backend == "auto" else computed_by
+            if "auto" in (computed_in, computed_by):
+                computed_by, computed_in = choose_engine(model, [text for _, text in first], computed_by, computed_in)
         return {
             "weights_sha256": description["model"]["weights_sha256"],
             "encoding": description["encoding"],
@@ -320,6 +367,7 @@ def encode_corpus(
             "device": model.device.type,
             "tokens_per_pass": budget,
             **({"layout": "sparse"} if sparse else {}),
+            **({"engine": computed_by} if computed_by != "torch" else {}),
         }
 
     total = len(corpus) if isinstance(corpus, Sized) else None
@@ -328,9 +376,14 @@ def encode_corpus(
         own = sum(min(shard_size, total - start) for start in range(job[0] * shard_size, total, job[1] * shard_size))
     progress = PassageProgress(own, state, write, write_every)
 
+    engine_in = cache(lambda bf16: OpenVINOEngine(model, bf16=bf16))  # type: ignore[arg-type]
+
     def make(passages: Sequence[Passage]) -> Any:
-        chosen = _begun_precision(folder)  # by the main process
+        begun = _begun(folder)  # by the main process
+        chosen = begun["precision"]
         options: dict[str, Any] = {"bf16": chosen == "bf16", "tokens_per_pass": tokens_per_pass}
+        if begun.get("engine") == "openvino":
+            options |= {"bf16": False, "engine": engine_in(options["bf16"])}
         texts = [text for _, text in passages]
         vectors = encode_texts(model, texts, task="document", done=progress.encoded, **options).astype(np.dtype(dtype))
         finite = finite_rows(vectors)
@@ -373,10 +426,10 @@ def encode_corpus(
     return manifest
 
 
-def _begun_precision(folder: Path) -> str | None:
-    """The precision that a folder was begun with."""
+def _begun(folder: Path) -> dict[str, Any]:
+    """The settings that a folder was begun with; empty where it was not."""
     file = folder / CLAIM_FILE
-    return read_json(file, "delete the folder, and encode again.").get("precision") if file.is_file() else None
+    return dict(read_json(file, "delete the folder, and encode again.")) if file.is_file() else {}
 
 
 def encoding_seconds(folder: str | Path) -> float | None:

@@ -1,0 +1,67 @@
+"""OpenVINO encodes what torch would, and the folder says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from tct_hf import encode_corpus, load_vectors
+from tct_hf.encoding.engine import OpenVINOEngine
+from tct_hf.evaluation.workspace import Workspace
+from tct_hf.retrieval import encode
+from tct_hf.retrieval.encode import choose_engine, encode_texts
+
+openvino = pytest.importorskip("openvino")
+
+TEXTS = [" ".join(["the dense passage of tokens"] * (1 + at % 7)) + f" {at}" for at in range(24)]
+CORPUS = [{"id": f"p{at}", "text": text} for at, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_vectors_are_those_of_torch_in_order(student: SentenceTransformer, task: str) -> None:
+    engine = OpenVINOEngine(student)
+    found = encode_texts(student, TEXTS, task=task, engine=engine, tokens_per_pass=64)
+    np.testing.assert_allclose(found, encode_texts(student, TEXTS, task=task), atol=1e-4)
+
+
+def test_a_folder_says_its_engine_and_keeps_it(
+    student: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"precision": "fp32", "shard_size": 10, "write": lambda line: None}
+    small = encode_corpus(student, CORPUS, tmp_path / "small", **settings)
+    assert "engine" not in small  # too few passages for the graph to be worth it
+    monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
+    made = encode_corpus(student, CORPUS, tmp_path / "openvino", **settings)
+    assert made["engine"] == "openvino" and "engine" not in encode_corpus(
+        student, CORPUS, tmp_path / "small", **settings
+    )
+    np.testing.assert_allclose(load_vectors(tmp_path / "openvino")[1], load_vectors(tmp_path / "small")[1], atol=1e-4)
+    with pytest.raises(ValueError, match="engine"):
+        encode_corpus(student, CORPUS, tmp_path / "openvino", backend="torch", **settings)
+
+
+def test_queries_are_encoded_by_the_engine_of_the_passages(
+    student: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
+    collection: Any = SimpleNamespace(corpus=CORPUS)
+    workspace = Workspace(collection, student, "student", tmp_path, precision="fp32", write=lambda line: None)
+    found = workspace.encode_queries({"q": "the passage", "r": "tokens"})
+    assert "_engine" in vars(workspace)
+    np.testing.assert_allclose(found, student.encode_query(["the passage", "tokens"]), atol=1e-4)
+
+
+def test_vectors_that_differ_are_left_to_torch_with_a_word(
+    student: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
+    monkeypatch.setattr(encode, "ENOUGH_COSINE", 1.1)
+    assert choose_engine(student, TEXTS)[0] == "torch"
+    assert "cosines of its vectors" in caplog.text
+    with pytest.raises(ValueError, match="backend: OpenVINO does not take this model"):
+        choose_engine(student, TEXTS, "openvino")
