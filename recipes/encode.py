@@ -61,7 +61,10 @@ def main(settings: Settings) -> None:
         raise SettingsError(f"shard_index, num_shards: {at} of {of}; jobs are numbered from 0 to num_shards - 1")
     job = (settings.shard_index, settings.num_shards) if settings.num_shards > 1 else None
     if job is not None and settings.parquet is not None:
-        raise SettingsError("parquet: of a part; write them when all is there, by this command without num_shards")
+        raise SettingsError(
+            "parquet: a job has only its own part of the vectors; when all jobs have ended, run this command without "
+            "shard_index and num_shards, which encodes nothing again"
+        )
     quieten()
     state = process_state()
     how = {"allow_empty": settings.allow_empty}

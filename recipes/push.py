@@ -11,6 +11,7 @@ called again, it stores nothing twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tct_hf.pipeline import one_row
 from tct_hf.settings import run_recipe, setting
@@ -22,10 +23,17 @@ class Settings:
     url: str | None = setting(None, "of the server; that of its environment variables when null")
     name: str = setting("passages", "table to fill, made where it is missing")
     half: bool = setting(False, "store vectors in half precision")
-    m: int = setting(16, "neighbours of a passage in the graph")
-    ef_construction: int = setting(64, "candidates looked at for each when the graph is built")
+    m: int | None = setting(None, "neighbours of a passage in the graph of a new table; 16 when null")
+    ef_construction: int | None = setting(
+        None, "candidates looked at for each when a new table's graph is built; 64 when null"
+    )
+    index: Literal["HNSW", "AUTOINDEX", "FLAT"] | None = setting(
+        None, "of a new table in Milvus: HNSW when null; FLAT is exact"
+    )
     source: str | None = setting(None, "collection that was encoded, to store its texts and metadata too")
     packages: list[str] = setting(["numpy", "scipy", "pandas", "sklearn"], "packages of the built-in corpus")
+    allow_empty: bool = setting(False, "as it was encoded")
+    skip_bad_rows: bool = setting(False, "as it was encoded")
     verify: bool = setting(True, "read a sample back and measure recall when all is stored")
 
 
@@ -33,10 +41,14 @@ def main(settings: Settings) -> None:
     from tct_hf.data.collection import read_corpus
     from tct_hf.retrieval.engines import engine_of
 
-    corpus = None if settings.source is None else read_corpus(settings.source, settings.packages)
-    graph = {"m": settings.m, "ef_construction": settings.ef_construction}
-    options = {"corpus": corpus, "half": settings.half, **graph}
-    index = engine_of(settings.url).push(settings.vectors, settings.url, settings.name, **options)
+    corpus = None
+    if settings.source is not None:
+        how = {"allow_empty": settings.allow_empty, "skip_bad_rows": settings.skip_bad_rows}
+        corpus = read_corpus(settings.source, settings.packages, **how)
+    graph = {name: getattr(settings, name) for name in ("m", "ef_construction", "index")}
+    options = {name: value for name, value in graph.items() if value is not None}
+    table = settings.vectors, settings.url, settings.name
+    index = engine_of(settings.url).push(*table, corpus=corpus, half=settings.half, **options)
     if settings.verify:
         found = index.verify(settings.vectors)
         cells = {

@@ -54,7 +54,8 @@ def setting(default: Any, text: str, **more: Any) -> Any:
 def hide_passwords(text: str) -> str:
     """A text without the passwords of the URLs in it, and without the tokens of those that begin with http."""
     text = re.sub(r"(https?://)[^:/@\s]+@", r"\1***@", text)
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(password\s*=\s*)('(\\.|[^'\\])*'|[^\s&]+)", r"\1***", text)  # of libpq
+    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -364,7 +365,7 @@ def run_recipe(
         # One of a group of processes speaks for all, and only their launcher knows the command.
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if os.environ.get("RANK", "0") == "0":
-            again = shlex.join(sys.orig_argv) if alone else "run the same command again"
+            again = hide_passwords(shlex.join(sys.orig_argv)) if alone else "run the same command again"
             print(f"interrupted; to go on: {again}", file=sys.stderr)
         raise SystemExit(128 + number) from error
     except (ValueError, OSError, ImportError) as error:

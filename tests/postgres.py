@@ -24,7 +24,8 @@ class Server(postgres.Server):
     def unreachable(self) -> list[str]:
         """URLs with a secret where nothing can be opened."""
         other = self.url.replace("/postgres", "/none")
-        return [other, "postgresql://tct:secret@[::1", "postgresql://a:secret@127.0.0.1:1/b"]
+        users = "tct:secret@[::1", "tct:secret@127.0.0.1:1/b", "tct:se@secret@127.0.0.1:1/b", "tct:secret%@127.0.0.1/b"
+        return [other, *(f"postgresql://{user}" for user in users), "host=127.0.0.1 port=1 password='secret"]
 
     def text(self, index: PgVectorIndex, name: str) -> str:
         return str(index._ask(f"select text from {index.name} where id = %s", (name,))[0][0])

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tct_hf.files import write_json_atomic
-from tct_hf.settings import SettingsError, load_settings, resolved_yaml, run_recipe, save_resolved
+from tct_hf.settings import SettingsError, hide_passwords, load_settings, resolved_yaml, run_recipe, save_resolved
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -286,3 +286,18 @@ def test_recipes_end_with_one_message_and_a_status(capsys: pytest.CaptureFixture
         assert caught.value.code == status and shown in message and message.count("\n") == 1
     with pytest.raises(ValueError, match="a bug"):  # which keeps its traceback
         run_recipe(raises(ValueError("a bug")), Settings, "Test.", right)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@host/db",
+        "postgresql://me:se@secret@host/db",
+        "postgresql://host/db?password=secret&user=me",
+        "host=there password = 'the \\' secret' user=me",
+        "https://secret@host",
+    ],
+)
+def test_passwords_of_urls_are_hidden_and_the_rest_is_shown(url: str) -> None:
+    shown = hide_passwords(f"at {url} and me@work")
+    assert "secret" not in shown and "***" in shown and shown.endswith("and me@work")

@@ -91,7 +91,7 @@ class Page:
             return '<p class="note">Type a question to see what each system finds, side by side.</p>'
         try:
             answer = self._answer(question, None)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return f'<p class="problem">{escape(str(error))}</p>'
         texts = {hit.id: hit.text[:_LONGEST] for hits in answer.hits.values() for hit in hits}
         marked = dict(zip(texts, self._marked(question, list(texts.values())), strict=True))

@@ -101,6 +101,7 @@ class Workspace:
             folder = default_cache_dir() / f"search-{digest_of(self.depends)[:16]}"
         self.folder = folder or Path()
         self._compared = False  # whether the vectors on disk are known to be of this corpus
+        self._elsewhere = False  # whether an engine has the vectors, so that searching needs none here
         self._made: dict[str, Stored[Any]] = {
             name: Stored(index, Footprint()) for name, index in (indexes or {}).items()
         }
@@ -163,8 +164,9 @@ class Workspace:
         return ids, self._as_dot(vectors)
 
     def _encoded(self, texts: Sequence[str], task: str) -> Any:
-        bf16 = (self._precision if self._in_memory else self.manifest["precision"]) == "bf16"
-        if self._in_memory or self.manifest.get("engine") != "openvino":
+        own = self._in_memory or (self._elsewhere and not (self.folder / "vectors" / MANIFEST_FILE).is_file())
+        bf16 = (self._precision if own else self.manifest["precision"]) == "bf16"
+        if own or self.manifest.get("engine") != "openvino":
             return encode_texts(self.student, texts, task=task, bf16=bf16)
         return encode_texts(self.student, texts, task=task, engine=self._engine)
 
@@ -258,15 +260,13 @@ class Workspace:
         """A table of the student's vectors that `push` filled; refused where it is not of this student and corpus."""
         assert settings.name is not None
         index = engine_of(settings.url).open(settings.url, settings.name, model=self.built_by)
-        index.ef_search = settings.ef_search
-        ids = self.collection.corpus["id"]
-        if len(index) != len(ids):
+        index.ef_search, self._elsewhere = settings.ef_search, True
+        if len(index) != len(ids := self.collection.corpus["id"]):
             raise ValueError(
                 f"engine.name: table {settings.name} has {len(index):,} passages, and {self.collection.name} has "
                 f"{len(ids):,}; push its vectors again, or name another table"
             )
-        some = index.vectors(ids[:100])
-        if len(some) < len(ids[:100]):
+        if len(some := index.vectors(ids[:100])) < len(ids[:100]):
             raise ValueError(f"engine.name: table {settings.name} has other passages than {self.collection.name}")
         lengths = np.linalg.norm([*some.values()], axis=1)
         if self.student.similarity_fn_name == "cosine" and not np.allclose(lengths, 1, atol=1e-2):

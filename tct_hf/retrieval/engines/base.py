@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from tct_hf.data import shards
 from tct_hf.data.shards import digest_of
 from tct_hf.files import file_digest
-from tct_hf.progress import PassageProgress
+from tct_hf.progress import PassageProgress, print_at_once
 from tct_hf.retrieval.index import VectorSearch, check_ids, check_k, check_model, described
 from tct_hf.retrieval.vectors import as_matrix, load_vectors, read_manifest
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from typing_extensions import Self
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 
 
@@ -39,7 +40,7 @@ class EngineIndex(VectorSearch):
 
     Args:
         name: of the table.
-        about: what is stored of it: "dimension", "half" and "built_by".
+        about: what is stored of it: "dimension", "half", "built_by" and the graph's options.
 
     Attributes:
         exact: search every passage instead of the engine's graph.
@@ -49,6 +50,7 @@ class EngineIndex(VectorSearch):
 
     _rows_of = staticmethod(as_matrix)
     engine: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {"m": 16, "ef_construction": 64}  # of the graph, with their defaults
 
     def __init__(self, name: str, about: Mapping[str, Any]) -> None:
         self.name, self.about, self.exact = name, dict(about), False
@@ -72,7 +74,7 @@ class EngineIndex(VectorSearch):
     # of whatever it was (None: rows of no shard); and the graph, made where it is missing.
     @classmethod
     @abstractmethod
-    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **options: Any) -> Self: ...
+    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None) -> Self: ...
 
     @abstractmethod
     def _digests(self) -> dict[int, str]: ...
@@ -145,7 +147,8 @@ class EngineIndex(VectorSearch):
             **options: see the engine.
 
         Raises:
-            ValueError: sparse vectors, a damaged shard, another corpus than was encoded, or a table of another model.
+            ValueError: sparse vectors, a damaged shard, another corpus than was encoded, an unknown option, or a table
+                of another model or other options.
             OSError: the engine can't be reached, or refuses.
         """
         folder, manifest = Path(vectors_folder), read_manifest(vectors_folder)
@@ -153,40 +156,46 @@ class EngineIndex(VectorSearch):
             raise ValueError(f"{folder}: sparse vectors, which {cls.engine} does not search; use a SparseIndex")
         if corpus is not None and len(corpus) != manifest["count"]:
             raise ValueError(f"corpus: {len(corpus)} passages where {folder} has vectors of {manifest['count']}")
+        if unknown := [key for key in options if key not in cls.options]:
+            raise ValueError(f"{unknown[0]}: no option of {cls.engine}; use {', '.join(cls.options)}")
         built_by = manifest["model"]
-        about = {"format": FORMAT, "dimension": manifest["dim"], "half": half, "built_by": built_by}
-        index = cls._connected(url, name, about, **options)
+        about = {"format": FORMAT, "dimension": manifest["dim"], "half": half, **cls.options, **options}
+        index = cls._connected(url, name, {**about, "built_by": built_by})
         check_model(f"{cls.engine} table {name}", index.about["built_by"], built_by)
-        if different := [key for key in ("dimension", "half") if index.about[key] != about[key]]:
+        if different := [key for key in ("format", "dimension", "half", *options) if index.about[key] != about[key]]:
             raise ValueError(
                 f"{different[0]}: table {name} has {index.about[different[0]]}, and this would be "
                 f"{about[different[0]]}; name another table, or drop this one"
             )
         done = index._digests()
+        write = write or print_at_once
         progress = PassageProgress(manifest["count"], None, write, 10.0)
         start = 0
         for number, entry in enumerate(manifest["shards"]):
             file = shards.shard_file(folder, number)
             stop = start + entry["count"]
-            if done.get(number) == entry["sha256"]:
+            # With the columns stored, so that texts can be added to vectors that are there.
+            digest = " ".join([entry["sha256"], *(corpus.column_names if corpus is not None else [])])
+            if done.get(number, "").startswith(digest):
                 progress.skipped(entry["count"])
             else:
                 table = shards.read_shard(folder, number)
                 if file_digest(file) != entry["sha256"]:
                     raise ValueError(f"{file}: damaged or altered (its checksum differs); encode again")
                 vectors = table["vector"].chunk(0).flatten().to_numpy().reshape(len(table), -1).astype(np.float32)
-                index._store(number, entry["sha256"], _rows(table["id"].to_pylist(), vectors, corpus, start))
+                index._store(number, digest, _rows(table["id"].to_pylist(), vectors, corpus, start))
                 progress.encoded(entry["count"])
             start = stop
         index._forget(number for number in done if number >= len(manifest["shards"]))
+        write("  building the index")
         index._finish()
         progress.finish(start)
         return index
 
     @classmethod
-    def open(cls, url: str | None = None, name: str = "passages", *, model: Any = None, **options: Any) -> Self:
+    def open(cls, url: str | None = None, name: str = "passages", *, model: Any = None) -> Self:
         """Come back to a table that `push` filled; refused where `model` did not encode its passages."""
-        index = cls._connected(url, name, None, **options)
+        index = cls._connected(url, name, None)
         if model is not None:
             found = model if isinstance(model, Mapping) else described(model)
             check_model(f"{cls.engine} table {name}", index.about["built_by"], found)
@@ -246,4 +255,9 @@ def _rows(ids: list[str], vectors: np.ndarray, corpus: Dataset | None, start: in
         raise ValueError(f"corpus: row {start + at} is {found[at]!r} where {ids[at]!r} was encoded; give that corpus")
     texts = batch.pop("text")
     metadata = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] if batch else none
+    for name, more in zip(ids, metadata, strict=True):
+        try:
+            json.dumps(more, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"corpus: metadata of passage {name!r}: {error}; leave that column out") from None
     return Rows(ids, vectors, texts, metadata)

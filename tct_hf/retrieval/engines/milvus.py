@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ _MESSAGE_BYTES = 2**24  # Milvus takes 64 MB
 _AT_ONCE = 2**18  # passages that one answer names, at most
 _MOST_LOOKED_AT = 32_768  # Milvus's limit of ef
 _LONGEST = 65_535  # bytes of a string in Milvus
+_LITE = "milvus_lite"
+_HAS_NO_HALF = re.compile(rf"{_LITE}|v?2\.[0-3]\b")
 _ABOUT = -1  # number of the ledger's entry that says what is stored of the collection
 
 
@@ -30,8 +33,9 @@ class MilvusIndex(EngineIndex):
     """Passage vectors in a Milvus collection (fields id, shard, vector, text, metadata), found by inner product.
 
     Options of `push`, for a new collection: index ("HNSW", "AUTOINDEX", or "FLAT", which is exact), and of HNSW m (16)
-    and ef_construction (64). Equal scores are ordered by id among those found. The server's user and password or token
-    are taken from the URL or from MILVUS_TOKEN ("user:password", or a token), the URL itself from MILVUS_URI.
+    and ef_construction (64). Half precision needs Milvus 2.4. Equal scores are ordered by id among those found. The
+    server's user and password or token are taken from the URL or from MILVUS_TOKEN ("user:password", or a token), the
+    URL itself from MILVUS_URI.
 
     Attributes:
         exact: search every passage; with a graph, by reading all vectors over the wire, which is for checks only.
@@ -41,6 +45,7 @@ class MilvusIndex(EngineIndex):
     """
 
     engine = "Milvus"
+    options: ClassVar[Mapping[str, Any]] = {**EngineIndex.options, "index": "HNSW"}
 
     def __init__(self, client: Any, name: str, about: Mapping[str, Any]) -> None:
         super().__init__(name, about)
@@ -48,10 +53,10 @@ class MilvusIndex(EngineIndex):
         self._is_new = False
 
     @classmethod
-    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **options: Any) -> MilvusIndex:
+    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None) -> MilvusIndex:
         check_name(name)
-        if (kind := options.get("index", "HNSW")) not in _KINDS:
-            raise ValueError(f"index: {kind!r}; use {', '.join(_KINDS)}")
+        if about is not None and about["index"] not in _KINDS:
+            raise ValueError(f"index: {about['index']!r}; use {', '.join(_KINDS)}")
         try:
             from pymilvus import DataType, MilvusClient
         except ImportError as error:
@@ -68,6 +73,9 @@ class MilvusIndex(EngineIndex):
             ledger, is_new = _ledger(name), not client.has_collection(name)
             if is_new and about is None:
                 raise ValueError(f"name: there is no collection {name} in this database; push one first")
+            version = client.get_server_version()
+            if about is not None and about["half"] and _HAS_NO_HALF.match(version):  # 2.3 takes it, and breaks down
+                raise ValueError(f"half: this server ({version}) has no half precision, Milvus 2.4 has; push without")
             if is_new:  # a ledger left without its rows would say that they are there
                 client.drop_collection(ledger)
             elif not client.has_collection(ledger):
@@ -79,7 +87,7 @@ class MilvusIndex(EngineIndex):
             ]
             _ensure(client, ledger, fields, {"index": "FLAT"})
             if is_new:
-                about = {**(about or {}), "index": kind, **options}
+                about = dict(about or {})
                 client.upsert(ledger, [_entry(_ABOUT, json.dumps(about))])
             else:
                 where = f"number == {_ABOUT}"
@@ -109,7 +117,7 @@ class MilvusIndex(EngineIndex):
     @property
     def nbytes(self) -> int:
         """Bytes of the vectors and links, by calculation: Milvus does not say."""
-        links = 8 * self.about.get("m", 16) if self._has_graph else 0
+        links = 8 * self.about["m"] if self._has_graph else 0
         return len(self) * (self.dimension * (2 if self.about["half"] else 4) + links)
 
     @property
@@ -160,6 +168,9 @@ class MilvusIndex(EngineIndex):
                 if state["state"] == "Failed":
                     raise OSError(f"Milvus: the index of {self.name} failed; see the server's log")
                 time.sleep(0.5)
+            if not self._client.get_server_version().startswith(_LITE):  # which has nothing to load, and never says so
+                self._client.refresh_load(self.name)  # otherwise searched without the index for ten seconds
+                time.sleep(2)  # until its nodes follow, which nothing tells
 
     def delete(self, ids: Sequence[str]) -> None:
         with _plainly():
@@ -248,7 +259,7 @@ def _entry(number: int, digest: str) -> dict[str, Any]:
 
 def _ensure(client: Any, name: str, fields: Iterable[_Field], about: Mapping[str, Any]) -> None:
     """Make a collection with its index and load it, or as much of that as is missing."""
-    if not client.has_collection(name):
+    if made := not client.has_collection(name):
         schema = client.create_schema()
         for field, kind, more in fields:
             schema.add_field(field, kind, **more)
@@ -256,10 +267,15 @@ def _ensure(client: Any, name: str, fields: Iterable[_Field], about: Mapping[str
         client.create_collection(name, schema=schema, consistency_level="Session")
     if not client.list_indexes(name):
         index = client.prepare_index_params()
-        graph = {"M": about.get("m", 16), "efConstruction": about.get("ef_construction", 64)}
-        params = graph if about["index"] == "HNSW" else {}
+        hnsw = about["index"] == "HNSW"
+        params = {"M": about["m"], "efConstruction": about["ef_construction"]} if hnsw else {}
         index.add_index("vector", index_type=about["index"], metric_type="IP", params=params)
-        client.create_index(name, index)
+        try:
+            client.create_index(name, index)
+        except Exception:  # options that Milvus refuses would stay
+            if made:
+                client.drop_collection(name)
+            raise
     client.load_collection(name)
 
 

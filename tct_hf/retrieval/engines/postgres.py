@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ _ROWS = "id text primary key, shard int, vector {}({}) not null, text text, meta
 class PgVectorIndex(EngineIndex):
     """Passage vectors in a PostgreSQL table (columns id, vector, text, metadata), found by inner product.
 
+    Options of `push`, for a new table: m (16) and ef_construction (64) of the graph. Threads may share an index, which
+    they search in turn; a connection that the server has ended is made again by the call after the one that fails.
     Equal scores are ordered by id: among all passages in exact search, otherwise among those found.
 
     Attributes:
@@ -39,48 +42,50 @@ class PgVectorIndex(EngineIndex):
 
     engine = "PostgreSQL"
 
-    def __init__(self, connection: Any, name: str, about: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, connection: Any, name: str, about: Mapping[str, Any]) -> None:
         super().__init__(name, about)
-        self._connection = connection
+        self._url, self._connection, self._alone = url, connection, threading.RLock()
 
     @classmethod
-    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None, **graph: int) -> PgVectorIndex:
+    def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None) -> PgVectorIndex:
         check_name(name)
         if about is not None and about["dimension"] > (most := 4000 if about["half"] else 2000):
             fix = "encode fewer with truncate_dim" if about["half"] else "push with half=True, or encode fewer"
             raise ValueError(f"dimension: {about['dimension']} where pgvector's graph takes {most}; {fix}")
-        try:
-            import psycopg
-            from pgvector.psycopg import register_vector
-        except ImportError as error:
-            raise ImportError(
-                f"{cls.__name__} needs psycopg and pgvector ({error}): pip install 'tct_hf[postgres]'."
-            ) from error
+        connection = _connect(url or "", make=about is not None)
         with _plainly():
-            connection = psycopg.connect(url or "", autocommit=True)
-            with connection.transaction():
-                connection.execute("select pg_advisory_xact_lock(7262831)")  # several pushes may begin together
-                connection.execute(_TABLES)
-                if about is not None:
-                    kind = "halfvec" if about["half"] else "vector"
+            if about is not None:
+                with connection.transaction():
                     new = connection.execute(
                         "insert into tct_hf_indexes values (%s, %s) on conflict do nothing returning name",
-                        (name, json.dumps({**about, **graph})),
+                        (name, json.dumps(about)),
                     ).fetchone()
                     if new:
-                        connection.execute(f"create table {name} ({_ROWS.format(kind, about['dimension'])})")
-            register_vector(connection)
-            found = connection.execute("select about from tct_hf_indexes where name = %s", (name,)).fetchone()
-        if found is None:
+                        connection.execute(f"create table {name} ({_ROWS.format(_kind(about), about['dimension'])})")
+                        # Options that pgvector refuses are refused before anything is stored.
+                        connection.execute(_graph(name, about))
+                        connection.execute(f"drop index {name}_graph")
+            there = connection.execute("select to_regclass('tct_hf_indexes')").fetchone()[0]
+            query = "select about from tct_hf_indexes where name = %s"
+            found = there and connection.execute(query, (name,)).fetchone()
+        if not found:
             raise ValueError(f"name: there is no table {name} of tct_hf in this database; push one first")
-        return cls(connection, name, found[0])
+        return cls(url or "", connection, name, found[0])
+
+    @contextmanager
+    def _using(self) -> Iterator[Any]:
+        """The connection, for one thread at a time."""
+        with self._alone, _plainly():
+            if self._connection.closed:
+                self._connection = _connect(self._url)
+            yield self._connection
 
     def __len__(self) -> int:
         return int(self._ask(f"select count(*) from {self.name}")[0][0])
 
     def _ask(self, query: str, values: Any = None) -> list[Any]:
-        with _plainly():
-            cursor = self._connection.execute(query, values)
+        with self._using() as connection:
+            cursor = connection.execute(query, values)
             return list(cursor.fetchall()) if cursor.description else []
 
     @property
@@ -91,20 +96,21 @@ class PgVectorIndex(EngineIndex):
         return dict(self._ask("select number, digest from tct_hf_shards where name = %s", (self.name,)))
 
     def _store(self, number: int | None, digest: str, rows: Rows) -> None:
-        from pgvector import HalfVector
         from psycopg.types.json import Jsonb
 
-        with _plainly(), self._connection.transaction(), self._connection.cursor() as cursor:
+        with self._using() as connection, connection.transaction(), connection.cursor() as cursor:
             # Not in one statement, which would compare every row with every id.
             stored = "exists (select from tct_hf_shards where name = %s and number = %s)"
             cursor.execute(f"delete from {self.name} where shard = %s and {stored}", (number, self.name, number))
             cursor.execute(f"delete from {self.name} where id = any(%s)", (list(rows.ids),))
             columns = "(id, shard, vector, text, metadata)"
             with cursor.copy(f"copy {self.name} {columns} from stdin with (format binary)") as copy:
-                copy.set_types(["text", "int4", "halfvec" if self.about["half"] else "vector", "text", "jsonb"])
+                copy.set_types(["text", "int4", _kind(self.about), "text", "jsonb"])
                 for passage_id, vector, text, more in zip(*rows, strict=True):
-                    value = HalfVector(vector) if self.about["half"] else vector
-                    copy.write_row((passage_id, number, value, text, None if more is None else Jsonb(more)))
+                    if any("\0" in one for one in (passage_id, text, *(more or {}).values()) if isinstance(one, str)):
+                        raise ValueError(f"corpus: passage {passage_id!r} has a NUL, which PostgreSQL has not; cut it")
+                    value = None if more is None else Jsonb(more)
+                    copy.write_row((passage_id, number, self._value(vector), text, value))
             if number is not None:
                 cursor.execute(
                     "insert into tct_hf_shards values (%s, %s, %s) on conflict (name, number) do update set digest = "
@@ -114,25 +120,19 @@ class PgVectorIndex(EngineIndex):
 
     def _forget(self, numbers: Iterable[int]) -> None:
         gone = list(numbers)
-        with _plainly(), self._connection.transaction():
+        with self._using() as connection, connection.transaction():
             self._ask(f"delete from {self.name} where shard = any(%s)", (gone,))
             self._ask("delete from tct_hf_shards where name = %s and number = any(%s)", (self.name, gone))
 
     def _finish(self) -> None:
-        kind = "halfvec" if self.about["half"] else "vector"
-        graph = {"m": self.about.get("m", 16), "ef_construction": self.about.get("ef_construction", 64)}
-        options = ", ".join(f"{key} = {int(value)}" for key, value in graph.items())
-        self._ask(
-            f"create index if not exists {self.name}_graph on {self.name} using hnsw (vector {kind}_ip_ops) "
-            f"with ({options})"
-        )
+        self._ask(_graph(self.name, self.about))
         self._ask(f"analyze {self.name}")
 
     def delete(self, ids: Sequence[str]) -> None:
         self._ask(f"delete from {self.name} where id = any(%s)", (list(ids),))
 
     def drop(self) -> None:
-        with _plainly(), self._connection.transaction():
+        with self._using() as connection, connection.transaction():
             self._ask(f"drop table {self.name}")
             self._ask("delete from tct_hf_indexes where name = %s", (self.name,))
 
@@ -150,11 +150,10 @@ class PgVectorIndex(EngineIndex):
         if not self.exact:
             looked_at = min(max(self.ef_search, k), _MOST_SEARCHED)
             settings |= {"hnsw.ef_search": looked_at, "hnsw.iterative_scan": "strict_order"}
-        kind = "halfvec" if self.about["half"] else "vector"
         where = f" where {self.where}".replace("%", "%%") if self.where else ""  # % is psycopg's sign of a value
-        distance = f"vector <#> %s::{kind}"
-        with _plainly(), self._connection.transaction():
-            self._connection.execute("; ".join(f"set local {key} = {value}" for key, value in settings.items()))
+        distance = f"vector <#> %s::{_kind(self.about)}"
+        with self._using() as connection, connection.transaction():
+            connection.execute("; ".join(f"set local {key} = {value}" for key, value in settings.items()))
             yield (
                 f"select id, -({distance}) from {self.name}{where} order by {distance}{', id' if self.exact else ''} "
                 "limit %s"
@@ -186,6 +185,42 @@ class PgVectorIndex(EngineIndex):
         with self._searching(10) as statement:
             plan = self._ask(f"explain {statement}", (query, query, 10))
         return any(f"using {self.name}_graph" in line for (line,) in plan)
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    return "halfvec" if about["half"] else "vector"
+
+
+def _graph(name: str, about: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key} = {int(about[key])}" for key in PgVectorIndex.options)
+    return (
+        f"create index if not exists {name}_graph on {name} using hnsw (vector {_kind(about)}_ip_ops) with ({options})"
+    )
+
+
+def _connect(url: str, make: bool = False) -> Any:
+    try:
+        import psycopg
+        from pgvector.psycopg import register_vector
+    except ImportError as error:
+        fix = "pip install 'tct_hf[postgres]'"
+        raise ImportError(f"PgVectorIndex needs psycopg and pgvector ({error}): {fix}.") from error
+    try:
+        host = str(psycopg.conninfo.conninfo_to_dict(url).get("host"))
+    except psycopg.ProgrammingError:
+        host = "@"
+    if "@" in host:  # what libpq says has a part of the password
+        raise ValueError(
+            "url: can't be read; write postgresql://user:password@host:port/database, special characters as in %2F"
+        )
+    with _plainly():
+        connection = psycopg.connect(url, autocommit=True)
+        if make:  # whoever only searches may have no right to
+            with connection.transaction():
+                connection.execute("select pg_advisory_xact_lock(7262831)")  # several pushes may begin together
+                connection.execute(_TABLES)
+        register_vector(connection)
+        return connection
 
 
 @contextmanager
