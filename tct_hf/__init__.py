@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tct_hf.encoding.convert import convert_checkpoint as convert_checkpoint
     from tct_hf.encoding.convert import load_student as load_student
     from tct_hf.encoding.export import export as export
+    from tct_hf.encoding.static import build_static as build_static
     from tct_hf.evaluation.cost import measure_efficiency as measure_efficiency
     from tct_hf.evaluation.measures import evaluate_run as evaluate_run
     from tct_hf.evaluation.report import Report as Report

@@ -186,6 +186,8 @@ def recognise(name_or_path: str, folder: Path) -> Recognised:
         if name is not None and config.get("model_type") == "bert":
             return Recognised("tct", f"a bare BERT, published as {name}")
         return Recognised("bare", f"a bare {config.get('model_type')} encoder without modules.json")
+    if classes[:1] == ["StaticEmbedding"]:
+        return Recognised("dual-encoder", f"a SentenceTransformer of {classes}", "mean")
     if classes[:2] != ["Transformer", "Pooling"]:
         return Recognised("other", f"modules {classes}")
     mode = _pooling_mode(read_json(folder / modules[1]["path"] / "config.json") or {})

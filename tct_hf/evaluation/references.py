@@ -9,7 +9,6 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
-from transformers import AutoConfig
 
 from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.encoding.kinds import kind_of
@@ -29,7 +28,12 @@ if TYPE_CHECKING:
 BM25, BASE_NATIVE, OWN_MAXSIM = "bm25", "base-native", "base-maxsim"
 STOCK, STUDENT, TEACHER = "stock", "student", "teacher"
 # Titles of students by their keys; another key is its own title.
-STUDENT_TITLES = {STUDENT: "student", "unlabelled": "student without labels", "labelled": "student with labels"}
+STUDENT_TITLES = {
+    STUDENT: "student",
+    "untrained": "student before training",
+    "unlabelled": "student without labels",
+    "labelled": "student with labels",
+}
 # Passages of each list that own MaxSim puts in order.
 RERANKED = 100
 
@@ -81,7 +85,7 @@ class References:
                 systems += self.model(key, f"{title} (weights of words)", partial(SparseEncoder, student))
             else:
                 # The largest size is often the whole vector.
-                whole = AutoConfig.from_pretrained(student).hidden_size if dims else None
+                whole = SentenceTransformer(student).get_embedding_dimension() if dims else None
                 sizes = [size for size in dims or () if size != whole]
                 systems += self.model(key, title, partial(SentenceTransformer, student), sizes, codes)
         return systems

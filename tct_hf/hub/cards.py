@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 from sentence_transformers.multi_vector_encoder.model_card import MultiVectorEncoderModelCardData
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.sparse_encoder.model_card import SparseEncoderModelCardData
@@ -308,6 +309,10 @@ def _shape(folder: Path) -> dict[str, Any]:
     pooled = next((config for kind, config in configs.items() if kind.endswith("Pooling")), {})
     outputs = [content["out_features"] for content in configs.values() if "out_features" in content]
     dimension = [config.get("hidden_size"), *outputs][-1]
+    static = bool(modules) and modules[0]["type"].endswith("StaticEmbedding")
+    if static and dimension is None:
+        with safe_open(str(folder / modules[0]["path"] / "model.safetensors"), framework="np") as weights:
+            dimension = weights.get_slice("embedding.weight").get_shape()[1]
     if truncated := own.get("truncate_dim"):
         dimension = min(dimension or truncated, truncated)
     splade = any(kind.endswith("SpladePooling") for kind in configs)
@@ -334,6 +339,7 @@ def _shape(folder: Path) -> dict[str, Any]:
         "training_scale": (read_json(folder / TRAINING_FILE) or {}).get("training_scale"),
         # Cosine is what sentence-transformers takes where nothing is said.
         "similarity": _SIMILARITIES.get(own.get("similarity_fn_name") or "cosine", own.get("similarity_fn_name")),
+        "static": static,
         "splade": splade,
         "looked_up": looked_up,  # weights of words that need no encoder
     }

@@ -136,13 +136,17 @@ def check_together(settings: TrainSettings) -> None:
         raise SettingsError(f"student.teacher_cache_gigabytes={size}: give a finite number greater than 0")
     if teacher.is_mixture and student.training.get("preset") is not None:
         raise SettingsError("student.training.preset: its temperature belongs to the paper's teacher; leave it out")
-    sparse = student.kind == "splade"
+    sparse, static = student.kind == "splade", student.kind == "static"
     if settings.encoder.starts_from(student.initialise_from) == "teacher" and (teacher.kind != "colbert" or sparse):
         what = "for a sparse student" if sparse else f"from a {teacher.kind} teacher"
         raise SettingsError(f"student.initialise_from: there is no encoder to take {what}; set it to base")
     for name in ("layers", "pooling", "scale", "query_augmentation"):
-        if sparse and getattr(student, name) != getattr(StudentSettings(), name):
+        if (sparse or static) and getattr(student, name) != getattr(StudentSettings(), name):
             raise SettingsError(f"student.{name} is of dense students: leave it out, or set student.kind to dense")
+    if student.dim is not None and not static:
+        raise SettingsError("student.dim is of static students: leave it out, or set student.kind to static")
+    if static and teacher.kind == "self":
+        raise SettingsError("teacher.kind: a static student has no token vectors to teach itself; set it to mixture")
     if sparse and settings.encoder.prompts and not teacher.is_trained_here:
         raise SettingsError("encoder.prompts: a sparse student reads texts without any; leave them out")
     trained = {"student": student.training, **({"teacher": teacher.training} if teacher.is_trained_here else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 
 from tct_hf.encoding.build import build_colbert, build_splade, build_student, student_from_teacher
+from tct_hf.encoding.static import build_static
 from tct_hf.files import CLAIM_FILE, is_claimed, read_json, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import OF_PAIRS, EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
@@ -31,6 +33,9 @@ from tct_hf.training.run import ARGUMENTS
 
 if TYPE_CHECKING:
     from tct_hf.pipeline.train import Training
+
+
+_READ_BY_STATIC = 2500  # passages that a static student's first vectors are taken from, at most
 
 
 def make_part(
@@ -113,14 +118,23 @@ def check_scores(
                 stored.check_rows(rows)
 
 
-def new_student(encoder: EncoderSettings, student: StudentSettings, teacher: str | None) -> Any:
-    """An untrained student: the encoder of `teacher` (folder or Hub id) or the base, read as `encoder` says."""
+def new_student(
+    encoder: EncoderSettings, student: StudentSettings, teacher: str | None, corpus: Dataset | None = None
+) -> Any:
+    """An untrained student: the encoder of `teacher` (folder or Hub id) or the base, read as `encoder` says.
+
+    A static one learns its first vectors from some of the passages of `corpus`.
+    """
     if student.kind == "splade":
         return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
     from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
+    source = teacher if from_teacher else resolve_model(encoder.base_model)
+    if student.kind == "static":
+        rows = [] if corpus is None else corpus[:: math.ceil(len(corpus) / _READ_BY_STATIC)]["text"]
+        return build_static(source, dim=student.dim, texts=rows)
     make: Any = student_from_teacher if from_teacher else build_student
     return make(
-        teacher if from_teacher else resolve_model(encoder.base_model),
+        source,
         layers=student.layers,
         query_augmentation=student.query_augmentation,
         pooling=student.pooling,

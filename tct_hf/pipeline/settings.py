@@ -251,7 +251,9 @@ class TeacherSettings(OneTeacher):
 class StudentSettings:
     """What the student starts from, and how it is distilled."""
 
-    kind: Literal["dense", "splade"] = setting("dense", "dense (one vector a text) or sparse (SPLADE)")
+    kind: Literal["dense", "static", "splade"] = setting(
+        "dense", "dense (one vector a text), static (dense, without an encoder: a vector a token) or sparse (SPLADE)"
+    )
     initialise_from: Literal["teacher", "base"] | None = setting(
         None, "initial encoder; null: the teacher's with tct, otherwise the base's"
     )
@@ -260,6 +262,7 @@ class StudentSettings:
     pooling: Literal["mean", "cls"] | None = setting(
         None, "pooling of token vectors; cls: the start token's; null: the base's own, mean with tct"
     )
+    dim: int | None = setting(None, "static: dimensions, principal components of the base's; the base's when null")
     scale: float | None = setting(
         None, "with tct: normalise vectors, with this initial value of the learned factor; null: do not normalise"
     )

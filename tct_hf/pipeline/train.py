@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from transformers import set_seed
 
+from tct_hf.cache import prepared
 from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert
 from tct_hf.evaluation.experiment import check_evaluation
@@ -125,6 +126,8 @@ class Training:
             return
         # The teacher that it starts from may not be there yet: it has the base's encoder.
         begun = replace(student, initialise_from="base") if self.has_own_teacher else student
+        if student.kind == "static":  # of all tokens and many passages, made once
+            begun = StudentSettings(initialise_from="base")
         with named("student"):
             model = new_student(settings.encoder, begun, self.teacher_model)
         if isinstance(model, SentenceTransformer):
@@ -272,9 +275,12 @@ class Training:
         training.train_colbert(stage, self._new_colbert, partial(self.rows_of, "teacher"), scale=scale)
 
     def _train_stock(self) -> None:
+        own = self.settings.student
         encoder = replace(self.settings.encoder, encoding="own")
-        student = StudentSettings(initialise_from="base", layers=self.settings.student.layers)
-        make = partial(new_student, encoder, student, None)
+        student = StudentSettings(kind="dense", initialise_from="base", layers=own.layers)
+        make: Any = partial(new_student, encoder, student, None)
+        if own.kind == "static":
+            make = partial(self._begin, replace(own, initialise_from="base"))
         training.train_stock(self._stage("stock", "dense"), make, partial(self.rows_of, "stock"))
 
     def _distil(self, name: str) -> None:
@@ -296,7 +302,16 @@ class Training:
     def _begin(self, student: StudentSettings) -> Any:
         if "student" in self.start:
             return SentenceTransformer(self.start["student"])
+        if student.kind == "static":
+            return SentenceTransformer(str(self._untrained(student)))
         return new_student(self.settings.encoder, student, self.teacher_model)
+
+    def _untrained(self, student: StudentSettings) -> Path:
+        """The folder of a static student before training."""
+        start = self.settings.encoder.starts_from(student.initialise_from)
+        made_of = {**self.of_teacher, "start": start, "dim": student.dim}
+        parts = (self.settings.encoder, student, self.teacher_model, self.collection.corpus)
+        return prepared("untrained", made_of, lambda out: new_student(*parts).save_pretrained(str(out)), self.folder)
 
     @property
     def vectors_folder(self) -> str | None:
@@ -315,6 +330,8 @@ class Training:
         stock = models.pop("stock", None)
         if "unlabelled" in models:
             models = {"unlabelled": models["unlabelled"], "labelled": models["student"]}
+        if settings.student.kind == "static":
+            models = {"untrained": str(self._untrained(settings.student)), **models}
         colbert, (depends, names) = settings.teacher.kind == "colbert", self.of_runs()
         quick_report(
             self.collection,

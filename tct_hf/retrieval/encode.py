@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
 from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base.modules import Normalize
 from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, has_shards, run_job, run_shards
 from tct_hf.data.texts import Passage, checked_passages, job_shards, passage_shards, refuse_repeated
 from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
+from tct_hf.encoding.static import static_modules
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
 from tct_hf.progress import PassageProgress
@@ -79,6 +81,8 @@ def encode_texts(
     """
     if task not in ("query", "document"):
         raise ValueError(f'task={task!r} is not known: use "query" or "document".')
+    if (static := static_modules(model, task)) is not None:
+        return _looked_up(model, static, texts, task, done)
     sparse = is_sparse_encoder(model)
     device = model.device
     budget = budget_of(model, tokens_per_pass)
@@ -115,6 +119,28 @@ def encode_texts(
     say_cut_queries(model, filled, len(texts))
     none = np.empty((0, int(model.get_embedding_dimension() or 0)), dtype=np.float32)
     return stack(pools or [csr_matrix(none) if sparse else none])
+
+
+def _looked_up(
+    model: Any, modules: Sequence[Any], texts: Sequence[str], task: str, done: Callable[[int], None] | None
+) -> np.ndarray:
+    """Vectors of a static model: nothing is padded, cut or rounded, and a question takes less than 0.1 ms."""
+    prompt, table = prompt_of(model, task) or "", modules[0].embedding.weight.detach().numpy()
+    found = []
+    for start in range(0, len(texts), POOL):
+        pool = [prompt + text for text in checked_texts(texts[start : start + POOL], f"texts (task {task})", start)]
+        encoded = modules[0].tokenizer.encode_batch_fast(pool, add_special_tokens=False)
+        vectors = np.stack([np.add.reduce(table[one.ids]) / np.float32(max(1, len(one))) for one in encoded])
+        for module in modules[1:]:
+            if type(module) is Normalize:  # 5 microseconds instead of 40
+                vectors /= np.maximum(np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None], 1e-12)
+            else:
+                with torch.inference_mode():
+                    vectors = module({"sentence_embedding": torch.from_numpy(vectors)})["sentence_embedding"].numpy()
+        found.append(vectors[:, : model.truncate_dim])
+        if done is not None:
+            done(len(pool))
+    return found[0] if len(found) == 1 else np.concatenate(found or [np.empty((0, table.shape[1]), np.float32)])
 
 
 def is_sparse_encoder(model: Any) -> bool:
@@ -231,6 +257,8 @@ def choose_engine(model: Any, texts: Sequence[str], backend: str = "auto", preci
     OpenVINO where it is installed, for dense students on the CPU and enough passages, if the vectors of some are the
     same as torch's in float32; torch elsewhere, which a line says where OpenVINO was tried.
     """
+    if backend != "openvino" and static_modules(model, "document") is not None:
+        return "torch", "fp32" if precision == "auto" else precision
     worth_it = model.device.type == "cpu" and not is_sparse_encoder(model) and len(texts) >= ENOUGH_TEXTS
     if backend == "openvino" or (backend == "auto" and worth_it and has_openvino()):
         known = ("bf16", "fp32") if has_bfloat16(model.device) else ("fp32",)

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, has_static_embedding_input
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.util.distributed import get_world_size
 from sentence_transformers.util.similarity import mean_maxsim
@@ -166,6 +166,8 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.projection: Projection | None = None
         self.kl_direction: KLDirection = kl_direction
         self.candidates = candidates
+        if has_static_embedding_input(model):
+            mini_batch_size = None  # it has no activations to save, and rows that can't be cut
         self.mini_batch_size = mini_batch_size  # type: ignore[assignment]
         self.uses_gradient_cache = mini_batch_size is not None
         self.gather_across_devices = gather_across_devices
