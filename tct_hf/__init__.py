@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.runs import read_run as read_run
     from tct_hf.retrieval.runs import write_run as write_run
     from tct_hf.retrieval.sparse import SparseIndex as SparseIndex
+    from tct_hf.retrieval.towers import query_tower as query_tower
     from tct_hf.retrieval.triples import load_triples as load_triples
     from tct_hf.retrieval.vectors import load_vectors as load_vectors
     from tct_hf.teachers.base import NoTeacher as NoTeacher

@@ -235,6 +235,15 @@ def file_digest(path: str | os.PathLike[str]) -> str | None:
     return _hex(hashlib.sha256(), path) if Path(path).is_file() else None
 
 
+def weights_file_digest(folder: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of a saved model's weights, of all files where its modules have their own; None where there are none."""
+    whole = Path(folder) / "model.safetensors"
+    # Of a Router, whose modules are folders beside its own settings.
+    parts = [] if whole.is_file() else sorted(Path(folder).glob("*_[0-9]*_*/model.safetensors"))
+    found = "".join(f"{part.parent.name} {file_digest(part)}\n" for part in parts)
+    return hashlib.sha256(found.encode()).hexdigest() if found else file_digest(whole)
+
+
 def _hex(digest: Any, path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

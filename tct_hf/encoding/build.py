@@ -41,6 +41,7 @@ from tct_hf.encoding.encoders import (
     told_of_files,
 )
 from tct_hf.encoding.kinds import PROMPTS, kind_of, read_json_of
+from tct_hf.encoding.routes import whole
 from tct_hf.encoding.weights import refuse_not_finite
 from tct_hf.files import replace_dir, staging_beside
 
@@ -357,6 +358,8 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     It is written aside and renamed: the student appears whole, and so does one that replaces another; other files of
     the folder stay.
 
+    A query tower is saved with the encoder of its passages.
+
     Args:
         student: any SentenceTransformer, trained or not.
         path: folder to write to; made when missing.
@@ -377,7 +380,8 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     refuse_not_finite(student.named_parameters(), "The student")
     final = Path(os.path.realpath(path))
     with staging_beside(final) as staging:
-        student.save_pretrained(str(staging))
+        with whole(student):
+            student.save_pretrained(str(staging))
         finalise_checkpoint(staging)
         if final.is_dir():  # what else lies there (reports, a trainer's checkpoints) stays
             _add_missing(final, staging)

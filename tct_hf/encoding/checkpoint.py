@@ -80,7 +80,7 @@ def finalise_checkpoint(path: str | Path) -> None:
     The only writer of the tokenizer's class and [SEP]-free template, the version requirement, prompts and whether they
     are pooled, lengths and similarity, and of the README's table of other libraries. A second call changes no byte. A
     student that reads texts its own way is right as sentence-transformers saves it: it only gets that table, and the
-    version requirement where it has a query length.
+    version requirement where it has a query length or a Router.
 
     Args:
         path: folder that a student was saved to.
@@ -92,7 +92,8 @@ def finalise_checkpoint(path: str | Path) -> None:
     path = Path(path)
     own_file, settings_file = "config_sentence_transformers.json", "sentence_bert_config.json"
     if not is_tct(path):
-        if (read_json(path / settings_file) or {}).get("query_length") is not None:
+        routed = module_classes(read_json(path / "modules.json"))[:1] == ["Router"]
+        if routed or (read_json(path / settings_file) or {}).get("query_length") is not None:
             _update(path / own_file, {"requirements": REQUIREMENTS})
         write_client_table(path)
         return

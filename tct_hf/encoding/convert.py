@@ -107,9 +107,9 @@ def load_encoder(
     Arguments and errors are those of :func:`load_student`.
     """
     folder = fetch_model(name_or_path, revision=revision, token=token)
-    loaders: dict[str, Callable[..., Any]] = {"dual-encoder": SentenceTransformer, "sparse": SparseEncoder}
-    if loader := loaders.get(recognise(name_or_path, folder).kind):
-        return load_model(loader, str(folder), device=device)
+    kind = recognise(name_or_path, folder).kind
+    if kind in ("dual-encoder", "router", "sparse"):
+        return load_model(SparseEncoder if kind == "sparse" else SentenceTransformer, str(folder), device=device)
     return load_student(name_or_path, revision=revision, token=token, device=device)
 
 

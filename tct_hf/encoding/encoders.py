@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from tct_hf.encoding.kinds import PROMPTS, kind_of
+from tct_hf.encoding.routes import route_of
 from tct_hf.hub_client import check_model_folder
 
 QUERY_LENGTH = 36
@@ -346,7 +347,7 @@ def length_of(modules: Sequence[Any]) -> Tensor | None:
     Returns:
         `(dim, dim)`, exactly `s` times the identity; None where the last modules are no learned scale.
     """
-    ends = list(modules)[-2:]
+    ends = route_of(modules, "query")[-2:]
     if [type(module) for module in ends] != [Normalize, Dense]:
         return None
     before, last = ends

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tct_hf import files
 from tct_hf.hub_client import hub_errors
 
-Kind = Literal["student", "tct", "colbert", "dual-encoder", "bare", "sparse", "other"]
+Kind = Literal["student", "tct", "colbert", "dual-encoder", "router", "bare", "sparse", "other"]
 
 PROMPTS = {"query": "[Q] ", "document": "[D] "}  # of the TCT encoding
 
@@ -49,7 +49,8 @@ class Recognised:
     """What a checkpoint is, what it was recognised by, and sentence-transformers' name of its pooling.
 
     "student" has the TCT encoding in its files, "tct" is a bare encoder known to be trained with it, "dual-encoder" a
-    SentenceTransformer with another encoding, "bare" an encoder whose files don't say what its vectors are.
+    SentenceTransformer with another encoding, "router" one that sends queries and passages through other modules,
+    "bare" an encoder whose files don't say what its vectors are.
     """
 
     kind: Kind
@@ -188,6 +189,8 @@ def recognise(name_or_path: str, folder: Path) -> Recognised:
         return Recognised("bare", f"a bare {config.get('model_type')} encoder without modules.json")
     if classes[:1] == ["StaticEmbedding"]:
         return Recognised("dual-encoder", f"a SentenceTransformer of {classes}", "mean")
+    if classes[0] == "Router":
+        return Recognised("router", f"a SentenceTransformer that begins with a Router, modules {classes}")
     if classes[:2] != ["Transformer", "Pooling"]:
         return Recognised("other", f"modules {classes}")
     mode = _pooling_mode(read_json(folder / modules[1]["path"] / "config.json") or {})

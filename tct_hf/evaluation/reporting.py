@@ -288,7 +288,7 @@ class Work(ReportSystems):
         for role, space in self.workspaces.items():
             more = {"dimension": space.manifest["dim"], "similarity": space.student.similarity_fn_name}
             more |= {"encoded_in": space.manifest["precision"], **(self.active_dims if space.is_sparse else {})}
-            models[role] = described(space.name, space.built_by["weights_sha256"], space.student, **more)
+            models[role] = described(space.name, space.weights, space.student, **more)
         if self.teacher is not None:
             more = {**self.measured, "encoded_in": "bf16" if self.bf16 else "fp32"}
             weights = self.depends["teacher"]["weights"]

@@ -19,7 +19,7 @@ from tct_hf.evaluation.significance import compare_pairs, holm, paired_randomisa
 from tct_hf.evaluation.systems import System
 from tct_hf.evaluation.tables import markdown_table, means_table, p_text, p_value, weight_text
 from tct_hf.evaluation.workspace import Workspace, open_student
-from tct_hf.files import claim, file_digest, write_text_atomic
+from tct_hf.files import claim, weights_file_digest, write_text_atomic
 from tct_hf.retrieval.mining import MiningCounts
 from tct_hf.retrieval.runs import Run, rank
 
@@ -165,7 +165,7 @@ def report_rounds(
     round is best; the students encode in `precision`, the others in bfloat16 with `bf16`. Returns the report.
     """
     shared = {"corpus": collection.fingerprint["sha256"], "depth": depth, "bf16": bf16, **collection.own_rule}
-    weights = file_digest(Path(teacher) / "model.safetensors") or teacher
+    weights = weights_file_digest(teacher) or teacher
     claim(output / "runs", {**shared, "teacher": weights, "base": base_model}, {"teacher": teacher})
     references = References(collection, depth, bf16)
     experiment = Experiment.of(collection, measures, depth, write=write)
@@ -183,7 +183,7 @@ def report_rounds(
             teachers[number], title = f"{TEACHER}-{number}", f"ColBERT teacher, {name}"
             own.append(references.teacher(teachers[number], title, str(result.teacher)))
         models: dict[str, Path | None] = {"student": result.student, "teacher": result.teacher}
-        digests = {role: path and file_digest(path / "model.safetensors") for role, path in models.items()}
+        digests = {role: path and weights_file_digest(path) for role, path in models.items()}
         names = {role: str(path) for role, path in models.items()}
         claim(result.folder / "runs", {**digests, **shared, "precision": precision}, names)
         experiment.search(own, result.folder / "runs")
@@ -273,7 +273,7 @@ def search_student(
     and are read where an earlier call has left them.
     """
     folder, depth = student.parent / "runs", experiment.depth
-    weights = file_digest(student / "model.safetensors")
+    weights = weights_file_digest(student)
     claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
     system, *parts = References(collection, depth, bf16).students({STUDENT: str(student)}, dims, codes)
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}

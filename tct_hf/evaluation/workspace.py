@@ -122,11 +122,16 @@ class Workspace:
         return self.description["model"]
 
     @property
+    def weights(self) -> str:
+        """Digest of the student's weights, of those that only queries go through too."""
+        return str({**self.built_by, **self.description}["weights_sha256"])
+
+    @property
     def depends(self) -> dict[str, Any]:
         """All that vectors and indexes depend on, JSON-ready."""
         return {
             "corpus": {key: value for key, value in self.collection.fingerprint.items() if key != "questions"},
-            "student": {"weights": self.built_by["weights_sha256"], "encoding": self.description["encoding"]},
+            "student": {"weights": self.weights, "encoding": self.description["encoding"]},
             "precision": self._precision,
         }
 

@@ -46,7 +46,7 @@ class OfFamily(NamedTuple):
 
 FAMILIES: dict[Family, OfFamily] = {
     "student": OfFamily(
-        "SentenceTransformer", SentenceTransformerModelCardData, "dense-exact", ("student", "dual-encoder")
+        "SentenceTransformer", SentenceTransformerModelCardData, "dense-exact", ("student", "dual-encoder", "router")
     ),
     "sparse_student": OfFamily("SparseEncoder", SparseEncoderModelCardData, "learned-sparse", ("sparse",)),
     "teacher": OfFamily("MultiVectorEncoder", MultiVectorEncoderModelCardData, "teacher", ("colbert",)),
@@ -130,9 +130,10 @@ class CardFacts:
 def _base_model(record: dict[str, Any]) -> str | None:
     """What training began with: of a student that starts from a ready teacher, that teacher or its own base."""
     encoder, student = record.get("encoder") or {}, record.get("student") or {}
-    ready = (record.get("teacher") or {}).get("model")
+    ready, stays = (record.get("teacher") or {}).get("model"), student.get("tower_of")
     default = "teacher" if encoder.get("encoding", "tct") == "tct" else "base"
-    if ready and (student.get("initialise_from") or default) == "teacher":
+    ready = stays if stays and student.get("initialise_from") is None else ready
+    if ready and (ready == stays or (student.get("initialise_from") or default) == "teacher"):
         folder = Path(ready).expanduser()
         own = CardFacts().completed_by(folder).base_model if folder.is_dir() else None
         return own or str(ready)
@@ -298,7 +299,7 @@ def _hybrid(report: Report | None, family: Family) -> dict[str, Any]:
 
 
 def _shape(folder: Path) -> dict[str, Any]:
-    modules = read_modules(folder, route="document")
+    modules, kind = read_modules(folder, route="document"), recognise(str(folder), folder).kind
     # At the root, but for that of a Router.
     encoder = folder if (folder / "config.json").is_file() or not modules else folder / modules[0]["path"]
     settings = read_json(encoder / "sentence_bert_config.json") or {}
@@ -324,11 +325,14 @@ def _shape(folder: Path) -> dict[str, Any]:
     query_length: Any = expansion.get("length") or settings.get("query_length")
     mean = "vector of the first token" if cls else "mean over the positions from 4 on"
     return {
-        "tct": recognise(str(folder), folder).kind == "student",
+        "tct": kind == "student",
+        "router": kind == "router",  # an encoder each for queries and passages
         "dimension": config.get("vocab_size", dimension) if splade else dimension,
         "augmented": bool(expansion),
         # Plain encode gives the vectors of both sides.
-        "one_way": not any((own.get("prompts") or {}).values()) and settings.get("query_length") is None,
+        "one_way": kind != "router"
+        and not any((own.get("prompts") or {}).values())
+        and settings.get("query_length") is None,
         "needs_6": "sentence-transformers" in (own.get("requirements") or {}),
         "normalised": any(kind.endswith("Normalize") for kind in configs),
         "mean_pooled": not cls,

@@ -137,7 +137,16 @@ def check_together(settings: TrainSettings) -> None:
     if teacher.is_mixture and student.training.get("preset") is not None:
         raise SettingsError("student.training.preset: its temperature belongs to the paper's teacher; leave it out")
     sparse, static = student.kind == "splade", student.kind == "static"
-    if settings.encoder.starts_from(student.initialise_from) == "teacher" and (teacher.kind != "colbert" or sparse):
+    if student.tower_of is None and student.passages is not None:
+        raise SettingsError("student.passages: vectors of which model? Name it with student.tower_of")
+    if student.tower_of is not None and (sparse or student.scale is not None or teacher.kind == "self"):
+        name = "teacher.kind" if teacher.kind == "self" else "student.kind" if sparse else "student.scale"
+        raise SettingsError(
+            f"{name}: a query tower (student.tower_of) is dense, scaled as that model is, and reads no passages that "
+            "could teach it; leave it out"
+        )
+    begins = "base" if student.stays else settings.encoder.starts_from(student.initialise_from)
+    if begins == "teacher" and (teacher.kind != "colbert" or sparse):
         what = "for a sparse student" if sparse else f"from a {teacher.kind} teacher"
         raise SettingsError(f"student.initialise_from: there is no encoder to take {what}; set it to base")
     for name in ("layers", "pooling", "scale", "query_augmentation"):

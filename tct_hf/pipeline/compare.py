@@ -68,6 +68,9 @@ class Comparison:
             raise SettingsError(f"arms: {' and '.join(map(repr, same))} would share a folder; rename one")
         _check_names("only", settings.only or (), settings.arms)
         self.arms = {name: self._arm(name) for name in settings.arms if name in (settings.only or settings.arms)}
+        made = {folder.resolve() for arm in self.arms.values() for folder in arm.students.values()}
+        for run in self.runs.values():
+            run.tower_comes = Path(run.settings.student.tower_of or "").resolve() in made
 
     def _arm(self, name: str) -> Arm:
         settings = self.settings

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, IterableDataset
 
 from tct_hf.encoding.build import build_colbert, build_splade, build_student, student_from_teacher
+from tct_hf.encoding.convert import load_encoder
+from tct_hf.encoding.routes import passage_model
 from tct_hf.encoding.static import build_static
 from tct_hf.files import CLAIM_FILE, is_claimed, read_json, replace_dir, staging_beside, write_json_atomic
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import OF_PAIRS, EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
+from tct_hf.retrieval.encode import describe_model, encode_corpus
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, read_run, write_run
+from tct_hf.retrieval.towers import query_tower
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.bm25 import BM25Teacher
 from tct_hf.teachers.cached import CachedTeacher
@@ -27,6 +31,7 @@ from tct_hf.teachers.colbert import ColBERTTeacher, DenseTeacher, VectorTeacher
 from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 from tct_hf.teachers.ensemble import TeacherEnsemble
 from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, calibrate, members_of, search_mixture, weights_of
+from tct_hf.teachers.queries import QueryVectors
 from tct_hf.teachers.remote import URLTeacher
 from tct_hf.teachers.stored import StoredScores
 from tct_hf.training.run import ARGUMENTS
@@ -88,9 +93,17 @@ def make_teacher(run: Training, teaching: TeacherSettings, student: StudentSetti
         if cache is not None and isinstance(live, VectorTeacher):
             live = CachedTeacher(live, cache, max_gigabytes=student.teacher_cache_gigabytes)
         made.append((live, one.weight))
-    if len(made) == 1 and not teaching.is_mixture:
+    single = len(made) == 1 and not teaching.is_mixture
+    of_queries: list[tuple[Teacher, float]] = []
+    if student.tower_of is not None and said.get("embedding_weight"):
+        of: Any = DenseTeacher(load_encoder(student.tower_of), dtype=teaching.dtype)
+        of_queries = [(QueryVectors(of if cache is None else CachedTeacher(of, cache)), 0.0)]
+    elif single:
         return made[0][0]
-    return TeacherEnsemble(made, normalize="none" if teaching.is_mixture else teaching.normalize)
+    raw = teaching.is_mixture or single
+    teacher = TeacherEnsemble([*of_queries, *made], normalize="none" if raw else teaching.normalize)
+    teacher.training_scale = made[0][0].training_scale if single else teacher.training_scale
+    return teacher
 
 
 def check_scores(
@@ -127,8 +140,8 @@ def new_student(
     """
     if student.kind == "splade":
         return build_splade(resolve_model(encoder.base_model), **encoder.lengths)
-    from_teacher = encoder.starts_from(student.initialise_from) == "teacher"
-    source = teacher if from_teacher else resolve_model(encoder.base_model)
+    from_teacher = student.stays is None and encoder.starts_from(student.initialise_from) == "teacher"
+    source = teacher if from_teacher else resolve_model(student.stays or encoder.base_model)
     if student.kind == "static":
         rows = [] if corpus is None else corpus[:: math.ceil(len(corpus) / _READ_BY_STATIC)]["text"]
         return build_static(source, dim=student.dim, texts=rows)
@@ -143,6 +156,20 @@ def new_student(
         prompts=encoder.prompts,
         **encoder.lengths,
     )
+
+
+def make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
+    """A query tower of a model, which is taken over, for the passage vectors that the settings name."""
+    assert student.tower_of is not None
+    encoder, vectors = load_encoder(student.tower_of, device=str(run.job.state.device)), student.passages
+    if vectors is None:
+        digest = describe_model(passage_model(encoder))["model"]["weights_sha256"]
+        folder = (run.vectors.parent if run.vectors else run.folder) / "passages" / digest[:8]
+        how: dict[str, Any] = {"precision": "auto" if run.base["bf16"] else "fp32", "model_id": student.tower_of}
+        encode_corpus(encoder, run.collection.corpus, folder, state=run.job.state, write=run.job.write, **how)
+        vectors = str(folder)
+    queries = [*run.collection.unjudged(0.0, None).values()]
+    return query_tower(tower, encoder, vectors, run.collection.corpus, queries=queries)
 
 
 def prepare(run: Training, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:

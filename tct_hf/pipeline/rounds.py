@@ -135,6 +135,8 @@ class Rounds:
 
     def __init__(self, settings: RoundsSettings, job: Job) -> None:
         data, teacher = settings.data, settings.teacher
+        if settings.student.tower_of is not None:
+            raise SettingsError("student.tower_of: rounds train both sides; train the query tower after them")
         if settings.rounds < 0:
             raise SettingsError(f"rounds: {settings.rounds} is below 0")
         if data.unlabelled or data.questions is not None or settings.triples.path is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
 from tct_hf.evaluation.expected import ExpectedSettings
-from tct_hf.files import file_digest
+from tct_hf.files import file_digest, weights_file_digest
 from tct_hf.settings import SettingsError, filled, setting
 
 # Training arguments where nothing else is said. Checkpoints are small and frequent: a run is made to be interrupted.
@@ -235,7 +234,7 @@ class TeacherSettings(OneTeacher):
             if one.kind == "stored" and one.scores is not None and one.column is None:
                 digest = file_digest(one.scores)
             elif one.model is not None:
-                digest = file_digest(Path(one.model) / "model.safetensors")
+                digest = weights_file_digest(one.model)
             if digest is not None:
                 section["weights"] = digest
             del section["key_env"]
@@ -255,9 +254,15 @@ class StudentSettings:
         "dense", "dense (one vector a text), static (dense, without an encoder: a vector a token) or sparse (SPLADE)"
     )
     initialise_from: Literal["teacher", "base"] | None = setting(
-        None, "initial encoder; null: the teacher's with tct, otherwise the base's"
+        None, "initial encoder; null: that of tower_of, otherwise the teacher's with tct, otherwise the base's"
     )
     layers: list[int] | None = setting(None, "layers of the initial encoder to keep; all when null")
+    tower_of: str | None = setting(
+        None, "folder or Hub id of a model whose passage vectors stay: only an encoder of queries is trained for them"
+    )
+    passages: str | None = setting(
+        None, "its vectors: a folder of encode, a dense index, or URL#table of an engine; encoded once when null"
+    )
     query_augmentation: bool = setting(True, "with tct: pad queries with attended [MASK]s")
     pooling: Literal["mean", "cls"] | None = setting(
         None, "pooling of token vectors; cls: the start token's; null: the base's own, mean with tct"
@@ -277,6 +282,18 @@ class StudentSettings:
     training: dict[str, Any] = setting(
         {}, "training arguments of the student", keys_of="tct_hf:SparseTCTTrainingArguments"
     )
+
+    @property
+    def stays(self) -> str | None:
+        """The model of a query tower's passages, where the tower starts from it too."""
+        return self.tower_of if self.initialise_from is None else None
+
+    def depends(self) -> dict[str, Any]:
+        """The settings, and a digest of the local model of the passages, JSON-ready."""
+        found = asdict(self)
+        if self.tower_of is None:
+            return {name: value for name, value in found.items() if name not in ("tower_of", "passages")}
+        return {**found, "tower_weights": weights_file_digest(self.tower_of)}
 
 
 @dataclass

@@ -15,14 +15,15 @@ from transformers import set_seed
 from tct_hf.cache import prepared
 from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert
+from tct_hf.encoding.convert import load_encoder
 from tct_hf.evaluation.experiment import check_evaluation
 from tct_hf.evaluation.training_reports import quick_report
-from tct_hf.files import file_digest, is_claimed
+from tct_hf.files import is_claimed, weights_file_digest
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import leave_out_reported, read_collection, read_triples
 from tct_hf.pipeline.job import Job
-from tct_hf.pipeline.models import check_scores, make_teacher, new_student, prepare
+from tct_hf.pipeline.models import check_scores, make_teacher, make_tower, new_student, prepare
 from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_triples
 from tct_hf.retrieval.runs import Run
@@ -54,6 +55,7 @@ class Training:
         start: folders of models to train further, by "teacher" and "student".
         make_rows: gives the rows to train on; those of the settings when None.
         also_depends: what the models depend on besides the settings, JSON-ready.
+        tower_comes: whether another run makes the model of `student.tower_of` before the student is trained.
     """
 
     settings: TrainSettings
@@ -66,6 +68,7 @@ class Training:
     start: Mapping[str, str] = field(default_factory=dict)
     make_rows: Callable[[], Rows] | None = None
     also_depends: Mapping[str, Any] = field(default_factory=dict)
+    tower_comes: bool = False
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -124,8 +127,12 @@ class Training:
             self._stage("student", self.kind).args(training.ARGUMENTS[self.kind])
         if all((self.folder / name).is_dir() for name in {"unlabelled", "student"}.intersection(settings.stages)):
             return
-        # The teacher that it starts from may not be there yet: it has the base's encoder.
-        begun = replace(student, initialise_from="base") if self.has_own_teacher else student
+        # The model that it starts from may not be there yet: it has the base's encoder.
+        if student.tower_of is not None and not self.tower_comes:
+            with named("student.tower_of"):
+                load_encoder(student.tower_of, device="cpu")
+        comes = self.has_own_teacher or (student.stays and self.tower_comes)
+        begun = replace(student, initialise_from="base") if comes else student
         if student.kind == "static":  # of all tokens and many passages, made once
             begun = StudentSettings(initialise_from="base")
         with named("student"):
@@ -189,14 +196,14 @@ class Training:
         own = {
             "seed": self.settings.seed,
             "data": self.data_of(name).of_trained,
-            "student": asdict(self.settings.student),
+            "student": self.settings.student.depends(),
         }
         return {**self.of_teacher, **questions, **own}
 
     def of_runs(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Everything the runs of the report depend on, and what the digests in it are of."""
         models = self.students | ({"teacher": Path(self.teacher_model)} if self.teacher_model else {})
-        weights = {name: file_digest(path / "model.safetensors") for name, path in models.items()}
+        weights = {name: weights_file_digest(path) for name, path in models.items()}
         evaluation = {"depth": self.settings.evaluation.depth, **self.collection.own_rule}
         depends = {**self.depends("student"), "evaluation": evaluation, "weights": weights}
         return depends, {f"weights.{name}": str(path) for name, path in models.items()}
@@ -303,12 +310,14 @@ class Training:
         if "student" in self.start:
             return SentenceTransformer(self.start["student"])
         if student.kind == "static":
-            return SentenceTransformer(str(self._untrained(student)))
-        return new_student(self.settings.encoder, student, self.teacher_model)
+            made: Any = SentenceTransformer(str(self._untrained(student)))
+        else:
+            made = new_student(self.settings.encoder, student, self.teacher_model)
+        return made if student.tower_of is None else make_tower(self, student, made)
 
     def _untrained(self, student: StudentSettings) -> Path:
         """The folder of a static student before training."""
-        start = self.settings.encoder.starts_from(student.initialise_from)
+        start = student.stays or self.settings.encoder.starts_from(student.initialise_from)
         made_of = {**self.of_teacher, "start": start, "dim": student.dim}
         parts = (self.settings.encoder, student, self.teacher_model, self.collection.corpus)
         return prepared("untrained", made_of, lambda out: new_student(*parts).save_pretrained(str(out)), self.folder)

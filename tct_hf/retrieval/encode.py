@@ -28,6 +28,7 @@ from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, has_shards, run_job, run_shards
 from tct_hf.data.texts import Passage, checked_passages, job_shards, passage_shards, refuse_repeated
 from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
+from tct_hf.encoding.routes import passage_model, route_of
 from tct_hf.encoding.static import static_modules
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
@@ -155,10 +156,11 @@ def is_sparse_encoder(model: Any) -> bool:
 
 def query_slots(model: Any) -> int | None:
     """Tokens that a query keeps, special tokens and prompt included; None where nothing is cut."""
-    expansion = getattr(model[0], "query_expansion", None)
+    first = route_of(model, "query")[0]
+    expansion = getattr(first, "query_expansion", None)
     if expansion:
         return int(expansion["length"]) if expansion["strategy"] == "fixed" else None
-    slots = getattr(model[0], "query_length", None) or model.max_seq_length
+    slots = getattr(first, "query_length", None) or getattr(first, "max_seq_length", None)
     return None if slots is None or math.isinf(slots) else int(slots)
 
 
@@ -477,7 +479,12 @@ def read_seconds(file: Path) -> float | None:
 
 
 def describe_model(model: SentenceTransformer | SparseEncoder, model_id: str | None = None) -> dict[str, Any]:
-    """What the vectors of a model depend on, JSON-ready; its id is by default what its encoder was loaded from."""
+    """What the vectors of a model's passages depend on, JSON-ready; its id is by default what it was loaded from.
+
+    Where queries go through modules of their own, "weights_sha256" is of all weights, and the rest of the passages'.
+    """
+    if (alone := passage_model(model)) is not model:
+        return {**describe_model(alone, model_id), "weights_sha256": weights_digest(model)}
     if model_id is None:
         model_id = getattr(getattr(getattr(model[0], "model", None), "config", None), "_name_or_path", None)
     sparse = is_sparse_encoder(model)

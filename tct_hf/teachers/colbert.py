@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tct_hf.batches import in_parts, pad_alike, score_where_the_passages_are, stack_columns
 from tct_hf.data.rows import checked_texts
+from tct_hf.encoding.routes import has_routes
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.files import command
 from tct_hf.retrieval.encode import prompt_of
@@ -225,6 +226,8 @@ def _preprocess(model: Any, texts: Sequence[str], side: Side) -> dict[str, Any]:
 
 def read_alike(one: Any, other: Any) -> bool:
     """Whether two models of vectors make the same tokens of texts."""
+    if has_routes(one) or has_routes(other):
+        return False
     # The vocabulary too: two of one family may agree on the probes and differ in a few words.
     if one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         return False

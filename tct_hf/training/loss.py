@@ -16,6 +16,7 @@ from sentence_transformers.util.similarity import mean_maxsim
 from torch import Tensor, nn
 
 from tct_hf.batches import gather_rows, in_parts, sizes_of_all, stack_columns, take, token_lengths
+from tct_hf.encoding.routes import has_routes, route_of
 from tct_hf.training.codes import WHOLE, coded_scores
 from tct_hf.training.embeddings import Projection, embedding_loss
 from tct_hf.training.score_losses import (
@@ -158,7 +159,7 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         self.hard_label_weight = hard_label_weight
         self.distillation_weight = distillation_weight
         self.margin_mse_weight = margin_mse_weight
-        unit = not self.is_sparse and (self.compares_by_cosine or isinstance(model[-1], Normalize))
+        unit = not self.is_sparse and (self.compares_by_cosine or isinstance(route_of(model, "query")[-1], Normalize))
         self.student_scale = student_scale if student_scale is not None else COSINE_SCALE if unit else 1.0
         self.student_divisor = student_divisor
         self.embedding_weight = embedding_weight
@@ -184,8 +185,9 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
         for d in self.matryoshka_dims or []:
             if not 0 < d <= (dimension or d):
                 raise ValueError(f"matryoshka_dims: {d} is not between 1 and the embedding's {dimension} dimensions.")
-        if self.self_coupled is not None and (self.is_sparse or processes > 1):
-            raise ValueError("self_coupled compares tokens of a whole batch: train a dense student, in one process.")
+        if self.self_coupled is not None and (self.is_sparse or processes > 1 or has_routes(self.model)):
+            fix = "train a dense student without routes, in one process."
+            raise ValueError(f"self_coupled compares tokens of a whole batch by one encoder: {fix}")
         if self.is_sparse and self.embedding_weight:
             raise ValueError("embedding_weight is for dense students: leave it out of a sparse one's loss.")
 

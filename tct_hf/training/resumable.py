@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotat
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
+from tct_hf.encoding.routes import whole
 from tct_hf.encoding.weights import master_weights, refuse_not_finite
 from tct_hf.files import CONTENTS_FILE, check_seal, read_json, replace_dir, seal, writing
 from tct_hf.hub_client import hub_errors
@@ -121,6 +122,10 @@ class ResumableTrainer(Trainer):
             refuse_damaged(str(self.state.best_model_checkpoint))  # else the last weights would be taken
         super()._load_best_model()
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with whole(self.model):  # as it was saved
+            super()._load_from_checkpoint(*args, **kwargs)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = self.args.metric_for_best_model or ""
         value = metrics.get(name if name.startswith("eval_") else f"eval_{name}", 0.0)
@@ -211,7 +216,8 @@ class ResumableTrainer(Trainer):
         refuse_not_finite(self.accelerator.unwrap_model(self.model).named_parameters(), f"The model for {folder}")
         token, self.args.hub_token = self.args.hub_token, None  # it would be pickled with the arguments
         try:
-            super()._save(output_dir, state_dict)
+            with whole(self.accelerator.unwrap_model(self.model)):
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle

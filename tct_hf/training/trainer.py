@@ -26,6 +26,7 @@ from tct_hf.data.column_names import IN_EVERY_ROW, candidate_columns
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.encoders import keep_scalar, length_of
+from tct_hf.encoding.routes import has_stored_vectors
 from tct_hf.retrieval.encode import say_cut_queries
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
@@ -259,6 +260,8 @@ class CoupledTrainer(EmbeddingTrainer, ResumableTrainer):
         prepared = {"query": features[0], "columns": features[1:], **batch.get("teacher", {})}
         if getattr(loss, "embedding_weight", 0.0):
             scores, embeddings = self.teacher.score_and_embed(prepared, gather=gather)
+            if embeddings is not None and has_stored_vectors(self.model):
+                embeddings = embeddings[:1]  # passages stay: queries alone learn
         else:
             scores, embeddings = self.teacher.score_matrix(prepared, gather=gather), None
         not_finite = (~torch.isfinite(scores)).any(1).nonzero().flatten().tolist()
