@@ -62,8 +62,8 @@ def main(settings: Settings) -> None:
                 depth=measured.depth,
                 bf16=base.base["bf16"],
                 name=name,
-                dims=settings.student.training.get("matryoshka_dims"),
-                codes=measured.codes,
+                dims=comparison.dims,
+                codes=comparison.codes,
                 settings=asdict(settings),
             )
         print("\n" + report.read_text(encoding="utf-8"))

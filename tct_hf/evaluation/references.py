@@ -84,9 +84,9 @@ class References:
             if kind_of(student) == "sparse":
                 systems += self.model(key, f"{title} (weights of words)", partial(SparseEncoder, student))
             else:
-                # The largest size is often the whole vector.
+                # The largest size is often the whole vector, and of an arm of fewer dimensions more than it.
                 whole = SentenceTransformer(student).get_embedding_dimension() if dims else None
-                sizes = [size for size in dims or () if size != whole]
+                sizes = [size for size in dims or () if whole is None or size < whole]
                 systems += self.model(key, title, partial(SentenceTransformer, student), sizes, codes)
         return systems
 

@@ -16,7 +16,7 @@ from tct_hf.encoding.weights import has_bfloat16
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk, machine_key
 from tct_hf.evaluation.experiment import Experiment
 from tct_hf.evaluation.maxsim import TokenVectors, above, encode_tokens, rerank_run
-from tct_hf.evaluation.settings import HYBRIDS, ReportSettings, check_factory
+from tct_hf.evaluation.settings import HYBRIDS, ReportSettings, check_codes
 from tct_hf.evaluation.systems import Batch, System, bm25_system, by_token, hybrid_system, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
@@ -110,8 +110,7 @@ class ReportSystems:
             settings.ann.check(dimension, len(collection.corpus))
             sizes = self._sizes(dims, dimension)
             codes = codes_for(self._trained("passage_bits")) if settings.codes is None else settings.codes
-            for size, code in product([dimension or 1, *sizes], codes):
-                check_factory("codes", code, size, len(collection.corpus), "use SQ8, RaBitQfs or RaBitQfs,Refine(SQ8)")
+            check_codes(codes, [dimension or 1, *sizes], len(collection.corpus))
         self.plan = self._plan(sizes, codes)
         # That of the student and BM25: a single weight that is given is its own, and its passages are reranked.
         self.first_hybrid = next(key for key in self.plan if key in HYBRIDS)

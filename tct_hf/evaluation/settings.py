@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -116,6 +117,12 @@ def check_factory(name: str, factory: str, dimension: int, passages: int, fix: s
         raise ValueError(f"{name}: {known}; {fix}") from error
     if lists is not None and lists.nlist > passages:
         raise ValueError(f"{name}: {factory!r} has {lists.nlist:,} lists for {passages:,} passages")
+
+
+def check_codes(codes: Sequence[str], sizes: Sequence[int], passages: int) -> None:
+    """Refuse codes that Faiss can't make of vectors of one of the sizes."""
+    for size, code in product(sizes, codes):
+        check_factory("codes", code, size, passages, "use SQ8, RaBitQfs or RaBitQfs,Refine(SQ8)")
 
 
 @dataclass

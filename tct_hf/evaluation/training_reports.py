@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
@@ -365,8 +365,8 @@ def report_arms(
             "another seed.",
             tests,
         ]
-    any_arm = next(iter(next(iter(results.values())).evaluations.values()))[split]
-    if coded := [name for name in any_arm.mean if name not in shown]:
+    found_of = [parts[split].mean for result in results.values() for parts in result.evaluations.values()]
+    if coded := [name for name in dict.fromkeys(chain(*found_of)) if name not in shown]:
         sections += ["## In codes and first dimensions", arm_table(results, {}, split, coded)]
         sections += [tests] if (tests := against_table(results, {}, split, coded)) else []
     plot = output / f"curves.{name}.png"
@@ -391,8 +391,10 @@ def arm_table(results: Mapping[str, ArmResult], references: Found, split: str, m
     for name, result in results.items():
         cells = []
         for measure in measures:
-            values = [parts[split].mean[measure] for parts in result.evaluations.values()]
-            cells.append(f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else ""))
+            means = [parts[split].mean for parts in result.evaluations.values()]
+            values = [mean[measure] for mean in means if measure in mean]  # not of a sparse arm's codes
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.3f}{spread}" if values else "")
         entries = [entry for log in result.logs.values() for entry in log]
         steps = max(int(entry["step"]) for entry in entries)
         minutes = sum(entry.get("seconds", 0.0) for entry in entries) / len(result.logs) / 60
@@ -403,13 +405,16 @@ def arm_table(results: Mapping[str, ArmResult], references: Found, split: str, m
 def against_table(results: Mapping[str, ArmResult], references: Found, split: str, measures: Sequence[str]) -> str:
     """A Markdown table of gains over what each arm is tested against, with p values; empty without any.
 
-    `references` are by key. A cell is empty where its reference was not measured by one; two arms without a seed in
+    `references` are by key. A cell is empty where one of the two was not measured so; two arms without a seed in
     common are refused.
     """
 
+    def found(name: str, seeds: Sequence[int]) -> list[Evaluation]:
+        return [results[name].evaluations[seed][split] for seed in seeds] if name in results else [references[name]]
+
     def values(name: str, seeds: Sequence[int]) -> list[float]:
         """Each query's mean over the seeds, in the order of the queries' ids."""
-        arm = [results[name].evaluations[seed][split] for seed in seeds] if name in results else [references[name]]
+        arm = found(name, seeds)
         return [fmean(one.per_query[measure][query] for one in arm) for query in sorted(arm[0].per_query[measure])]
 
     pairs: list[tuple[str, str, list[int]]] = []
@@ -426,7 +431,7 @@ def against_table(results: Mapping[str, ArmResult], references: Found, split: st
         return ""
     rows = [["arm", "against", "seeds"], *([name, other, str(len(seeds))] for name, other, seeds in pairs)]
     for measure in measures:
-        measured = [other in results or measure in references[other].mean for _, other, _ in pairs]
+        measured = [all(measure in one.mean for each in both for one in found(each, seeds)) for *both, seeds in pairs]
         tested = [(values(name, seeds), values(other, seeds)) for name, other, seeds in compress(pairs, measured)]
         ps = [paired_randomisation_test(*both) for both in tested]
         cells = [

@@ -132,6 +132,12 @@ def check_together(settings: TrainSettings) -> None:
             f"student.training.candidates: a {teacher.kind} teacher scores a query's own candidates only; set it to "
             "own, mix in a ColBERT (teacher.mixed_with), or set teacher.candidates to in-batch if it takes it"
         )
+    has_vectors = student.tower_of is not None or any(one.kind == "dense" for one in teacher.parts)
+    if student.training.get("embedding_weight") and not has_vectors:
+        raise SettingsError(
+            f"student.training.embedding_weight: a {teacher.kind} teacher has no vector of a text; set teacher.kind "
+            "to dense or mixture, or mix one in (teacher.mixed_with: [{kind: dense, model: owner/name, weight: 0}])"
+        )
     if not 0 < (size := student.teacher_cache_gigabytes) < float("inf"):
         raise SettingsError(f"student.teacher_cache_gigabytes={size}: give a finite number greater than 0")
     if teacher.is_mixture and student.training.get("preset") is not None:

@@ -103,6 +103,18 @@ class Comparison:
         return {(name, seed): run for name, arm in self.arms.items() for seed, run in arm.runs.items()}
 
     @property
+    def dims(self) -> list[int]:
+        """First dimensions that some arm is trained at, at which all are measured."""
+        return sorted(
+            {dim for run in self.runs.values() for dim in run.settings.student.training.get("matryoshka_dims") or []}
+        )
+
+    @property
+    def codes(self) -> list[str]:
+        """Faiss factories of all arms, by which all are searched."""
+        return list(dict.fromkeys(code for run in self.runs.values() for code in run.settings.codes))
+
+    @property
     def teachers(self) -> dict[Path, Training]:
         """The teachers to train: folder to the first run that learns from it."""
         found: dict[Path, Training] = {}

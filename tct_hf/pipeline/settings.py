@@ -303,7 +303,9 @@ class EvaluationSettings:
     measures: list[str] = setting(["RR@10", "nDCG@10", "R@100"], "ir-measures names; the first is tuned for on dev")
     depth: int = setting(100, "passages a query in the runs")
     codes: list[str] | None = setting(
-        None, "Faiss factories, such as [SQ8, RaBitQfs], to search students with as well; null: by passage_bits"
+        None,
+        "Faiss factories, such as [SQ8, RaBitQfs], to search dense students with as well, in train and compare; null: "
+        "those of passage_bits",
     )
     examples: int = setting(3, "number of questions to show with the student's passages")
 

@@ -17,6 +17,7 @@ from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.evaluation.experiment import check_evaluation
+from tct_hf.evaluation.settings import check_codes
 from tct_hf.evaluation.training_reports import quick_report
 from tct_hf.files import is_claimed, weights_file_digest
 from tct_hf.hub_client import resolve_model
@@ -139,7 +140,10 @@ class Training:
             model = new_student(settings.encoder, begun, self.teacher_model)
         if isinstance(model, SentenceTransformer):
             with named("student.training"):
-                TightlyCoupledLoss(model, matryoshka_dims=student.training.get("matryoshka_dims"))
+                TightlyCoupledLoss(model, matryoshka_dims=(dims := student.training.get("matryoshka_dims")))
+            with named("evaluation"):
+                sizes = dims or [model.get_embedding_dimension() or 1]
+                check_codes(settings.evaluation.codes or [], sizes, len(self.collection.corpus))
 
     def rows_of(self, name: str, candidates: Run | None = None) -> Any:
         """The rows that the model of a stage is trained on.

@@ -56,7 +56,7 @@ def codes_for(bits: Iterable[int]) -> list[str]:
     The best candidates of one bit are found with and without scoring them again by one byte.
     """
     codes = {32: [], 8: ["SQ8"], 1: ["RaBitQfs", "RaBitQfs,Refine(SQ8)"]}
-    return [factory for one in sorted(bits, reverse=True) for factory in codes[one]]
+    return [factory for one in sorted(set(bits), reverse=True) for factory in codes[one]]
 
 
 def factory_for(count: int) -> str:

@@ -40,7 +40,7 @@ def embedding_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], distanc
 
 
 class Projection(nn.Linear):
-    """A learned linear map of a student's vectors to its teacher's dimensions; at first lengths or angles are kept."""
+    """A learned linear map of a student's vectors to its teacher's dimensions, orthogonal at first."""
 
     def __init__(self, student_dim: int, teacher_dim: int) -> None:
         super().__init__(student_dim, teacher_dim, bias=False)
@@ -54,7 +54,7 @@ class Projection(nn.Linear):
 
 
 class EmbeddingTrainer(Trainer):
-    """A part of a trainer: projections learn on all processes alike, and are there again when a run resumes."""
+    """A part of a trainer: projections learn the same in all processes, and are kept with its checkpoints."""
 
     teacher: Any
     loss: Any
@@ -83,9 +83,16 @@ class EmbeddingTrainer(Trainer):
             torch.save([one.state_dict() for one in self.projections], Path(output_dir, PROJECTIONS_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        file = None if checkpoint is None else Path(checkpoint, PROJECTIONS_FILE)
+        if file is not None and file.is_file() != bool(self.projections):
+            has = "has a projection, and this run none" if file.is_file() else "has no projection for this run"
+            raise ValueError(
+                f"{checkpoint} {has}: resume with the embedding_weight and teacher it was made with (and without "
+                "save_only_model), or train its model in another folder."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.projections and checkpoint is not None:
-            kept = torch.load(Path(checkpoint, PROJECTIONS_FILE), map_location="cpu", weights_only=True)
+        if file is not None and self.projections:
+            kept = torch.load(file, map_location="cpu", weights_only=True)
             for one, weights in zip(self.projections, kept, strict=True):
                 one.load_state_dict(weights)
 

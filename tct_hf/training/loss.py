@@ -193,8 +193,11 @@ class TightlyCoupledLoss(CachedLossMixin, nn.Module):
 
     def project_to(self, dim: int) -> None:
         """Compare with vectors of `dim` dimensions; where the student has others, by a projection that is learned."""
-        own = self.model.get_embedding_dimension()
-        if self.projection is None and own is not None and own != dim:
+        with self.model.truncate_embeddings(None):  # whole vectors are compared
+            own = self.model.get_embedding_dimension()
+        if own is None or own == dim:
+            self.projection = None
+        elif self.projection is None or self.projection.out_features != dim:
             self.projection = Projection(own, dim).to(self.model.device)
 
     @property

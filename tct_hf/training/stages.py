@@ -53,6 +53,15 @@ def precision(choice: str, device: torch.device) -> dict[str, bool]:
     return {"bf16": bf16, "use_cpu": device.type == "cpu"}  # transformers takes bf16 on a CPU only with use_cpu
 
 
+# What the parts of a coupled loss are called in a run's lines.
+_PARTS = {
+    "hard_label": "hard labels",
+    "distillation": "distillation",
+    "margin_mse": "MarginMSE",
+    "embedding": "vectors",
+}
+
+
 class StepLines(TrainerCallback):
     """Prints a plain line every `logging_steps`, and adds `elapsed`, seconds over all interruptions, to the log."""
 
@@ -72,13 +81,11 @@ class StepLines(TrainerCallback):
             return
         left = taken / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
         line = f"  step {state.global_step:>5} of {state.max_steps}   loss {logs['loss']:.3f}"
-        if "top_agreement" in logs:
-            parts = {"margin_mse": "MarginMSE", "embedding": "vectors"}
-            more = "".join(f"{what} {logs[name]:.3f}, " for name, what in parts.items() if name in logs)
-            line += (
-                f" (hard labels {logs['hard_label']:.3f}, distillation {logs['distillation']:.3f}, {more}"
-                f"agreement with the teacher {logs['top_agreement']:.0%})"
-            )
+        if "top_agreement" in logs or "embedding" in logs:
+            shown = [f"{what} {logs[name]:.3f}" for name, what in _PARTS.items() if name in logs]
+            if "top_agreement" in logs:
+                shown.append(f"agreement with the teacher {logs['top_agreement']:.0%}")
+            line += f" ({', '.join(shown)})"
         if "document_active_dims" in logs:
             line += (
                 f"   active dimensions: {logs['query_active_dims']:.0f} of queries, "

@@ -253,5 +253,10 @@ def test_arms_are_tested_query_by_query_on_their_common_seeds_and_corrected_over
         wanted = [f"{g:+.3f} ({p_value(p)}; {p_value(h)})" for g, p, h in zip(gains, ps, holm(ps), strict=True)]
         assert [line[column] for line in lines] == wanted
     assert against_table({"plain": RESULTS["plain"]}, {}, "test", MEASURES) == ""
+    sparse = {"plain": RESULTS["plain"], "sparse": result([1, 2], against=["plain"])}
+    for seed in (1, 2):
+        del sparse["sparse"].evaluations[seed]["test"].mean[MEASURES[0]]  # type: ignore[attr-defined]
+    assert cells(against_table(sparse, {}, "test", MEASURES))[1][3] == ""  # a code that it was not searched by
+    assert cells(arm_table(sparse, {}, "test", MEASURES))[2][1] == ""
     with pytest.raises(ValueError, match="'plain' has no seed in common with it"):
         against_table({"plain": result([1]), "once": RESULTS["once"]}, {}, "test", MEASURES)

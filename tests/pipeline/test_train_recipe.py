@@ -212,6 +212,8 @@ STREAMED = ["--triples.streaming=true", "--triples.path=triples.tsv"]
         (["--student.schedules={temprature: {start: 2.0}}"], "student.schedules: 'temprature' has no schedule"),
         (["--student.layers=[2]"], "student.layers=[2]: name distinct layers of the encoder, 0 to 1"),
         (["--student.training.matryoshka_dims=[16, 33]"], "matryoshka_dims: 33 is not between 1 and the"),
+        (["--evaluation.codes=[SQ9]"], "evaluation.codes: Faiss knows no index 'SQ9'"),
+        (["--student.training.embedding_weight=1"], "embedding_weight: a colbert teacher has no vector of a text"),
         (['--encoder.prompts={query: "query: "}'], "encoder.prompts={'query': 'query: '}: the TCT encoding"),
         ([*OWN, "--student.scale=20"], "scale and query_augmentation are settings of encoding"),
         ([*STREAMED, "--teacher.training.max_steps=-1"], "training.max_steps: streamed triples have no length"),

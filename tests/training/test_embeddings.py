@@ -75,6 +75,16 @@ def of_batch(trainer: Any) -> dict[str, float]:
     return {name: float(value) for report in reports for name, value in report.items()}
 
 
+def test_whole_vectors_are_projected_to_those_of_whichever_teacher_comes(student: Any) -> None:
+    student.truncate_dim = 16  # of what it encodes; in training vectors are whole
+    loss, made = TightlyCoupledLoss(student, **ALONE), []
+    for dim in (32, 16, 16, 8, 32):
+        loss.project_to(dim)
+        made.append(loss.projection)
+    assert made[0] is made[4] is None and made[1] is made[2] is not made[3]
+    assert [one.weight.shape for one in made[1:4:2]] == [(16, 32), (8, 32)]
+
+
 @pytest.mark.parametrize("kind", ["dense", "narrow"])
 @pytest.mark.parametrize("distance", ["cosine", "squared"])
 def test_a_batch_is_compared_with_what_the_teacher_encodes(
@@ -181,6 +191,8 @@ def test_a_student_learns_the_vectors_alone_and_a_projection_is_learned_and_resu
     assert torch.equal(resumed.loss.projection.weight, whole.loss.projection.weight)
     for one, two in zip(other.parameters(), student.parameters(), strict=True):
         assert torch.equal(one, two)
+    with pytest.raises(ValueError, match="checkpoint-4 has a projection, and this run none"):
+        make_trainer(tmp_path, student, narrow, triples(16)).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_run_asks_a_teacher_where_labels_and_vectors_are_learned(models: Path) -> None:

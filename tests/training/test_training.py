@@ -150,6 +150,7 @@ def test_step_lines_tell_loss_parts_and_time_left() -> None:
     assert state.log_history == [{"elapsed": 5.0}, {"loss": 1.5, "elapsed": 65.0}]  # over all interruptions
     parts = {"loss": 0.5, "hard_label": 0.2, "distillation": 0.2, "embedding": 0.1, "top_agreement": 0.256}
     lines.on_log(None, state, None, logs=parts)
+    lines.on_log(None, state, None, logs={"loss": 0.5, "hard_label": 0.0, "distillation": 0.0, "embedding": 0.5})
     lines.on_log(None, state, None, logs={"eval_loss": 1.0})
     lines.on_log(None, SimpleNamespace(**{**vars(state), "is_world_process_zero": False}), None, logs=parts)
     assert said == [
@@ -157,6 +158,7 @@ def test_step_lines_tell_loss_parts_and_time_left() -> None:
         "  step    40 of 100   loss 1.500   3 min left",
         "  step    40 of 100   loss 0.500 (hard labels 0.200, distillation 0.200, vectors 0.100, agreement with "
         "the teacher 26%)   3 min left",
+        "  step    40 of 100   loss 0.500 (hard labels 0.000, distillation 0.000, vectors 0.500)   3 min left",
     ]
 
 
