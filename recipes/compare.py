@@ -16,9 +16,9 @@ from tct_hf.settings import SettingsError, run_recipe
 
 
 def main(settings: Settings) -> None:
+    from tct_hf.evaluation.arms import report_arms
     from tct_hf.evaluation.experiment import check_evaluation
     from tct_hf.evaluation.references import References
-    from tct_hf.evaluation.training_reports import report_arms
     from tct_hf.files import claim, file_digest
     from tct_hf.pipeline.compare import Comparison
     from tct_hf.pipeline.job import Job

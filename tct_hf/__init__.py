@@ -87,8 +87,8 @@ if TYPE_CHECKING:
     from tct_hf.training.loss import TeacherTargets as TeacherTargets
     from tct_hf.training.loss import TightlyCoupledLoss as TightlyCoupledLoss
     from tct_hf.training.loss import coupled_loss as coupled_loss
-    from tct_hf.training.trainer import CollapsedStudent as CollapsedStudent
-    from tct_hf.training.trainer import SparseTCTTrainer as SparseTCTTrainer
+    from tct_hf.training.sparse_trainer import CollapsedStudent as CollapsedStudent
+    from tct_hf.training.sparse_trainer import SparseTCTTrainer as SparseTCTTrainer
     from tct_hf.training.trainer import TCTTrainer as TCTTrainer
 
 # The imports above are the table of public names, read from the compiled code, which zip files and frozen programs

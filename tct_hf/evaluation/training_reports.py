@@ -1,31 +1,24 @@
-"""The reports of training runs: of one, of rounds of hard negatives, and of ways to train compared."""
+"""The reports of training runs: of one, and of rounds of hard negatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, TypeAlias
+from typing import Any
 
 from tct_hf.data.collection import Collection, Split
 from tct_hf.encoding.kinds import kind_of
-from tct_hf.evaluation.experiment import Experiment, effectiveness, fused_key, read_log, show_examples, write_metrics
-from tct_hf.evaluation.measures import Evaluation
-from tct_hf.evaluation.plots import missing_plot, plot_dev_curves, plot_losses, plot_sweep
+from tct_hf.evaluation.experiment import Experiment, effectiveness, read_log, show_examples, write_metrics
+from tct_hf.evaluation.plots import missing_plot, plot_losses, plot_sweep
 from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, STUDENT, TEACHER, References
-from tct_hf.evaluation.significance import compare_pairs, holm, paired_randomisation_test, placed
+from tct_hf.evaluation.significance import compare_pairs, placed
 from tct_hf.evaluation.systems import System
-from tct_hf.evaluation.tables import markdown_table, means_table, p_text, p_value, weight_text
+from tct_hf.evaluation.tables import means_table, p_text, weight_text
 from tct_hf.evaluation.workspace import Workspace, open_student
 from tct_hf.files import claim, weights_file_digest, write_text_atomic
 from tct_hf.retrieval.mining import MiningCounts
 from tct_hf.retrieval.runs import Run, rank
-
-Found: TypeAlias = Mapping[str, Evaluation]
-# What a measure is called where a system is fused with BM25.
-_FUSED = "{} + BM25"
 
 
 def quick_report(
@@ -242,203 +235,3 @@ def open_workspace(
     model = open_student(str(student), device)
     # Named without its folder, so that a run that is moved stays the same run.
     return Workspace(collection, model, "student", folder / "search", precision=precision, write=write)
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """What an arm's students came to: evaluations by seed and split, training logs by seed.
-
-    `says` is what the arm changes, in words; `against` the arms and keys of systems that it is tested against.
-    """
-
-    says: str
-    against: Sequence[str]
-    evaluations: Mapping[int, Found]
-    logs: Mapping[int, Sequence[Mapping[str, Any]]]
-
-
-def search_student(
-    student: Path,
-    title: str,
-    collection: Collection,
-    experiment: Experiment,
-    *,
-    bf16: bool,
-    dims: Sequence[int] | None = None,
-    codes: Sequence[str] | None = None,
-) -> Found:
-    """Search with a student (folder), alone and fused with the BM25 of an experiment: split to evaluation.
-
-    What its first dimensions reach, and Faiss's `codes`, are further measures of it. The runs go beside the student,
-    and are read where an earlier call has left them.
-    """
-    folder, depth = student.parent / "runs", experiment.depth
-    weights = weights_file_digest(student)
-    claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
-    system, *parts = References(collection, depth, bf16).students({STUDENT: str(student)}, dims, codes)
-    bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
-    own = replace(experiment, runs=bm25, titles={}, write=print)
-    own.search([replace(system, title=title), *parts], folder)
-    own.fuse_with_bm25([STUDENT], folder)
-    measure = own.measures[0]
-    names = {part.key: part.title.replace(system.title, measure, 1) for part in parts}
-    return {split: with_fused(found, STUDENT, measure, names)[STUDENT] for split, found in own.evaluate().items()}
-
-
-def with_fused(
-    evaluations: Found, key: str, measure: str, parts: Mapping[str, str] | None = None
-) -> dict[str, Evaluation]:
-    """Put what a system reached fused with BM25 beside what it reached alone, as one more measure.
-
-    The same of other systems, whose keys `parts` maps to the names of such measures.
-    """
-    kept = dict(evaluations)
-    for other, name in {fused_key(key): _FUSED.format(measure), **(parts or {})}.items():
-        found, own = kept.pop(other), kept[key]
-        mean, per_query = {name: found.mean[measure]}, {name: found.per_query[measure]}
-        kept[key] = Evaluation(own.mean | mean, own.per_query | per_query)
-    return kept
-
-
-def report_arms(
-    students: Mapping[str, Mapping[int, Path]],
-    says: Mapping[str, str],
-    against: Mapping[str, Sequence[str]],
-    systems: Sequence[System],
-    collection: Collection,
-    output: Path,
-    *,
-    split: str,
-    measures: Sequence[str],
-    depth: int,
-    bf16: bool,
-    name: str,
-    settings: Mapping[str, Any],
-    dims: Sequence[int] | None = None,
-    codes: Sequence[str] | None = None,
-    write: Callable[[str], None] = print,
-) -> Path:
-    """Search with every arm's students (seed to folder) and the reference systems; write report, metrics and plot.
-
-    `systems` begin with BM25; `split` is "test", or "dev", which never searches for the test queries; `name` is in
-    the names of all files. Students are also searched with their first `dims` dimensions and by Faiss's `codes`.
-    Returns the report, Markdown.
-    """
-    experiment = Experiment.of(collection, measures, depth, splits=("dev", split), write=write)
-    experiment.search(systems, output / "runs")
-    titles = experiment.titles
-    base = [BASE_NATIVE] if BASE_NATIVE in titles else []
-    experiment.fuse_with_bm25(base, output / "runs")
-    measured = experiment.evaluate()
-    for one in experiment.splits:
-        for key in base:
-            measured[one] = with_fused(measured[one], key, measures[0])
-    references = dict(measured[split])
-    results: dict[str, ArmResult] = {}
-    how: Any = {"bf16": bf16, "dims": dims, "codes": codes}
-    for arm, folders in students.items():
-        found = {
-            seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, **how)
-            for seed, folder in folders.items()
-        }
-        logs = {seed: read_log(folder) for seed, folder in folders.items()}
-        results[arm] = ArmResult(says[arm], against[arm], found, logs)
-        for seed, parts in found.items():
-            for one, evaluation in parts.items():
-                measured[one][f"{arm}, seed {seed}"] = evaluation
-    shown = [*measures, _FUSED.format(measures[0])]
-    said = [
-        f"{split} queries, exact search. Mean over seeds ± their standard deviation; minutes of a training.",
-        f"{shown[-1]}: fused with BM25, alpha tuned on dev where it is judged.",
-        *collection.own_note,
-    ]
-    sections = [
-        f"# {collection.summary()}",
-        "\n".join(said),
-        arm_table(results, {titles[key]: found for key, found in references.items()}, split, shown),
-        "\n".join(f"- {arm}: {result.says}" for arm, result in results.items()),
-    ]
-    if tests := against_table(results, references, split, shown):
-        sections += [
-            "Gains (p of the paired randomisation test over the queries; the same after Holm's correction over the "
-            "lines). A query counts with its mean over the seeds that both have; with one seed, p says nothing about "
-            "another seed.",
-            tests,
-        ]
-    found_of = [parts[split].mean for result in results.values() for parts in result.evaluations.values()]
-    if coded := [name for name in dict.fromkeys(chain(*found_of)) if name not in shown]:
-        sections += ["## In codes and first dimensions", arm_table(results, {}, split, coded)]
-        sections += [tests] if (tests := against_table(results, {}, split, coded)) else []
-    plot = output / f"curves.{name}.png"
-    curves = {arm: [_curve(log) for log in result.logs.values()] for arm, result in results.items()}
-    if any(map(any, curves.values())):
-        sections.append(missing_plot(plot_dev_curves, curves, plot, ylabel="dev RR@10") or f"Plot: {plot.name}")
-    write_metrics(output / f"metrics.{name}.json", measured, corpus=collection.fingerprint, settings=settings)
-    return write_text_atomic(output / f"report.{name}.md", "\n\n".join(sections) + "\n")
-
-
-def _curve(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """RR@10 on dev by step, as training measured it, where it did."""
-    return {entry["step"]: entry[key] for entry in log for key in entry if key.endswith("_mrr@10")}
-
-
-def arm_table(results: Mapping[str, ArmResult], references: Found, split: str, measures: Sequence[str]) -> str:
-    """A Markdown table: the references by title, then a line for each arm, mean over seeds ± their deviation."""
-    rows = [["system", *measures, "seeds", "steps", "minutes"]]
-    for title, evaluation in references.items():
-        figures = [f"{evaluation.mean[name]:.3f}" if name in evaluation.mean else "" for name in measures]
-        rows.append([title, *figures, "", "", ""])
-    for name, result in results.items():
-        cells = []
-        for measure in measures:
-            means = [parts[split].mean for parts in result.evaluations.values()]
-            values = [mean[measure] for mean in means if measure in mean]  # not of a sparse arm's codes
-            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.3f}{spread}" if values else "")
-        entries = [entry for log in result.logs.values() for entry in log]
-        steps = max(int(entry["step"]) for entry in entries)
-        minutes = sum(entry.get("seconds", 0.0) for entry in entries) / len(result.logs) / 60
-        rows.append([name, *cells, str(len(result.evaluations)), str(steps), f"{minutes:.1f}"])
-    return markdown_table(rows)
-
-
-def against_table(results: Mapping[str, ArmResult], references: Found, split: str, measures: Sequence[str]) -> str:
-    """A Markdown table of gains over what each arm is tested against, with p values; empty without any.
-
-    `references` are by key. A cell is empty where one of the two was not measured so; two arms without a seed in
-    common are refused.
-    """
-
-    def found(name: str, seeds: Sequence[int]) -> list[Evaluation]:
-        return [results[name].evaluations[seed][split] for seed in seeds] if name in results else [references[name]]
-
-    def values(name: str, seeds: Sequence[int]) -> list[float]:
-        """Each query's mean over the seeds, in the order of the queries' ids."""
-        arm = found(name, seeds)
-        return [fmean(one.per_query[measure][query] for one in arm) for query in sorted(arm[0].per_query[measure])]
-
-    pairs: list[tuple[str, str, list[int]]] = []
-    for name, result in results.items():
-        for other in result.against:
-            if other == name or (other not in results and other not in references):
-                continue
-            theirs = results[other].evaluations if other in results else result.evaluations
-            seeds = sorted(result.evaluations.keys() & theirs.keys())
-            if not seeds:
-                raise ValueError(f"arms.{name}.against: {other!r} has no seed in common with it: set their seeds")
-            pairs.append((name, other, seeds))
-    if not pairs:
-        return ""
-    rows = [["arm", "against", "seeds"], *([name, other, str(len(seeds))] for name, other, seeds in pairs)]
-    for measure in measures:
-        measured = [all(measure in one.mean for each in both for one in found(each, seeds)) for *both, seeds in pairs]
-        tested = [(values(name, seeds), values(other, seeds)) for name, other, seeds in compress(pairs, measured)]
-        ps = [paired_randomisation_test(*both) for both in tested]
-        cells = [
-            f"{fmean(a) - fmean(b):+.3f} ({p_value(p)}; {p_value(corrected)})"
-            for (a, b), p, corrected in zip(tested, ps, holm(ps), strict=True)
-        ][::-1]
-        rows[0].append(f"{measure} (p; Holm)")
-        for row, there in zip(rows[1:], measured, strict=True):
-            row.append(cells.pop() if there else "")
-    return markdown_table(rows, left=2)

@@ -21,14 +21,15 @@ from torch.utils import data
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from tct_hf.encoding.routes import whole
 from tct_hf.encoding.weights import master_weights, refuse_not_finite
-from tct_hf.files import CONTENTS_FILE, check_seal, read_json, replace_dir, seal, writing
+from tct_hf.files import CONTENTS_FILE, replace_dir, seal, writing
 from tct_hf.hub_client import hub_errors
+from tct_hf.training.checkpoints import last_whole_checkpoint, refuse_damaged
 from tct_hf.training.streaming import PassOver, same_order_everywhere, streamed_loader
 
 logger = logging.getLogger(__name__)
@@ -40,35 +41,6 @@ PATIENCE = 3  # first steps without a gradient before training stops: a batch ma
 OF_THE_RUN = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "projections*", TRAINER_STATE_NAME, CONTENTS_FILE]
 # Steps in a row that fp16's scaler may skip: it halves its factor at each, 2^16 at first, until gradients are finite.
 SKIPPED_IN_A_ROW = 32
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What changed in a checkpoint since it was saved; of one of an earlier version only its state is looked at."""
-    try:
-        if (checkpoint / CONTENTS_FILE).is_file():
-            check_seal(checkpoint)
-        read_json(checkpoint / TRAINER_STATE_NAME, "take another checkpoint", needs=["global_step", "max_steps"])
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
-
-
-def refuse_damaged(checkpoint: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint whose files have changed since it was saved."""
-    if damage := _damage(Path(checkpoint)):
-        raise ValueError(f"{checkpoint} is damaged ({damage}): delete it to go on from an earlier one.")
-
-
-def last_whole_checkpoint(run_dir: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint of a run that is not damaged, None where there is none; refused where all are damaged."""
-    newest = sort_checkpoints(str(run_dir))[::-1]
-    for checkpoint in newest:
-        if not (damage := _damage(Path(checkpoint))):
-            return checkpoint
-        logger.warning(f"{checkpoint} is damaged ({damage}): training goes on from the checkpoint before it.")
-    if newest:
-        refuse_damaged(newest[0])
-    return None
 
 
 class ResumableTrainer(Trainer):

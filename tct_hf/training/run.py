@@ -33,8 +33,9 @@ from tct_hf.teachers.base import Teacher, write_training_scale
 from tct_hf.training.arguments import LossSchedule, Schedule, SparseTCTTrainingArguments, TCTTrainingArguments
 from tct_hf.training.loss import COSINE_SCALE
 from tct_hf.training.resumable import ResumableTrainer
+from tct_hf.training.sparse_trainer import SparseTCTTrainer
 from tct_hf.training.stages import Stage
-from tct_hf.training.trainer import SparseTCTTrainer, TCTTrainer, checked_rows
+from tct_hf.training.trainer import TCTTrainer, checked_rows
 
 if TYPE_CHECKING:
     from tct_hf.data.collection import Collection

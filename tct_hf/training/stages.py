@@ -32,7 +32,7 @@ from tct_hf.files import (
 )
 from tct_hf.progress import human_duration
 from tct_hf.settings import environment
-from tct_hf.training.resumable import last_whole_checkpoint, refuse_damaged
+from tct_hf.training.checkpoints import last_whole_checkpoint, refuse_damaged
 
 # How long processes wait for one another: one prepares the data of all, which may take longer than NCCL's ten minutes.
 _TIMEOUT = timedelta(hours=3)

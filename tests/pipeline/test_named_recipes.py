@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from tct_hf import SparseTCTTrainer, StoredScores, TCTTrainer
 from tct_hf.encoding.build import has_tct_encoding
 from tct_hf.training.loss import coupled_part
-from tct_hf.training.trainer import RegularizerWarmup
+from tct_hf.training.sparse_trainer import RegularizerWarmup
 from tests.models import tiny_bert
 from tests.recipe import ROOT, in_this_process, write_beir
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
-from tct_hf.training.resumable import last_whole_checkpoint, refuse_damaged
+from tct_hf.training.checkpoints import last_whole_checkpoint, refuse_damaged
 from tests.train_helpers import EVERY_STEP, make_teacher, make_trainer, with_scores
 from tests.warm_process import run_warm
 

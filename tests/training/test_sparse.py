@@ -31,7 +31,7 @@ from tct_hf import (
     TCTTrainer,
     TightlyCoupledLoss,
 )
-from tct_hf.training.trainer import FlopsOfAllDevices
+from tct_hf.training.sparse_trainer import FlopsOfAllDevices
 from tests.train_helpers import EVERY_STEP, batch_and_targets, logged, make_trainer, reference_of_batch, triples
 
 
