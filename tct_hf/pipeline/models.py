@@ -97,7 +97,9 @@ def make_teacher(run: Training, teaching: TeacherSettings, student: StudentSetti
     of_queries: list[tuple[Teacher, float]] = []
     if student.tower_of is not None and said.get("embedding_weight"):
         of: Any = DenseTeacher(load_encoder(student.tower_of), dtype=teaching.dtype)
-        of_queries = [(QueryVectors(of if cache is None else CachedTeacher(of, cache)), 0.0)]
+        if cache is not None:
+            of = CachedTeacher(of, cache, max_gigabytes=student.teacher_cache_gigabytes)
+        of_queries = [(QueryVectors(of), 0.0)]
     elif single:
         return made[0][0]
     raw = teaching.is_mixture or single

@@ -154,7 +154,8 @@ class ResumableTrainer(Trainer):
             raise ValueError("learning_rate is 0, so nothing is learned: raise it.")
         raise ValueError(
             f"The gradient of the first {self._idle_steps} steps is 0, so nothing is learned: raise "
-            "per_device_train_batch_size, give rows negatives, and unfreeze the weights to train."
+            "per_device_train_batch_size, give rows negatives, unfreeze the weights to train, and give a part of the "
+            "loss a weight above 0."
         )
 
     def _refuse_few_rows(self, name: str, count: int) -> None:

@@ -158,9 +158,9 @@ class CoupledTrainer(EmbeddingTrainer, ResumableTrainer):
     def _refuse_no_teacher(self, loss: Any) -> None:
         if isinstance(self.teacher, NoTeacher) and getattr(loss, "asks_teacher", False):
             raise ValueError(
-                f"There is no teacher to distil, but hard_label_weight is {loss.hard_label_weight} and "
-                f"margin_mse_weight is {loss.margin_mse_weight}: set them to 1 and 0 (and leave out "
-                "distillation_weight), or give a teacher."
+                f"There is no teacher to distil, but hard_label_weight is {loss.hard_label_weight}, "
+                f"distillation_weight {loss.distillation_weight} and margin_mse_weight {loss.margin_mse_weight}: set "
+                "them to 1, None and 0, or give a teacher."
             )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -47,7 +47,7 @@ def test_the_loss_of_every_step_has_the_values_of_that_step(trainer_of: Any) -> 
 def test_without_a_teacher_no_schedule_may_ask_for_one(student: Any, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, student, NoTeacher(), triples(16), hard_label_weight=1.0, max_steps=2)
     trainer.add_callback(LossSchedule(trainer.loss, hard_label_weight=Schedule(1.0, 0.1)))
-    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1 and"):
+    with pytest.raises(ValueError, match=r"no teacher to distil, but hard_label_weight is 0\.1, dist"):
         trainer.train()
 
 
