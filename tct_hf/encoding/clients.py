@@ -73,7 +73,7 @@ def _needs(folder: Path) -> _Needs:
         else "it doesn't fill questions with `[MASK]`"
         if settings.get("query_expansion")
         else "",
-        query_length=settings.get("query_length"),
+        query_length=min(asked_for, longest or asked_for) if (asked_for := settings.get("query_length")) else None,
         length=longest if 0 < longest < most else None,
         other_length=shorter if 0 < (shorter := tokenizer.get("max_length") or 0) < longest else None,
         pools_prompts=not any(prompts.values()) or configs.get("Pooling", {}).get("include_prompt", True),

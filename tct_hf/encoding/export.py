@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -39,7 +40,7 @@ class Graph(torch.nn.Module):
 
     Raises:
         ValueError: the student doesn't begin with a Transformer, or its prompts, which it leaves out of pooling, have
-            different numbers of tokens.
+            different numbers of tokens; or its weights are in half precision.
     """
 
     def __init__(self, student: SentenceTransformer) -> None:
@@ -47,6 +48,8 @@ class Graph(torch.nn.Module):
         if not isinstance(student, SentenceTransformer) or not isinstance(student[0], Transformer):
             kind = type(student[0]).__name__ if isinstance(student, SentenceTransformer) else type(student).__name__
             raise ValueError(f"A student that begins with a {kind} has no graph: give one with a Transformer.")
+        if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in student.parameters()):
+            raise ValueError("The student is in half precision, graphs are not: save `student.float()`, export that.")
         self.student = student.eval()
         self.skipped = _skipped_tokens(student)
         known: Any = student.preprocess(["a"])
@@ -96,7 +99,7 @@ def needs(package: str) -> Any:
 
 @contextmanager
 def _traced(graph: Graph) -> Iterator[None]:
-    """Without the tracers' remarks on transformers' code, and without a word to OpenVINO's makers.
+    """On the CPU, without the tracers' remarks on transformers' code, and without a word to OpenVINO's makers.
 
     Masks are of finite numbers where an encoder attends within a window: in one that holds only padding, OpenVINO's
     attention under a boolean mask is NaN.
@@ -104,14 +107,22 @@ def _traced(graph: Graph) -> Iterator[None]:
     encoder: Any = graph.student[0].model
     windowed = "sliding_attention" in (getattr(encoder.config, "layer_types", None) or [])
     before, level = encoder.config._attn_implementation, logging.root.manager.disable
+    device = graph.student.device
     # What openvino_telemetry takes for a reason not to send.
     with patch.dict(os.environ, CI="true"), warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
+            graph.student.to("cpu")
             encoder.set_attn_implementation("eager" if windowed else before)
             yield
+        except (IndexError, RuntimeError) as error:
+            if "tuple index out of range" not in str(error):
+                raise
+            fix = "pip install --upgrade transformers"  # its masks in 5.5 to 5.8
+            raise RuntimeError(f"transformers {transformers.__version__} can't be traced: {fix}") from error
         finally:
+            graph.student.to(device)
             encoder.set_attn_implementation(before)
             logging.disable(level)
 

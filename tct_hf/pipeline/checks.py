@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -54,6 +56,13 @@ _WHAT = {
     "url": "the URL of a server that reranks",
 }
 
+# Whose arguments their options are; imported with torch, which --help does without.
+_TEACHERS = {
+    "cross-encoder": "tct_hf.teachers.cross_encoder:CrossEncoderTeacher",
+    "causal": "tct_hf.teachers.causal:CausalRerankerTeacher",
+    "url": "tct_hf.teachers.remote:URLTeacher",
+}
+
 
 def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bool = False) -> None:
     """Refuse a teacher that lacks what its kind needs; `prefix` and `model` name its settings in messages."""
@@ -67,15 +76,18 @@ def check_part(one: OneTeacher, prefix: str, *, model: str = "model", trains: bo
         raise SettingsError(f"{prefix}options: a {one.kind} teacher takes none; leave them out")
     if one.kind in ("stored", "bm25"):
         return
+    if one.options:
+        taken = {"candidates", "dtype", *(("url", "key_env") if one.kind == "url" else ("model",))}
+        known = sorted({*inspect.signature(pkgutil.resolve_name(_TEACHERS[one.kind])).parameters} - taken)
+        if wrong := sorted({*one.options}.difference(known)):
+            raise SettingsError(f"{prefix}options.{wrong[0]}: not known here; known are {', '.join(known)}")
     what = _WHAT.get(one.kind, "the folder or Hub id of an embedding model")
     if (name := one.model) is None:
         if not trains:
             raise SettingsError(f"{prefix}{model}: name {what}")
     elif one.kind == "url":
-        from tct_hf.teachers.remote import URLTeacher  # with torch, which --help does without
-
         try:
-            URLTeacher(name, key_env=one.key_env, candidates=one.candidates, **one.options)
+            pkgutil.resolve_name(_TEACHERS["url"])(name, key_env=one.key_env, candidates=one.candidates, **one.options)
         except (ValueError, TypeError) as error:
             said = str(error).replace("url:", f"{model}:", 1)
             section = "" if said.startswith((model, "key_env")) else "options: "

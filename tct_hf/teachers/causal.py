@@ -22,6 +22,21 @@ from tct_hf.teachers.cross_encoder import CrossEncoderTeacher
 PROMPT = "Query: {query}\nPassage: {passage}\nDoes the passage answer the query? Reply yes or no.\n"
 
 
+class _TwoWords(torch.nn.Module):
+    """A head's logits of two words, in float32: bfloat16 would round each to a step of 1/8 from 16 on."""
+
+    def __init__(self, head: Any, words: Sequence[int]) -> None:
+        super().__init__()
+        bias = getattr(head, "bias", None)
+        # No parameters, whose dtype would be that of the model.
+        self.register_buffer("weight", head.weight[[*words]].detach().float())
+        self.register_buffer("bias", None if bias is None else bias[[*words]].detach().float())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)  # type: ignore[arg-type]
+
+
 class CausalRerankerTeacher(CrossEncoderTeacher):
     """A causal language model, live: the logit of "yes" less that of "no" after a prompt, for every pair.
 
@@ -48,7 +63,7 @@ class CausalRerankerTeacher(CrossEncoderTeacher):
     """
 
     what = "causal language model"
-    heads = ("ForCausalLM",)
+    heads = ("ForCausalLM", "LMHeadModel")
     head, trained_with = "the head that chooses the next word", "as a language model"
 
     def __init__(
@@ -77,9 +92,9 @@ class CausalRerankerTeacher(CrossEncoderTeacher):
         words = self._one_token("yes", yes), self._one_token("no", no)
         if words[0] == words[1]:
             raise ValueError(f"no: {no!r} is the same token as yes, {yes!r}: name another word.")
-        self.model[-1] = LogitScore(*words)
-        inside: Any = self.model[0]
-        self._takes_positions = "position_ids" in inspect.signature(inside.model.forward).parameters
+        inside: Any = self.model[0].model
+        inside.set_output_embeddings(_TwoWords(inside.get_output_embeddings(), words))
+        self._takes_positions = "position_ids" in inspect.signature(inside.forward).parameters
         limit, taken = self.model.max_seq_length, len(self._tokens([("", "")])[0])
         self._limit, self._room = limit or sys.maxsize, None if limit is None else limit - taken
         if self._room is not None and self._room < 2:
@@ -89,7 +104,7 @@ class CausalRerankerTeacher(CrossEncoderTeacher):
     def opened(cls, name_or_path: str) -> Any:
         with told_of_files(name_or_path):
             transformer = Transformer(name_or_path, transformer_task="text-generation")
-            return CrossEncoder(modules=[transformer, LogitScore(0, 1)])  # words are set when they are known
+            return CrossEncoder(modules=[transformer, LogitScore(0, 1)])  # of the two words
 
     def _one_token(self, setting: str, word: str) -> int:
         ids = self.tokenizer(word, add_special_tokens=False)["input_ids"]

@@ -107,8 +107,12 @@ class URLTeacher(Teacher):
         training_scale: float = 1.0,
         cache_dir: str | Path | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.split() == [url]
+        except ValueError:  # no number of a port
+            whole = False
+        if not whole:
             raise ValueError(
                 "url: write the address that requests are posted to, such as http://localhost:8000/rerank"
             )

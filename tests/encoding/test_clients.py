@@ -62,6 +62,12 @@ def check(folder: Path, unable: set[str]) -> None:
             np.testing.assert_allclose(found, right[: len(TEXTS)], atol=1e-5)
 
 
+def test_a_question_is_cut_where_the_plain_call_cuts_it(tmp_path: Path) -> None:
+    student = build_student(str(tiny_bert(tmp_path / "base")), query_length=30, document_length=12)
+    rows = {row.name: row for row in clients(save_student(student, tmp_path / "student"))}
+    assert rows["LlamaIndex"].note == "questions of at most 12 tokens"
+
+
 @pytest.mark.parametrize("settings, unable", STUDENTS.values(), ids=STUDENTS)
 def test_the_lines_of_a_card_give_the_students_vectors(
     settings: dict[str, Any], unable: set[str], tmp_path: Path

@@ -66,6 +66,8 @@ def test_what_has_no_graph_is_refused(tmp_path: Path) -> None:
         export(student, tmp_path / "base")
     with pytest.raises(ValueError, match="SparseEncoder has no graph"):
         export(build_splade(str(tiny_mlm(tmp_path / "mlm")), document_length=40), path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="half precision"):
+        export(build_student(str(tmp_path / "base")).half(), path)
     tct = build_student(str(tmp_path / "base"), encoding="tct")
     tct.prompts["query"] = "[Q] the "
     with pytest.raises(ValueError, match="have 5 and 4 tokens"):

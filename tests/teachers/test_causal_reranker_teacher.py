@@ -79,6 +79,29 @@ def test_long_passages_are_cut_and_the_prompt_is_not(path: Path, passage: str) -
         assert float(teacher.list_scores(query, [passage])) == pytest.approx(plain(path, text), abs=1e-5)
 
 
+def test_bfloat16_rounds_no_difference_of_large_logits(tmp_path: Path) -> None:
+    _, model = loaded(tiny_causal(tmp_path))
+    with torch.no_grad():
+        model.lm_head.weight += 50
+    model.save_pretrained(tmp_path)
+    half, full = (CausalRerankerTeacher(tmp_path, prompt=PROMPT, dtype=dtype) for dtype in ("bfloat16", "float32"))  # type: ignore[arg-type]
+    found, expected = (teacher.list_scores("what is", PASSAGES[:4]) for teacher in (half, full))
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
+    assert expected.abs().max() > 0.2
+
+
+def test_models_that_are_named_otherwise_judge_too(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer, _ = loaded(tiny_causal(tmp_path))
+    sizes = {"n_positions": 192, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)).save_pretrained(tmp_path)
+    prompt = PROMPT.format(query="what", passage="is")
+    found = float(CausalRerankerTeacher(tmp_path, prompt=PROMPT, dtype="float32").list_scores("what", ["is"]))
+    loaded.cache_clear()
+    assert found == pytest.approx(plain(tmp_path, prompt), abs=1e-5)
+
+
 def test_what_can_not_judge_is_refused(path: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"yes": "certainly"}, r"yes: 'certainly' is no single token of this model \(\['c'"),
