@@ -137,7 +137,7 @@ def test_queries_without_inference_are_trained(student: Any, teacher: Any, tmp_p
 def test_hard_labels_alone_train_a_sparse_student_without_a_teacher(student: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no teacher to distil"):
         make_trainer(tmp_path, student, NoTeacher(), triples(8))
-    with pytest.raises(ValueError, match=r"margin_mse_weight is 0\.5: set them to 1 and 0"):
+    with pytest.raises(ValueError, match=r"margin_mse_weight 0\.5: set them to 1, None and 0"):
         make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0, margin_mse_weight=0.5)
     trainer = make_trainer(tmp_path, student, NoTeacher(), triples(8), hard_label_weight=1.0)
     trainer.train()
