@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tct_hf.data.ids import is_utf8
 from tct_hf.evaluation.settings import EngineSettings, ExpansionSettings, HybridSettings
@@ -57,6 +57,10 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32"] = setting(
         "auto", "precision of encoding; auto: bf16 where it is as good"
     )
+    backend: Literal["auto", "torch", "openvino"] = setting(
+        "auto", "what encodes questions; auto: OpenVINO on the CPU where it is installed and as good (extra: openvino)"
+    )
+    remembered: int = setting(0, "questions whose vectors are kept, for when they are asked again")
     dims: int | None = setting(None, "number of first dimensions to search with, exactly; all when null")
     hybrid: HybridSettings = field(default_factory=HybridSettings)
     expansion: ExpansionSettings = field(default_factory=ExpansionSettings)
@@ -84,10 +88,10 @@ def main(settings: Settings) -> None:
         settings.student = EXAMPLE
     if settings.student is None:
         raise SettingsError("student: name the folder or Hub id of the model to search with, --student PATH")
-    for name in ("k", "depth", "width", "rerank_depth"):
+    for name, least in {"k": 1, "depth": 1, "width": 1, "rerank_depth": 1, "remembered": 0}.items():
         number = getattr(settings, name)
-        if number is not None and number < 1:
-            raise SettingsError(f"{name}: {number} is below 1")
+        if number is not None and number < least:
+            raise SettingsError(f"{name}: {number} is below {least}")
     quieten()
     # Progress goes where it can't be taken for an answer.
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
@@ -97,12 +101,13 @@ def main(settings: Settings) -> None:
     student = open_student(settings.student)
     if example:
         student.max_seq_length = 128  # as in the quickstart
-    workspace = Workspace(collection, student, settings.student, folder, precision=settings.precision, write=tell)
+    how: dict[str, Any] = {"precision": settings.precision, "remembered": settings.remembered, "write": tell}
+    workspace = Workspace(collection, student, settings.student, folder, backend=settings.backend, **how)
     beside = None
     if (name := settings.sparse_student) is not None:
         place = folder / SPARSE_FOLDER if folder is not None else None
         model = open_beside(workspace, name)
-        beside = Workspace(collection, model, name, place, precision=settings.precision, write=tell)
+        beside = Workspace(collection, model, name, place, **how)
     if settings.page and settings.rerank is None and has_own_maxsim(student):
         settings.rerank = OWN
     there = {"sparse" if workspace.is_sparse or beside is not None else "", "" if workspace.is_sparse else "dense"}
@@ -128,6 +133,7 @@ def main(settings: Settings) -> None:
         dims=settings.dims,
         engine=settings.engine,
     )
+    workspace.encode_queries({"": "a"})  # makes what encodes questions, before the first is asked
     tell(
         f"fused: {searcher.fusion}; -: not among the first {depth} of that system, or, for "
         "BM25, without a word of the question; counts as the lowest score of that list"

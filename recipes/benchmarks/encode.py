@@ -1,11 +1,14 @@
 """How fast passages are encoded: SentenceTransformer.encode at its defaults in float32 against encode_texts.
 
-    python recipes/benchmarks/encode.py [--texts 512] [--rounds 3] [--threads 2]
+    python recipes/benchmarks/encode.py [--texts 512] [--questions 50] [--rounds 3] [--threads 2]
 
 Same texts, same model, one process, the sides in turn with the order changing, ratio of medians, the lowest cosine of
 a vector to the baseline's. Texts are beginnings of the built-in corpus's passages, 20 to 200 words, lengths drawn
 evenly. Models: the bundled 6-layer encoder with its own encoding, and the same with the TCT encoding. The float32 row
 shows which part of the gain is less padding and smaller passes; the rest is bfloat16.
+
+The second table of a model is of single questions, --questions of them in every round, by the way of the searcher
+(encode_texts, OpenVINO with all threads on one question); the first round is a warm-up.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import PACKAGES, begin, median, options, table, take_turns
+from common import PACKAGES, Clocks, begin, clocked, median, options, table, take_turns
 
 
 def make_texts(count: int, seed: int) -> list[str]:
@@ -122,17 +125,49 @@ def measure(model: Any, texts: list[str], rounds: int, folder: Path) -> None:
     table("side | median s (all) | passages/s | times faster | lowest cosine", rows)
 
 
+def measure_latency(model: Any, questions: list[str], rounds: int) -> None:
+    from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
+    from tct_hf.retrieval.encode import encode_texts
+
+    one = partial(encode_texts, model, task="query")
+    sides: dict[str, Callable[[list[str]], Any]] = {
+        "encode_texts, bf16": partial(one, bf16=True),
+        "encode_texts, fp32": one,
+        "SentenceTransformer.encode_query, fp32": model.encode_query,
+        **{
+            f"encode_texts, OpenVINO {name}": partial(
+                one, engine=OpenVINOEngine(model, bf16=name == "bf16", low_latency=True)
+            )
+            for name in (("fp32", "bf16") if has_openvino() else ())
+        },
+    }
+    times: dict[str, list[Clocks]] = {name: [] for name in sides}
+
+    def ask(name: str) -> None:
+        times[name] += [clocked(sides[name], [question])[1] for question in questions]
+
+    take_turns({name: partial(ask, name) for name in sides}, rounds + 1)
+    after = {name: taken[len(questions) :] for name, taken in times.items()}
+    (first, *_) = after.values()
+    rows = [
+        [name, *(f"{1000 * median(taken, clock):.2f}" for clock in (0, 1)), f"{median(first) / median(taken):.2f}"]
+        for name, taken in after.items()
+    ]
+    table("side | p50 ms a question | of the processor | times faster", rows)
+
+
 def main() -> None:
-    args = options(__doc__, texts=512, rounds=3, threads=2, seed=1).parse_args()
+    args = options(__doc__, texts=512, questions=50, rounds=3, threads=2, seed=1).parse_args()
 
     import torch
     from sentence_transformers import SentenceTransformer
 
-    from tct_hf import build_student
+    from tct_hf import build_student, builtin_corpus
     from tct_hf.encoding.weights import has_bfloat16
     from tct_hf.hub_client import resolve_model
 
     texts = make_texts(args.texts, args.seed)
+    questions = [*builtin_corpus("test", packages=PACKAGES)[1].values()][: args.questions]
     words = statistics.mean(len(text.split()) for text in texts)
     hardware = "bfloat16 instructions" if has_bfloat16(torch.device("cpu")) else "no bfloat16 instructions"
     begin(args.threads, hardware, f"{len(texts)} texts of {words:.0f} words on average")
@@ -144,6 +179,8 @@ def main() -> None:
         print(f"\n## {name}")
         with tempfile.TemporaryDirectory() as folder:
             measure(model, texts, args.rounds, Path(folder) / "student")
+        print()
+        measure_latency(model, questions, args.rounds)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from tct_hf.encoding.export import Graph, needs, openvino_model
+from tct_hf.encoding.weights import unpack_half
+
+# Tokens of which the width of a pass with low latency is a multiple.
+_WIDTH = 8
 
 
 def has_openvino() -> bool:
@@ -19,32 +23,42 @@ def has_openvino() -> bool:
 
 
 class OpenVINOEngine:
-    """A student's graph, compiled once; each of torch's threads computes a pass of its own.
+    """A student's graph, compiled once, on as many threads as torch has then.
 
     Args:
-        student: a student with an encoder, on the CPU, in float32.
+        student: a student with an encoder, on the CPU; brought to float32 as by `encode_texts`.
         bf16: compute in bfloat16.
+        low_latency: all threads compute one pass, instead of each one of its own; not for several threads at once.
 
     Raises:
         ValueError: as :class:`tct_hf.encoding.export.Graph`.
         ImportError: OpenVINO is missing.
     """
 
-    def __init__(self, student: SentenceTransformer, *, bf16: bool = False) -> None:
+    def __init__(self, student: SentenceTransformer, *, bf16: bool = False, low_latency: bool = False) -> None:
         openvino, threads = needs("openvino"), torch.get_num_threads()
+        unpack_half(student)
         self._inputs = Graph(student).inputs
         whole = openvino_model(student)
         vectors = openvino.Model([whole.output("sentence_embedding")], whole.get_parameters(), "student")
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
-        options |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": threads}
+        options |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1 if low_latency else threads}
         self._dim = vectors.output(0).partial_shape[1].get_length()
-        self._queue = openvino.AsyncInferQueue(openvino.compile_model(vectors, "CPU", options), threads)
+        compiled = openvino.compile_model(vectors, "CPU", options)
+        self._request = compiled.create_infer_request() if low_latency else None
+        self._queue = openvino.AsyncInferQueue(compiled, threads)
         self._queue.set_callback(lambda request, found: np.copyto(found, request.output_tensors[0].data))
 
     def __call__(self, features: Mapping[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         """As the student's `forward`; the numbers are there after :meth:`wait`."""
+        inputs = {name: features[name].numpy() for name in self._inputs}
+        if self._request is not None:
+            # Each new shape takes time, and so does the way through another thread: a quarter of a short question's.
+            padding = ((0, 0), (0, -features["input_ids"].shape[1] % _WIDTH))
+            inputs = {name: np.pad(tensor, padding) for name, tensor in inputs.items()}
+            return {"sentence_embedding": torch.from_numpy(self._request.infer(inputs, share_inputs=True)[0])}
         found = np.empty((len(features["input_ids"]), self._dim), dtype=np.float32)
-        self._queue.start_async({name: features[name].numpy() for name in self._inputs}, found)
+        self._queue.start_async(inputs, found)
         return {"sentence_embedding": torch.from_numpy(found)}
 
     def wait(self) -> None:

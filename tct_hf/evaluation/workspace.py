@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
+import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 
@@ -34,6 +35,7 @@ from tct_hf.retrieval.encode import (
     encode_corpus,
     encode_texts,
     encoding_seconds,
+    find_engine,
     is_sparse_encoder,
     read_seconds,
 )
@@ -76,6 +78,8 @@ class Workspace:
         threads: CPU threads that build indexes.
         in_memory: write nothing; `precision` is then "bf16" or "fp32".
         indexes: those that are there already, by their names in `indexes`.
+        backend: what encodes queries, as in `encode_corpus`; what encoded the passages when None.
+        remembered: single queries whose vectors are kept in memory, the last ones asked.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Workspace:
         threads: int = 1,
         in_memory: bool = False,
         indexes: Mapping[str, Any] | None = None,
+        backend: Literal["auto", "torch", "openvino"] | None = None,
+        remembered: int = 0,
         write: Callable[[str], None] = print,
     ) -> None:
         self.is_sparse = is_sparse_encoder(student)
@@ -100,6 +106,8 @@ class Workspace:
         if folder is None and not in_memory:
             folder = default_cache_dir() / f"search-{digest_of(self.depends)[:16]}"
         self.folder = folder or Path()
+        self._backend, self._engines = backend, dict[int, OpenVINOEngine | None]()
+        self._one = lru_cache(remembered)(lambda text: self._encoded([text], "query"))
         self._compared = False  # whether the vectors on disk are known to be of this corpus
         self._elsewhere = False  # whether an engine has the vectors, so that searching needs none here
         self._made: dict[str, Stored[Any]] = {
@@ -170,21 +178,31 @@ class Workspace:
 
     def _encoded(self, texts: Sequence[str], task: str) -> Any:
         own = self._in_memory or (self._elsewhere and not (self.folder / "vectors" / MANIFEST_FILE).is_file())
-        bf16 = (self._precision if own else self.manifest["precision"]) == "bf16"
-        if own or self.manifest.get("engine") != "openvino":
-            return encode_texts(self.student, texts, task=task, bf16=bf16)
-        return encode_texts(self.student, texts, task=task, engine=self._engine)
+        made = {"precision": self._precision} if own else self.manifest
+        engine = self._engine(made["precision"], made.get("engine") == "openvino") if task == "query" else None
+        bf16 = engine is None and made["precision"] == "bf16"
+        return encode_texts(self.student, texts, task=task, bf16=bf16, engine=engine)
 
-    @cached_property
-    def _engine(self) -> OpenVINOEngine:  # of the queries, where it is that of the passages
-        return OpenVINOEngine(self.student, bf16=self.manifest["precision"] == "bf16")  # type: ignore[arg-type]
+    def _engine(self, precision: str, of_passages: bool) -> OpenVINOEngine | None:
+        """What computes queries in place of the student, with torch's threads, if anything does."""
+        threads, student = torch.get_num_threads(), cast(SentenceTransformer, self.student)
+        if threads not in self._engines:
+            engine = None
+            if self._backend is not None:
+                some = [text[:100] for text in self.collection.corpus[:1000]["text"]]
+                engine, _ = find_engine(student, some, self._backend, precision, low_latency=True)
+            elif of_passages and student.device.type == "cpu":
+                engine = OpenVINOEngine(student, bf16=precision == "bf16", low_latency=True)
+            self._engines[threads] = engine
+        return self._engines[threads]
 
     def _as_dot(self, vectors: Any) -> Any:  # vectors whose dot products are the student's scores
         return vectors if self.student.similarity_fn_name == "dot" else UnitRows(vectors)
 
     def encode_queries(self, queries: Mapping[str, str], size: int | None = None) -> Any:
         """Vectors of queries, id to text, as an index compares them: `(queries, size or dim)`, CSR if sparse."""
-        vectors = self._as_dot(self._encoded(list(queries.values()), "query"))[:]
+        texts = list(queries.values())
+        vectors = self._as_dot(self._one(texts[0]) if len(texts) == 1 else self._encoded(texts, "query"))[:]
         finite = finite_rows(vectors)
         if not finite.all():
             name = list(queries)[int(finite.argmin())]

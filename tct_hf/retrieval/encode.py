@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, vstack
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Normalize
+from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -87,8 +87,9 @@ def encode_texts(
     sparse = is_sparse_encoder(model)
     device = model.device
     budget = budget_of(model, tokens_per_pass)
-    model.eval()
-    unpack_half(model)
+    if engine is None:
+        model.eval()
+        unpack_half(model)
     active: Any = model.max_active_dims if sparse else None
     options: dict[str, Any] = {} if active is None else {"max_active_dims": active}
     stack: Any = partial(vstack, format="csr") if sparse else np.concatenate
@@ -261,22 +262,43 @@ def choose_engine(model: Any, texts: Sequence[str], backend: str = "auto", preci
     """
     if backend != "openvino" and static_modules(model, "document") is not None:
         return "torch", "fp32" if precision == "auto" else precision
-    worth_it = model.device.type == "cpu" and not is_sparse_encoder(model) and len(texts) >= ENOUGH_TEXTS
-    if backend == "openvino" or (backend == "auto" and worth_it and has_openvino()):
-        known = ("bf16", "fp32") if has_bfloat16(model.device) else ("fp32",)
-        probed, why = _probed(texts), f"the cosines of its vectors to torch's are below {ENOUGH_COSINE}"
-        try:
-            full = encode_texts(model, probed, task="document")
-            for tried in known if precision == "auto" else (precision,):
-                engine = OpenVINOEngine(model, bf16=tried == "bf16")
-                if _lowest_cosine(full, encode_texts(model, probed, task="document", engine=engine)) >= ENOUGH_COSINE:
-                    return "openvino", tried
-        except (ValueError, RuntimeError) as error:
-            why = str(error)
-        if backend == "openvino":
-            raise ValueError(f"backend: OpenVINO does not take this model, use torch: {why}")
-        logger.warning(f"Encoding with torch, since OpenVINO does not take this model: {why}")
+    if backend == "openvino" or len(texts) >= ENOUGH_TEXTS:
+        engine, tried = find_engine(model, texts, backend, precision)
+        if engine is not None:
+            return "openvino", tried
     return "torch", choose_precision(model, texts) if precision == "auto" else precision
+
+
+def find_engine(
+    model: Any, texts: Sequence[str], backend: str, precision: str, *, low_latency: bool = False
+) -> tuple[OpenVINOEngine | None, str]:
+    """An engine whose vectors of some passages are the same as torch's in float32, and what it computes in.
+
+    None where `backend` is "torch", or "auto" and there is none, which a line says where it was tried.
+
+    Raises:
+        ValueError: `backend` is "openvino", and there is none.
+        ImportError: it is, and OpenVINO is missing.
+    """
+    usable = model.device.type == "cpu" and not is_sparse_encoder(model) and isinstance(model[0], Transformer)
+    if backend != "openvino" and not (backend == "auto" and usable and has_openvino()):
+        return None, precision
+    known = ("bf16", "fp32") if has_bfloat16(model.device) else ("fp32",)
+    probed, why = _probed(texts), f"the cosines of its vectors to torch's are below {ENOUGH_COSINE}"
+    full = encode_texts(model, probed, task="document")
+    try:
+        for tried in known if precision == "auto" else (precision,):
+            engine = OpenVINOEngine(model, bf16=tried == "bf16", low_latency=low_latency)
+            if _lowest_cosine(full, encode_texts(model, probed, task="document", engine=engine)) >= ENOUGH_COSINE:
+                return engine, tried
+    except ImportError:
+        raise
+    except Exception as error:  # OpenVINO's errors have no common class
+        why = str(error)
+    if backend == "openvino":
+        raise ValueError(f"backend: OpenVINO does not take this model, use torch: {why}")
+    logger.warning(f"Encoding with torch, since OpenVINO does not take this model: {why}")
+    return None, precision
 
 
 def _probed(texts: Sequence[str]) -> list[str]:

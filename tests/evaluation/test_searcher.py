@@ -131,6 +131,27 @@ def test_an_index_that_is_not_exact_serves_every_depth(
     assert [folder.name for folder in tmp_path.glob("indexes/dense-*")] == ["dense-hnsw32"]
 
 
+def test_a_question_asked_again_is_encoded_again_unless_it_is_remembered(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    real = Workspace._encoded
+
+    def counted(self: Workspace, texts: list[str], task: str) -> Any:
+        encoded.extend(texts)
+        return real(self, texts, task)
+
+    monkeypatch.setattr(Workspace, "_encoded", counted)
+    student = open_student(str(material.student))
+    options: dict[str, Any] = {"precision": "fp32", "write": lambda line: None}
+    for remembered, wanted in ((0, "aaba"), (1, "aba"), (2, "ab")):
+        workspace = Workspace(material.collection(), student, "student", tmp_path, remembered=remembered, **options)
+        searcher = Searcher(workspace, depth=20, hybrid=HybridSettings(alpha=0.5))
+        encoded.clear()
+        hits = [searcher.ask(question, 5) for question in "aaba"]
+        assert "".join(encoded) == wanted and hits[0] == hits[1] == hits[3] != hits[2]
+
+
 def test_a_nan_vector_of_a_question_is_named(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
     spoilt = np.full((1, 32), np.nan, np.float32)
     monkeypatch.setattr(searcher._workspace, "_encoded", lambda texts, task: spoilt)

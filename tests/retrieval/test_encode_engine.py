@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import encode_corpus, load_vectors
@@ -22,11 +25,19 @@ TEXTS = [" ".join(["the dense passage of tokens"] * (1 + at % 7)) + f" {at}" for
 CORPUS = [{"id": f"p{at}", "text": text} for at, text in enumerate(TEXTS)]
 
 
+@pytest.mark.parametrize("low_latency", [False, True])
 @pytest.mark.parametrize("task", ["query", "document"])
-def test_vectors_are_those_of_torch_in_order(student: SentenceTransformer, task: str) -> None:
-    engine = OpenVINOEngine(student)
+def test_vectors_are_those_of_torch_in_order(student: SentenceTransformer, task: str, low_latency: bool) -> None:
+    engine = OpenVINOEngine(student, low_latency=low_latency)
     found = encode_texts(student, TEXTS, task=task, engine=engine, tokens_per_pass=64)
     np.testing.assert_allclose(found, encode_texts(student, TEXTS, task=task), atol=1e-4)
+
+
+def test_a_student_in_half_precision_is_brought_to_float32_first(student: SentenceTransformer) -> None:
+    half = copy.deepcopy(student).to(torch.bfloat16)
+    wanted = encode_texts(copy.deepcopy(half), TEXTS, task="document")
+    found = encode_texts(half, TEXTS, task="document", engine=OpenVINOEngine(half))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_a_folder_says_its_engine_and_keeps_it(
@@ -48,15 +59,30 @@ def test_a_folder_says_its_engine_and_keeps_it(
 def test_queries_are_encoded_by_the_engine_of_the_passages(
     student: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    by_torch: dict[str, Any] = {"precision": "fp32", "write": lambda line: None}
+    collection: Any = SimpleNamespace(corpus=Dataset.from_list(CORPUS))
+
+    def encodes(folder: str, backend: Any = None) -> bool:
+        """Whether an engine encodes queries."""
+        workspace = Workspace(collection, student, "student", tmp_path / folder, backend=backend, **by_torch)
+        found = workspace.encode_queries({"q": "the passage", "r": "tokens"})
+        np.testing.assert_allclose(found, student.encode_query(["the passage", "tokens"]), atol=1e-4)
+        return any(workspace._engines.values())
+
+    assert not encodes("torch") and not encodes("torch", "torch")
+    assert encodes("torch", "auto") and encodes("torch", "openvino")
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
-    collection: Any = SimpleNamespace(corpus=CORPUS)
-    workspace = Workspace(collection, student, "student", tmp_path, precision="fp32", write=lambda line: None)
-    found = workspace.encode_queries({"q": "the passage", "r": "tokens"})
-    assert "_engine" in vars(workspace)
-    np.testing.assert_allclose(found, student.encode_query(["the passage", "tokens"]), atol=1e-4)
+    assert encodes("openvino") and not encodes("openvino", "torch")
 
 
-def test_vectors_that_differ_are_left_to_torch_with_a_word(
+class Broken:
+    """An engine that fails as a conversion does: with an exception of no common class."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise Exception("no conversion rule")
+
+
+def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
     student: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
@@ -65,3 +91,5 @@ def test_vectors_that_differ_are_left_to_torch_with_a_word(
     assert "cosines of its vectors" in caplog.text
     with pytest.raises(ValueError, match="backend: OpenVINO does not take this model"):
         choose_engine(student, TEXTS, "openvino")
+    monkeypatch.setattr(encode, "OpenVINOEngine", Broken)
+    assert choose_engine(student, TEXTS)[0] == "torch" and "no conversion rule" in caplog.text
