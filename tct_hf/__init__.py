@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from tct_hf.teachers.mixture import calibrate as calibrate
     from tct_hf.teachers.mixture import free_mixture as free_mixture
     from tct_hf.teachers.mixture import search_mixture as search_mixture
+    from tct_hf.teachers.queries import QueryVectors as QueryVectors
     from tct_hf.teachers.remote import RemoteTeacherError as RemoteTeacherError
     from tct_hf.teachers.remote import URLTeacher as URLTeacher
     from tct_hf.teachers.scoring import score_expansions as score_expansions

@@ -108,8 +108,16 @@ def _with_own(
         model.prompts = {"query": "", "document": "", **prompts}
         # Plain encode() takes its texts for passages.
         model.default_prompt_name = "document" if prompts.get("document") else None
+    _check_taken(model, **lengths)
     set_lengths(model[0], model.prompts, **lengths)  # type: ignore[arg-type]
     return model
+
+
+def _check_taken(model: SentenceTransformer, **settings: Any) -> None:
+    given = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    if given and not isinstance(model[0], Transformer):
+        kind = type(model[0]).__name__
+        raise ValueError(f"{given[0]}: a model that begins with a {kind} takes none; leave it out.")
 
 
 def build_student(
@@ -157,6 +165,7 @@ def build_student(
         transformer = load_transformer(model_name_or_path)
         return _tct_student(transformer, pooling, scale, layers, query_augmentation=query_augmentation, **lengths)
     student = _load_own(model_name_or_path, prompts, **lengths)
+    _check_taken(student, layers=layers)
     if layers is not None:
         keep_layers(student[0].model, layers)
     if pooling is not None:

@@ -113,10 +113,10 @@ def whole(model: Any) -> Iterator[None]:
         yield
         return
     routes = getattr(model, "_orig_mod", model)[0].sub_modules
-    encoder = stored.encoder.to(model.device)
+    place, encoder = stored.encoder.device, stored.encoder.to(model.device)
     routes["document"] = nn.Sequential(*encoder)
     try:
         yield
     finally:
         routes["document"] = nn.Sequential(stored)
-        encoder.cpu()
+        encoder.to(place)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tct_hf.data.collection import Collection, Split
-from tct_hf.encoding.kinds import kind_of
+from tct_hf.encoding.kinds import kind_of, module_classes, read_json_of
 from tct_hf.evaluation.experiment import Experiment, effectiveness, read_log, show_examples, write_metrics
 from tct_hf.evaluation.plots import missing_plot, plot_losses, plot_sweep
 from tct_hf.evaluation.references import BASE_NATIVE, BM25, OWN_MAXSIM, STOCK, STUDENT, TEACHER, References
@@ -74,7 +74,10 @@ def quick_report(
         write(f"  {problem}")
     shown, student = list(students.items())[-1]
     loader = "SparseEncoder" if kind_of(student) == "sparse" else "SentenceTransformer"
-    kept = f" Models keep {lengths['document_length']} tokens of a passage." if "document_length" in lengths else ""
+    but = {"StaticEmbedding": ", static students all", "Router": ", those of a tower's passages as many as before"}
+    [first, *_] = module_classes(read_json_of(student, "modules.json"))
+    kept = f" Models keep {lengths.get('document_length')} tokens of a passage{but.get(first, '')}."
+    kept = kept if "document_length" in lengths else ""
     tuned = "that gives both lists the same spread" + ("" if labels else " (this run uses no labels)")
     if labels and "dev" in splits and splits["dev"].qrels:
         tuned = f"tuned for {measure} on the dev queries"

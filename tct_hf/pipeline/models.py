@@ -171,7 +171,9 @@ def make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
         encode_corpus(encoder, run.collection.corpus, folder, state=run.job.state, write=run.job.write, **how)
         vectors = str(folder)
     queries = [*run.collection.unjudged(0.0, None).values()]
-    return query_tower(tower, encoder, vectors, run.collection.corpus, queries=queries)
+    made = query_tower(tower, encoder, vectors, run.collection.corpus, queries=queries)
+    encoder.cpu()  # until the tower is saved
+    return made
 
 
 def prepare(run: Training, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:

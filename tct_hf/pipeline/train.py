@@ -16,6 +16,7 @@ from tct_hf.cache import prepared
 from tct_hf.data.collection import Collection
 from tct_hf.encoding.build import build_colbert
 from tct_hf.encoding.convert import load_encoder
+from tct_hf.encoding.routes import passage_model
 from tct_hf.evaluation.experiment import check_evaluation
 from tct_hf.evaluation.settings import check_codes
 from tct_hf.evaluation.training_reports import quick_report
@@ -28,6 +29,7 @@ from tct_hf.pipeline.models import check_scores, make_teacher, make_tower, new_s
 from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_triples
 from tct_hf.retrieval.runs import Run
+from tct_hf.retrieval.towers import PassageVectors
 from tct_hf.settings import SettingsError
 from tct_hf.teachers.base import read_training_scale
 from tct_hf.training import run as training
@@ -131,7 +133,12 @@ class Training:
         # The model that it starts from may not be there yet: it has the base's encoder.
         if student.tower_of is not None and not self.tower_comes:
             with named("student.tower_of"):
-                load_encoder(student.tower_of, device="cpu")
+                encoder = passage_model(load_encoder(student.tower_of, device="cpu"))
+            if student.passages is not None:
+                try:
+                    PassageVectors(student.passages, self.collection.corpus, encoder)
+                except ValueError as error:
+                    raise SettingsError(f"student.passages: {str(error).removeprefix('vectors: ')}") from error
         comes = self.has_own_teacher or (student.stays and self.tower_comes)
         begun = replace(student, initialise_from="base") if comes else student
         if student.kind == "static":  # of all tokens and many passages, made once
@@ -291,7 +298,7 @@ class Training:
         student = StudentSettings(kind="dense", initialise_from="base", layers=own.layers)
         make: Any = partial(new_student, encoder, student, None)
         if own.kind == "static":
-            make = partial(self._begin, replace(own, initialise_from="base"))
+            make = partial(self._begin, replace(own, initialise_from="base", tower_of=None))
         training.train_stock(self._stage("stock", "dense"), make, partial(self.rows_of, "stock"))
 
     def _distil(self, name: str) -> None:

@@ -142,7 +142,9 @@ def _looked_up(
         found.append(vectors[:, : model.truncate_dim])
         if done is not None:
             done(len(pool))
-    return found[0] if len(found) == 1 else np.concatenate(found or [np.empty((0, table.shape[1]), np.float32)])
+    if not found:
+        return np.empty((0, int(model.get_embedding_dimension() or 0)), np.float32)
+    return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 def is_sparse_encoder(model: Any) -> bool:

@@ -83,6 +83,9 @@ def _opened(source: Any, encoder: SentenceTransformer, ids: Sequence[str]) -> tu
     if isinstance(source, DenseIndex):
         check_model("vectors: the index", source.built_by, model)
         return source.ids.to_pylist(), _IndexRows(source)
+    if not isinstance(source, EngineIndex):
+        known = "a folder of vectors or of an index, a DenseIndex, or a table of an engine"
+        raise ValueError(f"vectors: a {type(source).__name__} does not say which model made it; give {known}.")
     check_model(f"vectors: the table {source.name}", source.about["built_by"], model)
     return ids, _EngineRows(source, ids)
 

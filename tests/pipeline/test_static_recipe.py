@@ -35,6 +35,7 @@ def rows(folder: Path) -> Any:
 def test_a_static_student_goes_through_all_that_a_dense_one_does(whole: Path, tmp_path: Path) -> None:
     measured = json.loads((whole / "metrics.json").read_text())["measured"]["test"]
     assert set(measured) >= {"untrained", "stock", "unlabelled", "labelled", "labelled-first-8", "labelled-bm25"}
+    assert "Models keep 48 tokens of a passage, static students all." in (whole / "report.md").read_text()
     [start] = filter(Path.is_dir, whole.glob("untrained-*"))
     untrained, *others = (rows(whole / name) for name in (start.name, "stock", "unlabelled", "student"))
     for other in others:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from tct_hf import DenseIndex
 from tests.recipe import Check, Run
 
 RECIPE = "compare"
@@ -27,6 +29,10 @@ arms:
       layers: [1]
       training: {{embedding_weight: 1.0}}
     against: [whole]
+  stock:
+    stages: [stock]
+    student.kind: static
+    student.tower_of: ${{output_dir}}/arms/whole/seed-13/student
 """
 
 
@@ -45,10 +51,14 @@ def test_a_tower_is_trained_for_the_passages_of_another_arm(recipe: Run, tmp_pat
     assert 0 < log[0]["embedding"] < 1
     assert "| tower" in (tmp_path / "report.test.md").read_text()
     said = recipe(tmp_path).stdout  # the weights of the model that stays are on record
-    assert said.count("skipped, it is trained") == 2
+    assert said.count("skipped, it is trained") == 3
 
 
-def test_settings_that_no_tower_takes_are_refused(refused: Check) -> None:
+def test_settings_that_no_tower_takes_are_refused(refused: Check, material: Any) -> None:
     refused(["--student.passages=somewhere"], "student.passages: vectors of which model?")
+    mean, codes = (str(material.folder / name) for name in ("mean", "codes"))
+    DenseIndex.build(np.eye(32, dtype=np.float32), [str(row) for row in range(32)]).save(codes)
+    tower = [f"--student.tower_of={mean}", f"--student.passages={codes}"]
+    refused(tower, "student.passages: the index: does not say which model built it")
     refused(["--student.tower_of=a/b", "--student.kind=splade"], "student.kind: a query tower")
     refused(["--student.tower_of=a/b", "--teacher.kind=self"], "teacher.kind: a query tower")

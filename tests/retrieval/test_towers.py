@@ -164,5 +164,12 @@ def test_what_has_no_vector_or_no_whole_vectors_is_refused(made: Path, tmp_path:
     codes = DenseIndex.build(model.encode_document(CORPUS["text"]), CORPUS["id"], "SQ8", built_by=built_by)
     with pytest.raises(ValueError, match="keeps codes of its vectors"):
         PassageVectors(codes, CORPUS, model)
+    with pytest.raises(ValueError, match="vectors: a ndarray does not say which model made it"):
+        PassageVectors(model.encode_document(CORPUS["text"]), CORPUS, model)
     with pytest.raises(FileNotFoundError, match="no folder of encoded passages"):
         PassageVectors(str(tmp_path / "typo"), CORPUS, model)
+    save_student(tower_of(made), tmp_path / "tower")
+    options: dict[str, Any] = {"layers": [0], "document_length": 24}
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=rf"{name}=.* begins with a Router takes none; leave it out"):
+            build_student(str(tmp_path / "tower"), **{name: value})
