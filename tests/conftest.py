@@ -40,8 +40,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> None:
     """Warnings that are given once in a process are given once in a test."""
-    if encode := sys.modules.get("tct_hf.retrieval.encode"):
-        encode._said.clear()
+    if cut_queries := sys.modules.get("tct_hf.retrieval.cut_queries"):
+        cut_queries._said.clear()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,13 @@ def route_of(model: Any, task: str) -> list[Any]:
     return [*modules[0].sub_modules[task], *modules[1:]] if has_routes(modules) else modules
 
 
+def prompt_of(model: Any, task: str) -> str | None:
+    """The prompt that `encode_query` and `encode_document` would take."""
+    names = ("query",) if task == "query" else ("document", "passage", "corpus")
+    name = next((name for name in names if name in model.prompts), model.default_prompt_name)
+    return model.prompts[name] if name else None
+
+
 def has_routes(model: Any) -> bool:
     """Whether queries and passages go through modules of their own."""
     first = next(iter(model), None)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, read_shard, run_shards
 from tct_hf.encoding.weights import unpack_half
-from tct_hf.retrieval.encode import say_cut_queries
+from tct_hf.retrieval.cut_queries import say_cut_queries
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.util import select_max_active_dims
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tct_hf.batches import padding_of, parts_of_similar_length, stack_columns
 from tct_hf.data.ids import SeenIds
@@ -28,11 +27,12 @@ from tct_hf.data.rows import checked_texts
 from tct_hf.data.shards import digest_of, has_shards, run_job, run_shards
 from tct_hf.data.texts import Passage, checked_passages, job_shards, passage_shards, refuse_repeated
 from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
-from tct_hf.encoding.routes import passage_model, route_of
+from tct_hf.encoding.routes import passage_model, prompt_of
 from tct_hf.encoding.static import static_modules
 from tct_hf.encoding.weights import has_bfloat16, tokenizer_digest, unpack_half, weights_digest
 from tct_hf.files import CLAIM_FILE, read_json, write_json_atomic
 from tct_hf.progress import PassageProgress
+from tct_hf.retrieval.cut_queries import filled_rows, say_cut_queries
 from tct_hf.retrieval.vectors import finite_rows, of_torch, vector_facts, vector_table
 
 if TYPE_CHECKING:
@@ -157,60 +157,6 @@ def is_sparse_encoder(model: Any) -> bool:
     return isinstance(model, SparseEncoder)
 
 
-def query_slots(model: Any) -> int | None:
-    """Tokens that a query keeps, special tokens and prompt included; None where nothing is cut."""
-    first = route_of(model, "query")[0]
-    expansion = getattr(first, "query_expansion", None)
-    if expansion:
-        return int(expansion["length"]) if expansion["strategy"] == "fixed" else None
-    slots = getattr(first, "query_length", None) or getattr(first, "max_seq_length", None)
-    return None if slots is None or math.isinf(slots) else int(slots)
-
-
-def filled_rows(model: Any, features: Mapping[str, Any]) -> list[int]:
-    """Rows of tokenised queries whose text fills all slots: those that may have been cut."""
-    expanded, mask = features.get("query_expansion_positions"), features.get("attention_mask")
-    slots = query_slots(model)
-    if slots is None or mask is None or mask.ndim != 2:
-        return []
-    used = mask.sum(dim=1) if expanded is None else (~expanded).sum(dim=1)
-    return (used >= slots).nonzero().flatten().tolist()
-
-
-# Warnings that were given; each is given once in a process.
-_said: set[str] = set()
-
-
-def say_cut_queries(
-    model: Any,
-    queries: Sequence[str],
-    total: int,
-    *,
-    beside: int | None = None,
-    fix: str = "build the student with a larger query_length",
-) -> bool:
-    """Warn of those queries, of so many in all, that are longer than their slots; whether there were any.
-
-    `beside`: the slots of a query that is read together with a long passage.
-    """
-    slots, tokenizer = beside or query_slots(model), getattr(model, "tokenizer", None)
-    if slots is None or not queries or not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return False
-    prompt = prompt_of(model, "query") or ""
-    tokens = tokenizer([prompt + text for text in queries], verbose=False)["input_ids"]
-    cut = [text for text, ids in zip(queries, tokens, strict=True) if len(ids) > slots]
-    if cut:
-        said = (
-            f"Longer than the {slots} tokens that are read of a query{' beside a long passage' if beside else ''}, "
-            f"and cut: {len(cut):,} of {total:,} queries (first {cut[0][:60]!r}). Those that differ only after that "
-            "are the same to the model: shorten them, or "
-        )
-        if said not in _said:  # models of one kind say the same of the same queries
-            _said.add(said)
-            logger.warning(f"{said}{fix}.")
-    return bool(cut)
-
-
 def budget_of(model: Any, tokens_per_pass: int | None) -> int:
     """Tokens a forward pass: as asked for, or by the model's device and kind."""
     if tokens_per_pass is not None:
@@ -219,13 +165,6 @@ def budget_of(model: Any, tokens_per_pass: int | None) -> int:
         return tokens_per_pass
     on_cpu, elsewhere = _SPARSE_TOKENS if is_sparse_encoder(model) else (CPU_TOKENS, ACCELERATOR_TOKENS)
     return on_cpu if model.device.type == "cpu" else elsewhere
-
-
-def prompt_of(model: Any, task: str) -> str | None:
-    """The prompt that `encode_query` and `encode_document` would take."""
-    names = ("query",) if task == "query" else ("document", "passage", "corpus")
-    name = next((name for name in names if name in model.prompts), model.default_prompt_name)
-    return model.prompts[name] if name else None
 
 
 def _passes(model: Any, texts: Sequence[str], task: str, budget: int) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -20,9 +20,8 @@ from tct_hf.data.ids import find, hash_of
 from tct_hf.data.texts import checked_passages
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.encoding.encoders import length_of
-from tct_hf.encoding.routes import StoredVectors, has_routes, joined, passage_model, route_of
+from tct_hf.encoding.routes import StoredVectors, has_routes, joined, passage_model, prompt_of, route_of
 from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.encode import prompt_of
 from tct_hf.retrieval.engines import engine_of
 from tct_hf.retrieval.engines.base import EngineIndex
 from tct_hf.retrieval.index import check_model, described

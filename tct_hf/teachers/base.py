@@ -19,7 +19,7 @@ from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.encoders import load_model
 from tct_hf.encoding.kinds import TRAINING_FILE, read_json_of
 from tct_hf.encoding.weights import compute_dtype, unpack_half
-from tct_hf.retrieval.encode import say_cut_queries
+from tct_hf.retrieval.cut_queries import say_cut_queries
 
 Features = Mapping[str, Any]
 Texts = Sequence[str]

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from tct_hf.batches import in_parts, pad_alike, score_where_the_passages_are, stack_columns
 from tct_hf.data.rows import checked_texts
-from tct_hf.encoding.routes import has_routes
+from tct_hf.encoding.routes import has_routes, prompt_of
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.files import command
-from tct_hf.retrieval.encode import prompt_of
 from tct_hf.teachers.base import Columns, Dtype, Features, ModelTeacher, Rows, Texts
 
 Side = Literal["query", "document"]

@@ -21,7 +21,7 @@ from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.checkpoint import finalise_checkpoint
 from tct_hf.encoding.encoders import keep_scalar, length_of
 from tct_hf.encoding.routes import has_stored_vectors
-from tct_hf.retrieval.encode import say_cut_queries
+from tct_hf.retrieval.cut_queries import say_cut_queries
 from tct_hf.teachers.base import NoTeacher, Teacher
 from tct_hf.teachers.colbert import ColBERTTeacher
 from tct_hf.training.arguments import TCTTrainingArguments

@@ -31,7 +31,7 @@ from tct_hf import DenseIndex, SparseIndex, build_student, encode_corpus, load_v
 from tct_hf.data.ids import SeenIds
 from tct_hf.data.shards import _write_shard
 from tct_hf.encoding.weights import weights_digest
-from tct_hf.retrieval import encode
+from tct_hf.retrieval import cut_queries, encode
 from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
 from tests.encode_worker import COUNT, SHARD, passages
@@ -600,5 +600,5 @@ def test_queries_longer_than_their_slots_are_counted_and_said_once(
     assert np.array_equal(vectors[3], vectors[4])
     encode_texts(model, queries[:2], task="query")
     encode_texts(model, queries, task="document")
-    [said] = [record.getMessage() for record in caplog.records if record.name == encode.logger.name]
+    [said] = [record.getMessage() for record in caplog.records if record.name == cut_queries.logger.name]
     assert f"{slots} tokens that are read" in said and "3 of 5 queries" in said

@@ -27,7 +27,8 @@ from tct_hf.encoding.checkpoint import GOLDEN_TEXTS, fresh_vectors, vectors_of
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.encoding.kinds import kind_of
 from tct_hf.evaluation.workspace import Workspace
-from tct_hf.retrieval.encode import describe_model, query_slots
+from tct_hf.retrieval.cut_queries import query_slots
+from tct_hf.retrieval.encode import describe_model
 from tct_hf.retrieval.towers import PassageVectors, query_tower
 from tests.models import WORDS, tiny_bert
 
