@@ -102,8 +102,10 @@ class StoredVectors(Module):
 
 
 def _stored(model: Any) -> StoredVectors | None:
-    first = getattr(model, "_orig_mod", model)[0]
-    last = first.sub_modules["document"][0] if has_routes([first]) else None
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, SentenceTransformer) or not has_routes(model):  # an expander is no list of modules
+        return None
+    last: Any = route_of(model, "document")[0]
     return last if isinstance(last, StoredVectors) else None
 
 

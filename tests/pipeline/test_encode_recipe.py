@@ -57,7 +57,7 @@ def test_jobs_share_nothing_but_the_folder(material: Material, tmp_path: Path) -
     assert said.splitlines()[-1].startswith("| 60 | 32 | fp32 |") and len(load_vectors(folder)[0]) == 60
     for more, message in (
         ("--shard_index=2", "shard_index, num_shards: 2 of 2"),
-        ("--parquet=pq", "parquet: of a part"),
+        ("--parquet=pq", "parquet: a job has only its own part"),
     ):
         assert message in encode(material, material.student, folder, jobs, more, code=2)[1]
 

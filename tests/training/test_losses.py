@@ -299,11 +299,11 @@ def test_what_self_coupling_can_not_do_is_refused_when_the_trainer_is_built(
     loss = TightlyCoupledLoss(student, self_coupled=[6.0, 12.0])
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "num_processes", 2)  # that have met after the loss was made
-        with pytest.raises(ValueError, match="train a dense student, in one process"):
+        with pytest.raises(ValueError, match="train a dense student without routes, in one process"):
             trainer_of(triples(8), loss=loss)
     trainer_of(triples(8), loss=loss)
     loss.mini_batch_size = 2
     with pytest.raises(ValueError, match="leave out mini_batch_size"):
         trainer_of(triples(8), loss=loss)
-    with pytest.raises(ValueError, match="train a dense student, in one process"):
+    with pytest.raises(ValueError, match="train a dense student without routes, in one process"):
         TightlyCoupledLoss(sparse, self_coupled=[6.0, 12.0])
