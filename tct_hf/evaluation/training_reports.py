@@ -75,7 +75,7 @@ def quick_report(
     shown, student = list(students.items())[-1]
     loader = "SparseEncoder" if kind_of(student) == "sparse" else "SentenceTransformer"
     but = {"StaticEmbedding": ", static students all", "Router": ", those of a tower's passages as many as before"}
-    [first, *_] = module_classes(read_json_of(student, "modules.json"))
+    [first, *_] = module_classes(read_json_of(student, "modules.json")) or [""]
     kept = f" Models keep {lengths.get('document_length')} tokens of a passage{but.get(first, '')}."
     kept = kept if "document_length" in lengths else ""
     tuned = "that gives both lists the same spread" + ("" if labels else " (this run uses no labels)")
