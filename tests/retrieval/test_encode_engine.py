@@ -43,7 +43,7 @@ def test_a_student_in_half_precision_is_brought_to_float32_first(student: Senten
 def test_a_folder_says_its_engine_and_keeps_it(
     student: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"precision": "fp32", "shard_size": 10, "write": lambda line: None}
+    settings: dict[str, Any] = {"precision": "fp32", "shard_size": 10, "write": lambda line: None, "backend": "auto"}
     small = encode_corpus(student, CORPUS, tmp_path / "small", **settings)
     assert "engine" not in small  # too few passages for the graph to be worth it
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
@@ -53,7 +53,7 @@ def test_a_folder_says_its_engine_and_keeps_it(
     )
     np.testing.assert_allclose(load_vectors(tmp_path / "openvino")[1], load_vectors(tmp_path / "small")[1], atol=1e-4)
     with pytest.raises(ValueError, match="engine"):
-        encode_corpus(student, CORPUS, tmp_path / "openvino", backend="torch", **settings)
+        encode_corpus(student, CORPUS, tmp_path / "openvino", **{**settings, "backend": "torch"})
 
 
 def test_queries_are_encoded_by_the_engine_of_the_passages(
@@ -87,9 +87,9 @@ def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
 ) -> None:
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
     monkeypatch.setattr(encode, "ENOUGH_COSINE", 1.1)
-    assert choose_engine(student, TEXTS)[0] == "torch"
+    assert choose_engine(student, TEXTS, "auto")[0] == "torch"
     assert "cosines of its vectors" in caplog.text
     with pytest.raises(ValueError, match="backend: OpenVINO does not take this model"):
         choose_engine(student, TEXTS, "openvino")
     monkeypatch.setattr(encode, "OpenVINOEngine", Broken)
-    assert choose_engine(student, TEXTS)[0] == "torch" and "no conversion rule" in caplog.text
+    assert choose_engine(student, TEXTS, "auto")[0] == "torch" and "no conversion rule" in caplog.text
