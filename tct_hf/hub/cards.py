@@ -214,7 +214,8 @@ def write_card(
         "training": [*((name, value) for name, value in training.items() if value), *facts.steps],
         "effectiveness": None if report is None else _measured(report),
         **_hybrid(report, family),
-        "clients": client_table(folder) if family == "student" else None,
+        # A bare encoder is read in as many ways as there are libraries.
+        "clients": client_table(folder) if family == "student" and (folder / "modules.json").is_file() else None,
         "active_dims": _active_dims(report) if report is not None and family == "sparse_student" else None,
         **shape,
         "dims": sorted(size for size in facts.dims if family == "student" and size < (shape["dimension"] or 0)),
