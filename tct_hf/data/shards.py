@@ -192,6 +192,7 @@ def _there(folder: Path) -> set[str]:
 
 
 def shard_file(folder: Path, number: int) -> Path:
+    """The file of a shard in its folder."""
     return folder / f"{number:05d}.arrow"
 
 

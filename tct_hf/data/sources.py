@@ -80,6 +80,8 @@ def rows_in_batches(rows: Any, keys: Collection[str] = ()) -> Iterator[dict[str,
 
 
 class DatasetSource(Source):
+    """The rows of a `datasets` data set in memory, or of a stream of it."""
+
     def __init__(self, dataset: Any, name: str) -> None:
         from datasets import Dataset
 
@@ -96,6 +98,8 @@ class DatasetSource(Source):
 
 
 class MappingSource(Source):
+    """Rows made of a mapping that the user gave."""
+
     def __init__(self, rows: Callable[[], Iterable[dict[str, Any]]], setting: str) -> None:
         self.rows, self.name = rows, f"{setting} (a mapping)"
         digest = sha256()
@@ -169,6 +173,7 @@ def open_source(
 
 
 def named_by_header(path: Path) -> LineSource:
+    """A tab-separated file whose first line names its columns."""
     first = next((line for _, line in byte_lines(path)), b"")
     return LineSource(path, first.decode(errors="replace").split("\t"), header=True)
 

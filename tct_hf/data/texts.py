@@ -47,6 +47,8 @@ _SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "text", "title")])
 
 @dataclass
 class Texts:
+    """Texts by id, of passages or queries."""
+
     source: str  # for messages
     dataset: Dataset  # columns id and text
     key: list[Any]  # JSON-ready, identifies the content
