@@ -24,6 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = [os.strerror(one) for one in _FULL]
 _RENAME_EXCHANGE = 2  # of Linux's renameat2
 _AT_FDCWD = -100
+_SAID_AFTER = 1.0  # seconds of waiting for another process
 
 
 class DiskFullError(OSError):
@@ -62,7 +63,7 @@ def _held(lock: Path, what: Path, stale: str | None) -> Iterator[None]:
     for held in (FileLock(lock), SoftFileLock(there := lock.with_name(f"{lock.name}.there"))):
         try:
             try:
-                held.acquire(timeout=1)
+                held.acquire(timeout=_SAID_AFTER)
             except Timeout:
                 logger.warning(f"{what}: waiting for another process, which is writing it.")
                 held.acquire()
@@ -228,6 +229,11 @@ def _exchange(one: Path, other: Path) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 of JSON-ready content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: str | os.PathLike[str]) -> str | None:

@@ -199,14 +199,14 @@ def fetch_model(name_or_path: str, *, revision: str | None = None, token: str | 
 def push_folder(
     folder: Path,
     repo_id: str,
-    *,
     kind: str,
-    private: bool | None,
-    revision: str,
-    tag: str | None,
-    token: str | None,
     message: str,
-    replaced: Callable[[str], bool],
+    replaced: Callable[[str], object],
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str = "main",
+    tag: str | None = None,
 ) -> tuple[list[str], str, str]:
     """Push what has changed of a folder to a repository, in one commit, and tag it."""
     api = HfApi(token=token)

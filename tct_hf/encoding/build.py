@@ -62,13 +62,9 @@ def _check(
     if pooling not in (None, "mean", "cls"):
         raise ValueError(f'pooling={pooling!r} is not known: use "mean" or "cls".')
     if encoding == "tct" and prompts:
-        raise ValueError(
-            f'prompts={dict(prompts)}: the TCT encoding has its own; leave them out, or use encoding="own".'
-        )
+        raise ValueError(f'prompts={dict(prompts)}: the TCT encoding has its own; omit them, or use encoding="own".')
     if encoding == "own" and (scale is not None or not query_augmentation):
-        raise ValueError(
-            'scale and query_augmentation are settings of encoding="tct": leave them out, or set student_scale.'
-        )
+        raise ValueError('scale and query_augmentation are settings of encoding="tct": use student_scale, or neither.')
 
 
 def _tct_student(
@@ -87,9 +83,7 @@ def _tct_student(
     )
 
 
-def _load_own(
-    model_name_or_path: str, prompts: Mapping[str, str] | None, **lengths: int | None
-) -> SentenceTransformer:
+def _load_own(model_name_or_path: str, prompts: Mapping[str, str] | None, **lengths: Any) -> SentenceTransformer:
     """An embedding model as it is, but for prompts and lengths; a bare encoder with mean pooling and dot product."""
     if read_json_of(model_name_or_path, "modules.json") is None:
         transformer = load_transformer(model_name_or_path)
@@ -101,15 +95,13 @@ def _load_own(
     return _with_own(model, prompts, **lengths)
 
 
-def _with_own(
-    model: SentenceTransformer, prompts: Mapping[str, str] | None, **lengths: int | None
-) -> SentenceTransformer:
+def _with_own(model: SentenceTransformer, prompts: Mapping[str, str] | None, **lengths: Any) -> SentenceTransformer:
     if prompts:
         model.prompts = {"query": "", "document": "", **prompts}
         # Plain encode() takes its texts for passages.
         model.default_prompt_name = "document" if prompts.get("document") else None
     _check_taken(model, **lengths)
-    set_lengths(model[0], model.prompts, **lengths)  # type: ignore[arg-type]
+    set_lengths(model[0], model.prompts, **lengths)
     return model
 
 
@@ -225,7 +217,7 @@ def build_colbert(
     model = _load_own(model_name_or_path, prompts, **lengths)
     if not isinstance(model[0], Transformer):
         raise ValueError(
-            f"{model_name_or_path} begins with a {type(model[0]).__name__}: use one that begins with a Transformer."
+            f"{model_name_or_path} begins with a {type(model[0]).__name__}: a ColBERT needs a Transformer."
         )
     return MultiVectorEncoder(
         modules=[model[0], *scoring],
@@ -324,12 +316,11 @@ def build_splade(
     """
     _check_head(model_name_or_path)
     transformer = load_transformer(model_name_or_path, transformer_task="fill-mask")
-    check_length(transformer.config, "document_length", document_length, taken=2)
-    if query_length is not None:
-        check_length(transformer.config, "query_length", query_length, taken=2)
+    query_length = document_length if query_length is None else query_length
+    for name, length in (("document_length", document_length), ("query_length", query_length)):
+        check_length(transformer.config, name, length, taken=2)
+        setattr(transformer, name, length)
     transformer.max_seq_length = document_length  # plain encode() knows no other
-    transformer.document_length = document_length
-    transformer.query_length = query_length or document_length
     head: Any = transformer.model.get_output_embeddings()
     pool = SpladePooling("max", embedding_dimension=head.out_features)
     return SparseEncoder(modules=[transformer, pool], similarity_fn_name="dot")
@@ -383,9 +374,7 @@ def save_student(student: SentenceTransformer, path: str | Path) -> Path:
     """
     path = Path(path)
     if not isinstance(getattr(student, "_orig_mod", student), SentenceTransformer):  # or a compiled one
-        raise ValueError(
-            f"A {type(student).__name__} is no student of one vector a text: save it with save_pretrained."
-        )
+        raise ValueError(f"A {type(student).__name__} is no student of one vector a text: use its save_pretrained.")
     refuse_not_finite(student.named_parameters(), "The student")
     final = Path(os.path.realpath(path))
     with staging_beside(final) as staging:

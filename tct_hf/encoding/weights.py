@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from tct_hf.files import json_digest
+
 logger = logging.getLogger(__name__)
 
 if hasattr(os, "register_at_fork"):
@@ -100,4 +102,4 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     content = json.loads(backend.to_str())
     content.pop("truncation", None)
     content.pop("padding", None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content)

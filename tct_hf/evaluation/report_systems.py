@@ -28,14 +28,13 @@ from tct_hf.evaluation.workspace import (
     Workspace,
     check_dims,
     dense_name,
-    digest_of,
     has_own_maxsim,
     open_beside,
     open_reranker,
     open_student,
     said_of,
 )
-from tct_hf.files import CLAIM_FILE, claim, read_json, write_json_atomic
+from tct_hf.files import CLAIM_FILE, claim, json_digest, read_json, write_json_atomic
 from tct_hf.retrieval.encode import read_seconds
 from tct_hf.retrieval.faiss_tools import codes_for, factory_for
 from tct_hf.retrieval.runs import Run, rank
@@ -175,7 +174,7 @@ class ReportSystems:
             depends["expansion"] = settings.expansion.depends()
         depends |= {role: space.depends["student"] for role, space in self.workspaces.items() if role != "student"}
         # Further splits may take some of the tuning queries, and be added when they take none.
-        depends["tuning_queries"] = self.tuning and digest_of(self.tuning.queries)
+        depends["tuning_queries"] = self.tuning and json_digest(self.tuning.queries)
         if self.teacher_name is not None:
             self.teacher = open_reranker(self.teacher_name, self.student)
             auto = settings.precision == "auto" and has_bfloat16(self.teacher.device)
@@ -196,7 +195,7 @@ class ReportSystems:
         names["teacher.weights"] = self.teacher_name
         claim(self.output / "runs", depends, names)
         for name, split in self.collection.also.items():
-            claim(self.output / "runs" / name, {**depends, "queries": digest_of(split.queries)}, names)
+            claim(self.output / "runs" / name, {**depends, "queries": json_digest(split.queries)}, names)
         claim(self.output / "costs", {**depends, "cost": asdict(settings.cost), "machine": machine_key()}, names)
 
     def _words(self, key: str) -> System:

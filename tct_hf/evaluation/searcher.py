@@ -13,8 +13,8 @@ from tct_hf.evaluation.settings import HYBRIDS, EngineSettings, ExpansionSetting
 from tct_hf.evaluation.systems import System, bm25_system, joiner, student_system
 from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
-from tct_hf.evaluation.workspace import Stored, Workspace, digest_of
-from tct_hf.files import MADE_AGAIN, read_json, write_json_atomic
+from tct_hf.evaluation.workspace import Stored, Workspace
+from tct_hf.files import MADE_AGAIN, json_digest, read_json, write_json_atomic
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import Run, rank
 
@@ -182,7 +182,7 @@ class Searcher:
             "sparse_student": self._sparse and self._sparse.depends["student"],
             "expansion": self._expansion and self._expansion.depends(),
         }
-        file = workspace.folder / "fusion" / f"{digest_of(depends)[:16]}.json"
+        file = workspace.folder / "fusion" / f"{json_digest(depends)[:16]}.json"
         if not file.is_file():
             kept: dict[str, Any] = {"alpha": None}
             if (tuning := tuning_queries(workspace.collection, hybrid)) is not None:

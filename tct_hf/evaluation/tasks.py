@@ -14,8 +14,7 @@ from tct_hf.data.collection import load_collection
 from tct_hf.data.sources import reach
 from tct_hf.data.texts import joined
 from tct_hf.evaluation.settings import HYBRIDS
-from tct_hf.evaluation.workspace import digest_of
-from tct_hf.files import MADE_AGAIN, file_digest, read_json, write_json_atomic
+from tct_hf.files import MADE_AGAIN, file_digest, json_digest, read_json, write_json_atomic
 from tct_hf.retrieval.bm25 import BM25Index
 from tct_hf.retrieval.fusion import equal_spread_alpha, fuse
 from tct_hf.retrieval.runs import Run
@@ -200,7 +199,7 @@ def _folder_task(folder: Path) -> Any:
     from mteb.abstasks.task_metadata import TaskMetadata
 
     files = sorted([*folder.glob("*.jsonl*"), *folder.glob("qrels/test.tsv*")])
-    name, revision = folder.resolve().name, digest_of([file_digest(file) for file in files])
+    name, revision = folder.resolve().name, json_digest([file_digest(file) for file in files])
     known: dict[str, Any] = {"type": "Retrieval", "category": "t2t", "modalities": ["text"]}
     known |= {"eval_splits": ["test"], "eval_langs": ["eng-Latn"], "main_score": "ndcg_at_10"}
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Transformer
 
 from tct_hf.cache import default_cache_dir
+from tct_hf.data.collection import Collection
 from tct_hf.data.shards import MANIFEST_FILE
 from tct_hf.encoding.build import build_colbert, has_tct_encoding
 from tct_hf.encoding.convert import load_student
@@ -26,7 +27,8 @@ from tct_hf.encoding.encoders import load_model
 from tct_hf.encoding.engine import OpenVINOEngine
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
-from tct_hf.files import claim, command, working_in, write_json_atomic
+from tct_hf.evaluation.settings import EngineSettings, ExpansionSettings
+from tct_hf.files import claim, command, json_digest, working_in, write_json_atomic
 from tct_hf.hub_client import check_model_folder, resolve_model
 from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
 from tct_hf.retrieval.dense import DenseIndex
@@ -34,7 +36,6 @@ from tct_hf.retrieval.encode import (
     describe_model,
     encode_corpus,
     encode_texts,
-    encoding_seconds,
     find_engine,
     is_sparse_encoder,
     read_seconds,
@@ -44,12 +45,6 @@ from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.vectors import FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
 from tct_hf.teachers.colbert import ColBERTTeacher
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-    from tct_hf.data.collection import Collection
-    from tct_hf.evaluation.settings import EngineSettings, ExpansionSettings
 
 Model = TypeVar("Model")
 Index = TypeVar("Index", BM25Index, DenseIndex, SparseIndex)
@@ -104,15 +99,13 @@ class Workspace:
         self.collection, self.student, self.name = collection, student, name
         self._precision, self._threads, self._in_memory, self._write = precision, threads, in_memory, write
         if folder is None and not in_memory:
-            folder = default_cache_dir() / f"search-{digest_of(self.depends)[:16]}"
+            folder = default_cache_dir() / f"search-{json_digest(self.depends)[:16]}"
         self.folder = folder or Path()
         self._backend, self._engines = backend, dict[int, OpenVINOEngine | None]()
         self._one = lru_cache(remembered)(lambda text: self._encoded([text], "query"))
         self._compared = False  # whether the vectors on disk are known to be of this corpus
         self._elsewhere = False  # whether an engine has the vectors, so that searching needs none here
-        self._made: dict[str, Stored[Any]] = {
-            name: Stored(index, Footprint()) for name, index in (indexes or {}).items()
-        }
+        self._made: dict[str, Stored[Any]] = {key: Stored(one, Footprint()) for key, one in (indexes or {}).items()}
 
     @property
     def indexes(self) -> dict[str, Any]:
@@ -145,15 +138,8 @@ class Workspace:
 
     def encode(self, state: PartialState | None = None) -> dict[str, Any]:
         """Encode the corpus, or go on with it, shared among the processes of `state`; its manifest."""
-        manifest = encode_corpus(
-            self.student,
-            self.collection.corpus,
-            self.folder / "vectors",
-            model_id=self.name,
-            precision=self._precision,
-            state=state,
-            write=self._write,
-        )
+        how: dict[str, Any] = {"model_id": self.name, "precision": self._precision, "write": self._write}
+        manifest = encode_corpus(self.student, self.collection.corpus, self.folder / "vectors", state=state, **how)
         self._compared = True
         return manifest
 
@@ -231,7 +217,7 @@ class Workspace:
         assert settings.path is not None
         options = {**settings.kept(), **self.collection.words, "k1": settings.k1, "b": settings.b}
         build = partial(expanded_bm25, self.collection.corpus, settings.path, **options)
-        return self._stored("bm25-expanded", build, BM25Index.load, settings.depends())
+        return self._stored("bm25-expanded", build, BM25Index.load, **settings.depends())
 
     def dense(
         self,
@@ -248,13 +234,12 @@ class Workspace:
         (passages where None); an index tuned on others is refused.
         """
         settings: dict[str, Any] = {"factory": factory}
-        if size is not None:
-            check_dims([size], self.student.get_embedding_dimension())
-            settings["first_dims"] = size
         if factory != "Flat":
             settings |= {"recall": recall, "k": 100, "tuned_on": tuned_on}
         built_by, student = self.built_by, cast(SentenceTransformer, self.student)
         if size is not None:
+            check_dims([size], student.get_embedding_dimension())
+            settings["first_dims"] = size
             with student.truncate_embeddings(size):
                 built_by = describe_model(student, self.name)["model"]
 
@@ -264,7 +249,7 @@ class Workspace:
             vectors = vectors if size is None else self._as_dot(FirstColumns(vectors, size))
             return DenseIndex.build(vectors, ids, factory, built_by=built_by, **how)
 
-        return self._stored(dense_name(factory, size), build, partial(DenseIndex.load, model=built_by), settings)
+        return self._stored(dense_name(factory, size), build, partial(DenseIndex.load, model=built_by), **settings)
 
     def sparse(self) -> Stored[SparseIndex]:
         """The sparse student's vectors in inverted lists."""
@@ -284,13 +269,12 @@ class Workspace:
         assert settings.name is not None
         index = engine_of(settings.url).open(settings.url, settings.name, model=self.built_by)
         index.ef_search, self._elsewhere = settings.ef_search, True
-        if len(index) != len(ids := self.collection.corpus["id"]):
+        some = index.vectors((ids := self.collection.corpus["id"])[:100])
+        if len(index) != len(ids) or len(some) < len(ids[:100]):
             raise ValueError(
-                f"engine.name: table {settings.name} has {len(index):,} passages, and {self.collection.name} has "
-                f"{len(ids):,}; push its vectors again, or name another table"
+                f"engine.name: the {len(index):,} passages of table {settings.name} are not the {len(ids):,} of "
+                f"{self.collection.name}; push its vectors again, or name another table"
             )
-        if len(some := index.vectors(ids[:100])) < len(ids[:100]):
-            raise ValueError(f"engine.name: table {settings.name} has other passages than {self.collection.name}")
         lengths = np.linalg.norm([*some.values()], axis=1)
         if self.student.similarity_fn_name == "cosine" and not np.allclose(lengths, 1, atol=1e-2):
             raise ValueError(
@@ -299,16 +283,8 @@ class Workspace:
             )
         return Stored(index, Footprint(index.nbytes))
 
-    def footprint(self, stored: Stored[Any]) -> Footprint:
-        """What an index of the student costs with the encoding, whose seconds are scaled up from what was timed."""
-        return stored.footprint + Footprint(0, 0, encoding_seconds(self.folder / "vectors"))
-
     def _stored(
-        self,
-        name: str,
-        build: Callable[[], Index],
-        load: Callable[[Path], Index],
-        settings: Mapping[str, Any] | None = None,
+        self, name: str, build: Callable[[], Index], load: Callable[[Path], Index], **settings: Any
     ) -> Stored[Index]:
         if self._in_memory:
             self._made[name] = self._made.get(name) or Stored(build(), Footprint())
@@ -317,7 +293,7 @@ class Workspace:
         folder, seconds_file = parent / "index", parent / "build_seconds.json"
         # Indexes of words know no student.
         depends = {"corpus": self.depends["corpus"]} if name.startswith("bm25") else self.depends
-        wanted = {**depends, **(settings or {}), "build_threads": self._threads}
+        wanted = {**depends, **settings, "build_threads": self._threads}
         claim(parent, wanted, {"student.weights": self.name} if "student" in depends else None)
         if name in self._made:
             return self._made[name]
@@ -332,11 +308,6 @@ class Workspace:
         opened = load(folder)
         size = Footprint(bytes_on_disk(folder), _memory(opened, folder), read_seconds(seconds_file))
         return self._made.setdefault(name, Stored(opened, size))
-
-
-def digest_of(content: Any) -> str:
-    """SHA-256 of JSON-ready content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def dense_name(factory: str, size: int | None = None) -> str:
@@ -363,10 +334,9 @@ def _memory(index: Any, folder: Path) -> int:
         return (folder / "index.faiss").stat().st_size + int(getattr(index.ids, "nbytes", 0))
     if isinstance(index, SparseIndex):
         return index.nbytes
-    arrays = sum(getattr(part, "nbytes", 0) for part in index._engine.scores.values())
-    words = index._engine.vocab_dict
-    tables = sys.getsizeof(words) + sum(sys.getsizeof(word) + sys.getsizeof(at) for word, at in words.items())
-    return int(arrays + tables + sys.getsizeof(index.ids) + sum(map(sys.getsizeof, index.ids)))
+    arrays, words = index._engine.scores.values(), index._engine.vocab_dict
+    tables = chain([words, index.ids], words, words.values(), index.ids)
+    return int(sum(getattr(part, "nbytes", 0) for part in arrays) + sum(map(sys.getsizeof, tables)))
 
 
 def open_student(name: str, device: str | None = None) -> SentenceTransformer | SparseEncoder:
@@ -390,10 +360,9 @@ def open_beside(workspace: Workspace, name: str, device: str | None = None) -> S
     """Load the sparse student to be searched beside the dense one of `workspace`."""
     if workspace.is_sparse:
         raise ValueError(f"sparse_student: beside {workspace.name}, which is sparse itself; name one of them alone")
-    model = open_student(name, device)
-    if not is_sparse_encoder(model):
+    if not isinstance(model := open_student(name, device), SparseEncoder):
         raise ValueError(f"sparse_student: {name} is no SparseEncoder; name it as student, or name a sparse student")
-    return model  # type: ignore[return-value]
+    return model
 
 
 def open_teacher(name: str) -> MultiVectorEncoder:
@@ -401,11 +370,9 @@ def open_teacher(name: str) -> MultiVectorEncoder:
     return _load("teacher", name, lambda place: ColBERTTeacher(place).model)
 
 
-def has_own_maxsim(student: SentenceTransformer | SparseEncoder) -> bool:
+def has_own_maxsim(model: SentenceTransformer | SparseEncoder) -> bool:
     """Whether a student's own token vectors can be compared: not a sparse one's, and not in TCT encoding."""
-    if isinstance(student, SparseEncoder) or not isinstance(student[0], Transformer):
-        return False
-    return not has_tct_encoding(student)
+    return isinstance(model[0], Transformer) and not (isinstance(model, SparseEncoder) or has_tct_encoding(model))
 
 
 def open_reranker(name: str, workspace: Workspace) -> MultiVectorEncoder:

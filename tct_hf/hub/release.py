@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +164,13 @@ def release(
         if collection is None or family == "teacher":
             raise ValueError("space: it serves a student and what that searches; release a student, with collection=.")
     if (onnx or openvino) and family != "student":
-        raise ValueError(
-            f"onnx, openvino: {source} is a {family.replace('_', ' ')}; only dense students are exported."
-        )
+        raise ValueError(f"onnx, openvino: {source} is a {family.replace('_', ' ')}; only dense students have any.")
     if int8 and not (onnx or openvino):
         raise ValueError("int8: of which file? Set onnx or openvino, too.")
     kept = None if folder is None else check_folder(folder, source)
     with ExitStack() as stack:
-        if kept is None:
-            staging = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "release"
-        else:
-            staging = stack.enter_context(staging_beside(kept))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        staging = scratch / "release" if kept is None else stack.enter_context(staging_beside(kept))
         stack.enter_context(writing(staging))
         left_out = copy_parts(source, staging)
         _add(staging, source, report, recipe)
@@ -182,10 +179,8 @@ def release(
             raise ValueError(f"{source}: no weights in safetensors{pickled}; save it again with save_student.")
         cut_local_paths(staging)
         asked: dict[Format, bool] = {"onnx": onnx, "openvino": openvino}
-        for format in (name for name, wanted in asked.items() if wanted):
-            student = sentence_transformers.SentenceTransformer(str(staging), device="cpu")
-            for small in (False, True)[: 1 + int8]:
-                export(student, staging, format, int8=small)
+        for format, small in product((name for name in asked if asked[name]), (False, True)[: 1 + int8]):
+            export(sentence_transformers.SentenceTransformer(str(staging), device="cpu"), staging, format, int8=small)
         _check(staging, family, source)
         measured = None if report is None else Report.load(staging / "report.json")
         if measured is not None:
@@ -195,51 +190,33 @@ def release(
         else:
             text = _written_card(Path(card))
         write_text_atomic(staging / "README.md", text)
-        refuse_tokens(staging, token or get_token())
+        secret = token or get_token()
+        refuse_tokens(staging, secret)
         files = files_of(staging)
         if kept is not None:
             mark(staging, files)
             staging = kept = replace_dir(staging, kept)
         done = Release(repo_id, family, files, [], left_out, tag=tag, folder=kept)
-        if dry_run:
-            if space is not None and kept is not None and collection is not None:
-                place = check_folder(f"{kept}-space", source)
-                with staging_beside(place) as aside:
-                    write_space(aside, space.split("/")[1], source, collection, repo_id, tag or "main")
-                    refuse_tokens(aside, token or get_token())
-                    mark(aside, files_of(aside))
-                    replace_dir(aside, place)
+        account: dict[str, Any] = {"private": private, "token": token}
+        if not dry_run:
+            said = message or f"Release {tag or repo_id.split('/')[1]}"
+            at: dict[str, Any] = {**account, "revision": revision, "tag": tag}
+            sent, commit, url = push_folder(staging, repo_id, "model", said, is_replaced, **at)
+            unchanged = [name for name in files if name not in sent]
+            done = replace(done, sent=sent, unchanged=unchanged, commit=commit, url=url)
+        if space is None or collection is None or (dry_run and kept is None):
             return done
-        sent, commit, url = push_folder(
-            staging,
-            repo_id,
-            kind="model",
-            private=private,
-            revision=revision,
-            tag=tag,
-            token=token,
-            message=message or f"Release {tag or repo_id.split('/')[1]}",
-            replaced=is_replaced,
-        )
-        unchanged = [name for name in files if name not in sent]
-        done = replace(done, sent=sent, unchanged=unchanged, commit=commit, url=url)
-        if space is None or collection is None:
-            return done
-        page = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "space"
-        write_space(page, space.split("/")[1], source, collection, repo_id, commit)
-        refuse_tokens(page, token or get_token())
-        _, _, space_url = push_folder(
-            page,
-            space,
-            kind="space",
-            private=private,
-            revision="main",
-            tag=None,
-            token=token,
-            message=f"Search with {repo_id}",
-            replaced=lambda name: name.startswith(("tct_hf/", "indexes/")),
-        )
-        return replace(done, space_url=space_url)
+        place = check_folder(f"{kept}-space", source) if dry_run else scratch / "space"
+        with staging_beside(place) as page:
+            write_space(page, space.split("/")[1], source, collection, repo_id, done.commit or tag or "main")
+            refuse_tokens(page, secret)
+            if dry_run:
+                mark(page, files_of(page))
+                replace_dir(page, place)
+                return done
+            said = f"Search with {repo_id}"
+            *_, url = push_folder(page, space, "space", said, re.compile("(tct_hf|indexes)/").match, **account)
+        return replace(done, space_url=url)
 
 
 def _family(source: Path) -> Family:
@@ -287,14 +264,8 @@ def _check(staging: Path, family: Family, source: Path) -> None:
         return
     loader = FAMILIES[family].loader
     here = {} if family == "teacher" else own_vectors(source, loader)
-    check_vectors(
-        staging,
-        here,
-        loader=loader,
-        tolerance=1e-4,
-        than=f"those of {source} here",
-        fix="Save it again with stock modules.",
-    )
+    than, fix = f"those of {source} here", "Save it again with stock modules."
+    check_vectors(staging, here, loader=loader, tolerance=1e-4, than=than, fix=fix)
     if family == "student":
         check_exports(staging, GOLDEN_TEXTS, here)
     if family == "sparse_student" and not all(vectors.any() for vectors in here.values()):
@@ -360,13 +331,12 @@ def copy_parts(source: Path, staging: Path) -> list[str]:
     """Copy the parts of a checkpoint except its card to a new folder; the names of the files that are no part."""
     staging.mkdir(parents=True)
     left_out = []
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        name = file.relative_to(source).as_posix()
+    for name in files_of(source):
         if not _PARTS.fullmatch(name):
             left_out.append(name)
         elif name != "README.md":  # written anew
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, staging / name)
+            shutil.copyfile(source / name, staging / name)
     return left_out
 
 
@@ -418,12 +388,12 @@ def _last_name(path: str) -> str:
 
 def refuse_tokens(staging: Path, token: str | None) -> None:
     """Refuse a release that has a Hub token in a file, or `token`, whatever its form."""
-    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-        with file.open("rb") as opened:  # of weights their header
-            weights = file.suffix == ".safetensors"
+    for name in files_of(staging):
+        with (staging / name).open("rb") as opened:  # of weights their header
+            weights = name.endswith(".safetensors")
             content = opened.read(int.from_bytes(opened.read(8), "little") if weights else -1)
         if _TOKEN.search(content) or (token and token.encode() in content):
             raise ValueError(
-                f"{file.relative_to(staging).as_posix()} holds a Hub token: take it out where the file comes from "
-                "(HF_TOKEN gives it), and revoke it if anybody else has seen it."
+                f"{name} holds a Hub token: take it out where the file comes from (HF_TOKEN gives it), and revoke it "
+                "if anybody else has seen it."
             )

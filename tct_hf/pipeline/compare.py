@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from tct_hf.data.collection import Collection
+from tct_hf.files import json_digest
 from tct_hf.pipeline.checks import of_section
 from tct_hf.pipeline.data import read_collection
 from tct_hf.pipeline.job import Job
@@ -135,8 +135,7 @@ class Comparison:
                 # All arms read much the same: the first says what.
                 run.read(self._read, write=self.job.write if run is first else lambda line: None)
                 if run.trains_teacher:  # in one folder for all that would train the same
-                    digest = sha256(json.dumps(run.of_teacher, sort_keys=True).encode()).hexdigest()[:8]
-                    run.teacher = self.output / "teachers" / digest
+                    run.teacher = self.output / "teachers" / json_digest(run.of_teacher)[:8]
                 run.claim_models()
             for measured in (lambda one: one.fingerprint["sha256"], lambda one: one.splits.get(split)):
                 if measured(run.collection) != measured(first.collection):

