@@ -195,12 +195,14 @@ def test_a_full_disk_is_told_with_the_path_and_the_room_that_is_left(
 def test_the_second_who_would_fill_a_folder_waits_and_says_so(
     tmp_path: Path, missing: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(files, "_SAID_AFTER", 0.05)
     if missing:
         monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(missing, "of the file system")))
     with ThreadPoolExecutor(1) as pool:
         with working_in(tmp_path):
             second = pool.submit(lambda: working_in(tmp_path).__enter__())
-            time.sleep(1.5)  # it says so after a second
+            while not caplog.messages and not second.done():
+                time.sleep(0.01)
             assert not second.done()
         second.result()
     assert f"{tmp_path}: waiting for another process, which is writing it." in caplog.messages

@@ -35,12 +35,17 @@ def test_folder_is_built_once_and_a_failed_build_leaves_nothing(tmp_path: Path) 
 _BUILD = """
 import sys, time
 from pathlib import Path
+from tct_hf import files
 from tct_hf.cache import build_once
 
 def build(staging):
     (staging / "who").write_text(sys.argv[2])
-    time.sleep(2.5)
+    while len(list(Path(sys.argv[1]).parent.glob("*.begun"))) < 2:
+        time.sleep(0.01)
+    time.sleep(0.5)
 
+files._SAID_AFTER = 0.1
+Path(sys.argv[1]).with_name(sys.argv[2] + ".begun").touch()
 print((build_once(Path(sys.argv[1]), build) / "who").read_text())
 """
 
@@ -53,7 +58,7 @@ def test_of_two_processes_one_builds_and_the_other_waits_and_says_so(tmp_path: P
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0] and len({out for out, _ in said}) == 1
     assert sum("waiting for another process, which is writing it" in err for _, err in said) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "one.begun", "other.begun"]
 
 
 KEPT: dict[str, tuple[str, Callable[[Path], object]]] = {
