@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tct_hf import load_triples
 from tct_hf.data.file_sources import LineSource
 from tct_hf.data.streamed import StreamedTriples
+from tct_hf.training import streaming
 from tct_hf.training.streaming import StreamedBatches
 from tests.rows import jsonl, write
 
@@ -86,7 +87,7 @@ def of_process(rows: Any, batch_size: int, process: int, processes: int, workers
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: Callable, shuffled: bool) -> None:
-    rows = source(tmp_path)
+    rows, seen = source(tmp_path), []
     rows = rows.shuffle(seed=3, buffer_size=10) if shuffled else rows
     for processes, workers in ((3, 0), (2, 2)):
         size = 12 // processes
@@ -96,6 +97,8 @@ def test_every_row_once_a_pass_whatever_the_source(tmp_path: Path, source: Calla
         assert sorted(once) == sorted(again) == list(range(ROWS))
         assert (once == list(range(ROWS))) == (not shuffled)
         assert (once == again) == (not shuffled)  # each pass has its own order
+        seen.append([sorted(step) for step in steps])
+    assert seen[0] == seen[1]
 
 
 def test_a_process_parses_its_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +119,33 @@ def test_a_restart_gives_the_rows_that_follow(tmp_path: Path, rows: int, trained
         again = list(islice(of_process(stream, 6, process, 2, workers, trained), 24))
         assert again[:trained] == [[]] * trained
         assert [numbers(batch) for batch in again[trained:]] == whole[trained:]
+
+
+@pytest.mark.parametrize("trained", [7, 10, 12, 18])
+def test_passes_that_are_done_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: int) -> None:
+    rows = load_triples(tsv(tmp_path / "t.tsv", 10), streaming=True).shuffle(seed=3, buffer_size=4)
+    whole = [numbers(batch) for batch in islice(of_process(rows, 4, 0, 1, 0), 22)]
+    begun: list[int] = []
+    one_pass = streaming._one_pass
+    monkeypatch.setattr(streaming, "_one_pass", lambda rows, n: begun.append(n) or one_pass(rows, n))
+    again = [numbers(batch) for batch in islice(of_process(rows, 4, 0, 1, 0, trained), 22)]
+    assert again == [*([[]] * trained), *whole[trained:]]
+    assert begun == [0, *range(trained * 4 // 10, 10)]  # one step ahead
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "expected"),
+    [
+        (4, 1, [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]),
+        (2, 2, [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]),
+        (3, 3, [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]),  # the row that is left is no batch for each of them
+        (20, 1, [[[*range(10)]]]),  # alone, a small batch
+    ],
+)
+def test_one_pass_ends_with_what_is_left(tmp_path: Path, size: int, processes: int, expected: Any) -> None:
+    rows = load_triples(tsv(tmp_path / "t.tsv", 10), streaming=True)
+    parts = [StreamedBatches(rows, size, process=p, processes=processes, passes=1) for p in range(processes)]
+    assert [[*map(numbers, part)] for part in parts] == expected
 
 
 @pytest.mark.parametrize(("size", "processes"), [(3, 2), (1, 2), (1, 1)])

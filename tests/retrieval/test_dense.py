@@ -321,11 +321,11 @@ def in_child(holds: Callable[[], bool]) -> bool:
             code = 0 if holds() else 1
         finally:
             os._exit(code)
-    for _ in range(600):
+    for _ in range(6000):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status == 0
-        time.sleep(0.1)
+        time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return False

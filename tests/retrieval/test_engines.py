@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ from tct_hf.data.shards import run_shards
 from tct_hf.retrieval.vectors import vector_facts, vector_table
 from tests.milvus import Cpp, Lite
 from tests.postgres import Server
+from tests.warm_process import run_warm
 
 COUNT, DIM, SHARD = 1200, 32, 200
 MODEL = {"id": "me/model", "weights_sha256": "a" * 64, "encoding": {"pooling": "mean"}}
@@ -229,8 +228,8 @@ def test_a_push_that_is_stopped_in_a_shard_goes_on_with_it(server: Any, vectors:
         "server": "for one in [*Process(int(sys.argv[4])).children(True), Process(int(sys.argv[4]))]: one.kill()",
     }
     words = [vectors, server.url, f"stopped_{stopped}", str(server.pid)]
-    program = [sys.executable, "-c", PUSH.format(stop=stops[stopped]), *words]
-    done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    program = ["-c", PUSH.format(stop=stops[stopped]), *map(str, words)]
+    done = run_warm(program, env={**os.environ, "OMP_NUM_THREADS": "1"})
     connects_again = server.index is MilvusIndex and stopped == "connection"
     code = -signal.SIGKILL if stopped == "push" else 0 if connects_again else 1
     assert done.returncode == code, done.stderr

@@ -1,4 +1,4 @@
-"""Streamed rows through the trainer's data loader: each once a pass, the same ones after a restart."""
+"""Streamed rows through the trainer: each once a pass, the same ones after a restart."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader
+from datasets import Dataset
 
 from tct_hf import load_triples
 from tct_hf.training import streaming
-from tct_hf.training.streaming import StreamedBatches
 from tests.train_helpers import EVERY_STEP, make_trainer
 from tests.warm_process import run_warm
 
@@ -27,83 +25,6 @@ def write_rows(path: Path, rows: int) -> Path:
     lines = [f"query {i}\t{'positive ' * (i % 18 + 1)}{i}\tnegative {i}\n" for i in range(rows)]
     path.write_text("".join(lines))
     return path
-
-
-@pytest.fixture
-def ten(tmp_path: Path) -> IterableDataset:
-    return load_triples(write_rows(tmp_path / "ten.tsv", 10), streaming=True)
-
-
-@pytest.fixture
-def shuffled(ten: IterableDataset) -> IterableDataset:
-    return ten.shuffle(seed=3, buffer_size=4)
-
-
-def numbers(batch: Any) -> list[int]:
-    return [int(row["query"].split()[1]) for row in batch]
-
-
-def passes(
-    rows: IterableDataset, batch_size: int, processes: int, workers: int, *, steps: int, trained: int = 0
-) -> list[list[int]]:
-    """The row numbers of each step, of all processes together."""
-    read = []
-    for process in range(processes):
-        batches = StreamedBatches(rows, batch_size, process=process, processes=processes)
-        batches.trained = trained
-        loader = iter(DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers))
-        read.append([next(loader) for _ in range(steps)])
-    return [[number for batch in step if batch for number in numbers(batch)] for step in zip(*read, strict=True)]
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0), (3, 2)])
-def test_processes_and_workers_share_each_pass(tmp_path: Path, processes: int, workers: int, shuffle: bool) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 36), streaming=True)
-    rows = rows.shuffle(seed=3, buffer_size=10) if shuffle else rows
-    steps = passes(rows, 12 // processes, processes, workers, steps=6)  # two passes
-    assert steps == passes(rows, 12, 1, 0, steps=6)
-    once, again = [*chain(*steps[:3])], [*chain(*steps[3:])]
-    assert sorted(once) == sorted(again) == list(range(36))
-    assert (once == list(range(36))) == (once == again) == (not shuffle)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_that_are_done_are_not_read_again(shuffled: IterableDataset, workers: int) -> None:
-    whole = passes(shuffled, 2, 2, workers, steps=8)
-    assert passes(shuffled, 2, 2, workers, steps=8, trained=4) == [[], [], [], [], *whole[4:]]
-
-
-@pytest.mark.parametrize("trained", [7, 10, 12, 18])
-def test_passes_that_are_done_are_skipped(
-    shuffled: IterableDataset, monkeypatch: pytest.MonkeyPatch, trained: int
-) -> None:
-    whole = passes(shuffled, 2, 2, 0, steps=22)
-    begun: list[int] = []
-    one_pass = streaming._one_pass
-    monkeypatch.setattr(streaming, "_one_pass", lambda rows, n: begun.append(n) or one_pass(rows, n))
-    assert passes(shuffled, 4, 1, 0, steps=22, trained=trained) == [*([[]] * trained), *whole[trained:]]
-    assert begun == [0, *range(trained * 4 // 10, 10)]  # one step ahead
-
-
-@pytest.mark.parametrize(
-    ("size", "processes", "expected"),
-    [
-        (4, 1, [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]),
-        (2, 2, [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7], [9]]]),
-        (3, 3, [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]),  # the row that is left is no batch for each of them
-    ],
-)
-def test_one_pass_ends_with_what_is_left(ten: IterableDataset, size: int, processes: int, expected: Any) -> None:
-    parts = [StreamedBatches(ten, size, process=p, processes=processes, passes=1) for p in range(processes)]
-    assert [[*map(numbers, part)] for part in parts] == expected
-
-
-def test_fewer_rows_than_one_batch_of_every_process_are_refused(tmp_path: Path) -> None:
-    rows = load_triples(write_rows(tmp_path / "t.tsv", 2), streaming=True)
-    with pytest.raises(ValueError, match=r"has 2 rows, fewer than one batch of 1 rows on each of 3 processes \(3\)"):
-        next(iter(StreamedBatches(rows, 1, process=2, processes=3)))
-    assert numbers(next(iter(StreamedBatches(rows, 8)))) == [0, 1]  # alone, it is a small batch
 
 
 def taken_by(trainer: Any, **options: Any) -> list[int]:
