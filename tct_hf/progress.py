@@ -66,14 +66,15 @@ class PassageProgress:
             of, left = f" of {self._total:,}", f"   {human_duration((self._total - done) / rate)} left"
         self._write(f"  {done:,}{of} passages   {_rate(rate)}{left}")
 
-    def finish(self, passages: int | None = None) -> None:
-        """Say that all passages are there; those that were counted when their number is not given."""
+    def finish(self, passages: int | None = None) -> int:
+        """Say that all passages are there, those counted if their number is not given; returns how many are new."""
         passages = self.there + self._encoded if passages is None else passages
         seconds = time.monotonic() - self._begun
         fresh = passages - self.there
         rate = f", {_rate(fresh / seconds)}" if fresh and seconds > 0 else ""
         there = f" ({self.there:,} were there)" if self.there else ""
         self._write(f"  {passages:,} passages{there} in {human_duration(seconds)}{rate}")
+        return fresh
 
 
 def _rate(passages: float) -> str:

@@ -91,6 +91,10 @@ class Lite:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"MILVUS_URI": self.url.replace("tct:secret@", ""), "MILVUS_TOKEN": "tct:secret"}
+
     def unreachable(self) -> list[str]:
         """URLs with a secret where nothing can be opened."""
         users = ("http://tct:secret", "http://secret", "ftp://tct:secret")

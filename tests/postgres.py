@@ -21,6 +21,10 @@ class Server(postgres.Server):
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"PGHOST": "127.0.0.1", "PGPORT": str(self.port), "PGUSER": "tct", "PGDATABASE": "postgres"}
+
     def unreachable(self) -> list[str]:
         """URLs with a secret where nothing can be opened."""
         other = self.url.replace("/postgres", "/none")

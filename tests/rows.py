@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,5 +21,5 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def content(folder: Path, but: Sequence[str] = ()) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name not in but}
+def content(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if not file.name.startswith(but)}

@@ -41,6 +41,8 @@ class Engine(NamedTuple):
         set_ef: sets how many candidates the graph looks at.
         sizes: bytes of the table and of the graph.
         options: of push.
+        exact: it can search every passage by itself.
+        graph: it has one.
     """
 
     index: str
@@ -49,7 +51,8 @@ class Engine(NamedTuple):
     set_ef: Callable[[Any, int], None]
     sizes: Callable[[Any], tuple[int, int]]
     options: Mapping[str, Any]
-    exact: bool = True  # searches every passage by itself
+    exact: bool = True
+    graph: bool = True
 
 
 def start_postgres() -> Any:
@@ -82,10 +85,12 @@ def set_ef_search(index: Any, ef: int) -> None:
 
 
 _POSTGRES = ("PgVectorIndex", "postgresql", start_postgres, set_ef_search, postgres_sizes)
+_MILVUS = ("MilvusIndex", "http", no_server, set_ef_search, milvus_sizes)
 ENGINES = {
     "pgvector": Engine(*_POSTGRES, {}),
     "pgvector, half": Engine(*_POSTGRES, {"half": True}),
-    "Milvus": Engine("MilvusIndex", "http", no_server, set_ef_search, milvus_sizes, {}, exact=False),
+    "Milvus": Engine(*_MILVUS, {}, exact=False),
+    "Milvus, FLAT": Engine(*_MILVUS, {"index": "FLAT"}, graph=False),
 }
 
 
@@ -127,7 +132,7 @@ def filled(engine: Engine, shards: Path, url: str, name: str) -> Side:
     begun = time.perf_counter()
     index = Timed.push(shards, url, name, write=str, **engine.options)
     done = time.perf_counter()
-    if not index.uses_graph():
+    if engine.graph and not index.uses_graph():
         raise SystemExit(f"{name}: searches don't go through the graph")
     times = index.stored_at - begun, done - index.stored_at
     return Side(index, lambda: Timed.open(url, name), engine.set_ef, *times, engine.sizes(index))
@@ -256,9 +261,10 @@ def measure(args: argparse.Namespace, work: Path, stack: ExitStack) -> None:
     def rows() -> Iterator[list[Any]]:
         yield from measured(exact, None, queries[:few], best[:few])
         for ef in EF_SEARCH:
-            yield from measured(sides, ef, queries, best)
+            yield from measured(graphs, ef, queries, best)
 
     print()
+    graphs = {name: side for name, side in sides.items() if name not in ENGINES or ENGINES[name].graph}
     head = "side | ef_search | Recall@100 | 1 client, p50 / p95 ms | 8 clients, p50 / p95 ms | 8 clients, queries/s"
     table(head, rows())
 

@@ -192,7 +192,7 @@ class ReportSystems:
         }
         self.depends = depends
         names: dict[str, str | None] = {f"{role}.weights": space.name for role, space in self.workspaces.items()}
-        names["teacher.weights"] = self.teacher_name
+        names |= {"teacher.weights": self.teacher_name, "engine.rows": settings.engine.name}
         claim(self.output / "runs", depends, names)
         for name, split in self.collection.also.items():
             claim(self.output / "runs" / name, {**depends, "queries": json_digest(split.queries)}, names)

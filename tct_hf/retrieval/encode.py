@@ -58,7 +58,6 @@ ACCELERATOR_TOKENS = 32_768
 # A sparse student computes a score of every term for every token, of which pooling makes a copy: with 30,522 terms,
 # 125 MB each of 1,024 tokens, and 1 GB of 8,192.
 _SPARSE_TOKENS = (1024, 8192)  # on the CPU, on an accelerator
-SECONDS_FILE = "encoding_seconds.json"
 
 
 def encode_texts(
@@ -281,7 +280,7 @@ def encode_corpus(
 
     A call that finds shards of an earlier one goes on after them, once it has seen that they are of the same model,
     settings and passages. `manifest.json` comes last, and beside it the seconds that encoding took, scaled up to the
-    whole where a part was there already; `load_vectors` reads the folder. What grows with the corpus is 16 bytes a
+    whole where this call encoded a part; `load_vectors` reads the folder. What grows with the corpus is 16 bytes a
     passage, by which an id that comes twice is found.
 
     Several processes split the shards among them, each given the whole corpus in the same order. Vectors depend
@@ -400,25 +399,30 @@ def encode_corpus(
                 count += len(table)
         return {"model": description["model"], **vector_facts(tables)}
 
-    shards = chain([first if job is None or job[0] == 0 else range(len(first))], passages_of)
-    parts: Any = ((None if isinstance(one, range) else digest_of(chain.from_iterable(one)), one) for one in shards)
+    count = 0
+
+    def parts() -> Iterator[Any]:
+        nonlocal count
+        for one in chain([first if job is None or job[0] == 0 else range(len(first))], passages_of):
+            count += len(one)
+            yield None if isinstance(one, range) else digest_of(chain.from_iterable(one)), one
+
     options: dict[str, Any] = {
         "about": about,
         "names": {"weights_sha256": description["model"]["id"]},
         "progress": progress,
     }
+    begun = time.monotonic()
     if job is not None:
         size = None if total is None else (math.ceil(total / shard_size), total)
-        manifest = run_job(folder, settings, parts, make, jobs=job[1], size=size, **options)
-        progress.finish()
-        return manifest
-    begun = time.monotonic()
-    manifest = run_shards(folder, settings(), parts, make, state=state, **options)
-    progress.finish(manifest["count"])
-    fresh = manifest["count"] - progress.there
+        manifest = run_job(folder, settings, parts(), make, jobs=job[1], size=size, **options)
+    else:
+        manifest = run_shards(folder, settings(), parts(), make, state=state, **options)
+    fresh = progress.finish(count if job is None else None)
     if is_main and fresh:
-        seconds = (time.monotonic() - begun) * manifest["count"] / fresh
-        write_json_atomic(folder / SECONDS_FILE, {"seconds": seconds, "passages_timed": fresh})
+        seconds = (time.monotonic() - begun) * count / fresh
+        file = f"encoding_seconds{'' if job is None else f'-{job[0]}'}.json"
+        write_json_atomic(folder / file, {"seconds": seconds, "passages_timed": fresh})
     return manifest
 
 
@@ -429,8 +433,9 @@ def _begun(folder: Path) -> dict[str, Any]:
 
 
 def encoding_seconds(folder: str | Path) -> float | None:
-    """The seconds that encoding a folder of vectors took in all; None where that is not known."""
-    return read_seconds(Path(folder) / SECONDS_FILE)
+    """The seconds that encoding a folder of vectors took in all, by the mean of its jobs; None where not known."""
+    found = [*filter(None, map(read_seconds, Path(folder).glob("encoding_seconds*.json")))]
+    return sum(found) / len(found) if found else None
 
 
 def read_seconds(file: Path) -> float | None:

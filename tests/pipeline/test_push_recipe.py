@@ -27,14 +27,9 @@ def test_pushed_vectors_are_reported_and_searched_as_those_of_faiss(material: Ma
         push.append("--index=FLAT")
     assert "60 of 60" in run("push", folder, *push).stdout
     assert "(60 were there)" in run("push", folder, *push).stdout
-    report = [
-        *collection,
-        "--teacher=null",
-        "--measures.depth=20",
-        "--cost.queries=2",
-        f"--output_dir={report_dir}",
-    ]
-    run("evaluate", folder, *report, "--measures.names=[RR@10]", *engine)
+    shallow = ["--teacher=null", "--measures.depth=20", "--measures.names=[RR@10]", "--cost.queries=2"]
+    report = [*collection, *shallow, f"--output_dir={report_dir}", *engine]
+    run("evaluate", folder, *report)
     found, exact = (read_run(report_dir / "runs" / f"dense-{key}.test.trec") for key in ("engine", "exact"))
     assert {query: [*hits] for query, hits in found.items()} == {query: [*hits] for query, hits in exact.items()}
     row = next(system for system in Report.load(report_dir).systems if system.key == "dense-engine")
@@ -48,4 +43,8 @@ def test_pushed_vectors_are_reported_and_searched_as_those_of_faiss(material: Ma
     assert ours == theirs
     wrong = [f"--student={material.folder / 'mean'}", f"--data.source={material.beir}", *engine]
     assert "table passages: built by" in run("search", folder, *wrong, stdin="dense\n", code=1).stderr
+    index = kind.index.open(server.url, "passages")
+    index.upsert(ours[:1], [[0.5] * index.dimension])
+    changed = run("evaluate", folder, *report, code=1).stderr
+    assert "holds a run with engine.rows = 'passages' (" in changed and "but now engine.rows = 'passages' (" in changed
     server.end()

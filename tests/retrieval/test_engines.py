@@ -79,6 +79,7 @@ def test_exact_search_gives_the_run_of_a_flat_index_and_the_graph_most_of_it(ser
     assert {name: [*hits] for name, hits in found.items()} == {name: [*hits] for name, hits in wanted.items()}
     for name in names:
         np.testing.assert_allclose([*found[name].values()], [*wanted[name].values()], rtol=1e-5)
+    assert not index.uses_graph()
     index.exact = False
     recalls = []
     for index.ef_search in (100, 400):
@@ -91,14 +92,24 @@ def test_exact_search_gives_the_run_of_a_flat_index_and_the_graph_most_of_it(ser
     assert server.text(index, "p7") == "text of p7"
 
 
-def test_ties_go_by_id_and_halves_are_equal_to_float16(server: Any, vectors: Path) -> None:
-    index = push(vectors, server, "halves", half=server.index is not MilvusIndex)  # which these servers don't have
+def test_ties_go_by_id_halves_are_equal_to_float16_and_each_change_shows(
+    server: Any, vectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = server.index is not MilvusIndex  # of which these servers have none
+    index = push(vectors, server, "halves", half=half)
     assert whole(index, vectors)
+    digests = [index.digest]
     index.upsert(["z", "a", "p5"], np.full((3, DIM), 100.0))
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    digests.append(server.index.open(name="halves").digest)
     for index.exact in (True, False):
         assert index.search(np.ones((1, DIM)), 3)[0] == [["a", "p5", "z"]]
     index.delete(["a", "z", "not 'there\""])
     assert len(index) == COUNT
+    digests.append(index.digest)
+    index.upsert(["p5"], np.full((1, DIM), 50.0))  # as many passages
+    assert len({*digests, index.digest}) == 4 and len(push(vectors, server, "halves", half=half)) == COUNT
     index.drop()
     with pytest.raises(ValueError, match=r"there is no \w+ halves"):
         server.index.open(server.url, "halves")

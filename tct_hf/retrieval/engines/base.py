@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -66,12 +67,13 @@ class EngineIndex(VectorSearch):
 
     @property
     def digest(self) -> str:
-        """Identifies what `push` has stored."""
-        return digest_of([*map(str, sorted(self._digests().items())), str(sorted(self.about.items()))])
+        """Identifies what is stored: another after each push that stores something, upsert or delete."""
+        return digest_of(map(str, [*sorted(self._digests().items()), sorted(self.about.items())]))
 
     # An engine connects, making its tables where they are missing; says what is stored of a table, and stores it
-    # where nothing is; and then, of a table: the digests of its shards; one shard, stored whole or not at all in place
-    # of whatever it was (None: rows of no shard); and the graph, made where it is missing.
+    # where nothing is; and then, of a table: the digests of its shards and, by a number below 0, of the last change of
+    # other rows; one shard, stored whole or not at all in place of whatever it was (None: rows of no shard); and the
+    # graph, made where it is missing.
     @classmethod
     @abstractmethod
     def _connected(cls, url: str | None, name: str, about: Mapping[str, Any] | None) -> Self: ...
@@ -109,7 +111,7 @@ class EngineIndex(VectorSearch):
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Store passages, in place of those with the same ids."""
-        self._store(None, "", self._checked(ids, vectors, texts, metadata))
+        self._store(None, uuid4().hex, self._checked(ids, vectors, texts, metadata))
 
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import numpy as np
 
@@ -26,7 +27,9 @@ _MOST_LOOKED_AT = 32_768  # Milvus's limit of ef
 _LONGEST = 65_535  # bytes of a string in Milvus
 _LITE = "milvus_lite"
 _HAS_NO_HALF = re.compile(rf"{_LITE}|v?2\.[0-3]\b")
-_ABOUT = -1  # number of the ledger's entry that says what is stored of the collection
+# Numbers of the ledger's entries that say what is stored of the collection, and identify the last change of other rows
+# than of shards.
+_ABOUT, _CHANGED = -1, -2
 
 
 class MilvusIndex(EngineIndex):
@@ -125,7 +128,7 @@ class MilvusIndex(EngineIndex):
         return bool(self.about["index"] != "FLAT")
 
     def _digests(self) -> dict[int, str]:
-        rows = self._ask(self._ledger, "number >= 0", "number", "digest")
+        rows = self._ask(self._ledger, f"number != {_ABOUT}", "number", "digest")
         return {row["number"]: row["digest"] for row in rows}
 
     def _store(self, number: int | None, digest: str, rows: Rows) -> None:
@@ -133,6 +136,8 @@ class MilvusIndex(EngineIndex):
         if number is not None and not self._is_new:
             self._forget([number])
         with _plainly():
+            if number is None:  # first, so that what is stopped has been noted
+                self._client.upsert(self._ledger, [_entry(_CHANGED, digest)])
             for batch in self._batches(-1 if number is None else number, rows):
                 self._client.upsert(self.name, batch)
             if number is not None:
@@ -174,6 +179,7 @@ class MilvusIndex(EngineIndex):
 
     def delete(self, ids: Sequence[str]) -> None:
         with _plainly():
+            self._client.upsert(self._ledger, [_entry(_CHANGED, uuid4().hex)])
             self._client.delete(self.name, filter=_named(ids))
 
     def drop(self) -> None:

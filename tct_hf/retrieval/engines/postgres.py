@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -22,6 +23,11 @@ create table if not exists tct_hf_shards (
     name text references tct_hf_indexes on delete cascade, number int, digest text not null,
     primary key (name, number)
 );
+"""
+# Of a shard, or of the last change of rows of none.
+_NOTE = """
+insert into tct_hf_shards values (%s, coalesce(%s, -1), %s)
+on conflict (name, number) do update set digest = excluded.digest
 """
 _MOST_SEARCHED = 1000  # pgvector's limit of ef_search
 _ROWS = "id text primary key, shard int, vector {}({}) not null, text text, metadata jsonb"
@@ -111,12 +117,7 @@ class PgVectorIndex(EngineIndex):
                         raise ValueError(f"corpus: passage {passage_id!r} has a NUL, which PostgreSQL has not; cut it")
                     value = None if more is None else Jsonb(more)
                     copy.write_row((passage_id, number, self._value(vector), text, value))
-            if number is not None:
-                cursor.execute(
-                    "insert into tct_hf_shards values (%s, %s, %s) on conflict (name, number) do update set digest = "
-                    "excluded.digest",
-                    (self.name, number, digest),
-                )
+            cursor.execute(_NOTE, (self.name, number, digest))
 
     def _forget(self, numbers: Iterable[int]) -> None:
         gone = list(numbers)
@@ -129,7 +130,9 @@ class PgVectorIndex(EngineIndex):
         self._ask(f"analyze {self.name}")
 
     def delete(self, ids: Sequence[str]) -> None:
-        self._ask(f"delete from {self.name} where id = any(%s)", (list(ids),))
+        with self._using() as connection, connection.transaction():
+            self._ask(f"delete from {self.name} where id = any(%s)", (list(ids),))
+            self._ask(_NOTE, (self.name, None, uuid4().hex))
 
     def drop(self) -> None:
         with self._using() as connection, connection.transaction():
