@@ -67,18 +67,15 @@ test-all: test
 
 # The browser test also needs Debian's or Ubuntu's chromium, and is skipped without.
 $(VENV)/.installed-extras: $(VENV)/.installed-dev
-	"$(RUN)" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]" openvino playwright
+	"$(RUN)" -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]" playwright
 	@touch "$@"
 
-EXTRAS := demo,mteb,pyterrier,onnx
+EXTRAS := demo,mteb,pyterrier
 EXTRA_TESTS := evaluation/test_tasks.py evaluation/test_page.py hub/test_space.py retrieval/test_pyterrier.py
-# In a process of their own: what trains after OpenVINO has crashed.
-OPENVINO_TESTS := hub/test_release.py encoding/test_export.py retrieval/test_encode_engine.py
 
 test-extras: $(VENV)/.installed-extras
 	"$(RUN)" -m pytest -n $(THREADS) --dist loadfile --no-loadscope-reorder -m "not data and not network and not gpu" \
 		$(addprefix tests/,$(EXTRA_TESTS)) $(ARGS)
-	"$(RUN)" -m pytest -m "not data and not network and not gpu" $(addprefix tests/,$(OPENVINO_TESTS)) $(ARGS)
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 "$(RUN)" -m mkdocs build --strict

@@ -29,8 +29,8 @@ class Settings:
         "auto", "compute precision; auto: bf16 where the hardware has it and the vectors stay the same"
     )
     backend: Literal["auto", "torch", "openvino"] = setting(
-        "torch",
-        "what computes; auto: OpenVINO on the CPU where it is installed and as good (extra: openvino; experimental)",
+        "auto",
+        "what computes; auto: OpenVINO on the CPU where it is installed and as good (extra: openvino)",
     )
     truncate_dim: int | None = setting(
         None, "number of first dimensions to keep, for Matryoshka students; all when null"

@@ -58,8 +58,7 @@ class Settings:
         "auto", "precision of encoding; auto: bf16 where it is as good"
     )
     backend: Literal["auto", "torch", "openvino"] = setting(
-        "torch",
-        "what encodes questions; auto: OpenVINO on the CPU where it is as good (extra: openvino; experimental)",
+        "auto", "what encodes questions; auto: OpenVINO on the CPU where it is installed and as good (extra: openvino)"
     )
     remembered: int = setting(0, "questions whose vectors are kept, for when they are asked again")
     dims: int | None = setting(None, "number of first dimensions to search with, exactly; all when null")

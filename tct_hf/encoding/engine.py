@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tct_hf.encoding.export import Graph, needs, openvino_model
+from tct_hf.encoding.export import Graph, needs, openvino_core, openvino_model
 from tct_hf.encoding.weights import unpack_half
 
 # Tokens of which the width of a pass with low latency is a multiple.
@@ -44,7 +44,7 @@ class OpenVINOEngine:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
         options |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1 if low_latency else threads}
         self._dim = vectors.output(0).partial_shape[1].get_length()
-        compiled = openvino.compile_model(vectors, "CPU", options)
+        compiled = openvino_core().compile_model(vectors, "CPU", options)
         self._request = compiled.create_infer_request() if low_latency else None
         self._queue = openvino.AsyncInferQueue(compiled, threads)
         self._queue.set_callback(lambda request, found: np.copyto(found, request.output_tensors[0].data))

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -127,11 +128,22 @@ def _traced(graph: Graph) -> Iterator[None]:
             logging.disable(level)
 
 
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's Core, one for the process.
+
+    Each Core's plugin of the CPU sets a stack for signal handlers and unmaps it at its end; of two that end in the
+    order of their making, the second puts the first one's stack back, and the next signal kills the process.
+    """
+    return needs("openvino").Core()
+
+
 def openvino_model(student: SentenceTransformer) -> Any:
     """The graph of a student as an `openvino.Model` in memory."""
     openvino, graph = needs("openvino"), Graph(student)
     with _traced(graph):
-        model = openvino.convert_model(graph, example_input=graph.example())
+        # Weights of its own: shared ones would follow the student's training, in part.
+        model = openvino.convert_model(graph, example_input=graph.example(), share_weights=False)
     dynamic = openvino.PartialShape([-1, -1])
     for port, name in zip(model.inputs, graph.inputs, strict=True):
         port.get_tensor().set_names({name})
@@ -270,7 +282,7 @@ def graph_vectors(file: Path, texts: Sequence[str], side: Literal["query", "docu
         session = needs("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
         return session.run([_VECTOR], inputs)[0]
     options = {"INFERENCE_PRECISION_HINT": "f32"}
-    return needs("openvino").compile_model(str(file), "CPU", options)(inputs)[_VECTOR]
+    return openvino_core().compile_model(str(file), "CPU", options)(inputs)[_VECTOR]
 
 
 def check_exports(folder: Path, texts: Sequence[str], rule: dict[str, np.ndarray]) -> dict[str, float]:

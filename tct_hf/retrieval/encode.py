@@ -194,9 +194,7 @@ def choose_precision(model: SentenceTransformer | SparseEncoder, texts: Sequence
     return "bf16" if _lowest_cosine(full, half) >= ENOUGH_COSINE else "fp32"
 
 
-def choose_engine(
-    model: Any, texts: Sequence[str], backend: str = "torch", precision: str = "auto"
-) -> tuple[str, str]:
+def choose_engine(model: Any, texts: Sequence[str], backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
     """What to encode passages with, "openvino" or "torch", and in what, "bf16" or "fp32".
 
     OpenVINO where it is installed, for dense students on the CPU and enough passages, if the vectors of some are the
@@ -266,7 +264,7 @@ def encode_corpus(
     *,
     model_id: str | None = None,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
-    backend: Literal["auto", "torch", "openvino"] = "torch",
+    backend: Literal["auto", "torch", "openvino"] = "auto",
     dtype: Literal["float32", "float16"] = "float32",
     shard_size: int = POOL,
     tokens_per_pass: int | None = None,
@@ -299,8 +297,7 @@ def encode_corpus(
             that of the first.
         backend: what computes. "auto": OpenVINO where it is installed, for a dense student on the CPU whose first
             shard has a thousand passages, some dozen of which keep a cosine of 0.9999 to torch's in float32; else
-            torch. The manifest says which; a folder that was begun keeps it. OpenVINO is experimental: a process that
-            trained models after it has crashed.
+            torch. The manifest says which; a folder that was begun keeps it.
         dtype: what to store vectors in; float32 for those of a sparse encoder.
         shard_size: passages a shard: what a kill loses at most, and what memory holds.
         tokens_per_pass: as `encode_texts`; recorded, since the last bits of a vector depend on it.

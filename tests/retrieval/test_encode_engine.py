@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf import encode_corpus, load_vectors
 from tct_hf.encoding.engine import OpenVINOEngine
-from tct_hf.evaluation import workspace
 from tct_hf.evaluation.workspace import Workspace
 from tct_hf.retrieval import encode
 from tct_hf.retrieval.encode import choose_engine, encode_texts
@@ -42,10 +41,31 @@ def test_a_student_in_half_precision_is_brought_to_float32_first(student: Senten
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_a_student_that_trains_on_leaves_its_engine_as_it_was(student: SentenceTransformer) -> None:
+    engine, wanted = OpenVINOEngine(student), encode_texts(student, TEXTS, task="document")
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.copy_(torch.randn_like(weight))
+    np.testing.assert_allclose(encode_texts(student, TEXTS, task="document", engine=engine), wanted, atol=1e-4)
+
+
+def test_signals_are_handled_after_engines_that_ended_in_the_order_of_their_making(
+    student: SentenceTransformer,
+) -> None:
+    seen: list[int] = []
+    first, second = OpenVINOEngine(student), OpenVINOEngine(student)
+    del first
+    del second
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+
+
 def test_a_folder_says_its_engine_and_keeps_it(
     student: SentenceTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"precision": "fp32", "shard_size": 10, "write": lambda line: None, "backend": "auto"}
+    settings: dict[str, Any] = {"precision": "fp32", "shard_size": 10, "write": lambda line: None}
     small = encode_corpus(student, CORPUS, tmp_path / "small", **settings)
     assert "engine" not in small  # too few passages for the graph to be worth it
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
@@ -54,8 +74,10 @@ def test_a_folder_says_its_engine_and_keeps_it(
         student, CORPUS, tmp_path / "small", **settings
     )
     np.testing.assert_allclose(load_vectors(tmp_path / "openvino")[1], load_vectors(tmp_path / "small")[1], atol=1e-4)
+    monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1000)  # as begun, though it would now be chosen otherwise
+    assert encode_corpus(student, CORPUS, tmp_path / "openvino", **settings) == made
     with pytest.raises(ValueError, match="engine"):
-        encode_corpus(student, CORPUS, tmp_path / "openvino", **{**settings, "backend": "torch"})
+        encode_corpus(student, CORPUS, tmp_path / "openvino", backend="torch", **settings)
 
 
 def test_queries_are_encoded_by_the_engine_of_the_passages(
@@ -74,7 +96,6 @@ def test_queries_are_encoded_by_the_engine_of_the_passages(
     assert not encodes("torch") and not encodes("torch", "torch")
     assert encodes("torch", "auto") and encodes("torch", "openvino")
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
-    monkeypatch.setattr(workspace, "encode_corpus", partial(encode_corpus, backend="auto"))
     assert encodes("openvino") and not encodes("openvino", "torch")
 
 
@@ -90,9 +111,9 @@ def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
 ) -> None:
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
     monkeypatch.setattr(encode, "ENOUGH_COSINE", 1.1)
-    assert choose_engine(student, TEXTS, "auto")[0] == "torch"
+    assert choose_engine(student, TEXTS)[0] == "torch"
     assert "cosines of its vectors" in caplog.text
     with pytest.raises(ValueError, match="backend: OpenVINO does not take this model"):
         choose_engine(student, TEXTS, "openvino")
     monkeypatch.setattr(encode, "OpenVINOEngine", Broken)
-    assert choose_engine(student, TEXTS, "auto")[0] == "torch" and "no conversion rule" in caplog.text
+    assert choose_engine(student, TEXTS)[0] == "torch" and "no conversion rule" in caplog.text
