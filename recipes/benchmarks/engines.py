@@ -38,7 +38,7 @@ class Engine(NamedTuple):
         index: the name of its class in tct_hf.
         scheme: how its URLs begin.
         start: starts a server; it has a `url` and an `end`.
-        set_ef: sets how many candidates the graph looks at.
+        settle: waits until the engine no longer changes how it stores what was pushed.
         sizes: bytes of the table and of the graph.
         options: of push.
         exact: it can search every passage by itself.
@@ -48,7 +48,7 @@ class Engine(NamedTuple):
     index: str
     scheme: str
     start: Callable[[], Any]
-    set_ef: Callable[[Any, int], None]
+    settle: Callable[[Any], None]
     sizes: Callable[[Any], tuple[int, int]]
     options: Mapping[str, Any]
     exact: bool = True
@@ -80,12 +80,20 @@ def milvus_sizes(index: Any) -> tuple[int, int]:
     return vectors, index.nbytes - vectors
 
 
+def merge_segments(index: Any) -> None:
+    """As Milvus does by itself a minute after a push; larger graphs find less at the same ef."""
+    merging = index._client.compact(index.name)
+    while index._client.get_compaction_state(merging) != "Completed":
+        time.sleep(0.5)
+    index._finish()
+
+
 def set_ef_search(index: Any, ef: int) -> None:
     index.ef_search = ef
 
 
-_POSTGRES = ("PgVectorIndex", "postgresql", start_postgres, set_ef_search, postgres_sizes)
-_MILVUS = ("MilvusIndex", "http", no_server, set_ef_search, milvus_sizes)
+_POSTGRES = ("PgVectorIndex", "postgresql", start_postgres, lambda index: None, postgres_sizes)
+_MILVUS = ("MilvusIndex", "http", no_server, merge_segments, milvus_sizes)
 ENGINES = {
     "pgvector": Engine(*_POSTGRES, {}),
     "pgvector, half": Engine(*_POSTGRES, {"half": True}),
@@ -131,11 +139,11 @@ def filled(engine: Engine, shards: Path, url: str, name: str) -> Side:
 
     begun = time.perf_counter()
     index = Timed.push(shards, url, name, write=str, **engine.options)
-    done = time.perf_counter()
+    times = index.stored_at - begun, time.perf_counter() - index.stored_at
+    engine.settle(index)
     if engine.graph and not index.uses_graph():
         raise SystemExit(f"{name}: searches don't go through the graph")
-    times = index.stored_at - begun, done - index.stored_at
-    return Side(index, lambda: Timed.open(url, name), engine.set_ef, *times, engine.sizes(index))
+    return Side(index, lambda: Timed.open(url, name), set_ef_search, *times, engine.sizes(index))
 
 
 def faiss_sides(shards: Path, work: Path, threads: int) -> tuple[Side, Side]:

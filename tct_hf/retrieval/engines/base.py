@@ -111,7 +111,12 @@ class EngineIndex(VectorSearch):
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Store passages, in place of those with the same ids."""
-        self._store(None, uuid4().hex, self._checked(ids, vectors, texts, metadata))
+        matrix, names = as_matrix(vectors, "vectors"), list(ids)
+        check_ids(names, len(matrix), "vectors")
+        if matrix.shape[1] != self.dimension:
+            raise ValueError(f"vectors: dimension {matrix.shape[1]} where table {self.name} has {self.dimension}")
+        none = [None] * len(names)
+        self._store(None, uuid4().hex, Rows(names, matrix, texts or none, metadata or none))
 
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> None:
@@ -232,13 +237,6 @@ class EngineIndex(VectorSearch):
         recall = float(np.mean([len({*some} & {*every}) / max(len(every), 1) for some, every in pairs]))
         figures = {"passages": len(self), "expected": len(ids), "sample": len(names), "equal": equal}
         return {**figures, "k": k, "recall": recall, "uses_graph": self.uses_graph()}
-
-    def _checked(self, ids: Sequence[str], vectors: Any, texts: Any, metadata: Any) -> Rows:
-        matrix, names = as_matrix(vectors, "vectors"), list(ids)
-        check_ids(names, len(matrix), "vectors")
-        if matrix.shape[1] != self.dimension:
-            raise ValueError(f"vectors: dimension {matrix.shape[1]} where table {self.name} has {self.dimension}")
-        return Rows(names, matrix, texts or [None] * len(names), metadata or [None] * len(names))
 
 
 def check_name(name: str) -> None:
