@@ -64,6 +64,7 @@ def main(settings: Settings) -> None:
                 name=name,
                 dims=comparison.dims,
                 codes=comparison.codes,
+                stored=[folder for run in comparison.runs.values() for folder in run.passage_folders],
                 settings=asdict(settings),
             )
         print("\n" + report.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Router
 from torch import nn
+
+# A tower and the model of its passages read different lengths, each its own.
+logging.getLogger(Router.__module__).addFilter(lambda record: "Different max_seq_lengths" not in record.getMessage())
 
 # Vectors `(texts, dim)` float32 of passages, and what is to be said of those that have none.
 LookUp = Callable[[Sequence[str]], tuple[np.ndarray, list[str]]]

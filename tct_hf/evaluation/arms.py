@@ -46,6 +46,7 @@ def search_student(
     bf16: bool,
     dims: Sequence[int] | None = None,
     codes: Sequence[str] | None = None,
+    stored: Sequence[Path] = (),
 ) -> Found:
     """Search with a student (folder), alone and fused with the BM25 of an experiment: split to evaluation.
 
@@ -55,7 +56,7 @@ def search_student(
     folder, depth = student.parent / "runs", experiment.depth
     weights = weights_file_digest(student)
     claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
-    system, *parts = References(collection, depth, bf16).students({STUDENT: str(student)}, dims, codes)
+    system, *parts = References(collection, depth, bf16, stored).students({STUDENT: str(student)}, dims, codes)
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)
     own.search([replace(system, title=title), *parts], folder)
@@ -96,12 +97,14 @@ def report_arms(
     settings: Mapping[str, Any],
     dims: Sequence[int] | None = None,
     codes: Sequence[str] | None = None,
+    stored: Sequence[Path] = (),
     write: Callable[[str], None] = print,
 ) -> Path:
     """Search with every arm's students (seed to folder) and the reference systems; write report, metrics and plot.
 
     `systems` begin with BM25; `split` is "test", or "dev", which never searches for the test queries; `name` is in
-    the names of all files. Students are also searched with their first `dims` dimensions and by Faiss's `codes`.
+    the names of all files. Students are also searched with their first `dims` dimensions and by Faiss's `codes`, and
+    those whose passages' vectors are in a folder of `stored` read them there.
     Returns the report, Markdown.
     """
     experiment = Experiment.of(collection, measures, depth, splits=("dev", split), write=write)
@@ -115,7 +118,7 @@ def report_arms(
             measured[one] = with_fused(measured[one], key, measures[0])
     references = dict(measured[split])
     results: dict[str, ArmResult] = {}
-    how: Any = {"bf16": bf16, "dims": dims, "codes": codes}
+    how: Any = {"bf16": bf16, "dims": dims, "codes": codes, "stored": stored}
     for arm, folders in students.items():
         found = {
             seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, **how)

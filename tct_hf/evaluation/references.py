@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
@@ -40,11 +41,15 @@ RERANKED = 100
 
 @dataclass(frozen=True)
 class References:
-    """What a training run is measured by on a collection: exact search, `depth` passages a query."""
+    """What a training run is measured by on a collection: exact search, `depth` passages a query.
+
+    Models whose passage vectors are in one of the folders `stored`, those of query towers, encode no passage.
+    """
 
     collection: Collection
     depth: int
     bf16: bool
+    stored: Sequence[Path] = ()
 
     def model(
         self,
@@ -64,7 +69,8 @@ class References:
         def search(size: int | None, code: str, queries: Mapping[str, str]) -> Run:
             if not found:  # all at once: the model and the vectors are then let go
                 precision, depth = "bf16" if self.bf16 else "fp32", self.collection.reach(self.depth)
-                workspace = Workspace(self.collection, load(), key, precision=precision, in_memory=True)
+                how: dict[str, Any] = {"in_memory": True, "stored": self.stored}
+                workspace = Workspace(self.collection, load(), key, precision=precision, **how)
                 found.update({part: workspace.search(queries, depth, *part) for part in parts})
             return found[size, code]
 

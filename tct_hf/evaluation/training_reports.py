@@ -37,6 +37,7 @@ def quick_report(
     examples: int,
     judge: str | None = None,
     labels: bool = True,
+    stored: Sequence[Path] = (),
     write: Callable[[str], None] = print,
     **more: Any,
 ) -> None:
@@ -45,7 +46,7 @@ def quick_report(
     claim(folder, settings, names)
     models: dict[str, Any] = {"base_model": base_model, "students": students, "teacher": teacher, **more}
     experiment = Experiment.of(collection, measures, depth, write=write)
-    experiment.search(References(collection, depth, bf16).systems(lengths=lengths, **models), folder)
+    experiment.search(References(collection, depth, bf16, stored).systems(lengths=lengths, **models), folder)
     titles, splits = experiment.titles, experiment.splits
     dense = [key for key in (BASE_NATIVE, STOCK, *students) if key in titles]
     alphas = experiment.fuse_with_bm25(dense, folder, tune=labels)

@@ -73,6 +73,7 @@ class Workspace:
         threads: CPU threads that build indexes.
         in_memory: write nothing; `precision` is then "bf16" or "fp32".
         indexes: those that are there already, by their names in `indexes`.
+        stored: in memory: folders of vectors, of which that of the student's passages is read.
         backend: what encodes queries, as in `encode_corpus`; what encoded the passages when None.
         remembered: single queries whose vectors are kept in memory, the last ones asked.
     """
@@ -88,6 +89,7 @@ class Workspace:
         threads: int = 1,
         in_memory: bool = False,
         indexes: Mapping[str, Any] | None = None,
+        stored: Sequence[Path] = (),
         backend: Literal["auto", "torch", "openvino"] | None = None,
         remembered: int = 0,
         write: Callable[[str], None] = print,
@@ -98,6 +100,7 @@ class Workspace:
             raise ValueError(f"student: {name} compares by {student.similarity_fn_name!r}: {can} can be searched.")
         self.collection, self.student, self.name = collection, student, name
         self._precision, self._threads, self._in_memory, self._write = precision, threads, in_memory, write
+        self._stored_vectors = stored
         if folder is None and not in_memory:
             folder = default_cache_dir() / f"search-{json_digest(self.depends)[:16]}"
         self.folder = folder or Path()
@@ -154,7 +157,13 @@ class Workspace:
         """Passage ids and vectors `(passages, dim)`, on disk; encoded first, or compared with the corpus."""
         if self._in_memory:
             corpus = self.collection.corpus
-            ids, vectors = list(corpus["id"]), self._encoded(corpus["text"], "document")
+            ids = list(corpus["id"])
+            for folder in self._stored_vectors:
+                if _same_model(read_manifest(folder)["model"], self.built_by):
+                    names, vectors, _ = load_vectors(folder, mmap=True)
+                    if set(names) == set(ids):
+                        return names, self._as_dot(vectors)
+            vectors = self._encoded(corpus["text"], "document")
         else:
             if not self._compared:
                 self.encode()
@@ -308,6 +317,11 @@ class Workspace:
         opened = load(folder)
         size = Footprint(bytes_on_disk(folder), _memory(opened, folder), read_seconds(seconds_file))
         return self._made.setdefault(name, Stored(opened, size))
+
+
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two models, as their vectors record them, encode passages alike."""
+    return all(one.get(key) == other[key] for key in ("weights_sha256", "encoding"))
 
 
 def dense_name(factory: str, size: int | None = None) -> str:

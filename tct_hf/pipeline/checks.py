@@ -157,6 +157,8 @@ def check_together(settings: TrainSettings) -> None:
     sparse, static = student.kind == "splade", student.kind == "static"
     if student.tower_of is None and student.passages is not None:
         raise SettingsError("student.passages: vectors of which model? Name it with student.tower_of")
+    if student.tower_of is None and student.from_vectors.texts:
+        raise SettingsError("student.from_vectors: vectors of which model? Name it with student.tower_of")
     if student.tower_of is not None and (sparse or student.scale is not None or teacher.kind == "self"):
         name = "teacher.kind" if teacher.kind == "self" else "student.kind" if sparse else "student.scale"
         raise SettingsError(

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 
+from tct_hf.cache import prepared
 from tct_hf.encoding.build import build_colbert, build_splade, build_student, student_from_teacher
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.encoding.routes import passage_model
 from tct_hf.encoding.static import build_static
-from tct_hf.files import CLAIM_FILE, is_claimed, read_json, replace_dir, staging_beside, write_json_atomic
+from tct_hf.files import (
+    CLAIM_FILE,
+    is_claimed,
+    json_digest,
+    read_json,
+    replace_dir,
+    staging_beside,
+    weights_file_digest,
+    write_json_atomic,
+)
 from tct_hf.hub_client import resolve_model
-from tct_hf.pipeline.settings import OF_PAIRS, EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
+from tct_hf.pipeline.settings import OF_PAIRS, TRAINING, EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.retrieval.encode import describe_model, encode_corpus
+from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.retrieval.towers import query_tower
@@ -34,7 +46,9 @@ from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, calibrate, membe
 from tct_hf.teachers.queries import QueryVectors
 from tct_hf.teachers.remote import URLTeacher
 from tct_hf.teachers.stored import StoredScores
+from tct_hf.training.from_vectors import parts_of_passages, train_from_vectors
 from tct_hf.training.run import ARGUMENTS
+from tct_hf.training.stages import Stage
 
 if TYPE_CHECKING:
     from tct_hf.pipeline.train import Training
@@ -166,7 +180,7 @@ def make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
     encoder, vectors = load_encoder(student.tower_of, device=str(run.job.state.device)), student.passages
     if vectors is None:
         digest = describe_model(passage_model(encoder))["model"]["weights_sha256"]
-        folder = (run.vectors.parent if run.vectors else run.folder) / "passages" / digest[:8]
+        folder = run.shared / "passages" / digest[:8]
         how: dict[str, Any] = {"precision": "auto" if run.base["bf16"] else "fp32", "model_id": student.tower_of}
         encode_corpus(encoder, run.collection.corpus, folder, state=run.job.state, write=run.job.write, **how)
         vectors = str(folder)
@@ -174,6 +188,48 @@ def make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
     made = query_tower(tower, encoder, vectors, run.collection.corpus, queries=queries)
     encoder.cpu()  # until the tower is saved
     return made
+
+
+def begin_tower(run: Training, student: StudentSettings, new: Callable[[], Any]) -> Path:
+    """The folder of a query tower that has learned from vectors alone, trained once for all that begin so.
+
+    Args:
+        new: makes the tower's encoder of queries.
+    """
+    of, precise = str(student.tower_of), run.base["bf16"]
+    other = ("training", "schedules", "teacher_cache", "teacher_cache_gigabytes")
+    own = {name: value for name, value in student.depends().items() if name not in other}
+    depends = {**run.depends("student"), "student": own}
+    folder = run.shared / "towers" / json_digest(depends)[:8]
+
+    def make() -> Any:
+        tower = make_tower(run, student, new())
+        questions = [*dict.fromkeys(run.collection.unjudged(0.0, None).values())]
+        others = parts_of_passages(run.collection.corpus["text"], student.from_vectors.texts)
+        texts = [*questions, *others]
+
+        def encode(out: Path) -> None:
+            run.job.write(f"  {len(texts):,} texts: vectors of {of}")
+            encoder = load_encoder(of, device=str(run.job.state.device))
+            np.save(out / "vectors.npy", encode_texts(encoder, texts, task="query", bf16=precise))
+
+        key = [weights_file_digest(of) or of, json_digest(texts), precise]
+        kept = prepared("vectors", key, encode, run.shared / "texts")
+        return tower, questions, others, np.load(kept / "vectors.npy")
+
+    how = {**TRAINING, "logging_steps": 100, "save_steps": 200, **run.base, **student.from_vectors.training}
+    work = folder.parent / "training" / folder.name
+    return train_from_vectors(Stage(folder, work, settings=depends, arguments=how, write=run.job.write), make)
+
+
+def finish_tower(run: Training, name: str, made: Path) -> None:
+    """Make what has learned from vectors alone the model of a stage."""
+    final = run.folder_of(name)
+    with run.job.state.main_process_first(), staging_beside(final) as staging:
+        if not run.is_trained(name):
+            shutil.copytree(made, staging)
+            write_json_atomic(staging / CLAIM_FILE, run.depends(name))
+            replace_dir(staging, final)
 
 
 def prepare(run: Training, name: str) -> tuple[StudentSettings, TeacherSettings, Run]:

@@ -237,6 +237,18 @@ class TeacherSettings(OneTeacher):
 
 
 @dataclass
+class FromVectorsSettings:
+    """How a query tower learns, before anything else, the vectors that the model of its passages has for texts."""
+
+    texts: int = setting(0, "parts of passages to learn from, besides the train questions; 0: no such stage")
+    training: dict[str, Any] = setting(
+        {},
+        "its training arguments, where others than the defaults",
+        keys_of="sentence_transformers:SentenceTransformerTrainingArguments",
+    )
+
+
+@dataclass
 class StudentSettings:
     """What the student starts from, and how it is distilled."""
 
@@ -253,6 +265,7 @@ class StudentSettings:
     passages: str | None = setting(
         None, "its vectors: a folder of encode, a dense index, or URL#table of an engine; encoded once when null"
     )
+    from_vectors: FromVectorsSettings = field(default_factory=FromVectorsSettings)
     query_augmentation: bool = setting(True, "with tct: pad queries with attended [MASK]s")
     pooling: Literal["mean", "cls"] | None = setting(
         None, "pooling of token vectors; cls: the start token's; null: the base's own, mean with tct"
@@ -269,7 +282,11 @@ class StudentSettings:
         {}, "loss settings over training, such as {temperature: {start: 2.0, end: 0.5, shape: cosine}}"
     )
     # The sparse student's arguments are the dense one's and its regularisers'.
-    training: dict[str, Any] = setting({}, "training arguments", keys_of="tct_hf:SparseTCTTrainingArguments")
+    training: dict[str, Any] = setting(
+        {},
+        "training arguments of the student; max_steps 0: a tower that learns from vectors alone",
+        keys_of="tct_hf:SparseTCTTrainingArguments",
+    )
 
     @property
     def stays(self) -> str | None:
@@ -279,9 +296,16 @@ class StudentSettings:
     def depends(self) -> dict[str, Any]:
         """The settings, and a digest of the local model of the passages, JSON-ready."""
         found = asdict(self)
+        if not self.from_vectors.texts:  # as folders were made before there was such a stage
+            del found["from_vectors"]
         if self.tower_of is None:
             return {name: value for name, value in found.items() if name not in ("tower_of", "passages")}
         return {**found, "tower_weights": weights_file_digest(self.tower_of)}
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether it is trained by a teacher of scores, and not by vectors alone."""
+        return not (self.from_vectors.texts and self.training.get("max_steps") == 0)
 
 
 @dataclass

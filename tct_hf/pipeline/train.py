@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from tct_hf.cache import prepared
 from tct_hf.data.collection import Collection
+from tct_hf.data.shards import MANIFEST_FILE
 from tct_hf.encoding.build import build_colbert
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.encoding.routes import passage_model
@@ -25,7 +26,15 @@ from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import leave_out_reported, read_collection, read_triples
 from tct_hf.pipeline.job import Job
-from tct_hf.pipeline.models import check_scores, make_teacher, make_tower, new_student, prepare
+from tct_hf.pipeline.models import (
+    begin_tower,
+    check_scores,
+    finish_tower,
+    make_teacher,
+    make_tower,
+    new_student,
+    prepare,
+)
 from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_triples
 from tct_hf.retrieval.runs import Run
@@ -302,6 +311,8 @@ class Training:
         training.train_stock(self._stage("stock", "dense"), make, partial(self.rows_of, "stock"))
 
     def _distil(self, name: str) -> None:
+        if not (own := self.settings.student).is_coupled:
+            return finish_tower(self, name, begin_tower(self, own, partial(self._new_student, own)))
         if self.has_own_teacher and not self.folder_of("teacher").is_dir():
             raise SettingsError(
                 f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
@@ -320,18 +331,35 @@ class Training:
     def _begin(self, student: StudentSettings) -> Any:
         if "student" in self.start:
             return SentenceTransformer(self.start["student"])
+        new = partial(self._new_student, student)
+        if student.tower_of is None:
+            return new()
+        if student.from_vectors.texts:
+            return make_tower(self, student, SentenceTransformer(str(begin_tower(self, student, new))))
+        return make_tower(self, student, new())
+
+    def _new_student(self, student: StudentSettings) -> Any:
         if student.kind == "static":
-            made: Any = SentenceTransformer(str(self._untrained(student)))
-        else:
-            made = new_student(self.settings.encoder, student, self.teacher_model)
-        return made if student.tower_of is None else make_tower(self, student, made)
+            return SentenceTransformer(str(self._untrained(student)))
+        return new_student(self.settings.encoder, student, self.teacher_model)
 
     def _untrained(self, student: StudentSettings) -> Path:
         """The folder of a static student before training."""
         start = student.stays or self.settings.encoder.starts_from(student.initialise_from)
         made_of = {**self.of_teacher, "start": start, "dim": student.dim}
         parts = (self.settings.encoder, student, self.teacher_model, self.collection.corpus)
-        return prepared("untrained", made_of, lambda out: new_student(*parts).save_pretrained(str(out)), self.folder)
+        return prepared("untrained", made_of, lambda out: new_student(*parts).save_pretrained(str(out)), self.shared)
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what runs of one comparison make once for all of them."""
+        return self.vectors.parent if self.vectors else self.folder
+
+    @property
+    def passage_folders(self) -> list[Path]:
+        """Folders of the vectors of passages that its query towers were made for."""
+        given = [Path(self.settings.student.passages)] if self.settings.student.passages else []
+        return [one for one in (*given, *self.shared.glob("passages/*")) if (one / MANIFEST_FILE).is_file()]
 
     @property
     def vectors_folder(self) -> str | None:
@@ -350,7 +378,7 @@ class Training:
         stock = models.pop("stock", None)
         if "unlabelled" in models:
             models = {"unlabelled": models["unlabelled"], "labelled": models["student"]}
-        if settings.student.kind == "static":
+        if settings.student.kind == "static" and settings.student.tower_of is None:
             models = {"untrained": str(self._untrained(settings.student)), **models}
         colbert, (depends, names) = settings.teacher.kind == "colbert", self.of_runs()
         quick_report(
@@ -369,6 +397,7 @@ class Training:
             vectors=self.vectors_folder,
             dims=settings.student.training.get("matryoshka_dims"),
             labels=settings.data.labels > 0,
+            stored=self.passage_folders,
             **asdict(settings.evaluation) | {"codes": settings.codes},
         )
         return (self.folder / "report.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
-from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from torch import nn
 
 from tct_hf.data.ids import find, hash_of
@@ -161,7 +161,7 @@ def query_tower(
         queries: some questions, such as those of the training rows, to fit the start to.
         fit: end the tower in a linear layer that is fitted, by least squares, to stored vectors of passages and to the
             vectors that `of` has for `queries`: a far better start, whatever the dimensions. None: unless `tower` is
-            such a tower already.
+            such a tower already. A static tower has the layer in its table.
 
     Returns:
         The student.
@@ -185,6 +185,8 @@ def query_tower(
         if model.similarity_fn_name == "cosine":
             wanted = [UnitRows(part)[:] for part in wanted]
         body.append(_fitted(found, np.concatenate(wanted)))
+    if isinstance(body[0], StaticEmbedding):
+        body = _folded(body, rescale=bool(ending))
     made = [*body, *copy.deepcopy(ending)]
     return joined(made, [StoredVectors(stored, encoder)], encoder, prompt_of(tower, "query") or "")
 
@@ -209,3 +211,18 @@ def _fitted(found: np.ndarray, wanted: np.ndarray) -> Dense:
         init_weight=torch.from_numpy(weight),
         init_bias=torch.from_numpy((goal - weight @ mean).astype(np.float32)),
     )
+
+
+def _folded(body: Sequence[Any], *, rescale: bool) -> list[Any]:
+    """A static body whose linear module, where it ends in one, is in its table: the mean of tokens commutes with it.
+
+    `rescale`: keep the median length of the table's rows, where vectors are normalised, for one learning rate.
+    """
+    if len(body) != 2 or not isinstance(body[1], Dense) or not isinstance(body[1].activation_function, nn.Identity):
+        return list(body)
+    before, linear = body[0].embedding.weight, body[1].linear
+    with torch.no_grad():
+        rows = linear(before)
+        if rescale:
+            rows *= before.norm(dim=1).median() / rows.norm(dim=1).median()
+    return [StaticEmbedding(body[0].tokenizer, embedding_weights=rows.detach())]

@@ -12,12 +12,15 @@ import pytest
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from torch import nn
 
 from tct_hf import (
     DenseIndex,
     DenseTeacher,
     TCTTrainer,
     TCTTrainingArguments,
+    build_static,
     build_student,
     encode_corpus,
     save_student,
@@ -26,10 +29,11 @@ from tct_hf import (
 from tct_hf.encoding.checkpoint import GOLDEN_TEXTS, fresh_vectors, vectors_of
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.encoding.kinds import kind_of
+from tct_hf.encoding.routes import route_of
 from tct_hf.evaluation.workspace import Workspace
 from tct_hf.retrieval.cut_queries import query_slots
 from tct_hf.retrieval.encode import describe_model
-from tct_hf.retrieval.towers import PassageVectors, query_tower
+from tct_hf.retrieval.towers import PassageVectors, _folded, _parted, query_tower
 from tests.models import WORDS, tiny_bert
 
 CORPUS = Dataset.from_list(
@@ -174,3 +178,18 @@ def test_what_has_no_vector_or_no_whole_vectors_is_refused(made: Path, tmp_path:
     for name, value in options.items():
         with pytest.raises(ValueError, match=rf"{name}=.* begins with a Router takes none; leave it out"):
             build_student(str(tmp_path / "tower"), **{name: value})
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_static_tower_has_its_linear_end_in_its_table(made: Path, similarity: str) -> None:
+    model = SentenceTransformer(str(made / "model"))
+    static = build_static(model, dim=16, texts=CORPUS["text"])
+    linear, ends = Dense(16, 32, activation_function=nn.Identity()), [Normalize()] * (similarity == "cosine")
+    texts = [*ROWS["query"], "passage"]
+    apart = SentenceTransformer(modules=[static[0], linear, *ends]).encode(texts)
+    folded = _folded([static[0], linear], rescale=bool(ends))
+    assert np.allclose(SentenceTransformer(modules=[*folded, *ends]).encode(texts), apart, atol=1e-5)
+    lengths = [table.embedding.weight.norm(dim=1).median().item() for table in (static[0], folded[0])]
+    assert not ends or lengths[0] == pytest.approx(lengths[1], rel=1e-5)
+    tower = query_tower(static, model, str(made / "vectors"), CORPUS)
+    assert [type(one) for one in route_of(tower, "query")] == [StaticEmbedding, *map(type, _parted([*model])[1])]
