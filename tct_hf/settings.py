@@ -24,6 +24,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -110,7 +111,10 @@ def _with_arguments(setting: _Setting, given: Any, name: str = "") -> Any:
         hints = {}
     # Argument classes of other libraries are loose about texts, enums and mappings, and say so in prose only.
     strict = {key: hint for key, hint in hints.items() if {*_members(hint)} <= {bool, int, float, type(None)}}
-    fields = [(one.name, strict.get(one.name, Any), MISSING) for one in dataclasses.fields(arguments) if one.init]
+    every = [(one.name, strict.get(one.name, Any), MISSING) for one in dataclasses.fields(arguments) if one.init]
+    asked = [one for one in every if one[0] in given]
+    # Fewer are sooner made; where one is unknown, all of them tell which was meant.
+    fields = asked if len(asked) == len(given) else every
     known: Any = OmegaConf.structured(dataclasses.make_dataclass(arguments.__name__, fields))
     try:
         typed: Any = OmegaConf.to_container(OmegaConf.merge(known, given))
@@ -246,10 +250,13 @@ def load_settings(schema: type[T], argv: Sequence[str] | None, *, description: s
     return filled(schema, given if file is None else _merge(read_yaml(file), given))
 
 
+_structured: Callable[[type], Any] = cache(OmegaConf.structured)
+
+
 def filled(schema: type[T], given: Mapping[str, Any]) -> T:
     """A settings dataclass with what was given, by nested names, and its defaults elsewhere."""
     try:
-        made: Any = OmegaConf.merge(OmegaConf.structured(schema), _with_arguments(_Setting(schema), given))
+        made: Any = OmegaConf.merge(_structured(schema), _with_arguments(_Setting(schema), given))
         _check(given, OmegaConf.to_container(made))
         return OmegaConf.to_object(made)  # type: ignore[return-value]
     except MissingMandatoryValue as error:

@@ -233,7 +233,7 @@ def test_importing_loads_nothing_heavy(modules: str, heavy: set[str]) -> None:
 words = st.text(alphabet="aenoyslNE01289.-+:_~ #'\"\n[]{}é", max_size=8)
 
 
-@hypothesis_settings(deadline=None, max_examples=50)
+@hypothesis_settings(deadline=None, max_examples=25)
 @given(text=words, items=st.lists(words), number=st.floats(allow_nan=False), mapping=st.dictionaries(words, words))
 def test_any_resolved_settings_load_again_to_the_same(
     tmp_path_factory: pytest.TempPathFactory, text: str, items: list[str], number: float, mapping: dict[str, str]

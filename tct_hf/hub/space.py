@@ -27,27 +27,10 @@ from tct_hf.retrieval.index import VectorIndex
 from tct_hf.retrieval.sparse import SparseIndex
 
 # The dependencies of pyproject.toml: what is installed may not say them, or say those of another version.
-NEEDED = (
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "datasets",
-    "filelock",
-    "xxhash",
-    "accelerate",
-    "huggingface_hub",
-    "faiss-cpu",
-    "bm25s",
-    "numba",
-    "PyStemmer",
-    "ir-measures",
-    "pytrec_eval-terrier",
-    "omegaconf",
-    "pyyaml",
-    "numpy",
-    "psutil",
-    "scipy",
-)
+_NEEDED = """
+    torch transformers sentence-transformers datasets filelock xxhash accelerate huggingface_hub faiss-cpu
+    bm25s numba PyStemmer ir-measures pytrec_eval-terrier omegaconf pyyaml numpy psutil scipy
+"""
 _FACTS, _PASSAGES, _INDEXES = "space.json", "passages.parquet", "indexes"
 _DAMAGED = "the Space is not as it was written; release it again"
 _APP = '''"""Serves the page to search."""
@@ -96,7 +79,7 @@ def write_space(folder: Path, title: str, path: Path, collection: Collection, st
     ignored = shutil.ignore_patterns("__pycache__", "recipes", "templates")
     shutil.copytree(Path(tct_hf.__file__).parent, folder / "tct_hf", ignore=ignored)
     write_text_atomic(folder / "app.py", _APP)
-    write_text_atomic(folder / "requirements.txt", "".join(f"{name}=={_version(name)}\n" for name in NEEDED))
+    write_text_atomic(folder / "requirements.txt", "".join(f"{name}=={_version(name)}\n" for name in _NEEDED.split()))
     card = SpaceCardData(
         title=title,
         sdk="gradio",
