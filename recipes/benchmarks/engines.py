@@ -98,6 +98,7 @@ ENGINES = {
     "pgvector": Engine(*_POSTGRES, {}),
     "pgvector, half": Engine(*_POSTGRES, {"half": True}),
     "Milvus": Engine(*_MILVUS, {}, exact=False),
+    "Milvus, m 32": Engine(*_MILVUS, {"m": 32}, exact=False),
     "Milvus, FLAT": Engine(*_MILVUS, {"index": "FLAT"}, graph=False),
 }
 
