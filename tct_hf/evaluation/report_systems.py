@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from tct_hf.evaluation.workspace import (
 )
 from tct_hf.files import CLAIM_FILE, claim, json_digest, read_json, write_json_atomic
 from tct_hf.retrieval.encode import read_seconds
-from tct_hf.retrieval.faiss_tools import codes_for, factory_for
+from tct_hf.retrieval.faiss_tools import codes_for
 from tct_hf.retrieval.runs import Run, rank
 from tct_hf.teachers.colbert import describe_teacher
 
@@ -192,7 +192,9 @@ class ReportSystems:
         }
         self.depends = depends
         names: dict[str, str | None] = {f"{role}.weights": space.name for role, space in self.workspaces.items()}
-        names |= {"teacher.weights": self.teacher_name, "engine.rows": settings.engine.name}
+        names |= {"teacher.weights": self.teacher_name}
+        if "engine" in depends:
+            names["engine.rows"] = settings.engine.name
         claim(self.output / "runs", depends, names)
         for name, split in self.collection.also.items():
             claim(self.output / "runs" / name, {**depends, "queries": json_digest(split.queries)}, names)
@@ -221,7 +223,7 @@ class ReportSystems:
     def _approximate(self, key: str) -> System:
         """An approximate index, which hybrids take where "auto" would deploy it."""
         settings, tuning, count = self.settings.ann, self.tuning, len(self.collection.corpus)
-        auto, factory = factory_for(count), settings.factory
+        auto, factory = self.student.factory, settings.factory
         if factory == "auto":
             factory = "HNSW32" if auto == "Flat" else auto
             if auto == "Flat":
@@ -259,16 +261,7 @@ class ReportSystems:
 
     def _tuned(self, factory: str, size: int | None = None) -> Stored[Any]:
         """A Faiss index, tuned on queries where there are some."""
-        options: dict[str, Any] = {"recall": self.settings.ann.recall}
-        if (tuning := self.tuning) is not None:
-            options["query_vectors"] = self.student.cut(self._tuning_vectors, size)
-            options["tuned_on"] = f"{len(tuning.queries)} {tuning.split} queries"
-        return self.student.dense(factory, size, **options)
-
-    @cached_property
-    def _tuning_vectors(self) -> Any:
-        assert self.tuning is not None
-        return self.student.encode_queries(self.tuning.queries)
+        return self.student.dense(factory, size, tuning=self.tuning, recall=self.settings.ann.recall)
 
     def _hybrid(self, key: str) -> System:
         """`alpha * weighted + first`, alpha tuned where it is not given."""

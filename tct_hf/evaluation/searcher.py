@@ -15,7 +15,6 @@ from tct_hf.evaluation.tables import weight_text
 from tct_hf.evaluation.tune_alpha import tune_alpha, tuning_queries
 from tct_hf.evaluation.workspace import Stored, Workspace
 from tct_hf.files import MADE_AGAIN, json_digest, read_json, write_json_atomic
-from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import Run, rank
 
 if TYPE_CHECKING:
@@ -81,13 +80,14 @@ class Searcher:
         title = "BM25" if self._expansion is None else "expanded BM25"
         self._found_by: dict[str, System] = {"bm25": bm25_system("bm25", title, words, depth)}
         if not workspace.is_sparse:
-            # An approximate index is tuned for a k of its own, so that another depth finds the same index.
-            factory = factory_for(len(workspace.collection.corpus))
             index: Stored[Any]
             if engine is not None and engine.name is not None:
                 index = workspace.engine(engine)
             else:
-                index = workspace.dense(factory if dims is None else "Flat", dims)
+                # An approximate index is tuned for a k of its own, so that another depth finds the same index.
+                factory = workspace.factory if dims is None else "Flat"
+                tuning = None if factory == "Flat" else tuning_queries(workspace.collection, hybrid)
+                index = workspace.dense(factory, dims, tuning=tuning)
             self._found_by["dense"] = student_system("dense", SYSTEMS["dense"], workspace, index, depth, size=dims)
         if self._sparse is not None:
             index = self._sparse.sparse()

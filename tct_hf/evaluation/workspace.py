@@ -28,6 +28,7 @@ from tct_hf.encoding.engine import OpenVINOEngine
 from tct_hf.encoding.kinds import TCT_CHECKPOINTS, kind_of
 from tct_hf.evaluation.cost import Footprint, bytes_on_disk
 from tct_hf.evaluation.settings import EngineSettings, ExpansionSettings
+from tct_hf.evaluation.tune_alpha import TuningQueries
 from tct_hf.files import claim, command, json_digest, working_in, write_json_atomic
 from tct_hf.hub_client import check_model_folder, resolve_model
 from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
@@ -41,6 +42,7 @@ from tct_hf.retrieval.encode import (
     read_seconds,
 )
 from tct_hf.retrieval.engines import engine_of
+from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.sparse import SparseIndex
 from tct_hf.retrieval.vectors import FirstColumns, UnitRows, finite_rows, load_vectors, read_manifest
@@ -205,10 +207,6 @@ class Workspace:
                 f"query {name!r} has a NaN or infinite vector: check the weights of {self.name}, or set precision to "
                 "fp32 in another folder."
             )
-        return self.cut(vectors, size)
-
-    def cut(self, vectors: Any, size: int | None) -> Any:
-        """The first `size` dimensions of such vectors, all when None."""
         return vectors if size is None else self._as_dot(FirstColumns(vectors, size))[:]
 
     def search(self, queries: Mapping[str, str], depth: int, size: int | None = None, factory: str = "Flat") -> Run:
@@ -228,23 +226,29 @@ class Workspace:
         build = partial(expanded_bm25, self.collection.corpus, settings.path, **options)
         return self._stored("bm25-expanded", build, BM25Index.load, **settings.depends())
 
+    @property
+    def factory(self) -> str:
+        """The Faiss factory string of the index that so many vectors of the student are best searched by."""
+        dimension = self.student.get_embedding_dimension() or self.vectors[1].shape[1]
+        return factory_for(len(self.collection.corpus), dimension)
+
     def dense(
         self,
         factory: str,
         size: int | None = None,
         *,
-        query_vectors: Any = None,
-        tuned_on: str = "passages",
+        tuning: TuningQueries | None = None,
         recall: float = 0.97,
     ) -> Stored[DenseIndex]:
         """The student's vectors in a Faiss index, tuned for Recall@100 unless it is "Flat".
 
-        `size` takes their first dimensions, which is what `truncate_dim` gives. `tuned_on` describes `query_vectors`
-        (passages where None); an index tuned on others is refused.
+        `size` takes their first dimensions, which is what `truncate_dim` gives. It is tuned on the queries of
+        `tuning`, on passages where that is None; an index tuned on others is refused.
         """
         settings: dict[str, Any] = {"factory": factory}
         if factory != "Flat":
-            settings |= {"recall": recall, "k": 100, "tuned_on": tuned_on}
+            on = "passages" if tuning is None else f"{len(tuning.queries)} {tuning.split} queries"
+            settings |= {"recall": recall, "k": 100, "tuned_on": on}
         built_by, student = self.built_by, cast(SentenceTransformer, self.student)
         if size is not None:
             check_dims([size], student.get_embedding_dimension())
@@ -253,7 +257,8 @@ class Workspace:
                 built_by = describe_model(student, self.name)["model"]
 
         def build() -> DenseIndex:
-            how: dict[str, Any] = {"recall": recall, "query_vectors": query_vectors, "threads": self._threads}
+            queries = None if tuning is None or factory == "Flat" else self.encode_queries(tuning.queries, size)
+            how: dict[str, Any] = {"recall": recall, "query_vectors": queries, "threads": self._threads}
             ids, vectors = self.vectors
             vectors = vectors if size is None else self._as_dot(FirstColumns(vectors, size))
             return DenseIndex.build(vectors, ids, factory, built_by=built_by, **how)

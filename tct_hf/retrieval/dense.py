@@ -17,7 +17,7 @@ from tct_hf.retrieval.faiss_tools import (
     filled_engine,
     parameter_names,
     parts,
-    search_engine,
+    search_all,
     search_flat,
     set_parameters,
     tune,
@@ -60,6 +60,8 @@ class DenseIndex(VectorIndex):
         built_by: Mapping[str, Any] | None = None,
     ) -> None:
         self._engine, self.ids, self.factory, self.tuning = engine, ids, factory, tuning
+        self._refine, _, _ = parts(engine)
+        self._exact = isinstance(faiss.downcast_index(engine), faiss.IndexFlat)
         self.parameters = dict(parameters or {})
         self.built_by = dict(built_by) if built_by else None
 
@@ -85,18 +87,19 @@ class DenseIndex(VectorIndex):
     ) -> DenseIndex:
         """Index passage vectors, as they are: nothing is normalised.
 
-        "auto" is exact search up to 50,000 vectors, a graph (HNSW) up to 500,000, and beyond that inverted lists with
-        codes of one bit a component (RaBitQ, read by fast scan) whose best are scored again with a byte a component.
+        "auto" is exact search up to 50,000 vectors, and beyond that inverted lists with codes of two bits a component
+        (PQ, read by fast scan) whose best are scored again with a byte a component.
 
-        The search parameters of an index that is not exact are the cheapest that reach `recall` on a held-out slice of
-        `query_vectors`. Without these, vectors made of held-out passages stand for queries. They are easier to find:
-        part of the misses allowed is kept back; that is no promise for queries unlike any passage.
+        The search parameters of an index that is not exact are the cheapest that reach `recall` on some of
+        `query_vectors`, with a margin that shrinks with their number. Without these, vectors made of held-out passages
+        stand for queries. They are easier to find: two fifths of the misses allowed are kept back; that is no promise
+        for queries unlike any passage.
 
         Args:
             vectors: (passages, dimension), any floating type; read in blocks, so that `np.load(path, mmap_mode="r")`
                 needs no memory of its own.
             ids: passage ids, one a row, each once.
-            factory: "auto", or any Faiss factory string, for instance "HNSW32" or "IVF256,Flat".
+            factory: "auto", or any Faiss factory string, for instance "IVF256,Flat" or "HNSW32".
             recall: wanted mean Recall@k against exact search; None leaves the parameters as Faiss sets them.
             k: passages a query that `recall` speaks of.
             query_vectors: (queries, dimension) to choose the parameters with; not the queries that are reported.
@@ -122,7 +125,7 @@ class DenseIndex(VectorIndex):
                 f"query_vectors: shape {queries.shape} for passages of dimension {matrix.shape[1]}; "
                 "encode queries with the model that encoded the passages"
             )
-        description = factory_for(len(matrix)) if factory == "auto" else factory
+        description = factory_for(*matrix.shape) if factory == "auto" else factory
         with faiss_threads(threads):
             try:
                 engine, held_out = filled_engine(matrix, description, seed)
@@ -145,21 +148,18 @@ class DenseIndex(VectorIndex):
         if "k_factor" in self.parameters:
             # The best few are found by scoring as many candidates again as for the k that was tuned.
             tuned = min((self.tuning or {}).get("k", k), len(self.ids))
-            factor = self.parameters["k_factor"] * max(1.0, tuned / k)
-            set_parameters(self._engine, {"k_factor": factor})
-        exact = isinstance(faiss.downcast_index(self._engine), faiss.IndexFlat)
-        found_by: Any = search_flat if exact else search_engine
+            self._refine.k_factor = self.parameters["k_factor"] * max(1.0, tuned / k)
+        found_by: Any = search_flat if self._exact else search_all
         all_scores, all_rows = found_by(self._engine, queries, k)
         ids: list[list[str]] = []
         scores: list[np.ndarray] = []
         for values, rows in zip(all_scores, all_rows, strict=True):
-            there = rows >= 0  # approximate indexes mark with -1 the places they could not fill
-            if len(rows) < k or (exact and not there.all()) or not np.isfinite(values[there]).all():
+            if len(rows) < k or rows.min() < 0 or not np.isfinite(values).all():
                 raise ValueError(
                     f"query_vectors: row {len(ids)} has a score that is NaN or infinite: its products with passages "
                     "leave the range of float32; check the model, or scale its vectors down"
                 )
-            found, values = self._names(rows[there]), values[there]
+            found = self._names(rows)
             if (values[1:] >= values[:-1]).any():
                 found, values = best_first(found, values, k)
             ids.append(found[:k])
@@ -172,8 +172,7 @@ class DenseIndex(VectorIndex):
 
         Args:
             repo_id: dataset repository.
-            trust_faiss: read the Faiss file. Faiss trusts what it reads: one that was made for it can end the process,
-                or do worse.
+            trust_faiss: read the Faiss file; a forged one can harm this process.
             **options: the other arguments of `Index.from_hub` and `load`.
 
         Raises:

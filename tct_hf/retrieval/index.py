@@ -263,8 +263,6 @@ class VectorIndex(Index, VectorSearch):
 
     def _names(self, rows: Any) -> list[str]:
         """The ids of some rows, an integer array."""
-        if len(rows) <= 16:  # a call of `take` costs as much as 16 of these
-            return [self.ids[row].as_py() for row in rows.tolist()]
         names: list[str] = self.ids.take(pa.array(rows)).to_pylist()
         return names
 

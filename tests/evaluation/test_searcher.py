@@ -128,7 +128,7 @@ def test_an_index_that_is_not_exact_serves_every_depth(
     monkeypatch.setattr(faiss_tools, "EXACT_UP_TO", 10)
     for depth in (5, 20):
         assert make_searcher(material, tmp_path, depth=depth).ask("dense", 5)
-    assert [folder.name for folder in tmp_path.glob("indexes/dense-*")] == ["dense-hnsw32"]
+    assert [folder.name for folder in tmp_path.glob("indexes/dense-*")] == ["dense-ivf16-pq16x4fsr-refine-sq8"]
 
 
 def test_a_question_asked_again_is_encoded_again_unless_it_is_remembered(
