@@ -76,6 +76,7 @@ def test_one_table_has_the_figures_of_every_round_on_dev_and_test(whole: Path) -
     assert "Mined for round 1: 40 triples of 40 queries" in report and "p: paired randomisation" in report
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_again_and_goes_on_with_another_round(
     whole: Path, recipe: Run, tmp_path: Path
 ) -> None:
@@ -89,6 +90,7 @@ def test_a_finished_run_does_nothing_again_and_goes_on_with_another_round(
     assert weights(output, 2, "student") != weights(output, 1, "student")
 
 
+@pytest.mark.slow
 def test_hn_trains_the_student_alone_and_may_begin_anew(recipe: Run, material: Material, tmp_path: Path) -> None:
     options = ["--variant=HN", "--start_from=new", "--student.training.max_steps=2"]
     recipe(tmp_path / "hn", f"--teacher.model={material.teacher}", *options)

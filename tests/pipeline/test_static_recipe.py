@@ -32,6 +32,7 @@ def rows(folder: Path) -> Any:
     return table.embedding.weight.detach().numpy()
 
 
+@pytest.mark.slow
 def test_a_static_student_goes_through_all_that_a_dense_one_does(whole: Path, tmp_path: Path) -> None:
     measured = json.loads((whole / "metrics.json").read_text())["measured"]["test"]
     assert set(measured) >= {"untrained", "stock", "unlabelled", "labelled", "labelled-first-8", "labelled-bm25"}

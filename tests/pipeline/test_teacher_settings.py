@@ -86,6 +86,7 @@ def test_an_embedding_model_and_the_words_of_the_collection_teach_without_traini
     assert any((tmp_path / "vectors").rglob("*.sqlite"))
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_stops_goes_on_by_the_same_command_to_the_same_weights(
     recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

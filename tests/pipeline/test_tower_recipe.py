@@ -54,6 +54,7 @@ arms:
 """
 
 
+@pytest.mark.slow
 def test_a_tower_is_trained_for_the_passages_of_another_arm(
     recipe: Run, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_ready_teacher_is_not_trained_and_may_be_cached_and_followed_on_a_sche
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.sqlite")) > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm_checks")
 def test_a_student_beyond_the_papers_is_trained_and_measured_at_each_size(recipe: Run, tmp_path: Path) -> None:
     options = [*OWN, f"--encoder.base_model={tiny_modernbert(tmp_path / 'base')}", "--student.layers=[0, 2]"]
