@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 import tct_hf
 from tct_hf import BM25Index, DenseIndex, TeacherTargets, TightlyCoupledLoss
+from tct_hf.evaluation.settings import CostSettings, ReportSettings
 from tests.models import tiny_bert
 from tests.searching import write_material
 
@@ -120,7 +121,9 @@ def release_and_report(folder: Path) -> dict[str, Any]:
     (folder / "settings.yaml").write_text("seed: 13\n")
     (folder / "card.md").write_text("---\nlicense: mit\nbase_model: x/y\nlibrary_name: sentence-transformers\n---\n")
     student, teacher = str(material.student), str(material.teacher)
-    tct_hf.build_report(material.collection(), student, folder / "report", teacher=teacher, write=lambda line: None)
+    settings = ReportSettings(cost=CostSettings(queries=4, teacher_queries=3, warm_up=1, batch_size=2))
+    options: dict[str, Any] = {"teacher": teacher, "settings": settings, "write": lambda line: None}
+    tct_hf.build_report(material.collection(), student, folder / "report", **options)
     given = {"report": folder / "report", "card": folder / "card.md", "folder": folder / "release", "dry_run": True}
     done = tct_hf.release(student, "some/student", **given)
     files = sorted(str(path.relative_to(folder / "release")) for path in (folder / "release").rglob("*"))
