@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
                 settings=asdict(settings),
             )
         print("\n" + report.read_text(encoding="utf-8"))
-        print(f"{report}, and metrics and curves of that name beside it", flush=True)
+        print(f"{report}, and metrics and plots of that name beside it", flush=True)
     job.finish()
     job.verify(settings, output / f"metrics.{name}.json")
 

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
 from tct_hf.data.collection import Collection
+from tct_hf.evaluation.cost import BYTES, MILLISECONDS, Footprint
 from tct_hf.evaluation.experiment import Experiment, fused_key, read_log, write_metrics
-from tct_hf.evaluation.measures import Evaluation
-from tct_hf.evaluation.plots import missing_plot, plot_dev_curves
+from tct_hf.evaluation.measures import Evaluation, standard_error
+from tct_hf.evaluation.plots import TradeOff, missing_plot, plot_dev_curves, plot_trade_off
 from tct_hf.evaluation.references import BASE_NATIVE, BM25, STUDENT, References
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
-from tct_hf.evaluation.systems import System
+from tct_hf.evaluation.systems import System, bm25_system
 from tct_hf.evaluation.tables import markdown_table, p_value
-from tct_hf.files import claim, weights_file_digest, write_text_atomic
+from tct_hf.evaluation.workspace import Stored
+from tct_hf.files import claim, read_json, weights_file_digest, write_json_atomic, write_text_atomic
+from tct_hf.retrieval.negatives import collection_bm25
 
 Found: TypeAlias = Mapping[str, Evaluation]
+Costs: TypeAlias = Mapping[str, Mapping[str, float]]
 # What a measure is called where a system is fused with BM25.
 _FUSED = "{} + BM25"
+COSTS_FILE = "costs.json"  # beside runs: what their systems cost
 
 
 @dataclass(frozen=True)
 class ArmResult:
     """What an arm's students came to: evaluations by seed and split, training logs by seed.
 
-    `says` is what the arm changes, in words; `against` the arms and keys of systems that it is tested against.
+    `says` is what the arm changes, in words; `against` the arms and keys of systems that it is tested against; `costs`
+    what searching with its first seed costs, by measure: that of whole vectors, of first dimensions and codes.
     """
 
     says: str
     against: Sequence[str]
     evaluations: Mapping[int, Found]
     logs: Mapping[int, Sequence[Mapping[str, Any]]]
+    costs: Costs = field(default_factory=dict)
 
 
 def search_student(
@@ -44,26 +52,38 @@ def search_student(
     experiment: Experiment,
     *,
     bf16: bool,
+    timed: bool,
     dims: Sequence[int] | None = None,
     codes: Sequence[str] | None = None,
     stored: Sequence[Path] = (),
-) -> Found:
+) -> tuple[Found, Costs]:
     """Search with a student (folder), alone and fused with the BM25 of an experiment: split to evaluation.
 
     What its first dimensions reach, and Faiss's `codes`, are further measures of it. The runs go beside the student,
-    and are read where an earlier call has left them.
+    and are read where an earlier call has left them; so do their costs, by measure, where they are `timed`.
     """
     folder, depth = student.parent / "runs", experiment.depth
     weights = weights_file_digest(student)
     claim(folder, {"weights": weights, "depth": depth, **collection.own_rule}, {"weights": str(student)})
-    system, *parts = References(collection, depth, bf16, stored).students({STUDENT: str(student)}, dims, codes)
+    references = References(collection, depth, bf16, stored, costs={} if timed else None)
+    system, *parts = references.students({STUDENT: str(student)}, dims, codes)
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)
     own.search([replace(system, title=title), *parts], folder)
     own.fuse_with_bm25([STUDENT], folder)
     measure = own.measures[0]
     names = {part.key: part.title.replace(system.title, measure, 1) for part in parts}
-    return {split: with_fused(found, STUDENT, measure, names)[STUDENT] for split, found in own.evaluate().items()}
+    costs = _kept_costs(folder, references)
+    found = {split: with_fused(found, STUDENT, measure, names)[STUDENT] for split, found in own.evaluate().items()}
+    return found, {name: costs[key] for key, name in ({STUDENT: measure} | names).items() if key in costs}
+
+
+def _kept_costs(folder: Path, references: References) -> dict[str, dict[str, float]]:
+    """What systems cost, as measured now or when their runs in the folder were made; empty where neither was."""
+    file = folder / COSTS_FILE
+    if references.costs:
+        write_json_atomic(file, references.costs)
+    return read_json(file, "delete its folder, to search again.") if file.is_file() else {}
 
 
 def with_fused(
@@ -117,15 +137,24 @@ def report_arms(
         for key in base:
             measured[one] = with_fused(measured[one], key, measures[0])
     references = dict(measured[split])
+    timed = References(collection, depth, bf16, costs={})
+    if not (output / "runs" / COSTS_FILE).is_file():
+        index = collection_bm25(collection)
+        bm25 = bm25_system(BM25, titles[BM25], Stored(index, Footprint()), depth)
+        timed.time(bm25, index, experiment.splits[split].queries)
+    of_bm25 = ArmResult(
+        "", [], {0: {split: references[BM25]}}, {}, {measures[0]: _kept_costs(output / "runs", timed)[BM25]}
+    )
     results: dict[str, ArmResult] = {}
     how: Any = {"bf16": bf16, "dims": dims, "codes": codes, "stored": stored}
     for arm, folders in students.items():
-        found = {
-            seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, **how)
-            for seed, folder in folders.items()
+        searched = {
+            seed: search_student(folder, f"{arm}, seed {seed}", collection, experiment, timed=not at, **how)
+            for at, (seed, folder) in enumerate(folders.items())
         }
+        found = {seed: evaluations for seed, (evaluations, _) in searched.items()}
         logs = {seed: read_log(folder) for seed, folder in folders.items()}
-        results[arm] = ArmResult(says[arm], against[arm], found, logs)
+        results[arm] = ArmResult(says[arm], against[arm], found, logs, next(iter(searched.values()))[1])
         for seed, parts in found.items():
             for one, evaluation in parts.items():
                 measured[one][f"{arm}, seed {seed}"] = evaluation
@@ -156,8 +185,25 @@ def report_arms(
     curves = {arm: [_curve(log) for log in result.logs.values()] for arm, result in results.items()}
     if any(map(any, curves.values())):
         sections.append(missing_plot(plot_dev_curves, curves, plot, ylabel="dev RR@10") or f"Plot: {plot.name}")
+    for axis, file in ((MILLISECONDS, f"latency.{name}.svg"), (BYTES, f"storage.{name}.svg")):
+        labels = {"xlabel": axis, "ylabel": measures[0], "title": collection.name}
+        points = trade_offs({titles[BM25]: of_bm25, **results}, split, measures[0], axis)
+        sections.append(missing_plot(plot_trade_off, points, output / file, **labels) or f"Plot: {file}")
     write_metrics(output / f"metrics.{name}.json", measured, corpus=collection.fingerprint, settings=settings)
     return write_text_atomic(output / f"report.{name}.md", "\n\n".join(sections) + "\n")
+
+
+def trade_offs(results: Mapping[str, ArmResult], split: str, measure: str, axis: str) -> list[TradeOff]:
+    """The points of a plot: each arm's mean over seeds, and first dimensions in the same code under one label."""
+    points = []
+    for arm, result in results.items():
+        for name, cost in result.costs.items():
+            found = [parts[split] for parts in result.evaluations.values()]
+            error = standard_error([*found[0].per_query[name].values()])
+            label = re.sub(r", first \d+ dimensions", "", name.replace(measure, arm, 1))
+            effect = fmean(one.mean[name] for one in found)
+            points.append(TradeOff(label, cost[axis], effect, error, label.removeprefix(arm) or "dense"))
+    return points
 
 
 def _curve(log: Sequence[Mapping[str, Any]]) -> dict[int, float]:

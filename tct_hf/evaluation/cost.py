@@ -20,6 +20,7 @@ from tct_hf.evaluation.tables import markdown_table
 from tct_hf.settings import environment
 
 TOTAL = "total"
+MILLISECONDS, BYTES = "milliseconds a query, median", "bytes a passage on disk"  # axes of plots
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,10 @@ def plot_sweep(lines: Mapping[str, Sequence[tuple[float, float, float]]], path: 
 
 
 class TradeOff(NamedTuple):
-    """A system in a plot of effectiveness, with its standard error, against a cost above 0; `kind` sets its mark."""
+    """A system in a plot of effectiveness, with its standard error, against a cost above 0; `kind` sets its mark.
+
+    Systems of one label, such as the sizes of a student, are joined by a line.
+    """
 
     label: str
     cost: float
@@ -85,19 +89,31 @@ class TradeOff(NamedTuple):
 
 
 _MARKS = {"sparse": "s", "learned sparse": "v", "dense": "o", "hybrid": "D", "late interaction": "^"}
+_OTHER_MARKS = "PX*dph<>8"
 
 
 def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str, ylabel: str, **labels: str) -> Path:
-    """Plot effectiveness against cost on a logarithmic axis, a mark for each kind and a colour for each system."""
+    """Plot effectiveness against cost on a logarithmic axis, a mark for each kind and a colour for each system.
+
+    Names stand beside the marks, or in a legend where a line has several.
+    """
     if not points or min(point.cost for point in points) <= 0:
         raise ValueError("there is no system with a cost to plot, or a cost of 0.")
     figure, [axes] = _panels(8.6, 4.6)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for number, point in enumerate(points):
-        style: dict[str, Any] = {"fmt": _MARKS.get(point.kind, "P"), "markersize": 8, "linewidth": 1, "capsize": 2}
-        label = {"color": f"C{number % 10}", "label": point.label}
-        axes.errorbar(point.cost, point.effect, yerr=point.error, **style, **label)
+    others = dict.fromkeys(point.kind for point in points if point.kind not in _MARKS)
+    marks = {kind: mark for kind, mark in zip(others, cycle(_OTHER_MARKS), strict=False)} | _MARKS
+    systems: dict[str, list[TradeOff]] = {}
+    for point in points:
+        systems.setdefault(point.label, []).append(point)
+    lines = max(map(len, systems.values())) > 1
+    barred = not lines and any(point.error for point in points)
+    for number, (label, of) in enumerate(systems.items()):
+        _, xs, ys, bars, kinds = zip(*sorted(of, key=itemgetter(1)), strict=True)
+        style: dict[str, Any] = {"marker": marks[kinds[0]], "markersize": 7, "linewidth": 1, "capsize": 2}
+        style |= {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+        axes.errorbar(xs, ys, yerr=bars if barred else None, label=label, **style)
     axes.set_xscale("log")
     costs = [point.cost for point in points]
     axes.set_xlim(min(costs) / 2, max(costs) * 2)
@@ -106,9 +122,40 @@ def plot_trade_off(points: Sequence[TradeOff], path: str | Path, *, xlabel: str,
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=f"{xlabel} (log scale)", ylabel=f"{ylabel} (± standard error)", **labels)
-    figure.legend(fontsize="small", loc="outside right upper", frameon=False)
+    axes.set(xlabel=f"{xlabel} (log scale)", ylabel=ylabel + " (± standard error)" * barred, **labels)
+    if lines or not _name_marks(figure, axes, points):
+        figure.legend(fontsize="small", loc="outside right upper", frameon=False)
     return _save(figure, path)
+
+
+def _name_marks(figure: Any, axes: Any, points: Sequence[TradeOff]) -> bool:
+    """Write systems' names near their marks, where they cover no mark and no other name; whether all have room."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # sizes of texts and places of marks are known from here on
+    ends = [[(point.cost, point.effect + sign * point.error) for point in points] for sign in (-1, 1)]
+    bars = zip(*map(axes.transData.transform, ends), strict=True)
+    taken = [Bbox.from_extents(x - 6, low - 6, x + 6, high + 6) for (x, low), (_, high) in bars]
+    sides = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
+    around = [(1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
+    frame = axes.get_window_extent()
+    for number, point in enumerate(points):
+        line = {"arrowstyle": "-", "color": f"C{number % 10}", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+        how: dict[str, Any] = {"textcoords": "offset points", "arrowprops": line, "fontsize": "small"}
+        for reach, (x, y) in product(range(8, 120, 8), around):
+            align = {"ha": sides[x][0], "va": sides[y][1]}
+            name = axes.annotate(point.label, (point.cost, point.effect), (reach * x, reach * y), **align, **how)
+            name.set_in_layout(False)
+            name.update_positions(figure.canvas.get_renderer())
+            box = Text.get_window_extent(name)
+            if frame.contains(*box.min) and frame.contains(*box.max) and not any(map(box.overlaps, taken)):
+                break
+            name.remove()
+        else:
+            return False
+        taken.append(box)
+    return True
 
 
 def _panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]]:
@@ -127,6 +174,9 @@ def _panels(width: float, height: float, count: int = 1) -> tuple[Any, list[Any]
 
 
 def _save(figure: Any, path: str | Path) -> Path:
-    with write_aside(path) as aside:
-        figure.savefig(aside, dpi=150, format="png")
+    from matplotlib import rc_context
+
+    with write_aside(path) as aside, rc_context({"svg.fonttype": "none", "svg.hashsalt": "tct_hf"}):
+        kind = Path(path).suffix[1:]
+        figure.savefig(aside, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return Path(path)

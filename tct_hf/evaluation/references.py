@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 from tct_hf.encoding.build import build_colbert, build_student
 from tct_hf.encoding.kinds import kind_of
+from tct_hf.evaluation.cost import BYTES, MILLISECONDS, TOTAL, bytes_on_disk
 from tct_hf.evaluation.maxsim import late_interaction_run
-from tct_hf.evaluation.systems import System
+from tct_hf.evaluation.settings import CostSettings
+from tct_hf.evaluation.systems import System, measure_cost, student_system
 from tct_hf.evaluation.workspace import Workspace, dense_name, said_of
 from tct_hf.hub_client import resolve_model
 from tct_hf.retrieval.negatives import collection_bm25
@@ -44,12 +47,17 @@ class References:
     """What a training run is measured by on a collection: exact search, `depth` passages a query.
 
     Models whose passage vectors are in one of the folders `stored`, those of query towers, encode no passage.
+
+    Args:
+        costs: filled with what each system costs when it is searched with, by its key: MILLISECONDS and BYTES; not
+            measured when None.
     """
 
     collection: Collection
     depth: int
     bf16: bool
     stored: Sequence[Path] = ()
+    costs: dict[str, dict[str, float]] | None = None
 
     def model(
         self,
@@ -72,6 +80,10 @@ class References:
                 how: dict[str, Any] = {"in_memory": True, "stored": self.stored}
                 workspace = Workspace(self.collection, load(), key, precision=precision, **how)
                 found.update({part: workspace.search(queries, depth, *part) for part in parts})
+                for name, (first, factory) in zip(names, parts if self.costs is not None else (), strict=False):
+                    stored = workspace.exact() if workspace.is_sparse else workspace.dense(factory, first)
+                    timed = student_system(name, name, workspace, stored, depth, size=first)
+                    self.time(timed, stored.index, queries)
             return found[size, code]
 
         names = [key, *(dense_name(code, size).replace("dense", key, 1) for size, code in parts[1:])]
@@ -95,6 +107,15 @@ class References:
                 sizes = [size for size in dims or () if whole is None or size < whole]
                 systems += self.model(key, title, partial(SentenceTransformer, student), sizes, codes)
         return systems
+
+    def time(self, system: System, index: Any, queries: Mapping[str, str]) -> None:
+        """Put what a system costs, by one index and one CPU thread, into `costs`."""
+        assert self.costs is not None
+        passages = len(self.collection.corpus)
+        took = measure_cost(system, queries, passages, CostSettings(queries=50)).latency[TOTAL].p50
+        with TemporaryDirectory() as folder:
+            index.save(folder)
+            self.costs[system.key] = {MILLISECONDS: took, BYTES: bytes_on_disk(folder) / passages}
 
     def teacher(self, key: str, title: str, teacher: str) -> System:
         """Exhaustive MaxSim of a collection with a ColBERT (folder or Hub id)."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tct_hf.evaluation.cost import BYTES, MILLISECONDS
 from tct_hf.evaluation.measures import relevant_from
 from tct_hf.evaluation.plots import TradeOff, missing_plot, plot_trade_off
 from tct_hf.evaluation.tables import difference_table, markdown_table, mean_rows, milliseconds, whole
@@ -209,8 +210,8 @@ class Report:
         write_text_atomic(folder / MARKDOWN_FILE, self.markdown())
         measure, name, problems = self.measures[0], self.collection["name"], []
         for file, xlabel, value in (
-            (LATENCY_FILE, "milliseconds a query, median", lambda cost: cost["latency"]["total"]["p50"]),
-            (STORAGE_FILE, "bytes a passage on disk", lambda cost: cost["disk_bytes_per_passage"]),
+            (LATENCY_FILE, MILLISECONDS, lambda cost: cost["latency"]["total"]["p50"]),
+            (STORAGE_FILE, BYTES, lambda cost: cost["disk_bytes_per_passage"]),
         ):
             points = [
                 TradeOff(one.title, value(one.cost), found["mean"], found["standard_error"], one.kind)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
 from tct_hf.evaluation import plots
 from tct_hf.evaluation.plots import TradeOff, plot_dev_curves, plot_losses, plot_sweep, plot_trade_off
@@ -75,10 +77,29 @@ def test_a_sweep_draws_a_line_a_series_and_single_points_across(tmp_path: Path, 
 def test_costs_are_plotted_with_a_mark_a_system(tmp_path: Path, drawn: list[Any]) -> None:
     points = [TradeOff("BM25", 0.3, 0.49, 0.01, "sparse"), TradeOff("dense", 410.0, 0.43, 0.012, "dense")]
     assert width(plot_trade_off(points, tmp_path / "x.png", **LABELS)) > 0
-    [axes], [legend] = drawn[0].axes, drawn[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["BM25", "dense"] and axes.get_xscale() == "log"
+    [axes] = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == ["BM25", "dense"] and axes.get_xscale() == "log"
     marks = [line for line in axes.lines if line.get_marker() in "so"]
     assert [line.get_marker() for line in marks] == ["s", "o"] and len({line.get_color() for line in marks}) == 2
+
+
+def test_names_of_systems_stand_beside_their_marks_and_cover_nothing(tmp_path: Path, drawn: list[Any]) -> None:
+    points = [TradeOff(f"a system, number {n}", 1 + n / 100, 0.5 + n % 3 / 1000, 0.01, "dense") for n in range(12)]
+    assert plot_trade_off(points, tmp_path / "x.svg", **LABELS).read_text().count("a system, number ") == 12
+    [axes], _ = drawn[0].axes, drawn[0].draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(boxes) == 12 and not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    marks = axes.transData.transform([(point.cost, point.effect) for point in points])
+    assert not any(box.contains(*mark) for box in boxes for mark in marks)
+
+
+def test_sizes_of_one_system_are_joined_and_named_once(tmp_path: Path, drawn: list[Any]) -> None:
+    sizes = [TradeOff("student", 512, 0.6, 0.01, "dense"), TradeOff("student", 256, 0.5, 0.01, "dense")]
+    plot_trade_off([*sizes, TradeOff("student, SQ8", 128, 0.6, 0.01, ", SQ8")], tmp_path / "x.svg", **LABELS)
+    [axes], [legend] = drawn[0].axes, drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["student", "student, SQ8"] and not axes.texts
+    assert axes.lines[0].get_xydata().tolist() == [[256, 0.5], [512, 0.6]]
+    assert axes.lines[0].get_marker() != axes.lines[1].get_marker()
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,9 @@ def test_a_whole_comparison_leaves_a_student_a_seed_its_runs_and_one_table(whole
     assert "| few, labels     | stock   |     1 |" in report and "| trained ColBERT | teacher |     1 |" in report
     coded = {"RR@10, SQ8", "RR@10, first 8 dimensions", "RR@10, first 8 dimensions, SQ8"}  # of one arm's training
     assert "RR@10, SQ8 (p; Holm)" in report and coded <= measured["stock, seed 13"].keys()
+    latency, storage = ((whole / f"{file}.test.svg").read_text() for file in ("latency", "storage"))
+    for name in ("BM25", *NAMES.values(), "stock, SQ8"):
+        assert f">{name}<" in latency and f">{name}<" in storage
     assert "Plot: curves.test.png" in report and (whole / "curves.test.png").read_bytes().startswith(b"\x89PNG")
 
 
