@@ -1,16 +1,18 @@
-"""What a live teacher costs: stock SentenceTransformerTrainer with hard labels against TCTTrainer.
+"""What a teacher costs: training steps of sentence-transformers' trainer and of TCTTrainer, without and with one.
 
-    python recipes/benchmarks/train_step.py [--steps 20] [--batch 32] [--threads 2]
+    python recipes/benchmarks/train_step.py [--mode bf16] [--sides stock hard tct] [--steps 20] [--batch 32]
 
-Same texts, same student (the bundled 6-layer encoder in TCT encoding), one run, steps of the two sides in turn; a step
-is tokenising, forward, backward and optimizer. The teacher is a ColBERT on the same encoder. Memory is measured in a
-process of its own for each side: peak resident memory over the steps minus resident memory after model, teacher and
-optimizer are loaded and one step has made the optimizer's state.
+Same texts, the bundled 6-layer encoder, one run, steps of all sides in turn; a step is tokenising, forward, backward
+and optimizer. Sides in TCT encoding: "stock", hard labels in sentence-transformers' trainer; "hard", the same in ours;
+"tct", a live ColBERT on the same encoder as teacher; "compiled", the same with the student under torch.compile;
+"cached", with the teacher's vectors on disk. In the encoder's own encoding: "own", hard labels; "mixture", the
+encoder's cached vectors and BM25 as teacher; "self", the student as its own teacher. Cached teachers have met every
+text once before. Memory is measured in a process of its own for each side: peak resident memory over the steps minus
+resident memory after model, teacher and optimizer are loaded and the optimizer has its state.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ MODES = {
     "fp32, teacher bf16": (False, "bfloat16"),
     "bf16": (True, "bfloat16"),
 }
+SIDES = ("stock", "hard", "tct", "compiled", "cached", "own", "mixture", "self")
+CACHED = ("cached", "mixture")
 
 
 def triples(count: int, seed: int) -> Any:
@@ -43,9 +47,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     """A function that takes one training step of a side and returns its loss.
 
     Args:
-        side: "stock", hard labels in sentence-transformers' trainer; in ours "hard", hard labels, "tct", a live
-            teacher, "cached", one whose token vectors are kept under `folder`; in its own encoding "own",
-            hard labels, "mixture", its cached vectors with BM25, and "self", the student as its own teacher.
+        side: of SIDES.
         mode: of MODES.
         rows: to train on.
         batch: queries a step.
@@ -95,7 +97,7 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
         trainer: Any = SentenceTransformerTrainer(student, args, train_dataset=rows.select_columns(texts), loss=loss)
     else:
         teacher: Any = NoTeacher()
-        if side in ("tct", "cached"):
+        if side in ("tct", "compiled", "cached"):
             teacher = ColBERTTeacher(build_colbert(base, encoding="tct", document_length=DOCUMENT_LENGTH), dtype=dtype)  # type: ignore[arg-type]
         if side == "cached":
             teacher = CachedTeacher(teacher, folder)
@@ -108,11 +110,13 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
                 teacher = free_mixture(base, index, reads=lengths, dtype=dtype, cache_dir=folder)
         if side == "self":
             settings["self_coupled"] = [6.0, 12.0]
-        weight = {"hard": 1.0, "own": 1.0, "tct": 0.1, "cached": 0.1}.get(side, 0.5)
+        weight = {"hard": 1.0, "own": 1.0, "mixture": 0.5, "self": 0.5}.get(side, 0.1)
         args = TCTTrainingArguments(**settings, temperature=1.0, hard_label_weight=weight)
         trainer = TCTTrainer(student, teacher, args, train_dataset=rows)
     loader = trainer.get_train_dataloader()
     model, optimizer = common.ready_to_step(trainer, student)
+    if side == "compiled":
+        model = trainer.model_wrapped = torch.compile(model)
 
     def batches() -> Any:
         while True:
@@ -130,57 +134,42 @@ def make_step(side: str, mode: str, rows: Any, batch: int, folder: str) -> Calla
     return step
 
 
-def memory(side: str, mode: str, steps: int, batch: int, threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    rows = triples(batch * (steps + 2), seed=1)
-    with tempfile.TemporaryDirectory() as folder:
-        step = make_step(side, mode, rows, batch, folder)
-        step()  # the optimizer's state is made by its first step; what that step leaves unused goes back
-        print(json.dumps(common.peak_memory(lambda: [step() for _ in range(steps)])))
-
-
-def step_options(description: str | None) -> argparse.ArgumentParser:
-    """The options of a benchmark of training steps."""
-    parser = common.options(description, steps=(20, "timed steps of each side"), batch=32, threads=2)
-    parser.add_argument("--mode", choices=MODES, help="one of the modes; all when left out")
-    return parser
+def ready(side: str, mode: str, rows: Any, batch: int, folder: str) -> Callable[[], float]:
+    """A step of a side that has its optimizer's state, its compiled passes, and its cached vectors of all rows."""
+    step = make_step(side, mode, rows, batch, folder)
+    for _ in range(len(rows) // batch if side in CACHED else 3):
+        step()
+    return step
 
 
 def main() -> None:
-    parser = step_options(__doc__)
-    parser.add_argument("--memory", choices=("stock", "tct"), help="measure the memory of one side in this process")
+    parser = common.options(__doc__, steps=(20, "timed steps of each side"), batch=32, threads=2)
+    parser.add_argument("--mode", choices=MODES, help="one of the modes; all when left out")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3], help="compared with the first")
+    parser.add_argument("--memory", choices=SIDES, help="measure the memory of one side in this process")
     args = parser.parse_args()
-
-    if args.memory:
-        memory(args.memory, args.mode, args.steps, args.batch, args.threads)
-        return
-    rows = triples(args.batch * (args.steps + 5), seed=1)
+    rows = triples(args.batch * args.steps, seed=1)
     common.begin(args.threads, f"batch {args.batch}")
 
+    if args.memory:
+        with tempfile.TemporaryDirectory() as folder:
+            step = ready(args.memory, args.mode, rows, args.batch, folder)
+            print(json.dumps(common.peak_memory(lambda: [step() for _ in range(args.steps)])))
+        return
+
     def measured() -> Iterator[list[str]]:
+        given = {"steps": args.steps, "batch": args.batch, "threads": args.threads}
         for mode in [args.mode] if args.mode else MODES:
             with tempfile.TemporaryDirectory() as folder:
-                sides = {side: make_step(side, mode, rows, args.batch, folder) for side in ("stock", "tct")}
-                common.take_turns(sides, 3)
-                times, _ = common.take_turns(sides, args.steps)
-            given = {"mode": mode, "steps": args.steps, "batch": args.batch, "threads": args.threads}
-            used = [common.in_own_process(__file__, memory=side, **given) for side in sides]
-            seconds = [f"{common.median(taken):.3f}" for taken in times.values()]
-            mebibytes = [f"{one:.0f}" for one in used]
-            yield [
-                mode,
-                *seconds,
-                common.quartiles(times["tct"], times["stock"]),
-                *mebibytes,
-                f"{used[1] / used[0]:.2f}",
-            ]
+                steps = {side: ready(side, mode, rows, args.batch, f"{folder}/{side}") for side in args.sides}
+                times, _ = common.take_turns(steps, args.steps)
+                del steps
+            for side, taken in times.items():
+                ratios = (common.quartiles(taken, times[args.sides[0]], clock) for clock in (0, 1))
+                used = common.in_own_process(__file__, memory=side, mode=mode, **given)
+                yield [mode, side, f"{common.median(taken):.3f}", *ratios, f"{used:.0f}"]
 
-    common.table(
-        "mode | stock s/step | tct s/step | ratio (median, quartiles) | stock MiB | tct MiB | ratio",
-        measured(),
-    )
+    common.table("mode | side | s/step | of the first (quartiles) | of its CPU time (quartiles) | MiB", measured())
 
 
 if __name__ == "__main__":

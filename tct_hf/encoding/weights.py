@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,24 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
         raise ValueError(f'dtype={dtype!r} is not known: use "auto", "bfloat16" or "float32".')
     wanted = dtype == "bfloat16" or (dtype == "auto" and has_bfloat16(device))
     return torch.bfloat16 if wanted else torch.float32
+
+
+@contextmanager
+def half_attention(device: torch.device) -> Iterator[None]:
+    """Let attention with dropout stay in half precision: a CPU's is in float32 by default, in 1.6 times the time.
+
+    It then rounds as transformers' "eager" attention does. Other attention, and dropout, are as they were.
+    """
+    cuda: Any = torch.backends.cuda  # by name: the setting is of all devices; torch 2.4 has none
+    if device.type != "cpu" or not hasattr(cuda, "allow_fp16_bf16_reduction_math_sdp"):
+        yield
+        return
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> None:

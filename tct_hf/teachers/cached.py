@@ -29,7 +29,6 @@ from tct_hf.teachers.colbert import (
     DenseTeacher,
     Side,
     VectorTeacher,
-    compare_texts,
     describe_teacher,
     padded,
     read_alike,
@@ -234,9 +233,6 @@ class CachedTeacher(Teacher):
 
     def scores(self, queries: Sequence[np.ndarray], passages: Sequence[np.ndarray]) -> Tensor:
         return self.teacher.scores(queries, passages)
-
-    def list_scores(self, query: str, passages: Texts) -> Tensor:
-        return compare_texts(self, query, passages)
 
 
 class _PooledAndTokens(ColBERTTeacher):

@@ -148,14 +148,9 @@ class VectorTeacher(ModelTeacher):
             return self.compare(*parts, gather=False).clone()
 
     def list_scores(self, query: str, passages: Texts) -> Tensor:
-        return compare_texts(self, query, passages)
-
-
-def compare_texts(teacher: Any, query: str, passages: Texts) -> Tensor:
-    """Scores of one query's passages, by a teacher's vectors, `(passages,)` float32 on the CPU."""
-    if not passages:
-        return torch.zeros(0)
-    return teacher.scores(teacher.vectors([query], "query"), teacher.vectors(passages, "document"))[0].cpu()
+        if not passages:
+            return torch.zeros(0)
+        return self.scores(self.vectors([query], "query"), self.vectors(passages, "document"))[0].cpu()
 
 
 class ColBERTTeacher(VectorTeacher):

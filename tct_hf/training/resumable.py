@@ -26,7 +26,7 @@ from transformers.utils import PushInProgress
 from transformers.utils.hub import hf_api
 
 from tct_hf.encoding.routes import whole
-from tct_hf.encoding.weights import master_weights, refuse_not_finite
+from tct_hf.encoding.weights import half_attention, master_weights, refuse_not_finite
 from tct_hf.files import CONTENTS_FILE, replace_dir, seal, writing
 from tct_hf.hub_client import hub_errors
 from tct_hf.training.checkpoints import last_whole_checkpoint, refuse_damaged
@@ -111,7 +111,8 @@ class ResumableTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch forward and backward; refuses a loss that is not finite."""
         try:
-            loss = super().training_step(*args, **kwargs)
+            with half_attention(self.args.device):
+                loss = super().training_step(*args, **kwargs)
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from transformers import EarlyStoppingCallback
 
 from tct_hf import NoTeacher, TCTTrainer, TCTTrainingArguments, validate_checkpoint
 from tct_hf.data.ids import stable_id
+from tct_hf.encoding.routes import joined
+from tct_hf.training import resumable
 from tct_hf.training.collator import SameDatasetBatchSampler
 from tests.train_helpers import (
     EVERY_STEP,
@@ -96,6 +99,57 @@ def test_gradient_checkpointing_changes_no_loss(student: Any, trainer_of: Any, p
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_torch_compile_changes_no_loss(models: Path, plain: list[float], tmp_path: Path) -> None:
     assert plain_losses(models, tmp_path, torch_compile=True) == pytest.approx(plain, abs=1e-4)
+
+
+def test_attention_with_dropout_stays_in_half_precision_in_steps(
+    with_dropout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    losses = []
+    for expected in (True, False):
+        student = SentenceTransformer(str(with_dropout / "student"), device="cpu")
+        found: set[bool] = set()
+        student[0].register_forward_hook(lambda *_, found=found: found.add(allowed()))
+        trainer = make_trainer(tmp_path, student, make_teacher(with_dropout, "colbert"), triples(16), bf16=True)
+        trainer.train()
+        assert (found, allowed()) == ({expected}, False)
+        losses.append(logged(trainer))
+        monkeypatch.setattr(resumable, "half_attention", lambda device: nullcontext())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+COMPILED = {"torch_compile_backend": "eager"}  # the student is wrapped in the same way, and no compiler is needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"mini_batch_size": 3}, {"self_coupled": [1.0, 2.0]}, {"routes": True}], ids=str)
+def test_a_compiled_student_has_the_same_loss(models: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    losses = []
+    for how in ({}, COMPILED):
+        student = SentenceTransformer(str(models / "student"), device="cpu")
+        if "routes" in settings:
+            passages = SentenceTransformer(str(models / "student"), device="cpu")
+            student = joined(list(student), list(passages), passages, student.prompts["query"])
+        options = {name: value for name, value in settings.items() if name != "routes"}
+        trainer = make_trainer(tmp_path, student, make_teacher(models, "colbert"), triples(8), **options, **how)
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_student_resumes_and_is_saved_plain(models: Path, tmp_path: Path) -> None:
+    losses = []
+    for resume in (None, True):
+        student = SentenceTransformer(str(models / "student"), device="cpu")
+        settings = {**COMPILED, **EVERY_STEP, "num_train_epochs": 2}
+        trainer = make_trainer(tmp_path, student, make_teacher(models, "colbert"), triples(8), **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        losses.append(logged(trainer))
+        saved = SentenceTransformer(str(tmp_path / "checkpoint-2"), device="cpu")
+        assert np.abs(saved.encode_query(QUERIES) - student.encode_query(QUERIES)).max() < 1e-6
+        shutil.rmtree(tmp_path / "checkpoint-2")
+    assert losses[0] == losses[1]
 
 
 def test_dataset_dict_mixes_no_data_sets_in_a_batch(student: Any, trainer_of: Any) -> None:
