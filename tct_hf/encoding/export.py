@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -200,7 +200,7 @@ def export(
         if int8:
             quantization = needs("onnxruntime.quantization")
             quantization.quantize_dynamic(target, target, per_channel=True)
-    write_json_atomic(folder / ENCODING_FILE, _encoding(student, graph))
+    write_json_atomic(folder / ENCODING_FILE, encoding_of(student, graph))
     return target
 
 
@@ -220,7 +220,7 @@ def _write_onnx(graph: Graph, file: Path) -> None:
         )
 
 
-def _encoding(student: Any, graph: Graph) -> dict[str, Any]:
+def encoding_of(student: Any, graph: Graph) -> dict[str, Any]:
     """What stands between a text and the graph, JSON-ready."""
     first = student[0]
     expansion = first.query_expansion or {}
@@ -250,6 +250,40 @@ def exported_files(folder: Path) -> list[Path]:
     return sorted(file for file in found if file.is_file())
 
 
+def graph_inputs(
+    tokenizer: Tokenizer, encoding: dict[str, Any], side: Literal["query", "document"], multiple: int | None = None
+) -> Callable[[Sequence[str]], tuple[dict[str, np.ndarray], bool]]:
+    """What makes of texts the tensors `(texts, tokens)` that a graph takes, and tells whether any may have been cut.
+
+    Args:
+        tokenizer: the student's, or a copy; its lengths are set.
+        encoding: what :func:`export` writes beside the graph.
+        side: "query" or "document".
+        multiple: what the number of tokens is a multiple of, with padding.
+    """
+    way = encoding[side]
+    fill = way.get("fill")
+    pad = fill or encoding["pad"]
+    tokenizer.enable_truncation(way["length"])
+    tokenizer.enable_padding(
+        pad_id=tokenizer.token_to_id(pad),
+        pad_token=pad,
+        length=way["length"] if fill else None,
+        pad_to_multiple_of=None if fill else multiple,
+    )
+
+    def inputs(texts: Sequence[str]) -> tuple[dict[str, np.ndarray], bool]:
+        rows = tokenizer.encode_batch([way["prompt"] + text for text in texts])
+        columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+        found = {name: np.array([getattr(row, columns[name]) for row in rows]) for name in encoding["inputs"]}
+        filled = bool((found["attention_mask"].sum(axis=1) >= way["length"]).any())
+        if way.get("attend"):
+            found["attention_mask"][:] = 1
+        return found, filled
+
+    return inputs
+
+
 def graph_vectors(file: Path, texts: Sequence[str], side: Literal["query", "document"]) -> np.ndarray:
     """Vectors of texts by an exported file as a server would get them: without torch or sentence-transformers.
 
@@ -263,21 +297,7 @@ def graph_vectors(file: Path, texts: Sequence[str], side: Literal["query", "docu
     """
     folder = file.parent.parent
     encoding = read_json(folder / ENCODING_FILE, required=True)
-    way = encoding[side]
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(way["length"])
-    pad = way.get("fill") or encoding["pad"]
-    width = way["length"] if "fill" in way else None
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad, length=width)
-    rows = tokenizer.encode_batch([way["prompt"] + text for text in texts])
-    columns = {
-        "input_ids": np.array([row.ids for row in rows]),
-        "attention_mask": np.array([row.attention_mask for row in rows]),
-        "token_type_ids": np.array([row.type_ids for row in rows]),
-    }
-    if way.get("attend"):
-        columns["attention_mask"][:] = 1
-    inputs = {name: columns[name] for name in encoding["inputs"]}
+    inputs = graph_inputs(Tokenizer.from_file(str(folder / "tokenizer.json")), encoding, side)(texts)[0]
     if file.suffix == ".onnx":
         session = needs("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
         return session.run([_VECTOR], inputs)[0]

@@ -83,6 +83,10 @@ def encode_texts(
         raise ValueError(f'task={task!r} is not known: use "query" or "document".')
     if (static := static_modules(model, task)) is not None:
         return _looked_up(model, static, texts, task, done)
+    if engine is not None and task == "query" and len(texts) == 1:
+        vector = engine.question(*checked_texts(texts, "texts (task query)", 0))
+        if vector is not None:
+            return vector[:, : model.truncate_dim]
     sparse = is_sparse_encoder(model)
     device = model.device
     budget = budget_of(model, tokens_per_pass)

@@ -34,6 +34,16 @@ def test_vectors_are_those_of_torch_in_order(student: SentenceTransformer, task:
     np.testing.assert_allclose(found, encode_texts(student, TEXTS, task=task), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["student", "plain"])
+def test_one_question_goes_the_short_way_where_nothing_is_cut(models: Path, name: str) -> None:
+    student = SentenceTransformer(str(models / name), device="cpu")
+    engine = OpenVINOEngine(student, low_latency=True)
+    for text in ("the passage", "  a query, of Tokens\n", "", " ".join(TEXTS)):
+        found = encode_texts(student, [text], task="query", engine=engine)
+        np.testing.assert_allclose(found, encode_texts(student, [text], task="query"), atol=1e-4)
+        assert (engine.question(text) is None) == (len(text) > 100)
+
+
 def test_a_student_in_half_precision_is_brought_to_float32_first(student: SentenceTransformer) -> None:
     half = copy.deepcopy(student).to(torch.bfloat16)
     wanted = encode_texts(copy.deepcopy(half), TEXTS, task="document")
