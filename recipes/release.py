@@ -39,8 +39,9 @@ class Settings:
     onnx: bool = setting(False, "add the student as an ONNX graph (extra: onnx)")
     openvino: bool = setting(False, "add the student as an OpenVINO graph (extra: openvino)")
     int8: bool = setting(False, "add these graphs in int8, too")
+    int8_dev: bool = setting(False, "measure these on the dev split of data.source, for the card")
     space: str | None = setting(None, "owner/name of a Space to search data.source with the student (extra: demo)")
-    data: DataSettings = field(default_factory=DataSettings)  # of the Space
+    data: DataSettings = field(default_factory=DataSettings)  # of the Space and of int8_dev
 
 
 def main(settings: Settings) -> None:
@@ -56,7 +57,7 @@ def main(settings: Settings) -> None:
     quieten()
     print(f"{path}: checking the vectors in a fresh interpreter", flush=True)
     facts = CardFacts(**{name: given.pop(name) for name in CardFacts.__dataclass_fields__ if name in given})
-    if settings.space is not None:
+    if settings.space is not None or settings.int8_dev:
         from tct_hf.pipeline.data import read_collection
 
         given["collection"] = read_collection(data, train=False, test=False)

@@ -47,7 +47,7 @@ class OpenVINOEngine:
         options |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1 if low_latency else threads}
         self._dim = vectors.output(0).partial_shape[1].get_length()
         compiled = openvino_core().compile_model(vectors, "CPU", options)
-        self._request = compiled.create_infer_request() if low_latency else None
+        self._request: Any = compiled.create_infer_request() if low_latency else None
         own = getattr(student.tokenizer, "backend_tokenizer", None) if low_latency else None
         tokenizer = own and Tokenizer.from_str(own.to_str())
         self._rows = tokenizer and graph_inputs(tokenizer, encoding_of(student, graph), "query", _WIDTH)

@@ -32,6 +32,7 @@ FILES = {"openvino": "openvino/openvino_model.xml", "onnx": "onnx/model.onnx"}
 ENCODING_FILE = "encoding.json"
 _TOKENS = "last_hidden_state"  # the name that sentence-transformers' backends read
 _VECTOR = "sentence_embedding"
+_TOGETHER = 32  # texts of similar length a pass
 # What int8 may lose: lower cosines come from a broken file rather than from rounding.
 LOWEST_INT8 = 0.9
 
@@ -120,7 +121,7 @@ def _traced(graph: Graph) -> Iterator[None]:
         except (IndexError, RuntimeError) as error:
             if "tuple index out of range" not in str(error):
                 raise
-            fix = "pip install --upgrade transformers"  # its masks in 5.5 to 5.8
+            fix = "pip install --upgrade transformers"  # its masks in 5.4 to 5.8
             raise RuntimeError(f"transformers {transformers.__version__} can't be traced: {fix}") from error
         finally:
             graph.student.to(device)
@@ -297,12 +298,17 @@ def graph_vectors(file: Path, texts: Sequence[str], side: Literal["query", "docu
     """
     folder = file.parent.parent
     encoding = read_json(folder / ENCODING_FILE, required=True)
-    inputs = graph_inputs(Tokenizer.from_file(str(folder / "tokenizer.json")), encoding, side)(texts)[0]
+    inputs = graph_inputs(Tokenizer.from_file(str(folder / "tokenizer.json")), encoding, side)
+    run: Callable[[dict[str, np.ndarray]], np.ndarray]
     if file.suffix == ".onnx":
         session = needs("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return session.run([_VECTOR], inputs)[0]
-    options = {"INFERENCE_PRECISION_HINT": "f32"}
-    return openvino_core().compile_model(str(file), "CPU", options)(inputs)[_VECTOR]
+        run = lambda given: session.run([_VECTOR], given)[0]  # noqa: E731
+    else:
+        compiled = openvino_core().compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        run = lambda given: compiled(given)[_VECTOR]  # noqa: E731
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    parts = [[texts[row] for row in order[start : start + _TOGETHER]] for start in range(0, len(order), _TOGETHER)]
+    return np.concatenate([run(inputs(part)[0]) for part in parts])[np.argsort(order)]
 
 
 def check_exports(folder: Path, texts: Sequence[str], rule: dict[str, np.ndarray]) -> dict[str, float]:

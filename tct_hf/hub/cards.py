@@ -175,6 +175,7 @@ def write_card(
     *,
     report: Report | None = None,
     tag: str | None = None,
+    graphs: str | None = None,
 ) -> str:
     """The card of a checkpoint in Markdown with its metadata, by the template of its family."""
     if wrong := facts.missing():
@@ -216,6 +217,7 @@ def write_card(
         **_hybrid(report, family),
         # A bare encoder is read in as many ways as there are libraries.
         "clients": client_table(folder) if family == "student" and (folder / "modules.json").is_file() else None,
+        "graphs": graphs,
         "active_dims": _active_dims(report) if report is not None and family == "sparse_student" else None,
         **shape,
         "dims": sorted(size for size in facts.dims if family == "student" and size < (shape["dimension"] or 0)),

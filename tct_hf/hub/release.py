@@ -31,6 +31,7 @@ from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
 from tct_hf.files import command, replace_dir, staging_beside, write_json_atomic, write_text_atomic, writing
 from tct_hf.hub.cards import FAMILIES, CardFacts, Family, write_card
+from tct_hf.hub.graphs import graph_section
 from tct_hf.hub.space import write_space
 from tct_hf.hub_client import MARKER, check_hub_names, check_metadata, files_of, push_folder
 
@@ -110,6 +111,7 @@ def release(
     onnx: bool = False,
     openvino: bool = False,
     int8: bool = False,
+    int8_dev: bool = False,
 ) -> Release:
     """Check a checkpoint, write its card, and push it with evaluation results and recipe, as docs/hub.md says.
 
@@ -135,11 +137,9 @@ def release(
         space: owner/name of a Space to push beside it: a page that searches `collection` with the student. Its
             passages are then as public as the Space; `private` holds for it too. A dry run with `folder` writes it
             to a folder of the same name with "-space".
-        collection: what the Space searches.
-        onnx: add the student's ONNX file, by :func:`tct_hf.export`. Those that the checkpoint holds already go along;
-            the vectors of each are compared with the checkpoint's.
-        openvino: the same for OpenVINO.
-        int8: add these files in int8, too.
+        collection: what the Space searches, and `int8_dev` is measured on.
+        onnx, openvino: add its graph, by :func:`tct_hf.export`; those it holds go along. All are compared with it.
+        int8, int8_dev: add these files in int8, too; measure their RR@10 on dev of `collection`, for the card.
 
     Returns:
         What was done.
@@ -165,7 +165,7 @@ def release(
             raise ValueError("space: it serves a student and what that searches; release a student, with collection=.")
     if (onnx or openvino) and family != "student":
         raise ValueError(f"onnx, openvino: {source} is a {family.replace('_', ' ')}; only dense students have any.")
-    if int8 and not (onnx or openvino):
+    if (int8 or int8_dev) and not (onnx or openvino):
         raise ValueError("int8: of which file? Set onnx or openvino, too.")
     kept = None if folder is None else check_folder(folder, source)
     with ExitStack() as stack:
@@ -181,17 +181,17 @@ def release(
         asked: dict[Format, bool] = {"onnx": onnx, "openvino": openvino}
         for format, small in product((name for name in asked if asked[name]), (False, True)[: 1 + int8]):
             export(sentence_transformers.SentenceTransformer(str(staging), device="cpu"), staging, format, int8=small)
-        _check(staging, family, source)
-        measured = None if report is None else Report.load(staging / "report.json")
-        if measured is not None:
+        graphs = graph_section(staging, _check(staging, family, source), collection if int8_dev else None)
+        if (measured := None if report is None else Report.load(staging / "report.json")) is not None:
             _check_report(measured, staging, family)
         if card is None:
-            text = write_card(staging, family, repo_id, facts.completed_by(source), report=measured, tag=tag)
+            text = write_card(
+                staging, family, repo_id, facts.completed_by(source), report=measured, tag=tag, graphs=graphs
+            )
         else:
             text = _written_card(Path(card))
         write_text_atomic(staging / "README.md", text)
-        secret = token or get_token()
-        refuse_tokens(staging, secret)
+        refuse_tokens(staging, secret := token or get_token())
         files = files_of(staging)
         if kept is not None:
             mark(staging, files)
@@ -202,8 +202,9 @@ def release(
             said = message or f"Release {tag or repo_id.split('/')[1]}"
             at: dict[str, Any] = {**account, "revision": revision, "tag": tag}
             sent, commit, url = push_folder(staging, repo_id, "model", said, is_replaced, **at)
-            unchanged = [name for name in files if name not in sent]
-            done = replace(done, sent=sent, unchanged=unchanged, commit=commit, url=url)
+            done = replace(
+                done, sent=sent, unchanged=[one for one in files if one not in sent], commit=commit, url=url
+            )
         if space is None or collection is None or (dry_run and kept is None):
             return done
         place = check_folder(f"{kept}-space", source) if dry_run else scratch / "space"
@@ -245,7 +246,7 @@ def _add(staging: Path, source: Path, report: str | Path | None, recipe: str | P
         raise FileNotFoundError(f"{settings}: no such recipe.")
 
 
-def _check(staging: Path, family: Family, source: Path) -> None:
+def _check(staging: Path, family: Family, source: Path) -> dict[str, float]:  # as `check_exports` says
     modules = read_modules(staging)
     for module in modules:
         if not module["type"].startswith("sentence_transformers."):
@@ -260,19 +261,18 @@ def _check(staging: Path, family: Family, source: Path) -> None:
             raise ValueError(f"{name}: auto_map names code to run on loading; use an encoder of transformers itself.")
     if family == "student" and recognise(str(staging), staging).kind == "student":
         finalise_checkpoint(staging)
-        validate_checkpoint(staging)
-        return
-    loader = FAMILIES[family].loader
+        return validate_checkpoint(staging).exports
+    loader, than = FAMILIES[family].loader, f"those of {source} here"
     here = {} if family == "teacher" else own_vectors(source, loader)
-    than, fix = f"those of {source} here", "Save it again with stock modules."
-    check_vectors(staging, here, loader=loader, tolerance=1e-4, than=than, fix=fix)
+    check_vectors(staging, here, loader=loader, tolerance=1e-4, than=than, fix="Save it again with stock modules.")
     if family == "student":
-        check_exports(staging, GOLDEN_TEXTS, here)
+        return check_exports(staging, GOLDEN_TEXTS, here)
     if family == "sparse_student" and not all(vectors.any() for vectors in here.values()):
         raise ValueError(
             f"{source}: all vectors are zero in all dimensions: the student has collapsed; train it with a weaker "
             "regulariser."
         )
+    return {}
 
 
 def _check_report(report: Report, staging: Path, family: Family) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 
 from tct_hf import ColBERTTeacher, SparseIndex, build_student, convert_checkpoint, load_student, release, save_student
+from tct_hf.data.collection import Collection, Split
 from tct_hf.encoding import checkpoint
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.evaluation.report import Report
+from tct_hf.hub.graphs import graph_section, int8_on_dev
 from tct_hf.hub.release import cut_local_paths, without_local_paths
 from tct_hf.hub_client import HubError, template
 from tct_hf.retrieval.encode import describe_model
@@ -153,6 +156,29 @@ def test_graphs_go_along_and_are_compared_with_the_checkpoint(student: Path, tmp
     weights.write_bytes(bytes(20_000) + content[20_000:])
     with pytest.raises(ValueError, match=r"openvino_model\.xml differ by .*export it again"):
         release(tmp_path / "release", NAME, folder=tmp_path / "again", **options)
+
+
+def test_a_card_says_what_int8_loses_on_dev_or_that_it_was_not_measured(student: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    options: dict[str, Any] = {"facts": FACTS, "dry_run": True, "onnx": True, "int8": True}
+    release(student, NAME, folder=tmp_path / "release", **options)
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "`onnx/model_int8.onnx` | lowest cosine" in card and "was not measured" in card
+    passages = [{"id": f"p{at}", "text": text} for at, text in enumerate(TEXTS)]
+    split = Split({"q0": "query tokens", "q1": "the teacher"}, {"q0": {"p0": 1}, "q1": {"p1": 1}})
+    collection = Collection("/some/where/small", Dataset.from_list(passages), {"dev": split}, {})
+    folder = tmp_path / "release"
+    found = int8_on_dev(folder, collection)
+    model = SentenceTransformer(str(folder), device="cpu")
+    scores = model.similarity(model.encode_query([*split.queries.values()]), model.encode_document(TEXTS))
+    ranks = [int((row > row[at]).sum()) + 1 for at, row in enumerate(scores)]
+    assert found[""] == pytest.approx(sum(1 / rank for rank in ranks) / 2)
+    section = graph_section(folder, {"onnx/model.onnx": 1e-7, "onnx/model_int8.onnx": 0.99}, collection)
+    assert f"| lowest cosine 0.9900 | {found['onnx/model_int8.onnx']:.3f} |" in str(section)
+    assert "3 passages of small" in str(section)
+    collection.splits.clear()
+    with pytest.raises(ValueError, match="small has no dev split"):
+        int8_on_dev(folder, collection)
 
 
 @pytest.mark.usefixtures("quick")
