@@ -35,7 +35,7 @@ class ArmResult:
     """What an arm's students came to: evaluations by seed and split, training logs by seed.
 
     `says` is what the arm changes, in words; `against` the arms and keys of systems that it is tested against; `costs`
-    what searching with its first seed costs, by measure: that of whole vectors, of first dimensions and codes.
+    what searching with one of its seeds costs, by measure: that of whole vectors, of first dimensions and codes.
     """
 
     says: str
@@ -70,10 +70,10 @@ def search_student(
     bm25 = {(key, split): run for (key, split), run in experiment.runs.items() if key == BM25}
     own = replace(experiment, runs=bm25, titles={}, write=print)
     own.search([replace(system, title=title), *parts], folder)
+    costs = _kept_costs(folder, references)
     own.fuse_with_bm25([STUDENT], folder)
     measure = own.measures[0]
     names = {part.key: part.title.replace(system.title, measure, 1) for part in parts}
-    costs = _kept_costs(folder, references)
     found = {split: with_fused(found, STUDENT, measure, names)[STUDENT] for split, found in own.evaluate().items()}
     return found, {name: costs[key] for key, name in ({STUDENT: measure} | names).items() if key in costs}
 
@@ -154,7 +154,8 @@ def report_arms(
         }
         found = {seed: evaluations for seed, (evaluations, _) in searched.items()}
         logs = {seed: read_log(folder) for seed, folder in folders.items()}
-        results[arm] = ArmResult(says[arm], against[arm], found, logs, next(iter(searched.values()))[1])
+        costs = next((costs for _, costs in searched.values() if costs), {})
+        results[arm] = ArmResult(says[arm], against[arm], found, logs, costs)
         for seed, parts in found.items():
             for one, evaluation in parts.items():
                 measured[one][f"{arm}, seed {seed}"] = evaluation
@@ -200,7 +201,7 @@ def trade_offs(results: Mapping[str, ArmResult], split: str, measure: str, axis:
         for name, cost in result.costs.items():
             found = [parts[split] for parts in result.evaluations.values()]
             error = standard_error([*found[0].per_query[name].values()])
-            label = re.sub(r", first \d+ dimensions", "", name.replace(measure, arm, 1))
+            label = re.sub(r", first \d+ dimensions", "", name).replace(measure, arm, 1)
             effect = fmean(one.mean[name] for one in found)
             points.append(TradeOff(label, cost[axis], effect, error, label.removeprefix(arm) or "dense"))
     return points

@@ -33,14 +33,7 @@ from tct_hf.files import claim, command, json_digest, working_in, write_json_ato
 from tct_hf.hub_client import check_model_folder, resolve_model
 from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
 from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.encode import (
-    describe_model,
-    encode_corpus,
-    encode_texts,
-    find_engine,
-    is_sparse_encoder,
-    read_seconds,
-)
+from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts, find_engine, read_seconds
 from tct_hf.retrieval.engines import engine_of
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import Run
@@ -96,7 +89,7 @@ class Workspace:
         remembered: int = 0,
         write: Callable[[str], None] = print,
     ) -> None:
-        self.is_sparse = is_sparse_encoder(student)
+        self.is_sparse = isinstance(student, SparseEncoder)
         if student.similarity_fn_name not in (("dot",) if self.is_sparse else ("dot", "cosine")):
             can = "of a sparse student only dot" if self.is_sparse else "only dot and cosine"
             raise ValueError(f"student: {name} compares by {student.similarity_fn_name!r}: {can} can be searched.")
@@ -161,7 +154,8 @@ class Workspace:
             corpus = self.collection.corpus
             ids = list(corpus["id"])
             for folder in self._stored_vectors:
-                if _same_model(read_manifest(folder)["model"], self.built_by):
+                of = read_manifest(folder)["model"]
+                if all(of.get(key) == self.built_by[key] for key in ("weights_sha256", "encoding")):
                     names, vectors, _ = load_vectors(folder, mmap=True)
                     if set(names) == set(ids):
                         return names, self._as_dot(vectors)
@@ -233,12 +227,7 @@ class Workspace:
         return factory_for(len(self.collection.corpus), dimension)
 
     def dense(
-        self,
-        factory: str,
-        size: int | None = None,
-        *,
-        tuning: TuningQueries | None = None,
-        recall: float = 0.97,
+        self, factory: str, size: int | None = None, *, tuning: TuningQueries | None = None, recall: float = 0.97
     ) -> Stored[DenseIndex]:
         """The student's vectors in a Faiss index, tuned for Recall@100 unless it is "Flat".
 
@@ -322,11 +311,6 @@ class Workspace:
         opened = load(folder)
         size = Footprint(bytes_on_disk(folder), _memory(opened, folder), read_seconds(seconds_file))
         return self._made.setdefault(name, Stored(opened, size))
-
-
-def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two models, as their vectors record them, encode passages alike."""
-    return all(one.get(key) == other[key] for key in ("weights_sha256", "encoding"))
 
 
 def dense_name(factory: str, size: int | None = None) -> str:

@@ -157,8 +157,15 @@ def check_together(settings: TrainSettings) -> None:
     sparse, static = student.kind == "splade", student.kind == "static"
     if student.tower_of is None and student.passages is not None:
         raise SettingsError("student.passages: vectors of which model? Name it with student.tower_of")
-    if student.tower_of is None and student.from_vectors.texts:
+    if (first := student.from_vectors).texts < 0 or (first.training and not first.texts):
+        raise SettingsError(f"student.from_vectors.texts={first.texts}: give the number of texts, such as 20000")
+    if student.tower_of is None and first.texts:
         raise SettingsError("student.from_vectors: vectors of which model? Name it with student.tower_of")
+    if student.training.get("max_steps") == 0 and (student.is_coupled or "stock" in settings.stages):
+        raise SettingsError(
+            "student.training.max_steps: 0 is for a query tower that learns from vectors alone: set "
+            "student.from_vectors.texts, and leave the stage stock out; -1 trains for num_train_epochs"
+        )
     if student.tower_of is not None and (sparse or student.scale is not None or teacher.kind == "self"):
         name = "teacher.kind" if teacher.kind == "self" else "student.kind" if sparse else "student.scale"
         raise SettingsError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from sentence_transformers import SentenceTransformer
 
 from tct_hf.cache import prepared
 from tct_hf.encoding.build import build_colbert, build_splade, build_student, student_from_teacher
@@ -174,7 +175,7 @@ def new_student(
     )
 
 
-def make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
+def _make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
     """A query tower of a model, which is taken over, for the passage vectors that the settings name."""
     assert student.tower_of is not None
     encoder, vectors = load_encoder(student.tower_of, device=str(run.job.state.device)), student.passages
@@ -190,20 +191,23 @@ def make_tower(run: Training, student: StudentSettings, tower: Any) -> Any:
     return made
 
 
-def begin_tower(run: Training, student: StudentSettings, new: Callable[[], Any]) -> Path:
-    """The folder of a query tower that has learned from vectors alone, trained once for all that begin so.
-
-    Args:
-        new: makes the tower's encoder of queries.
-    """
-    of, precise = str(student.tower_of), run.base["bf16"]
+def tower_stage(run: Training, student: StudentSettings) -> Stage:
+    """The stage in which a query tower learns from vectors alone, the same for all that begin so."""
     other = ("training", "schedules", "teacher_cache", "teacher_cache_gigabytes")
     own = {name: value for name, value in student.depends().items() if name not in other}
     depends = {**run.depends("student"), "student": own}
     folder = run.shared / "towers" / json_digest(depends)[:8]
+    how = {**TRAINING, "logging_steps": 100, "save_steps": 200, **run.base, **student.from_vectors.training}
+    work = folder.parent / "training" / folder.name
+    return Stage(folder, work, settings=depends, arguments=how, write=run.job.write)
+
+
+def _begin_tower(run: Training, student: StudentSettings, new: Callable[[], Any]) -> Path:
+    """The folder of a query tower that has learned from vectors alone; `new` makes its encoder of queries."""
+    of, precise = str(student.tower_of), run.base["bf16"]
 
     def make() -> Any:
-        tower = make_tower(run, student, new())
+        tower = _make_tower(run, student, new())
         questions = [*dict.fromkeys(run.collection.unjudged(0.0, None).values())]
         others = parts_of_passages(run.collection.corpus["text"], student.from_vectors.texts)
         texts = [*questions, *others]
@@ -217,14 +221,20 @@ def begin_tower(run: Training, student: StudentSettings, new: Callable[[], Any])
         kept = prepared("vectors", key, encode, run.shared / "texts")
         return tower, questions, others, np.load(kept / "vectors.npy")
 
-    how = {**TRAINING, "logging_steps": 100, "save_steps": 200, **run.base, **student.from_vectors.training}
-    work = folder.parent / "training" / folder.name
-    return train_from_vectors(Stage(folder, work, settings=depends, arguments=how, write=run.job.write), make)
+    return train_from_vectors(tower_stage(run, student), make)
 
 
-def finish_tower(run: Training, name: str, made: Path) -> None:
-    """Make what has learned from vectors alone the model of a stage."""
-    final = run.folder_of(name)
+def begin(run: Training, student: StudentSettings, new: Callable[[], Any]) -> Any:
+    """What teachers of scores train: `new()`, or a query tower of it, which may have learned from vectors."""
+    if student.tower_of is None:
+        return new()
+    begun = SentenceTransformer(str(_begin_tower(run, student, new))) if student.from_vectors.texts else new()
+    return _make_tower(run, student, begun)
+
+
+def finish_tower(run: Training, name: str, student: StudentSettings, new: Callable[[], Any]) -> None:
+    """Train a query tower from vectors alone, as the model of a stage."""
+    made, final = _begin_tower(run, student, new), run.folder_of(name)
     with run.job.state.main_process_first(), staging_beside(final) as staging:
         if not run.is_trained(name):
             shutil.copytree(made, staging)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import set_seed
 
 from tct_hf.cache import prepared
@@ -26,15 +26,7 @@ from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.checks import check_together, named
 from tct_hf.pipeline.data import leave_out_reported, read_collection, read_triples
 from tct_hf.pipeline.job import Job
-from tct_hf.pipeline.models import (
-    begin_tower,
-    check_scores,
-    finish_tower,
-    make_teacher,
-    make_tower,
-    new_student,
-    prepare,
-)
+from tct_hf.pipeline.models import begin, check_scores, finish_tower, make_teacher, new_student, prepare, tower_stage
 from tct_hf.pipeline.settings import TRAINING, DataSettings, StudentSettings, TrainSettings
 from tct_hf.retrieval.negatives import collection_triples
 from tct_hf.retrieval.runs import Run
@@ -137,6 +129,9 @@ class Training:
                 self._stage("teacher", "late interaction").args(training.ARGUMENTS["late interaction"])
         with named("student.training"):
             self._stage("student", self.kind).args(training.ARGUMENTS[self.kind])
+        if student.from_vectors.texts:
+            with named("student.from_vectors.training"):
+                tower_stage(self, student).args(SentenceTransformerTrainingArguments)
         if all((self.folder / name).is_dir() for name in {"unlabelled", "student"}.intersection(settings.stages)):
             return
         # The model that it starts from may not be there yet: it has the base's encoder.
@@ -312,7 +307,7 @@ class Training:
 
     def _distil(self, name: str) -> None:
         if not (own := self.settings.student).is_coupled:
-            return finish_tower(self, name, begin_tower(self, own, partial(self._new_student, own)))
+            return finish_tower(self, name, own, partial(self._new_student, own))
         if self.has_own_teacher and not self.folder_of("teacher").is_dir():
             raise SettingsError(
                 f"stages: the student learns from {self.teacher_model}, which is not there. Add the stage teacher, or "
@@ -331,12 +326,7 @@ class Training:
     def _begin(self, student: StudentSettings) -> Any:
         if "student" in self.start:
             return SentenceTransformer(self.start["student"])
-        new = partial(self._new_student, student)
-        if student.tower_of is None:
-            return new()
-        if student.from_vectors.texts:
-            return make_tower(self, student, SentenceTransformer(str(begin_tower(self, student, new))))
-        return make_tower(self, student, new())
+        return begin(self, student, partial(self._new_student, student))
 
     def _new_student(self, student: StudentSettings) -> Any:
         if student.kind == "static":
@@ -345,7 +335,8 @@ class Training:
 
     def _untrained(self, student: StudentSettings) -> Path:
         """The folder of a static student before training."""
-        start = student.stays or self.settings.encoder.starts_from(student.initialise_from)
+        stays = student.stays and (weights_file_digest(student.stays) or student.stays)
+        start = stays or self.settings.encoder.starts_from(student.initialise_from)
         made_of = {**self.of_teacher, "start": start, "dim": student.dim}
         parts = (self.settings.encoder, student, self.teacher_model, self.collection.corpus)
         return prepared("untrained", made_of, lambda out: new_student(*parts).save_pretrained(str(out)), self.shared)

@@ -332,7 +332,7 @@ def tune(
         found = exact.recall(search_engine(engine, queries, places)[1])
         # The few recalls of a handful of queries may all be 1.
         margin = _ERRORS * max(float(found.std()), 1 - recall) / math.sqrt(len(found))
-        aim = recall + (margin if source == "queries" else (1 - recall) * _KEPT_BACK)
+        aim = min(1.0, recall + (margin if source == "queries" else (1 - recall) * _KEPT_BACK))
         tried.append((cost, float(found.mean()), aim, parameters))
         return bool(found.mean() >= aim)
 

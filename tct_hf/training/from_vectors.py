@@ -23,8 +23,9 @@ from tct_hf.training.stages import Stage
 
 _WORDS = (4, 16)  # of a part of a passage, at least and at most
 # Training arguments where nothing else is said, of a tower with an encoder and of a static one.
-_WITH_ENCODER = {"per_device_train_batch_size": 64, "max_steps": 1000, "learning_rate": 5e-4, "warmup_steps": 50}
-_STATIC = {"per_device_train_batch_size": 256, "max_steps": 1000, "learning_rate": 0.03, "warmup_steps": 50}
+_WITH_ENCODER = {"per_device_train_batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 50}
+_STATIC = {"per_device_train_batch_size": 256, "learning_rate": 0.03, "warmup_steps": 50}
+_STEPS = 1000  # unless epochs are asked for
 
 
 def parts_of_passages(passages: Any, count: int, *, seed: int = 0) -> list[str]:
@@ -61,8 +62,8 @@ def train_from_vectors(
     """Bring the vectors of a tower's queries near to those of another model.
 
     Args:
-        make: gives the tower, questions, other texts, and the vectors `(questions + texts, dim)` to learn. Questions
-            are half of what is learned, however few they are.
+        make: gives the tower, questions, other texts, and the vectors `(questions + texts, dim)` to learn. Fewer
+            questions than other texts are repeated, up to half of the rows.
 
     Source: Vujanic and Rueckstiess, arXiv 2509.12539 (LEAF).
     """
@@ -77,6 +78,7 @@ def train_from_vectors(
         args = stage.args(
             SentenceTransformerTrainingArguments,
             **defaults,
+            **({} if "num_train_epochs" in stage.arguments else {"max_steps": _STEPS}),
             batch_sampler=_OfSimilarLength,
             router_mapping={"text": "query"},
             prompts={"text": prompt_of(tower, "query") or ""},

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tct_hf.evaluation.arms import ArmResult, against_table, arm_table
+from tct_hf.evaluation.arms import ArmResult, against_table, arm_table, trade_offs
+from tct_hf.evaluation.cost import BYTES
 from tct_hf.evaluation.measures import Evaluation
 from tct_hf.evaluation.significance import holm, paired_randomisation_test
 from tct_hf.evaluation.tables import p_value
@@ -53,6 +54,17 @@ def test_a_line_holds_the_mean_and_the_deviation_over_seeds() -> None:
         shown = [f"{np.mean(m):.3f}" + (f" ± {np.std(m, ddof=1):.3f}" if len(m) > 1 else "") for m in means]
         assert line[:3] == [name, *shown]
     assert [line[3:] for line in lines] == [["3", "8", "3.0"], ["3", "8", "3.0"], ["1", "8", "2.0"]]
+
+
+def test_an_arm_named_after_its_dimensions_keeps_its_name_in_a_plot() -> None:
+    one, part = evaluation(1), "RR@10, first 8 dimensions, SQ8"
+    whole = Evaluation(one.mean | {part: 0.5}, one.per_query | {part: one.per_query["RR@10"]})
+    costs = {"RR@10": {BYTES: 32}, part: {BYTES: 8}}
+    arms = {"trained, first 8 dimensions": ArmResult("", [], {1: {"test": whole}}, {}, costs)}
+    assert [(point.label, point.cost, point.kind) for point in trade_offs(arms, "test", "RR@10", BYTES)] == [
+        ("trained, first 8 dimensions", 32, "dense"),
+        ("trained, first 8 dimensions, SQ8", 8, ", SQ8"),
+    ]
 
 
 def test_arms_are_tested_query_by_query_on_their_common_seeds_and_corrected_over_the_lines() -> None:

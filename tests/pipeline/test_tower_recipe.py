@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from tct_hf import DenseIndex
+from tct_hf.pipeline.settings import StudentSettings, TrainSettings
+from tct_hf.pipeline.train import Training
 from tct_hf.retrieval.encode import encode_texts
 from tests.recipe import Check, Run
 
@@ -95,6 +98,18 @@ def test_what_vectors_alone_teach_is_learned_once_for_all_that_begin_so(whole: P
     assert type(models[2][0].sub_modules["query"][0]).__name__ == "StaticEmbedding"
 
 
+def test_a_static_tower_begins_with_the_weights_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tct_hf.pipeline.train.prepared", lambda kind, made_of, *rest: made_of["start"])
+    run: Any = SimpleNamespace(
+        of_teacher={}, teacher_model=None, shared=tmp_path, collection=SimpleNamespace(corpus=[])
+    )
+    run.settings, starts = TrainSettings(), set[Any]()
+    for weights in (b"", b"other"):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        starts.add(Training._untrained(run, StudentSettings(kind="static", tower_of=str(tmp_path))))
+    assert len(starts) == 2 and str(tmp_path) not in starts
+
+
 def test_settings_that_no_tower_takes_are_refused(refused: Check, material: Any) -> None:
     refused(["--student.passages=somewhere"], "student.passages: vectors of which model?")
     mean, codes = (str(material.folder / name) for name in ("mean", "codes"))
@@ -102,5 +117,12 @@ def test_settings_that_no_tower_takes_are_refused(refused: Check, material: Any)
     tower = [f"--student.tower_of={mean}", f"--student.passages={codes}"]
     refused(tower, "student.passages: the index: does not say which model built it")
     refused(["--student.from_vectors.texts=9"], "student.from_vectors: vectors of which model?")
+    for wrong in ("texts=-1", "training={max_steps: 9}"):
+        refused([f"--student.from_vectors.{wrong}"], "student.from_vectors.texts=")
+    refused(["--student.training.max_steps=0"], "student.training.max_steps: 0 is for a query tower")
+    tower = [f"--student.tower_of={mean}", "--student.from_vectors.texts=9"]
+    refused([*tower, "--student.training.max_steps=0"], "arms.stock: student.training.max_steps: 0 is for")
+    tower.append("--student.from_vectors.training.lr_scheduler_type=steep")
+    refused(tower, "student.from_vectors.training: steep is not a valid SchedulerType")
     refused(["--student.tower_of=a/b", "--student.kind=splade"], "student.kind: a query tower")
     refused(["--student.tower_of=a/b", "--teacher.kind=self"], "teacher.kind: a query tower")

@@ -30,6 +30,18 @@ def test_parts_are_words_in_a_row_of_passages() -> None:
     assert passages[0] in parts and "" not in parts
 
 
+@pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"num_train_epochs": 2}, -1), ({"max_steps": 7}, 7)])
+def test_epochs_that_are_asked_for_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], steps: int
+) -> None:
+    model = build_student(str(tiny_bert(tmp_path / "bare")))
+    monkeypatch.setattr(Stage, "train", lambda stage, make: make())
+    stage = Stage(tmp_path, tmp_path / "work", settings={}, arguments={"report_to": "none", "use_cpu": True, **asked})
+    joint = joined([*model], [*model], model, "")
+    trainer: Any = train_from_vectors(stage, lambda: (joint, QUESTIONS, [], model.encode_query(QUESTIONS)))
+    assert trainer.args.max_steps == steps
+
+
 @pytest.mark.parametrize("kind", ["encoder", "static"])
 def test_queries_come_nearer_and_a_stopped_run_ends_as_a_whole_one(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
