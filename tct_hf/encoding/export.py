@@ -33,6 +33,7 @@ ENCODING_FILE = "encoding.json"
 _TOKENS = "last_hidden_state"  # the name that sentence-transformers' backends read
 _VECTOR = "sentence_embedding"
 _TOGETHER = 32  # texts of similar length a pass
+_UNCUT = 2**31 - 1  # the length of texts that nothing cuts
 # What int8 may lose: lower cosines come from a broken file rather than from rounding.
 LOWEST_INT8 = 0.9
 
@@ -232,7 +233,11 @@ def encoding_of(student: Any, graph: Graph) -> dict[str, Any]:
     }
     tokenizer = student.tokenizer
     default = student.prompts.get(student.default_prompt_name) or ""
-    sides = {side: {"prompt": student.prompts.get(side, default), "length": n} for side, n in lengths.items()}
+    # Of some tokenizers 10^30, or None.
+    sides = {
+        side: {"prompt": student.prompts.get(side, default), "length": min(n or _UNCUT, _UNCUT)}
+        for side, n in lengths.items()
+    }
     if expansion:
         sides["query"] |= {"fill": expansion.get("token") or tokenizer.mask_token, "attend": expansion["attend"]}
     return {

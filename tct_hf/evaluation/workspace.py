@@ -69,7 +69,7 @@ class Workspace:
         in_memory: write nothing; `precision` is then "bf16" or "fp32".
         indexes: those that are there already, by their names in `indexes`.
         stored: in memory: folders of vectors, of which that of the student's passages is read.
-        backend: what encodes queries, as in `encode_corpus`; what encoded the passages when None.
+        backend: what encodes queries, as in `encode_corpus`; None: what encoded the passages, if it is installed.
         remembered: single queries whose vectors are kept in memory, the last ones asked.
     """
 
@@ -178,13 +178,9 @@ class Workspace:
         """What computes queries in place of the student, with torch's threads, if anything does."""
         threads, student = torch.get_num_threads(), cast(SentenceTransformer, self.student)
         if threads not in self._engines:
-            engine = None
-            if self._backend is not None:
-                some = [text[:100] for text in self.collection.corpus[:1000]["text"]]
-                engine, _ = find_engine(student, some, self._backend, precision, low_latency=True)
-            elif of_passages and student.device.type == "cpu":
-                engine = OpenVINOEngine(student, bf16=precision == "bf16", low_latency=True)
-            self._engines[threads] = engine
+            some = [text[:100] for text in self.collection.corpus[:1000]["text"]]
+            backend = self._backend or ("auto" if of_passages else "torch")
+            self._engines[threads], _ = find_engine(student, some, backend, precision, low_latency=True)
         return self._engines[threads]
 
     def _as_dot(self, vectors: Any) -> Any:  # vectors whose dot products are the student's scores

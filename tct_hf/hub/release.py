@@ -165,8 +165,10 @@ def release(
             raise ValueError("space: it serves a student and what that searches; release a student, with collection=.")
     if (onnx or openvino) and family != "student":
         raise ValueError(f"onnx, openvino: {source} is a {family.replace('_', ' ')}; only dense students have any.")
-    if (int8 or int8_dev) and not (onnx or openvino):
+    if int8 and not (onnx or openvino):
         raise ValueError("int8: of which file? Set onnx or openvino, too.")
+    if int8_dev and (not int8 or collection is None or card is not None):
+        raise ValueError("int8_dev: it needs int8, a collection to measure on, and no card of your own.")
     kept = None if folder is None else check_folder(folder, source)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -185,9 +187,8 @@ def release(
         if (measured := None if report is None else Report.load(staging / "report.json")) is not None:
             _check_report(measured, staging, family)
         if card is None:
-            text = write_card(
-                staging, family, repo_id, facts.completed_by(source), report=measured, tag=tag, graphs=graphs
-            )
+            facts = facts.completed_by(source)
+            text = write_card(staging, family, repo_id, facts, report=measured, tag=tag, graphs=graphs)
         else:
             text = _written_card(Path(card))
         write_text_atomic(staging / "README.md", text)
@@ -202,9 +203,8 @@ def release(
             said = message or f"Release {tag or repo_id.split('/')[1]}"
             at: dict[str, Any] = {**account, "revision": revision, "tag": tag}
             sent, commit, url = push_folder(staging, repo_id, "model", said, is_replaced, **at)
-            done = replace(
-                done, sent=sent, unchanged=[one for one in files if one not in sent], commit=commit, url=url
-            )
+            rest = [name for name in files if name not in sent]
+            done = replace(done, sent=sent, unchanged=rest, commit=commit, url=url)
         if space is None or collection is None or (dry_run and kept is None):
             return done
         place = check_folder(f"{kept}-space", source) if dry_run else scratch / "space"

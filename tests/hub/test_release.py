@@ -176,6 +176,9 @@ def test_a_card_says_what_int8_loses_on_dev_or_that_it_was_not_measured(student:
     section = graph_section(folder, {"onnx/model.onnx": 1e-7, "onnx/model_int8.onnx": 0.99}, collection)
     assert f"| lowest cosine 0.9900 | {found['onnx/model_int8.onnx']:.3f} |" in str(section)
     assert "3 passages of small" in str(section)
+    for given in ({}, {"collection": collection, "int8": False}, {"collection": collection, "card": "card.md"}):
+        with pytest.raises(ValueError, match="int8_dev: it needs"):
+            release(student, NAME, **{**options, "int8_dev": True, **given})
     collection.splits.clear()
     with pytest.raises(ValueError, match="small has no dev split"):
         int8_on_dev(folder, collection)

@@ -37,6 +37,9 @@ def test_vectors_are_those_of_torch_in_order(student: SentenceTransformer, task:
 @pytest.mark.parametrize("name", ["student", "plain"])
 def test_one_question_goes_the_short_way_where_nothing_is_cut(models: Path, name: str) -> None:
     student = SentenceTransformer(str(models / name), device="cpu")
+    length, student.max_seq_length = student.max_seq_length, 10**30  # as tokenizers have it that cut nothing
+    assert name == "student" or OpenVINOEngine(student, low_latency=True).question("the passage") is not None
+    student.max_seq_length = length
     engine = OpenVINOEngine(student, low_latency=True)
     for text in ("the passage", "  a query, of Tokens\n", "", " ".join(TEXTS)):
         found = encode_texts(student, [text], task="query", engine=engine)
@@ -107,13 +110,17 @@ def test_queries_are_encoded_by_the_engine_of_the_passages(
     assert encodes("torch", "auto") and encodes("torch", "openvino")
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
     assert encodes("openvino") and not encodes("openvino", "torch")
+    monkeypatch.setattr(encode, "has_openvino", lambda: False)  # vectors from another machine
+    assert not encodes("openvino")
 
 
 class Broken:
     """An engine that fails as a conversion does: with an exception of no common class."""
 
+    error = Exception("no conversion rule")
+
     def __init__(self, *_: Any, **__: Any) -> None:
-        raise Exception("no conversion rule")
+        raise self.error
 
 
 def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
@@ -127,3 +134,11 @@ def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
         choose_engine(student, TEXTS, "openvino")
     monkeypatch.setattr(encode, "OpenVINOEngine", Broken)
     assert choose_engine(student, TEXTS)[0] == "torch" and "no conversion rule" in caplog.text
+    monkeypatch.setattr(Broken, "error", ImportError("no libtbb"))
+    assert choose_engine(student, TEXTS)[0] == "torch" and "no libtbb" in caplog.text
+    with pytest.raises(ImportError, match="no libtbb"):
+        choose_engine(student, TEXTS, "openvino")
+
+
+def test_the_longest_text_is_among_those_that_an_engine_is_tried_on() -> None:
+    assert encode._probed(["short"] * 101 + ["a longer one"] + ["short"] * 98)[-1] == "a longer one"

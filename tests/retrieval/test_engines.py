@@ -139,11 +139,19 @@ def test_what_does_not_fit_is_refused_by_name_and_a_password_is_never_shown(
         with pytest.raises(OSError, match="out of"):
             push(vectors, server, "wild", m=10**6)
         assert len(push(vectors, server, "wild", m=8)) == COUNT
-    with pytest.raises(ValueError, match=r"corpus: metadata of passage 'p0': .* not JSON"):
+    with pytest.raises(ValueError, match=r"metadata of passage 'p0': .* not JSON"):
         push(vectors, server, "numbered", corpus=CORPUS.add_column("score", [math.nan] * COUNT))
     with pytest.raises(ValueError, match="corpus: row 200 is 'p201' where 'p200' was encoded"):
         rows = [*range(200), 201, 200, *range(202, COUNT)]
         push(vectors, server, "ordered", corpus=CORPUS.select(rows))
+    index = server.index.open(server.url, "pinned")
+    for what, given, said in (
+        ("texts", ["one"], "texts: 1 of 2 passages"),
+        ("metadata", [], "metadata: 0 of 2"),
+        ("metadata", [{"a": 1}, {"a": math.nan}], "metadata of passage 'b': .* not JSON"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            index.upsert(["a", "b"], VECTORS[:2], **{what: given})
     with pytest.raises(ValueError, match="name: 'a;b'"):
         push(vectors, server, "a;b")
     for url in server.unreachable():

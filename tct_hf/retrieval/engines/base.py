@@ -115,8 +115,7 @@ class EngineIndex(VectorSearch):
         check_ids(names, len(matrix), "vectors")
         if matrix.shape[1] != self.dimension:
             raise ValueError(f"vectors: dimension {matrix.shape[1]} where table {self.name} has {self.dimension}")
-        none = [None] * len(names)
-        self._store(None, uuid4().hex, Rows(names, matrix, texts or none, metadata or none))
+        self._store(None, uuid4().hex, _checked(names, matrix, texts, metadata))
 
     @abstractmethod
     def delete(self, ids: Sequence[str]) -> None:
@@ -246,18 +245,31 @@ def check_name(name: str) -> None:
 
 
 def _rows(ids: list[str], vectors: np.ndarray, corpus: Dataset | None, start: int) -> Rows:
-    none: list[None] = [None] * len(ids)
     if corpus is None:
-        return Rows(ids, vectors, none, none)
+        return _checked(ids, vectors)
     batch = dict(corpus[start : start + len(ids)])
     if (found := batch.pop("id")) != ids:
         at = next(row for row, pair in enumerate(zip(found, ids, strict=True)) if pair[0] != pair[1])
         raise ValueError(f"corpus: row {start + at} is {found[at]!r} where {ids[at]!r} was encoded; give that corpus")
     texts = batch.pop("text")
-    metadata = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] if batch else none
-    for name, more in zip(ids, metadata, strict=True):
+    metadata = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)] if batch else None
+    return _checked(ids, vectors, texts, metadata)
+
+
+def _checked(
+    ids: Sequence[str],
+    vectors: np.ndarray,
+    texts: Sequence[str] | None = None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+) -> Rows:
+    """Passages to store; refused where a text or metadata is missing, or can't be stored."""
+    none = [None] * len(ids)
+    for what, given in (("texts", texts), ("metadata", metadata)):
+        if given is not None and len(given) != len(ids):
+            raise ValueError(f"{what}: {len(given)} of {len(ids)} passages; give one for each, or leave them out")
+    for name, more in zip(ids, none if metadata is None else metadata, strict=True):
         try:
             json.dumps(more, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"corpus: metadata of passage {name!r}: {error}; leave that column out") from None
-    return Rows(ids, vectors, texts, metadata)
+            raise ValueError(f"metadata of passage {name!r}: {error}; leave that column out") from None
+    return Rows(ids, vectors, none if texts is None else texts, none if metadata is None else metadata)
