@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from tct_hf.data.near_duplicates import UNSPACED
 from tct_hf.encoding.routes import prompt_of, route_of
 from tct_hf.training.run import StockTrainer
 from tct_hf.training.stages import Stage
 
 _WORDS = (4, 16)  # of a part of a passage, at least and at most
+_WORD = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")  # a character of a script without spaces
 # Training arguments where nothing else is said, of a tower with an encoder and of a static one.
 _WITH_ENCODER = {"per_device_train_batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 50}
 _STATIC = {"per_device_train_batch_size": 256, "learning_rate": 0.03, "warmup_steps": 50}
@@ -32,11 +35,11 @@ def parts_of_passages(passages: Any, count: int, *, seed: int = 0) -> list[str]:
     """Some words in a row, as many as a question has, of `count` random passages (a data set's column); none twice."""
     rng, found = random.Random(seed), dict[str, None]()
     for passage in passages[rng.choices(range(len(passages)), k=count)]:  # all at once: one by one is slow
-        words = passage.split()
+        words = _WORD.findall(passage)
         length = rng.randint(*_WORDS)
         start = rng.randint(0, max(0, len(words) - length))
         if words:
-            found[" ".join(words[start : start + length])] = None
+            found[" ".join("".join(words[start : start + length]).split())] = None
     return list(found)
 
 

@@ -28,6 +28,9 @@ def test_parts_are_words_in_a_row_of_passages() -> None:
     assert parts == parts_of_passages(column, 200) and len(set(parts)) == len(parts)
     assert all(any(part in passage for passage in passages) and 3 <= len(part.split()) <= 16 for part in parts)
     assert passages[0] in parts and "" not in parts
+    unspaced = "密集检索用向量表示查询和段落并比较它们"
+    parts = parts_of_passages(Dataset.from_dict({"text": [unspaced]})["text"], 20)
+    assert len(parts) > 5 and all(part in unspaced and 4 <= len(part) <= 16 for part in parts)
 
 
 @pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"num_train_epochs": 2}, -1), ({"max_steps": 7}, 7)])
