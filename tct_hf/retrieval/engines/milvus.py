@@ -68,7 +68,9 @@ class MilvusIndex(EngineIndex):
         with _plainly():
             address = url or os.environ.get("MILVUS_URI") or "http://localhost:19530"
             try:
-                client = MilvusClient(address, token=os.environ.get("MILVUS_TOKEN", ""))
+                # A server may hang up on a client that pings it without a call, as this one does when left to itself.
+                quiet = {"grpc.keepalive_permit_without_calls": False}
+                client = MilvusClient(address, token=os.environ.get("MILVUS_TOKEN", ""), grpc_options=quiet)
             except ValueError:  # may repeat a part of the password
                 raise ValueError(
                     "url: can't be read; write http://user:password@host:port, with special characters as in %2F"
