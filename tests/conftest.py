@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,10 @@ import pytest
 
 from tests.loopback_hub import WRITER, LoopbackHub
 from tests.warm_process import run_warm, spare_the_collector
+
+# A shell lets what it starts in the background ignore these, and servers that this starts in turn would not end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # Set before torch or a Hub client is imported: two threads slow each other down, and no test may reach the network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

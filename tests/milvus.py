@@ -57,7 +57,6 @@ class Lite:
     """A server of a folder of its own; killed and started again, it has what it has answered for."""
 
     index = MilvusIndex
-    ended_by = signal.SIGTERM  # SIGINT is ignored by what a shell starts in the background
     where = 'metadata["lang"] == "en"'
 
     def __init__(self) -> None:
@@ -104,15 +103,13 @@ class Lite:
     def text(self, index: MilvusIndex, name: str) -> str:
         return str(index._ask(index.name, f'id == "{name}"', "text")[0]["text"])
 
-    def end(self, number: int | None = None) -> None:
-        self._process.send_signal(self.ended_by if number is None else number)
+    def end(self, number: int = signal.SIGINT) -> None:
+        self._process.send_signal(number)
         self._process.wait(30)
 
 
 class Cpp(Lite):
     """The C++ server, without half precision, which needs root."""
-
-    ended_by = signal.SIGINT  # what is started for it ends it
 
     def __init__(self) -> None:
         for package in ("pymilvus", "milvus"):
