@@ -138,8 +138,10 @@ def release(
             passages are then as public as the Space; `private` holds for it too. A dry run with `folder` writes it
             to a folder of the same name with "-space".
         collection: what the Space searches, and `int8_dev` is measured on.
-        onnx, openvino: add its graph, by :func:`tct_hf.export`; those it holds go along. All are compared with it.
-        int8, int8_dev: add these files in int8, too; measure their RR@10 on dev of `collection`, for the card.
+        onnx: add its ONNX graph, by :func:`tct_hf.export`; graphs it holds go along. All are compared with it.
+        openvino: add its OpenVINO graph.
+        int8: add these files in int8, too.
+        int8_dev: measure their RR@10 on dev of `collection`, for the card.
 
     Returns:
         What was done.
