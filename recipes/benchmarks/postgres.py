@@ -56,4 +56,8 @@ class Server:
 
     def end(self, number: int = signal.SIGINT) -> None:
         self._process.send_signal(number)
-        self._process.wait(30)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # a postmaster whose children were killed may wait for ever
+            self._process.kill()
+            self._process.wait(10)

@@ -248,7 +248,7 @@ def test_a_push_that_is_stopped_in_a_shard_goes_on_with_it(server: Any, vectors:
         "push": "os.kill(os.getpid(), signal.SIGKILL)",
         "connection": "for one in Process().net_connections(): socket.socket(fileno=os.dup(one.fd)).shutdown(2)",
         # With its children, which would go on for a while.
-        "server": "for one in [*Process(int(sys.argv[4])).children(True), Process(int(sys.argv[4]))]: one.kill()",
+        "server": "for one in [Process(int(sys.argv[4])), *Process(int(sys.argv[4])).children(True)]: one.kill()",
     }
     words = [vectors, server.url, f"stopped_{stopped}", str(server.pid)]
     program = ["-c", PUSH.format(stop=stops[stopped]), *map(str, words)]
