@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
     from tct_hf.evaluation.workspace import open_student
     from tct_hf.progress import quieten
     from tct_hf.retrieval.anserini import write_anserini
-    from tct_hf.retrieval.encode import encode_corpus
+    from tct_hf.retrieval.encode_corpus import encode_corpus
     from tct_hf.training.stages import process_state
 
     if settings.model is None:

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from tct_hf.retrieval.bm25 import BM25Index as BM25Index
     from tct_hf.retrieval.bm25 import expanded_bm25 as expanded_bm25
     from tct_hf.retrieval.dense import DenseIndex as DenseIndex
-    from tct_hf.retrieval.encode import encode_corpus as encode_corpus
     from tct_hf.retrieval.encode_batch import EncodeBatch as EncodeBatch
+    from tct_hf.retrieval.encode_corpus import encode_corpus as encode_corpus
     from tct_hf.retrieval.engines.milvus import MilvusIndex as MilvusIndex
     from tct_hf.retrieval.engines.postgres import PgVectorIndex as PgVectorIndex
     from tct_hf.retrieval.fusion import fuse as fuse

@@ -35,7 +35,7 @@ from tct_hf.files import (
     write_text_atomic,
 )
 from tct_hf.hub_client import HubError
-from tct_hf.retrieval.encode import encoding_seconds
+from tct_hf.retrieval.encode_corpus import encoding_seconds
 from tct_hf.retrieval.mining import read_counts
 from tct_hf.teachers.base import read_training_scale
 from tests.warm_process import run_warm

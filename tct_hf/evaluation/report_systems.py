@@ -35,7 +35,7 @@ from tct_hf.evaluation.workspace import (
     said_of,
 )
 from tct_hf.files import CLAIM_FILE, claim, json_digest, read_json, write_json_atomic
-from tct_hf.retrieval.encode import read_seconds
+from tct_hf.retrieval.encode_corpus import read_seconds
 from tct_hf.retrieval.faiss_tools import codes_for
 from tct_hf.retrieval.runs import Run, rank
 from tct_hf.teachers.colbert import describe_teacher

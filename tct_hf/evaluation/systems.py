@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tct_hf.evaluation.cost import Efficiency, Footprint, compute_threads, measure_efficiency
 from tct_hf.evaluation.maxsim import encode_query_tokens
-from tct_hf.retrieval.encode import encoding_seconds
+from tct_hf.retrieval.encode_corpus import encoding_seconds
 from tct_hf.retrieval.fusion import fuse, reciprocal_rank_fusion
 from tct_hf.retrieval.runs import Run
 

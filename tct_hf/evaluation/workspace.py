@@ -33,7 +33,8 @@ from tct_hf.files import claim, command, json_digest, working_in, write_json_ato
 from tct_hf.hub_client import check_model_folder, resolve_model
 from tct_hf.retrieval.bm25 import BM25Index, expanded_bm25
 from tct_hf.retrieval.dense import DenseIndex
-from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts, find_engine, read_seconds
+from tct_hf.retrieval.encode import encode_texts, find_engine
+from tct_hf.retrieval.encode_corpus import describe_model, encode_corpus, read_seconds
 from tct_hf.retrieval.engines import engine_of
 from tct_hf.retrieval.faiss_tools import factory_for
 from tct_hf.retrieval.runs import Run

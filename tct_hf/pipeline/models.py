@@ -32,7 +32,8 @@ from tct_hf.files import (
 from tct_hf.hub_client import resolve_model
 from tct_hf.pipeline.settings import OF_PAIRS, TRAINING, EncoderSettings, OneTeacher, StudentSettings, TeacherSettings
 from tct_hf.retrieval.bm25 import BM25Index
-from tct_hf.retrieval.encode import describe_model, encode_corpus, encode_texts
+from tct_hf.retrieval.encode import encode_texts
+from tct_hf.retrieval.encode_corpus import describe_model, encode_corpus
 from tct_hf.retrieval.negatives import collection_bm25
 from tct_hf.retrieval.runs import Run, read_run, write_run
 from tct_hf.retrieval.towers import query_tower

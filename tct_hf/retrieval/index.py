@@ -426,7 +426,7 @@ def id_array(ids: Iterable[str]) -> Any:
 
 def described(model: Any) -> Mapping[str, Any]:
     """A model in the words of `check_model`."""
-    from tct_hf.retrieval.encode import describe_model  # torch: an index can be searched without
+    from tct_hf.retrieval.encode_corpus import describe_model  # torch: an index can be searched without
 
     found: Mapping[str, Any] = describe_model(model)["model"]
     return found

@@ -11,7 +11,7 @@ import torch
 
 from tct_hf import measure_efficiency
 from tct_hf.evaluation.cost import bytes_on_disk
-from tct_hf.retrieval.encode import read_seconds
+from tct_hf.retrieval.encode_corpus import read_seconds
 
 
 class Clock:

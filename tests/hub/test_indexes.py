@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf import BM25Index, DenseIndex, build_student, save_student
 from tct_hf.hub_client import HubError
-from tct_hf.retrieval.encode import describe_model
+from tct_hf.retrieval.encode_corpus import describe_model
 from tests.hub.models import dual_encoder
 from tests.loopback_hub import Blob, LoopbackHub
 from tests.models import tiny_bert

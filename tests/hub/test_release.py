@@ -23,7 +23,7 @@ from tct_hf.evaluation.report import Report
 from tct_hf.hub.graphs import graph_section, int8_on_dev
 from tct_hf.hub.release import cut_local_paths, without_local_paths
 from tct_hf.hub_client import HubError, template
-from tct_hf.retrieval.encode import describe_model
+from tct_hf.retrieval.encode_corpus import describe_model
 from tct_hf.teachers.base import write_training_scale
 from tests.hub.models import FACTS as PLAIN
 from tests.hub.models import dual_encoder, small_report, system

@@ -33,7 +33,8 @@ from tct_hf.data.ids import SeenIds
 from tct_hf.data.shards import _write_shard
 from tct_hf.encoding.weights import weights_digest
 from tct_hf.retrieval import cut_queries, encode
-from tct_hf.retrieval.encode import choose_precision, describe_model, encode_texts, encoding_seconds
+from tct_hf.retrieval.encode import choose_precision, encode_texts
+from tct_hf.retrieval.encode_corpus import describe_model, encoding_seconds
 from tct_hf.retrieval.vectors import ShardedVectors, UnitRows, vector_table
 from tests.encode_worker import COUNT, SHARD, passages
 from tests.models import load_colbert, tiny_bert, tiny_colbert, tiny_mpnet
@@ -183,7 +184,7 @@ def test_a_folder_of_other_files_is_refused_and_left_as_it_is(student: Any, tmp_
 
 
 def test_vectors_with_an_id_twice_are_refused(student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "passage_shards", lambda passages, size: iter([list(passages)]))
+    monkeypatch.setattr("tct_hf.retrieval.encode_corpus.passage_shards", lambda passages, size: iter([list(passages)]))
     encoded(student, tmp_path, corpus=[*passages(3), *passages(1)])
     with pytest.raises(ValueError, match="two passages have the id 'p0'"):
         load_vectors(tmp_path)
@@ -262,7 +263,7 @@ def test_progress_is_told_and_the_time_of_parts_is_scaled_up_to_the_whole(
 ) -> None:
     folder, lines = tmp_path / "v", list[str]()
     # Every call takes a second.
-    monkeypatch.setattr(encode, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    monkeypatch.setattr("tct_hf.retrieval.encode_corpus.time", SimpleNamespace(monotonic=itertools.count().__next__))
     settings: dict[str, Any] = {"write": lines.append, "write_every": 0.0}
     assert encoding_seconds(folder) is None
     encoded(student, folder, corpus=list(passages()), **settings)

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf import encode_corpus, load_vectors
 from tct_hf.encoding.engine import OpenVINOEngine
+from tct_hf.encoding.export import Graph
 from tct_hf.evaluation.workspace import Workspace
 from tct_hf.retrieval import encode
 from tct_hf.retrieval.encode import choose_engine, encode_texts
@@ -41,7 +42,7 @@ def test_one_question_goes_the_short_way_where_nothing_is_cut(models: Path, name
     assert name == "student" or OpenVINOEngine(student, low_latency=True).question("the passage") is not None
     student.max_seq_length = length
     engine = OpenVINOEngine(student, low_latency=True)
-    for text in ("the passage", "  a query, of Tokens\n", "", " ".join(TEXTS)):
+    for text in ("the passage", "  a query, of Tokens\n", "", "the dense passage of tokens", " ".join(TEXTS)):
         found = encode_texts(student, [text], task="query", engine=engine)
         np.testing.assert_allclose(found, encode_texts(student, [text], task="query"), atol=1e-4)
         assert (engine.question(text) is None) == (len(text) > 100)
@@ -82,7 +83,15 @@ def test_a_folder_says_its_engine_and_keeps_it(
     small = encode_corpus(student, CORPUS, tmp_path / "small", **settings)
     assert "engine" not in small  # too few passages for the graph to be worth it
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
+    graphs: list[Graph] = []
+
+    def made_graph(given: SentenceTransformer) -> Graph:
+        graphs.append(Graph(given))
+        return graphs[-1]
+
+    monkeypatch.setattr("tct_hf.encoding.engine.Graph", made_graph)
     made = encode_corpus(student, CORPUS, tmp_path / "openvino", **settings)
+    assert len(graphs) == 1  # the one that was tried
     assert made["engine"] == "openvino" and "engine" not in encode_corpus(
         student, CORPUS, tmp_path / "small", **settings
     )
@@ -128,14 +137,14 @@ def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
 ) -> None:
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
     monkeypatch.setattr(encode, "ENOUGH_COSINE", 1.1)
-    assert choose_engine(student, TEXTS)[0] == "torch"
+    assert choose_engine(student, TEXTS)[0] is None
     assert "cosines of its vectors" in caplog.text
     with pytest.raises(ValueError, match="backend: OpenVINO does not take this model"):
         choose_engine(student, TEXTS, "openvino")
     monkeypatch.setattr(encode, "OpenVINOEngine", Broken)
-    assert choose_engine(student, TEXTS)[0] == "torch" and "no conversion rule" in caplog.text
+    assert choose_engine(student, TEXTS)[0] is None and "no conversion rule" in caplog.text
     monkeypatch.setattr(Broken, "error", ImportError("no libtbb"))
-    assert choose_engine(student, TEXTS)[0] == "torch" and "no libtbb" in caplog.text
+    assert choose_engine(student, TEXTS)[0] is None and "no libtbb" in caplog.text
     with pytest.raises(ImportError, match="no libtbb"):
         choose_engine(student, TEXTS, "openvino")
 

@@ -32,7 +32,7 @@ from tct_hf.encoding.kinds import kind_of
 from tct_hf.encoding.routes import route_of
 from tct_hf.evaluation.workspace import Workspace
 from tct_hf.retrieval.cut_queries import query_slots
-from tct_hf.retrieval.encode import describe_model
+from tct_hf.retrieval.encode_corpus import describe_model
 from tct_hf.retrieval.towers import PassageVectors, _folded, _parted, query_tower
 from tests.models import WORDS, tiny_bert
 
