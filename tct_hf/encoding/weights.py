@@ -59,6 +59,16 @@ def half_attention(device: torch.device) -> Iterator[None]:
         cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
+def set_dropout(model: torch.nn.Module, probability: float) -> None:
+    """Give all dropout of a model, of modules and of attention, a probability; saved models keep their own."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        for name in ("dropout", "attention_dropout"):  # numbers that attention reads
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+
+
 def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> None:
     """Make half-precision weights float32, in place, unless all of them are of the dtype `kept`.
 

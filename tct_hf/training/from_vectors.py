@@ -20,13 +20,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tct_hf.data.near_duplicates import UNSPACED
 from tct_hf.encoding.routes import prompt_of, route_of
+from tct_hf.encoding.weights import set_dropout
 from tct_hf.training.run import StockTrainer
 from tct_hf.training.stages import Stage
 
 _WORDS = (4, 16)  # of a part of a passage, at least and at most
 _WORD = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")  # a character of a script without spaces
 # Training arguments where nothing else is said, of a tower with an encoder and of a static one.
-_WITH_ENCODER = {"per_device_train_batch_size": 64, "learning_rate": 5e-4, "warmup_steps": 50}
+_WITH_ENCODER = {"per_device_train_batch_size": 32, "learning_rate": 7e-4, "warmup_steps": 50}
 _STATIC = {"per_device_train_batch_size": 256, "learning_rate": 0.03, "warmup_steps": 50}
 _STEPS = 1000  # unless epochs are asked for
 
@@ -73,6 +74,7 @@ def train_from_vectors(
 
     def made() -> StockTrainer:
         tower, questions, others, vectors = make()
+        set_dropout(tower, 0.0)  # a text has one vector: noise only slows learning down
         texts = pa.array([*questions, *others])
         label = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         times = max(1, len(others) // max(1, len(questions)))

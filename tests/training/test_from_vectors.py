@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
@@ -49,7 +50,7 @@ def test_epochs_that_are_asked_for_count(
 def test_queries_come_nearer_and_a_stopped_run_ends_as_a_whole_one(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = build_student(str(tiny_bert(tmp_path / "bare")))
+    of = build_student(str(tiny_bert(tmp_path / "bare", dropout=0.1)))
     vectors, batches = of.encode_query([*QUESTIONS, *OTHERS]), list[int]()
 
     def make() -> Any:
@@ -66,6 +67,9 @@ def test_queries_come_nearer_and_a_stopped_run_ends_as_a_whole_one(
 
     def stopping(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
         batches.append(len(inputs["label"]))
+        texts = self.collect_features(dict(inputs))[0][0]
+        once, again = (model.train()(dict(texts))["sentence_embedding"] for _ in range(2))
+        assert torch.equal(once, again)  # without dropout
         if len(batches) == 14:
             raise KeyboardInterrupt
         return step(self, model, inputs, *args)
