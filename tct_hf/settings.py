@@ -272,16 +272,22 @@ def resolved_yaml(settings: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(settings)))
 
 
-def environment() -> dict[str, Any]:
-    """Versions of the required packages and the machine, JSON-ready, to be stored beside a result."""
-    packages: dict[str, str | None] = {"tct_hf": None}
-    with suppress(metadata.PackageNotFoundError):  # run from a source tree
+@cache
+def _packages() -> dict[str, str | None]:
+    """Versions of the required packages."""
+    try:
         required = (line for line in metadata.requires("tct_hf") or () if "extra ==" not in line)
         names = ("tct_hf", *(re.split(r"[^\w.-]", line)[0] for line in required))
-        packages = {name: metadata.version(name) for name in names}
+        return {name: metadata.version(name) for name in names}
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return {"tct_hf": None}
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the required packages and the machine, JSON-ready, to be stored beside a result."""
     torch = sys.modules.get("torch")
     return {
-        "packages": packages,
+        "packages": dict(_packages()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -139,21 +139,24 @@ def _name_marks(figure: Any, axes: Any, points: Sequence[TradeOff]) -> bool:
     taken = [Bbox.from_extents(x - 6, low - 6, x + 6, high + 6) for (x, low), (_, high) in bars]
     sides = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
     around = [(1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-    frame = axes.get_window_extent()
+    frame, pixels = axes.get_window_extent(), figure.dpi / 72  # a point
     for number, point in enumerate(points):
         line = {"arrowstyle": "-", "color": f"C{number % 10}", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
         how: dict[str, Any] = {"textcoords": "offset points", "arrowprops": line, "fontsize": "small"}
+        name = axes.annotate(point.label, (point.cost, point.effect), (0, 0), ha="left", va="bottom", **how)
+        name.set_in_layout(False)
+        name.update_positions(figure.canvas.get_renderer())
+        left, bottom, width, height = Text.get_window_extent(name).bounds
         for reach, (x, y) in product(range(8, 120, 8), around):
-            align = {"ha": sides[x][0], "va": sides[y][1]}
-            name = axes.annotate(point.label, (point.cost, point.effect), (reach * x, reach * y), **align, **how)
-            name.set_in_layout(False)
-            name.update_positions(figure.canvas.get_renderer())
-            box = Text.get_window_extent(name)
+            right, up = reach * x * pixels - width * (1 - x) / 2, reach * y * pixels - height * (1 - y) / 2
+            box = Bbox.from_bounds(left + right, bottom + up, width, height)
             if frame.contains(*box.min) and frame.contains(*box.max) and not any(map(box.overlaps, taken)):
                 break
-            name.remove()
         else:
+            name.remove()
             return False
+        name.xyann = (reach * x, reach * y)
+        name.set(ha=sides[x][0], va=sides[y][1])
         taken.append(box)
     return True
 
