@@ -1,10 +1,8 @@
-"""Students and ColBERTs against the rules of their encodings, written out here once more with plain transformers."""
+"""Students against the rules of their encodings; the settings and tokenizers that these need."""
 
 from __future__ import annotations
 
-import copy
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +10,23 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from tct_hf import ColBERTTeacher, build_colbert, build_student, save_student, student_from_teacher
+from tct_hf import build_colbert, build_student, save_student, student_from_teacher
 from tct_hf.encoding.encoders import tct_tokenizer
-from tests.models import (
-    load_colbert,
-    pylate_colbert,
-    stanford_colbert,
-    tiny_bert,
-    tiny_colbert,
-    tiny_distilbert,
-    tiny_modernbert,
-    tiny_mpnet,
-    tiny_roberta,
+from tests.encoding.rules import (
+    LENGTH,
+    NONE,
+    OWN,
+    PROMPTS,
+    QUERY_ALONE,
+    TEXTS,
+    Rule,
+    close,
+    embedding_model,
+    load,
 )
-
-LENGTH = 40  # of a passage
-TEXTS = [
-    "what is the teacher",
-    "",
-    "   ",
-    *(" ".join(["the"] * words) for words in (31, 32, 33)),  # a query's 36 tokens hold 32 of the text
-    *(" ".join(["query"] * words) for words in (35, 36, 37)),  # a passage's 40 tokens hold 36 of the text
-    "retrieval of passage representations " * 100,
-    "[SEP] opens, [SEP] and [CLS] and [PAD] and a literal [MASK] follow [SEP]",
-    "<mask> </s> <s> <pad>",
-    "[Q] is the prompt as a text [D]",
-    "Café naïve résumé 检索 passage 中文搜索 ☃",
-]
-PROMPTS = {"query": "query: ", "document": "passage: "}
-QUERY_ALONE, NONE = {"query": "query: "}, {"query": "", "document": ""}
-
-
-class Rule:
-    """One text at a time, without padding, by the tokenizer of the base model.
-
-    Args:
-        prompts: of an own-encoding student; None: the TCT encoding.
-        norm: length of every vector but zero; None: as pooled.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        base: Path,
-        *,
-        query_length: int = 36,
-        document_length: int = LENGTH,
-        augmented: bool = True,
-        pooling: str = "mean",
-        norm: float | None = None,
-        prompts: dict[str, str] | None = None,
-    ) -> None:
-        self.model, self.tokenizer = model.eval(), AutoTokenizer.from_pretrained(base)
-        self.lengths = {"query": query_length, "document": document_length}
-        self.augmented, self.pooling, self.norm, self.prompts = augmented, pooling, norm, prompts
-
-    def ids(self, text: str, side: str) -> list[int]:
-        length = self.lengths[side]
-        if self.prompts is not None:
-            return self.tokenizer(self.prompts[side] + text, truncation=True, max_length=length)["input_ids"]
-        opening = f"{self.tokenizer.cls_token} {'[Q]' if side == 'query' else '[D]'} {text}"
-        ending = self.tokenizer.mask_token * length if side == "query" and self.augmented else ""
-        return self.tokenizer(opening + ending, add_special_tokens=False)["input_ids"][:length]
-
-    def vectors(self, texts: list[str], side: str) -> np.ndarray:
-        skipped, made = 4 if self.prompts is None else 0, []
-        for text in texts:
-            ids = self.ids(text, side)
-            with torch.no_grad():
-                hidden = self.model(input_ids=torch.tensor([ids])).last_hidden_state[0].float().numpy()
-            if self.pooling == "cls":
-                vector = hidden[0]
-            else:
-                vector = hidden[skipped:].mean(0) if len(ids) > skipped else np.zeros_like(hidden[0])
-            made.append(vector if self.norm is None else self.norm * vector / max(np.linalg.norm(vector), 1e-12))
-        return np.stack(made)
-
-    @cached_property
-    def wanted(self) -> dict[str, np.ndarray]:
-        found = {side: self.vectors(TEXTS, side) for side in PROMPTS}
-        return {**found, "plain": found["document"]}
-
-
-def load(path: Path, **kwargs: Any) -> SentenceTransformer:
-    return SentenceTransformer(str(path), device="cpu", **kwargs)
-
-
-def close(found: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
-    assert found.shape == wanted.shape
-    assert np.abs(np.asarray(found, dtype=np.float32) - wanted).max() <= tolerance
 
 
 def check(student: SentenceTransformer, rule: Rule, tolerance: float = 1e-5) -> None:
@@ -115,16 +36,7 @@ def check(student: SentenceTransformer, rule: Rule, tolerance: float = 1e-5) -> 
             close(encode(TEXTS, batch_size=batch_size), rule.wanted[way], tolerance)
 
 
-def embedding_model(path: Path, base: Path, *, pooling: str = "mean", prompts: dict[str, str] | None = None) -> Path:
-    """What stock sentence-transformers saves of an encoder, with normalised vectors."""
-    transformer = Transformer(str(base))
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling), Normalize()]
-    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save_pretrained(str(path))
-    return path
-
-
 TCT: dict[str, Any] = {"encoding": "tct"}
-OWN: dict[str, Any] = {"encoding": "own"}
 # Base model, settings of build_student, options of the rule.
 STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "paper": ("bert", {}, {}),
@@ -142,20 +54,6 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "normalised": ("normalised", OWN, {"prompts": NONE, "norm": 1.0}),
     "prompts replaced": ("prompted", OWN | {"prompts": QUERY_ALONE}, {"prompts": NONE | QUERY_ALONE}),
 }
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("bases")
-    make = {"mpnet": tiny_mpnet, "distilbert": tiny_distilbert, "modernbert": tiny_modernbert, "roberta": tiny_roberta}
-    bert = tiny_bert(root / "bert")
-    others = {"clustering": "cluster: ", "query": "old: ", "document": "old: "}
-    return {
-        **{name: function(root / name) for name, function in make.items()},
-        "bert": bert,
-        "normalised": embedding_model(root / "normalised", bert),
-        "prompted": embedding_model(root / "prompted", bert, prompts=others),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -235,102 +133,6 @@ def test_prompts_given_replace_the_models_own(bases: dict[str, Path]) -> None:
     assert student_from_teacher(model, encoding="own").prompts == model.prompts
 
 
-# --- from a teacher ---
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("teachers")
-    return {
-        "ours": tiny_colbert(root / "ours", layers=3),
-        "stanford": stanford_colbert(root / "stanford"),
-        "pylate": pylate_colbert(root / "pylate"),
-    }
-
-
-MARKED = [*TEXTS, "[unused0] and [unused1] in a text", "[Q] [D] [Q]"]
-CLS: dict[str, Any] = {"pooling": "cls", "scale": 9.0, "query_augmentation": False}
-PROMPTED: dict[str, Any] = OWN | {"prompts": PROMPTS}
-FROM_TEACHERS = [
-    *((name, {}, {}) for name in ("ours", "stanford", "pylate")),
-    *((name, CLS, {"pooling": "cls", "norm": 3.0, "augmented": False}) for name in ("ours", "stanford", "pylate")),
-    *((name, PROMPTED, {"prompts": PROMPTS, "query_length": LENGTH}) for name in ("stanford", "pylate")),
-]
-
-
-@pytest.mark.parametrize(("name", "settings", "options"), FROM_TEACHERS)
-def test_a_teachers_student_encodes_by_the_rule_with_the_teachers_encoder(
-    teachers: dict[str, Path], bases: dict[str, Path], tmp_path: Path, name: str, settings: Any, options: Any
-) -> None:
-    teacher = load_colbert(teachers[name])
-    # All the tiny models have one vocabulary; this tokenizer is untouched by the teacher's markers.
-    rule = Rule(teacher[0].model, bases["bert"], **options)
-    student = student_from_teacher(teacher, document_length=LENGTH, **settings)
-    for model in (student, load(save_student(student, tmp_path / "student"))):
-        close(model.encode_query(MARKED), rule.vectors(MARKED, "query"))
-        close(model.encode(MARKED), rule.vectors(MARKED, "document"))
-
-
-def test_a_student_leaves_its_teacher_as_it_was(teachers: dict[str, Path]) -> None:
-    teacher = load_colbert(teachers["pylate"])
-    before = copy.deepcopy(teacher)
-    student = student_from_teacher(teacher, layers=[1], document_length=LENGTH)
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.fill_(0.5)
-    student.tokenizer.add_tokens(["new"])
-    assert teacher.tokenizer.backend_tokenizer.to_str() == before.tokenizer.backend_tokenizer.to_str()
-    assert teacher[0].model.config.num_hidden_layers == len(teacher[0].model.encoder.layer) > 1
-    vectors, wanted = (model.encode_query(["the [unused0] teacher"])[0] for model in (teacher, before))
-    assert np.array_equal(vectors, wanted)
-
-
-def test_a_teacher_is_a_path_or_a_frozen_half_precision_colbert_too(teachers: dict[str, Path]) -> None:
-    path = teachers["stanford"]
-    wanted = student_from_teacher(load_colbert(path), document_length=LENGTH).encode_query(TEXTS)
-    for teacher in (str(path), path, ColBERTTeacher(str(path), dtype="float32")):
-        close(student_from_teacher(teacher, document_length=LENGTH).encode_query(TEXTS), wanted)
-    student = student_from_teacher(load_colbert(path).to(torch.bfloat16).requires_grad_(False))
-    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in student.parameters())
-
-
-def test_an_own_colbert_shares_tokens_with_its_student(bases: dict[str, Path], tmp_path: Path) -> None:
-    base = str(bases["modernbert"])
-    lengths: dict[str, Any] = {"query_length": 16, "document_length": LENGTH}
-    build_colbert(base, prompts=PROMPTS, **lengths).save_pretrained(str(tmp_path / "colbert"))
-    teacher = ColBERTTeacher(str(tmp_path / "colbert"), dtype="float32")
-    for student, shared in (
-        (student_from_teacher(teacher, encoding="own"), True),  # prompts and lengths are the teacher's
-        (build_student(base, prompts=PROMPTS, **lengths), True),
-        (student_from_teacher(teacher, encoding="own", prompts={"query": "other: "}), False),
-    ):
-        teacher.attach(student)
-        assert teacher.shares_tokens is shared
-
-
-# --- layers ---
-
-
-def test_layers_named_are_kept_in_that_order(
-    teachers: dict[str, Path], bases: dict[str, Path], tmp_path: Path
-) -> None:
-    teacher = load_colbert(teachers["ours"])
-    student = student_from_teacher(teacher, layers=[2, 0], document_length=LENGTH)
-    for model in (student, load(save_student(student, tmp_path / "student"))):
-        layers = model[0].model.encoder.layer
-        assert model[0].model.config.num_hidden_layers == len(layers) == 2
-        for kept, of in enumerate([2, 0]):
-            theirs = teacher[0].model.encoder.layer[of].state_dict()
-            assert all(torch.equal(value, theirs[key]) for key, value in layers[kept].state_dict().items())
-        close(model.encode_query(TEXTS), student.encode_query(TEXTS))
-    for wrong in ([], [3], [-1], [0, 0]):
-        with pytest.raises(ValueError, match="distinct layers of the encoder, 0 to 2"):
-            student_from_teacher(teacher, layers=wrong)
-    # The first layer lacks a norm that the others have.
-    with pytest.raises(ValueError, match=r"at its new place layers\.0\.attn_norm\.weight would be lost"):
-        build_student(str(bases["modernbert"]), layers=[1, 2], query_length=16, document_length=32)
-
-
 # --- settings ---
 
 
@@ -377,49 +179,6 @@ def test_weights_of_a_half_precision_checkpoint_become_float32(bases: dict[str, 
     rule = Rule(AutoModel.from_pretrained(tmp_path / "half", dtype=torch.float32), bases["bert"])
     check(load(tmp_path / "half", model_kwargs={"dtype": torch.float32}), rule)
     close(load(tmp_path / "half").encode_query(TEXTS), rule.wanted["query"], tolerance=0.1)
-
-
-# --- ColBERT and saves ---
-
-
-def test_a_colbert_reads_the_tokens_of_its_students_and_gives_unit_vectors(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    colbert = build_colbert(str(bases["bert"]), encoding="tct", dim=16, document_length=LENGTH)
-    student = student_from_teacher(colbert, document_length=LENGTH)
-    for side, prompt in (("query", "[Q] "), ("document", "[D] ")):
-        mine, theirs = (model.preprocess(TEXTS, prompt=prompt, task=side) for model in (student, colbert))
-        for key in ("input_ids", "attention_mask"):
-            assert torch.equal(mine[key], theirs[key])
-    [vectors] = colbert.encode_query(["the teacher"])
-    assert vectors.shape == (36, 16)
-    assert np.linalg.norm(np.asarray(vectors), axis=1) == pytest.approx(np.ones(36), abs=1e-5)
-    with pytest.raises(ValueError, match="SentenceTransformer is not a multi-vector model"):
-        student_from_teacher(student)
-    student.save_pretrained(str(tmp_path / "student"))
-    with pytest.raises(ValueError, match=r"student is no ColBERT \(student\).* use build_student"):
-        student_from_teacher(tmp_path / "student")
-    with pytest.raises(ValueError, match=r"adds '\[CLS\]' and no more, which is the TCT encoding's input"):
-        student_from_teacher(colbert, **PROMPTED)
-    with pytest.raises(ValueError, match="dim=16"):
-        build_colbert(str(bases["bert"]), dim=16)
-
-
-def test_an_own_colbert_scores_the_mean_of_the_best_cosines_before_any_training(bases: dict[str, Path]) -> None:
-    colbert = build_colbert(str(bases["prompted"]), document_length=LENGTH, prompts=PROMPTS)
-    queries, passages = ["what is the teacher", "query"], TEXTS
-    model, tokenizer = AutoModel.from_pretrained(bases["bert"]).eval(), AutoTokenizer.from_pretrained(bases["bert"])
-
-    def tokens(text: str) -> torch.Tensor:
-        ids = tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"]
-        with torch.no_grad():
-            return torch.nn.functional.normalize(model(torch.tensor([ids])).last_hidden_state[0], dim=1)
-
-    wanted = torch.tensor(
-        [[(tokens(f"query: {q}") @ tokens(f"passage: {p}").T).amax(1).mean() for p in passages] for q in queries]
-    )
-    found = colbert.similarity(colbert.encode_query(queries), colbert.encode_document(passages))
-    torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=0)
 
 
 def test_save_student_replaces_a_student_and_leaves_other_files(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -9,18 +9,11 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import EncodeBatch, build_student, save_student
+from tct_hf import EncodeBatch
 from tests.encode_worker import COUNT, passages
-from tests.models import tiny_bert
 from tests.splade import tiny_splade
 
 ROWS = list(passages())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    return save_student(build_student(str(tiny_bert(path / "base")), encoding="tct", document_length=24), path / "s")
 
 
 def batch(rows: list[dict[str, str]]) -> dict[str, Any]:
