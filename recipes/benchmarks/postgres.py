@@ -56,8 +56,4 @@ class Server:
 
     def end(self, number: int = signal.SIGINT) -> None:
         self._process.send_signal(number)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:  # a postmaster whose children were killed may wait for ever
-            self._process.kill()
-            self._process.wait(10)
+        self._process.wait(10)
