@@ -17,6 +17,7 @@ from types import ModuleType
 
 import pytest
 
+from tct_hf.evaluation.settings import CostSettings
 from tests.models import WORDS
 from tests.warm_process import free_port, run_warm
 
@@ -118,6 +119,8 @@ def in_this_process(name: str, settings: Path, monkeypatch: pytest.MonkeyPatch) 
     module = load_recipe(script)
     for where in ("tct_hf.progress", "tct_hf.pipeline.job"):
         monkeypatch.setattr(f"{where}.quieten", lambda: None)  # it changes what later tests would see
+    few = {"queries": 3, "warm_up": 1}
+    monkeypatch.setattr("tct_hf.evaluation.references.CostSettings", lambda queries: CostSettings(**few))
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
     def call(output: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 import tct_hf
 from tct_hf import BM25Index, DenseIndex, TeacherTargets, TightlyCoupledLoss
-from tct_hf.encoding.checkpoint import CheckpointReport
+from tct_hf.encoding import checkpoint
 from tct_hf.evaluation.settings import CostSettings, ReportSettings
 from tests.models import tiny_bert
 from tests.searching import write_material
@@ -140,8 +140,7 @@ def made() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TCT_HF_CACHE", f"{name}/cache")
         # The look at the vectors from a fresh interpreter takes longer than all the rest.
-        module = tct_hf.validate_checkpoint.__module__
-        patch.setattr(f"{module}.validate_checkpoint", lambda path: CheckpointReport(0, 0, 0))
+        patch.setattr(checkpoint, "fresh_vectors", lambda path, texts, loader: checkpoint.own_vectors(path, loader))
         base = str(tiny_bert(Path(name) / "encoder"))
         own, tct = (tct_hf.build_student(base, encoding=kind, document_length=48) for kind in ("own", "tct"))
         bm25 = BM25Index.build(CORPUS.values(), CORPUS, backend="numpy")

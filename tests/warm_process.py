@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
 # Not this package itself, which some scripts must do without.
@@ -29,6 +30,7 @@ IMPORTED = [
     "datasets",
     "faiss",
     "ir_measures",
+    "omegaconf",
     "pyarrow.parquet",
     "sentence_transformers",
     "sentence_transformers.multi_vector_encoder.losses",
@@ -123,6 +125,26 @@ def _become(arguments: list[str], env: dict[str, str], paths: list[str], cwd: st
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def _run(*request: Any) -> NoReturn:
+    """As an interpreter ends, but for the 0.4 s in which it would take apart all that has been imported."""
+    code: Any = 0
+    try:
+        _become(*request)
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
 def _wait(children: set[int]) -> int:
     """The exit status of all: that of the first to fail, which ends the others."""
     failed = 0
@@ -146,8 +168,7 @@ def _serve() -> None:
         for env in request["environments"]:
             child = os.fork()
             if child == 0:
-                _become(request["arguments"], env, request["paths"], request["cwd"])
-                return
+                _run(request["arguments"], env, request["paths"], request["cwd"])
             children.add(child)
         print(_wait(children), flush=True)
 

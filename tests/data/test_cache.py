@@ -40,7 +40,9 @@ from tct_hf.cache import build_once
 
 def build(staging):
     (staging / "who").write_text(sys.argv[2])
+    end = time.monotonic() + 60
     while len(list(Path(sys.argv[1]).parent.glob("*.begun"))) < 2:
+        assert time.monotonic() < end, "the other process did not begin"
         time.sleep(0.01)
     time.sleep(0.5)
 

@@ -27,6 +27,7 @@ stages: [student]
 data: {{source: FOLDER/beir, negative_depth: 10}}
 encoder: {{base_model: FOLDER/mean, document_length: 24}}
 student: {{training: {TRAINING}}}
+teacher: {{mixture_weights: [6, 0.33, 12]}}
 evaluation: {{depth: 20, measures: [RR@10]}}
 arms:
   whole: {{}}

@@ -11,7 +11,7 @@ from tct_hf import read_run, write_run
 from tct_hf.retrieval.runs import rank, read_tag
 
 ids = st.text(st.characters(exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=8).filter(
-    lambda text: text.split() == [text]
+    lambda text: text.split() == [text] and text[0] != "\ufeff"
 )
 scores = st.floats(allow_nan=False, allow_infinity=False)
 runs = st.dictionaries(ids, st.dictionaries(ids, scores, min_size=1, max_size=5), max_size=4)
