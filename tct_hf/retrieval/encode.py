@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from tct_hf.encoding.static import static_modules
 from tct_hf.encoding.weights import has_bfloat16, unpack_half
 from tct_hf.retrieval.cut_queries import filled_rows, say_cut_queries
 from tct_hf.retrieval.vectors import of_torch
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
