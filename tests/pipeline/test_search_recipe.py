@@ -45,7 +45,13 @@ def test_each_question_of_standard_input_gets_its_passages_with_every_score(mate
 
 def test_questions_are_answered_with_both_students(material: Material) -> None:
     splade, place = tiny_splade(material.folder / "sparse-student"), material.folder / "search"
-    words = [f"--sparse_student={splade}", f"--data.source={material.beir}", "--k=3", f"--index_dir={place}"]
+    words = [
+        f"--sparse_student={splade}",
+        f"--data.source={material.beir}",
+        "--k=3",
+        "--backend=torch",
+        f"--index_dir={place}",
+    ]
     done = run("search", material.folder, f"--student={material.student}", *words, stdin="dense retrieval\n")
     assert "sparse student + dense (tuned on 10 dev queries)" in done.stderr
     assert all(done.stdout.count(f"   {name} ") == 3 for name in ("BM25", "sparse student", "dense", "fused"))
@@ -55,7 +61,7 @@ def test_questions_are_answered_with_both_students(material: Material) -> None:
 
 
 def test_standard_input_without_a_question_is_refused(material: Material, tmp_path: Path) -> None:
-    words = [f"--student={material.student}", f"--data.source={material.beir}", "--json"]
+    words = [f"--student={material.student}", f"--data.source={material.beir}", "--backend=torch", "--json"]
     done = run("search", material.folder, *words, stdin="  \t\n\n", code=2)
     assert done.stderr.splitlines()[-1].startswith("error: standard input: there is no question in it")
     assert done.stdout == ""
