@@ -10,8 +10,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -113,8 +113,20 @@ def results(folder: Path, *kinds: str) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
+@contextmanager
+def drawn(plots: bool) -> Iterator[None]:
+    """Whether reports draw their plots, which take much of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in () if plots else ("report", "training_reports", "arms"):
+            patch.setattr(f"tct_hf.evaluation.{name}.missing_plot", lambda *of, **labels: None)
+        yield
+
+
 def in_this_process(name: str, settings: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A function of output_dir and options that does as :func:`run` in this process, with a settings file."""
+    """A function of output_dir and options that does as :func:`run` in this process, with a settings file.
+
+    Few queries are timed, and plots are drawn where it is told `plots=True`.
+    """
     script = ROOT / "recipes" / f"{name}.py"
     module = load_recipe(script)
     for where in ("tct_hf.progress", "tct_hf.pipeline.job"):
@@ -123,9 +135,9 @@ def in_this_process(name: str, settings: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("tct_hf.evaluation.references.CostSettings", lambda queries: CostSettings(**few))
     monkeypatch.setenv("TCT_HF_CACHE", str(settings.parent / "cache"))
 
-    def call(output: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    def call(output: Path, *options: str, code: int = 0, plots: bool = False) -> subprocess.CompletedProcess[str]:
         words, ended = [str(settings), f"--output_dir={output}", *options], 0
-        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err, drawn(plots):
             try:
                 module.run_recipe(module.main, module.Settings, "", words)
             except SystemExit as end:

@@ -50,4 +50,4 @@ def output(material: Material) -> Path:
 @pytest.fixture(scope="package")
 def report(material: Material, output: Path, splade: str) -> Report:
     """Of every system, with a further split."""
-    return make(material, output, sparse_student=splade, **graded(material))
+    return make(material, output, sparse_student=splade, plots=True, **graded(material))

@@ -10,6 +10,7 @@ from tct_hf import Report, build_report, read_run
 from tct_hf.data.collection import load_collection
 from tct_hf.evaluation.maxsim import late_interaction_run, rerank_run
 from tct_hf.evaluation.settings import CostSettings, ExpansionSettings, MeasureSettings, ReportSettings
+from tests.recipe import drawn
 from tests.searching import Material
 
 
@@ -30,7 +31,9 @@ def graded(material: Material, **changes: Any) -> dict[str, Any]:
     return {"collection": load_collection(str(material.beir), also=["graded"]), "settings": settings}
 
 
-def make(material: Material, output: Path, *, student: str | None = None, **options: Any) -> Report:
+def make(
+    material: Material, output: Path, *, student: str | None = None, plots: bool = False, **options: Any
+) -> Report:
     """A report with the teacher unless `options` say otherwise."""
     options = {
         "collection": material.collection(),
@@ -39,7 +42,8 @@ def make(material: Material, output: Path, *, student: str | None = None, **opti
         "write": lambda line: None,
         **options,
     }
-    return build_report(options.pop("collection"), student or str(material.student), output, **options)
+    with drawn(plots):
+        return build_report(options.pop("collection"), student or str(material.student), output, **options)
 
 
 def run_of(output: Path, key: str, split: str = "test") -> dict[str, dict[str, float]]:

@@ -192,10 +192,8 @@ def test_a_report_is_loaded_as_it_was_saved(report: Report, output: Path, tmp_pa
 
 
 def test_a_second_call_makes_nothing_again_but_what_is_new_or_lost(
-    report: Report, material: Material, output: Path, splade: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: Report, material: Material, output: Path, splade: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tct_hf.evaluation.report.missing_plot", lambda *of, **labels: None)  # 1 s a report
-
     def made() -> dict[Path, int]:
         # The report itself, and the vectors' manifest, are written again with the same content.
         files = (file for file in output.rglob("*") if file.is_file() and file.parent != output)

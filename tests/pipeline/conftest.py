@@ -64,9 +64,9 @@ def apart(request: pytest.FixtureRequest, settings: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def whole(settings: Path, recipe: Run) -> Path:
-    """The folder of a whole run."""
+    """The folder of a whole run, with its plots."""
     output = settings.with_suffix("") / "whole"
-    recipe(output)
+    recipe(output, plots=True)
     return output
 
 
