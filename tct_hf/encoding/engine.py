@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from tokenizers import Tokenizer
 from tct_hf.encoding.export import Graph, encoding_of, graph_inputs, needs, openvino_core, openvino_model
 from tct_hf.encoding.weights import unpack_half
 
-# A question's number of tokens is brought to a multiple of the first; up to the second, each has a graph of its own.
-# In a dynamic one, another shape than the last question's takes a millisecond: a quarter, for a 6-layer MiniLM.
-_MULTIPLE, _LONGEST = 8, 40
+# Short questions are padded to one of some widths, each of which has a graph. One graph of all widths takes a
+# millisecond more where the last question's was another: a quarter of the time of a 6-layer MiniLM, but little of that
+# of a large model, whose weights would be in memory several times.
+_WIDTH_STEP, _LARGEST_WIDTH, _SMALL_MODEL = 8, 40, 50_000_000
 
 
 def has_openvino() -> bool:
@@ -30,9 +32,9 @@ class OpenVINOEngine:
     Args:
         student: a student with an encoder, on the CPU; brought to float32 as by `encode_texts`.
         bf16: compute in bfloat16.
-        low_latency: all threads compute one pass, instead of each one of its own; not for several threads at once.
-            Questions of up to 40 tokens have a graph for each multiple of 8, compiled when the first one comes: a copy
-            of the weights each, and more for the buffers (34 MB of a 6-layer MiniLM in bfloat16).
+        low_latency: all threads compute one pass, instead of each one of its own; callers of several threads take
+            turns. Of a model of up to 50 million weights, questions of up to 40 tokens have a graph for each multiple
+            of 8, which takes 0.3 s and 34 MB for a 6-layer MiniLM in bfloat16.
 
     Raises:
         ValueError: as :class:`tct_hf.encoding.export.Graph`.
@@ -49,17 +51,27 @@ class OpenVINOEngine:
         self._dim = self._model.output(0).partial_shape[1].get_length()
         own = getattr(student.tokenizer, "backend_tokenizer", None) if low_latency else None
         tokenizer = own and Tokenizer.from_str(own.to_str())
-        self._rows = tokenizer and graph_inputs(tokenizer, encoding_of(student, graph), "query", _MULTIPLE)
+        encoding = encoding_of(student, graph)
+        self._rows = tokenizer and graph_inputs(tokenizer, encoding, "query", _WIDTH_STEP)
+        small = sum(weight.numel() for weight in student.parameters()) <= _SMALL_MODEL
+        length, fill = encoding["query"]["length"], encoding["query"].get("fill")
+        widths = {length if fill else min(at, length) for at in range(_WIDTH_STEP, _LARGEST_WIDTH + 1, _WIDTH_STEP)}
+        self._widths = [width for width in widths if self._rows and small and width <= _LARGEST_WIDTH]
+        self._lock = Lock()
         self.compile(bf16=bf16)
 
     def compile(self, *, bf16: bool) -> None:
         """Compile the graph that is there already, to compute in bfloat16 or in float32."""
         streams = 1 if self._low_latency else self._threads
-        options = {"INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": streams}
-        self._options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", **options}
-        compiled = openvino_core().compile_model(self._model, "CPU", self._options)
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": streams}
+        options["INFERENCE_PRECISION_HINT"] = "bf16" if bf16 else "f32"
+        compiled = openvino_core().compile_model(self._model, "CPU", options)
         self._request: Any = compiled.create_infer_request() if self._low_latency else None
-        self._fixed: dict[int, Any] = {}
+        self._of_width: dict[int, Any] = {}
+        for width in self._widths:
+            model = self._model.clone()  # weights in float32 are shared
+            model.reshape({port.any_name: [1, width] for port in model.inputs})
+            self._of_width[width] = openvino_core().compile_model(model, "CPU", options).create_infer_request()
         self._queue = needs("openvino").AsyncInferQueue(compiled, self._threads)
         self._queue.set_callback(lambda request, found: np.copyto(found, request.output_tensors[0].data))
 
@@ -67,7 +79,7 @@ class OpenVINOEngine:
         """As the student's `forward`; the numbers are there after :meth:`wait`."""
         inputs = {name: features[name].numpy() for name in self._inputs}
         if self._request is not None:  # the way through another thread takes time
-            return {"sentence_embedding": torch.from_numpy(self._request.infer(inputs, share_inputs=True)[0])}
+            return {"sentence_embedding": torch.from_numpy(self._infer(self._request, inputs))}
         found = np.empty((len(features["input_ids"]), self._dim), dtype=np.float32)
         self._queue.start_async(inputs, found)
         return {"sentence_embedding": torch.from_numpy(found)}
@@ -82,15 +94,11 @@ class OpenVINOEngine:
         inputs, filled = self._rows([text])
         if filled:
             return None
-        width = inputs["input_ids"].shape[1]
-        request = self._request if width > _LONGEST else self._fixed.get(width) or self._of_width(width)
-        return request.infer(inputs, share_inputs=True)[0]
+        return self._infer(self._of_width.get(inputs["input_ids"].shape[1], self._request), inputs)
 
-    def _of_width(self, width: int) -> Any:
-        model = self._model.clone()  # weights in float32 are shared
-        model.reshape({port.any_name: [1, width] for port in model.inputs})
-        self._fixed[width] = openvino_core().compile_model(model, "CPU", self._options).create_infer_request()
-        return self._fixed[width]
+    def _infer(self, request: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        with self._lock:
+            return request.infer(inputs, share_inputs=True)[0]
 
     def wait(self) -> None:
         """Wait for all passes."""

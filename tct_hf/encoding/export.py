@@ -265,7 +265,7 @@ def graph_inputs(
         tokenizer: the student's, or a copy; its lengths are set.
         encoding: what :func:`export` writes beside the graph.
         side: "query" or "document".
-        multiple: what the number of tokens is a multiple of, with padding.
+        multiple: what the number of tokens is a multiple of, with padding, or the length.
     """
     way = encoding[side]
     fill = way.get("fill")
@@ -282,6 +282,7 @@ def graph_inputs(
         rows = tokenizer.encode_batch([way["prompt"] + text for text in texts])
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         found = {name: np.array([getattr(row, columns[name]) for row in rows]) for name in encoding["inputs"]}
+        found = {name: rows[:, : way["length"]] for name, rows in found.items()}  # the encoder may read no more
         filled = bool((found["attention_mask"].sum(axis=1) >= way["length"]).any())
         if way.get("attend"):
             found["attention_mask"][:] = 1

@@ -53,14 +53,22 @@ def joined(queries: Sequence[Module], passages: Sequence[Module], like: Any, que
 
 def passage_model(model: Any) -> Any:
     """The model of the passages: of a dense one with two routes that of the document route alone."""
-    dense = isinstance(model, SentenceTransformer)
-    if not (dense and has_routes(model)):
+    stored = _stored(model)
+    return _alone(model, "document") if stored is None else stored.encoder
+
+
+def query_model(model: Any) -> Any:
+    """The model of the queries: of a dense one with two routes that of the query route alone."""
+    return _alone(model, "query")
+
+
+def _alone(model: Any, task: str) -> Any:
+    if not (isinstance(model, SentenceTransformer) and has_routes(model)):
         return model
-    if (stored := _stored(model)) is not None:
-        return stored.encoder
+    prompts: Any = dict(model.prompts)
     return SentenceTransformer(
-        modules=route_of(model, "document"),
-        prompts=dict(model.prompts),
+        modules=route_of(model, task),
+        prompts=prompts,
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
         truncate_dim=model.truncate_dim,

@@ -60,13 +60,12 @@ def half_attention(device: torch.device) -> Iterator[None]:
 
 
 def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Give all dropout of a model, of modules and of attention, a probability; saved models keep their own."""
+    """Give all dropout of a model, of attention and layers too, a probability; a saved model keeps its own."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
-        for name in ("dropout", "attention_dropout"):  # numbers that attention reads
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, probability)
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, probability)
 
 
 def unpack_half(model: torch.nn.Module, kept: torch.dtype = torch.float32) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tct_hf.batches import padding_of, parts_of_similar_length, stack_columns
 from tct_hf.data.rows import checked_texts
 from tct_hf.encoding.engine import OpenVINOEngine, has_openvino
-from tct_hf.encoding.routes import prompt_of
+from tct_hf.encoding.routes import passage_model, prompt_of, query_model
 from tct_hf.encoding.static import static_modules
 from tct_hf.encoding.weights import has_bfloat16, unpack_half
 from tct_hf.retrieval.cut_queries import filled_rows, say_cut_queries
@@ -206,13 +206,14 @@ def find_engine(
 ) -> tuple[OpenVINOEngine | None, str]:
     """An engine whose vectors of some passages are the same as torch's in float32, and what it computes in.
 
-    With low latency, so is the vector of a question. None where `backend` is "torch", or "auto" and there is none,
-    which a line says where it was tried.
+    Of a model with two routes it computes passages, or with low latency questions. None where `backend` is "torch", or
+    "auto" and there is none, which a line says where it was tried.
 
     Raises:
         ValueError: `backend` is "openvino", and there is none.
         ImportError: it is, and OpenVINO is missing.
     """
+    model = query_model(model) if low_latency else passage_model(model)
     usable = model.device.type == "cpu" and not is_sparse_encoder(model) and isinstance(model[0], Transformer)
     if backend != "openvino" and not (backend == "auto" and usable and has_openvino()):
         return None, precision
@@ -220,10 +221,10 @@ def find_engine(
     probed, why = _probed(texts), f"the cosines of its vectors to torch's are below {ENOUGH_COSINE}"
 
     def vectors(engine: OpenVINOEngine | None = None) -> Any:
-        found = [encode_texts(model, probed, task="document", engine=engine)]
-        if low_latency:  # by a graph of its own
-            found += [encode_texts(model, [text[:40]], task="query", engine=engine) for text in probed[:1]]
-        return np.concatenate(found)
+        found = encode_texts(model, probed, task="document", engine=engine)
+        if not low_latency:
+            return found
+        return np.concatenate([found, encode_texts(model, ["a question"], task="query", engine=engine)])
 
     full, engine = vectors(), None
     try:

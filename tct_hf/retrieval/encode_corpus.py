@@ -148,7 +148,7 @@ def encode_corpus(
         chosen = begun["precision"]
         bf16, by_engine = chosen == "bf16", begun.get("engine") == "openvino"
         if by_engine and engines.get(bf16) is None:  # begun by an earlier call, or another job
-            engines[bf16] = OpenVINOEngine(model, bf16=bf16)  # type: ignore[arg-type]
+            engines[bf16] = OpenVINOEngine(passage_model(model), bf16=bf16)  # type: ignore[arg-type]
         options: dict[str, Any] = {"tokens_per_pass": tokens_per_pass}
         options |= {"engine": engines[bf16]} if by_engine else {"bf16": bf16}
         texts = [text for _, text in passages]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tct_hf.data.near_duplicates import UNSPACED
-from tct_hf.encoding.routes import prompt_of, route_of
+from tct_hf.encoding.routes import prompt_of
 from tct_hf.encoding.weights import set_dropout
 from tct_hf.training.run import StockTrainer
 from tct_hf.training.stages import Stage
@@ -29,7 +28,21 @@ _WORD = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")  # a character of a
 # Training arguments where nothing else is said, of a tower with an encoder and of a static one.
 _WITH_ENCODER = {"per_device_train_batch_size": 32, "learning_rate": 7e-4, "warmup_steps": 50}
 _STATIC = {"per_device_train_batch_size": 256, "learning_rate": 0.03, "warmup_steps": 50}
-_STEPS = 1000  # unless epochs are asked for
+
+
+def vector_arguments(given: Mapping[str, Any], *, static: bool) -> dict[str, Any]:
+    """Training arguments of a tower, static or with an encoder, that learns from vectors: those given, and the rest.
+
+    Raises:
+        ValueError: arguments that make it learn nothing, or ask for dev rows, which there are none of.
+    """
+    for name, value in (("max_steps", 0), ("num_train_epochs", 0), ("per_device_train_batch_size", 0)):
+        if given.get(name) == value:
+            raise ValueError(f"{name}={value} makes no step: set it higher, or leave it out.")
+    if given.get("eval_strategy", "no") != "no":
+        raise ValueError(f"eval_strategy={given['eval_strategy']}: there is no dev set of vectors; leave it out.")
+    steps = {} if "num_train_epochs" in given else {"max_steps": 1000}
+    return {**(_STATIC if static else _WITH_ENCODER), **steps, **given}
 
 
 def parts_of_passages(passages: Any, count: int, *, seed: int = 0) -> list[str]:
@@ -79,11 +92,8 @@ def train_from_vectors(
         label = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         times = max(1, len(others) // max(1, len(questions)))
         rows = [*range(len(questions))] * times + [*range(len(questions), len(texts))]
-        defaults = _STATIC if isinstance(route_of(tower, "query")[0], StaticEmbedding) else _WITH_ENCODER
         args = stage.args(
             SentenceTransformerTrainingArguments,
-            **defaults,
-            **({} if "num_train_epochs" in stage.arguments else {"max_steps": _STEPS}),
             batch_sampler=_OfSimilarLength,
             router_mapping={"text": "query"},
             prompts={"text": prompt_of(tower, "query") or ""},

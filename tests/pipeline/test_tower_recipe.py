@@ -123,6 +123,8 @@ def test_settings_that_no_tower_takes_are_refused(refused: Check, material: Any)
     refused(["--student.training.max_steps=0"], "student.training.max_steps: 0 is for a query tower")
     tower = [f"--student.tower_of={mean}", "--student.from_vectors.texts=9"]
     refused([*tower, "--student.training.max_steps=0"], "arms.stock: student.training.max_steps: 0 is for")
+    for wrong in ("max_steps=0 makes no step", "eval_strategy=steps: there is no dev set of vectors"):
+        refused([*tower, f"--student.from_vectors.training.{wrong.split(maxsplit=1)[0].strip(':')}"], wrong)
     tower.append("--student.from_vectors.training.lr_scheduler_type=steep")
     refused(tower, "student.from_vectors.training: steep is not a valid SchedulerType")
     refused(["--student.tower_of=a/b", "--student.kind=splade"], "student.kind: a query tower")

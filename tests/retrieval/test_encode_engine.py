@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,15 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from tct_hf import encode_corpus, load_vectors
+from tct_hf import build_student, encode_corpus, load_vectors
+from tct_hf.encoding import engine as engines
 from tct_hf.encoding.engine import OpenVINOEngine
 from tct_hf.encoding.export import Graph
+from tct_hf.encoding.routes import joined
 from tct_hf.evaluation.workspace import Workspace
 from tct_hf.retrieval import encode
-from tct_hf.retrieval.encode import choose_engine, encode_texts
+from tct_hf.retrieval.encode import choose_engine, encode_texts, find_engine
+from tests.models import tiny_bert
 
 openvino = pytest.importorskip("openvino")
 
@@ -46,6 +50,47 @@ def test_one_question_goes_the_short_way_where_nothing_is_cut(models: Path, name
         found = encode_texts(student, [text], task="query", engine=engine)
         np.testing.assert_allclose(found, encode_texts(student, [text], task="query"), atol=1e-4)
         assert (engine.question(text) is None) == (len(text) > 100)
+
+
+@pytest.mark.parametrize("limit", [36, 77])
+def test_a_question_is_not_padded_beyond_the_positions_of_the_encoder(tmp_path: Path, limit: int) -> None:
+    student: Any = build_student(str(tiny_bert(tmp_path)))
+    embeddings = student[0].auto_model.embeddings
+    embeddings.position_embeddings.weight = torch.nn.Parameter(embeddings.position_embeddings.weight[:limit])
+    embeddings.position_ids, student.max_seq_length = embeddings.position_ids[:, :limit], limit
+    engine = OpenVINOEngine(student, low_latency=True)
+    for words in range(1, limit - 2):
+        question = " ".join((["tokens", "dense", "query"] * limit)[:words])
+        found = engine.question(question)
+        assert found is not None
+        np.testing.assert_allclose(found, student.encode_query([question]), atol=1e-4)
+
+
+def test_threads_take_turns_at_questions(student: SentenceTransformer) -> None:
+    engine = OpenVINOEngine(student, low_latency=True)
+    wanted = encode_texts(student, TEXTS, task="query")
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda text: encode_texts(student, [text], task="query", engine=engine), TEXTS * 20)
+        np.testing.assert_allclose(np.concatenate([*found]), np.tile(wanted, (20, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["query", "document"])
+def test_a_route_has_an_engine_of_its_own(tmp_path: Path, task: str) -> None:
+    first, second = (build_student(str(tiny_bert(tmp_path / str(seed), seed=seed))) for seed in range(2))
+    both = joined([*first], [*second], second, "")
+    engine, _ = find_engine(both, TEXTS, "openvino", "fp32", low_latency=task == "query")
+    for texts in (TEXTS, TEXTS[:1]):
+        wanted = encode_texts(both, texts, task=task)
+        np.testing.assert_allclose(encode_texts(both, texts, task=task, engine=engine), wanted, atol=1e-4)
+
+
+def test_a_large_model_has_one_graph(student: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert OpenVINOEngine(student, low_latency=True)._of_width
+    monkeypatch.setattr(engines, "_SMALL_MODEL", 100)
+    one = OpenVINOEngine(student, low_latency=True)
+    found = one.question("the passage")
+    assert not one._of_width and found is not None
+    np.testing.assert_allclose(found, encode_texts(student, ["the passage"], task="query"), atol=1e-4)
 
 
 def test_a_student_in_half_precision_is_brought_to_float32_first(student: SentenceTransformer) -> None:
@@ -132,7 +177,7 @@ class Broken:
         raise self.error
 
 
-def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_word(
+def test_a_model_that_openvino_does_not_take_is_left_to_torch_with_a_warning(
     student: SentenceTransformer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf import build_static, build_student
 from tct_hf.encoding.routes import joined
-from tct_hf.training.from_vectors import parts_of_passages, train_from_vectors
+from tct_hf.training.from_vectors import parts_of_passages, train_from_vectors, vector_arguments
 from tct_hf.training.run import StockTrainer
 from tct_hf.training.stages import Stage
 from tests.models import WORDS, tiny_bert
@@ -34,16 +34,10 @@ def test_parts_are_words_in_a_row_of_passages() -> None:
     assert len(parts) > 5 and all(part in unspaced and 4 <= len(part) <= 16 for part in parts)
 
 
-@pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"num_train_epochs": 2}, -1), ({"max_steps": 7}, 7)])
-def test_epochs_that_are_asked_for_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], steps: int
-) -> None:
-    model = build_student(str(tiny_bert(tmp_path / "bare")))
-    monkeypatch.setattr(Stage, "train", lambda stage, make: make())
-    stage = Stage(tmp_path, tmp_path / "work", settings={}, arguments={"report_to": "none", "use_cpu": True, **asked})
-    joint = joined([*model], [*model], model, "")
-    trainer: Any = train_from_vectors(stage, lambda: (joint, QUESTIONS, [], model.encode_query(QUESTIONS)))
-    assert trainer.args.max_steps == steps
+@pytest.mark.parametrize(("asked", "steps"), [({}, 1000), ({"num_train_epochs": 2}, None), ({"max_steps": 7}, 7)])
+def test_epochs_that_are_asked_for_count(asked: dict[str, Any], steps: int | None) -> None:
+    made = vector_arguments({**asked, "learning_rate": 1.0}, static=False)
+    assert made.get("max_steps") == steps and made["learning_rate"] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["encoder", "static"])
