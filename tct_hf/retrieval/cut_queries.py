@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +36,8 @@ def filled_rows(model: Any, features: Mapping[str, Any]) -> list[int]:
     return (used >= slots).nonzero().flatten().tolist()
 
 
+# Tokenizers to those that cut nothing: asked for that, a model's own would not cut in other threads, either.
+_uncut: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 # Warnings that were given; each is given once in a process.
 _said: set[str] = set()
 
@@ -54,7 +58,9 @@ def say_cut_queries(
     if slots is None or not queries or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return False
     prompt = prompt_of(model, "query") or ""
-    tokens = tokenizer([prompt + text for text in queries], verbose=False)["input_ids"]
+    if tokenizer not in _uncut:
+        _uncut[tokenizer] = copy.deepcopy(tokenizer)
+    tokens = _uncut[tokenizer]([prompt + text for text in queries], verbose=False)["input_ids"]
     cut = [text for text, ids in zip(queries, tokens, strict=True) if len(ids) > slots]
     if cut:
         said = (
