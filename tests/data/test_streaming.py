@@ -184,8 +184,11 @@ def test_a_bad_row_in_mid_stream_is_named_and_too_few_rows_are_refused(tmp_path:
     with pytest.raises(ValueError, match=r"t\.tsv, line 2001, column 'positive': the text is empty; fill it in"):
         next(loader)
     rows = load_triples(tsv(tmp_path / "t.tsv", 5), streaming=True)
+    small = of_process(rows, 2, 0, 3, workers)
     with pytest.raises(ValueError, match="has 5 rows, fewer than one batch of 2 rows on each of 3 processes"):
-        next(of_process(rows, 2, 0, 3, workers))
+        next(small)
+    for ended in (loader, small) if workers else ():
+        ended._shutdown_workers()  # the errors keep them alive, and collected as garbage they are waited for 5 s each
 
 
 def test_columns_and_checks_leave_rows_unread(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_cached_gradients_are_those_of_the_whole_batch(student: Any, trainer_of:
         trainer.compute_loss(trainer.model, batch_and_targets(trainer)[0]).backward()
         return {name: value.grad.clone() for name, value in student.named_parameters() if value.grad is not None}
 
-    torch.testing.assert_close(gradients(mini_batch_size=3), gradients(), rtol=1e-4, atol=1e-6)
+    student.double()  # in float32 the two orders of adding differ more on some processors
+    torch.testing.assert_close(gradients(mini_batch_size=3), gradients(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(
