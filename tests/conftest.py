@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.loopback_hub import WRITER, LoopbackHub
-from tests.warm_process import run_warm, spare_the_collector
+from tests.warm_process import run_warm, spare_the_collector, start_server
 
 # A shell lets what it starts in the background ignore these, and servers that this starts in turn would not end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,6 +46,12 @@ def pytest_collection_finish() -> None:
         jinja2.Environment.compile = cache(jinja2.Environment.compile)  # type: ignore[method-assign]
 
     spare_the_collector()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.testscollected:  # not in the process that hands tests out to others
+        start_server()
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,18 @@
 """Runs scripts in processes of their own that have torch and the rest imported already: 10 s less for each.
 
-A server imports everything once and forks a child for each script, or several that meet as those of a launcher do. All
-its children have one hash seed: what must not depend on the order of a set is to be tested in processes started anew.
+A server is forked from the tests' process, which has imported everything by then, before the first test; it forks a
+child for each script, or several that meet as those of a launcher do. All have one hash seed: what must not depend on
+the order of a set is to be tested in processes started anew.
 """
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import signal
@@ -20,11 +23,12 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).parent.parent
-# Not this package itself, which some scripts must do without.
+# Where the tests' process lacks one, it is imported with the first script.
 IMPORTED = [
     "bm25s",
     "datasets",
@@ -38,24 +42,41 @@ IMPORTED = [
     "transformers.models.bert.tokenization_bert",
 ]
 _one_at_a_time = threading.Lock()
-_servers: dict[str, subprocess.Popen[str]] = {}
+_server: tuple[IO[str], IO[str], str] | None = None  # where requests go, where answers come from, its environment
 
 
-def _server(env: Mapping[str, str]) -> subprocess.Popen[str]:
-    # Settings that libraries read when they are imported.
+def _early(env: Mapping[str, str]) -> str:
+    """The settings that libraries read when they are imported."""
     read = ("HF_", "OMP_", "TOKENIZERS_", "PYTHON")
-    early = json.dumps(sorted((name, value) for name, value in env.items() if name.startswith(read)))
-    if early not in _servers or _servers[early].poll() is not None:
-        command, pipe = [sys.executable, "-m", "tests.warm_process"], subprocess.PIPE
-        _servers[early] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=dict(env))
-    return _servers[early]
+    return json.dumps(sorted((name, value) for name, value in env.items() if name.startswith(read)))
 
 
-@atexit.register
-def _stop() -> None:
-    for server in _servers.values():
-        server.kill()
-        server.wait()  # so that its time is counted as the tests'
+def start_server() -> None:
+    """Fork the server of this process, which ends with it."""
+    global _server
+    requests, answers = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        try:
+            _forget_the_tests(keep=(requests[0], answers[1]))
+            _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"))
+        finally:
+            os._exit(0)  # whatever happens, no test runs here
+    os.close(requests[0])
+    os.close(answers[1])
+    _server = os.fdopen(requests[1], "w"), os.fdopen(answers[0]), _early(os.environ)
+
+
+def _forget_the_tests(keep: tuple[int, int]) -> None:
+    """As if libraries alone had been imported, and nothing but two files opened."""
+    for first, last in pairwise((2, *sorted(keep), os.sysconf("SC_OPEN_MAX"))):
+        os.closerange(first + 1, last)
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("tct_hf", "tests"):
+            del sys.modules[name]
+    sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    logging.root.handlers.clear()
+    faulthandler.disable()
+    threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__
 
 
 def spare_the_collector() -> None:
@@ -89,16 +110,14 @@ def run_warm(
         meet |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
         ranks = [{**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     with _one_at_a_time, tempfile.TemporaryDirectory() as folder:
-        server = _server(env)
-        assert server.stdin is not None and server.stdout is not None
+        assert _server is not None and _early(env) == _server[2], "libraries have read other settings"
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)
         environments = [{**env, **rank} for rank in ranks]
         request = {"arguments": arguments, "environments": environments, "paths": paths, "cwd": str(cwd)}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
+        print(json.dumps(request), file=_server[0], flush=True)
+        code = int(_server[1].readline())
         out, err = (Path(path).read_text() for path in paths[1:])
     return subprocess.CompletedProcess([sys.executable, *arguments], code, out, err)
 
@@ -158,11 +177,10 @@ def _wait(children: set[int]) -> int:
     return failed
 
 
-def _serve() -> None:
-    for name in IMPORTED:
-        importlib.import_module(name)
-    spare_the_collector()
-    for line in iter(sys.stdin.readline, ""):
+def _serve(requests: IO[str], answers: IO[str]) -> None:
+    for line in requests:
+        for name in IMPORTED:
+            importlib.import_module(name)
         request: dict[str, Any] = json.loads(line)
         children: set[int] = set()
         for env in request["environments"]:
@@ -170,8 +188,4 @@ def _serve() -> None:
             if child == 0:
                 _run(request["arguments"], env, request["paths"], request["cwd"])
             children.add(child)
-        print(_wait(children), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+        print(_wait(children), file=answers, flush=True)
