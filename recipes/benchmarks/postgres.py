@@ -56,4 +56,7 @@ class Server:
 
     def end(self, number: int = signal.SIGINT) -> None:
         self._process.send_signal(number)
-        self._process.wait(10)
+        try:
+            self._process.wait(10)
+        finally:
+            self._process.kill()  # does nothing where it has ended

@@ -120,7 +120,7 @@ def encode_corpus(
         if is_main:
             kept = _begun(folder) if job is not None or has_shards(folder) else {}
             computed_in = kept.get("precision", computed_in) if precision == "auto" else computed_in
-            computed_by = kept.get("engine", "torch" if kept else backend) if backend == "auto" else computed_by
+            computed_by = kept.get("backend", "torch" if kept else backend) if backend == "auto" else computed_by
             if "auto" in (computed_in, computed_by):
                 engine, computed_in = choose_engine(model, [text for _, text in first], computed_by, computed_in)
                 computed_by = "torch" if engine is None else "openvino"
@@ -129,12 +129,12 @@ def encode_corpus(
             "weights_sha256": description["model"]["weights_sha256"],
             "encoding": description["encoding"],
             "precision": computed_in,
+            "backend": computed_by,
             "dtype": dtype,
             "shard_size": shard_size,
             "device": model.device.type,
             "tokens_per_pass": budget,
             **({"layout": "sparse"} if sparse else {}),
-            **({"engine": computed_by} if computed_by != "torch" else {}),
         }
 
     total = len(corpus) if isinstance(corpus, Sized) else None
@@ -146,7 +146,7 @@ def encode_corpus(
     def make(passages: Sequence[Passage]) -> Any:
         begun = _begun(folder)  # by the main process
         chosen = begun["precision"]
-        bf16, by_engine = chosen == "bf16", begun.get("engine") == "openvino"
+        bf16, by_engine = chosen == "bf16", begun["backend"] == "openvino"
         if by_engine and engines.get(bf16) is None:  # begun by an earlier call, or another job
             engines[bf16] = OpenVINOEngine(passage_model(model), bf16=bf16)  # type: ignore[arg-type]
         options: dict[str, Any] = {"tokens_per_pass": tokens_per_pass}

@@ -63,10 +63,10 @@ def apart(request: pytest.FixtureRequest, settings: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def whole(settings: Path, recipe: Run) -> Path:
-    """The folder of a whole run, with its plots."""
+def whole(request: pytest.FixtureRequest, settings: Path, recipe: Run) -> Path:
+    """The folder of a whole run, with its plots, unless the module says PLOTS = False."""
     output = settings.with_suffix("") / "whole"
-    recipe(output, plots=True)
+    recipe(output, plots=getattr(request.module, "PLOTS", True))
     return output
 
 

@@ -17,7 +17,7 @@ ARMS = {"stock": [13], "few-labels": [13, 14], "trained-ColBERT": [13]}
 NAMES = {"stock": "stock", "few-labels": "few, labels", "trained-ColBERT": "trained ColBERT"}
 
 
-TRAINING = "{per_device_train_batch_size: 8, max_steps: 4, learning_rate: 1.0e-3, logging_steps: 1, save_steps: 2}"
+TRAINING = "{per_device_train_batch_size: 8, max_steps: 4, learning_rate: 1.0e-3, logging_steps: 1, save_steps: 4}"
 SETTINGS = f"""
 precision: fp32
 stages: [student]

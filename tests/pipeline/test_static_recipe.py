@@ -15,6 +15,7 @@ from tct_hf.hub.cards import CardFacts, write_card
 from tests.recipe import ROOT, Check
 
 RECIPE = "train"
+PLOTS = False
 SETTINGS = f"""
 extends: {ROOT / "recipes" / "static.yaml"}
 precision: fp32

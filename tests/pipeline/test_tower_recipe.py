@@ -19,6 +19,7 @@ from tct_hf.retrieval.encode import encode_texts
 from tests.recipe import Check, Run
 
 RECIPE = "compare"
+PLOTS = False
 TRAINING = "{per_device_train_batch_size: 8, max_steps: 2, learning_rate: 1.0e-3, logging_steps: 1}"
 VECTORS = "max_steps: 6, logging_steps: 1, per_device_train_batch_size: 128"  # all texts
 SETTINGS = f"""

@@ -126,7 +126,7 @@ def test_a_folder_says_its_engine_and_keeps_it(
 ) -> None:
     settings: dict[str, Any] = {"precision": "fp32", "shard_size": 10, "write": lambda line: None}
     small = encode_corpus(student, CORPUS, tmp_path / "small", **settings)
-    assert "engine" not in small  # too few passages for the graph to be worth it
+    assert small["backend"] == "torch"  # too few passages for the graph to be worth it
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1)
     graphs: list[Graph] = []
 
@@ -137,13 +137,12 @@ def test_a_folder_says_its_engine_and_keeps_it(
     monkeypatch.setattr("tct_hf.encoding.engine.Graph", made_graph)
     made = encode_corpus(student, CORPUS, tmp_path / "openvino", **settings)
     assert len(graphs) == 1  # the one that was tried
-    assert made["engine"] == "openvino" and "engine" not in encode_corpus(
-        student, CORPUS, tmp_path / "small", **settings
-    )
+    assert made["backend"] == "openvino"
+    assert encode_corpus(student, CORPUS, tmp_path / "small", **settings)["backend"] == "torch"
     np.testing.assert_allclose(load_vectors(tmp_path / "openvino")[1], load_vectors(tmp_path / "small")[1], atol=1e-4)
     monkeypatch.setattr(encode, "ENOUGH_TEXTS", 1000)  # as begun, though it would now be chosen otherwise
     assert encode_corpus(student, CORPUS, tmp_path / "openvino", **settings) == made
-    with pytest.raises(ValueError, match="engine"):
+    with pytest.raises(ValueError, match="with backend = 'openvino', but now backend = 'torch'"):
         encode_corpus(student, CORPUS, tmp_path / "openvino", backend="torch", **settings)
 
 
