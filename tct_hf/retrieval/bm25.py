@@ -17,7 +17,8 @@ from tct_hf.data import shards
 from tct_hf.data.expansion import SCORES_FOLDER, expanded_texts, load_expansions
 from tct_hf.data.rows import checked_texts, each_checked
 from tct_hf.files import file_digest
-from tct_hf.retrieval.index import Index, as_run, best_first, check_ids, check_k, check_lists
+from tct_hf.retrieval.checks import check_ids, check_k, check_lists
+from tct_hf.retrieval.index import Index, as_run, best_first
 from tct_hf.retrieval.runs import Run
 from tct_hf.retrieval.words import LANGUAGE, STEMMER, analyser, stemmer_of
 

@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from tct_hf.retrieval.checks import check_ids, check_k
 from tct_hf.retrieval.faiss_tools import (
     factory_for,
     faiss_threads,
@@ -22,7 +23,7 @@ from tct_hf.retrieval.faiss_tools import (
     set_parameters,
     tune,
 )
-from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_k, id_array
+from tct_hf.retrieval.index import VectorIndex, best_first, id_array
 from tct_hf.retrieval.vectors import as_matrix, as_rows
 
 _INDEX_FILE = "index.faiss"

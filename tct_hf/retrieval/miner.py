@@ -14,7 +14,7 @@ from tct_hf.data.column_names import negative_columns
 from tct_hf.data.near_duplicates import folded, is_query, share_most, shingles
 from tct_hf.data.qrels import ids_are_shared
 from tct_hf.data.rows import BadRow, as_id, as_text
-from tct_hf.retrieval.index import check_ids
+from tct_hf.retrieval.checks import check_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset

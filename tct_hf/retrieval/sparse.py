@@ -9,7 +9,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from tct_hf.retrieval.index import VectorIndex, best_first, check_ids, check_lists, id_array
+from tct_hf.retrieval.checks import check_ids, check_lists
+from tct_hf.retrieval.index import VectorIndex, best_first, id_array
 from tct_hf.retrieval.vectors import ShardedRows, as_csr, csr_blocks
 
 # Scores of this many passages are added up at a time: 256 KB of them, which stays in a core's own cache.

@@ -21,10 +21,10 @@ from tct_hf.data.texts import checked_passages
 from tct_hf.encoding.convert import load_encoder
 from tct_hf.encoding.encoders import length_of
 from tct_hf.encoding.routes import StoredVectors, has_routes, joined, passage_model, prompt_of, route_of
+from tct_hf.retrieval.checks import check_model, described
 from tct_hf.retrieval.dense import DenseIndex
 from tct_hf.retrieval.engines import engine_of
 from tct_hf.retrieval.engines.base import EngineIndex
-from tct_hf.retrieval.index import check_model, described
 from tct_hf.retrieval.vectors import LazyRows, UnitRows, load_vectors
 
 _FITTED = 1024  # passages, and queries, that the start is fitted to

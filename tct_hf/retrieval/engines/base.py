@@ -16,7 +16,8 @@ from tct_hf.data import shards
 from tct_hf.data.shards import digest_of
 from tct_hf.files import file_digest
 from tct_hf.progress import PassageProgress, print_at_once
-from tct_hf.retrieval.index import VectorSearch, check_ids, check_k, check_model, described
+from tct_hf.retrieval.checks import check_ids, check_k, check_model, described
+from tct_hf.retrieval.index import VectorSearch
 from tct_hf.retrieval.vectors import as_matrix, load_vectors, read_manifest
 
 if TYPE_CHECKING:
