@@ -9,8 +9,8 @@ shows which part of the gain is less padding and smaller passes; the rest is bfl
 
 With --output, a plot of passages a second against that cosine goes into the folder, one a model.
 
-The second table of a model is of single questions, --questions of them in every round, by the way of the searcher
-(encode_texts, OpenVINO with all threads on one question); the first round is a warm-up.
+The second table of a model is of single questions and of the parts of it, --questions of them in every round, by the way
+of the searcher (encode_texts, OpenVINO with all threads on one question); the first round is a warm-up.
 """
 
 from __future__ import annotations
@@ -168,13 +168,13 @@ def measure_latency(model: Any, questions: list[str], rounds: int) -> None:
         "encode_texts, bf16": partial(one, bf16=True),
         "encode_texts, fp32": one,
         "SentenceTransformer.encode_query, fp32": model.encode_query,
-        **{
-            f"encode_texts, OpenVINO {name}": partial(
-                one, engine=OpenVINOEngine(model, bf16=name == "bf16", low_latency=True)
-            )
-            for name in (("fp32", "bf16") if has_openvino() else ())
-        },
+        "of which its preprocessing": partial(model.preprocess, task="query"),
     }
+    if has_openvino():
+        engines = {name: OpenVINOEngine(model, bf16=name == "bf16", low_latency=True) for name in ("fp32", "bf16")}
+        sides |= {f"encode_texts, OpenVINO {name}": partial(one, engine=engine) for name, engine in engines.items()}
+        engine = engines["bf16"]
+        sides |= {"of which tokenizer": engine._rows, "tokenizer and graph": lambda part: engine.question(*part)}
     times: dict[str, list[Clocks]] = {name: [] for name in sides}
 
     def ask(name: str) -> None:
