@@ -115,7 +115,7 @@ def summary(manifest: dict[str, Any], folder: Path) -> str:
     cells = {
         "passages": f"{manifest['count']:,}",
         "dim": str(manifest["dim"]),
-        "computed in": manifest["precision"] + (" by OpenVINO" if "engine" in manifest else ""),
+        "computed in": manifest["precision"] + (" by OpenVINO" if manifest["backend"] == "openvino" else ""),
         "stored in": manifest["dtype"],
         **({"active dims": f"{manifest['nonzeros'] / manifest['count']:,.1f}"} if "nonzeros" in manifest else {}),
         "shards": str(len(manifest["shards"])),

@@ -49,8 +49,8 @@ def write_beir(folder: Path, *, passages: int = 60, train: int = 40, dev: int = 
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """As the tests' own, one thread, and a cache that no other run shares."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TCT_HF_CACHE": str(folder / "cache")}
+    """As the tests' own, and a cache that no other run shares."""
+    return {**os.environ, "TCT_HF_CACHE": str(folder / "cache")}
 
 
 def run(

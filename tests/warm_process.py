@@ -55,25 +55,33 @@ def start_server() -> None:
     """Fork the server of this process, which ends with it."""
     global _server
     requests, answers = os.pipe(), os.pipe()
-    if os.fork() == 0:
+    if (server := os.fork()) == 0:
         try:
             _forget_the_tests(keep=(requests[0], answers[1]))
             _serve(os.fdopen(requests[0]), os.fdopen(answers[1], "w"))
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)  # whatever happens, no test runs here
+            os._exit(1)  # whatever happens, no test runs here
+    atexit.register(_end, server)
     os.close(requests[0])
     os.close(answers[1])
     _server = os.fdopen(requests[1], "w"), os.fdopen(answers[0]), _early(os.environ)
 
 
+def _end(server: int) -> None:
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, 0)  # so that its time is counted as the tests'
+
+
 def _forget_the_tests(keep: tuple[int, int]) -> None:
-    """As if libraries alone had been imported, and nothing but two files opened."""
+    """As if libraries alone had been imported and two files opened, but for what conftest.py spares: time."""
     for first, last in pairwise((2, *sorted(keep), os.sysconf("SC_OPEN_MAX"))):
         os.closerange(first + 1, last)
     for name in [*sys.modules]:
         if name.partition(".")[0] in ("tct_hf", "tests"):
             del sys.modules[name]
-    sys.path[:] = [str(ROOT), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.path.insert(0, str(ROOT))  # as of `python -m`; that of a script takes its place
     logging.root.handlers.clear()
     faulthandler.disable()
     threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__
@@ -110,16 +118,17 @@ def run_warm(
         meet |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
         ranks = [{**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     with _one_at_a_time, tempfile.TemporaryDirectory() as folder:
-        assert _server is not None and _early(env) == _server[2], "libraries have read other settings"
+        assert _server is not None and _early(env) == _server[2], f"libraries have read other settings: {_server}"
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)
         environments = [{**env, **rank} for rank in ranks]
         request = {"arguments": arguments, "environments": environments, "paths": paths, "cwd": str(cwd)}
         print(json.dumps(request), file=_server[0], flush=True)
-        code = int(_server[1].readline())
+        code = _server[1].readline()
+        assert code, "the server has ended"
         out, err = (Path(path).read_text() for path in paths[1:])
-    return subprocess.CompletedProcess([sys.executable, *arguments], code, out, err)
+    return subprocess.CompletedProcess([sys.executable, *arguments], int(code), out, err)
 
 
 def _become(arguments: list[str], env: dict[str, str], paths: list[str], cwd: str) -> None:
@@ -151,10 +160,10 @@ def _run(*request: Any) -> NoReturn:
         _become(*request)
     except SystemExit as end:
         code = end.code
-    except Exception:
+    except BaseException:
         traceback.print_exc()
         code = 1
-    if isinstance(code, str):
+    if not isinstance(code, int | None):
         print(code, file=sys.stderr)
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads

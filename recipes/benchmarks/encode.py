@@ -5,11 +5,11 @@
 Same texts, same model, one process, the sides in turn with the order changing, ratio of medians, the lowest cosine of
 a vector to the baseline's. Texts are beginnings of the built-in corpus's passages, 20 to 200 words, lengths drawn
 evenly. Models: the bundled 6-layer encoder with its own encoding, and the same with the TCT encoding. The float32 row
-shows which part of the gain is less padding and smaller passes; the rest is bfloat16.
+shows which part of the gain is less padding and smaller passes; the rest is bfloat16 and OpenVINO.
 
 With --output, a plot of passages a second against that cosine goes into the folder, one a model.
 
-The second table of a model is of single questions and of the parts of it, --questions of them in every round, by the way
+The second table of a model is of single questions and parts of one, --questions of them in every round, by the way
 of the searcher (encode_texts, OpenVINO with all threads on one question); the first round is a warm-up.
 """
 
@@ -154,7 +154,7 @@ def measure(model: Any, texts: list[str], rounds: int, folder: Path) -> dict[str
         faster = median(times[plain]) / median(taken)
         points[name] = (len(texts) / median(taken), float(cosine))
         rows.append([name, every, f"{points[name][0]:.0f}", f"{faster:.2f}", f"{cosine:.6f}"])
-    print(f"auto chooses {chosen}")
+    print(f"by torch, auto chooses {chosen}")
     table("side | median s (all) | passages/s | times faster | lowest cosine", rows)
     return points
 

@@ -60,3 +60,4 @@ class Server:
             self._process.wait(10)
         finally:
             self._process.kill()  # does nothing where it has ended
+            self._process.wait(10)

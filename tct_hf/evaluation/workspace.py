@@ -170,8 +170,8 @@ class Workspace:
 
     def _encoded(self, texts: Sequence[str], task: str) -> Any:
         own = self._in_memory or (self._elsewhere and not (self.folder / "vectors" / MANIFEST_FILE).is_file())
-        made = {"precision": self._precision} if own else self.manifest
-        engine = self._engine(made["precision"], made.get("backend") == "openvino") if task == "query" else None
+        made = {"precision": self._precision, "backend": "torch"} if own else self.manifest
+        engine = self._engine(made["precision"], made["backend"] == "openvino") if task == "query" else None
         bf16 = engine is None and made["precision"] == "bf16"
         return encode_texts(self.student, texts, task=task, bf16=bf16, engine=engine)
 

@@ -36,9 +36,9 @@ def vector_arguments(given: Mapping[str, Any], *, static: bool) -> dict[str, Any
     Raises:
         ValueError: arguments that make it learn nothing, or ask for dev rows, which there are none of.
     """
-    for name, value in (("max_steps", 0), ("num_train_epochs", 0), ("per_device_train_batch_size", 0)):
-        if given.get(name) == value:
-            raise ValueError(f"{name}={value} makes no step: set it higher, or leave it out.")
+    for name in ("max_steps", "num_train_epochs", "per_device_train_batch_size"):
+        if given.get(name) == 0:
+            raise ValueError(f"{name}=0 makes no step: set it higher, or leave it out.")
     if given.get("eval_strategy", "no") != "no":
         raise ValueError(f"eval_strategy={given['eval_strategy']}: there is no dev set of vectors; leave it out.")
     steps = {} if "num_train_epochs" in given else {"max_steps": 1000}

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from tct_hf import load_vectors
 from tct_hf.data.beir import open_beir
-from tests.recipe import run
+from tests.recipe import ROOT, load_recipe, run
 from tests.searching import Material
 from tests.splade import tiny_splade
 
@@ -32,6 +32,8 @@ def test_a_collection_becomes_vectors_and_one_table(material: Material, tmp_path
     assert errors == ""
     size = sum(file.stat().st_size for file in folder.glob("*.arrow")) / 60
     assert said.splitlines()[-1] == f"| 60 | 32 | fp32 | float32 | 8 | {size:.0f} | {folder} |"
+    summary = load_recipe(ROOT / "recipes" / "encode.py").summary
+    assert "| fp32 by OpenVINO |" in summary({**manifest, "backend": "openvino"}, folder)
     [line] = encode(material, material.student, folder, "--dtype=float16", code=1)[1].splitlines()
     assert "dtype = 'float32', but now dtype = 'float16'" in line
     (tmp_path / "pq").mkdir()

@@ -36,7 +36,7 @@ from tests.warm_process import run_warm
 
 def worker(saved: Path, output: Path, *killed: str, processes: int = 1) -> str:
     words = ["-m", "tests.encode_worker", str(saved), str(output), *killed]
-    done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
+    done = run_warm(words, env=os.environ, processes=processes)
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr[-4000:]
     return done.stdout
 
@@ -155,10 +155,9 @@ def test_four_jobs_started_together_of_which_one_is_killed_make_the_bytes_of_one
     encoded(student, tmp_path / "whole")
     folder, dying = tmp_path / "v", 1  # it has two shards, and is killed before the second is put in place
     words = [sys.executable, "-m", "tests.encode_worker", str(saved), str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(index: int, killed: str = "") -> subprocess.Popen[str]:
-        return subprocess.Popen([*words, killed, str(index), "4"], env=env, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*words, killed, str(index), "4"], stderr=subprocess.PIPE, text=True)
 
     jobs = [start(index, "00001.arrow" if index == dying else "") for index in range(4)]
     for index, job in enumerate(jobs):

@@ -252,7 +252,7 @@ def test_a_push_that_is_stopped_in_a_shard_goes_on_with_it(server: Any, vectors:
     }
     words = [vectors, server.url, f"stopped_{stopped}", str(server.pid)]
     program = ["-c", PUSH.format(stop=stops[stopped]), *map(str, words)]
-    done = run_warm(program, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_warm(program, env=os.environ)
     connects_again = server.index is MilvusIndex and stopped == "connection"
     code = -signal.SIGKILL if stopped == "push" else 0 if connects_again else 1
     assert done.returncode == code, done.stderr

@@ -17,9 +17,6 @@ import torch
 from tests.recipe import ROOT
 from tests.warm_process import free_port, run_warm
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 FEW = [True, False, True, False, False, False, True, False, False, False, True, True]
 # Of several processes the first has the most rows, and not every one a label.
 UNEVEN: dict[str, Any] = {"uneven": True, "labelled": [True, *[False] * 10, True]}
@@ -75,7 +72,7 @@ def steps(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
             size = {"per_device_train_batch_size": 12 // processes}
             cases = {name: CASES[name] | size for name in CASES if (name in BASIC) is (case in BASIC)}
             words = ["-m", "tests.distributed_worker", str(models), str(folder), json.dumps(cases)]
-            done = run_warm(words, env=ENVIRONMENT, processes=processes)
+            done = run_warm(words, env=os.environ, processes=processes)
             assert done.returncode == 0, done.stderr[-4000:]
         return folder / case
 
@@ -121,8 +118,6 @@ def test_the_configurations_start_as_many_processes_as_they_say(tmp_path: Path, 
     seen.mkdir()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", f"--main_process_port={free_port()}"]
     launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / config), "--num_cpu_threads_per_process=1"]
-    done = subprocess.run(
-        [*launcher, str(script), str(seen)], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
-    )
+    done = subprocess.run([*launcher, str(script), str(seen)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {file.name: file.read_text() for file in seen.iterdir()} == {"0": "2", "1": "2"}

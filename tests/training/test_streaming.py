@@ -127,7 +127,7 @@ def test_processes_train_on_and_evaluate_the_rows_of_one(models: Path, tmp_path:
             cases[name]["per_device_train_batch_size"] = cases[name].pop("step") // processes
         cases["evaluated"]["evaluated"] = evaluated  # one step of 12, and half of one
         words = ["-m", "tests.streaming_worker", str(models), str(tmp_path / str(processes)), json.dumps(cases)]
-        done = run_warm(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, processes=processes)
+        done = run_warm(words, env=os.environ, processes=processes)
         assert done.returncode == 0, done.stderr[-4000:]
     for name in SHARED:
         expected = steps_of(name, 1)
