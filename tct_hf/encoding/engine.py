@@ -34,7 +34,7 @@ class OpenVINOEngine:
         bf16: compute in bfloat16.
         low_latency: all threads compute one pass, instead of each one of its own; callers of several threads take
             turns. Of a model of up to 50 million weights, questions of up to 40 tokens have a graph for each multiple
-            of 8, which takes 0.3 s and 34 MB for a 6-layer MiniLM in bfloat16.
+            of 8; each takes 0.3 s and 30 MB for a 6-layer MiniLM in bfloat16.
 
     Raises:
         ValueError: as :class:`tct_hf.encoding.export.Graph`.
