@@ -41,6 +41,7 @@ arms:
 """
 
 
+@pytest.mark.slow  # by default, test_tower_recipe.py makes a whole comparison
 def test_a_whole_comparison_leaves_a_student_a_seed_its_runs_and_one_table(whole: Path) -> None:
     assert {folder.name for folder in (whole / "arms").iterdir()} == set(ARMS)
     weights = set()
@@ -72,6 +73,7 @@ def test_a_whole_comparison_leaves_a_student_a_seed_its_runs_and_one_table(whole
     assert "Plot: curves.test.png" in report and (whole / "curves.test.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_does_nothing_again_and_a_missing_student_is_made_the_same(
     whole: Path, recipe: Run
 ) -> None:
@@ -90,6 +92,7 @@ def test_only_some_arms_on_dev_search_for_no_test_query(recipe: Run, tmp_path: P
     assert "few, labels" not in report and "dev queries, exact search" in report
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused_by_name(kept: Check) -> None:
     kept("--student.training.temperature=2.0", "student.training.temperature")
 
