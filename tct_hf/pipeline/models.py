@@ -48,7 +48,7 @@ from tct_hf.teachers.mixture import DEFAULT_WEIGHTS, by_cosine, calibrate, membe
 from tct_hf.teachers.queries import QueryVectors
 from tct_hf.teachers.remote import URLTeacher
 from tct_hf.teachers.stored import StoredScores
-from tct_hf.training.from_vectors import parts_of_passages, train_from_vectors, vector_arguments
+from tct_hf.training.from_vectors import DROPOUT, parts_of_passages, train_from_vectors, vector_arguments
 from tct_hf.training.run import ARGUMENTS
 from tct_hf.training.stages import Stage
 
@@ -197,7 +197,7 @@ def tower_stage(run: Training, student: StudentSettings) -> Stage:
     other = ("training", "schedules", "teacher_cache", "teacher_cache_gigabytes")
     own = {name: value for name, value in student.depends().items() if name not in other}
     learning = vector_arguments(student.from_vectors.training, static=student.kind == "static")
-    depends = {**run.depends("student"), "student": own, "learning": {**learning, "dropout": 0.0}}
+    depends = {**run.depends("student"), "student": own, "learning": {**learning, "dropout": DROPOUT}}
     folder = run.shared / "towers" / json_digest(depends)[:8]
     how = {**TRAINING, "logging_steps": 100, "save_steps": 200, **run.base, **learning}
     work = folder.parent / "training" / folder.name

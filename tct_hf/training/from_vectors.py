@@ -23,6 +23,7 @@ from tct_hf.encoding.weights import set_dropout
 from tct_hf.training.run import StockTrainer
 from tct_hf.training.stages import Stage
 
+DROPOUT = 0.0  # a text has one vector: noise only slows learning down
 _WORDS = (4, 16)  # of a part of a passage, at least and at most
 _WORD = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")  # a character of a script without spaces
 # Training arguments where nothing else is said, of a tower with an encoder and of a static one.
@@ -87,7 +88,7 @@ def train_from_vectors(
 
     def made() -> StockTrainer:
         tower, questions, others, vectors = make()
-        set_dropout(tower, 0.0)  # a text has one vector: noise only slows learning down
+        set_dropout(tower, DROPOUT)
         texts = pa.array([*questions, *others])
         label = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         times = max(1, len(others) // max(1, len(questions)))
