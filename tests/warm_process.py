@@ -27,6 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).parent.parent
 # Where the tests' process lacks one, it is imported with the first script.
 IMPORTED = [
@@ -82,6 +84,7 @@ def _forget_the_tests(keep: tuple[int, int]) -> None:
         if name.partition(".")[0] in ("tct_hf", "tests"):
             del sys.modules[name]
     sys.path.insert(0, str(ROOT))  # as of `python -m`; that of a script takes its place
+    tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and one that is killed may keep it
     logging.root.handlers.clear()
     faulthandler.disable()
     threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__
