@@ -34,3 +34,11 @@ def test_a_script_imports_the_package_of_this_checkout_and_nothing_of_the_tests(
 def test_how_a_process_ends(code: str, status: int, said: str) -> None:
     done = run_warm(["-c", f"import sys; {code}"], env=os.environ)
     assert done.returncode == status and done.stderr.endswith(said)
+
+
+def test_settings_that_libraries_have_read_are_not_changed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")  # as Gradio does
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")  # as generation on a GPU does
+    assert run_warm(["-c", ""], env=os.environ).returncode == 0
+    with pytest.raises(AssertionError, match='"HF_HUB_OFFLINE", "0"'):
+        run_warm(["-c", ""], env={**os.environ, "HF_HUB_OFFLINE": "0"})
