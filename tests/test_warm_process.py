@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,11 @@ def test_settings_that_libraries_have_read_are_not_changed_in_vain(monkeypatch: 
     assert run_warm(["-c", ""], env=os.environ).returncode == 0
     with pytest.raises(AssertionError, match='"HF_HUB_OFFLINE", "0"'):
         run_warm(["-c", ""], env={**os.environ, "HF_HUB_OFFLINE": "0"})
+
+
+def test_a_killed_process_keeps_no_lock_of_progress_bars() -> None:
+    code = "from tqdm.auto import tqdm; print([one.acquire(False) for one in tqdm.get_lock().locks], flush=True)"
+    killed = run_warm(["-c", f"{code}; import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], env=os.environ)
+    after = run_warm(["-c", code], env=os.environ)
+    assert (killed.returncode, after.returncode) == (-signal.SIGKILL, 0)
+    assert killed.stdout == after.stdout == "[True]\n"

@@ -27,8 +27,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
+TqdmDefaultWriteLock.mp_lock = None  # all forks would share it, and one that is killed may keep it
 ROOT = Path(__file__).parent.parent
 # Where the tests' process lacks one, it is imported with the first script.
 IMPORTED = [
@@ -84,7 +85,6 @@ def _forget_the_tests(keep: tuple[int, int]) -> None:
         if name.partition(".")[0] in ("tct_hf", "tests"):
             del sys.modules[name]
     sys.path.insert(0, str(ROOT))  # as of `python -m`; that of a script takes its place
-    tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and one that is killed may keep it
     logging.root.handlers.clear()
     faulthandler.disable()
     threading.excepthook, sys.unraisablehook = threading.__excepthook__, sys.__unraisablehook__
