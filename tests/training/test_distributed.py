@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # Run with two processes by default; the others are slow, and so is everything with three.
-BASIC = ("plain", "fewer rows, few labels, gradient cache", "sparse student")
+BASIC = ("plain", "fewer rows, few labels, gradient cache")
 
 
 @pytest.fixture(scope="module")
