@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -37,17 +36,14 @@ def test_how_a_process_ends(code: str, status: int, said: str) -> None:
     assert done.returncode == status and done.stderr.endswith(said)
 
 
-def test_settings_that_libraries_have_read_are_not_changed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")  # as Gradio does
+def test_another_value_of_what_libraries_have_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")  # the same in other words, as Gradio writes it
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")  # as generation on a GPU does
     assert run_warm(["-c", ""], env=os.environ).returncode == 0
-    with pytest.raises(AssertionError, match='"HF_HUB_OFFLINE", "0"'):
+    with pytest.raises(AssertionError, match=r"\['HF_HUB_OFFLINE'\]"):
         run_warm(["-c", ""], env={**os.environ, "HF_HUB_OFFLINE": "0"})
 
 
-def test_a_killed_process_keeps_no_lock_of_progress_bars() -> None:
-    code = "from tqdm.auto import tqdm; print([one.acquire(False) for one in tqdm.get_lock().locks], flush=True)"
-    killed = run_warm(["-c", f"{code}; import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], env=os.environ)
-    after = run_warm(["-c", code], env=os.environ)
-    assert (killed.returncode, after.returncode) == (-signal.SIGKILL, 0)
-    assert killed.stdout == after.stdout == "[True]\n"
+def test_the_lock_of_progress_bars_is_no_lock_between_processes() -> None:
+    done = run_warm(["-c", "from tqdm.auto import tqdm; print(len(tqdm.get_lock().locks))"], env=os.environ)
+    assert done.stdout == "1\n", done.stderr  # that of threads

@@ -45,13 +45,15 @@ IMPORTED = [
     "transformers.models.bert.tokenization_bert",
 ]
 _one_at_a_time = threading.Lock()
-_server: tuple[IO[str], IO[str], str] | None = None  # where requests go, where answers come from, its environment
+_server: tuple[IO[str], IO[str], set[tuple[str, str]]] | None = (
+    None  # where requests go, where answers come from, its environment
+)
 
 
-def _early(env: Mapping[str, str]) -> str:
-    """The settings that libraries read when they are imported; some libraries write 1 and 0 in other words."""
-    read, same = ("HF_", "OMP_", "TOKENIZERS_", "PYTHON"), {"True": "1", "true": "1", "False": "0", "false": "0"}
-    return json.dumps(sorted((name, same.get(value, value)) for name, value in env.items() if name.startswith(read)))
+def _early(env: Mapping[str, str]) -> set[tuple[str, str]]:
+    """The settings that libraries read when they are imported; some write True and false for 1 and 0."""
+    read, same = ("HF_", "OMP_", "TOKENIZERS_", "PYTHON"), {"true": "1", "false": "0"}
+    return {(name, same.get(value.lower(), value)) for name, value in env.items() if name.startswith(read)}
 
 
 def start_server() -> None:
@@ -121,7 +123,10 @@ def run_warm(
         meet |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
         ranks = [{**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     with _one_at_a_time, tempfile.TemporaryDirectory() as folder:
-        assert _server is not None and _early(env) == _server[2], f"libraries read {_server[2]}, not {_early(env)}"
+        assert _server is not None
+        assert not (others := _early(env) ^ _server[2]), (
+            f"libraries have read others: {sorted({n for n, _ in others})}"
+        )
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)

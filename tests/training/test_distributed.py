@@ -44,7 +44,13 @@ CASES: dict[str, dict[str, Any]] = {
     "all parts": {"labelled": FEW, "margin_mse_weight": 0.1, "student_divisor": 2.0, "kl_direction": "reverse"},
     "sparse student": SPARSE,
     "sparse student, gradient cache": {**SPARSE, "mini_batch_size": 3},
-    "sparse student, fewer rows, few labels": {**SPARSE, **UNEVEN, "margin_mse_weight": 0.1},
+    "sparse student, fewer rows, few labels, gradient cache": {
+        **SPARSE,
+        **UNEVEN,
+        "hard_label_weight": 0.5,
+        "margin_mse_weight": 0.1,
+        "mini_batch_size": 2,
+    },
     "cross-encoder": {"teacher": "cross-encoder", "candidates": "own"},
     "cross-encoder, in-batch": {"teacher": "cross-encoder in-batch"},  # of passages that others have read
     "table of scores": {"teacher": "table", "candidates": "own"},
@@ -59,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # Run with two processes by default; the others are slow, and so is everything with three.
-BASIC = ("plain", "fewer rows, few labels, gradient cache")
+BASIC = ("plain", "sparse student, fewer rows, few labels, gradient cache")
 
 
 @pytest.fixture(scope="module")
