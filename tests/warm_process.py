@@ -45,9 +45,8 @@ IMPORTED = [
     "transformers.models.bert.tokenization_bert",
 ]
 _one_at_a_time = threading.Lock()
-_server: tuple[IO[str], IO[str], set[tuple[str, str]]] | None = (
-    None  # where requests go, where answers come from, its environment
-)
+# Where requests go, where answers come from, its environment.
+_server: tuple[IO[str], IO[str], set[tuple[str, str]]] | None = None
 
 
 def _early(env: Mapping[str, str]) -> set[tuple[str, str]]:
@@ -124,9 +123,8 @@ def run_warm(
         ranks = [{**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     with _one_at_a_time, tempfile.TemporaryDirectory() as folder:
         assert _server is not None
-        assert not (others := _early(env) ^ _server[2]), (
-            f"libraries have read others: {sorted({n for n, _ in others})}"
-        )
+        others = sorted({name for name, _ in _early(env) ^ _server[2]})
+        assert not others, f"libraries have read others: {others}"
         paths = [str(Path(folder) / name) for name in ("stdin", "stdout", "stderr")]
         for path, content in zip(paths, (stdin, "", ""), strict=True):
             Path(path).write_text(content)
